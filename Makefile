@@ -1,0 +1,41 @@
+# vlmflow: `make demo` and `make test` set up what they need; `make help` lists the rest.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Exact versions of what is hard to resolve or was measured with; see the file.
+CONSTRAINTS := deploy/constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo lint types unit test test-all clean
+
+help: ## list the targets
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## create .venv and install vlmflow with its development tools
+
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade "pip>=25"
+	$(BIN)/pip install --quiet -c $(CONSTRAINTS) torch torchvision
+	$(BIN)/pip install --quiet -c $(CONSTRAINTS) -e ".[dev]"
+	touch $(STAMP)
+
+demo: setup ## enrich the demo catalog with the starter models, offline, and show what came out
+	$(BIN)/python -m vlmflow demo demo-catalog
+
+lint: setup ## ruff: rules and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup ## mypy, strict
+	$(BIN)/mypy
+
+test: lint types ## lint, types and the tests that take minutes, not more
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: lint types ## every test, the slow ones too
+	$(BIN)/python -m pytest
+
+clean: ## remove the demo catalog and caches; keeps .venv
+	rm -rf demo-catalog .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

@@ -1,0 +1,1 @@
+"""vlmflow enriches an image catalog with vision-language models."""

@@ -1,0 +1,218 @@
+"""The job: one tree of frozen models, loaded from YAML and checked once. YAML holds data, never class names."""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from vlmflow.errors import ConfigError
+
+TaskName = Literal["embed", "moderate", "caption", "match"]
+SourceKind = Literal["auto", "prefix", "manifest", "webdataset", "parquet"]
+
+MIB = 1024 * 1024
+
+
+class Frozen(BaseModel):
+    """A part of a job: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class StorageConfig(Frozen):
+    """How to reach an object store. Credentials come from the environment or the machine's role, never from here."""
+
+    endpoint: str | None = None  # of an S3-compatible store, such as http://127.0.0.1:9000
+    region: str | None = None
+    anonymous: bool = False  # unsigned requests, for public buckets
+    timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    max_retries: Annotated[int, Field(ge=0)] = 8
+
+
+class HttpConfig(Frozen):
+    """Limits on http(s) urls, which anyone may have put into a manifest."""
+
+    timeout_s: Annotated[float, Field(gt=0)] = 20.0
+    max_redirects: Annotated[int, Field(ge=0)] = 5
+    allow_private_addresses: bool = False  # loopback, private and link-local hosts
+
+
+class SourceConfig(Frozen):
+    """Where images come from."""
+
+    uri: str
+    kind: SourceKind = "auto"  # told from the uri: .csv, .jsonl, .parquet, .tar, else a prefix
+    uri_column: str = "uri"  # of a manifest
+    key_column: str | None = None  # tells rows with the same uri apart
+    text_column: str | None = None  # the caller's text that `match` scores
+    bytes_column: str = "image"  # of a Parquet file of image bytes
+    storage: StorageConfig = StorageConfig()
+    http: HttpConfig = HttpConfig()
+    allow_empty: bool = False
+
+
+class CatalogConfig(Frozen):
+    """Where the tables are kept."""
+
+    uri: str
+    storage: StorageConfig = StorageConfig()
+
+
+class ImageLimits(Frozen):
+    """Caps checked before an image is decoded."""
+
+    max_bytes: Annotated[int, Field(gt=0)] = 64 * MIB
+    max_pixels: Annotated[int, Field(gt=0)] = 100_000_000  # width x height, from the header
+
+
+class ModelConfig(Frozen):
+    """Weights of one task: a local folder, or a repository of the hub at a pinned revision."""
+
+    family: Literal["open_clip", "blip_caption", "blip_itm"]
+    path: str | None = None  # a local folder
+    repo: str | None = None  # a hub repository; needs `revision`
+    revision: str | None = None  # a commit hash
+    architecture: str | None = None  # open_clip's name, where the folder holds no open_clip_config.json
+
+
+class PoolConfig(Frozen):
+    """A group of equal actors that hold the models of one or more tasks."""
+
+    tasks: Annotated[tuple[TaskName, ...], Field(min_length=1)]
+    gpus: Annotated[float, Field(ge=0)] = 0.0  # per actor
+    cpus: Annotated[float, Field(gt=0)] = 1.0  # per actor
+    min_actors: Annotated[int, Field(ge=1)] = 1
+    max_actors: Annotated[int, Field(ge=1)] = 1
+    batch_size: Annotated[int, Field(ge=1)] = 32
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        if self.min_actors > self.max_actors:
+            raise ValueError(f"min_actors {self.min_actors} exceeds max_actors {self.max_actors}")
+        return self
+
+
+class CommitConfig(Frozen):
+    """How often finished rows become visible. A killed run loses at most this much work."""
+
+    max_rows: Annotated[int, Field(ge=1)] = 5_000
+    max_seconds: Annotated[float, Field(gt=0)] = 60.0
+
+
+class RayConfig(Frozen):
+    """The Ray cluster: an embedded one unless an address is given."""
+
+    address: str | None = None
+    num_cpus: Annotated[int, Field(ge=1)] | None = None  # of the embedded cluster
+    object_store_bytes: Annotated[int, Field(gt=0)] | None = None
+
+
+class Job(Frozen):
+    """Everything a run needs to know."""
+
+    source: SourceConfig
+    catalog: CatalogConfig
+    profile: str
+    tasks: Annotated[tuple[TaskName, ...], Field(min_length=1)] = ("embed", "moderate", "caption", "match")
+    models: dict[Literal["embed", "caption", "match"], ModelConfig] = {}  # instead of the profile's
+    models_dir: Path | None = None  # where profiles look for weights; default: $VLMFLOW_MODELS, else ~/.cache/vlmflow
+    policy: str | None = None  # a policy file, or the name of one that ships; needed by `moderate`
+    accept_unbound: bool = False  # moderate although the policy has no binding for the model: everything is `review`
+    date: dt.date | None = None  # logical date; default: today, UTC
+    limit: Annotated[int, Field(ge=1)] | None = None  # at most this many images, for a trial
+    pools: tuple[PoolConfig, ...] = ()  # default: one pool with all tasks
+    views: tuple[Literal["squash", "center"], ...] = ("squash", "center")
+    max_caption_tokens: Annotated[int, Field(ge=1, le=512)] = 20
+    limits: ImageLimits = ImageLimits()
+    commit: CommitConfig = CommitConfig()
+    ray: RayConfig = RayConfig()
+    max_error_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5  # over the first 1,000 rows; 1 turns it off
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        if len(set(self.tasks)) != len(self.tasks):
+            raise ValueError(f"tasks name one twice: {', '.join(self.tasks)}")
+        if "moderate" in self.tasks and "embed" not in self.tasks:
+            raise ValueError("moderate reads the embeddings: add embed to tasks")
+        if "match" in self.tasks and "caption" not in self.tasks and self.source.text_column is None:
+            raise ValueError("match has nothing to score: add caption to tasks, or name source.text_column")
+        if "squash" not in self.views:
+            raise ValueError("views must include squash, the only one that shows the whole image")
+        self._check_pools()
+        return self
+
+    def _check_pools(self) -> None:
+        if not self.pools:
+            return
+        pooled = [task for pool in self.pools for task in pool.tasks]
+        missing, doubled = set(self.tasks) - set(pooled), len(pooled) != len(set(pooled))
+        if missing or doubled:
+            raise ValueError(f"every task runs in exactly one pool; missing: {', '.join(sorted(missing)) or 'none'}")
+        # A pool sees what the pools before it wrote.
+        order = {task: index for index, task in enumerate(pooled)}
+        for reader, read in (("moderate", "embed"), ("match", "caption")):
+            if reader in order and read in order and order[reader] < order[read]:
+                raise ValueError(f"{reader} reads {read}: list {read} first in pools")
+
+
+def load_job(path: str | Path | None, overrides: dict[str, Any]) -> Job:
+    """Builds a job from a YAML file and from what the command line says, which wins.
+
+    Args:
+        path: a YAML file; None: the overrides alone.
+        overrides: a nested mapping with the shape of :class:`Job`; None values are left out.
+
+    Raises:
+        ConfigError: the file is absent or not YAML, a key is unknown, or a value does not fit.
+    """
+    data: Any = {}
+    if path is not None:
+        try:
+            data = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        except OSError as error:
+            raise ConfigError(f"config {path}: {error.strerror}", remedy="Name an existing YAML file.") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"config {path} is not YAML: {_first_line(error)}", remedy="Fix the syntax.") from error
+        if not isinstance(data, dict):
+            raise ConfigError(f"config {path} holds a {type(data).__name__}", remedy="Write `key: value` lines.")
+    try:
+        return Job.model_validate(_merge(data, overrides))
+    except ValidationError as error:
+        raise ConfigError(describe_validation(error, what=str(path or "job"))) from error
+
+
+def describe_validation(error: ValidationError, *, what: str) -> str:
+    """One line that names every key that does not fit, and why. Values are not repeated: they may be secret."""
+    parts = []
+    for item in error.errors(include_url=False, include_input=False):
+        where = ".".join(str(step) for step in item["loc"]) or "job"
+        reason = "unknown key" if item["type"] == "extra_forbidden" else item["msg"].removeprefix("Value error, ")
+        parts.append(f"{where}: {reason}")
+    return f"{what}: " + "; ".join(parts)
+
+
+def default_models_dir() -> Path:
+    """The folder under which profiles look for weights: ``$VLMFLOW_MODELS``, else ``~/.cache/vlmflow/models``."""
+    return Path(os.environ.get("VLMFLOW_MODELS") or Path.home() / ".cache" / "vlmflow" / "models")
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for name, value in over.items():
+        if value is None:
+            continue
+        if isinstance(value, dict):
+            below = merged.get(name)
+            merged[name] = _merge(below if isinstance(below, dict) else {}, value)
+        else:
+            merged[name] = value
+    return merged
+
+
+def _first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,134 @@
+"""Every error class of vlmflow. A user meets one line that names the thing, the value and the remedy."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class VlmflowError(Exception):
+    """The root of all errors of vlmflow.
+
+    Args:
+        message: names the thing and its value.
+        remedy: what the user can do about it, a full sentence.
+    """
+
+    exit_code = 2
+
+    def __init__(self, message: str, *, remedy: str = "") -> None:
+        super().__init__(message)  # Ray rebuilds a pickled error from this argument alone
+        self.remedy = remedy
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Pickle would rebuild the error from its arguments and lose the remedy.
+        return (_rebuild, (type(self), str(self), self.remedy))
+
+
+def _rebuild(error_type: type[VlmflowError], message: str, remedy: str) -> VlmflowError:
+    return error_type(message, remedy=remedy)
+
+
+class ConfigError(VlmflowError):
+    """A job, profile or option that cannot be used as it stands."""
+
+
+class SourceError(VlmflowError):
+    """The source does not exist, cannot be read, or does not hold what was said of it."""
+
+
+class EmptySourceError(SourceError):
+    """The source lists no image and ``allow_empty`` was not given."""
+
+
+class StorageAccessError(VlmflowError):
+    """The store refused the credentials, or the bucket does not exist."""
+
+
+class StoreLostError(StorageAccessError):
+    """The store went away or withdrew access in the middle of a run; what was committed stays."""
+
+    exit_code = 4
+
+
+class TransientError(VlmflowError):
+    """The store is throttling or out of reach after all retries."""
+
+    exit_code = 4
+
+
+class WeightsError(VlmflowError):
+    """Weights that are absent, unsafe to load, or that do not fit the architecture."""
+
+
+class PolicyError(VlmflowError):
+    """A moderation policy that cannot be used."""
+
+
+class UnboundPolicyError(PolicyError):
+    """The policy's thresholds were not set for this model and these prompts."""
+
+
+class CatalogError(VlmflowError):
+    """The catalog cannot be opened, or holds what this version does not understand."""
+
+
+class CommitError(CatalogError):
+    """A commit that could not be made whole; nothing of it is in the table."""
+
+
+class UnreconciledError(VlmflowError):
+    """Images went into the run and did not come out as rows."""
+
+    exit_code = 3
+
+
+class ErrorBudgetError(VlmflowError):
+    """Too many bad rows early in the run; nothing was committed."""
+
+    exit_code = 3
+
+
+class ClusterError(VlmflowError):
+    """The Ray cluster cannot be reached or lacks what the job needs."""
+
+
+class RowErrorClass(StrEnum):
+    """The closed set of classes under which a row records what went wrong with its image."""
+
+    MISSING = "missing"  # listed, but gone when read
+    ACCESS_DENIED = "access_denied"  # this one object was refused
+    READ_FAILED = "read_failed"  # the store failed after all retries
+    READ_TIMEOUT = "read_timeout"
+    ADDRESS_REFUSED = "address_refused"  # a private, loopback or link-local address
+    TOO_MANY_REDIRECTS = "too_many_redirects"
+    HTTP_STATUS = "http_status"
+    EMPTY_FILE = "empty_file"
+    NOT_AN_IMAGE = "not_an_image"
+    UNSUPPORTED_FORMAT = "unsupported_format"  # an image, but none of the formats we decode (SVG, PSD, ...)
+    TRUNCATED = "truncated"
+    CORRUPT = "corrupt"
+    TOO_MANY_BYTES = "too_many_bytes"
+    TOO_MANY_PIXELS = "too_many_pixels"
+    TASK_FAILED = "task_failed"
+    OUT_OF_MEMORY = "out_of_memory"
+    WORKER_DIED = "worker_died"
+    TIMED_OUT = "timed_out"
+
+
+class ImageError(VlmflowError):
+    """One image that cannot be read or decoded; it costs its own row and no other.
+
+    Subclass-free on purpose: the class that a row records is ``error_class``, from a closed set.
+    """
+
+    def __init__(self, message: str, *, error_class: RowErrorClass = RowErrorClass.CORRUPT, remedy: str = "") -> None:
+        super().__init__(message, remedy=remedy)
+        self.error_class = error_class
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Keeps the error class through pickling."""
+        return (_rebuild_image_error, (str(self), self.error_class, self.remedy))
+
+
+def _rebuild_image_error(message: str, error_class: RowErrorClass, remedy: str) -> ImageError:
+    return ImageError(message, error_class=error_class, remedy=remedy)

@@ -1,0 +1,147 @@
+"""The Arrow schemas of vlmflow: what flows between its parts, and the tables that readers rely on.
+
+``IMAGES`` and ``EMBEDDINGS`` are the contract with every reader of a catalog. The others never leave a run.
+"""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+TIMESTAMP = pa.timestamp("us", tz="UTC")
+
+ERROR = pa.struct([("stage", pa.string()), ("class", pa.string()), ("message", pa.string())])
+ERRORS = pa.list_(ERROR)
+
+LABEL = pa.struct(
+    [
+        ("label", pa.string()),
+        ("category", pa.string()),
+        ("margin", pa.float32()),  # similarity to the label's prompts minus log-mean-exp over the neutral ones
+        ("score", pa.float32()),  # logistic of the margin, in [0, 1]; null: not scored
+        ("probability", pa.float32()),  # null until the policy is calibrated
+        ("review_threshold", pa.float32()),
+        ("block_threshold", pa.float32()),
+        ("decision", pa.string()),  # allow, review or block
+        ("view", pa.string()),  # the view that decided
+        ("time_s", pa.float32()),  # of a frame; null for a still
+    ]
+)
+
+# What a source lists: no image is opened for it. `locator`, `offset` and `length` say where to read and are never
+# stored in the catalog (a locator may carry the signature of a presigned url).
+REFERENCE = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("uri", pa.string(), nullable=False),
+        ("key", pa.string()),
+        ("object_version", pa.string()),  # null: the source cannot tell without reading
+        ("size_bytes", pa.int64()),
+        pa.field("locator", pa.string(), nullable=False),
+        ("offset", pa.int64()),  # a byte range of the locator (a tar member); null: the whole object
+        ("length", pa.int64()),
+        ("row", pa.int64()),  # a row of a Parquet file of image bytes; null elsewhere
+        ("text", pa.string()),  # the caller's text that `match` scores; null: none
+    ]
+)  # followed by `source`: struct of the caller's columns, where the source has any
+
+# What planning adds to a reference before it enters the pipeline.
+PLANNED = pa.schema(
+    [
+        ("due", pa.list_(pa.string())),  # tasks to run, should the bytes be new
+        ("due_if_same", pa.list_(pa.string())),  # tasks to run, should the bytes equal those the row was made of
+        ("previous_hash", pa.string()),  # content_hash of the live row; null: there is none
+        ("previous_caption", pa.string()),  # for `match`, where `caption` itself is not due
+        ("replaces", pa.bool_()),  # a live row exists
+        ("attempts", pa.int32()),  # attempts before this one at this object version and these fingerprints
+        ("ingest_date", pa.date32()),  # kept from the live row, else the run's logical date
+    ]
+)
+
+# What reading and decoding add.
+FACTS = pa.schema(
+    [
+        ("content_hash", pa.string()),  # sha256 of the bytes, hexadecimal
+        ("format", pa.string()),  # jpeg, png, webp, gif, bmp, tiff, avif
+        ("mode", pa.string()),  # Pillow's mode of the file, before normalisation
+        ("width", pa.int32()),  # as displayed: after the EXIF orientation
+        ("height", pa.int32()),
+        ("num_frames", pa.int32()),
+    ]
+)
+
+TASK_COLUMNS: dict[str, pa.Schema] = {
+    "embed": pa.schema([("embed_run_id", pa.string()), ("embed_model", pa.string())]),
+    "moderate": pa.schema(
+        [
+            ("labels", pa.list_(LABEL)),
+            ("policy_name", pa.string()),
+            ("policy_version", pa.string()),
+            ("policy_digest", pa.string()),
+            ("previous_policy", pa.string()),
+        ]
+    ),
+    "caption": pa.schema([("caption", pa.string()), ("caption_model", pa.string())]),
+    "match": pa.schema(
+        [
+            ("caption_itm", pa.float32()),  # probability that image and generated caption match, matching head
+            ("caption_itc", pa.float32()),  # cosine of image and generated caption, contrastive heads
+            ("text_itm", pa.float32()),  # the same for the caller's text
+            ("text_itc", pa.float32()),
+            ("text_digest", pa.string()),  # of the caller's text that was scored
+            ("match_model", pa.string()),
+        ]
+    ),
+}
+TASKS = tuple(TASK_COLUMNS)
+
+
+def fingerprint_column(task: str) -> str:
+    """Names the column of ``IMAGES`` that holds a task's fingerprint."""
+    return f"{task}_fingerprint"
+
+
+# One row per image: the ledger. `decision` is never null.
+IMAGES = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("uri", pa.string(), nullable=False),
+        ("key", pa.string()),
+        ("object_version", pa.string()),  # as read; the values of the row belong to it
+        ("seen_version", pa.string()),  # the newest version met, which may have been unreadable
+        ("size_bytes", pa.int64()),
+        *FACTS,
+        pa.field("status", pa.string(), nullable=False),  # ok, partial, unreadable, missing, failed
+        ("errors", ERRORS),
+        ("attempts", pa.int32()),
+        pa.field("decision", pa.string(), nullable=False),  # allow, review, block
+        ("decision_reason", pa.string()),
+        *[field for columns in TASK_COLUMNS.values() for field in columns],
+        *[pa.field(fingerprint_column(task), pa.string()) for task in TASKS],
+        ("decoder", pa.string()),  # version of the decoder: unreadable images are due again when it changes
+        pa.field("run_id", pa.string(), nullable=False),
+        ("updated_at", TIMESTAMP),
+        pa.field("ingest_date", pa.date32(), nullable=False),  # partition: the date that first saw the image
+    ]
+)  # followed by `source`: struct of the caller's columns, where there are any
+
+# One row per image, object version, model and view. A reader joins on image_id and embed_run_id, which names the
+# run whose vectors the image row refers to.
+EMBEDDINGS = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        ("object_version", pa.string()),
+        pa.field("view", pa.string(), nullable=False),  # squash, center, ...
+        ("time_s", pa.float32()),
+        pa.field("vector", pa.list_(pa.float32()), nullable=False),  # of unit length
+        pa.field("embed_fingerprint", pa.string(), nullable=False),
+        pa.field("embed_run_id", pa.string(), nullable=False),
+        pa.field("ingest_date", pa.date32(), nullable=False),  # partition: that of the image row
+    ]
+)
+
+
+def with_source(schema: pa.Schema, source: pa.Schema | None) -> pa.Schema:
+    """Appends the struct column ``source`` that carries the caller's columns; the same schema if there are none."""
+    if source is None or len(source) == 0:
+        return schema
+    return schema.append(pa.field("source", pa.struct(list(source))))

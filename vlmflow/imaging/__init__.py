@@ -1,0 +1,21 @@
+"""Bytes to uint8 pixels, safely: caps are checked on the header, an image is decoded once for all models."""
+
+from vlmflow.imaging.decode import (
+    DECODER_VERSION,
+    DecodedImage,
+    ImageFacts,
+    PixelRequest,
+    decode,
+    inspect,
+    merge_requests,
+)
+
+__all__ = [
+    "DECODER_VERSION",
+    "DecodedImage",
+    "ImageFacts",
+    "PixelRequest",
+    "decode",
+    "inspect",
+    "merge_requests",
+]

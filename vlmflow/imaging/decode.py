@@ -1,0 +1,268 @@
+"""Header checks, one decode, and the pixels that the models asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Literal
+
+import PIL
+from PIL import ExifTags, Image, ImageFile
+from PIL.AvifImagePlugin import AvifImageFile
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from vlmflow.config import ImageLimits
+from vlmflow.errors import ImageError, RowErrorClass
+from vlmflow.imaging import headers
+from vlmflow.imaging.pixels import Pixels, render, to_rgb
+
+# Part of the ledger: images recorded as unreadable are due again when it changes. Raise the number when we learn to
+# decode something new; Pillow's major version stands for what Pillow learned.
+DECODER_VERSION = f"1-pillow{PIL.__version__.split('.')[0]}"
+
+# A JPEG is decoded at reduced scale when both sides stay at least this many times the largest target. Measured by
+# tests/unit/imaging/test_jpeg_draft.py: see there for the differences that remain.
+DRAFT_RATIO = 2
+
+# Opened directly and not through Image.open: that one applies its own, process-wide pixel limit, and tries others.
+_OPENERS: dict[str, type[ImageFile.ImageFile]] = {
+    "avif": AvifImageFile,
+    "bmp": BmpImageFile,
+    "gif": GifImageFile,
+    "jpeg": JpegImageFile,
+    "png": PngImageFile,
+    "tiff": TiffImageFile,
+    "webp": WebPImageFile,
+}
+
+# What Pillow's plugins raise on bytes that do not fit their format.
+_BAD_BYTES = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    RuntimeError,  # NotImplementedError too
+    AssertionError,
+    struct.error,
+    zlib.error,
+)
+
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@dataclass(frozen=True)
+class PixelRequest:
+    """What a model wants to be shown of an image.
+
+    Attributes:
+        size: side of the square, in pixels.
+        interpolation: of the resize, always antialiased.
+        views: names of :data:`vlmflow.imaging.pixels.VIEWS`, ``squash`` first.
+    """
+
+    size: int
+    interpolation: Literal["bicubic", "bilinear"]
+    views: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        """Names the columns ``pixels_<key>`` and ``views_<key>``; equal for requests that can share them."""
+        return f"{self.size}_{self.interpolation}"
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What the table records of an image file.
+
+    Attributes:
+        content_hash: sha256 of the bytes, hexadecimal.
+        format: jpeg, png, webp, gif, bmp, tiff or avif.
+        mode: Pillow's mode of the file, before normalisation.
+        width: in pixels, as displayed: after the EXIF orientation.
+        height: in pixels, as displayed.
+        num_frames: frames or pages; at most ``headers.MAX_COUNTED_FRAMES``.
+    """
+
+    content_hash: str
+    format: str
+    mode: str
+    width: int
+    height: int
+    num_frames: int
+
+
+@dataclass(frozen=True)
+class DecodedImage:
+    """An image and its pixels: for each request's key the views, each (size, size, 3) uint8 RGB."""
+
+    facts: ImageFacts
+    pixels: dict[str, list[tuple[str, Pixels]]]
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """An image whose header has been read and found within the limits, its pixels not decoded."""
+
+    image: ImageFile.ImageFile
+    facts: ImageFacts
+    orientation: int  # what remains to be applied to the pixels
+
+
+def inspect(data: bytes, limits: ImageLimits) -> ImageFacts:
+    """Reads the facts from an image's header; no pixel is decoded.
+
+    Raises:
+        ImageError: the bytes are not an image that can be decoded, or exceed the limits.
+    """
+    return _open(data, limits).facts
+
+
+def decode(data: bytes, requests: Sequence[PixelRequest], limits: ImageLimits) -> DecodedImage:
+    """Decodes an image once and renders what is asked for. Of an animation the first frame, of a TIFF the first page.
+
+    Args:
+        data: the bytes of the file; its name is of no interest.
+        requests: those with equal keys are merged.
+        limits: checked on the header, before anything is decoded.
+
+    Raises:
+        ImageError: the bytes are not an image that can be decoded, or exceed the limits. Nothing else, for any bytes.
+    """
+    merged = merge_requests(requests)
+    opened = _open(data, limits)
+    image: Image.Image = opened.image
+    with _bad_bytes(data, opened.facts.format):
+        if isinstance(image, JpegImageFile) and merged:
+            # Pillow takes the strongest of 1/2, 1/4 and 1/8 that keeps both sides at or above this size.
+            side = DRAFT_RATIO * max(request.size for request in merged)
+            image.draft(None, (side, side))
+        image.load()
+        image = to_rgb(image)
+        if opened.orientation in _TRANSPOSE:
+            image = image.transpose(_TRANSPOSE[opened.orientation])
+    pixels = {request.key: render(image, request.size, request.interpolation, request.views) for request in merged}
+    return DecodedImage(opened.facts, pixels)
+
+
+def merge_requests(requests: Sequence[PixelRequest]) -> list[PixelRequest]:
+    """Joins requests that share a key into one with the views of all, in order of their first mention."""
+    merged: dict[str, PixelRequest] = {}
+    for request in requests:
+        known = merged.get(request.key)
+        views = dict.fromkeys((*known.views, *request.views) if known else request.views)
+        merged[request.key] = PixelRequest(request.size, request.interpolation, tuple(views))
+    return list(merged.values())
+
+
+def _open(data: bytes, limits: ImageLimits) -> _Opened:
+    """Reads the header and checks the limits."""
+    image_format = _identify(data, limits)
+    if image_format == "webp" and (canvas := headers.webp_canvas(data)) is not None:
+        _check_pixels(canvas, limits)
+    with _bad_bytes(data, image_format):
+        image = _OPENERS[image_format](BytesIO(data), "")
+        _check_pixels(image.size, limits)
+        orientation = _orientation(image, data)
+        num_frames = _count_frames(image, image_format, data)
+    width, height = image.size
+    if orientation >= 5:
+        width, height = height, width
+    content_hash = hashlib.sha256(data).hexdigest()
+    return _Opened(image, ImageFacts(content_hash, image_format, image.mode, width, height, num_frames), orientation)
+
+
+def _identify(data: bytes, limits: ImageLimits) -> str:
+    if not data:
+        raise ImageError("the file holds no bytes", error_class=RowErrorClass.EMPTY_FILE)
+    if len(data) > limits.max_bytes:
+        message = f"{len(data):,} bytes exceed limits.max_bytes of {limits.max_bytes:,}"
+        raise ImageError(message, error_class=RowErrorClass.TOO_MANY_BYTES)
+    image_format = headers.sniff(data)
+    if image_format is not None:
+        return image_format
+    unsupported = headers.sniff_unsupported(data)
+    if unsupported is not None:
+        message = f"{unsupported}; decoded are {', '.join(_OPENERS)}"
+        raise ImageError(message, error_class=RowErrorClass.UNSUPPORTED_FORMAT)
+    raise ImageError("the content is not that of an image", error_class=RowErrorClass.NOT_AN_IMAGE)
+
+
+def _check_pixels(size: tuple[int, int], limits: ImageLimits) -> None:
+    width, height = size
+    if width * height > limits.max_pixels:
+        message = f"{width} x {height} pixels exceed limits.max_pixels of {limits.max_pixels:,}"
+        raise ImageError(message, error_class=RowErrorClass.TOO_MANY_PIXELS)
+    if width < 1 or height < 1:
+        raise ImageError(f"the header says {width} x {height} pixels", error_class=RowErrorClass.CORRUPT)
+
+
+def _orientation(image: ImageFile.ImageFile, data: bytes) -> int:
+    """The EXIF orientation, 1 to 8. One that cannot be read counts as 1, as in every viewer."""
+    if isinstance(image, TiffImageFile):
+        return 1  # its plugin turns the pixels itself, and has told the size after it
+    try:
+        if isinstance(image, PngImageFile):
+            late_exif = headers.png_orientation_exif(data)
+            if late_exif is not None:
+                image.info.setdefault("exif", late_exif)
+            exif = Image.Image.getexif(image)  # the plugin's own decodes the pixels to look behind them
+        else:
+            exif = image.getexif()
+        orientation = exif.get(ExifTags.Base.Orientation, 1)
+    except _BAD_BYTES:
+        return 1
+    return orientation if orientation in _TRANSPOSE else 1
+
+
+def _count_frames(image: ImageFile.ImageFile, image_format: str, data: bytes) -> int:
+    if image_format == "gif":
+        return headers.count_gif_frames(data)
+    if image_format == "tiff":
+        return headers.count_tiff_pages(data)
+    if image_format == "jpeg":
+        return 1
+    return max(1, min(getattr(image, "n_frames", 1), headers.MAX_COUNTED_FRAMES))  # told by the header
+
+
+@contextmanager
+def _bad_bytes(data: bytes, image_format: str) -> Iterator[None]:
+    """Turns what Pillow raises on bad bytes into an ImageError whose message is the same in every process."""
+    try:
+        yield
+    except ImageError:
+        raise
+    except Image.DecompressionBombError as error:
+        message = "more pixels than Pillow accepts for this format"
+        raise ImageError(message, error_class=RowErrorClass.TOO_MANY_PIXELS) from error
+    except MemoryError as error:
+        message = f"not enough memory to decode this {image_format} file"
+        raise ImageError(message, error_class=RowErrorClass.OUT_OF_MEMORY) from error
+    except _BAD_BYTES as error:
+        # Pillow's own text is left to the log of the cause: some of it holds addresses of objects.
+        if "truncated" in str(error).lower() or headers.is_cut_short(data, image_format):
+            message = f"the {image_format} file ends before its image does"
+            raise ImageError(message, error_class=RowErrorClass.TRUNCATED) from error
+        message = f"the {image_format} file cannot be decoded ({type(error).__name__})"
+        raise ImageError(message, error_class=RowErrorClass.CORRUPT) from error

@@ -1,0 +1,183 @@
+"""What the first bytes of a file say, read by hand: its format, frame counts, whether it was cut short.
+
+Pillow is not asked here: some of its plugins allocate the canvas, or walk a million frames, just to answer.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+
+# Frames are counted up to here. Counting costs a step per frame, and a file of 64 MiB can hold millions.
+MAX_COUNTED_FRAMES = 10_000
+_MAX_PNG_CHUNKS = 100_000
+
+_BMP_HEADER_SIZES = (12, 16, 40, 52, 56, 64, 108, 124)
+_TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_AVIF_BRANDS = (b"avif", b"avis")
+_PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+
+# Images that are recognised in order to say why they are not decoded.
+_UNSUPPORTED_MAGICS = {
+    b"8BPS": "a Photoshop document",
+    b"\0\0\0\x0cjP  ": "a JPEG 2000 image",
+    b"\xff\x4f\xff\x51": "a JPEG 2000 image",
+    b"\0\0\0\x0cJXL ": "a JPEG XL image",
+    b"\xff\x0a": "a JPEG XL image",
+    b"II\xbc\x01": "a JPEG XR image",
+    b"\0\0\x01\0": "an icon",
+    b"\x76\x2f\x31\x01": "an OpenEXR image",
+    b"DDS ": "a DDS texture",
+    b"%!PS": "a PostScript document",
+    b"#?RADIANCE": "a Radiance image",
+    b"qoif": "a QOI image",
+}
+
+
+def sniff(data: bytes) -> str | None:
+    """Names the format of a file that can be decoded, by its content: jpeg, png, webp, gif, bmp, tiff, avif."""
+    if data.startswith(b"\xff\xd8\xff"):
+        return "jpeg"
+    if data.startswith(_PNG_MAGIC):
+        return "png"
+    if data.startswith((b"GIF87a", b"GIF89a")):
+        return "gif"
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return "webp"
+    if data.startswith(_TIFF_MAGICS):
+        return "tiff"
+    # Any text may start with BM: the size of the header that follows must be one that exists.
+    if data.startswith(b"BM") and len(data) >= 18 and struct.unpack_from("<I", data, 14)[0] in _BMP_HEADER_SIZES:
+        return "bmp"
+    if any(brand in _AVIF_BRANDS for brand in _iso_brands(data)):
+        return "avif"
+    return None
+
+
+def sniff_unsupported(data: bytes) -> str | None:
+    """Describes an image of a format that is not decoded, such as ``an SVG drawing``; None: not known as an image."""
+    for magic, description in _UNSUPPORTED_MAGICS.items():
+        if data.startswith(magic):
+            return description
+    if any(brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1") for brand in _iso_brands(data)):
+        return "a HEIF image"
+    head = data[:4096].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if head.startswith(b"<") and b"<svg" in head:
+        return "an SVG drawing"
+    if len(data) > 2 and data[:2] in (b"P1", b"P2", b"P3", b"P4", b"P5", b"P6") and data[2:3].isspace():
+        return "a PNM image"
+    return None
+
+
+def _iso_brands(data: bytes) -> list[bytes]:
+    """The brands of an ISO base media file (ISO/IEC 14496-12), the major one first; empty for another file."""
+    if len(data) < 16 or data[4:8] != b"ftyp":
+        return []
+    end = min(struct.unpack_from(">I", data, 0)[0], len(data), 256)
+    return [data[8:12], *(data[at : at + 4] for at in range(16, end - 3, 4))]
+
+
+def webp_canvas(data: bytes) -> tuple[int, int] | None:
+    """The width and height of a WebP file. The decoder allocates that canvas when it is opened, so look first."""
+    chunk = data[12:16]
+    if chunk == b"VP8X" and len(data) >= 30:
+        return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
+    if chunk == b"VP8 " and len(data) >= 30:
+        width, height = struct.unpack_from("<HH", data, 26)
+        return width & 0x3FFF, height & 0x3FFF
+    if chunk == b"VP8L" and len(data) >= 25:
+        bits = struct.unpack_from("<I", data, 21)[0]
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    return None
+
+
+def count_gif_frames(data: bytes) -> int:
+    """Counts the frames that are there, whole or not, of a GIF; at most ``MAX_COUNTED_FRAMES``."""
+    at = 13 + _gif_color_table(data[10]) if len(data) > 10 else len(data)
+    frames = 0
+    while at < len(data) and frames < MAX_COUNTED_FRAMES:
+        if data[at] == 0x21:  # an extension: its label, then blocks
+            at = _skip_gif_blocks(data, at + 2)
+        elif data[at] == 0x2C and at + 9 < len(data):  # an image: ten bytes, a palette, the code size, blocks
+            frames += 1
+            at = _skip_gif_blocks(data, at + 11 + _gif_color_table(data[at + 9]))
+        else:  # the trailer, or rubbish
+            break
+    return max(frames, 1)
+
+
+def _gif_color_table(flags: int) -> int:
+    return 3 << (flags & 7) + 1 if flags & 0x80 else 0
+
+
+def _skip_gif_blocks(data: bytes, at: int) -> int:
+    while at < len(data) and data[at]:
+        at += data[at] + 1
+    return at + 1
+
+
+def count_tiff_pages(data: bytes) -> int:
+    """Counts the directories of a TIFF or BigTIFF file; at most ``MAX_COUNTED_FRAMES``."""
+    return max(sum(1 for _ in _tiff_directories(data)), 1)
+
+
+def _tiff_directories(data: bytes) -> Iterator[int]:
+    """Yields the offset of each directory inside the file, as their chain has them; a loop in it ends it."""
+    order = "<" if data.startswith(b"II") else ">"
+    big = data[2:4] in (b"+\0", b"\0+")
+    pointer, count, entry_bytes = ("Q", "Q", 20) if big else ("I", "H", 12)
+    at, seen = 8 if big else 4, set[int]()
+    try:
+        (offset,) = struct.unpack_from(order + pointer, data, at)
+        while offset and offset not in seen and len(seen) < MAX_COUNTED_FRAMES:
+            (entries,) = struct.unpack_from(order + count, data, offset)
+            seen.add(offset)
+            yield offset
+            (offset,) = struct.unpack_from(
+                order + pointer, data, offset + struct.calcsize(count) + entries * entry_bytes
+            )
+    except (struct.error, OverflowError):  # the chain leaves the file
+        return
+
+
+def png_orientation_exif(data: bytes) -> bytes | None:
+    """The eXIf chunk of a PNG, which may stand after the pixels, where Pillow sees it only once it has decoded them."""
+    at = len(_PNG_MAGIC)
+    for _ in range(_MAX_PNG_CHUNKS):
+        if at + 8 > len(data):
+            break
+        (size,) = struct.unpack_from(">I", data, at)
+        if data[at + 4 : at + 8] == b"eXIf":
+            return data[at + 8 : at + 8 + size]
+        at += size + 12
+    return None
+
+
+def is_cut_short(data: bytes, image_format: str) -> bool:
+    """Tells whether a file that did not decode lacks its end: the mark at it, or bytes that its header promises."""
+    tail = data[-64:].rstrip(b"\0")
+    if image_format == "jpeg":
+        return not tail.endswith(b"\xff\xd9")
+    if image_format == "png":
+        return b"IEND" not in data[-64:]
+    if image_format == "gif":
+        return not tail.endswith(b";")
+    if image_format == "tiff":
+        return not any(True for _ in _tiff_directories(data))
+    if image_format == "avif":
+        return _iso_boxes_end(data) > len(data)
+    offset = 2 if image_format == "bmp" else 4
+    promised = struct.unpack_from("<I", data, offset)[0] + (8 if image_format == "webp" else 0)
+    return bool(promised > len(data))
+
+
+def _iso_boxes_end(data: bytes) -> int:
+    at = 0
+    while at + 8 <= len(data):
+        (size,) = struct.unpack_from(">I", data, at)
+        if size == 1 and at + 16 <= len(data):
+            (size,) = struct.unpack_from(">Q", data, at + 8)
+        if size < 8:  # zero: to the end of the file
+            return len(data)
+        at += size
+    return at

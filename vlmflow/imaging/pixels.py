@@ -1,0 +1,87 @@
+"""Normalisation of every mode to RGB, and the views that models are shown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+Pixels = NDArray[np.uint8]
+
+VIEWS = ("squash", "center")
+
+_RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Converts a decoded image of any mode to RGB; what is transparent is shown on white.
+
+    16-bit grey is scaled by 255/65535. Grey of 32 bits or floating point has no agreed white: values within 16 bits
+    (floats within 0 to 1) are scaled likewise, others from their least to their greatest.
+
+    Raises:
+        ValueError: Pillow knows no conversion from the mode (LAB).
+    """
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return _grey_to_rgb(image)
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        canvas = Image.new("RGB", image.size, "white")
+        canvas.paste(rgba, mask=rgba.getchannel("A"))
+        return canvas
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _grey_to_rgb(image: Image.Image) -> Image.Image:
+    """Scales integer grey of 16 or 32 bits and floating-point grey to 8 bits."""
+    # Single precision holds 16 bits exactly, and large images of 32 bits are rare.
+    dtype = np.float32 if image.mode.startswith("I;16") else np.float64
+    values = np.nan_to_num(np.asarray(image).astype(dtype), posinf=0.0, neginf=0.0)
+    low, high = 0.0, 1.0 if image.mode == "F" else 65535.0
+    least, greatest = float(values.min()), float(values.max())
+    if least < low or greatest > high:
+        low, high = least, max(greatest, least + 1.0)
+    grey = np.rint((values - low) * (255.0 / (high - low))).astype(np.uint8)
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey[values == transparent] = 255
+    return Image.fromarray(grey).convert("RGB")
+
+
+def render(
+    image: Image.Image, size: int, interpolation: Literal["bicubic", "bilinear"], views: Sequence[str]
+) -> list[tuple[str, Pixels]]:
+    """Renders views of an RGB image, each (size, size, 3) uint8.
+
+    ``squash`` is the whole image, its aspect ratio given up, as BLIP and SigLIP preprocess. ``center`` is the centre
+    crop at the shortest side, as CLIP preprocesses; a square image has none, since it would equal ``squash``.
+
+    Raises:
+        ValueError: a view is not one of :data:`VIEWS`.
+    """
+    rendered = []
+    for view in views:
+        if view not in VIEWS:
+            raise ValueError(f"view {view} is unknown; there are {', '.join(VIEWS)}")
+        if view == "center" and image.width == image.height:
+            continue
+        box = _center_box(image.size, size) if view == "center" else None
+        resized = image.resize((size, size), _RESAMPLING[interpolation], box=box)
+        rendered.append((view, np.asarray(resized)))
+    return rendered
+
+
+def _center_box(image_size: tuple[int, int], size: int) -> tuple[float, float, float, float]:
+    """The part of the image that torchvision's ``Resize(size)`` and ``CenterCrop(size)`` show, in source pixels.
+
+    Resizing only that part costs nothing for long images, whose whole would be resized to a giant first.
+    """
+    width, height = image_size
+    short, long = min(width, height), max(width, height)
+    resized_long = size * long // short
+    start = round((resized_long - size) / 2) * long / resized_long
+    end = min(start + size * long / resized_long, long)
+    return (start, 0, end, height) if width > height else (0, start, width, end)

@@ -43,7 +43,7 @@ def _grey_to_rgb(image: Image.Image) -> Image.Image:
     low, high = 0.0, 1.0 if image.mode == "F" else 65535.0
     least, greatest = float(values.min()), float(values.max())
     if least < low or greatest > high:
-        low, high = least, max(greatest, least + 1.0)
+        low, high = least, greatest if greatest > least else least + 1.0
     grey = np.rint((values - low) * (255.0 / (high - low))).astype(np.uint8)
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):

@@ -1,0 +1,236 @@
+"""Object stores and local folders under one kind of address: ``s3://``, ``gs://``, ``az://``, ``abfss://``, a path.
+
+Addresses are taken literally, as the command line tools of the clouds take them: no percent-decoding, and ``?`` or
+``#`` are letters like any other. Only ``file://`` is a url in the strict sense.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from datetime import timedelta
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import unquote, urlsplit
+
+import obstore
+from obstore.exceptions import BaseError, InvalidPathError, PermissionDeniedError, UnauthenticatedError
+from obstore.store import LocalStore, from_url
+
+from vlmflow.config import StorageConfig
+from vlmflow.errors import ConfigError, SourceError, StorageAccessError, TransientError, VlmflowError
+
+if TYPE_CHECKING:
+    from obstore import ObjectMeta
+    from obstore.store import ClientConfig, ObjectStore, RetryConfig
+
+# obstore raises its own classes, and some of Python's: FileNotFoundError, PermissionError, ValueError.
+STORE_ERRORS = (BaseError, OSError, ValueError)
+
+_OBJECT_SCHEMES = {"s3", "s3a", "gs", "az", "azure", "adl", "abfs", "abfss"}
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_MAX_BACKOFF = timedelta(seconds=5)  # eight retries take about 16 s, not minutes
+
+_GONE = re.compile(
+    r"NoSuchBucket|ContainerNotFound|ContainerBeingDeleted|FilesystemNotFound|AccountIsDisabled"
+    r"|specified bucket does not exist|error performing list request.*404 not found",
+    re.IGNORECASE,
+)
+_NO_CREDENTIALS = re.compile(r"169\.254\.169\.254|metadata\.google|MissingAccessKey|credential provider|MissingAccount")
+_REFUSED = re.compile(
+    r"401 Unauthorized|403 Forbidden|InvalidAccessKeyId|SignatureDoesNotMatch|ExpiredToken|InvalidToken"
+    r"|AccessDenied|AuthenticationFailed|AuthorizationFailure|invalid_grant"
+)
+_WRONG_REGION = re.compile(r"redirect without LOCATION|PermanentRedirect|AuthorizationHeaderMalformed|301 Moved")
+_TIMEOUT = re.compile(r"TimedOut|timed out", re.IGNORECASE)
+
+
+class Fault(Enum):
+    """What went wrong with a request to a store."""
+
+    MISSING = "missing"  # this one object
+    DENIED = "denied"  # this request; the whole store or this one object, only the caller can tell
+    NO_CREDENTIALS = "no credentials"
+    GONE = "gone"  # the bucket or container
+    REGION = "region"
+    PATH = "path"  # a name that obstore cannot express
+    TIMEOUT = "timeout"
+    TRANSIENT = "transient"  # still failing after all retries
+
+
+class Address(NamedTuple):
+    """Where something is: ``root`` is ``s3://bucket`` or empty for the local disk, ``path`` what follows."""
+
+    root: str
+    path: str
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is on the local disk."""
+        return not self.root
+
+    def child(self, name: str) -> str:
+        """The uri of something below this address."""
+        return f"{str(self).rstrip('/')}/{name}"
+
+    def __str__(self) -> str:
+        if self.is_local:
+            return self.path
+        return f"{self.root}/{self.path}" if self.path else self.root
+
+
+def parse_address(uri: str) -> Address:
+    """Splits a uri into its store and the path in it; a local path becomes absolute, symbolic links stay.
+
+    Raises:
+        ConfigError: no store goes by the scheme, or no bucket is named.
+    """
+    match = _SCHEME.match(uri)
+    if match is None:
+        return Address("", os.path.abspath(uri))  # noqa: PTH100 (Path.resolve would follow symbolic links)
+    scheme = match[1].lower()
+    if scheme == "file":
+        return Address("", os.path.abspath(unquote(urlsplit(uri).path)))  # noqa: PTH100
+    if scheme not in _OBJECT_SCHEMES:
+        known = "a local path, s3://, gs://, az:// or abfss://"
+        raise ConfigError(f"{scheme}:// is not a store that can be used here", remedy=f"Use {known}.")
+    bucket, _, path = uri[match.end() :].partition("/")
+    if "@" in bucket and not scheme.startswith("abfs"):
+        remedy = "Leave them to the environment or the machine's role."
+        raise ConfigError(f"the {scheme}:// uri holds credentials", remedy=remedy)
+    if not bucket:
+        raise ConfigError(f"{uri} names no bucket", remedy=f"Write {scheme}://bucket/path.")
+    return Address(f"{'s3' if scheme == 's3a' else scheme}://{bucket}", path.strip("/"))
+
+
+def open_store(uri: str, config: StorageConfig) -> tuple[ObjectStore, str]:
+    """Opens the store of a uri; nothing is sent yet. Credentials come from the environment or the machine's role.
+
+    Returns:
+        The store and the path of the uri in it. Of the local disk, the store is the whole of it.
+
+    Raises:
+        ConfigError: the uri, or a setting that its store does not have.
+    """
+    address = parse_address(uri)
+    if address.is_local:
+        return LocalStore(), address.path.lstrip("/")
+    settings: Any = {}  # of S3, GCS or Azure, which the root decides
+    if config.anonymous:
+        settings["skip_signature"] = True
+    if config.endpoint is not None:
+        settings["base_url" if address.root.startswith("gs:") else "endpoint"] = config.endpoint
+    if config.region is not None and address.root.startswith("s3:"):
+        settings["region"] = config.region
+    # An endpoint says itself whether it is http; the clouds' own are https.
+    client: ClientConfig = {"timeout": timedelta(seconds=config.timeout_s), "allow_http": True}
+    retry: RetryConfig = {"max_retries": config.max_retries, "backoff": {"max_backoff": _MAX_BACKOFF}}
+    try:
+        store: ObjectStore = from_url(address.root, config=settings, client_options=client, retry_config=retry)
+    except STORE_ERRORS as error:
+        reason = str(error).splitlines()[0]
+        remedy = "Check storage.* in the job, and the store's environment variables."
+        raise ConfigError(f"{address.root} cannot be opened: {reason}", remedy=remedy) from error
+    return store, address.path
+
+
+def delta_storage_options(config: StorageConfig, uri: str) -> dict[str, str]:
+    """The same settings in the words of deltalake; empty for the local disk."""
+    address = parse_address(uri)
+    if address.is_local:
+        return {}
+    options = {
+        "timeout": f"{config.timeout_s:g}s",
+        "allow_http": "true",
+        "max_retries": str(config.max_retries),
+        "backoff_config.max_backoff": f"{_MAX_BACKOFF.total_seconds():g}s",
+    }
+    prefix = {"s3": "aws", "gs": "google"}.get(address.root.partition(":")[0], "azure")
+    if config.endpoint is not None:
+        options["google_base_url" if prefix == "google" else f"{prefix}_endpoint"] = config.endpoint
+    if config.region is not None and prefix == "aws":
+        options["aws_region"] = config.region
+    if config.anonymous:
+        options[f"{prefix}_skip_signature"] = "true"
+    return options
+
+
+def object_version(meta: ObjectMeta) -> str:
+    """The ETag without its quotes, else the time of modification and the size."""
+    e_tag = meta["e_tag"]
+    return e_tag.strip('"') if e_tag else f"{int(meta['last_modified'].timestamp() * 1e6):x}-{meta['size']:x}"
+
+
+def local_version(status: os.stat_result) -> str:
+    """The version of a local file: its time of modification in nanoseconds, and its size, both hexadecimal."""
+    return f"{status.st_mtime_ns:x}-{status.st_size:x}"
+
+
+def fault_of(error: Exception) -> Fault:
+    """Tells what an error of obstore means. Its classes say less than its text: listings raise one class for all."""
+    text = str(error)
+    if _GONE.search(text):
+        return Fault.GONE
+    if isinstance(error, InvalidPathError):
+        return Fault.PATH
+    if _NO_CREDENTIALS.search(text):
+        return Fault.NO_CREDENTIALS
+    if _WRONG_REGION.search(text):
+        return Fault.REGION
+    if isinstance(error, (PermissionDeniedError, UnauthenticatedError, PermissionError)) or _REFUSED.search(text):
+        return Fault.DENIED
+    if isinstance(error, FileNotFoundError):
+        return Fault.MISSING
+    return Fault.TIMEOUT if _TIMEOUT.search(text) else Fault.TRANSIENT
+
+
+def access_error(error: Exception, uri: str) -> VlmflowError:
+    """The error for a store that cannot be used at all, in our words: the store's own may hold signatures."""
+    address = parse_address(uri)
+    root = address.root or address.path
+    fault = fault_of(error)
+    if fault is Fault.GONE:
+        return StorageAccessError(f"{root} does not exist", remedy="Check the name, the endpoint and the region.")
+    if fault is Fault.NO_CREDENTIALS:
+        remedy = "Set the store's variables (AWS_ACCESS_KEY_ID, ...), use a machine with a role, or storage.anonymous."
+        return StorageAccessError(f"{root}: no credentials were found", remedy=remedy)
+    if fault is Fault.DENIED:
+        remedy = "Check that they are valid and may list and read it."
+        return StorageAccessError(f"{root} refused the credentials", remedy=remedy)
+    if fault is Fault.REGION:
+        return StorageAccessError(f"{root} is in another region", remedy="Set storage.region (or AWS_REGION).")
+    if fault is Fault.MISSING:
+        return SourceError(f"{uri} does not exist", remedy="Check the path.")
+    if fault is Fault.PATH:
+        remedy = "Rename it, or list the images in a manifest: names with empty segments, `.`, `..` or control"
+        return SourceError(
+            f"{root} holds a name that cannot be read: {_named_path(error)}", remedy=f"{remedy} characters."
+        )
+    what = "does not answer in time" if fault is Fault.TIMEOUT else "is out of reach or throttling"
+    return TransientError(
+        f"{root} {what}, after all retries", remedy="Check storage.endpoint and the network; run again."
+    )
+
+
+def _named_path(error: Exception) -> str:
+    match = re.search(r'[Pp]ath "(.*?)"', str(error), re.DOTALL)
+    return repr(match[1]) if match else "unknown"
+
+
+def read_bytes(uri: str, config: StorageConfig) -> bytes:
+    """Reads a whole object or local file, for what is small.
+
+    Raises:
+        SourceError: it does not exist.
+        StorageAccessError: the store refused, or is not there.
+        TransientError: the store is out of reach.
+    """
+    address = parse_address(uri)
+    try:
+        if address.is_local:
+            return Path(address.path).read_bytes()
+        store, path = open_store(uri, config)
+        return bytes(obstore.get(store, path).bytes())
+    except STORE_ERRORS as error:
+        raise access_error(error, uri) from error

@@ -1,1 +1,61 @@
-"""vlmflow enriches an image catalog with vision-language models."""
+"""vlmflow enriches an image catalog with vision-language models.
+
+    >>> import vlmflow
+    >>> job = vlmflow.Job(
+    ...     source={"uri": "photos/"}, catalog={"uri": "catalog/"}, profile="base", policy="marketplace"
+    ... )
+    >>> report = vlmflow.enrich(job)  # doctest: +SKIP
+    >>> report.num_added, report.statuses  # doctest: +SKIP
+
+Importing it starts nothing: the engine, with Ray, is imported by the first use of a name that needs it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from vlmflow.config import Job, load_job
+from vlmflow.errors import VlmflowError
+
+if TYPE_CHECKING:
+    from vlmflow.catalog import Catalog
+    from vlmflow.doctor import Check, doctor
+    from vlmflow.engine import PlanSummary, RunReport, enrich, plan
+    from vlmflow.models.profiles import describe_profiles
+    from vlmflow.summary import CatalogSummary, summarize
+
+__all__ = [
+    "Catalog",
+    "CatalogSummary",
+    "Check",
+    "Job",
+    "PlanSummary",
+    "RunReport",
+    "VlmflowError",
+    "describe_profiles",
+    "doctor",
+    "enrich",
+    "load_job",
+    "plan",
+    "summarize",
+]
+
+_HOMES = {
+    "Catalog": "vlmflow.catalog",
+    "CatalogSummary": "vlmflow.summary",
+    "Check": "vlmflow.doctor",
+    "PlanSummary": "vlmflow.engine",
+    "RunReport": "vlmflow.engine",
+    "describe_profiles": "vlmflow.models.profiles",
+    "doctor": "vlmflow.doctor",
+    "enrich": "vlmflow.engine",
+    "plan": "vlmflow.engine",
+    "summarize": "vlmflow.summary",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

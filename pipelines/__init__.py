@@ -1,0 +1,1 @@
+"""Prefect flows over the library; they come with the issue on scheduling."""

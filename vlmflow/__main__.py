@@ -1,0 +1,5 @@
+"""``python -m vlmflow``: the command line."""
+
+from vlmflow.cli import main
+
+main()

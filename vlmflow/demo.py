@@ -1,0 +1,61 @@
+"""The demo: the catalog that ships with the package, enriched by the models that ship with it. No network."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from vlmflow.catalog import Catalog
+from vlmflow.config import CatalogConfig, Job, SourceConfig
+from vlmflow.engine import RunReport, enrich
+from vlmflow.engine.progress import ProgressDisplay
+from vlmflow.summary import summarize
+from vlmflow.views import print_report, print_summary
+
+_NUM_MISFITS = 5
+
+
+def demo_job(catalog: str) -> Job:
+    """The demo's job: the shipped manifest, the starter models, the demo policy."""
+    manifest = Path(str(resources.files("vlmflow"))) / "starter" / "demo" / "manifest.csv"
+    return Job(
+        source=SourceConfig(uri=str(manifest), text_column="title"),
+        catalog=CatalogConfig(uri=catalog),
+        profile="starter",
+        policy="demo",
+    )
+
+
+def run_demo(catalog: str, display: ProgressDisplay, console: Console) -> RunReport:
+    """Enriches the demo catalog and prints what came out of it, and where to look."""
+    job = demo_job(catalog)
+    report = enrich(job, progress=display)
+    display.close()
+    print_report(report, console)
+    console.print()
+    print_summary(summarize(job.catalog), console)
+    _print_misfits(job.catalog, console)
+    shown = escape(catalog)
+    console.print(
+        f"""
+The starter models know drawings of a small world; `vlmflow profiles` names those for photographs.
+Look further:
+  vlmflow show {shown}
+  vlmflow export {shown} demo-parquet      plain Parquet, for any reader
+  vlmflow demo {shown}                     once more: nothing is due
+In Python: [cyan]duckdb.sql("select uri, caption, decision from delta_scan('{shown}/images')")[/cyan]"""
+    )
+    return report
+
+
+def _print_misfits(config: CatalogConfig, console: Console) -> None:
+    rows = Catalog.open(config).images(["uri", "caption", "text_itm", "source"])
+    rows = rows.filter(rows["text_itm"].is_valid()).sort_by("text_itm").slice(0, _NUM_MISFITS)
+    table = Table("title that fits least", "caption", "text match", box=None, pad_edge=False, header_style="dim")
+    for row in rows.to_pylist():
+        table.add_row(escape(row["source"]["title"]), escape(row["caption"] or "-"), f"{row['text_itm']:.2f}")
+    console.print(table)

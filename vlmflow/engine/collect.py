@@ -1,0 +1,225 @@
+"""The driver's side of a run: finished blocks in, files written by Ray tasks, commits made in order.
+
+Blocks stay in the object store; the driver holds references, descriptors of files and counts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+import ray
+
+from vlmflow.catalog import Catalog, CatalogWriter
+from vlmflow.config import CommitConfig
+from vlmflow.engine import columns
+from vlmflow.engine.progress import Tally
+from vlmflow.engine.report import CommitReport
+from vlmflow.errors import ErrorBudgetError, StoreLostError
+
+# The error budget looks at this many finished rows, and nothing is committed before.
+BUDGET_ROWS = 1_000
+# Writes under way at once: enough to hide the latency of a store, few enough to bound what a kill loses.
+MAX_WRITES = 4
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a write task returns.
+
+    Attributes:
+        files: descriptors of the files (schema.DESCRIPTOR); they carry the keys.
+        sums: totals of the blocks' numeric columns: seconds and batches per stage, bytes read.
+        worked: images on which each task ran, failed ones included.
+        decisions: images by moderation decision.
+        fatal: why the run must end; then nothing was written.
+    """
+
+    files: pa.Table
+    sums: dict[str, float]
+    worked: dict[str, int]
+    decisions: dict[str, int]
+    fatal: str | None
+
+
+def write_blocks(writer: CatalogWriter, *blocks: pa.Table) -> Written:
+    """Writes finished blocks as files of the catalog, not yet visible to readers. Runs as a Ray task."""
+    rows = pa.concat_tables([block for block in blocks if block.num_rows], promote_options="permissive")
+    fatal = next((reason for reason in rows[columns.FATAL].unique().to_pylist() if reason), None)
+    if fatal is not None:
+        return Written(writer.write(rows.slice(0, 0)), {}, {}, {}, fatal)
+    sums = {
+        name: float(pa.compute.sum(rows[name]).as_py() or 0.0)
+        for name in rows.column_names
+        if name.startswith((columns.SECONDS_PREFIX, columns.BATCHES_PREFIX)) or name == "bytes_read"
+    }
+    worked: Counter[str] = Counter()
+    for column in (columns.TASKS_RUN, columns.TASKS_FAILED):
+        for entry in pa.compute.list_flatten(rows[column]).value_counts().to_pylist():
+            worked[entry["values"]] += entry["counts"]
+    return Written(writer.write(rows), sums, dict(worked), _decisions(rows), None)
+
+
+@dataclass
+class Collected:
+    """Totals of a run, filled as commits go through."""
+
+    num_added: int = 0
+    num_replaced: int = 0
+    num_by_others: int = 0
+    statuses: Counter[str] = field(default_factory=Counter)
+    decisions: Counter[str] = field(default_factory=Counter)
+    sums: Counter[str] = field(default_factory=Counter)
+    worked: Counter[str] = field(default_factory=Counter)
+    commits: list[CommitReport] = field(default_factory=list)
+    errors: Counter[str] = field(default_factory=Counter)
+    num_rows: int = 0
+    keys: list[pa.Array] = field(default_factory=list)  # image ids in the committed files, 16 bytes each
+
+
+class Collector:
+    """Groups finished blocks, has them written, and commits what was written.
+
+    Args:
+        total: images due in the run; decides whether the error budget applies.
+        max_error_fraction: of the first 1,000 finished rows; 1 turns the budget off.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        writer: CatalogWriter,
+        run_id: str,
+        commit: CommitConfig,
+        tally: Tally,
+        max_error_fraction: float,
+    ) -> None:
+        self._catalog, self._run_id, self._commit = catalog, run_id, commit
+        self._writer = ray.put(writer)
+        self._write = ray.remote(num_cpus=0, max_retries=3, scheduling_strategy="SPREAD")(write_blocks)
+        self._tally = tally
+        self._max_error_fraction = max_error_fraction
+        self._within_budget = max_error_fraction >= 1 or tally.total < BUDGET_ROWS
+        self._blocks: list[ray.ObjectRef[pa.Table]] = []
+        self._num_buffered = 0
+        self._writes: list[ray.ObjectRef[Written]] = []
+        self._files: list[pa.Table] = []
+        self._written: Counter[str] = Counter()  # rows by status, committed or not
+        self._started = self._last_flush = time.monotonic()
+        self.collected = Collected()
+
+    def add(self, blocks: Iterable[tuple[ray.ObjectRef[pa.Table], int]]) -> None:
+        """Takes finished blocks with their numbers of rows."""
+        for block, num_rows in blocks:
+            if num_rows == 0:
+                continue
+            self._blocks.append(block)
+            self._num_buffered += num_rows
+            self._tally.done += num_rows
+
+    def tick(self) -> None:
+        """Starts a write if enough rows or time has come together; commits the writes that are done.
+
+        Raises:
+            StoreLostError: a worker lost the source's store.
+            ErrorBudgetError: too many of the first rows are bad.
+            CommitError: a commit could not be made.
+        """
+        waited = time.monotonic() - self._last_flush
+        if self._num_buffered >= self._commit.max_rows or (self._num_buffered and waited >= self._commit.max_seconds):
+            self._flush()
+        self._reap(wait=len(self._writes) >= MAX_WRITES)
+
+    def finish(self) -> None:
+        """Writes and commits all that is left; raises as :meth:`tick`."""
+        self._flush()
+        while self._writes:
+            self._reap(wait=True)
+        self._within_budget = True
+        self._commit_files()
+
+    def _flush(self) -> None:
+        self._last_flush = time.monotonic()
+        if not self._blocks:
+            return
+        self._writes.append(self._write.remote(self._writer, *self._blocks))
+        self._blocks, self._num_buffered = [], 0
+
+    def _reap(self, *, wait: bool) -> None:
+        if not self._writes:
+            return
+        done, self._writes = ray.wait(self._writes, num_returns=1, timeout=None if wait else 0)
+        for ref in done:
+            self._take(ray.get(ref))
+        if done:
+            self._check_budget()
+            self._commit_files()
+
+    def _take(self, written: Written) -> None:
+        if written.fatal is not None:
+            raise StoreLostError(
+                written.fatal,
+                remedy="What was committed stays; mend the access and run the same command again to go on.",
+            )
+        self._files.append(written.files)
+        self.collected.sums.update(written.sums)
+        self.collected.worked.update(written.worked)
+        errors = _counts(written.files, "errors")
+        self._tally.errors.update(errors)
+        self.collected.errors.update(errors)
+        self.collected.decisions.update(written.decisions)
+        self._written.update(_counts(written.files, "statuses"))
+
+    def _check_budget(self) -> None:
+        if self._within_budget:
+            return
+        finished = sum(self._written.values())
+        if finished < BUDGET_ROWS:
+            return
+        bad = finished - self._written["ok"]
+        if bad > self._max_error_fraction * finished:
+            classes = ", ".join(f"{name} {count:,}" for name, count in self._tally.errors.most_common(3))
+            raise ErrorBudgetError(
+                f"{bad:,} of the first {finished:,} images are bad ({classes}); nothing was committed",
+                remedy="Check the source, or raise max_error_fraction (1 turns the check off).",
+            )
+        self._within_budget = True
+
+    def _commit_files(self) -> None:
+        if not self._within_budget or not self._files:
+            return
+        files, self._files = pa.concat_tables(self._files), []
+        if files.num_rows == 0:
+            return
+        started = time.monotonic()
+        result = self._catalog.commit(self._run_id, files)
+        ended = time.monotonic()
+        rows = result.num_added + result.num_replaced
+        self._tally.committed += rows
+        collected = self.collected
+        collected.num_added += result.num_added
+        collected.num_replaced += result.num_replaced
+        collected.statuses.update(result.statuses)
+        collected.num_by_others += result.num_dropped + result.num_superseded
+        images = files.filter(pa.compute.equal(files["table"], "images"))
+        collected.num_rows += pa.compute.sum(images["num_rows"]).as_py() or 0
+        collected.keys.append(pa.compute.list_flatten(images["keys"]).combine_chunks())
+        collected.commits.append(CommitReport(rows=rows, at_s=ended - self._started, seconds=ended - started))
+
+
+def _decisions(rows: pa.Table) -> dict[str, int]:
+    if "decision" not in rows.column_names:
+        return {"review": rows.num_rows}
+    decisions = rows["decision"].fill_null("review").value_counts().to_pylist()  # the writer does the same
+    return {entry["values"]: entry["counts"] for entry in decisions}
+
+
+def _counts(files: pa.Table, column: str) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    for entries in files[column].to_pylist():
+        for entry in entries or []:
+            counts[entry["name"]] += entry["count"]
+    return counts

@@ -1,0 +1,58 @@
+"""The columns that a block carries inside a run, besides those of :mod:`vlmflow.schema`.
+
+Their names stay inside the engine; none of them reaches a table.
+"""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+# Tasks that remain to be run on the row, that have run, and that were tried and failed.
+RUN_TASKS = "run_tasks"
+TASKS_RUN = "tasks_run"
+TASKS_FAILED = "tasks_failed"
+
+# A fault of the store that ends the run; rows after it are not to be committed. Ray Data, told to survive errored
+# blocks, would swallow an exception, so the message travels as a value.
+FATAL = "fatal"
+
+# Seconds of work, spread evenly over the rows of the batch so that sums stay right however blocks are cut.
+SECONDS_PREFIX = "seconds_"
+# Batches likewise: 1 / rows on each row.
+BATCHES_PREFIX = "batches_"
+
+_INTERNAL_PREFIXES = ("pixels_", "views_")
+
+
+def seconds_column(stage: str) -> str:
+    """Names the column with a stage's seconds of work per row."""
+    return SECONDS_PREFIX + stage
+
+
+def has_task(batch: pa.Table, column: str, task: str) -> pa.Array:
+    """Tells row by row whether the list column names the task; bool, no nulls."""
+    lists = batch[column].combine_chunks()
+    parents = pc.list_parent_indices(lists)
+    hits = pc.filter(parents, pc.equal(pc.list_flatten(lists), task))
+    rows = pa.array(range(len(lists)), pa.int64())
+    return pc.is_in(rows, value_set=hits.cast(pa.int64()))
+
+
+def spread(seconds: float, num_rows: int) -> pa.Array:
+    """Spreads an amount evenly over rows; float64."""
+    return pa.repeat(pa.scalar(seconds / max(1, num_rows), pa.float64()), num_rows)
+
+
+def drop_pixels(batch: pa.Table) -> pa.Table:
+    """Takes the pixels off a batch that no later pool needs."""
+    return batch.drop_columns([name for name in batch.column_names if name.startswith(_INTERNAL_PREFIXES)])
+
+
+def append_to_lists(batch: pa.Table, column: str, additions: list[list[object]]) -> pa.Table:
+    """Appends to a list column, row by row; rows without an addition keep their value."""
+    if not any(additions):
+        return batch
+    index = batch.schema.get_field_index(column)
+    values = [(old or []) + new for old, new in zip(batch[column].to_pylist(), additions, strict=True)]
+    return batch.set_column(index, column, pa.array(values, batch.schema.field(column).type))

@@ -1,0 +1,87 @@
+"""The Ray Data pipeline of a run: planned references in, finished rows without pixels out."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy, Dataset
+
+from vlmflow.catalog import Plan
+from vlmflow.config import Job, PoolConfig
+from vlmflow.engine.cluster import Cluster
+from vlmflow.engine.decoding import ReadAndDecode
+from vlmflow.engine.pools import Models, PoolWorker
+
+# Unequal to what a pool's actors ask for: Ray Data fuses a map into the actors behind it when both ask for the same.
+DECODE_CPUS = 0.45
+# Images that one decode call reads at once: their encoded bytes are in memory together.
+DECODE_BATCH = 64
+_MIN_BLOCK_ROWS, _MAX_BLOCK_ROWS = 32, 512
+# A worker that dies by a signal is retried without limit unless told otherwise.
+_TASK_LIMITS = {"max_retries": 2}
+_ACTOR_LIMITS = {"max_restarts": -1, "max_task_retries": 2}
+
+
+def default_pools(job: Job, cluster: Cluster) -> tuple[PoolConfig, ...]:
+    """All tasks in one pool: on each GPU, or on the CPUs, of which decoding keeps a share."""
+    if job.pools:
+        wanted = set(job.tasks)
+        kept = [(pool, tuple(task for task in pool.tasks if task in wanted)) for pool in job.pools]
+        return tuple(pool.model_copy(update={"tasks": tasks}) for pool, tasks in kept if tasks)
+    if cluster.gpus >= 1:
+        num_gpus = int(cluster.gpus)
+        return (PoolConfig(tasks=job.tasks, gpus=1, cpus=1, max_actors=num_gpus, batch_size=64),)
+    cores = max(1, int(cluster.cpus))
+    if cores <= 4:
+        # One thread each: for small batches, actors side by side do more than threads inside one.
+        return (PoolConfig(tasks=job.tasks, cpus=0.5, min_actors=cores, max_actors=cores),)
+    num_actors = cores // 4
+    return (PoolConfig(tasks=job.tasks, cpus=3, min_actors=1, max_actors=num_actors),)
+
+
+def planned_blocks(plan: Plan, cluster: Cluster) -> Iterator[pa.Table]:
+    """Cuts the planned rows into blocks small enough to keep every core busy, in order."""
+    per_core = plan.num_planned / max(1.0, 4 * cluster.cpus)
+    block_rows = int(min(_MAX_BLOCK_ROWS, max(_MIN_BLOCK_ROWS, per_core)))
+    return plan.batches(max_rows=block_rows)
+
+
+def build_pipeline(
+    blocks: list[ray.ObjectRef[pa.Table]], decode: ReadAndDecode, pools: tuple[PoolConfig, ...], models: Models
+) -> Dataset:
+    """Chains decoding and the pools; nothing runs until the dataset is consumed."""
+    dataset = ray.data.from_arrow_refs(blocks)
+    with warnings.catch_warnings():
+        # Ray 2.60 announces named parameters for these arguments and has none for the retries yet.
+        warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
+        dataset = dataset.map_batches(
+            _as_function(decode),
+            batch_format="pyarrow",
+            batch_size=DECODE_BATCH,
+            num_cpus=DECODE_CPUS,
+            **_TASK_LIMITS,
+        )
+        for pool in pools:
+            dataset = dataset.map_batches(
+                PoolWorker,
+                fn_constructor_kwargs={"pool": pool, "models": models, "is_last": pool is pools[-1]},
+                batch_format="pyarrow",
+                batch_size=pool.batch_size,
+                num_cpus=pool.cpus,
+                num_gpus=pool.gpus,
+                # A fixed pool that reserves every CPU starves the reads and waits for ever (ray#44687).
+                compute=ActorPoolStrategy(min_size=pool.min_actors, max_size=pool.max_actors),
+                **_ACTOR_LIMITS,
+            )
+    return dataset
+
+
+def _as_function(decode: ReadAndDecode) -> Callable[[pa.Table], pa.Table]:
+    # Ray Data takes a callable object for a class to be built in actors; a function runs in tasks.
+    def read_and_decode(batch: pa.Table) -> pa.Table:
+        return decode(batch)
+
+    return read_and_decode

@@ -1,0 +1,128 @@
+"""A pool: actors that hold the models of one or more tasks and run them on batches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+
+from vlmflow.config import ModelConfig, PoolConfig
+from vlmflow.engine import columns
+from vlmflow.imaging import PixelRequest
+from vlmflow.moderation.policy import Binding, Policy
+from vlmflow.moderation.prompts import PromptVectors
+from vlmflow.tasks import Task, add_columns
+
+if TYPE_CHECKING:
+    from vlmflow.tasks.run import BatchLimit
+
+# A task's outputs exist only where the task it reads succeeded.
+_READS = {"moderate": "embed"}
+
+
+@dataclass(frozen=True)
+class Moderating:
+    """What the moderate task needs, computed once for the run."""
+
+    policy: Policy
+    binding: Binding | None
+    prompts: PromptVectors
+
+
+@dataclass(frozen=True)
+class Models:
+    """What the pools' tasks are built of, in any process.
+
+    Attributes:
+        configs: weights by role (embed, caption, match).
+        digests: of the weights, by role: a node whose folder holds others must not contribute rows.
+        requests: the pixels that each role reads.
+    """
+
+    configs: dict[str, ModelConfig]
+    digests: dict[str, str]
+    requests: dict[str, PixelRequest]
+    max_caption_tokens: int
+    moderating: Moderating | None
+
+
+class PoolWorker:
+    """Runs a pool's tasks on a batch; built once per actor, so weights load once."""
+
+    def __init__(self, pool: PoolConfig, models: Models, *, is_last: bool) -> None:
+        # The driver imports this module too and needs no torch.
+        from vlmflow.engine.loading import build_task, set_up_torch
+        from vlmflow.tasks.run import BatchLimit
+
+        device = set_up_torch(pool)
+        self._tasks: dict[str, Task] = {name: build_task(name, models, device) for name in pool.tasks}
+        self._limits: dict[str, BatchLimit] = {name: BatchLimit() for name in pool.tasks}
+        self._is_last = is_last
+        self._name = "+".join(pool.tasks)
+        self._idle_since: float | None = None
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Adds the outputs of the pool's tasks, null on rows that do not need or cannot have them."""
+        if batch.num_rows == 0:
+            return batch
+        started = time.perf_counter()
+        waited = 0.0 if self._idle_since is None else started - self._idle_since
+        for name, task in self._tasks.items():
+            batch = _run_on_due_rows(batch, task, self._limits[name])
+        if self._is_last:
+            batch = columns.drop_pixels(batch)
+        num_rows = batch.num_rows
+        ended = time.perf_counter()
+        for column, amount in (
+            (columns.seconds_column(f"busy:{self._name}"), ended - started),
+            (columns.seconds_column(f"waiting:{self._name}"), waited),
+            (columns.BATCHES_PREFIX + self._name, 1.0),
+        ):
+            batch = batch.append_column(column, columns.spread(amount, num_rows))
+        self._idle_since = time.perf_counter()
+        return batch
+
+
+def _run_on_due_rows(batch: pa.Table, task: Task, limit: BatchLimit) -> pa.Table:
+    from vlmflow.tasks.run import run_contained
+
+    started = time.perf_counter()
+    name = task.name
+    due = columns.has_task(batch, columns.RUN_TASKS, name)
+    if name in _READS and columns.TASKS_FAILED in batch.column_names:
+        due = pa.compute.and_not(due, columns.has_task(batch, columns.TASKS_FAILED, _READS[name]))
+    rows = pa.compute.indices_nonzero(due)
+    succeeded: list[list[object]] = [[] for _ in range(batch.num_rows)]
+    failed: list[list[object]] = [[] for _ in range(batch.num_rows)]
+    errors: list[list[object]] = [[] for _ in range(batch.num_rows)]
+    outputs: dict[str, pa.Array] = {field.name: pa.nulls(batch.num_rows, field.type) for field in task.writes}
+    if len(rows):
+        values, row_errors = run_contained(task, batch.take(rows), limit)
+        outputs = _scatter(values, rows, batch.num_rows, task.writes)
+        for row, error in zip(rows.to_pylist(), row_errors.to_pylist(), strict=True):
+            if error is None:
+                succeeded[row] = [name]
+            else:
+                failed[row], errors[row] = [name], [error]
+    batch = add_columns(batch, task.writes, outputs)
+    batch = columns.append_to_lists(batch, columns.TASKS_RUN, succeeded)
+    batch = columns.append_to_lists(batch, columns.TASKS_FAILED, failed)
+    batch = columns.append_to_lists(batch, "errors", errors)
+    elapsed = time.perf_counter() - started
+    return batch.append_column(columns.seconds_column(name), columns.spread(elapsed, batch.num_rows))
+
+
+def _scatter(outputs: dict[str, pa.Array], rows: pa.Array, num_rows: int, writes: pa.Schema) -> dict[str, pa.Array]:
+    """Puts the values of some rows back among all rows, null elsewhere."""
+    if len(rows) == num_rows:
+        return outputs
+    position = pa.compute.index_in(pa.array(range(num_rows), pa.uint64()), value_set=rows)
+    return {field.name: outputs[field.name].take(position) for field in writes}
+
+
+def required_roles(tasks: Sequence[str]) -> list[str]:
+    """The model roles that tasks load, in a stable order; moderate loads none of its own."""
+    return [role for role in ("embed", "caption", "match") if role in tasks]

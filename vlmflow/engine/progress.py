@@ -1,0 +1,193 @@
+"""How a run shows what it does: a live display on a terminal, lines in a log, JSON lines for machines."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Protocol, Self, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+logger = logging.getLogger("vlmflow")
+
+LOG_INTERVAL_S = 10.0
+
+
+@dataclass
+class Tally:
+    """The counts of a run so far.
+
+    Attributes:
+        total: images due.
+        done: images that have left the last pool.
+        committed: rows in the catalog.
+        errors: rows by error class.
+        elapsed_s: since the first image entered the pipeline.
+    """
+
+    total: int = 0
+    done: int = 0
+    committed: int = 0
+    errors: Counter[str] = field(default_factory=Counter)
+    elapsed_s: float = 0.0
+
+    @property
+    def images_per_s(self) -> float:
+        """Finished images per second since the pipeline started; 0 before the first."""
+        return self.done / self.elapsed_s if self.elapsed_s > 0 else 0.0
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds to go at the present rate; None before there is one."""
+        return (self.total - self.done) / self.images_per_s if self.images_per_s > 0 else None
+
+
+class ProgressDisplay(Protocol):
+    """What the engine tells of its progress."""
+
+    def stage(self, text: str) -> None:
+        """Names what is going on now: listing, planning, starting models, enriching."""
+
+    def update(self, tally: Tally) -> None:
+        """Shows the counts; called several times a second, displays thin it out themselves."""
+
+    def close(self) -> None:
+        """Ends the display."""
+
+
+class SilentProgress:
+    """Shows nothing: the default of the Python API."""
+
+    def stage(self, text: str) -> None:
+        """Does nothing."""
+
+    def update(self, tally: Tally) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
+class LogProgress:
+    """A line in the log at most every ten seconds."""
+
+    def __init__(self, interval_s: float = LOG_INTERVAL_S) -> None:
+        self._interval_s = interval_s
+        self._last = float("-inf")
+
+    def stage(self, text: str) -> None:
+        """Logs the stage."""
+        logger.info("%s", text)
+
+    def update(self, tally: Tally) -> None:
+        """Logs the counts if the last line is old enough."""
+        now = time.monotonic()
+        if now - self._last >= self._interval_s:
+            self._last = now
+            logger.info("%s", describe(tally))
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
+class JsonProgress:
+    """One JSON object a line, for machines; the last line of the command is the report."""
+
+    def __init__(self, stream: TextIO, interval_s: float = LOG_INTERVAL_S) -> None:
+        self._stream = stream
+        self._interval_s = interval_s
+        self._last = float("-inf")
+
+    def stage(self, text: str) -> None:
+        """Writes ``{"event": "stage", ...}``."""
+        self._write({"event": "stage", "stage": text})
+
+    def update(self, tally: Tally) -> None:
+        """Writes ``{"event": "progress", ...}`` if the last line is old enough."""
+        now = time.monotonic()
+        if now - self._last < self._interval_s:
+            return
+        self._last = now
+        eta_s = tally.eta_s
+        self._write(
+            {
+                "event": "progress",
+                "done": tally.done,
+                "total": tally.total,
+                "committed": tally.committed,
+                "images_per_s": round(tally.images_per_s, 2),
+                "eta_s": None if eta_s is None else round(eta_s, 1),
+                "errors": dict(tally.errors),
+            }
+        )
+
+    def close(self) -> None:
+        """Does nothing."""
+
+    def _write(self, event: dict[str, object]) -> None:
+        self._stream.write(json.dumps(event) + "\n")
+        self._stream.flush()
+
+
+class LiveProgress:
+    """A live bar on a terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[counts]}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        self._task = self._progress.add_task("starting", total=None, counts="")
+        self._progress.start()
+
+    def stage(self, text: str) -> None:
+        """Puts the stage before the bar."""
+        self._progress.update(self._task, description=text)
+
+    def update(self, tally: Tally) -> None:
+        """Moves the bar."""
+        errors = f", {sum(tally.errors.values())} with errors" if tally.errors else ""
+        counts = f"{tally.done:,}/{tally.total:,} images, {tally.images_per_s:.1f}/s, {tally.committed:,} saved{errors}"
+        self._progress.update(self._task, total=tally.total, completed=tally.done, counts=counts)
+
+    def close(self) -> None:
+        """Takes the bar off the screen."""
+        self._progress.stop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def describe(tally: Tally) -> str:
+    """One line: images done of total, rate, time to go, rows saved, errors by class."""
+    eta_s = tally.eta_s
+    parts = [f"{tally.done:,}/{tally.total:,} images", f"{tally.images_per_s:.1f} images/s"]
+    if eta_s is not None and tally.done < tally.total:
+        parts.append(f"{duration(eta_s)} to go")
+    parts.append(f"{tally.committed:,} saved")
+    if tally.errors:
+        parts.append("errors: " + ", ".join(f"{name} {count:,}" for name, count in tally.errors.most_common()))
+    return ", ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """Writes seconds as ``45 s``, ``3 min 5 s`` or ``2 h 10 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

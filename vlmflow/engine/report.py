@@ -1,0 +1,268 @@
+"""The record of a run: what the catalog keeps under ``runs/`` and what :func:`vlmflow.enrich` returns."""
+
+from __future__ import annotations
+
+import datetime as dt
+import platform
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any, Literal
+
+from vlmflow.config import Frozen, Job
+from vlmflow.engine import columns
+from vlmflow.sources import normalise_uri
+
+if TYPE_CHECKING:
+    from vlmflow.catalog import Plan
+    from vlmflow.engine.collect import Collected
+    from vlmflow.engine.prepare import Prepared
+
+RunStatus = Literal["running", "done", "nothing_due", "unreconciled", "failed", "interrupted"]
+
+_PACKAGES = ("vlmflow", "ray", "torch", "transformers", "open_clip_torch", "deltalake", "pyarrow", "pillow", "obstore")
+
+
+class StageReport(Frozen):
+    """Where the time of one stage went, summed over its workers.
+
+    Attributes:
+        images: images that the stage worked on.
+        busy_s: seconds of work, all workers together.
+        images_per_busy_s: images per second of work of one worker.
+    """
+
+    stage: str
+    images: int
+    busy_s: float
+    images_per_busy_s: float
+
+
+class PoolReport(Frozen):
+    """How a pool's actors spent their time between their first and their last batch.
+
+    Attributes:
+        busy_s: seconds in tasks, all actors together.
+        waiting_s: seconds without a batch, all actors together.
+    """
+
+    tasks: tuple[str, ...]
+    batches: int
+    busy_s: float
+    waiting_s: float
+
+
+class CommitReport(Frozen):
+    """One commit of the run.
+
+    Attributes:
+        rows: image rows that this commit put into the table.
+        at_s: seconds after the start of the run.
+    """
+
+    rows: int
+    at_s: float
+    seconds: float
+
+
+class RunReport(Frozen):
+    """What a run did. The catalog keeps it as JSON under ``runs/``.
+
+    Attributes:
+        num_listed: images that the source listed.
+        num_unchanged: of these, images with nothing due.
+        num_policy_differs: rows decided under another policy; only a remoderation changes them.
+        due: images due by task and reason.
+        num_added: rows that are new in the catalog.
+        num_replaced: rows that were there before.
+        num_by_others: rows dropped because another run had committed them meanwhile.
+        images_per_s: images by the time from the first image into the pipeline to the last commit.
+        bytes_read: encoded bytes read from the source.
+    """
+
+    run_id: str
+    status: RunStatus
+    message: str = ""
+    source: str
+    catalog: str
+    profile: str
+    tasks: tuple[str, ...]
+    date: dt.date
+    started_at: dt.datetime
+    finished_at: dt.datetime | None = None
+    seconds: float = 0.0
+    startup_s: float = 0.0
+    num_listed: int = 0
+    num_unchanged: int = 0
+    num_due: int = 0
+    num_policy_differs: int = 0
+    due: dict[str, dict[str, int]] = {}
+    num_added: int = 0
+    num_replaced: int = 0
+    num_by_others: int = 0
+    statuses: dict[str, int] = {}
+    decisions: dict[str, int] = {}
+    errors: dict[str, int] = {}
+    images_per_s: float = 0.0
+    bytes_read: int = 0
+    stages: tuple[StageReport, ...] = ()
+    pools: tuple[PoolReport, ...] = ()
+    commits: tuple[CommitReport, ...] = ()
+    models: dict[str, str] = {}
+    fingerprints: dict[str, str] = {}
+    policy: str | None = None
+    versions: dict[str, str] = {}
+    config: dict[str, object] = {}
+
+
+class PlanSummary(Frozen):
+    """What a run would do.
+
+    Attributes:
+        num_duplicates: references that repeat an image of the same listing.
+        num_due: images with something due.
+        num_planned: of these, what a limit leaves.
+        num_exhausted: images that failed three times and are not tried again.
+        due: images due by task and reason.
+    """
+
+    num_listed: int
+    num_duplicates: int
+    num_new: int
+    num_unchanged: int
+    num_due: int
+    num_planned: int
+    num_exhausted: int
+    num_policy_differs: int
+    due: dict[str, dict[str, int]]
+    policy: str | None
+
+
+def plan_summary(prepared: Prepared, plan: Plan) -> PlanSummary:
+    """Puts a plan's counts into one object."""
+    return PlanSummary(
+        num_listed=plan.num_listed,
+        num_duplicates=plan.num_duplicates,
+        num_new=plan.num_new,
+        num_unchanged=plan.num_unchanged,
+        num_due=plan.num_due,
+        num_planned=plan.num_planned,
+        num_exhausted=plan.num_exhausted,
+        num_policy_differs=plan.num_policy_differs,
+        due=due_by_task(prepared.job.tasks, plan),
+        policy=policy_name(prepared),
+    )
+
+
+def due_by_task(tasks: Iterable[str], plan: Plan) -> dict[str, dict[str, int]]:
+    """Images due, by task and then by reason."""
+    return {
+        task: {reason: count for (name, reason), count in sorted(plan.counts.items()) if name == task} for task in tasks
+    }
+
+
+def policy_name(prepared: Prepared) -> str | None:
+    """``name version (digest)`` of the policy; None without one."""
+    policy = prepared.policy
+    return None if policy is None else f"{policy.name} {policy.version} ({policy.digest[:12]})"
+
+
+def initial_report(run_id: str, prepared: Prepared, plan: Plan) -> RunReport:
+    """What is known of a run before its first image."""
+    job = prepared.job
+    return RunReport(
+        run_id=run_id,
+        status="running",
+        source=normalise_uri(job.source.uri),
+        catalog=normalise_uri(job.catalog.uri),
+        profile=job.profile,
+        tasks=job.tasks,
+        date=prepared.date,
+        started_at=dt.datetime.now(dt.UTC),
+        num_listed=plan.num_listed,
+        num_unchanged=plan.num_unchanged,
+        num_due=plan.num_planned,
+        num_policy_differs=plan.num_policy_differs,
+        due=due_by_task(job.tasks, plan),
+        models=prepared.model_names(),
+        fingerprints=prepared.fingerprints,
+        policy=policy_name(prepared),
+        versions=installed_versions(),
+        config=_public_config(job),
+    )
+
+
+def finished_report(
+    report: RunReport, collected: Collected, status: RunStatus, message: str, *, seconds: float, startup_s: float
+) -> RunReport:
+    """Fills in what the run did."""
+    committed = sum(commit.rows for commit in collected.commits)
+    working_s = seconds - startup_s
+    return report.model_copy(
+        update={
+            "status": status,
+            "message": message,
+            "finished_at": dt.datetime.now(dt.UTC),
+            "seconds": round(seconds, 3),
+            "startup_s": round(startup_s, 3),
+            "num_added": collected.num_added,
+            "num_replaced": collected.num_replaced,
+            "num_by_others": collected.num_by_others,
+            "statuses": dict(collected.statuses),
+            "decisions": dict(collected.decisions),
+            "errors": dict(collected.errors),
+            "images_per_s": round(committed / working_s, 2) if working_s > 0 else 0.0,
+            "bytes_read": int(collected.sums["bytes_read"]),
+            "stages": _stages(report.tasks, collected),
+            "pools": _pools(collected),
+            "commits": tuple(collected.commits),
+        }
+    )
+
+
+def _stages(tasks: tuple[str, ...], collected: Collected) -> tuple[StageReport, ...]:
+    num_rows = collected.num_rows
+    images = {"read": num_rows, "decode": num_rows} | {task: collected.worked[task] for task in tasks}
+    return tuple(
+        StageReport(
+            stage=stage,
+            images=images[stage],
+            busy_s=round(busy_s, 3),
+            images_per_busy_s=round(images[stage] / busy_s, 2) if busy_s > 0 else 0.0,
+        )
+        for stage in images
+        if (busy_s := collected.sums[columns.seconds_column(stage)]) or images[stage]
+    )
+
+
+def _pools(collected: Collected) -> tuple[PoolReport, ...]:
+    names = [
+        name.removeprefix(columns.BATCHES_PREFIX) for name in collected.sums if name.startswith(columns.BATCHES_PREFIX)
+    ]
+    return tuple(
+        PoolReport(
+            tasks=tuple(name.split("+")),
+            batches=round(collected.sums[columns.BATCHES_PREFIX + name]),
+            busy_s=round(collected.sums[columns.seconds_column(f"busy:{name}")], 3),
+            waiting_s=round(collected.sums[columns.seconds_column(f"waiting:{name}")], 3),
+        )
+        for name in names
+    )
+
+
+def _public_config(job: Job) -> dict[str, Any]:
+    """The job as it was given, its uris without credentials or signatures."""
+    config = job.model_dump(mode="json", exclude_defaults=True)
+    for part in ("source", "catalog"):
+        config[part]["uri"] = normalise_uri(config[part]["uri"])
+    return config
+
+
+def installed_versions() -> dict[str, str]:
+    """The versions of Python and of the packages that decide what a run computes; absent ones are left out."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions

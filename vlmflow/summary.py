@@ -1,0 +1,127 @@
+"""What a catalog holds, in numbers and examples: the content of ``vlmflow show``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from vlmflow import schema
+from vlmflow.catalog import Catalog
+from vlmflow.config import CatalogConfig, Frozen
+
+_NUM_EXAMPLES = 5
+_NUM_RUNS = 5
+_COUNTED = ("status", "decision", "embed_model", "caption_model", "match_model", "policy_name", "policy_version")
+
+
+class Example(Frozen):
+    """An image as a person would want to see it listed."""
+
+    uri: str
+    status: str
+    decision: str
+    decision_reason: str | None
+    caption: str | None
+    caption_itm: float | None
+    text_itm: float | None
+
+
+class RunLine(Frozen):
+    """A run in one line."""
+
+    run_id: str
+    state: str
+    started_at: str
+    num_added: int
+    num_replaced: int
+    images_per_s: float
+    message: str
+
+
+class CatalogSummary(Frozen):
+    """What is in a catalog.
+
+    Attributes:
+        version: of the images table in its log.
+        policies: rows by policy name and version.
+        models: rows by model, per task.
+        errors: rows by error class.
+    """
+
+    catalog: str
+    version: int
+    num_images: int
+    num_vectors: int
+    statuses: dict[str, int]
+    decisions: dict[str, int]
+    errors: dict[str, int]
+    policies: dict[str, int]
+    models: dict[str, dict[str, int]]
+    flagged: tuple[Example, ...]
+    examples: tuple[Example, ...]
+    runs: tuple[RunLine, ...]
+
+
+def summarize(config: CatalogConfig) -> CatalogSummary:
+    """Reads the counts and a few examples, file by file; vectors are counted, not read.
+
+    Raises:
+        CatalogError: there is no catalog, or another version of vlmflow wrote it.
+    """
+    catalog = Catalog.open(config)
+    counts: dict[str, Counter[str]] = {name: Counter() for name in ("status", "decision", "errors", "policy")}
+    models: dict[str, Counter[str]] = {task: Counter() for task in ("embed", "caption", "match")}
+    flagged: list[Example] = []
+    examples: list[Example] = []
+    columns = [*Example.model_fields, "errors", *_COUNTED[2:]]
+    for batch in catalog.image_batches(columns):
+        for name in ("status", "decision"):
+            _count(counts[name], batch[name])
+        _count(counts["errors"], pc.struct_field(pc.list_flatten(batch["errors"]), "class"))
+        policy = pc.binary_join_element_wise(batch["policy_name"], batch["policy_version"], " ")
+        _count(counts["policy"], policy)
+        for task, counter in models.items():
+            _count(counter, batch[f"{task}_model"])
+        _gather(flagged, batch.filter(pc.is_in(batch["decision"], pa.array(["review", "block"]))))
+        _gather(examples, batch.filter(pc.equal(batch["decision"], "allow")))
+    return CatalogSummary(
+        catalog=catalog.uri,
+        version=catalog.version,
+        num_images=sum(counts["status"].values()),
+        num_vectors=sum(batch.num_rows for batch in catalog.embedding_batches(["image_id"])),
+        statuses=dict(counts["status"].most_common()),
+        decisions=dict(counts["decision"].most_common()),
+        errors=dict(counts["errors"].most_common()),
+        policies=dict(counts["policy"].most_common()),
+        models={task: dict(counter.most_common()) for task, counter in models.items() if counter},
+        flagged=tuple(flagged),
+        examples=tuple(examples),
+        runs=tuple(_run_line(info.run_id, info.state, info.record) for info in catalog.runs.list()[:_NUM_RUNS]),
+    )
+
+
+def _count(counter: Counter[str], values: pa.ChunkedArray | pa.Array) -> None:
+    for entry in values.drop_null().value_counts().to_pylist():
+        counter[entry["values"]] += entry["counts"]
+
+
+def _gather(examples: list[Example], rows: pa.Table) -> None:
+    wanted = _NUM_EXAMPLES - len(examples)
+    if wanted > 0:
+        names = [name for name in Example.model_fields if name in schema.IMAGES.names]
+        examples.extend(Example(**row) for row in rows.select(names).slice(0, wanted).to_pylist())
+
+
+def _run_line(run_id: str, state: str, record: dict[str, Any]) -> RunLine:
+    return RunLine(
+        run_id=run_id,
+        state=str(record.get("state", state)),
+        started_at=str(record.get("started_at", "")),
+        num_added=int(record.get("num_added", 0)),
+        num_replaced=int(record.get("num_replaced", 0)),
+        images_per_s=float(record.get("images_per_s", 0.0)),
+        message=str(record.get("message", "")),
+    )

@@ -1,0 +1,183 @@
+"""What the command line prints: reports, plans, summaries, profiles and checks as short tables."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from vlmflow.engine.progress import duration
+from vlmflow.engine.report import PlanSummary, RunReport
+from vlmflow.summary import CatalogSummary, Example, summarize
+
+if TYPE_CHECKING:
+    from vlmflow.doctor import Check
+    from vlmflow.models.profiles import ProfileStatus
+
+__all__ = [
+    "check_as_json",
+    "print_check",
+    "print_plan",
+    "print_profiles",
+    "print_report",
+    "print_summary",
+    "profiles_as_json",
+    "summarize",
+]
+
+_COLOURS = {"ok": "green", "allow": "green", "review": "yellow", "warn": "yellow", "block": "red", "fail": "red"}
+
+
+def print_report(report: RunReport, console: Console) -> None:
+    """Prints what a run did, where its time went, and what to do next."""
+    if report.status == "nothing_due":
+        console.print(f"Nothing due: all {report.num_unchanged:,} images of {escape(report.source)} are up to date.")
+        _print_policy_note(report.num_policy_differs, console)
+        return
+    rows = report.num_added + report.num_replaced
+    console.print(
+        f"[bold]{rows:,} images[/bold] in {duration(report.seconds)} "
+        f"({report.images_per_s:,.1f} images/s after {report.startup_s:.0f} s of start-up): "
+        f"{report.num_added:,} new, {report.num_replaced:,} updated, {report.num_unchanged:,} were up to date"
+    )
+    if report.num_by_others:
+        console.print(f"{report.num_by_others:,} more were committed by another run meanwhile")
+    _print_counts("status", report.statuses, console)
+    if "moderate" in report.tasks:
+        _print_counts("decision", report.decisions, console)
+    _print_counts("errors", report.errors, console)
+    table = _table("stage", "images", "busy", "images/s of one worker")
+    for stage in report.stages:
+        table.add_row(stage.stage, f"{stage.images:,}", duration(stage.busy_s), f"{stage.images_per_busy_s:,.1f}")
+    console.print(table)
+    for pool in report.pools:
+        share = pool.busy_s / max(pool.busy_s + pool.waiting_s, 1e-9)
+        console.print(f"pool {'+'.join(pool.tasks)}: {share:.0%} busy, {1 - share:.0%} waiting for images")
+    _print_policy_note(report.num_policy_differs, console)
+    console.print(f"run {report.run_id}; look at it with: vlmflow show {escape(report.catalog)}")
+
+
+def print_plan(summary: PlanSummary, console: Console) -> None:
+    """Prints what a run would do."""
+    console.print(
+        f"{summary.num_listed:,} images listed, {summary.num_unchanged:,} up to date, "
+        f"[bold]{summary.num_planned:,} to do[/bold] ({summary.num_new:,} of those due are new)"
+    )
+    if summary.num_planned < summary.num_due:
+        console.print(f"{summary.num_due:,} are due, the limit leaves {summary.num_planned:,}")
+    if summary.num_duplicates:
+        console.print(f"{summary.num_duplicates:,} references repeat an image and count once")
+    if summary.num_exhausted:
+        console.print(f"{summary.num_exhausted:,} failed three times and are not tried again")
+    table = _table("task", "images", "because")
+    for task, reasons in summary.due.items():
+        because = ", ".join(f"{reason} {count:,}" for reason, count in reasons.items())
+        table.add_row(task, f"{sum(reasons.values()):,}", because or "nothing due")
+    console.print(table)
+    if summary.policy:
+        console.print(f"policy {escape(summary.policy)}")
+    _print_policy_note(summary.num_policy_differs, console)
+
+
+def print_summary(summary: CatalogSummary, console: Console) -> None:
+    """Prints what a catalog holds."""
+    console.print(
+        f"[bold]{escape(summary.catalog)}[/bold]: {summary.num_images:,} images, {summary.num_vectors:,} vectors, "
+        f"version {summary.version}"
+    )
+    _print_counts("status", summary.statuses, console)
+    _print_counts("decision", summary.decisions, console)
+    _print_counts("errors", summary.errors, console)
+    _print_counts("policy", summary.policies, console)
+    for task, models in summary.models.items():
+        _print_counts(task, models, console)
+    _print_examples("allowed", summary.examples, console)
+    _print_examples("flagged", summary.flagged, console)
+    table = _table("run", "state", "started", "new", "updated", "images/s", "")
+    for run in summary.runs:
+        started = run.started_at[:19].replace("T", " ")
+        counts = (f"{run.num_added:,}", f"{run.num_replaced:,}", f"{run.images_per_s:,.1f}")
+        table.add_row(run.run_id, run.state, started, *counts, escape(run.message))
+    console.print(table)
+
+
+def print_profiles(profiles: Sequence[ProfileStatus], console: Console) -> None:
+    """Prints the named sets of models."""
+    for profile in profiles:
+        console.print(f"[bold]{profile.name}[/bold]: {profile.purpose}")
+        table = _table("role", "model", "licence", "size", "weights")
+        for model in profile.models:
+            size = f"{model.size_bytes / 1e6:,.0f} MB"
+            where = "[green]present[/green]" if model.present else "[yellow]absent[/yellow]"
+            table.add_row(model.role, model.repo, model.licence, size, f"{where} {escape(str(model.folder))}")
+        console.print(table)
+
+
+def profiles_as_json(profiles: Sequence[ProfileStatus]) -> str:
+    """The profiles as a JSON array."""
+    return json.dumps([dataclasses.asdict(profile) for profile in profiles], default=str)
+
+
+def print_check(check: Check, console: Console) -> None:
+    """Prints one line of the doctor, and the remedy on a second."""
+    colour = _COLOURS[check.verdict]
+    console.print(f"[{colour}]{check.verdict:>4}[/{colour}]  {escape(check.name)}: {escape(check.found)}")
+    if check.remedy:
+        console.print(f"      {escape(check.remedy)}", style="dim")
+
+
+def check_as_json(check: Check) -> str:
+    """The check as one line of JSON."""
+    return json.dumps(dataclasses.asdict(check))
+
+
+def _print_counts(name: str, counts: Mapping[str, int], console: Console) -> None:
+    if not counts:
+        return
+    parts = []
+    for value, count in sorted(counts.items(), key=lambda item: -item[1]):
+        colour = _COLOURS.get(value)
+        shown = f"[{colour}]{escape(value)}[/{colour}]" if colour else escape(value)
+        parts.append(f"{shown} {count:,}")
+    console.print(f"{name}: " + ", ".join(parts))
+
+
+def _print_examples(name: str, examples: Sequence[Example], console: Console) -> None:
+    if not examples:
+        return
+    table = _table(name, "decision", "caption", "caption match", "text match")
+    for example in examples:
+        decision = example.decision + (f" ({example.decision_reason})" if example.decision_reason else "")
+        file_name = example.uri.rsplit("/", 1)[-1]
+        table.add_row(
+            escape(file_name),
+            escape(decision),
+            escape(example.caption or "-"),
+            _number(example.caption_itm),
+            _number(example.text_itm),
+        )
+    console.print(table)
+
+
+def _print_policy_note(num_policy_differs: int, console: Console) -> None:
+    if num_policy_differs:
+        console.print(
+            f"{num_policy_differs:,} rows were decided under another policy and keep it; a new policy is not applied "
+            "to images with nothing else due"
+        )
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _table(*headings: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    return table

@@ -1,0 +1,128 @@
+"""Trains the starter models and writes their folders; resumes where it was killed.
+
+``python -m benchmarks.starter.train`` trains the small world on the CPU,
+``python -m benchmarks.starter.train --world full --device cuda`` the full one on one GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.starter import export
+from benchmarks.starter.data import Studio, open_studio
+from benchmarks.starter.loop import Schedule, load_weights, train
+from benchmarks.starter.models import Matcher, Sizes, Trunk, build_vqa, sizes_of, start_vqa_from_tower
+from benchmarks.starter.objectives import MatcherLosses, TrunkLosses, VqaLosses
+from benchmarks.starter.questions import Asker
+from benchmarks.starter.sources import WORK_FOLDER
+
+STAGES = ("trunk", "matcher", "vqa", "export")
+# Wall-clock minutes of each stage: two CPU cores for the small world, one H100 for the full one.
+_MINUTES = {
+    "small": {"trunk": 50.0, "matcher": 30.0, "vqa": 30.0},
+    "full": {"trunk": 10.0, "matcher": 5.0, "vqa": 5.0},
+}
+_BATCH_SIZES = {"small": 128, "full": 1024}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One training run of one world. ``minutes`` overrides a stage's own budget, ``max_steps`` ends it earlier."""
+
+    world: str
+    work: Path
+    device: str = "cpu"
+    seed: int = 1
+    minutes: float | None = None
+    max_steps: int | None = None
+    batch_size: int | None = None
+
+    def schedule(self, stage: str) -> Schedule:
+        minutes = self.minutes if self.minutes is not None else _MINUTES[self.world][stage]
+        return Schedule(minutes, max_steps=self.max_steps)
+
+    @property
+    def batch(self) -> int:
+        return self.batch_size or _BATCH_SIZES[self.world]
+
+    def checkpoint(self, stage: str) -> Path:
+        return self.work / f"{self.world}-{stage}.pt"
+
+
+@dataclass(frozen=True)
+class Models:
+    """The modules of all stages, with the weights of those that are trained."""
+
+    sizes: Sizes
+    trunk: Trunk
+    matcher: Matcher
+
+
+def build(recipe: Recipe, studio: Studio) -> Models:
+    """Models with seeded first weights, or those of the checkpoints that are there."""
+    torch.manual_seed(recipe.seed)
+    sizes = sizes_of(studio.world.side_px, studio.tokenizer)
+    trunk, matcher = Trunk(sizes, studio.tokenizer), Matcher(sizes, studio.tokenizer)
+    for stage, model in (("trunk", trunk), ("matcher", matcher)):
+        if recipe.checkpoint(stage).is_file():
+            load_weights(model, recipe.checkpoint(stage))
+    return Models(sizes, trunk.to(recipe.device), matcher.to(recipe.device))
+
+
+def train_stage(stage: str, recipe: Recipe, studio: Studio) -> int:
+    """Trains one stage; ``matcher`` and ``vqa`` start from the trunk's checkpoint. Returns the number of steps."""
+    models = build(recipe, studio)
+    schedule, checkpoint = recipe.schedule(stage), recipe.checkpoint(stage)
+    if stage == "trunk":
+        return train(models.trunk, TrunkLosses(models.trunk, studio, recipe.batch), schedule, checkpoint)
+    if stage == "matcher":
+        losses = MatcherLosses(models.matcher, models.trunk.vision, studio, recipe.batch)
+        return train(models.matcher, losses, schedule, checkpoint)
+    vqa = build_vqa(models.sizes, studio.tokenizer, Asker(studio.world).answers)
+    start_vqa_from_tower(vqa, models.trunk.vision)
+    vqa = vqa.to(recipe.device)
+    return train(vqa, VqaLosses(vqa, studio, recipe.batch), schedule, checkpoint)
+
+
+def write_folders(recipe: Recipe, studio: Studio, target: Path) -> None:
+    """Exports what is trained so far to ``target``/{clip, captioner, matcher, vqa}."""
+    models = build(recipe, studio)
+    sizes, tokenizer = models.sizes, studio.tokenizer
+    export.export_clip(models.trunk, sizes, tokenizer, target / export.CLIP_NAME)
+    export.export_captioner(models.trunk, sizes, tokenizer, target / export.CAPTIONER_NAME)
+    if recipe.checkpoint("matcher").is_file():
+        folder = target / export.MATCHER_NAME
+        export.export_matcher(models.matcher, models.trunk.vision, sizes, tokenizer, folder)
+    if recipe.checkpoint("vqa").is_file():
+        vqa = build_vqa(sizes, tokenizer, Asker(studio.world).answers)
+        load_weights(vqa, recipe.checkpoint("vqa"))
+        export.export_vqa(vqa, sizes, tokenizer, target / export.VQA_NAME)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--world", choices=("small", "full"), default="small")
+    parser.add_argument("--stage", choices=STAGES, action="append", help="default: all of them, in this order")
+    parser.add_argument("--minutes", type=float, help="wall clock of each stage, instead of the world's own")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--work", type=Path, default=WORK_FOLDER)
+    parser.add_argument("--target", type=Path, default=Path("vlmflow/starter"))
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    recipe = Recipe(options.world, options.work, options.device, minutes=options.minutes)
+    studio = open_studio(recipe.world, recipe.work, seed=recipe.seed, device=recipe.device)
+    for stage in options.stage or STAGES:
+        if stage == "export":
+            write_folders(recipe, studio, options.target)
+        else:
+            print(f"{stage}: {train_stage(stage, recipe, studio)} steps", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""Where images come from: listing references without opening an image, and reading the bytes of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from vlmflow.config import SourceConfig
+from vlmflow.sources.base import Fetched, Reader, Source
+from vlmflow.sources.manifest import ManifestSource
+from vlmflow.sources.parquet import ParquetSource, holds_image_bytes
+from vlmflow.sources.prefix import PrefixSource
+from vlmflow.sources.uris import image_ids, normalise_uri
+from vlmflow.sources.webdataset import WebDatasetSource
+
+__all__ = ["Fetched", "Reader", "Source", "image_ids", "normalise_uri", "open_source"]
+
+_SOURCES: dict[str, Callable[[SourceConfig], Source]] = {
+    "prefix": PrefixSource,
+    "manifest": ManifestSource,
+    "webdataset": WebDatasetSource,
+    "parquet": ParquetSource,
+}
+
+
+def open_source(config: SourceConfig) -> Source:
+    """Opens the source of a job. Of ``kind: auto``, the extension of the uri tells which.
+
+    A ``.parquet`` file is opened to see whether it holds image bytes or is a manifest; nothing else is read yet.
+
+    Raises:
+        ConfigError: the uri is of no store that is known.
+        SourceError: a Parquet file does not exist, or is none.
+        StorageAccessError: the store refused, or is not there.
+        TransientError: the store is out of reach.
+    """
+    return _SOURCES[_kind(config)](config)
+
+
+def _kind(config: SourceConfig) -> str:
+    if config.kind != "auto":
+        return config.kind
+    uri = config.uri.lower()
+    if uri.endswith((".csv", ".jsonl", ".ndjson")):
+        return "manifest"
+    if uri.endswith(".tar"):
+        return "webdataset"
+    if uri.endswith(".parquet"):
+        return "parquet" if holds_image_bytes(config) else "manifest"
+    return "prefix"

@@ -1,0 +1,98 @@
+"""What every source is: a listing of image references, and a reader that fetches their bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import pyarrow as pa
+
+from vlmflow.config import ImageLimits
+from vlmflow.errors import RowErrorClass
+from vlmflow.schema import REFERENCE, with_source
+from vlmflow.sources.uris import image_ids
+
+# Rows of a batch of references: large enough for Arrow to pay, small enough to stay a few megabytes.
+BATCH_ROWS = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """The bytes of one image, or why there are none.
+
+    Attributes:
+        data: None if they could not be read.
+        object_version: of the very bytes read; None where the server tells none.
+        error_class: None if they were read.
+        message: empty if they were read; holds neither a local path nor a signature.
+    """
+
+    data: bytes | None
+    object_version: str | None
+    error_class: RowErrorClass | None
+    message: str
+
+
+class Reader(Protocol):
+    """Fetches images in a worker. Picklable: its clients are opened where it is used."""
+
+    def read(self, refs: pa.Table) -> list[Fetched]:
+        """Reads one image for each reference, in order, several at a time.
+
+        Args:
+            refs: with the columns of ``schema.REFERENCE``.
+
+        Raises:
+            StoreLostError: the store is gone or refuses everything; never for one object.
+        """
+        ...
+
+
+class Source(Protocol):
+    """Where images come from."""
+
+    @property
+    def columns(self) -> pa.Schema:
+        """The caller's columns that the references carry in ``source``; empty if there are none.
+
+        Raises:
+            SourceError: what describes them cannot be read.
+            StorageAccessError: the store refused, or is not there.
+        """
+        ...
+
+    def list(self) -> Iterator[pa.RecordBatch]:
+        """Yields the image references in batches; opens no image.
+
+        Raises:
+            SourceError: the source does not hold what was said of it.
+            EmptySourceError: nothing is listed, and ``allow_empty`` was not given.
+            StorageAccessError: the store refused, or is not there.
+            TransientError: the store is throttling or out of reach.
+        """
+        ...
+
+    def reader(self, limits: ImageLimits) -> Reader:
+        """Builds the reader of this source's references."""
+        ...
+
+
+def reference_batch(columns: Mapping[str, pa.Array], source: pa.StructArray | None = None) -> pa.RecordBatch:
+    """Completes columns to a batch of ``schema.REFERENCE``: computes ``image_id``, leaves null what is not given.
+
+    Args:
+        columns: ``uri`` at least, normalised; ``locator`` where it differs from it.
+        source: the caller's columns.
+    """
+    uris = columns["uri"]
+    keys = columns.get("key")
+    given = {
+        "image_id": pa.array(image_ids(uris.to_pylist(), None if keys is None else keys.to_pylist()), pa.string()),
+        "locator": uris,
+        **columns,
+    }
+    schema = with_source(REFERENCE, None if source is None else pa.schema(list(source.type)))
+    arrays = [given[field.name] if field.name in given else pa.nulls(len(uris), field.type) for field in REFERENCE]
+    arrays = [array.cast(field.type) for array, field in zip(arrays, REFERENCE, strict=True)]
+    return pa.RecordBatch.from_arrays(arrays if source is None else [*arrays, source], schema=schema)

@@ -1,0 +1,221 @@
+"""Fetching images from http(s) urls that anyone may have put into a manifest.
+
+The address is checked where the connection is made, not before: a name that resolves to another address the second
+time (DNS rebinding) gains nothing. Proxies of the environment are not used, since they would resolve the name again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import random
+import socket
+from collections.abc import Iterable
+from dataclasses import dataclass
+from urllib.parse import quote, urljoin, urlsplit
+
+import httpcore
+
+from vlmflow.config import HttpConfig
+from vlmflow.errors import ImageError, RowErrorClass
+
+_ATTEMPTS = 3
+_FIRST_BACKOFF_S = 0.2
+_REDIRECTS = (301, 302, 303, 307, 308)
+_HEADERS = [("User-Agent", "vlmflow"), ("Accept", "image/*,*/*;q=0.5"), ("Accept-Encoding", "identity")]
+_COMPRESSIONS = ("gzip", "x-gzip", "deflate", "compress", "br", "zstd")
+# NAT64 and its local form embed an IPv4 address in the last 32 bits, which a gateway would connect to.
+_NAT64 = (ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("64:ff9b:1::/48"))
+
+
+@dataclass(frozen=True, slots=True)
+class Download:
+    """A downloaded image, and its ETag or Last-Modified; None where the server gives neither."""
+
+    data: bytes
+    object_version: str | None
+
+
+class _Unsettled(Exception):  # noqa: N818 (never leaves this module)
+    """An attempt that may succeed when repeated."""
+
+    def __init__(self, failure: ImageError) -> None:
+        super().__init__(str(failure))
+        self.failure = failure
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address is one of the public internet; those inside IPv6 transition addresses count too."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        inner = ip.ipv4_mapped or ip.sixtofour
+        if inner is None and any(ip in network for network in _NAT64):
+            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        if inner is not None:
+            return is_public(str(inner))
+        if ip.teredo is not None:
+            return False
+    return ip.is_global and not ip.is_multicast
+
+
+class _CheckedBackend(httpcore.AsyncNetworkBackend):
+    """Resolves a host, and connects only to public addresses."""
+
+    def __init__(self, allow_private_addresses: bool) -> None:
+        self._allow_private = allow_private_addresses
+        self._sockets = httpcore.AnyIOBackend()
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        """Connects to the first address of the host that answers."""
+        loop = asyncio.get_running_loop()
+        try:
+            found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except (socket.gaierror, UnicodeError) as error:
+            raise httpcore.ConnectError("the host cannot be resolved") from error
+        addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
+        if not self._allow_private:
+            addresses = [address for address in addresses if is_public(address)]
+        if not addresses:
+            message = "the host is a private, loopback or link-local address"
+            raise ImageError(message, error_class=RowErrorClass.ADDRESS_REFUSED)
+        for address in addresses[:-1]:
+            try:
+                return await self._sockets.connect_tcp(address, port, timeout, local_address, socket_options)
+            except (httpcore.ConnectError, httpcore.ConnectTimeout):
+                continue
+        return await self._sockets.connect_tcp(addresses[-1], port, timeout, local_address, socket_options)
+
+    async def sleep(self, seconds: float) -> None:
+        """Sleeps between the pool's own attempts."""
+        await asyncio.sleep(seconds)
+
+
+class HttpFetcher:
+    """Downloads from urls over a pool of connections; an async context manager, for one event loop."""
+
+    def __init__(self, config: HttpConfig, max_bytes: int) -> None:
+        self._config = config
+        self._max_bytes = max_bytes
+        backend = _CheckedBackend(config.allow_private_addresses)
+        self._pool = httpcore.AsyncConnectionPool(network_backend=backend, max_connections=32)
+
+    async def __aenter__(self) -> HttpFetcher:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._pool.aclose()
+
+    async def fetch(self, url: str) -> Download:
+        """Downloads one image, within one time limit for all its redirects and attempts.
+
+        Raises:
+            ImageError: with the class that its row records.
+        """
+        try:
+            async with asyncio.timeout(self._config.timeout_s):
+                return await self._attempts(url)
+        except TimeoutError as error:
+            message = f"not read within http.timeout_s of {self._config.timeout_s:g} s"
+            raise ImageError(message, error_class=RowErrorClass.READ_TIMEOUT) from error
+
+    async def _attempts(self, url: str) -> Download:
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                return await self._follow(url)
+            except _Unsettled as error:
+                if attempt == _ATTEMPTS:
+                    raise error.failure from error
+            await asyncio.sleep(_FIRST_BACKOFF_S * 2**attempt * random.uniform(0.5, 1.0))
+        raise AssertionError("the last attempt returns or raises")
+
+    async def _follow(self, url: str) -> Download:
+        """Follows redirects by hand: each hop's scheme and address are checked like the first."""
+        for _ in range(self._config.max_redirects + 1):
+            found = await self._get(url)
+            if isinstance(found, Download):
+                return found
+            url = found
+        message = f"more redirects than http.max_redirects of {self._config.max_redirects}"
+        raise ImageError(message, error_class=RowErrorClass.TOO_MANY_REDIRECTS)
+
+    async def _get(self, url: str) -> Download | str:
+        """Downloads, or returns where a redirect points to."""
+        try:
+            async with self._pool.stream("GET", _ascii_url(url), headers=_HEADERS) as response:
+                headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in response.headers}
+                if response.status in _REDIRECTS and "location" in headers:
+                    return urljoin(url, headers["location"])
+                if response.status != 200:
+                    raise _status_failure(response.status)
+                data = await self._body(response, headers)
+        except (httpcore.NetworkError, httpcore.TimeoutException, httpcore.RemoteProtocolError) as error:
+            failure = ImageError(_connection_message(error), error_class=RowErrorClass.READ_FAILED)
+            raise _Unsettled(failure) from error
+        except (httpcore.LocalProtocolError, httpcore.UnsupportedProtocol, UnicodeError) as error:
+            raise ImageError("the url is not valid", error_class=RowErrorClass.READ_FAILED) from error
+        return Download(data, headers.get("etag", "").strip('"') or headers.get("last-modified"))
+
+    async def _body(self, response: httpcore.Response, headers: dict[str, str]) -> bytes:
+        too_large = ImageError(
+            f"more bytes than limits.max_bytes of {self._max_bytes:,}", error_class=RowErrorClass.TOO_MANY_BYTES
+        )
+        coding = headers.get("content-encoding", "").strip().lower()
+        if coding in _COMPRESSIONS:  # other values are common mistakes (binary, utf-8) and change no byte
+            message = f"sent as {coding}, which was not asked for"
+            raise ImageError(message, error_class=RowErrorClass.READ_FAILED)
+        announced = headers.get("content-length", "")
+        if announced.isdecimal() and int(announced) > self._max_bytes:
+            raise too_large
+        data = bytearray()
+        async for chunk in response.aiter_stream():
+            data += chunk
+            if len(data) > self._max_bytes:
+                raise too_large
+        return bytes(data)
+
+
+def _status_failure(status: int) -> Exception:
+    if status in (404, 410):
+        return ImageError(f"HTTP {status}", error_class=RowErrorClass.MISSING)
+    if status in (401, 403):
+        return ImageError(f"HTTP {status}", error_class=RowErrorClass.ACCESS_DENIED)
+    failure = ImageError(f"HTTP {status}", error_class=RowErrorClass.HTTP_STATUS)
+    return _Unsettled(failure) if status == 429 or status >= 500 else failure
+
+
+def _connection_message(error: Exception) -> str:
+    if "resolved" in str(error):
+        return "the host cannot be resolved"
+    kind = "connection failed" if isinstance(error, httpcore.ConnectError) else "connection broke off"
+    return f"the {kind} ({type(error).__name__})"
+
+
+def _ascii_url(url: str) -> str:
+    """Writes a url for the wire: the host in IDNA, other letters percent-encoded, no userinfo and no fragment.
+
+    Raises:
+        ImageError: it is not an http(s) url.
+    """
+    try:
+        parts = urlsplit(url.strip())
+        host, port = parts.hostname or "", parts.port
+    except ValueError as error:
+        raise ImageError("the url is not valid", error_class=RowErrorClass.READ_FAILED) from error
+    if parts.scheme.lower() not in ("http", "https"):
+        message = "a redirect leads to something other than http(s)"
+        raise ImageError(message, error_class=RowErrorClass.ADDRESS_REFUSED)
+    if not host:
+        raise ImageError("the url names no host", error_class=RowErrorClass.READ_FAILED)
+    authority = f"[{host}]" if ":" in host else host.encode("idna").decode("ascii")
+    if port is not None:
+        authority = f"{authority}:{port}"
+    path = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~")
+    query = f"?{quote(parts.query, safe='/%:@!$&()*+,;=~?')}" if parts.query else ""
+    return f"{parts.scheme.lower()}://{authority}{path}{query}"

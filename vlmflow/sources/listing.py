@@ -1,0 +1,144 @@
+"""Listing a prefix or a folder as Arrow batches: ``uri``, ``object_version``, ``size_bytes``.
+
+Names that start with a dot or an underscore are left out, folders as well as files: ``.DS_Store``, ``_SUCCESS``,
+``_delta_log``. Everything else is listed, whatever its extension.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import obstore
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from vlmflow.errors import SourceError, StorageAccessError
+from vlmflow.sources.base import BATCH_ROWS
+from vlmflow.sources.stores import Failure, Stores
+from vlmflow.storage import STORE_ERRORS, Address, Fault, access_error, local_version, parse_address
+
+LISTING = pa.schema([("uri", pa.string()), ("object_version", pa.string()), ("size_bytes", pa.int64())])
+
+_HIDDEN = r"(^|/)[._]"
+
+
+def list_objects(uri: str, stores: Stores) -> Iterator[pa.RecordBatch]:
+    """Yields batches of ``LISTING``; of a local folder in the order of names, of a store in its own.
+
+    Raises:
+        SourceError: the folder does not exist, or a name in it cannot be expressed.
+        StorageAccessError: the store refused, or is not there.
+        TransientError: the store is out of reach.
+    """
+    address = parse_address(uri)
+    return _list_local(address) if address.is_local else _list_store(address, stores)
+
+
+def list_files(uri: str, extension: str, stores: Stores) -> Sequence[str]:
+    """The files of one kind: the uri itself if it names one, else those under it. For files of many images each.
+
+    Raises:
+        As :func:`list_objects`.
+    """
+    normalised = str(parse_address(uri))
+    if normalised.lower().endswith(extension) and not Path(normalised).is_dir():
+        return [normalised]
+    found = [name for batch in list_objects(uri, stores) for name in batch["uri"].to_pylist()]
+    return sorted(name for name in found if name.lower().endswith(extension))
+
+
+def _list_store(address: Address, stores: Stores) -> Iterator[pa.RecordBatch]:
+    store, prefix = stores.locate(str(address))
+    skip = len(prefix) + 1 if prefix else 0
+    try:
+        for page in obstore.list(store, prefix or None, chunk_size=BATCH_ROWS, return_arrow=True):
+            batch = pa.record_batch(page)
+            names = pc.utf8_slice_codeunits(batch["path"], start=skip)
+            shown = pc.and_(pc.not_equal(names, ""), pc.invert(pc.match_substring_regex(names, _HIDDEN)))
+            batch = batch.filter(shown)
+            uris = pc.binary_join_element_wise(address.root, batch["path"], "/")
+            listed = pa.RecordBatch.from_arrays(
+                [uris, _versions(batch), batch["size"].cast(pa.int64())], schema=LISTING
+            )
+            yield _without_folder_markers(listed, stores)
+    except STORE_ERRORS as error:
+        raise access_error(error, str(address)) from error
+
+
+def _versions(batch: pa.RecordBatch) -> pa.Array:
+    """As ``storage.object_version`` has them, for a whole page."""
+    versions = pc.utf8_trim(batch["e_tag"], '"')
+    if versions.null_count == 0:
+        return versions
+    times, sizes = batch["last_modified"].cast(pa.int64()).to_pylist(), batch["size"].to_pylist()
+    return pc.coalesce(versions, pa.array([f"{time:x}-{size:x}" for time, size in zip(times, sizes, strict=True)]))
+
+
+def _without_folder_markers(listed: pa.RecordBatch, stores: Stores) -> pa.RecordBatch:
+    """Drops the empty objects ``folder/`` that consoles create: listed without their slash, they cannot be read."""
+    empty = listed["uri"].filter(pc.equal(listed["size_bytes"], 0))
+    if len(empty) == 0:
+        return listed
+    uris = empty.to_pylist()
+    heads = zip(uris, stores.heads(uris), strict=True)
+    markers = [uri for uri, head in heads if isinstance(head, Failure) and head.fault is Fault.MISSING]
+    return listed.filter(pc.invert(pc.is_in(listed["uri"], pa.array(markers, pa.string()))))
+
+
+def _list_local(address: Address) -> Iterator[pa.RecordBatch]:
+    """Lists by hand: obstore leaves out names that end in ``#1``, as its own unfinished uploads do."""
+    rows: list[tuple[str, str | None, int | None]] = []
+    try:
+        root = Path(address.path).stat()
+        for path, status in _walk(address.path, frozenset({(root.st_dev, root.st_ino)})):
+            rows.append((path, local_version(status) if status else None, status.st_size if status else None))
+            if len(rows) == BATCH_ROWS:
+                yield _local_batch(rows)
+                rows = []
+    except FileNotFoundError as error:
+        raise SourceError(f"{error.filename} does not exist", remedy="Check the path.") from error
+    except NotADirectoryError as error:
+        remedy = "Name its folder, or a manifest (.csv, .jsonl, .parquet) or a .tar of images."
+        raise SourceError(f"{address.path} is a file", remedy=remedy) from error
+    except PermissionError as error:
+        remedy = "Check the permissions."
+        raise StorageAccessError(f"{error.filename} may not be listed", remedy=remedy) from error
+    if rows:
+        yield _local_batch(rows)
+
+
+def _local_batch(rows: list[tuple[str, str | None, int | None]]) -> pa.RecordBatch:
+    columns = [pa.array(column, field.type) for column, field in zip(zip(*rows, strict=True), LISTING, strict=True)]
+    return pa.RecordBatch.from_arrays(columns, schema=LISTING)
+
+
+def _walk(folder: str, above: frozenset[tuple[int, int]]) -> Iterator[tuple[str, os.stat_result | None]]:
+    """Yields the regular files below a folder, symbolic links followed; None for a link that leads nowhere.
+
+    Args:
+        above: device and inode of the folders that lead here, so that a link to one of them ends.
+    """
+    with os.scandir(folder) as entries:
+        shown = sorted((entry for entry in entries if entry.name[0] not in "._"), key=lambda entry: entry.name)
+    for entry in shown:
+        _check_name(entry.path)
+        try:
+            status = entry.stat()
+        except OSError:
+            yield entry.path, None  # the read records why
+            continue
+        if stat.S_ISREG(status.st_mode):
+            yield entry.path, status
+        elif stat.S_ISDIR(status.st_mode) and (status.st_dev, status.st_ino) not in above:
+            yield from _walk(entry.path, above | {(status.st_dev, status.st_ino)})
+
+
+def _check_name(path: str) -> None:
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        shown = os.fsencode(path).decode("utf-8", "backslashreplace")
+        raise SourceError(f"{shown} is not named in UTF-8", remedy="Rename it.") from error

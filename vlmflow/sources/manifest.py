@@ -1,0 +1,150 @@
+"""A manifest: a table with a column of uris, and any columns of the caller's, which are carried along."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import obstore
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from vlmflow.config import ImageLimits, SourceConfig
+from vlmflow.errors import SourceError
+from vlmflow.sources.base import Reader, reference_batch
+from vlmflow.sources.prefix import no_images
+from vlmflow.sources.reader import SourceReader
+from vlmflow.sources.stores import ObjectHead, Stores
+from vlmflow.sources.tables import TableFile, open_table
+from vlmflow.sources.unique import unique_references
+from vlmflow.sources.uris import is_http, normalise_uri, resolve
+from vlmflow.storage import STORE_ERRORS, Address, access_error, parse_address
+
+# A manifest may know the versions already, and spare a request for each image.
+_VERSION_COLUMNS = ("object_version", "etag")
+_HEADS_AT_A_TIME = 1_000
+
+
+class ManifestSource:
+    """Lists the images that a manifest names; their versions are asked of their stores, not of http servers."""
+
+    def __init__(self, config: SourceConfig) -> None:
+        self._config = config
+        self._stores = Stores(config.storage)
+
+    @property
+    def columns(self) -> pa.Schema:
+        """The manifest's columns without that of the uris; see :class:`vlmflow.sources.base.Source`."""
+        schema = self._table.schema
+        wanted = (self._config.uri_column, self._config.key_column, self._config.text_column)
+        for name in wanted:
+            if name is not None and name not in schema.names:
+                there = ", ".join(schema.names) or "none"
+                remedy = "Name another with source.uri_column, key_column or text_column."
+                raise SourceError(f"{self._config.uri} has no column {name}; it has {there}", remedy=remedy)
+        return pa.schema([field for field in schema if field.name != self._config.uri_column])
+
+    def list(self) -> Iterator[pa.RecordBatch]:
+        """Yields the references; see :class:`vlmflow.sources.base.Source`."""
+        empty = True
+        for batch in unique_references(self._references):
+            empty = empty and batch.num_rows == 0
+            for start in range(0, batch.num_rows, _HEADS_AT_A_TIME):
+                yield with_versions(batch.slice(start, _HEADS_AT_A_TIME), self._stores)
+        if empty and not self._config.allow_empty:
+            raise no_images(self._config.uri)
+
+    def reader(self, limits: ImageLimits) -> Reader:
+        """Builds the reader of this source's references."""
+        return SourceReader(self._config, limits)
+
+    @cached_property
+    def _table(self) -> TableFile:
+        address = parse_address(self._config.uri)
+        if address.is_local:
+            if not Path(address.path).is_file():
+                raise SourceError(f"{address.path} does not exist", remedy="Check the path.")
+            return open_table(Path(address.path), self._config.uri)
+        self._folder = tempfile.TemporaryDirectory(prefix="vlmflow-")
+        return open_table(self._download(Path(self._folder.name) / "manifest"), self._config.uri)
+
+    def _download(self, path: Path) -> Path:
+        """Copies the manifest here: it is read more than once, and must not change meanwhile."""
+        store, key = self._stores.locate(self._config.uri)
+        try:
+            with path.open("wb") as file:
+                for chunk in obstore.get(store, key).stream():
+                    file.write(chunk)
+        except STORE_ERRORS as error:
+            raise access_error(error, self._config.uri) from error
+        return path
+
+    def _references(self) -> Iterator[pa.RecordBatch]:
+        """Reads the references as the manifest has them, versions only where it has some."""
+        config, columns = self._config, self.columns
+        address = parse_address(config.uri)
+        folder = Address(address.root, address.path.rpartition("/")[0] or ("/" if address.is_local else ""))
+        first_row = 1
+        for table in self._table.batches():
+            rows = table.combine_chunks()
+            if rows.num_rows == 0:
+                continue
+            uris = self._uris(rows, first_row)
+            locators = resolve(uris, folder)
+            given = {
+                "uri": pa.array([normalise_uri(locator) for locator in locators], pa.string()),
+                "locator": pa.array(locators, pa.string()),
+            }
+            for name, column in (("key", config.key_column), ("text", config.text_column)):
+                if column is not None:
+                    given[name] = flat(rows[column]).cast(pa.string())
+            version_column = next((name for name in _VERSION_COLUMNS if name in rows.column_names), None)
+            if version_column is not None:
+                given["object_version"] = pc.utf8_trim(flat(rows[version_column]).cast(pa.string()), '"')
+            yield reference_batch(given, source_struct(rows, columns))
+            first_row += rows.num_rows
+
+    def _uris(self, rows: pa.Table, first_row: int) -> Sequence[str]:
+        uris: list[str | None] = flat(rows[self._config.uri_column]).cast(pa.string()).to_pylist()
+        named = [uri for uri in uris if uri is not None and uri.strip()]
+        if len(named) < len(uris):
+            row = first_row + next(index for index, uri in enumerate(uris) if uri is None or not uri.strip())
+            message = f"{self._config.uri}: row {row} has no {self._config.uri_column}"
+            raise SourceError(message, remedy="Fill it in, or leave the row out.")
+        return named
+
+
+def flat(column: pa.ChunkedArray) -> pa.Array:
+    """One array of a column of one chunk or none."""
+    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
+
+
+def source_struct(rows: pa.Table, columns: pa.Schema) -> pa.StructArray | None:
+    """The caller's columns as one struct column; None if there are none."""
+    if len(columns) == 0:
+        return None
+    return pa.StructArray.from_arrays([flat(rows[name]) for name in columns.names], fields=list(columns))
+
+
+def with_versions(batch: pa.RecordBatch, stores: Stores) -> pa.RecordBatch:
+    """Asks the stores for the versions and sizes of images that have none yet; http servers are not asked.
+
+    An image that is not there keeps its row without a version: reading it records why.
+
+    Raises:
+        StorageAccessError: a store refused every image of the batch, or is not there.
+        TransientError: a store is out of reach.
+    """
+    versions, sizes = batch["object_version"].to_pylist(), batch["size_bytes"].to_pylist()
+    locators = batch["locator"].to_pylist()
+    asked = [index for index, uri in enumerate(locators) if versions[index] is None and not is_http(uri)]
+    heads = stores.heads([locators[index] for index in asked])
+    stores.check_answered([locators[index] for index in asked], heads)
+    for index, head in zip(asked, heads, strict=True):
+        if isinstance(head, ObjectHead):
+            versions[index], sizes[index] = head.object_version, head.size_bytes
+    for name, values, kind in (("object_version", versions, pa.string()), ("size_bytes", sizes, pa.int64())):
+        batch = batch.set_column(batch.schema.get_field_index(name), name, pa.array(values, kind))
+    return batch

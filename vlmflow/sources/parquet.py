@@ -1,0 +1,143 @@
+"""Parquet files with a column of image bytes: one file, or all ``.parquet`` files under a prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vlmflow.config import ImageLimits, SourceConfig
+from vlmflow.errors import SourceError
+from vlmflow.sources.base import BATCH_ROWS, Reader, reference_batch
+from vlmflow.sources.listing import list_files
+from vlmflow.sources.manifest import flat, source_struct
+from vlmflow.sources.parquet_rows import bytes_field
+from vlmflow.sources.prefix import no_images
+from vlmflow.sources.reader import SourceReader, row_version
+from vlmflow.sources.stores import Stores
+from vlmflow.sources.tables import portable_schema
+from vlmflow.sources.unique import unique_references
+from vlmflow.sources.uris import normalise_uri, resolve
+from vlmflow.storage import Address, parse_address
+
+
+class ParquetSource:
+    """Lists the rows of Parquet files; reads all their columns but the bytes.
+
+    An image is known as ``<file>#<row>``, or by the column of uris where the files have one.
+    """
+
+    def __init__(self, config: SourceConfig) -> None:
+        self._config = config
+        self._stores = Stores(config.storage)
+
+    @property
+    def columns(self) -> pa.Schema:
+        """The columns besides bytes and uris, as the first file has them; see :class:`vlmflow.sources.base.Source`."""
+        return self._columns
+
+    def list(self) -> Iterator[pa.RecordBatch]:
+        """Yields the references; see :class:`vlmflow.sources.base.Source`."""
+        empty = True
+        for batch in unique_references(self._references):
+            empty = empty and batch.num_rows == 0
+            yield batch
+        if empty and not self._config.allow_empty:
+            raise no_images(self._config.uri)
+
+    def reader(self, limits: ImageLimits) -> Reader:
+        """Builds the reader of this source's references."""
+        return SourceReader(self._config, limits)
+
+    @cached_property
+    def _files(self) -> Sequence[str]:
+        return list_files(self._config.uri, ".parquet", self._stores)
+
+    @cached_property
+    def _columns(self) -> pa.Schema:
+        if not self._files:
+            return pa.schema([])
+        file, _ = self._stores.open_file(self._files[0])
+        with file:
+            schema = _open(file, self._files[0]).schema_arrow
+        self._check(schema, self._files[0])
+        dropped = (self._config.bytes_column, self._config.uri_column)
+        return portable_schema(pa.schema([field for field in schema if field.name not in dropped]), self._files[0])
+
+    def _check(self, schema: pa.Schema, uri: str) -> None:
+        there = ", ".join(f"{field.name} ({field.type})" for field in schema)
+        if bytes_field(schema, self._config.bytes_column) is None:
+            message = f"{uri} has no column {self._config.bytes_column} of image bytes; it has {there}"
+            raise SourceError(message, remedy="Name another with source.bytes_column.")
+        for name in (self._config.key_column, self._config.text_column):
+            if name is not None and name not in schema.names:
+                remedy = "Name another with source.key_column or text_column."
+                raise SourceError(f"{uri} has no column {name}; it has {there}", remedy=remedy)
+
+    def _references(self) -> Iterator[pa.RecordBatch]:
+        for uri in self._files:
+            file, head = self._stores.open_file(uri)
+            with file:
+                parquet = _open(file, uri)
+                self._check(parquet.schema_arrow, uri)
+                yield from self._rows(parquet, uri, head.object_version)
+
+    def _rows(self, parquet: pq.ParquetFile, uri: str, file_version: str) -> Iterator[pa.RecordBatch]:
+        has_uris = self._config.uri_column in parquet.schema_arrow.names
+        wanted = [*self.columns.names, *([self._config.uri_column] if has_uris else [])]
+        missing = sorted(set(self.columns.names) - set(parquet.schema_arrow.names))
+        if missing:
+            raise SourceError(f"{uri} has no column {missing[0]}, which {self._files[0]} has", remedy="Write it again.")
+        first = 0
+        for group in range(parquet.num_row_groups):
+            count = parquet.metadata.row_group(group).num_rows
+            # A file may have no other column, and Arrow reads no rows then: they are counted by the metadata.
+            batches = (
+                parquet.iter_batches(BATCH_ROWS, row_groups=[group], columns=wanted) if wanted else [None] * bool(count)
+            )
+            for batch in batches:
+                rows = None if batch is None else pa.table(batch)
+                num_rows = count if rows is None else rows.num_rows
+                if num_rows:
+                    yield self._batch(rows, uri, file_version, range(first, first + num_rows))
+                first += num_rows
+
+    def _batch(self, rows: pa.Table | None, uri: str, file_version: str, numbers: range) -> pa.RecordBatch:
+        given = {
+            "uri": pa.array([f"{uri}#{number}" for number in numbers], pa.string()),
+            "locator": pa.repeat(uri, len(numbers)),
+            "row": pa.array(numbers, pa.int64()),
+            "object_version": pa.array([row_version(file_version, number) for number in numbers], pa.string()),
+        }
+        if rows is None:
+            return reference_batch(given)
+        if self._config.uri_column in rows.column_names:
+            address = parse_address(uri)
+            folder = Address(address.root, address.path.rpartition("/")[0])
+            named = flat(rows[self._config.uri_column]).cast(pa.string()).to_pylist()
+            spelled = [name or f"{uri}#{number}" for name, number in zip(named, numbers, strict=True)]
+            given["uri"] = pa.array([normalise_uri(name) for name in resolve(spelled, folder)], pa.string())
+        for name, column in (("key", self._config.key_column), ("text", self._config.text_column)):
+            if column is not None:
+                given[name] = flat(rows[column]).cast(pa.string())
+        return reference_batch(given, source_struct(rows.select(self.columns.names).cast(self.columns), self.columns))
+
+
+def _open(file: object, uri: str) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(file)
+    except pa.ArrowInvalid as error:
+        raise SourceError(f"{uri} is not a Parquet file, or is damaged", remedy="Write it again.") from error
+
+
+def holds_image_bytes(config: SourceConfig) -> bool:
+    """Whether the Parquet file of a source has its column of image bytes; only the footer is read.
+
+    Raises:
+        SourceError, StorageAccessError, TransientError: the file cannot be read, or is not Parquet.
+    """
+    file, _ = Stores(config.storage).open_file(config.uri)
+    with file:
+        return bytes_field(_open(file, config.uri).schema_arrow, config.bytes_column) is not None

@@ -1,0 +1,78 @@
+"""Cells of a Parquet column of image bytes."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import BinaryIO
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from vlmflow.errors import SourceError
+
+_ROWS_AT_A_TIME = 64
+
+
+def bytes_field(schema: pa.Schema, column: str) -> str | None:
+    """Names what to read of a column of image bytes: itself, or ``bytes`` of a struct as Hugging Face writes it.
+
+    Returns:
+        None if there is no such column, or if it holds something else.
+    """
+    index = schema.get_field_index(column)
+    if index < 0:
+        return None
+    kind = schema.field(index).type
+    if pa.types.is_struct(kind):
+        inner = kind.get_field_index("bytes")
+        return f"{column}.bytes" if inner >= 0 and _holds_bytes(kind.field(inner).type) else None
+    return column if _holds_bytes(kind) else None
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
+
+
+def read_cells(file: BinaryIO, column: str, rows: Sequence[int]) -> dict[int, bytes | None]:
+    """Reads cells of a column of image bytes, in one pass over the row groups that hold them.
+
+    Only a few rows are in memory at a time, next to those returned: a row group may be larger than that.
+
+    Returns:
+        For each row its bytes; None where the cell is null, or the file has no such row.
+
+    Raises:
+        SourceError: the file is not Parquet or lacks the column.
+    """
+    found: dict[int, bytes | None] = dict.fromkeys(rows)
+    try:
+        parquet = pq.ParquetFile(file)
+        field = bytes_field(parquet.schema_arrow, column)
+        if field is None:
+            raise SourceError(f"there is no column {column} of image bytes", remedy="Set source.bytes_column.")
+        counts = [parquet.metadata.row_group(index).num_rows for index in range(parquet.num_row_groups)]
+        starts = [0, *accumulate(counts)]
+        groups = {bisect_right(starts, row) - 1 for row in rows if 0 <= row < starts[-1]}
+        for group in sorted(groups):
+            last = max(row for row in rows if row < starts[group + 1])
+            for first, block in _blocks(parquet, group, field, starts[group]):
+                for row in rows:
+                    if first <= row < first + len(block):
+                        found[row] = block[row - first].as_py()
+                if first + len(block) > last:
+                    break
+    except pa.ArrowInvalid as error:
+        raise SourceError("the file is not Parquet, or is damaged", remedy="Write it again.") from error
+    return found
+
+
+def _blocks(parquet: pq.ParquetFile, group: int, field: str, start: int) -> Iterator[tuple[int, pa.Array]]:
+    for batch in parquet.iter_batches(batch_size=_ROWS_AT_A_TIME, row_groups=[group], columns=[field]):
+        block = batch.column(0)
+        if pa.types.is_struct(block.type):
+            block = pc.struct_field(block, "bytes")
+        yield start, block
+        start += len(block)

@@ -1,0 +1,237 @@
+"""Reading the bytes of references, wherever they are: the local disk, a store, an http server, a Parquet file."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import obstore
+import pyarrow as pa
+
+from vlmflow.config import ImageLimits, SourceConfig
+from vlmflow.errors import (
+    ConfigError,
+    ImageError,
+    RowErrorClass,
+    StorageAccessError,
+    StoreLostError,
+    TransientError,
+    VlmflowError,
+)
+from vlmflow.sources.base import Fetched
+from vlmflow.sources.http import HttpFetcher
+from vlmflow.sources.parquet_rows import read_cells
+from vlmflow.sources.stores import CONCURRENT_REQUESTS, Failure, Stores
+from vlmflow.sources.uris import is_http
+from vlmflow.storage import (
+    STORE_ERRORS,
+    Fault,
+    fault_of,
+    local_version,
+    object_version,
+    parse_address,
+)
+
+if TYPE_CHECKING:
+    from obstore import GetOptions
+
+_COLUMNS = ["object_version", "size_bytes", "locator", "offset", "length", "row"]
+
+_FAULT_CLASSES = {
+    Fault.MISSING: (RowErrorClass.MISSING, "listed, but gone when read"),
+    Fault.DENIED: (RowErrorClass.ACCESS_DENIED, "the store refused this object"),
+    Fault.TIMEOUT: (RowErrorClass.READ_TIMEOUT, "the store did not answer in time, after all retries"),
+    Fault.TRANSIENT: (RowErrorClass.READ_FAILED, "the store failed, after all retries"),
+    Fault.PATH: (RowErrorClass.READ_FAILED, "the store's client cannot express this name"),
+    Fault.REGION: (RowErrorClass.READ_FAILED, "the bucket is in another region"),
+}
+
+
+class _Ref(TypedDict):
+    object_version: str | None
+    size_bytes: int | None
+    locator: str
+    offset: int | None
+    length: int | None
+    row: int | None
+
+
+class SourceReader:
+    """The reader of every source; the references say how each of them is read."""
+
+    def __init__(self, config: SourceConfig, limits: ImageLimits) -> None:
+        self._config = config
+        self._limits = limits
+        self._stores = Stores(config.storage)
+
+    def __reduce__(self) -> tuple[type[SourceReader], tuple[SourceConfig, ImageLimits]]:
+        return (SourceReader, (self._config, self._limits))
+
+    def read(self, refs: pa.Table) -> list[Fetched]:
+        """Reads one image for each reference, in order; see :class:`vlmflow.sources.base.Reader`."""
+        rows: list[Any] = refs.select(_COLUMNS).to_pylist()
+        results = asyncio.run(self._read_all(rows))
+        self._raise_if_lost(rows, results)
+        return [self._recorded(result) for result in results]
+
+    async def _read_all(self, rows: Sequence[_Ref]) -> list[Fetched | Failure]:
+        slots = asyncio.Semaphore(CONCURRENT_REQUESTS)
+        results: dict[int, Fetched | Failure] = {}
+        async with AsyncExitStack() as stack:
+            http = None
+            if any(is_http(row["locator"]) for row in rows):
+                http = await stack.enter_async_context(HttpFetcher(self._config.http, self._limits.max_bytes))
+
+            async def read(index: int) -> None:
+                async with slots:
+                    results[index] = await self._read_one(rows[index], http)
+
+            async def read_parquet(uri: str, indices: Sequence[int]) -> None:
+                cells = await asyncio.to_thread(self._read_parquet, uri, [rows[index] for index in indices])
+                results.update(zip(indices, cells, strict=True))
+
+            files: dict[str, list[int]] = {}
+            whole = []
+            for index, row in enumerate(rows):
+                if row["row"] is None:
+                    whole.append(read(index))
+                else:
+                    files.setdefault(row["locator"], []).append(index)
+            await asyncio.gather(*whole, *(read_parquet(uri, indices) for uri, indices in files.items()))
+        return [results[index] for index in range(len(rows))]
+
+    async def _read_one(self, row: _Ref, http: HttpFetcher | None) -> Fetched | Failure:
+        locator = row["locator"]
+        try:
+            if http is not None and is_http(locator):
+                found = await http.fetch(locator)
+                return Fetched(found.data, found.object_version, None, "")
+            self._check_size(row["length"] if row["length"] is not None else row["size_bytes"])
+            if _is_local(locator):
+                self._check_may_read_disk()
+                return await asyncio.to_thread(self._read_file, row)
+            return await self._read_object(row)
+        except ImageError as error:
+            return Fetched(None, None, error.error_class, str(error))
+        except ConfigError as error:  # an address of a kind that cannot be read costs its row, not the run
+            return Fetched(None, None, RowErrorClass.READ_FAILED, str(error))
+        except STORE_ERRORS as error:
+            return Failure(fault_of(error), error)
+
+    def _read_parquet(self, uri: str, rows: Sequence[_Ref]) -> list[Fetched | Failure]:
+        """Reads rows of one Parquet file."""
+        try:
+            file, head = self._stores.open_file(uri)
+            with file:
+                cells = read_cells(file, self._config.bytes_column, [row["row"] or 0 for row in rows])
+        except VlmflowError as error:
+            if isinstance(error.__cause__, STORE_ERRORS):
+                return [Failure(fault_of(error.__cause__), error.__cause__)] * len(rows)
+            return [Fetched(None, None, RowErrorClass.READ_FAILED, str(error))] * len(rows)
+        except STORE_ERRORS as error:
+            return [Failure(fault_of(error), error)] * len(rows)
+        return [self._cell(row, cells[row["row"] or 0], head.object_version) for row in rows]
+
+    def _cell(self, row: _Ref, data: bytes | None, file_version: str) -> Fetched:
+        try:
+            version = row_version(file_version, row["row"] or 0)
+            _check_unchanged(row, version)
+            self._check_size(len(data or b""))
+        except ImageError as error:
+            return Fetched(None, None, error.error_class, str(error))
+        if data is None:
+            return Fetched(None, version, RowErrorClass.MISSING, "the cell is null")
+        return Fetched(data, version, None, "")
+
+    def _check_may_read_disk(self) -> None:
+        if not _is_local(self._config.uri):
+            message = "a manifest in a store must not name files of the local disk"
+            raise ImageError(message, error_class=RowErrorClass.ADDRESS_REFUSED)
+
+    def _check_size(self, size: int | None) -> None:
+        if size is not None and size > self._limits.max_bytes:
+            message = f"{size:,} bytes exceed limits.max_bytes of {self._limits.max_bytes:,}"
+            raise ImageError(message, error_class=RowErrorClass.TOO_MANY_BYTES)
+
+    def _read_file(self, row: _Ref) -> Fetched:
+        with Path(parse_address(row["locator"]).path).open("rb") as file:
+            status = os.fstat(file.fileno())
+            version = local_version(status)
+            if row["length"] is None:
+                self._check_size(status.st_size)
+                return Fetched(file.read(self._limits.max_bytes), version, None, "")
+            start = row["offset"] or 0
+            version = part_version(version, start, row["length"])
+            _check_unchanged(row, version)
+            file.seek(start)
+            return Fetched(file.read(row["length"]), version, None, "")
+
+    async def _read_object(self, row: _Ref) -> Fetched:
+        store, path = self._stores.locate(row["locator"])
+        start, length = row["offset"] or 0, row["length"]
+        if length == 0:  # a range of no bytes is not a request that a store answers
+            return Fetched(b"", row["object_version"], None, "")
+        options: GetOptions = {} if length is None else {"range": (start, start + length)}
+        found = await obstore.get_async(store, path, options=options)
+        version = object_version(found.meta)
+        if length is None:
+            self._check_size(found.meta["size"])  # the body is not read before
+        else:
+            version = part_version(version, start, length)
+            _check_unchanged(row, version)
+        return Fetched(bytes(await found.bytes_async()), version, None, "")
+
+    def _recorded(self, result: Fetched | Failure) -> Fetched:
+        if isinstance(result, Fetched):
+            return result
+        error_class, message = _FAULT_CLASSES[result.fault]
+        return Fetched(None, None, error_class, message)
+
+    def _raise_if_lost(self, rows: Sequence[_Ref], results: Sequence[Fetched | Failure]) -> None:
+        """Ends the run where a store, and not an object of it, is what failed."""
+        asked = [
+            (row["locator"], result)
+            for row, result in zip(rows, results, strict=True)
+            if isinstance(result, Failure) or (result.data is not None and not is_http(row["locator"]))
+        ]
+        for uri, result in asked:
+            if isinstance(result, Failure) and result.fault is Fault.MISSING and _is_local(uri):
+                self._check_folder(result.error)
+        try:
+            self._stores.check_answered([uri for uri, _ in asked], [result for _, result in asked])
+        except (StorageAccessError, TransientError) as error:
+            remedy = f"{error.remedy} What was committed stays; run again."
+            raise StoreLostError(f"lost in mid-run: {error}", remedy=remedy) from error
+
+    def _check_folder(self, error: Exception) -> None:
+        """A listed file that is gone is a row; a source folder that is gone (unmounted) is the end of the run."""
+        if not _is_local(self._config.uri):
+            return
+        root = Path(parse_address(self._config.uri).path)
+        if not root.exists():
+            remedy = "Mount or restore it, and run again: what was committed stays."
+            raise StoreLostError(f"{root} is gone", remedy=remedy) from error
+
+
+def _is_local(uri: str) -> bool:
+    return not is_http(uri) and parse_address(uri).is_local
+
+
+def part_version(version: str, offset: int, length: int) -> str:
+    """The version of a part of an object, such as a member of a tar file: that of the whole, and where it lies."""
+    return f"{version}-{offset:x}-{length:x}"
+
+
+def row_version(version: str, row: int) -> str:
+    """The version of a row of a Parquet file: that of the file, and which row."""
+    return f"{version}-{row:x}"
+
+
+def _check_unchanged(row: _Ref, version: str) -> None:
+    if row["object_version"] not in (None, version):
+        message = "the file that holds it has changed since it was listed"
+        raise ImageError(message, error_class=RowErrorClass.READ_FAILED)

@@ -1,0 +1,207 @@
+"""The stores that a source touches: opened once each, asked for versions, opened for ranged reads."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, Protocol, cast
+
+import obstore
+
+from vlmflow.config import StorageConfig
+from vlmflow.errors import ConfigError
+from vlmflow.storage import (
+    STORE_ERRORS,
+    Fault,
+    access_error,
+    fault_of,
+    local_version,
+    object_version,
+    open_store,
+    parse_address,
+)
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore
+
+    class _Buffer(Protocol):
+        def __len__(self) -> int: ...
+
+
+# Requests at a time of one worker: hides the latency of a store, and bounds what lies in memory.
+CONCURRENT_REQUESTS = 16
+_CONCURRENT_HEADS = 64
+_BLOCK_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectHead:
+    """What a store says of an object without sending it."""
+
+    object_version: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A request that failed at the store: what went wrong, and with which error."""
+
+    fault: Fault
+    error: Exception
+
+
+class Stores:
+    """Opens each store once; pickled, it forgets what it has opened."""
+
+    def __init__(self, config: StorageConfig) -> None:
+        self._config = config
+        self._opened: dict[str, ObjectStore] = {}
+
+    def __reduce__(self) -> tuple[type[Stores], tuple[StorageConfig]]:
+        return (Stores, (self._config,))
+
+    def locate(self, uri: str) -> tuple[ObjectStore, str]:
+        """The store of a uri, and the path in it."""
+        address = parse_address(uri)
+        if address.root not in self._opened:
+            self._opened[address.root] = open_store(uri, self._config)[0]
+        return self._opened[address.root], address.path.lstrip("/")
+
+    def heads(self, uris: Sequence[str]) -> list[ObjectHead | Failure]:
+        """Asks for the versions of many objects, several at a time."""
+        return asyncio.run(self._heads(uris))
+
+    async def _heads(self, uris: Sequence[str]) -> list[ObjectHead | Failure]:
+        slots = asyncio.Semaphore(_CONCURRENT_HEADS)
+
+        async def head(uri: str) -> ObjectHead | Failure:
+            try:
+                if parse_address(uri).is_local:
+                    return _local_head(uri)
+                store, path = self.locate(uri)
+                async with slots:
+                    meta = await obstore.head_async(store, path)
+            except ConfigError as error:  # an address of a kind that cannot be read costs its row, not the run
+                return Failure(Fault.PATH, error)
+            except STORE_ERRORS as error:
+                return Failure(fault_of(error), error)
+            return ObjectHead(object_version(meta), meta["size"])
+
+        return list(await asyncio.gather(*(head(uri) for uri in uris)))
+
+    def check_answered(self, uris: Sequence[str], answers: Sequence[object | Failure]) -> None:
+        """Tells a store that fails from objects that do; ``answers`` holds what came back for each uri.
+
+        A store that gave at least one good answer is in order. Of another, one name is listed to find out.
+
+        Raises:
+            StorageAccessError: a store refused everything, or is not there.
+            TransientError: a store is out of reach.
+        """
+        good: set[str] = set()
+        failed: dict[str, tuple[str, Failure]] = {}
+        for uri, answer in zip(uris, answers, strict=True):
+            if not isinstance(answer, Failure):
+                good.add(parse_address(uri).root)
+            elif answer.fault in (Fault.GONE, Fault.NO_CREDENTIALS):
+                raise access_error(answer.error, uri) from answer.error
+            elif answer.fault is not Fault.PATH and not parse_address(uri).is_local:
+                failed.setdefault(parse_address(uri).root, (uri, answer))
+        for root, (uri, failure) in failed.items():
+            if root not in good:
+                self._list_one(uri, failure)
+
+    def _list_one(self, uri: str, failure: Failure) -> None:
+        store, path = self.locate(uri)
+        try:
+            next(iter(obstore.list(store, path.rpartition("/")[0] or None, chunk_size=1)), None)
+        except STORE_ERRORS as error:
+            raise access_error(error, uri) from failure.error
+
+    def head(self, uri: str) -> ObjectHead:
+        """Asks for one object, without which the source is nothing.
+
+        Raises:
+            SourceError: it does not exist.
+            StorageAccessError: the store refused, or is not there.
+            TransientError: the store is out of reach.
+        """
+        try:
+            if parse_address(uri).is_local:
+                return _local_head(uri)
+            store, path = self.locate(uri)
+            meta = obstore.head(store, path)
+        except STORE_ERRORS as error:
+            raise access_error(error, uri) from error
+        return ObjectHead(object_version(meta), meta["size"])
+
+    def open_file(self, uri: str) -> tuple[BinaryIO, ObjectHead]:
+        """Opens an object for reads here and there; all of them see the version that is returned.
+
+        Raises:
+            SourceError, StorageAccessError, TransientError: as :meth:`head`.
+        """
+        address = parse_address(uri)
+        try:
+            if address.is_local:
+                file = Path(address.path).open("rb")  # noqa: SIM115 (the caller closes it)
+                status = os.fstat(file.fileno())
+                return file, ObjectHead(local_version(status), status.st_size)
+            store, path = self.locate(uri)
+            raw = RangedObject(store, path)
+        except STORE_ERRORS as error:
+            raise access_error(error, uri) from error
+        return cast("BinaryIO", io.BufferedReader(raw, _BLOCK_BYTES)), raw.head
+
+
+def _local_head(uri: str) -> ObjectHead:
+    status = Path(parse_address(uri).path).stat()
+    return ObjectHead(local_version(status), status.st_size)
+
+
+class RangedObject(io.RawIOBase):
+    """An object as a seekable file. Each read is a request, so buffer it; all of them demand the same ETag.
+
+    obstore's own reader drops its buffer on every seek, which costs a request for each header of a tar file.
+    """
+
+    def __init__(self, store: ObjectStore, path: str) -> None:
+        super().__init__()
+        self._store, self._path, self._at = store, path, 0
+        meta = obstore.head(store, path)
+        self._e_tag = meta["e_tag"]
+        self.head = ObjectHead(object_version(meta), meta["size"])
+
+    def readable(self) -> bool:
+        """True."""
+        return True
+
+    def seekable(self) -> bool:
+        """True."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        """Moves to an offset from the start, from here, or from the end."""
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.head.size_bytes}[whence]
+        self._at = max(base + offset, 0)
+        return self._at
+
+    def tell(self) -> int:
+        """The offset from the start."""
+        return self._at
+
+    def readinto(self, buffer: object, /) -> int:
+        """Reads as much as the buffer holds, or as there is."""
+        view = memoryview(cast("bytearray", buffer))
+        end = min(self._at + len(view), self.head.size_bytes)
+        if end <= self._at:
+            return 0
+        result = obstore.get(self._store, self._path, options={"range": (self._at, end), "if_match": self._e_tag})
+        data = bytes(result.bytes())
+        view[: len(data)] = data
+        self._at += len(data)
+        return len(data)

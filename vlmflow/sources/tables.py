@@ -1,0 +1,225 @@
+"""Manifest files as streams of Arrow tables: Parquet, CSV, JSON lines.
+
+Columns keep their types where the format has them. CSV has none, and guessed ones would change from night to night
+with the data, so all its columns are strings.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from vlmflow.errors import SourceError
+from vlmflow.sources.base import BATCH_ROWS
+
+
+class TableFile(Protocol):
+    """A manifest file that can be read more than once."""
+
+    @property
+    def schema(self) -> pa.Schema:
+        """All its columns, with types that every reader of a catalog knows."""
+        ...
+
+    def batches(self) -> Iterator[pa.Table]:
+        """Yields its rows, a few thousand at a time, under :attr:`schema`."""
+        ...
+
+
+def open_table(path: Path, name: str) -> TableFile:
+    """Opens a local manifest file by the extension of its name.
+
+    Raises:
+        SourceError: no manifest format goes by the extension.
+    """
+    extension = Path(name).suffix.lower()
+    if extension == ".parquet":
+        return ParquetTable(path, name)
+    if extension == ".csv":
+        return CsvTable(path, name)
+    if extension in (".jsonl", ".ndjson"):
+        return JsonTable(path, name)
+    raise SourceError(f"{name} is not a manifest", remedy="Write a .csv, .jsonl, .ndjson or .parquet file.")
+
+
+def portable_type(kind: pa.DataType) -> pa.DataType | None:
+    """The type under which a catalog keeps a column; None for one that Delta tables have no counterpart of."""
+    if pa.types.is_dictionary(kind):
+        return portable_type(kind.value_type)
+    if pa.types.is_large_string(kind) or pa.types.is_string_view(kind) or pa.types.is_null(kind):
+        return pa.string()
+    if pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind) or pa.types.is_fixed_size_binary(kind):
+        return pa.binary()
+    if pa.types.is_unsigned_integer(kind):  # Delta's integers are signed
+        return {8: pa.int16(), 16: pa.int32()}.get(kind.bit_width, pa.int64())
+    if pa.types.is_float16(kind):
+        return pa.float32()
+    if pa.types.is_timestamp(kind):
+        return pa.timestamp("us", kind.tz)
+    if pa.types.is_date64(kind):
+        return pa.date32()
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        inner = portable_type(kind.value_type)
+        return None if inner is None else pa.list_(inner)
+    if pa.types.is_struct(kind):
+        members = [(field.name, portable_type(field.type)) for field in kind]
+        portable = [(name, member) for name, member in members if member is not None]
+        return pa.struct(portable) if portable and len(portable) == len(members) else None
+    known = (
+        pa.types.is_string,
+        pa.types.is_binary,
+        pa.types.is_boolean,
+        pa.types.is_signed_integer,
+        pa.types.is_floating,
+        pa.types.is_date32,
+        pa.types.is_decimal128,
+    )
+    return kind if any(is_kind(kind) for is_kind in known) else None
+
+
+def portable_schema(schema: pa.Schema, name: str) -> pa.Schema:
+    """Gives every column its portable type.
+
+    Raises:
+        SourceError: a column has none, or two share a name.
+    """
+    doubled = sorted({column for column in schema.names if schema.names.count(column) > 1})
+    if doubled:
+        raise SourceError(f"{name} has two columns {doubled[0]}", remedy="Give every column a name of its own.")
+    fields = []
+    for field in schema:
+        kind = portable_type(field.type)
+        if kind is None:
+            remedy = "Store it as a string, number, boolean, date, timestamp, list or struct."
+            raise SourceError(f"{name}: column {field.name} has the type {field.type}", remedy=remedy)
+        fields.append(pa.field(field.name, kind))
+    return pa.schema(fields)
+
+
+class ParquetTable:
+    """A Parquet manifest."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        self._path, self._name = path, name
+
+    @cached_property
+    def schema(self) -> pa.Schema:
+        """All its columns."""
+        return portable_schema(self._open().schema_arrow, self._name)
+
+    def batches(self) -> Iterator[pa.Table]:
+        """Yields its rows."""
+        try:
+            for batch in self._open().iter_batches(batch_size=BATCH_ROWS):
+                yield pa.table(batch).cast(self.schema)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise SourceError(f"{self._name} is damaged: {_line(error)}", remedy="Write it again.") from error
+
+    def _open(self) -> pq.ParquetFile:
+        try:
+            return pq.ParquetFile(self._path)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise SourceError(
+                f"{self._name} is not a Parquet file: {_line(error)}", remedy="Write it again."
+            ) from error
+
+
+class CsvTable:
+    """A CSV manifest with a header, in UTF-8; every column is a string, and an empty field is null."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        self._path, self._name = path, name
+
+    @cached_property
+    def schema(self) -> pa.Schema:
+        """All its columns."""
+        return portable_schema(pa.schema([(name, pa.string()) for name in self._header]), self._name)
+
+    @cached_property
+    def _header(self) -> list[str]:
+        with self._open({}) as reader:
+            return list(reader.schema.names)
+
+    def batches(self) -> Iterator[pa.Table]:
+        """Yields its rows."""
+        try:
+            with self._open(dict.fromkeys(self.schema.names, pa.string())) as reader:
+                for batch in reader:
+                    yield pa.table(batch)
+        except pa.ArrowInvalid as error:
+            raise self._damaged(error) from error
+
+    def _open(self, types: dict[str, pa.DataType]) -> pa.csv.CSVStreamingReader:
+        try:
+            return pa.csv.open_csv(
+                self._path,
+                parse_options=pa.csv.ParseOptions(newlines_in_values=True),
+                convert_options=pa.csv.ConvertOptions(
+                    column_types=types, strings_can_be_null=True, null_values=[""], auto_dict_encode=False
+                ),
+            )
+        except pa.ArrowInvalid as error:
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: Exception) -> SourceError:
+        remedy = "Write it in UTF-8 with a header, commas, and as many fields in every row."
+        return SourceError(f"{self._name} cannot be read as CSV: {_line(error)}", remedy=remedy)
+
+
+class JsonTable:
+    """A manifest of JSON objects, one a line. A column's type is the one that holds all its values."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        self._path, self._name = path, name
+
+    @cached_property
+    def schema(self) -> pa.Schema:
+        """All its columns, found by reading the file once."""
+        schema = pa.schema([])
+        for first_line, rows in self._rows():
+            try:
+                # Not Table.from_pylist: it takes its columns from the first row alone.
+                found = pa.RecordBatch.from_struct_array(pa.array(rows)).schema if rows else schema
+                schema = pa.unify_schemas([schema, found], promote_options="permissive")
+            except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+                where = f"{self._name}, lines from {first_line}"
+                remedy = "Give each column values of one type."
+                raise SourceError(f"{where}: values do not fit together: {_line(error)}", remedy=remedy) from error
+        return portable_schema(schema, self._name)
+
+    def batches(self) -> Iterator[pa.Table]:
+        """Yields its rows; what a row leaves out is null."""
+        for _, rows in self._rows():
+            yield pa.Table.from_pylist(rows, schema=self.schema)
+
+    def _rows(self) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+        with self._path.open(encoding="utf-8-sig") as file:
+            numbered = enumerate(file, start=1)
+            try:
+                while lines := list(islice(numbered, BATCH_ROWS)):
+                    yield lines[0][0], [self._parse(number, line) for number, line in lines if line.strip()]
+            except UnicodeDecodeError as error:
+                raise SourceError(f"{self._name} is not in UTF-8", remedy="Write it in UTF-8.") from error
+
+    def _parse(self, number: int, line: str) -> dict[str, Any]:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            message = f"{self._name}, line {number} is not JSON: {error.msg}"
+            raise SourceError(message, remedy="Write one object a line.") from error
+        if not isinstance(row, dict):
+            message = f"{self._name}, line {number} holds a {type(row).__name__}"
+            raise SourceError(message, remedy="Write one object a line.")
+        return row
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

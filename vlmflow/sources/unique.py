@@ -1,0 +1,84 @@
+"""One reference for each image, however often a manifest lists it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from hashlib import blake2b
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from vlmflow.errors import SourceError
+
+_EXAMPLES = 3
+_OWN = ("key", "text", "object_version", "source")  # what may differ between rows of one image
+
+
+def unique_references(batches: Callable[[], Iterator[pa.RecordBatch]]) -> Iterator[pa.RecordBatch]:
+    """Yields references with each image once, its first row.
+
+    Args:
+        batches: reads the references from the start, each time it is called. It is called again and again, so that
+            only identities are kept in memory (some 36 bytes an image), not the rows.
+
+    Raises:
+        SourceError: rows of one image differ, before anything is yielded.
+    """
+    ids = pa.chunked_array([batch["image_id"] for batch in batches()], pa.string())
+    counts = ids.value_counts()
+    repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
+    del ids, counts
+    if len(repeated) == 0:
+        yield from batches()
+        return
+    _refuse_conflicts(batches, repeated)
+    seen: set[str] = set()
+    for batch in batches():
+        keep = []
+        for image_id, again in zip(batch["image_id"].to_pylist(), pc.is_in(batch["image_id"], repeated), strict=True):
+            keep.append(not again.as_py() or image_id not in seen)
+            if again.as_py():
+                seen.add(image_id)
+        yield batch.filter(pa.array(keep, pa.bool_()))
+
+
+def _refuse_conflicts(batches: Callable[[], Iterator[pa.RecordBatch]], repeated: pa.Array) -> None:
+    first: dict[str, bytes] = {}
+    conflicting: dict[str, str] = {}
+    for row in _rows_of(batches, repeated):
+        digest = blake2b(repr(_own(row)).encode(), digest_size=16).digest()
+        if first.setdefault(row["image_id"], digest) != digest:
+            conflicting[row["image_id"]] = row["uri"]
+            if len(conflicting) == _EXAMPLES:
+                break
+    if conflicting:
+        examples = "; ".join(
+            f"{uri} ({_difference(batches, image_id)})" for image_id, uri in sorted(conflicting.items())
+        )
+        remedy = "Make their columns equal, or name a source.key_column that tells them apart."
+        raise SourceError(f"rows with the same uri differ in other columns: {examples}", remedy=remedy)
+
+
+def _rows_of(batches: Callable[[], Iterator[pa.RecordBatch]], image_ids: pa.Array) -> Iterator[dict[str, Any]]:
+    for batch in batches():
+        yield from batch.filter(pc.is_in(batch["image_id"], image_ids)).to_pylist()
+
+
+def _own(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: row.get(name) for name in _OWN}
+
+
+def _difference(batches: Callable[[], Iterator[pa.RecordBatch]], image_id: str) -> str:
+    """Shows one column in which rows of an image differ, with its values."""
+    rows = [_flat(row) for row in _rows_of(batches, pa.array([image_id]))]
+    for name in rows[0]:
+        values = list(dict.fromkeys(repr(row[name]) for row in rows))
+        if len(values) > 1:
+            return f"{name}: {' and '.join(value[:60] for value in values[:2])}"
+    raise AssertionError("rows that differ have a column in which they do")
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    own = _own(row)
+    return {**(own.pop("source") or {}), **own}

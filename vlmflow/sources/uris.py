@@ -1,0 +1,131 @@
+"""Uris made comparable, and the identity of an image that follows from them.
+
+A normalised uri holds no secret: neither userinfo nor the signature of a presigned url, both of which also change
+while the image stays the same.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from collections.abc import Iterable, Sequence
+from hashlib import blake2b
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
+
+from vlmflow.storage import Address, parse_address
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_OBJECT_SCHEME = re.compile(r"(s3|gs|az|azure|adl|abfs|abfss)://[^/@]+/[^/]")
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+# RFC 3986: letters of a path, and of a query, that need no percent sign. An existing escape is decoded first.
+_PATH_SAFE = "/:@!$&'()*+,;=~"
+
+# Signature parameters, each set recognised by a parameter that only a signature has.
+_SIGNED_PREFIXES = ("x-amz-", "x-goog-")
+_SIGNED_SETS: tuple[tuple[frozenset[str], frozenset[str]], ...] = (
+    # AWS version 2, GCS version 2, Alibaba OSS, CloudFront
+    (
+        frozenset({"awsaccesskeyid", "googleaccessid", "ossaccesskeyid", "key-pair-id"}),
+        frozenset(
+            {"awsaccesskeyid", "googleaccessid", "ossaccesskeyid", "key-pair-id", "signature", "expires", "policy"}
+            | {"security-token", "hash-algorithm"}
+        ),
+    ),
+    # Azure shared access signatures
+    (
+        frozenset({"sig"}),
+        frozenset(
+            {"sig", "sv", "ss", "srt", "sp", "st", "se", "spr", "sip", "sr", "sdd", "si", "ses", "scid"}
+            | {"skoid", "sktid", "skt", "ske", "sks", "skv", "saoid", "suoid"}
+        ),
+    ),
+)
+
+
+def is_http(uri: str) -> bool:
+    """Whether a uri is an http(s) url."""
+    return uri[:8].lower().startswith(("http://", "https://"))
+
+
+def normalise_uri(uri: str) -> str:
+    """The one spelling of a uri under which its image is known; normalising it again changes nothing.
+
+    Local paths become absolute, ``file://`` is dropped, object-store uris stay as they are. Http urls lose userinfo,
+    fragment, default port and signature parameters, and their percent-escapes are made uniform.
+    """
+    if _OBJECT_SCHEME.match(uri):  # as listings have them
+        return uri
+    match = _SCHEME.match(uri)
+    if match is None or match[1].lower() == "file":
+        return parse_address(uri).path
+    if is_http(uri):
+        return _normalise_http(uri)
+    scheme, rest = match[1].lower(), uri[match.end() :]
+    authority, slash, path = rest.partition("/")
+    if not scheme.startswith("abfs"):  # where the container stands before the @
+        authority = authority.rpartition("@")[2]
+    return f"{'s3' if scheme == 's3a' else scheme}://{authority}{slash}{path}"
+
+
+def _normalise_http(uri: str) -> str:
+    try:
+        parts = urlsplit(uri.strip())
+        host, port = (parts.hostname or "").lower(), parts.port
+    except ValueError:  # an unclosed bracket, a port that is no number: the read records what is wrong
+        return uri.partition("?")[0].partition("#")[0]
+    scheme = parts.scheme.lower()
+    authority = f"[{host}]" if ":" in host else host
+    if port is not None and port != _DEFAULT_PORTS[scheme]:
+        authority = f"{authority}:{port}"
+    path = _requote(parts.path, _PATH_SAFE) or "/"
+    return urlunsplit((scheme, authority, path, _unsigned(parts.query), ""))
+
+
+def _requote(text: str, safe: str) -> str:
+    """Spells percent-escapes uniformly; %2F stays apart from a slash, and so do other escaped delimiters."""
+    pieces = re.split(r"(%[0-9A-Fa-f]{2})", text)
+    spelled = []
+    for piece in pieces:
+        if re.fullmatch(r"%[0-9A-Fa-f]{2}", piece):
+            letter = unquote(piece, errors="replace")
+            spelled.append(letter if re.fullmatch(r"[A-Za-z0-9._~-]", letter) else piece.upper())
+        else:
+            spelled.append(quote(piece, safe=safe))
+    return "".join(spelled)
+
+
+def _unsigned(query: str) -> str:
+    parameters = [(item, item.partition("=")[0].lower()) for item in query.split("&") if item]
+    names = {name for _, name in parameters}
+    dropped: set[str] = set()
+    for marks, members in _SIGNED_SETS:
+        if marks & names:
+            dropped |= members
+    kept = [item for item, name in parameters if name not in dropped and not name.startswith(_SIGNED_PREFIXES)]
+    return "&".join(_requote(item, _PATH_SAFE + "?") for item in kept)
+
+
+def image_ids(uris: Iterable[str], keys: Iterable[str | None] | None = None) -> list[str]:
+    """The identities of images: 128 bits of BLAKE2b over the normalised uri and the caller's key, hexadecimal."""
+    if keys is None:
+        return [_digest(normalise_uri(uri)) for uri in uris]
+    return [
+        _digest(normalise_uri(uri) if key is None else f"{normalise_uri(uri)}\0{key}")
+        for uri, key in zip(uris, keys, strict=True)
+    ]
+
+
+def _digest(text: str) -> str:
+    return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def resolve(uris: Sequence[str], folder: Address) -> list[str]:
+    """Makes relative uris of a manifest absolute, against the folder that holds it."""
+    return [uri if _SCHEME.match(uri) else _join(folder, uri) for uri in uris]
+
+
+def _join(folder: Address, name: str) -> str:
+    if folder.is_local or name.startswith("/"):  # a reader refuses local paths that a remote manifest names
+        return posixpath.normpath(posixpath.join(folder.path, name))
+    path = posixpath.normpath(posixpath.join("/", folder.path, name))
+    return f"{folder.root}{path}"

@@ -1,0 +1,143 @@
+"""WebDataset shards (https://github.com/webdataset/webdataset): tar files in which members of one key belong together.
+
+Only headers and small texts are read to list a shard, through ranged reads. Members ``.txt``, ``.json`` and ``.cls``
+become columns of the images with the same key; every other member is taken for an image.
+"""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import BinaryIO
+
+import pyarrow as pa
+
+from vlmflow.config import ImageLimits, SourceConfig
+from vlmflow.errors import SourceError
+from vlmflow.sources.base import BATCH_ROWS, Reader, reference_batch
+from vlmflow.sources.listing import list_files
+from vlmflow.sources.prefix import no_images
+from vlmflow.sources.reader import SourceReader, part_version
+from vlmflow.sources.stores import Stores
+from vlmflow.storage import STORE_ERRORS, access_error
+
+SIDE_COLUMNS = ("txt", "json", "cls")
+_COLUMNS = pa.schema([(name, pa.string()) for name in SIDE_COLUMNS])
+_MAX_SIDE_BYTES = 1024 * 1024
+_SHARDS_AT_A_TIME = 8
+
+
+@dataclass
+class _Sample:
+    """The members of one key."""
+
+    key: str = ""
+    images: list[tarfile.TarInfo] = field(default_factory=list)
+    side: dict[str, str] = field(default_factory=dict)
+
+
+class WebDatasetSource:
+    """Lists the images in tar shards: one ``.tar``, or all under a prefix."""
+
+    def __init__(self, config: SourceConfig) -> None:
+        self._config = config
+        self._stores = Stores(config.storage)
+
+    @property
+    def columns(self) -> pa.Schema:
+        """``txt``, ``json`` and ``cls``, null where a sample has no such member."""
+        text = self._config.text_column
+        if text is not None and text not in SIDE_COLUMNS:
+            remedy = f"Name one of {', '.join(SIDE_COLUMNS)}, or leave it out for txt."
+            raise SourceError(f"WebDataset shards have no column {text}", remedy=remedy)
+        return _COLUMNS
+
+    def list(self) -> Iterator[pa.RecordBatch]:
+        """Yields the references; see :class:`vlmflow.sources.base.Source`."""
+        empty = True
+        with ThreadPoolExecutor(_SHARDS_AT_A_TIME) as threads:
+            # Each thread waits for a store's answers; a group of shards is listed before the next is begun.
+            for start in range(0, len(self._shards), _SHARDS_AT_A_TIME):
+                for batches in threads.map(self._list_shard, self._shards[start : start + _SHARDS_AT_A_TIME]):
+                    for batch in batches:
+                        empty = False
+                        yield batch
+        if empty and not self._config.allow_empty:
+            raise no_images(self._config.uri)
+
+    def reader(self, limits: ImageLimits) -> Reader:
+        """Builds the reader of this source's references."""
+        return SourceReader(self._config, limits)
+
+    @cached_property
+    def _shards(self) -> Sequence[str]:
+        return list_files(self._config.uri, ".tar", self._stores)
+
+    def _list_shard(self, uri: str) -> Sequence[pa.RecordBatch]:
+        file, head = self._stores.open_file(uri)
+        batches: list[pa.RecordBatch] = []
+        rows: list[tuple[tarfile.TarInfo, dict[str, str]]] = []
+        try:
+            with file:
+                for sample in _samples(file, uri):
+                    rows += [(image, sample.side) for image in sample.images]
+                    if len(rows) >= BATCH_ROWS:
+                        batches.append(self._batch(rows, uri, head.object_version))
+                        rows = []
+        except tarfile.TarError as error:
+            message = f"{uri} is not a whole tar file: {error}"
+            raise SourceError(message, remedy="Write the shard again, or take it out of the prefix.") from error
+        except STORE_ERRORS as error:
+            raise access_error(error, uri) from error
+        if rows:
+            batches.append(self._batch(rows, uri, head.object_version))
+        return batches
+
+    def _batch(
+        self, rows: Sequence[tuple[tarfile.TarInfo, dict[str, str]]], uri: str, shard_version: str
+    ) -> pa.RecordBatch:
+        parts = [(image.offset_data, image.size) for image, _ in rows]
+        side = [pa.array([texts.get(name) for _, texts in rows], pa.string()) for name in SIDE_COLUMNS]
+        given = {
+            "uri": pa.array([f"{uri}#{image.name}" for image, _ in rows], pa.string()),
+            "locator": pa.repeat(uri, len(rows)),
+            "offset": pa.array([offset for offset, _ in parts], pa.int64()),
+            "length": pa.array([length for _, length in parts], pa.int64()),
+            "size_bytes": pa.array([length for _, length in parts], pa.int64()),
+            "object_version": pa.array([part_version(shard_version, *part) for part in parts], pa.string()),
+            "text": side[SIDE_COLUMNS.index(self._config.text_column or "txt")],
+        }
+        return reference_batch(given, pa.StructArray.from_arrays(side, fields=list(_COLUMNS)))
+
+
+def _samples(file: BinaryIO, uri: str) -> Iterator[_Sample]:
+    """Yields the samples of a shard: runs of members whose names are equal up to the first dot of the last segment."""
+    sample, names = _Sample(), set[str]()
+    with tarfile.open(fileobj=file, mode="r:") as tar:
+        for member in tar:
+            tar.members = []  # type: ignore[attr-defined]  # it would keep every header
+            folder, _, name = member.name.rpartition("/")
+            if not member.isreg() or name.startswith((".", "_")):
+                continue
+            if member.name in names:
+                raise SourceError(f"{uri} holds {member.name} twice", remedy="Write the shard again.")
+            names.add(member.name)
+            stem, _, extension = name.partition(".")
+            key = f"{folder}/{stem}"
+            if key != sample.key:
+                yield sample
+                sample = _Sample(key)
+            if extension.lower() not in SIDE_COLUMNS:
+                sample.images.append(member)
+            elif member.size <= _MAX_SIDE_BYTES:
+                sample.side[extension.lower()] = _text(tar, member)
+    yield sample
+
+
+def _text(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:
+    content = tar.extractfile(member)
+    assert content is not None, "regular members have content"
+    return content.read().decode("utf-8", errors="replace").strip()

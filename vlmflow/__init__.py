@@ -15,7 +15,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from vlmflow.config import Job, load_job
+from vlmflow.config import CatalogConfig, Job, SourceConfig, load_job
 from vlmflow.errors import VlmflowError
 
 if TYPE_CHECKING:
@@ -27,11 +27,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Catalog",
+    "CatalogConfig",
     "CatalogSummary",
     "Check",
     "Job",
     "PlanSummary",
     "RunReport",
+    "SourceConfig",
     "VlmflowError",
     "describe_profiles",
     "doctor",

@@ -300,15 +300,13 @@ def demo(
         display.close()
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Runs the command line; errors become one line on standard error and an exit code."""
     try:
-        app(standalone_mode=True)
+        app(args=arguments)
     except VlmflowError as error:
-        message = f"vlmflow: {error}"
-        if error.remedy:
-            message += f" - {error.remedy}"
-        typer.secho(message, err=True, fg="red")
+        message = f"vlmflow: {error}" + (f" - {error.remedy}" if error.remedy else "")
+        typer.secho(" ".join(message.split()), err=True, fg="red")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         typer.secho("vlmflow: interrupted; run the same command again to go on.", err=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -89,6 +90,8 @@ def ray_cluster(config: RayConfig) -> Iterator[Cluster]:
     before = {name: getattr(context, name) for name in _DATA_CONTEXT}
     for name, value in _DATA_CONTEXT.items():
         setattr(context, name, value)
+    # A run of few images has fewer blocks than actors; that is no concern of the user's.
+    warnings.filterwarnings("ignore", message="The minimum number of concurrent actors", category=UserWarning)
     for logger in _QUIET_LOGGERS:
         logging.getLogger(logger).setLevel(logging.ERROR)
     try:
@@ -118,9 +121,10 @@ _DATA_CONTEXT: dict[str, object] = {
 
 
 def _connect(config: RayConfig) -> None:
-    # Ray announces its dashboard, usage statistics and coming changes to every user of an embedded cluster.
+    # Ray would announce coming changes, its usage statistics, and on standard error every actor that may restart.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
         if config.address is None:
             ray.init(

@@ -1,4 +1,4 @@
-"""Builds a pool's tasks inside its actor: the only place of the engine that loads torch and weights."""
+"""Sets up a pool's actor: the only place of the engine that imports torch."""
 
 from __future__ import annotations
 
@@ -7,15 +7,9 @@ import math
 import torch
 
 from vlmflow.config import PoolConfig
-from vlmflow.engine.pools import Models
 from vlmflow.errors import ClusterError, WeightsError
-from vlmflow.models import identify, load_captioner, load_embedder, load_matcher
-from vlmflow.moderation.decide import Moderator
-from vlmflow.tasks import Task
-from vlmflow.tasks.caption import CaptionTask
-from vlmflow.tasks.embed import EmbedTask
-from vlmflow.tasks.match import MatchTask
-from vlmflow.tasks.moderate import ModerateTask
+from vlmflow.models import identify
+from vlmflow.tasks.setup import TaskSetup
 
 
 def set_up_torch(pool: PoolConfig) -> str:
@@ -35,27 +29,18 @@ def set_up_torch(pool: PoolConfig) -> str:
     return "cuda"
 
 
-def build_task(name: str, models: Models, device: str) -> Task:
-    """Loads the task's model and wraps it.
+def check_weights(pool: PoolConfig, setup: TaskSetup) -> None:
+    """Makes sure that this node holds the weights that the run was planned with.
 
     Raises:
-        WeightsError: the weights are absent, do not fit, or are not those that the run was planned with.
+        WeightsError: they are absent here, or others.
     """
-    if name == "moderate":
-        if models.moderating is None:
-            raise AssertionError("moderate without a policy passed the checks of the job")
-        moderating = models.moderating
-        return ModerateTask(Moderator(moderating.policy, moderating.binding, moderating.prompts))
-    config, request = models.configs[name], models.requests[name]
-    found = identify(name, config).weights_digest
-    if found != models.digests[name]:
-        raise WeightsError(
-            f"weights of {name} on this node have the digest {found[:12]}, the run was planned with "
-            f"{models.digests[name][:12]}",
-            remedy="Put the same weights on every node.",
-        )
-    if name == "embed":
-        return EmbedTask(load_embedder(config, device), request)
-    if name == "caption":
-        return CaptionTask(load_captioner(config, device), request, models.max_caption_tokens)
-    return MatchTask(load_matcher(config, device), request)
+    for role in pool.tasks:
+        if role not in setup.models:
+            continue
+        found, planned = identify(role, setup.models[role]).weights_digest, setup.identities[role].weights_digest
+        if found != planned:
+            raise WeightsError(
+                f"weights of {role} on this node have the digest {found[:12]}, the run was planned with {planned[:12]}",
+                remedy="Put the same weights on every node.",
+            )

@@ -13,7 +13,9 @@ from vlmflow.catalog import Plan
 from vlmflow.config import Job, PoolConfig
 from vlmflow.engine.cluster import Cluster
 from vlmflow.engine.decoding import ReadAndDecode
-from vlmflow.engine.pools import Models, PoolWorker
+from vlmflow.engine.pools import PoolWorker
+from vlmflow.moderation.prompts import PromptVectors
+from vlmflow.tasks.setup import TaskSetup
 
 # Unequal to what a pool's actors ask for: Ray Data fuses a map into the actors behind it when both ask for the same.
 DECODE_CPUS = 0.45
@@ -50,7 +52,11 @@ def planned_blocks(plan: Plan, cluster: Cluster) -> Iterator[pa.Table]:
 
 
 def build_pipeline(
-    blocks: list[ray.ObjectRef[pa.Table]], decode: ReadAndDecode, pools: tuple[PoolConfig, ...], models: Models
+    blocks: list[ray.ObjectRef[pa.Table]],
+    decode: ReadAndDecode,
+    pools: tuple[PoolConfig, ...],
+    setup: TaskSetup,
+    prompts: PromptVectors | None,
 ) -> Dataset:
     """Chains decoding and the pools; nothing runs until the dataset is consumed."""
     dataset = ray.data.from_arrow_refs(blocks)
@@ -67,7 +73,8 @@ def build_pipeline(
         for pool in pools:
             dataset = dataset.map_batches(
                 PoolWorker,
-                fn_constructor_kwargs={"pool": pool, "models": models, "is_last": pool is pools[-1]},
+                fn_constructor_args=(pool, setup, prompts),
+                fn_constructor_kwargs={"is_last": pool is pools[-1]},
                 batch_format="pyarrow",
                 batch_size=pool.batch_size,
                 num_cpus=pool.cpus,

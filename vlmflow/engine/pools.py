@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from vlmflow.config import ModelConfig, PoolConfig
+from vlmflow.config import PoolConfig
 from vlmflow.engine import columns
-from vlmflow.imaging import PixelRequest
-from vlmflow.moderation.policy import Binding, Policy
 from vlmflow.moderation.prompts import PromptVectors
 from vlmflow.tasks import Task, add_columns
+from vlmflow.tasks.setup import TaskSetup, load_task
 
 if TYPE_CHECKING:
     from vlmflow.tasks.run import BatchLimit
@@ -23,42 +20,17 @@ if TYPE_CHECKING:
 _READS = {"moderate": "embed"}
 
 
-@dataclass(frozen=True)
-class Moderating:
-    """What the moderate task needs, computed once for the run."""
-
-    policy: Policy
-    binding: Binding | None
-    prompts: PromptVectors
-
-
-@dataclass(frozen=True)
-class Models:
-    """What the pools' tasks are built of, in any process.
-
-    Attributes:
-        configs: weights by role (embed, caption, match).
-        digests: of the weights, by role: a node whose folder holds others must not contribute rows.
-        requests: the pixels that each role reads.
-    """
-
-    configs: dict[str, ModelConfig]
-    digests: dict[str, str]
-    requests: dict[str, PixelRequest]
-    max_caption_tokens: int
-    moderating: Moderating | None
-
-
 class PoolWorker:
     """Runs a pool's tasks on a batch; built once per actor, so weights load once."""
 
-    def __init__(self, pool: PoolConfig, models: Models, *, is_last: bool) -> None:
+    def __init__(self, pool: PoolConfig, setup: TaskSetup, prompts: PromptVectors | None, *, is_last: bool) -> None:
         # The driver imports this module too and needs no torch.
-        from vlmflow.engine.loading import build_task, set_up_torch
+        from vlmflow.engine.loading import check_weights, set_up_torch
         from vlmflow.tasks.run import BatchLimit
 
         device = set_up_torch(pool)
-        self._tasks: dict[str, Task] = {name: build_task(name, models, device) for name in pool.tasks}
+        check_weights(pool, setup)
+        self._tasks: dict[str, Task] = {name: load_task(name, setup, prompts, device) for name in pool.tasks}
         self._limits: dict[str, BatchLimit] = {name: BatchLimit() for name in pool.tasks}
         self._is_last = is_last
         self._name = "+".join(pool.tasks)
@@ -121,8 +93,3 @@ def _scatter(outputs: dict[str, pa.Array], rows: pa.Array, num_rows: int, writes
         return outputs
     position = pa.compute.index_in(pa.array(range(num_rows), pa.uint64()), value_set=rows)
     return {field.name: outputs[field.name].take(position) for field in writes}
-
-
-def required_roles(tasks: Sequence[str]) -> list[str]:
-    """The model roles that tasks load, in a stable order; moderate loads none of its own."""
-    return [role for role in ("embed", "caption", "match") if role in tasks]

@@ -22,12 +22,11 @@ from vlmflow.engine.cluster import Cluster, ray_cluster
 from vlmflow.engine.collect import Collected, Collector
 from vlmflow.engine.decoding import ReadAndDecode
 from vlmflow.engine.pipeline import build_pipeline, default_pools, planned_blocks
-from vlmflow.engine.pools import Models, Moderating
 from vlmflow.engine.prepare import Prepared, encode_policy, prepare
 from vlmflow.engine.progress import ProgressDisplay, SilentProgress, Tally
 from vlmflow.engine.report import PlanSummary, RunReport, RunStatus, finished_report, initial_report, plan_summary
 from vlmflow.errors import UnreconciledError, VlmflowError
-from vlmflow.imaging import PixelRequest
+from vlmflow.imaging import merge_requests
 from vlmflow.moderation.prompts import PromptVectors
 from vlmflow.sources import Source, open_source
 
@@ -91,7 +90,8 @@ class _Run:
     """One run: its record and lease, its pipeline, its commits."""
 
     def __init__(self, prepared: Prepared, source: Source, planned: Plan, display: ProgressDisplay) -> None:
-        self._prepared, self._job, self._source, self._plan = prepared, prepared.job, source, planned
+        self._prepared, self._job = prepared, prepared.job
+        self._source, self._plan = source, planned
         self._display = display
         self._run_id = f"{dt.datetime.now(dt.UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(4)}"
         self._report = initial_report(self._run_id, prepared, planned)
@@ -122,7 +122,7 @@ class _Run:
         self._display.stage("starting Ray")
         with ray_cluster(self._job.ray) as cluster:
             self._display.stage("loading models")
-            prompts = encode_policy(self._prepared)
+            prompts = encode_policy(self._prepared.setup)
             self._archive_policy(catalog, prompts)
             writer = catalog.writer(self._prepared.constants(self._run_id), self._plan.version)
             tally = Tally(total=self._plan.num_planned)
@@ -135,7 +135,7 @@ class _Run:
         catalog.compact(self._run_id)
 
     def _archive_policy(self, catalog: Catalog, prompts: PromptVectors | None) -> None:
-        policy = self._prepared.policy
+        policy = self._prepared.setup.policy
         if policy is not None and prompts is not None:
             catalog.policies.put(
                 policy.digest,
@@ -143,24 +143,14 @@ class _Run:
             )
 
     def _pipeline(self, cluster: Cluster, prompts: PromptVectors | None) -> Dataset:
-        prepared, job = self._prepared, self._job
-        moderating = None
-        if prepared.policy is not None and prompts is not None:
-            moderating = Moderating(prepared.policy, prepared.binding, prompts)
-        models = Models(
-            configs=prepared.configs,
-            digests={role: identity.weights_digest for role, identity in prepared.identities.items()},
-            requests=prepared.requests,
-            max_caption_tokens=job.max_caption_tokens,
-            moderating=moderating,
-        )
+        setup, job = self._prepared.setup, self._job
         decode = ReadAndDecode(
             reader=self._source.reader(job.limits),
-            requests=_merged_requests(prepared),
+            requests=tuple(merge_requests(list(setup.requests.values()))),
             limits=job.limits,
         )
         blocks = [ray.put(block) for block in planned_blocks(self._plan, cluster)]
-        return build_pipeline(blocks, decode, default_pools(job, cluster), models)
+        return build_pipeline(blocks, decode, default_pools(job, cluster), setup, prompts)
 
     def _consume(self, dataset: Dataset, collector: Collector, tally: Tally) -> None:
         self._display.update(tally)
@@ -220,16 +210,6 @@ def _status_of(error: BaseException) -> RunStatus:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     return "unreconciled" if isinstance(error, UnreconciledError) else "failed"
-
-
-def _merged_requests(prepared: Prepared) -> tuple[PixelRequest, ...]:
-    """One request per size and interpolation, so that no pixels are made or carried twice."""
-    merged: dict[str, PixelRequest] = {}
-    for request in prepared.requests.values():
-        known = merged.get(request.key)
-        if known is None or len(request.views) > len(known.views):
-            merged[request.key] = request
-    return tuple(merged.values())
 
 
 @contextlib.contextmanager

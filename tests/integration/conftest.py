@@ -1,0 +1,88 @@
+"""Parts that the integration tests share: a Ray cluster, tiny models, a policy bound to them, folders of images."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from tests.models import make_captioner, make_clip, make_matcher
+from vlmflow.config import Job, ModelConfig
+from vlmflow.models import identify
+from vlmflow.moderation.policy import bind, load_policy, write_binding
+
+POLICY = """
+name: test
+version: "1"
+description: For tests; the models behind it are random.
+temperature: 0.05
+neutral: [a picture of a banana, a picture of a car]
+categories:
+  - name: weapons
+    labels:
+      - {name: gun, prompts: [a picture of a gun, two guns], review: 0.45, block: 0.9}
+  - name: alcohol
+    labels:
+      - {name: bottle, prompts: [a bottle of wine], review: 0.5, block: null}
+logistic: {scale: 20.0, offset: 0.0}
+bindings: []
+"""
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """One embedded Ray cluster for all tests of the session: starting one takes seconds."""
+    ray.init(
+        num_cpus=2,
+        object_store_memory=400 * 1024 * 1024,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Tiny random models by role, as a job's `models`."""
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        "embed": {"family": "open_clip", "path": str(make_clip(folder / "clip"))},
+        "caption": {"family": "blip_caption", "path": str(make_captioner(folder / "captioner"))},
+        "match": {"family": "blip_itm", "path": str(make_matcher(folder / "matcher"))},
+    }
+
+
+@pytest.fixture(scope="session")
+def policy(tmp_path_factory: pytest.TempPathFactory, models: dict[str, dict[str, Any]]) -> str:
+    """A policy file bound to the tiny embedder."""
+    path = tmp_path_factory.mktemp("policy") / "test.yaml"
+    path.write_text(POLICY, encoding="utf-8")
+    write_binding(path, bind(load_policy(str(path)), identify("embed", ModelConfig(**models["embed"]))))
+    return str(path)
+
+
+@pytest.fixture
+def make_job(models: dict[str, dict[str, Any]], policy: str, tmp_path: Path) -> Callable[..., Job]:
+    """Builds jobs over the tiny models; keyword arguments are those of :class:`Job`."""
+
+    def make(source: str | Path, **options: Any) -> Job:
+        source_options = options.pop("source_options", {})
+        return Job(
+            **{
+                "source": {"uri": str(source), **source_options},
+                "catalog": {"uri": str(tmp_path / "catalog")},
+                "profile": "starter",
+                "models": models,
+                "policy": policy,
+                "max_caption_tokens": 8,
+                **options,
+            }
+        )
+
+    return make

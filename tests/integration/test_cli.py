@@ -1,0 +1,185 @@
+"""The command line as a user meets it: what is printed, the exit code, and that bad input writes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.pictures import write_broken, write_pictures
+from vlmflow.catalog import Catalog
+from vlmflow.cli import main
+from vlmflow.config import CatalogConfig, Job
+
+
+def run(*arguments: str | Path) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in arguments])
+    return int(stopped.value.code or 0)
+
+
+@pytest.fixture
+def job_file(make_job: Callable[..., Job], tmp_path: Path) -> Path:
+    """A job file with the tiny models and the test policy; source and catalog come from the command line."""
+    job = make_job("ignored").model_dump(mode="json", exclude_defaults=True)
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump({name: job[name] for name in ("models", "policy", "max_caption_tokens")}))
+    return path
+
+
+STARTER = ["{catalog}", "--profile", "starter"]
+BAD_INPUT = {
+    "empty prefix": (["{empty}", *STARTER], ["{empty}", "--allow-empty"]),
+    "absent folder": (["{tmp}/none", *STARTER], ["none"]),
+    "unknown profile": (["{images}", "{catalog}", "--profile", "huge"], ["huge", "starter"]),
+    "no profile": (["{images}", "{catalog}"], ["profile"]),
+    "unknown task": (["{images}", *STARTER, "--tasks", "embed,paint"], ["tasks"]),
+    "absent policy": (["{images}", *STARTER, "--policy", "none.yaml"], ["none.yaml"]),
+    "policy without labels": (["{images}", *STARTER, "--policy", "{nolabels}"], ["categories"]),
+    "unknown key": (["{images}", *STARTER, "--config", "{badkey}"], ["colour", "unknown key"]),
+    "no yaml": (["{images}", *STARTER, "--config", "{noyaml}"], ["YAML"]),
+    "manifest without its column": (["{manifest}", *STARTER], ["uri", "picture"]),
+    "absent weights": (
+        ["{images}", "{catalog}", "--profile", "base", "--tasks", "caption"],
+        ["blip-image-captioning-base"],
+    ),
+    "absent bucket": (["s3://vlmflow-no-such-bucket/x", *STARTER], ["vlmflow-no-such-bucket"]),
+}
+
+
+@pytest.mark.parametrize(("arguments", "named"), BAD_INPUT.values(), ids=list(BAD_INPUT))
+def test_bad_input_is_one_line_and_writes_nothing(
+    arguments: list[str],
+    named: list[str],
+    job_file: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    if "bucket" in request.node.name:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", request.getfixturevalue("s3_server").endpoint)
+    monkeypatch.setenv("VLMFLOW_MODELS", str(tmp_path / "weights"))
+    write_pictures(tmp_path / "images", 1)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "list.csv").write_text("picture\na.jpg\n")
+    (tmp_path / "badkey.yaml").write_text(job_file.read_text() + "colour: red\n")
+    (tmp_path / "noyaml.yaml").write_text("a: [")
+    (tmp_path / "nolabels.yaml").write_text("name: x\nversion: '1'\nneutral: [a]\ncategories: []\nbindings: []\n")
+    places = {
+        "tmp": tmp_path,
+        "empty": tmp_path / "empty",
+        "images": tmp_path / "images",
+        "catalog": tmp_path / "catalog",
+        "manifest": tmp_path / "list.csv",
+        "badkey": tmp_path / "badkey.yaml",
+        "noyaml": tmp_path / "noyaml.yaml",
+        "nolabels": tmp_path / "nolabels.yaml",
+    }
+    arguments = [argument.format(**places) for argument in arguments]
+    if "--config" not in arguments and "base" not in arguments:
+        arguments += ["--config", str(job_file)]
+    if "--policy" in arguments and "--config" in arguments:
+        arguments += ["--tasks", "embed,moderate"]
+
+    code = run("enrich", *arguments)
+
+    captured = capfd.readouterr()
+    errors = [line for line in captured.err.splitlines() if line.startswith("vlmflow:")]
+    assert code == 2, captured.err
+    assert len(errors) == 1, captured.err
+    assert "Traceback" not in captured.err
+    for word in named:
+        assert word.format(**places) in errors[0]
+    assert not (tmp_path / "catalog").exists()
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_plan_enrich_show_export(job_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_pictures(tmp_path / "images", 6)
+    write_broken(tmp_path / "images")
+    places = (tmp_path / "images", tmp_path / "catalog", "--profile", "starter", "--config", job_file)
+
+    assert run("plan", *places, "--json") == 0
+    planned = json.loads(capfd.readouterr().out)
+    assert planned["num_planned"] == 10
+    assert not (tmp_path / "catalog").exists()
+
+    assert run("enrich", *places, "--json") == 0
+    events = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert {event["event"] for event in events} == {"stage", "progress", "report"}
+    assert events[-1]["statuses"] == {"ok": 6, "unreadable": 4}
+
+    assert run("enrich", *places) == 0
+    assert "Nothing due" in capfd.readouterr().out
+
+    assert run("show", tmp_path / "catalog") == 0
+    shown = capfd.readouterr().out
+    assert "10 images" in shown
+    assert "unreadable 4" in shown
+
+    assert run("export", tmp_path / "catalog", tmp_path / "parquet") == 0
+    assert run("export", tmp_path / "catalog", tmp_path / "parquet") == 2  # never into a folder that holds something
+
+
+def test_interrupted_it_goes_on_where_it_stopped(job_file: Path, tmp_path: Path) -> None:
+    """Ctrl-C in the middle of a run: exit 130, what was committed stays, the same command does the rest."""
+    write_pictures(tmp_path / "images", 300)
+    config = yaml.safe_load(job_file.read_text()) | {"commit": {"max_rows": 10}, "tasks": ["embed"]}
+    config["pools"] = [{"tasks": ["embed"], "cpus": 0.5, "batch_size": 4}]
+    job_file.write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "vlmflow", "enrich", tmp_path / "images", tmp_path / "catalog"]
+    command += ["--profile", "starter", "--config", job_file, "--json"]
+    process = subprocess.Popen(
+        [str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
+    )
+    log = tmp_path / "catalog" / "images" / "_delta_log"
+    assert process.stdout is not None
+    for line in process.stdout:  # every line is an event; a commit shows in the log
+        if json.loads(line)["event"] == "stage" and json.loads(line)["stage"] == "enriching":
+            break
+    while process.poll() is None and len(list(log.glob("*.json"))) < 2:
+        os.sched_yield()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "run the same command again" in errors
+    config_ = CatalogConfig(uri=str(tmp_path / "catalog"))
+    committed = Catalog.open(config_).images(["image_id"]).num_rows
+    assert 0 < committed < 300
+
+    finished = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=120, check=True)
+    report = json.loads(finished.stdout.splitlines()[-1])
+    assert report["num_added"] == 300 - committed
+    rows = Catalog.open(config_).images(["image_id"])
+    assert rows.num_rows == len(rows["image_id"].unique()) == 300
+
+
+def test_help_names_every_command_and_teaches(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run("--help") == 0
+    shown = capfd.readouterr().out
+    for command in ("enrich", "plan", "show", "export", "profiles", "doctor", "demo"):
+        assert command in shown
+
+
+def test_profiles_say_what_each_is_for(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run("profiles", "--json") == 0
+    described = {profile["name"]: profile for profile in json.loads(capfd.readouterr().out)}
+    assert set(described) >= {"starter", "base", "large"}
+    assert "NOT for photographs" in described["starter"]["purpose"]
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_doctor_checks_storage_with_conditional_writes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run("doctor", "--catalog", tmp_path / "catalog", "--json")
+    checks = {check["name"]: check for check in map(json.loads, capfd.readouterr().out.splitlines())}
+    assert checks["conditional writes"]["verdict"] == "ok"
+    assert checks["ray workers"]["verdict"] == "ok"
+    assert not list((tmp_path / "catalog").glob(".doctor*"))

@@ -1,0 +1,241 @@
+"""The main job, end to end: real Ray, real Delta tables, real model code with tiny weights."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+
+from tests.pictures import picture, write_broken, write_pictures
+from vlmflow.catalog import Catalog
+from vlmflow.config import Job
+from vlmflow.engine import enrich, plan
+from vlmflow.errors import EmptySourceError, ErrorBudgetError, UnboundPolicyError
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+# What differs between two runs over the same images.
+VOLATILE = ("run_id", "updated_at", "embed_run_id")
+
+
+def rows_by_name(catalog: Catalog) -> dict[str, dict[str, object]]:
+    rows = catalog.images().drop_columns(list(VOLATILE)).to_pylist()
+    named = {str(row["uri"]).rsplit("/", 1)[-1]: row for row in rows}
+    assert len(named) == len(rows)
+    return named
+
+
+def test_every_file_has_its_row_good_or_broken(make_job: Callable[..., Job], tmp_path: Path) -> None:
+    good = write_pictures(tmp_path / "images", 14)
+    broken = write_broken(tmp_path / "images")
+    job = make_job(tmp_path / "images", date=dt.date(2026, 11, 1))
+
+    report = enrich(job)
+
+    rows = rows_by_name(Catalog.open(job.catalog))
+    assert set(rows) == {path.name for path in good} | set(broken)
+    for path in good:
+        row = rows[path.name]
+        assert row["status"] == "ok", row["errors"]
+        assert row["decision"] in {"allow", "review", "block"}
+        assert isinstance(row["caption"], str)
+        assert 0 <= row["caption_itm"] <= 1
+        assert -1 <= row["caption_itc"] <= 1
+        assert row["text_itm"] is None
+        assert {label["label"] for label in row["labels"]} == {"gun", "bottle"}
+        assert row["ingest_date"] == dt.date(2026, 11, 1)
+    for name, error_class in broken.items():
+        assert rows[name]["status"] == "unreadable"
+        assert [error["class"] for error in rows[name]["errors"]] == [error_class], name
+        assert rows[name]["decision"] == "review"
+    assert report.status == "done"
+    assert report.num_added == len(rows)
+    assert report.statuses == {"ok": len(good), "unreadable": len(broken)}
+    assert report.errors == dict.fromkeys(broken.values(), 1)
+    assert {stage.stage for stage in report.stages} == {"read", "decode", "embed", "moderate", "caption", "match"}
+    assert report.bytes_read == sum(path.stat().st_size for path in (tmp_path / "images").iterdir())
+
+
+def test_one_vector_for_each_view_of_each_good_image(make_job: Callable[..., Job], tmp_path: Path) -> None:
+    write_pictures(tmp_path / "images", 6)
+    write_broken(tmp_path / "images")
+    job = make_job(tmp_path / "images", tasks=("embed",))
+    enrich(job)
+    catalog = Catalog.open(job.catalog)
+    images = {row["image_id"]: row for row in catalog.images().to_pylist()}
+    views: dict[str, set[str]] = {}
+    for row in catalog.embeddings().to_pylist():
+        views.setdefault(row["image_id"], set()).add(row["view"])
+        assert sum(value**2 for value in row["vector"]) == pytest.approx(1.0, abs=1e-5)
+    assert set(views) == {image_id for image_id, row in images.items() if row["status"] == "ok"}
+    for image_id, names in views.items():
+        square = images[image_id]["width"] == images[image_id]["height"]
+        assert names == ({"squash"} if square else {"squash", "center"})
+
+
+def test_a_second_run_does_nothing_and_says_so(make_job: Callable[..., Job], tmp_path: Path) -> None:
+    write_pictures(tmp_path / "images", 5)
+    job = make_job(tmp_path / "images")
+    enrich(job)
+    version = Catalog.open(job.catalog).version
+    report = enrich(job)
+    assert report.status == "nothing_due"
+    assert report.num_unchanged == 5
+    assert Catalog.open(job.catalog).version == version
+
+
+def test_a_changed_image_replaces_its_row_and_no_other(make_job: Callable[..., Job], tmp_path: Path) -> None:
+    paths = write_pictures(tmp_path / "images", 6)
+    job = make_job(tmp_path / "images")
+    enrich(job)
+    before = rows_by_name(Catalog.open(job.catalog))
+    picture(99).save(paths[2], "WEBP")
+    write_pictures(tmp_path / "images" / "new", 1, first_seed=50)
+
+    report = enrich(job)
+
+    after = rows_by_name(Catalog.open(job.catalog))
+    assert (report.num_added, report.num_replaced) == (1, 1)
+    assert after[paths[2].name]["content_hash"] != before[paths[2].name]["content_hash"]
+    assert [name for name in before if before[name] != after[name]] == [paths[2].name]
+
+
+def test_a_touched_file_with_equal_bytes_only_moves_its_version(make_job: Callable[..., Job], tmp_path: Path) -> None:
+    paths = write_pictures(tmp_path / "images", 3)
+    job = make_job(tmp_path / "images")
+    enrich(job)
+    before = rows_by_name(Catalog.open(job.catalog))[paths[0].name]
+    data = paths[0].read_bytes()
+    paths[0].unlink()
+    paths[0].write_bytes(data)
+
+    report = enrich(job)
+
+    after = rows_by_name(Catalog.open(job.catalog))[paths[0].name]
+    assert report.num_replaced == 1
+    assert sum(stage.images for stage in report.stages if stage.stage not in {"read", "decode"}) == 0
+    changed = {name for name in before if before[name] != after[name]}
+    assert "object_version" in changed
+    assert changed <= {"object_version", "seen_version", "attempts", "attempt_digest"}
+
+
+def test_tasks_added_later_fill_the_same_row(make_job: Callable[..., Job], tmp_path: Path) -> None:
+    write_pictures(tmp_path / "images", 5)
+    whole = make_job(tmp_path / "images", catalog={"uri": str(tmp_path / "whole")})
+    enrich(whole)
+    stepwise = make_job(tmp_path / "images", catalog={"uri": str(tmp_path / "stepwise")})
+    for tasks in (("embed",), ("embed", "moderate"), ("caption",), ("caption", "match")):
+        enrich(stepwise.model_copy(update={"tasks": tasks}))
+    at_once = rows_by_name(Catalog.open(whole.catalog))
+    in_steps = rows_by_name(Catalog.open(stepwise.catalog))
+    assert in_steps == at_once
+
+
+def test_the_callers_columns_and_text_come_along(make_job: Callable[..., Job], tmp_path: Path) -> None:
+    paths = write_pictures(tmp_path / "images", 3)
+    manifest = tmp_path / "images" / "list.csv"
+    lines = ["uri,title,price", *(f"{path.name},a red car {index},{index}.5" for index, path in enumerate(paths))]
+    manifest.write_text("\n".join([*lines, "gone.jpg,nothing,1.0"]), encoding="utf-8")
+    job = make_job(manifest, source_options={"text_column": "title"})
+    enrich(job)
+    rows = rows_by_name(Catalog.open(job.catalog))
+    assert rows[paths[1].name]["source"] == {"title": "a red car 1", "price": 1.5}
+    assert 0 <= rows[paths[1].name]["text_itm"] <= 1
+    assert rows["gone.jpg"]["status"] == "missing"
+
+    manifest.write_text("\n".join([lines[0], lines[1], lines[2].replace("red", "blue"), lines[3]]), encoding="utf-8")
+    again = plan(job)
+    assert again.due["match"] == {"text_changed": 1}
+
+
+def test_two_pools_give_the_rows_of_one(make_job: Callable[..., Job], tmp_path: Path) -> None:
+    write_pictures(tmp_path / "images", 6)
+    one = make_job(tmp_path / "images", catalog={"uri": str(tmp_path / "one")})
+    pools = (
+        {"tasks": ("embed", "moderate"), "cpus": 0.5, "batch_size": 4},
+        {"tasks": ("caption", "match"), "cpus": 0.5, "batch_size": 3},
+    )
+    two = make_job(tmp_path / "images", catalog={"uri": str(tmp_path / "two")}, pools=pools)
+    enrich(one)
+    report = enrich(two)
+    assert {pool.tasks for pool in report.pools} == {("embed", "moderate"), ("caption", "match")}
+    first, second = rows_by_name(Catalog.open(one.catalog)), rows_by_name(Catalog.open(two.catalog))
+    for name, row in first.items():
+        assert row["caption"] == second[name]["caption"]
+        assert row["decision"] == second[name]["decision"]
+        assert row["caption_itm"] == pytest.approx(second[name]["caption_itm"], abs=1e-5)
+
+
+def test_commits_come_by_rows_and_the_last_is_not_forgotten(make_job: Callable[..., Job], tmp_path: Path) -> None:
+    write_pictures(tmp_path / "images", 70)
+    job = make_job(tmp_path / "images", tasks=("embed",), commit={"max_rows": 20})
+    report = enrich(job)
+    assert sum(commit.rows for commit in report.commits) == 70
+    assert len(report.commits) >= 2
+    assert Catalog.open(job.catalog).images().num_rows == 70
+
+
+def test_a_limit_takes_so_many_and_the_next_run_the_others(make_job: Callable[..., Job], tmp_path: Path) -> None:
+    write_pictures(tmp_path / "images", 7)
+    job = make_job(tmp_path / "images", tasks=("embed",))
+    assert enrich(job.model_copy(update={"limit": 3})).num_added == 3
+    assert enrich(job).num_added == 4
+
+
+def test_an_empty_source_writes_nothing(make_job: Callable[..., Job], tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    job = make_job(tmp_path / "images")
+    with pytest.raises(EmptySourceError):
+        enrich(job)
+    assert not (tmp_path / "catalog").exists()
+
+
+def test_an_unbound_policy_stops_before_anything_unless_accepted(make_job: Callable[..., Job], tmp_path: Path) -> None:
+    write_pictures(tmp_path / "images", 2)
+    policy = tmp_path / "unbound.yaml"
+    text = Path(make_job("x").policy).read_text(encoding="utf-8")
+    policy.write_text(text[: text.index("bindings:")] + "bindings: []\n", encoding="utf-8")
+    job = make_job(tmp_path / "images", policy=str(policy))
+    with pytest.raises(UnboundPolicyError):
+        enrich(job)
+    assert not (tmp_path / "catalog").exists()
+    enrich(job.model_copy(update={"accept_unbound": True}))
+    decisions = Catalog.open(job.catalog).images(["decision", "decision_reason"])
+    assert decisions.to_pylist() == [{"decision": "review", "decision_reason": "unbound"}] * 2
+
+
+def test_a_wrong_prefix_stops_before_the_first_commit(make_job: Callable[..., Job], tmp_path: Path) -> None:
+    manifest = tmp_path / "list.csv"
+    manifest.write_text("uri\n" + "\n".join(f"none/{index}.jpg" for index in range(1_100)), encoding="utf-8")
+    job = make_job(manifest, tasks=("embed",), commit={"max_rows": 300})
+    with pytest.raises(ErrorBudgetError, match="missing"):
+        enrich(job)
+    assert Catalog.open(job.catalog).images().num_rows == 0
+    enrich(job.model_copy(update={"max_error_fraction": 1.0}))
+    assert Catalog.open(job.catalog).images(["status"])["status"].unique().to_pylist() == ["missing"]
+
+
+def test_the_run_is_on_record_with_its_versions_and_its_policy(make_job: Callable[..., Job], tmp_path: Path) -> None:
+    write_pictures(tmp_path / "images", 4)
+    job = make_job(tmp_path / "images")
+    report = enrich(job)
+    catalog = Catalog.open(job.catalog)
+    (info,) = catalog.runs.list()
+    assert (info.run_id, info.state) == (report.run_id, "finished")
+    assert info.record["versions"]["ray"]
+    assert info.record["config"]["profile"] == "starter"
+    digest = catalog.images(["policy_digest"])["policy_digest"][0].as_py()
+    assert set(catalog.policies.get(digest)) == {"policy.json", "prompts.safetensors"}
+
+
+def test_no_image_is_decided_by_nothing(make_job: Callable[..., Job], tmp_path: Path) -> None:
+    write_pictures(tmp_path / "images", 3)
+    job = make_job(tmp_path / "images", tasks=("caption",))
+    enrich(job)
+    rows = Catalog.open(job.catalog).images(["decision", "decision_reason"])
+    assert pc.all(pc.equal(rows["decision"], "review")).as_py()
+    assert rows["decision_reason"].unique() == pa.array(["unscored"])

@@ -1,0 +1,85 @@
+"""Memory does not grow with the number of images: the proportional set size of driver and workers is compared."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from tests.pictures import picture
+
+OBJECT_STORE_BYTES = 200 * 1024 * 1024
+
+
+def peak_pss(command: list[str]) -> int:
+    """Runs a command; the largest sum of proportional set sizes of it and its children, object store apart, in bytes."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    stop, peak = threading.Event(), 0
+
+    def watch() -> None:
+        nonlocal peak
+        parent = psutil.Process(process.pid)
+        while not stop.wait(0.5):
+            peak = max(peak, sum(map(_private_pss, [parent, *_children(parent)])))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    out, errors = process.communicate(timeout=1500)
+    stop.set()
+    thread.join()
+    assert process.returncode == 0, errors
+    assert json.loads(out.splitlines()[-1])["status"] == "done"
+    return peak
+
+
+def _children(parent: psutil.Process) -> list[psutil.Process]:
+    try:
+        return [child for child in parent.children(recursive=True) if "raylet" not in child.name()]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _private_pss(process: psutil.Process) -> int:
+    """Proportional set size without shared memory: the object store, of fixed size, fills up with time."""
+    try:
+        rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text(encoding="ascii")
+    except OSError:
+        return 0  # ended meanwhile
+    sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in rollup.splitlines() if line.startswith("Pss")}
+    return sizes.get("Pss", 0) - sizes.get("Pss_Shmem", 0)
+
+
+def embed_command(folder: Path, models: dict[str, dict[str, Any]], num_images: int) -> list[str]:
+    images = folder / f"images-{num_images}"
+    images.mkdir()
+    for index in range(num_images):
+        picture(index, 48, 48).save(images / f"{index:06d}.png", "PNG")
+    config = folder / f"job-{num_images}.yaml"
+    ray = {"num_cpus": 2, "object_store_bytes": OBJECT_STORE_BYTES}
+    config.write_text(yaml.safe_dump({"models": models, "ray": ray, "tasks": ["embed"], "commit": {"max_rows": 1000}}))
+    arguments = [images, folder / f"catalog-{num_images}", "--profile", "starter", "--config", config, "--json"]
+    return [sys.executable, "-m", "vlmflow", "enrich", *(str(argument) for argument in arguments)]
+
+
+def compare(folder: Path, models: dict[str, dict[str, Any]], few: int, many: int) -> float:
+    small, large = (peak_pss(embed_command(folder, models, number)) for number in (few, many))
+    print(f"peak proportional set size: {small / 2**20:.0f} MiB at {few}, {large / 2**20:.0f} MiB at {many}")
+    return large / small
+
+
+@pytest.mark.timeout(240)
+def test_memory_is_flat(tmp_path: Path, models: dict[str, dict[str, Any]]) -> None:
+    assert compare(tmp_path, models, 400, 2_000) <= 1.15
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_memory_is_flat_over_fifty_thousand_images(tmp_path: Path, models: dict[str, dict[str, Any]]) -> None:
+    assert compare(tmp_path, models, 5_000, 50_000) <= 1.15

@@ -54,6 +54,8 @@ PLANNED = pa.schema(
         ("replaces", pa.bool_()),  # a live row exists
         ("attempts", pa.int32()),  # attempts before this one at this object version and these fingerprints
         ("ingest_date", pa.date32()),  # kept from the live row, else the run's logical date
+        ("live_file", pa.string()),  # file of the images table that held the live row at planning
+        ("previous_version", pa.string()),  # seen_version of the live row at planning
     ]
 )
 
@@ -66,6 +68,15 @@ FACTS = pa.schema(
         ("width", pa.int32()),  # as displayed: after the EXIF orientation
         ("height", pa.int32()),
         ("num_frames", pa.int32()),
+    ]
+)
+
+# What the pipeline says of each image when it hands the rows to the catalog's writer.
+OUTCOME = pa.schema(
+    [
+        ("errors", ERRORS),  # null or empty: none
+        ("tasks_run", pa.list_(pa.string())),  # tasks that succeeded on this image
+        ("tasks_failed", pa.list_(pa.string())),  # tasks that were tried on it and failed
     ]
 )
 
@@ -112,7 +123,8 @@ IMAGES = pa.schema(
         *FACTS,
         pa.field("status", pa.string(), nullable=False),  # ok, partial, unreadable, missing, failed
         ("errors", ERRORS),
-        ("attempts", pa.int32()),
+        ("attempts", pa.int32()),  # at this seen_version and attempt_digest
+        ("attempt_digest", pa.string()),  # of the fingerprints that the last attempt ran with
         pa.field("decision", pa.string(), nullable=False),  # allow, review, block
         ("decision_reason", pa.string()),
         *[field for columns in TASK_COLUMNS.values() for field in columns],
@@ -123,6 +135,22 @@ IMAGES = pa.schema(
         pa.field("ingest_date", pa.date32(), nullable=False),  # partition: the date that first saw the image
     ]
 )  # followed by `source`: struct of the caller's columns, where there are any
+
+# Outputs of the tasks, each of which the writer takes if it is there.
+WRITER_OPTIONAL = pa.schema(
+    [
+        ("labels", pa.list_(LABEL)),
+        ("decision", pa.string()),
+        ("decision_reason", pa.string()),
+        ("caption", pa.string()),
+        ("caption_itm", pa.float32()),
+        ("caption_itc", pa.float32()),
+        ("text_itm", pa.float32()),
+        ("text_itc", pa.float32()),
+        ("vectors", pa.list_(pa.list_(pa.float32()))),  # one unit vector per view
+        ("vector_views", pa.list_(pa.string())),
+    ]
+)
 
 # One row per image, object version, model and view. A reader joins on image_id and embed_run_id, which names the
 # run whose vectors the image row refers to.
@@ -136,6 +164,26 @@ EMBEDDINGS = pa.schema(
         pa.field("embed_fingerprint", pa.string(), nullable=False),
         pa.field("embed_run_id", pa.string(), nullable=False),
         pa.field("ingest_date", pa.date32(), nullable=False),  # partition: that of the image row
+    ]
+)
+
+KEY = pa.binary(16)  # an image_id in 16 bytes: how keys travel
+COUNTS = pa.list_(pa.struct([("name", pa.string()), ("count", pa.int64())]))
+
+# One row per file that a worker wrote: what the driver needs to commit it.
+DESCRIPTOR = pa.schema(
+    [
+        ("table", pa.string()),  # images or embeddings
+        ("kind", pa.string()),  # add: a file of the table; replace: staged rows to merge into live ones
+        ("path", pa.string()),  # relative to the catalog
+        ("num_rows", pa.int64()),
+        ("size_bytes", pa.int64()),
+        ("ingest_date", pa.date32()),  # null for staged rows
+        ("stats", pa.string()),  # JSON for the Delta log; null for staged rows
+        ("plan_version", pa.int64()),  # of the file's table, when the run was planned
+        ("keys", pa.list_(KEY)),  # of every row, in the file's order
+        ("statuses", COUNTS),  # rows by status; images only
+        ("errors", COUNTS),  # rows' errors by class; images only
     ]
 )
 

@@ -1,0 +1,174 @@
+"""Rows for tests of the catalog: references, planned rows with results, and a small catalog."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from vlmflow import schema
+from vlmflow.catalog import Catalog, CommitResult, PlanRequest, RunConstants
+from vlmflow.catalog.keys import digest_of
+from vlmflow.config import CatalogConfig
+
+TASKS = ("embed", "moderate", "caption", "match")
+DATE = dt.date(2026, 3, 1)
+DIM = 4
+
+
+def fingerprints(tasks: Sequence[str] = TASKS, **other: str) -> dict[str, str]:
+    return {task: other.get(task, f"{task}-1") for task in tasks}
+
+
+def request(
+    tasks: Sequence[str] = TASKS, *, date: dt.date = DATE, limit: int | None = None, **given: Any
+) -> PlanRequest:
+    return PlanRequest(
+        tasks=tuple(tasks),
+        fingerprints=given.get("fingerprints") or fingerprints(tasks),
+        policy_digest=given.get("policy", "policy-1"),
+        decoder=given.get("decoder", "decoder-1"),
+        date=date,
+        limit=limit,
+    )
+
+
+def constants(run_id: str, asked: PlanRequest) -> RunConstants:
+    return RunConstants(
+        run_id=run_id,
+        tasks=asked.tasks,
+        fingerprints=asked.fingerprints,
+        models={"embed": "clip@1", "caption": "blip@1", "match": "itm@1"},
+        policy_name="demo",
+        policy_version="1",
+        policy_digest=asked.policy_digest,
+        decoder=asked.decoder,
+    )
+
+
+def image_id(name: str) -> str:
+    return digest_of(f"mem://{name}")
+
+
+def references(
+    names: Iterable[str],
+    *,
+    version: str | None | Mapping[str, str | None] = "v1",
+    text: str | None = None,
+    source: Sequence[Mapping[str, Any]] | None = None,
+    source_type: pa.DataType | None = None,
+) -> pa.RecordBatch:
+    names = list(names)
+    versions = [version[name] if isinstance(version, Mapping) else version for name in names]
+    columns: dict[str, Any] = {
+        "image_id": [image_id(name) for name in names],
+        "uri": [f"mem://{name}" for name in names],
+        "key": None,
+        "object_version": versions,
+        "size_bytes": [10] * len(names),
+        "locator": names,
+        "offset": None,
+        "length": None,
+        "row": None,
+        "text": [text] * len(names),
+    }
+    arrays = [pa.array(columns[f.name] or [None] * len(names), f.type) for f in schema.REFERENCE]
+    fields = list(schema.REFERENCE)
+    if source is not None:
+        arrays.append(pa.array(source, source_type))
+        fields.append(pa.field("source", arrays[-1].type))
+    return pa.RecordBatch.from_arrays(arrays, schema=pa.schema(fields))
+
+
+def error(stage: str, kind: str) -> dict[str, str]:
+    return {"stage": stage, "class": kind, "message": f"{stage} {kind}"}
+
+
+def finish(
+    planned: pa.Table,
+    *,
+    content: str = "bytes",
+    caption: str = "a cat",
+    decision: str = "allow",
+    failed: Sequence[str] = (),
+    problem: tuple[str, str] | None = None,
+    run: Sequence[str] | None = None,
+    version: str | None = None,
+) -> pa.Table:
+    """What the pipeline would hand over for planned rows: all due tasks run, unless said otherwise.
+
+    Args:
+        content: the bytes of every image; its rows' content_hash.
+        failed: tasks that fail on every row.
+        problem: stage and class of an error of the whole image.
+        run: tasks that ran; default: as planned.
+        version: as read; default: as listed.
+    """
+    rows = planned.to_pylist()
+    out = []
+    for row in rows:
+        content_hash = None if problem else f"{content}-{row['uri']}"
+        due = row["due_if_same"] if row["replaces"] and content_hash == row["previous_hash"] else row["due"]
+        ran = [] if problem else [task for task in (due if run is None else run) if task not in failed]
+        missed = [] if problem else [task for task in due if task in failed]
+        errors = [error(task, "task_failed") for task in missed]
+        if problem:
+            errors = [error(*problem)]
+        row = dict(row, content_hash=content_hash, errors=errors, tasks_run=ran, tasks_failed=missed)
+        row["object_version"] = version or row["object_version"]
+        row |= {"format": None if problem else "png", "width": None if problem else 8, "height": None if problem else 8}
+        row |= {"mode": None, "num_frames": None}
+        row |= results(ran, caption, decision)
+        out.append(row)
+    columns = pa.schema([*planned.schema, *schema.FACTS, *schema.OUTCOME, *schema.WRITER_OPTIONAL])
+    return pa.Table.from_pylist(out, schema=columns)
+
+
+def results(ran: Sequence[str], caption: str, decision: str) -> dict[str, Any]:
+    label = {"label": "cat", "category": "animal", "margin": 0.1, "score": 0.6, "decision": decision, "view": "squash"}
+    out: dict[str, Any] = {}
+    if "embed" in ran:
+        out |= {"vectors": [[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]], "vector_views": ["squash", "center"]}
+    if "moderate" in ran:
+        out |= {"labels": [label], "decision": decision, "decision_reason": "cat"}
+    if "caption" in ran:
+        out["caption"] = caption
+    if "match" in ran:
+        out |= {"caption_itm": 0.9, "caption_itc": 0.4}
+    return out
+
+
+def config_of(folder: object) -> CatalogConfig:
+    return CatalogConfig(uri=str(folder))
+
+
+def open_catalog(folder: object, source: pa.Schema | None = None) -> Catalog:
+    return Catalog.open_or_create(config_of(folder), source or pa.schema([]))
+
+
+def write(
+    catalog: Catalog, run_id: str, batches: Iterable[pa.RecordBatch], asked: PlanRequest | None = None, **given: Any
+) -> pa.Table:
+    """Plans and writes, without a commit; ``given`` goes to :func:`finish`. Returns the descriptors."""
+    asked = asked or request()
+    with catalog.plan(batches, asked) as plan:
+        writer = catalog.writer(constants(run_id, asked), plan.version)
+        tables = [writer.write(finish(planned, **given)) for planned in plan.batches()]
+    return pa.concat_tables([schema.DESCRIPTOR.empty_table(), *tables])
+
+
+def enrich(
+    catalog: Catalog, run_id: str, batches: Iterable[pa.RecordBatch], asked: PlanRequest | None = None, **given: Any
+) -> CommitResult:
+    """Plans, writes and commits in one go."""
+    return catalog.commit(run_id, write(catalog, run_id, batches, asked, **given))
+
+
+def rows_by_name(catalog: Catalog) -> dict[str, dict[str, Any]]:
+    """The live rows by the name of their image; fails on a key that is there twice."""
+    rows = catalog.images().to_pylist()
+    found = {row["uri"].removeprefix("mem://"): row for row in rows}
+    assert len(found) == len(rows), "a key is in the table twice"
+    return found

@@ -1,0 +1,26 @@
+"""The catalog: the Delta tables of images and embeddings, and the one way in which they change."""
+
+from vlmflow.catalog.catalog import Catalog, CommitResult
+from vlmflow.catalog.compact import CompactResult
+from vlmflow.catalog.due import PlanRequest
+from vlmflow.catalog.export import ExportResult
+from vlmflow.catalog.plan import Plan, plan_without_catalog
+from vlmflow.catalog.policies import PolicyStore
+from vlmflow.catalog.rows import RunConstants
+from vlmflow.catalog.runs import RunInfo, RunStore
+from vlmflow.catalog.writer import CatalogWriter
+
+__all__ = [
+    "Catalog",
+    "CatalogWriter",
+    "CommitResult",
+    "CompactResult",
+    "ExportResult",
+    "Plan",
+    "PlanRequest",
+    "PolicyStore",
+    "RunConstants",
+    "RunInfo",
+    "RunStore",
+    "plan_without_catalog",
+]

@@ -1,0 +1,198 @@
+"""Puts the files that a run's workers wrote into the images table: new rows, and rows merged into live ones."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from vlmflow.catalog.added import AddedKeys
+from vlmflow.catalog.columns import conform
+from vlmflow.catalog.commit import Change
+from vlmflow.catalog.folder import Folder
+from vlmflow.catalog.keys import concat, digest_of, duplicates, index_of, to_binary, to_words
+from vlmflow.catalog.log import DataFile, Snapshot
+from vlmflow.catalog.read import read_rows
+from vlmflow.catalog.rows import merge
+from vlmflow.catalog.writer import write_file
+from vlmflow.errors import CatalogError
+
+
+@dataclass
+class Outcome:
+    """What became of the rows, on one snapshot."""
+
+    num_added: int = 0
+    num_replaced: int = 0
+    num_dropped: int = 0  # left out: the image has come into the table since planning, or stands here twice
+    num_superseded: int = 0  # replacements left out: another run has met a newer object version
+    statuses: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A file for the table, with what it does to the outcome."""
+
+    file: DataFile
+    keys: pa.Array
+    statuses: Counter[str]  # of the rows that are ours
+    num_superseded: int = 0
+
+
+class ImageChanges:
+    """Decides on a snapshot how a run's files change the images table. One object per commit.
+
+    Args:
+        files: rows of :data:`schema.DESCRIPTOR`, of the images table.
+        added: the keys that the table has got since planning.
+    """
+
+    def __init__(self, folder: Folder, files: pa.Table, added: AddedKeys) -> None:
+        self._folder = folder
+        self._added = added
+        self._new = _new_files(files.filter(pc.equal(files["kind"], "add")))
+        staged = files.filter(pc.equal(files["kind"], "replace"))
+        self._staged = self._read_staged(staged["path"].to_pylist())
+        # Files never change, so what one attempt wrote serves the next, where it decides the same.
+        self._written: dict[str, _Written | None] = {}
+        self.outcome = Outcome()
+
+    def propose(self, snapshot: Snapshot) -> Change:
+        """The change that brings all rows in; see :func:`vlmflow.catalog.commit.commit`."""
+        self._added.refresh(snapshot)
+        self.outcome = Outcome()
+        groups, vanished = self._groups(snapshot)
+        add = self._add_new(vanished, snapshot)
+        remove = []
+        for path, rows in groups.items():
+            written = self._rewrite(snapshot.files[path], self._staged.take(rows), snapshot)
+            self.outcome.num_superseded += written.num_superseded
+            self.outcome.num_replaced += len(rows) - written.num_superseded
+            self.outcome.statuses += written.statuses
+            add.append(written)
+            remove.append(snapshot.files[path])
+        for written in add:
+            self._added.tell(written.file.path, written.keys)
+        return Change(tuple(written.file for written in add), tuple(remove))
+
+    def _add_new(self, vanished: list[int], snapshot: Snapshot) -> list[_Written]:
+        """The files of new rows, without the rows whose image has come into the table since planning."""
+        files = [*self._new]
+        if vanished:
+            # The live row is gone (rolled back, say). An image has a row, always: ours stands for it.
+            files += self._write_vanished(vanished, snapshot)
+        keys = concat([new.keys for new in files])
+        drop = (self._added.locate(keys) >= 0) | duplicates(keys)
+        add = []
+        start = 0
+        for new in files:
+            mask = drop[start : start + len(new.keys)]
+            start += len(new.keys)
+            kept = new if not mask.any() else self._without(new, mask)
+            self.outcome.num_dropped += int(mask.sum())
+            if kept is not None:
+                self.outcome.num_added += kept.file.num_rows
+                self.outcome.statuses += kept.statuses
+                add.append(kept)
+        return add
+
+    def _without(self, new: _Written, drop: npt.NDArray[np.bool_]) -> _Written | None:
+        """The file without some of its rows; None if none is left."""
+        name = digest_of(new.file.path, drop.tobytes().hex())
+        if name not in self._written:
+            self._written[name] = None if drop.all() else self._filtered(new.file, pa.array(~drop))
+        return self._written[name]
+
+    def _filtered(self, file: DataFile, keep: pa.Array) -> _Written:
+        rows = self._read(file).filter(keep)
+        written = write_file(self._folder, "images", rows, file.ingest_date)
+        return _Written(written, to_binary(rows["image_id"]), _statuses(rows))
+
+    def _groups(self, snapshot: Snapshot) -> tuple[dict[str, list[int]], list[int]]:
+        """Staged rows by the file that holds their live row now, and those whose live row is nowhere."""
+        groups: dict[str, list[int]] = {}
+        vanished: list[int] = []
+        moved = self._added.locate(to_binary(self._staged["image_id"]))
+        planned = self._staged["live_file"].to_pylist()
+        for row, number in enumerate(moved.tolist()):
+            path = planned[row] if number < 0 else self._added.path(number)
+            if path in snapshot.files:
+                groups.setdefault(path, []).append(row)
+            else:
+                vanished.append(row)
+        return groups, vanished
+
+    def _rewrite(self, file: DataFile, staged: pa.Table, snapshot: Snapshot) -> _Written:
+        """Copies a live file with our rows merged into theirs."""
+        name = digest_of(file.path, *staged["image_id"].to_pylist())
+        written = self._written.get(name)
+        if written is None:
+            written = self._written[name] = self._merged(file, staged, snapshot.schema)
+        return written
+
+    def _merged(self, file: DataFile, staged: pa.Table, columns: pa.Schema) -> _Written:
+        rows = conform(self._read(file), columns)
+        keys = to_binary(rows["image_id"])
+        at = index_of(keys).find(*to_words(to_binary(staged["image_id"])))
+        if (at < 0).any():
+            lost = staged["image_id"][int(np.argmax(at < 0))]
+            raise CatalogError(f"images: {file.path} does not hold the row of image {lost}")
+        merged, superseded = merge(rows.take(pa.array(at)), staged)
+        order = np.arange(rows.num_rows)
+        order[at] = rows.num_rows + np.arange(len(at))
+        out = pa.concat_tables([rows, merged]).take(pa.array(order))
+        written = write_file(self._folder, "images", out, file.ingest_date)
+        statuses = _statuses(merged.filter(pa.array(~superseded)))
+        return _Written(written, keys, statuses, int(superseded.sum()))
+
+    def _write_vanished(self, vanished: list[int], snapshot: Snapshot) -> list[_Written]:
+        rows = conform(self._staged.take(vanished), snapshot.schema)
+        files = []
+        for date in pc.unique(rows["ingest_date"]).to_pylist():
+            part = rows.filter(pc.equal(rows["ingest_date"], pa.scalar(date, pa.date32())))
+            name = digest_of(str(date), *part["image_id"].to_pylist())
+            held = self._written.get(name)
+            if held is None:
+                file = write_file(self._folder, "images", part, date)
+                held = self._written[name] = _Written(file, to_binary(part["image_id"]), _statuses(part))
+            files.append(held)
+        return files
+
+    def _read(self, file: DataFile) -> pa.Table:
+        return read_rows(self._folder, "images", file)
+
+    def _read_staged(self, paths: list[str]) -> pa.Table:
+        """All staged rows of this commit; of an image that stands there twice, the first row."""
+        if not paths:
+            return pa.schema([("image_id", pa.string()), ("live_file", pa.string())]).empty_table()
+        tables = [self._folder.read_parquet(path) for path in paths]
+        rows = pa.concat_tables(tables, promote_options="permissive")
+        return rows.filter(pa.array(~duplicates(to_binary(rows["image_id"]))))
+
+
+def _new_files(files: pa.Table) -> list[_Written]:
+    """The descriptors of files that go in as they are."""
+    rows: list[dict[str, Any]] = files.drop_columns(["keys"]).to_pylist()
+    return [
+        _Written(
+            data_file(row), files["keys"][number].values, Counter({c["name"]: c["count"] for c in row["statuses"]})
+        )
+        for number, row in enumerate(rows)
+    ]
+
+
+def data_file(row: dict[str, Any]) -> DataFile:
+    """The file that a descriptor stands for."""
+    date: dt.date = row["ingest_date"]
+    path = str(row["path"]).removeprefix(f"{row['table']}/")
+    return DataFile(path, row["size_bytes"], row["num_rows"], date, row["stats"])
+
+
+def _statuses(rows: pa.Table) -> Counter[str]:
+    return Counter(rows["status"].to_pylist())

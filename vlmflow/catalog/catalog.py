@@ -1,0 +1,222 @@
+"""The catalog: two Delta tables, run records and policies under one folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from vlmflow import schema
+from vlmflow.catalog.added import AddedKeys
+from vlmflow.catalog.apply import ImageChanges, Outcome, data_file
+from vlmflow.catalog.columns import missing_columns, source_columns, storable
+from vlmflow.catalog.commit import Change, CommitRequest, Committed, commit
+from vlmflow.catalog.compact import CompactResult, Unreferenced, compact_table
+from vlmflow.catalog.due import PlanRequest
+from vlmflow.catalog.export import ExportResult, export
+from vlmflow.catalog.folder import Folder
+from vlmflow.catalog.keys import digest_of, to_binary
+from vlmflow.catalog.log import Snapshot, TableLog, TableName
+from vlmflow.catalog.plan import Plan, plan
+from vlmflow.catalog.policies import PolicyStore
+from vlmflow.catalog.read import embedding_batches, image_batches
+from vlmflow.catalog.rows import RunConstants
+from vlmflow.catalog.runs import RunStore
+from vlmflow.catalog.writer import CatalogWriter
+from vlmflow.config import CatalogConfig
+
+DEFAULT_TARGET_BYTES = 128 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class CommitResult:
+    """What one commit of a run's files did to the tables."""
+
+    images_version: int
+    embeddings_version: int
+    num_added: int  # new rows
+    num_replaced: int  # rows merged into live ones
+    num_dropped: int  # new rows left out: another run has added the image since planning
+    num_superseded: int  # replacements left out: another run has met a newer object version
+    statuses: dict[str, int] = field(default_factory=dict)  # of the rows as committed
+    num_conflicts: int = 0  # attempts that other writers won
+    repeated: bool = False  # this very commit had been made before: nothing was done
+
+
+class Catalog:
+    """Reads and changes one catalog. On the driver only: of its parts, only the writer goes to workers."""
+
+    def __init__(self, folder: Folder, images: TableLog, embeddings: TableLog) -> None:
+        self._folder = folder
+        self._images = images
+        self._embeddings = embeddings
+        self._added: dict[int, AddedKeys] = {}  # by version of planning
+        self.runs = RunStore(folder)
+        self.policies = PolicyStore(folder)
+
+    @classmethod
+    def open(cls, config: CatalogConfig) -> Catalog:
+        """Opens a catalog.
+
+        Raises:
+            CatalogError: there is none, or another version of vlmflow wrote it.
+            StorageAccessError: the bucket does not exist, or refuses.
+        """
+        folder = Folder(config)
+        folder.check_access()
+        return cls(folder, TableLog.open(folder, "images"), TableLog.open(folder, "embeddings"))
+
+    @classmethod
+    def exists(cls, config: CatalogConfig) -> bool:
+        """Whether there is a catalog."""
+        folder = Folder(config)
+        folder.check_access()
+        return TableLog.exists(folder, "images") and TableLog.exists(folder, "embeddings")
+
+    @classmethod
+    def open_or_create(cls, config: CatalogConfig, source: pa.Schema) -> Catalog:
+        """Opens a catalog, created first if it is absent; adds what it lacks of the caller's columns ``source``.
+
+        Several runs may create one catalog at once.
+
+        Raises:
+            CatalogError: another version of vlmflow wrote it, or it holds one of the columns under another type.
+            StorageAccessError: the bucket does not exist, or refuses.
+        """
+        wanted = storable(source)
+        folder = Folder(config)
+        folder.check_access()
+        embeddings = TableLog.open_or_create(folder, "embeddings", schema.EMBEDDINGS)
+        images = TableLog.open_or_create(folder, "images", schema.with_source(schema.IMAGES, wanted))
+        catalog = cls(folder, images, embeddings)
+        catalog._add_source_columns(wanted)
+        return catalog
+
+    @property
+    def uri(self) -> str:
+        """The address of the catalog."""
+        return self._folder.config.uri
+
+    @property
+    def version(self) -> int:
+        """The newest version of the images table."""
+        return self._images.refreshed_table().version()
+
+    @property
+    def source_columns(self) -> pa.Schema:
+        """The caller's columns that the images table has."""
+        return source_columns(self._images.refresh().schema)
+
+    def plan(self, references: Iterable[pa.RecordBatch], request: PlanRequest) -> Plan:
+        """Finds out what is due; see :func:`vlmflow.catalog.plan.plan`."""
+        return plan(references, request, self._folder, self._images.refresh())
+
+    def writer(self, constants: RunConstants, plan_version: int) -> CatalogWriter:
+        """A writer for workers.
+
+        Args:
+            plan_version: ``Plan.version``: the version of the images table that the run was planned against.
+        """
+        versions: dict[TableName, int] = {
+            "images": plan_version,
+            "embeddings": self._embeddings.refreshed_table().version(),
+        }
+        return CatalogWriter(self._folder, self._images.refresh().schema, constants, versions)
+
+    def commit(self, run_id: str, files: pa.Table) -> CommitResult:
+        """Makes what workers wrote visible: embeddings first, so that no image row ever lacks its own.
+
+        Args:
+            files: what :meth:`CatalogWriter.write` returned, of any number of calls. The same files again do nothing.
+
+        Raises:
+            CommitError: other writers won every attempt, or a file has disappeared. Embeddings may be in then: no
+                row refers to them, and compaction removes them.
+        """
+        commit_id = digest_of(run_id, *sorted(files["path"].to_pylist()))
+        of_embeddings = files.filter(pc.equal(files["table"], "embeddings"))
+        embedded = self._commit_embeddings(run_id, commit_id, of_embeddings)
+        of_images = files.filter(pc.equal(files["table"], "images"))
+        outcome, done = self._commit_images(run_id, commit_id, of_images)
+        return CommitResult(
+            images_version=done.version,
+            embeddings_version=embedded.version,
+            num_added=outcome.num_added,
+            num_replaced=outcome.num_replaced,
+            num_dropped=outcome.num_dropped,
+            num_superseded=outcome.num_superseded,
+            statuses=dict(outcome.statuses),
+            num_conflicts=embedded.num_conflicts + done.num_conflicts,
+            repeated=done.repeated,
+        )
+
+    def compact(self, run_id: str, *, target_bytes: int = DEFAULT_TARGET_BYTES) -> CompactResult:
+        """Joins small files, and leaves out embeddings that no row refers to, of runs that write no more."""
+        # The states first: a run that is over before the rows are read cannot refer to more.
+        over = {run.run_id for run in self.runs.list() if run.state != "running"}
+        unreferenced = Unreferenced(self._folder, self._images.refresh(), over)
+        images = compact_table(self._images, run_id, target_bytes, None)
+        return images + compact_table(self._embeddings, run_id, target_bytes, unreferenced)
+
+    def images(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """The live rows of the images table, one per image."""
+        return pa.concat_tables(self.image_batches(columns))
+
+    def image_batches(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """The live rows of the images table, file by file."""
+        return image_batches(self._folder, self._images.refresh(), columns)
+
+    def embeddings(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """The embeddings that live rows refer to, one per image and view."""
+        return pa.concat_tables(self.embedding_batches(columns))
+
+    def embedding_batches(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """The embeddings that live rows refer to, file by file."""
+        # Embeddings last: those of the rows just read are there by then.
+        images = self._images.refresh()
+        return embedding_batches(self._folder, images, self._embeddings.refresh(), columns)
+
+    def export(self, folder: str | Path, *, with_embeddings: bool) -> ExportResult:
+        """Writes the current rows as plain Parquet; see :func:`vlmflow.catalog.export.export`."""
+        images = self._images.refresh()
+        embeddings = self._embeddings.refresh() if with_embeddings else None
+        return export(self._folder, images, embeddings, Path(folder))
+
+    def file_uris(self, table: TableName) -> list[str]:
+        """Addresses of the table's live files, for readers of plain Parquet."""
+        log = self._images if table == "images" else self._embeddings
+        return log.refreshed_table().file_uris()
+
+    def _commit_embeddings(self, run_id: str, commit_id: str, files: pa.Table) -> Committed:
+        if not files.num_rows:
+            return Committed(self._embeddings.refreshed_table().version(), 0, repeated=False)
+        change = Change(add=tuple(data_file(row) for row in files.drop_columns(["keys"]).to_pylist()))
+        request = CommitRequest(commit_id, run_id, "append", pc.min(files["plan_version"]).as_py())
+        return commit(self._embeddings, request, lambda _: change)
+
+    def _commit_images(self, run_id: str, commit_id: str, files: pa.Table) -> tuple[Outcome, Committed]:
+        if not files.num_rows:
+            return Outcome(), Committed(self.version, 0, repeated=False)
+        since: int = pc.min(files["plan_version"]).as_py()
+        changes = ImageChanges(self._folder, files, self._added_since(since))
+        done = commit(self._images, CommitRequest(commit_id, run_id, "enrich", since), changes.propose)
+        return (Outcome() if done.repeated else changes.outcome), done
+
+    def _added_since(self, version: int) -> AddedKeys:
+        if version not in self._added:
+            self._added[version] = AddedKeys(self._images.files_at(version), self._keys_of)
+        return self._added[version]
+
+    def _keys_of(self, path: str) -> pa.Array:
+        return to_binary(self._folder.read_parquet(f"images/{path}", ["image_id"])["image_id"])
+
+    def _add_source_columns(self, wanted: pa.Schema) -> None:
+        def propose(snapshot: Snapshot) -> Change:
+            return Change(new_fields=missing_columns(snapshot.schema, wanted))
+
+        names = ",".join(wanted.names)
+        request = CommitRequest(digest_of("add_columns", names), "", "add_columns", self.version)
+        commit(self._images, request, propose)

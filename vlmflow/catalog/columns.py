@@ -1,0 +1,125 @@
+"""The caller's columns: types that Delta tables of any reader can hold, new ones, and tables brought to a schema."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.types as pt
+
+from vlmflow import schema
+from vlmflow.errors import CatalogError
+
+
+def storable(columns: pa.Schema) -> pa.Schema:
+    """The caller's columns under the types that the catalog keeps them in.
+
+    Delta has no unsigned integers, dictionaries or nanoseconds, and timestamps without a zone would shut out
+    readers of protocol version 1, so they are taken as UTC. A column of nulls alone has no type yet: it is left out.
+
+    Raises:
+        CatalogError: a type cannot be stored, or two names differ by their case only.
+    """
+    fields = [
+        pa.field(field.name, _storable(field.name, field.type)) for field in columns if not pt.is_null(field.type)
+    ]
+    seen: dict[str, str] = {}
+    for field in fields:
+        other = seen.setdefault(field.name.lower(), field.name)
+        if other != field.name:
+            raise CatalogError(
+                f"source columns {other!r} and {field.name!r} differ by case only",
+                remedy="Rename one: many readers of the table take them for the same.",
+            )
+    return pa.schema(fields)
+
+
+def source_columns(table: pa.Schema) -> pa.Schema:
+    """The caller's columns that a table of images has."""
+    index = table.get_field_index("source")
+    return pa.schema([]) if index < 0 else pa.schema(list(table.field(index).type))
+
+
+def missing_columns(table: pa.Schema, wanted: pa.Schema) -> tuple[pa.Field, ...]:
+    """What the images table lacks of the caller's ``wanted`` columns: nothing, or a struct ``source`` to merge into it.
+
+    Raises:
+        CatalogError: the table holds a column under another type that cannot take the values.
+    """
+    held = {field.name: field.type for field in source_columns(table)}
+    new = []
+    for field in wanted:
+        if field.name not in held:
+            new.append(field)
+        elif not _fits(field.type, held[field.name]):
+            raise CatalogError(
+                f"source column {field.name!r} is {field.type} but the catalog holds it as {held[field.name]}",
+                remedy="Convert or rename the column of the source.",
+            )
+    return (pa.field("source", pa.struct(new)),) if new else ()
+
+
+def flat(column: pa.Array | pa.ChunkedArray) -> pa.Array:
+    """A column in one piece, whatever its number of chunks."""
+    if isinstance(column, pa.Array):
+        return column
+    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays([pa.array([], column.type), *column.chunks])
+
+
+def conform(rows: pa.Table, columns: pa.Schema) -> pa.Table:
+    """Brings rows to a schema: order, types, and nulls for columns (and fields of structs) that they lack."""
+    arrays = [conform_column(rows, field) for field in columns]
+    return pa.table(arrays, schema=columns)
+
+
+def conform_column(rows: pa.Table, field: pa.Field) -> pa.ChunkedArray:
+    """One column of :func:`conform`."""
+    index = rows.schema.get_field_index(field.name)
+    if index < 0:
+        return pa.chunked_array([pa.nulls(rows.num_rows, field.type)])
+    column = rows.column(index)
+    if field.name == "source" and column.type != field.type:
+        chunks = [_conform_struct(chunk, field.type) for chunk in column.chunks]
+        return pa.chunked_array(chunks, type=field.type)
+    return column.cast(field.type)
+
+
+def _conform_struct(values: pa.StructArray, wanted: pa.StructType) -> pa.StructArray:
+    children = []
+    for field in wanted:
+        if values.type.get_field_index(field.name) < 0:
+            children.append(pa.nulls(len(values), field.type))
+        else:
+            # struct_field, unlike StructArray.field, heeds the parent's offset and nulls
+            children.append(pc.struct_field(values, field.name).cast(field.type))
+    return pa.StructArray.from_arrays(children, fields=list(wanted), mask=pc.is_null(values))
+
+
+def _fits(given: pa.DataType, held: pa.DataType) -> bool:
+    if given == held or (pt.is_integer(given) and pt.is_integer(held) and given.bit_width <= held.bit_width):
+        return True
+    return bool(pt.is_float64(held) and (pt.is_integer(given) or pt.is_floating(given)))
+
+
+def _storable(name: str, kind: pa.DataType) -> pa.DataType:
+    if pt.is_dictionary(kind):
+        return _storable(name, kind.value_type)
+    if pt.is_unsigned_integer(kind):
+        return {8: pa.int16(), 16: pa.int32(), 32: pa.int64()}.get(kind.bit_width, pa.decimal128(20, 0))
+    if pt.is_timestamp(kind):
+        return schema.TIMESTAMP
+    if pt.is_date(kind):
+        return pa.date32()
+    if pt.is_float16(kind):
+        return pa.float32()
+    if pt.is_large_string(kind) or pt.is_string_view(kind):
+        return pa.string()
+    if pt.is_large_binary(kind) or pt.is_binary_view(kind) or pt.is_fixed_size_binary(kind):
+        return pa.binary()
+    if pt.is_list(kind) or pt.is_large_list(kind) or pt.is_fixed_size_list(kind):
+        return pa.list_(_storable(name, kind.value_type))
+    if pt.is_struct(kind):
+        return pa.struct([pa.field(child.name, _storable(name, child.type)) for child in kind])
+    plain = pt.is_integer(kind) or pt.is_floating(kind) or pt.is_boolean(kind)
+    if plain or pt.is_string(kind) or pt.is_binary(kind) or pt.is_decimal(kind):
+        return kind
+    raise CatalogError(f"source column {name!r} has type {kind}", remedy="Convert it to a string, a number or a time.")

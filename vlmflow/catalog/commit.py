@@ -1,0 +1,185 @@
+"""The one commit function, for everything that changes a table of the catalog.
+
+A raw commit of deltalake doubles or loses rows when two writers meet: both may append the same key, a file may be
+removed twice, a replacement may follow a compaction of the file that it replaces. So every change is decided on
+the newest snapshot, commits from that very snapshot or not at all, and is decided anew after a conflict:
+
+- all writers share one application id and take the next number, with no retries inside deltalake: of two commits
+  from one snapshot the second fails, whatever they touch;
+- the commit's own id is in its metadata and is looked for in all versions since the change was planned, so that
+  a commit whose answer was lost is not made twice;
+- files to remove must be live, and files to add must exist and not be in the table.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pyarrow as pa
+from deltalake import DeltaTable, Field
+from deltalake.exceptions import CommitFailedError, DeltaError
+from deltalake.transaction import AddAction, CommitProperties, RemoveAction, Transaction
+
+from vlmflow.catalog.folder import Folder
+from vlmflow.catalog.log import APPLICATION_ID, DataFile, Snapshot, TableLog
+from vlmflow.errors import CommitError
+
+COMMIT_ID = "vlmflow.commit_id"
+RUN_ID = "vlmflow.run_id"
+OPERATION = "vlmflow.operation"
+
+MAX_ATTEMPTS = 60
+_FIRST_DELAY_S = 0.05
+_LONGEST_DELAY_S = 3.0
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CommitRequest:
+    """Who commits what, and since when its id may already be in the log."""
+
+    commit_id: str
+    run_id: str
+    operation: str  # append, replace, compact, add_columns, ...: for people who read the log
+    since: int  # version of the table before the first attempt
+
+
+@dataclass(frozen=True)
+class Change:
+    """What one commit does, decided on one snapshot: files in and out, or new columns, never both."""
+
+    add: tuple[DataFile, ...] = ()
+    remove: tuple[DataFile, ...] = ()
+    new_fields: tuple[pa.Field, ...] = ()  # top-level fields, or a struct with further children
+    data_change: bool = True  # False: the same rows in other files
+
+    @property
+    def is_empty(self) -> bool:
+        """Nothing to commit."""
+        return not (self.add or self.remove or self.new_fields)
+
+
+@dataclass(frozen=True)
+class Committed:
+    """How a commit went."""
+
+    version: int  # of the table afterwards
+    num_conflicts: int
+    repeated: bool  # an earlier call had already made this commit
+
+
+def commit(log: TableLog, request: CommitRequest, propose: Callable[[Snapshot], Change]) -> Committed:
+    """Makes one change whole, or not at all.
+
+    Args:
+        propose: decides on the newest snapshot what to do. Called anew after every conflict, so it must not rely
+            on what it decided before. An empty change commits nothing.
+
+    Raises:
+        CommitError: the change does not fit the snapshot that it was decided on (a file to remove is not live, a
+            file to add does not exist or is in the table), or other writers won every attempt.
+    """
+    looked_up_to = request.since
+    last_error: Exception | None = None
+    for attempt in range(MAX_ATTEMPTS):
+        if attempt:
+            time.sleep(random.uniform(0, min(_LONGEST_DELAY_S, _FIRST_DELAY_S * 2**attempt)))
+        snapshot = log.refresh()
+        if _is_in_log(log.table, request.commit_id, looked_up_to):
+            return Committed(snapshot.version, attempt, repeated=attempt == 0)
+        looked_up_to = snapshot.version
+        change = propose(snapshot)
+        if change.is_empty:
+            return Committed(snapshot.version, attempt, repeated=False)
+        _check(log.folder, log.name, change, snapshot)
+        try:
+            _write(log.table, request, change, snapshot.number + 1)
+        except (CommitFailedError, DeltaError, OSError) as error:
+            # A lost race; or a store that failed, perhaps after the commit: the next look at the log tells.
+            logger.debug("commit %s to %s, attempt %d: %s", request.commit_id, log.name, attempt, error)
+            last_error = error
+            continue
+        return Committed(log.refresh().version, attempt, repeated=False)
+    if _is_in_log(log.refreshed_table(), request.commit_id, looked_up_to):
+        return Committed(log.refresh().version, MAX_ATTEMPTS, repeated=False)
+    raise CommitError(
+        f"{log.name}: commit {request.commit_id} of run {request.run_id} lost {MAX_ATTEMPTS} times; last: {last_error}",
+        remedy="Run the same command again when fewer runs write to this catalog.",
+    ) from last_error
+
+
+def _is_in_log(table: DeltaTable, commit_id: str, since: int) -> bool:
+    newer = table.version() - since
+    return newer > 0 and any(entry.get(COMMIT_ID) == commit_id for entry in table.history(newer))
+
+
+def _check(folder: Folder, table: str, change: Change, snapshot: Snapshot) -> None:
+    """Refuses a change that would lose or double rows on this snapshot."""
+    for file in change.remove:
+        if file.path not in snapshot.files:
+            raise CommitError(f"{table}: {file.path} is to be removed but is not in version {snapshot.version}")
+    paths = [file.path for file in change.add]
+    if len(set(paths)) != len(paths):
+        raise CommitError(f"{table}: the same file is to be added twice")
+    for file in change.add:
+        if file.path in snapshot.files:
+            raise CommitError(f"{table}: {file.path} is to be added but is already in version {snapshot.version}")
+        found = folder.stat(f"{table}/{file.path}")
+        if found is None or found.size_bytes != file.size_bytes:
+            state = "does not exist" if found is None else f"has {found.size_bytes} bytes, not {file.size_bytes}"
+            raise CommitError(
+                f"{table}: {file.path} is to be added but {state}",
+                remedy="Run again: what was not committed is computed anew.",
+            )
+
+
+def _write(table: DeltaTable, request: CommitRequest, change: Change, number: int) -> None:
+    properties = CommitProperties(
+        custom_metadata={
+            COMMIT_ID: request.commit_id,
+            RUN_ID: request.run_id,
+            OPERATION: request.operation,
+        },
+        max_commit_retries=0,
+        app_transactions=[Transaction(APPLICATION_ID, number)],
+    )
+    if change.new_fields:
+        fields = [Field.from_arrow(field) for field in change.new_fields]
+        table.alter.add_columns(fields, commit_properties=properties)
+        return
+    now_ms = int(time.time() * 1000)
+    actions: list[AddAction | RemoveAction] = [_remove_action(file, change, now_ms) for file in change.remove]
+    actions += [_add_action(file, change, now_ms) for file in change.add]
+    table.create_write_transaction(
+        actions,
+        mode="append",
+        schema=table.schema(),
+        partition_by=["ingest_date"],
+        commit_properties=properties,
+    )
+
+
+def _add_action(file: DataFile, change: Change, now_ms: int) -> AddAction:
+    return AddAction(
+        path=file.path,
+        size=file.size_bytes,
+        partition_values={"ingest_date": file.ingest_date.isoformat()},
+        modification_time=now_ms,
+        data_change=change.data_change,
+        stats=file.stats,
+    )
+
+
+def _remove_action(file: DataFile, change: Change, now_ms: int) -> RemoveAction:
+    return RemoveAction(
+        file.path,
+        change.data_change,
+        now_ms,
+        file.size_bytes,
+        {"ingest_date": file.ingest_date.isoformat()},
+    )

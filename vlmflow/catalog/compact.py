@@ -1,0 +1,138 @@
+"""Joins small files into larger ones, and leaves out embeddings that nothing refers to any more."""
+
+from __future__ import annotations
+
+import datetime as dt
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from vlmflow.catalog.columns import conform
+from vlmflow.catalog.commit import Change, CommitRequest, commit
+from vlmflow.catalog.folder import Folder
+from vlmflow.catalog.log import DataFile, Snapshot, TableLog
+from vlmflow.catalog.read import References, files_by_date, read_rows
+from vlmflow.catalog.writer import write_file
+
+_WORTH_REWRITING = 0.25  # share of a large file's rows that nothing refers to
+
+
+@dataclass(frozen=True)
+class CompactResult:
+    """What compaction did."""
+
+    num_files_before: int = 0  # of those that were joined
+    num_files_after: int = 0
+    num_embeddings_dropped: int = 0
+
+    def __add__(self, other: CompactResult) -> CompactResult:
+        return CompactResult(
+            self.num_files_before + other.num_files_before,
+            self.num_files_after + other.num_files_after,
+            self.num_embeddings_dropped + other.num_embeddings_dropped,
+        )
+
+
+class Unreferenced:
+    """Tells which embeddings may go: no image row refers to them, and the run that wrote them writes no more.
+
+    Args:
+        images: read after it was established that these runs are over.
+        over: ids of runs that are finished or dead.
+    """
+
+    def __init__(self, folder: Folder, images: Snapshot, over: set[str]) -> None:
+        self._folder = folder
+        self._images = images
+        self._over = pa.array(sorted(over), pa.string())
+        self._references: tuple[dt.date, References] | None = None  # of the date looked at last
+
+    def mask(self, date: dt.date, rows: pa.Table) -> npt.NDArray[np.bool_]:
+        """Marks the rows (columns image_id and embed_run_id) of one partition that may go."""
+        if self._references is None or self._references[0] != date:
+            self._references = (date, References(self._folder, self._images, date))
+        over = pa.compute.is_in(rows["embed_run_id"], value_set=self._over).to_numpy()
+        marks: npt.NDArray[np.bool_] = over & (self._references[1].find(rows) < 0)
+        return marks
+
+
+def compact_table(log: TableLog, run_id: str, target_bytes: int, unreferenced: Unreferenced | None) -> CompactResult:
+    """Compacts a table, one commit for each file that comes out of it.
+
+    Args:
+        target_bytes: files of less than half of it are joined up to about this size.
+        unreferenced: of the embeddings table, what may go; None: every row stays.
+    """
+    result = CompactResult()
+    for date in files_by_date(log.refresh()):
+        while True:
+            step = _Step(log.folder, log, date, target_bytes, unreferenced)
+            snapshot = log.refresh()
+            request = CommitRequest(uuid.uuid4().hex, run_id, "compact", snapshot.version)
+            commit(log, request, step.propose)
+            if step.result == CompactResult():
+                break
+            result += step.result
+    return result
+
+
+class _Step:
+    """One commit of a compaction: some files of a date become one."""
+
+    def __init__(
+        self, folder: Folder, log: TableLog, date: dt.date, target_bytes: int, unreferenced: Unreferenced | None
+    ) -> None:
+        self._folder = folder
+        self._table = log.name
+        self._date = date
+        self._target_bytes = target_bytes
+        self._unreferenced = unreferenced
+        self._written: dict[tuple[str, ...], tuple[DataFile | None, int]] = {}
+        self.result = CompactResult()
+
+    def propose(self, snapshot: Snapshot) -> Change:
+        self.result = CompactResult()
+        files = self._choose(files_by_date(snapshot).get(self._date, []))
+        if not files:
+            return Change()
+        name = tuple(file.path for file in files)
+        if name not in self._written:
+            self._written[name] = self._join(files, snapshot.schema)
+        written, num_dropped = self._written[name]
+        self.result = CompactResult(len(files), 0 if written is None else 1, num_dropped)
+        add = () if written is None else (written,)
+        return Change(add, tuple(files), data_change=num_dropped > 0)
+
+    def _choose(self, files: Sequence[DataFile]) -> list[DataFile]:
+        """Small files up to the target size together; failing that, one with much that may go."""
+        small = [file for file in files if file.size_bytes < self._target_bytes / 2]
+        chosen: list[DataFile] = []
+        for file in small:
+            if chosen and sum(one.size_bytes for one in chosen) + file.size_bytes > self._target_bytes:
+                break
+            chosen.append(file)
+        if len(chosen) > 1:
+            return chosen
+        # New vectors of a replaced image come as a small file: without one, nothing was superseded here.
+        if self._unreferenced is None or not small:
+            return []
+        return next(([file] for file in files if self._share_to_drop(file) >= _WORTH_REWRITING), [])
+
+    def _share_to_drop(self, file: DataFile) -> float:
+        assert self._unreferenced is not None
+        rows = read_rows(self._folder, "embeddings", file, ["image_id", "embed_run_id"])
+        return float(self._unreferenced.mask(self._date, rows).mean()) if rows.num_rows else 1.0
+
+    def _join(self, files: Sequence[DataFile], columns: pa.Schema) -> tuple[DataFile | None, int]:
+        tables = [conform(read_rows(self._folder, self._table, file), columns) for file in files]
+        rows = pa.concat_tables(tables)
+        count = rows.num_rows
+        if self._unreferenced is not None:
+            rows = rows.filter(pa.array(~self._unreferenced.mask(self._date, rows)))
+        if not rows.num_rows:
+            return None, count
+        return write_file(self._folder, self._table, rows, self._date), count - rows.num_rows

@@ -1,0 +1,190 @@
+"""Which tasks are due for which image, and why. Columns in, columns out."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from vlmflow import schema
+from vlmflow.catalog.keys import text_digests
+from vlmflow.catalog.rows import (
+    FAILED,
+    MISSING,
+    OK,
+    UNREADABLE,
+    Mask,
+    attempt_digest,
+    equal,
+    failed_tasks,
+    is_valid,
+    rows_of_image_errors,
+)
+
+MAX_ATTEMPTS = 3  # per object version and fingerprints
+
+# What a task reads of another. `embed` and `moderate` go together in the pipeline, which holds no stored vectors.
+READS = {"moderate": "embed", "match": "caption"}
+ALSO_RUNS = {"moderate": "embed"}
+
+# Columns of the images table that decide; the rest of a live row is not read for planning.
+LEDGER = (
+    "image_id",
+    "seen_version",
+    "status",
+    "errors",
+    "attempts",
+    "attempt_digest",
+    "policy_digest",
+    "text_digest",
+    "decoder",
+    *(schema.fingerprint_column(task) for task in schema.TASKS),
+)
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What a run means to do."""
+
+    tasks: tuple[str, ...]
+    fingerprints: dict[str, str]  # of each of these tasks; that of `moderate` leaves the policy out
+    policy_digest: str | None
+    decoder: str
+    date: dt.date  # ingest_date of images not seen before
+    limit: int | None = None  # at most this many images, in listing order
+
+
+@dataclass
+class Due:
+    """Per reference: what to do. Each an (N,) mask, or one per task of the request."""
+
+    new: Mask
+    wanted: Mask  # the image goes into the pipeline
+    if_same: dict[str, Mask]  # tasks to run should the bytes be those the live row was made of
+    attempts: npt.NDArray[np.int32]  # before this run, at this version and these fingerprints
+    num_unchanged: int
+    num_exhausted: int
+    num_policy_differs: int
+    counts: Counter[tuple[str, str]] = field(default_factory=Counter)  # (task, reason) -> images
+
+
+def decide(references: pa.Table, live: pa.Table, exists: Mask, request: PlanRequest) -> Due:
+    """Decides for each reference which tasks are due.
+
+    Args:
+        references: REFERENCE columns; of them `object_version` and `text` count.
+        live: the columns :data:`LEDGER` of the live row of each reference; nulls where there is none.
+        exists: whether there is a live row.
+    """
+    version = references["object_version"]
+    changed = exists & is_valid(version) & ~equal(version, live["seen_version"])
+    state = _State.of(live, exists & ~changed, request)
+    reasons = {task: _reasons(task, references, live, state, request) for task in request.tasks}
+    _close(reasons, state)
+    blank = np.zeros(len(exists), dtype=np.bool_)
+    if_same = {task: exists & (reason != "") for task, reason in reasons.items()}
+    for reason in reasons.values():
+        reason[~exists] = "new"
+        reason[changed] = "changed"
+        reason[state.decoder_changed] = "decoder"
+        reason[state.retried] = "retry"
+        reason[state.blocked] = ""
+    wanted = np.logical_or.reduce([reason != "" for reason in reasons.values()])
+    exhausted = ~wanted & (state.gave_up | np.logical_or.reduce([blank, *state.exhausted.values()]))
+    counts: Counter[tuple[str, str]] = Counter()
+    for task, reason in reasons.items():
+        names, numbers = np.unique(reason[reason != ""], return_counts=True)
+        counts.update({(task, str(name)): int(number) for name, number in zip(names, numbers, strict=True)})
+    return Due(
+        new=~exists,
+        wanted=wanted,
+        if_same=if_same,
+        attempts=state.attempts,
+        num_unchanged=int((exists & ~wanted & ~exhausted).sum()),
+        num_exhausted=int(exhausted.sum()),
+        num_policy_differs=int(_policy_differs(live, exists, reasons, request).sum()),
+        counts=counts,
+    )
+
+
+@dataclass(frozen=True)
+class _State:
+    """What the last attempt left behind, in rows whose object has not changed. Each an (N,) mask or number."""
+
+    attempts: npt.NDArray[np.int32]
+    decoder_changed: Mask  # unreadable, and the decoder is another one now
+    retried: Mask  # the whole image failed and is tried again
+    gave_up: Mask  # the whole image failed too often
+    blocked: Mask  # not to be tried again, whatever the fingerprints say
+    failed: dict[str, Mask]  # the task failed
+    exhausted: dict[str, Mask]  # the task failed too often
+
+    @classmethod
+    def of(cls, live: pa.Table, same: Mask, request: PlanRequest) -> _State:
+        digest = attempt_digest(request.fingerprints)
+        again = same & equal(live["attempt_digest"], digest) & ~equal(live["status"], OK)
+        stored = pc.fill_null(live["attempts"], 0).to_numpy().astype(np.int32)
+        attempts = np.where(again, stored, 0).astype(np.int32)
+        spent = attempts >= MAX_ATTEMPTS
+        unreadable = same & equal(live["status"], UNREADABLE)
+        decoder_changed = unreadable & ~equal(live["decoder"], request.decoder)
+        of_image = rows_of_image_errors(live["errors"]).any
+        whole = same & (equal(live["status"], MISSING) | (equal(live["status"], FAILED) & of_image))
+        failed = {task: mask & same for task, mask in failed_tasks(live["errors"]).items()}
+        exhausted = {task: failed[task] & spent for task in request.tasks}
+        if "embed" in exhausted and "moderate" in exhausted:
+            # Without vectors there is nothing to moderate.
+            exhausted["moderate"] = exhausted["moderate"] | exhausted["embed"]
+        return cls(
+            attempts=attempts,
+            decoder_changed=decoder_changed,
+            retried=whole & ~spent,
+            gave_up=whole & spent,
+            blocked=(unreadable & ~decoder_changed) | (whole & spent),
+            failed=failed,
+            exhausted=exhausted,
+        )
+
+
+def _reasons(
+    task: str, references: pa.Table, live: pa.Table, state: _State, request: PlanRequest
+) -> npt.NDArray[np.object_]:
+    """Why the task is due by itself, as if the bytes were the same; empty where it is not."""
+    column = live[schema.fingerprint_column(task)]
+    reasons = np.full(len(state.attempts), "", dtype=object)
+    reasons[~is_valid(column)] = "task_added"
+    if task == "match":
+        digests = text_digests(references["text"])
+        text_same = equal(digests, live["text_digest"]) | (~is_valid(digests) & ~is_valid(live["text_digest"]))
+        reasons[is_valid(column) & ~text_same] = "text_changed"
+    reasons[is_valid(column) & ~equal(column, request.fingerprints[task])] = "fingerprint"
+    reasons[(reasons != "") & state.failed[task]] = "retry"
+    reasons[state.exhausted[task]] = ""
+    return reasons
+
+
+def _close(reasons: dict[str, npt.NDArray[np.object_]], state: _State) -> None:
+    """A task is due when one it reads is due; and one whose output is kept nowhere runs again for its reader."""
+    for reader, read in READS.items():
+        if reader in reasons and read in reasons:
+            pulled = (reasons[read] != "") & (reasons[reader] == "") & ~state.exhausted[reader]
+            reasons[reader][pulled] = "needed"
+    for reader, read in ALSO_RUNS.items():
+        if reader in reasons and read in reasons:
+            reasons[read][(reasons[reader] != "") & (reasons[read] == "")] = "needed"
+
+
+def _policy_differs(
+    live: pa.Table, exists: Mask, reasons: dict[str, npt.NDArray[np.object_]], request: PlanRequest
+) -> Mask:
+    """Rows that keep labels of another policy, because nothing but the policy differs."""
+    if request.policy_digest is None or "moderate" not in reasons:
+        return np.zeros(len(exists), dtype=np.bool_)
+    other = is_valid(live["policy_digest"]) & ~equal(live["policy_digest"], request.policy_digest)
+    keeps: Mask = exists & other & (reasons["moderate"] == "")
+    return keeps

@@ -1,0 +1,190 @@
+"""The catalog's folder on a store: small files and Parquet files by their path in it."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, cast
+
+import obstore
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vlmflow.config import CatalogConfig
+from vlmflow.errors import CatalogError
+from vlmflow.storage import STORE_ERRORS, access_error, delta_storage_options, open_store, parse_address
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """A file of the folder."""
+
+    path: str  # relative to the folder
+    size_bytes: int
+    modified_at: dt.datetime
+
+
+class Folder:
+    """Files under the catalog's uri. Picklable: a worker opens its own store on first use."""
+
+    def __init__(self, config: CatalogConfig) -> None:
+        self.config = config
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"config": self.config}
+
+    def table_uri(self, table: str) -> str:
+        """Where the Delta table ``table`` lies."""
+        return parse_address(self.config.uri).child(table)
+
+    @property
+    def storage_options(self) -> dict[str, str]:
+        """The options under which deltalake opens the same store."""
+        return delta_storage_options(self.config.storage, self.config.uri)
+
+    def check_access(self) -> None:
+        """Makes sure that the store can be listed, before deltalake says so in its own words.
+
+        Raises:
+            StorageAccessError: the bucket does not exist, or refuses.
+            TransientError: the store is out of reach.
+        """
+        with self._in_our_words():
+            next(iter(obstore.list(self._store, prefix=self._at("images/_delta_log"), chunk_size=1)), None)
+
+    def read(self, path: str) -> bytes | None:
+        """The bytes of a file; None: there is none."""
+        with self._in_our_words():
+            try:
+                return bytes(obstore.get(self._store, self._at(path)).bytes())
+            except FileNotFoundError:
+                return None
+
+    def read_json(self, path: str) -> dict[str, Any] | None:
+        """The object that a JSON file holds; None: there is no file."""
+        data = self.read(path)
+        return None if data is None else cast("dict[str, Any]", json.loads(data))
+
+    def write(self, path: str, data: bytes) -> None:
+        """Puts a file in one step, in place of one that is there."""
+        with self._in_our_words():
+            obstore.put(self._store, self._at(path), data)
+
+    def delete(self, path: str) -> None:
+        """Removes a file; one that is not there is no error."""
+        # Object stores say nothing of a missing object, a local disk does.
+        with self._in_our_words(), contextlib.suppress(FileNotFoundError):
+            obstore.delete(self._store, self._at(path))
+
+    def stat(self, path: str) -> FileInfo | None:
+        """Size and time of a file; None: there is none."""
+        with self._in_our_words():
+            try:
+                meta = obstore.head(self._store, self._at(path))
+            except FileNotFoundError:
+                return None
+        return FileInfo(path, meta["size"], meta["last_modified"])
+
+    def list(self, below: str) -> Iterator[FileInfo]:
+        """The files under a sub-folder, at any depth."""
+        skip = len(self._at(""))
+        with self._in_our_words():
+            for page in obstore.list(self._store, prefix=self._at(below)):
+                for meta in page:
+                    yield FileInfo(meta["path"][skip:], meta["size"], meta["last_modified"])
+
+    def write_parquet(self, path: str, rows: pa.Table, **options: Any) -> int:
+        """Writes rows as one Parquet file in one step; returns its size in bytes.
+
+        Args:
+            options: of :func:`pyarrow.parquet.write_table`.
+        """
+        sink = pa.BufferOutputStream()
+        pq.write_table(rows, sink, compression="zstd", **options)
+        data = sink.getvalue()
+        with self._in_our_words():
+            obstore.put(self._store, self._at(path), memoryview(data).cast("B"))
+        return cast(int, data.size)
+
+    def read_parquet(self, path: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """Reads one Parquet file, whole columns of it.
+
+        Raises:
+            CatalogError: the file is not there.
+        """
+        with self._in_our_words():
+            try:
+                source = _whole_file(self._store, self._at(path)) if columns is None else self._ranges(path)
+            except FileNotFoundError as error:
+                raise CatalogError(
+                    f"{self.config.uri}: {path} is gone although the table refers to it",
+                    remedy="Restore the file, or roll the table back to a version that does not need it.",
+                ) from error
+            with pq.ParquetFile(source, pre_buffer=True) as file:
+                return file.read(columns=None if columns is None else list(columns))
+
+    def _ranges(self, path: str) -> pa.PythonFile:
+        return pa.PythonFile(_RangeFile(self._store, self._at(path)), mode="r")
+
+    @contextlib.contextmanager
+    def _in_our_words(self) -> Iterator[None]:
+        try:
+            yield
+        except STORE_ERRORS as error:
+            raise access_error(error, self.config.uri) from error
+
+    @cached_property
+    def _opened(self) -> tuple[ObjectStore, str]:
+        return open_store(self.config.uri, self.config.storage)
+
+    @property
+    def _store(self) -> ObjectStore:
+        return self._opened[0]
+
+    def _at(self, path: str) -> str:
+        prefix = self._opened[1].strip("/")
+        return f"{prefix}/{path}" if prefix else path
+
+
+def _whole_file(store: ObjectStore, path: str) -> pa.BufferReader:
+    return pa.BufferReader(pa.py_buffer(obstore.get(store, path).bytes()))
+
+
+class _RangeFile(io.RawIOBase):
+    """A file of the store read piece by piece, so that columns that nobody asked for stay where they are."""
+
+    def __init__(self, store: ObjectStore, path: str) -> None:
+        self._store = store
+        self._path = path
+        self._size = obstore.head(store, path)["size"]
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        self._at = start + offset
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        end = self._size if size < 0 else min(self._at + size, self._size)
+        if end <= self._at:
+            return b""
+        data = bytes(obstore.get_range(self._store, self._path, start=self._at, end=end))
+        self._at = end
+        return data

@@ -1,0 +1,161 @@
+"""Image ids as 128-bit keys in Arrow and NumPy, so that millions of them never become Python objects."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from vlmflow import schema
+from vlmflow.catalog.columns import flat
+from vlmflow.errors import CatalogError
+
+KEY_BYTES = 16
+_HEX_DIGITS = 2 * KEY_BYTES
+
+# Value of each ASCII code as a hexadecimal digit; 255: not one.
+_NIBBLES = np.full(256, 255, dtype=np.uint8)
+for _value, _digit in enumerate("0123456789abcdef"):
+    _NIBBLES[ord(_digit)] = _value
+
+Words: TypeAlias = npt.NDArray[np.uint64]
+
+
+def to_binary(image_id: pa.Array | pa.ChunkedArray) -> pa.FixedSizeBinaryArray:
+    """Turns image ids (32 lower-case hexadecimal digits) into keys of 16 bytes.
+
+    Raises:
+        CatalogError: a value is null or is not such an id.
+    """
+    ids = flat(image_id).cast(pa.string())
+    lengths = pc.binary_length(ids)
+    if ids.null_count or not pc.all(pc.equal(lengths, _HEX_DIGITS), min_count=0).as_py():
+        bad = ids.filter(pc.fill_null(pc.not_equal(lengths, _HEX_DIGITS), True))[0].as_py()
+        raise CatalogError(f"image_id {bad!r} is not {_HEX_DIGITS} hexadecimal digits")
+    return from_bytes(_hex_to_bytes(_value_bytes(ids)))
+
+
+def from_bytes(values: npt.NDArray[np.uint8]) -> pa.FixedSizeBinaryArray:
+    """Wraps an (N, 16) uint8 array as keys, without a copy."""
+    data = pa.py_buffer(np.ascontiguousarray(values))
+    return pa.FixedSizeBinaryArray.from_buffers(schema.KEY, len(values), [None, data])
+
+
+def to_words(keys: pa.Array | pa.ChunkedArray) -> tuple[Words, Words]:
+    """Splits keys into their high and low 64 bits, each an (N,) array in the byte order of this machine."""
+    array = flat(keys)
+    if len(array) == 0:
+        return np.empty(0, np.uint64), np.empty(0, np.uint64)
+    raw = np.frombuffer(array.buffers()[1], dtype=">u8", count=2 * len(array), offset=array.offset * KEY_BYTES)
+    pairs = raw.reshape(-1, 2).astype(np.uint64)
+    return np.ascontiguousarray(pairs[:, 0]), np.ascontiguousarray(pairs[:, 1])
+
+
+def concat(arrays: Sequence[pa.Array | pa.ChunkedArray]) -> pa.FixedSizeBinaryArray:
+    """Joins arrays of keys; an empty array if there are none."""
+    return pa.concat_arrays([pa.array([], schema.KEY), *(flat(array).cast(schema.KEY) for array in arrays)])
+
+
+def duplicates(keys: pa.Array) -> npt.NDArray[np.bool_]:
+    """Marks every key that stands further up in the array already."""
+    high, low = to_words(keys)
+    order = np.lexsort((np.arange(len(high)), low, high))
+    equal = (high[order][1:] == high[order][:-1]) & (low[order][1:] == low[order][:-1])
+    marks = np.zeros(len(high), dtype=np.bool_)
+    marks[order[1:][equal]] = True
+    return marks
+
+
+class KeyIndex:
+    """Finds keys among sorted 128-bit keys, each with a number as its value."""
+
+    def __init__(self, high: Words, low: Words, values: npt.NDArray[np.int64]) -> None:
+        order = np.lexsort((low, high))
+        self._high, self._low, self.values = high[order], low[order], values[order]
+        self._longest_run = _longest_run(self._high)
+
+    def __len__(self) -> int:
+        return len(self._high)
+
+    def find(self, high: Words, low: Words) -> npt.NDArray[np.int64]:
+        """The value of each key; -1 where it is not here. Equal keys: the value of one of them."""
+        found = np.full(len(high), -1, dtype=np.int64)
+        if not len(self) or not len(high):
+            return found
+        first = np.searchsorted(self._high, high)
+        # Two different keys with the same high half are next to each other: look at each in turn.
+        for step in range(self._longest_run):
+            at = np.minimum(first + step, len(self) - 1)
+            hit = (self._high[at] == high) & (self._low[at] == low) & (found < 0)
+            found[hit] = self.values[at[hit]]
+        return found
+
+    def kept(self, mask: npt.NDArray[np.bool_]) -> KeyIndex:
+        """The index without the entries where ``mask`` is false; ``mask`` goes with ``values``."""
+        index = KeyIndex.__new__(KeyIndex)
+        index._high, index._low, index.values = self._high[mask], self._low[mask], self.values[mask]
+        index._longest_run = _longest_run(index._high)
+        return index
+
+    def merged(self, others: Sequence[KeyIndex]) -> KeyIndex:
+        """One index with the entries of all."""
+        parts = [self, *others]
+        return KeyIndex(
+            np.concatenate([part._high for part in parts]),
+            np.concatenate([part._low for part in parts]),
+            np.concatenate([part.values for part in parts]),
+        )
+
+
+def index_of(keys: pa.Array | pa.ChunkedArray, value: int | None = None) -> KeyIndex:
+    """Indexes keys by their position, or all under one ``value``."""
+    high, low = to_words(keys)
+    positions = np.arange(len(high), dtype=np.int64)
+    return KeyIndex(high, low, positions if value is None else np.full(len(high), value, dtype=np.int64))
+
+
+def text_digests(texts: pa.Array | pa.ChunkedArray) -> pa.Array:
+    """Digest of each of the caller's texts (BLAKE2b, 128 bits, hexadecimal); null for null."""
+    digests = [None if text is None else digest_of(text) for text in texts.to_pylist()]
+    return pa.array(digests, pa.string())
+
+
+def digest_of(*parts: str) -> str:
+    """BLAKE2b of the parts, 128 bits in hexadecimal. Their lengths count: ("ab", "c") is not ("a", "bc")."""
+    digest = hashlib.blake2b(digest_size=KEY_BYTES)
+    for part in parts:
+        data = part.encode("utf-8")
+        digest.update(len(data).to_bytes(8, "big") + data)
+    return digest.hexdigest()
+
+
+def _value_bytes(ids: pa.Array) -> npt.NDArray[np.uint8]:
+    """The characters of strings of 32 bytes each, as (N, 32) uint8."""
+    if len(ids) == 0:
+        return np.empty((0, _HEX_DIGITS), np.uint8)
+    offsets, data = ids.buffers()[1], ids.buffers()[2]
+    start = int(np.frombuffer(offsets, np.int32)[ids.offset])
+    characters = np.frombuffer(data, np.uint8, count=_HEX_DIGITS * len(ids), offset=start)
+    return characters.reshape(-1, _HEX_DIGITS)
+
+
+def _hex_to_bytes(characters: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    nibbles = _NIBBLES[characters]
+    wrong = (nibbles == 255).any(axis=1)
+    if wrong.any():
+        bad = characters[int(np.argmax(wrong))].tobytes().decode("utf-8", "replace")
+        raise CatalogError(f"image_id {bad!r} is not {_HEX_DIGITS} hexadecimal digits")
+    return np.left_shift(nibbles[:, 0::2], 4, dtype=np.uint8) | nibbles[:, 1::2]
+
+
+def _longest_run(ordered: Words) -> int:
+    """Length of the longest run of equal values; 0 for an empty array."""
+    if not len(ordered):
+        return 0
+    starts = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1])))
+    return int(np.diff(np.append(starts, len(ordered))).max())

@@ -1,0 +1,156 @@
+"""A Delta table of the catalog: opening, creating, and what its newest version holds."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import pyarrow as pa
+from deltalake import DeltaTable
+from deltalake.exceptions import DeltaError, TableNotFoundError
+
+from vlmflow.catalog.folder import Folder
+from vlmflow.errors import CatalogError
+
+TableName: TypeAlias = Literal["images", "embeddings"]
+
+APPLICATION_ID = "vlmflow"  # shared by all writers: each commit takes its next number
+SCHEMA_VERSION = "1"  # of IMAGES and EMBEDDINGS; raised together with a migration
+_SCHEMA_VERSION_KEY = "vlmflow.schemaVersion"
+
+# What the log says of each file beside its number of rows: ids, dates (the partition) and numbers, never a text,
+# because the log outlives the files and a text may be somebody's.
+STATS_COLUMNS: dict[TableName, tuple[str, ...]] = {
+    "images": ("image_id", "size_bytes", "width", "height", "attempts"),
+    "embeddings": ("image_id",),
+}
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A Parquet file of a table."""
+
+    path: str  # relative to the table
+    size_bytes: int
+    num_rows: int
+    ingest_date: dt.date
+    stats: str = ""  # JSON for the log; empty for a file read from it
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One version of a table."""
+
+    version: int
+    number: int  # last number taken under the shared application id; 0: none yet
+    files: dict[str, DataFile]  # live ones, by path
+    schema: pa.Schema
+
+
+class TableLog:
+    """A handle on one table, moved to its newest version before each use. Driver only: it must not cross a fork."""
+
+    def __init__(self, folder: Folder, name: TableName, table: DeltaTable) -> None:
+        self.folder = folder
+        self.name: TableName = name
+        self.table = table
+
+    @classmethod
+    def open(cls, folder: Folder, name: TableName) -> TableLog:
+        """Opens the table.
+
+        Raises:
+            CatalogError: there is none, or another version of vlmflow wrote it.
+        """
+        try:
+            table = DeltaTable(folder.table_uri(name), storage_options=folder.storage_options)
+        except TableNotFoundError as error:
+            raise CatalogError(
+                f"no catalog at {folder.config.uri}: its table {name} is absent",
+                remedy="Check the address, or create the catalog with `vlmflow enrich`.",
+            ) from error
+        found = table.metadata().configuration.get(_SCHEMA_VERSION_KEY)
+        if found != SCHEMA_VERSION:
+            raise CatalogError(
+                f"{folder.config.uri}: table {name} has schema version {found}, not {SCHEMA_VERSION} as here",
+                remedy="Use the vlmflow release that wrote the catalog, or write to a new one.",
+            )
+        return cls(folder, name, table)
+
+    @classmethod
+    def exists(cls, folder: Folder, name: TableName) -> bool:
+        """Whether the table is there."""
+        return DeltaTable.is_deltatable(folder.table_uri(name), storage_options=folder.storage_options)
+
+    @classmethod
+    def open_or_create(cls, folder: Folder, name: TableName, columns: pa.Schema) -> TableLog:
+        """Opens the table, created first if it is absent. Several runs may do so at once."""
+        if not cls.exists(folder, name):
+            try:
+                _create(folder, name, columns)
+            except (DeltaError, OSError):
+                if not cls.exists(folder, name):  # else another run has just created it
+                    raise
+        return cls.open(folder, name)
+
+    def refreshed_table(self) -> DeltaTable:
+        """The handle, at the newest version."""
+        self.table.update_incremental()
+        return self.table
+
+    def refresh(self) -> Snapshot:
+        """Moves to the newest version and reads it."""
+        table = self.refreshed_table()
+        return Snapshot(
+            version=table.version(),
+            number=table.transaction_version(APPLICATION_ID) or 0,
+            files=_live_files(table),
+            schema=pa.schema(table.schema().to_arrow()),
+        )
+
+    def files_at(self, version: int) -> frozenset[str]:
+        """The paths of the files that were live at an earlier version."""
+        table = DeltaTable(self.folder.table_uri(self.name), version, storage_options=self.folder.storage_options)
+        return frozenset(_live_files(table))
+
+
+def file_stats(name: TableName, rows: pa.Table) -> str:
+    """The statistics that the log keeps of a file with these rows, as JSON."""
+    lowest: dict[str, object] = {}
+    highest: dict[str, object] = {}
+    nulls: dict[str, int] = {}
+    for column in STATS_COLUMNS[name]:
+        values = rows[column]
+        nulls[column] = values.null_count
+        if values.null_count < len(values):
+            bounds = pa.compute.min_max(values).as_py()
+            lowest[column], highest[column] = bounds["min"], bounds["max"]
+    return json.dumps(
+        {"numRecords": rows.num_rows, "minValues": lowest, "maxValues": highest, "nullCount": nulls},
+        separators=(",", ":"),
+    )
+
+
+def _create(folder: Folder, name: TableName, columns: pa.Schema) -> None:
+    DeltaTable.create(
+        folder.table_uri(name),
+        columns,
+        partition_by=["ingest_date"],
+        name=f"vlmflow {name}",
+        configuration={
+            _SCHEMA_VERSION_KEY: SCHEMA_VERSION,
+            "delta.dataSkippingStatsColumns": ",".join(STATS_COLUMNS[name]),
+        },
+        storage_options=folder.storage_options,
+        raise_if_key_not_exists=False,
+    )
+
+
+def _live_files(table: DeltaTable) -> dict[str, DataFile]:
+    actions = pa.table(table.get_add_actions(flatten=True))
+    columns: Sequence[str] = ("path", "size_bytes", "num_records", "partition.ingest_date")
+    rows = zip(*(actions[name].to_pylist() for name in columns), strict=True)
+    return {path: DataFile(path, size, count, date) for path, size, count, date in rows}

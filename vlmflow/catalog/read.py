@@ -1,0 +1,108 @@
+"""Reading the live rows, file by file: the list of files comes from the log, never from the folder."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from vlmflow.catalog.columns import conform, flat
+from vlmflow.catalog.folder import Folder
+from vlmflow.catalog.keys import concat, index_of, to_binary, to_words
+from vlmflow.catalog.log import DataFile, Snapshot, TableName
+
+
+def read_rows(folder: Folder, table: TableName, file: DataFile, columns: Sequence[str] | None = None) -> pa.Table:
+    """Reads one file of a table, with the partition's date as its last column unless ``columns`` leaves it out.
+
+    Columns that were added to the table after the file was written are not in the result.
+    """
+    wanted = None if columns is None else [name for name in columns if name != "ingest_date"]
+    rows = folder.read_parquet(f"{table}/{file.path}", wanted)
+    if columns is not None and "ingest_date" not in columns:
+        return rows
+    return rows.append_column("ingest_date", pa.repeat(pa.scalar(file.ingest_date, pa.date32()), rows.num_rows))
+
+
+def image_batches(folder: Folder, images: Snapshot, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    """The live rows of the images table; first an empty table, so that there is always one.
+
+    Args:
+        columns: names of top-level columns; None: all.
+    """
+    wanted = _select(images.schema, columns)
+    yield wanted.empty_table()
+    for file in images.files.values():
+        yield conform(read_rows(folder, "images", file, wanted.names), wanted)
+
+
+def embedding_batches(
+    folder: Folder, images: Snapshot, embeddings: Snapshot, columns: Sequence[str] | None = None
+) -> Iterator[pa.Table]:
+    """The embeddings that live image rows refer to, one per image and view; first an empty table.
+
+    A run that was killed may have left vectors that nothing refers to, or the same ones twice: they are passed over.
+    """
+    wanted = _select(embeddings.schema, columns)
+    yield wanted.empty_table()
+    for date, files in files_by_date(embeddings).items():
+        references = References(folder, images, date)
+        for file in files:
+            rows = read_rows(folder, "embeddings", file)
+            yield conform(rows.filter(pa.array(references.claim(rows))), wanted)
+
+
+def files_by_date(snapshot: Snapshot) -> dict[dt.date, list[DataFile]]:
+    """The live files of each partition, in the order of dates and paths."""
+    dates: dict[dt.date, list[DataFile]] = {}
+    for file in sorted(snapshot.files.values(), key=lambda file: (file.ingest_date, file.path)):
+        dates.setdefault(file.ingest_date, []).append(file)
+    return dates
+
+
+class References:
+    """Which embeddings the image rows of one date refer to: those of the run that ``embed_run_id`` names."""
+
+    def __init__(self, folder: Folder, images: Snapshot, date: dt.date) -> None:
+        keys, runs = [], []
+        for file in files_by_date(images).get(date, []):
+            rows = read_rows(folder, "images", file, ["image_id", "embed_run_id"])
+            rows = rows.filter(pc.is_valid(rows["embed_run_id"]))
+            keys.append(to_binary(rows["image_id"]))
+            runs.append(rows["embed_run_id"])
+        self._index = index_of(concat(keys))
+        self._runs = pa.chunked_array([chunk for run in runs for chunk in run.chunks], pa.string())
+        self._claimed_in = np.full(len(self._runs), -1, dtype=np.int64)
+        self._num_files = 0
+
+    def find(self, rows: pa.Table) -> npt.NDArray[np.int64]:
+        """The image that refers to each embedding, as a number; -1: none does."""
+        at = self._index.find(*to_words(to_binary(rows["image_id"])))
+        runs = self._runs.take(pa.array(at, mask=at < 0))
+        same = pc.fill_null(pc.equal(runs, rows["embed_run_id"]), False).to_numpy()
+        return np.where(same, at, -1)
+
+    def claim(self, rows: pa.Table) -> npt.NDArray[np.bool_]:
+        """Marks the embeddings of one file that count: referred to, and not met before in another file or this one."""
+        number = self._num_files
+        self._num_files += 1
+        at = self.find(rows)
+        known = at >= 0
+        open_ = known & (self._claimed_in[at] < 0)
+        self._claimed_in[at[open_]] = number
+        counts = known & (self._claimed_in[at] == number)
+        # An image's views are written together, so what is doubled within a file is the pair of image and view.
+        codes = pc.dictionary_encode(flat(rows["view"])).indices.to_numpy(zero_copy_only=False).astype(np.int64)
+        _, first = np.unique(at * (codes.max(initial=0) + 1) + codes, return_index=True)
+        once = np.zeros(len(at), dtype=np.bool_)
+        once[first] = True
+        marks: npt.NDArray[np.bool_] = counts & once
+        return marks
+
+
+def _select(columns: pa.Schema, names: Sequence[str] | None) -> pa.Schema:
+    return columns if names is None else pa.schema([columns.field(name) for name in names])

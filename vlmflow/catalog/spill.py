@@ -1,0 +1,74 @@
+"""Rows put aside on the local disk, so that planning holds a part of them at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+_BUFFERED_ROWS = 1 << 18
+
+
+class Spill:
+    """Spreads rows over numbered Arrow IPC files.
+
+    Args:
+        folder: an empty folder of its own.
+        columns: the schema of all rows.
+    """
+
+    def __init__(self, folder: Path, columns: pa.Schema, num_parts: int) -> None:
+        folder.mkdir()
+        self._folder = folder
+        self.columns = columns
+        self.num_parts = num_parts
+        self._pending: list[list[pa.Table]] = [[] for _ in range(num_parts)]
+        self._num_pending = 0
+        self._writers: dict[int, pa.ipc.RecordBatchFileWriter] = {}
+
+    def append(self, rows: pa.Table, parts: npt.NDArray[np.int64]) -> None:
+        """Adds rows; ``parts[i]`` is the file of row i."""
+        order = np.argsort(parts, kind="stable")
+        sorted_rows = rows.take(pa.array(order))
+        bounds = np.searchsorted(parts[order], np.arange(self.num_parts + 1))
+        for part in np.flatnonzero(np.diff(bounds)).tolist():
+            start, end = int(bounds[part]), int(bounds[part + 1])
+            self._pending[part].append(sorted_rows.slice(start, end - start))
+        self._num_pending += rows.num_rows
+        if self._num_pending >= _BUFFERED_ROWS:
+            self._flush()
+
+    def close(self) -> None:
+        """Ends writing; the files can be read from here on."""
+        self._flush()
+        for writer in self._writers.values():
+            writer.close()
+
+    def read(self, part: int) -> pa.Table:
+        """All rows of one file, in the order in which they came."""
+        if part not in self._writers:
+            return self.columns.empty_table()
+        with pa.memory_map(str(self._path(part))) as source:
+            return pa.ipc.open_file(source).read_all()
+
+    def tables(self) -> Iterator[pa.Table]:
+        """The files that hold rows, in the order of their numbers."""
+        for part in sorted(self._writers):
+            yield self.read(part)
+
+    def _flush(self) -> None:
+        for part, tables in enumerate(self._pending):
+            if not tables:
+                continue
+            if part not in self._writers:
+                self._writers[part] = pa.ipc.new_file(self._path(part), self.columns)
+            # One batch a flush: many small ones would cost more to read than their rows.
+            self._writers[part].write_table(pa.concat_tables(tables).combine_chunks())
+            tables.clear()
+        self._num_pending = 0
+
+    def _path(self, part: int) -> str:
+        return str(self._folder / f"{part:05d}.arrow")

@@ -1,0 +1,145 @@
+"""Model adapters: one protocol per capability, one module per model family.
+
+The functions here are the only way in. What they need of torch is imported when a model is loaded, so that a driver
+can resolve and identify models without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from vlmflow.config import ModelConfig
+from vlmflow.imaging import PixelRequest
+from vlmflow.models.identity import CODE_VERSIONS, ModelIdentity
+from vlmflow.models.preprocessing import read_preprocessing
+from vlmflow.models.profiles import ModelStatus, ProfileStatus, describe_profiles, resolve_models
+from vlmflow.models.weights import locate, weights_digest
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+
+__all__ = [
+    "Captioner",
+    "EncodedImages",
+    "ImageEmbedder",
+    "Matcher",
+    "ModelIdentity",
+    "ModelStatus",
+    "ProfileStatus",
+    "describe_profiles",
+    "identify",
+    "load_captioner",
+    "load_embedder",
+    "load_matcher",
+    "pixel_request",
+    "resolve_models",
+]
+
+
+class ImageEmbedder(Protocol):
+    """Images and texts as unit vectors of one space. N: images or texts, S: side of the pixels, D: dimensions."""
+
+    dim: int
+
+    def embed_images(self, pixels: torch.Tensor) -> NDArray[np.float32]:
+        """(N, 3, S, S) uint8 RGB -> (N, D) unit vectors."""
+
+    def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """N texts -> (N, D) unit vectors."""
+
+
+class Captioner(Protocol):
+    """One sentence for each image."""
+
+    def caption(self, pixels: torch.Tensor, max_tokens: int) -> list[str]:
+        """(N, 3, S, S) uint8 RGB -> N captions of at most ``max_tokens`` tokens, by greedy decoding."""
+
+
+@dataclass(frozen=True)
+class EncodedImages:
+    """Images after the vision tower, so that several lists of texts share one pass of it."""
+
+    embeds: torch.Tensor  # (N, T, D): T patches and the class token, D dimensions
+
+    def __len__(self) -> int:
+        return len(self.embeds)
+
+    def take(self, rows: Sequence[int]) -> EncodedImages:
+        """Those of the given rows."""
+        return EncodedImages(self.embeds[list(rows)])
+
+
+class Matcher(Protocol):
+    """How well texts fit images, by two heads whose values do not compare."""
+
+    def encode_images(self, pixels: torch.Tensor) -> EncodedImages:
+        """(N, 3, S, S) uint8 RGB -> N images for the methods below."""
+
+    def match_itm(self, images: EncodedImages, texts: Sequence[str]) -> NDArray[np.float32]:
+        """(N,) the probability that ``texts[i]`` and image i match, by the matching head."""
+
+    def match_itc(self, images: EncodedImages, texts: Sequence[str]) -> NDArray[np.float32]:
+        """(N,) the cosine of ``texts[i]`` and image i, by the contrastive heads."""
+
+
+def identify(role: str, config: ModelConfig) -> ModelIdentity:
+    """What rows remember of the model, from its files alone; the model is not built.
+
+    Raises:
+        WeightsError: the files are absent, or cannot be used.
+    """
+    folder = locate(config)
+    return ModelIdentity(
+        id=config.repo or folder.name,
+        revision=config.revision or "local",
+        weights_digest=weights_digest(folder, config.family),
+        preprocessing=read_preprocessing(folder, config).describe(),
+        code_version=CODE_VERSIONS[config.family],
+    )
+
+
+def pixel_request(role: str, config: ModelConfig, views: tuple[str, ...]) -> PixelRequest:
+    """The pixels that the model wants: all views for `embed`, the whole image alone for the others.
+
+    Raises:
+        WeightsError: a configuration file is absent, or asks for what vlmflow does not do.
+    """
+    preprocessing = read_preprocessing(locate(config), config)
+    return PixelRequest(preprocessing.size, preprocessing.interpolation, views if role == "embed" else ("squash",))
+
+
+def load_embedder(config: ModelConfig, device: str) -> ImageEmbedder:
+    """Loads a CLIP or SigLIP model of open_clip: bfloat16 on CUDA, float32 elsewhere.
+
+    Raises:
+        WeightsError: the weights are absent, unsafe to load, or do not fit.
+    """
+    from vlmflow.models.clip import ClipEmbedder
+
+    return ClipEmbedder.load(locate(config), config, device)
+
+
+def load_captioner(config: ModelConfig, device: str) -> Captioner:
+    """Loads a BLIP captioner: bfloat16 on CUDA, float32 elsewhere.
+
+    Raises:
+        WeightsError: the weights are absent, unsafe to load, or do not fit.
+    """
+    from vlmflow.models.blip import BlipCaptioner
+
+    return BlipCaptioner.load(locate(config), config, device)
+
+
+def load_matcher(config: ModelConfig, device: str) -> Matcher:
+    """Loads a BLIP image-text matcher: bfloat16 on CUDA, float32 elsewhere.
+
+    Raises:
+        WeightsError: the weights are absent, unsafe to load, or do not fit.
+    """
+    from vlmflow.models.blip import BlipMatcher
+
+    return BlipMatcher.load(locate(config), config, device)

@@ -1,0 +1,133 @@
+"""CLIP and SigLIP through open_clip (Radford et al. 2021, arXiv:2103.00020; Zhai et al. 2023, arXiv:2303.15343)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+from numpy.typing import NDArray
+from open_clip.factory import load_checkpoint
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+from safetensors import SafetensorError
+
+from vlmflow.config import ModelConfig
+from vlmflow.errors import WeightsError
+from vlmflow.models.pixels import PixelNormalizer, model_dtype
+from vlmflow.models.preprocessing import read_open_clip_model, read_preprocessing
+from vlmflow.models.weights import check_keys, find_weights
+
+_TEXTS_AT_ONCE = 256
+
+Tokenize = Callable[[list[str]], torch.Tensor]
+
+
+class ClipEmbedder:
+    """Embeds images and texts with any architecture that open_clip knows."""
+
+    def __init__(self, model: torch.nn.Module, tokenize: Tokenize, normalize: PixelNormalizer, dim: int) -> None:
+        self._model = model
+        self._tokenize = tokenize
+        self._normalize = normalize
+        self.dim = dim
+
+    @classmethod
+    def load(cls, folder: Path, config: ModelConfig, device: str) -> ClipEmbedder:
+        """Builds the model from its configuration and fills in the safetensors.
+
+        Raises:
+            WeightsError: the weights are absent or do not fit, or the configuration names what open_clip would
+                download or run.
+        """
+        architecture = read_open_clip_model(folder, config.architecture)
+        _refuse_remote_parts(folder, architecture)
+        preprocessing = read_preprocessing(folder, config)
+        model = _build(folder, config.architecture, device)
+        normalize = PixelNormalizer(preprocessing, device, model_dtype(device))
+        return cls(model, _load_tokenizer(folder, architecture["text_cfg"]), normalize, architecture["embed_dim"])
+
+    @torch.inference_mode()
+    def embed_images(self, pixels: torch.Tensor) -> NDArray[np.float32]:
+        """(N, 3, S, S) uint8 RGB -> (N, D) unit vectors."""
+        features = self._model.encode_image(self._normalize(pixels))  # type: ignore[operator]
+        return _unit(features)
+
+    @torch.inference_mode()
+    def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """N texts -> (N, D) unit vectors; a text longer than the model's context is cut."""
+        if not texts:
+            return np.empty((0, self.dim), np.float32)
+        device = next(self._model.parameters()).device
+        tokens = self._tokenize(list(texts))
+        parts = [
+            _unit(self._model.encode_text(tokens[start : start + _TEXTS_AT_ONCE].to(device)))  # type: ignore[operator]
+            for start in range(0, len(tokens), _TEXTS_AT_ONCE)
+        ]
+        return np.concatenate(parts)
+
+
+def _build(folder: Path, architecture: str | None, device: str) -> torch.nn.Module:
+    has_config = (folder / "open_clip_config.json").is_file()
+    name = f"local-dir:{folder}" if has_config else str(architecture)
+    precision = "bf16" if model_dtype(device) == torch.bfloat16 else "fp32"
+    # open_clip's own loading may pick a pickle beside the safetensors, so the weights are loaded here.
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # "initialized randomly"
+    try:
+        model: torch.nn.Module = open_clip.create_model(
+            name, load_weights=False, pretrained_text=False, precision=precision, device=device
+        )
+    finally:
+        logging.disable(previous)
+    (weights,) = find_weights(folder, "open_clip")
+    try:
+        keys = load_checkpoint(model, str(weights), strict=False)
+    except (RuntimeError, SafetensorError) as error:  # RuntimeError: shapes that differ
+        reason = " ".join(str(error).split())[:200]
+        raise WeightsError(
+            f"weights: {weights} does not fit its architecture: {reason}",
+            remedy="Use the configuration file that belongs to these weights.",
+        ) from error
+    check_keys(folder, keys.missing_keys, keys.unexpected_keys)
+    return model.eval().requires_grad_(False)
+
+
+def _refuse_remote_parts(folder: Path, architecture: dict[str, Any]) -> None:
+    """open_clip fetches some towers from the hub by name, at no revision, whatever the folder holds."""
+    remote = architecture.get("text_cfg", {}).get("hf_model_name")
+    timm_name = architecture.get("vision_cfg", {}).get("timm_model_name") or ""
+    remote = remote or (timm_name if ":" in timm_name else None)
+    if remote:
+        raise WeightsError(
+            f"weights: {folder} builds a tower from {remote}, which open_clip downloads at no fixed revision",
+            remedy="Use a model whose towers open_clip defines itself.",
+        )
+
+
+def _load_tokenizer(folder: Path, text_config: dict[str, Any]) -> Tokenize:
+    context_length = text_config.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH)
+    options = dict(text_config.get("tokenizer_kwargs") or {})
+    if not text_config.get("hf_tokenizer_name"):
+        tokenize: Tokenize = SimpleTokenizer(context_length=context_length, **options)
+        return tokenize
+    # The options come from the folder: they must not switch remote code on.
+    options |= {"trust_remote_code": False, "local_files_only": True}
+    try:
+        tokenize = HFTokenizer(
+            str(folder), context_length=context_length, tokenizer_mode=text_config.get("tokenizer_mode"), **options
+        )
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise WeightsError(
+            f"weights: the tokenizer of {folder} cannot be loaded: {reason}", remedy="Copy the model's tokenizer files."
+        ) from error
+    return tokenize
+
+
+def _unit(features: torch.Tensor) -> NDArray[np.float32]:
+    vectors: NDArray[np.float32] = torch.nn.functional.normalize(features.float(), dim=-1).cpu().numpy()
+    return vectors

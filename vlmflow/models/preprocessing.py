@@ -1,0 +1,140 @@
+"""What a model wants to be shown, read from the configuration files of its folder without building it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from vlmflow.config import ModelConfig
+from vlmflow.errors import WeightsError
+from vlmflow.models.weights import read_json
+
+Interpolation = Literal["bicubic", "bilinear"]
+
+# OpenAI's CLIP and every model trained in its succession; the libraries' default too.
+_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_PILLOW_FILTERS: dict[object, Interpolation] = {2: "bilinear", 3: "bicubic"}
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Pixels to the model's input: resized to a square, scaled to [0, 1], mean taken off, divided by std."""
+
+    size: int
+    interpolation: Interpolation
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def describe(self) -> str:
+        """One line, equal for equal preprocessing."""
+        return json.dumps([self.size, self.interpolation, self.mean, self.std])
+
+
+def read_preprocessing(folder: Path, config: ModelConfig) -> Preprocessing:
+    """Reads the preprocessing of a model.
+
+    Raises:
+        WeightsError: a configuration file is absent, or asks for what vlmflow does not do.
+    """
+    if config.family == "open_clip":
+        return _read_open_clip(folder, config.architecture)
+    return _read_blip(folder)
+
+
+def read_open_clip_model(folder: Path, architecture: str | None) -> dict[str, Any]:
+    """The model part of open_clip's configuration: the folder's own, else that of the architecture named.
+
+    Raises:
+        WeightsError: there is neither, or open_clip has no such architecture.
+    """
+    path = folder / "open_clip_config.json"
+    if path.is_file():
+        model = read_json(path).get("model_cfg")
+        if not isinstance(model, dict):
+            raise WeightsError(f"weights: {path} has no model_cfg", remedy="Copy open_clip's own file.")
+        return model
+    if architecture is None:
+        raise WeightsError(
+            f"weights: no {path.name} in {folder}", remedy="Put it there, or set `architecture` to open_clip's name."
+        )
+    spec = find_spec("open_clip")  # its own list of architectures; importing it would import torch
+    assert spec is not None
+    assert spec.origin is not None
+    known = Path(spec.origin).parent / "model_configs" / f"{architecture.replace('/', '-')}.json"
+    if not known.is_file():
+        raise WeightsError(
+            f"architecture {architecture}: open_clip knows none of this name",
+            remedy="See open_clip.list_models(), or put an open_clip_config.json into the folder.",
+        )
+    return read_json(known)
+
+
+def _read_open_clip(folder: Path, architecture: str | None) -> Preprocessing:
+    model = read_open_clip_model(folder, architecture)
+    path = folder / "open_clip_config.json"
+    if path.is_file():
+        values = read_json(path).get("preprocess_cfg") or {}
+    else:
+        values = _pretrained_preprocessing(architecture or "")
+    size = _square(model.get("vision_cfg", {}).get("image_size", 224), path)
+    # open_clip takes "random" as bicubic outside training.
+    interpolation: Interpolation = "bilinear" if values.get("interpolation") == "bilinear" else "bicubic"
+    mean, std = values.get("mean") or _CLIP_MEAN, values.get("std") or _CLIP_STD
+    return Preprocessing(size, interpolation, _triple(mean, path), _triple(std, path))
+
+
+def _pretrained_preprocessing(architecture: str) -> dict[str, Any]:
+    """What open_clip's own published weights of an architecture agree on."""
+    from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
+
+    tags = list_pretrained_tags_by_model(architecture)
+    configs = [get_pretrained_cfg(architecture, tag) for tag in tags]
+    keys = ("mean", "std", "interpolation")
+    different = {json.dumps([config.get(key) for key in keys]) for config in configs}
+    if len(different) != 1:
+        raise WeightsError(
+            f"architecture {architecture}: its published weights do not agree on one preprocessing",
+            remedy="Put the open_clip_config.json of these weights into the folder.",
+        )
+    return {key: configs[0].get(key) for key in keys}
+
+
+def _read_blip(folder: Path) -> Preprocessing:
+    path = folder / "preprocessor_config.json"
+    values = read_json(path)
+    image_size = read_json(folder / "config.json").get("vision_config", {}).get("image_size", 384)
+    size = values.get("size", 384)
+    side = _square([size.get("height"), size.get("width")] if isinstance(size, dict) else size, path)
+    if side != image_size:
+        raise WeightsError(
+            f"weights: {path} says size {side}, but config.json says {image_size}", remedy="Make the two agree."
+        )
+    interpolation = _PILLOW_FILTERS.get(values.get("resample", 3))
+    rescale = values.get("rescale_factor", 1 / 255)
+    plain = all(values.get(key, True) for key in ("do_resize", "do_rescale", "do_normalize"))
+    if interpolation is None or abs(rescale * 255 - 1) > 1e-6 or not plain or values.get("do_center_crop"):
+        raise WeightsError(
+            f"weights: {path} asks for preprocessing other than resize, 1/255, mean and std",
+            remedy="Use resample 2 or 3, rescale_factor 1/255, and no centre crop.",
+        )
+    mean, std = values.get("image_mean") or _CLIP_MEAN, values.get("image_std") or _CLIP_STD
+    return Preprocessing(side, interpolation, _triple(mean, path), _triple(std, path))
+
+
+def _square(size: object, path: Path) -> int:
+    sides = list(size) if isinstance(size, Sequence) else [size, size]
+    if len(sides) == 2 and sides[0] == sides[1] and isinstance(sides[0], int):
+        return sides[0]
+    raise WeightsError(f"weights: {path}: image size {size} is no square", remedy="Use a model of square images.")
+
+
+def _triple(values: object, path: Path) -> tuple[float, float, float]:
+    numbers = [values] * 3 if isinstance(values, int | float) else values
+    if isinstance(numbers, Sequence) and len(numbers) == 3 and all(isinstance(n, int | float) for n in numbers):
+        return cast("tuple[float, float, float]", tuple(float(cast(float, n)) for n in numbers))
+    raise WeightsError(f"weights: {path}: mean or std {values} has not three numbers", remedy="Write one per channel.")

@@ -1,0 +1,146 @@
+"""Profiles: named sets of models, what each is for, and where its weights are expected."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+from vlmflow.config import Job, ModelConfig, default_models_dir
+from vlmflow.errors import ConfigError
+from vlmflow.models.weights import find_weights, require_folder
+
+Role = Literal["embed", "caption", "match"]
+Family = Literal["open_clip", "blip_caption", "blip_itm"]
+
+FAMILIES: dict[Role, Family] = {"embed": "open_clip", "caption": "blip_caption", "match": "blip_itm"}
+STARTER = "starter"
+
+
+@dataclass(frozen=True)
+class ProfileModel:
+    """One model of a profile."""
+
+    repo: str  # of the hub; for the starter models, their name
+    folder: str  # under the models folder; for the starter models, in the package
+    licence: str
+    num_parameters: int
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A named set of models."""
+
+    purpose: str
+    models: dict[Role, ProfileModel]
+
+
+PROFILES: dict[str, Profile] = {
+    STARTER: Profile(
+        "ships with the package; drawings only: for the demo and tests, NOT for photographs",
+        {
+            "embed": ProfileModel("vlmflow/starter-clip", "clip", "Apache-2.0", 4_000_000),
+            "caption": ProfileModel("vlmflow/starter-captioner", "captioner", "Apache-2.0", 5_000_000),
+            "match": ProfileModel("vlmflow/starter-matcher", "matcher", "Apache-2.0", 5_000_000),
+        },
+    ),
+    "base": Profile(
+        "photographs; a GPU of 8 GB, or a patient CPU",
+        {
+            "embed": ProfileModel(
+                "laion/CLIP-ViT-B-32-laion2B-s34B-b79K", "CLIP-ViT-B-32-laion2B-s34B-b79K", "MIT", 151_277_313
+            ),
+            "caption": ProfileModel(
+                "Salesforce/blip-image-captioning-base", "blip-image-captioning-base", "BSD-3-Clause", 223_971_644
+            ),
+            "match": ProfileModel("Salesforce/blip-itm-base-coco", "blip-itm-base-coco", "BSD-3-Clause", 223_744_258),
+        },
+    ),
+    "large": Profile(
+        "photographs, the better captions and embeddings; a GPU of 16 GB",
+        {
+            "embed": ProfileModel(
+                "laion/CLIP-ViT-L-14-laion2B-s32B-b82K", "CLIP-ViT-L-14-laion2B-s32B-b82K", "MIT", 427_616_513
+            ),
+            "caption": ProfileModel(
+                "Salesforce/blip-image-captioning-large", "blip-image-captioning-large", "BSD-3-Clause", 446_290_492
+            ),
+            "match": ProfileModel("Salesforce/blip-itm-large-coco", "blip-itm-large-coco", "BSD-3-Clause", 446_128_642),
+        },
+    ),
+}
+
+
+@dataclass(frozen=True)
+class ModelStatus:
+    """One model of a profile on this machine."""
+
+    role: Role
+    repo: str
+    licence: str
+    num_parameters: int
+    size_bytes: int  # of the weights present, else of float32 weights
+    folder: Path  # where the weights are expected
+    present: bool
+
+
+@dataclass(frozen=True)
+class ProfileStatus:
+    """A profile on this machine."""
+
+    name: str
+    purpose: str
+    models: tuple[ModelStatus, ...]
+
+
+def resolve_models(job: Job) -> dict[str, ModelConfig]:
+    """The model of each role that the job's tasks need: the profile's, unless the job names another.
+
+    Raises:
+        ConfigError: there is no such profile, or a model does not belong to the family of its role.
+        WeightsError: a local folder is absent, or holds no safetensors; it names the folder and what belongs there.
+    """
+    if job.profile not in PROFILES:
+        raise ConfigError(f"profile {job.profile}: unknown", remedy=f"Use one of {', '.join(PROFILES)}.")
+    configs: dict[str, ModelConfig] = {}
+    for role, family in FAMILIES.items():
+        if role not in job.tasks:
+            continue
+        config = job.models.get(role) or _profile_config(job.profile, role, job.models_dir)
+        if config.family != family:
+            raise ConfigError(f"models.{role}: family {config.family}", remedy=f"Use a model of the family {family}.")
+        if config.path is not None:
+            require_folder(config, licence=_licence(config))
+        configs[role] = config
+    return configs
+
+
+def describe_profiles(models_dir: Path | None = None) -> list[ProfileStatus]:
+    """Every profile with its sizes, licences, and the folders where its weights are expected, present or not."""
+    return [
+        ProfileStatus(name, profile.purpose, tuple(_describe(name, role, models_dir) for role in profile.models))
+        for name, profile in PROFILES.items()
+    ]
+
+
+def _describe(profile: str, role: Role, models_dir: Path | None) -> ModelStatus:
+    model = PROFILES[profile].models[role]
+    folder = Path(_profile_config(profile, role, models_dir).path or "")
+    files = find_weights(folder, FAMILIES[role])
+    size_bytes = sum(file.stat().st_size for file in files) if files else 4 * model.num_parameters
+    return ModelStatus(role, model.repo, model.licence, model.num_parameters, size_bytes, folder, bool(files))
+
+
+def _profile_config(profile: str, role: Role, models_dir: Path | None) -> ModelConfig:
+    model = PROFILES[profile].models[role]
+    if profile == STARTER:
+        root = Path(str(resources.files("vlmflow"))) / "starter"
+    else:
+        root = models_dir or default_models_dir()
+    return ModelConfig(family=FAMILIES[role], path=str(root / model.folder), repo=model.repo)
+
+
+def _licence(config: ModelConfig) -> str | None:
+    models = [model for profile in PROFILES.values() for model in profile.models.values()]
+    return next((model.licence for model in models if model.repo == config.repo), None)

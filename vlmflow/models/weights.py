@@ -1,0 +1,159 @@
+"""Where weights come from, and which may be loaded: safetensors only, nothing pickled, no remote code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from vlmflow.config import ModelConfig
+from vlmflow.errors import WeightsError
+
+# In the order of preference. A CLIP repository of the hub often holds the same weights twice: in open_clip's names,
+# and as `model.safetensors` in those of transformers, which open_clip does not read.
+_WEIGHT_NAMES = {
+    "open_clip": ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors"),
+    "blip_caption": ("model.safetensors", "model.safetensors.index.json"),
+    "blip_itm": ("model.safetensors", "model.safetensors.index.json"),
+}
+_CONFIG_NAMES = {"open_clip": "open_clip_config.json", "blip_caption": "config.json", "blip_itm": "config.json"}
+_TOKENIZER_NAMES = (
+    "added_tokens.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_COMMIT_HASH = re.compile(r"[0-9a-f]{40}")
+
+
+def locate(config: ModelConfig) -> Path:
+    """The local folder with the model's files; those of a hub repository are downloaded at the pinned revision.
+
+    Raises:
+        WeightsError: the folder is absent, no folder or revision is named, or the hub does not give the files.
+    """
+    if config.path is not None:
+        return require_folder(config)
+    if config.repo is None:
+        raise WeightsError(f"model of family {config.family}: neither path nor repo", remedy="Name one of the two.")
+    if config.revision is None or not _COMMIT_HASH.fullmatch(config.revision):
+        raise WeightsError(
+            f"{config.repo}: revision {config.revision or 'missing'} is no commit hash",
+            remedy="Pin the repository: set `revision` to the 40 digits of the commit that you reviewed.",
+        )
+    return _download(config.repo, config.revision)
+
+
+def require_folder(config: ModelConfig, *, licence: str | None = None) -> Path:
+    """The model's local folder, which must be there and hold safetensors.
+
+    Raises:
+        WeightsError: it does not; the message says what belongs there.
+    """
+    folder = Path(config.path or "").expanduser()
+    origin = f"{config.repo} ({licence})" if config.repo and licence else config.repo or f"a {config.family} model"
+    if not folder.is_dir():
+        raise WeightsError(f"weights: no folder {folder}", remedy=f"Put the files of {origin} there.")
+    if not find_weights(folder, config.family):
+        pickled = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+        if pickled:
+            raise WeightsError(
+                f"weights: {folder / pickled[0]} is a pickle, which can run code when it is loaded",
+                remedy=f"Use the safetensors files of {origin}, or convert it to {_WEIGHT_NAMES[config.family][0]}.",
+            )
+        raise WeightsError(f"weights: no safetensors file in {folder}", remedy=f"Put the files of {origin} there.")
+    return folder
+
+
+def find_weights(folder: Path, family: str) -> list[Path]:
+    """The safetensors files that loading would read; empty: there are none."""
+    for name in _WEIGHT_NAMES[family]:
+        path = folder / name
+        if not path.is_file():
+            continue
+        if path.suffix == ".json":
+            return sorted({folder / shard for shard in read_json(path).get("weight_map", {}).values()})
+        return [path]
+    return []
+
+
+def weights_digest(folder: Path, family: str) -> str:
+    """SHA-256 over names and contents of the files that loading reads: weights, configuration, tokenizer."""
+    names = [_CONFIG_NAMES[family], *_TOKENIZER_NAMES]
+    files = [*find_weights(folder, family), *(folder / name for name in names if (folder / name).is_file())]
+    total = hashlib.sha256()
+    for path in sorted(files):
+        stat = path.stat()
+        total.update(f"{path.name} {_file_digest(str(path), stat.st_size, stat.st_mtime_ns)}\n".encode())
+    return total.hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads one of the model's configuration files.
+
+    Raises:
+        WeightsError: it is absent, or no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise WeightsError(f"weights: {path}: {error.strerror}", remedy="Copy the model's whole folder.") from error
+    except ValueError as error:
+        raise WeightsError(f"weights: {path} is not JSON", remedy="Copy the model's folder again.") from error
+    if not isinstance(content, dict):
+        raise WeightsError(f"weights: {path} holds no JSON object", remedy="Copy the model's folder again.")
+    return content
+
+
+def check_keys(folder: Path, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """Refuses weights that do not fit the architecture.
+
+    Raises:
+        WeightsError: names some of the tensors that are missing or unexpected.
+    """
+    # Older checkpoints hold this buffer, which the libraries compute now.
+    parts = {
+        "missing": sorted(missing),
+        "unexpected": sorted(key for key in unexpected if not key.endswith("position_ids")),
+    }
+    found = [
+        f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for what, keys in parts.items()
+        if keys
+    ]
+    if found:
+        raise WeightsError(
+            f"weights: {folder} does not fit its architecture: {'; '.join(found)}",
+            remedy="Use the configuration file that belongs to these weights.",
+        )
+
+
+def _download(repo: str, revision: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    patterns = ["*.safetensors", "*.safetensors.index.json", *_TOKENIZER_NAMES, *set(_CONFIG_NAMES.values())]
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=[*patterns, "preprocessor_config.json"]))
+    except (HfHubHTTPError, OSError) as error:  # LocalEntryNotFoundError, no network: an OSError
+        raise WeightsError(
+            f"weights: {repo} at {revision[:12]} cannot be downloaded: {type(error).__name__}",
+            remedy="Check repository, revision and network, or name a local folder with `path`.",
+        ) from error
+
+
+@lru_cache(maxsize=256)
+def _file_digest(path: str, size: int, mtime_ns: int) -> str:
+    """SHA-256 of a file; size and time are there so that a changed file is hashed again."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

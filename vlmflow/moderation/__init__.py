@@ -1,0 +1,1 @@
+"""Moderation: policies, the scoring of embeddings under them, and decisions."""

@@ -1,0 +1,168 @@
+"""Decisions: from the margins of an image's views to its labels and to allow, review or block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from vlmflow import schema
+from vlmflow.moderation.policy import Binding, Logistic, Policy
+from vlmflow.moderation.prompts import PromptVectors
+from vlmflow.moderation.scoring import Scorer
+
+DECISIONS = ("allow", "review", "block")  # in order of precedence: the last wins
+UNSCORED = "unscored"
+UNBOUND = "unbound"
+_REVIEW, _BLOCK = 1, 2
+
+
+@dataclass(frozen=True)
+class Moderation:
+    """One value per image. ``decision`` is never null."""
+
+    labels: pa.ListArray[Any]  # of schema.LABEL; null: the image has no vector
+    decision: pa.StringArray
+    reason: pa.StringArray  # null: allowed; else `category/label` of what decided, or `unscored`, or `unbound`
+
+
+class Moderator:
+    """A policy made ready to decide. N: images, V: vectors of all their views, L: labels.
+
+    Args:
+        binding: what was set for the embedder; None: every decision is `review`, with the reason `unbound`.
+    """
+
+    def __init__(self, policy: Policy, binding: Binding | None, prompts: PromptVectors) -> None:
+        if len(prompts.labels) != len(policy.labels):
+            raise ValueError(
+                f"{len(prompts.labels)} label vectors for the {len(policy.labels)} labels of {policy.name}"
+            )
+        self._policy = policy
+        self._bound = binding is not None
+        self._scorer = Scorer(prompts)
+        self.dim: int = prompts.labels.shape[1]
+        labels = policy.each_label()
+        default = (binding.logistic if binding else None) or policy.logistic
+        calibration = binding.calibration if binding else {}
+        limits = [(binding.thresholds if binding else {}).get(label.name, label) for label in labels]
+        self._curves = _curves([default] * len(labels))
+        self._calibrated = np.array([label.name in calibration for label in labels])
+        self._calibration = _curves([calibration.get(label.name, default) for label in labels])
+        self._review = np.array([limit.review for limit in limits], np.float32)
+        # A label that never blocks: no score reaches infinity.
+        self._block = np.array([np.inf if limit.block is None else limit.block for limit in limits], np.float32)
+
+    def moderate(self, vectors: NDArray[np.float32], views: Sequence[str], offsets: NDArray[np.int64]) -> Moderation:
+        """Labels and decides images by the worst of their views.
+
+        Args:
+            vectors: (V, D) unit vectors, those of an image next to each other.
+            views: (V,) names of the views.
+            offsets: (N + 1,): image i has the vectors from ``offsets[i]`` to ``offsets[i + 1]``; it may have none.
+        """
+        has_vectors = np.diff(offsets) > 0
+        margins, deciding = _worst_views(self._scorer.score(vectors), offsets[:-1][has_vectors])
+        scores = _apply(self._curves, margins)
+        decisions = self._decide_labels(scores)
+        image_decisions = np.full(len(has_vectors), _REVIEW)
+        image_decisions[has_vectors] = decisions.max(axis=1)
+        reasons: list[str | None] = [UNSCORED] * len(has_vectors)
+        for row, image in enumerate(np.flatnonzero(has_vectors)):
+            reasons[image] = self._reason(decisions[row], scores[row])
+        labels = self._label_structs(margins, scores, decisions, np.asarray(views, object)[deciding])
+        counts = np.where(has_vectors, len(self._policy.labels), 0)
+        return Moderation(
+            labels=pa.ListArray.from_arrays(
+                pa.array(np.concatenate([[0], np.cumsum(counts)]), pa.int32()), labels, mask=pa.array(~has_vectors)
+            ),
+            decision=pa.array([DECISIONS[decision] for decision in image_decisions], pa.string()),
+            reason=pa.array(reasons, pa.string()),
+        )
+
+    def _decide_labels(self, scores: NDArray[np.float32]) -> NDArray[np.int64]:
+        if not self._bound:
+            return np.full(scores.shape, _REVIEW)
+        decisions = (scores >= self._review).astype(np.int64)
+        decisions[scores >= self._block] = _BLOCK
+        decisions[np.isnan(scores)] = _REVIEW  # fails closed
+        return decisions
+
+    def _reason(self, decisions: NDArray[np.int64], scores: NDArray[np.float32]) -> str | None:
+        """What decided: of the labels with the gravest decision, the one with the highest score."""
+        if not self._bound:
+            return UNBOUND
+        gravest = decisions.max()
+        if DECISIONS[gravest] == "allow":
+            return None
+        candidates = np.where((decisions == gravest) & ~np.isnan(scores), scores, -1.0)
+        if candidates.max() < 0:
+            return UNSCORED
+        return "/".join(self._policy.labels[int(candidates.argmax())])
+
+    def _label_structs(
+        self,
+        margins: NDArray[np.float32],
+        scores: NDArray[np.float32],
+        decisions: NDArray[np.int64],
+        views: NDArray[np.object_],
+    ) -> pa.StructArray:
+        num_rows, refs = len(margins), self._policy.labels
+        probabilities = np.where(self._calibrated, _apply(self._calibration, margins), np.float32(np.nan))
+        block = np.where(np.isinf(self._block), np.float32(np.nan), self._block)
+        columns: dict[str, pa.Array[Any]] = {
+            "label": _repeat([ref.label for ref in refs], num_rows),
+            "category": _repeat([ref.category for ref in refs], num_rows),
+            "margin": _floats(margins),
+            "score": _floats(scores),
+            "probability": _floats(probabilities),
+            "review_threshold": _floats(np.tile(self._review, num_rows)),
+            "block_threshold": _floats(np.tile(block, num_rows)),
+            "decision": pa.array(np.array(DECISIONS, object)[decisions.ravel()], pa.string()),
+            "view": pa.array(views.ravel(), pa.string()),
+            "time_s": pa.nulls(num_rows * len(refs), pa.float32()),
+        }
+        return pa.StructArray.from_arrays([columns[field.name] for field in schema.LABEL], fields=list(schema.LABEL))
+
+
+def _worst_views(
+    margins: NDArray[np.float32], starts: NDArray[np.int64]
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """The greatest margin of each image and label, and the vector it comes from: the first of equals.
+
+    A margin that is no number makes the image's label unscored, whatever its other views say.
+    """
+    if len(starts) == 0:
+        empty = np.empty((0, margins.shape[1]))
+        return empty.astype(np.float32), empty.astype(np.int64)
+    worst = np.maximum.reduceat(margins, starts, axis=0)  # a not-a-number prevails
+    image_of = np.repeat(np.arange(len(starts)), np.diff([*starts, len(margins)]))
+    is_worst = (margins == worst[image_of]) | np.isnan(margins)
+    positions = np.where(is_worst, np.arange(len(margins))[:, None], len(margins))
+    return worst, np.minimum.reduceat(positions, starts, axis=0)
+
+
+def _curves(curves: Sequence[Logistic]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    return np.array([curve.scale for curve in curves]), np.array([curve.offset for curve in curves])
+
+
+def _apply(
+    curves: tuple[NDArray[np.float64], NDArray[np.float64]], margins: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    scale, offset = curves
+    # Beyond 700 the exponential leaves float64; the logistic is 0 or 1 long before.
+    exponent = np.clip(-scale * (margins.astype(np.float64) - offset), -700, 700)
+    return (1.0 / (1.0 + np.exp(exponent))).astype(np.float32)
+
+
+def _floats(values: NDArray[np.floating]) -> pa.FloatArray:
+    """A float32 column in which what is no number is null."""
+    return pa.array(values.ravel(), pa.float32(), from_pandas=True)
+
+
+def _repeat(values: Sequence[str], times: int) -> pa.StringArray:
+    return pa.array(list(values) * times, pa.string())

@@ -1,0 +1,250 @@
+"""The moderation policy: categories, labels, prompts, thresholds, and the models they were set for.
+
+A policy is one YAML file. Thresholds mean something only for the model and the prompts they were chosen on, so a
+policy lists *bindings*: the digests of a model's weights and of the prompts, with what was set for that pair.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
+
+from vlmflow.config import describe_validation
+from vlmflow.errors import PolicyError, UnboundPolicyError
+from vlmflow.models.identity import ModelIdentity
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+Prompt = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Score = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Part(BaseModel):
+    """A part of a policy: immutable, an unknown key is an error, and nothing is coerced (``"0.5"`` is no number)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class LabelRef(NamedTuple):
+    """A label's place in the hierarchy."""
+
+    category: str
+    label: str
+
+
+class Logistic(_Part):
+    """``1 / (1 + exp(-scale * (margin - offset)))``: 0.5 where the margin equals ``offset``."""
+
+    scale: Annotated[float, Field(gt=0)]
+    offset: float  # in margin units: differences of cosines
+
+
+class Thresholds(_Part):
+    """Scores from which a label means `review` and `block`."""
+
+    review: Score
+    block: Score | None  # None: the label never blocks
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.block is not None and self.review > self.block:
+            raise ValueError(f"review {self.review} exceeds block {self.block}")
+        return self
+
+
+class Label(Thresholds):
+    """One thing to look for: scored on its own, so an image can carry several."""
+
+    name: Name
+    prompts: Annotated[tuple[Prompt, ...], Field(min_length=1, strict=False)]
+
+
+class Category(_Part):
+    """A group of labels."""
+
+    name: Name
+    labels: Annotated[tuple[Label, ...], Field(min_length=1, strict=False)]
+
+
+class Binding(_Part):
+    """What was set for one model and one set of prompts."""
+
+    model: str  # id of the model, for people
+    weights: Digest  # weights digest of the embedder
+    prompts: Digest  # :func:`prompts_digest` of the policy
+    logistic: Logistic | None = None  # instead of the policy's
+    thresholds: dict[str, Thresholds] = {}  # instead of the labels' own
+    calibration: dict[str, Logistic] = {}  # margin to probability, by label
+
+
+class Policy(_Part):
+    """A whole policy file."""
+
+    name: Name
+    version: Annotated[str, StringConstraints(min_length=1)]
+    description: str = ""
+    temperature: Annotated[float, Field(gt=0)] = 1.0  # of the log-mean-exp over the neutral prompts, in cosine units
+    neutral: Annotated[tuple[Prompt, ...], Field(min_length=1, strict=False)]
+    categories: Annotated[tuple[Category, ...], Field(min_length=1, strict=False)]
+    logistic: Logistic
+    bindings: Annotated[tuple[Binding, ...], Field(strict=False)] = ()
+
+    @field_validator("categories")
+    @classmethod
+    def _names_unique(cls, categories: tuple[Category, ...]) -> tuple[Category, ...]:
+        for names in ([c.name for c in categories], [label.name for c in categories for label in c.labels]):
+            doubled = sorted({name for name in names if names.count(name) > 1})
+            if doubled:
+                raise ValueError(f"named twice: {', '.join(doubled)}")
+        return categories
+
+    @model_validator(mode="after")
+    def _bindings_fit(self) -> Self:
+        known = {ref.label for ref in self.labels}
+        for binding in self.bindings:
+            unknown = sorted((binding.thresholds.keys() | binding.calibration.keys()) - known)
+            if unknown:
+                raise ValueError(f"binding of {binding.model} names labels that the policy lacks: {', '.join(unknown)}")
+        pairs = [(binding.weights, binding.prompts) for binding in self.bindings]
+        if len(set(pairs)) != len(pairs):
+            raise ValueError("two bindings for the same weights and prompts")
+        return self
+
+    @cached_property
+    def labels(self) -> tuple[LabelRef, ...]:
+        """Every label in file order: the order of the columns of margins and scores."""
+        return tuple(LabelRef(c.name, label.name) for c in self.categories for label in c.labels)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the parsed content: comments, layout and key order do not move it."""
+        return _digest(self.model_dump(mode="json"))
+
+    def each_label(self) -> tuple[Label, ...]:
+        """The labels with prompts and thresholds, in the order of :attr:`labels`."""
+        return tuple(label for category in self.categories for label in category.labels)
+
+
+def load_policy(name_or_path: str) -> Policy:
+    """Loads a policy that ships by its name, or any other by its path.
+
+    Raises:
+        PolicyError: there is no such file, it is not YAML, or a key does not fit; one line names the key and why.
+    """
+    path = Path(name_or_path)
+    shipped = shipped_policies()
+    if name_or_path in shipped:
+        path = shipped[name_or_path]
+    elif path.suffix not in (".yaml", ".yml"):
+        raise PolicyError(
+            f"policy {name_or_path}: no policy of this name ships",
+            remedy=f"Name one of {', '.join(shipped)}, or the path of a .yaml file.",
+        )
+    data = _read_yaml(path)
+    try:
+        return Policy.model_validate(data)
+    except ValidationError as error:
+        raise PolicyError(describe_validation(error, what=f"policy {path}"), remedy="Fix the keys named.") from error
+
+
+def shipped_policies() -> dict[str, Path]:
+    """The policies that come with the package, by name."""
+    folder = Path(str(resources.files("vlmflow.moderation"))) / "policies"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def prompts_digest(policy: Policy) -> str:
+    """SHA-256 of what margins are made of besides the model: labels, prompts, neutral prompts, temperature."""
+    labels = [[label.name, list(label.prompts)] for label in policy.each_label()]
+    return _digest({"labels": labels, "neutral": list(policy.neutral), "temperature": policy.temperature})
+
+
+def find_binding(policy: Policy, identity: ModelIdentity) -> Binding | None:
+    """The binding for this model and the policy's present prompts; None: there is none."""
+    wanted = (identity.weights_digest, prompts_digest(policy))
+    return next((binding for binding in policy.bindings if (binding.weights, binding.prompts) == wanted), None)
+
+
+def check_binding(policy: Policy, identity: ModelIdentity, *, accept_unbound: bool = False) -> Binding | None:
+    """The binding to moderate with.
+
+    Returns:
+        None only where ``accept_unbound``: every decision is then `review`, with the reason `unbound`.
+
+    Raises:
+        UnboundPolicyError: no binding fits, and that was not accepted.
+    """
+    binding = find_binding(policy, identity)
+    if binding is not None or accept_unbound:
+        return binding
+    bound = ", ".join(sorted({b.model for b in policy.bindings})) or "none"
+    same_weights = any(b.weights == identity.weights_digest for b in policy.bindings)
+    reason = "its prompts changed since it was bound to" if same_weights else "it has no thresholds set for"
+    raise UnboundPolicyError(
+        f"policy {policy.name} {policy.version}: {reason} {identity.id} "
+        f"(weights {identity.weights_digest[:12]}; bound: {bound})",
+        remedy="Calibrate the policy for this model, or accept that every decision is `review` with --accept-unbound.",
+    )
+
+
+def bind(
+    policy: Policy,
+    identity: ModelIdentity,
+    *,
+    logistic: Logistic | None = None,
+    thresholds: Mapping[str, Thresholds] | None = None,
+    calibration: Mapping[str, Logistic] | None = None,
+) -> Binding:
+    """States that thresholds were chosen for this model and the policy's present prompts."""
+    return Binding(
+        model=identity.id,
+        weights=identity.weights_digest,
+        prompts=prompts_digest(policy),
+        logistic=logistic,
+        thresholds=dict(thresholds or {}),
+        calibration=dict(calibration or {}),
+    )
+
+
+def write_binding(path: Path, binding: Binding) -> None:
+    """Writes a binding into a policy file, in place of any other of the same model; the rest stays as it is.
+
+    Raises:
+        PolicyError: ``bindings`` is not the last key of the file, or the result is no valid policy.
+    """
+    text = path.read_text(encoding="utf-8")
+    data = _read_yaml(path)
+    head, found, _ = text.partition("\nbindings:")
+    if not found or not isinstance(data, dict) or list(data)[-1] != "bindings":
+        raise PolicyError(f"policy {path}: bindings is not its last key", remedy="End the file with `bindings: []`.")
+    kept = [old for old in data["bindings"] or [] if old.get("model") != binding.model]
+    new = binding.model_dump(mode="json", exclude_defaults=True)
+    try:
+        Policy.model_validate({**data, "bindings": [*kept, new]})
+    except ValidationError as error:
+        raise PolicyError(describe_validation(error, what=f"policy {path}")) from error
+    tail = yaml.safe_dump({"bindings": [*kept, new]}, sort_keys=False, allow_unicode=True, width=120)
+    path.write_text(f"{head}\n{tail}", encoding="utf-8")
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PolicyError(f"policy {path}: {error.strerror}", remedy="Name an existing YAML file.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise PolicyError(f"policy {path} is not YAML: {reason}", remedy="Fix the syntax.") from error
+
+
+def _digest(content: object) -> str:
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()

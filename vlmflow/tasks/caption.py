@@ -1,0 +1,28 @@
+"""One sentence for each image."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+from vlmflow.imaging import PixelRequest
+from vlmflow.models import Captioner
+from vlmflow.tasks import Columns
+from vlmflow.tasks.pixels import first_views, pixel_columns
+
+
+class CaptionTask:
+    """Describes the whole image."""
+
+    name = "caption"
+    writes = pa.schema([("caption", pa.string())])
+
+    def __init__(self, captioner: Captioner, request: PixelRequest, max_tokens: int) -> None:
+        self._captioner = captioner
+        self._request = request
+        self._max_tokens = max_tokens
+        self.reads: tuple[str, ...] = (pixel_columns(request)[0],)
+
+    def __call__(self, batch: pa.Table) -> Columns:
+        """The captions, as the model words them."""
+        captions = self._captioner.caption(first_views(batch, self._request), self._max_tokens)
+        return {"caption": pa.array(captions, pa.string())}

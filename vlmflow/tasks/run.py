@@ -1,0 +1,104 @@
+"""Runs a task so that an image which fails costs itself and no other."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from vlmflow import schema
+from vlmflow.errors import RowErrorClass
+from vlmflow.tasks import Columns, Task, check_columns
+
+_MAX_MESSAGE_CHARS = 200
+# What differs between two runs on the same image, or tells of the machine.
+_VOLATILE = ((re.compile(r"0x[0-9a-fA-F]+"), "0x?"), (re.compile(r"(?<![\w.])(?:/[\w.@+-]+){2,}/?"), "<path>"))
+
+
+@dataclass
+class BatchLimit:
+    """The largest batch known to fit into memory; None: none has failed to. One per task and worker."""
+
+    rows: int | None = None
+
+
+@dataclass(frozen=True)
+class _Failure:
+    error_class: RowErrorClass
+    message: str
+
+
+def run_contained(task: Task, batch: pa.Table, limit: BatchLimit) -> tuple[Columns, pa.Array[Any]]:
+    """Runs a task on a batch, and again on its halves where that fails, down to one image.
+
+    What fails alone is recorded with the type of its exception: our own mistakes too, which show as many rows with
+    the same message. Where memory runs out, ``limit`` remembers the size that is tried next, for later batches.
+
+    Returns:
+        The task's columns, null in the rows that failed; and one value of ``schema.ERROR`` per row, null elsewhere.
+
+    Raises:
+        ValueError: the task wrote other columns than it says.
+        torch.AcceleratorError: the device is broken, and with it every batch to come; the worker must end.
+    """
+    pieces: list[tuple[Columns, pa.Array[Any]]] = []
+    pending = [batch] if batch.num_rows else []  # a stack, the first rows on top
+    while pending:
+        part = pending.pop()
+        if limit.rows is not None and part.num_rows > limit.rows:
+            pending += [part.slice(limit.rows), part.slice(0, limit.rows)]
+            continue
+        outcome = _attempt(task, part)
+        if not isinstance(outcome, _Failure):
+            check_columns(task.writes, outcome, part.num_rows)
+            pieces.append((outcome, pa.nulls(part.num_rows, schema.ERROR)))
+        elif part.num_rows == 1:
+            pieces.append(_failed_row(task, outcome))
+        else:
+            half = part.num_rows // 2
+            if outcome.error_class is RowErrorClass.OUT_OF_MEMORY:
+                limit.rows = half
+            pending += [part.slice(half), part.slice(0, half)]
+    return _concatenate(task.writes, pieces)
+
+
+def _attempt(task: Task, batch: pa.Table) -> Columns | _Failure:
+    try:
+        return task(batch)
+    except torch.AcceleratorError:
+        raise
+    except Exception as error:  # noqa: BLE001  an image can fail in any way; it is recorded, never made a value
+        failure = _describe(error)
+    # Past the handler, which kept the failed batch's tensors alive through the traceback.
+    if failure.error_class is RowErrorClass.OUT_OF_MEMORY and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()
+    return failure
+
+
+def _describe(error: Exception) -> _Failure:
+    """A failure in words that stay the same from run to run."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+        # The original tells how much was free at the time.
+        return _Failure(RowErrorClass.OUT_OF_MEMORY, "out of memory with a batch of one image")
+    lines = str(error).strip().splitlines()
+    reason = lines[0].strip() if lines else ""
+    for pattern, replacement in _VOLATILE:
+        reason = pattern.sub(replacement, reason)
+    message = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
+    return _Failure(RowErrorClass.TASK_FAILED, message[:_MAX_MESSAGE_CHARS])
+
+
+def _failed_row(task: Task, failure: _Failure) -> tuple[Columns, pa.Array[Any]]:
+    error = {"stage": task.name, "class": str(failure.error_class), "message": failure.message}
+    return {field.name: pa.nulls(1, field.type) for field in task.writes}, pa.array([error], schema.ERROR)
+
+
+def _concatenate(writes: pa.Schema, pieces: list[tuple[Columns, pa.Array[Any]]]) -> tuple[Columns, pa.Array[Any]]:
+    if len(pieces) == 1:
+        return pieces[0]
+    empty = {field.name: pa.nulls(0, field.type) for field in writes}
+    columns = {name: pa.concat_arrays([none, *(piece[name] for piece, _ in pieces)]) for name, none in empty.items()}
+    return columns, pa.concat_arrays([pa.nulls(0, schema.ERROR), *(errors for _, errors in pieces)])

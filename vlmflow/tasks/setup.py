@@ -1,0 +1,128 @@
+"""From a job to its tasks: what the driver settles once, and what a worker loads from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import assert_never
+
+from vlmflow.config import Job, ModelConfig, TaskName
+from vlmflow.errors import ConfigError
+from vlmflow.imaging import PixelRequest
+from vlmflow.models import (
+    ModelIdentity,
+    identify,
+    load_captioner,
+    load_embedder,
+    load_matcher,
+    pixel_request,
+    resolve_models,
+)
+from vlmflow.models.identity import short_digest
+from vlmflow.moderation.decide import Moderator
+from vlmflow.moderation.policy import Binding, Policy, check_binding, load_policy
+from vlmflow.moderation.prompts import PromptVectors, encode_prompts
+from vlmflow.moderation.scoring import SCORING_VERSION
+from vlmflow.tasks import Task
+
+
+@dataclass(frozen=True)
+class TaskSetup:
+    """What the files of models and policy say; made on the driver without loading a model, and can be pickled."""
+
+    models: dict[str, ModelConfig]  # by role: embed, caption, match
+    identities: dict[str, ModelIdentity]
+    requests: dict[str, PixelRequest]
+    max_caption_tokens: int
+    policy: Policy | None  # None: the job does not moderate
+    binding: Binding | None  # None: every decision is `review`
+
+    def fingerprints(self, tasks: tuple[TaskName, ...]) -> dict[str, str]:
+        """What decides whether a task is due: its model and settings. The policy is compared apart from it."""
+        return {task: self._fingerprint(task) for task in tasks}
+
+    def _fingerprint(self, task: TaskName) -> str:
+        match task:
+            case "embed":
+                views = self.requests["embed"].views
+                return short_digest({"model": self.identities["embed"].fingerprint(task), "views": views})
+            case "moderate":
+                return short_digest({"embed": self._fingerprint("embed"), "scoring": SCORING_VERSION})
+            case "caption":
+                tokens = self.max_caption_tokens
+                return short_digest({"model": self.identities["caption"].fingerprint(task), "max_tokens": tokens})
+            case "match":
+                return self.identities["match"].fingerprint(task)
+            case _:
+                assert_never(task)
+
+
+def prepare_tasks(job: Job) -> TaskSetup:
+    """Settles models and policy from their files, so that what is wrong with them shows before anything is read.
+
+    Raises:
+        ConfigError: unknown profile, or `moderate` without a policy.
+        WeightsError: weights that are absent, or files that cannot be used.
+        PolicyError: the policy cannot be used.
+        UnboundPolicyError: it was not set for the job's embedder, and ``accept_unbound`` is off.
+    """
+    models = resolve_models(job)
+    identities = {role: identify(role, config) for role, config in models.items()}
+    policy = binding = None
+    if "moderate" in job.tasks:
+        if job.policy is None:
+            raise ConfigError("policy: moderate needs one", remedy="Name it with --policy, or leave moderate out.")
+        policy = load_policy(job.policy)
+        binding = check_binding(policy, identities["embed"], accept_unbound=job.accept_unbound)
+    return TaskSetup(
+        models=models,
+        identities=identities,
+        requests={role: pixel_request(role, config, job.views) for role, config in models.items()},
+        max_caption_tokens=job.max_caption_tokens,
+        policy=policy,
+        binding=binding,
+    )
+
+
+def prepare_prompts(setup: TaskSetup) -> PromptVectors | None:
+    """Encodes the policy's prompts, once per run: in float32 on the CPU, wherever the images are embedded.
+
+    Returns:
+        None: the job does not moderate.
+
+    Raises:
+        WeightsError: the embedder's weights do not fit.
+    """
+    if setup.policy is None:
+        return None
+    return encode_prompts(setup.policy, load_embedder(setup.models["embed"], "cpu"))
+
+
+def load_task(name: TaskName, setup: TaskSetup, prompts: PromptVectors | None, device: str) -> Task:
+    """Loads a task and its model; in a worker.
+
+    Raises:
+        WeightsError: the weights do not fit, or are not on this machine.
+    """
+    # Imported here: tasks import torch, which a driver that only plans does without.
+    match name:
+        case "embed":
+            from vlmflow.tasks.embed import EmbedTask
+
+            return EmbedTask(load_embedder(setup.models["embed"], device), setup.requests["embed"])
+        case "moderate":
+            from vlmflow.tasks.moderate import ModerateTask
+
+            assert setup.policy is not None
+            assert prompts is not None
+            return ModerateTask(Moderator(setup.policy, setup.binding, prompts))
+        case "caption":
+            from vlmflow.tasks.caption import CaptionTask
+
+            captioner = load_captioner(setup.models["caption"], device)
+            return CaptionTask(captioner, setup.requests["caption"], setup.max_caption_tokens)
+        case "match":
+            from vlmflow.tasks.match import MatchTask
+
+            return MatchTask(load_matcher(setup.models["match"], device), setup.requests["match"])
+        case _:
+            assert_never(name)

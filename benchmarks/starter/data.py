@@ -54,10 +54,14 @@ class Studio:
         return Batch(normalise(self.painter.paint(scenes, rng)), scenes, captions)
 
     def tokens(self, texts: Sequence[str]) -> Tokens:
-        encoded = self.tokenizer(
-            list(texts), padding=True, truncation=True, max_length=CONTEXT_LENGTH, return_tensors="pt"
-        )
-        return Tokens(encoded.input_ids.to(self.device), encoded.attention_mask.to(self.device))
+        tokens = encode(self.tokenizer, texts)
+        return Tokens(tokens.ids.to(self.device), tokens.mask.to(self.device))
+
+
+def encode(tokenizer: BertTokenizer, texts: Sequence[str]) -> Tokens:
+    """Token ids on the CPU, cut at the context length."""
+    encoded = tokenizer(list(texts), padding=True, truncation=True, max_length=CONTEXT_LENGTH, return_tensors="pt")
+    return Tokens(encoded.input_ids, encoded.attention_mask)
 
 
 def normalise(pixels: torch.Tensor) -> torch.Tensor:

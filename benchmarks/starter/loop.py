@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import distributed, nn
 
 _WARM_UP = 0.04
 _FINAL_RATE = 0.02
@@ -48,9 +48,12 @@ class Masters:
         model.bfloat16()
 
     def step(self, rate: float) -> None:
+        """One update from the mean of the gradients of all processes."""
         for copy, weight in zip(self._copies, self._weights, strict=True):
-            copy.grad = None if weight.grad is None else weight.grad.float()
+            copy.grad = torch.zeros_like(copy) if weight.grad is None else weight.grad.float()
             weight.grad = None
+        if distributed.is_initialized():
+            self._share_gradients()
         nn.utils.clip_grad_norm_(self._copies, 1.0)
         for group in self._optimizer.param_groups:
             group["lr"] = rate
@@ -66,6 +69,13 @@ class Masters:
         self._optimizer.load_state_dict(state["optimizer"])
         self._copy_back()
 
+    def _share_gradients(self) -> None:
+        flat = torch.cat([copy.grad.flatten() for copy in self._copies if copy.grad is not None])
+        distributed.all_reduce(flat)
+        parts = (flat / distributed.get_world_size()).split([copy.numel() for copy in self._copies])
+        for copy, part in zip(self._copies, parts, strict=True):
+            copy.grad = part.view_as(copy)
+
     def _copy_back(self) -> None:
         with torch.no_grad():
             for copy, weight in zip(self._copies, self._weights, strict=True):
@@ -78,9 +88,12 @@ def train(
     """Trains until the time is over; resumes from ``checkpoint`` if it is there; returns the number of steps.
 
     Args:
-        losses: the named losses of the step of that number; their sum is minimised. A function of the step alone,
+        losses: the named losses of the batch of that number; their sum is minimised. A function of the number alone,
             so that a resumed run sees the data that an unbroken one would have.
+
+    In a process group every process takes batches of its own, and the first one keeps time, log and checkpoints.
     """
+    rank, num_processes = _place()
     masters = Masters(model, schedule.weight_decay)
     step, elapsed = 0, 0.0
     if checkpoint.is_file():
@@ -89,17 +102,18 @@ def train(
         step, elapsed = saved["step"], saved["elapsed_s"]
     started, saved_at = time.monotonic() - elapsed, time.monotonic()
     while elapsed < schedule.minutes * 60 and step != schedule.max_steps:
-        named = losses(step)
+        named = losses(step * num_processes + rank)
         torch.stack(list(named.values())).sum().backward()
         masters.step(schedule.rate_at(elapsed / (schedule.minutes * 60)))
-        step, elapsed = step + 1, time.monotonic() - started
-        if step % _LOG_STEPS == 0:
+        step, elapsed = step + 1, _agree(time.monotonic() - started)
+        if rank == 0 and step % _LOG_STEPS == 0:
             values = " ".join(f"{name} {value.item():.3f}" for name, value in named.items())
             print(f"step {step} {elapsed:.0f}s {values}", flush=True)
-        if time.monotonic() - saved_at > _CHECKPOINT_S:
+        if rank == 0 and time.monotonic() - saved_at > _CHECKPOINT_S:
             _save(checkpoint, masters, step, elapsed)
             saved_at = time.monotonic()
-    _save(checkpoint, masters, step, elapsed)
+    if rank == 0:
+        _save(checkpoint, masters, step, elapsed)
     return step
 
 
@@ -115,3 +129,17 @@ def _save(path: Path, masters: Masters, step: int, elapsed_s: float) -> None:
     partial = path.with_suffix(".partial")
     torch.save({"masters": masters.state(), "step": step, "elapsed_s": elapsed_s}, partial)
     partial.replace(path)  # a kill in the middle leaves the earlier one whole
+
+
+def _place() -> tuple[int, int]:
+    """This process's number and how many there are."""
+    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+
+
+def _agree(elapsed_s: float) -> float:
+    """The first process's clock: all of them stop at one step."""
+    if not distributed.is_initialized():
+        return elapsed_s
+    clock = torch.tensor([elapsed_s], dtype=torch.float64)
+    distributed.broadcast(clock, src=0)
+    return float(clock)

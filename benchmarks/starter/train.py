@@ -7,10 +7,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import distributed
 
 from benchmarks.starter import export
 from benchmarks.starter.data import Studio, open_studio
@@ -26,7 +28,7 @@ _MINUTES = {
     "small": {"trunk": 50.0, "matcher": 30.0, "vqa": 30.0},
     "full": {"trunk": 10.0, "matcher": 5.0, "vqa": 5.0},
 }
-_BATCH_SIZES = {"small": 128, "full": 1024}
+_BATCH_SIZES = {"small": 64, "full": 1024}
 
 
 @dataclass(frozen=True)
@@ -115,12 +117,14 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
+    if "RANK" in os.environ:  # under torchrun
+        distributed.init_process_group("gloo")
     recipe = Recipe(options.world, options.work, options.device, minutes=options.minutes)
     studio = open_studio(recipe.world, recipe.work, seed=recipe.seed, device=recipe.device)
     for stage in options.stage or STAGES:
-        if stage == "export":
+        if stage == "export" and int(os.environ.get("RANK", "0")) == 0:
             write_folders(recipe, studio, options.target)
-        else:
+        elif stage != "export":
             print(f"{stage}: {train_stage(stage, recipe, studio)} steps", flush=True)
 
 

@@ -21,9 +21,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     16-bit grey is scaled by 255/65535. Grey of 32 bits or floating point has no agreed white: values within 16 bits
     (floats within 0 to 1) are scaled likewise, others from their least to their greatest.
-
-    Raises:
-        ValueError: Pillow knows no conversion from the mode (LAB).
     """
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return _grey_to_rgb(image)

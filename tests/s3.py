@@ -1,0 +1,72 @@
+"""An S3-compatible server on this machine, spoken to over HTTP like any other."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import boto3
+from moto.server import ThreadedMotoServer
+
+from vlmflow.config import StorageConfig
+
+CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID": "testing",
+    "AWS_SECRET_ACCESS_KEY": "testing",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_REGION": "us-east-1",
+}
+
+
+class S3Server:
+    """A running server; its buckets live as long as it does."""
+
+    def __init__(self, endpoint: str) -> None:
+        self.endpoint = endpoint
+        self.client: Any = boto3.client("s3", endpoint_url=endpoint)
+
+    @property
+    def storage(self) -> StorageConfig:
+        """How vlmflow reaches it; it gives up soon."""
+        return StorageConfig(endpoint=self.endpoint, region="us-east-1", timeout_s=10, max_retries=1)
+
+    def create_bucket(self, name: str | None = None) -> str:
+        """Creates a bucket, under a name of its own unless one is given."""
+        name = name or f"test-{uuid4().hex[:12]}"
+        self.client.create_bucket(Bucket=name)
+        return name
+
+    def put(self, bucket: str, key: str, data: bytes) -> None:
+        """Stores an object."""
+        self.client.put_object(Bucket=bucket, Key=key, Body=data)
+
+    def upload(self, bucket: str, prefix: str, folder: Path) -> None:
+        """Stores all files of a folder under a prefix."""
+        for path in sorted(folder.rglob("*")):
+            if path.is_file():
+                self.put(bucket, f"{prefix}/{path.relative_to(folder).as_posix()}", path.read_bytes())
+
+
+@contextmanager
+def running_s3_server() -> Iterator[S3Server]:
+    """Runs a server on a free port, with dummy credentials in the environment, which child processes inherit."""
+    before = {name: os.environ.get(name) for name in CREDENTIALS}
+    os.environ.update(CREDENTIALS)
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it logs every request
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        yield S3Server(f"http://{host}:{port}")
+    finally:
+        server.stop()
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -151,15 +151,15 @@ class Painter:
         cell, left, top = (np.full(shape, -1, np.int64) for _ in range(3))
         flip = rng.random(shape) < 0.5
         for row, scene in enumerate(scenes):
-            boxes = _boxes(scene.num_objects, rng)
+            places = boxes(scene.num_objects, rng)
             chosen = self._choose(scene, rng)
-            low, high = (_NUM_SMALL - 1, len(_SIZES)) if len(boxes) == 1 else (0, _NUM_SMALL)
+            low, high = (_NUM_SMALL - 1, len(_SIZES)) if len(places) == 1 else (0, _NUM_SMALL)
             aspect = int(rng.integers(len(_ASPECTS))) if rng.random() < 0.4 else 0
-            for slot, (box, drawing) in enumerate(zip(boxes, chosen, strict=True)):
+            for slot, (box, drawing) in enumerate(zip(places, chosen, strict=True)):
                 size = 0 if min(box[2:]) < 0.4 else int(rng.integers(low, high))
                 number = drawing * self._num_variants + size * len(_ASPECTS) + aspect
                 cell[row, slot] = number
-                left[row, slot], top[row, slot] = _place(box, self._sizes[number], self._side, rng)
+                left[row, slot], top[row, slot] = place(box, self._sizes[number], self._side, rng)
         return cell, left, top, flip
 
     def _choose(self, scene: Scene, rng: np.random.Generator) -> list[int]:
@@ -174,7 +174,7 @@ class Painter:
         return chosen
 
 
-def _boxes(num: int, rng: np.random.Generator) -> list[tuple[float, float, float, float]]:
+def boxes(num: int, rng: np.random.Generator) -> list[tuple[float, float, float, float]]:
     """Where the objects go, in reading order: (left, top, width, height) as fractions of the picture."""
     if num == 1:
         return [(0, 0, 1, 1)]
@@ -189,7 +189,7 @@ def _boxes(num: int, rng: np.random.Generator) -> list[tuple[float, float, float
     return grid
 
 
-def _place(
+def place(
     box: tuple[float, float, float, float], size: npt.NDArray[np.int64], side: int, rng: np.random.Generator
 ) -> tuple[int, int]:
     """A corner for an object of ``size`` (width, height) in the box: anywhere that keeps it inside."""

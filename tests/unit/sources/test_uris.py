@@ -1,0 +1,105 @@
+"""One spelling for each image, without secrets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vlmflow.sources import image_ids, normalise_uri
+from vlmflow.sources.uris import resolve
+from vlmflow.storage import Address
+
+GOLDEN = ["73d27d696480c1329d57a660ae6333c8", "79c1e8fa8cb66c936aae406ac82d86bc"]
+
+
+@pytest.mark.parametrize(
+    ("uri", "expected"),
+    [
+        ("s3://bucket/a b/100%/é#?.jpg", "s3://bucket/a b/100%/é#?.jpg"),
+        ("S3A://bucket/a.jpg", "s3://bucket/a.jpg"),
+        ("gs://bucket/%20.jpg", "gs://bucket/%20.jpg"),
+        (
+            "abfss://container@account.dfs.core.windows.net/a.jpg",
+            "abfss://container@account.dfs.core.windows.net/a.jpg",
+        ),
+        ("/data//x/../a b%20#1.jpg", "/data/a b%20#1.jpg"),
+        ("file:///data/a%20b.jpg", "/data/a b.jpg"),
+        ("HTTP://User:Secret@Example.COM:80/a%2db/%c3%a9 é.jpg#part", "http://example.com/a-b/%C3%A9%20%C3%A9.jpg"),
+        ("https://example.com:8443", "https://example.com:8443/"),
+        ("https://example.com/a%2Fb?q=%41+b&&x", "https://example.com/a%2Fb?q=A+b&x"),
+        ("https://[2001:DB8::1]:443/a.jpg", "https://[2001:db8::1]/a.jpg"),
+        ("ftp://user:secret@host/a.jpg", "ftp://host/a.jpg"),
+    ],
+)
+def test_a_uri_has_one_spelling(uri: str, expected: str) -> None:
+    assert normalise_uri(uri) == expected
+
+
+def test_a_relative_path_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert normalise_uri("images/a.jpg") == str(tmp_path / "images/a.jpg")
+
+
+@pytest.mark.parametrize(
+    "signature",
+    [
+        "X-Amz-Algorithm=AWS4-HMAC-SHA256&X-Amz-Credential=k%2F1&X-Amz-Date=1&X-Amz-Expires=9&X-Amz-Signature=5ec7e7",
+        "x-amz-security-token=5ec7e7&X-Amz-SignedHeaders=host&X-Amz-Signature=5ec7e7",
+        "AWSAccessKeyId=k&Signature=5ec7e7%3D&Expires=1700000000",
+        "X-Goog-Algorithm=GOOG4&X-Goog-Credential=5ec7e7&X-Goog-Signature=5ec7e7",
+        "GoogleAccessId=k%40p&Expires=1&Signature=5ec7e7",
+        "sv=2022-11-02&st=1&se=2&sr=b&sp=r&skoid=1&sktid=2&skt=3&ske=4&sks=b&skv=5&sig=5ec7e7%3D",
+        "Expires=1&Signature=5ec7e7&Key-Pair-Id=K",
+        "Policy=5ec7e7&Signature=5ec7e7&Key-Pair-Id=K",
+        "OSSAccessKeyId=k&Expires=1&Signature=5ec7e7",
+    ],
+)
+def test_the_signature_of_a_presigned_url_is_dropped(signature: str) -> None:
+    normalised = normalise_uri(f"https://host.example/a.jpg?width=3&{signature}&page=2")
+    assert normalised == "https://host.example/a.jpg?width=3&page=2"
+
+
+def test_parameters_that_only_look_like_a_signature_stay() -> None:
+    url = "https://host.example/a.jpg?expires=never&sp=1&st=2&policy=x&signature=mine"
+    assert normalise_uri(url) == url
+
+
+@given(st.from_regex(r"(https?://[a-z.]{1,9}(:\d{1,4})?/|s3://bkt/|/)[\x20-\x7e\u00e9\u4e2d]{0,20}", fullmatch=True))
+def test_normalising_again_changes_nothing(uri: str) -> None:
+    assert normalise_uri(normalise_uri(uri)) == normalise_uri(uri)
+
+
+def test_identity_is_that_of_the_normalised_uri_and_the_key() -> None:
+    plain, signed, other = image_ids(
+        ["https://h/a.jpg", "https://h/a.jpg?X-Amz-Signature=1&X-Amz-Date=2", "https://h/b.jpg"]
+    )
+    assert plain == signed != other
+    assert len(plain) == 32
+    int(plain, 16)
+    keyed = image_ids(["https://h/a.jpg"] * 3, ["1", "2", None])
+    assert len(set(keyed)) == 3
+    assert keyed[2] == plain
+
+
+def test_identities_never_change() -> None:
+    # A new way to compute them would make every image of every catalog a new one.
+    assert image_ids(["s3://bucket/a.jpg", "s3://bucket/a.jpg"], [None, "k"]) == GOLDEN
+
+
+def test_uris_of_a_manifest_are_relative_to_its_folder() -> None:
+    names = ["a.jpg", "../b c.jpg", "s3://other/c.jpg", "https://h/d.jpg", "/e.jpg"]
+    assert resolve(names, Address("", "/data/sets")) == [
+        "/data/sets/a.jpg",
+        "/data/b c.jpg",
+        "s3://other/c.jpg",
+        "https://h/d.jpg",
+        "/e.jpg",
+    ]
+    assert resolve(names[:2], Address("s3://bucket", "sets/one")) == [
+        "s3://bucket/sets/one/a.jpg",
+        "s3://bucket/sets/b c.jpg",
+    ]
+    assert resolve(names[:1], Address("s3://bucket", "")) == ["s3://bucket/a.jpg"]

@@ -55,7 +55,7 @@ def image_id(name: str) -> str:
 def references(
     names: Iterable[str],
     *,
-    version: str | None | Mapping[str, str | None] = "v1",
+    version: str | Mapping[str, str | None] | None = "v1",
     text: str | None = None,
     source: Sequence[Mapping[str, Any]] | None = None,
     source_type: pa.DataType | None = None,

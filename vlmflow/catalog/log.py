@@ -112,7 +112,9 @@ class TableLog:
         )
 
     def files_at(self, version: int) -> frozenset[str]:
-        """The paths of the files that were live at an earlier version."""
+        """The paths of the files that were live at an earlier version; -1: before the table was there."""
+        if version < 0:
+            return frozenset()
         table = DeltaTable(self.folder.table_uri(self.name), version, storage_options=self.folder.storage_options)
         return frozenset(_live_files(table))
 

@@ -121,7 +121,9 @@ class _Planner:
         plan = Plan(self._version, columns, _folder=self._workspace)
         joined = Spill(self._workspace / "joined", pa.schema([*columns, *_JOINED]), NUM_BUCKETS)
         for bucket in range(NUM_BUCKETS):
-            self._join(listed.read(bucket), ledger.read(bucket), plan, joined)
+            rows = listed.read(bucket)
+            if rows.num_rows:
+                self._join(rows, ledger.read(bucket), plan, joined)
         joined.close()
         shutil.rmtree(self._workspace / "listed")
         shutil.rmtree(self._workspace / "ledger")

@@ -193,6 +193,7 @@ class _Verdict:
     ours: Mask  # facts and version are ours: we read the image, or there was nothing good to keep
     image: ImageErrors  # of ours, superseded rows left out
     marked: Mask  # our image failed, and a good row stays under the mark
+    same: Mask  # equal bytes
     run: dict[str, Mask]  # the task's columns are ours
     kept: dict[str, Mask]  # the task's columns are the live row's
     failed: dict[str, Mask]  # the task failed, in this attempt or in the last one that tried it on these bytes
@@ -220,7 +221,7 @@ class _Verdict:
             | (before[task] & (~ours | same) & ~run[task] & ~(ours & holds(staged["tasks_failed"], task)))
             for task in schema.TASKS
         }
-        return cls(superseded, ours, image, marked, run, kept, failed)
+        return cls(superseded, ours, image, marked, same, run, kept, failed)
 
 
 def _superseded(live: pa.Table, staged: pa.Table) -> Mask:
@@ -241,6 +242,8 @@ def _moderation(
         live["previous_policy"],
         live["policy_digest"],
     )
+    # Of other bytes: the new ones are scored for the first time.
+    previous = pc.if_else(pa.array(verdict.same), previous, pa.scalar(None, pa.string()))
     # What was scored may no longer be what is there, or could not be scored again: a person decides. Only an
     # object that is gone keeps its decision.
     doubtful = (verdict.marked & ~verdict.image.missing) | (verdict.ours & verdict.failed["moderate"])
@@ -333,7 +336,6 @@ class _Taker:
         self._live, self._staged = live, staged
 
     def __call__(self, name: str, rows: npt.NDArray[np.int64]) -> pa.Array:
-        kind = self._live.schema.field(name).type
         theirs = conform_column(self._staged, self._live.schema.field(name))
         both = pa.concat_arrays([flat(self._live[name]), flat(theirs)])
         return both.take(pa.array(rows, mask=rows < 0))

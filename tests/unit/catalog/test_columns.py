@@ -1,0 +1,69 @@
+"""The caller's columns."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pytest
+
+from vlmflow import schema
+from vlmflow.catalog.columns import conform, missing_columns, source_columns, storable
+from vlmflow.errors import CatalogError
+
+
+def test_types_become_ones_that_every_reader_knows() -> None:
+    given = pa.schema(
+        [
+            ("small", pa.uint8()),
+            ("large", pa.uint64()),
+            ("when", pa.timestamp("ns")),
+            ("name", pa.dictionary(pa.int32(), pa.string())),
+            ("tags", pa.large_list(pa.large_string())),
+            ("nested", pa.struct([("half", pa.float16())])),
+            ("unknown", pa.null()),
+        ]
+    )
+    assert storable(given) == pa.schema(
+        [
+            ("small", pa.int16()),
+            ("large", pa.decimal128(20, 0)),
+            ("when", pa.timestamp("us", tz="UTC")),
+            ("name", pa.string()),
+            ("tags", pa.list_(pa.string())),
+            ("nested", pa.struct([("half", pa.float32())])),
+        ]
+    )
+
+
+def test_names_that_differ_by_case_only_are_refused() -> None:
+    with pytest.raises(CatalogError, match="'Title' and 'title'"):
+        storable(pa.schema([("Title", pa.string()), ("title", pa.string())]))
+
+
+def test_a_type_that_cannot_be_stored_is_refused_by_name() -> None:
+    with pytest.raises(CatalogError, match="'lasts' has type duration"):
+        storable(pa.schema([("lasts", pa.duration("s"))]))
+
+
+def test_only_new_columns_are_missing() -> None:
+    table = schema.with_source(schema.IMAGES, pa.schema([("title", pa.string()), ("price", pa.float64())]))
+    assert missing_columns(table, pa.schema([("title", pa.string())])) == ()
+    assert missing_columns(table, pa.schema([("price", pa.int64())])) == ()  # fits into a double
+    (field,) = missing_columns(table, pa.schema([("title", pa.string()), ("brand", pa.string())]))
+    assert field == pa.field("source", pa.struct([("brand", pa.string())]))
+    assert source_columns(schema.IMAGES) == pa.schema([])
+
+
+def test_a_column_of_another_type_is_refused() -> None:
+    table = schema.with_source(schema.IMAGES, pa.schema([("price", pa.int64())]))
+    with pytest.raises(CatalogError, match="'price' is string but the catalog holds it as int64"):
+        missing_columns(table, pa.schema([("price", pa.string())]))
+
+
+def test_rows_get_nulls_for_what_they_lack_and_keep_null_structs() -> None:
+    wanted = pa.schema([("a", pa.int64()), ("source", pa.struct([("x", pa.int64()), ("y", pa.string())]))])
+    rows = pa.table({"source": pa.array([{"x": 1}, None], pa.struct([("x", pa.int32())])), "other": [1, 2]})
+    got = conform(rows, wanted)
+    assert got.schema == wanted
+    assert got.to_pylist() == [{"a": None, "source": {"x": 1, "y": None}}, {"a": None, "source": None}]
+    sliced = conform(rows.slice(1), wanted)
+    assert sliced["source"].to_pylist() == [None]

@@ -1,0 +1,67 @@
+"""Run records, leases and the archive of policies."""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.catalog_samples import config_of
+from vlmflow.catalog.folder import Folder
+from vlmflow.catalog.policies import PolicyStore
+from vlmflow.catalog.runs import DEAD_AFTER, RunStore
+from vlmflow.errors import CatalogError
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> RunStore:
+    return RunStore(Folder(config_of(tmp_path)))
+
+
+def test_a_run_is_live_from_start_to_finish(runs: RunStore) -> None:
+    assert runs.state("r1") is None
+    runs.start("r1", {"tasks": ["embed"]})
+    assert runs.is_live("r1")
+    runs.heartbeat("r1")
+    runs.finish("r1", {"tasks": ["embed"], "rows": 3})
+    assert runs.state("r1") == "finished"
+    assert runs.get("r1") == {"run_id": "r1", "tasks": ["embed"], "rows": 3}
+
+
+def test_a_run_without_a_heartbeat_for_ten_minutes_is_dead(runs: RunStore, tmp_path: Path) -> None:
+    runs.start("r1", {})
+    old = time.time() - DEAD_AFTER.total_seconds() - 5
+    os.utime(tmp_path / "runs" / "r1.lease", (old, old))
+    assert runs.state("r1") == "dead"
+    runs.heartbeat("r1")
+    assert runs.state("r1") == "running"
+
+
+def test_runs_are_listed_newest_first(runs: RunStore, tmp_path: Path) -> None:
+    for number in range(3):
+        runs.start(f"r{number}", {})
+        os.utime(tmp_path / "runs" / f"r{number}.json", (1000 + number, 1000 + number))
+    runs.finish("r0", {"rows": 1})
+    os.utime(tmp_path / "runs" / "r0.json", (999, 999))
+    assert [(run.run_id, run.state) for run in runs.list()] == [("r2", "running"), ("r1", "running"), ("r0", "finished")]
+    assert isinstance(runs.list()[0].seen_at, dt.datetime)
+    assert runs.list()[2].seen_at is None
+
+
+def test_an_id_is_used_once(runs: RunStore) -> None:
+    runs.start("r1", {})
+    with pytest.raises(CatalogError, match="run r1 exists"):
+        runs.start("r1", {})
+
+
+def test_an_archived_policy_does_not_change(tmp_path: Path) -> None:
+    policies = PolicyStore(Folder(config_of(tmp_path)))
+    policies.put("abc", {"policy.yaml": b"one", "prompts.npz": b"\0\1"})
+    policies.put("abc", {"policy.yaml": b"two"})
+    assert policies.get("abc") == {"policy.yaml": b"one", "prompts.npz": b"\0\1"}
+    assert policies.digests() == ["abc"]
+    with pytest.raises(CatalogError, match="no policy xyz"):
+        policies.get("xyz")

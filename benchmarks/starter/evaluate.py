@@ -16,8 +16,10 @@ from torch.nn import functional
 from transformers import BlipForConditionalGeneration, BlipForImageTextRetrieval, ViltForQuestionAnswering
 
 from benchmarks.starter.captions import Writer, build_tokenizer
+from benchmarks.starter.cards import misses, write_cards
 from benchmarks.starter.concepts import World
 from benchmarks.starter.data import TRAINED_ARTISTS, Tokens, encode
+from benchmarks.starter.demo_figures import Demo
 from benchmarks.starter.metrics import Nouns, Scores, auc, bleu4, top_k
 from benchmarks.starter.objectives import answer_logits
 from benchmarks.starter.questions import KINDS, Asker
@@ -115,12 +117,14 @@ class Evaluation:
 
     def matcher(self, model: BlipForImageTextRetrieval) -> dict[str, float]:
         scenes = self._test.scenes(self._num, 6)
-        pixels = self._test.paint(scenes)
-        true = self._match(model, pixels, scenes)
+        with torch.inference_mode():
+            parts = self._test.paint(scenes).split(_BATCH)
+            images = torch.cat([model.vision_model(pixel_values=part).last_hidden_state for part in parts])
+        true = self._match(model, images, scenes)
         figures = {}
         for name, change in self._wrong_texts().items():
             rng = self._test.sampler.rng(EVALUATION_STEP + 7)
-            figures[f"ITM AUC, {name}"] = auc(true, self._match(model, pixels, [change(s, rng) for s in scenes]))
+            figures[f"ITM AUC, {name}"] = auc(true, self._match(model, images, [change(s, rng) for s in scenes]))
         return figures
 
     def vqa(self, model: ViltForQuestionAnswering) -> dict[str, float]:
@@ -159,14 +163,19 @@ class Evaluation:
 
         return {"random text": random_text, "same category": same_category, "other colour": color, "other count": count}
 
-    def _match(self, model: BlipForImageTextRetrieval, pixels: torch.Tensor, scenes: Sequence[Scene]) -> Scores:
-        texts = [self._writer.full(scene) for scene in scenes]
-        scores = self._batched(
-            lambda p, t: model(input_ids=t.ids, attention_mask=t.mask, pixel_values=p).itm_score.softmax(1)[:, 1],
-            pixels,
-            texts,
-        )
-        return scores.astype(np.float32)
+    def _match(self, model: BlipForImageTextRetrieval, images: torch.Tensor, scenes: Sequence[Scene]) -> Scores:
+        """(N,) the head's probability that ``scenes[i]``'s caption fits; ``images``: (N, tokens, width)."""
+
+        def score(tokens: torch.Tensor, texts: Tokens) -> torch.Tensor:
+            states = model.text_encoder(
+                texts.ids,
+                attention_mask=texts.mask,
+                encoder_hidden_states=tokens,
+                encoder_attention_mask=tokens.new_ones(tokens.shape[:2]),
+            ).last_hidden_state
+            return model.itm_head(states[:, 0]).softmax(dim=1)[:, 1]
+
+        return self._batched(score, images, [self._writer.full(scene) for scene in scenes])
 
     def _caption(self, model: BlipForConditionalGeneration, scenes: Sequence[Scene]) -> list[str]:
         captions: list[str] = []
@@ -234,15 +243,22 @@ def main() -> None:
     parser.add_argument("--num", type=int, default=1000, help="scenes per figure")
     parser.add_argument("--work", type=Path, default=WORK_FOLDER)
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--policy", default="demo", help="of the demo catalog")
     options = parser.parse_args()
     world = load_world(options.world, options.work)
     results = evaluate(options.folder, world, build_drawings(world, options.work), options.num)
+    if (options.folder / "demo").is_dir() and (options.folder / "matcher").is_dir():
+        figures = Demo(options.folder, options.policy).figures()
+        results["demo catalog"] = {name: round(value, 4) for name, value in figures.items()}
     for name, figures in results.items():
         print(f"== {name}")
         for key, value in figures.items():
             print(f"{key:34} {value:.3f}")
+    for model, part, name, value, bar in misses(results):
+        print(f"missed: {model}, {part}, {name}: {value:.3f} under {bar}")
     options.results.parent.mkdir(parents=True, exist_ok=True)
     options.results.write_text(json.dumps(results, indent=2) + "\n")
+    write_cards(options.folder, results, side_px=world.side_px, num_concepts=len(world.concepts))
 
 
 if __name__ == "__main__":

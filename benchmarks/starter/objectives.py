@@ -37,6 +37,19 @@ def contrastive(
     return (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)) / 2
 
 
+def naming(scale: torch.Tensor, images: torch.Tensor, names: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+    """ITC against the names of all things, as UniCL contrasts labels (Yang et al. 2022, arXiv:2204.03610).
+
+    Every picture is told from every name: dozens of negatives that no batch has to bring.
+
+    Args:
+        images: (N, D) normalised. names: (K, D) normalised. present: (N, K) bool, at least one a row.
+    """
+    logits = scale.float().clamp(max=_MAX_SCALE).exp() * images.float() @ names.float().T
+    shares = present.float() / present.sum(1, keepdim=True)
+    return functional.cross_entropy(logits, shares)
+
+
 def language_model(decoder: nn.Module, tokens: Tokens, image_tokens: torch.Tensor, start: int) -> torch.Tensor:
     """LM: BLIP's captioning loss (Li et al. 2022, arXiv:2201.12086), next word given image and words before."""
     ids = tokens.ids.clone()
@@ -54,27 +67,38 @@ def language_model(decoder: nn.Module, tokens: Tokens, image_tokens: torch.Tenso
 
 
 class TrunkLosses:
-    """Stage 1: ITC and LM on one tower, as CoCa (Yu et al. 2022, arXiv:2205.01917) and BLIP train them together."""
+    """Stage 1: ITC (captions, names) and LM on one tower, as in CoCa (Yu et al. 2022, arXiv:2205.01917) and BLIP."""
 
     def __init__(self, trunk: Trunk, studio: Studio, batch_size: int) -> None:
         self._trunk, self._studio, self._batch_size = trunk, studio, batch_size
         self._start = studio.tokenizer.convert_tokens_to_ids("[DEC]")
+        self._num_names = len(studio.world.concepts)
+        self._names = studio.tokens([studio.writer.name(concept) for concept in range(self._num_names)])
 
     def __call__(self, step: int) -> dict[str, torch.Tensor]:
         batch: Batch = self._studio.batch(self._batch_size, step)
         tokens = self._trunk.vision(batch.pixels).last_hidden_state
         texts = self._studio.tokens([caption.text for caption in batch.captions])
         num_concepts = len(self._studio.world.all_concepts)
+        images, scale = self._trunk.image_features(tokens), self._trunk.logit_scale
         itc = contrastive(
-            self._trunk.logit_scale,
-            self._trunk.image_features(tokens),
+            scale,
+            images,
             self._trunk.text_features(texts.ids),
             agreement(batch.scenes, batch.captions, num_concepts).to(tokens.device),
         )
+        present = torch.zeros(len(images), self._num_names, dtype=torch.bool)
+        for row, scene in enumerate(batch.scenes):
+            present[row, [concept for concept, _ in scene.items]] = True
+        names = self._trunk.text_features(self._names.ids)
         # The decoder takes as long as the tower: half of the pictures are enough for it.
         captioned = slice(0, None, _CAPTION_EVERY)
         full = self._studio.tokens([self._studio.writer.full(scene) for scene in batch.scenes[captioned]])
-        return {"itc": itc, "lm": language_model(self._trunk.decoder, full, tokens[captioned], self._start)}
+        return {
+            "itc": itc,
+            "names": naming(scale, images, names, present.to(images.device)),
+            "lm": language_model(self._trunk.decoder, full, tokens[captioned], self._start),
+        }
 
 
 class MatcherLosses:

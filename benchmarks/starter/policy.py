@@ -128,7 +128,7 @@ def main() -> None:
     parser.add_argument("--policy", type=Path, default=POLICY)
     parser.add_argument("--work", type=Path, default=WORK_FOLDER)
     options = parser.parse_args()
-    clip = ModelConfig(family="open_clip", path=str(options.folder / "clip"))
+    clip = ModelConfig(family="open_clip", path=str(options.folder / "clip"), repo="vlmflow/starter-clip")
     write_policy(options.policy, load_world("small", options.work), options.work, clip)
 
 

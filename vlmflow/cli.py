@@ -238,8 +238,7 @@ def export(
     written = Catalog.open(_catalog_config(catalog, endpoint)).export(
         directory, with_embeddings=embeddings is Embeddings.WITH
     )
-    for table, num_rows in written.items():
-        typer.echo(f"{table}: {num_rows:,} rows in {directory / table}")
+    typer.echo(f"{written.num_images:,} images and {written.num_embeddings:,} vectors in {directory}")
 
 
 @app.command()

@@ -97,12 +97,12 @@ def _torch() -> Iterator[Check]:
 
 def _weights(models_dir: Path | None) -> Iterator[Check]:
     for profile in describe_profiles(models_dir):
-        absent = [f"{model.role} in {model.folder}" for model in profile.models if not model.present]
+        absent = [model.role for model in profile.models if not model.present]
         if not absent:
             yield Check(f"profile {profile.name}", "ok", "weights present")
             continue
-        remedy = "Put the weights there, or set VLMFLOW_MODELS; `vlmflow profiles` says what belongs where."
-        yield Check(f"profile {profile.name}", "warn", "absent: " + "; ".join(absent), remedy)
+        remedy = "`vlmflow profiles` says which weights belong in which folder."
+        yield Check(f"profile {profile.name}", "warn", f"no weights for {', '.join(absent)}", remedy)
 
 
 def _detector() -> Check:

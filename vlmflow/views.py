@@ -40,9 +40,11 @@ def print_report(report: RunReport, console: Console) -> None:
         _print_policy_note(report.num_policy_differs, console)
         return
     rows = report.num_added + report.num_replaced
+    rate = f"{report.startup_s:.0f} s of start-up"
+    if report.images_per_s:
+        rate += f", then {report.images_per_s:,.1f} images/s"
     console.print(
-        f"[bold]{rows:,} images[/bold] in {duration(report.seconds)} "
-        f"({report.images_per_s:,.1f} images/s after {report.startup_s:.0f} s of start-up): "
+        f"[bold]{rows:,} images[/bold] in {duration(report.seconds)}, {rate}: "
         f"{report.num_added:,} new, {report.num_replaced:,} updated, {report.num_unchanged:,} were up to date"
     )
     if report.num_by_others:
@@ -113,9 +115,13 @@ def print_profiles(profiles: Sequence[ProfileStatus], console: Console) -> None:
         table = _table("role", "model", "licence", "size", "weights")
         for model in profile.models:
             size = f"{model.size_bytes / 1e6:,.0f} MB"
-            where = "[green]present[/green]" if model.present else "[yellow]absent[/yellow]"
-            table.add_row(model.role, model.repo, model.licence, size, f"{where} {escape(str(model.folder))}")
+            found = "[green]present[/green]" if model.present else "[yellow]absent[/yellow]"
+            table.add_row(model.role, model.repo, model.licence, size, found)
         console.print(table)
+        # A path is copied more often than it is read: on a line of its own, never folded.
+        for folder in dict.fromkeys(model.folder.parent for model in profile.models):
+            console.print(f"in {folder}/<name of the model>\n", style="dim", soft_wrap=True, markup=False)
+    console.print("VLMFLOW_MODELS names another folder for weights than ~/.cache/vlmflow/models.")
 
 
 def profiles_as_json(profiles: Sequence[ProfileStatus]) -> str:

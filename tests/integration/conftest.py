@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ bindings: []
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """One embedded Ray cluster for all tests of the session: starting one takes seconds."""
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     ray.init(
         num_cpus=2,
         object_store_memory=400 * 1024 * 1024,
@@ -81,6 +83,8 @@ def make_job(models: dict[str, dict[str, Any]], policy: str, tmp_path: Path) -> 
                 "models": models,
                 "policy": policy,
                 "max_caption_tokens": 8,
+                # One actor: loading the libraries of a second would be most of a test's time.
+                "pools": [{"tasks": ("embed", "moderate", "caption", "match"), "cpus": 0.5, "batch_size": 16}],
                 **options,
             }
         )

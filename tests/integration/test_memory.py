@@ -19,7 +19,10 @@ OBJECT_STORE_BYTES = 200 * 1024 * 1024
 
 
 def peak_pss(command: list[str]) -> int:
-    """Runs a command; the largest sum of proportional set sizes of it and its children, object store apart, in bytes."""
+    """Runs a command; the largest sum of proportional set sizes of it and its children, in bytes.
+
+    The object store is left out: it is of fixed size, and fills up with time.
+    """
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     stop, peak = threading.Event(), 0
 
@@ -47,7 +50,6 @@ def _children(parent: psutil.Process) -> list[psutil.Process]:
 
 
 def _private_pss(process: psutil.Process) -> int:
-    """Proportional set size without shared memory: the object store, of fixed size, fills up with time."""
     try:
         rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text(encoding="ascii")
     except OSError:

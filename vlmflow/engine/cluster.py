@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import ray
 from ray.data import DataContext
@@ -120,22 +123,34 @@ _DATA_CONTEXT: dict[str, object] = {
 }
 
 
+@contextlib.contextmanager
+def _without_standard_error() -> Iterator[None]:
+    """Keeps Ray's C++ side from announcing its log level; what goes wrong comes as an exception all the same."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    try:
+        with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+
+
 def _connect(config: RayConfig) -> None:
     # Ray would announce coming changes, its usage statistics, and on standard error every actor that may restart.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if config.address is None:
+        options |= {"num_cpus": config.num_cpus, "object_store_memory": config.object_store_bytes}
+        options |= {"include_dashboard": False}
+    else:
+        options |= {"address": config.address}
     try:
-        if config.address is None:
-            ray.init(
-                num_cpus=config.num_cpus,
-                object_store_memory=config.object_store_bytes,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
-        else:
-            ray.init(address=config.address, log_to_driver=False, logging_level=logging.ERROR)
+        with _without_standard_error():
+            ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = f"Ray at {config.address}" if config.address else "an embedded Ray"
         raise ClusterError(

@@ -77,6 +77,7 @@ class Collected:
     commits: list[CommitReport] = field(default_factory=list)
     errors: Counter[str] = field(default_factory=Counter)
     num_rows: int = 0
+    num_first: int = 0  # images in the first blocks, whose work fell into the start-up
     keys: list[pa.Array] = field(default_factory=list)  # image ids in the committed files, 16 bytes each
 
 
@@ -113,9 +114,12 @@ class Collector:
 
     def add(self, blocks: Iterable[tuple[ray.ObjectRef[pa.Table], int]]) -> None:
         """Takes finished blocks with their numbers of rows."""
+        is_first = self._tally.done == 0
         for block, num_rows in blocks:
             if num_rows == 0:
                 continue
+            if is_first:
+                self.collected.num_first += num_rows
             self._blocks.append(block)
             self._num_buffered += num_rows
             self._tally.done += num_rows

@@ -14,6 +14,7 @@ from vlmflow.config import Job, PoolConfig
 from vlmflow.engine.cluster import Cluster
 from vlmflow.engine.decoding import ReadAndDecode
 from vlmflow.engine.pools import PoolWorker
+from vlmflow.errors import ClusterError
 from vlmflow.moderation.prompts import PromptVectors
 from vlmflow.tasks.setup import TaskSetup
 
@@ -42,6 +43,27 @@ def default_pools(job: Job, cluster: Cluster) -> tuple[PoolConfig, ...]:
         return (PoolConfig(tasks=job.tasks, cpus=0.5, min_actors=cores, max_actors=cores),)
     num_actors = cores // 4
     return (PoolConfig(tasks=job.tasks, cpus=3, min_actors=1, max_actors=num_actors),)
+
+
+def check_pools(pools: tuple[PoolConfig, ...], cluster: Cluster) -> None:
+    """Refuses pools that an embedded cluster can never start: Ray would wait for them without an end.
+
+    Other clusters may grow when asked, so there the waiting is left to Ray.
+
+    Raises:
+        ClusterError: too few GPUs or CPUs.
+    """
+    if not cluster.embedded:
+        return
+    for name, asked, offered in (
+        ("GPU", sum(pool.min_actors * pool.gpus for pool in pools), cluster.gpus),
+        ("CPU", sum(pool.min_actors * pool.cpus for pool in pools) + DECODE_CPUS, cluster.cpus),
+    ):
+        if asked > offered:
+            raise ClusterError(
+                f"pools ask for {asked:g} {name}s, decoding included, and this machine offers {offered:g}",
+                remedy="Lower min_actors, cpus or gpus in pools, or give --ray-address.",
+            )
 
 
 def planned_blocks(plan: Plan, cluster: Cluster) -> Iterator[pa.Table]:

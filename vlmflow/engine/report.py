@@ -75,7 +75,8 @@ class RunReport(Frozen):
         num_added: rows that are new in the catalog.
         num_replaced: rows that were there before.
         num_by_others: rows dropped because another run had committed them meanwhile.
-        images_per_s: images by the time from the first image into the pipeline to the last commit.
+        startup_s: seconds until the first block of images was finished: processes started, models loaded.
+        images_per_s: the images after that block by the time after it; 0 where there was only one block.
         bytes_read: encoded bytes read from the source.
     """
 
@@ -195,7 +196,7 @@ def finished_report(
     report: RunReport, collected: Collected, status: RunStatus, message: str, *, seconds: float, startup_s: float
 ) -> RunReport:
     """Fills in what the run did."""
-    committed = sum(commit.rows for commit in collected.commits)
+    num_after_first = sum(commit.rows for commit in collected.commits) - collected.num_first
     working_s = seconds - startup_s
     return report.model_copy(
         update={
@@ -210,7 +211,7 @@ def finished_report(
             "statuses": dict(collected.statuses),
             "decisions": dict(collected.decisions),
             "errors": dict(collected.errors),
-            "images_per_s": round(committed / working_s, 2) if working_s > 0 else 0.0,
+            "images_per_s": round(max(0, num_after_first) / working_s, 2) if working_s > 0 else 0.0,
             "bytes_read": int(collected.sums["bytes_read"]),
             "stages": _stages(report.tasks, collected),
             "pools": _pools(collected),

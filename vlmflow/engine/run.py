@@ -15,17 +15,18 @@ from collections.abc import Iterator
 import pyarrow as pa
 import ray
 from ray.data import Dataset
+from ray.exceptions import RayError
 
 from vlmflow.catalog import Catalog, Plan, keys, plan_without_catalog
-from vlmflow.config import Job
+from vlmflow.config import Job, PoolConfig
 from vlmflow.engine.cluster import Cluster, ray_cluster
 from vlmflow.engine.collect import Collected, Collector
 from vlmflow.engine.decoding import ReadAndDecode
-from vlmflow.engine.pipeline import build_pipeline, default_pools, planned_blocks
+from vlmflow.engine.pipeline import build_pipeline, check_pools, default_pools, planned_blocks
 from vlmflow.engine.prepare import Prepared, encode_policy, prepare
 from vlmflow.engine.progress import ProgressDisplay, SilentProgress, Tally
 from vlmflow.engine.report import PlanSummary, RunReport, RunStatus, finished_report, initial_report, plan_summary
-from vlmflow.errors import UnreconciledError, VlmflowError
+from vlmflow.errors import ClusterError, UnreconciledError, VlmflowError
 from vlmflow.imaging import merge_requests
 from vlmflow.moderation.prompts import PromptVectors
 from vlmflow.sources import Source, open_source
@@ -122,6 +123,8 @@ class _Run:
         self._display.stage("starting Ray")
         with ray_cluster(self._job.ray) as cluster:
             self._display.stage("loading models")
+            pools = default_pools(self._job, cluster)
+            check_pools(pools, cluster)
             prompts = encode_policy(self._prepared.setup)
             self._archive_policy(catalog, prompts)
             writer = catalog.writer(self._prepared.constants(self._run_id), self._plan.version)
@@ -129,7 +132,7 @@ class _Run:
             collector = Collector(catalog, writer, self._run_id, self._job.commit, tally, self._job.max_error_fraction)
             self._collected = collector.collected
             with cluster.worker_errors() as worker_errors:
-                self._consume(self._pipeline(cluster, prompts), collector, tally)
+                self._consume(self._pipeline(cluster, pools, prompts), collector, tally)
             self._reconcile(worker_errors.first())
         self._display.stage("compacting")
         catalog.compact(self._run_id)
@@ -142,7 +145,7 @@ class _Run:
                 {"policy.json": policy.model_dump_json(indent=2).encode(), "prompts.safetensors": prompts.to_bytes()},
             )
 
-    def _pipeline(self, cluster: Cluster, prompts: PromptVectors | None) -> Dataset:
+    def _pipeline(self, cluster: Cluster, pools: tuple[PoolConfig, ...], prompts: PromptVectors | None) -> Dataset:
         setup, job = self._prepared.setup, self._job
         decode = ReadAndDecode(
             reader=self._source.reader(job.limits),
@@ -150,7 +153,7 @@ class _Run:
             limits=job.limits,
         )
         blocks = [ray.put(block) for block in planned_blocks(self._plan, cluster)]
-        return build_pipeline(blocks, decode, default_pools(job, cluster), setup, prompts)
+        return build_pipeline(blocks, decode, pools, setup, prompts)
 
     def _consume(self, dataset: Dataset, collector: Collector, tally: Tally) -> None:
         self._display.update(tally)
@@ -269,6 +272,18 @@ def _background(dataset: Dataset) -> Iterator[Blocks]:
         yield blocks
     finally:
         stop.set()
-        thread.join(timeout=10.0)
+        thread.join(timeout=2.0)  # it may be waiting for a block; it ends with the next, or with Ray
     if failure:
-        raise failure[0]
+        raise _in_our_words(failure[0]) from failure[0]
+
+
+def _in_our_words(error: BaseException) -> BaseException:
+    """What a user is told of an actor that could not start, or of a cluster that went away."""
+    if not isinstance(error, RayError):
+        return error
+    # Ray gives the worker's traceback as text; its last line names the class and the reason.
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return ClusterError(
+        f"the cluster gave up: {type(error).__name__}: {lines[-1][:300] if lines else 'no reason given'}",
+        remedy="What was committed stays. `vlmflow doctor` tests the workers; then run the same command again.",
+    )

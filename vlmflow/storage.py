@@ -74,6 +74,11 @@ class Address(NamedTuple):
         """The uri of something below this address."""
         return f"{str(self).rstrip('/')}/{name}"
 
+    @property
+    def parent(self) -> Address:
+        """The folder that holds what is at this address."""
+        return Address(self.root, self.path.rpartition("/")[0] or ("/" if self.is_local else ""))
+
     def __str__(self) -> str:
         if self.is_local:
             return self.path

@@ -20,7 +20,7 @@ from vlmflow.sources.stores import ObjectHead, Stores
 from vlmflow.sources.tables import TableFile, open_table
 from vlmflow.sources.unique import unique_references
 from vlmflow.sources.uris import is_http, normalise_uri, resolve
-from vlmflow.storage import STORE_ERRORS, Address, access_error, parse_address
+from vlmflow.storage import STORE_ERRORS, access_error, parse_address
 
 # A manifest may know the versions already, and spare a request for each image.
 _VERSION_COLUMNS = ("object_version", "etag")
@@ -33,6 +33,7 @@ class ManifestSource:
     def __init__(self, config: SourceConfig) -> None:
         self._config = config
         self._stores = Stores(config.storage)
+        self._address = parse_address(config.uri)
 
     @property
     def columns(self) -> pa.Schema:
@@ -58,15 +59,14 @@ class ManifestSource:
 
     def reader(self, limits: ImageLimits) -> Reader:
         """Builds the reader of this source's references."""
-        return SourceReader(self._config, limits)
+        return SourceReader(self._config, limits, str(self._address.parent))
 
     @cached_property
     def _table(self) -> TableFile:
-        address = parse_address(self._config.uri)
-        if address.is_local:
-            if not Path(address.path).is_file():
-                raise SourceError(f"{address.path} does not exist", remedy="Check the path.")
-            return open_table(Path(address.path), self._config.uri)
+        if self._address.is_local:
+            if not Path(self._address.path).is_file():
+                raise SourceError(f"{self._address.path} does not exist", remedy="Check the path.")
+            return open_table(Path(self._address.path), self._config.uri)
         self._folder = tempfile.TemporaryDirectory(prefix="vlmflow-")
         return open_table(self._download(Path(self._folder.name) / "manifest"), self._config.uri)
 
@@ -84,15 +84,13 @@ class ManifestSource:
     def _references(self) -> Iterator[pa.RecordBatch]:
         """Reads the references as the manifest has them, versions only where it has some."""
         config, columns = self._config, self.columns
-        address = parse_address(config.uri)
-        folder = Address(address.root, address.path.rpartition("/")[0] or ("/" if address.is_local else ""))
         first_row = 1
         for table in self._table.batches():
             rows = table.combine_chunks()
             if rows.num_rows == 0:
                 continue
             uris = self._uris(rows, first_row)
-            locators = resolve(uris, folder)
+            locators = resolve(uris, self._address.parent)
             given = {
                 "uri": pa.array([normalise_uri(locator) for locator in locators], pa.string()),
                 "locator": pa.array(locators, pa.string()),

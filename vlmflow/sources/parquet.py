@@ -20,7 +20,7 @@ from vlmflow.sources.stores import Stores
 from vlmflow.sources.tables import portable_schema
 from vlmflow.sources.unique import unique_references
 from vlmflow.sources.uris import normalise_uri, resolve
-from vlmflow.storage import Address, parse_address
+from vlmflow.storage import parse_address
 
 
 class ParquetSource:
@@ -49,7 +49,7 @@ class ParquetSource:
 
     def reader(self, limits: ImageLimits) -> Reader:
         """Builds the reader of this source's references."""
-        return SourceReader(self._config, limits)
+        return SourceReader(self._config, limits, str(parse_address(self._config.uri).parent))
 
     @cached_property
     def _files(self) -> Sequence[str]:
@@ -114,11 +114,11 @@ class ParquetSource:
         if rows is None:
             return reference_batch(given)
         if self._config.uri_column in rows.column_names:
-            address = parse_address(uri)
-            folder = Address(address.root, address.path.rpartition("/")[0])
             named = flat(rows[self._config.uri_column]).cast(pa.string()).to_pylist()
             spelled = [name or f"{uri}#{number}" for name, number in zip(named, numbers, strict=True)]
-            given["uri"] = pa.array([normalise_uri(name) for name in resolve(spelled, folder)], pa.string())
+            given["uri"] = pa.array(
+                [normalise_uri(name) for name in resolve(spelled, parse_address(uri).parent)], pa.string()
+            )
         for name, column in (("key", self._config.key_column), ("text", self._config.text_column)):
             if column is not None:
                 given[name] = flat(rows[column]).cast(pa.string())

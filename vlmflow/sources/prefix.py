@@ -38,7 +38,7 @@ class PrefixSource:
 
     def reader(self, limits: ImageLimits) -> Reader:
         """Builds the reader of this source's references."""
-        return SourceReader(self._config, limits)
+        return SourceReader(self._config, limits, self._config.uri)
 
 
 def no_images(uri: str) -> EmptySourceError:

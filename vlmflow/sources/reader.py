@@ -61,15 +61,20 @@ class _Ref(TypedDict):
 
 
 class SourceReader:
-    """The reader of every source; the references say how each of them is read."""
+    """The reader of every source; the references say how each of them is read.
 
-    def __init__(self, config: SourceConfig, limits: ImageLimits) -> None:
+    Args:
+        home: uri of the folder that holds the source: while it is there, a missing file is no more than that.
+    """
+
+    def __init__(self, config: SourceConfig, limits: ImageLimits, home: str) -> None:
         self._config = config
         self._limits = limits
+        self._home = home
         self._stores = Stores(config.storage)
 
-    def __reduce__(self) -> tuple[type[SourceReader], tuple[SourceConfig, ImageLimits]]:
-        return (SourceReader, (self._config, self._limits))
+    def __reduce__(self) -> tuple[type[SourceReader], tuple[SourceConfig, ImageLimits, str]]:
+        return (SourceReader, (self._config, self._limits, self._home))
 
     def read(self, refs: pa.Table) -> list[Fetched]:
         """Reads one image for each reference, in order; see :class:`vlmflow.sources.base.Reader`."""
@@ -209,12 +214,9 @@ class SourceReader:
 
     def _check_folder(self, error: Exception) -> None:
         """A listed file that is gone is a row; a source folder that is gone (unmounted) is the end of the run."""
-        if not _is_local(self._config.uri):
-            return
-        root = Path(parse_address(self._config.uri).path)
-        if not root.exists():
+        if _is_local(self._home) and not Path(parse_address(self._home).path).exists():
             remedy = "Mount or restore it, and run again: what was committed stays."
-            raise StoreLostError(f"{root} is gone", remedy=remedy) from error
+            raise StoreLostError(f"{self._home} is gone", remedy=remedy) from error
 
 
 def _is_local(uri: str) -> bool:

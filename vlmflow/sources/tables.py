@@ -145,8 +145,11 @@ class CsvTable:
 
     @cached_property
     def _header(self) -> list[str]:
-        with self._open({}) as reader:
-            return list(reader.schema.names)
+        try:
+            with self._open({}) as reader:
+                return list(reader.schema.names)
+        except UnicodeDecodeError as error:
+            raise self._damaged(error) from error
 
     def batches(self) -> Iterator[pa.Table]:
         """Yields its rows."""

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from vlmflow.errors import SourceError
 
 _EXAMPLES = 3
-_OWN = ("key", "text", "object_version", "source")  # what may differ between rows of one image
+_OWN = ("key", "text", "source")  # what may differ between rows of one image
 
 
 def unique_references(batches: Callable[[], Iterator[pa.RecordBatch]]) -> Iterator[pa.RecordBatch]:

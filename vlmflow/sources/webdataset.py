@@ -22,7 +22,7 @@ from vlmflow.sources.listing import list_files
 from vlmflow.sources.prefix import no_images
 from vlmflow.sources.reader import SourceReader, part_version
 from vlmflow.sources.stores import Stores
-from vlmflow.storage import STORE_ERRORS, access_error
+from vlmflow.storage import STORE_ERRORS, access_error, parse_address
 
 SIDE_COLUMNS = ("txt", "json", "cls")
 _COLUMNS = pa.schema([(name, pa.string()) for name in SIDE_COLUMNS])
@@ -70,7 +70,7 @@ class WebDatasetSource:
 
     def reader(self, limits: ImageLimits) -> Reader:
         """Builds the reader of this source's references."""
-        return SourceReader(self._config, limits)
+        return SourceReader(self._config, limits, str(parse_address(self._config.uri).parent))
 
     @cached_property
     def _shards(self) -> Sequence[str]:

@@ -1,0 +1,176 @@
+"""Images inside larger files: tar shards, and Parquet columns of bytes."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from vlmflow.config import ImageLimits, SourceConfig
+from vlmflow.errors import EmptySourceError, RowErrorClass, SourceError
+from vlmflow.schema import REFERENCE, with_source
+from vlmflow.sources import open_source
+
+BYTES = [b"one", b"two" * 50, b"", None, b"five"]
+
+
+def references(path: Path, **options: Any) -> pa.Table:
+    source = open_source(SourceConfig(uri=str(path), **options))
+    return pa.Table.from_batches(list(source.list()), with_source(REFERENCE, source.columns))
+
+
+def contents(path: Path, refs: pa.Table, **options: Any) -> list[bytes | RowErrorClass | None]:
+    fetched = open_source(SourceConfig(uri=str(path), **options)).reader(ImageLimits()).read(refs)
+    return [item.error_class if item.data is None else item.data for item in fetched]
+
+
+def write_tar(path: Path, members: dict[str, bytes], format: int = tarfile.PAX_FORMAT) -> Path:
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+SHARD = {
+    "000.jpg": b"image 0",
+    "000.txt": b"a caption\n",
+    "000.json": json.dumps({"id": 0}).encode(),
+    "001.left.jpg": b"left",
+    "001.right.jpg": b"right",
+    "001.cls": b"7",
+    "002.txt": b"no image",
+    ".hidden": b"x",
+    "dir/003.png": b"",
+    f"{'long/' * 30}Grüße 004.webp": b"image 4",
+}
+
+
+@pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_a_shard_lists_its_images_with_what_belongs_to_them(tmp_path: Path, format: int) -> None:
+    path = write_tar(tmp_path / "a.tar", SHARD, format)
+    refs = references(path)
+    names = ["000.jpg", "001.left.jpg", "001.right.jpg", "dir/003.png", f"{'long/' * 30}Grüße 004.webp"]
+    assert refs["uri"].to_pylist() == [f"{path}#{name}" for name in names]
+    assert refs["text"].to_pylist() == ["a caption", None, None, None, None]
+    assert refs["source"].to_pylist()[:3] == [
+        {"txt": "a caption", "json": '{"id": 0}', "cls": None},
+        {"txt": None, "json": None, "cls": "7"},
+        {"txt": None, "json": None, "cls": "7"},
+    ]
+    assert contents(path, refs) == [SHARD[name] for name in names]
+    assert len(set(refs["object_version"].to_pylist())) == 5
+
+
+def test_all_shards_under_a_folder_are_listed(tmp_path: Path) -> None:
+    for index in range(20):
+        write_tar(tmp_path / f"{index:02}.tar", {f"{index}-{item}.jpg": b"x" for item in range(3)})
+    (tmp_path / "README.md").touch()
+    refs = references(tmp_path, kind="webdataset")
+    assert refs.num_rows == 60
+    assert refs["uri"].to_pylist() == sorted(refs["uri"].to_pylist())
+    with pytest.raises(EmptySourceError):
+        references(write_tar(tmp_path / "none.tar", {"a.txt": b"x"}))
+
+
+def test_the_version_of_a_member_moves_with_its_shard(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", SHARD)
+    refs = references(path)
+    write_tar(path, {"new.jpg": b"first now", **SHARD})
+    assert contents(path, refs)[0] == RowErrorClass.READ_FAILED, "the part may lie elsewhere"
+    assert set(references(path)["object_version"].to_pylist()).isdisjoint(refs["object_version"].to_pylist())
+
+
+def test_a_shard_that_is_not_whole_is_named(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", {"0.jpg": bytes(4000), "1.jpg": bytes(4000)})
+    path.write_bytes(path.read_bytes()[:7000])
+    with pytest.raises(SourceError, match=r"a\.tar is not a whole tar file"):
+        references(path)
+    path.write_bytes(b"no tar at all" * 100)
+    with pytest.raises(SourceError, match=r"a\.tar is not a whole tar file"):
+        references(path)
+    with pytest.raises(SourceError, match=r"gone\.tar does not exist"):
+        references(tmp_path / "gone.tar")
+
+
+def test_a_shard_with_one_name_twice_is_named(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", {"0.jpg": b"x"})
+    with tarfile.open(path, "a") as tar:
+        tar.addfile(tarfile.TarInfo("0.jpg"), io.BytesIO())
+    with pytest.raises(SourceError, match=r"holds 0\.jpg twice"):
+        references(path)
+
+
+def write_parquet(path: Path, bytes_type: str = "binary", **columns: list[Any]) -> Path:
+    if bytes_type == "struct":
+        kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+        image = pa.array([{"bytes": data, "path": "a.jpg"} for data in BYTES], kind)
+    else:
+        image = pa.array(BYTES, pa.large_binary() if bytes_type == "large_binary" else pa.binary())
+    pq.write_table(pa.table({"image": image, **columns}), path, row_group_size=2)
+    return path
+
+
+@pytest.mark.parametrize("bytes_type", ["binary", "large_binary", "struct"])
+def test_a_column_of_bytes_lists_its_rows(tmp_path: Path, bytes_type: str) -> None:
+    path = write_parquet(tmp_path / "a.parquet", bytes_type, title=list("abcde"))
+    refs = references(path, text_column="title")
+    assert refs["uri"].to_pylist() == [f"{path}#{row}" for row in range(5)]
+    assert refs["row"].to_pylist() == list(range(5))
+    assert refs["text"].to_pylist() == list("abcde")
+    assert refs["source"].to_pylist()[0] == {"title": "a"}
+    expected = [b"one", b"two" * 50, b"", RowErrorClass.MISSING, b"five"]
+    assert contents(path, refs) == expected
+    assert contents(path, refs.take([4, 0, 3])) == [expected[4], expected[0], expected[3]]
+
+
+def test_a_file_of_bytes_alone_lists_its_rows(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet")
+    refs = references(path)
+    assert refs.num_rows == 5
+    assert refs.schema == REFERENCE
+    assert contents(path, refs)[4] == b"five"
+
+
+def test_images_are_known_by_their_uris_where_the_file_has_some(tmp_path: Path) -> None:
+    uris = ["https://h/0.jpg?X-Amz-Signature=1", "1.jpg", "1.jpg", None, "4.jpg"]
+    path = write_parquet(tmp_path / "a.parquet", uri=uris)
+    refs = references(path)
+    assert refs["uri"].to_pylist() == ["https://h/0.jpg", f"{tmp_path}/1.jpg", f"{path}#3", f"{tmp_path}/4.jpg"]
+    assert refs["row"].to_pylist() == [0, 1, 3, 4], "the same uri twice is one image"
+    assert contents(path, refs)[1] == b"two" * 50
+
+
+def test_all_files_of_bytes_under_a_folder_are_listed(tmp_path: Path) -> None:
+    for name in ("a.parquet", "b.parquet"):
+        write_parquet(tmp_path / name, title=list("abcde"))
+    refs = references(tmp_path, kind="parquet")
+    assert refs.num_rows == 10
+    assert contents(tmp_path, refs)[9] == b"five"
+    write_parquet(tmp_path / "c.parquet")
+    with pytest.raises(SourceError, match=r"c\.parquet has no column title"):
+        references(tmp_path, kind="parquet")
+
+
+def test_a_file_without_its_column_of_bytes_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"image": ["text"], "uri": ["a.jpg"]}), path)
+    with pytest.raises(SourceError, match=r"has no column image of image bytes; it has image \(string\)"):
+        references(path, kind="parquet")
+    assert references(path)["uri"].to_pylist() == [f"{tmp_path}/a.jpg"], "told from its columns, it is a manifest"
+
+
+def test_a_file_that_has_changed_since_it_was_listed_is_not_read_by_row(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet")
+    refs = references(path)
+    write_parquet(path, "large_binary")
+    assert set(contents(path, refs)) == {RowErrorClass.READ_FAILED}
+    path.unlink()
+    assert set(contents(path, refs, kind="parquet")) == {RowErrorClass.MISSING}

@@ -11,7 +11,7 @@ import pyarrow as pa
 from vlmflow.config import ImageLimits
 from vlmflow.errors import RowErrorClass
 from vlmflow.schema import REFERENCE, with_source
-from vlmflow.sources.uris import image_ids
+from vlmflow.sources.uris import ids_of_normalised
 
 # Rows of a batch of references: large enough for Arrow to pay, small enough to stay a few megabytes.
 BATCH_ROWS = 10_000
@@ -88,7 +88,9 @@ def reference_batch(columns: Mapping[str, pa.Array], source: pa.StructArray | No
     uris = columns["uri"]
     keys = columns.get("key")
     given = {
-        "image_id": pa.array(image_ids(uris.to_pylist(), None if keys is None else keys.to_pylist()), pa.string()),
+        "image_id": pa.array(
+            ids_of_normalised(uris.to_pylist(), None if keys is None else keys.to_pylist()), pa.string()
+        ),
         "locator": uris,
         **columns,
     }

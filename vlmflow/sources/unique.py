@@ -36,9 +36,10 @@ def unique_references(batches: Callable[[], Iterator[pa.RecordBatch]]) -> Iterat
     seen: set[str] = set()
     for batch in batches():
         keep = []
-        for image_id, again in zip(batch["image_id"].to_pylist(), pc.is_in(batch["image_id"], repeated), strict=True):
-            keep.append(not again.as_py() or image_id not in seen)
-            if again.as_py():
+        is_repeated = pc.is_in(batch["image_id"], repeated).to_pylist()
+        for image_id, again in zip(batch["image_id"].to_pylist(), is_repeated, strict=True):
+            keep.append(not again or image_id not in seen)
+            if again:
                 seen.add(image_id)
         yield batch.filter(pa.array(keep, pa.bool_()))
 

@@ -15,7 +15,12 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 from vlmflow.storage import Address, parse_address
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
-_OBJECT_SCHEME = re.compile(r"(s3|gs|az|azure|adl|abfs|abfss)://[^/@]+/[^/]")
+# Uris that are their own normal form, as most are: told at a glance, for a manifest may hold millions.
+_NORMAL = re.compile(
+    r"(?:s3|gs|az|azure|adl|abfs|abfss)://[^/@]+/.*"
+    r"|https?://[a-z0-9.-]+/[A-Za-z0-9/:@!$&'()*+,;=~._-]*",
+    re.DOTALL,
+)
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 # RFC 3986: letters of a path, and of a query, that need no percent sign. An existing escape is decoded first.
 _PATH_SAFE = "/:@!$&'()*+,;=~"
@@ -53,7 +58,7 @@ def normalise_uri(uri: str) -> str:
     Local paths become absolute, ``file://`` is dropped, object-store uris stay as they are. Http urls lose userinfo,
     fragment, default port and signature parameters, and their percent-escapes are made uniform.
     """
-    if _OBJECT_SCHEME.match(uri):  # as listings have them
+    if _NORMAL.fullmatch(uri):
         return uri
     match = _SCHEME.match(uri)
     if match is None or match[1].lower() == "file":
@@ -107,12 +112,14 @@ def _unsigned(query: str) -> str:
 
 def image_ids(uris: Iterable[str], keys: Iterable[str | None] | None = None) -> list[str]:
     """The identities of images: 128 bits of BLAKE2b over the normalised uri and the caller's key, hexadecimal."""
+    return ids_of_normalised((normalise_uri(uri) for uri in uris), keys)
+
+
+def ids_of_normalised(uris: Iterable[str], keys: Iterable[str | None] | None) -> list[str]:
+    """As :func:`image_ids`, of uris that are normalised already."""
     if keys is None:
-        return [_digest(normalise_uri(uri)) for uri in uris]
-    return [
-        _digest(normalise_uri(uri) if key is None else f"{normalise_uri(uri)}\0{key}")
-        for uri, key in zip(uris, keys, strict=True)
-    ]
+        return [_digest(uri) for uri in uris]
+    return [_digest(uri if key is None else f"{uri}\0{key}") for uri, key in zip(uris, keys, strict=True)]
 
 
 def _digest(text: str) -> str:

@@ -69,7 +69,7 @@ def make_clip(folder: Path, *, seed: int = 0, siglip: bool = False, half: bool =
     return folder
 
 
-def make_captioner(folder: Path, *, seed: int = 0, half: bool = False) -> Path:
+def make_captioner(folder: Path, *, seed: int = 2, half: bool = False) -> Path:
     """Writes a `BlipForConditionalGeneration` folder whose captions differ in content and length."""
     model = _make_blip(BlipForConditionalGeneration, folder, seed)
     with torch.no_grad():
@@ -81,7 +81,7 @@ def make_captioner(folder: Path, *, seed: int = 0, half: bool = False) -> Path:
         decoder.bert.embeddings.position_embeddings.weight.mul_(3)
         for layer in decoder.bert.encoder.layer:
             layer.crossattention.output.dense.weight.mul_(2)
-        decoder.cls.predictions.bias[3] = 0.6  # [SEP]: some captions end early
+        decoder.cls.predictions.bias[3] = 0.9  # [SEP]: some captions end early
     _save(model, folder, half=half)
     return folder
 
@@ -112,7 +112,7 @@ def _make_blip(model_class: Any, folder: Path, seed: int) -> Any:
     folder.mkdir(parents=True, exist_ok=True)
     vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", *WORDS]
     (folder / "vocab.txt").write_text("\n".join(vocab), encoding="utf-8")
-    BertTokenizerFast(vocab=str(folder / "vocab.txt"), do_lower_case=True).save_pretrained(folder)
+    BertTokenizerFast(vocab=str(folder / "vocab.txt"), do_lower_case=True, bos_token="[DEC]").save_pretrained(folder)
     write_json(folder / "preprocessor_config.json", _PREPROCESSOR)
     text = {"vocab_size": len(vocab), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     text |= {"num_attention_heads": 2, "max_position_embeddings": 40, "initializer_range": 0.2}

@@ -1,0 +1,85 @@
+"""Outputs move only together with the adapter's code version: rows made by another version are due again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.models import IMAGE_SIZE, make_captioner, make_clip, make_matcher
+from vlmflow.config import ModelConfig
+from vlmflow.models import ModelIdentity, load_captioner, load_embedder, load_matcher
+from vlmflow.models.identity import CODE_VERSIONS
+
+RECORDED = json.loads((Path(__file__).parent / "golden.json").read_text())
+
+
+def fill_by_formula(path: Path) -> None:
+    """Weights that depend on no random number generator."""
+    tensors = load_file(path)
+    for index, name in enumerate(sorted(tensors)):
+        old = tensors[name]
+        wave = torch.sin(torch.arange(old.numel(), dtype=torch.float64) * 0.7391 + index).reshape(old.shape)
+        fan_in = old.shape[-1] if old.ndim > 1 else 1
+        is_norm = old.ndim == 1 and name.endswith("weight")
+        tensors[name] = ((1 + 0.1 * wave) if is_norm else wave * (1.4 / fan_in**0.5 if old.ndim > 1 else 0.1)).float()
+    save_file(tensors, path, {"format": "pt"})
+
+
+def formula_pixels(num_images: int) -> torch.Tensor:
+    wave = torch.sin(torch.arange(num_images * 3 * IMAGE_SIZE**2, dtype=torch.float64) * 0.0137)
+    return ((wave + 1) * 127.5).to(torch.uint8).reshape(num_images, 3, IMAGE_SIZE, IMAGE_SIZE)
+
+
+def rounded(values: np.ndarray[Any, Any]) -> list[Any]:
+    return values.astype(np.float64).round(5).tolist()
+
+
+def outputs(folder: Path) -> dict[str, Any]:
+    pixels = formula_pixels(3)
+    clip, captioner, matcher = make_clip(folder / "a"), make_captioner(folder / "b"), make_matcher(folder / "c")
+    for path in folder.glob("*/*.safetensors"):
+        fill_by_formula(path)
+    embedder = load_embedder(ModelConfig(family="open_clip", path=str(clip)), "cpu")
+    speaker = load_captioner(ModelConfig(family="blip_caption", path=str(captioner)), "cpu")
+    judge = load_matcher(ModelConfig(family="blip_itm", path=str(matcher)), "cpu")
+    images, texts = judge.encode_images(pixels), ["a red car", "two dogs", "a"]
+    vectors = np.concatenate([embedder.embed_images(pixels), embedder.embed_texts(texts)])
+    return {
+        "open_clip": rounded(vectors[:, :6]),
+        "blip_caption": speaker.caption(pixels, 8),
+        "blip_itm": [rounded(judge.match_itm(images, texts)), rounded(judge.match_itc(images, texts))],
+    }
+
+
+def test_outputs_are_those_recorded_for_the_code_version(tmp_path: Path) -> None:
+    found = outputs(tmp_path)
+    for family, version in CODE_VERSIONS.items():
+        recorded = RECORDED[f"{family} {version}"]
+        message = f"{family}: outputs moved. If that is meant, raise its code version and record the new ones."
+        if family == "blip_caption":
+            assert found[family] == recorded, message
+        else:
+            np.testing.assert_allclose(found[family], recorded, atol=2e-4, err_msg=message)
+
+
+def test_a_fingerprint_follows_everything_but_the_machine() -> None:
+    identity = ModelIdentity("org/model", "local", "0" * 64, "[224]", 1)
+    fingerprint = identity.fingerprint("embed")
+    assert fingerprint == ModelIdentity("org/model", "local", "0" * 64, "[224]", 1).fingerprint("embed")
+    changed = {"id": "x", "revision": "x", "weights_digest": "1" * 64, "preprocessing": "[384]", "code_version": 2}
+    others = [ModelIdentity(**{**vars(identity), name: value}).fingerprint("embed") for name, value in changed.items()]
+    assert len({fingerprint, identity.fingerprint("caption"), *others}) == 2 + len(changed)
+
+
+if __name__ == "__main__":  # records the outputs of the present code versions
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as name:
+        now = outputs(Path(name))
+    path = Path(__file__).parent / "golden.json"
+    path.write_text(json.dumps({**RECORDED, **{f"{f} {v}": now[f] for f, v in CODE_VERSIONS.items()}}, indent=1) + "\n")

@@ -1,0 +1,72 @@
+"""Profiles: what they resolve to, and what is said of models that are not there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.models import make_captioner, make_clip, make_matcher
+from vlmflow.config import CatalogConfig, Job, ModelConfig, SourceConfig
+from vlmflow.errors import ConfigError, WeightsError
+from vlmflow.models import describe_profiles, identify, resolve_models
+
+NAMES = {
+    "embed": "CLIP-ViT-B-32-laion2B-s34B-b79K",
+    "caption": "blip-image-captioning-base",
+    "match": "blip-itm-base-coco",
+}
+
+
+def job(profile: str, models_dir: Path, **changes: object) -> Job:
+    values = {"source": SourceConfig(uri="in"), "catalog": CatalogConfig(uri="out"), "profile": profile}
+    return Job.model_validate({**values, "models_dir": models_dir, **changes})
+
+
+def test_an_unknown_profile_names_those_known(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="profile huge: unknown") as caught:
+        resolve_models(job("huge", tmp_path))
+    assert "starter, base, large" in caught.value.remedy
+
+
+def test_absent_weights_name_folder_repository_and_licence(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=str(tmp_path / NAMES["embed"])) as caught:
+        resolve_models(job("base", tmp_path))
+    assert "laion/CLIP-ViT-B-32-laion2B-s34B-b79K (MIT)" in caught.value.remedy
+
+
+def test_a_profile_resolves_to_its_folders_for_the_tasks_of_the_job(tmp_path: Path) -> None:
+    make_clip(tmp_path / NAMES["embed"])
+    make_captioner(tmp_path / NAMES["caption"])
+    models = resolve_models(job("base", tmp_path, tasks=["embed", "caption"]))
+    assert {role: Path(config.path or "").name for role, config in models.items()} == {
+        role: NAMES[role] for role in ("embed", "caption")
+    }
+    assert identify("embed", models["embed"]).id == "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
+
+
+def test_a_model_of_the_job_replaces_that_of_the_profile(tmp_path: Path) -> None:
+    mine = ModelConfig(family="blip_itm", path=str(make_matcher(tmp_path / "mine")))
+    models = resolve_models(
+        job("base", tmp_path, tasks=["match", "caption"], models={"match": mine, "caption": _cap(tmp_path)})
+    )
+    assert models["match"] == mine
+    with pytest.raises(ConfigError, match=r"models\.caption: family blip_itm"):
+        resolve_models(job("base", tmp_path, tasks=["caption"], models={"caption": mine}))
+
+
+def _cap(tmp_path: Path) -> ModelConfig:
+    return ModelConfig(family="blip_caption", path=str(make_captioner(tmp_path / "captioner")))
+
+
+def test_profiles_say_what_is_present(tmp_path: Path) -> None:
+    make_captioner(tmp_path / NAMES["caption"])
+    (base,) = (profile for profile in describe_profiles(tmp_path) if profile.name == "base")
+    present = {model.role: model.present for model in base.models}
+    assert present == {"embed": False, "caption": True, "match": False}
+    assert all(model.licence and model.num_parameters > 0 and model.size_bytes > 0 for model in base.models)
+
+
+def test_the_starter_is_not_said_to_be_for_photographs() -> None:
+    (starter,) = (profile for profile in describe_profiles() if profile.name == "starter")
+    assert "NOT for photographs" in starter.purpose

@@ -1,0 +1,168 @@
+"""Which weights are refused, and in what words."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.models import make_captioner, make_clip
+from vlmflow.config import ModelConfig
+from vlmflow.errors import WeightsError
+from vlmflow.models import identify, load_captioner, load_embedder, pixel_request
+from vlmflow.models.weights import locate, weights_digest
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    return make_clip(tmp_path / "clip")
+
+
+def clip_config(folder: Path) -> ModelConfig:
+    return ModelConfig(family="open_clip", path=str(folder))
+
+
+def edit_json(path: Path, change: dict[str, Any]) -> None:
+    content = json.loads(path.read_text())
+    for key, value in change.items():
+        section, _, name = key.rpartition(".")
+        target = content
+        for step in section.split(".") if section else []:
+            target = target[step]
+        target[name] = value
+    path.write_text(json.dumps(content))
+
+
+class Trap:
+    """Leaves a mark when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (os.mkdir, (str(self.mark),))
+
+
+def test_an_absent_folder_is_named_with_what_belongs_there(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=f"no folder {tmp_path}/none") as caught:
+        locate(ModelConfig(family="blip_itm", path=str(tmp_path / "none"), repo="Salesforce/blip-itm-base-coco"))
+    assert "Salesforce/blip-itm-base-coco" in caught.value.remedy
+
+
+def test_a_pickle_is_named_and_never_loaded(clip: Path, tmp_path: Path) -> None:
+    (clip / "open_clip_model.safetensors").unlink()
+    torch.save(Trap(tmp_path / "mark"), clip / "open_clip_pytorch_model.bin")
+    with pytest.raises(WeightsError, match=r"open_clip_pytorch_model\.bin is a pickle") as caught:
+        load_embedder(clip_config(clip), "cpu")
+    assert "convert" in caught.value.remedy
+    assert not (tmp_path / "mark").exists()
+
+
+def test_a_pickle_beside_safetensors_is_left_alone(clip: Path, tmp_path: Path) -> None:
+    # open_clip itself would prefer the pickle to a file of this name.
+    (clip / "open_clip_model.safetensors").rename(clip / "model.safetensors")
+    torch.save(Trap(tmp_path / "mark"), clip / "open_clip_pytorch_model.bin")
+    load_embedder(clip_config(clip), "cpu")
+    assert not (tmp_path / "mark").exists()
+
+
+def test_missing_and_unexpected_tensors_are_named(clip: Path) -> None:
+    path = clip / "open_clip_model.safetensors"
+    tensors = load_file(path)
+    tensors["surplus.weight"] = tensors.pop("ln_final.weight")
+    save_file(tensors, path)
+    with pytest.raises(WeightsError, match=r"missing \(ln_final\.weight\).*unexpected \(surplus\.weight\)"):
+        load_embedder(clip_config(clip), "cpu")
+
+
+def test_missing_tensors_of_blip_are_named(tmp_path: Path) -> None:
+    folder = make_captioner(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["vision_model.post_layernorm.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(WeightsError, match=r"1 missing \(vision_model\.post_layernorm\.weight\)"):
+        load_captioner(ModelConfig(family="blip_caption", path=str(folder)), "cpu")
+
+
+@pytest.mark.parametrize("family", ["open_clip", "blip_caption"])
+def test_tensors_of_another_shape_are_refused(tmp_path: Path, family: str) -> None:
+    if family == "open_clip":
+        folder = make_clip(tmp_path)
+        edit_json(folder / "open_clip_config.json", {"model_cfg.embed_dim": 12})
+        load: Any = load_embedder
+    else:
+        folder = make_captioner(tmp_path)
+        edit_json(folder / "config.json", {"text_config.intermediate_size": 128})
+        load = load_captioner
+    with pytest.raises(WeightsError, match=r"cannot be loaded|does not fit"):
+        load(ModelConfig(family=family, path=str(folder)), "cpu")
+
+
+def test_a_truncated_file_is_refused(clip: Path) -> None:
+    path = clip / "open_clip_model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(WeightsError, match="does not fit"):
+        load_embedder(clip_config(clip), "cpu")
+
+
+def test_the_folder_cannot_switch_remote_code_on(clip: Path, tmp_path: Path) -> None:
+    (clip / "evil.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'mark')!r})\nclass Evil: pass\n")
+    edit_json(
+        clip / "tokenizer_config.json",
+        {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}, "tokenizer_class": "Evil"},
+    )
+    edit_json(clip / "open_clip_config.json", {"model_cfg.text_cfg.tokenizer_kwargs": {"trust_remote_code": True}})
+    with pytest.raises(WeightsError, match="tokenizer"):
+        load_embedder(clip_config(clip), "cpu")
+    assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"model_cfg.text_cfg.hf_model_name": "roberta-base"}, {"model_cfg.vision_cfg.timm_model_name": "hf-hub:some/vit"}],
+)
+def test_towers_that_open_clip_would_download_are_refused(clip: Path, change: dict[str, str]) -> None:
+    edit_json(clip / "open_clip_config.json", change)
+    with pytest.raises(WeightsError, match="no fixed revision"):
+        load_embedder(clip_config(clip), "cpu")
+
+
+@pytest.mark.parametrize("revision", [None, "main", "v1.0"])
+def test_a_hub_repository_needs_a_commit_hash(revision: str | None) -> None:
+    with pytest.raises(WeightsError, match="is no commit hash"):
+        locate(ModelConfig(family="open_clip", repo="laion/some", revision=revision))
+
+
+def test_an_architecture_stands_in_for_the_configuration_file(clip: Path) -> None:
+    (clip / "open_clip_config.json").unlink()
+    with pytest.raises(WeightsError, match="no open_clip_config") as caught:
+        pixel_request("embed", clip_config(clip), ("squash",))
+    assert "architecture" in caught.value.remedy
+    config = ModelConfig(family="open_clip", path=str(clip), architecture="ViT-B-16-SigLIP")
+    assert pixel_request("embed", config, ("squash",)).size == 224
+    assert "0.5, 0.5, 0.5" in identify("embed", config).preprocessing
+    with pytest.raises(WeightsError, match="architecture ViT-Z: open_clip knows none"):
+        identify("embed", config.model_copy(update={"architecture": "ViT-Z"}))
+
+
+def test_the_digest_follows_what_loading_reads(clip: Path) -> None:
+    digest = weights_digest(clip, "open_clip")
+    (clip / "README.md").write_text("a model card")
+    assert weights_digest(clip, "open_clip") == digest
+    (clip / "tokenizer_config.json").write_text((clip / "tokenizer_config.json").read_text() + " ")
+    assert weights_digest(clip, "open_clip") != digest
+
+
+def test_blip_that_asks_for_another_preprocessing_is_refused(tmp_path: Path) -> None:
+    folder = make_captioner(tmp_path)
+    edit_json(folder / "preprocessor_config.json", {"resample": 1})
+    with pytest.raises(WeightsError, match="asks for preprocessing other than"):
+        pixel_request("caption", ModelConfig(family="blip_caption", path=str(folder)), ("squash",))
+    edit_json(folder / "preprocessor_config.json", {"resample": 2, "size": {"height": 64, "width": 64}})
+    with pytest.raises(WeightsError, match=r"size 64, but config\.json says 32"):
+        pixel_request("caption", ModelConfig(family="blip_caption", path=str(folder)), ("squash",))

@@ -1,0 +1,171 @@
+"""Policy files: what is refused and in what words, digests, bindings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from vlmflow.errors import PolicyError, UnboundPolicyError
+from vlmflow.models import ModelIdentity
+from vlmflow.moderation.policy import (
+    Logistic,
+    Policy,
+    Thresholds,
+    bind,
+    check_binding,
+    find_binding,
+    load_policy,
+    prompts_digest,
+    shipped_policies,
+    write_binding,
+)
+
+CLIP = ModelIdentity("org/clip", "local", "a" * 64, "[32]", 1)
+OTHER = ModelIdentity("org/other", "local", "b" * 64, "[32]", 1)
+
+
+def content(**changes: Any) -> dict[str, Any]:
+    gun = {"name": "gun", "prompts": ["a gun", "two guns"], "review": 0.5, "block": 0.8}
+    wine = {"name": "wine", "prompts": ["a bottle of wine"], "review": 0.6, "block": None}
+    return {
+        "name": "test",
+        "version": "1",
+        "neutral": ["a banana", "a car"],
+        "categories": [{"name": "weapons", "labels": [gun]}, {"name": "alcohol", "labels": [wine]}],
+        "logistic": {"scale": 40.0, "offset": 0.1},
+        **changes,
+    }
+
+
+def write(folder: Path, data: object) -> str:
+    path = folder / "policy.yaml"
+    path.write_text(data if isinstance(data, str) else yaml.safe_dump(data, sort_keys=False))
+    return str(path)
+
+
+def label(**changes: Any) -> dict[str, Any]:
+    base = {"name": "gun", "prompts": ["a gun"], "review": 0.5, "block": 0.8}
+    return content(categories=[{"name": "weapons", "labels": [{**base, **changes}]}])
+
+
+def test_labels_keep_the_order_of_the_file(tmp_path: Path) -> None:
+    policy = load_policy(write(tmp_path, content()))
+    assert policy.labels == (("weapons", "gun"), ("alcohol", "wine"))
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (content(surprise=1), "surprise: unknown key"),
+        (content(version=1), "version: "),
+        (content(categories=[]), "categories: "),
+        (content(categories=[{"name": "weapons", "labels": []}]), "categories.0.labels: "),
+        (content(neutral=[]), "neutral: "),
+        (content(temperature=0), "temperature: "),
+        (content(logistic={"scale": -1.0, "offset": 0.0}), "logistic.scale: "),
+        (content(logistic={"scale": float("nan"), "offset": 0.0}), "logistic.scale: "),
+        (label(prompts=[]), "categories.0.labels.0.prompts: "),
+        (label(prompts=["  "]), "categories.0.labels.0.prompts.0: "),
+        (label(review=0.9), "categories.0.labels.0: review 0.9 exceeds block 0.8"),
+        (label(review=1.5), "categories.0.labels.0.review: "),
+        (label(review="0.5"), "categories.0.labels.0.review: "),
+        (label(name="Big Gun"), "categories.0.labels.0.name: "),
+        (content(categories=[content()["categories"][0]] * 2), "categories: named twice: weapons"),
+        ([1, 2], "job: "),
+        ("name: [", "is not YAML"),
+    ],
+)
+def test_a_policy_that_does_not_fit_is_one_line_with_file_and_key(tmp_path: Path, data: object, words: str) -> None:
+    path = write(tmp_path, data)
+    with pytest.raises(PolicyError) as caught:
+        load_policy(path)
+    assert path in str(caught.value)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_block_must_be_said_even_where_a_label_never_blocks(tmp_path: Path) -> None:
+    data = content()
+    del data["categories"][0]["labels"][0]["block"]
+    with pytest.raises(PolicyError, match=r"labels\.0\.block: "):
+        load_policy(write(tmp_path, data))
+
+
+def test_an_unknown_name_lists_the_policies_that_ship() -> None:
+    with pytest.raises(PolicyError, match="policy shop: no policy of this name ships") as caught:
+        load_policy("shop")
+    assert "marketplace" in caught.value.remedy
+    with pytest.raises(PolicyError, match=r"policy nowhere\.yaml: No such file"):
+        load_policy("nowhere.yaml")
+
+
+@pytest.mark.parametrize("name", sorted(shipped_policies()))
+def test_every_policy_that_ships_loads_by_its_name(name: str) -> None:
+    assert load_policy(name).name == name
+
+
+def test_the_digest_follows_content_not_layout(tmp_path: Path) -> None:
+    digest = load_policy(write(tmp_path, content())).digest
+    reordered = "# a comment\n" + yaml.safe_dump(content(), sort_keys=True, default_flow_style=True)
+    assert load_policy(write(tmp_path, reordered)).digest == digest
+    assert load_policy(write(tmp_path, label(review=0.51))).digest != load_policy(write(tmp_path, label())).digest
+
+
+def test_thresholds_do_not_move_the_digest_of_prompts_and_prompts_do() -> None:
+    digest = prompts_digest(Policy.model_validate(label()))
+    assert prompts_digest(Policy.model_validate(label(review=0.1))) == digest
+    changed = [label(prompts=["a gun!"]), {**label(), "neutral": ["a banana"]}, {**label(), "temperature": 0.5}]
+    assert digest not in [prompts_digest(Policy.model_validate(data)) for data in changed]
+
+
+def test_a_binding_is_found_for_its_weights_and_prompts_alone() -> None:
+    policy = Policy.model_validate(content())
+    binding = bind(policy, CLIP, thresholds={"gun": Thresholds(review=0.3, block=0.9)})
+    bound = policy.model_copy(update={"bindings": (bind(policy, OTHER), binding)})
+    assert find_binding(bound, CLIP) == binding
+    reworded = Policy.model_validate({**content(neutral=["a dog"]), "bindings": [binding.model_dump()]})
+    assert find_binding(reworded, CLIP) is None
+    with pytest.raises(UnboundPolicyError, match="its prompts changed since it was bound to org/clip"):
+        check_binding(reworded, CLIP)
+
+
+def test_an_unbound_policy_is_refused_unless_accepted() -> None:
+    policy = Policy.model_validate(content())
+    with pytest.raises(UnboundPolicyError, match="no thresholds set for org/clip") as caught:
+        check_binding(policy, CLIP)
+    assert "--accept-unbound" in caught.value.remedy
+    assert check_binding(policy, CLIP, accept_unbound=True) is None
+
+
+def test_a_binding_that_names_an_unknown_label_is_refused() -> None:
+    binding = {
+        "model": "m",
+        "weights": "a" * 64,
+        "prompts": "b" * 64,
+        "calibration": {"knife": {"scale": 1.0, "offset": 0.0}},
+    }
+    with pytest.raises(ValueError, match="names labels that the policy lacks: knife"):
+        Policy.model_validate(content(bindings=[binding]))
+
+
+def test_a_binding_is_written_into_the_file_in_place_of_the_model_s_old_one(tmp_path: Path) -> None:
+    path = Path(write(tmp_path, "# kept\n" + yaml.safe_dump(content(bindings=[]), sort_keys=False)))
+    policy = load_policy(str(path))
+    write_binding(path, bind(policy, OTHER))
+    write_binding(path, bind(policy, CLIP, logistic=Logistic(scale=1.0, offset=0.0)))
+    write_binding(path, bind(policy, CLIP, logistic=Logistic(scale=2.0, offset=0.0)))
+    written = load_policy(str(path))
+    assert path.read_text().startswith("# kept\n")
+    assert [binding.model for binding in written.bindings] == ["org/other", "org/clip"]
+    assert find_binding(written, CLIP) == bind(policy, CLIP, logistic=Logistic(scale=2.0, offset=0.0))
+    assert prompts_digest(written) == prompts_digest(policy)
+
+
+def test_a_binding_is_not_written_where_it_would_cut_the_file(tmp_path: Path) -> None:
+    data = content()
+    path = Path(write(tmp_path, {"bindings": [], **data}))
+    with pytest.raises(PolicyError, match="bindings is not its last key"):
+        write_binding(path, bind(Policy.model_validate(data), CLIP))

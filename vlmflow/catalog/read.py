@@ -91,10 +91,10 @@ class References:
         number = self._num_files
         self._num_files += 1
         at = self.find(rows)
-        known = at >= 0
-        open_ = known & (self._claimed_in[at] < 0)
-        self._claimed_in[at[open_]] = number
-        counts = known & (self._claimed_in[at] == number)
+        known = at[at >= 0]
+        self._claimed_in[known[self._claimed_in[known] < 0]] = number
+        counts = at >= 0
+        counts[counts] = self._claimed_in[known] == number
         # An image's views are written together, so what is doubled within a file is the pair of image and view.
         codes = pc.dictionary_encode(flat(rows["view"])).indices.to_numpy(zero_copy_only=False).astype(np.int64)
         _, first = np.unique(at * (codes.max(initial=0) + 1) + codes, return_index=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def test_the_source_that_cannot_tell_a_version_changes_nothing(catalog: Catalog)
 
 def test_a_changed_object_runs_everything_unless_its_bytes_are_the_same(catalog: Catalog) -> None:
     enrich(catalog, "r1", [references(NAMES)])
-    rows, reasons = planned(catalog, [references(NAMES, version={name: "v1" for name in NAMES} | {NAMES[2]: "v2"})])
+    rows, reasons = planned(catalog, [references(NAMES, version=dict.fromkeys(NAMES, "v1") | {NAMES[2]: "v2"})])
     row = rows[NAMES[2]]
     assert list(rows) == [NAMES[2]]
     assert (row["due"], row["due_if_same"], row["replaces"]) == (list(TASKS), [], True)
@@ -209,9 +210,9 @@ def test_rows_of_one_live_file_are_planned_next_to_each_other(catalog: Catalog) 
     with catalog.plan([references(names, version="v2"), references(["new"])], request()) as plan:
         files = [file for table in plan.batches(7) for file in table["live_file"].to_pylist()]
     assert files[0] is None
-    changes = sum(left != right for left, right in zip(files, files[1:], strict=False))
+    changes = sum(left != right for left, right in pairwise(files))
     assert changes == 4
-    assert Counter(files[1:]) == {file: 15 for file in set(files[1:])}
+    assert Counter(files[1:]) == dict.fromkeys(files[1:], 15)
 
 
 def test_the_plan_leaves_no_folder_behind(catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

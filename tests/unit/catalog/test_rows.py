@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.catalog_samples import DATE, TASKS, constants, finish, fingerprints, references, request
+from tests.catalog_samples import DATE, TASKS, constants, fingerprints, finish, references, request
 from vlmflow import schema
 from vlmflow.catalog.rows import STATUSES, attempt_digest, merge, stage_rows
 from vlmflow.errors import RowErrorClass

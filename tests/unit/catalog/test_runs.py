@@ -46,7 +46,11 @@ def test_runs_are_listed_newest_first(runs: RunStore, tmp_path: Path) -> None:
         os.utime(tmp_path / "runs" / f"r{number}.json", (1000 + number, 1000 + number))
     runs.finish("r0", {"rows": 1})
     os.utime(tmp_path / "runs" / "r0.json", (999, 999))
-    assert [(run.run_id, run.state) for run in runs.list()] == [("r2", "running"), ("r1", "running"), ("r0", "finished")]
+    assert [(run.run_id, run.state) for run in runs.list()] == [
+        ("r2", "running"),
+        ("r1", "running"),
+        ("r0", "finished"),
+    ]
     assert isinstance(runs.list()[0].seen_at, dt.datetime)
     assert runs.list()[2].seen_at is None
 

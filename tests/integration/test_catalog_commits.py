@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -53,7 +53,7 @@ class Raw:
         self,
         table: DeltaTable,
         files: pa.Table,
-        remove: list[DataFile] | None = None,
+        remove: Sequence[DataFile] = (),
         app: tuple[str, int] | None = None,
     ) -> None:
         actions: list[AddAction | RemoveAction] = []
@@ -61,7 +61,7 @@ class Raw:
             path = row["path"].removeprefix("images/")
             values = {"ingest_date": row["ingest_date"].isoformat()}
             actions.append(AddAction(path, row["size_bytes"], values, 0, True, row["stats"]))
-        for file in remove or []:
+        for file in remove:
             values = {"ingest_date": file.ingest_date.isoformat()}
             actions.append(RemoveAction(file.path, True, int(time.time() * 1000), file.size_bytes, values))
         marks = [Transaction(*app)] if app else None

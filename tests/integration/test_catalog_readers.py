@@ -1,0 +1,139 @@
+"""Other readers on the tables, the export, and compaction."""
+
+from __future__ import annotations
+
+import datetime as dt
+from pathlib import Path
+
+import duckdb
+import polars
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import pytest
+
+from tests.catalog_samples import DATE, enrich, open_catalog, references, request, rows_by_name, write
+from vlmflow.catalog import Catalog
+from vlmflow.errors import CatalogError
+
+NAMES = [f"image {number}" for number in range(9)]
+NEXT_DAY = DATE + dt.timedelta(days=1)
+
+
+@pytest.fixture
+def catalog(tmp_path: Path) -> Catalog:
+    """Nine images of two days; three of them replaced, one with new bytes; old files beside the live ones."""
+    catalog = open_catalog(tmp_path / "catalog", pa.schema([("title", pa.string())]))
+    titles = [{"title": f"title of {name}"} for name in NAMES]
+    enrich(catalog, "r1", [references(NAMES[:5], source=titles[:5])])
+    enrich(catalog, "r2", [references(NAMES[5:], source=titles[5:])], request(date=NEXT_DAY))
+    changed = references(NAMES[3:6], version="v2", source=titles[3:6])
+    enrich(catalog, "r3", [changed], content="new", caption="a dog", decision="block")
+    return catalog
+
+
+def expected(catalog: Catalog) -> set[tuple[str, str, str, dt.date, str]]:
+    rows = rows_by_name(catalog)
+    assert sorted(rows) == sorted(NAMES)
+    return {
+        (row["uri"], row["caption"], row["decision"], row["ingest_date"], row["source"]["title"])
+        for row in rows.values()
+    }
+
+
+def test_duckdb_polars_and_pyarrow_read_the_live_rows(catalog: Catalog) -> None:
+    want = expected(catalog)
+    files = catalog.file_uris("images")
+    assert len(list(Path(catalog.uri, "images").rglob("*.parquet"))) > len(files)
+    query = "select uri, caption, decision, ingest_date, source.title from read_parquet($files, hive_partitioning=true)"
+    assert set(duckdb.execute(query, {"files": files}).fetchall()) == want
+    frame = polars.read_delta(str(Path(catalog.uri, "images")))
+    title = polars.col("source").struct.field("title")
+    assert set(frame.select("uri", "caption", "decision", "ingest_date", title).rows()) == want
+    partition = ds.partitioning(pa.schema([("ingest_date", pa.date32())]), flavor="hive")
+    table = ds.dataset(files, partitioning=partition, partition_base_dir=str(Path(catalog.uri, "images"))).to_table()
+    rows = table.select(["uri", "caption", "decision", "ingest_date", "source"]).to_pylist()
+    assert {(*list(row.values())[:4], row["source"]["title"]) for row in rows} == want
+
+
+def test_only_vectors_of_current_rows_are_read(catalog: Catalog) -> None:
+    vectors = catalog.embeddings()
+    current = dict(zip(*catalog.images(["image_id", "embed_run_id"]).to_pydict().values(), strict=True))
+    found = vectors.select(["image_id", "embed_run_id", "view"]).to_pylist()
+    assert len(found) == 2 * len(NAMES)
+    assert {(row["image_id"], row["embed_run_id"]) for row in found} == set(current.items())
+    assert vectors.schema.field("vector").type == pa.list_(pa.float32())
+    assert {tuple(vector) for vector in vectors["vector"].to_pylist()} == {(1, 0, 0, 0), (0, 1, 0, 0)}
+
+
+def test_an_export_is_plain_parquet(catalog: Catalog, tmp_path: Path) -> None:
+    want = expected(catalog)
+    result = catalog.export(tmp_path / "out", with_embeddings=True)
+    assert (result.num_images, result.num_embeddings) == (len(NAMES), 2 * len(NAMES))
+    query = f"select uri, caption, decision, ingest_date, source.title from '{tmp_path}/out/images/*.parquet'"
+    assert set(duckdb.sql(query).fetchall()) == want
+    images = pq.read_table(tmp_path / "out" / "images")
+    vectors = pq.read_table(tmp_path / "out" / "embeddings")
+    assert images.schema.field("ingest_date").type == pa.date32()
+    keys = ["image_id", "embed_run_id"]
+    joined = vectors.select([*keys, "view"]).join(images.select(keys), keys, join_type="inner")
+    assert joined.num_rows == vectors.num_rows
+    assert images.sort_by("uri").equals(catalog.images().sort_by("uri"))
+
+
+def test_an_export_without_embeddings_and_of_an_empty_catalog(catalog: Catalog, tmp_path: Path) -> None:
+    catalog.export(tmp_path / "out", with_embeddings=False)
+    assert not (tmp_path / "out" / "embeddings").exists()
+    empty = open_catalog(tmp_path / "empty catalog")
+    result = empty.export(tmp_path / "empty", with_embeddings=True)
+    assert (result.num_images, result.num_embeddings) == (0, 0)
+    assert pq.read_table(tmp_path / "empty" / "images").schema.names == empty.images().schema.names
+    assert pq.read_table(tmp_path / "empty" / "embeddings").num_rows == 0
+
+
+def test_an_export_never_mixes_with_what_is_there(catalog: Catalog, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(CatalogError, match="out is not empty"):
+        catalog.export(tmp_path / "out", with_embeddings=False)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CatalogError, match="cannot be written"):
+        catalog.export(tmp_path / "file", with_embeddings=False)
+
+
+def test_compaction_joins_files_and_keeps_every_row(catalog: Catalog) -> None:
+    rows, vectors = catalog.images().sort_by("uri"), catalog.embeddings().sort_by("image_id")
+    for number in range(3):
+        enrich(catalog, f"more {number}", [references([f"more {number}"])])
+    result = catalog.compact("c1")
+    assert result.num_files_after < result.num_files_before
+    assert len(catalog.file_uris("images")) == 2  # one for each date
+    after = catalog.images().sort_by("uri")
+    assert after.filter(pc.is_in(after["uri"], rows["uri"])).equals(rows)
+    assert catalog.embeddings().num_rows == vectors.num_rows + 6
+    version = catalog.version
+    assert catalog.compact("c2").num_files_before == 0
+    assert catalog.version == version
+
+
+def test_compaction_drops_vectors_only_of_runs_that_are_over(catalog: Catalog) -> None:
+    """Those of r1 that r3 has replaced go; those of a live run stay, though nothing refers to them yet."""
+    for run in ("r1", "r2", "r3"):
+        catalog.runs.start(run, {})
+        catalog.runs.finish(run, {})
+    catalog.runs.start("live", {})
+    asked = request(date=DATE)
+    uncommitted = write(catalog, "live", [references(["later"])], asked)
+    catalog._commit_embeddings("live", "c", uncommitted.filter(pc.equal(uncommitted["table"], "embeddings")))
+    before = catalog.embeddings().sort_by([("image_id", "ascending"), ("view", "ascending")])
+    assert catalog.compact("c1").num_embeddings_dropped == 6
+    assert catalog.embeddings().sort_by([("image_id", "ascending"), ("view", "ascending")]).equals(before)
+    catalog.commit("live", uncommitted.filter(pc.equal(uncommitted["table"], "images")))
+    assert catalog.embeddings().num_rows == before.num_rows + 2
+
+
+def test_large_files_are_left_alone(catalog: Catalog) -> None:
+    files = catalog.file_uris("images")
+    assert catalog.compact("c1", target_bytes=1000).num_files_before == 0
+    assert catalog.file_uris("images") == files

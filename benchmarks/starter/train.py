@@ -82,6 +82,9 @@ def train_stage(stage: str, recipe: Recipe, studio: Studio) -> int:
     if stage == "trunk":
         return train(models.trunk, TrunkLosses(models.trunk, studio, recipe.batch), schedule, checkpoint)
     if stage == "matcher":
+        if not checkpoint.is_file():
+            # The captioner's decoder has learned to look already; BLIP shares most of the two as well.
+            models.matcher.text_encoder.load_state_dict(models.trunk.decoder.bert.state_dict())
         losses = MatcherLosses(models.matcher, models.trunk.vision, studio, recipe.batch)
         return train(models.matcher, losses, schedule, checkpoint)
     vqa = build_vqa(models.sizes, studio.tokenizer, Asker(studio.world).answers)

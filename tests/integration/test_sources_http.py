@@ -1,0 +1,322 @@
+"""Images at http(s) urls, against a server on this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.server
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from vlmflow.config import MIB, HttpConfig, ImageLimits, SourceConfig
+from vlmflow.errors import RowErrorClass
+from vlmflow.schema import REFERENCE
+from vlmflow.sources import Fetched, open_source
+from vlmflow.sources.http import is_public
+from vlmflow.sources.reader import SourceReader
+
+PRIVATE_ALLOWED = HttpConfig(timeout_s=5, max_redirects=3, allow_private_addresses=True)
+BODY = bytes(range(256)) * 40
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """A site whose paths say how it behaves."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self.server.requests[self.path] += 1  # type: ignore[attr-defined]
+        self.server.headers.append(dict(self.headers))  # type: ignore[attr-defined]
+        kind, _, rest = self.path.lstrip("/").partition("/")
+        getattr(self, f"serve_{kind}", self.serve_image)(rest)
+
+    def serve_image(self, _: str) -> None:
+        self.send(200, BODY, {"ETag": '"v1"'})
+
+    def serve_dated(self, _: str) -> None:
+        self.send(200, BODY, {"Last-Modified": "Mon, 01 Jan 2024 00:00:00 GMT"})
+
+    def serve_status(self, status: str) -> None:
+        self.send(int(status.partition("?")[0]), b"no")
+
+    def serve_flaky(self, _: str) -> None:
+        failing = self.server.requests[self.path] < 3  # type: ignore[attr-defined]
+        self.send(503 if failing else 200, b"busy" if failing else BODY)
+
+    def serve_redirect(self, target: str) -> None:
+        self.send(302, b"", {"Location": target})
+
+    def serve_hops(self, left: str) -> None:
+        if int(left) == 0:
+            self.serve_image("")
+        else:
+            self.send(301, b"", {"Location": f"{int(left) - 1}"})
+
+    def serve_large(self, size: str) -> None:
+        self.send(200, bytes(int(size)))
+
+    def serve_endless(self, _: str) -> None:
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        with contextlib.suppress(ConnectionError):
+            while True:
+                self.wfile.write(b"10000\r\n" + bytes(0x10000) + b"\r\n")
+
+    def serve_slow(self, what: str) -> None:
+        """Sends a byte now and then: no single read ever takes long."""
+        with contextlib.suppress(ConnectionError):
+            self.wfile.write(b"HTTP/1.1 200 OK\r\n")
+            if what == "body":
+                self.wfile.write(b"Content-Length: 1000000\r\n\r\n")
+            while not self.server.stopping.wait(0.02):  # type: ignore[attr-defined]
+                self.wfile.write(b"x" if what == "body" else b"X-More: 1\r\n")
+                self.wfile.flush()
+        self.close_connection = True
+
+    def serve_short(self, _: str) -> None:
+        self.send(200, BODY[:100], {}, announced=len(BODY))
+        self.close_connection = True
+
+    def serve_zipped(self, _: str) -> None:
+        self.send(200, b"\x1f\x8b", {"Content-Encoding": "gzip"})
+
+    def send(
+        self, status: int, body: bytes, headers: dict[str, str] | None = None, announced: int | None = None
+    ) -> None:
+        self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body) if announced is None else announced))
+        self.end_headers()
+        with contextlib.suppress(ConnectionError):
+            self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class Site(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.requests: Counter[str] = Counter()
+        self.headers: list[dict[str, str]] = []
+        self.stopping = threading.Event()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def handle_error(self, *_: object) -> None:
+        pass  # clients that hang up are part of the tests
+
+
+@pytest.fixture
+def site() -> Iterator[Site]:
+    server = Site()
+    thread = threading.Thread(target=server.serve_forever, args=[0.02], daemon=True)
+    thread.start()
+    yield server
+    server.stopping.set()
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def fetch(*urls: str, http: HttpConfig = PRIVATE_ALLOWED, max_bytes: int = MIB) -> list[Fetched]:
+    refs = pa.Table.from_pylist([{"image_id": url, "uri": url, "locator": url} for url in urls], schema=REFERENCE)
+    reader = SourceReader(SourceConfig(uri="list.csv", http=http), ImageLimits(max_bytes=max_bytes), ".")
+    return reader.read(refs)
+
+
+def test_images_of_a_manifest_are_downloaded_in_order(site: Site, tmp_path: Path) -> None:
+    urls = [f"{site.url}/image/{index}" for index in range(40)] + [f"{site.url}/Grüße 100%25.jpg?a=é&b=1"]
+    manifest = tmp_path / "list.csv"
+    manifest.write_text("uri\n" + "".join(f"{url}\n" for url in urls), encoding="utf-8")
+    source = open_source(SourceConfig(uri=str(manifest), http=PRIVATE_ALLOWED))
+    refs = pa.Table.from_batches(list(source.list()))
+    assert refs["locator"].to_pylist() == urls
+    assert site.requests == {}, "listing asks no http server"
+    items = source.reader(ImageLimits()).read(refs)
+    assert [(item.data, item.object_version) for item in items] == [(BODY, "v1")] * 41
+    assert site.requests["/Gr%C3%BC%C3%9Fe%20100%25.jpg?a=%C3%A9&b=1"] == 1
+    assert all("Cookie" not in headers and headers["Accept-Encoding"] == "identity" for headers in site.headers)
+
+
+def test_the_version_is_the_etag_or_else_the_date(site: Site) -> None:
+    tagged, dated, neither = fetch(f"{site.url}/image", f"{site.url}/dated", f"{site.url}/large/5")
+    assert tagged.object_version == "v1"
+    assert dated.object_version == "Mon, 01 Jan 2024 00:00:00 GMT"
+    assert neither.object_version is None
+
+
+def test_redirects_are_followed_up_to_the_limit(site: Site) -> None:
+    three, four = fetch(f"{site.url}/hops/3", f"{site.url}/hops/4")
+    assert three.data == BODY
+    assert four.error_class == RowErrorClass.TOO_MANY_REDIRECTS
+
+
+@pytest.mark.parametrize("target", ["file:///etc/passwd", "ftp://host/a.jpg", "gopher://127.0.0.1:70/"])
+def test_a_redirect_to_another_scheme_is_refused(site: Site, target: str) -> None:
+    (item,) = fetch(f"{site.url}/redirect/{target}")
+    assert item.error_class == RowErrorClass.ADDRESS_REFUSED
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["127.0.0.1", "localhost", "[::1]", "0.0.0.0", "2130706433", "0x7f000001", "[::ffff:127.0.0.1]", "169.254.169.254"],
+)
+def test_private_addresses_are_refused_in_every_spelling(site: Site, host: str) -> None:
+    (item,) = fetch(f"http://{host}:{site.server_port}/image", http=HttpConfig(timeout_s=5))
+    assert item.error_class == RowErrorClass.ADDRESS_REFUSED
+    assert site.requests == {}
+
+
+def test_a_name_that_resolves_to_a_private_address_is_refused(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    resolve(monkeypatch, {"images.example": ["10.0.0.7"]})
+    (item,) = fetch(f"http://images.example:{site.server_port}/image", http=HttpConfig(timeout_s=5))
+    assert item.error_class == RowErrorClass.ADDRESS_REFUSED
+
+
+def test_a_redirect_to_a_private_address_is_refused(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The first host passes as public, so that the hop is what is tested.
+    monkeypatch.setattr("vlmflow.sources.http.is_public", lambda address: address == "127.0.0.1")
+    resolve(monkeypatch, {"images.example": ["127.0.0.1"], "inside.example": ["192.168.1.1"]})
+    public = f"http://images.example:{site.server_port}"
+    good, loopback, inside = fetch(
+        f"{public}/redirect/{public}/image",
+        f"{public}/redirect/http://127.0.0.2:{site.server_port}/image",
+        f"{public}/redirect/http://inside.example/image",
+        http=HttpConfig(timeout_s=5),
+    )
+    assert good.data == BODY
+    assert {loopback.error_class, inside.error_class} == {RowErrorClass.ADDRESS_REFUSED}
+
+
+def test_a_name_that_resolves_elsewhere_the_second_time_gains_nothing(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connected: list[str] = []
+    monkeypatch.setattr("vlmflow.sources.http.is_public", lambda address: address == "127.0.0.1")
+    lookups = resolve(monkeypatch, {"images.example": ["127.0.0.1"]}, then={"images.example": ["127.0.0.3"]})
+    connect = socket.socket.connect
+
+    def recording_connect(self: socket.socket, address: Any) -> None:
+        connected.append(address[0])
+        connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", recording_connect)
+    fetch(f"http://images.example:{site.server_port}/image", http=HttpConfig(timeout_s=5))
+    assert lookups == ["images.example"], "resolved once, and connected to what was checked"
+    assert set(connected) <= {"127.0.0.1"}
+
+
+def test_only_the_public_internet_is_public() -> None:
+    for address in ("93.184.216.34", "2606:2800:220:1::1", "::ffff:8.8.8.8", "2002:808:808::1", "64:ff9b::808:808"):
+        assert is_public(address), address
+    inside = ["127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.0.1", "169.254.169.254", "100.64.0.1", "0.0.0.0"]
+    inside += ["224.0.0.1", "240.0.0.1", "255.255.255.255", "192.0.0.1", "198.18.0.1", "192.0.2.1"]
+    inside += ["::1", "::", "fe80::1%eth0", "fc00::1", "ff02::1", "::ffff:10.0.0.1", "2002:a00:1::1", "64:ff9b::a00:1"]
+    inside += ["2001:db8::1", "2001:0:4136:e378:8000:63bf:3fff:fdd2"]
+    for address in inside:
+        assert not is_public(address), address
+
+
+def test_a_body_that_is_too_large_is_not_read_to_its_end(site: Site) -> None:
+    announced, endless = fetch(f"{site.url}/large/{2 * MIB}", f"{site.url}/endless")
+    for item in (announced, endless):
+        assert (item.error_class, item.data) == (RowErrorClass.TOO_MANY_BYTES, None)
+    (exact,) = fetch(f"{site.url}/large/{MIB}")
+    assert exact.data == bytes(MIB)
+
+
+@pytest.mark.parametrize("what", ["body", "headers"])
+def test_a_server_that_dribbles_is_given_up_in_time(site: Site, what: str) -> None:
+    started = time.monotonic()
+    (item,) = fetch(f"{site.url}/slow/{what}", http=PRIVATE_ALLOWED.model_copy(update={"timeout_s": 0.5}))
+    assert item.error_class == RowErrorClass.READ_TIMEOUT
+    assert time.monotonic() - started < 3
+
+
+@pytest.mark.parametrize(
+    ("status", "error_class", "attempts"),
+    [
+        (404, RowErrorClass.MISSING, 1),
+        (410, RowErrorClass.MISSING, 1),
+        (401, RowErrorClass.ACCESS_DENIED, 1),
+        (403, RowErrorClass.ACCESS_DENIED, 1),
+        (418, RowErrorClass.HTTP_STATUS, 1),
+        (204, RowErrorClass.HTTP_STATUS, 1),
+        (429, RowErrorClass.HTTP_STATUS, 3),
+        (500, RowErrorClass.HTTP_STATUS, 3),
+        (503, RowErrorClass.HTTP_STATUS, 3),
+    ],
+)
+def test_a_status_has_its_class_and_its_attempts(
+    site: Site, status: int, error_class: RowErrorClass, attempts: int
+) -> None:
+    (item,) = fetch(f"{site.url}/status/{status}?X-Amz-Signature=5ec7e7")
+    assert (item.error_class, item.message) == (error_class, f"HTTP {status}")
+    assert sum(site.requests.values()) == attempts
+
+
+def test_a_server_that_recovers_is_read(site: Site) -> None:
+    (item,) = fetch(f"{site.url}/flaky")
+    assert item.data == BODY
+    assert sum(site.requests.values()) == 3
+
+
+def test_a_body_that_breaks_off_is_no_image(site: Site) -> None:
+    (item,) = fetch(f"{site.url}/short")
+    assert (item.error_class, item.data) == (RowErrorClass.READ_FAILED, None)
+    assert sum(site.requests.values()) == 3
+
+
+def test_what_cannot_be_fetched_costs_its_row_alone(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    resolve(monkeypatch, {})
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        closed_port = unused.getsockname()[1]
+    urls = {
+        f"{site.url}/image": None,
+        "http://no-such-host.example/a.jpg": RowErrorClass.READ_FAILED,
+        f"http://127.0.0.1:{closed_port}/a.jpg": RowErrorClass.READ_FAILED,
+        "http:///a.jpg": RowErrorClass.READ_FAILED,
+        "http://[::1/a.jpg": RowErrorClass.READ_FAILED,
+        "http://host:port/a.jpg": RowErrorClass.READ_FAILED,
+        f"http://{'x' * 70}.example/a.jpg": RowErrorClass.READ_FAILED,
+        f"{site.url}/zipped": RowErrorClass.READ_FAILED,
+    }
+    items = fetch(*urls)
+    assert [item.error_class for item in items] == list(urls.values())
+    assert items[1].message == "the host cannot be resolved"
+
+
+def resolve(
+    monkeypatch: pytest.MonkeyPatch, names: dict[str, list[str]], then: dict[str, list[str]] | None = None
+) -> list[str]:
+    """Lets names resolve to addresses, those of ``then`` from the second look-up on; records the look-ups."""
+    lookups: list[str] = []
+    real: Callable[..., Any] = asyncio.base_events.BaseEventLoop.getaddrinfo
+
+    async def fake(self: asyncio.AbstractEventLoop, host: str, port: int, **options: Any) -> list[Any]:
+        if host[:1].isdigit() or ":" in host:
+            return list(await real(self, host, port, **options))
+        known = then if then is not None and host in lookups else names
+        lookups.append(host)
+        if host not in known:
+            raise socket.gaierror(socket.EAI_NONAME, "unknown")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in known[host]]
+
+    monkeypatch.setattr(asyncio.base_events.BaseEventLoop, "getaddrinfo", fake)
+    return lookups

@@ -32,18 +32,16 @@ _OBJECT_SCHEMES = {"s3", "s3a", "gs", "az", "azure", "adl", "abfs", "abfss"}
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _MAX_BACKOFF = timedelta(seconds=5)  # eight retries take about 16 s, not minutes
 
-_GONE = re.compile(
-    r"NoSuchBucket|ContainerNotFound|ContainerBeingDeleted|FilesystemNotFound|AccountIsDisabled"
-    r"|specified bucket does not exist|error performing list request.*404 not found",
-    re.IGNORECASE,
-)
-_NO_CREDENTIALS = re.compile(r"169\.254\.169\.254|metadata\.google|MissingAccessKey|credential provider|MissingAccount")
-_REFUSED = re.compile(
-    r"401 Unauthorized|403 Forbidden|InvalidAccessKeyId|SignatureDoesNotMatch|ExpiredToken|InvalidToken"
-    r"|AccessDenied|AuthenticationFailed|AuthorizationFailure|invalid_grant"
-)
-_WRONG_REGION = re.compile(r"redirect without LOCATION|PermanentRedirect|AuthorizationHeaderMalformed|301 Moved")
+# What obstore's text says of an answer: its status and, in the body, the store's own code. The text also holds the
+# name of the object, which may be anything, so nothing is searched for in the whole of it.
+_ANSWER = re.compile(r"Server returned non-2xx status code: (\d{3})(?:.*?<Code>(\w+)</Code>)?", re.DOTALL)
+_LISTING = re.compile(r"Generic \w+ error: Error performing list request")
+_METADATA_SERVER = re.compile(r"Error performing \w+ http://(169\.254\.169\.254|metadata\.google)")
 _TIMEOUT = re.compile(r"TimedOut|timed out", re.IGNORECASE)
+
+_GONE_CODES = {"NoSuchBucket", "ContainerNotFound", "ContainerBeingDeleted", "FilesystemNotFound", "AccountIsDisabled"}
+_REGION_CODES = {"PermanentRedirect", "AuthorizationHeaderMalformed"}
+_DENIED_CODES = {"ExpiredToken", "InvalidToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "AuthenticationFailed"}
 
 
 class Fault(Enum):
@@ -173,17 +171,20 @@ def local_version(status: os.stat_result) -> str:
 
 
 def fault_of(error: Exception) -> Fault:
-    """Tells what an error of obstore means. Its classes say less than its text: listings raise one class for all."""
+    """Tells what an error of obstore means. Its classes say too little: listings raise one class for everything."""
     text = str(error)
-    if _GONE.search(text):
+    answer = _ANSWER.search(text)
+    status, code = (int(answer[1]), answer[2]) if answer else (0, None)
+    if code in _GONE_CODES or (status == 404 and _LISTING.match(text)):
         return Fault.GONE
     if isinstance(error, InvalidPathError):
         return Fault.PATH
-    if _NO_CREDENTIALS.search(text):
+    if _METADATA_SERVER.search(text):  # the last place where credentials are looked for
         return Fault.NO_CREDENTIALS
-    if _WRONG_REGION.search(text):
+    if code in _REGION_CODES or status == 301 or "Received redirect without LOCATION" in text:
         return Fault.REGION
-    if isinstance(error, (PermissionDeniedError, UnauthenticatedError, PermissionError)) or _REFUSED.search(text):
+    refused = (PermissionDeniedError, UnauthenticatedError, PermissionError)
+    if isinstance(error, refused) or status in (401, 403) or code in _DENIED_CODES:
         return Fault.DENIED
     if isinstance(error, FileNotFoundError):
         return Fault.MISSING

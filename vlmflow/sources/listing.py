@@ -7,6 +7,7 @@ Names that start with a dot or an underscore are left out, folders as well as fi
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from vlmflow.storage import STORE_ERRORS, Address, Fault, access_error, local_ve
 
 LISTING = pa.schema([("uri", pa.string()), ("object_version", pa.string()), ("size_bytes", pa.int64())])
 
-_HIDDEN = r"(^|/)[._]"
+HIDDEN = re.compile(r"(^|/)[._]")
 
 
 def list_objects(uri: str, stores: Stores) -> Iterator[pa.RecordBatch]:
@@ -57,7 +58,7 @@ def _list_store(address: Address, stores: Stores) -> Iterator[pa.RecordBatch]:
         for page in obstore.list(store, prefix or None, chunk_size=BATCH_ROWS, return_arrow=True):
             batch = pa.record_batch(page)
             names = pc.utf8_slice_codeunits(batch["path"], start=skip)
-            shown = pc.and_(pc.not_equal(names, ""), pc.invert(pc.match_substring_regex(names, _HIDDEN)))
+            shown = pc.and_(pc.not_equal(names, ""), pc.invert(pc.match_substring_regex(names, HIDDEN.pattern)))
             batch = batch.filter(shown)
             uris = pc.binary_join_element_wise(address.root, batch["path"], "/")
             listed = pa.RecordBatch.from_arrays(

@@ -32,6 +32,7 @@ class ParquetSource:
     def __init__(self, config: SourceConfig) -> None:
         self._config = config
         self._stores = Stores(config.storage)
+        self._address = parse_address(config.uri)
 
     @property
     def columns(self) -> pa.Schema:
@@ -49,11 +50,11 @@ class ParquetSource:
 
     def reader(self, limits: ImageLimits) -> Reader:
         """Builds the reader of this source's references."""
-        return SourceReader(self._config, limits, str(parse_address(self._config.uri).parent))
+        return SourceReader(self._config, limits, str(self._address.parent))
 
     @cached_property
     def _files(self) -> Sequence[str]:
-        return list_files(self._config.uri, ".parquet", self._stores)
+        return list_files(str(self._address), ".parquet", self._stores)
 
     @cached_property
     def _columns(self) -> pa.Schema:

@@ -12,6 +12,7 @@ from vlmflow.sources.base import Reader, reference_batch
 from vlmflow.sources.listing import list_objects
 from vlmflow.sources.reader import SourceReader
 from vlmflow.sources.stores import Stores
+from vlmflow.storage import parse_address
 
 
 class PrefixSource:
@@ -20,6 +21,7 @@ class PrefixSource:
     def __init__(self, config: SourceConfig) -> None:
         self._config = config
         self._stores = Stores(config.storage)
+        self._address = parse_address(config.uri)
 
     @property
     def columns(self) -> pa.Schema:
@@ -29,7 +31,7 @@ class PrefixSource:
     def list(self) -> Iterator[pa.RecordBatch]:
         """Yields the references; see :class:`vlmflow.sources.base.Source`."""
         empty = True
-        for listed in list_objects(self._config.uri, self._stores):
+        for listed in list_objects(str(self._address), self._stores):
             if listed.num_rows:
                 empty = False
                 yield reference_batch(dict(zip(listed.schema.names, listed.columns, strict=True)))
@@ -38,7 +40,7 @@ class PrefixSource:
 
     def reader(self, limits: ImageLimits) -> Reader:
         """Builds the reader of this source's references."""
-        return SourceReader(self._config, limits, self._config.uri)
+        return SourceReader(self._config, limits, str(self._address))
 
 
 def no_images(uri: str) -> EmptySourceError:

@@ -25,7 +25,7 @@ from vlmflow.errors import (
 from vlmflow.sources.base import Fetched
 from vlmflow.sources.http import HttpFetcher
 from vlmflow.sources.parquet_rows import read_cells
-from vlmflow.sources.stores import CONCURRENT_REQUESTS, Failure, Stores
+from vlmflow.sources.stores import CONCURRENT_REQUESTS, Failure, Stores, run_in_loop
 from vlmflow.sources.uris import is_http
 from vlmflow.storage import (
     STORE_ERRORS,
@@ -79,7 +79,7 @@ class SourceReader:
     def read(self, refs: pa.Table) -> list[Fetched]:
         """Reads one image for each reference, in order; see :class:`vlmflow.sources.base.Reader`."""
         rows: list[Any] = refs.select(_COLUMNS).to_pylist()
-        results = asyncio.run(self._read_all(rows))
+        results = run_in_loop(self._read_all(rows))
         self._raise_if_lost(rows, results)
         return [self._recorded(result) for result in results]
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Protocol, cast
+from typing import TYPE_CHECKING, BinaryIO, TypeVar, cast
 
 import obstore
 
@@ -28,9 +29,7 @@ from vlmflow.storage import (
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
-    class _Buffer(Protocol):
-        def __len__(self) -> int: ...
-
+Answer = TypeVar("Answer")
 
 # Requests at a time of one worker: hides the latency of a store, and bounds what lies in memory.
 CONCURRENT_REQUESTS = 16
@@ -54,6 +53,12 @@ class Failure:
     error: Exception
 
 
+def run_in_loop(coroutine: Coroutine[object, object, Answer]) -> Answer:
+    """Runs a coroutine to its end in a thread of its own: that of the caller may run a loop, as in a notebook."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, coroutine).result()
+
+
 class Stores:
     """Opens each store once; pickled, it forgets what it has opened."""
 
@@ -73,7 +78,7 @@ class Stores:
 
     def heads(self, uris: Sequence[str]) -> list[ObjectHead | Failure]:
         """Asks for the versions of many objects, several at a time."""
-        return asyncio.run(self._heads(uris))
+        return run_in_loop(self._heads(uris))
 
     async def _heads(self, uris: Sequence[str]) -> list[ObjectHead | Failure]:
         slots = asyncio.Semaphore(_CONCURRENT_HEADS)

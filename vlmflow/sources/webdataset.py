@@ -1,7 +1,8 @@
 """WebDataset shards (https://github.com/webdataset/webdataset): tar files in which members of one key belong together.
 
 Only headers and small texts are read to list a shard, through ranged reads. Members ``.txt``, ``.json`` and ``.cls``
-become columns of the images with the same key; every other member is taken for an image.
+become columns of the images with the same key, unless they are larger than a megabyte; every other member is taken
+for an image.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ import pyarrow as pa
 from vlmflow.config import ImageLimits, SourceConfig
 from vlmflow.errors import SourceError
 from vlmflow.sources.base import BATCH_ROWS, Reader, reference_batch
-from vlmflow.sources.listing import list_files
+from vlmflow.sources.listing import HIDDEN, list_files
 from vlmflow.sources.prefix import no_images
 from vlmflow.sources.reader import SourceReader, part_version
 from vlmflow.sources.stores import Stores
+from vlmflow.sources.uris import normalise_uri
 from vlmflow.storage import STORE_ERRORS, access_error, parse_address
 
 SIDE_COLUMNS = ("txt", "json", "cls")
@@ -45,6 +47,7 @@ class WebDatasetSource:
     def __init__(self, config: SourceConfig) -> None:
         self._config = config
         self._stores = Stores(config.storage)
+        self._address = parse_address(config.uri)
 
     @property
     def columns(self) -> pa.Schema:
@@ -70,11 +73,11 @@ class WebDatasetSource:
 
     def reader(self, limits: ImageLimits) -> Reader:
         """Builds the reader of this source's references."""
-        return SourceReader(self._config, limits, str(parse_address(self._config.uri).parent))
+        return SourceReader(self._config, limits, str(self._address.parent))
 
     @cached_property
     def _shards(self) -> Sequence[str]:
-        return list_files(self._config.uri, ".tar", self._stores)
+        return list_files(str(self._address), ".tar", self._stores)
 
     def _list_shard(self, uri: str) -> Sequence[pa.RecordBatch]:
         file, head = self._stores.open_file(uri)
@@ -102,7 +105,7 @@ class WebDatasetSource:
         parts = [(image.offset_data, image.size) for image, _ in rows]
         side = [pa.array([texts.get(name) for _, texts in rows], pa.string()) for name in SIDE_COLUMNS]
         given = {
-            "uri": pa.array([f"{uri}#{image.name}" for image, _ in rows], pa.string()),
+            "uri": pa.array([normalise_uri(f"{uri}#{image.name}") for image, _ in rows], pa.string()),
             "locator": pa.repeat(uri, len(rows)),
             "offset": pa.array([offset for offset, _ in parts], pa.int64()),
             "length": pa.array([length for _, length in parts], pa.int64()),
@@ -119,12 +122,13 @@ def _samples(file: BinaryIO, uri: str) -> Iterator[_Sample]:
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
             tar.members = []  # type: ignore[attr-defined]  # it would keep every header
-            folder, _, name = member.name.rpartition("/")
-            if not member.isreg() or name.startswith((".", "_")):
+            member.name = member.name.removeprefix("./")
+            if not member.isreg() or HIDDEN.search(member.name):
                 continue
             if member.name in names:
                 raise SourceError(f"{uri} holds {member.name} twice", remedy="Write the shard again.")
             names.add(member.name)
+            folder, _, name = member.name.rpartition("/")
             stem, _, extension = name.partition(".")
             key = f"{folder}/{stem}"
             if key != sample.key:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import json
 import tracemalloc
@@ -124,6 +125,16 @@ def test_a_key_tells_rows_of_one_uri_apart(tmp_path: Path) -> None:
     assert refs["key"].to_pylist() == ["0", "1", "2"]
     assert len(set(refs["image_id"].to_pylist())) == 3
     assert [row["sku"] for row in refs["source"].to_pylist()] == [0, 1, 2], "the caller's column keeps its type"
+
+
+def test_a_manifest_is_listed_and_read_where_an_event_loop_runs_already(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"data")
+    path = write_manifest(tmp_path, "jsonl", [{"uri": "a.jpg"}])
+
+    async def notebook() -> bytes | None:
+        return open_source(SourceConfig(uri=str(path))).reader(ImageLimits()).read(references(path))[0].data
+
+    assert asyncio.run(notebook()) == b"data"
 
 
 def test_versions_of_the_manifest_are_taken_instead_of_asking(tmp_path: Path) -> None:

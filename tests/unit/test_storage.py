@@ -1,0 +1,80 @@
+"""Addresses, settings, and what the errors of stores mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from obstore.exceptions import GenericError, PermissionDeniedError
+
+from vlmflow.config import StorageConfig
+from vlmflow.errors import ConfigError, SourceError
+from vlmflow.storage import Fault, delta_storage_options, fault_of, open_store, parse_address, read_bytes
+
+
+def test_an_address_is_its_store_and_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert parse_address("s3://bucket/a b/c%20#?/") == ("s3://bucket", "a b/c%20#?")
+    assert parse_address("S3A://bucket") == ("s3://bucket", "")
+    assert parse_address("abfss://box@account.dfs.core.windows.net/a") == (
+        "abfss://box@account.dfs.core.windows.net",
+        "a",
+    )
+    assert parse_address("images/x") == ("", str(tmp_path / "images/x"))
+    assert parse_address("file:///a%20b") == ("", "/a b")
+    assert parse_address("s3://bucket/p/q").child("r") == "s3://bucket/p/q/r"
+    assert str(parse_address("s3://bucket/p/q").parent) == "s3://bucket/p"
+    assert str(parse_address("s3://bucket/p").parent) == "s3://bucket"
+    assert str(parse_address("/p").parent) == "/"
+
+
+@pytest.mark.parametrize("uri", ["https://host/list.csv", "ftp://host", "s3://", "gs:///x", "s3://key:secret@bucket/x"])
+def test_an_address_that_is_none_is_a_configuration_error(uri: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_address(uri)
+    assert caught.value.remedy
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket/x", "gs://bucket/x", "abfss://box@account.dfs.core.windows.net/x"])
+def test_every_store_takes_the_same_settings(uri: str) -> None:
+    config = StorageConfig(endpoint="http://127.0.0.1:9000", region="eu-west-1", anonymous=True)
+    store, path = open_store(uri, config)
+    assert path == "x"
+    options = delta_storage_options(config, uri)
+    assert "http://127.0.0.1:9000" in options.values()
+    assert any(name.endswith("skip_signature") for name in options)
+    assert type(store).__name__ in ("S3Store", "GCSStore", "AzureStore")
+
+
+def test_the_local_disk_needs_no_settings(tmp_path: Path) -> None:
+    assert delta_storage_options(StorageConfig(), str(tmp_path)) == {}
+    (tmp_path / "a#1").write_bytes(b"x")
+    assert read_bytes(str(tmp_path / "a#1"), StorageConfig()) == b"x"
+    with pytest.raises(SourceError, match="gone does not exist"):
+        read_bytes(str(tmp_path / "gone"), StorageConfig())
+
+
+def answered(status: str, code: str = "") -> str:
+    return (
+        f"Error performing GET http://h/b/k in 1ms - Server returned non-2xx status code: {status}: <Code>{code}</Code>"
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "fault"),
+    [
+        (FileNotFoundError(f"Object at location k not found: {answered('404 Not Found', 'NoSuchKey')}"), Fault.MISSING),
+        (FileNotFoundError(f"Object at location k not found: {answered('404 Not Found', 'NoSuchBucket')}"), Fault.GONE),
+        (GenericError(f"Generic S3 error: Error performing list request: {answered('404 Not Found')}"), Fault.GONE),
+        (PermissionDeniedError("no"), Fault.DENIED),
+        (GenericError(f"Generic S3 error: {answered('400 Bad Request', 'ExpiredToken')}"), Fault.DENIED),
+        (GenericError(f"Generic S3 error: {answered('503 Service Unavailable', 'SlowDown')}"), Fault.TRANSIENT),
+        (GenericError("Generic S3 error: Error performing PUT http://169.254.169.254/x"), Fault.NO_CREDENTIALS),
+        (GenericError("Generic S3 error: HTTP error: TimedOut"), Fault.TIMEOUT),
+        # The name of an object is no answer of its store.
+        (FileNotFoundError("Object at location NoSuchBucket 403 Forbidden AccessDenied.jpg not found"), Fault.MISSING),
+    ],
+)
+def test_an_error_of_a_store_is_told_by_its_answer(error: Exception, fault: Fault) -> None:
+    assert fault_of(error) is fault

@@ -190,9 +190,9 @@ def describe_validation(error: ValidationError, *, what: str) -> str:
     """One line that names every key that does not fit, and why. Values are not repeated: they may be secret."""
     parts = []
     for item in error.errors(include_url=False, include_input=False):
-        where = ".".join(str(step) for step in item["loc"]) or "job"
+        where = ".".join(str(step) for step in item["loc"])
         reason = "unknown key" if item["type"] == "extra_forbidden" else item["msg"].removeprefix("Value error, ")
-        parts.append(f"{where}: {reason}")
+        parts.append(f"{where}: {reason}" if where else reason)
     return f"{what}: " + "; ".join(parts)
 
 

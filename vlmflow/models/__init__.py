@@ -14,7 +14,7 @@ from vlmflow.config import ModelConfig
 from vlmflow.imaging import PixelRequest
 from vlmflow.models.identity import CODE_VERSIONS, ModelIdentity
 from vlmflow.models.preprocessing import read_preprocessing
-from vlmflow.models.profiles import ModelStatus, ProfileStatus, describe_profiles, resolve_models
+from vlmflow.models.profiles import ModelStatus, ProfileStatus, check_family, describe_profiles, resolve_models
 from vlmflow.models.weights import locate, weights_digest
 
 if TYPE_CHECKING:
@@ -90,8 +90,10 @@ def identify(role: str, config: ModelConfig) -> ModelIdentity:
     """What rows remember of the model, from its files alone; the model is not built.
 
     Raises:
+        ConfigError: the model does not belong to the family of the role.
         WeightsError: the files are absent, or cannot be used.
     """
+    check_family(role, config)
     folder = locate(config)
     return ModelIdentity(
         id=config.repo or folder.name,
@@ -109,7 +111,8 @@ def pixel_request(role: str, config: ModelConfig, views: tuple[str, ...]) -> Pix
         WeightsError: a configuration file is absent, or asks for what vlmflow does not do.
     """
     preprocessing = read_preprocessing(locate(config), config)
-    return PixelRequest(preprocessing.size, preprocessing.interpolation, views if role == "embed" else ("squash",))
+    others = [view for view in views if view != "squash"] if role == "embed" else []
+    return PixelRequest(preprocessing.size, preprocessing.interpolation, ("squash", *others))
 
 
 def load_embedder(config: ModelConfig, device: str) -> ImageEmbedder:

@@ -55,8 +55,8 @@ def read_open_clip_model(folder: Path, architecture: str | None) -> dict[str, An
     path = folder / "open_clip_config.json"
     if path.is_file():
         model = read_json(path).get("model_cfg")
-        if not isinstance(model, dict):
-            raise WeightsError(f"weights: {path} has no model_cfg", remedy="Copy open_clip's own file.")
+        if not isinstance(model, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= model.keys():
+            raise WeightsError(f"weights: {path} has no whole model_cfg", remedy="Copy open_clip's own file.")
         return model
     if architecture is None:
         raise WeightsError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from vlmflow.config import Job, ModelConfig, default_models_dir
 from vlmflow.errors import ConfigError
@@ -104,16 +104,26 @@ def resolve_models(job: Job) -> dict[str, ModelConfig]:
     if job.profile not in PROFILES:
         raise ConfigError(f"profile {job.profile}: unknown", remedy=f"Use one of {', '.join(PROFILES)}.")
     configs: dict[str, ModelConfig] = {}
-    for role, family in FAMILIES.items():
+    for role in FAMILIES:
         if role not in job.tasks:
             continue
         config = job.models.get(role) or _profile_config(job.profile, role, job.models_dir)
-        if config.family != family:
-            raise ConfigError(f"models.{role}: family {config.family}", remedy=f"Use a model of the family {family}.")
+        check_family(role, config)
         if config.path is not None:
             require_folder(config, licence=_licence(config))
         configs[role] = config
     return configs
+
+
+def check_family(role: str, config: ModelConfig) -> None:
+    """Refuses a model that cannot play its role.
+
+    Raises:
+        ConfigError: it belongs to the family of another role.
+    """
+    family = FAMILIES[cast(Role, role)]
+    if config.family != family:
+        raise ConfigError(f"models.{role}: family {config.family}", remedy=f"Use a model of the family {family}.")
 
 
 def describe_profiles(models_dir: Path | None = None) -> list[ProfileStatus]:

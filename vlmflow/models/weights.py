@@ -82,7 +82,9 @@ def find_weights(folder: Path, family: str) -> list[Path]:
         if not path.is_file():
             continue
         if path.suffix == ".json":
-            return sorted({folder / shard for shard in read_json(path).get("weight_map", {}).values()})
+            shards = sorted({folder / shard for shard in read_json(path).get("weight_map", {}).values()})
+            # The index could name a pickle, or a shard that was not copied.
+            return shards if all(s.suffix == ".safetensors" and s.is_file() for s in shards) else []
         return [path]
     return []
 

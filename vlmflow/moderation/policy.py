@@ -235,14 +235,25 @@ def write_binding(path: Path, binding: Binding) -> None:
     path.write_text(f"{head}\n{tail}", encoding="utf-8")
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which YAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key} twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: Path) -> Any:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)  # a SafeLoader: it makes data only
     except OSError as error:
         raise PolicyError(f"policy {path}: {error.strerror}", remedy="Name an existing YAML file.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise PolicyError(f"policy {path} is not YAML: {reason}", remedy="Fix the syntax.") from error
+        raise PolicyError(f"policy {path} is no YAML mapping: {reason}", remedy="Fix the line named.") from error
 
 
 def _digest(content: object) -> str:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.models import make_captioner, make_clip
+from tests.models import make_captioner, make_clip, random_pixels
 from vlmflow.config import ModelConfig
 from vlmflow.errors import WeightsError
 from vlmflow.models import identify, load_captioner, load_embedder, pixel_request
@@ -166,3 +166,16 @@ def test_blip_that_asks_for_another_preprocessing_is_refused(tmp_path: Path) -> 
     edit_json(folder / "preprocessor_config.json", {"resample": 2, "size": {"height": 64, "width": 64}})
     with pytest.raises(WeightsError, match=r"size 64, but config\.json says 32"):
         pixel_request("caption", ModelConfig(family="blip_caption", path=str(folder)), ("squash",))
+
+
+def test_an_index_that_names_a_pickle_or_a_shard_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    folder = make_captioner(tmp_path)
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    index = folder / "model.safetensors.index.json"
+    for shard in ("pytorch_model.bin", "model-2.safetensors"):
+        index.write_text(json.dumps({"metadata": {}, "weight_map": {"a": "model-1.safetensors", "b": shard}}))
+        with pytest.raises(WeightsError, match="no safetensors file"):
+            locate(ModelConfig(family="blip_caption", path=str(folder)))
+    keys = load_file(folder / "model-1.safetensors").keys()
+    index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(keys, "model-1.safetensors")}))
+    assert load_captioner(ModelConfig(family="blip_caption", path=str(folder)), "cpu").caption(random_pixels(1), 3)

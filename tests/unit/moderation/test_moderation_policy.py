@@ -74,8 +74,9 @@ def test_labels_keep_the_order_of_the_file(tmp_path: Path) -> None:
         (label(review="0.5"), "categories.0.labels.0.review: "),
         (label(name="Big Gun"), "categories.0.labels.0.name: "),
         (content(categories=[content()["categories"][0]] * 2), "categories: named twice: weapons"),
-        ([1, 2], "job: "),
-        ("name: [", "is not YAML"),
+        ([1, 2], "policy.yaml: Input should be"),
+        ("name: [", "is no YAML mapping"),
+        ("name: a\nname: b", "key name twice"),
     ],
 )
 def test_a_policy_that_does_not_fit_is_one_line_with_file_and_key(tmp_path: Path, data: object, words: str) -> None:

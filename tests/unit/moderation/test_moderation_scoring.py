@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -103,6 +104,16 @@ def test_margins_are_equal_to_the_bit_in_every_batch_and_order(order: list[int],
     whole = scorer.score(vectors)
     parts = [scorer.score(vectors[order[start : start + size]]) for start in range(0, 150, size)]
     assert np.concatenate(parts).tobytes() == whole[order].tobytes()
+
+
+@settings(max_examples=30, deadline=None)
+@given(order=st.permutations(range(60)), size=st.integers(1, 60))
+def test_labels_and_decisions_are_equal_in_every_batch_and_order(order: list[int], size: int) -> None:
+    images = [[[value / 10 - 3, value % 7 - 3.3, 0.1]] for value in range(60)]
+    whole = moderate(images)
+    parts = [moderate([images[i] for i in order[start : start + size]]) for start in range(0, 60, size)]
+    assert pa.concat_arrays([part.labels for part in parts]).equals(whole.labels.take(pa.array(order)))
+    assert [d for part in parts for d in part.decision.to_pylist()] == whole.decision.take(pa.array(order)).to_pylist()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.05, 0.001])

@@ -18,8 +18,8 @@ from vlmflow.catalog.commit import Change
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.keys import concat, digest_of, duplicates, index_of, to_binary, to_words
 from vlmflow.catalog.log import DataFile, Snapshot
+from vlmflow.catalog.merge import merge
 from vlmflow.catalog.read import read_rows
-from vlmflow.catalog.rows import merge
 from vlmflow.catalog.writer import write_file
 from vlmflow.errors import CatalogError
 

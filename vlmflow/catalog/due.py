@@ -13,18 +13,8 @@ import pyarrow.compute as pc
 
 from vlmflow import schema
 from vlmflow.catalog.keys import text_digests
-from vlmflow.catalog.rows import (
-    FAILED,
-    MISSING,
-    OK,
-    UNREADABLE,
-    Mask,
-    attempt_digest,
-    equal,
-    failed_tasks,
-    is_valid,
-    rows_of_image_errors,
-)
+from vlmflow.catalog.masks import Mask, equal, is_valid
+from vlmflow.catalog.rows import FAILED, MISSING, OK, UNREADABLE, attempt_digest, failed_tasks, rows_of_image_errors
 
 MAX_ATTEMPTS = 3  # per object version and fingerprints
 

@@ -25,8 +25,8 @@ from vlmflow.catalog.due import LEDGER, Due, PlanRequest, decide
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.keys import duplicates, index_of, to_binary, to_words
 from vlmflow.catalog.log import DataFile, Snapshot
+from vlmflow.catalog.masks import Mask
 from vlmflow.catalog.read import read_rows
-from vlmflow.catalog.rows import Mask
 from vlmflow.catalog.spill import Spill
 from vlmflow.errors import SourceError
 

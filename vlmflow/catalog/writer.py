@@ -14,7 +14,8 @@ from vlmflow.catalog.columns import conform, flat
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.keys import to_binary
 from vlmflow.catalog.log import DataFile, TableName, file_stats
-from vlmflow.catalog.rows import RunConstants, holds, stage_rows
+from vlmflow.catalog.masks import holds
+from vlmflow.catalog.rows import RunConstants, stage_rows
 from vlmflow.errors import CatalogError
 
 STAGING = "staging"  # STAGING/<run>/: rows that replace live ones, until the commit has merged them

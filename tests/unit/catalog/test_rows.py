@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from tests.catalog_samples import DATE, TASKS, constants, fingerprints, finish, references, request
 from vlmflow import schema
-from vlmflow.catalog.rows import STATUSES, attempt_digest, merge, stage_rows
+from vlmflow.catalog.merge import merge
+from vlmflow.catalog.rows import STATUSES, attempt_digest, stage_rows
 from vlmflow.errors import RowErrorClass
 
 UNREADABLE = ("decode", "truncated")

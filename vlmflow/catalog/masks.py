@@ -1,0 +1,56 @@
+"""Masks over columns: which rows are null, equal, or hold something in a list."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from vlmflow.catalog.columns import flat
+
+Mask: TypeAlias = npt.NDArray[np.bool_]
+
+
+def as_mask(values: pa.Array | pa.ChunkedArray) -> Mask:
+    """Booleans of Arrow, without nulls, as a mask."""
+    return np.asarray(
+        values.to_numpy(zero_copy_only=False) if isinstance(values, pa.Array) else values.to_numpy(), bool
+    )
+
+
+def is_valid(values: pa.Array | pa.ChunkedArray) -> Mask:
+    """Rows that are not null."""
+    return as_mask(pc.is_valid(values))
+
+
+def equal(left: pa.Array | pa.ChunkedArray, right: pa.Array | pa.ChunkedArray | str) -> Mask:
+    """Both known and equal."""
+    return as_mask(pc.fill_null(pc.equal(left, right), False))
+
+
+def same_or_null(left: pa.ChunkedArray, right: pa.ChunkedArray) -> Mask:
+    """Equal, or both null."""
+    both_null = pc.and_(pc.is_null(left), pc.is_null(right))
+    return equal(left, right) | as_mask(both_null)
+
+
+def explode(lists: pa.ChunkedArray) -> tuple[npt.NDArray[np.int64], pa.Array]:
+    """The items of all lists, each with the number of its row."""
+    whole = flat(lists)
+    return pc.list_parent_indices(whole).to_numpy(zero_copy_only=False).astype(np.int64), pc.list_flatten(whole)
+
+
+def field_strings(items: pa.Array, field: str) -> npt.NDArray[np.object_]:
+    """A field of structs, as an array of strings. For what is rare, such as errors: each becomes an object."""
+    return np.asarray(pc.struct_field(items, field).to_pylist(), dtype=object)
+
+
+def holds(lists: pa.ChunkedArray, value: str) -> Mask:
+    """Rows whose list holds ``value``."""
+    rows, items = explode(lists)
+    marks = np.zeros(len(lists), dtype=np.bool_)
+    marks[rows[as_mask(pc.fill_null(pc.equal(items, value), False))]] = True
+    return marks

@@ -40,9 +40,9 @@ PROFILES: dict[str, Profile] = {
     STARTER: Profile(
         "ships with the package; drawings only: for the demo and tests, NOT for photographs",
         {
-            "embed": ProfileModel("vlmflow/starter-clip", "clip", "Apache-2.0", 4_000_000),
-            "caption": ProfileModel("vlmflow/starter-captioner", "captioner", "Apache-2.0", 5_000_000),
-            "match": ProfileModel("vlmflow/starter-matcher", "matcher", "Apache-2.0", 5_000_000),
+            "embed": ProfileModel("vlmflow/starter-clip", "clip", "Apache-2.0", 3_768_577),
+            "caption": ProfileModel("vlmflow/starter-captioner", "captioner", "Apache-2.0", 4_180_254),
+            "match": ProfileModel("vlmflow/starter-matcher", "matcher", "Apache-2.0", 4_216_898),
         },
     ),
     "base": Profile(

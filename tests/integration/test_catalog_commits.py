@@ -267,7 +267,7 @@ def test_a_commit_that_always_loses_says_so(catalog: Catalog, monkeypatch: pytes
         raise CommitFailedError("lost")
 
     monkeypatch.setattr(commit_module, "_write", lose)
-    with pytest.raises(CommitError, match="lost 2 times"):
+    with pytest.raises(CommitError, match="other writers won 2 times"):
         catalog.commit("r1", files)
     assert rows_by_name(catalog) == {}
 

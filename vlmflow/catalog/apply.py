@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -57,8 +58,7 @@ class ImageChanges:
         self._folder = folder
         self._added = added
         self._new = _new_files(files.filter(pc.equal(files["kind"], "add")))
-        staged = files.filter(pc.equal(files["kind"], "replace"))
-        self._staged = self._read_staged(staged["path"].to_pylist())
+        self.staged_paths: list[str] = files.filter(pc.equal(files["kind"], "replace"))["path"].to_pylist()
         # Files never change, so what one attempt wrote serves the next, where it decides the same.
         self._written: dict[str, _Written | None] = {}
         self.outcome = Outcome()
@@ -167,11 +167,12 @@ class ImageChanges:
     def _read(self, file: DataFile) -> pa.Table:
         return read_rows(self._folder, "images", file)
 
-    def _read_staged(self, paths: list[str]) -> pa.Table:
+    @cached_property
+    def _staged(self) -> pa.Table:
         """All staged rows of this commit; of an image that stands there twice, the first row."""
-        if not paths:
+        if not self.staged_paths:
             return pa.schema([("image_id", pa.string()), ("live_file", pa.string())]).empty_table()
-        tables = [self._folder.read_parquet(path) for path in paths]
+        tables = [self._folder.read_parquet(path) for path in self.staged_paths]
         rows = pa.concat_tables(tables, promote_options="permissive")
         return rows.filter(pa.array(~duplicates(to_binary(rows["image_id"]))))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,7 +28,8 @@ from vlmflow.catalog.runs import RunStore
 from vlmflow.catalog.writer import CatalogWriter
 from vlmflow.config import CatalogConfig
 
-DEFAULT_TARGET_BYTES = 128 * 1024 * 1024
+# A replacement copies the files of its rows: those of images stay smaller, for that to be quick.
+TARGET_BYTES: Mapping[TableName, int] = {"images": 32 * 1024 * 1024, "embeddings": 128 * 1024 * 1024}
 
 
 @dataclass(frozen=True)
@@ -153,13 +154,17 @@ class Catalog:
             repeated=done.repeated,
         )
 
-    def compact(self, run_id: str, *, target_bytes: int = DEFAULT_TARGET_BYTES) -> CompactResult:
-        """Joins small files, and leaves out embeddings that no row refers to, of runs that write no more."""
+    def compact(self, run_id: str, *, target_bytes: Mapping[TableName, int] = TARGET_BYTES) -> CompactResult:
+        """Joins small files, and leaves out embeddings that no row refers to, of runs that write no more.
+
+        Args:
+            target_bytes: about how large files become, per table.
+        """
         # The states first: a run that is over before the rows are read cannot refer to more.
         over = {run.run_id for run in self.runs.list() if run.state != "running"}
         unreferenced = Unreferenced(self._folder, self._images.refresh(), over)
-        images = compact_table(self._images, run_id, target_bytes, None)
-        return images + compact_table(self._embeddings, run_id, target_bytes, unreferenced)
+        images = compact_table(self._images, run_id, target_bytes["images"], None)
+        return images + compact_table(self._embeddings, run_id, target_bytes["embeddings"], unreferenced)
 
     def images(self, columns: Sequence[str] | None = None) -> pa.Table:
         """The live rows of the images table, one per image."""
@@ -203,6 +208,8 @@ class Catalog:
         since: int = pc.min(files["plan_version"]).as_py()
         changes = ImageChanges(self._folder, files, self._added_since(since))
         done = commit(self._images, CommitRequest(commit_id, run_id, "enrich", since), changes.propose)
+        for path in changes.staged_paths:
+            self._folder.delete(path)  # merged: their rows are in the table
         return (Outcome() if done.repeated else changes.outcome), done
 
     def _added_since(self, version: int) -> AddedKeys:

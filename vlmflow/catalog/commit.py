@@ -25,14 +25,15 @@ from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import AddAction, CommitProperties, RemoveAction, Transaction
 
 from vlmflow.catalog.folder import Folder
-from vlmflow.catalog.log import APPLICATION_ID, DataFile, Snapshot, TableLog
+from vlmflow.catalog.log import APPLICATION_ID, COMMIT_ID, DataFile, Snapshot, TableLog
 from vlmflow.errors import CommitError
+from vlmflow.storage import access_error
 
-COMMIT_ID = "vlmflow.commit_id"
 RUN_ID = "vlmflow.run_id"
 OPERATION = "vlmflow.operation"
 
-MAX_ATTEMPTS = 60
+MAX_ATTEMPTS = 60  # at conflicts
+MAX_FAULTS = 5  # of the store
 _FIRST_DELAY_S = 0.05
 _LONGEST_DELAY_S = 3.0
 
@@ -83,15 +84,20 @@ def commit(log: TableLog, request: CommitRequest, propose: Callable[[Snapshot], 
     Raises:
         CommitError: the change does not fit the snapshot that it was decided on (a file to remove is not live, a
             file to add does not exist or is in the table), or other writers won every attempt.
+        StorageAccessError: the store refuses to be written to, or is gone.
+        TransientError: the store failed again and again.
     """
     looked_up_to = request.since
-    last_error: Exception | None = None
-    for attempt in range(MAX_ATTEMPTS):
+    faults: list[Exception] = []
+    for attempt in range(MAX_ATTEMPTS + 1):
         if attempt:
             time.sleep(random.uniform(0, min(_LONGEST_DELAY_S, _FIRST_DELAY_S * 2**attempt)))
         snapshot = log.refresh()
-        if _is_in_log(log.table, request.commit_id, looked_up_to):
+        # Also after a failed attempt: it may have been made all the same, its answer lost.
+        if log.was_committed(request.commit_id, looked_up_to):
             return Committed(snapshot.version, attempt, repeated=attempt == 0)
+        if attempt == MAX_ATTEMPTS or len(faults) == MAX_FAULTS:
+            break
         looked_up_to = snapshot.version
         change = propose(snapshot)
         if change.is_empty:
@@ -99,23 +105,19 @@ def commit(log: TableLog, request: CommitRequest, propose: Callable[[Snapshot], 
         _check(log.folder, log.name, change, snapshot)
         try:
             _write(log.table, request, change, snapshot.number + 1)
-        except (CommitFailedError, DeltaError, OSError) as error:
-            # A lost race; or a store that failed, perhaps after the commit: the next look at the log tells.
-            logger.debug("commit %s to %s, attempt %d: %s", request.commit_id, log.name, attempt, error)
-            last_error = error
-            continue
-        return Committed(log.refresh().version, attempt, repeated=False)
-    if _is_in_log(log.refreshed_table(), request.commit_id, looked_up_to):
-        return Committed(log.refresh().version, MAX_ATTEMPTS, repeated=False)
+        except CommitFailedError:
+            logger.debug("%s: another writer was first, attempt %d", log.name, attempt)
+        except (DeltaError, OSError) as error:
+            logger.warning("%s: the commit failed and is looked at again: %s", log.name, error)
+            faults.append(error)
+        else:
+            return Committed(log.refresh().version, attempt, repeated=False)
+    if len(faults) == MAX_FAULTS:
+        raise access_error(faults[-1], log.folder.config.uri) from faults[-1]
     raise CommitError(
-        f"{log.name}: commit {request.commit_id} of run {request.run_id} lost {MAX_ATTEMPTS} times; last: {last_error}",
+        f"{log.name}: other writers won {MAX_ATTEMPTS} times over a commit of run {request.run_id}",
         remedy="Run the same command again when fewer runs write to this catalog.",
-    ) from last_error
-
-
-def _is_in_log(table: DeltaTable, commit_id: str, since: int) -> bool:
-    newer = table.version() - since
-    return newer > 0 and any(entry.get(COMMIT_ID) == commit_id for entry in table.history(newer))
+    )
 
 
 def _check(folder: Folder, table: str, change: Change, snapshot: Snapshot) -> None:

@@ -46,7 +46,7 @@ class PlanRequest:
     policy_digest: str | None
     decoder: str
     date: dt.date  # ingest_date of images not seen before
-    limit: int | None = None  # at most this many images, in listing order
+    limit: int | None = None  # at most this many of the images due, in listing order; all are listed
 
 
 @dataclass

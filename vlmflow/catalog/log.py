@@ -14,10 +14,12 @@ from deltalake.exceptions import DeltaError, TableNotFoundError
 
 from vlmflow.catalog.folder import Folder
 from vlmflow.errors import CatalogError
+from vlmflow.storage import access_error
 
 TableName: TypeAlias = Literal["images", "embeddings"]
 
 APPLICATION_ID = "vlmflow"  # shared by all writers: each commit takes its next number
+COMMIT_ID = "vlmflow.commit_id"  # in the metadata of a commit
 SCHEMA_VERSION = "1"  # of IMAGES and EMBEDDINGS; raised together with a migration
 _SCHEMA_VERSION_KEY = "vlmflow.schemaVersion"
 
@@ -57,6 +59,7 @@ class TableLog:
         self.folder = folder
         self.name: TableName = name
         self.table = table
+        self._commit_ids: dict[int, str | None] = {}  # by version; of the versions looked at, without gaps
 
     @classmethod
     def open(cls, folder: Folder, name: TableName) -> TableLog:
@@ -72,6 +75,8 @@ class TableLog:
                 f"no catalog at {folder.config.uri}: its table {name} is absent",
                 remedy="Check the address, or create the catalog with `vlmflow enrich`.",
             ) from error
+        except (DeltaError, OSError) as error:
+            raise _unusable(folder, name, "cannot be read", error) from error
         found = table.metadata().configuration.get(_SCHEMA_VERSION_KEY)
         if found != SCHEMA_VERSION:
             raise CatalogError(
@@ -91,14 +96,17 @@ class TableLog:
         if not cls.exists(folder, name):
             try:
                 _create(folder, name, columns)
-            except (DeltaError, OSError):
+            except (DeltaError, OSError) as error:
                 if not cls.exists(folder, name):  # else another run has just created it
-                    raise
+                    raise _unusable(folder, name, "cannot be created", error) from error
         return cls.open(folder, name)
 
     def refreshed_table(self) -> DeltaTable:
         """The handle, at the newest version."""
-        self.table.update_incremental()
+        try:
+            self.table.update_incremental()
+        except (DeltaError, OSError) as error:
+            raise access_error(error, self.folder.config.uri) from error
         return self.table
 
     def refresh(self) -> Snapshot:
@@ -110,6 +118,18 @@ class TableLog:
             files=_live_files(table),
             schema=pa.schema(table.schema().to_arrow()),
         )
+
+    def was_committed(self, commit_id: str, since: int) -> bool:
+        """Whether a version after ``since``, up to the one that the handle is at, was made by this commit.
+
+        What was read of the log is remembered: a run asks before each of its commits.
+        """
+        version = self.table.version()
+        known = self._commit_ids
+        start = max(known, default=since) if since >= min(known, default=since + 1) - 1 else since
+        newer = self.table.history(version - start) if version > start else []
+        known |= {entry["version"]: entry.get(COMMIT_ID) for entry in newer}
+        return any(known.get(number) == commit_id for number in range(since + 1, version + 1))
 
     def files_at(self, version: int) -> frozenset[str]:
         """The paths of the files that were live at an earlier version; -1: before the table was there."""
@@ -148,6 +168,14 @@ def _create(folder: Folder, name: TableName, columns: pa.Schema) -> None:
         },
         storage_options=folder.storage_options,
         raise_if_key_not_exists=False,
+    )
+
+
+def _unusable(folder: Folder, name: TableName, what: str, error: Exception) -> CatalogError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return CatalogError(
+        f"{folder.config.uri}: table {name} {what}: {reason}",
+        remedy="Check the address and that the place may be written to; `vlmflow doctor` tries it.",
     )
 
 

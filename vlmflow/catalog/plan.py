@@ -26,7 +26,7 @@ from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.keys import duplicates, index_of, to_binary, to_words
 from vlmflow.catalog.log import DataFile, Snapshot
 from vlmflow.catalog.masks import Mask
-from vlmflow.catalog.read import read_rows
+from vlmflow.catalog.read import read_each, read_rows
 from vlmflow.catalog.spill import Spill
 from vlmflow.errors import SourceError
 
@@ -148,9 +148,8 @@ class _Planner:
 
     def _spread_ledger(self) -> Spill:
         spill = Spill(self._workspace / "ledger", _LEDGER_COLUMNS, NUM_BUCKETS)
-        for number, file in enumerate(self._files):
-            assert self._folder is not None
-            rows = read_rows(self._folder, "images", file, list(LEDGER))
+        each = read_each(self._folder, "images", self._files, LEDGER, ahead=8) if self._folder else []
+        for number, (_, rows) in enumerate(each):
             rows = rows.append_column(_FILE, pa.repeat(pa.scalar(number, pa.int32()), rows.num_rows))
             spill.append(conform(rows, _LEDGER_COLUMNS), _buckets(rows))
         spill.close()

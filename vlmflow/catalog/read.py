@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +30,21 @@ def read_rows(folder: Folder, table: TableName, file: DataFile, columns: Sequenc
     return rows.append_column("ingest_date", pa.repeat(pa.scalar(file.ingest_date, pa.date32()), rows.num_rows))
 
 
+def read_each(
+    folder: Folder, table: TableName, files: Iterable[DataFile], columns: Sequence[str], *, ahead: int
+) -> Iterator[tuple[DataFile, pa.Table]]:
+    """Reads files one after the other, the next ``ahead`` of them meanwhile: a store answers late, but many at once."""
+    with ThreadPoolExecutor(max_workers=ahead) as pool:
+        pending: deque[tuple[DataFile, Future[pa.Table]]] = deque()
+        for file in files:
+            pending.append((file, pool.submit(read_rows, folder, table, file, columns)))
+            if len(pending) > ahead:
+                first, rows = pending.popleft()
+                yield first, rows.result()
+        for first, rows in pending:
+            yield first, rows.result()
+
+
 def image_batches(folder: Folder, images: Snapshot, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
     """The live rows of the images table; first an empty table, so that there is always one.
 
@@ -36,8 +53,8 @@ def image_batches(folder: Folder, images: Snapshot, columns: Sequence[str] | Non
     """
     wanted = _select(images.schema, columns)
     yield wanted.empty_table()
-    for file in images.files.values():
-        yield conform(read_rows(folder, "images", file, wanted.names), wanted)
+    for _, rows in read_each(folder, "images", images.files.values(), wanted.names, ahead=2):
+        yield conform(rows, wanted)
 
 
 def embedding_batches(
@@ -69,8 +86,8 @@ class References:
 
     def __init__(self, folder: Folder, images: Snapshot, date: dt.date) -> None:
         keys, runs = [], []
-        for file in files_by_date(images).get(date, []):
-            rows = read_rows(folder, "images", file, ["image_id", "embed_run_id"])
+        files = files_by_date(images).get(date, [])
+        for _, rows in read_each(folder, "images", files, ["image_id", "embed_run_id"], ahead=8):
             rows = rows.filter(pc.is_valid(rows["embed_run_id"]))
             keys.append(to_binary(rows["image_id"]))
             runs.append(rows["embed_run_id"])

@@ -31,6 +31,9 @@ lint: setup ## ruff: rules and formatting
 types: setup ## mypy, strict
 	$(BIN)/mypy
 
+# Ray's workers and torch's threads would fight for the cores; tests measure no speed.
+test test-all: export OMP_NUM_THREADS = 1
+
 test: lint types ## lint, types and the tests that take minutes, not more
 	$(BIN)/python -m pytest -m "not slow"
 

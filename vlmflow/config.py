@@ -104,6 +104,14 @@ class CommitConfig(Frozen):
     max_seconds: Annotated[float, Field(gt=0)] = 60.0
 
 
+class QuarantineConfig(Frozen):
+    """Images that took their worker down are run once more, each alone."""
+
+    timeout_s: Annotated[float, Field(gt=0)] = 120.0  # per stage of one image
+    max_memory_bytes: Annotated[int, Field(gt=0)] = 4096 * MIB  # beyond what the models need; not limited on GPUs
+    max_images: Annotated[int, Field(ge=0)] = 2_000  # of more than these, something else is wrong
+
+
 class RayConfig(Frozen):
     """The Ray cluster: an embedded one unless an address is given."""
 
@@ -130,6 +138,7 @@ class Job(Frozen):
     max_caption_tokens: Annotated[int, Field(ge=1, le=512)] = 20
     limits: ImageLimits = ImageLimits()
     commit: CommitConfig = CommitConfig()
+    quarantine: QuarantineConfig = QuarantineConfig()
     ray: RayConfig = RayConfig()
     max_error_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5  # over the first 1,000 rows; 1 turns it off
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 from vlmflow import schema
 from vlmflow.config import ImageLimits
 from vlmflow.engine import columns
-from vlmflow.errors import ImageError, StoreLostError
+from vlmflow.errors import ImageError, RowErrorClass, StoreLostError
 from vlmflow.imaging import DecodedImage, PixelRequest, decode
 from vlmflow.sources import Fetched, Reader
 
@@ -44,6 +44,11 @@ class ReadAndDecode:
         outcomes = [self._decode(item) for item in fetched]
         decode_s = time.perf_counter() - started - read_s
         return self._assemble(batch, outcomes, read_s, decode_s, None)
+
+    def failed(self, batch: pa.Table, error_class: RowErrorClass, message: str) -> pa.Table:
+        """What calling it would give if every image of the batch failed so."""
+        outcome = _Outcome(None, 0, None, ("decode", str(error_class), message))
+        return self._assemble(batch, [outcome] * batch.num_rows, 0.0, 0.0, None)
 
     def _decode(self, fetched: Fetched) -> _Outcome:
         if fetched.data is None:

@@ -14,9 +14,8 @@ from vlmflow.config import Job, PoolConfig
 from vlmflow.engine.cluster import Cluster
 from vlmflow.engine.decoding import ReadAndDecode
 from vlmflow.engine.pools import PoolWorker
+from vlmflow.engine.quarantine import Stages
 from vlmflow.errors import ClusterError
-from vlmflow.moderation.prompts import PromptVectors
-from vlmflow.tasks.setup import TaskSetup
 
 # Unequal to what a pool's actors ask for: Ray Data fuses a map into the actors behind it when both ask for the same.
 DECODE_CPUS = 0.45
@@ -73,30 +72,24 @@ def planned_blocks(plan: Plan, cluster: Cluster) -> Iterator[pa.Table]:
     return plan.batches(max_rows=block_rows)
 
 
-def build_pipeline(
-    blocks: list[ray.ObjectRef[pa.Table]],
-    decode: ReadAndDecode,
-    pools: tuple[PoolConfig, ...],
-    setup: TaskSetup,
-    prompts: PromptVectors | None,
-) -> Dataset:
+def build_pipeline(blocks: list[ray.ObjectRef[pa.Table]], stages: Stages) -> Dataset:
     """Chains decoding and the pools; nothing runs until the dataset is consumed."""
     dataset = ray.data.from_arrow_refs(blocks)
     with warnings.catch_warnings():
         # Ray 2.60 announces named parameters for these arguments and has none for the retries yet.
         warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
         dataset = dataset.map_batches(
-            _as_function(decode),
+            _as_function(stages.decode),
             batch_format="pyarrow",
             batch_size=DECODE_BATCH,
             num_cpus=DECODE_CPUS,
             **_TASK_LIMITS,
         )
-        for pool in pools:
+        for pool in stages.pools:
             dataset = dataset.map_batches(
                 PoolWorker,
-                fn_constructor_args=(pool, setup, prompts),
-                fn_constructor_kwargs={"is_last": pool is pools[-1]},
+                fn_constructor_args=(pool, stages.setup, stages.prompts),
+                fn_constructor_kwargs={"is_last": pool is stages.pools[-1]},
                 batch_format="pyarrow",
                 batch_size=pool.batch_size,
                 num_cpus=pool.cpus,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
-import itertools
 import logging
 import queue
 import secrets
@@ -19,12 +18,13 @@ from ray.exceptions import RayError
 
 from vlmflow.catalog import Catalog, Plan, keys, plan_without_catalog
 from vlmflow.config import Job, PoolConfig
-from vlmflow.engine.cluster import Cluster, ray_cluster
+from vlmflow.engine.cluster import ray_cluster
 from vlmflow.engine.collect import Collected, Collector
 from vlmflow.engine.decoding import ReadAndDecode
 from vlmflow.engine.pipeline import build_pipeline, check_pools, default_pools, planned_blocks
 from vlmflow.engine.prepare import Prepared, encode_policy, prepare
 from vlmflow.engine.progress import ProgressDisplay, SilentProgress, Tally
+from vlmflow.engine.quarantine import Quarantine, Stages
 from vlmflow.engine.report import PlanSummary, RunReport, RunStatus, finished_report, initial_report, plan_summary
 from vlmflow.errors import ClusterError, UnreconciledError, VlmflowError
 from vlmflow.imaging import merge_requests
@@ -99,6 +99,7 @@ class _Run:
         self._collected = Collected()
         self._clock = time.monotonic()
         self._startup_s = 0.0
+        self._worker_error: str | None = None
 
     def execute(self) -> RunReport:
         if self._plan.num_planned == 0 and Catalog.exists(self._job.catalog):
@@ -131,9 +132,12 @@ class _Run:
             tally = Tally(total=self._plan.num_planned)
             collector = Collector(catalog, writer, self._run_id, self._job.commit, tally, self._job.max_error_fraction)
             self._collected = collector.collected
+            stages = self._stages(pools, prompts)
+            blocks = [ray.put(block) for block in planned_blocks(self._plan, cluster)]
             with cluster.worker_errors() as worker_errors:
-                self._consume(self._pipeline(cluster, pools, prompts), collector, tally)
-            self._reconcile(worker_errors.first())
+                self._consume(build_pipeline(blocks, stages), collector, tally)
+            self._worker_error = worker_errors.first()
+            self._run_lost(stages, collector, tally)
         self._display.stage("compacting")
         catalog.compact(self._run_id)
 
@@ -145,15 +149,10 @@ class _Run:
                 {"policy.json": policy.model_dump_json(indent=2).encode(), "prompts.safetensors": prompts.to_bytes()},
             )
 
-    def _pipeline(self, cluster: Cluster, pools: tuple[PoolConfig, ...], prompts: PromptVectors | None) -> Dataset:
-        setup, job = self._prepared.setup, self._job
-        decode = ReadAndDecode(
-            reader=self._source.reader(job.limits),
-            requests=tuple(merge_requests(list(setup.requests.values()))),
-            limits=job.limits,
-        )
-        blocks = [ray.put(block) for block in planned_blocks(self._plan, cluster)]
-        return build_pipeline(blocks, decode, pools, setup, prompts)
+    def _stages(self, pools: tuple[PoolConfig, ...], prompts: PromptVectors | None) -> Stages:
+        setup, limits = self._prepared.setup, self._job.limits
+        requests = tuple(merge_requests(list(setup.requests.values())))
+        return Stages(ReadAndDecode(self._source.reader(limits), requests, limits), pools, setup, prompts)
 
     def _consume(self, dataset: Dataset, collector: Collector, tally: Tally) -> None:
         self._display.update(tally)
@@ -179,28 +178,49 @@ class _Run:
         collector.finish()
         self._display.update(tally)
 
-    def _reconcile(self, worker_error: str | None) -> None:
-        """Compares what went in with what came out, by key.
+    def _run_lost(self, stages: Stages, collector: Collector, tally: Tally) -> None:
+        """Runs the images that went in and did not come out, each alone.
 
         Raises:
-            UnreconciledError: names how many did not come out, and the first of them.
+            UnreconciledError: they are too many.
         """
-        binary = pa.binary(16)
-        out = pa.chunked_array(self._collected.keys, binary)
-        lost: list[str] = []
-        num_lost = 0
+        lost = self._lost()
+        config = self._job.quarantine
+        if not lost.num_rows:
+            return
+        if lost.num_rows > config.max_images:
+            raise self._unreconciled(lost)
+        self._display.stage(f"running {lost.num_rows:,} images alone that came back from no worker")
+        quarantine = Quarantine(stages, config)
+        try:
+            for index in range(lost.num_rows):
+                collector.add([(ray.put(quarantine.run(lost.slice(index, 1))), 1)])
+                collector.tick()
+                self._display.update(tally)
+        finally:
+            quarantine.close()
+        collector.finish()
+        lost = self._lost()
+        if lost.num_rows:
+            raise self._unreconciled(lost)
+
+    def _lost(self) -> pa.Table:
+        """The planned rows whose key no committed file holds."""
+        out = pa.chunked_array(self._collected.keys, pa.binary(16))
+        absent = []
         for block in self._plan.batches():
             came_out = pa.compute.is_in(keys.to_binary(block["image_id"]), value_set=out)
-            absent = block.filter(pa.compute.invert(came_out))["uri"]
-            num_lost += len(absent)
-            lost.extend(itertools.islice(absent.to_pylist(), 3 - len(lost)))
-        if num_lost:
-            because = f"; a worker failed with: {worker_error}" if worker_error else ""
-            raise UnreconciledError(
-                f"{num_lost:,} of {self._plan.num_planned:,} images did not come out of the run, such as "
-                f"{', '.join(lost)}{because}",
-                remedy="The others are committed. Run the same command again: only these are due.",
-            )
+            absent.append(block.filter(pa.compute.invert(came_out)))
+        return pa.concat_tables(absent)
+
+    def _unreconciled(self, lost: pa.Table) -> UnreconciledError:
+        because = f"; a worker failed with: {self._worker_error}" if self._worker_error else ""
+        examples = ", ".join(lost["uri"].slice(0, 3).to_pylist())
+        return UnreconciledError(
+            f"{lost.num_rows:,} of {self._plan.num_planned:,} images did not come out of the run, such as "
+            f"{examples}{because}",
+            remedy="The others are committed. Run the same command again: only these are due.",
+        )
 
     def _finished(self, status: RunStatus, message: str = "") -> RunReport:
         seconds = time.monotonic() - self._clock

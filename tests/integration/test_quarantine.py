@@ -1,0 +1,98 @@
+"""An image that takes its worker down costs its own row and no other."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from tests.pictures import write_pictures
+from vlmflow.catalog import Catalog
+from vlmflow.config import ImageLimits, Job
+from vlmflow.engine import enrich, run
+from vlmflow.errors import UnreconciledError
+from vlmflow.sources import Fetched, Reader, Source, open_source
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+@dataclass(frozen=True)
+class Deadly:
+    """A reader whose process dies, or stops for ever, at images of certain names."""
+
+    reader: Reader
+    kills: tuple[str, ...]
+    hangs: tuple[str, ...] = ()
+
+    def read(self, refs: pa.Table) -> list[Fetched]:
+        for uri in refs["uri"].to_pylist():
+            if uri.endswith(self.kills):
+                os.kill(os.getpid(), signal.SIGKILL)
+            if uri.endswith(self.hangs) and refs.num_rows == 1:
+                threading.Event().wait()
+        if any(uri.endswith(self.hangs) for uri in refs["uri"].to_pylist()):
+            os.kill(os.getpid(), signal.SIGKILL)  # with others: the death that brings it into the quarantine
+        return self.reader.read(refs)
+
+
+@dataclass(frozen=True)
+class DeadlySource:
+    source: Source
+    kills: tuple[str, ...]
+    hangs: tuple[str, ...] = ()
+
+    @property
+    def columns(self) -> pa.Schema:
+        return self.source.columns
+
+    def list(self) -> Iterator[pa.RecordBatch]:
+        return self.source.list()
+
+    def reader(self, limits: ImageLimits) -> Reader:
+        return Deadly(self.source.reader(limits), self.kills, self.hangs)
+
+
+def make_deadly(monkeypatch: pytest.MonkeyPatch, kills: tuple[str, ...], hangs: tuple[str, ...] = ()) -> None:
+    monkeypatch.setattr(run, "open_source", lambda config: DeadlySource(open_source(config), kills, hangs))
+
+
+def test_an_image_that_kills_or_hangs_is_recorded_and_the_others_go_on(
+    make_job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = write_pictures(tmp_path / "images", 40)
+    make_deadly(monkeypatch, kills=(paths[3].name,), hangs=(paths[35].name,))
+    job = make_job(tmp_path / "images", tasks=("embed",), quarantine={"timeout_s": 3.0})
+
+    report = enrich(job)
+
+    assert report.status == "done"
+    rows = {Path(row["uri"]).name: row for row in Catalog.open(job.catalog).images().to_pylist()}
+    assert len(rows) == 40
+    for path, error_class in ((paths[3], "worker_died"), (paths[35], "timed_out")):
+        failed = rows.pop(path.name)
+        assert (failed["status"], failed["decision"]) == ("failed", "review")
+        assert [error["class"] for error in failed["errors"]] == [error_class]
+    assert {row["status"] for row in rows.values()} == {"ok"}
+    assert report.errors == {"worker_died": 1, "timed_out": 1}
+
+
+def test_too_many_of_them_stop_the_run_and_name_what_failed(
+    make_job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = write_pictures(tmp_path / "images", 120)  # more than one task decodes
+    make_deadly(monkeypatch, kills=(paths[3].name,))
+    job = make_job(tmp_path / "images", tasks=("embed",), quarantine={"max_images": 5})
+    with pytest.raises(UnreconciledError, match="did not come out of the run"):
+        enrich(job)
+    catalog = Catalog.open(job.catalog)
+    committed = catalog.images(["uri"]).num_rows
+    assert 0 < committed < 120
+    assert catalog.runs.list()[0].record["status"] == "unreconciled"
+    monkeypatch.undo()
+    assert enrich(job).num_added == 120 - committed

@@ -20,9 +20,9 @@ from vlmflow.catalog import Catalog
 from vlmflow.catalog import commit as commit_module
 from vlmflow.catalog.commit import Change, CommitRequest, commit
 from vlmflow.catalog.folder import Folder
-from vlmflow.catalog.log import APPLICATION_ID, DataFile, Snapshot, TableLog
+from vlmflow.catalog.log import APPLICATION_ID, COMMIT_ID, DataFile, Snapshot, TableLog
 from vlmflow.config import CatalogConfig
-from vlmflow.errors import CatalogError, CommitError, StorageAccessError
+from vlmflow.errors import CatalogError, CommitError, StorageAccessError, TransientError
 
 NAMES = [f"image {number}" for number in range(6)]
 
@@ -270,6 +270,46 @@ def test_a_commit_that_always_loses_says_so(catalog: Catalog, monkeypatch: pytes
     with pytest.raises(CommitError, match="other writers won 2 times"):
         catalog.commit("r1", files)
     assert rows_by_name(catalog) == {}
+
+
+def test_a_store_that_fails_again_and_again_is_not_tried_for_ever(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = write(catalog, "r1", [references(NAMES)])
+    tries: list[int] = []
+
+    def fail(*_: object) -> None:
+        tries.append(1)
+        raise OSError("connection reset by peer")
+
+    monkeypatch.setattr(commit_module, "_write", fail)
+    with pytest.raises(TransientError):
+        catalog.commit("r1", files)
+    assert len(tries) == commit_module.MAX_FAULTS
+    monkeypatch.undo()
+    assert catalog.commit("r1", files).num_added == len(NAMES)
+
+
+def test_the_log_is_read_once_for_commit_ids(catalog: Catalog, config: CatalogConfig) -> None:
+    log = TableLog.open(Folder(config), "images")
+    for number in range(3):
+        enrich(catalog, f"r{number}", [references([f"n{number}"])])
+    ids = [entry[COMMIT_ID] for entry in catalog._images.table.history(3)]
+    log.refresh()
+    assert [log.was_committed(name, 0) for name in ids] == [True] * 3
+    assert [log.was_committed(name, 1) for name in ids] == [True, True, False]
+    enrich(catalog, "r9", [references(["more"])])
+    log.refresh()
+    (newest,) = catalog._images.table.history(1)
+    assert log.was_committed(newest[COMMIT_ID], 3)
+    assert log.was_committed(ids[-1], 0)
+    assert not log.was_committed("other", 0)
+
+
+def test_a_place_that_cannot_hold_a_catalog_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(CatalogError, match=f"{tmp_path}/file is a file"):
+        Catalog.open_or_create(CatalogConfig(uri=str(tmp_path / "file")), pa.schema([]))
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut"])

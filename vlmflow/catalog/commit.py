@@ -78,8 +78,7 @@ def commit(log: TableLog, request: CommitRequest, propose: Callable[[Snapshot], 
     """Makes one change whole, or not at all.
 
     Args:
-        propose: decides on the newest snapshot what to do. Called anew after every conflict, so it must not rely
-            on what it decided before. An empty change commits nothing.
+        propose: decides on the newest snapshot what to do, anew after every conflict. An empty change commits nothing.
 
     Raises:
         CommitError: the change does not fit the snapshot that it was decided on (a file to remove is not live, a
@@ -90,8 +89,7 @@ def commit(log: TableLog, request: CommitRequest, propose: Callable[[Snapshot], 
     looked_up_to = request.since
     faults: list[Exception] = []
     for attempt in range(MAX_ATTEMPTS + 1):
-        if attempt:
-            time.sleep(random.uniform(0, min(_LONGEST_DELAY_S, _FIRST_DELAY_S * 2**attempt)))
+        _wait(attempt)
         snapshot = log.refresh()
         # Also after a failed attempt: it may have been made all the same, its answer lost.
         if log.was_committed(request.commit_id, looked_up_to):
@@ -114,10 +112,14 @@ def commit(log: TableLog, request: CommitRequest, propose: Callable[[Snapshot], 
             return Committed(log.refresh().version, attempt, repeated=False)
     if len(faults) == MAX_FAULTS:
         raise access_error(faults[-1], log.folder.config.uri) from faults[-1]
-    raise CommitError(
-        f"{log.name}: other writers won {MAX_ATTEMPTS} times over a commit of run {request.run_id}",
-        remedy="Run the same command again when fewer runs write to this catalog.",
-    )
+    what = f"{log.name}: other writers won {MAX_ATTEMPTS} times over a commit of run {request.run_id}"
+    raise CommitError(what, remedy="Run the same command again when fewer runs write to this catalog.")
+
+
+def _wait(attempt: int) -> None:
+    """Lets others go first, longer after each conflict and never all for the same time."""
+    if attempt:
+        time.sleep(random.uniform(0, min(_LONGEST_DELAY_S, _FIRST_DELAY_S * 2**attempt)))
 
 
 def _check(folder: Folder, table: str, change: Change, snapshot: Snapshot) -> None:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import obstore
@@ -54,9 +55,16 @@ class Folder:
         """Makes sure that the store can be listed, before deltalake says so in its own words.
 
         Raises:
+            CatalogError: the place is a file.
             StorageAccessError: the bucket does not exist, or refuses.
             TransientError: the store is out of reach.
         """
+        address = parse_address(self.config.uri)
+        if address.is_local:
+            existing = next(path for path in (Path(address.path), *Path(address.path).parents) if path.exists())
+            if not existing.is_dir():
+                raise CatalogError(f"{existing} is a file", remedy="Name a folder for the catalog.")
+            return
         with self._in_our_words():
             next(iter(obstore.list(self._store, prefix=self._at("images/_delta_log"), chunk_size=1)), None)
 

@@ -36,11 +36,9 @@ def merge(live: pa.Table, staged: pa.Table) -> tuple[pa.Table, Mask]:
         The rows to write in place of ``live``, with its schema, and a mask of those where the staged row was left
         out because another run has met a newer version of the object.
     """
-    count = live.num_rows
     verdict = _Verdict.of(live, staged)
-    keep, ours = np.arange(count), np.arange(count) + count
-    none = np.full(count, -1)
     take = _Taker(live, staged)
+    keep, ours, none = take.live_rows, take.staged_rows, take.no_rows
 
     facts = np.where(verdict.ours, ours, keep)
     columns: dict[str, pa.Array] = {}
@@ -185,6 +183,9 @@ class _Taker:
 
     def __init__(self, live: pa.Table, staged: pa.Table) -> None:
         self._live, self._staged = live, staged
+        self.live_rows = np.arange(live.num_rows)
+        self.staged_rows = self.live_rows + live.num_rows
+        self.no_rows = np.full(live.num_rows, -1)
 
     def __call__(self, name: str, rows: npt.NDArray[np.int64]) -> pa.Array:
         theirs = conform_column(self._staged, self._live.schema.field(name))

@@ -16,7 +16,7 @@ from deltalake.transaction import AddAction, CommitProperties, RemoveAction, Tra
 from tests.catalog_samples import DATE, constants, enrich, finish, references, request, rows_by_name, write
 from tests.s3 import S3Server
 from vlmflow import schema
-from vlmflow.catalog import Catalog
+from vlmflow.catalog import Catalog, plan_without_catalog
 from vlmflow.catalog import commit as commit_module
 from vlmflow.catalog.commit import Change, CommitRequest, commit
 from vlmflow.catalog.folder import Folder
@@ -371,6 +371,20 @@ def test_the_other_run_creates_the_tables_first(config: CatalogConfig, monkeypat
     monkeypatch.setattr(TableLog, "exists", classmethod(lambda cls, *args: next(answers, None) or exists(cls, *args)))
     catalog = Catalog.open_or_create(config, pa.schema([]))
     assert enrich(catalog, "r1", [references(NAMES)]).num_added == len(NAMES)
+
+
+def test_runs_planned_before_there_was_a_catalog_add_each_image_once(config: CatalogConfig) -> None:
+    asked = request()
+    results = []
+    for run_id in ("r1", "r2"):
+        with plan_without_catalog([references(NAMES)], asked) as plan:
+            catalog = Catalog.open_or_create(config, pa.schema([]))
+            writer = catalog.writer(constants(run_id, asked), plan.version)
+            files = pa.concat_tables([writer.write(finish(rows)) for rows in plan.batches()])
+        results.append(catalog.commit(run_id, files))
+        assert catalog.commit(run_id, files).repeated == (run_id == "r1")
+    assert [(result.num_added, result.num_dropped) for result in results] == [(6, 0), (0, 6)]
+    assert len(rows_by_name(catalog)) == len(NAMES)
 
 
 def test_the_callers_columns_grow_by_an_explicit_commit(config: CatalogConfig) -> None:

@@ -119,7 +119,8 @@ class Catalog:
         """A writer for workers.
 
         Args:
-            plan_version: ``Plan.version``: the version of the images table that the run was planned against.
+            plan_version: ``Plan.version``: the version of the images table that the run was planned against; -1
+                if there was none yet.
         """
         versions: dict[TableName, int] = {
             "images": plan_version,
@@ -161,7 +162,7 @@ class Catalog:
             target_bytes: about how large files become, per table.
         """
         # The states first: a run that is over before the rows are read cannot refer to more.
-        over = {run.run_id for run in self.runs.list() if run.state != "running"}
+        over = self.runs.over()
         unreferenced = Unreferenced(self._folder, self._images.refresh(), over)
         images = compact_table(self._images, run_id, target_bytes["images"], None)
         return images + compact_table(self._embeddings, run_id, target_bytes["embeddings"], unreferenced)

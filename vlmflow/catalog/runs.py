@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 from vlmflow.catalog.folder import Folder
@@ -12,6 +12,8 @@ from vlmflow.errors import CatalogError
 
 RUNS = "runs"
 DEAD_AFTER = dt.timedelta(minutes=10)
+
+_NEVER = dt.datetime.min.replace(tzinfo=dt.UTC)
 
 RunState: TypeAlias = Literal["running", "dead", "finished"]
 
@@ -24,6 +26,16 @@ class RunInfo:
     state: RunState  # dead: no heartbeat for DEAD_AFTER, and never finished
     record: dict[str, Any]
     seen_at: dt.datetime | None  # last heartbeat; None for a finished run
+
+
+@dataclass(frozen=True)
+class _Files:
+    record: dt.datetime | None = None
+    lease: dt.datetime | None = None
+
+    @property
+    def state(self) -> RunState:
+        return _state(self.lease)
 
 
 class RunStore:
@@ -58,16 +70,13 @@ class RunStore:
 
     def list(self) -> list[RunInfo]:
         """All runs, the newest first (by the time of their record)."""
-        leases: dict[str, dt.datetime] = {}
-        records: dict[str, dt.datetime] = {}
-        for file in self._folder.list(RUNS):
-            name = file.path.removeprefix(f"{RUNS}/")
-            if name.endswith(".lease"):
-                leases[name.removesuffix(".lease")] = file.modified_at
-            elif name.endswith(".json"):
-                records[name.removesuffix(".json")] = file.modified_at
-        runs = sorted(leases.keys() | records.keys(), key=lambda run: records.get(run) or leases[run], reverse=True)
-        return [RunInfo(run, _state(leases.get(run)), self.get(run) or {}, leases.get(run)) for run in runs]
+        found = self._files()
+        runs = sorted(found, key=lambda run: found[run].record or found[run].lease or _NEVER, reverse=True)
+        return [RunInfo(run, found[run].state, self.get(run) or {}, found[run].lease) for run in runs]
+
+    def over(self) -> set[str]:
+        """The runs that write no more: finished or dead."""
+        return {run for run, files in self._files().items() if files.state != "running"}
 
     def state(self, run_id: str) -> RunState | None:
         """How the run is doing; None: there is no such run."""
@@ -79,6 +88,18 @@ class RunStore:
     def is_live(self, run_id: str) -> bool:
         """Whether the run may still write."""
         return self.state(run_id) == "running"
+
+    def _files(self) -> dict[str, _Files]:
+        """Times of the files of each run."""
+        found: dict[str, _Files] = {}
+        for file in self._folder.list(RUNS):
+            run_id, _, kind = file.path.removeprefix(f"{RUNS}/").rpartition(".")
+            held = found.get(run_id, _Files())
+            if kind == "lease":
+                found[run_id] = replace(held, lease=file.modified_at)
+            elif kind == "json":
+                found[run_id] = replace(held, record=file.modified_at)
+        return found
 
     def _put(self, run_id: str, record: dict[str, Any]) -> None:
         data = json.dumps({**record, "run_id": run_id}, indent=2, default=str, ensure_ascii=False)

@@ -25,6 +25,7 @@ def test_a_run_is_live_from_start_to_finish(runs: RunStore) -> None:
     assert runs.state("r1") is None
     runs.start("r1", {"tasks": ["embed"]})
     assert runs.is_live("r1")
+    assert runs.over() == set()
     runs.heartbeat("r1")
     runs.finish("r1", {"tasks": ["embed"], "rows": 3})
     assert runs.state("r1") == "finished"
@@ -36,6 +37,7 @@ def test_a_run_without_a_heartbeat_for_ten_minutes_is_dead(runs: RunStore, tmp_p
     old = time.time() - DEAD_AFTER.total_seconds() - 5
     os.utime(tmp_path / "runs" / "r1.lease", (old, old))
     assert runs.state("r1") == "dead"
+    assert runs.over() == {"r1"}
     runs.heartbeat("r1")
     assert runs.state("r1") == "running"
 

@@ -47,7 +47,9 @@ Look further:
   vlmflow show {shown}
   vlmflow export {shown} demo-parquet      plain Parquet, for any reader
   vlmflow demo {shown}                     once more: nothing is due
-In Python: [cyan]duckdb.sql("select uri, caption, decision from delta_scan('{shown}/images')")[/cyan]"""
+In Python: vlmflow.Catalog.open(vlmflow.CatalogConfig(uri="{shown}")).images()
+Anywhere else: {shown}/images and {shown}/embeddings are Delta tables (polars.read_delta, Spark, Trino, ...)""",
+        highlight=False,
     )
     return report
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,9 +14,11 @@ import pytest
 
 from tests.pictures import picture, write_broken, write_pictures
 from vlmflow.catalog import Catalog
-from vlmflow.config import Job
+from vlmflow.config import Job, PoolConfig
 from vlmflow.engine import enrich, plan
-from vlmflow.errors import EmptySourceError, ErrorBudgetError, UnboundPolicyError
+from vlmflow.engine.cluster import Cluster
+from vlmflow.engine.pipeline import check_pools
+from vlmflow.errors import ClusterError, EmptySourceError, ErrorBudgetError, UnboundPolicyError, WeightsError
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -212,6 +215,28 @@ def test_an_empty_source_writes_nothing(make_job: Callable[..., Job], tmp_path: 
     with pytest.raises(EmptySourceError):
         enrich(job)
     assert not (tmp_path / "catalog").exists()
+
+
+def test_weights_that_do_not_fit_are_named_and_nothing_is_written(
+    make_job: Callable[..., Job], models: dict[str, dict[str, str]], tmp_path: Path
+) -> None:
+    write_pictures(tmp_path / "images", 2)
+    captioner = tmp_path / "captioner"
+    shutil.copytree(models["caption"]["path"], captioner)
+    shutil.copy(Path(models["match"]["path"]) / "model.safetensors", captioner)
+    wrong = {"caption": {"family": "blip_caption", "path": str(captioner)}}
+    job = make_job(tmp_path / "images", tasks=("caption",), models=wrong)
+    with pytest.raises(WeightsError, match=str(captioner)):
+        enrich(job)
+    assert not (tmp_path / "catalog").exists()
+
+
+def test_pools_that_can_never_start_are_refused() -> None:
+    pools = (PoolConfig(tasks=("embed",), gpus=1),)
+    cluster = Cluster(cpus=2, gpus=0, num_nodes=1, embedded=True)
+    with pytest.raises(ClusterError, match="1 GPUs"):
+        check_pools(pools, cluster)
+    check_pools((PoolConfig(tasks=("embed",), cpus=0.5, min_actors=3, max_actors=3),), cluster)
 
 
 def test_an_unbound_policy_stops_before_anything_unless_accepted(make_job: Callable[..., Job], tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import ray
 from vlmflow.catalog import Catalog, CatalogWriter
 from vlmflow.config import CommitConfig
 from vlmflow.engine import columns
+from vlmflow.engine.faults import get
 from vlmflow.engine.progress import Tally
 from vlmflow.engine.report import CommitReport
 from vlmflow.errors import ErrorBudgetError, StoreLostError
@@ -157,7 +158,7 @@ class Collector:
             return
         done, self._writes = ray.wait(self._writes, num_returns=1, timeout=None if wait else 0)
         for ref in done:
-            self._take(ray.get(ref))
+            self._take(get(ref))
         if done:
             self._check_budget()
             self._commit_files()

@@ -9,6 +9,7 @@ import ray
 
 from vlmflow.catalog import PlanRequest, RunConstants
 from vlmflow.config import Job
+from vlmflow.engine.faults import get
 from vlmflow.imaging import DECODER_VERSION
 from vlmflow.moderation.prompts import PromptVectors
 from vlmflow.tasks.setup import TaskSetup, prepare_prompts, prepare_tasks
@@ -82,5 +83,5 @@ def encode_policy(setup: TaskSetup) -> PromptVectors | None:
     """Encodes the policy's prompts in a worker, so that the driver loads no model; None without a policy."""
     if setup.policy is None:
         return None
-    vectors: PromptVectors = ray.get(ray.remote(num_cpus=1)(prepare_prompts).remote(setup))
+    vectors: PromptVectors = get(ray.remote(num_cpus=1)(prepare_prompts).remote(setup))
     return vectors

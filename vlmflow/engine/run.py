@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import logging
-import queue
 import secrets
 import threading
 import time
@@ -13,28 +12,24 @@ from collections.abc import Iterator
 
 import pyarrow as pa
 import ray
-from ray.data import Dataset
-from ray.exceptions import RayError
 
 from vlmflow.catalog import Catalog, Plan, keys, plan_without_catalog
 from vlmflow.config import Job, PoolConfig
-from vlmflow.engine.cluster import ray_cluster
+from vlmflow.engine.cluster import WorkerErrors, ray_cluster
 from vlmflow.engine.collect import Collected, Collector
+from vlmflow.engine.consume import Block, FinishedBlocks
 from vlmflow.engine.decoding import ReadAndDecode
 from vlmflow.engine.pipeline import build_pipeline, check_pools, default_pools, planned_blocks
 from vlmflow.engine.prepare import Prepared, encode_policy, prepare
 from vlmflow.engine.progress import ProgressDisplay, SilentProgress, Tally
 from vlmflow.engine.quarantine import Quarantine, Stages
 from vlmflow.engine.report import PlanSummary, RunReport, RunStatus, finished_report, initial_report, plan_summary
-from vlmflow.errors import ClusterError, UnreconciledError, VlmflowError
+from vlmflow.errors import UnreconciledError, VlmflowError
 from vlmflow.imaging import merge_requests
 from vlmflow.moderation.prompts import PromptVectors
 from vlmflow.sources import Source, open_source
 
 logger = logging.getLogger("vlmflow")
-
-# Finished blocks with their numbers of rows; None: there will be no more.
-Blocks = queue.Queue[list[tuple[ray.ObjectRef[pa.Table], int]] | None]
 
 _HEARTBEAT_S = 30.0
 _TICK_S = 0.2
@@ -96,50 +91,74 @@ class _Run:
         self._display = display
         self._run_id = f"{dt.datetime.now(dt.UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(4)}"
         self._report = initial_report(self._run_id, prepared, planned)
+        self._done = self._report
         self._collected = Collected()
+        self._tally = Tally(total=planned.num_planned)
+        self._worker_errors = WorkerErrors()
         self._clock = time.monotonic()
         self._startup_s = 0.0
-        self._worker_error: str | None = None
 
     def execute(self) -> RunReport:
-        if self._plan.num_planned == 0 and Catalog.exists(self._job.catalog):
-            return self._finished("nothing_due")
-        catalog = Catalog.open_or_create(self._job.catalog, self._source.columns)
         if self._plan.num_planned == 0:
+            if not Catalog.exists(self._job.catalog):
+                Catalog.open_or_create(self._job.catalog, self._source.columns)
             return self._finished("nothing_due")
-        catalog.runs.start(self._run_id, self._report.model_dump(mode="json"))
-        try:
-            with _heartbeat(catalog, self._run_id):
-                self._enrich_into(catalog)
-        except BaseException as error:
-            status = _status_of(error)
-            report = self._finished(status, str(error))
-            catalog.runs.finish(self._run_id, report.model_dump(mode="json") | {"state": status})
-            raise
-        report = self._finished("done")
-        catalog.runs.finish(self._run_id, report.model_dump(mode="json") | {"state": "done"})
-        return report
-
-    def _enrich_into(self, catalog: Catalog) -> None:
         self._display.stage("starting Ray")
-        with ray_cluster(self._job.ray) as cluster:
+        with ray_cluster(self._job.ray) as cluster, cluster.worker_errors() as self._worker_errors:
             self._display.stage("loading models")
             pools = default_pools(self._job, cluster)
             check_pools(pools, cluster)
             prompts = encode_policy(self._prepared.setup)
-            self._archive_policy(catalog, prompts)
-            writer = catalog.writer(self._prepared.constants(self._run_id), self._plan.version)
-            tally = Tally(total=self._plan.num_planned)
-            collector = Collector(catalog, writer, self._run_id, self._job.commit, tally, self._job.max_error_fraction)
-            self._collected = collector.collected
             stages = self._stages(pools, prompts)
             blocks = [ray.put(block) for block in planned_blocks(self._plan, cluster)]
-            with cluster.worker_errors() as worker_errors:
-                self._consume(build_pipeline(blocks, stages), collector, tally)
-            self._worker_error = worker_errors.first()
-            self._run_lost(stages, collector, tally)
-        self._display.stage("compacting")
-        catalog.compact(self._run_id)
+            with FinishedBlocks(build_pipeline(blocks, stages)) as finished:
+                # Models that do not load end the run here, before anything is written.
+                first = self._first(finished)
+                catalog = Catalog.open_or_create(self._job.catalog, self._source.columns)
+                with self._recorded(catalog):
+                    self._archive_policy(catalog, prompts)
+                    collector = self._collector(catalog)
+                    self._consume(first, finished, collector)
+                    self._run_lost(stages, collector)
+                    self._display.stage("compacting")
+                    catalog.compact(self._run_id)
+        return self._done
+
+    def _first(self, finished: FinishedBlocks) -> list[Block] | None:
+        """Waits for the first images to come through: the models are loaded, and rates begin to mean something."""
+        self._display.update(self._tally)
+        while (blocks := finished.next(_TICK_S)) == []:
+            self._display.update(self._tally)
+        self._startup_s = time.monotonic() - self._clock
+        return blocks
+
+    @contextlib.contextmanager
+    def _recorded(self, catalog: Catalog) -> Iterator[None]:
+        """Keeps the run's record and lease while the block runs, and completes the record however it ends."""
+        catalog.runs.start(self._run_id, self._report.model_dump(mode="json"))
+        try:
+            with _heartbeat(catalog, self._run_id):
+                yield
+        except BaseException as error:
+            status = _status_of(error)
+            self._record_end(catalog, self._finished(status, str(error)))
+            raise
+        self._done = self._finished("done")
+        self._record_end(catalog, self._done)
+
+    def _record_end(self, catalog: Catalog, report: RunReport) -> None:
+        try:
+            catalog.runs.finish(self._run_id, report.model_dump(mode="json") | {"state": report.status})
+        except VlmflowError as error:
+            # The rows are committed, or what ended the run is on its way to the user: the record matters less.
+            logger.warning("the record of run %s could not be completed: %s", self._run_id, error)
+
+    def _collector(self, catalog: Catalog) -> Collector:
+        writer = catalog.writer(self._prepared.constants(self._run_id), self._plan.version)
+        job = self._job
+        collector = Collector(catalog, writer, self._run_id, job.commit, self._tally, job.max_error_fraction)
+        self._collected = collector.collected
+        return collector
 
     def _archive_policy(self, catalog: Catalog, prompts: PromptVectors | None) -> None:
         policy = self._prepared.setup.policy
@@ -154,31 +173,20 @@ class _Run:
         requests = tuple(merge_requests(list(setup.requests.values())))
         return Stages(ReadAndDecode(self._source.reader(limits), requests, limits), pools, setup, prompts)
 
-    def _consume(self, dataset: Dataset, collector: Collector, tally: Tally) -> None:
-        self._display.update(tally)
-        started: float | None = None
-        with _background(dataset) as bundles:
-            while True:
-                try:
-                    bundle = bundles.get(timeout=_TICK_S)
-                except queue.Empty:
-                    bundle = []
-                if bundle is None:
-                    break
-                if bundle and started is None:
-                    # The first block tells that the models are loaded: from here the rate means something.
-                    started = time.monotonic()
-                    self._startup_s = started - self._clock
-                    self._display.stage("enriching")
-                collector.add(bundle)
-                collector.tick()
-                tally.elapsed_s = 0.0 if started is None else time.monotonic() - started
-                self._display.update(tally)
+    def _consume(self, blocks: list[Block] | None, finished: FinishedBlocks, collector: Collector) -> None:
+        self._display.stage("enriching")
+        started = time.monotonic()
+        while blocks is not None:
+            collector.add(blocks)
+            collector.tick()
+            self._tally.elapsed_s = time.monotonic() - started
+            self._display.update(self._tally)
+            blocks = finished.next(_TICK_S)
         self._display.stage("committing")
         collector.finish()
-        self._display.update(tally)
+        self._display.update(self._tally)
 
-    def _run_lost(self, stages: Stages, collector: Collector, tally: Tally) -> None:
+    def _run_lost(self, stages: Stages, collector: Collector) -> None:
         """Runs the images that went in and did not come out, each alone.
 
         Raises:
@@ -196,7 +204,7 @@ class _Run:
             for index in range(lost.num_rows):
                 collector.add([(ray.put(quarantine.run(lost.slice(index, 1))), 1)])
                 collector.tick()
-                self._display.update(tally)
+                self._display.update(self._tally)
         finally:
             quarantine.close()
         collector.finish()
@@ -214,7 +222,8 @@ class _Run:
         return pa.concat_tables(absent)
 
     def _unreconciled(self, lost: pa.Table) -> UnreconciledError:
-        because = f"; a worker failed with: {self._worker_error}" if self._worker_error else ""
+        reason = self._worker_errors.first()
+        because = f"; a worker failed with: {reason}" if reason else ""
         examples = ", ".join(lost["uri"].slice(0, 3).to_pylist())
         return UnreconciledError(
             f"{lost.num_rows:,} of {self._plan.num_planned:,} images did not come out of the run, such as "
@@ -255,55 +264,3 @@ def _heartbeat(catalog: Catalog, run_id: str) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
-
-
-@contextlib.contextmanager
-def _background(dataset: Dataset) -> Iterator[Blocks]:
-    """Consumes the dataset in a thread, so that commits come on time while no block is ready.
-
-    Yields:
-        A queue of lists of (block reference, rows); None ends it. A failure of the pipeline is raised at the end.
-    """
-    blocks: Blocks = queue.Queue(maxsize=64)
-    failure: list[BaseException] = []
-    stop = threading.Event()
-
-    def consume() -> None:
-        try:
-            for bundle in dataset.iter_internal_ref_bundles():
-                item = [(entry.ref, entry.metadata.num_rows or 0) for entry in bundle.blocks]
-                while not stop.is_set():
-                    with contextlib.suppress(queue.Full):
-                        blocks.put(item, timeout=_TICK_S)
-                        break
-                if stop.is_set():
-                    return
-        except BaseException as error:  # noqa: BLE001 - carried to the driver's thread and raised there
-            failure.append(error)
-        finally:
-            while not stop.is_set():
-                with contextlib.suppress(queue.Full):
-                    blocks.put(None, timeout=_TICK_S)
-                    break
-
-    thread = threading.Thread(target=consume, name="vlmflow-consume", daemon=True)
-    thread.start()
-    try:
-        yield blocks
-    finally:
-        stop.set()
-        thread.join(timeout=2.0)  # it may be waiting for a block; it ends with the next, or with Ray
-    if failure:
-        raise _in_our_words(failure[0]) from failure[0]
-
-
-def _in_our_words(error: BaseException) -> BaseException:
-    """What a user is told of an actor that could not start, or of a cluster that went away."""
-    if not isinstance(error, RayError):
-        return error
-    # Ray gives the worker's traceback as text; its last line names the class and the reason.
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return ClusterError(
-        f"the cluster gave up: {type(error).__name__}: {lines[-1][:300] if lines else 'no reason given'}",
-        remedy="What was committed stays. `vlmflow doctor` tests the workers; then run the same command again.",
-    )

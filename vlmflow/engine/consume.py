@@ -1,0 +1,78 @@
+"""Finished blocks as they come, consumed in a thread so that commits come on time while no block is ready."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from types import TracebackType
+from typing import Self
+
+import pyarrow as pa
+import ray
+from ray.data import Dataset
+from ray.exceptions import RayError
+
+from vlmflow.engine.faults import in_our_words
+
+# Blocks that wait for the driver hold memory in the object store; a few hide the time of a commit.
+_MAX_WAITING = 64
+_POLL_S = 0.2
+_JOIN_S = 2.0
+
+Block = tuple["ray.ObjectRef[pa.Table]", int]  # a reference and the number of rows behind it
+
+
+class FinishedBlocks:
+    """Runs a dataset; a context manager, which stops taking blocks when it ends."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._dataset = dataset
+        self._queue: queue.Queue[list[Block] | BaseException | None] = queue.Queue(maxsize=_MAX_WAITING)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._consume, name="vlmflow-consume", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        # It may be waiting for a block; then it ends with the next one, or with Ray.
+        self._thread.join(timeout=_JOIN_S)
+
+    def next(self, timeout_s: float) -> list[Block] | None:
+        """The next blocks; an empty list if none came in time, None if there will be no more.
+
+        Raises:
+            VlmflowError: an actor could not start, or the cluster went away.
+        """
+        try:
+            item = self._queue.get(timeout=timeout_s)
+        except queue.Empty:
+            return []
+        if isinstance(item, RayError):
+            raise in_our_words(item) from item
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def _consume(self) -> None:
+        try:
+            for bundle in self._dataset.iter_internal_ref_bundles():
+                self._put([(entry.ref, entry.metadata.num_rows or 0) for entry in bundle.blocks])
+                if self._stop.is_set():
+                    return
+        except BaseException as error:  # noqa: BLE001  raised in the driver's thread, by `next`
+            self._put(error)
+        else:
+            self._put(None)
+
+    def _put(self, item: list[Block] | BaseException | None) -> None:
+        while not self._stop.is_set():
+            try:
+                self._queue.put(item, timeout=_POLL_S)
+            except queue.Full:
+                continue
+            return

@@ -1,0 +1,50 @@
+"""Errors of workers as the driver raises them: our own classes as they were, Ray's in our words."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from vlmflow import errors
+from vlmflow.errors import ClusterError, VlmflowError
+
+_OURS = re.compile(r"(?:vlmflow\.errors\.)(\w+): (.+)")
+_MAX_REASON_CHARS = 400
+
+
+def get(ref: Any) -> Any:
+    """Fetches a result; an error of ours that ended its task is raised as it was, with its remedy.
+
+    Raises:
+        ClusterError: the task failed in any other way.
+    """
+    try:
+        return ray.get(ref)
+    except RayTaskError as error:
+        if isinstance(error.cause, VlmflowError):
+            raise error.cause from None
+        raise in_our_words(error) from error
+    except RayError as error:
+        raise in_our_words(error) from error
+
+
+def in_our_words(error: RayError) -> VlmflowError:
+    """What a user is told of an actor that could not start, or of a cluster that went away.
+
+    Of an actor that failed in its constructor Ray keeps the traceback alone, as text; an error of ours at its end is
+    made anew from there.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    for line in reversed(lines):
+        found = _OURS.search(line)
+        error_type = getattr(errors, found[1], None) if found else None
+        if found and isinstance(error_type, type) and issubclass(error_type, VlmflowError):
+            return error_type(found[2][:_MAX_REASON_CHARS], remedy="`vlmflow doctor` and `vlmflow profiles` tell more.")
+    reason = lines[-1][:_MAX_REASON_CHARS] if lines else "no reason given"
+    return ClusterError(
+        f"the cluster gave up: {type(error).__name__}: {reason}",
+        remedy="What was committed stays. `vlmflow doctor` tests the workers; then run the same command again.",
+    )

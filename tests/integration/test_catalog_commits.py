@@ -26,8 +26,11 @@ from vlmflow.errors import CatalogError, CommitError, StorageAccessError, Transi
 
 NAMES = [f"image {number}" for number in range(6)]
 
+# What a store might do otherwise than a disk is always tried on both.
+on_both_stores = pytest.mark.parametrize("config", ["local", "s3"], indirect=True)
 
-@pytest.fixture(params=["local", "s3"])
+
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.slow)])
 def config(request: pytest.FixtureRequest, tmp_path: Path) -> CatalogConfig:
     if request.param == "local":
         return CatalogConfig(uri=str(tmp_path / "catalog"))
@@ -101,6 +104,7 @@ def test_two_writers_with_one_key(catalog: Catalog, config: CatalogConfig, raw: 
     assert raw.num_rows() == 2 * len(NAMES)
 
 
+@on_both_stores
 def test_ours_drop_a_key_that_another_run_has_added(catalog: Catalog, config: CatalogConfig) -> None:
     other = Catalog.open(config)
     ours = write(catalog, "r1", [references(NAMES[:4])])
@@ -115,6 +119,7 @@ def test_ours_drop_a_key_that_another_run_has_added(catalog: Catalog, config: Ca
     assert catalog.embeddings().num_rows == 2 * len(NAMES)
 
 
+@on_both_stores
 def test_one_number_of_an_application_twice(catalog: Catalog, raw: Raw) -> None:
     one, other = (write(catalog, run, [references(NAMES)]) for run in ("r1", "r2"))
     stale = raw.open()
@@ -161,6 +166,7 @@ def test_a_replacement_after_compaction(catalog: Catalog, raw: Raw) -> None:
     assert raw.num_rows() == 2 * len(NAMES)
 
 
+@on_both_stores
 @pytest.mark.parametrize("whose", ["ours", "raw"])
 def test_ours_replace_rows_where_compaction_has_put_them(catalog: Catalog, config: CatalogConfig, whose: str) -> None:
     for number, name in enumerate(NAMES):
@@ -201,6 +207,7 @@ def test_a_row_that_a_restore_took_away_comes_back_with_its_result(catalog: Cata
     assert {row["caption"] for row in rows_by_name(catalog).values()} == {"two"}
 
 
+@on_both_stores
 def test_a_commit_made_twice_is_made_once(catalog: Catalog, config: CatalogConfig) -> None:
     files = write(catalog, "r1", [references(NAMES)])
     assert not catalog.commit("r1", files).repeated
@@ -216,6 +223,7 @@ def test_a_commit_made_twice_is_made_once(catalog: Catalog, config: CatalogConfi
     assert len(rows_by_name(catalog)) == len(NAMES) + 1
 
 
+@on_both_stores
 def test_a_commit_whose_answer_was_lost_is_found_in_the_log(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
     files = write(catalog, "r1", [references(NAMES)])
     made = commit_module._write
@@ -234,6 +242,7 @@ def test_a_commit_whose_answer_was_lost_is_found_in_the_log(catalog: Catalog, mo
 # Conflicts
 
 
+@on_both_stores
 def test_a_conflict_is_decided_anew_on_the_newest_snapshot(catalog: Catalog, config: CatalogConfig) -> None:
     """Another run commits between our look at the table and our commit."""
     other = Catalog.open(config)
@@ -312,6 +321,7 @@ def test_a_place_that_cannot_hold_a_catalog_is_named(tmp_path: Path) -> None:
         Catalog.open_or_create(CatalogConfig(uri=str(tmp_path / "file")), pa.schema([]))
 
 
+@on_both_stores
 @pytest.mark.parametrize("damage", ["gone", "cut"])
 def test_a_file_that_is_not_as_written_is_not_committed(catalog: Catalog, config: CatalogConfig, damage: str) -> None:
     files = write(catalog, "r1", [references(NAMES)])
@@ -387,6 +397,7 @@ def test_runs_planned_before_there_was_a_catalog_add_each_image_once(config: Cat
     assert len(rows_by_name(catalog)) == len(NAMES)
 
 
+@on_both_stores
 def test_the_callers_columns_grow_by_an_explicit_commit(config: CatalogConfig) -> None:
     title, brand = pa.field("title", pa.string()), pa.field("brand", pa.string())
     catalog = Catalog.open_or_create(config, pa.schema([title]))
@@ -431,6 +442,7 @@ def test_a_catalog_of_another_version_is_refused(config: CatalogConfig) -> None:
     assert "release" in raised.value.remedy
 
 
+@on_both_stores
 def test_no_catalog_and_no_bucket_are_told_apart(config: CatalogConfig) -> None:
     with pytest.raises(CatalogError, match="no catalog at"):
         Catalog.open(config)

@@ -71,7 +71,7 @@ def check_every_image_is_there_once(catalog: Catalog, names: list[str]) -> None:
     assert set(vectors.values()) == {1}
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.slow)])
 def config(request: pytest.FixtureRequest, tmp_path: Path) -> CatalogConfig:
     if request.param == "local":
         return CatalogConfig(uri=str(tmp_path / "catalog"))

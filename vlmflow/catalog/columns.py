@@ -22,14 +22,7 @@ def storable(columns: pa.Schema) -> pa.Schema:
     fields = [
         pa.field(field.name, _storable(field.name, field.type)) for field in columns if not pt.is_null(field.type)
     ]
-    seen: dict[str, str] = {}
-    for field in fields:
-        other = seen.setdefault(field.name.lower(), field.name)
-        if other != field.name:
-            raise CatalogError(
-                f"source columns {other!r} and {field.name!r} differ by case only",
-                remedy="Rename one: many readers of the table take them for the same.",
-            )
+    _check_cases([field.name for field in fields])
     return pa.schema(fields)
 
 
@@ -43,9 +36,11 @@ def missing_columns(table: pa.Schema, wanted: pa.Schema) -> tuple[pa.Field, ...]
     """What the images table lacks of the caller's ``wanted`` columns: nothing, or a struct ``source`` to merge into it.
 
     Raises:
-        CatalogError: the table holds a column under another type that cannot take the values.
+        CatalogError: the table holds a column under another type that cannot take the values, or under a name that
+            differs by its case only.
     """
     held = {field.name: field.type for field in source_columns(table)}
+    _check_cases([*held, *(name for name in wanted.names if name not in held)])
     new = []
     for field in wanted:
         if field.name not in held:
@@ -92,6 +87,17 @@ def _conform_struct(values: pa.StructArray, wanted: pa.StructType) -> pa.StructA
             # struct_field, unlike StructArray.field, heeds the parent's offset and nulls
             children.append(pc.struct_field(values, field.name).cast(field.type))
     return pa.StructArray.from_arrays(children, fields=list(wanted), mask=pc.is_null(values))
+
+
+def _check_cases(names: list[str]) -> None:
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(name.lower(), name)
+        if other != name:
+            raise CatalogError(
+                f"source columns {other!r} and {name!r} differ by case only",
+                remedy="Rename one: many readers of the table take them for the same.",
+            )
 
 
 def _fits(given: pa.DataType, held: pa.DataType) -> bool:

@@ -50,6 +50,7 @@ class Unreferenced:
         self._images = images
         self._over = pa.array(sorted(over), pa.string())
         self._references: tuple[dt.date, References] | None = None  # of the date looked at last
+        self._shares: dict[str, float] = {}
 
     def mask(self, date: dt.date, rows: pa.Table) -> npt.NDArray[np.bool_]:
         """Marks the rows (columns image_id and embed_run_id) of one partition that may go."""
@@ -58,6 +59,14 @@ class Unreferenced:
         over = pa.compute.is_in(rows["embed_run_id"], value_set=self._over).to_numpy()
         marks: npt.NDArray[np.bool_] = over & (self._references[1].find(rows) < 0)
         return marks
+
+    def share(self, file: DataFile) -> float:
+        """The share of a file's rows that may go."""
+        if file.path not in self._shares:
+            rows = read_rows(self._folder, "embeddings", file, ["image_id", "embed_run_id"])
+            marks = self.mask(file.ingest_date, rows)
+            self._shares[file.path] = float(marks.mean()) if len(marks) else 1.0
+        return self._shares[file.path]
 
 
 def compact_table(log: TableLog, run_id: str, target_bytes: int, unreferenced: Unreferenced | None) -> CompactResult:
@@ -120,12 +129,7 @@ class _Step:
         # New vectors of a replaced image come as a small file: without one, nothing was superseded here.
         if self._unreferenced is None or not small:
             return []
-        return next(([file] for file in files if self._share_to_drop(file) >= _WORTH_REWRITING), [])
-
-    def _share_to_drop(self, file: DataFile) -> float:
-        assert self._unreferenced is not None
-        rows = read_rows(self._folder, "embeddings", file, ["image_id", "embed_run_id"])
-        return float(self._unreferenced.mask(self._date, rows).mean()) if rows.num_rows else 1.0
+        return next(([file] for file in files if self._unreferenced.share(file) >= _WORTH_REWRITING), [])
 
     def _join(self, files: Sequence[DataFile], columns: pa.Schema) -> tuple[DataFile | None, int]:
         tables = [conform(read_rows(self._folder, self._table, file), columns) for file in files]

@@ -183,4 +183,5 @@ def _live_files(table: DeltaTable) -> dict[str, DataFile]:
     actions = pa.table(table.get_add_actions(flatten=True))
     columns: Sequence[str] = ("path", "size_bytes", "num_records", "partition.ingest_date")
     rows = zip(*(actions[name].to_pylist() for name in columns), strict=True)
-    return {path: DataFile(path, size, count, date) for path, size, count, date in rows}
+    # Another program's file may come without a count; it only serves to share out work.
+    return {path: DataFile(path, size, count or 0, date) for path, size, count, date in rows}

@@ -53,6 +53,12 @@ def test_only_new_columns_are_missing() -> None:
     assert source_columns(schema.IMAGES) == pa.schema([])
 
 
+def test_a_new_column_must_not_look_like_one_that_is_there() -> None:
+    table = schema.with_source(schema.IMAGES, pa.schema([("title", pa.string())]))
+    with pytest.raises(CatalogError, match="'title' and 'Title'"):
+        missing_columns(table, pa.schema([("Title", pa.string())]))
+
+
 def test_a_column_of_another_type_is_refused() -> None:
     table = schema.with_source(schema.IMAGES, pa.schema([("price", pa.int64())]))
     with pytest.raises(CatalogError, match="'price' is string but the catalog holds it as int64"):

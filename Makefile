@@ -1,5 +1,5 @@
 # vlmflow: `make demo` and `make test` set up what they need; `make help` lists the rest.
-PYTHON ?= python3.11
+PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed

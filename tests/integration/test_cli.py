@@ -162,6 +162,27 @@ def test_interrupted_it_goes_on_where_it_stopped(job_file: Path, tmp_path: Path)
     assert rows.num_rows == len(rows["image_id"].unique()) == 300
 
 
+@pytest.mark.slow
+def test_two_runs_at_once_commit_each_image_once(job_file: Path, tmp_path: Path) -> None:
+    """Both plan all images; whoever commits an image first keeps it, and the other says so."""
+    write_pictures(tmp_path / "images", 300)
+    config = yaml.safe_load(job_file.read_text()) | {"commit": {"max_rows": 20}, "tasks": ["embed"]}
+    config["ray"] = {"num_cpus": 2, "object_store_bytes": 100 * 1024 * 1024}
+    job_file.write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "vlmflow", "enrich", str(tmp_path / "images"), str(tmp_path / "catalog")]
+    command += ["--profile", "starter", "--config", str(job_file), "--json"]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    reports = []
+    for process in processes:
+        out, _ = process.communicate(timeout=280)
+        assert process.returncode == 0
+        reports.append(json.loads(out.splitlines()[-1]))
+    rows = Catalog.open(CatalogConfig(uri=str(tmp_path / "catalog"))).images(["image_id"])
+    assert rows.num_rows == len(rows["image_id"].unique()) == 300
+    assert sum(report["num_added"] for report in reports) == 300
+    assert all(report["num_added"] + report["num_by_others"] == report["num_due"] for report in reports)
+
+
 def test_help_names_every_command_and_teaches(capfd: pytest.CaptureFixture[str]) -> None:
     assert run("--help") == 0
     shown = capfd.readouterr().out

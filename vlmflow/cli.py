@@ -6,19 +6,24 @@ lost, 130 interrupted.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
+from collections.abc import Iterator
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from vlmflow.config import CatalogConfig, Job, RayConfig, SourceConfig, StorageConfig, load_job
 from vlmflow.errors import ConfigError, VlmflowError
+
+if TYPE_CHECKING:
+    from vlmflow.engine.progress import ProgressDisplay
 
 app = typer.Typer(
     name="vlmflow",
@@ -160,11 +165,8 @@ def enrich(
         allow_empty=allow_empty,
         accept_unbound=accept_unbound,
     )
-    display = _display(as_json=as_json, verbose=verbose)
-    try:
+    with _display(as_json=as_json, verbose=verbose) as display:
         report = run(job, progress=display)
-    finally:
-        display.close()
     if as_json:
         typer.echo(json.dumps({"event": "report", **report.model_dump(mode="json")}))
     else:
@@ -292,11 +294,8 @@ def demo(
     """Enrich the demo images with the starter models, with no network, and show what came out."""
     from vlmflow.demo import run_demo
 
-    display = _display(as_json=False, verbose=verbose)
-    try:
+    with _display(as_json=False, verbose=verbose) as display:
         run_demo(catalog, display, Console())
-    finally:
-        display.close()
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -307,22 +306,33 @@ def main(arguments: list[str] | None = None) -> None:
         message = f"vlmflow: {error}" + (f" - {error.remedy}" if error.remedy else "")
         typer.secho(" ".join(message.split()), err=True, fg="red")
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.secho("vlmflow: interrupted; run the same command again to go on.", err=True)
-        sys.exit(130)
 
 
 def _catalog_config(uri: str, endpoint: str | None) -> CatalogConfig:
     return CatalogConfig(uri=uri, storage=StorageConfig(endpoint=endpoint))
 
 
-def _display(*, as_json: bool, verbose: bool) -> Any:
+@contextlib.contextmanager
+def _display(*, as_json: bool, verbose: bool) -> Iterator[ProgressDisplay]:
+    """The display that fits where the output goes; also what an interrupted user is told."""
     from vlmflow.engine.progress import JsonProgress, LiveProgress, LogProgress
 
     console = Console(stderr=True)
     if verbose or not (as_json or console.is_terminal):
         logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
         logging.getLogger("vlmflow").setLevel(logging.INFO)
+    display: ProgressDisplay
     if as_json:
-        return JsonProgress(sys.stdout)
-    return LiveProgress(console) if console.is_terminal and not verbose else LogProgress()
+        display = JsonProgress(sys.stdout)
+    elif console.is_terminal and not verbose:
+        display = LiveProgress(console)
+    else:
+        display = LogProgress()
+    try:
+        yield display
+    except KeyboardInterrupt:
+        display.close()
+        typer.secho("vlmflow: interrupted; what was committed stays, run the same command again to go on", err=True)
+        raise typer.Exit(130) from None
+    finally:
+        display.close()

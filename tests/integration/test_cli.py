@@ -132,7 +132,7 @@ def test_plan_enrich_show_export(job_file: Path, tmp_path: Path, capfd: pytest.C
 def test_interrupted_it_goes_on_where_it_stopped(job_file: Path, tmp_path: Path) -> None:
     """Ctrl-C in the middle of a run: exit 130, what was committed stays, the same command does the rest."""
     write_pictures(tmp_path / "images", 300)
-    config = yaml.safe_load(job_file.read_text()) | {"commit": {"max_rows": 10}, "tasks": ["embed"]}
+    config = yaml.safe_load(job_file.read_text()) | {"commit": {"max_rows": 50}, "tasks": ["embed"]}
     config["pools"] = [{"tasks": ["embed"], "cpus": 0.5, "batch_size": 4}]
     job_file.write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "vlmflow", "enrich", tmp_path / "images", tmp_path / "catalog"]
@@ -155,7 +155,7 @@ def test_interrupted_it_goes_on_where_it_stopped(job_file: Path, tmp_path: Path)
     committed = Catalog.open(config_).images(["image_id"]).num_rows
     assert 0 < committed < 300
 
-    finished = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=120, check=True)
+    finished = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=250, check=True)
     report = json.loads(finished.stdout.splitlines()[-1])
     assert report["num_added"] == 300 - committed
     rows = Catalog.open(config_).images(["image_id"])

@@ -18,7 +18,14 @@ from vlmflow.config import Job, PoolConfig
 from vlmflow.engine import enrich, plan
 from vlmflow.engine.cluster import Cluster
 from vlmflow.engine.pipeline import check_pools
-from vlmflow.errors import ClusterError, EmptySourceError, ErrorBudgetError, UnboundPolicyError, WeightsError
+from vlmflow.errors import (
+    CatalogError,
+    ClusterError,
+    EmptySourceError,
+    ErrorBudgetError,
+    UnboundPolicyError,
+    WeightsError,
+)
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -173,6 +180,11 @@ def test_the_callers_columns_and_text_come_along(make_job: Callable[..., Job], t
     manifest.write_text("\n".join(json.dumps(entry) for entry in listed), encoding="utf-8")
     again = plan(job)
     assert again.due["match"] == {"text_changed": 1}
+
+    listed[1]["price"] = "cheap"
+    manifest.write_text("\n".join(json.dumps(entry) for entry in listed), encoding="utf-8")
+    with pytest.raises(CatalogError, match="price"):
+        plan(job)
 
 
 def test_two_pools_give_the_rows_of_one(make_job: Callable[..., Job], tmp_path: Path) -> None:

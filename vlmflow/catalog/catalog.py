@@ -111,6 +111,14 @@ class Catalog:
         """The caller's columns that the images table has."""
         return source_columns(self._images.refresh().schema)
 
+    def check_source(self, source: pa.Schema) -> None:
+        """Makes sure that the table can take the caller's columns; adds none.
+
+        Raises:
+            CatalogError: it holds one of them under another type, or a type cannot be stored.
+        """
+        missing_columns(self._images.refresh().schema, storable(source))
+
     def plan(self, references: Iterable[pa.RecordBatch], request: PlanRequest) -> Plan:
         """Finds out what is due; see :func:`vlmflow.catalog.plan.plan`."""
         return plan(references, request, self._folder, self._images.refresh())

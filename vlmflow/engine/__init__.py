@@ -1,5 +1,10 @@
 """From a job to committed tables: planning, the Ray Data pipeline, commits, the run record."""
 
+import os
+
+# Ray reads this when it is imported. A thread that outlives an interrupted run would otherwise start a new cluster.
+os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
+
 from vlmflow.engine.report import CommitReport, PlanSummary, PoolReport, RunReport, StageReport
 from vlmflow.engine.run import enrich, plan
 

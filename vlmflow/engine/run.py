@@ -75,7 +75,9 @@ def _planned(prepared: Prepared, source: Source) -> Iterator[Plan]:
     """Plans against the catalog as it is; one that does not exist yet is not created, so bad input writes nothing."""
     request, config = prepared.plan_request(), prepared.job.catalog
     if Catalog.exists(config):
-        made = Catalog.open(config).plan(source.list(), request)
+        catalog = Catalog.open(config)
+        catalog.check_source(source.columns)
+        made = catalog.plan(source.list(), request)
     else:
         made = plan_without_catalog(source.list(), request)
     with made:

@@ -240,7 +240,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--world", choices=("small", "full"), default="small")
     parser.add_argument("--folder", type=Path, default=STARTER)
-    parser.add_argument("--num", type=int, default=1000, help="scenes per figure")
+    parser.add_argument("--num", type=int, default=500, help="scenes per figure")
     parser.add_argument("--work", type=Path, default=WORK_FOLDER)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--policy", default="demo", help="of the demo catalog")

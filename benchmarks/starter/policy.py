@@ -1,6 +1,6 @@
 """Writes and binds the demo policy: ``python -m benchmarks.starter.policy``.
 
-Thresholds come from scenes of the training side (seeds that training never used, but never the demo catalog's): a
+Thresholds come from new scenes of the drawings that training used, never from the demo catalog: a
 label reviews above the highest scores of harmless scenes, and blocks above all of them.
 """
 
@@ -25,11 +25,11 @@ from vlmflow.moderation.prompts import encode_prompts
 from vlmflow.moderation.scoring import Scorer
 
 POLICY = Path("vlmflow/moderation/policies/demo.yaml")
-_TEMPERATURES = (0.02, 0.05, 0.1, 0.3, 1.0)
+_TEMPERATURES = (0.02, 0.05, 0.1)
 _SCALE = 20.0
-# Share of harmless scenes that may score above a label's review threshold; 16 labels add up to about 2%.
-_FALSE_REVIEWS = 0.0015
-_NUM_SCENES = 6000
+# Share of harmless scenes that may score above a label's review threshold; 16 labels add up to under 4%.
+_FALSE_REVIEWS = 0.0024
+_NUM_SCENES = 4000
 _STEP = 1 << 38  # training counts its steps up from 0, evaluation from 1 << 40
 _HEAD = """\
 # Made by `python -m benchmarks.starter.policy`, which also measures the thresholds in the binding.

@@ -128,9 +128,8 @@ class _Run:
 
     def _first(self, finished: FinishedBlocks) -> list[Block] | None:
         """Waits for the first images to come through: the models are loaded, and rates begin to mean something."""
-        self._display.update(self._tally)
         while (blocks := finished.next(_TICK_S)) == []:
-            self._display.update(self._tally)
+            continue
         self._startup_s = time.monotonic() - self._clock
         return blocks
 

@@ -43,7 +43,7 @@ class PoolWorker:
         started = time.perf_counter()
         waited = 0.0 if self._idle_since is None else started - self._idle_since
         for name, task in self._tasks.items():
-            batch = _run_on_due_rows(batch, task, self._limits[name])
+            batch = run_on_due_rows(batch, task, self._limits[name])
         if self._is_last:
             batch = columns.drop_pixels(batch)
         num_rows = batch.num_rows
@@ -58,7 +58,12 @@ class PoolWorker:
         return batch
 
 
-def _run_on_due_rows(batch: pa.Table, task: Task, limit: BatchLimit) -> pa.Table:
+def run_on_due_rows(batch: pa.Table, task: Task, limit: BatchLimit) -> pa.Table:
+    """Runs a task on the rows on which it is due, and records there whether it succeeded.
+
+    Returns:
+        The batch with the task's columns, null on all other rows and where it failed.
+    """
     from vlmflow.tasks.run import run_contained
 
     started = time.perf_counter()

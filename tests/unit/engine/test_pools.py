@@ -1,0 +1,93 @@
+"""A pool's tasks on a batch, without Ray: only what is due runs, and what fails costs itself."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pytest
+
+from vlmflow import schema
+from vlmflow.engine import columns
+from vlmflow.engine.pools import run_on_due_rows
+from vlmflow.tasks.run import BatchLimit
+
+
+class Doubling:
+    """Doubles a number; fails on seven; counts the rows that it is given."""
+
+    name = "embed"
+    reads = ("number",)
+    writes = pa.schema([("double", pa.int64())])
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def __call__(self, batch: pa.Table) -> dict[str, pa.Array]:
+        numbers = batch["number"].to_pylist()
+        if 7 in numbers:
+            raise ValueError("seven")
+        self.seen += numbers
+        return {"double": pa.array([2 * number for number in numbers], pa.int64())}
+
+
+class Moderating(Doubling):
+    name = "moderate"
+    writes = pa.schema([("verdict", pa.int64())])
+
+    def __call__(self, batch: pa.Table) -> dict[str, pa.Array]:
+        return {"verdict": super().__call__(batch)["double"]}
+
+
+def make_batch(numbers: list[int], due: list[list[str]]) -> pa.Table:
+    lists = pa.list_(pa.string())
+    empty: list[list[str]] = [[] for _ in numbers]
+    return pa.table(
+        {
+            "number": pa.array(numbers),
+            columns.RUN_TASKS: pa.array(due, lists),
+            columns.TASKS_RUN: pa.array(empty, lists),
+            columns.TASKS_FAILED: pa.array(empty, lists),
+            "errors": pa.array([None for _ in numbers], schema.ERRORS),
+        }
+    )
+
+
+def test_only_rows_on_which_the_task_is_due_run() -> None:
+    task = Doubling()
+    out = run_on_due_rows(make_batch([1, 2, 3], [["embed"], ["caption"], ["caption", "embed"]]), task, BatchLimit())
+    assert task.seen == [1, 3]
+    assert out["double"].to_pylist() == [2, None, 6]
+    assert out[columns.TASKS_RUN].to_pylist() == [["embed"], [], ["embed"]]
+    assert out[columns.TASKS_FAILED].to_pylist() == [[], [], []]
+
+
+def test_a_row_that_fails_is_recorded_and_the_others_have_their_values() -> None:
+    out = run_on_due_rows(make_batch([1, 7, 3], [["embed"]] * 3), Doubling(), BatchLimit())
+    assert out["double"].to_pylist() == [2, None, 6]
+    assert out[columns.TASKS_FAILED].to_pylist() == [[], ["embed"], []]
+    assert out["errors"].to_pylist()[1] == [{"stage": "embed", "class": "task_failed", "message": "ValueError: seven"}]
+
+
+def test_what_reads_a_failed_task_does_not_run() -> None:
+    batch = run_on_due_rows(make_batch([7, 8], [["embed", "moderate"]] * 2), Doubling(), BatchLimit())
+    moderating = Moderating()
+    out = run_on_due_rows(batch, moderating, BatchLimit())
+    assert moderating.seen == [8]
+    assert out["verdict"].to_pylist() == [None, 16]
+    assert out[columns.TASKS_RUN].to_pylist() == [[], ["embed", "moderate"]]
+
+
+def test_nothing_due_writes_nulls() -> None:
+    out = run_on_due_rows(make_batch([1, 2], [[], []]), Doubling(), BatchLimit())
+    assert out["double"].to_pylist() == [None, None]
+    assert out["double"].type == pa.int64()
+
+
+def test_has_task_sees_through_null_and_empty_lists_and_slices() -> None:
+    values = pa.array([["embed"], None, [], ["caption", "embed"], ["caption"]], pa.list_(pa.string()))
+    batch = pa.table({"tasks": values}).slice(1)
+    assert columns.has_task(batch, "tasks", "embed").to_pylist() == [False, False, True, False]
+
+
+def test_spread_sums_to_the_amount() -> None:
+    assert pa.compute.sum(columns.spread(3.0, 7)).as_py() == pytest.approx(3.0)
+    assert len(columns.spread(3.0, 0)) == 0

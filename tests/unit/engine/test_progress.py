@@ -1,0 +1,61 @@
+"""What a run shows while it goes on."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections import Counter
+
+import pytest
+from rich.console import Console
+
+from vlmflow.engine.progress import JsonProgress, LiveProgress, LogProgress, Tally, describe, duration
+
+
+def test_a_line_names_counts_rate_time_to_go_and_errors() -> None:
+    tally = Tally(total=1000, done=250, committed=200, errors=Counter({"truncated": 2}), elapsed_s=10)
+    assert describe(tally) == "250/1,000 images, 25.0 images/s, 30 s to go, 200 saved, errors: truncated 2"
+
+
+def test_before_the_first_image_there_is_no_time_to_go() -> None:
+    assert "to go" not in describe(Tally(total=10))
+
+
+def test_finished_there_is_none_either() -> None:
+    assert "to go" not in describe(Tally(total=10, done=10, elapsed_s=1))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(0.4, "0 s"), (59, "59 s"), (60, "1 min 0 s"), (185, "3 min 5 s"), (7800, "2 h 10 min")]
+)
+def test_durations(seconds: float, shown: str) -> None:
+    assert duration(seconds) == shown
+
+
+def test_json_lines_are_thinned_out() -> None:
+    stream = io.StringIO()
+    display = JsonProgress(stream, interval_s=3600)
+    display.stage("enriching")
+    display.update(Tally(total=2, done=1, elapsed_s=2))
+    display.update(Tally(total=2, done=2, elapsed_s=4))
+    events = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [event["event"] for event in events] == ["stage", "progress"]
+    assert events[1]["eta_s"] == 2.0
+
+
+def test_log_lines_are_thinned_out(caplog: pytest.LogCaptureFixture) -> None:
+    display = LogProgress(interval_s=3600)
+    with caplog.at_level(logging.INFO, logger="vlmflow"):
+        display.update(Tally(total=2, done=1, elapsed_s=1))
+        display.update(Tally(total=2, done=2, elapsed_s=1))
+    assert len(caplog.records) == 1
+
+
+def test_a_terminal_sees_the_counts() -> None:
+    screen = io.StringIO()
+    display = LiveProgress(Console(file=screen, force_terminal=True, width=160))
+    display.stage("enriching")
+    display.update(Tally(total=100, done=40, committed=20, elapsed_s=4, errors=Counter({"missing": 3})))
+    display.close()
+    assert "40/100 images, 10.0/s, 20 saved, 3 with errors" in screen.getvalue()

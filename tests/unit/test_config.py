@@ -1,0 +1,66 @@
+"""The job file: strict, checked at load, and never repeating a value that may be secret."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vlmflow.config import Job, load_job
+from vlmflow.errors import ConfigError
+
+PLACES: dict[str, Any] = {"source": {"uri": "photos"}, "catalog": {"uri": "catalog"}, "profile": "starter"}
+
+
+def load(tmp_path: Path, text: str, **overrides: Any) -> Job:
+    path = tmp_path / "job.yaml"
+    path.write_text(text, encoding="utf-8")
+    return load_job(path, overrides)
+
+
+def test_the_command_line_wins_and_leaves_the_rest(tmp_path: Path) -> None:
+    text = "source: {uri: a, text_column: title}\ncatalog: {uri: b}\nprofile: base\n"
+    job = load(tmp_path, text, source={"uri": "c", "text_column": None}, profile="large")
+    assert (job.source.uri, job.source.text_column, job.profile) == ("c", "title", "large")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"colour": "red"}, "colour: unknown key"),
+        ({"source": {"uri": "a", "secret": "hunter2"}}, "source.secret: unknown key"),
+        ({"tasks": ["embed", "embed"]}, "tasks name one twice"),
+        ({"tasks": ["moderate"]}, "add embed to tasks"),
+        ({"tasks": ["match"]}, "match has nothing to score"),
+        ({"tasks": []}, "tasks"),
+        ({"views": ["center"]}, "views must include squash"),
+        ({"limit": 0}, "limit"),
+        ({"pools": [{"tasks": ["embed"]}]}, "missing: caption, match, moderate"),
+        ({"pools": [{"tasks": ["match", "caption"]}, {"tasks": ["embed", "moderate"]}]}, "list caption first"),
+        ({"pools": [{"tasks": ["embed"], "min_actors": 3, "max_actors": 2}]}, "min_actors 3 exceeds"),
+        ({"profile": None}, "profile"),
+    ],
+)
+def test_what_does_not_fit_is_named(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_job(None, {**PLACES, **change})
+    assert named in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_no_mapping(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds a list"):
+        load(tmp_path, "- a\n- b\n")
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml"):
+        load_job(tmp_path / "none.yaml", {})
+
+
+def test_a_job_cannot_be_changed() -> None:
+    job = load_job(None, PLACES)
+    with pytest.raises(ValueError, match="frozen"):
+        job.profile = "base"  # type: ignore[misc]

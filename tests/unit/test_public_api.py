@@ -1,0 +1,21 @@
+"""`import vlmflow` names what is public, and starts nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import vlmflow
+
+
+def test_every_public_name_is_there() -> None:
+    for name in vlmflow.__all__:
+        assert getattr(vlmflow, name) is not None
+
+
+def test_importing_loads_neither_torch_nor_ray() -> None:
+    code = (
+        "import sys, vlmflow, vlmflow.cli; print([name for name in ('torch', 'ray', 'pyarrow') if name in sys.modules])"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown.strip() == "[]"

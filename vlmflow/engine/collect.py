@@ -78,7 +78,6 @@ class Collected:
     commits: list[CommitReport] = field(default_factory=list)
     errors: Counter[str] = field(default_factory=Counter)
     num_rows: int = 0
-    num_first: int = 0  # images in the first blocks, whose work fell into the start-up
     keys: list[pa.Array] = field(default_factory=list)  # image ids in the committed files, 16 bytes each
 
 
@@ -120,7 +119,7 @@ class Collector:
             if num_rows == 0:
                 continue
             if is_first:
-                self.collected.num_first += num_rows
+                self._tally.num_first += num_rows
             self._blocks.append(block)
             self._num_buffered += num_rows
             self._tally.done += num_rows

@@ -26,7 +26,8 @@ class Tally:
         done: images that have left the last pool.
         committed: rows in the catalog.
         errors: rows by error class.
-        elapsed_s: since the first image entered the pipeline.
+        elapsed_s: since the first images came out, which start-up delayed.
+        num_first: those first images; the rate leaves them out.
     """
 
     total: int = 0
@@ -34,11 +35,12 @@ class Tally:
     committed: int = 0
     errors: Counter[str] = field(default_factory=Counter)
     elapsed_s: float = 0.0
+    num_first: int = 0
 
     @property
     def images_per_s(self) -> float:
-        """Finished images per second since the pipeline started; 0 before the first."""
-        return self.done / self.elapsed_s if self.elapsed_s > 0 else 0.0
+        """Images per second since the first ones came out; 0 until there are more."""
+        return (self.done - self.num_first) / self.elapsed_s if self.elapsed_s > 0 else 0.0
 
     @property
     def eta_s(self) -> float | None:
@@ -168,7 +170,9 @@ class LiveProgress:
 def describe(tally: Tally) -> str:
     """One line: images done of total, rate, time to go, rows saved, errors by class."""
     eta_s = tally.eta_s
-    parts = [f"{tally.done:,}/{tally.total:,} images", f"{tally.images_per_s:.1f} images/s"]
+    parts = [f"{tally.done:,}/{tally.total:,} images"]
+    if tally.images_per_s > 0:
+        parts.append(f"{tally.images_per_s:.1f} images/s")
     if eta_s is not None and tally.done < tally.total:
         parts.append(f"{duration(eta_s)} to go")
     parts.append(f"{tally.committed:,} saved")

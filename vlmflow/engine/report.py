@@ -193,10 +193,21 @@ def initial_report(run_id: str, prepared: Prepared, plan: Plan) -> RunReport:
 
 
 def finished_report(
-    report: RunReport, collected: Collected, status: RunStatus, message: str, *, seconds: float, startup_s: float
+    report: RunReport,
+    collected: Collected,
+    status: RunStatus,
+    message: str,
+    *,
+    seconds: float,
+    startup_s: float,
+    num_first: int,
 ) -> RunReport:
-    """Fills in what the run did."""
-    num_after_first = sum(commit.rows for commit in collected.commits) - collected.num_first
+    """Fills in what the run did.
+
+    Args:
+        num_first: images of the first blocks, whose work fell into the start-up.
+    """
+    num_after_first = sum(commit.rows for commit in collected.commits) - num_first
     working_s = seconds - startup_s
     return report.model_copy(
         update={

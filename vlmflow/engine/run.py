@@ -235,7 +235,13 @@ class _Run:
     def _finished(self, status: RunStatus, message: str = "") -> RunReport:
         seconds = time.monotonic() - self._clock
         return finished_report(
-            self._report, self._collected, status, message, seconds=seconds, startup_s=self._startup_s
+            self._report,
+            self._collected,
+            status,
+            message,
+            seconds=seconds,
+            startup_s=self._startup_s,
+            num_first=self._tally.num_first,
         )
 
 

@@ -181,8 +181,8 @@ def test_the_callers_columns_and_text_come_along(make_job: Callable[..., Job], t
     again = plan(job)
     assert again.due["match"] == {"text_changed": 1}
 
-    listed[1]["price"] = "cheap"
-    manifest.write_text("\n".join(json.dumps(entry) for entry in listed), encoding="utf-8")
+    cheap = [entry | {"price": "cheap"} for entry in listed]
+    manifest.write_text("\n".join(json.dumps(entry) for entry in cheap), encoding="utf-8")
     with pytest.raises(CatalogError, match="price"):
         plan(job)
 

@@ -23,8 +23,10 @@ from vlmflow.errors import ErrorBudgetError, StoreLostError
 
 # The error budget looks at this many finished rows, and nothing is committed before.
 BUDGET_ROWS = 1_000
-# Writes under way at once: enough to hide the latency of a store, few enough to bound what a kill loses.
+# Writes under way at once: enough to hide the latency of a store. Each needs a worker process of its own beside the
+# decoding ones, so a small machine has one.
 MAX_WRITES = 4
+_CPUS_PER_WRITE = 4
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,8 @@ class Collector:
     """Groups finished blocks, has them written, and commits what was written.
 
     Args:
-        total: images due in the run; decides whether the error budget applies.
-        max_error_fraction: of the first 1,000 finished rows; 1 turns the budget off.
+        max_error_fraction: of the first 1,000 finished rows; 1 turns the budget off. Shorter runs have none.
+        num_cpus: of the cluster.
     """
 
     def __init__(
@@ -97,10 +99,12 @@ class Collector:
         commit: CommitConfig,
         tally: Tally,
         max_error_fraction: float,
+        num_cpus: float,
     ) -> None:
         self._catalog, self._run_id, self._commit = catalog, run_id, commit
         self._writer = ray.put(writer)
         self._write = ray.remote(num_cpus=0, max_retries=3, scheduling_strategy="SPREAD")(write_blocks)
+        self._max_writes = max(1, min(MAX_WRITES, int(num_cpus) // _CPUS_PER_WRITE))
         self._tally = tally
         self._max_error_fraction = max_error_fraction
         self._within_budget = max_error_fraction >= 1 or tally.total < BUDGET_ROWS
@@ -134,8 +138,9 @@ class Collector:
         """
         waited = time.monotonic() - self._last_flush
         if self._num_buffered >= self._commit.max_rows or (self._num_buffered and waited >= self._commit.max_seconds):
+            self._reap(wait=len(self._writes) >= self._max_writes)
             self._flush()
-        self._reap(wait=len(self._writes) >= MAX_WRITES)
+        self._reap(wait=False)
 
     def finish(self) -> None:
         """Writes and commits all that is left; raises as :meth:`tick`."""

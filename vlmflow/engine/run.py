@@ -15,7 +15,7 @@ import ray
 
 from vlmflow.catalog import Catalog, Plan, keys, plan_without_catalog
 from vlmflow.config import Job, PoolConfig
-from vlmflow.engine.cluster import WorkerErrors, ray_cluster
+from vlmflow.engine.cluster import Cluster, WorkerErrors, ray_cluster
 from vlmflow.engine.collect import Collected, Collector
 from vlmflow.engine.consume import Block, FinishedBlocks
 from vlmflow.engine.decoding import ReadAndDecode
@@ -119,7 +119,7 @@ class _Run:
                 catalog = Catalog.open_or_create(self._job.catalog, self._source.columns)
                 with self._recorded(catalog):
                     self._archive_policy(catalog, prompts)
-                    collector = self._collector(catalog)
+                    collector = self._collector(catalog, cluster)
                     self._consume(first, finished, collector)
                     self._run_lost(stages, collector)
                     self._display.stage("compacting")
@@ -154,10 +154,10 @@ class _Run:
             # The rows are committed, or what ended the run is on its way to the user: the record matters less.
             logger.warning("the record of run %s could not be completed: %s", self._run_id, error)
 
-    def _collector(self, catalog: Catalog) -> Collector:
+    def _collector(self, catalog: Catalog, cluster: Cluster) -> Collector:
         writer = catalog.writer(self._prepared.constants(self._run_id), self._plan.version)
-        job = self._job
-        collector = Collector(catalog, writer, self._run_id, job.commit, self._tally, job.max_error_fraction)
+        commit, budget = self._job.commit, self._job.max_error_fraction
+        collector = Collector(catalog, writer, self._run_id, commit, self._tally, budget, cluster.cpus)
         self._collected = collector.collected
         return collector
 

@@ -1,1 +1,1 @@
-"""Prefect flows over the library; they come with the issue on scheduling."""
+"""Prefect flows, thin over the library. There are none yet."""

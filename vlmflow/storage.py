@@ -19,7 +19,14 @@ from obstore.exceptions import BaseError, InvalidPathError, PermissionDeniedErro
 from obstore.store import LocalStore, from_url
 
 from vlmflow.config import StorageConfig
-from vlmflow.errors import ConfigError, SourceError, StorageAccessError, TransientError, VlmflowError
+from vlmflow.errors import (
+    ConfigError,
+    SourceError,
+    StorageAccessError,
+    StoreLostError,
+    TransientError,
+    VlmflowError,
+)
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta
@@ -37,6 +44,7 @@ _MAX_BACKOFF = timedelta(seconds=5)  # eight retries take about 16 s, not minute
 _ANSWER = re.compile(r"Server returned non-2xx status code: (\d{3})(?:.*?<Code>(\w+)</Code>)?", re.DOTALL)
 _LISTING = re.compile(r"Generic \w+ error: Error performing list request")
 _METADATA_SERVER = re.compile(r"Error performing \w+ http://(169\.254\.169\.254|metadata\.google)")
+_FULL = re.compile(r"No space left on device|Disk quota exceeded|os error (28|122)\b")
 _TIMEOUT = re.compile(r"TimedOut|timed out", re.IGNORECASE)
 
 _GONE_CODES = {"NoSuchBucket", "ContainerNotFound", "ContainerBeingDeleted", "FilesystemNotFound", "AccountIsDisabled"}
@@ -195,6 +203,9 @@ def access_error(error: Exception, uri: str) -> VlmflowError:
     """The error for a store that cannot be used at all, in our words: the store's own may hold signatures."""
     address = parse_address(uri)
     root = address.root or address.path
+    if _FULL.search(str(error)):
+        remedy = "Free some, and run again: what was committed stays."
+        return StoreLostError(f"{root}: no space is left on the disk", remedy=remedy)
     fault = fault_of(error)
     if fault is Fault.GONE:
         return StorageAccessError(f"{root} does not exist", remedy="Check the name, the endpoint and the region.")

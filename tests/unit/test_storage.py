@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 from obstore.exceptions import GenericError, PermissionDeniedError
 
 from vlmflow.config import StorageConfig
-from vlmflow.errors import ConfigError, SourceError
-from vlmflow.storage import Fault, delta_storage_options, fault_of, open_store, parse_address, read_bytes
+from vlmflow.errors import ConfigError, SourceError, StoreLostError
+from vlmflow.storage import Fault, access_error, delta_storage_options, fault_of, open_store, parse_address, read_bytes
 
 
 def test_an_address_is_its_store_and_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,3 +80,10 @@ def answered(status: str, code: str = "") -> str:
 )
 def test_an_error_of_a_store_is_told_by_its_answer(error: Exception, fault: Fault) -> None:
     assert fault_of(error) is fault
+
+
+def test_a_full_disk_is_named_for_what_it_is() -> None:
+    error = access_error(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "/data/catalog")
+    assert isinstance(error, StoreLostError)
+    assert str(error) == "/data/catalog: no space is left on the disk"
+    assert "run again" in error.remedy

@@ -1,0 +1,27 @@
+"""The command line: thin commands over the Python API.
+
+Exit codes: 0 done (bad rows included), 2 bad input or configuration, 3 unreconciled or over the error budget, 4 store
+lost, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from vlmflow.cli import run, view
+from vlmflow.cli.app import app
+from vlmflow.errors import VlmflowError
+
+__all__ = ["app", "main", "run", "view"]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line; errors become one line on standard error and an exit code."""
+    try:
+        app(args=arguments)
+    except VlmflowError as error:
+        message = f"vlmflow: {error}" + (f" - {error.remedy}" if error.remedy else "")
+        typer.secho(" ".join(message.split()), err=True, fg="red")
+        sys.exit(error.exit_code)

@@ -1,0 +1,20 @@
+"""The Typer application; the modules beside this one add their commands to it."""
+
+from __future__ import annotations
+
+import typer
+
+app = typer.Typer(
+    name="vlmflow",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="""Enrich an image catalog with captions, moderation labels, match scores and embeddings.
+
+Images come from a folder, a bucket, a manifest or tar shards; results go to Delta tables. Run the same command again
+and only what is due is done.
+
+Try it without any set-up or network: `vlmflow demo`
+""",
+)

@@ -1,0 +1,130 @@
+"""Options that several commands share, and what they are made into."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from vlmflow.config import CatalogConfig, Job, StorageConfig, load_job
+from vlmflow.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vlmflow.engine.progress import ProgressDisplay
+
+SourceArgument = Annotated[
+    str | None,
+    typer.Argument(
+        help="Where the images are: a folder, s3://, gs:// or az:// prefix, a manifest (.csv, .jsonl, .parquet) "
+        "or .tar shards. May stand in --config instead."
+    ),
+]
+CatalogArgument = Annotated[
+    str | None, typer.Argument(help="The catalog to write: a folder or a prefix. May stand in --config instead.")
+]
+CatalogOnly = Annotated[str, typer.Argument(help="The catalog: a folder or a prefix.")]
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", "-c", help="A job file (YAML); options here win over it.")
+]
+ProfileOption = Annotated[
+    str | None, typer.Option("--profile", help="A named set of models; `vlmflow profiles` lists them.")
+]
+TasksOption = Annotated[
+    str | None, typer.Option("--tasks", help="Comma-separated, of: embed, moderate, caption, match. Default: all.")
+]
+PolicyOption = Annotated[
+    str | None, typer.Option("--policy", help="Moderation policy: a YAML file, or the name of one that ships.")
+]
+DateOption = Annotated[
+    datetime | None, typer.Option("--date", formats=["%Y-%m-%d"], help="Logical date of new rows. Default: today, UTC.")
+]
+LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="At most this many images, for a trial.")]
+TextOption = Annotated[
+    str | None,
+    typer.Option("--text-column", help="Column of the manifest whose text `match` scores against the image."),
+]
+AddressOption = Annotated[
+    str | None,
+    typer.Option("--ray-address", help="An existing Ray cluster (auto, host:port, ray://...). Default: embedded."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="JSON on standard output, for machines.")]
+EndpointOption = Annotated[
+    str | None, typer.Option("--endpoint", help="Endpoint of an S3-compatible store, such as http://127.0.0.1:9000.")
+]
+AllowEmptyOption = Annotated[bool, typer.Option("--allow-empty", help="A source without images is no error.")]
+UnboundOption = Annotated[
+    bool,
+    typer.Option(
+        "--accept-unbound",
+        help="Moderate although the policy's thresholds were not set for this model: every image becomes `review`.",
+    ),
+]
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens, with times.")]
+
+
+def make_job(source: str | None, catalog: str | None, config: Path | None, endpoint: str | None, **options: Any) -> Job:
+    """The job that a command line and its config file describe.
+
+    Raises:
+        ConfigError: neither names a source or a catalog, or a value does not fit.
+    """
+    tasks: str | None = options.pop("tasks")
+    date: datetime | None = options.pop("date")
+    storage = {"endpoint": endpoint} if endpoint else None
+    overrides: dict[str, Any] = {
+        "source": {
+            "uri": source,
+            "text_column": options.pop("text_column"),
+            "allow_empty": options.pop("allow_empty") or None,
+            "storage": storage,
+        },
+        "catalog": {"uri": catalog, "storage": storage},
+        "ray": {"address": options.pop("ray_address")},
+        "tasks": None if tasks is None else [name.strip() for name in tasks.split(",") if name.strip()],
+        "date": None if date is None else date.date(),
+        "accept_unbound": options.pop("accept_unbound") or None,
+        **options,
+    }
+    if config is None and (source is None or catalog is None):
+        raise ConfigError(
+            "SOURCE or CATALOG is not given", remedy="Write `vlmflow enrich SOURCE CATALOG`, or --config."
+        )
+    return load_job(config, overrides)
+
+
+def catalog_config(uri: str, endpoint: str | None) -> CatalogConfig:
+    """The catalog that a command names."""
+    return CatalogConfig(uri=uri, storage=StorageConfig(endpoint=endpoint))
+
+
+@contextlib.contextmanager
+def shown_progress(*, as_json: bool, verbose: bool) -> Iterator[ProgressDisplay]:
+    """The display that fits where the output goes; also what an interrupted user is told."""
+    from vlmflow.engine.progress import JsonProgress, LiveProgress, LogProgress
+
+    console = Console(stderr=True)
+    if verbose or not (as_json or console.is_terminal):
+        logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+        logging.getLogger("vlmflow").setLevel(logging.INFO)
+    display: ProgressDisplay
+    if as_json:
+        display = JsonProgress(sys.stdout)
+    elif console.is_terminal and not verbose:
+        display = LiveProgress(console)
+    else:
+        display = LogProgress()
+    try:
+        yield display
+    except KeyboardInterrupt:
+        display.close()
+        typer.secho("vlmflow: interrupted; what was committed stays, run the same command again to go on", err=True)
+        raise typer.Exit(130) from None
+    finally:
+        display.close()

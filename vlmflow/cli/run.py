@@ -1,0 +1,135 @@
+"""Commands that run images: enrich, plan, demo."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from vlmflow.cli.app import app
+from vlmflow.cli.options import (
+    AddressOption,
+    AllowEmptyOption,
+    CatalogArgument,
+    ConfigOption,
+    DateOption,
+    EndpointOption,
+    JsonOption,
+    LimitOption,
+    PolicyOption,
+    ProfileOption,
+    SourceArgument,
+    TasksOption,
+    TextOption,
+    UnboundOption,
+    VerboseOption,
+    make_job,
+    shown_progress,
+)
+
+
+@app.command()
+def enrich(
+    source: SourceArgument = None,
+    catalog: CatalogArgument = None,
+    config: ConfigOption = None,
+    profile: ProfileOption = None,
+    tasks: TasksOption = None,
+    policy: PolicyOption = None,
+    text_column: TextOption = None,
+    date: DateOption = None,
+    limit: LimitOption = None,
+    ray_address: AddressOption = None,
+    endpoint: EndpointOption = None,
+    allow_empty: AllowEmptyOption = False,
+    accept_unbound: UnboundOption = False,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Enrich the images of SOURCE into CATALOG: whatever is due, and nothing else.
+
+    New and changed images, tasks that are new, and tasks whose model changed are due. Interrupt it whenever you like:
+    the same command goes on where it stopped.
+
+    Example: `vlmflow enrich photos/ catalog/ --profile base --policy marketplace`
+    """
+    from vlmflow.engine import enrich as run
+    from vlmflow.views import print_report
+
+    job = make_job(
+        source,
+        catalog,
+        config,
+        endpoint,
+        profile=profile,
+        tasks=tasks,
+        policy=policy,
+        text_column=text_column,
+        date=date,
+        limit=limit,
+        ray_address=ray_address,
+        allow_empty=allow_empty,
+        accept_unbound=accept_unbound,
+    )
+    with shown_progress(as_json=as_json, verbose=verbose) as display:
+        report = run(job, progress=display)
+    if as_json:
+        typer.echo(json.dumps({"event": "report", **report.model_dump(mode="json")}))
+    else:
+        print_report(report, Console())
+
+
+@app.command()
+def plan(
+    source: SourceArgument = None,
+    catalog: CatalogArgument = None,
+    config: ConfigOption = None,
+    profile: ProfileOption = None,
+    tasks: TasksOption = None,
+    policy: PolicyOption = None,
+    text_column: TextOption = None,
+    date: DateOption = None,
+    limit: LimitOption = None,
+    endpoint: EndpointOption = None,
+    allow_empty: AllowEmptyOption = False,
+    accept_unbound: UnboundOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Say what `enrich` would do, by task and reason. Reads the listing and the catalog; runs and writes nothing."""
+    from vlmflow.engine import plan as make_plan
+    from vlmflow.views import print_plan
+
+    job = make_job(
+        source,
+        catalog,
+        config,
+        endpoint,
+        profile=profile,
+        tasks=tasks,
+        policy=policy,
+        text_column=text_column,
+        date=date,
+        limit=limit,
+        ray_address=None,
+        allow_empty=allow_empty,
+        accept_unbound=accept_unbound,
+    )
+    summary = make_plan(job)
+    if as_json:
+        typer.echo(summary.model_dump_json())
+    else:
+        print_plan(summary, Console())
+
+
+@app.command()
+def demo(
+    catalog: Annotated[str, typer.Argument(help="Where to put the demo's catalog.")] = "demo-catalog",
+    verbose: VerboseOption = False,
+) -> None:
+    """Enrich the demo images with the starter models, with no network, and show what came out."""
+    from vlmflow.demo import run_demo
+
+    with shown_progress(as_json=False, verbose=verbose) as display:
+        run_demo(catalog, display, Console())

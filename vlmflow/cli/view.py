@@ -1,0 +1,98 @@
+"""Commands that change nothing: show, export, profiles, doctor."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from vlmflow.cli.app import app
+from vlmflow.cli.options import (
+    AddressOption,
+    CatalogOnly,
+    EndpointOption,
+    JsonOption,
+    catalog_config,
+)
+from vlmflow.config import RayConfig, SourceConfig, StorageConfig
+
+
+class Embeddings(StrEnum):
+    """Whether an export carries vectors."""
+
+    WITH = "with"
+    WITHOUT = "without"
+
+
+@app.command()
+def show(catalog: CatalogOnly, endpoint: EndpointOption = None, as_json: JsonOption = False) -> None:
+    """Show what is in CATALOG: counts by status and decision, examples, versions, the last runs."""
+    from vlmflow.views import print_summary, summarize
+
+    summary = summarize(catalog_config(catalog, endpoint))
+    if as_json:
+        typer.echo(summary.model_dump_json())
+    else:
+        print_summary(summary, Console())
+
+
+@app.command()
+def export(
+    catalog: CatalogOnly,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="An empty or absent folder.")],
+    embeddings: Annotated[Embeddings, typer.Option(help="Whether the vectors come along.")] = Embeddings.WITH,
+    endpoint: EndpointOption = None,
+) -> None:
+    """Write the current rows of CATALOG to DIR as plain Parquet, for readers that know no Delta tables."""
+    from vlmflow.catalog import Catalog
+
+    written = Catalog.open(catalog_config(catalog, endpoint)).export(
+        directory, with_embeddings=embeddings is Embeddings.WITH
+    )
+    typer.echo(f"{written.num_images:,} images and {written.num_embeddings:,} vectors in {directory}")
+
+
+@app.command()
+def profiles(as_json: JsonOption = False) -> None:
+    """List the named sets of models: what each is for, sizes, licences, where weights are expected, present or not."""
+    from vlmflow.models.profiles import describe_profiles
+    from vlmflow.views import print_profiles, profiles_as_json
+
+    described = describe_profiles(None)
+    if as_json:
+        typer.echo(profiles_as_json(described))
+    else:
+        print_profiles(described, Console())
+
+
+@app.command()
+def doctor(
+    source: Annotated[str | None, typer.Option("--source", help="Also list this source.")] = None,
+    catalog: Annotated[str | None, typer.Option("--catalog", help="Also write to this catalog's storage.")] = None,
+    ray_address: AddressOption = None,
+    endpoint: EndpointOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check Python, torch, GPU, Ray and its workers, storage and weights: what works, what is missing, what to do."""
+    from vlmflow.doctor import doctor as diagnose
+    from vlmflow.views import check_as_json, print_check
+
+    storage = StorageConfig(endpoint=endpoint)
+    failed = False
+    console = Console()
+    for check in diagnose(
+        ray=RayConfig(address=ray_address),
+        source=None if source is None else SourceConfig(uri=source, storage=storage),
+        catalog_uri=catalog,
+        catalog_storage=storage,
+    ):
+        failed = failed or check.verdict == "fail"
+        if as_json:
+            typer.echo(check_as_json(check))
+        else:
+            print_check(check, console)
+    if failed:
+        raise typer.Exit(2)

@@ -76,6 +76,12 @@ class CommitError(CatalogError):
     """A commit that could not be made whole; nothing of it is in the table."""
 
 
+class RunRevokedError(CommitError):
+    """The run was taken for dead by a vacuum; what it had not committed is gone."""
+
+    exit_code = 3
+
+
 class UnreconciledError(VlmflowError):
     """Images went into the run and did not come out as rows."""
 

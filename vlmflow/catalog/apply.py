@@ -54,8 +54,9 @@ class ImageChanges:
         added: the keys that the table has got since planning.
     """
 
-    def __init__(self, folder: Folder, files: pa.Table, added: AddedKeys) -> None:
+    def __init__(self, folder: Folder, run_id: str, files: pa.Table, added: AddedKeys) -> None:
         self._folder = folder
+        self._run_id = run_id
         self._added = added
         self._new = _new_files(files.filter(pc.equal(files["kind"], "add")))
         self.staged_paths: list[str] = files.filter(pc.equal(files["kind"], "replace"))["path"].to_pylist()
@@ -111,7 +112,7 @@ class ImageChanges:
 
     def _filtered(self, file: DataFile, keep: pa.Array) -> _Written:
         rows = self._read(file).filter(keep)
-        written = write_file(self._folder, "images", rows, file.ingest_date)
+        written = write_file(self._folder, "images", rows, file.ingest_date, self._run_id)
         return _Written(written, to_binary(rows["image_id"]), _statuses(rows))
 
     def _groups(self, snapshot: Snapshot) -> tuple[dict[str, list[int]], list[int]]:
@@ -147,7 +148,7 @@ class ImageChanges:
         order = np.arange(rows.num_rows)
         order[at] = rows.num_rows + np.arange(len(at))
         out = pa.concat_tables([rows, merged]).take(pa.array(order))
-        written = write_file(self._folder, "images", out, file.ingest_date)
+        written = write_file(self._folder, "images", out, file.ingest_date, self._run_id)
         statuses = _statuses(merged.filter(pa.array(~superseded)))
         return _Written(written, keys, statuses, int(superseded.sum()))
 
@@ -159,7 +160,7 @@ class ImageChanges:
             name = digest_of(str(date), *part["image_id"].to_pylist())
             held = self._written.get(name)
             if held is None:
-                file = write_file(self._folder, "images", part, date)
+                file = write_file(self._folder, "images", part, date, self._run_id)
                 held = self._written[name] = _Written(file, to_binary(part["image_id"]), _statuses(part))
             files.append(held)
         return files

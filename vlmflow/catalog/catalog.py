@@ -215,7 +215,7 @@ class Catalog:
         if not files.num_rows:
             return Outcome(), Committed(self.version, 0, repeated=False)
         since: int = pc.min(files["plan_version"]).as_py()
-        changes = ImageChanges(self._folder, files, self._added_since(since))
+        changes = ImageChanges(self._folder, run_id, files, self._added_since(since))
         done = commit(self._images, CommitRequest(commit_id, run_id, "enrich", since), changes.propose)
         for path in changes.staged_paths:
             self._folder.delete(path)  # merged: their rows are in the table

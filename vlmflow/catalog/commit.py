@@ -25,8 +25,9 @@ from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import AddAction, CommitProperties, RemoveAction, Transaction
 
 from vlmflow.catalog.folder import Folder
-from vlmflow.catalog.log import APPLICATION_ID, COMMIT_ID, DataFile, Snapshot, TableLog
-from vlmflow.errors import CommitError
+from vlmflow.catalog.log import APPLICATION_ID, COMMIT_ID, REVOKED, DataFile, Snapshot, TableLog
+from vlmflow.catalog.runs import DEAD_AFTER
+from vlmflow.errors import CommitError, RunRevokedError
 from vlmflow.storage import access_error
 
 RUN_ID = "vlmflow.run_id"
@@ -48,6 +49,8 @@ class CommitRequest:
     run_id: str
     operation: str  # append, replace, compact, add_columns, ...: for people who read the log
     since: int  # version of the table before the first attempt
+    revokes: tuple[str, ...] = ()  # runs that may commit no more once this commit is made
+    always: bool = False  # commit even if nothing changes, so that whoever decided before decides anew
 
 
 @dataclass(frozen=True)
@@ -78,9 +81,11 @@ def commit(log: TableLog, request: CommitRequest, propose: Callable[[Snapshot], 
     """Makes one change whole, or not at all.
 
     Args:
-        propose: decides on the newest snapshot what to do, anew after every conflict. An empty change commits nothing.
+        propose: decides on the newest snapshot what to do, anew after every conflict. An empty change commits nothing,
+            unless the request says so.
 
     Raises:
+        RunRevokedError: the run was taken for dead, and what it wrote is being removed.
         CommitError: the change does not fit the snapshot that it was decided on (a file to remove is not live, a
             file to add does not exist or is in the table), or other writers won every attempt.
         StorageAccessError: the store refuses to be written to, or is gone.
@@ -94,11 +99,16 @@ def commit(log: TableLog, request: CommitRequest, propose: Callable[[Snapshot], 
         # Also after a failed attempt: it may have been made all the same, its answer lost.
         if log.was_committed(request.commit_id, looked_up_to):
             return Committed(snapshot.version, attempt, repeated=attempt == 0)
+        if request.run_id in log.revoked(looked_up_to):
+            raise RunRevokedError(
+                f"run {request.run_id} gave no sign of life for {DEAD_AFTER} and was revoked by a vacuum",
+                remedy="What it committed stays. Run the same command again to go on.",
+            )
         if attempt == MAX_ATTEMPTS or len(faults) == MAX_FAULTS:
             break
         looked_up_to = snapshot.version
         change = propose(snapshot)
-        if change.is_empty:
+        if change.is_empty and not request.always:
             return Committed(snapshot.version, attempt, repeated=False)
         _check(log.folder, log.name, change, snapshot)
         try:
@@ -143,12 +153,11 @@ def _check(folder: Folder, table: str, change: Change, snapshot: Snapshot) -> No
 
 
 def _write(table: DeltaTable, request: CommitRequest, change: Change, number: int) -> None:
+    metadata = {COMMIT_ID: request.commit_id, RUN_ID: request.run_id, OPERATION: request.operation}
+    if request.revokes:
+        metadata[REVOKED] = ",".join(request.revokes)
     properties = CommitProperties(
-        custom_metadata={
-            COMMIT_ID: request.commit_id,
-            RUN_ID: request.run_id,
-            OPERATION: request.operation,
-        },
+        custom_metadata=metadata,
         max_commit_retries=0,
         app_transactions=[Transaction(APPLICATION_ID, number)],
     )

@@ -79,7 +79,7 @@ def compact_table(log: TableLog, run_id: str, target_bytes: int, unreferenced: U
     result = CompactResult()
     for date in files_by_date(log.refresh()):
         while True:
-            step = _Step(log.folder, log, date, target_bytes, unreferenced)
+            step = _Step(log, run_id, date, target_bytes, unreferenced)
             snapshot = log.refresh()
             request = CommitRequest(uuid.uuid4().hex, run_id, "compact", snapshot.version)
             commit(log, request, step.propose)
@@ -93,9 +93,10 @@ class _Step:
     """One commit of a compaction: some files of a date become one."""
 
     def __init__(
-        self, folder: Folder, log: TableLog, date: dt.date, target_bytes: int, unreferenced: Unreferenced | None
+        self, log: TableLog, run_id: str, date: dt.date, target_bytes: int, unreferenced: Unreferenced | None
     ) -> None:
-        self._folder = folder
+        self._folder = log.folder
+        self._run_id = run_id
         self._table = log.name
         self._date = date
         self._target_bytes = target_bytes
@@ -139,4 +140,4 @@ class _Step:
             rows = rows.filter(pa.array(~self._unreferenced.mask(self._date, rows)))
         if not rows.num_rows:
             return None, count
-        return write_file(self._folder, self._table, rows, self._date), count - rows.num_rows
+        return write_file(self._folder, self._table, rows, self._date, self._run_id), count - rows.num_rows

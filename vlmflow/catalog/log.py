@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import pyarrow as pa
 from deltalake import DeltaTable
@@ -19,7 +19,10 @@ from vlmflow.storage import access_error
 TableName: TypeAlias = Literal["images", "embeddings"]
 
 APPLICATION_ID = "vlmflow"  # shared by all writers: each commit takes its next number
-COMMIT_ID = "vlmflow.commit_id"  # in the metadata of a commit
+# In the metadata of a commit:
+COMMIT_ID = "vlmflow.commit_id"
+REVOKED = "vlmflow.revoked"  # ids of runs that may commit no more, separated by commas
+LONGEST_RETENTION = dt.timedelta(days=30)  # of files of old versions
 SCHEMA_VERSION = "1"  # of IMAGES and EMBEDDINGS; raised together with a migration
 _SCHEMA_VERSION_KEY = "vlmflow.schemaVersion"
 
@@ -52,6 +55,19 @@ class Snapshot:
     schema: pa.Schema
 
 
+@dataclass(frozen=True)
+class _Notes:
+    """What a commit says of itself."""
+
+    commit_id: str | None
+    revoked: frozenset[str]
+
+    @classmethod
+    def of(cls, entry: Mapping[str, Any]) -> _Notes:
+        runs = str(entry.get(REVOKED) or "")
+        return cls(entry.get(COMMIT_ID), frozenset(runs.split(",")) if runs else frozenset())
+
+
 class TableLog:
     """A handle on one table, moved to its newest version before each use. Driver only: it must not cross a fork."""
 
@@ -59,7 +75,7 @@ class TableLog:
         self.folder = folder
         self.name: TableName = name
         self.table = table
-        self._commit_ids: dict[int, str | None] = {}  # by version; of the versions looked at, without gaps
+        self._notes: dict[int, _Notes] = {}  # by version; of the versions looked at, without gaps
 
     @classmethod
     def open(cls, folder: Folder, name: TableName) -> TableLog:
@@ -120,16 +136,21 @@ class TableLog:
         )
 
     def was_committed(self, commit_id: str, since: int) -> bool:
-        """Whether a version after ``since``, up to the one that the handle is at, was made by this commit.
+        """Whether a version after ``since``, up to the one that the handle is at, was made by this commit."""
+        return any(notes.commit_id == commit_id for notes in self._notes_after(since))
 
-        What was read of the log is remembered: a run asks before each of its commits.
-        """
+    def revoked(self, since: int) -> frozenset[str]:
+        """The runs that were revoked after version ``since``, up to the one that the handle is at."""
+        return frozenset[str]().union(*(notes.revoked for notes in self._notes_after(since)))
+
+    def _notes_after(self, since: int) -> list[_Notes]:
+        """What commits say of themselves. It is remembered: a run asks before each of its commits."""
         version = self.table.version()
-        known = self._commit_ids
+        known = self._notes
         start = max(known, default=since) if since >= min(known, default=since + 1) - 1 else since
         newer = self.table.history(version - start) if version > start else []
-        known |= {entry["version"]: entry.get(COMMIT_ID) for entry in newer}
-        return any(known.get(number) == commit_id for number in range(since + 1, version + 1))
+        known |= {entry["version"]: _Notes.of(entry) for entry in newer}
+        return [known[number] for number in range(since + 1, version + 1) if number in known]
 
     def files_at(self, version: int) -> frozenset[str]:
         """The paths of the files that were live at an earlier version; -1: before the table was there."""
@@ -165,6 +186,8 @@ def _create(folder: Folder, name: TableName, columns: pa.Schema) -> None:
         configuration={
             _SCHEMA_VERSION_KEY: SCHEMA_VERSION,
             "delta.dataSkippingStatsColumns": ",".join(STATS_COLUMNS[name]),
+            # How long the log remembers a removed file: vacuum tells such a file from an orphan by it.
+            "delta.deletedFileRetentionDuration": f"interval {LONGEST_RETENTION.days} days",
         },
         storage_options=folder.storage_options,
         raise_if_key_not_exists=False,

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import json
+import logging
+import secrets
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 from vlmflow.catalog.folder import Folder
-from vlmflow.errors import CatalogError
+from vlmflow.errors import CatalogError, VlmflowError
+
+logger = logging.getLogger("vlmflow")
 
 RUNS = "runs"
 DEAD_AFTER = dt.timedelta(minutes=10)
+_HEARTBEAT_S = 30.0
 
 _NEVER = dt.datetime.min.replace(tzinfo=dt.UTC)
 
 RunState: TypeAlias = Literal["running", "dead", "finished"]
+
+
+def new_run_id() -> str:
+    """An id for a run: when it started, and something that no other has."""
+    return f"{dt.datetime.now(dt.UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(4)}"
 
 
 @dataclass(frozen=True)
@@ -58,6 +71,44 @@ class RunStore:
     def heartbeat(self, run_id: str) -> None:
         """Renews the lease. To be called at least once a minute."""
         self._folder.write(_lease(run_id), json.dumps({"at": dt.datetime.now(dt.UTC).isoformat()}).encode())
+
+    @contextlib.contextmanager
+    def keep_alive(self, run_id: str) -> Iterator[None]:
+        """Renews the lease in a thread while the block runs."""
+        stop = threading.Event()
+
+        def beat() -> None:
+            while not stop.wait(_HEARTBEAT_S):
+                try:
+                    self.heartbeat(run_id)
+                except VlmflowError as error:
+                    # The run goes on: a lost lease matters only to a vacuum, and the next beat renews it.
+                    logger.warning("heartbeat of run %s failed: %s", run_id, error)
+
+        thread = threading.Thread(target=beat, name="vlmflow-heartbeat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+    @contextlib.contextmanager
+    def recorded(self, operation: str) -> Iterator[str]:
+        """A run of upkeep (vacuum, erase, ...): gives its id, and keeps its lease while the block runs.
+
+        What it did is in the log of the tables; its record says no more than when it ran and how it ended.
+        """
+        run_id = new_run_id()
+        record = {"operation": operation, "started_at": dt.datetime.now(dt.UTC).isoformat()}
+        self.start(run_id, record | {"status": "running"})
+        status = "failed"
+        try:
+            with self.keep_alive(run_id):
+                yield run_id
+            status = "done"
+        finally:
+            self.finish(run_id, record | {"status": status, "finished_at": dt.datetime.now(dt.UTC).isoformat()})
 
     def finish(self, run_id: str, record: dict[str, Any]) -> None:
         """Puts the final record in place and gives up the lease."""

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import datetime as dt
 import logging
-import secrets
-import threading
 import time
 from collections.abc import Iterator
 
@@ -14,6 +11,7 @@ import pyarrow as pa
 import ray
 
 from vlmflow.catalog import Catalog, Plan, keys, plan_without_catalog
+from vlmflow.catalog.runs import new_run_id
 from vlmflow.config import Job, PoolConfig
 from vlmflow.engine.cluster import Cluster, WorkerErrors, ray_cluster
 from vlmflow.engine.collect import Collected, Collector
@@ -31,7 +29,6 @@ from vlmflow.sources import Source, open_source
 
 logger = logging.getLogger("vlmflow")
 
-_HEARTBEAT_S = 30.0
 _TICK_S = 0.2
 
 
@@ -91,7 +88,7 @@ class _Run:
         self._prepared, self._job = prepared, prepared.job
         self._source, self._plan = source, planned
         self._display = display
-        self._run_id = f"{dt.datetime.now(dt.UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(4)}"
+        self._run_id = new_run_id()
         self._report = initial_report(self._run_id, prepared, planned)
         self._done = self._report
         self._collected = Collected()
@@ -138,7 +135,7 @@ class _Run:
         """Keeps the run's record and lease while the block runs, and completes the record however it ends."""
         catalog.runs.start(self._run_id, self._report.model_dump(mode="json"))
         try:
-            with _heartbeat(catalog, self._run_id):
+            with catalog.runs.keep_alive(self._run_id):
                 yield
         except BaseException as error:
             status = _status_of(error)
@@ -249,25 +246,3 @@ def _status_of(error: BaseException) -> RunStatus:
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     return "unreconciled" if isinstance(error, UnreconciledError) else "failed"
-
-
-@contextlib.contextmanager
-def _heartbeat(catalog: Catalog, run_id: str) -> Iterator[None]:
-    """Keeps the run's lease alive while the block runs."""
-    stop = threading.Event()
-
-    def beat() -> None:
-        while not stop.wait(_HEARTBEAT_S):
-            try:
-                catalog.runs.heartbeat(run_id)
-            except VlmflowError as error:
-                # The run goes on: a lost lease matters only to a vacuum, and the next beat renews it.
-                logger.warning("heartbeat of run %s failed: %s", run_id, error)
-
-    thread = threading.Thread(target=beat, name="vlmflow-heartbeat", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()

@@ -71,3 +71,15 @@ def test_an_archived_policy_does_not_change(tmp_path: Path) -> None:
     assert policies.digests() == ["abc"]
     with pytest.raises(CatalogError, match="no policy xyz"):
         policies.get("xyz")
+
+
+def test_upkeep_has_a_lease_while_it_works_and_a_record_afterwards(runs: RunStore) -> None:
+    with runs.recorded("vacuum") as run_id:
+        assert runs.is_live(run_id)
+    assert runs.state(run_id) == "finished"
+    record = runs.get(run_id)
+    assert record is not None
+    assert (record["operation"], record["status"]) == ("vacuum", "done")
+    with pytest.raises(KeyError), runs.recorded("erase") as failed:
+        raise KeyError
+    assert (runs.get(failed) or {})["status"] == "failed"

@@ -66,19 +66,46 @@ class Moderator:
             offsets: (N + 1,): image i has the vectors from ``offsets[i]`` to ``offsets[i + 1]``; it may have none.
         """
         has_vectors = np.diff(offsets) > 0
-        margins, deciding = _worst_views(self._scorer.score(vectors), offsets[:-1][has_vectors])
+        margins, deciding = self.worst_views(vectors, offsets[:-1][has_vectors])
+        return self.decide(margins, np.asarray(views, object)[deciding], has_vectors)
+
+    def worst_views(
+        self, vectors: NDArray[np.float32], starts: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """The greatest margin of each image and label, and the vector that it comes from.
+
+        Args:
+            vectors: (V, D) unit vectors, those of an image next to each other.
+            starts: (N,): where the vectors of each image begin; each has at least one.
+
+        Returns:
+            (N, L) margins, and (N, L) indices into ``vectors``.
+        """
+        return _worst_views(self._scorer.score(vectors), starts)
+
+    def decide(
+        self, margins: NDArray[np.float32], views: NDArray[np.object_], scored: NDArray[np.bool_] | None = None
+    ) -> Moderation:
+        """Labels and decides images by margins, be they new or stored.
+
+        Args:
+            margins: (S, L), of the images that are scored.
+            views: (S, L) names of the views that they come from.
+            scored: (N,) which images those are, S of them; None: all.
+        """
+        scored = np.ones(len(margins), np.bool_) if scored is None else scored
         scores = _apply(self._curves, margins)
         decisions = self._decide_labels(scores)
-        image_decisions = np.full(len(has_vectors), _REVIEW)
-        image_decisions[has_vectors] = decisions.max(axis=1)
-        reasons: list[str | None] = [UNSCORED] * len(has_vectors)
-        for row, image in enumerate(np.flatnonzero(has_vectors)):
+        image_decisions = np.full(len(scored), _REVIEW)
+        image_decisions[scored] = decisions.max(axis=1)
+        reasons: list[str | None] = [UNSCORED] * len(scored)
+        for row, image in enumerate(np.flatnonzero(scored)):
             reasons[image] = self._reason(decisions[row], scores[row])
-        labels = self._label_structs(margins, scores, decisions, np.asarray(views, object)[deciding])
-        counts = np.where(has_vectors, len(self._policy.labels), 0)
+        labels = self._label_structs(margins, scores, decisions, views)
+        counts = np.where(scored, len(self._policy.labels), 0)
         return Moderation(
             labels=pa.ListArray.from_arrays(
-                pa.array(np.concatenate([[0], np.cumsum(counts)]), pa.int32()), labels, mask=pa.array(~has_vectors)
+                pa.array(np.concatenate([[0], np.cumsum(counts)]), pa.int32()), labels, mask=pa.array(~scored)
             ),
             decision=pa.array([DECISIONS[decision] for decision in image_decisions], pa.string()),
             reason=pa.array(reasons, pa.string()),

@@ -67,7 +67,8 @@ class Moderator:
         """
         has_vectors = np.diff(offsets) > 0
         margins, deciding = self.worst_views(vectors, offsets[:-1][has_vectors])
-        return self.decide(margins, np.asarray(views, object)[deciding], has_vectors)
+        deciding_views = pa.array(views, pa.string()).take(pa.array(deciding.ravel()))
+        return self.decide(margins, deciding_views, has_vectors)
 
     def worst_views(
         self, vectors: NDArray[np.float32], starts: NDArray[np.int64]
@@ -84,30 +85,34 @@ class Moderator:
         return _worst_views(self._scorer.score(vectors), starts)
 
     def decide(
-        self, margins: NDArray[np.float32], views: NDArray[np.object_], scored: NDArray[np.bool_] | None = None
+        self,
+        margins: NDArray[np.float32],
+        views: pa.StringArray,
+        scored: NDArray[np.bool_] | None = None,
+        times: pa.FloatArray | None = None,
     ) -> Moderation:
         """Labels and decides images by margins, be they new or stored.
 
         Args:
             margins: (S, L), of the images that are scored.
-            views: (S, L) names of the views that they come from.
+            views: (S * L,) names of the views that they come from, image by image.
             scored: (N,) which images those are, S of them; None: all.
+            times: (S * L,) seconds of the frames that they come from; None: stills.
         """
         scored = np.ones(len(margins), np.bool_) if scored is None else scored
         scores = _apply(self._curves, margins)
         decisions = self._decide_labels(scores)
         image_decisions = np.full(len(scored), _REVIEW)
         image_decisions[scored] = decisions.max(axis=1)
-        reasons: list[str | None] = [UNSCORED] * len(scored)
-        for row, image in enumerate(np.flatnonzero(scored)):
-            reasons[image] = self._reason(decisions[row], scores[row])
-        labels = self._label_structs(margins, scores, decisions, views)
+        reasons = np.full(len(scored), UNSCORED, object)
+        reasons[scored] = self._reasons(decisions, scores)
+        labels = self._label_structs(margins, scores, decisions, views, times)
         counts = np.where(scored, len(self._policy.labels), 0)
         return Moderation(
             labels=pa.ListArray.from_arrays(
                 pa.array(np.concatenate([[0], np.cumsum(counts)]), pa.int32()), labels, mask=pa.array(~scored)
             ),
-            decision=pa.array([DECISIONS[decision] for decision in image_decisions], pa.string()),
+            decision=pa.array(DECISIONS, pa.string()).take(pa.array(image_decisions)),
             reason=pa.array(reasons, pa.string()),
         )
 
@@ -119,24 +124,25 @@ class Moderator:
         decisions[np.isnan(scores)] = _REVIEW  # fails closed
         return decisions
 
-    def _reason(self, decisions: NDArray[np.int64], scores: NDArray[np.float32]) -> str | None:
-        """What decided: of the labels with the gravest decision, the one with the highest score."""
-        if not self._bound:
-            return UNBOUND
-        gravest = decisions.max()
-        if DECISIONS[gravest] == "allow":
-            return None
+    def _reasons(self, decisions: NDArray[np.int64], scores: NDArray[np.float32]) -> NDArray[np.object_]:
+        """What decided each image: of the labels with the gravest decision, the one with the highest score."""
+        names = np.array(["/".join(ref) for ref in self._policy.labels], object)
+        gravest = decisions.max(axis=1, keepdims=True)
         candidates = np.where((decisions == gravest) & ~np.isnan(scores), scores, -1.0)
-        if candidates.max() < 0:
-            return UNSCORED
-        return "/".join(self._policy.labels[int(candidates.argmax())])
+        reasons: NDArray[np.object_] = names[candidates.argmax(axis=1)]
+        reasons[candidates.max(axis=1) < 0] = UNSCORED
+        reasons[gravest[:, 0] == 0] = None
+        if not self._bound:
+            reasons[:] = UNBOUND
+        return reasons
 
     def _label_structs(
         self,
         margins: NDArray[np.float32],
         scores: NDArray[np.float32],
         decisions: NDArray[np.int64],
-        views: NDArray[np.object_],
+        views: pa.StringArray,
+        times: pa.FloatArray | None,
     ) -> pa.StructArray:
         num_rows, refs = len(margins), self._policy.labels
         probabilities = np.where(self._calibrated, _apply(self._calibration, margins), np.float32(np.nan))
@@ -149,9 +155,9 @@ class Moderator:
             "probability": _floats(probabilities),
             "review_threshold": _floats(np.tile(self._review, num_rows)),
             "block_threshold": _floats(np.tile(block, num_rows)),
-            "decision": pa.array(np.array(DECISIONS, object)[decisions.ravel()], pa.string()),
-            "view": pa.array(views.ravel(), pa.string()),
-            "time_s": pa.nulls(num_rows * len(refs), pa.float32()),
+            "decision": pa.array(DECISIONS, pa.string()).take(pa.array(decisions.ravel())),
+            "view": views,
+            "time_s": pa.nulls(num_rows * len(refs), pa.float32()) if times is None else times,
         }
         return pa.StructArray.from_arrays([columns[field.name] for field in schema.LABEL], fields=list(schema.LABEL))
 
@@ -192,4 +198,4 @@ def _floats(values: NDArray[np.floating]) -> pa.FloatArray:
 
 
 def _repeat(values: Sequence[str], times: int) -> pa.StringArray:
-    return pa.array(list(values) * times, pa.string())
+    return pa.array(values, pa.string()).take(pa.array(np.tile(np.arange(len(values)), times)))

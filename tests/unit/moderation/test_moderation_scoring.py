@@ -208,12 +208,13 @@ def test_a_view_that_is_no_number_is_reviewed_whatever_the_others_say() -> None:
 
 
 def test_an_unscored_label_does_not_lower_a_block() -> None:
-    # A vector that is not finite spoils all margins of its view, so the label is made unscored here directly.
     moderator = Moderator(POLICY, bind(POLICY, IDENTITY), AXES)
-    scores = np.array([[np.nan, 0.9, 0.1]], np.float32)
-    decisions = moderator._decide_labels(scores)
-    assert decisions.tolist() == [[1, 2, 0]]
-    assert moderator._reason(decisions[0], scores[0]) == "weapons/knife"
+    far = np.array([[np.nan, 9.0, -9.0], [np.nan, -9.0, -9.0]], np.float32)
+    result = moderator.decide(far, pa.array(["squash"] * 6))
+    assert result.decision.to_pylist() == ["block", "review"]
+    assert result.reason.to_pylist() == ["weapons/knife", "unscored"]
+    assert [label["decision"] for label in result.labels[0].as_py()] == ["review", "block", "allow"]
+    assert result.labels[0].as_py()[0]["score"] is None
 
 
 def test_unbound_everything_is_reviewed_and_still_scored() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     BertTokenizer,
@@ -97,6 +97,37 @@ def export_vqa(model: ViltForQuestionAnswering, sizes: Sizes, tokenizer: BertTok
         image_std=list(PIXEL_STD),
     )
     _save(model, tokenizer, folder, processor)
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of an exported folder, in float32."""
+    (path,) = folder.glob("*.safetensors")
+    return {name: weight.float() for name, weight in load_file(path).items()}
+
+
+def import_trunk(trunk: Trunk, target: Path) -> None:
+    """Puts the weights of exported folders back: the tower and the decoder of the captioner, the rest of CLIP."""
+    captioner, clip = read_weights(target / CAPTIONER_NAME), read_weights(target / CLIP_NAME)
+    trunk.vision.load_state_dict(_below(captioner, "vision_model."))
+    trunk.decoder.load_state_dict(_below(captioner, "text_decoder."), strict=False)  # tied weights are saved once
+    trunk.decoder.tie_weights()
+    own = ("visual.", "logit_scale")
+    trunk.text.load_state_dict({name: weight for name, weight in clip.items() if not name.startswith(own)})
+    with torch.no_grad():
+        trunk.visual_projection.copy_(clip["visual.proj"])
+        trunk.logit_scale.copy_(clip["logit_scale"])
+
+
+def import_matcher(matcher: Matcher, folder: Path) -> None:
+    """Puts the weights of an exported matcher back."""
+    weights = read_weights(folder)
+    for name in ("text_encoder", "vision_proj", "text_proj", "itm_head"):
+        part: nn.Module = getattr(matcher, name)
+        part.load_state_dict(_below(weights, f"{name}."))
+
+
+def _below(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
 
 
 def _blip_preprocessor(side_px: int) -> BlipImageProcessor:

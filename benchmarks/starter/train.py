@@ -42,6 +42,7 @@ class Recipe:
     minutes: float | None = None
     max_steps: int | None = None
     batch_size: int | None = None
+    start_from: Path | None = None  # exported folders whose weights are the first ones, where there is no checkpoint
 
     def schedule(self, stage: str) -> Schedule:
         minutes = self.minutes if self.minutes is not None else _MINUTES[self.world][stage]
@@ -69,6 +70,9 @@ def build(recipe: Recipe, studio: Studio) -> Models:
     torch.manual_seed(recipe.seed)
     sizes = sizes_of(studio.world.side_px, studio.tokenizer)
     trunk, matcher = Trunk(sizes, studio.tokenizer), Matcher(sizes, studio.tokenizer)
+    if recipe.start_from is not None:
+        export.import_trunk(trunk, recipe.start_from)
+        export.import_matcher(matcher, recipe.start_from / export.MATCHER_NAME)
     for stage, model in (("trunk", trunk), ("matcher", matcher)):
         if recipe.checkpoint(stage).is_file():
             load_weights(model, recipe.checkpoint(stage))
@@ -82,13 +86,16 @@ def train_stage(stage: str, recipe: Recipe, studio: Studio) -> int:
     if stage == "trunk":
         return train(models.trunk, TrunkLosses(models.trunk, studio, recipe.batch), schedule, checkpoint)
     if stage == "matcher":
-        if not checkpoint.is_file():
+        if not checkpoint.is_file() and recipe.start_from is None:
             # The captioner's decoder has learned to look already; BLIP shares most of the two as well.
             models.matcher.text_encoder.load_state_dict(models.trunk.decoder.bert.state_dict())
         losses = MatcherLosses(models.matcher, models.trunk.vision, studio, recipe.batch)
         return train(models.matcher, losses, schedule, checkpoint)
     vqa = build_vqa(models.sizes, studio.tokenizer, Asker(studio.world).answers)
-    start_vqa_from_tower(vqa, models.trunk.vision)
+    if recipe.start_from is None:
+        start_vqa_from_tower(vqa, models.trunk.vision)
+    else:
+        vqa.load_state_dict(export.read_weights(recipe.start_from / export.VQA_NAME))
     vqa = vqa.to(recipe.device)
     return train(vqa, VqaLosses(vqa, studio, recipe.batch), schedule, checkpoint)
 
@@ -115,6 +122,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="wall clock of each stage, instead of the world's own")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument(
+        "--start-from", type=Path, help="go on from the weights of these folders, such as vlmflow/starter"
+    )
     parser.add_argument("--work", type=Path, default=WORK_FOLDER)
     parser.add_argument("--target", type=Path, default=Path("vlmflow/starter"))
     options = parser.parse_args()
@@ -122,7 +132,7 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     if "RANK" in os.environ:  # under torchrun
         distributed.init_process_group("gloo")
-    recipe = Recipe(options.world, options.work, options.device, minutes=options.minutes)
+    recipe = Recipe(options.world, options.work, options.device, minutes=options.minutes, start_from=options.start_from)
     studio = open_studio(recipe.world, recipe.work, seed=recipe.seed, device=recipe.device)
     for stage in options.stage or STAGES:
         if stage == "export" and int(os.environ.get("RANK", "0")) == 0:

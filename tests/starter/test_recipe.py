@@ -105,6 +105,13 @@ def test_every_stage_trains_and_is_exported(studio: Studio, tmp_path: Path) -> N
     write_folders(recipe, studio, tmp_path / "out")
     assert {folder.name for folder in (tmp_path / "out").iterdir()} == {"clip", "captioner", "matcher", "vqa"}
 
+    # Another run goes on from what was exported: the same weights, to the half precision that they are kept in.
+    further = Recipe("small", tmp_path / "further", start_from=tmp_path / "out")
+    before, after = build(recipe, studio), build(further, studio)
+    for one, other in ((before.trunk, after.trunk), (before.matcher, after.matcher)):
+        held = {name: weight for name, weight in other.state_dict().items() if name != "logit_scale"}
+        assert all(torch.equal(weight, one.state_dict()[name].half().float()) for name, weight in held.items())
+
 
 def test_captions_agree_with_the_scenes_that_they_are_true_of() -> None:
     scenes = [Scene(((0, 2),), 1), Scene(((0, 2), (1, 1)), 1), Scene(((0, 2),), 2)]

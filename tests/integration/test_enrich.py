@@ -14,7 +14,7 @@ import pytest
 
 from tests.pictures import picture, write_broken, write_pictures
 from vlmflow.catalog import Catalog
-from vlmflow.config import Job, PoolConfig
+from vlmflow.config import Job, ModelConfig, PoolConfig
 from vlmflow.engine import enrich, plan
 from vlmflow.engine.cluster import Cluster
 from vlmflow.engine.pipeline import check_pools
@@ -26,6 +26,7 @@ from vlmflow.errors import (
     UnboundPolicyError,
     WeightsError,
 )
+from vlmflow.models import identify
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -286,7 +287,8 @@ def test_the_run_is_on_record_with_its_versions_and_its_policy(make_job: Callabl
     assert info.record["versions"]["ray"]
     assert info.record["config"]["profile"] == "starter"
     digest = catalog.images(["policy_digest"])["policy_digest"][0].as_py()
-    assert set(catalog.policies.get(digest)) == {"policy.json", "prompts.safetensors"}
+    weights = identify("embed", ModelConfig(**job.models["embed"].model_dump())).weights_digest
+    assert set(catalog.policies.get(digest)) == {"policy.json", f"prompts-{weights[:16]}.safetensors"}
 
 
 def test_no_image_is_decided_by_nothing(make_job: Callable[..., Job], tmp_path: Path) -> None:

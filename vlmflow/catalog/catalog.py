@@ -19,7 +19,7 @@ from vlmflow.catalog.due import PlanRequest
 from vlmflow.catalog.export import ExportResult, export
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.keys import digest_of, to_binary
-from vlmflow.catalog.log import Snapshot, TableLog, TableName
+from vlmflow.catalog.log import DataFile, Snapshot, TableLog, TableName
 from vlmflow.catalog.plan import Plan, plan
 from vlmflow.catalog.policies import PolicyStore
 from vlmflow.catalog.read import embedding_batches, image_batches
@@ -107,6 +107,11 @@ class Catalog:
         return self._images.refreshed_table().version()
 
     @property
+    def images_schema(self) -> pa.Schema:
+        """The columns of the images table, the caller's included."""
+        return self._images.refresh().schema
+
+    @property
     def source_columns(self) -> pa.Schema:
         """The caller's columns that the images table has."""
         return source_columns(self._images.refresh().schema)
@@ -174,6 +179,35 @@ class Catalog:
         unreferenced = Unreferenced(self._folder, self._images.refresh(), over)
         images = compact_table(self._images, run_id, target_bytes["images"], None)
         return images + compact_table(self._embeddings, run_id, target_bytes["embeddings"], unreferenced)
+
+    def live_files(self, table: TableName) -> dict[str, DataFile]:
+        """The files of a table's newest version, by path."""
+        log = self._images if table == "images" else self._embeddings
+        return log.refresh().files
+
+    def swap_images(self, run_id: str, operation: str, swaps: Sequence[tuple[DataFile, DataFile]]) -> list[DataFile]:
+        """Puts rewritten files of the images table in place of live ones, in one commit.
+
+        Args:
+            swaps: the live file, and the one with the same images that takes its place; not empty.
+
+        Returns:
+            The files that were not live any more: another writer has moved their rows, and what was written for them
+            is deleted.
+        """
+        late: list[tuple[DataFile, DataFile]] = []
+
+        def propose(snapshot: Snapshot) -> Change:
+            late[:] = [swap for swap in swaps if swap[0].path not in snapshot.files]
+            fitting = [swap for swap in swaps if swap[0].path in snapshot.files]
+            return Change(add=tuple(new for _, new in fitting), remove=tuple(old for old, _ in fitting))
+
+        commit_id = digest_of(run_id, *(new.path for _, new in swaps))
+        done = commit(self._images, CommitRequest(commit_id, run_id, operation, self.version), propose)
+        if not done.repeated:
+            for _, new in late:
+                self._folder.delete(f"images/{new.path}")
+        return [old for old, _ in late]
 
     def images(self, columns: Sequence[str] | None = None) -> pa.Table:
         """The live rows of the images table, one per image."""

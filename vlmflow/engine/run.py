@@ -13,6 +13,7 @@ import ray
 from vlmflow.catalog import Catalog, Plan, keys, plan_without_catalog
 from vlmflow.catalog.runs import new_run_id
 from vlmflow.config import Job, PoolConfig
+from vlmflow.engine.archive import archive_policy
 from vlmflow.engine.cluster import Cluster, WorkerErrors, ray_cluster
 from vlmflow.engine.collect import Collected, Collector
 from vlmflow.engine.consume import Block, FinishedBlocks
@@ -159,12 +160,9 @@ class _Run:
         return collector
 
     def _archive_policy(self, catalog: Catalog, prompts: PromptVectors | None) -> None:
-        policy = self._prepared.setup.policy
-        if policy is not None and prompts is not None:
-            catalog.policies.put(
-                policy.digest,
-                {"policy.json": policy.model_dump_json(indent=2).encode(), "prompts.safetensors": prompts.to_bytes()},
-            )
+        setup = self._prepared.setup
+        if setup.policy is not None:
+            archive_policy(catalog, setup.policy, prompts, setup.identities["embed"].weights_digest)
 
     def _stages(self, pools: tuple[PoolConfig, ...], prompts: PromptVectors | None) -> Stages:
         setup, limits = self._prepared.setup, self._job.limits

@@ -35,17 +35,18 @@ class Moderator:
 
     Args:
         binding: what was set for the embedder; None: every decision is `review`, with the reason `unbound`.
+        prompts: None: it decides by margins alone.
     """
 
-    def __init__(self, policy: Policy, binding: Binding | None, prompts: PromptVectors) -> None:
-        if len(prompts.labels) != len(policy.labels):
+    def __init__(self, policy: Policy, binding: Binding | None, prompts: PromptVectors | None) -> None:
+        if prompts is not None and len(prompts.labels) != len(policy.labels):
             raise ValueError(
                 f"{len(prompts.labels)} label vectors for the {len(policy.labels)} labels of {policy.name}"
             )
         self._policy = policy
         self._bound = binding is not None
-        self._scorer = Scorer(prompts)
-        self.dim: int = prompts.labels.shape[1]
+        self._scorer = None if prompts is None else Scorer(prompts)
+        self.dim: int = 0 if prompts is None else prompts.labels.shape[1]
         labels = policy.each_label()
         default = (binding.logistic if binding else None) or policy.logistic
         calibration = binding.calibration if binding else {}
@@ -82,6 +83,8 @@ class Moderator:
         Returns:
             (N, L) margins, and (N, L) indices into ``vectors``.
         """
+        if self._scorer is None:
+            raise ValueError("a moderator without prompt vectors scores none")
         return _worst_views(self._scorer.score(vectors), starts)
 
     def decide(

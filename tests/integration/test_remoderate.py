@@ -1,0 +1,286 @@
+"""A catalog put under another policy: real Ray, real tables, tiny models; no image is read."""
+
+from __future__ import annotations
+
+import datetime as dt
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+
+from tests.pictures import picture, write_broken, write_pictures
+from vlmflow.catalog import Catalog
+from vlmflow.catalog.log import DataFile
+from vlmflow.cli import main
+from vlmflow.config import Job, ModelConfig
+from vlmflow.engine import enrich
+from vlmflow.engine import remoderate as module
+from vlmflow.engine.remoderate import RemoderateReport, Scope, remoderate
+from vlmflow.errors import ConfigError
+from vlmflow.models import identify
+from vlmflow.moderation.policy import bind, load_policy, write_binding
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+MODERATION = ["labels", "policy_name", "policy_version", "policy_digest", "decision", "decision_reason"]
+OLD_DATE, NEW_DATE = dt.date(2026, 11, 1), dt.date(2026, 11, 2)
+
+Rows = dict[str, dict[str, Any]]
+
+
+@pytest.fixture
+def write_policy(models: dict[str, dict[str, Any]], policy: str, tmp_path: Path) -> Callable[..., str]:
+    """Writes a bound policy: the one of conftest with some texts replaced."""
+
+    def write(name: str, **replaced: str) -> str:
+        text = Path(policy).read_text(encoding="utf-8").partition("\nbindings:")[0] + "\nbindings: []\n"
+        for old, new in ({"version": '"1"'} | replaced).items():
+            known = {"version": 'version: "1"', "gun": "review: 0.45, block: 0.9", "prompt": "a bottle of wine"}[old]
+            text = text.replace(known, f"version: {new}" if old == "version" else new)
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(text, encoding="utf-8")
+        write_binding(path, bind(load_policy(str(path)), identify("embed", ModelConfig(**models["embed"]))))
+        return str(path)
+
+    return write
+
+
+def rows_of(job: Job, columns: Sequence[str] = MODERATION) -> Rows:
+    table = Catalog.open(job.catalog).images(["uri", *columns])
+    rows = {row.pop("uri").rsplit("/", 1)[-1]: row for row in table.to_pylist()}
+    assert len(rows) == table.num_rows
+    return rows
+
+
+def no_model(*_: object) -> None:
+    raise AssertionError("a model was loaded")
+
+
+def test_backfilled_and_online_moderation_are_equal_to_the_bit(
+    make_job: Callable[..., Job], write_policy: Callable[..., str], tmp_path: Path
+) -> None:
+    write_pictures(tmp_path / "images", 12)
+    write_broken(tmp_path / "images")
+    job = make_job(tmp_path / "images", tasks=("embed", "moderate"), date=OLD_DATE, pools=[], commit={"max_rows": 6})
+    enrich(job)
+    before = Catalog.open(job.catalog).images()
+    other = write_policy("other", version='"2"', gun="review: 0.2, block: 0.5", prompt="a red car and a tree")
+
+    report = remoderate(job.model_copy(update={"policy": other}))
+
+    fresh = make_job(
+        tmp_path / "images", tasks=("embed", "moderate"), policy=other, catalog={"uri": str(tmp_path / "f")}
+    )
+    enrich(fresh)
+    assert rows_of(job) == rows_of(fresh)
+    assert (report.num_moved, report.num_from_margins, report.num_without_vectors) == (12, 0, 0)
+    after = Catalog.open(job.catalog).images()
+    assert set(after["policy_version"].drop_null().to_pylist()) == {"2"}
+    untouched = [
+        name for name in before.column_names if name not in {*MODERATION, "previous_policy", "run_id", "updated_at"}
+    ]
+    by_id = [("image_id", "ascending")]
+    assert after.sort_by(by_id).select(untouched).equals(before.sort_by(by_id).select(untouched))
+    again = remoderate(job.model_copy(update={"policy": other}))
+    assert (again.num_moved, again.num_commits) == (0, 0)
+
+
+def test_thresholds_alone_load_no_model_and_come_back(
+    make_job: Callable[..., Job], write_policy: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_pictures(tmp_path / "images", 9)
+    job = make_job(tmp_path / "images", tasks=("embed", "moderate"))
+    enrich(job)
+    before = rows_of(job, [*MODERATION, "previous_policy"])
+    digest = next(iter(before.values()))["policy_digest"]
+    strict = write_policy("strict", version='"2"', gun="review: 0.0, block: 0.0")
+    monkeypatch.setattr(module, "encode_policy", no_model)
+    monkeypatch.setattr(module, "_score_file", no_model)
+    version = Catalog.open(job.catalog).version
+
+    would = remoderate(job.model_copy(update={"policy": strict}), dry_run=True)
+    assert Catalog.open(job.catalog).version == version
+    assert rows_of(job, [*MODERATION, "previous_policy"]) == before
+
+    did = remoderate(job.model_copy(update={"policy": strict}))
+    assert did.num_moved == did.num_from_margins == 9
+    assert (did.flips, did.label_flips, did.decisions) == (would.flips, would.label_flips, would.decisions)
+    assert sum(did.flips.values()) == sum(row["decision"] != "block" for row in before.values())
+    assert {row["decision"] for row in rows_of(job).values()} == {"block"}
+    assert {row["previous_policy"] for row in rows_of(job, ["previous_policy"]).values()} == {digest}
+    assert {example["after"] for example in did.examples} == {"block"}
+
+    back = remoderate(job, rollback=did.policy_digest[:12])
+    assert back.num_moved == 9
+    assert rows_of(job) == {name: {column: row[column] for column in MODERATION} for name, row in before.items()}
+
+
+def test_only_the_rows_asked_for(
+    make_job: Callable[..., Job], write_policy: Callable[..., str], tmp_path: Path
+) -> None:
+    write_pictures(tmp_path / "images", 4)
+    job = make_job(tmp_path / "images", tasks=("embed", "moderate"), date=OLD_DATE)
+    enrich(job)
+    write_pictures(tmp_path / "images", 6)
+    enrich(job.model_copy(update={"date": NEW_DATE}))
+    new = job.model_copy(update={"policy": write_policy("new", version='"2"', gun="review: 0.3, block: 0.9")})
+
+    assert remoderate(new, scope=Scope(start=NEW_DATE), dry_run=True).partitions == {NEW_DATE.isoformat(): 2}
+    assert remoderate(new, scope=Scope(end=OLD_DATE, where="width > height"), dry_run=True).num_moved == 2
+    with pytest.raises(ConfigError, match="nothing_such"):
+        remoderate(new, scope=Scope(where="nothing_such = 1"))
+    with pytest.raises(ConfigError, match="more than a condition"):
+        remoderate(new, scope=Scope(where="true); DROP TABLE images; SELECT (1"))
+    report = remoderate(new, scope=Scope(start=NEW_DATE))
+    versions = rows_of(job, ["policy_version", "ingest_date"])
+    assert {(row["policy_version"], row["ingest_date"]) for row in versions.values()} == {
+        ("1", OLD_DATE),
+        ("2", NEW_DATE),
+    }
+    assert report.num_commits == 1
+
+
+def test_a_nightly_run_in_the_middle_loses_nothing(
+    make_job: Callable[..., Job],
+    write_policy: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    paths = write_pictures(tmp_path / "images", 6)
+    job = make_job(tmp_path / "images", tasks=("embed", "moderate"))
+    enrich(job)
+    new = job.model_copy(update={"policy": write_policy("new", version='"2"', gun="review: 0.3, block: 0.9")})
+    original = Catalog.swap_images
+    nights: list[int] = []
+
+    def swap_after_a_night(
+        self: Catalog, run_id: str, operation: str, swaps: Sequence[tuple[DataFile, DataFile]]
+    ) -> list[DataFile]:
+        if not nights:
+            write_pictures(tmp_path / "images", 8)
+            picture(99, 70, 50).save(paths[0], "JPEG")
+            nights.append(enrich(job).num_added)
+        return original(self, run_id, operation, swaps)
+
+    monkeypatch.setattr(Catalog, "swap_images", swap_after_a_night)
+    report = remoderate(new)
+
+    assert nights == [2]
+    rows = rows_of(job, ["policy_version", "width"])
+    assert len(rows) == 8
+    assert {row["policy_version"] for row in rows.values()} == {"2"}
+    assert rows[paths[0].name]["width"] == 70
+    assert report.num_moved == 8
+    live = set(Catalog.open(job.catalog).live_files("images"))
+    ours = {path for path in _files(job, "images") if Path(path).name.startswith(report.run_id)}
+    assert ours <= live, "what was written for rows that had moved is deleted"
+
+
+def test_killed_after_some_partitions_it_goes_on(
+    make_job: Callable[..., Job],
+    write_policy: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    job = make_job(tmp_path / "images", tasks=("embed",))
+    job = job.model_copy(update={"tasks": ("embed", "moderate")})
+    for day in range(3):
+        write_pictures(tmp_path / "images", 2 * (day + 1))
+        enrich(job.model_copy(update={"date": OLD_DATE + dt.timedelta(days=day)}))
+    new = job.model_copy(update={"policy": write_policy("new", version='"2"', gun="review: 0.3, block: 0.9")})
+    original = Catalog.swap_images
+    commits: list[str] = []
+
+    def killed(self: Catalog, *arguments: Any) -> list[DataFile]:
+        if len(commits) == 2:
+            raise KeyboardInterrupt
+        commits.append("")
+        return original(self, *arguments)
+
+    monkeypatch.setattr(Catalog, "swap_images", killed)
+    with pytest.raises(KeyboardInterrupt):
+        remoderate(new)
+    monkeypatch.undo()
+    done = [row["policy_version"] for row in rows_of(job, ["policy_version"]).values()]
+    assert sorted(done) == ["1", "1", "2", "2", "2", "2"]
+    assert Catalog.open(job.catalog).runs.list()[0].record["status"] == "interrupted"
+    assert remoderate(new).num_moved == 2
+    assert {row["policy_version"] for row in rows_of(job, ["policy_version"]).values()} == {"2"}
+
+
+def test_it_fails_closed(make_job: Callable[..., Job], write_policy: Callable[..., str], tmp_path: Path) -> None:
+    paths = write_pictures(tmp_path / "images", 4)
+    job = make_job(tmp_path / "images", tasks=("embed", "moderate"))
+    enrich(job)
+    paths[0].write_bytes(b"no image any more")
+    enrich(job)
+    lenient = write_policy("lenient", version='"2"', gun="review: 1.0, block: null", prompt="a tree of trees")
+    shutil.rmtree(tmp_path / "catalog" / "embeddings" / "ingest_date=2026-11-01", ignore_errors=True)
+    catalog = Catalog.open(job.catalog)
+    lost = catalog.images(["image_id", "uri"]).to_pylist()[0]
+    _drop_vectors(catalog, lost["image_id"])
+
+    report = remoderate(job.model_copy(update={"policy": lenient}))
+
+    rows = rows_of(job, [*MODERATION, "moderate_fingerprint"])
+    unreadable = rows[paths[0].name]
+    assert (unreadable["decision"], unreadable["decision_reason"]) == ("review", "unreadable")
+    assert unreadable["moderate_fingerprint"] is None
+    gone = rows[lost["uri"].rsplit("/", 1)[-1]]
+    if gone is not unreadable:
+        assert (gone["decision"], gone["decision_reason"], gone["labels"]) == ("review", "unscored", None)
+    assert report.num_without_vectors == 1
+
+
+def test_rows_of_another_model_keep_their_policy(
+    make_job: Callable[..., Job], write_policy: Callable[..., str], tmp_path: Path
+) -> None:
+    write_pictures(tmp_path / "images", 3)
+    job = make_job(tmp_path / "images", tasks=("embed", "moderate"), views=("squash",))
+    enrich(job)
+    other_views = job.model_copy(update={"views": ("squash", "center"), "policy": write_policy("new", version='"2"')})
+    report = remoderate(other_views)
+    assert (report.num_moved, report.num_other_model) == (0, 3)
+    assert {row["policy_version"] for row in rows_of(job).values()} == {"1"}
+
+
+def test_the_command_line_shows_the_flips(
+    make_job: Callable[..., Job],
+    models: dict[str, dict[str, Any]],
+    write_policy: Callable[..., str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_pictures(tmp_path / "images", 3)
+    job = make_job(tmp_path / "images", tasks=("embed", "moderate"))
+    enrich(job)
+    strict = write_policy("strict", version='"2"', gun="review: 0.0, block: 0.0")
+    config = tmp_path / "job.yaml"
+    config.write_text(f"models: {{embed: {models['embed']}}}\nprofile: starter\n".replace("'", '"'), encoding="utf-8")
+    with pytest.raises(SystemExit) as ended:
+        main(["remoderate", job.catalog.uri, "--config", str(config), "--policy", strict, "--dry-run"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert "3 images would come under policy test 2" in " ".join(shown.split())
+    assert "-> block" in shown
+    with pytest.raises(SystemExit) as ended:
+        main(["remoderate", job.catalog.uri, "--config", str(config), "--policy", strict, "--json"])
+    report = RemoderateReport.model_validate_json(capsys.readouterr().out.splitlines()[-1])
+    assert report.num_moved == 3
+
+
+def _drop_vectors(catalog: Catalog, image_id: str) -> None:
+    """Takes an image's vectors out of the files, as a damaged store would."""
+    for uri in catalog.file_uris("embeddings"):
+        path = uri.removeprefix("file://")
+        rows = pa.parquet.read_table(path, partitioning=None)
+        pa.parquet.write_table(rows.filter(pc.not_equal(rows["image_id"], image_id)), path)
+
+
+def _files(job: Job, table: str) -> set[str]:
+    root = Path(job.catalog.uri) / table
+    return {path.relative_to(root).as_posix() for path in root.rglob("*.parquet")}

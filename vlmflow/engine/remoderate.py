@@ -1,0 +1,481 @@
+"""A policy changes, and no image is read again: moderation from what the catalog holds.
+
+The table itself is the progress: a row that carries the policy is done. Live files are rewritten one by one by Ray
+tasks and swapped in groups by the commit function; where another writer was first, the rows are looked for in the
+newest version and done there. So a killed backfill goes on where it stopped, beside whatever else writes.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+
+from vlmflow.catalog import Catalog
+from vlmflow.catalog.columns import conform
+from vlmflow.catalog.folder import Folder
+from vlmflow.catalog.log import DataFile
+from vlmflow.catalog.masks import equal
+from vlmflow.catalog.read import read_rows
+from vlmflow.catalog.runs import new_run_id
+from vlmflow.catalog.where import check_where, mask_where
+from vlmflow.catalog.writer import write_file
+from vlmflow.config import CatalogConfig, Frozen, Job
+from vlmflow.engine.archive import archive_policy, archived_policies, archived_policy, archived_prompts, full_digest
+from vlmflow.engine.cluster import ray_cluster
+from vlmflow.engine.faults import get
+from vlmflow.engine.prepare import Prepared, encode_policy, prepare
+from vlmflow.engine.progress import ProgressDisplay, SilentProgress, Tally
+from vlmflow.errors import ConfigError
+from vlmflow.moderation.decide import Moderator
+from vlmflow.moderation.policy import Policy, check_binding, prompts_digest
+from vlmflow.moderation.relabel import (
+    SCANNED,
+    VECTOR_COLUMNS,
+    Changes,
+    ScoredVectors,
+    Target,
+    relabel,
+    score_vectors,
+    wanted_rows,
+)
+
+logger = logging.getLogger("vlmflow")
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+# Files that may go on arriving under another policy while we work; a nightly run with the old one never ends sooner.
+_MAX_ROUNDS = 20
+_TASKS_PER_CPU = 2
+_COMMIT_FILES = 32
+_COMMIT_S = 30.0
+
+
+class RemoderateReport(Frozen):
+    """What a remoderation did, or would do.
+
+    Attributes:
+        policy: name and version.
+        num_moved: rows that came under the policy.
+        num_from_margins: of these, rows decided by stored margins; the others by stored vectors.
+        num_other_model: rows left as they are, because their vectors are another model's.
+        num_first: of a rollback, rows that stay, because they had no policy before.
+        num_without_vectors: rows whose vectors are gone: they are `review`, as unscored.
+        flips: rows by change of decision, such as ``allow -> block``.
+        label_flips: by label, rows by change of that label's decision.
+        examples: a few images of each change of decision, with uri and reason.
+        partitions: rows moved by ingest date.
+    """
+
+    run_id: str
+    dry_run: bool
+    catalog: str
+    policy: str
+    policy_digest: str
+    rollback_of: str | None = None
+    where: str | None = None
+    status: str = "done"
+    started_at: dt.datetime
+    seconds: float = 0.0
+    num_moved: int = 0
+    num_from_margins: int = 0
+    num_other_model: int = 0
+    num_without_vectors: int = 0
+    num_first: int = 0
+    decisions: dict[str, int] = {}
+    flips: dict[str, int] = {}
+    label_flips: dict[str, dict[str, int]] = {}
+    examples: tuple[dict[str, str | None], ...] = ()
+    partitions: dict[str, int] = {}
+    num_commits: int = 0
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Which rows are asked for: ingest dates from ``start`` to ``end``, both included, and a condition in SQL."""
+
+    start: dt.date | None = None
+    end: dt.date | None = None
+    where: str | None = None
+
+    def holds(self, file: DataFile) -> bool:
+        """Whether a file's partition lies within."""
+        return (self.start is None or file.ingest_date >= self.start) and (
+            self.end is None or file.ingest_date <= self.end
+        )
+
+
+def remoderate(
+    job: Job,
+    *,
+    scope: Scope | None = None,
+    rollback: str | None = None,
+    dry_run: bool = False,
+    progress: ProgressDisplay | None = None,
+) -> RemoderateReport:
+    """Puts the rows of a catalog under the job's policy, from stored vectors and margins.
+
+    Where a row's margins were computed with the same model and prompts, they are taken as they are: only thresholds
+    changed. Run it again after an interruption: rows that carry the policy are done.
+
+    Args:
+        job: catalog, profile and policy count; its source is not read.
+        rollback: digest, or the beginning of it, of a policy: its rows go back to the policy that each had before.
+            The job's policy is not used.
+        dry_run: reports what would change, and writes nothing.
+
+    Raises:
+        ConfigError: the condition cannot be used, or no archived policy begins with ``rollback``.
+        CatalogError: there is no catalog, or it does not hold the policy to go back to.
+        PolicyError: the policy cannot be used, or was not set for the model.
+        WeightsError: the embedder's weights are absent or do not fit.
+    """
+    display = progress or SilentProgress()
+    display.stage("checking model and policy")
+    scope = scope or Scope()
+    prepared = prepare(job.model_copy(update={"tasks": ("embed", "moderate")}))
+    catalog = Catalog.open(job.catalog)
+    if scope.where is not None:
+        check_where(scope.where, catalog.images_schema)
+    return _Remoderation(prepared, catalog, scope, rollback, dry_run, display).execute()
+
+
+@dataclass(frozen=True)
+class _Scan:
+    """What a file holds for us."""
+
+    file: DataFile
+    num_wanted: int
+    num_computed: int  # of these, rows that need their vectors
+    previous: tuple[str, ...] = ()  # policies that rows to be rolled back had before
+    num_first: int = 0  # rows to be rolled back that had none
+
+
+@dataclass(frozen=True)
+class _Done:
+    """A file that was looked through; ``new`` is None if nothing was written."""
+
+    old: DataFile
+    new: DataFile | None
+    changes: Changes
+
+
+@dataclass
+class _Totals:
+    changes: Changes = field(default_factory=Changes)
+    num_first: int = 0
+    partitions: Counter[str] = field(default_factory=Counter)
+    num_commits: int = 0
+
+
+class _Remoderation:
+    def __init__(
+        self,
+        prepared: Prepared,
+        catalog: Catalog,
+        scope: Scope,
+        rollback: str | None,
+        dry_run: bool,
+        display: ProgressDisplay,
+    ) -> None:
+        self._prepared, self._catalog, self._scope = prepared, catalog, scope
+        self._rollback = None if rollback is None else full_digest(catalog, rollback)
+        self._dry_run, self._display = dry_run, display
+        self._run_id = new_run_id()
+        self._started_at = dt.datetime.now(dt.UTC)
+        self._clock = time.monotonic()
+        self._folder = Folder(prepared.job.catalog)
+        self._columns = catalog.images_schema
+        self._totals = _Totals()
+        self._tally = Tally()
+        self._max_tasks = 1
+
+    def execute(self) -> RemoderateReport:
+        if self._dry_run:
+            self._run()
+            return self._report("dry run")
+        runs = self._catalog.runs
+        runs.start(self._run_id, self._record("running"))
+        status = "failed"
+        try:
+            with runs.keep_alive(self._run_id):
+                self._run()
+            status = "done"
+        except KeyboardInterrupt:
+            status = "interrupted"
+            raise
+        finally:
+            runs.finish(self._run_id, self._record(status))
+        return self._report("done")
+
+    def _run(self) -> None:
+        self._display.stage("starting Ray")
+        with ray_cluster(self._prepared.job.ray) as cluster:
+            self._max_tasks = max(2, int(cluster.cpus) * _TASKS_PER_CPU)
+            for target in self._targets():
+                self._move(target)
+
+    def _targets(self) -> Iterator[Target]:
+        """The policies that rows come under: one, or, of a rollback, each that a row had before."""
+        if self._rollback is None:
+            policy = self._prepared.setup.policy
+            assert policy is not None
+            yield self._target(policy, None)
+            return
+        self._display.stage("looking for rows to roll back")
+        files = [file for file in self._catalog.live_files("images").values() if self._scope.holds(file)]
+        scans = list(self._scan(files, None))
+        self._totals.num_first = sum(scan.num_first for scan in scans)
+        for digest in sorted({digest for scan in scans for digest in scan.previous}):
+            yield self._target(archived_policy(self._catalog, digest), self._rollback)
+
+    def _target(self, policy: Policy, moves_from: str | None) -> Target:
+        setup = self._prepared.setup
+        identity = setup.identities["embed"]
+        binding = check_binding(policy, identity, accept_unbound=self._prepared.job.accept_unbound)
+        fingerprints = self._prepared.fingerprints
+        margins = prompts_digest(policy)
+        archive = archived_policies(self._catalog)
+        same = [digest for digest, other in archive.items() if prompts_digest(other) == margins]
+        return Target(
+            policy=policy,
+            moderator=Moderator(policy, binding, None),
+            embed_fingerprint=fingerprints["embed"],
+            moderate_fingerprint=fingerprints["moderate"],
+            run_id=self._run_id,
+            moves_from=moves_from,
+            same_margins=tuple(same),
+        )
+
+    def _move(self, target: Target) -> None:
+        """Rewrites files until no live one holds a row that should move."""
+        seen: set[str] = set()
+        for _ in range(_MAX_ROUNDS):
+            live = self._catalog.live_files("images")
+            files = [file for path, file in live.items() if path not in seen and self._scope.holds(file)]
+            self._display.stage(f"looking through {len(files):,} files")
+            scans = [scan for scan in self._scan(files, target) if scan.num_wanted]
+            seen |= {file.path for file in files}
+            if not scans:
+                return
+            if target.moderator.dim == 0 and any(scan.num_computed for scan in scans):
+                target = self._with_vectors(target)
+            if not self._dry_run:
+                archive_policy(self._catalog, target.policy, None, "")
+            self._tally.total += sum(scan.num_wanted for scan in scans)
+            self._display.stage(f"moderating under {target.policy.name} {target.policy.version}")
+            self._round(scans, target, seen)
+            if self._dry_run:
+                return
+        logger.warning(
+            "images go on arriving under another policy than %s: another run writes them", target.policy.name
+        )
+
+    def _round(self, scans: list[_Scan], target: Target, seen: set[str]) -> None:
+        """One pass over files, partition by partition. What others have moved meanwhile is left to the next."""
+        shared = ray.put(target)
+        for date in sorted({scan.file.ingest_date for scan in scans}):
+            part = [scan for scan in scans if scan.file.ingest_date == date]
+            scored = self._score(date, shared) if any(scan.num_computed for scan in part) else []
+            pending: list[_Done] = []
+            since = time.monotonic()
+            for done in self._in_order(_relabel_file, part, self._arguments_of(shared, scored)):
+                self._count(done)
+                if done.new is not None:
+                    pending.append(done)
+                if len(pending) >= _COMMIT_FILES or time.monotonic() - since >= _COMMIT_S:
+                    self._swap(pending, seen)
+                    pending, since = [], time.monotonic()
+            self._swap(pending, seen)
+
+    def _arguments_of(
+        self, target: ray.ObjectRef[Target], scored: list[ray.ObjectRef[ScoredVectors]]
+    ) -> Callable[[_Scan], tuple[Any, ...]]:
+        def arguments(scan: _Scan) -> tuple[Any, ...]:
+            needed = scored if scan.num_computed else []
+            return (self._folder, scan.file, self._columns, target, self._scope.where, self._dry_run, *needed)
+
+        return arguments
+
+    def _score(self, date: dt.date, target: ray.ObjectRef[Target]) -> list[ray.ObjectRef[ScoredVectors]]:
+        files = [file for file in self._catalog.live_files("embeddings").values() if file.ingest_date == date]
+        remote = ray.remote(num_cpus=1)(_score_file)
+        refs: list[ray.ObjectRef[ScoredVectors]] = []
+        running: list[ray.ObjectRef[ScoredVectors]] = []
+        for file in files:
+            running.append(remote.remote(self._folder, file, target))
+            refs.append(running[-1])
+            if len(running) >= self._max_tasks:
+                _, running = ray.wait(running, num_returns=1, fetch_local=False)
+        return refs
+
+    def _scan(self, files: list[DataFile], target: Target | None) -> Iterator[_Scan]:
+        shared = ray.put(target)
+        return self._in_order(
+            _scan_file,
+            files,
+            lambda file: (self._folder, file, self._columns, shared, self._scope.where, self._rollback),
+        )
+
+    def _in_order(
+        self, function: Callable[..., Result], items: list[Item], arguments: Callable[[Item], tuple[Any, ...]]
+    ) -> Iterator[Result]:
+        """Runs a function as Ray tasks, a few ahead of the one whose result is given out."""
+        remote = ray.remote(num_cpus=1, max_retries=3)(function)
+        running: deque[ray.ObjectRef[Any]] = deque()
+        for item in items:
+            running.append(remote.remote(*arguments(item)))
+            if len(running) >= self._max_tasks:
+                yield get(running.popleft())
+        while running:
+            yield get(running.popleft())
+
+    def _swap(self, pending: list[_Done], seen: set[str]) -> None:
+        if not pending:
+            return
+        operation = "remoderate" if self._rollback is None else "rollback"
+        swaps = [(done.old, done.new) for done in pending if done.new is not None]
+        late = {file.path for file in self._catalog.swap_images(self._run_id, operation, swaps)}
+        for old, new in swaps:
+            if old.path not in late:
+                seen.add(new.path)
+        for done in pending:
+            if done.old.path in late:
+                self._tally.total -= done.changes.num_moved
+                self._tally.done -= done.changes.num_moved
+            else:
+                self._book(done)
+                self._tally.committed += done.changes.num_moved
+        self._totals.num_commits += 1
+        self._display.update(self._tally)
+
+    def _book(self, done: _Done) -> None:
+        self._totals.changes.add(done.changes)
+        if done.changes.num_moved:
+            self._totals.partitions[done.old.ingest_date.isoformat()] += done.changes.num_moved
+
+    def _count(self, done: _Done) -> None:
+        self._tally.done += done.changes.num_moved
+        self._tally.elapsed_s = time.monotonic() - self._clock
+        if done.new is None:  # of a dry run, or nothing to move
+            self._book(done)
+        self._display.update(self._tally)
+
+    def _with_vectors(self, target: Target) -> Target:
+        """The target with prompt vectors: archived ones, else encoded now."""
+        self._display.stage("encoding prompts")
+        setup = self._prepared.setup
+        identity = setup.identities["embed"]
+        binding = check_binding(target.policy, identity, accept_unbound=self._prepared.job.accept_unbound)
+        prompts = archived_prompts(self._catalog, target.policy, identity.weights_digest)
+        if prompts is None:
+            prompts = encode_policy(replace(setup, policy=target.policy, binding=binding))
+        if not self._dry_run:
+            archive_policy(self._catalog, target.policy, prompts, identity.weights_digest)
+        return replace(target, moderator=Moderator(target.policy, binding, prompts))
+
+    def _record(self, status: str) -> dict[str, Any]:
+        return self._report(status).model_dump(mode="json") | {"operation": "remoderate", "state": status}
+
+    def _report(self, status: str) -> RemoderateReport:
+        policy = self._prepared.setup.policy
+        assert policy is not None
+        changes = self._totals.changes
+        by_label: dict[str, dict[str, int]] = {}
+        for (label, before, after), count in changes.labels.most_common():
+            by_label.setdefault(label, {})[f"{before} -> {after}"] = count
+        after_counts: Counter[str] = Counter()
+        for (_, after), count in changes.decisions.items():
+            after_counts[after] += count
+        return RemoderateReport(
+            run_id=self._run_id,
+            dry_run=self._dry_run,
+            catalog=self._catalog.uri,
+            policy=f"{policy.name} {policy.version}" if self._rollback is None else "the one before",
+            policy_digest=policy.digest if self._rollback is None else "",
+            rollback_of=self._rollback,
+            where=self._scope.where,
+            status=status,
+            started_at=self._started_at,
+            seconds=time.monotonic() - self._clock,
+            num_moved=changes.num_moved,
+            num_from_margins=changes.num_from_margins,
+            num_other_model=changes.num_other_model,
+            num_without_vectors=changes.num_without_vectors,
+            num_first=self._totals.num_first,
+            decisions=dict(after_counts.most_common()),
+            flips={f"{a} -> {b}": n for (a, b), n in changes.decisions.most_common() if a != b},
+            label_flips=by_label,
+            examples=tuple(changes.examples),
+            partitions=dict(sorted(self._totals.partitions.items())),
+            num_commits=self._totals.num_commits,
+        )
+
+
+def _scan_file(
+    folder: Folder, file: DataFile, columns: pa.Schema, target: Target | None, where: str | None, rollback: str | None
+) -> _Scan:
+    """Counts what a file holds for us. Runs as a Ray task."""
+    names = list(SCANNED) if where is None else columns.names
+    rows = _read(folder, file, columns, names)
+    within = None if where is None else mask_where(rows, where)
+    if target is None:  # of a rollback: which policies do its rows go back to?
+        move = equal(rows["policy_digest"], rollback or "")
+        move = move if within is None else move & within
+        previous = rows["previous_policy"].filter(pa.array(move))
+        digests = tuple(digest for digest in pc.unique(previous).to_pylist() if digest is not None)
+        return _Scan(file, int(move.sum()), 0, digests, previous.null_count)
+    wanted = wanted_rows(rows, target, within)
+    count = int(wanted.moved.sum() + wanted.other_model.sum())
+    return _Scan(file, count, int(wanted.computed.sum()))
+
+
+def _score_file(folder: Folder, file: DataFile, target: Target) -> ScoredVectors:
+    """Scores a file of vectors. Runs as a Ray task."""
+    return score_vectors(read_rows(folder, "embeddings", file, VECTOR_COLUMNS), target)
+
+
+def _relabel_file(
+    folder: Folder,
+    file: DataFile,
+    columns: pa.Schema,
+    target: Target,
+    where: str | None,
+    dry_run: bool,
+    *scored: ScoredVectors,
+) -> _Done:
+    """Moderates the rows of a file anew and writes them to another. Runs as a Ray task."""
+    rows = _read(folder, file, columns, columns.names)
+    within = None if where is None else mask_where(rows, where)
+    relabelled, changes = relabel(rows, wanted_rows(rows, target, within), target, scored)
+    if dry_run or not changes.num_moved:
+        return _Done(file, None, changes)
+    return _Done(file, write_file(folder, "images", relabelled, file.ingest_date, target.run_id), changes)
+
+
+def _read(folder: Folder, file: DataFile, columns: pa.Schema, names: list[str]) -> pa.Table:
+    held = read_rows(folder, "images", file, None if len(names) == len(columns) else names)
+    return conform(held, pa.schema([columns.field(name) for name in names]))
+
+
+def last_profile(config: CatalogConfig) -> str:
+    """The profile of the newest enrichment of a catalog.
+
+    Raises:
+        CatalogError: there is no catalog.
+        ConfigError: no record of a run names one.
+    """
+    for run in Catalog.open(config).runs.list():
+        profile = run.record.get("profile")
+        if isinstance(profile, str):
+            return profile
+    raise ConfigError(f"{config.uri}: no run names a profile", remedy="Give --profile.")

@@ -1,0 +1,63 @@
+"""What the command line prints of moderation: how decisions flip."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from vlmflow.engine.progress import duration
+
+if TYPE_CHECKING:
+    from vlmflow.engine.remoderate import RemoderateReport
+
+
+def print_remoderation(report: RemoderateReport, console: Console) -> None:
+    """Prints what a remoderation changed, or would change."""
+    verb = "would come" if report.dry_run else "came"
+    what = f"policy {escape(report.policy)}" if report.rollback_of is None else "the policy that each had before"
+    console.print(
+        f"[bold]{report.num_moved:,} images[/bold] {verb} under {what} in {duration(report.seconds)}, "
+        f"{report.num_from_margins:,} of them by stored margins, the others by stored vectors"
+    )
+    if not report.num_moved:
+        console.print("All images asked for are under it already, or none was asked for.")
+    _print_counts("decisions", report.decisions, console)
+    _print_counts("changed", report.flips, console)
+    if report.label_flips:
+        table = _table("label", "changes")
+        for label, flips in report.label_flips.items():
+            table.add_row(escape(label), ", ".join(f"{change} {count:,}" for change, count in flips.items()))
+        console.print(table)
+    if report.examples:
+        table = _table("change", "image", "because")
+        for example in report.examples:
+            change = f"{example['before']} -> {example['after']}"
+            table.add_row(change, escape(example["uri"] or ""), escape(example["decision_reason"] or "-"))
+        console.print(table)
+    if report.num_other_model:
+        console.print(
+            f"[yellow]{report.num_other_model:,} images keep their policy: their vectors are another model's.[/yellow] "
+            "`vlmflow enrich --tasks embed,moderate` computes them anew."
+        )
+    if report.num_without_vectors:
+        console.print(f"[yellow]{report.num_without_vectors:,} images have lost their vectors and are review.[/yellow]")
+    if report.num_first:
+        console.print(
+            f"{report.num_first:,} images were first moderated under the policy rolled back and stay under it; "
+            "`vlmflow remoderate --policy` moves them"
+        )
+
+
+def _print_counts(name: str, counts: dict[str, int], console: Console) -> None:
+    if counts:
+        console.print(f"{name}: " + ", ".join(f"{value} {count:,}" for value, count in counts.items()))
+
+
+def _table(*headings: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    return table

@@ -8,6 +8,7 @@ from vlmflow.catalog.plan import Plan, plan_without_catalog
 from vlmflow.catalog.policies import PolicyStore
 from vlmflow.catalog.rows import RunConstants
 from vlmflow.catalog.runs import RunInfo, RunStore
+from vlmflow.catalog.vacuum import VacuumResult
 from vlmflow.catalog.writer import CatalogWriter
 
 __all__ = [
@@ -22,5 +23,6 @@ __all__ = [
     "RunConstants",
     "RunInfo",
     "RunStore",
+    "VacuumResult",
     "plan_without_catalog",
 ]

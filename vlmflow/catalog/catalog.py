@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from vlmflow.catalog.policies import PolicyStore
 from vlmflow.catalog.read import embedding_batches, image_batches
 from vlmflow.catalog.rows import RunConstants
 from vlmflow.catalog.runs import RunStore
+from vlmflow.catalog.vacuum import RETENTION, VacuumResult, vacuum
 from vlmflow.catalog.writer import CatalogWriter
 from vlmflow.config import CatalogConfig
 
@@ -179,6 +181,14 @@ class Catalog:
         unreferenced = Unreferenced(self._folder, self._images.refresh(), over)
         images = compact_table(self._images, run_id, target_bytes["images"], None)
         return images + compact_table(self._embeddings, run_id, target_bytes["embeddings"], unreferenced)
+
+    def vacuum(self, *, retention: dt.timedelta = RETENTION, dry_run: bool = False) -> VacuumResult:
+        """Removes what nobody needs any more; see :func:`vlmflow.catalog.vacuum.vacuum`."""
+        logs = (self._images, self._embeddings)
+        if dry_run:
+            return vacuum(self._folder, logs, self.runs, "", retention=retention, dry_run=True)
+        with self.runs.recorded("vacuum") as run_id:
+            return vacuum(self._folder, logs, self.runs, run_id, retention=retention, dry_run=False)
 
     def live_files(self, table: TableName) -> dict[str, DataFile]:
         """The files of a table's newest version, by path."""

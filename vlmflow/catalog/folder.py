@@ -6,6 +6,7 @@ import contextlib
 import datetime as dt
 import io
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,11 +18,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vlmflow.config import CatalogConfig
-from vlmflow.errors import CatalogError
+from vlmflow.errors import CatalogError, VlmflowError
 from vlmflow.storage import STORE_ERRORS, access_error, delta_storage_options, open_store, parse_address
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
+
+
+logger = logging.getLogger("vlmflow")
+
+_DELETED_AT_ONCE = 500
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,25 @@ class Folder:
         # Object stores say nothing of a missing object, a local disk does.
         with self._in_our_words(), contextlib.suppress(FileNotFoundError):
             obstore.delete(self._store, self._at(path))
+
+    def delete_all(self, paths: Sequence[str]) -> list[str]:
+        """Removes many files; returns those that could not be removed. One that is not there is no error."""
+        failed: list[str] = []
+        for start in range(0, len(paths), _DELETED_AT_ONCE):
+            some = paths[start : start + _DELETED_AT_ONCE]
+            try:
+                obstore.delete(self._store, [self._at(path) for path in some])
+            except STORE_ERRORS:  # of one of them, and it does not say which
+                failed += [path for path in some if not self._deleted(path)]
+        return failed
+
+    def _deleted(self, path: str) -> bool:
+        try:
+            self.delete(path)
+        except VlmflowError as error:
+            logger.warning("%s could not be deleted: %s", path, error)
+            return False
+        return True
 
     def stat(self, path: str) -> FileInfo | None:
         """Size and time of a file; None: there is none."""

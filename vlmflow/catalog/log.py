@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
+from urllib.parse import unquote
 
 import pyarrow as pa
 from deltalake import DeltaTable
@@ -151,6 +152,16 @@ class TableLog:
         newer = self.table.history(version - start) if version > start else []
         known |= {entry["version"]: _Notes.of(entry) for entry in newer}
         return [known[number] for number in range(since + 1, version + 1) if number in known]
+
+    def removed_files(self, age: dt.timedelta) -> frozenset[str]:
+        """The paths of files that were live once and that the log says were removed at least so long ago."""
+        hours = -(-age // dt.timedelta(hours=1))  # whole ones, rounded up: rather kept than lost
+        table = self.refreshed_table()
+        try:
+            found = table.vacuum(retention_hours=hours, dry_run=True, enforce_retention_duration=False)
+        except (DeltaError, OSError) as error:
+            raise access_error(error, self.folder.config.uri) from error
+        return frozenset(unquote(path) for path in found)
 
     def files_at(self, version: int) -> frozenset[str]:
         """The paths of the files that were live at an earlier version; -1: before the table was there."""

@@ -125,6 +125,16 @@ class RunStore:
         runs = sorted(found, key=lambda run: found[run].record or found[run].lease or _NEVER, reverse=True)
         return [RunInfo(run, found[run].state, self.get(run) or {}, found[run].lease) for run in runs]
 
+    def states(self) -> dict[str, RunState]:
+        """How every run is doing."""
+        return {run: files.state for run, files in self._files().items()}
+
+    def bury(self, run_id: str) -> None:
+        """Says in the record of a dead run that it is, and takes its lease away. It must have been revoked."""
+        record = self.get(run_id) or {}
+        message = "died: it gave no sign of life, and a vacuum has removed what it had not committed"
+        self.finish(run_id, record | {"status": "failed", "state": "dead", "message": message})
+
     def over(self) -> set[str]:
         """The runs that write no more: finished or dead."""
         return {run for run, files in self._files().items() if files.state != "running"}

@@ -76,6 +76,8 @@ def print_plan(summary: PlanSummary, console: Console) -> None:
         console.print(f"{summary.num_duplicates:,} references repeat an image and count once")
     if summary.num_exhausted:
         console.print(f"{summary.num_exhausted:,} failed three times and are not tried again")
+    if summary.num_erased:
+        console.print(f"{summary.num_erased:,} were erased from the catalog and are left out")
     table = _table("task", "images", "because")
     for task, reasons in summary.due.items():
         because = ", ".join(f"{reason} {count:,}" for reason, count in reasons.items())

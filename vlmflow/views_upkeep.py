@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 
 if TYPE_CHECKING:
-    from vlmflow.catalog import VacuumResult
+    from vlmflow.catalog import EraseResult, VacuumResult
 
 _KINDS = {
     "orphan": "files of runs that never committed them",
@@ -39,3 +39,18 @@ def print_vacuum(result: VacuumResult, console: Console) -> None:
         )
     if result.failed:
         console.print(f"[red]{len(result.failed):,} files could not be deleted; run it again[/red]")
+
+
+def print_erasure(result: EraseResult, console: Console) -> None:
+    """Prints what an erasure removed, and what is left to do."""
+    console.print(
+        f"[bold]{result.num_images:,} images erased[/bold]: {result.num_rows:,} rows, {result.num_vectors:,} vectors, "
+        f"{result.num_reviews:,} verdicts, {result.num_files:,} older files, {result.num_records:,} records"
+    )
+    if result.live_runs:
+        console.print(
+            f"[yellow]not finished:[/yellow] {', '.join(result.live_runs)} at work may hold them in files not yet "
+            "committed, and will not commit them; run the same command again when they are over"
+        )
+    if result.failed:
+        console.print(f"[red]{len(result.failed):,} files could not be deleted; run the same command again[/red]")

@@ -3,6 +3,7 @@
 from vlmflow.catalog.catalog import Catalog, CommitResult
 from vlmflow.catalog.compact import CompactResult
 from vlmflow.catalog.due import PlanRequest
+from vlmflow.catalog.erase import EraseResult
 from vlmflow.catalog.export import ExportResult
 from vlmflow.catalog.plan import Plan, plan_without_catalog
 from vlmflow.catalog.policies import PolicyStore
@@ -16,6 +17,7 @@ __all__ = [
     "CatalogWriter",
     "CommitResult",
     "CompactResult",
+    "EraseResult",
     "ExportResult",
     "Plan",
     "PlanRequest",

@@ -21,6 +21,7 @@ from vlmflow.catalog.keys import concat, digest_of, duplicates, index_of, to_bin
 from vlmflow.catalog.log import DataFile, Snapshot
 from vlmflow.catalog.merge import merge
 from vlmflow.catalog.read import read_rows
+from vlmflow.catalog.tombstones import Tombstones
 from vlmflow.catalog.writer import write_file
 from vlmflow.errors import CatalogError
 
@@ -33,6 +34,7 @@ class Outcome:
     num_replaced: int = 0
     num_dropped: int = 0  # left out: the image has come into the table since planning, or stands here twice
     num_superseded: int = 0  # replacements left out: another run has met a newer object version
+    num_erased: int = 0  # left out: the image has been erased since planning
     statuses: Counter[str] = field(default_factory=Counter)
 
 
@@ -52,9 +54,11 @@ class ImageChanges:
     Args:
         files: rows of :data:`schema.DESCRIPTOR`, of the images table.
         added: the keys that the table has got since planning.
+        tombstones: the images that were erased, since planning too; their rows are left out.
     """
 
-    def __init__(self, folder: Folder, run_id: str, files: pa.Table, added: AddedKeys) -> None:
+    def __init__(self, folder: Folder, run_id: str, files: pa.Table, added: AddedKeys, tombstones: Tombstones) -> None:
+        self._tombstones = tombstones
         self._folder = folder
         self._run_id = run_id
         self._added = added
@@ -62,11 +66,14 @@ class ImageChanges:
         self.staged_paths: list[str] = files.filter(pc.equal(files["kind"], "replace"))["path"].to_pylist()
         # Files never change, so what one attempt wrote serves the next, where it decides the same.
         self._written: dict[str, _Written | None] = {}
+        self._erased = index_of(pa.array([], pa.binary(16)))
+        self._committed: set[str] = set()
         self.outcome = Outcome()
 
     def propose(self, snapshot: Snapshot) -> Change:
         """The change that brings all rows in; see :func:`vlmflow.catalog.commit.commit`."""
         self._added.refresh(snapshot)
+        self._erased = self._tombstones.index()
         self.outcome = Outcome()
         groups, vanished = self._groups(snapshot)
         add = self._add_new(vanished, snapshot)
@@ -80,7 +87,18 @@ class ImageChanges:
             remove.append(snapshot.files[path])
         for written in add:
             self._added.tell(written.file.path, written.keys)
+        self._committed = {written.file.path for written in add}
         return Change(tuple(written.file for written in add), tuple(remove))
+
+    def leftovers(self) -> list[str]:
+        """What was written for this commit and did not go in with it, relative to the catalog; it may be deleted.
+
+        Staged rows, which are merged now; files whose rows others had added, or that were erased; and files that were
+        rewritten for versions on which the commit did not come about.
+        """
+        written = {new.file.path for new in self._new}
+        written |= {held.file.path for held in self._written.values() if held is not None}
+        return [*self.staged_paths, *(f"images/{path}" for path in sorted(written - self._committed))]
 
     def _add_new(self, vanished: list[int], snapshot: Snapshot) -> list[_Written]:
         """The files of new rows, without the rows whose image has come into the table since planning."""
@@ -89,14 +107,16 @@ class ImageChanges:
             # The live row is gone (rolled back, say). An image has a row, always: ours stands for it.
             files += self._write_vanished(vanished, snapshot)
         keys = concat([new.keys for new in files])
-        drop = (self._added.locate(keys) >= 0) | duplicates(keys)
+        erased = self._erased.find(*to_words(keys)) >= 0
+        drop = (self._added.locate(keys) >= 0) | duplicates(keys) | erased
+        self.outcome.num_erased += int(erased.sum())
         add = []
         start = 0
         for new in files:
-            mask = drop[start : start + len(new.keys)]
+            mask, gone = (marks[start : start + len(new.keys)] for marks in (drop, erased))
             start += len(new.keys)
             kept = new if not mask.any() else self._without(new, mask)
-            self.outcome.num_dropped += int(mask.sum())
+            self.outcome.num_dropped += int((mask & ~gone).sum())
             if kept is not None:
                 self.outcome.num_added += kept.file.num_rows
                 self.outcome.statuses += kept.statuses
@@ -121,7 +141,11 @@ class ImageChanges:
         vanished: list[int] = []
         moved = self._added.locate(to_binary(self._staged["image_id"]))
         planned = self._staged["live_file"].to_pylist()
+        erased = self._erased.find(*to_words(to_binary(self._staged["image_id"]))) >= 0
+        self.outcome.num_erased += int(erased.sum())
         for row, number in enumerate(moved.tolist()):
+            if erased[row]:
+                continue
             path = planned[row] if number < 0 else self._added.path(number)
             if path in snapshot.files:
                 groups.setdefault(path, []).append(row)

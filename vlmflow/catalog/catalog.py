@@ -17,6 +17,7 @@ from vlmflow.catalog.columns import missing_columns, source_columns, storable
 from vlmflow.catalog.commit import Change, CommitRequest, Committed, commit
 from vlmflow.catalog.compact import CompactResult, Unreferenced, compact_table
 from vlmflow.catalog.due import PlanRequest
+from vlmflow.catalog.erase import EraseResult, erase, keys_of_uris, without_erased
 from vlmflow.catalog.export import ExportResult, export
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.keys import digest_of, to_binary
@@ -26,6 +27,7 @@ from vlmflow.catalog.policies import PolicyStore
 from vlmflow.catalog.read import embedding_batches, image_batches
 from vlmflow.catalog.rows import RunConstants
 from vlmflow.catalog.runs import RunStore
+from vlmflow.catalog.tombstones import Tombstones
 from vlmflow.catalog.vacuum import RETENTION, VacuumResult, vacuum
 from vlmflow.catalog.writer import CatalogWriter
 from vlmflow.config import CatalogConfig
@@ -45,6 +47,7 @@ class CommitResult:
     num_dropped: int  # new rows left out: another run has added the image since planning
     num_superseded: int  # replacements left out: another run has met a newer object version
     statuses: dict[str, int] = field(default_factory=dict)  # of the rows as committed
+    num_erased: int = 0  # left out: the image has been erased since planning
     num_conflicts: int = 0  # attempts that other writers won
     repeated: bool = False  # this very commit had been made before: nothing was done
 
@@ -57,6 +60,7 @@ class Catalog:
         self._images = images
         self._embeddings = embeddings
         self._added: dict[int, AddedKeys] = {}  # by version of planning
+        self._tombstones = Tombstones(folder)
         self.runs = RunStore(folder)
         self.policies = PolicyStore(folder)
 
@@ -128,7 +132,9 @@ class Catalog:
 
     def plan(self, references: Iterable[pa.RecordBatch], request: PlanRequest) -> Plan:
         """Finds out what is due; see :func:`vlmflow.catalog.plan.plan`."""
-        return plan(references, request, self._folder, self._images.refresh())
+        # The tombstones after the version: an erasure of a later one is seen by the commit.
+        snapshot = self._images.refresh()
+        return plan(references, request, self._folder, snapshot, self._tombstones.keys())
 
     def writer(self, constants: RunConstants, plan_version: int) -> CatalogWriter:
         """A writer for workers.
@@ -165,6 +171,7 @@ class Catalog:
             num_replaced=outcome.num_replaced,
             num_dropped=outcome.num_dropped,
             num_superseded=outcome.num_superseded,
+            num_erased=outcome.num_erased,
             statuses=dict(outcome.statuses),
             num_conflicts=embedded.num_conflicts + done.num_conflicts,
             repeated=done.repeated,
@@ -189,6 +196,30 @@ class Catalog:
             return vacuum(self._folder, logs, self.runs, "", retention=retention, dry_run=True)
         with self.runs.recorded("vacuum") as run_id:
             return vacuum(self._folder, logs, self.runs, run_id, retention=retention, dry_run=False)
+
+    def erase(self, keys: pa.Array, uris: Sequence[str] = ()) -> EraseResult:
+        """Erases images for good; see :func:`vlmflow.catalog.erase.erase`.
+
+        Args:
+            keys: as ``schema.KEY``.
+            uris: further addresses that records of runs must not show any more.
+        """
+        logs = (self._images, self._embeddings)
+        with self.runs.recorded("erase") as run_id:
+            return erase(self._folder, logs, self.runs, self._tombstones, keys, run_id, tuple(uris))
+
+    def lift(self, keys: pa.Array) -> None:
+        """Lets erased images come back with the next run that finds them in its source."""
+        self._tombstones.put(keys, lifted=True)
+
+    @property
+    def erased_keys(self) -> pa.Array:
+        """The images that must not come back, as ``schema.KEY``."""
+        return self._tombstones.keys()
+
+    def find_uris(self, uris: Sequence[str]) -> pa.Array:
+        """The keys of the rows with these normalised addresses, as ``schema.KEY``."""
+        return keys_of_uris(self.image_batches(["image_id", "uri"]), set(uris))
 
     def live_files(self, table: TableName) -> dict[str, DataFile]:
         """The files of a table's newest version, by path."""
@@ -251,18 +282,31 @@ class Catalog:
     def _commit_embeddings(self, run_id: str, commit_id: str, files: pa.Table) -> Committed:
         if not files.num_rows:
             return Committed(self._embeddings.refreshed_table().version(), 0, repeated=False)
-        change = Change(add=tuple(data_file(row) for row in files.drop_columns(["keys"]).to_pylist()))
+        descriptors = files.drop_columns(["keys"]).to_pylist()
+        written = [(data_file(row), files["keys"][number].values) for number, row in enumerate(descriptors)]
+        change = Change()
+
+        def propose(_: Snapshot) -> Change:
+            nonlocal change
+            erased = self._tombstones.index()
+            change = Change(add=tuple(without_erased(self._folder, self._embeddings, written, erased, run_id)))
+            return change
+
         request = CommitRequest(commit_id, run_id, "append", pc.min(files["plan_version"]).as_py())
-        return commit(self._embeddings, request, lambda _: change)
+        done = commit(self._embeddings, request, propose)
+        if not done.repeated:
+            committed = {file.path for file in change.add}
+            self._folder.delete_all([f"embeddings/{file.path}" for file, _ in written if file.path not in committed])
+        return done
 
     def _commit_images(self, run_id: str, commit_id: str, files: pa.Table) -> tuple[Outcome, Committed]:
         if not files.num_rows:
             return Outcome(), Committed(self.version, 0, repeated=False)
         since: int = pc.min(files["plan_version"]).as_py()
-        changes = ImageChanges(self._folder, run_id, files, self._added_since(since))
+        changes = ImageChanges(self._folder, run_id, files, self._added_since(since), self._tombstones)
         done = commit(self._images, CommitRequest(commit_id, run_id, "enrich", since), changes.propose)
-        for path in changes.staged_paths:
-            self._folder.delete(path)  # merged: their rows are in the table
+        if not done.repeated:
+            self._folder.delete_all(changes.leftovers())
         return (Outcome() if done.repeated else changes.outcome), done
 
     def _added_since(self, version: int) -> AddedKeys:

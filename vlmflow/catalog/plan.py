@@ -49,6 +49,7 @@ class Plan:
     schema: pa.Schema  # REFERENCE (with the caller's columns) and PLANNED
     num_listed: int = 0  # images of the source, each counted once
     num_duplicates: int = 0  # further listings of the same image
+    num_erased: int = 0  # listed, but erased: left out
     num_due: int = 0
     num_new: int = 0  # of those due
     num_planned: int = 0  # due, and within the limit
@@ -81,13 +82,18 @@ class Plan:
 
 
 def plan(
-    references: Iterable[pa.RecordBatch], request: PlanRequest, folder: Folder | None, snapshot: Snapshot | None
+    references: Iterable[pa.RecordBatch],
+    request: PlanRequest,
+    folder: Folder | None,
+    snapshot: Snapshot | None,
+    erased: pa.Array | None = None,
 ) -> Plan:
     """Finds out which images and tasks are due.
 
     Args:
         references: batches of REFERENCE, with the caller's columns where there are any.
         folder, snapshot: the catalog and the version of its images table; None: there is no catalog yet.
+        erased: keys of images that must not come back: they are left out as if they were not listed.
 
     Raises:
         SourceError: an image is listed twice with different columns.
@@ -95,7 +101,7 @@ def plan(
     """
     workspace = Path(tempfile.mkdtemp(prefix="vlmflow-plan-"))
     try:
-        return _Planner(workspace, request, folder, snapshot).run(references)
+        return _Planner(workspace, request, folder, snapshot, erased).run(references)
     except BaseException:
         shutil.rmtree(workspace)
         raise
@@ -107,7 +113,15 @@ def plan_without_catalog(references: Iterable[pa.RecordBatch], request: PlanRequ
 
 
 class _Planner:
-    def __init__(self, workspace: Path, request: PlanRequest, folder: Folder | None, snapshot: Snapshot | None) -> None:
+    def __init__(
+        self,
+        workspace: Path,
+        request: PlanRequest,
+        folder: Folder | None,
+        snapshot: Snapshot | None,
+        erased: pa.Array | None,
+    ) -> None:
+        self._erased = index_of(pa.array([], schema.KEY) if erased is None else erased)
         self._workspace = workspace
         self._request = request
         self._folder = folder
@@ -157,7 +171,7 @@ class _Planner:
 
     def _join(self, listed: pa.Table, ledger: pa.Table, plan: Plan, joined: Spill) -> None:
         """Decides for the images of one bucket."""
-        listed = self._once(listed, plan)
+        listed = self._without_erased(self._once(listed, plan), plan)
         at = index_of(to_binary(ledger["image_id"])).find(*to_words(to_binary(listed["image_id"])))
         live = ledger.take(pa.array(at, mask=at < 0))
         due = decide(listed, live, at >= 0, self._request)
@@ -170,6 +184,13 @@ class _Planner:
         plan.counts += due.counts
         rows = self._planned(listed, live, due)
         joined.append(conform(rows, joined.columns), _buckets(rows))
+
+    def _without_erased(self, listed: pa.Table, plan: Plan) -> pa.Table:
+        gone = self._erased.find(*to_words(to_binary(listed["image_id"]))) >= 0
+        if not gone.any():
+            return listed
+        plan.num_erased += int(gone.sum())
+        return listed.filter(pa.array(~gone))
 
     def _once(self, listed: pa.Table, plan: Plan) -> pa.Table:
         """The first listing of each image."""

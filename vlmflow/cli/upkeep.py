@@ -1,10 +1,12 @@
-"""Commands that keep a catalog in order: vacuum."""
+"""Commands that keep a catalog in order: vacuum, erase."""
 
 from __future__ import annotations
 
 import dataclasses
 import datetime as dt
 import json
+import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,6 +14,7 @@ from rich.console import Console
 
 from vlmflow.cli.app import app
 from vlmflow.cli.options import CatalogOnly, EndpointOption, JsonOption, catalog_config
+from vlmflow.errors import ConfigError
 
 _DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; change nothing.")]
 
@@ -42,3 +45,53 @@ def vacuum(
         print_vacuum(result, Console())
     if result.failed:
         raise typer.Exit(4)
+
+
+@app.command()
+def erase(
+    catalog: CatalogOnly,
+    uri: Annotated[list[str] | None, typer.Option("--uri", help="Address of an image. May be given again.")] = None,
+    ids: Annotated[
+        Path | None,
+        typer.Option("--ids", help="File with an image_id a line, or a CSV or Parquet file with a column image_id."),
+    ] = None,
+    lift: Annotated[
+        bool, typer.Option("--lift", help="Let erased images come back with the next run; ones with keys by --ids.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    dry_run: _DryRunOption = False,
+    endpoint: EndpointOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Erase images from CATALOG for good: rows, embeddings, verdicts, and every old file that holds them.
+
+    A tombstone (id and time) keeps each from coming back until `--lift`. Time travel ends at versions whose files
+    held one of them. The source itself, and exports made from the catalog, are not touched. While runs are at work
+    the images are out of sight at once; ask again when the runs are over (exit code 3 says so).
+
+    Example: `vlmflow erase catalog/ --uri s3://shop/photos/1.jpg`
+    """
+    from vlmflow.catalog import Catalog
+    from vlmflow.erasure import find_images
+    from vlmflow.views_upkeep import print_erasure
+
+    opened = Catalog.open(catalog_config(catalog, endpoint))
+    images = find_images(opened, uri or [], ids)
+    if dry_run:
+        typer.echo(f"would {'lift' if lift else 'erase'} {len(images.keys):,} images, {images.num_rows:,} rows now")
+        return
+    if not yes and not (sys.stdin.isatty() and typer.confirm(f"erase {len(images.keys):,} images for good?")):
+        if sys.stdin.isatty():
+            raise typer.Exit(130)
+        raise ConfigError("nothing is erased without a yes", remedy="Give --yes where nobody can be asked.")
+    if lift:
+        opened.lift(images.keys)
+        typer.echo(f"{len(images.keys):,} images may come back with the next run")
+        return
+    result = opened.erase(images.keys, images.uris)
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(result) | {"is_complete": result.is_complete}))
+    else:
+        print_erasure(result, Console())
+    if not result.is_complete:
+        raise typer.Exit(3)

@@ -123,6 +123,7 @@ class PlanSummary(Frozen):
         num_due: images with something due.
         num_planned: of these, what a limit leaves.
         num_exhausted: images that failed three times and are not tried again.
+        num_erased: images listed that were erased from the catalog; they are left out.
         due: images due by task and reason.
     """
 
@@ -133,6 +134,7 @@ class PlanSummary(Frozen):
     num_due: int
     num_planned: int
     num_exhausted: int
+    num_erased: int
     num_policy_differs: int
     due: dict[str, dict[str, int]]
     policy: str | None
@@ -148,6 +150,7 @@ def plan_summary(prepared: Prepared, plan: Plan) -> PlanSummary:
         num_due=plan.num_due,
         num_planned=plan.num_planned,
         num_exhausted=plan.num_exhausted,
+        num_erased=plan.num_erased,
         num_policy_differs=plan.num_policy_differs,
         due=due_by_task(prepared.job.tasks, plan),
         policy=policy_name(prepared),

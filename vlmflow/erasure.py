@@ -1,0 +1,84 @@
+"""Which images an erasure means: by address, or by a file of ids."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet
+
+from vlmflow.catalog import Catalog
+from vlmflow.catalog.keys import concat, duplicates, index_of, to_binary, to_words
+from vlmflow.errors import ConfigError
+from vlmflow.sources.uris import image_ids, normalise_uri
+
+_ID = re.compile(r"[0-9a-f]{32}")
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """Images by key, as ``schema.KEY``, each once."""
+
+    keys: pa.Array
+    uris: tuple[str, ...]  # as they were given, normalised
+    num_rows: int  # of them in the newest version of the catalog
+
+
+def find_images(catalog: Catalog, uris: Sequence[str], ids_file: Path | None) -> Images:
+    """The images of these addresses and ids, whether or not the catalog holds them.
+
+    An address stands for all rows that have it, and for the image that it is without a key of the caller's.
+
+    Raises:
+        ConfigError: neither was given, or the file cannot be read or holds what is no id.
+    """
+    if not uris and ids_file is None:
+        raise ConfigError("no image is named", remedy="Give --uri or --ids.")
+    normal = tuple(normalise_uri(uri) for uri in uris)
+    parts = [] if ids_file is None else [_read_ids(ids_file)]
+    if normal:
+        parts += [to_binary(pa.array(image_ids(normal), pa.string())), catalog.find_uris(normal)]
+    keys = concat(parts)
+    keys = keys.filter(pa.array(~duplicates(keys)))
+    wanted = index_of(keys)
+    num_rows = sum(
+        int((wanted.find(*to_words(to_binary(rows["image_id"]))) >= 0).sum())
+        for rows in catalog.image_batches(["image_id"])
+    )
+    return Images(keys, normal, num_rows)
+
+
+def _read_ids(path: Path) -> pa.Array:
+    try:
+        if path.suffix == ".parquet":
+            return _checked(path, _column(path, pyarrow.parquet.read_table(path, partitioning=None)).to_pylist())
+        if path.suffix == ".csv":
+            return _checked(path, _column(path, pyarrow.csv.read_csv(path)).to_pylist())
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ConfigError(f"--ids {path}: {error.strerror or error}", remedy="Name an existing file.") from error
+    except (pa.ArrowInvalid, UnicodeDecodeError) as error:
+        raise ConfigError(f"--ids {path} cannot be read", remedy="Write an image_id a line.") from error
+    return _checked(path, [line.partition("#")[0].strip() for line in lines])
+
+
+def _column(path: Path, table: pa.Table) -> pa.ChunkedArray:
+    if "image_id" not in table.column_names:
+        raise ConfigError(f"--ids {path} has no column image_id", remedy="Name the column image_id.")
+    return pc.cast(table["image_id"], pa.string())
+
+
+def _checked(path: Path, ids: Sequence[str | None]) -> pa.Array:
+    """Refuses the whole file if one line is no id: erasing half of a list is worse than erasing none."""
+    for number, value in enumerate(ids, start=1):
+        if value and not _ID.fullmatch(value):
+            raise ConfigError(
+                f"--ids {path}, line {number}: {value!r} is no image_id",
+                remedy="An image_id is 32 lower-case hexadecimal digits. Nothing was erased.",
+            )
+    return to_binary(pa.array([value for value in ids if value], pa.string()))

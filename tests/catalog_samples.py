@@ -32,6 +32,7 @@ def request(
         decoder=given.get("decoder", "decoder-1"),
         date=date,
         limit=limit,
+        retry=given.get("retry", ()),
     )
 
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from vlmflow.errors import ConfigError
 
 TaskName = Literal["embed", "moderate", "caption", "match"]
+RetriedStatus = Literal["failed", "partial", "missing", "unreadable"]
 SourceKind = Literal["auto", "prefix", "manifest", "webdataset", "parquet"]
 
 MIB = 1024 * 1024
@@ -132,6 +133,7 @@ class Job(Frozen):
     policy: str | None = None  # a policy file, or the name of one that ships; needed by `moderate`
     accept_unbound: bool = False  # moderate although the policy has no binding for the model: everything is `review`
     date: dt.date | None = None  # logical date; default: today, UTC
+    retry: tuple[RetriedStatus, ...] = ()  # rows of these statuses are due again, however often they were tried
     limit: Annotated[int, Field(ge=1)] | None = None  # at most this many images, for a trial
     pools: tuple[PoolConfig, ...] = ()  # default: one pool with all tasks
     views: tuple[Literal["squash", "center"], ...] = ("squash", "center")

@@ -75,7 +75,9 @@ def print_plan(summary: PlanSummary, console: Console) -> None:
     if summary.num_duplicates:
         console.print(f"{summary.num_duplicates:,} references repeat an image and count once")
     if summary.num_exhausted:
-        console.print(f"{summary.num_exhausted:,} failed three times and are not tried again")
+        console.print(
+            f"{summary.num_exhausted:,} failed three times and are left alone; --retry failed,missing tries them"
+        )
     if summary.num_erased:
         console.print(f"{summary.num_erased:,} were erased from the catalog and are left out")
     table = _table("task", "images", "because")

@@ -36,6 +36,7 @@ def test_the_command_line_wins_and_leaves_the_rest(tmp_path: Path) -> None:
         ({"tasks": []}, "tasks"),
         ({"views": ["center"]}, "views must include squash"),
         ({"limit": 0}, "limit"),
+        ({"retry": ["gone"]}, "'failed', 'partial', 'missing' or 'unreadable'"),
         ({"pools": [{"tasks": ["embed"]}]}, "missing: caption, match, moderate"),
         ({"pools": [{"tasks": ["match", "caption"]}, {"tasks": ["embed", "moderate"]}]}, "list caption first"),
         ({"pools": [{"tasks": ["embed"], "min_actors": 3, "max_actors": 2}]}, "min_actors 3 exceeds"),

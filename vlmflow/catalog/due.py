@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from vlmflow import schema
 from vlmflow.catalog.keys import text_digests
-from vlmflow.catalog.masks import Mask, equal, is_valid
+from vlmflow.catalog.masks import Mask, as_mask, equal, is_valid
 from vlmflow.catalog.rows import FAILED, MISSING, OK, UNREADABLE, attempt_digest, failed_tasks, rows_of_image_errors
 
 MAX_ATTEMPTS = 3  # per object version and fingerprints
@@ -47,6 +47,7 @@ class PlanRequest:
     decoder: str
     date: dt.date  # ingest_date of images not seen before
     limit: int | None = None  # at most this many of the images due, in listing order; all are listed
+    retry: tuple[str, ...] = ()  # rows of these statuses are due again, however often they were tried
 
 
 @dataclass
@@ -108,7 +109,7 @@ class _State:
 
     attempts: npt.NDArray[np.int32]
     decoder_changed: Mask  # unreadable, and the decoder is another one now
-    retried: Mask  # the whole image failed and is tried again
+    retried: Mask  # the whole image failed, or retrying was asked for, and it is tried again
     gave_up: Mask  # the whole image failed too often
     blocked: Mask  # not to be tried again, whatever the fingerprints say
     failed: dict[str, Mask]  # the task failed
@@ -120,7 +121,8 @@ class _State:
         again = same & equal(live["attempt_digest"], digest) & ~equal(live["status"], OK)
         stored = pc.fill_null(live["attempts"], 0).to_numpy().astype(np.int32)
         attempts = np.where(again, stored, 0).astype(np.int32)
-        spent = attempts >= MAX_ATTEMPTS
+        asked = same & as_mask(pc.fill_null(pc.is_in(live["status"], pa.array(request.retry, pa.string())), False))
+        spent = (attempts >= MAX_ATTEMPTS) & ~asked
         unreadable = same & equal(live["status"], UNREADABLE)
         decoder_changed = unreadable & ~equal(live["decoder"], request.decoder)
         of_image = rows_of_image_errors(live["errors"]).any
@@ -133,9 +135,9 @@ class _State:
         return cls(
             attempts=attempts,
             decoder_changed=decoder_changed,
-            retried=whole & ~spent,
+            retried=(whole & ~spent) | (unreadable & asked & ~decoder_changed),
             gave_up=whole & spent,
-            blocked=(unreadable & ~decoder_changed) | (whole & spent),
+            blocked=(unreadable & ~decoder_changed & ~asked) | (whole & spent),
             failed=failed,
             exhausted=exhausted,
         )

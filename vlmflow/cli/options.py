@@ -45,6 +45,14 @@ PolicyOption = Annotated[
 DateOption = Annotated[
     datetime | None, typer.Option("--date", formats=["%Y-%m-%d"], help="Logical date of new rows. Default: today, UTC.")
 ]
+RetryOption = Annotated[
+    str | None,
+    typer.Option(
+        "--retry",
+        help="Comma-separated, of: failed, partial, missing, unreadable. Rows of these statuses are due again, "
+        "however often they were tried.",
+    ),
+]
 LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="At most this many images, for a trial.")]
 TextOption = Annotated[
     str | None,
@@ -76,6 +84,7 @@ def make_job(source: str | None, catalog: str | None, config: Path | None, endpo
         ConfigError: neither names a source or a catalog, or a value does not fit.
     """
     tasks: str | None = options.pop("tasks")
+    retry: str | None = options.pop("retry", None)
     date: datetime | None = options.pop("date")
     storage = {"endpoint": endpoint} if endpoint else None
     overrides: dict[str, Any] = {
@@ -87,7 +96,8 @@ def make_job(source: str | None, catalog: str | None, config: Path | None, endpo
         },
         "catalog": {"uri": catalog, "storage": storage},
         "ray": {"address": options.pop("ray_address")},
-        "tasks": None if tasks is None else [name.strip() for name in tasks.split(",") if name.strip()],
+        "tasks": _words(tasks),
+        "retry": _words(retry),
         "date": None if date is None else date.date(),
         "accept_unbound": options.pop("accept_unbound") or None,
         **options,
@@ -97,6 +107,11 @@ def make_job(source: str | None, catalog: str | None, config: Path | None, endpo
             "SOURCE or CATALOG is not given", remedy="Write `vlmflow enrich SOURCE CATALOG`, or --config."
         )
     return load_job(config, overrides)
+
+
+def _words(text: str | None) -> list[str] | None:
+    """What stands between the commas; None: the option was not given."""
+    return None if text is None else [word.strip() for word in text.split(",") if word.strip()]
 
 
 def catalog_config(uri: str, endpoint: str | None) -> CatalogConfig:

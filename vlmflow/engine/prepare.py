@@ -43,6 +43,7 @@ class Prepared:
             decoder=DECODER_VERSION,
             date=self.date,
             limit=self.job.limit,
+            retry=self.job.retry,
         )
 
     def constants(self, run_id: str) -> RunConstants:

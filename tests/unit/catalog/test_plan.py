@@ -27,6 +27,8 @@ from tests.catalog_samples import (
 )
 from vlmflow import schema
 from vlmflow.catalog import Catalog, PlanRequest, plan_without_catalog
+from vlmflow.catalog.keys import to_binary
+from vlmflow.catalog.plan import plan
 from vlmflow.errors import SourceError
 
 NAMES = [f"image {number}" for number in range(8)]
@@ -238,3 +240,43 @@ def test_samples_speak_of_errors_as_the_schema_does() -> None:
     with plan_without_catalog([references(["a"])], request()) as plan:
         (table,) = plan.batches()
     assert finish(table, failed=["caption"])["errors"].to_pylist() == [[error("caption", "task_failed")]]
+
+
+def test_retrying_is_due_however_often_it_failed(catalog: Catalog) -> None:
+    problems = {"gone": ("read", "missing"), "broken": ("decode", "corrupt"), "hard": ("decode", "timed_out")}
+    for name, problem in problems.items():
+        for _ in range(3):
+            enrich(catalog, "r", [references([name])], problem=problem)
+    for _ in range(3):
+        enrich(catalog, "r", [references(["partly"])], failed=["caption"])
+    listed = [references([*problems, "partly"])]
+    assert planned(catalog, listed)[0] == {}
+    with catalog.plan(listed, request()) as plan:
+        assert (plan.num_exhausted, plan.num_unchanged) == (3, 1)
+
+    every = {"gone": "missing", "broken": "unreadable", "hard": "failed"}
+    for name, status in every.items():
+        rows, reasons = planned(catalog, listed, request(retry=(status,)))
+        assert list(rows) == [name]
+        assert reasons == {task: {"retry": 1} for task in TASKS}
+    rows, reasons = planned(catalog, listed, request(retry=("partial",)))
+    assert (list(rows), reasons["caption"]) == (["partly"], {"retry": 1})
+    assert rows["partly"]["due_if_same"] == ["caption", "match"]
+    assert rows["partly"]["attempts"] == 3
+
+    enrich(catalog, "again", listed, request(retry=("failed", "missing")), problem=("decode", "timed_out"))
+    assert {name: row["attempts"] for name, row in rows_by_name(catalog).items()} == {
+        "gone": 4,
+        "broken": 1,
+        "hard": 4,
+        "partly": 3,
+    }
+    assert planned(catalog, listed)[0] == {}
+
+
+def test_erased_images_are_left_out(tmp_path: Path) -> None:
+    erased = to_binary(pa.array([image_id(NAMES[1]), image_id("other")], pa.string()))
+    with plan([references([*NAMES, NAMES[1]])], request(), None, None, erased) as made:
+        names = [name for rows in made.batches() for name in rows["uri"].to_pylist()]
+        assert (made.num_erased, made.num_listed, made.num_duplicates) == (1, 7, 1)
+    assert names == [f"mem://{name}" for name in NAMES if name != NAMES[1]]

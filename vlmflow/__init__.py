@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from vlmflow.catalog import Catalog
     from vlmflow.doctor import Check, doctor
     from vlmflow.engine import PlanSummary, RunReport, enrich, plan
+    from vlmflow.engine.remoderate import RemoderateReport, Scope, remoderate
     from vlmflow.models.profiles import describe_profiles
     from vlmflow.summary import CatalogSummary, summarize
+    from vlmflow.verification import verify
 
 __all__ = [
     "Catalog",
@@ -32,7 +34,9 @@ __all__ = [
     "Check",
     "Job",
     "PlanSummary",
+    "RemoderateReport",
     "RunReport",
+    "Scope",
     "SourceConfig",
     "VlmflowError",
     "describe_profiles",
@@ -40,7 +44,9 @@ __all__ = [
     "enrich",
     "load_job",
     "plan",
+    "remoderate",
     "summarize",
+    "verify",
 ]
 
 _HOMES = {
@@ -48,12 +54,16 @@ _HOMES = {
     "CatalogSummary": "vlmflow.summary",
     "Check": "vlmflow.doctor",
     "PlanSummary": "vlmflow.engine",
+    "RemoderateReport": "vlmflow.engine.remoderate",
     "RunReport": "vlmflow.engine",
+    "Scope": "vlmflow.engine.remoderate",
     "describe_profiles": "vlmflow.models.profiles",
     "doctor": "vlmflow.doctor",
     "enrich": "vlmflow.engine",
     "plan": "vlmflow.engine",
+    "remoderate": "vlmflow.engine.remoderate",
     "summarize": "vlmflow.summary",
+    "verify": "vlmflow.verification",
 }
 
 

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 
 if TYPE_CHECKING:
-    from vlmflow.catalog import EraseResult, VacuumResult
+    from vlmflow.catalog import EraseResult, VacuumResult, Verification
 
+_REMEDIES = {
+    "missing": "vlmflow enrich",
+    "stale": "vlmflow enrich",
+    "lost_files": "restore them from a backup, or from a version of the bucket",
+    "lost_vectors": "vlmflow enrich --tasks embed, after restoring what can be",
+    "orphan_files": "vlmflow vacuum",
+    "dead_runs": "vlmflow vacuum",
+    "given_up": "vlmflow enrich --retry failed,partial,missing",
+    "old_fingerprint": "vlmflow enrich",
+}
 _KINDS = {
     "orphan": "files of runs that never committed them",
     "staged": "staged files of runs that are over",
@@ -54,3 +66,30 @@ def print_erasure(result: EraseResult, console: Console) -> None:
         )
     if result.failed:
         console.print(f"[red]{len(result.failed):,} files could not be deleted; run the same command again[/red]")
+
+
+def print_verification(found: Verification, console: Console) -> None:
+    """Prints what was found, errors first."""
+    from vlmflow.catalog.verify import ERRORS, WARNINGS
+
+    console.print(f"{found.num_listed:,} images in the source, {found.num_rows:,} rows in the catalog")
+    if found.num_erased:
+        console.print(f"{found.num_erased:,} images of the source were erased from the catalog and count for neither")
+    for texts, level in ((ERRORS, "[red]error[/red]"), (WARNINGS, "[yellow]warning[/yellow]")):
+        for kind, text in texts.items():
+            finding = found.findings.get(kind)
+            if finding is None:
+                continue
+            tasks = ", ".join(f"{task} {count:,}" for task, count in finding.tasks.items())
+            console.print(f"{level}: {finding.count:,} {text}" + (f" ({tasks})" if tasks else ""))
+            for example in finding.examples:  # on a line of its own, never folded: it will be copied
+                console.print(f"    {example}", style="dim", soft_wrap=True, markup=False)
+            if kind in _REMEDIES:
+                console.print(f"  remedy: {_REMEDIES[kind]}")
+    if found.is_sound:
+        console.print("[green]every image has its row, and every row its files[/green]")
+
+
+def verification_as_json(found: Verification) -> str:
+    """The verification as one JSON object."""
+    return json.dumps({"is_sound": found.is_sound, **dataclasses.asdict(found)})

@@ -10,6 +10,7 @@ from vlmflow.catalog.policies import PolicyStore
 from vlmflow.catalog.rows import RunConstants
 from vlmflow.catalog.runs import RunInfo, RunStore
 from vlmflow.catalog.vacuum import VacuumResult
+from vlmflow.catalog.verify import Verification
 from vlmflow.catalog.writer import CatalogWriter
 
 __all__ = [
@@ -26,5 +27,6 @@ __all__ = [
     "RunInfo",
     "RunStore",
     "VacuumResult",
+    "Verification",
     "plan_without_catalog",
 ]

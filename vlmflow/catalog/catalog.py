@@ -29,6 +29,7 @@ from vlmflow.catalog.rows import RunConstants
 from vlmflow.catalog.runs import RunStore
 from vlmflow.catalog.tombstones import Tombstones
 from vlmflow.catalog.vacuum import RETENTION, VacuumResult, vacuum
+from vlmflow.catalog.verify import Verification, verify
 from vlmflow.catalog.writer import CatalogWriter
 from vlmflow.config import CatalogConfig
 
@@ -220,6 +221,21 @@ class Catalog:
     def find_uris(self, uris: Sequence[str]) -> pa.Array:
         """The keys of the rows with these normalised addresses, as ``schema.KEY``."""
         return keys_of_uris(self.image_batches(["image_id", "uri"]), set(uris))
+
+    def verify(
+        self, references: Iterable[pa.RecordBatch], fingerprints: Mapping[str, str], num_examples: int = 5
+    ) -> Verification:
+        """Reconciles a source with the catalog; see :func:`vlmflow.catalog.verify.verify`."""
+        return verify(
+            references,
+            self._folder,
+            self._images,
+            self._embeddings,
+            self.runs,
+            self._tombstones,
+            fingerprints=fingerprints,
+            num_examples=num_examples,
+        )
 
     def live_files(self, table: TableName) -> dict[str, DataFile]:
         """The files of a table's newest version, by path."""

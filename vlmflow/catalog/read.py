@@ -91,10 +91,18 @@ class References:
             rows = rows.filter(pc.is_valid(rows["embed_run_id"]))
             keys.append(to_binary(rows["image_id"]))
             runs.append(rows["embed_run_id"])
-        self._index = index_of(concat(keys))
+        self._keys = concat(keys)
+        self._index = index_of(self._keys)
         self._runs = pa.chunked_array([chunk for run in runs for chunk in run.chunks], pa.string())
         self._claimed_in = np.full(len(self._runs), -1, dtype=np.int64)
         self._num_files = 0
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def ids(self, images: npt.NDArray[np.int64]) -> Iterator[str]:
+        """The image ids behind numbers that :meth:`find` gave."""
+        return (key.hex() for key in self._keys.take(pa.array(images)).to_pylist())
 
     def find(self, rows: pa.Table) -> npt.NDArray[np.int64]:
         """The image that refers to each embedding, as a number; -1: none does."""

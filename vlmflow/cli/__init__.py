@@ -1,7 +1,7 @@
 """The command line: thin commands over the Python API.
 
-Exit codes: 0 done (bad rows included), 2 bad input or configuration, 3 unreconciled or over the error budget, 4 store
-lost, 130 interrupted.
+Exit codes: 0 done (bad rows included), 1 `verify` found errors, 2 bad input or configuration, 3 unreconciled, over the
+error budget or not finished, 4 store lost, 130 interrupted.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Commands that keep a catalog in order: vacuum, erase."""
+"""Commands that keep a catalog in order: vacuum, verify, erase."""
 
 from __future__ import annotations
 
@@ -13,7 +13,20 @@ import typer
 from rich.console import Console
 
 from vlmflow.cli.app import app
-from vlmflow.cli.options import CatalogOnly, EndpointOption, JsonOption, catalog_config
+from vlmflow.cli.options import (
+    CatalogArgument,
+    CatalogOnly,
+    ConfigOption,
+    EndpointOption,
+    JsonOption,
+    PolicyOption,
+    ProfileOption,
+    SourceArgument,
+    TasksOption,
+    catalog_config,
+    make_job,
+)
+from vlmflow.config import SourceConfig, StorageConfig
 from vlmflow.errors import ConfigError
 
 _DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; change nothing.")]
@@ -45,6 +58,58 @@ def vacuum(
         print_vacuum(result, Console())
     if result.failed:
         raise typer.Exit(4)
+
+
+@app.command()
+def verify(
+    source: SourceArgument = None,
+    catalog: CatalogArgument = None,
+    config: ConfigOption = None,
+    profile: ProfileOption = None,
+    tasks: TasksOption = None,
+    policy: PolicyOption = None,
+    examples: Annotated[int, typer.Option("--examples", min=0, help="Examples of each finding.")] = 5,
+    endpoint: EndpointOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Hold CATALOG against SOURCE and against its own files. Reads no image and writes nothing.
+
+    Errors (exit code 1): images without a row, images with two, rows of another version of the object than the listed
+    one, files of the tables that are lost, vectors that are lost. The rest are warnings. Rows with old fingerprints
+    are told by --profile, else by the newest run.
+
+    Example: `vlmflow verify photos/ catalog/`
+    """
+    from vlmflow.verification import verify as check
+    from vlmflow.views_upkeep import print_verification, verification_as_json
+
+    if config is None and profile is None and source is not None and catalog is not None:
+        storage = StorageConfig(endpoint=endpoint)
+        found = check(
+            SourceConfig(uri=source, storage=storage), catalog_config(catalog, endpoint), num_examples=examples
+        )
+    else:
+        job = make_job(
+            source,
+            catalog,
+            config,
+            endpoint,
+            profile=profile,
+            tasks=tasks,
+            policy=policy,
+            text_column=None,
+            date=None,
+            ray_address=None,
+            allow_empty=False,
+            accept_unbound=True,
+        )
+        found = check(job.source, job.catalog, job=job, num_examples=examples)
+    if as_json:
+        typer.echo(verification_as_json(found))
+    else:
+        print_verification(found, Console())
+    if not found.is_sound:
+        raise typer.Exit(1)
 
 
 @app.command()

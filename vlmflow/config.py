@@ -65,10 +65,11 @@ class CatalogConfig(Frozen):
 
 
 class ImageLimits(Frozen):
-    """Caps checked before an image is decoded."""
+    """Caps checked before an image is decoded, and the time that decoding may take."""
 
     max_bytes: Annotated[int, Field(gt=0)] = 64 * MIB
     max_pixels: Annotated[int, Field(gt=0)] = 100_000_000  # width x height, from the header
+    max_seconds: Annotated[float, Field(gt=0)] = 60.0  # of decoding; what takes longer is taken to hang
 
 
 class ModelConfig(Frozen):
@@ -90,6 +91,7 @@ class PoolConfig(Frozen):
     min_actors: Annotated[int, Field(ge=1)] = 1
     max_actors: Annotated[int, Field(ge=1)] = 1
     batch_size: Annotated[int, Field(ge=1)] = 32
+    timeout_s: Annotated[float, Field(gt=0)] = 600.0  # of one task on one batch; what takes longer is taken to hang
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:

@@ -60,6 +60,8 @@ def print_report(report: RunReport, console: Console) -> None:
     for pool in report.pools:
         share = pool.busy_s / max(pool.busy_s + pool.waiting_s, 1e-9)
         console.print(f"pool {'+'.join(pool.tasks)}: {share:.0%} busy, {1 - share:.0%} waiting for images")
+        if pool.at_once is not None:
+            console.print(f"  out of memory: it went on with at most {pool.at_once:,} images at once; set batch_size")
     _print_policy_note(report.num_policy_differs, console)
     console.print(f"run {report.run_id}; look at it with: vlmflow show {escape(report.catalog)}")
 

@@ -38,6 +38,7 @@ class Written:
         sums: totals of the blocks' numeric columns: seconds and batches per stage, bytes read.
         worked: images on which each task ran, failed ones included.
         decisions: images by moderation decision.
+        at_once: by pool, the most images at once since memory ran out.
         fatal: why the run must end; then nothing was written.
     """
 
@@ -45,6 +46,7 @@ class Written:
     sums: dict[str, float]
     worked: dict[str, int]
     decisions: dict[str, int]
+    at_once: dict[str, int]
     fatal: str | None
 
 
@@ -53,7 +55,7 @@ def write_blocks(writer: CatalogWriter, *blocks: pa.Table) -> Written:
     rows = pa.concat_tables([block for block in blocks if block.num_rows], promote_options="permissive")
     fatal = next((reason for reason in rows[columns.FATAL].unique().to_pylist() if reason), None)
     if fatal is not None:
-        return Written(writer.write(rows.slice(0, 0)), {}, {}, {}, fatal)
+        return Written(writer.write(rows.slice(0, 0)), {}, {}, {}, {}, fatal)
     sums = {
         name: float(pa.compute.sum(rows[name]).as_py() or 0.0)
         for name in rows.column_names
@@ -63,7 +65,12 @@ def write_blocks(writer: CatalogWriter, *blocks: pa.Table) -> Written:
     for column in (columns.TASKS_RUN, columns.TASKS_FAILED):
         for entry in pa.compute.list_flatten(rows[column]).value_counts().to_pylist():
             worked[entry["values"]] += entry["counts"]
-    return Written(writer.write(rows), sums, dict(worked), _decisions(rows), None)
+    at_once = {
+        name.removeprefix(columns.AT_ONCE_PREFIX): smallest
+        for name in rows.column_names
+        if name.startswith(columns.AT_ONCE_PREFIX) and (smallest := pa.compute.min(rows[name]).as_py()) is not None
+    }
+    return Written(writer.write(rows), sums, dict(worked), _decisions(rows), at_once, None)
 
 
 @dataclass
@@ -77,6 +84,7 @@ class Collected:
     decisions: Counter[str] = field(default_factory=Counter)
     sums: Counter[str] = field(default_factory=Counter)
     worked: Counter[str] = field(default_factory=Counter)
+    at_once: dict[str, int] = field(default_factory=dict)
     commits: list[CommitReport] = field(default_factory=list)
     errors: Counter[str] = field(default_factory=Counter)
     num_rows: int = 0
@@ -176,6 +184,8 @@ class Collector:
         self._files.append(written.files)
         self.collected.sums.update(written.sums)
         self.collected.worked.update(written.worked)
+        for pool, size in written.at_once.items():
+            self.collected.at_once[pool] = min(size, self.collected.at_once.get(pool, size))
         errors = _counts(written.files, "errors")
         self._tally.errors.update(errors)
         self.collected.errors.update(errors)

@@ -22,6 +22,9 @@ SECONDS_PREFIX = "seconds_"
 # Batches likewise: 1 / rows on each row.
 BATCHES_PREFIX = "batches_"
 
+# The most images that a pool's tasks run at once since memory ran out; null: it never did.
+AT_ONCE_PREFIX = "at_once_"
+
 _INTERNAL_PREFIXES = ("pixels_", "views_")
 
 

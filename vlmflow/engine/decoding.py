@@ -12,9 +12,13 @@ import pyarrow as pa
 from vlmflow import schema
 from vlmflow.config import ImageLimits
 from vlmflow.engine import columns
+from vlmflow.engine.watchdog import at_most
 from vlmflow.errors import ImageError, RowErrorClass, StoreLostError
 from vlmflow.imaging import DecodedImage, PixelRequest, decode
 from vlmflow.sources import Fetched, Reader
+
+# Stores have time limits and retries of their own, each image several minutes' worth: this is for what they miss.
+_MAX_READ_S = 1800.0
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,8 @@ class ReadAndDecode:
             return batch
         started = time.perf_counter()
         try:
-            fetched = self.reader.read(batch)
+            with at_most(_MAX_READ_S):
+                fetched = self.reader.read(batch)
         except StoreLostError as error:
             return self._assemble(batch, [_Outcome.lost() for _ in range(batch.num_rows)], 0.0, 0.0, str(error))
         read_s = time.perf_counter() - started
@@ -55,7 +60,8 @@ class ReadAndDecode:
             error = ("read", str(fetched.error_class), fetched.message)
             return _Outcome(fetched.object_version, 0, None, error)
         try:
-            image = decode(fetched.data, self.requests, self.limits)
+            with at_most(self.limits.max_seconds):
+                image = decode(fetched.data, self.requests, self.limits)
         except ImageError as error:
             reason = ("decode", str(error.error_class), str(error))
             return _Outcome(fetched.object_version, len(fetched.data), None, reason)

@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from vlmflow.config import PoolConfig
 from vlmflow.engine import columns
+from vlmflow.engine.watchdog import at_most
 from vlmflow.moderation.prompts import PromptVectors
 from vlmflow.tasks import Task, add_columns
 from vlmflow.tasks.setup import TaskSetup, load_task
@@ -32,6 +33,7 @@ class PoolWorker:
         check_weights(pool, setup)
         self._tasks: dict[str, Task] = {name: load_task(name, setup, prompts, device) for name in pool.tasks}
         self._limits: dict[str, BatchLimit] = {name: BatchLimit() for name in pool.tasks}
+        self._timeout_s = pool.timeout_s
         self._is_last = is_last
         self._name = "+".join(pool.tasks)
         self._idle_since: float | None = None
@@ -43,7 +45,7 @@ class PoolWorker:
         started = time.perf_counter()
         waited = 0.0 if self._idle_since is None else started - self._idle_since
         for name, task in self._tasks.items():
-            batch = run_on_due_rows(batch, task, self._limits[name])
+            batch = run_on_due_rows(batch, task, self._limits[name], self._timeout_s)
         if self._is_last:
             batch = columns.drop_pixels(batch)
         num_rows = batch.num_rows
@@ -54,12 +56,18 @@ class PoolWorker:
             (columns.BATCHES_PREFIX + self._name, 1.0),
         ):
             batch = batch.append_column(column, columns.spread(amount, num_rows))
+        fitting = [limit.rows for limit in self._limits.values() if limit.rows is not None]
+        at_once = pa.scalar(min(fitting, default=None), pa.int64())
+        batch = batch.append_column(columns.AT_ONCE_PREFIX + self._name, pa.repeat(at_once, num_rows))
         self._idle_since = time.perf_counter()
         return batch
 
 
-def run_on_due_rows(batch: pa.Table, task: Task, limit: BatchLimit) -> pa.Table:
+def run_on_due_rows(batch: pa.Table, task: Task, limit: BatchLimit, timeout_s: float) -> pa.Table:
     """Runs a task on the rows on which it is due, and records there whether it succeeded.
+
+    Args:
+        timeout_s: a single call of the task that takes longer ends this process.
 
     Returns:
         The batch with the task's columns, null on all other rows and where it failed.
@@ -77,7 +85,7 @@ def run_on_due_rows(batch: pa.Table, task: Task, limit: BatchLimit) -> pa.Table:
     errors: list[list[object]] = [[] for _ in range(batch.num_rows)]
     outputs: dict[str, pa.Array] = {field.name: pa.nulls(batch.num_rows, field.type) for field in task.writes}
     if len(rows):
-        values, row_errors = run_contained(task, batch.take(rows), limit)
+        values, row_errors = run_contained(task, batch.take(rows), limit, lambda: at_most(timeout_s))
         outputs = _scatter(values, rows, batch.num_rows, task.writes)
         for row, error in zip(rows.to_pylist(), row_errors.to_pylist(), strict=True):
             if error is None:

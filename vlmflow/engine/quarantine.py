@@ -17,7 +17,7 @@ import ray
 from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayTaskError
 
 from vlmflow.config import PoolConfig, QuarantineConfig
-from vlmflow.engine import columns
+from vlmflow.engine import columns, watchdog
 from vlmflow.engine.decoding import ReadAndDecode
 from vlmflow.engine.pools import PoolWorker
 from vlmflow.errors import RowErrorClass
@@ -48,6 +48,7 @@ class _Supervised:
     """The process that may die: runs one image at a time, in memory that is limited."""
 
     def __init__(self, stages: Stages, max_memory_bytes: int) -> None:
+        watchdog.disable()  # the caller has the clock, and would take a process that ends itself for a crash
         self._decode = stages.decode
         self._workers: dict[str, PoolWorker] = {
             task: PoolWorker(pool.model_copy(update={"tasks": (task,)}), stages.setup, stages.prompts, is_last=False)

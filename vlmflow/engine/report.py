@@ -43,12 +43,14 @@ class PoolReport(Frozen):
     Attributes:
         busy_s: seconds in tasks, all actors together.
         waiting_s: seconds without a batch, all actors together.
+        at_once: the most images at once since memory ran out, of the actor with the fewest; None: it never did.
     """
 
     tasks: tuple[str, ...]
     batches: int
     busy_s: float
     waiting_s: float
+    at_once: int | None = None
 
 
 class CommitReport(Frozen):
@@ -259,6 +261,7 @@ def _pools(collected: Collected) -> tuple[PoolReport, ...]:
             batches=round(collected.sums[columns.BATCHES_PREFIX + name]),
             busy_s=round(collected.sums[columns.seconds_column(f"busy:{name}")], 3),
             waiting_s=round(collected.sums[columns.seconds_column(f"waiting:{name}")], 3),
+            at_once=collected.at_once.get(name),
         )
         for name in names
     )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +15,8 @@ import torch
 from vlmflow import schema
 from vlmflow.errors import RowErrorClass
 from vlmflow.tasks import Columns, Task, check_columns
+
+logger = logging.getLogger("vlmflow")
 
 _MAX_MESSAGE_CHARS = 200
 # What differs between two runs on the same image, or tells of the machine.
@@ -31,11 +36,19 @@ class _Failure:
     message: str
 
 
-def run_contained(task: Task, batch: pa.Table, limit: BatchLimit) -> tuple[Columns, pa.Array[Any]]:
+def run_contained(
+    task: Task,
+    batch: pa.Table,
+    limit: BatchLimit,
+    guard: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> tuple[Columns, pa.Array[Any]]:
     """Runs a task on a batch, and again on its halves where that fails, down to one image.
 
     What fails alone is recorded with the type of its exception: our own mistakes too, which show as many rows with
     the same message. Where memory runs out, ``limit`` remembers the size that is tried next, for later batches.
+
+    Args:
+        guard: what each call of the task runs in.
 
     Returns:
         The task's columns, null in the rows that failed; and one value of ``schema.ERROR`` per row, null elsewhere.
@@ -51,7 +64,8 @@ def run_contained(task: Task, batch: pa.Table, limit: BatchLimit) -> tuple[Colum
         if limit.rows is not None and part.num_rows > limit.rows:
             pending += [part.slice(limit.rows), part.slice(0, limit.rows)]
             continue
-        outcome = _attempt(task, part)
+        with guard():
+            outcome = _attempt(task, part)
         if not isinstance(outcome, _Failure):
             check_columns(task.writes, outcome, part.num_rows)
             pieces.append((outcome, pa.nulls(part.num_rows, schema.ERROR)))
@@ -61,6 +75,9 @@ def run_contained(task: Task, batch: pa.Table, limit: BatchLimit) -> tuple[Colum
             half = part.num_rows // 2
             if outcome.error_class is RowErrorClass.OUT_OF_MEMORY:
                 limit.rows = half
+                logger.warning(
+                    "%s: out of memory with %d images at once; at most %d from here on", task.name, part.num_rows, half
+                )
             pending += [part.slice(half), part.slice(0, half)]
     return _concatenate(task.writes, pieces)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pyarrow as pa
 import pytest
+import torch
 
 from vlmflow import schema
-from vlmflow.engine import columns
-from vlmflow.engine.pools import run_on_due_rows
+from vlmflow.config import PoolConfig
+from vlmflow.engine import columns, loading, pools
+from vlmflow.engine.pools import PoolWorker, run_on_due_rows
 from vlmflow.tasks.run import BatchLimit
 
 
@@ -53,7 +55,9 @@ def make_batch(numbers: list[int], due: list[list[str]]) -> pa.Table:
 
 def test_only_rows_on_which_the_task_is_due_run() -> None:
     task = Doubling()
-    out = run_on_due_rows(make_batch([1, 2, 3], [["embed"], ["caption"], ["caption", "embed"]]), task, BatchLimit())
+    out = run_on_due_rows(
+        make_batch([1, 2, 3], [["embed"], ["caption"], ["caption", "embed"]]), task, BatchLimit(), 60.0
+    )
     assert task.seen == [1, 3]
     assert out["double"].to_pylist() == [2, None, 6]
     assert out[columns.TASKS_RUN].to_pylist() == [["embed"], [], ["embed"]]
@@ -61,23 +65,23 @@ def test_only_rows_on_which_the_task_is_due_run() -> None:
 
 
 def test_a_row_that_fails_is_recorded_and_the_others_have_their_values() -> None:
-    out = run_on_due_rows(make_batch([1, 7, 3], [["embed"]] * 3), Doubling(), BatchLimit())
+    out = run_on_due_rows(make_batch([1, 7, 3], [["embed"]] * 3), Doubling(), BatchLimit(), 60.0)
     assert out["double"].to_pylist() == [2, None, 6]
     assert out[columns.TASKS_FAILED].to_pylist() == [[], ["embed"], []]
     assert out["errors"].to_pylist()[1] == [{"stage": "embed", "class": "task_failed", "message": "ValueError: seven"}]
 
 
 def test_what_reads_a_failed_task_does_not_run() -> None:
-    batch = run_on_due_rows(make_batch([7, 8], [["embed", "moderate"]] * 2), Doubling(), BatchLimit())
+    batch = run_on_due_rows(make_batch([7, 8], [["embed", "moderate"]] * 2), Doubling(), BatchLimit(), 60.0)
     moderating = Moderating()
-    out = run_on_due_rows(batch, moderating, BatchLimit())
+    out = run_on_due_rows(batch, moderating, BatchLimit(), 60.0)
     assert moderating.seen == [8]
     assert out["verdict"].to_pylist() == [None, 16]
     assert out[columns.TASKS_RUN].to_pylist() == [[], ["embed", "moderate"]]
 
 
 def test_nothing_due_writes_nulls() -> None:
-    out = run_on_due_rows(make_batch([1, 2], [[], []]), Doubling(), BatchLimit())
+    out = run_on_due_rows(make_batch([1, 2], [[], []]), Doubling(), BatchLimit(), 60.0)
     assert out["double"].to_pylist() == [None, None]
     assert out["double"].type == pa.int64()
 
@@ -91,3 +95,24 @@ def test_has_task_sees_through_null_and_empty_lists_and_slices() -> None:
 def test_spread_sums_to_the_amount() -> None:
     assert pa.compute.sum(columns.spread(3.0, 7)).as_py() == pytest.approx(3.0)
     assert len(columns.spread(3.0, 0)) == 0
+
+
+class Greedy(Doubling):
+    """Runs out of memory with more than two rows at once."""
+
+    def __call__(self, batch: pa.Table) -> dict[str, pa.Array]:
+        if batch.num_rows > 2:
+            raise torch.OutOfMemoryError("9.75 GiB asked for")
+        return super().__call__(batch)
+
+
+def test_a_pool_says_how_many_images_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "set_up_torch", lambda _: "cpu")
+    monkeypatch.setattr(loading, "check_weights", lambda *_: None)
+    monkeypatch.setattr(pools, "load_task", lambda *_: Greedy())
+    worker = PoolWorker(PoolConfig(tasks=("embed",)), None, None, is_last=False)  # type: ignore[arg-type]
+    assert worker(make_batch([1, 2], [["embed"]] * 2))["at_once_embed"].to_pylist() == [None, None]
+    out = worker(make_batch(list(range(20, 28)), [["embed"]] * 8))
+    assert out["double"].to_pylist() == list(range(40, 56, 2))
+    assert out["at_once_embed"].to_pylist() == [2] * 8
+    assert worker(make_batch([1], [["embed"]]))["at_once_embed"].to_pylist() == [2], "it is remembered"

@@ -1,0 +1,278 @@
+"""Whole runs of the command line, killed with SIGKILL: the driver, workers, a node, the head of the cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from tests import kill
+from tests.integration.test_kill_catalog import Rows, let_all_die, rows_of, vectors_of
+from tests.pictures import write_pictures
+from vlmflow.catalog import Catalog
+from vlmflow.config import CatalogConfig
+
+NUM_IMAGES = 96
+OPTIONS = "commit: {max_rows: 16}\npools: [{tasks: [embed, moderate], cpus: 0.5, batch_size: 8}]\n"
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    write_pictures(folder, NUM_IMAGES)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory, models: dict[str, dict[str, Any]], policy: str) -> Path:
+    path = tmp_path_factory.mktemp("config") / "job.yaml"
+    head = {"models": models, "policy": policy, "profile": "starter", "tasks": ["embed", "moderate"]}
+    path.write_text(yaml.safe_dump(head) + OPTIONS, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(images: Path, config: Path, tmp_path_factory: pytest.TempPathFactory) -> Rows:
+    root = tmp_path_factory.mktemp("undisturbed") / "catalog"
+    done = kill.run("never", 0, *command(images, root, config))
+    assert done.returncode == 0, done.stderr
+    return comparable(root)
+
+
+def command(images: Path, root: Path, config: Path, *options: str) -> list[str]:
+    return ["enrich", str(images), str(root), "--config", str(config), "--date", "2026-11-01", "--json", *options]
+
+
+def comparable(root: Path) -> Rows:
+    """The rows, scores to five digits: batches are cut differently after a kill."""
+    catalog = Catalog.open(CatalogConfig(uri=str(root)))
+    rows = rows_of(catalog)
+    for row in rows.values():
+        for label in row["labels"]:
+            label.update({name: round(value, 5) for name, value in label.items() if isinstance(value, float)})
+    views = {(image, view) for image, view, _ in vectors_of(catalog)}
+    assert len(views) == sum(vectors_of(catalog).values()), "a vector is there twice"
+    assert {image for image, _ in views} == set(rows)
+    return rows
+
+
+def check_sound(images: Path, root: Path) -> None:
+    """No error, and after a vacuum no leftovers either."""
+    let_all_die(root)
+    Catalog.open(CatalogConfig(uri=str(root))).vacuum()
+    found = subprocess.run(
+        [sys.executable, "-m", "vlmflow", "verify", str(images), str(root), "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert json.loads(found.stdout)["findings"] == {}
+
+
+@pytest.mark.parametrize(
+    ("point", "number"),
+    [
+        ("in the commit, after it is written", 5),
+        pytest.param("between the tables' commits", 2, marks=pytest.mark.slow),
+        pytest.param("in the commit, before it is written", 1, marks=pytest.mark.slow),
+        pytest.param("between commits", 1, marks=pytest.mark.slow),
+        pytest.param("in compaction, before its commit", 1, marks=pytest.mark.slow),
+    ],
+)
+def test_the_driver_is_killed_at_a_chosen_point(
+    images: Path, config: Path, undisturbed: Rows, tmp_path: Path, point: str, number: int
+) -> None:
+    root = tmp_path / "catalog"
+    assert kill.run(point, number, *command(images, root, config)).returncode == -signal.SIGKILL
+    resumed = kill.run("never", 0, *command(images, root, config))
+    assert resumed.returncode == 0, resumed.stderr
+    assert comparable(root) == undisturbed
+    check_sound(images, root)
+
+
+def test_the_driver_is_killed_while_images_are_under_way(
+    images: Path, config: Path, undisturbed: Rows, tmp_path: Path
+) -> None:
+    root = tmp_path / "catalog"
+    with running(*command(images, root, config)) as driver:
+        wait_for(lambda: num_rows(root) > 0, driver)
+        family = psutil.Process(driver.pid).children(recursive=True)
+        driver.kill()
+        driver.wait()
+    # The embedded cluster ends with its driver: raylet, head and workers, which hold memory and devices.
+    _, alive = psutil.wait_procs([process for process in family if is_rays(process)], timeout=60)
+    assert alive == []
+    before = num_rows(root)
+    resumed = kill.run("never", 0, *command(images, root, config))
+    report = json.loads(resumed.stdout.splitlines()[-1])
+    assert (report["num_added"], report["num_unchanged"]) == (NUM_IMAGES - before, before)
+    assert comparable(root) == undisturbed
+    check_sound(images, root)
+
+
+@pytest.mark.slow
+def test_two_runs_at_once(images: Path, config: Path, undisturbed: Rows, tmp_path: Path) -> None:
+    root = tmp_path / "catalog"
+    with running(*command(images, root, config)) as one, running(*command(images, root, config)) as other:
+        outputs = [driver.communicate(timeout=250)[0] for driver in (one, other)]
+    reports = [json.loads(output.splitlines()[-1]) for output in outputs]
+    assert [report["status"] for report in reports] == ["done", "done"]
+    assert sum(report["num_added"] for report in reports) == NUM_IMAGES
+    assert (
+        sum(report["num_by_others"] for report in reports) == sum(report["num_due"] for report in reports) - NUM_IMAGES
+    )
+    assert comparable(root) == undisturbed
+    check_sound(images, root)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["PoolWorker", "read_and_decode"])
+def test_a_worker_is_killed(images: Path, config: Path, undisturbed: Rows, tmp_path: Path, victim: str) -> None:
+    root = tmp_path / "catalog"
+    with running(*command(images, root, config)) as driver:
+        wait_for(lambda: kill_one(psutil.Process(driver.pid), victim), driver)
+        output, _ = driver.communicate(timeout=250)
+    assert driver.returncode == 0
+    assert json.loads(output.splitlines()[-1])["status"] == "done"
+    assert comparable(root) == undisturbed
+
+
+@pytest.mark.slow
+def test_a_node_is_killed(images: Path, config: Path, undisturbed: Rows, tmp_path: Path) -> None:
+    root = tmp_path / "catalog"
+    with cluster(tmp_path) as (address, head, node):
+        with running(*command(images, root, config, "--ray-address", address)) as driver:
+            wait_for(lambda: num_rows(root) > 0, driver)
+            end_family(node)
+            output, _ = driver.communicate(timeout=280)
+        assert head.poll() is None
+    assert driver.returncode == 0, output[-3000:]
+    assert json.loads(output.splitlines()[-1])["status"] == "done"
+    assert comparable(root) == undisturbed
+
+
+@pytest.mark.slow
+def test_the_head_is_killed(images: Path, config: Path, undisturbed: Rows, tmp_path: Path) -> None:
+    root = tmp_path / "catalog"
+    with cluster(tmp_path) as (address, head, _):
+        with running(*command(images, root, config, "--ray-address", address)) as driver:
+            wait_for(lambda: num_rows(root) > 0, driver)
+            end_family(head)
+            driver.communicate(timeout=280)  # it ends by itself
+        assert driver.returncode != 0
+    resumed = kill.run("never", 0, *command(images, root, config))
+    assert resumed.returncode == 0, resumed.stderr
+    assert comparable(root) == undisturbed
+    check_sound(images, root)
+
+
+@contextmanager
+def running(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """A run under way."""
+    child = [sys.executable, "-m", "vlmflow", *arguments]
+    driver = subprocess.Popen(child, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=kill.ROOT)
+    try:
+        yield driver
+    finally:
+        if driver.poll() is None:
+            driver.kill()
+            driver.wait()
+
+
+@contextmanager
+def cluster(folder: Path) -> Iterator[tuple[str, subprocess.Popen[bytes], subprocess.Popen[bytes]]]:
+    """A head and a node, one CPU each, as processes of this test."""
+    port = free_port()
+    ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus", "1"]
+    ray += ["--node-ip-address", "127.0.0.1"]
+    ray += ["--object-store-memory", str(150 * 1024 * 1024), "--disable-usage-stats"]
+    environment = os.environ | {"PYTHONPATH": str(kill.ROOT)}
+    short = Path("/tmp") / f"ray-{os.getpid()}-{port}"  # sockets have short names only
+    head_command = [*ray, "--head", "--port", str(port), "--include-dashboard", "false", "--temp-dir", str(short)]
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        for number, command_line in enumerate((head_command, [*ray, "--address", f"127.0.0.1:{port}"])):
+            log = (folder / f"ray-{number}.log").open("wb")
+            processes.append(subprocess.Popen(command_line, stdout=log, stderr=log, env=environment))
+            wait_for(lambda at=number: f"{at + 1} nodes" in nodes(port), processes[-1])
+        yield f"127.0.0.1:{port}", processes[0], processes[1]
+    finally:
+        for process in processes:
+            end_family(process)
+
+
+def nodes(port: int) -> str:
+    script = (
+        "import ray, logging; "
+        f"ray.init('127.0.0.1:{port}', logging_level=logging.ERROR, log_to_driver=False); "
+        "print(sum(node['Alive'] for node in ray.nodes()), 'nodes')"
+    )
+    asked = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120)
+    return asked.stdout
+
+
+def end_family(process: subprocess.Popen[bytes]) -> None:
+    """Kills a process of ours and all that it started."""
+    if process.poll() is not None:
+        return
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.wait()
+
+
+def is_rays(process: psutil.Process) -> bool:
+    try:
+        line = " ".join(process.cmdline())
+    except psutil.Error:
+        return False
+    return "ray" in line and "Agent" not in line  # two agents look for their dead raylet for a minute
+
+
+def kill_one(driver: psutil.Process, victim: str) -> bool:
+    """Kills one of the driver's workers by its title; False: there is none yet."""
+    for process in driver.children(recursive=True):
+        try:
+            title = " ".join(process.cmdline())
+            if title.startswith("ray::") and victim in title:
+                process.kill()
+                return True
+        except psutil.Error:
+            continue
+    return False
+
+
+def num_rows(root: Path) -> int:
+    config = CatalogConfig(uri=str(root))
+    if not (root / "images" / "_delta_log").exists() or not Catalog.exists(config):
+        return 0
+    return Catalog.open(config).images(["image_id"]).num_rows
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[Any], seconds: float = 200) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "it ended before"
+        assert time.monotonic() < deadline, "it took too long"
+        time.sleep(0.05)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,12 @@ MAX_ATTEMPTS = 3  # per object version and fingerprints
 # What a task reads of another. `embed` and `moderate` go together in the pipeline, which holds no stored vectors.
 READS = {"moderate": "embed", "match": "caption"}
 ALSO_RUNS = {"moderate": "embed"}
+
+# Why a task is due, as numbers: millions of rows carry them.
+REASONS = ("", "new", "changed", "decoder", "retry", "task_added", "text_changed", "fingerprint", "needed")
+NOT_DUE, NEW, CHANGED, DECODER, RETRY, TASK_ADDED, TEXT_CHANGED, FINGERPRINT, NEEDED = range(len(REASONS))
+
+Reasons: TypeAlias = npt.NDArray[np.int8]
 
 # Columns of the images table that decide; the rest of a live row is not read for planning.
 LEDGER = (
@@ -78,19 +85,20 @@ def decide(references: pa.Table, live: pa.Table, exists: Mask, request: PlanRequ
     reasons = {task: _reasons(task, references, live, state, request) for task in request.tasks}
     _close(reasons, state)
     blank = np.zeros(len(exists), dtype=np.bool_)
-    if_same = {task: exists & (reason != "") for task, reason in reasons.items()}
+    if_same = {task: exists & (reason != NOT_DUE) for task, reason in reasons.items()}
     for reason in reasons.values():
-        reason[~exists] = "new"
-        reason[changed] = "changed"
-        reason[state.decoder_changed] = "decoder"
-        reason[state.retried] = "retry"
-        reason[state.blocked] = ""
-    wanted = np.logical_or.reduce([reason != "" for reason in reasons.values()])
+        reason[~exists] = NEW
+        reason[changed] = CHANGED
+        reason[state.decoder_changed] = DECODER
+        reason[state.retried] = RETRY
+        reason[state.blocked] = NOT_DUE
+    wanted = np.logical_or.reduce([reason != NOT_DUE for reason in reasons.values()])
     exhausted = ~wanted & (state.gave_up | np.logical_or.reduce([blank, *state.exhausted.values()]))
     counts: Counter[tuple[str, str]] = Counter()
     for task, reason in reasons.items():
-        names, numbers = np.unique(reason[reason != ""], return_counts=True)
-        counts.update({(task, str(name)): int(number) for name, number in zip(names, numbers, strict=True)})
+        for number, count in enumerate(np.bincount(reason, minlength=len(REASONS)).tolist()):
+            if count and number != NOT_DUE:
+                counts[task, REASONS[number]] += count
     return Due(
         new=~exists,
         wanted=wanted,
@@ -143,40 +151,38 @@ class _State:
         )
 
 
-def _reasons(
-    task: str, references: pa.Table, live: pa.Table, state: _State, request: PlanRequest
-) -> npt.NDArray[np.object_]:
-    """Why the task is due by itself, as if the bytes were the same; empty where it is not."""
+def _reasons(task: str, references: pa.Table, live: pa.Table, state: _State, request: PlanRequest) -> Reasons:
+    """Why the task is due by itself, as if the bytes were the same."""
     column = live[schema.fingerprint_column(task)]
-    reasons = np.full(len(state.attempts), "", dtype=object)
-    reasons[~is_valid(column)] = "task_added"
+    reasons = np.full(len(state.attempts), NOT_DUE, dtype=np.int8)
+    reasons[~is_valid(column)] = TASK_ADDED
     if task == "match":
-        digests = text_digests(references["text"])
+        # Where there are no texts at all, which is common, there is nothing to hash row by row.
+        texts = references["text"]
+        digests = text_digests(texts) if texts.null_count < len(texts) else pa.nulls(len(texts), pa.string())
         text_same = equal(digests, live["text_digest"]) | (~is_valid(digests) & ~is_valid(live["text_digest"]))
-        reasons[is_valid(column) & ~text_same] = "text_changed"
-    reasons[is_valid(column) & ~equal(column, request.fingerprints[task])] = "fingerprint"
-    reasons[(reasons != "") & state.failed[task]] = "retry"
-    reasons[state.exhausted[task]] = ""
+        reasons[is_valid(column) & ~text_same] = TEXT_CHANGED
+    reasons[is_valid(column) & ~equal(column, request.fingerprints[task])] = FINGERPRINT
+    reasons[(reasons != NOT_DUE) & state.failed[task]] = RETRY
+    reasons[state.exhausted[task]] = NOT_DUE
     return reasons
 
 
-def _close(reasons: dict[str, npt.NDArray[np.object_]], state: _State) -> None:
+def _close(reasons: dict[str, Reasons], state: _State) -> None:
     """A task is due when one it reads is due; and one whose output is kept nowhere runs again for its reader."""
     for reader, read in READS.items():
         if reader in reasons and read in reasons:
-            pulled = (reasons[read] != "") & (reasons[reader] == "") & ~state.exhausted[reader]
-            reasons[reader][pulled] = "needed"
+            pulled = (reasons[read] != NOT_DUE) & (reasons[reader] == NOT_DUE) & ~state.exhausted[reader]
+            reasons[reader][pulled] = NEEDED
     for reader, read in ALSO_RUNS.items():
         if reader in reasons and read in reasons:
-            reasons[read][(reasons[reader] != "") & (reasons[read] == "")] = "needed"
+            reasons[read][(reasons[reader] != NOT_DUE) & (reasons[read] == NOT_DUE)] = NEEDED
 
 
-def _policy_differs(
-    live: pa.Table, exists: Mask, reasons: dict[str, npt.NDArray[np.object_]], request: PlanRequest
-) -> Mask:
+def _policy_differs(live: pa.Table, exists: Mask, reasons: dict[str, Reasons], request: PlanRequest) -> Mask:
     """Rows that keep labels of another policy, because nothing but the policy differs."""
     if request.policy_digest is None or "moderate" not in reasons:
         return np.zeros(len(exists), dtype=np.bool_)
     other = is_valid(live["policy_digest"]) & ~equal(live["policy_digest"], request.policy_digest)
-    keeps: Mask = exists & other & (reasons["moderate"] == "")
+    keeps: Mask = exists & other & (reasons["moderate"] == NOT_DUE)
     return keeps

@@ -18,8 +18,8 @@ LABEL = pa.struct(
         ("category", pa.string()),
         ("margin", pa.float32()),  # similarity to the label's prompts minus log-mean-exp over the neutral ones
         ("score", pa.float32()),  # logistic of the margin, in [0, 1]; null: not scored
-        ("probability", pa.float32()),  # null until the policy is calibrated
-        ("review_threshold", pa.float32()),
+        ("probability", pa.float32()),  # null until the label is calibrated
+        ("review_threshold", pa.float32()),  # thresholds are compared with the probability; where null, the score
         ("block_threshold", pa.float32()),
         ("decision", pa.string()),  # allow, review or block
         ("view", pa.string()),  # the view that decided

@@ -103,13 +103,16 @@ class Moderator:
             times: (S * L,) seconds of the frames that they come from; None: stills.
         """
         scored = np.ones(len(margins), np.bool_) if scored is None else scored
-        scores = _apply(self._curves, margins)
-        decisions = self._decide_labels(scores)
+        scores, probabilities = _apply(self._curves, margins), _apply(self._calibration, margins)
+        # What thresholds are compared with.
+        compared = np.where(self._calibrated, probabilities, scores)
+        decisions = self._decide_labels(compared)
         image_decisions = np.full(len(scored), _REVIEW)
         image_decisions[scored] = decisions.max(axis=1)
         reasons = np.full(len(scored), UNSCORED, object)
-        reasons[scored] = self._reasons(decisions, scores)
-        labels = self._label_structs(margins, scores, decisions, views, times)
+        reasons[scored] = self._reasons(decisions, compared)
+        probabilities = np.where(self._calibrated, probabilities, np.float32(np.nan))
+        labels = self._label_structs(margins, scores, probabilities, decisions, views, times)
         counts = np.where(scored, len(self._policy.labels), 0)
         return Moderation(
             labels=pa.ListArray.from_arrays(
@@ -119,19 +122,19 @@ class Moderator:
             reason=pa.array(reasons, pa.string()),
         )
 
-    def _decide_labels(self, scores: NDArray[np.float32]) -> NDArray[np.int64]:
+    def _decide_labels(self, values: NDArray[np.float32]) -> NDArray[np.int64]:
         if not self._bound:
-            return np.full(scores.shape, _REVIEW)
-        decisions = (scores >= self._review).astype(np.int64)
-        decisions[scores >= self._block] = _BLOCK
-        decisions[np.isnan(scores)] = _REVIEW  # fails closed
+            return np.full(values.shape, _REVIEW)
+        decisions = (values >= self._review).astype(np.int64)
+        decisions[values >= self._block] = _BLOCK
+        decisions[np.isnan(values)] = _REVIEW  # fails closed
         return decisions
 
-    def _reasons(self, decisions: NDArray[np.int64], scores: NDArray[np.float32]) -> NDArray[np.object_]:
-        """What decided each image: of the labels with the gravest decision, the one with the highest score."""
+    def _reasons(self, decisions: NDArray[np.int64], values: NDArray[np.float32]) -> NDArray[np.object_]:
+        """What decided each image: of the labels with the gravest decision, the highest."""
         names = np.array(["/".join(ref) for ref in self._policy.labels], object)
         gravest = decisions.max(axis=1, keepdims=True)
-        candidates = np.where((decisions == gravest) & ~np.isnan(scores), scores, -1.0)
+        candidates = np.where((decisions == gravest) & ~np.isnan(values), values, -1.0)
         reasons: NDArray[np.object_] = names[candidates.argmax(axis=1)]
         reasons[candidates.max(axis=1) < 0] = UNSCORED
         reasons[gravest[:, 0] == 0] = None
@@ -143,12 +146,12 @@ class Moderator:
         self,
         margins: NDArray[np.float32],
         scores: NDArray[np.float32],
+        probabilities: NDArray[np.float32],
         decisions: NDArray[np.int64],
         views: pa.StringArray,
         times: pa.FloatArray | None,
     ) -> pa.StructArray:
         num_rows, refs = len(margins), self._policy.labels
-        probabilities = np.where(self._calibrated, _apply(self._calibration, margins), np.float32(np.nan))
         block = np.where(np.isinf(self._block), np.float32(np.nan), self._block)
         columns: dict[str, pa.Array[Any]] = {
             "label": _repeat([ref.label for ref in refs], num_rows),

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
@@ -48,7 +49,7 @@ class Logistic(_Part):
 
 
 class Thresholds(_Part):
-    """Scores from which a label means `review` and `block`."""
+    """From where on a label means `review` and `block`: its probability where it is calibrated, else its score."""
 
     review: Score
     block: Score | None  # None: the label never blocks
@@ -60,11 +61,22 @@ class Thresholds(_Part):
         return self
 
 
+class Actions(_Part):
+    """What a platform does about an image, in its own words (``queue``, ``hide``). For readers: nothing is executed."""
+
+    review: Annotated[tuple[Name, ...], Field(strict=False)] = ()
+    block: Annotated[tuple[Name, ...], Field(strict=False)] = ()
+
+
 class Label(Thresholds):
     """One thing to look for: scored on its own, so an image can carry several."""
 
     name: Name
     prompts: Annotated[tuple[Prompt, ...], Field(min_length=1, strict=False)]
+    severity: Literal["low", "medium", "high", "critical"] | None = None
+    actions: Actions = Actions()
+    # Provider -> its names for the like; a provider without a name for it is left out.
+    external: dict[Name, Annotated[tuple[Prompt, ...], Field(min_length=1, strict=False)]] = {}
 
 
 class Category(_Part):
@@ -125,8 +137,11 @@ class Policy(_Part):
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the parsed content: comments, layout and key order do not move it."""
-        return _digest(self.model_dump(mode="json"))
+        """SHA-256 of the parsed content: comments, layout and key order do not move it.
+
+        Nor does a key that a later version knows and the file does not use. So no default may ever change.
+        """
+        return _digest(self.model_dump(mode="json", exclude_defaults=True))
 
     def each_label(self) -> tuple[Label, ...]:
         """The labels with prompts and thresholds, in the order of :attr:`labels`."""
@@ -220,6 +235,40 @@ def write_binding(path: Path, binding: Binding) -> None:
     Raises:
         PolicyError: ``bindings`` is not the last key of the file, or the result is no valid policy.
     """
+    path.write_text(_with_binding(path, binding), encoding="utf-8")
+
+
+def write_version(path: Path, output: Path, binding: Binding) -> Policy:
+    """Writes the next version of a policy, with a binding, to another file; comments are kept.
+
+    Raises:
+        PolicyError: ``output`` is there already, the version stands on no line of its own, or as
+            :func:`write_binding` says.
+    """
+    version = next_version(load_policy(str(path)).version)
+    text, found = _VERSION_LINE.subn(rf'\g<1>"{version}"', _with_binding(path, binding), count=1)
+    if not found:
+        raise PolicyError(f"policy {path}: no line `version: ...`", remedy="Give the version a line of its own.")
+    try:
+        with output.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError as error:
+        raise PolicyError(f"policy {output}: is there already", remedy="Name another file with --output.") from error
+    except OSError as error:
+        raise PolicyError(f"policy {output}: {error.strerror}", remedy="Name another file with --output.") from error
+    return load_policy(str(output))
+
+
+def next_version(version: str) -> str:
+    """The last number of a version raised by one: ``1`` -> ``2``, ``2.9`` -> ``2.10``, ``beta`` -> ``beta.1``."""
+    head, number, tail = re.fullmatch(r"(.*?)(\d+)?(\D*)", version, re.DOTALL).groups()  # type: ignore[union-attr]
+    return f"{head}{int(number) + 1:0{len(number)}d}{tail}" if number else f"{version}.1"
+
+
+_VERSION_LINE = re.compile(r"^(version:[ \t]*)(\"[^\"\n]*\"|'[^'\n]*'|[^\s#]+)", re.MULTILINE)
+
+
+def _with_binding(path: Path, binding: Binding) -> str:
     text = path.read_text(encoding="utf-8")
     data = _read_yaml(path)
     head, found, _ = text.partition("\nbindings:")
@@ -232,7 +281,7 @@ def write_binding(path: Path, binding: Binding) -> None:
     except ValidationError as error:
         raise PolicyError(describe_validation(error, what=f"policy {path}")) from error
     tail = yaml.safe_dump({"bindings": [*kept, new]}, sort_keys=False, allow_unicode=True, width=120)
-    path.write_text(f"{head}\n{tail}", encoding="utf-8")
+    return f"{head}\n{tail}"
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -18,9 +18,11 @@ from vlmflow.moderation.policy import (
     check_binding,
     find_binding,
     load_policy,
+    next_version,
     prompts_digest,
     shipped_policies,
     write_binding,
+    write_version,
 )
 
 CLIP = ModelIdentity("org/clip", "local", "a" * 64, "[32]", 1)
@@ -170,3 +172,57 @@ def test_a_binding_is_not_written_where_it_would_cut_the_file(tmp_path: Path) ->
     path = Path(write(tmp_path, {"bindings": [], **data}))
     with pytest.raises(PolicyError, match="bindings is not its last key"):
         write_binding(path, bind(Policy.model_validate(data), CLIP))
+
+
+def test_the_digest_stays_when_the_software_learns_a_key_that_a_file_does_not_use() -> None:
+    # Rows and archives hold digests: these must never move, whatever keys policies get.
+    data = content(bindings=[{"model": "m", "weights": "a" * 64, "prompts": "b" * 64}])
+    assert Policy.model_validate(data).digest == "f3fa07a20ced1a4e869fdb91165937af81c1dfa701bb558d4ddd5bc19f648c23"
+    spelled = content(description="", temperature=1.0, bindings=data["bindings"])
+    spelled["bindings"] = [{**data["bindings"][0], "thresholds": {}, "calibration": {}, "logistic": None}]
+    spelled["categories"][0]["labels"][0] |= {"severity": None, "external": {}, "actions": {"review": [], "block": []}}
+    assert Policy.model_validate(spelled).digest == Policy.model_validate(data).digest
+
+
+def test_severity_actions_and_external_names_are_carried_and_move_the_digest_of_the_policy_alone() -> None:
+    extra: dict[str, Any] = {"severity": "high", "actions": {"review": ["queue"], "block": ["hide", "report"]}}
+    extra["external"] = {"rekognition": ["Weapons"]}
+    policy, plain = Policy.model_validate(label(**extra)), Policy.model_validate(label())
+    gun = policy.each_label()[0]
+    assert (gun.severity, gun.actions.block, gun.external) == (
+        "high",
+        ("hide", "report"),
+        {"rekognition": ("Weapons",)},
+    )
+    assert policy.digest != plain.digest
+    assert prompts_digest(policy) == prompts_digest(plain)
+    again = Policy.model_validate_json(policy.model_dump_json(), strict=False)
+    assert again.digest == policy.digest
+    for wrong in ({"severity": "huge"}, {"actions": {"review": ["Hide it"]}}, {"external": {"azure": []}}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            Policy.model_validate(label(**wrong))
+
+
+@pytest.mark.parametrize(
+    ("version", "after"),
+    [("1", "2"), ("2.9", "2.10"), ("v3-rc", "v4-rc"), ("2026-01-09", "2026-01-10"), ("beta", "beta.1"), ("1\n", "2\n")],
+)
+def test_the_last_number_of_a_version_counts_up(version: str, after: str) -> None:
+    assert next_version(version) == after
+
+
+@pytest.mark.parametrize("line", ['version: "1" # first', "version: '1'", 'version:   "1"'])
+def test_a_new_version_is_another_file_with_the_same_comments(tmp_path: Path, line: str) -> None:
+    text = yaml.safe_dump(content(bindings=[]), sort_keys=False).replace("version: '1'", line)
+    path = Path(write(tmp_path, "# kept\n" + text))
+    binding = bind(load_policy(str(path)), CLIP)
+    policy = write_version(path, tmp_path / "next.yaml", binding)
+    assert (policy.version, policy.bindings) == ("2", (binding,))
+    assert load_policy(str(path)).version == "1"
+    written = (tmp_path / "next.yaml").read_text()
+    assert written.startswith("# kept\n")
+    assert ("# first" in line) == ("# first" in written)
+    with pytest.raises(PolicyError, match="is there already"):
+        write_version(path, tmp_path / "next.yaml", binding)
+    with pytest.raises(PolicyError, match="No such file"):
+        write_version(path, tmp_path / "absent" / "next.yaml", binding)

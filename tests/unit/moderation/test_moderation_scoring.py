@@ -193,6 +193,31 @@ def test_what_was_set_for_the_model_replaces_what_the_policy_says() -> None:
     assert wine["block_threshold"] is None
 
 
+def test_thresholds_are_compared_with_the_probability_where_a_label_is_calibrated_else_with_the_score() -> None:
+    calibration = {"gun": Logistic(scale=1.0, offset=2.0)}
+    limits = {"gun": Thresholds(review=0.5, block=0.9)}
+    # Of gun: scores 0.82, 0.92 and 1.0; probabilities 0.38, 0.62 and 0.95.
+    images = [[[1.5, -5, -5]], [[2.5, -5, -5]], [[5, -5, -5]], [[2.5, 2.0, -5]]]
+    result = moderate(images, thresholds=limits, calibration=calibration)
+    assert result.decision.to_pylist() == ["allow", "review", "block", "block"]
+    assert [labels[0]["probability"] >= 0.5 for labels in result.labels.to_pylist()] == [False, True, True, True]
+    both = moderate([[[2.5, 0.6, -5]]], calibration=calibration)  # gun 0.62 against knife 0.65, by score 0.92
+    assert both.reason.to_pylist() == ["weapons/knife"]
+    assert moderate(images[:3], thresholds=limits).decision.to_pylist() == ["review", "block", "block"]
+
+
+def test_stored_margins_decide_as_vectors_do_under_a_calibration() -> None:
+    images = [[[value / 10 - 3, value % 7 - 3.3, 0.1]] for value in range(60)]
+    calibration = {"gun": Logistic(scale=2.7, offset=0.31), "wine": Logistic(scale=0.4, offset=-0.2)}
+    online = moderate(images, calibration=calibration)
+    margins = np.array([[label["margin"] for label in labels] for labels in online.labels.to_pylist()], np.float32)
+    moderator = Moderator(POLICY, bind(POLICY, IDENTITY, calibration=calibration), None)
+    stored = moderator.decide(margins, pa.array(["squash"] * 180))
+    assert stored.labels.equals(online.labels)
+    assert stored.decision.equals(online.decision)
+    assert stored.reason.equals(online.reason)
+
+
 def test_an_image_without_vectors_is_reviewed_as_unscored() -> None:
     result = moderate([[], [[-5, -5, -5]], []])
     assert result.decision.to_pylist() == ["review", "allow", "review"]

@@ -198,7 +198,8 @@ def test_severity_actions_and_external_names_are_carried_and_move_the_digest_of_
     assert prompts_digest(policy) == prompts_digest(plain)
     again = Policy.model_validate_json(policy.model_dump_json(), strict=False)
     assert again.digest == policy.digest
-    for wrong in ({"severity": "huge"}, {"actions": {"review": ["Hide it"]}}, {"external": {"azure": []}}):
+    wrongs: list[dict[str, Any]] = [{"severity": "huge"}, {"actions": {"review": ["Hide it"]}}]
+    for wrong in [*wrongs, {"external": {"azure": []}}]:
         with pytest.raises(ValueError, match=next(iter(wrong))):
             Policy.model_validate(label(**wrong))
 

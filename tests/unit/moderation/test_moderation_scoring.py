@@ -197,7 +197,7 @@ def test_thresholds_are_compared_with_the_probability_where_a_label_is_calibrate
     calibration = {"gun": Logistic(scale=1.0, offset=2.0)}
     limits = {"gun": Thresholds(review=0.5, block=0.9)}
     # Of gun: scores 0.82, 0.92 and 1.0; probabilities 0.38, 0.62 and 0.95.
-    images = [[[1.5, -5, -5]], [[2.5, -5, -5]], [[5, -5, -5]], [[2.5, 2.0, -5]]]
+    images: list[list[list[float]]] = [[[1.5, -5, -5]], [[2.5, -5, -5]], [[5, -5, -5]], [[2.5, 2.0, -5]]]
     result = moderate(images, thresholds=limits, calibration=calibration)
     assert result.decision.to_pylist() == ["allow", "review", "block", "block"]
     assert [labels[0]["probability"] >= 0.5 for labels in result.labels.to_pylist()] == [False, True, True, True]

@@ -1,0 +1,71 @@
+"""What the command line prints of policies: what ships, what a check found, how two differ."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from vlmflow.moderation.check import PolicyCheck
+    from vlmflow.moderation.diff import PolicyDiff
+    from vlmflow.moderation.policy import Policy
+
+_COLORS = {"error": "red", "warning": "yellow", "note": "dim"}
+
+
+def print_policies(policies: list[Policy], console: Console) -> None:
+    """Prints the policies that ship, one a line."""
+    table = _table("policy", "version", "labels", "thresholds set for", "what it is for")
+    for policy in policies:
+        bound = ", ".join(binding.model for binding in policy.bindings) or "no model yet"
+        row = (policy.name, policy.version, str(len(policy.labels)), bound, policy.description)
+        table.add_row(*map(escape, row))
+    console.print(table)
+
+
+def print_policy_check(check: PolicyCheck, console: Console) -> None:
+    """Prints findings, the gravest first, and their counts."""
+    for finding in check.findings:
+        color = _COLORS[finding.level]
+        console.print(f"[{color}]{finding.level}[/{color}] {escape(f'{finding.where}: {finding.text}')}")
+        console.print(f"    {escape(finding.remedy)}", style="dim")
+    judged = "" if check.limit is None else f", closeness judged by {check.model} (limit {check.limit:.3f})"
+    counts = ", ".join(f"{check.count(level)} {level}s" for level in ("error", "warning", "note"))
+    console.print(escape(f"{check.policy or check.file}: {counts}{judged}"))
+
+
+def print_policy_diff(diff: PolicyDiff, console: Console) -> None:
+    """Prints what changed from one policy to another, and what that implies."""
+    console.print(escape(f"{diff.before} -> {diff.after}"), style="bold")
+    for sign, names in (("+", diff.labels_added), ("-", diff.labels_removed)):
+        for name in names:
+            console.print(f"{sign} label {escape(name)}")
+    for old, new in diff.renamed:
+        console.print(escape(f"label {old} is now {new}, with the same prompts"))
+    for change in diff.prompts:
+        lines = [f"+ {text}" for text in change.added] + [f"- {text}" for text in change.removed]
+        console.print(escape(f"prompts of {change.where}:" + (" in another order" if change.reordered else "")))
+        for line in lines:
+            console.print(f"    {escape(line)}")
+    if diff.changes:
+        table = _table("where", "what", "before", "after")
+        for moved in diff.changes:
+            table.add_row(escape(moved.where), escape(moved.what), _shown(moved.before), _shown(moved.after))
+        console.print(table)
+    for model in diff.lost_bindings:
+        console.print(f"[yellow]The thresholds set for {escape(model)} do not count for the new prompts.[/yellow]")
+    console.print(diff.implies)
+
+
+def _shown(value: str | float | None) -> str:
+    return "-" if value is None else escape(f"{value:g}" if isinstance(value, float) else value)
+
+
+def _table(*headings: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    return table

@@ -21,6 +21,7 @@ from obstore.store import LocalStore, from_url
 from vlmflow.config import StorageConfig
 from vlmflow.errors import (
     ConfigError,
+    ImageError,
     SourceError,
     StorageAccessError,
     StoreLostError,
@@ -199,6 +200,14 @@ def fault_of(error: Exception) -> Fault:
     return Fault.TIMEOUT if _TIMEOUT.search(text) else Fault.TRANSIENT
 
 
+def passes(error: Exception) -> bool:
+    """Whether a request that failed so may succeed when it is made again."""
+    text = str(error)
+    if _FULL.search(text) or "LocalFileSystem" in text or isinstance(error, ImageError):
+        return False
+    return fault_of(error) in (Fault.TIMEOUT, Fault.TRANSIENT)
+
+
 def access_error(error: Exception, uri: str) -> VlmflowError:
     """The error for a store that cannot be used at all, in our words: the store's own may hold signatures."""
     address = parse_address(uri)
@@ -248,6 +257,8 @@ def read_bytes(uri: str, config: StorageConfig) -> bytes:
         if address.is_local:
             return Path(address.path).read_bytes()
         store, path = open_store(uri, config)
-        return bytes(obstore.get(store, path).bytes())
+        from vlmflow.retry import retried  # which knows what passes from here
+
+        return retried(lambda: bytes(obstore.get(store, path).bytes()))
     except STORE_ERRORS as error:
         raise access_error(error, uri) from error

@@ -116,7 +116,9 @@ def commit(log: TableLog, request: CommitRequest, propose: Callable[[Snapshot], 
         except CommitFailedError:
             logger.debug("%s: another writer was first, attempt %d", log.name, attempt)
         except (DeltaError, OSError) as error:
-            logger.warning("%s: the commit failed and is looked at again: %s", log.name, error)
+            # deltalake's words for a bucket that is gone are those for a file that is.
+            log.folder.check_access()
+            logger.info("%s: the commit failed and is looked at again: %s", log.name, error)
             faults.append(error)
         else:
             return Committed(log.refresh().version, attempt, repeated=False)

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from vlmflow.config import CatalogConfig
 from vlmflow.errors import CatalogError, VlmflowError
+from vlmflow.retry import retried
 from vlmflow.storage import STORE_ERRORS, access_error, delta_storage_options, open_store, parse_address
 
 if TYPE_CHECKING:
@@ -72,13 +73,14 @@ class Folder:
                 raise CatalogError(f"{existing} is a file", remedy="Name a folder for the catalog.")
             return
         with self._in_our_words():
-            next(iter(obstore.list(self._store, prefix=self._at("images/_delta_log"), chunk_size=1)), None)
+            prefix = self._at("images/_delta_log")
+            retried(lambda: next(iter(obstore.list(self._store, prefix=prefix, chunk_size=1)), None))
 
     def read(self, path: str) -> bytes | None:
         """The bytes of a file; None: there is none."""
         with self._in_our_words():
             try:
-                return bytes(obstore.get(self._store, self._at(path)).bytes())
+                return retried(lambda: bytes(obstore.get(self._store, self._at(path)).bytes()))
             except FileNotFoundError:
                 return None
 
@@ -90,13 +92,13 @@ class Folder:
     def write(self, path: str, data: bytes) -> None:
         """Puts a file in one step, in place of one that is there."""
         with self._in_our_words():
-            obstore.put(self._store, self._at(path), data)
+            retried(lambda: obstore.put(self._store, self._at(path), data))
 
     def delete(self, path: str) -> None:
         """Removes a file; one that is not there is no error."""
         # Object stores say nothing of a missing object, a local disk does.
         with self._in_our_words(), contextlib.suppress(FileNotFoundError):
-            obstore.delete(self._store, self._at(path))
+            retried(lambda: obstore.delete(self._store, self._at(path)))
 
     def delete_all(self, paths: Sequence[str]) -> list[str]:
         """Removes many files; returns those that could not be removed. One that is not there is no error."""
@@ -104,7 +106,8 @@ class Folder:
         for start in range(0, len(paths), _DELETED_AT_ONCE):
             some = paths[start : start + _DELETED_AT_ONCE]
             try:
-                obstore.delete(self._store, [self._at(path) for path in some])
+                names = [self._at(path) for path in some]
+                retried(lambda names=names: obstore.delete(self._store, names))  # type: ignore[misc]
             except STORE_ERRORS:  # of one of them, and it does not say which
                 failed += [path for path in some if not self._deleted(path)]
         return failed
@@ -121,7 +124,7 @@ class Folder:
         """Size and time of a file; None: there is none."""
         with self._in_our_words():
             try:
-                meta = obstore.head(self._store, self._at(path))
+                meta = retried(lambda: obstore.head(self._store, self._at(path)))
             except FileNotFoundError:
                 return None
         return FileInfo(path, meta["size"], meta["last_modified"])
@@ -130,9 +133,11 @@ class Folder:
         """The files under a sub-folder, at any depth."""
         skip = len(self._at(""))
         with self._in_our_words():
-            for page in obstore.list(self._store, prefix=self._at(below)):
-                for meta in page:
-                    yield FileInfo(meta["path"][skip:], meta["size"], meta["last_modified"])
+            # Whole, before the first is given out: a listing that breaks off is made again.
+            pages = retried(lambda: list(obstore.list(self._store, prefix=self._at(below))))
+        for page in pages:
+            for meta in page:
+                yield FileInfo(meta["path"][skip:], meta["size"], meta["last_modified"])
 
     def write_parquet(self, path: str, rows: pa.Table, **options: Any) -> int:
         """Writes rows as one Parquet file in one step; returns its size in bytes.
@@ -144,7 +149,7 @@ class Folder:
         pq.write_table(rows, sink, compression="zstd", **options)
         data = sink.getvalue()
         with self._in_our_words():
-            obstore.put(self._store, self._at(path), memoryview(data).cast("B"))
+            retried(lambda: obstore.put(self._store, self._at(path), memoryview(data).cast("B")))
         return cast(int, data.size)
 
     def read_parquet(self, path: str, columns: Sequence[str] | None = None) -> pa.Table:
@@ -188,7 +193,7 @@ class Folder:
 
 
 def _whole_file(store: ObjectStore, path: str) -> pa.BufferReader:
-    return pa.BufferReader(pa.py_buffer(obstore.get(store, path).bytes()))
+    return pa.BufferReader(pa.py_buffer(retried(lambda: obstore.get(store, path).bytes())))
 
 
 class _RangeFile(io.RawIOBase):
@@ -197,7 +202,7 @@ class _RangeFile(io.RawIOBase):
     def __init__(self, store: ObjectStore, path: str) -> None:
         self._store = store
         self._path = path
-        self._size = obstore.head(store, path)["size"]
+        self._size = retried(lambda: obstore.head(store, path))["size"]
         self._at = 0
 
     def readable(self) -> bool:
@@ -218,6 +223,7 @@ class _RangeFile(io.RawIOBase):
         end = self._size if size < 0 else min(self._at + size, self._size)
         if end <= self._at:
             return b""
-        data = bytes(obstore.get_range(self._store, self._path, start=self._at, end=end))
+        start = self._at
+        data = retried(lambda: bytes(obstore.get_range(self._store, self._path, start=start, end=end)))
         self._at = end
         return data

@@ -15,6 +15,7 @@ from deltalake.exceptions import DeltaError, TableNotFoundError
 
 from vlmflow.catalog.folder import Folder
 from vlmflow.errors import CatalogError
+from vlmflow.retry import retried
 from vlmflow.storage import access_error
 
 TableName: TypeAlias = Literal["images", "embeddings"]
@@ -23,6 +24,8 @@ APPLICATION_ID = "vlmflow"  # shared by all writers: each commit takes its next 
 # In the metadata of a commit:
 COMMIT_ID = "vlmflow.commit_id"
 REVOKED = "vlmflow.revoked"  # ids of runs that may commit no more, separated by commas
+_DELTA_ERRORS = (DeltaError, OSError)
+
 LONGEST_RETENTION = dt.timedelta(days=30)  # of files of old versions
 SCHEMA_VERSION = "1"  # of IMAGES and EMBEDDINGS; raised together with a migration
 _SCHEMA_VERSION_KEY = "vlmflow.schemaVersion"
@@ -86,7 +89,11 @@ class TableLog:
             CatalogError: there is none, or another version of vlmflow wrote it.
         """
         try:
-            table = DeltaTable(folder.table_uri(name), storage_options=folder.storage_options)
+            table = retried(
+                lambda: DeltaTable(folder.table_uri(name), storage_options=folder.storage_options),
+                _DELTA_ERRORS,
+                never=(TableNotFoundError,),
+            )
         except TableNotFoundError as error:
             raise CatalogError(
                 f"no catalog at {folder.config.uri}: its table {name} is absent",
@@ -105,7 +112,8 @@ class TableLog:
     @classmethod
     def exists(cls, folder: Folder, name: TableName) -> bool:
         """Whether the table is there."""
-        return DeltaTable.is_deltatable(folder.table_uri(name), storage_options=folder.storage_options)
+        uri, options = folder.table_uri(name), folder.storage_options
+        return retried(lambda: DeltaTable.is_deltatable(uri, storage_options=options), _DELTA_ERRORS)
 
     @classmethod
     def open_or_create(cls, folder: Folder, name: TableName, columns: pa.Schema) -> TableLog:
@@ -121,8 +129,9 @@ class TableLog:
     def refreshed_table(self) -> DeltaTable:
         """The handle, at the newest version."""
         try:
-            self.table.update_incremental()
+            retried(self.table.update_incremental, _DELTA_ERRORS)
         except (DeltaError, OSError) as error:
+            self.folder.check_access()
             raise access_error(error, self.folder.config.uri) from error
         return self.table
 
@@ -149,7 +158,7 @@ class TableLog:
         version = self.table.version()
         known = self._notes
         start = max(known, default=since) if since >= min(known, default=since + 1) - 1 else since
-        newer = self.table.history(version - start) if version > start else []
+        newer = retried(lambda: self.table.history(version - start), _DELTA_ERRORS) if version > start else []
         known |= {entry["version"]: _Notes.of(entry) for entry in newer}
         return [known[number] for number in range(since + 1, version + 1) if number in known]
 
@@ -158,7 +167,10 @@ class TableLog:
         hours = -(-age // dt.timedelta(hours=1))  # whole ones, rounded up: rather kept than lost
         table = self.refreshed_table()
         try:
-            found = table.vacuum(retention_hours=hours, dry_run=True, enforce_retention_duration=False)
+            found = retried(
+                lambda: table.vacuum(retention_hours=hours, dry_run=True, enforce_retention_duration=False),
+                _DELTA_ERRORS,
+            )
         except (DeltaError, OSError) as error:
             raise access_error(error, self.folder.config.uri) from error
         return frozenset(unquote(path) for path in found)
@@ -167,7 +179,8 @@ class TableLog:
         """The paths of the files that were live at an earlier version; -1: before the table was there."""
         if version < 0:
             return frozenset()
-        table = DeltaTable(self.folder.table_uri(self.name), version, storage_options=self.folder.storage_options)
+        uri, options = self.folder.table_uri(self.name), self.folder.storage_options
+        table = retried(lambda: DeltaTable(uri, version, storage_options=options), _DELTA_ERRORS)
         return frozenset(_live_files(table))
 
 

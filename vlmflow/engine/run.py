@@ -23,7 +23,7 @@ from vlmflow.engine.prepare import Prepared, encode_policy, prepare
 from vlmflow.engine.progress import ProgressDisplay, SilentProgress, Tally
 from vlmflow.engine.quarantine import Quarantine, Stages
 from vlmflow.engine.report import PlanSummary, RunReport, RunStatus, finished_report, initial_report, plan_summary
-from vlmflow.errors import UnreconciledError, VlmflowError
+from vlmflow.errors import StorageAccessError, StoreLostError, TransientError, UnreconciledError, VlmflowError
 from vlmflow.imaging import merge_requests
 from vlmflow.moderation.prompts import PromptVectors
 from vlmflow.sources import Source, open_source
@@ -138,6 +138,10 @@ class _Run:
         try:
             with catalog.runs.keep_alive(self._run_id):
                 yield
+        except (StorageAccessError, TransientError) as error:
+            lost = _lost_in_mid_run(error)
+            self._record_end(catalog, self._finished("failed", str(lost)))
+            raise lost from error
         except BaseException as error:
             status = _status_of(error)
             self._record_end(catalog, self._finished(status, str(error)))
@@ -238,6 +242,14 @@ class _Run:
             startup_s=self._startup_s,
             num_first=self._tally.num_first,
         )
+
+
+def _lost_in_mid_run(error: VlmflowError) -> StoreLostError:
+    """What a user is told when a store went away: what stays, and how to go on."""
+    if isinstance(error, StoreLostError) and "stays" in error.remedy:
+        return error
+    remedy = f"{error.remedy} What was committed stays: mend the access and run the same command again to go on."
+    return StoreLostError(str(error), remedy=remedy.strip())
 
 
 def _status_of(error: BaseException) -> RunStatus:

@@ -11,15 +11,20 @@ import re
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import obstore
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from vlmflow.errors import SourceError, StorageAccessError
+from vlmflow.retry import retried
 from vlmflow.sources.base import BATCH_ROWS
 from vlmflow.sources.stores import Failure, Stores
-from vlmflow.storage import STORE_ERRORS, Address, Fault, access_error, local_version, parse_address
+from vlmflow.storage import STORE_ERRORS, Address, Fault, access_error, local_version, parse_address, passes
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore
 
 LISTING = pa.schema([("uri", pa.string()), ("object_version", pa.string()), ("size_bytes", pa.int64())])
 
@@ -55,8 +60,7 @@ def _list_store(address: Address, stores: Stores) -> Iterator[pa.RecordBatch]:
     store, prefix = stores.locate(str(address))
     skip = len(prefix) + 1 if prefix else 0
     try:
-        for page in obstore.list(store, prefix or None, chunk_size=BATCH_ROWS, return_arrow=True):
-            batch = pa.record_batch(page)
+        for batch in _pages(store, prefix or None):
             names = pc.utf8_slice_codeunits(batch["path"], start=skip)
             shown = pc.and_(pc.not_equal(names, ""), pc.invert(pc.match_substring_regex(names, HIDDEN.pattern)))
             batch = batch.filter(shown)
@@ -67,6 +71,35 @@ def _list_store(address: Address, stores: Stores) -> Iterator[pa.RecordBatch]:
             yield _without_folder_markers(listed, stores)
     except STORE_ERRORS as error:
         raise access_error(error, str(address)) from error
+
+
+def _pages(store: ObjectStore, prefix: str | None) -> Iterator[pa.RecordBatch]:
+    """The pages of a listing; one that breaks off goes on behind the last name that it gave."""
+    last: str | None = None
+    pages = _listing_from(store, prefix, last)
+    while True:
+        try:
+            page = next(pages, None)
+        except STORE_ERRORS as error:
+            if not passes(error):
+                raise
+            offset = last
+            pages, page = retried(lambda offset=offset: _first_page(store, prefix, offset))  # type: ignore[misc]
+        if page is None:
+            return
+        batch = pa.record_batch(page)
+        if batch.num_rows:
+            last = pc.max(batch["path"]).as_py()
+        yield batch
+
+
+def _listing_from(store: ObjectStore, prefix: str | None, offset: str | None) -> Iterator[Any]:
+    return iter(obstore.list(store, prefix, offset=offset, chunk_size=BATCH_ROWS, return_arrow=True))
+
+
+def _first_page(store: ObjectStore, prefix: str | None, offset: str | None) -> tuple[Iterator[Any], Any]:
+    pages = _listing_from(store, prefix, offset)
+    return pages, next(pages, None)
 
 
 def _versions(batch: pa.RecordBatch) -> pa.Array:

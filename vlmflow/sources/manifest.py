@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 
 from vlmflow.config import ImageLimits, SourceConfig
 from vlmflow.errors import SourceError
+from vlmflow.retry import retried
 from vlmflow.sources.base import Reader, reference_batch
 from vlmflow.sources.prefix import no_images
 from vlmflow.sources.reader import SourceReader
@@ -73,10 +74,14 @@ class ManifestSource:
     def _download(self, path: Path) -> Path:
         """Copies the manifest here: it is read more than once, and must not change meanwhile."""
         store, key = self._stores.locate(self._config.uri)
-        try:
+
+        def copy() -> None:
             with path.open("wb") as file:
                 for chunk in obstore.get(store, key).stream():
                     file.write(chunk)
+
+        try:
+            retried(copy)
         except STORE_ERRORS as error:
             raise access_error(error, self._config.uri) from error
         return path

@@ -22,6 +22,7 @@ from vlmflow.errors import (
     TransientError,
     VlmflowError,
 )
+from vlmflow.retry import retried_async
 from vlmflow.sources.base import Fetched
 from vlmflow.sources.http import HttpFetcher
 from vlmflow.sources.parquet_rows import read_cells
@@ -119,7 +120,7 @@ class SourceReader:
             if _is_local(locator):
                 self._check_may_read_disk()
                 return await asyncio.to_thread(self._read_file, row)
-            return await self._read_object(row)
+            return await retried_async(lambda: self._read_object(row))
         except ImageError as error:
             return Fetched(None, None, error.error_class, str(error))
         except ConfigError as error:  # an address of a kind that cannot be read costs its row, not the run

@@ -15,6 +15,7 @@ import obstore
 
 from vlmflow.config import StorageConfig
 from vlmflow.errors import ConfigError
+from vlmflow.retry import retried, retried_async
 from vlmflow.storage import (
     STORE_ERRORS,
     Fault,
@@ -27,6 +28,7 @@ from vlmflow.storage import (
 )
 
 if TYPE_CHECKING:
+    from obstore import GetOptions
     from obstore.store import ObjectStore
 
 Answer = TypeVar("Answer")
@@ -89,7 +91,7 @@ class Stores:
                     return _local_head(uri)
                 store, path = self.locate(uri)
                 async with slots:
-                    meta = await obstore.head_async(store, path)
+                    meta = await retried_async(lambda: obstore.head_async(store, path))
             except ConfigError as error:  # an address of a kind that cannot be read costs its row, not the run
                 return Failure(Fault.PATH, error)
             except STORE_ERRORS as error:
@@ -139,7 +141,7 @@ class Stores:
             if parse_address(uri).is_local:
                 return _local_head(uri)
             store, path = self.locate(uri)
-            meta = obstore.head(store, path)
+            meta = retried(lambda: obstore.head(store, path))
         except STORE_ERRORS as error:
             raise access_error(error, uri) from error
         return ObjectHead(object_version(meta), meta["size"])
@@ -177,7 +179,7 @@ class RangedObject(io.RawIOBase):
     def __init__(self, store: ObjectStore, path: str) -> None:
         super().__init__()
         self._store, self._path, self._at = store, path, 0
-        meta = obstore.head(store, path)
+        meta = retried(lambda: obstore.head(store, path))
         self._e_tag = meta["e_tag"]
         self.head = ObjectHead(object_version(meta), meta["size"])
 
@@ -205,8 +207,8 @@ class RangedObject(io.RawIOBase):
         end = min(self._at + len(view), self.head.size_bytes)
         if end <= self._at:
             return 0
-        result = obstore.get(self._store, self._path, options={"range": (self._at, end), "if_match": self._e_tag})
-        data = bytes(result.bytes())
+        options: GetOptions = {"range": (self._at, end), "if_match": self._e_tag}
+        data = retried(lambda: bytes(obstore.get(self._store, self._path, options=options).bytes()))
         view[: len(data)] = data
         self._at += len(data)
         return len(data)

@@ -1,0 +1,174 @@
+"""Planning at scale: what is due of N references against a catalog of N rows.
+
+``python -m benchmarks.planning --rows 50_000_000`` makes a catalog and a listing of as many synthetic keys (real
+Parquet files and a real Delta log on the local disk; ids, versions and fingerprints as long as real ones), of which 1% of the
+references are new, 1% changed and 0.1% failed before, plans in a process of its own, checks the counts against what was
+made, and prints seconds per phase, peak memory and the bytes put aside on disk.
+
+On a billion images, by the figures of 50 million in ``results/planning.json``: time and disk grow with the number of
+rows, memory with the rows of one bucket, of which there are 64. A billion in one process would take twenty times as
+long, some hundred gigabytes of local disk, and buckets of 16 million rows, which is where memory asks for more buckets
+before anything else does. What does not shrink with more cores is the listing: a store gives about a thousand names a
+request, so a billion are a million requests one after the other for each prefix. Sources of that size are better given
+as a manifest, or as prefixes that are run one by one: the plan of one has nothing to do with that of another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from benchmarks.machine import save_result
+from tests.catalog_samples import DATE, config_of, fingerprints, request
+from vlmflow import schema
+from vlmflow.catalog import Catalog, plan
+from vlmflow.catalog.columns import conform
+from vlmflow.catalog.commit import Change, CommitRequest, commit
+from vlmflow.catalog.folder import Folder
+from vlmflow.catalog.log import TableLog
+from vlmflow.catalog.rows import attempt_digest
+from vlmflow.catalog.writer import write_file
+
+CHUNK = 500_000
+NEW, CHANGED, FAILED = 0.01, 0.01, 0.001
+
+
+def hexadecimal(seed: tuple[int, int], count: int) -> pa.Array:
+    """Random ids of 32 digits, equal for equal seeds."""
+    data = np.random.default_rng(seed).bytes(16 * count).hex().encode()
+    return pa.StringArray.from_buffers(
+        count, pa.py_buffer(np.arange(0, 32 * (count + 1), 32, dtype=np.int32)), pa.py_buffer(data)
+    )
+
+
+def mixed(ours: pa.Array, others: pa.Array, share: float, at: float) -> pa.Array:
+    """``share`` of the values taken from the others, from position ``at`` on."""
+    start, stop = int(len(ours) * at), int(len(ours) * at) + round(len(ours) * share)
+    return pa.concat_arrays([ours.slice(0, start), others.slice(start, stop - start), ours.slice(stop)])
+
+
+def listing(num_rows: int) -> Iterator[pa.RecordBatch]:
+    """The references; no row becomes a Python object."""
+    for number, start in enumerate(range(0, num_rows, CHUNK)):
+        count = min(CHUNK, num_rows - start)
+        ids = mixed(hexadecimal((number, 0), count), hexadecimal((number, 9), count), NEW, 0.0)
+        version = mixed(hexadecimal((number, 1), count), hexadecimal((number, 8), count), CHANGED, 0.5)
+        uri = pc.binary_join_element_wise("s3://shop-images/2026/products/", ids, ".jpg", "")
+        columns = {"image_id": ids, "uri": uri, "object_version": version, "locator": uri}
+        columns["size_bytes"] = pa.repeat(pa.scalar(250_000, pa.int64()), count)
+        rows = conform(pa.table(columns), schema.REFERENCE)
+        yield from rows.to_batches(max_chunksize=50_000)
+
+
+def make_catalog(root: Path, num_rows: int) -> None:
+    """The rows, in files of half a million."""
+    config = config_of(root)
+    Catalog.open_or_create(config, pa.schema([]))
+    folder, log = Folder(config), TableLog.open(Folder(config), "images")
+    error = [{"stage": "read", "class": "read_failed", "message": "the store failed, after all retries"}]
+    files = []
+    for number, start in enumerate(range(0, num_rows, CHUNK)):
+        count = min(CHUNK, num_rows - start)
+        failed = np.zeros(count, np.bool_)
+        failed[int(count * 0.8) : int(count * 0.8) + round(count * FAILED)] = True
+        ids, version = hexadecimal((number, 0), count), hexadecimal((number, 1), count)
+        columns: dict[str, Any] = {"image_id": ids, "uri": ids, "seen_version": version, "object_version": version}
+        given = {"decision": "allow", "decoder": "decoder-1", "run_id": "r", "policy_digest": "policy-1"}
+        given["attempt_digest"] = attempt_digest(fingerprints())
+        given |= {schema.fingerprint_column(task): value for task, value in fingerprints().items()}
+        columns |= {name: pa.repeat(value, count) for name, value in given.items()}
+        columns["status"] = pc.if_else(pa.array(failed), "failed", "ok")
+        columns["attempts"] = pa.repeat(pa.scalar(1, pa.int32()), count)
+        columns["errors"] = pa.array([error], schema.ERRORS).take(pa.array(np.where(failed, 0, None), pa.int64()))
+        columns["ingest_date"] = pa.repeat(pa.scalar(DATE, pa.date32()), count)
+        files.append(write_file(folder, "images", conform(pa.table(columns), schema.IMAGES), DATE, "r"))
+    commit(log, CommitRequest("c", "r", "benchmark", 0), lambda _: Change(add=tuple(files)))
+
+
+def make_plan(root: Path, num_rows: int) -> dict[str, object]:
+    """Plans, and measures this process."""
+    phases: dict[str, float] = {}
+    spilled: list[int] = []
+
+    def timed(name: str, phase: str) -> None:
+        original: Callable[..., Any] = getattr(plan._Planner, name)
+
+        def call(self: Any, *arguments: Any) -> Any:
+            started = time.perf_counter()
+            out = original(self, *arguments)
+            phases[phase] = phases.get(phase, 0.0) + time.perf_counter() - started
+            if name == "_spread_ledger":
+                files = [path for path in self._workspace.rglob("*") if path.is_file()]
+                spilled.append(sum(path.stat().st_size for path in files))
+            return out
+
+        setattr(plan._Planner, name, call)
+
+    for name in ("_spread_references", "_spread_ledger", "_join", "_order"):
+        timed(name, name.strip("_").replace("_", " "))
+    listed_s = -time.perf_counter()
+    for _ in listing(min(num_rows, 2_000_000)):
+        pass
+    listed_s = (listed_s + time.perf_counter()) * num_rows / min(num_rows, 2_000_000)
+    started = time.perf_counter()
+    with Catalog.open(config_of(root)).plan(listing(num_rows), request()) as made:
+        seconds = time.perf_counter() - started
+        expected = {
+            "new": round(num_rows * NEW),
+            "changed": round(num_rows * CHANGED),
+            "retry": round(num_rows * FAILED),
+        }
+        found = {reason: count for (task, reason), count in made.counts.items() if task == "embed"}
+        assert found == expected, (found, expected)
+        assert (made.num_listed, made.num_planned) == (num_rows, sum(expected.values()))
+    return {
+        "rows": num_rows,
+        "seconds": round(seconds, 1),
+        "seconds_of_making_the_listing": round(listed_s, 1),
+        "seconds_by_phase": {phase: round(value, 1) for phase, value in phases.items()},
+        "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "spilled_mib": spilled[0] // 2**20 if spilled else None,
+        "planned": found,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, action="append", help="default: 1, 10 and 50 million")
+    parser.add_argument("--shared", action="store_true", help="say that other work ran beside")
+    parser.add_argument("--child", nargs=2, metavar=("FOLDER", "ROWS"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(make_plan(Path(options.child[0]), int(options.child[1]))))
+        return
+    results = []
+    for num_rows in options.rows or [1_000_000, 10_000_000, 50_000_000]:
+        root = Path(tempfile.mkdtemp(prefix="vlmflow-planning-"))
+        try:
+            started = time.perf_counter()
+            make_catalog(root / "catalog", num_rows)
+            print(f"{num_rows:,} rows made in {time.perf_counter() - started:.0f} s", flush=True)
+            command = [sys.executable, "-m", "benchmarks.planning", "--child", str(root / "catalog"), str(num_rows)]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            results.append(json.loads(done.stdout))
+            print(json.dumps(results[-1], indent=2), flush=True)
+        finally:
+            shutil.rmtree(root)
+    save_result("planning", {"workload": __doc__.split("\n\n")[1], "shared_machine": options.shared, "runs": results})
+
+
+if __name__ == "__main__":
+    main()

@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from ray.util import get_node_ip_address
 
 from tests import kill
 from tests.integration.test_kill_catalog import Rows, let_all_die, rows_of, vectors_of
@@ -198,27 +199,28 @@ def cluster(folder: Path) -> Iterator[tuple[str, subprocess.Popen[bytes], subpro
     """A head and a node, one CPU each, as processes of this test."""
     port = free_port()
     ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus", "1"]
-    ray += ["--node-ip-address", "127.0.0.1"]
     ray += ["--object-store-memory", str(150 * 1024 * 1024), "--disable-usage-stats"]
-    environment = os.environ | {"PYTHONPATH": str(kill.ROOT)}
+    # A token would have to reach all processes; the cluster lives as long as this test, on this machine.
+    environment = os.environ | {"PYTHONPATH": str(kill.ROOT), "RAY_AUTH_MODE": "disabled"}
+    address = f"{get_node_ip_address()}:{port}"
     short = Path("/tmp") / f"ray-{os.getpid()}-{port}"  # sockets have short names only
     head_command = [*ray, "--head", "--port", str(port), "--include-dashboard", "false", "--temp-dir", str(short)]
     processes: list[subprocess.Popen[bytes]] = []
     try:
-        for number, command_line in enumerate((head_command, [*ray, "--address", f"127.0.0.1:{port}"])):
+        for number, command_line in enumerate((head_command, [*ray, "--address", address])):
             log = (folder / f"ray-{number}.log").open("wb")
             processes.append(subprocess.Popen(command_line, stdout=log, stderr=log, env=environment))
-            wait_for(lambda at=number: f"{at + 1} nodes" in nodes(port), processes[-1])
-        yield f"127.0.0.1:{port}", processes[0], processes[1]
+            wait_for(lambda at=number: f"{at + 1} nodes" in nodes(address), processes[-1])
+        yield address, processes[0], processes[1]
     finally:
         for process in processes:
             end_family(process)
 
 
-def nodes(port: int) -> str:
+def nodes(address: str) -> str:
     script = (
         "import ray, logging; "
-        f"ray.init('127.0.0.1:{port}', logging_level=logging.ERROR, log_to_driver=False); "
+        f"ray.init('{address}', logging_level=logging.ERROR, log_to_driver=False); "
         "print(sum(node['Alive'] for node in ray.nodes()), 'nodes')"
     )
     asked = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120)

@@ -1,9 +1,9 @@
 """Planning at scale: what is due of N references against a catalog of N rows.
 
 ``python -m benchmarks.planning --rows 50_000_000`` makes a catalog and a listing of as many synthetic keys (real
-Parquet files and a real Delta log on the local disk; ids, versions and fingerprints as long as real ones), of which 1% of the
-references are new, 1% changed and 0.1% failed before, plans in a process of its own, checks the counts against what was
-made, and prints seconds per phase, peak memory and the bytes put aside on disk.
+Parquet files and a real Delta log on the local disk; ids, versions and fingerprints as long as real ones), of which 1%
+of the references are new, 1% changed and 0.1% failed before, plans in a process of its own, checks the counts against
+what was made, and prints seconds per phase, peak memory and the bytes put aside on disk.
 
 On a billion images, by the figures of 50 million in ``results/planning.json``: time and disk grow with the number of
 rows, memory with the rows of one bucket, of which there are 64. A billion in one process would take twenty times as

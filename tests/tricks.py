@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import numpy as np
 from PIL import Image
 
-from tests.images import bad_images, encode, gif, good_images, png_bomb, png_chunk, scene, tiff, webp_bomb
+from tests.images import bad_images, encode, gif, good_images, png_chunk, scene
 from vlmflow.errors import RowErrorClass
 
 CORRUPT, TRUNCATED = RowErrorClass.CORRUPT, RowErrorClass.TRUNCATED
@@ -66,7 +66,7 @@ def _png() -> dict[str, Trick]:
         "two-headers.png": (_png_file(small + _png_header(60_000, 60_000)[8:]), (TOO_MANY_PIXELS, CORRUPT)),
         "header-cut.png": (PNG_MAGIC + png_chunk(b"IHDR", b"\0\0\0\1"), (CORRUPT, TRUNCATED)),
         "header-length.png": (_patch(good, 8, b"\xff" * 4), (CORRUPT, TRUNCATED)),
-        "header-length-0.png": (_patch(good, 8, bytes(4)), (CORRUPT,)),
+        "header-length-0.png": (_patch(good, 8, bytes(4)), (CORRUPT, TRUNCATED)),
         "no-header.png": (PNG_MAGIC + good[33:], (CORRUPT, TRUNCATED)),
         "no-data.png": (small + IEND, (CORRUPT, TRUNCATED)),
         "no-end.png": (good[:-12], (DECODES, TRUNCATED)),
@@ -84,7 +84,7 @@ def _png() -> dict[str, Trick]:
         "icc-bomb.png": (_png_file(small, png_chunk(b"iCCP", b"a\0\0" + bomb)), (DECODES, CORRUPT)),
         "many-ztxt.png": (_png_file(small, png_chunk(b"zTXt", b"a\0\0" + megabyte) * 200), (DECODES, CORRUPT)),
         "many-chunks.png": (_png_file(small, png_chunk(b"prVt", b"") * many), (DECODES, CORRUPT)),
-        "many-data-chunks.png": (small + png_chunk(b"IDAT", b"") * many + IEND, (CORRUPT,)),
+        "many-data-chunks.png": (small + png_chunk(b"IDAT", b"") * many + IEND, (CORRUPT, TRUNCATED)),
         "many-chunks-after.png": (_png_file(small)[:-12] + png_chunk(b"prVt", b"") * many + IEND, (DECODES, CORRUPT)),
         "frames-2e31.png": (_png_file(small, png_chunk(b"acTL", struct.pack(">II", 2**31, 0))), (DECODES,)),
         "endless-loop.png": (
@@ -139,12 +139,15 @@ def _jpeg() -> dict[str, Trick]:
         "arithmetic.jpg": (_patch(good, sof + 1, b"\xc9"), (CORRUPT, DECODES)),
         "hierarchical.jpg": (_patch(good, sof + 1, b"\xc5"), (CORRUPT,)),
         "two-frames.jpg": (good[:sos] + jpeg_segment(0xC0, good[sof + 4 : sof + 19]) + good[sos:], (CORRUPT,)),
-        "frame-in-scan.jpg": (good[:-2] + jpeg_segment(0xC0, b"\x08\xff\xff\xff\xff\3") + good[-2:], (DECODES, CORRUPT)),
+        "frame-in-scan.jpg": (
+            good[:-2] + jpeg_segment(0xC0, b"\x08\xff\xff\xff\xff\3") + good[-2:],
+            (DECODES, CORRUPT),
+        ),
         "no-tables.jpg": (good[:table] + good[sof:], (CORRUPT,)),
         "no-frame.jpg": (good[:sof] + good[sos:], (CORRUPT,)),
         "no-scan.jpg": (good[:sos] + b"\xff\xd9", (CORRUPT, DECODES)),
-        "segment-0.jpg": (_patch(good, 4, b"\0\0"), damaged),
-        "segment-1.jpg": (_patch(good, 4, b"\0\1"), damaged),
+        "segment-0.jpg": (_patch(good, 4, b"\0\0"), (DECODES, *damaged)),
+        "segment-1.jpg": (_patch(good, 4, b"\0\1"), (DECODES, *damaged)),
         "segment-long.jpg": (_patch(good, 4, b"\xff\xff"), damaged),
         "table-long.jpg": (_patch(good, table + 2, b"\xff\xff"), damaged),
         "fill-bytes.jpg": (b"\xff\xd8" + b"\xff" * 500_000 + good[2:], (DECODES, CORRUPT)),
@@ -186,10 +189,10 @@ def _gif() -> dict[str, Trick]:
         "no-screen.gif": (_gif_file(0, 0, b""), (CORRUPT,)),
         "no-frame.gif": (_gif_file(9, 9, loop), (CORRUPT, DECODES)),
         "frame-of-nothing.gif": (_gif_file(9, 9, _gif_frame(0, 0, 0, 0)), (CORRUPT, DECODES)),
-        "code-0.gif": (_gif_file(9, 9, _gif_frame(0, 0, 9, 9, 0)), (CORRUPT, DECODES)),
+        "code-0.gif": (_gif_file(9, 9, _gif_frame(0, 0, 9, 9, 0)), (DECODES, CORRUPT, TRUNCATED)),
         "code-13.gif": (_gif_file(9, 9, _gif_frame(0, 0, 9, 9, 13)), (CORRUPT,)),
         "code-255.gif": (_gif_file(9, 9, _gif_frame(0, 0, 9, 9, 255)), (CORRUPT,)),
-        "few-pixels.gif": (_gif_file(9, 9, pixels), (CORRUPT, DECODES)),
+        "few-pixels.gif": (_gif_file(9, 9, pixels), (DECODES, CORRUPT, TRUNCATED)),
         "endless-loop.gif": (_gif_file(1, 1, loop + one * 20_000), (DECODES,)),
         "no-end.gif": (_gif_file(1, 1, loop + one * 20_000)[:-1], (DECODES,)),
         "many-extensions.gif": (_gif_file(1, 1, b"!\xfe\1a\0" * 200_000 + one), (DECODES, CORRUPT)),
@@ -238,14 +241,19 @@ def _webp() -> dict[str, Trick]:
         "unknown-first.webp": (_riff(_riff_chunk(b"JUNK", bytes(20)), image), (*broken, DECODES)),
         "frame-outside.webp": (_riff(start, _riff_chunk(b"ANMF", outside)), broken),
         "frames-5000.webp": (_riff(start, _riff_chunk(b"ANMF", frame) * 5_000), (DECODES,)),
-        "frame-in-frame.webp": (_riff(start, _riff_chunk(b"ANMF", frame[:16] + _riff_chunk(b"ANMF", frame))), broken),
+        "frame-in-frame.webp": (
+            _riff(start, _riff_chunk(b"ANMF", frame[:16] + _riff_chunk(b"ANMF", frame))),
+            (DECODES, *broken),
+        ),
         "two-alphas.webp": (_riff(_vp8x(16, 96, 64), alpha * 500, lossy[12:]), (DECODES, *broken)),
         "many-chunks.webp": (_riff(_vp8x(0, 8, 8), image, _riff_chunk(b"JUNK", b"") * 200_000), (DECODES, *broken)),
         "exif-long.webp": (_riff(_vp8x(8, 8, 8), image, b"EXIF\xff\xff\xff\x7f"), (DECODES, *broken)),
     }
 
 
-def _bmp_file(width: int, height: int, *, bits: int = 8, compression: int = 0, colors: int = 2, body: bytes = b"") -> bytes:
+def _bmp_file(
+    width: int, height: int, *, bits: int = 8, compression: int = 0, colors: int = 2, body: bytes = b""
+) -> bytes:
     header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, bits, compression, len(body), 0, 0, colors, 0)
     start = 14 + 40 + 4 * min(colors, 256)
     palette = bytes(4 * min(colors, 256))
@@ -281,7 +289,9 @@ def _directory(*entries: tuple[int, int, int, int], next_offset: int = 0) -> byt
     return struct.pack("<H", len(entries)) + packed + struct.pack("<I", next_offset)
 
 
-def _tiff_file(changes: Iterable[tuple[int, int, int, int]] = (), body: bytes = bytes(64), next_offset: int = 0) -> bytes:
+def _tiff_file(
+    changes: Iterable[tuple[int, int, int, int]] = (), body: bytes = bytes(64), next_offset: int = 0
+) -> bytes:
     """A grey TIFF of 8 x 8 with its entries changed; the body stands at 8, the directory behind it."""
     entries = {tag: (tag, 4, 1, value) for tag, value in ((256, 8), (257, 8), (258, 8), (259, 1), (262, 1), (277, 1))}
     entries |= {tag: (tag, 4, 1, value) for tag, value in ((273, 8), (278, 8), (279, len(body)))}
@@ -323,7 +333,10 @@ def _tiff() -> dict[str, Trick]:
             ),
             (TOO_MANY_PIXELS, CORRUPT),
         ),
-        "tile-0.tif": (_tiff_file([(322, 4, 1, 0), (323, 4, 1, 0), (324, 4, 1, 8), (325, 4, 1, 64)]), (DECODES, CORRUPT)),
+        "tile-0.tif": (
+            _tiff_file([(322, 4, 1, 0), (323, 4, 1, 0), (324, 4, 1, 8), (325, 4, 1, 64)]),
+            (DECODES, CORRUPT),
+        ),
         "samples-65535.tif": (_tiff_file([(277, 4, 1, 65_535)]), (CORRUPT,)),
         "bits-65535.tif": (_tiff_file([(258, 3, 1, 65_535)]), (CORRUPT,)),
         "compression-99.tif": (_tiff_file([(259, 3, 1, 99)]), (CORRUPT,)),
@@ -362,7 +375,7 @@ def _avif() -> dict[str, Trick]:
         "no-size.avif": (_patch(good, ispe + 8, bytes(8)), (CORRUPT,)),
         "smaller-than-coded.avif": (_patch(flat, flat_ispe, struct.pack(">II", 16, 16)), (DECODES, CORRUPT)),
         "larger-than-coded.avif": (_patch(good, ispe + 8, struct.pack(">II", 3_000, 3_000)), (DECODES, CORRUPT)),
-        "meta-0.avif": (_patch(good, meta - 4, bytes(4)), broken),
+        "meta-0.avif": (_patch(good, meta - 4, bytes(4)), (DECODES, *broken)),
         "meta-1.avif": (_patch(good, meta - 4, b"\0\0\0\1"), broken),
         "meta-largest.avif": (_patch(good, meta - 4, b"\xff" * 4), broken),
         "items-outside.avif": (_patch(good, iloc + 16, b"\xff" * 8), broken),
@@ -373,7 +386,9 @@ def _avif() -> dict[str, Trick]:
     }
 
 
-def _exif_block(orientation: tuple[int, int, int] = (3, 1, 1), *more: tuple[int, int, int, int], rest: bytes = b"") -> bytes:
+def _exif_block(
+    orientation: tuple[int, int, int] = (3, 1, 1), *more: tuple[int, int, int, int], rest: bytes = b""
+) -> bytes:
     return b"Exif\0\0II*\0\x08\0\0\0" + _directory((0x0112, *orientation), *more) + rest
 
 

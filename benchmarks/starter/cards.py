@@ -43,8 +43,8 @@ BARS = (
 MAX_FALSE_FLAGS = 0.05
 
 _TRIED = """\
-What was tried: near misses in half of every batch; starting from the trained tower; more training, which is what moved all
-figures: the tower has seen 1,680,000 pictures by now, the matcher 142,000, VQA 156,000 and more.
+What was tried: near misses in half of every batch; starting from the trained tower; more training, which is what moved
+all figures: the tower has seen 1,680,000 pictures by now, the matcher 142,000, VQA 156,000 and more.
 `python -m benchmarks.starter.train --stage vqa --minutes N` with a larger N goes on from the checkpoint."""
 
 _CARD = """\

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -182,9 +183,13 @@ def _open(data: bytes, limits: ImageLimits) -> _Opened:
     if image_format == "webp" and (canvas := headers.webp_canvas(data)) is not None:
         _check_pixels(canvas, limits)
     with _bad_bytes(data, image_format):
-        image = _OPENERS[image_format](BytesIO(data), "")
-        _check_pixels(image.size, limits)
-        orientation = _orientation(image, data)
+        _check_parts(data, image_format, limits)
+        with warnings.catch_warnings():
+            # Of metadata that Pillow cannot read; what counts of it is checked here.
+            warnings.simplefilter("ignore")
+            image = _OPENERS[image_format](BytesIO(data), "")
+            _check_pixels(image.size, limits)
+            orientation = _orientation(image, data)
         num_frames = _count_frames(image, image_format, data)
     width, height = image.size
     if orientation >= 5:
@@ -207,6 +212,18 @@ def _identify(data: bytes, limits: ImageLimits) -> str:
         message = f"{unsupported}; decoded are {', '.join(_OPENERS)}"
         raise ImageError(message, error_class=RowErrorClass.UNSUPPORTED_FORMAT)
     raise ImageError("the content is not that of an image", error_class=RowErrorClass.NOT_AN_IMAGE)
+
+
+def _check_parts(data: bytes, image_format: str, limits: ImageLimits) -> None:
+    """Refuses files made of so many parts, or of so large ones, that stepping through them would take all there is."""
+    if headers.count_parts(data, image_format) > headers.MAX_PARTS:
+        message = f"the {image_format} file is made of more than {headers.MAX_PARTS:,} parts"
+        raise ImageError(message, error_class=RowErrorClass.CORRUPT)
+    if image_format == "jpeg" and headers.count_jpeg_scans(data) > headers.MAX_JPEG_SCANS:
+        message = f"the jpeg file has more than {headers.MAX_JPEG_SCANS} scans"
+        raise ImageError(message, error_class=RowErrorClass.CORRUPT)
+    if image_format == "tiff" and (tile := headers.tiff_tile_size(data)) is not None and min(tile) > 0:
+        _check_pixels(tile, limits)
 
 
 def _check_pixels(size: tuple[int, int], limits: ImageLimits) -> None:

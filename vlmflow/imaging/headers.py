@@ -6,11 +6,17 @@ Pillow is not asked here: some of its plugins allocate the canvas, or walk a mil
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 # Frames are counted up to here. Counting costs a step per frame, and a file of 64 MiB can hold millions.
 MAX_COUNTED_FRAMES = 10_000
-_MAX_PNG_CHUNKS = 100_000
+
+# Pillow steps through the parts of a file, in Python, and keeps some: 64 MiB of empty ones would take it half a minute
+# and gigabytes. A file of that size has about a thousand JPEG segments, ten thousand PNG chunks; a TIFF of 100 million
+# pixels that stores each row apart has up to 100,000 strips.
+MAX_PARTS = 100_000
+# Each scan of a progressive JPEG goes over the whole image, and may take a dozen bytes. Encoders write about ten.
+MAX_JPEG_SCANS = 500
 
 _BMP_HEADER_SIZES = (12, 16, 40, 52, 56, 64, 108, 124)
 _TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -121,10 +127,14 @@ def count_tiff_pages(data: bytes) -> int:
     return max(sum(1 for _ in _tiff_directories(data)), 1)
 
 
+def _tiff_layout(data: bytes) -> tuple[str, bool]:
+    """The byte order, as :mod:`struct` writes it, and whether the file is a BigTIFF."""
+    return "<" if data.startswith(b"II") else ">", data[2:4] in (b"+\0", b"\0+")
+
+
 def _tiff_directories(data: bytes) -> Iterator[int]:
     """Yields the offset of each directory inside the file, as their chain has them; a loop in it ends it."""
-    order = "<" if data.startswith(b"II") else ">"
-    big = data[2:4] in (b"+\0", b"\0+")
+    order, big = _tiff_layout(data)
     pointer, count, entry_bytes = ("Q", "Q", 20) if big else ("I", "H", 12)
     at, seen = 8 if big else 4, set[int]()
     try:
@@ -140,10 +150,102 @@ def _tiff_directories(data: bytes) -> Iterator[int]:
         return
 
 
+def count_parts(data: bytes, image_format: str) -> int:
+    """Counts what Pillow steps through: segments, chunks, extensions, strips; not much beyond ``MAX_PARTS``."""
+    count = {
+        "jpeg": _count_jpeg_segments,
+        "png": _count_png_chunks,
+        "gif": _count_gif_extensions,
+        "tiff": _count_strips,
+    }
+    return count[image_format](data) if image_format in count else 0
+
+
+def _count_jpeg_segments(data: bytes) -> int:
+    """Counts segments before the first scan, and the bytes that fill the space between them."""
+    at, segments = 2, 0
+    while segments <= MAX_PARTS:
+        at = data.find(b"\xff", at)
+        if at < 0 or data[at + 1 : at + 2] in (b"", b"\xda"):
+            break
+        segments += 1
+        if data[at + 1] in (0x00, 0xFF):  # filling
+            at += 1
+        elif 0xD0 <= data[at + 1] <= 0xD9:  # a mark without content
+            at += 2
+        else:
+            at += 2 + max(int.from_bytes(data[at + 2 : at + 4], "big"), 2)
+    return segments
+
+
+def count_jpeg_scans(data: bytes) -> int:
+    """Counts scans, those of images in the metadata and behind the image included."""
+    return data.count(b"\xff\xda")
+
+
+def _count_png_chunks(data: bytes) -> int:
+    at, chunks = len(_PNG_MAGIC), 0
+    while at + 8 <= len(data) and chunks <= MAX_PARTS:
+        chunks += 1
+        at += int.from_bytes(data[at : at + 4], "big") + 12
+    return chunks
+
+
+def _count_gif_extensions(data: bytes) -> int:
+    """Counts extensions, and the blocks they are made of, before the first frame."""
+    at, parts = 13 + _gif_color_table(data[10]) if len(data) > 10 else len(data), 0
+    while at < len(data) and data[at] != 0x2C and parts <= MAX_PARTS:
+        if data[at] != 0x21:  # rubbish, which Pillow skips byte by byte
+            at, parts = at + 1, parts + 1
+            continue
+        at += 2
+        while at < len(data) and data[at] and parts <= MAX_PARTS:
+            at, parts = at + data[at] + 1, parts + 1
+        at, parts = at + 1, parts + 1
+    return parts
+
+
+def _count_strips(data: bytes) -> int:
+    return max((count for tag, _, count, _ in _tiff_entries(data) if tag in (273, 324)), default=0)
+
+
+def tiff_tile_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height of the tiles of a TIFF's first page; None: it has none. The decoder allocates one at once."""
+    sizes = {tag: value for tag, _, _, value in _tiff_entries(data) if tag in (322, 323)}
+    return (sizes[322], sizes[323]) if len(sizes) == 2 else None
+
+
+def _tiff_entries(data: bytes) -> Iterator[tuple[int, int, int, int]]:
+    """Yields tag, type, count and value (or its offset) of each entry of a TIFF's first directory."""
+    order, big = _tiff_layout(data)
+    count_format, entry_format = ("Q", "HHQQ") if big else ("H", "HHII")
+    start = next(_tiff_directories(data), None)
+    if start is None:
+        return
+    (entries,) = struct.unpack_from(order + count_format, data, start)
+    start += struct.calcsize(order + count_format)
+    end = min(start + entries * struct.calcsize(order + entry_format), len(data))
+    for at in range(start, end - struct.calcsize(order + entry_format) + 1, struct.calcsize(order + entry_format)):
+        tag, kind, count, value = struct.unpack_from(order + entry_format, data, at)
+        if kind == 3 and order == ">":  # a short stands in the first two bytes of its field
+            value >>= 48 if big else 16
+        elif kind == 3:
+            value &= 0xFFFF
+        yield tag, kind, count, value
+
+
+_COUNTERS: dict[str, Callable[[bytes], int]] = {
+    "jpeg": _count_jpeg_segments,
+    "png": _count_png_chunks,
+    "gif": _count_gif_extensions,
+    "tiff": _count_strips,
+}
+
+
 def png_orientation_exif(data: bytes) -> bytes | None:
     """The eXIf chunk of a PNG, which may stand after the pixels, where Pillow sees it only once it has decoded them."""
     at = len(_PNG_MAGIC)
-    for _ in range(_MAX_PNG_CHUNKS):
+    for _ in range(MAX_PARTS):
         if at + 8 > len(data):
             break
         (size,) = struct.unpack_from(">I", data, at)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,13 @@ VIEWS = ("squash", "center")
 
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
+# Resizing takes 36 bytes for each pixel along a side. Sides of 128 times the target and more are averaged down to at
+# least 64 times first, so that an image of one row and 100 million columns does not take 4 GB.
+_REDUCING_GAP = 64.0
+
+# Grey of more than 8 bits is converted in pieces of so many pixels: the floating-point copies take 50 bytes a pixel.
+_GREY_BLOCK = 1 << 20
+
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Converts a decoded image of any mode to RGB; what is transparent is shown on white.
@@ -25,27 +32,37 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return _grey_to_rgb(image)
     if image.has_transparency_data:
-        rgba = image.convert("RGBA")
+        rgba = image if image.mode == "RGBA" else image.convert("RGBA")
         canvas = Image.new("RGB", image.size, "white")
-        canvas.paste(rgba, mask=rgba.getchannel("A"))
+        canvas.paste(rgba, mask=rgba)  # by its alpha
         return canvas
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _grey_to_rgb(image: Image.Image) -> Image.Image:
     """Scales integer grey of 16 or 32 bits and floating-point grey to 8 bits."""
-    # Single precision holds 16 bits exactly, and large images of 32 bits are rare.
-    dtype = np.float32 if image.mode.startswith("I;16") else np.float64
-    values = np.nan_to_num(np.asarray(image).astype(dtype), posinf=0.0, neginf=0.0)
+    values = np.asarray(image)
+    blocks = [values.reshape(-1)[at : at + _GREY_BLOCK] for at in range(0, values.size, _GREY_BLOCK)]
     low, high = 0.0, 1.0 if image.mode == "F" else 65535.0
-    least, greatest = float(values.min()), float(values.max())
+    least = min(float(_finite(block).min()) for block in blocks)
+    greatest = max(float(_finite(block).max()) for block in blocks)
     if least < low or greatest > high:
         low, high = least, greatest if greatest > least else least + 1.0
-    grey = np.rint((values - low) * (255.0 / (high - low))).astype(np.uint8)
+    grey = np.concatenate(
+        [np.rint((_finite(block) - low) * (255.0 / (high - low))).astype(np.uint8) for block in blocks]
+    )
+    grey = grey.reshape(values.shape)
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
         grey[values == transparent] = 255
     return Image.fromarray(grey).convert("RGB")
+
+
+def _finite(values: NDArray[Any]) -> NDArray[np.floating[Any]]:
+    # Single precision holds 16 bits exactly.
+    dtype = np.float32 if values.dtype.itemsize <= 2 else np.float64
+    finite: NDArray[np.floating[Any]] = np.nan_to_num(values.astype(dtype), posinf=0.0, neginf=0.0)
+    return finite
 
 
 def render(
@@ -66,7 +83,7 @@ def render(
         if view == "center" and image.width == image.height:
             continue
         box = _center_box(image.size, size) if view == "center" else None
-        resized = image.resize((size, size), _RESAMPLING[interpolation], box=box)
+        resized = image.resize((size, size), _RESAMPLING[interpolation], box=box, reducing_gap=_REDUCING_GAP)
         rendered.append((view, np.asarray(resized)))
     return rendered
 

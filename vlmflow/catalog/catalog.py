@@ -179,7 +179,9 @@ class Catalog:
         )
 
     def compact(self, run_id: str, *, target_bytes: Mapping[TableName, int] = TARGET_BYTES) -> CompactResult:
-        """Joins small files, and leaves out embeddings that no row refers to, of runs that write no more.
+        """Joins small files, and leaves out embeddings that no row refers to, of runs that commit no more.
+
+        Those of dead runs stay until a vacuum has shut these runs out.
 
         Args:
             target_bytes: about how large files become, per table.

@@ -38,11 +38,11 @@ class CompactResult:
 
 
 class Unreferenced:
-    """Tells which embeddings may go: no image row refers to them, and the run that wrote them writes no more.
+    """Tells which embeddings may go: no image row refers to them, and the run that wrote them commits no more.
 
     Args:
         images: read after it was established that these runs are over.
-        over: ids of runs that are finished or dead.
+        over: ids of runs that are finished or buried.
     """
 
     def __init__(self, folder: Folder, images: Snapshot, over: set[str]) -> None:

@@ -136,8 +136,12 @@ class RunStore:
         self.finish(run_id, record | {"status": "failed", "state": "dead", "message": message})
 
     def over(self) -> set[str]:
-        """The runs that write no more: finished or dead."""
-        return {run for run, files in self._files().items() if files.state != "running"}
+        """The runs that commit no more: finished, or buried.
+
+        A dead run is not among them: its process may only be suspended, between the commits of the two tables too, and
+        goes on where it was until a vacuum has revoked it.
+        """
+        return {run for run, files in self._files().items() if files.state == "finished"}
 
     def state(self, run_id: str) -> RunState | None:
         """How the run is doing; None: there is no such run."""

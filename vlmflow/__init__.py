@@ -19,15 +19,18 @@ from vlmflow.config import CatalogConfig, Job, SourceConfig, load_job
 from vlmflow.errors import VlmflowError
 
 if TYPE_CHECKING:
+    from vlmflow.calibration import calibrate
     from vlmflow.catalog import Catalog
     from vlmflow.doctor import Check, doctor
     from vlmflow.engine import PlanSummary, RunReport, enrich, plan
     from vlmflow.engine.remoderate import RemoderateReport, Scope, remoderate
     from vlmflow.models.profiles import describe_profiles
+    from vlmflow.moderation.calibrate import CalibrationReport, Targets
     from vlmflow.summary import CatalogSummary, summarize
     from vlmflow.verification import verify
 
 __all__ = [
+    "CalibrationReport",
     "Catalog",
     "CatalogConfig",
     "CatalogSummary",
@@ -38,7 +41,9 @@ __all__ = [
     "RunReport",
     "Scope",
     "SourceConfig",
+    "Targets",
     "VlmflowError",
+    "calibrate",
     "describe_profiles",
     "doctor",
     "enrich",
@@ -50,6 +55,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "CalibrationReport": "vlmflow.moderation.calibrate",
     "Catalog": "vlmflow.catalog",
     "CatalogSummary": "vlmflow.summary",
     "Check": "vlmflow.doctor",
@@ -57,6 +63,8 @@ _HOMES = {
     "RemoderateReport": "vlmflow.engine.remoderate",
     "RunReport": "vlmflow.engine",
     "Scope": "vlmflow.engine.remoderate",
+    "Targets": "vlmflow.moderation.calibrate",
+    "calibrate": "vlmflow.calibration",
     "describe_profiles": "vlmflow.models.profiles",
     "doctor": "vlmflow.doctor",
     "enrich": "vlmflow.engine",

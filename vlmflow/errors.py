@@ -68,6 +68,10 @@ class UnboundPolicyError(PolicyError):
     """The policy's thresholds were not set for this model and these prompts."""
 
 
+class CalibrationError(PolicyError):
+    """Verdicts that cannot be used, or that do not suffice to set thresholds."""
+
+
 class CatalogError(VlmflowError):
     """The catalog cannot be opened, or holds what this version does not understand."""
 

@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from vlmflow.moderation.calibrate import CalibrationReport
     from vlmflow.moderation.check import PolicyCheck
     from vlmflow.moderation.diff import PolicyDiff
     from vlmflow.moderation.policy import Policy
@@ -69,3 +70,33 @@ def _table(*headings: str) -> Table:
     for heading in headings:
         table.add_column(heading, overflow="fold")
     return table
+
+
+def print_calibration(report: CalibrationReport, console: Console) -> None:
+    """Prints what a calibration set, label by label, and what to mind."""
+    console.print(escape(f"{report.policy}: {report.num_verdicts:,} verdicts on {report.num_images:,} images"))
+    table = _table("label", "+/-", "review", "block", "precision at block", "recall at review")
+    for label in report.labels:
+        counts = f"{label.num_positive:,}/{label.num_negative:,}"
+        if label.fit is None:
+            table.add_row(escape(label.label), counts, "left as it was", "", "", "")
+            continue
+        block, review = label.after["block"], label.after["review"]
+        shares = [_share(block.precision, block.precision_interval), _share(review.recall, review.recall_interval)]
+        limits = [f"{label.thresholds.review:.3f}", _shown(label.thresholds.block)]
+        table.add_row(escape(label.label), counts, *limits, *map(escape, shares))
+    console.print(table)
+    for reason, num in report.left_out.items():
+        console.print(f"[yellow]left out[/yellow] {num:,} verdicts: {escape(reason)}")
+    for text in report.warnings:
+        console.print(f"[yellow]warning[/yellow] {escape(text)}")
+    for label in report.labels:
+        for text in [label.refused] if label.refused else label.warnings:
+            console.print(f"[yellow]{escape(label.label)}[/yellow] {escape(text)}")
+    console.print(f"[bold]{escape(report.new_policy)}[/bold] in {escape(report.output)}")
+
+
+def _share(share: float | None, interval: tuple[float, float] | None) -> str:
+    if share is None or interval is None:
+        return "-"
+    return f"{share:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"

@@ -10,7 +10,16 @@ import typer
 from rich.console import Console
 
 from vlmflow.cli.app import app
-from vlmflow.cli.options import EndpointOption, JsonOption, ProfileOption, catalog_config
+from vlmflow.cli.options import (
+    CatalogOnly,
+    ConfigOption,
+    EndpointOption,
+    JsonOption,
+    ProfileOption,
+    catalog_config,
+    make_job,
+)
+from vlmflow.errors import ConfigError
 
 if TYPE_CHECKING:
     from vlmflow.moderation.policy import Policy
@@ -117,3 +126,95 @@ def _load(name: str, endpoint: str | None) -> Policy:
 
     opened = Catalog.open(catalog_config(catalog, endpoint))
     return archived_policy(opened, full_digest(opened, digest))
+
+
+@app.command()
+def calibrate(
+    catalog: CatalogOnly,
+    labels: Annotated[
+        Path,
+        typer.Option(
+            "--labels",
+            help="Verdicts, Parquet or CSV: image_id or uri, label, value (true, false); weight and content_hash "
+            "if there are any.",
+        ),
+    ],
+    policy: Annotated[str, typer.Option("--policy", help="A YAML file, or the name of a policy that ships.")],
+    profile: ProfileOption = None,
+    config: ConfigOption = None,
+    precision: Annotated[
+        list[str] | None,
+        typer.Option("--precision", help="To block at: 0.95, or LABEL=0.99 for one label. May be repeated."),
+    ] = None,
+    recall: Annotated[
+        list[str] | None,
+        typer.Option("--recall", help="To review at: 0.9, or LABEL=0.99 for one label. May be repeated."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The new policy file. Default: NAME-vVERSION.yaml.")
+    ] = None,
+    report: Annotated[Path | None, typer.Option("--report", help="Also write a report: .html or .json.")] = None,
+    accept_uncalibrated: Annotated[
+        bool,
+        typer.Option("--accept-uncalibrated", help="Labels without verdicts enough decide by the policy's thresholds."),
+    ] = False,
+    endpoint: EndpointOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Set a policy's thresholds by people's verdicts on images of CATALOG, and write its next version.
+
+    Per label a curve turns margins into probabilities; `block` starts where the precision asked for is reached,
+    `review` where the recall is. Labels with fewer than 20 verdicts of either kind stay as they are.
+
+    Example: `vlmflow calibrate catalog/ --labels verdicts.parquet --policy mine.yaml --report calibration.html`
+    """
+    from vlmflow.calibration import calibrate as run
+    from vlmflow.engine.remoderate import last_profile
+    from vlmflow.moderation.calibrate import Targets
+    from vlmflow.moderation.calibration_report import calibration_html
+    from vlmflow.views_policy import print_calibration
+
+    if report is not None and report.suffix not in (".html", ".json"):
+        raise ConfigError(f"--report {report}: neither .html nor .json", remedy="Name an .html or .json file.")
+    if report is not None and not report.parent.is_dir():
+        raise ConfigError(f"--report {report}: no folder {report.parent}", remedy="Make the folder first.")
+    if profile is None and config is None:
+        profile = last_profile(catalog_config(catalog, endpoint))
+    job = make_job(
+        catalog,  # in place of a source, which is not read
+        catalog,
+        config,
+        endpoint,
+        profile=profile,
+        tasks="embed,moderate",
+        policy=policy,
+        text_column=None,
+        date=None,
+        ray_address=None,
+        allow_empty=False,
+        accept_unbound=True,
+    )
+    precisions, recalls = _targets("precision", precision, 0.95), _targets("recall", recall, 0.9)
+    targets = Targets(precision=precisions.pop(""), recall=recalls.pop(""), precisions=precisions, recalls=recalls)
+    done = run(job, labels, output=output, targets=targets, accept_uncalibrated=accept_uncalibrated)
+    if report is not None:
+        page = calibration_html(done) if report.suffix == ".html" else done.model_dump_json(indent=2)
+        report.write_text(page, encoding="utf-8")
+    if as_json:
+        typer.echo(done.model_dump_json())
+    else:
+        print_calibration(done, Console())
+
+
+def _targets(name: str, given: list[str] | None, default: float) -> dict[str, float]:
+    """Targets by label; under the empty name, that of all others."""
+    targets = {"": default}
+    for text in given or ():
+        label, _, value = text.rpartition("=")
+        try:
+            targets[label] = float(value)
+        except ValueError as error:
+            raise ConfigError(f"--{name} {text}: no number", remedy="Write 0.9, or LABEL=0.9.") from error
+        if not 0 < targets[label] < 1:
+            raise ConfigError(f"--{name} {text}: not between 0 and 1", remedy="Write a share such as 0.9.")
+    return targets

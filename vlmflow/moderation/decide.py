@@ -87,6 +87,11 @@ class Moderator:
             raise ValueError("a moderator without prompt vectors scores none")
         return _worst_views(self._scorer.score(vectors), starts)
 
+    def decide_labels(self, margins: NDArray[np.float32]) -> NDArray[np.int64]:
+        """(S, L) margins -> (S, L) numbers in :data:`DECISIONS`."""
+        scores = _apply(self._curves, margins)
+        return self._decide_labels(np.where(self._calibrated, _apply(self._calibration, margins), scores))
+
     def decide(
         self,
         margins: NDArray[np.float32],

@@ -16,7 +16,7 @@ CLIP = ModelIdentity("org/clip", "local", "a" * 64, "[32]", 1)
 def policy(*, gun: dict[str, Any] | None = None, bound: bool = False, **changes: Any) -> Policy:
     label = {"name": "gun", "prompts": ["a gun", "two guns"], "review": 0.5, "block": 0.8, **(gun or {})}
     wine = {"name": "wine", "prompts": ["wine"], "review": 0.6, "block": None}
-    data = {
+    data: dict[str, Any] = {
         "name": "test",
         "version": "1",
         "neutral": ["a banana", "a car"],

@@ -1,0 +1,93 @@
+"""Thresholds for a catalog's model from people's verdicts: ``vlmflow calibrate`` as a function. Needs no Ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from vlmflow.catalog import Catalog
+from vlmflow.config import Job
+from vlmflow.errors import CalibrationError
+from vlmflow.moderation.calibrate import CalibrationReport, Targets, calibrate_labels
+from vlmflow.moderation.policy import find_binding, next_version, shipped_policies, write_version
+from vlmflow.moderation.scoring import Scorer
+from vlmflow.moderation.verdicts import IMAGE_COLUMNS, VECTOR_COLUMNS, match_verdicts, read_verdicts, worst_margins
+from vlmflow.tasks.setup import prepare_prompts, prepare_tasks
+
+
+def calibrate(
+    job: Job,
+    verdicts: Path,
+    *,
+    output: Path | None = None,
+    targets: Targets | None = None,
+    accept_uncalibrated: bool = False,
+    seed: int = 0,
+) -> CalibrationReport:
+    """Fits the labels of the job's policy to verdicts on images of its catalog, and writes the policy's next version.
+
+    Margins are computed from the stored embeddings; no image is read, and the catalog is not changed.
+
+    Args:
+        job: catalog, profile and policy count; its source is not read.
+        verdicts: Parquet or CSV: image_id or uri, label, value; weight and content_hash if there are any.
+        output: the new policy file; None: ``NAME-vVERSION.yaml`` beside the old one, or, of a policy that ships,
+            in the current folder.
+        targets: precision to block at, and recall to review at.
+        accept_uncalibrated: of a policy without thresholds for the model, labels without verdicts keep the policy's.
+        seed: of the bootstrap.
+
+    Raises:
+        CalibrationError: verdicts that cannot be used or do not suffice, or embeddings of another model.
+        PolicyError: the policy cannot be used, or the output is there already.
+        CatalogError: there is no catalog.
+        WeightsError: the embedder's weights are absent or do not fit.
+    """
+    job = job.model_copy(update={"tasks": ("embed", "moderate"), "accept_unbound": True})
+    setup = prepare_tasks(job)
+    policy = setup.policy
+    assert policy is not None
+    assert job.policy is not None
+    source = shipped_policies().get(job.policy, Path(job.policy))
+    identity, fingerprint = setup.identities["embed"], setup.fingerprints(("embed",))["embed"]
+    catalog = Catalog.open(job.catalog)
+    labels = tuple(ref.label for ref in policy.labels)
+    matched = match_verdicts(read_verdicts(verdicts), catalog.image_batches(IMAGE_COLUMNS), labels)
+    if not matched.ids:
+        reasons = ", ".join(f"{reason}: {num}" for reason, num in matched.left_out.items()) or "the file is empty"
+        raise CalibrationError(f"{verdicts}: no verdict counts ({reasons})", remedy="Label images of this catalog.")
+    prompts = prepare_prompts(setup)
+    assert prompts is not None
+    vectors = catalog.embedding_batches(VECTOR_COLUMNS)
+    margins = worst_margins(matched.ids, vectors, fingerprint, Scorer(prompts), len(labels))
+    before = find_binding(policy, identity)
+    done = calibrate_labels(
+        policy,
+        identity,
+        before,
+        matched,
+        margins,
+        targets or Targets(),
+        accept_uncalibrated=accept_uncalibrated,
+        seed=seed,
+    )
+    unscored = int(((matched.values >= 0) & ~np.isfinite(margins)).sum())
+    if output is None:
+        folder = Path() if job.policy in shipped_policies() else source.parent
+        output = folder / f"{policy.name}-v{next_version(policy.version)}.yaml"
+    written = write_version(source, output, done.binding)
+    return CalibrationReport(
+        catalog=job.catalog.uri,
+        verdicts=str(verdicts),
+        policy=f"{policy.name} {policy.version} ({policy.digest[:12]})",
+        new_policy=f"{written.name} {written.version} ({written.digest[:12]})",
+        output=str(output),
+        model=identity.id,
+        num_images=len(matched.ids),
+        num_verdicts=int((matched.values >= 0).sum()) - unscored,
+        left_out=dict(matched.left_out) | ({"image has no vector of this model": unscored} if unscored else {}),
+        is_weighted=matched.is_weighted,
+        labels=tuple(done.labels),
+        warnings=tuple(done.warnings),
+    )

@@ -1,0 +1,210 @@
+"""People's verdicts on labels of images: read from a file, and matched with what a catalog holds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from vlmflow.catalog.columns import flat
+from vlmflow.catalog.keys import KeyIndex, index_of, to_binary, to_words
+from vlmflow.errors import CalibrationError, SourceError
+from vlmflow.moderation.scoring import Scorer
+from vlmflow.sources.uris import normalise_uri
+
+_VALUES = {"true": True, "1": True, "1.0": True, "yes": True, "false": False, "0": False, "0.0": False, "no": False}
+_OPTIONAL = ("weight", "content_hash")
+
+IMAGE_COLUMNS = ("image_id", "uri", "content_hash", "decision")
+VECTOR_COLUMNS = ("image_id", "embed_fingerprint", "vector")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One person's word on one label of one image. ``image``: an image_id, or a normalised uri."""
+
+    image: str
+    label: str
+    value: bool
+    weight: float
+    content_hash: str | None
+
+
+@dataclass(frozen=True, eq=False)
+class VerdictFile:
+    """The verdicts of a file. ``key``: the column that names images, image_id or uri."""
+
+    key: str
+    verdicts: list[Verdict]
+    is_weighted: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Matched:
+    """Verdicts on images of the catalog. N: images, L: labels of the policy.
+
+    Attributes:
+        ids: image_id of each.
+        values: (N, L) 1 the label holds, 0 it does not, -1 nobody said.
+        weights: (N, L).
+        left_out: verdicts that do not count, by reason.
+        flagged: share of the labelled images, and of the catalog's, that are not allowed at present.
+    """
+
+    ids: list[str]
+    values: NDArray[np.int8]
+    weights: NDArray[np.float64]
+    is_weighted: bool
+    left_out: Counter[str]
+    flagged: tuple[float, float]
+
+
+def read_verdicts(path: Path) -> VerdictFile:
+    """Reads a Parquet or CSV file with the columns image_id or uri, label, value; weight and content_hash may be there.
+
+    Raises:
+        CalibrationError: the file cannot be read, lacks a column, or holds a value that says neither yes nor no.
+    """
+    table = _read_table(path)
+    key = next((name for name in ("image_id", "uri") if name in table.column_names), None)
+    missing = [name for name in ("label", "value") if name not in table.column_names]
+    if key is None or missing:
+        named = ["image_id or uri"] if key is None else []
+        raise CalibrationError(
+            f"{path}: no column {' and '.join([*named, *missing])} among {', '.join(table.column_names)}",
+            remedy="Give image_id or uri, label and value; weight and content_hash if you have them.",
+        )
+    wanted = [key, "label", "value", *(name for name in _OPTIONAL if name in table.column_names)]
+    rows = table.select(wanted).to_pylist()
+    verdicts = [_verdict(path, number, row, key) for number, row in enumerate(rows, start=1)]
+    return VerdictFile(key, verdicts, "weight" in table.column_names)
+
+
+def _read_table(path: Path) -> pa.Table:
+    try:
+        if path.suffix == ".parquet":
+            return pq.read_table(path)
+        if path.suffix == ".csv":
+            as_text = dict.fromkeys(("image_id", "uri", "label", "value", "content_hash"), pa.string())
+            return pyarrow.csv.read_csv(path, convert_options=pyarrow.csv.ConvertOptions(column_types=as_text))
+    except (OSError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CalibrationError(f"{path} cannot be read: {reason}", remedy="Name a Parquet or CSV file.") from error
+    raise CalibrationError(f"{path}: neither .parquet nor .csv", remedy="Name a Parquet or CSV file.")
+
+
+def _verdict(path: Path, number: int, row: dict[str, Any], key: str) -> Verdict:
+    value = _VALUES.get(str(row["value"]).strip().lower())
+    if value is None:
+        raise CalibrationError(
+            f"{path}, row {number}: value {row['value']!r}", remedy="Write true or false, 1 or 0, yes or no."
+        )
+    weight = row.get("weight", 1.0)
+    if not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+        raise CalibrationError(f"{path}, row {number}: weight {weight!r}", remedy="Write a number above 0.")
+    image, label = row[key], row["label"]
+    if not image or not label:
+        raise CalibrationError(f"{path}, row {number}: no {'label' if image else key}", remedy="Fill it in.")
+    if key == "uri":
+        try:
+            image = normalise_uri(image)
+        except SourceError as error:
+            raise CalibrationError(f"{path}, row {number}: {error}", remedy=error.remedy) from error
+    content_hash = row.get("content_hash") or None
+    return Verdict(str(image), str(label).strip().rpartition("/")[2], value, float(weight), content_hash)
+
+
+def match_verdicts(file: VerdictFile, images: Iterable[pa.Table], labels: tuple[str, ...]) -> Matched:
+    """Finds the images of verdicts; two verdicts on one label of an image count once, or not at all if they differ.
+
+    Args:
+        images: live rows of the catalog, with :data:`IMAGE_COLUMNS`.
+        labels: of the policy, in its order.
+    """
+    wanted = pa.array(sorted({verdict.image for verdict in file.verdicts}), pa.string())
+    found: dict[str, list[dict[str, Any]]] = {}
+    counts = np.zeros(2)  # images, and those not allowed
+    for batch in images:
+        counts += [batch.num_rows, pc.sum(pc.not_equal(batch["decision"], "allow")).as_py() or 0]
+        for row in batch.filter(pc.is_in(batch[file.key], value_set=wanted)).to_pylist():
+            found.setdefault(row[file.key], []).append(row)
+    left_out: Counter[str] = Counter()
+    said: dict[tuple[str, int], list[Verdict]] = {}
+    for verdict in file.verdicts:
+        rows = found.get(verdict.image, [])
+        reason = _reason_to_leave_out(verdict, rows, labels)
+        if reason is not None:
+            left_out[reason] += 1
+        else:
+            said.setdefault((rows[0]["image_id"], labels.index(verdict.label)), []).append(verdict)
+    ids = sorted({image for image, _ in said})
+    at = {image: number for number, image in enumerate(ids)}
+    values = np.full((len(ids), len(labels)), -1, np.int8)
+    weights = np.ones((len(ids), len(labels)))
+    for (image, label), verdicts in said.items():
+        if len({verdict.value for verdict in verdicts}) > 1:
+            left_out["contradicted by another verdict"] += len(verdicts)
+            continue
+        left_out["said before"] += len(verdicts) - 1
+        values[at[image], label] = verdicts[0].value
+        weights[at[image], label] = verdicts[0].weight
+    decisions = {row["image_id"]: row["decision"] for rows in found.values() for row in rows}
+    flagged = float(np.mean([decisions[image] != "allow" for image in ids])) if ids else 0.0
+    overall = float(counts[1] / counts[0]) if counts[0] else 0.0
+    return Matched(ids, values, weights, file.is_weighted, +left_out, (flagged, overall))
+
+
+def _reason_to_leave_out(verdict: Verdict, rows: list[dict[str, Any]], labels: tuple[str, ...]) -> str | None:
+    if verdict.label not in labels:
+        return f"label {verdict.label} is not in the policy"
+    if not rows:
+        return "image is not in the catalog"
+    if len(rows) > 1:
+        return "uri stands for several images"
+    if verdict.content_hash is not None and verdict.content_hash != rows[0]["content_hash"]:
+        return "image has changed since (content_hash differs)"
+    return None
+
+
+def worst_margins(
+    ids: list[str], vectors: Iterable[pa.Table], embed_fingerprint: str, scorer: Scorer, num_labels: int
+) -> NDArray[np.float32]:
+    """The greatest margins over the views of images, as decisions take them.
+
+    Args:
+        vectors: the embeddings of the catalog, with :data:`VECTOR_COLUMNS`, in any order.
+
+    Returns:
+        (N, L), not a number where an image has no finite vector of this model.
+
+    Raises:
+        CalibrationError: the images have vectors, but none of this model.
+    """
+    index: KeyIndex = index_of(to_binary(pa.array(ids, pa.string())))
+    worst = np.full((len(ids), num_labels), -np.inf, np.float32)
+    others: set[str] = set()
+    for batch in vectors:
+        at = index.find(*to_words(to_binary(batch["image_id"])))
+        batch, at = batch.filter(pa.array(at >= 0)), at[at >= 0]
+        same = np.asarray(pc.equal(batch["embed_fingerprint"], embed_fingerprint))
+        others.update(batch["embed_fingerprint"].filter(pa.array(~same)).unique().to_pylist())
+        if same.any():
+            values = np.asarray(pc.list_flatten(flat(batch["vector"].filter(pa.array(same)))), np.float32)
+            margins = scorer.score(values.reshape(int(same.sum()), -1))
+            np.maximum.at(worst, at[same], margins)  # a not-a-number prevails
+    if others and np.isneginf(worst).all():
+        raise CalibrationError(
+            f"the profile's embedder (fingerprint {embed_fingerprint}) did not make the embeddings of the catalog "
+            f"({', '.join(sorted(others))})",
+            remedy="Give the --profile, and with --config the views, that the catalog was enriched with.",
+        )
+    return np.where(np.isneginf(worst), np.float32(np.nan), worst)

@@ -149,6 +149,17 @@ def test_a_sample_from_the_review_queue_is_warned_of_unless_it_is_weighted() -> 
     assert calibrate(matched, margins).warnings == []
 
 
+def test_review_never_starts_above_block() -> None:
+    margins = np.linspace(-0.1, 0.1, 400, dtype=np.float32)[:, None].repeat(2, axis=1)
+    holds = (margins > 0).astype(np.int8)  # so easy a label that a tenth of it could be missed without a false alarm
+    done = calibrate(Matched(verdicts()[0].ids, holds, np.ones((400, 2)), False, Counter(), (0, 0)), margins)
+    gun = done.labels[0]
+    assert gun.fit is not None
+    assert gun.fit.review.value > gun.fit.block.value
+    assert gun.thresholds.review == gun.thresholds.block == round(gun.fit.block.value, 9)
+    assert any("nothing is only reviewed" in text for text in gun.warnings)
+
+
 def test_a_curve_that_does_not_fit_is_warned_of() -> None:
     matched, margins = verdicts(2000, wine=2000)
     values = matched.values.copy()

@@ -145,6 +145,19 @@ def test_a_prompt_nearer_to_a_neutral_one_than_to_its_own_label_is_found(tmp_pat
     )
 
 
+def test_the_limit_is_what_all_but_one_in_a_hundred_pairs_of_neutral_prompts_stay_below(tmp_path: Path) -> None:
+    alike = {text.replace(" ", "_"): axis(20 + number, 0, 0.9**0.5) for number, text in enumerate(NEUTRAL)}
+    alike[NEUTRAL[4].replace(" ", "_")] = axis(2, 3, 0.6)
+    # The mean of the label is 0.71 from each of its prompts, the odd neutral prompt 0.8 from one: below the limit.
+    near = Places(a_gun=axis(1), two_guns=axis(2), **alike)
+    report = check_policy(write(tmp_path, GUN), embedder=near)
+    assert report.limit == 0.9
+    findings = found(report, "warning")
+    assert [finding.text for finding in findings] == [
+        f"prompt 'two guns' is nearer to the neutral {NEUTRAL[4]!r} (0.800) than the label's own mean is"
+    ]
+
+
 def test_too_few_neutral_prompts_judge_nothing(tmp_path: Path) -> None:
     same = Places(a_gun=axis(0), two_guns=axis(0), wine=axis(0), a_bottle=axis(0))
     report = check_policy(write(tmp_path, GUN, WINE, neutral=NEUTRAL[:9]), embedder=same)

@@ -83,7 +83,8 @@ def print_calibration(report: CalibrationReport, console: Console) -> None:
             continue
         block, review = label.after["block"], label.after["review"]
         shares = [_share(block.precision, block.precision_interval), _share(review.recall, review.recall_interval)]
-        limits = [f"{label.thresholds.review:.3f}", _shown(label.thresholds.block)]
+        block_at = label.thresholds.block
+        limits = [f"{label.thresholds.review:.3f}", "never" if block_at is None else f"{block_at:.3f}"]
         table.add_row(escape(label.label), counts, *limits, *map(escape, shares))
     console.print(table)
     for reason, num in report.left_out.items():

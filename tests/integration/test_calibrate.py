@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 import vlmflow
 from tests.catalog_samples import constants, finish, image_id, open_catalog, references, request
+from tests.pictures import write_pictures
 from vlmflow.catalog import Catalog
 from vlmflow.cli import main
 from vlmflow.config import Job
@@ -156,6 +157,47 @@ def test_embeddings_of_another_model_are_refused_by_name(scene: Scene, tmp_path:
     assert ours in str(caught.value)
     assert theirs in str(caught.value)
     assert not (tmp_path / "new.yaml").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_under_a_calibrated_policy_stored_margins_decide_as_a_fresh_run_does_to_the_bit(
+    make_job: Callable[..., Job], policy: str, tmp_path: Path
+) -> None:
+    from vlmflow.engine import enrich
+    from vlmflow.engine.remoderate import remoderate
+
+    write_pictures(tmp_path / "images", 60)
+    job = make_job(tmp_path / "images", tasks=TASKS, pools=[])
+    enrich(job)
+    rows = Catalog.open(job.catalog).images(["image_id", "labels"]).to_pylist()
+    verdicts = []
+    for label in (0, 1):
+        ordered = sorted(rows, key=lambda row: row["labels"][label]["margin"])
+        verdicts += [
+            {
+                "image_id": row["image_id"],
+                "label": row["labels"][label]["label"],
+                "value": number % 30 > 14 - number // 5,
+            }
+            for number, row in enumerate(ordered)
+        ]
+    pq.write_table(pa.Table.from_pylist(verdicts), tmp_path / "verdicts.parquet")
+    report = vlmflow.calibrate(job, tmp_path / "verdicts.parquet", output=tmp_path / "new.yaml")
+    assert [label.refused for label in report.labels] == [None, None]
+
+    changed = remoderate(job.model_copy(update={"policy": report.output}))
+    fresh = make_job(
+        tmp_path / "images", tasks=TASKS, pools=[], policy=report.output, catalog={"uri": str(tmp_path / "fresh")}
+    )
+    enrich(fresh)
+    columns = ["uri", "labels", "decision", "decision_reason", "policy_digest"]
+    one, other = (Catalog.open(each.catalog).images(columns).sort_by("uri") for each in (job, fresh))
+    assert one.equals(other)
+    assert changed.num_from_margins == 60
+    assert {label["probability"] is None for row in one["labels"].to_pylist() for label in row} == {False}
+    counts = [sum(row[label]["decision"] != "allow" for row in one["labels"].to_pylist()) for label in (0, 1)]
+    assert counts == [label.after["review"].num_flagged for label in report.labels]
 
 
 @pytest.mark.parametrize(

@@ -40,9 +40,13 @@ class Targets(Frozen):
 
 
 class Bin(Frozen):
-    """Images of like probability: what was promised, and the share that was positive with its 95% interval."""
+    """Images of like probability: what was promised, and the share that was positive with its 95% interval.
+
+    ``worth``: their effective number, less than ``num`` where weights differ.
+    """
 
     num: int
+    worth: float
     probability: float
     share: float
     low: float
@@ -274,9 +278,10 @@ def _reliability(sample: Sample, fit: Fit) -> tuple[Bin, ...]:
         inside = numbers == number
         weights = sample.weights[inside]
         share = float(np.average(sample.positive[inside], weights=weights))
-        low, high = wilson(share, float(weights.sum() ** 2 / (weights**2).sum()))
+        worth = float(weights.sum() ** 2 / (weights**2).sum())
+        low, high = wilson(share, worth)
         probability = float(np.average(probabilities[inside], weights=weights))
-        bins.append(Bin(num=int(inside.sum()), probability=probability, share=share, low=low, high=high))
+        bins.append(Bin(num=int(inside.sum()), worth=worth, probability=probability, share=share, low=low, high=high))
     return tuple(bins)
 
 
@@ -306,12 +311,21 @@ def _label_warnings(report: LabelReport, fit: Fit) -> list[str]:
             )
         if interval[1] - interval[0] > _WIDE:
             found.append(f"{kind} at {name} is known only to within {interval[0]:.2f} to {interval[1]:.2f}")
-    crowded = [bin_ for bin_ in report.reliability if bin_.num >= MIN_VERDICTS]
-    if any(not bin_.low <= bin_.probability <= bin_.high for bin_ in crowded):
+    if _strays(report.reliability):
         found.append("probabilities stray from the shares counted in the reliability diagram")
     if fit.block.value < fit.review.value:
         found.append("the label is found so well that review starts where block does: nothing is only reviewed")
     return found
+
+
+def _strays(bins: tuple[Bin, ...]) -> bool:
+    """Whether a share is too far from what was promised: by chance alone in one of 20 labels at most."""
+    crowded = [bin_ for bin_ in bins if bin_.worth >= MIN_VERDICTS]
+    for bin_ in crowded:
+        low, high = wilson(bin_.share, bin_.worth, 1 - 0.05 / len(crowded))
+        if not low <= bin_.probability <= high:
+            return True
+    return False
 
 
 def _warnings(matched: Matched) -> list[str]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +27,6 @@ Floats = NDArray[np.float64]
 Interval = tuple[float, float]
 
 NUM_DRAWS = 1000
-_Z = 1.959963984540054  # of a two-sided 95% interval
 _MAX_STEPS = 50
 _DRAWS_AT_ONCE = 50  # bounds memory: draws times images
 
@@ -255,8 +255,9 @@ def _share(weights: Floats, hits: NDArray[np.bool_], of: NDArray[np.bool_]) -> t
     return share, wilson(share, float(total**2 / (weights[of] ** 2).sum()))
 
 
-def wilson(share: float, num: float) -> Interval:
-    """Wilson's 95% interval of a share (Wilson 1927). ``num``: images, or Kish's effective number of weighted ones."""
-    middle = (share + _Z**2 / (2 * num)) / (1 + _Z**2 / num)
-    half = _Z / (1 + _Z**2 / num) * float(np.sqrt(share * (1 - share) / num + _Z**2 / (4 * num**2)))
+def wilson(share: float, num: float, confidence: float = 0.95) -> Interval:
+    """Wilson's interval of a share (Wilson 1927). ``num``: images, or Kish's effective number of weighted ones."""
+    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    middle = (share + z**2 / (2 * num)) / (1 + z**2 / num)
+    half = z / (1 + z**2 / num) * float(np.sqrt(share * (1 - share) / num + z**2 / (4 * num**2)))
     return max(0.0, middle - half), min(1.0, middle + half)

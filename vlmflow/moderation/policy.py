@@ -206,7 +206,7 @@ def check_binding(policy: Policy, identity: ModelIdentity, *, accept_unbound: bo
     raise UnboundPolicyError(
         f"policy {policy.name} {policy.version}: {reason} {identity.id} "
         f"(weights {identity.weights_digest[:12]}; bound: {bound})",
-        remedy="Calibrate the policy for this model, or accept that every decision is `review` with --accept-unbound.",
+        remedy="Set them with `vlmflow calibrate`, or accept that every decision is `review` with --accept-unbound.",
     )
 
 

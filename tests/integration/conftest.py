@@ -12,6 +12,7 @@ import pytest
 import ray
 
 from tests.models import make_captioner, make_clip, make_matcher
+from tests.s3 import CREDENTIALS
 from vlmflow.config import Job, ModelConfig
 from vlmflow.models import identify
 from vlmflow.moderation.policy import bind, load_policy, write_binding
@@ -38,6 +39,8 @@ bindings: []
 def ray_session() -> Iterator[None]:
     """One embedded Ray cluster for all tests of the session: starting one takes seconds."""
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    for name, value in CREDENTIALS.items():  # workers have the environment of this moment
+        os.environ.setdefault(name, value)
     ray.init(
         num_cpus=2,
         object_store_memory=400 * 1024 * 1024,

@@ -105,7 +105,7 @@ def test_an_export_never_mixes_with_what_is_there(catalog: Catalog, tmp_path: Pa
 def test_compaction_joins_files_and_keeps_every_row(catalog: Catalog) -> None:
     rows, vectors = catalog.images().sort_by("uri"), catalog.embeddings().sort_by("image_id")
     for number in range(3):
-        enrich(catalog, f"more {number}", [references([f"more {number}"])])
+        enrich(catalog, f"more-{number}", [references([f"more {number}"])])
     result = catalog.compact("c1")
     assert result.num_files_after < result.num_files_before
     assert len(catalog.file_uris("images")) == 2  # one for each date

@@ -42,7 +42,7 @@ def buckets(s3_server: S3Server, pictures: dict[str, bytes]) -> tuple[str, str]:
 @pytest.fixture
 def job_file(models: dict[str, dict[str, Any]], tmp_path: Path) -> Callable[..., Path]:
     def write(proxy: FaultyProxy, buckets: tuple[str, str], **options: Any) -> Path:
-        storage = {"endpoint": proxy.endpoint, "region": "us-east-1", "timeout_s": 2.0}
+        storage = {"endpoint": proxy.endpoint, "region": "us-east-1", "timeout_s": 5.0}
         images, catalog = buckets
         job = {
             "source": {"uri": f"s3://{images}/images/", "storage": storage},

@@ -118,12 +118,16 @@ class TableLog:
     @classmethod
     def open_or_create(cls, folder: Folder, name: TableName, columns: pa.Schema) -> TableLog:
         """Opens the table, created first if it is absent. Several runs may do so at once."""
-        if not cls.exists(folder, name):
-            try:
+
+        def create_once() -> None:
+            if not cls.exists(folder, name):  # else another run has just created it
                 _create(folder, name, columns)
-            except (DeltaError, OSError) as error:
-                if not cls.exists(folder, name):  # else another run has just created it
-                    raise _unusable(folder, name, "cannot be created", error) from error
+
+        try:
+            retried(create_once, _DELTA_ERRORS)
+        except (DeltaError, OSError) as error:
+            if not cls.exists(folder, name):
+                raise _unusable(folder, name, "cannot be created", error) from error
         return cls.open(folder, name)
 
     def refreshed_table(self) -> DeltaTable:

@@ -58,6 +58,9 @@ _BAD_BYTES = (
     EOFError,
     RuntimeError,  # NotImplementedError too
     AssertionError,
+    BufferError,
+    SystemError,
+    Warning,  # of Pillow, where warnings were made errors
     struct.error,
     zlib.error,
 )
@@ -281,5 +284,8 @@ def _bad_bytes(data: bytes, image_format: str) -> Iterator[None]:
         if "truncated" in str(error).lower() or headers.is_cut_short(data, image_format):
             message = f"the {image_format} file ends before its image does"
             raise ImageError(message, error_class=RowErrorClass.TRUNCATED) from error
-        message = f"the {image_format} file cannot be decoded ({type(error).__name__})"
+        if "MAX_TEXT" in str(error):  # Pillow's limits on what text chunks and colour profiles unfold to
+            message = f"the {image_format} file holds texts or a colour profile that unfold to more than is accepted"
+        else:
+            message = f"the {image_format} file is damaged and cannot be decoded"
         raise ImageError(message, error_class=RowErrorClass.CORRUPT) from error

@@ -137,6 +137,7 @@ class Job(Frozen):
     date: dt.date | None = None  # logical date; default: today, UTC
     retry: tuple[RetriedStatus, ...] = ()  # rows of these statuses are due again, however often they were tried
     limit: Annotated[int, Field(ge=1)] | None = None  # at most this many images, for a trial
+    reuse: bool = True  # copy results that the catalog holds for equal bytes, instead of computing them again
     pools: tuple[PoolConfig, ...] = ()  # default: one pool with all tasks
     views: tuple[Literal["squash", "center"], ...] = ("squash", "center")
     max_caption_tokens: Annotated[int, Field(ge=1, le=512)] = 20

@@ -49,6 +49,12 @@ def print_report(report: RunReport, console: Console) -> None:
     )
     if report.num_by_others:
         console.print(f"{report.num_by_others:,} more were committed by another run meanwhile")
+    if report.num_copied or report.num_shared:
+        share = (report.num_copied + report.num_shared) / max(1, rows)
+        console.print(
+            f"equal bytes: {report.num_copied:,} images took results from the catalog, {report.num_shared:,} from each "
+            f"other ({share:.1%} not computed again)"
+        )
     _print_counts("status", report.statuses, console)
     if "moderate" in report.tasks:
         _print_counts("decision", report.decisions, console)

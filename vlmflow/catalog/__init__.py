@@ -5,6 +5,7 @@ from vlmflow.catalog.compact import CompactResult
 from vlmflow.catalog.due import PlanRequest
 from vlmflow.catalog.erase import EraseResult
 from vlmflow.catalog.export import ExportResult
+from vlmflow.catalog.known import KnownBytes
 from vlmflow.catalog.plan import Plan, plan_without_catalog
 from vlmflow.catalog.policies import PolicyStore
 from vlmflow.catalog.rows import RunConstants
@@ -20,6 +21,7 @@ __all__ = [
     "CompactResult",
     "EraseResult",
     "ExportResult",
+    "KnownBytes",
     "Plan",
     "PlanRequest",
     "PolicyStore",

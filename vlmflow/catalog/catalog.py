@@ -21,6 +21,7 @@ from vlmflow.catalog.erase import EraseResult, erase, keys_of_uris, without_eras
 from vlmflow.catalog.export import ExportResult, export
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.keys import digest_of, to_binary
+from vlmflow.catalog.known import KnownBytes, known_bytes
 from vlmflow.catalog.log import DataFile, Snapshot, TableLog, TableName
 from vlmflow.catalog.plan import Plan, plan
 from vlmflow.catalog.policies import PolicyStore
@@ -136,6 +137,11 @@ class Catalog:
         # The tombstones after the version: an erasure of a later one is seen by the commit.
         snapshot = self._images.refresh()
         return plan(references, request, self._folder, snapshot, self._tombstones.keys())
+
+    def known_bytes(self, request: PlanRequest, sizes: pa.Array | None) -> KnownBytes | None:
+        """Indexes results by the bytes that they are of; see :func:`vlmflow.catalog.known.known_bytes`."""
+        images = self._images.refresh()
+        return known_bytes(self._folder, images, self._embeddings.refresh(), request, sizes)
 
     def writer(self, constants: RunConstants, plan_version: int) -> CatalogWriter:
         """A writer for workers.

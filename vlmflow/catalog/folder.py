@@ -7,12 +7,15 @@ import datetime as dt
 import io
 import json
 import logging
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+import numpy.typing as npt
 import obstore
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -168,6 +171,48 @@ class Folder:
                 ) from error
             with pq.ParquetFile(source, pre_buffer=True) as file:
                 return file.read(columns=None if columns is None else list(columns))
+
+    def read_parquet_at(
+        self,
+        path: str,
+        columns: Sequence[str],
+        rows: npt.NDArray[np.int64],
+        cache: OrderedDict[tuple[str, int], pa.Table],
+        max_cached: int,
+    ) -> pa.Table:
+        """Reads single rows of one Parquet file: of its row groups those that hold them.
+
+        Args:
+            rows: their numbers, (N,); the result is in this order.
+            cache: row groups that were read before, by path and number; at most ``max_cached`` stay in it. The
+                caller keeps one for the same columns of a path.
+
+        Raises:
+            CatalogError: the file is not there, or has fewer rows.
+        """
+        with self._in_our_words():
+            try:
+                with pq.ParquetFile(self._ranges(path), pre_buffer=True) as file:
+                    meta = file.metadata
+                    sizes = [meta.row_group(number).num_rows for number in range(meta.num_row_groups)]
+                    ends = np.cumsum(sizes)
+                    if len(rows) and (not len(ends) or rows.max() >= ends[-1]):
+                        raise CatalogError(f"{self.config.uri}: {path} has fewer rows than it had")
+                    groups = np.searchsorted(ends, rows, side="right")
+                    parts, order = [], []
+                    for group in np.unique(groups).tolist():
+                        key = (path, group)
+                        if key not in cache:
+                            cache[key] = file.read_row_group(group, columns=list(columns))
+                        cache.move_to_end(key)
+                        mine = np.flatnonzero(groups == group)
+                        parts.append(cache[key].take(pa.array(rows[mine] - (ends[group] - sizes[group]))))
+                        order.append(mine)
+            except FileNotFoundError as error:
+                raise CatalogError(f"{self.config.uri}: {path} is gone") from error
+        while len(cache) > max_cached:
+            cache.popitem(last=False)
+        return pa.concat_tables(parts).take(pa.array(np.argsort(np.concatenate(order), kind="stable")))
 
     def _ranges(self, path: str) -> pa.PythonFile:
         return pa.PythonFile(_RangeFile(self._store, self._at(path)), mode="r")

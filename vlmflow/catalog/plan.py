@@ -67,6 +67,15 @@ class Plan:
                 for start in range(0, rows.num_rows, max_rows):
                     yield rows.slice(start, max_rows)
 
+    def sizes(self) -> pa.Array | None:
+        """The sizes of the planned images in bytes, each once; None: the source does not tell all of them."""
+        found = [np.empty(0, np.int64)]
+        for rows in self.batches(_ROWS_PER_GROUP):
+            if rows["size_bytes"].null_count:
+                return None
+            found.append(np.unique(rows["size_bytes"].to_numpy()))
+        return pa.array(np.unique(np.concatenate(found)))
+
     def close(self) -> None:
         """Removes the folder."""
         if self._folder is not None:

@@ -31,7 +31,10 @@ _EMBEDDING_OPTIONS: dict[str, Any] = {
     "use_dictionary": ["image_id", "object_version", "view", "embed_fingerprint", "embed_run_id"],
     "column_encoding": {"vector.list.element": "BYTE_STREAM_SPLIT"},
     "write_statistics": ["image_id"],
+    "row_group_size": 4_096,
 }
+# Single rows are read too (see known.py): of a file their row groups alone.
+_IMAGE_OPTIONS: dict[str, Any] = {"row_group_size": 16_384}
 
 
 class CatalogWriter:
@@ -128,7 +131,7 @@ def write_file(folder: Folder, table: TableName, rows: pa.Table, date: dt.date, 
         run_id: of the run that writes; it stands in the name, so that a vacuum knows whose file it is.
     """
     path = f"ingest_date={date.isoformat()}/{run_id}-{uuid.uuid4().hex}.parquet"
-    options = _EMBEDDING_OPTIONS if table == "embeddings" else {}
+    options = _EMBEDDING_OPTIONS if table == "embeddings" else _IMAGE_OPTIONS
     columns = [name for name in rows.column_names if name != "ingest_date"]
     size = folder.write_parquet(f"{table}/{path}", rows.select(columns), **options)
     return DataFile(path, size, rows.num_rows, date, file_stats(table, rows))

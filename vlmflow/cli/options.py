@@ -74,6 +74,12 @@ UnboundOption = Annotated[
         help="Moderate although the policy's thresholds were not set for this model: every image becomes `review`.",
     ),
 ]
+ReuseOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--reuse/--no-reuse", help="Copy what the catalog holds for equal bytes. Default: copy.", show_default=False
+    ),
+]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens, with times.")]
 
 

@@ -21,6 +21,7 @@ from vlmflow.cli.options import (
     PolicyOption,
     ProfileOption,
     RetryOption,
+    ReuseOption,
     SourceArgument,
     TasksOption,
     TextOption,
@@ -47,6 +48,7 @@ def enrich(
     endpoint: EndpointOption = None,
     allow_empty: AllowEmptyOption = False,
     accept_unbound: UnboundOption = False,
+    reuse: ReuseOption = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -75,6 +77,7 @@ def enrich(
         ray_address=ray_address,
         allow_empty=allow_empty,
         accept_unbound=accept_unbound,
+        reuse=reuse,
     )
     with shown_progress(as_json=as_json, verbose=verbose) as display:
         report = run(job, progress=display)

@@ -16,6 +16,7 @@ import ray
 from vlmflow.catalog import Catalog, CatalogWriter
 from vlmflow.config import CommitConfig
 from vlmflow.engine import columns
+from vlmflow.engine.equal_bytes import put_copied
 from vlmflow.engine.faults import get
 from vlmflow.engine.progress import Tally
 from vlmflow.engine.report import CommitReport
@@ -39,6 +40,8 @@ class Written:
         worked: images on which each task ran, failed ones included.
         decisions: images by moderation decision.
         at_once: by pool, the most images at once since memory ran out.
+        num_copied: images with results of a row of the catalog with equal bytes.
+        num_shared: images with results of another image of this run with equal bytes.
         fatal: why the run must end; then nothing was written.
     """
 
@@ -47,6 +50,8 @@ class Written:
     worked: dict[str, int]
     decisions: dict[str, int]
     at_once: dict[str, int]
+    num_copied: int
+    num_shared: int
     fatal: str | None
 
 
@@ -55,7 +60,7 @@ def write_blocks(writer: CatalogWriter, *blocks: pa.Table) -> Written:
     rows = pa.concat_tables([block for block in blocks if block.num_rows], promote_options="permissive")
     fatal = next((reason for reason in rows[columns.FATAL].unique().to_pylist() if reason), None)
     if fatal is not None:
-        return Written(writer.write(rows.slice(0, 0)), {}, {}, {}, {}, fatal)
+        return Written(writer.write(rows.slice(0, 0)), {}, {}, {}, {}, 0, 0, fatal)
     sums = {
         name: float(pa.compute.sum(rows[name]).as_py() or 0.0)
         for name in rows.column_names
@@ -70,7 +75,9 @@ def write_blocks(writer: CatalogWriter, *blocks: pa.Table) -> Written:
         for name in rows.column_names
         if name.startswith(columns.AT_ONCE_PREFIX) and (smallest := pa.compute.min(rows[name]).as_py()) is not None
     }
-    return Written(writer.write(rows), sums, dict(worked), _decisions(rows), at_once, None)
+    copied, shared = _num_filled(rows[columns.TASKS_COPIED]), _num_filled(rows[columns.TASKS_SHARED])
+    rows = put_copied(rows)
+    return Written(writer.write(rows), sums, dict(worked), _decisions(rows), at_once, copied, shared, None)
 
 
 @dataclass
@@ -80,6 +87,8 @@ class Collected:
     num_added: int = 0
     num_replaced: int = 0
     num_by_others: int = 0
+    num_copied: int = 0
+    num_shared: int = 0
     statuses: Counter[str] = field(default_factory=Counter)
     decisions: Counter[str] = field(default_factory=Counter)
     sums: Counter[str] = field(default_factory=Counter)
@@ -184,6 +193,8 @@ class Collector:
         self._files.append(written.files)
         self.collected.sums.update(written.sums)
         self.collected.worked.update(written.worked)
+        self.collected.num_copied += written.num_copied
+        self.collected.num_shared += written.num_shared
         for pool, size in written.at_once.items():
             self.collected.at_once[pool] = min(size, self.collected.at_once.get(pool, size))
         errors = _counts(written.files, "errors")
@@ -227,6 +238,10 @@ class Collector:
         collected.num_rows += pa.compute.sum(images["num_rows"]).as_py() or 0
         collected.keys.append(pa.compute.list_flatten(images["keys"]).combine_chunks())
         collected.commits.append(CommitReport(rows=rows, at_s=ended - self._started, seconds=ended - started))
+
+
+def _num_filled(lists: pa.ChunkedArray) -> int:
+    return int(pa.compute.sum(pa.compute.greater(pa.compute.list_value_length(lists), 0)).as_py() or 0)
 
 
 def _decisions(rows: pa.Table) -> dict[str, int]:

@@ -13,6 +13,12 @@ RUN_TASKS = "run_tasks"
 TASKS_RUN = "tasks_run"
 TASKS_FAILED = "tasks_failed"
 
+# Tasks whose results are those of equal bytes: of a row of the catalog (the results travel in COPIED, a struct, until
+# they are written), or of an image that the same actor has just worked on.
+TASKS_COPIED = "tasks_copied"
+COPIED = "copied"
+TASKS_SHARED = "tasks_shared"
+
 # A fault of the store that ends the run; rows after it are not to be committed. Ray Data, told to survive errored
 # blocks, would swallow an exception, so the message travels as a value.
 FATAL = "fatal"

@@ -10,11 +10,15 @@ import numpy as np
 import pyarrow as pa
 
 from vlmflow import schema
+from vlmflow.catalog import KnownBytes
 from vlmflow.config import ImageLimits
 from vlmflow.engine import columns
+from vlmflow.engine.equal_bytes import COPIED_TYPE, Copies, Copy, look_up
+from vlmflow.engine.stored import Stored
 from vlmflow.engine.watchdog import at_most
 from vlmflow.errors import ImageError, RowErrorClass, StoreLostError
-from vlmflow.imaging import DecodedImage, PixelRequest, decode
+from vlmflow.imaging import ImageFacts, PixelRequest, decode, hash_of
+from vlmflow.imaging.pixels import Pixels
 from vlmflow.sources import Fetched, Reader
 
 # Stores have time limits and retries of their own, each image several minutes' worth: this is for what they miss.
@@ -26,14 +30,18 @@ class ReadAndDecode:
     """Reads the references of a batch and decodes them to the pixels that the models need.
 
     A plain object called in Ray tasks: it holds settings only, clients are opened where it runs.
+
+    Attributes:
+        known: results that the catalog holds for equal bytes; such images are not decoded. None: none are looked for.
     """
 
     reader: Reader
     requests: tuple[PixelRequest, ...]
     limits: ImageLimits
+    known: Stored[KnownBytes] | None = None
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Adds FACTS, ``errors``, what remains to be run and, per pixel request, the pixels.
+        """Adds FACTS, ``errors``, what remains to be run, what need not be and, per pixel request, the pixels.
 
         An image that cannot be read or decoded has null facts and pixels, an error, and nothing left to run.
         """
@@ -44,31 +52,46 @@ class ReadAndDecode:
             with at_most(_MAX_READ_S):
                 fetched = self.reader.read(batch)
         except StoreLostError as error:
-            return self._assemble(batch, [_Outcome.lost() for _ in range(batch.num_rows)], 0.0, 0.0, str(error))
+            return self._assemble(batch, [_Outcome() for _ in range(batch.num_rows)], None, 0.0, 0.0, str(error))
         read_s = time.perf_counter() - started
-        outcomes = [self._decode(item) for item in fetched]
+        hashes = [None if item.data is None else hash_of(item.data) for item in fetched]
+        run = _due(batch, hashes)
+        copies = look_up(self.known.get(), batch, hashes, run) if self.known else None
+        outcomes = [
+            self._outcome(item, content_hash, tasks, copies.of(row) if copies else None)
+            for row, (item, content_hash, tasks) in enumerate(zip(fetched, hashes, run, strict=True))
+        ]
         decode_s = time.perf_counter() - started - read_s
-        return self._assemble(batch, outcomes, read_s, decode_s, None)
+        return self._assemble(batch, outcomes, copies, read_s, decode_s, None)
 
     def failed(self, batch: pa.Table, error_class: RowErrorClass, message: str) -> pa.Table:
         """What calling it would give if every image of the batch failed so."""
-        outcome = _Outcome(None, 0, None, ("decode", str(error_class), message))
-        return self._assemble(batch, [outcome] * batch.num_rows, 0.0, 0.0, None)
+        outcome = _Outcome(error=("decode", str(error_class), message))
+        return self._assemble(batch, [outcome] * batch.num_rows, None, 0.0, 0.0, None)
 
-    def _decode(self, fetched: Fetched) -> _Outcome:
+    def _outcome(self, fetched: Fetched, content_hash: str | None, tasks: list[str], copy: Copy | None) -> _Outcome:
         if fetched.data is None:
-            error = ("read", str(fetched.error_class), fetched.message)
-            return _Outcome(fetched.object_version, 0, None, error)
+            return _Outcome(fetched.object_version, error=("read", str(fetched.error_class), fetched.message))
+        num_bytes = len(fetched.data)
+        if copy is not None and set(copy.tasks) >= set(tasks):
+            return _Outcome(fetched.object_version, num_bytes, copy.facts, copied=copy.tasks)
         try:
             with at_most(self.limits.max_seconds):
-                image = decode(fetched.data, self.requests, self.limits)
+                image = decode(fetched.data, self.requests, self.limits, content_hash)
         except ImageError as error:
-            reason = ("decode", str(error.error_class), str(error))
-            return _Outcome(fetched.object_version, len(fetched.data), None, reason)
-        return _Outcome(fetched.object_version, len(fetched.data), image, None)
+            return _Outcome(fetched.object_version, num_bytes, error=("decode", str(error.error_class), str(error)))
+        copied = copy.tasks if copy else ()
+        left = tuple(task for task in tasks if task not in copied)
+        return _Outcome(fetched.object_version, num_bytes, image.facts, image.pixels, left, copied)
 
     def _assemble(
-        self, batch: pa.Table, outcomes: Sequence[_Outcome], read_s: float, decode_s: float, fatal: str | None
+        self,
+        batch: pa.Table,
+        outcomes: Sequence[_Outcome],
+        copies: Copies | None,
+        read_s: float,
+        decode_s: float,
+        fatal: str | None,
     ) -> pa.Table:
         num_rows = batch.num_rows
         version = pa.array([outcome.object_version for outcome in outcomes], pa.string())
@@ -76,11 +99,21 @@ class ReadAndDecode:
         version = pa.compute.coalesce(version, batch["object_version"].combine_chunks())
         batch = batch.set_column(batch.schema.get_field_index("object_version"), "object_version", version)
         added: dict[str, pa.Array] = {
-            field.name: pa.array([outcome.fact(field.name) for outcome in outcomes], field.type)
+            field.name: pa.array([getattr(outcome.facts, field.name, None) for outcome in outcomes], field.type)
             for field in schema.FACTS
         }
         added["errors"] = pa.array([outcome.errors() for outcome in outcomes], schema.ERRORS)
-        added |= _remaining(batch, outcomes)
+        lists = pa.list_(pa.string())
+        none = pa.array([[] for _ in outcomes], lists)
+        added[columns.RUN_TASKS] = pa.array([outcome.run for outcome in outcomes], lists)
+        added[columns.TASKS_COPIED] = pa.array([outcome.copied for outcome in outcomes], lists)
+        for name in (columns.TASKS_RUN, columns.TASKS_FAILED, columns.TASKS_SHARED):
+            added[name] = none
+        if self.known is not None:
+            copied = [bool(outcome.copied) for outcome in outcomes]
+            added[columns.COPIED] = copies.column(copied) if copies else pa.nulls(num_rows, COPIED_TYPE)
+            if copies:
+                batch = copies.with_captions(batch)
         for request in self.requests:
             added |= _pixel_columns(request, outcomes)
         added["bytes_read"] = pa.array([outcome.num_bytes for outcome in outcomes], pa.int64())
@@ -94,17 +127,13 @@ class ReadAndDecode:
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
-    object_version: str | None
-    num_bytes: int
-    image: DecodedImage | None
-    error: tuple[str, str, str] | None
-
-    @classmethod
-    def lost(cls) -> _Outcome:
-        return cls(None, 0, None, None)
-
-    def fact(self, name: str) -> object:
-        return None if self.image is None else getattr(self.image.facts, name)
+    object_version: str | None = None
+    num_bytes: int = 0
+    facts: ImageFacts | None = None
+    pixels: dict[str, list[tuple[str, Pixels]]] | None = None
+    run: tuple[str, ...] = ()  # tasks that remain
+    copied: tuple[str, ...] = ()  # tasks whose results are copied
+    error: tuple[str, str, str] | None = None
 
     def errors(self) -> list[dict[str, str]]:
         if self.error is None:
@@ -113,41 +142,27 @@ class _Outcome:
         return [{"stage": stage, "class": error_class, "message": message}]
 
 
-def _remaining(batch: pa.Table, outcomes: Sequence[_Outcome]) -> dict[str, pa.Array]:
-    """What is left to run: all that is due, less where the bytes turn out to be those the live row was made of."""
-    lists = pa.list_(pa.string())
-    run: list[list[str]] = []
+def _due(batch: pa.Table, hashes: Sequence[str | None]) -> list[list[str]]:
+    """What is to be run: all that is due, less where the bytes turn out to be those the live row was made of."""
     rows = zip(
-        outcomes,
+        hashes,
         batch["due"].to_pylist(),
         batch["due_if_same"].to_pylist(),
         batch["previous_hash"].to_pylist(),
         strict=True,
     )
-    for outcome, due, due_if_same, previous_hash in rows:
-        if outcome.image is None:
-            run.append([])
-        elif outcome.image.facts.content_hash == previous_hash:
-            run.append(due_if_same or [])
-        else:
-            run.append(due or [])
-    empty: list[list[str]] = [[] for _ in outcomes]
-    return {
-        columns.RUN_TASKS: pa.array(run, lists),
-        columns.TASKS_RUN: pa.array(empty, lists),
-        columns.TASKS_FAILED: pa.array(empty, lists),
-    }
+    return [(same if found == previous else due) or [] for found, due, same, previous in rows]
 
 
 def _pixel_columns(request: PixelRequest, outcomes: Sequence[_Outcome]) -> dict[str, pa.Array]:
     views: list[list[str] | None] = []
     buffers: list[list[bytes] | None] = []
     for outcome in outcomes:
-        if outcome.image is None:
+        if outcome.pixels is None:
             views.append(None)
             buffers.append(None)
             continue
-        pairs = outcome.image.pixels[request.key]
+        pairs = outcome.pixels[request.key]
         views.append([view for view, _ in pairs])
         buffers.append([np.ascontiguousarray(pixels).tobytes() for _, pixels in pairs])
     return {

@@ -9,9 +9,10 @@ import pyarrow as pa
 
 from vlmflow.config import PoolConfig
 from vlmflow.engine import columns
+from vlmflow.engine.equal_bytes import RecentResults
 from vlmflow.engine.watchdog import at_most
 from vlmflow.moderation.prompts import PromptVectors
-from vlmflow.tasks import Task, add_columns
+from vlmflow.tasks import Columns, Task, add_columns
 from vlmflow.tasks.setup import TaskSetup, load_task
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class PoolWorker:
         check_weights(pool, setup)
         self._tasks: dict[str, Task] = {name: load_task(name, setup, prompts, device) for name in pool.tasks}
         self._limits: dict[str, BatchLimit] = {name: BatchLimit() for name in pool.tasks}
+        self._recent = {name: RecentResults(task) for name, task in self._tasks.items()}
         self._timeout_s = pool.timeout_s
         self._is_last = is_last
         self._name = "+".join(pool.tasks)
@@ -45,7 +47,7 @@ class PoolWorker:
         started = time.perf_counter()
         waited = 0.0 if self._idle_since is None else started - self._idle_since
         for name, task in self._tasks.items():
-            batch = run_on_due_rows(batch, task, self._limits[name], self._timeout_s)
+            batch = run_on_due_rows(batch, task, self._limits[name], self._timeout_s, self._recent[name])
         if self._is_last:
             batch = columns.drop_pixels(batch)
         num_rows = batch.num_rows
@@ -63,41 +65,58 @@ class PoolWorker:
         return batch
 
 
-def run_on_due_rows(batch: pa.Table, task: Task, limit: BatchLimit, timeout_s: float) -> pa.Table:
+def run_on_due_rows(
+    batch: pa.Table, task: Task, limit: BatchLimit, timeout_s: float, recent: RecentResults | None = None
+) -> pa.Table:
     """Runs a task on the rows on which it is due, and records there whether it succeeded.
 
     Args:
         timeout_s: a single call of the task that takes longer ends this process.
+        recent: results of this worker's last images, of which equal bytes take theirs; None: all are computed.
 
     Returns:
         The batch with the task's columns, null on all other rows and where it failed.
     """
-    from vlmflow.tasks.run import run_contained
-
     started = time.perf_counter()
     name = task.name
     due = columns.has_task(batch, columns.RUN_TASKS, name)
     if name in _READS and columns.TASKS_FAILED in batch.column_names:
         due = pa.compute.and_not(due, columns.has_task(batch, columns.TASKS_FAILED, _READS[name]))
     rows = pa.compute.indices_nonzero(due)
-    succeeded: list[list[object]] = [[] for _ in range(batch.num_rows)]
-    failed: list[list[object]] = [[] for _ in range(batch.num_rows)]
-    errors: list[list[object]] = [[] for _ in range(batch.num_rows)]
+    marks: dict[str, list[list[object]]] = {
+        column: [[] for _ in range(batch.num_rows)]
+        for column in (columns.TASKS_RUN, columns.TASKS_FAILED, columns.TASKS_SHARED, "errors")
+    }
     outputs: dict[str, pa.Array] = {field.name: pa.nulls(batch.num_rows, field.type) for field in task.writes}
     if len(rows):
-        values, row_errors = run_contained(task, batch.take(rows), limit, lambda: at_most(timeout_s))
+        values, row_errors, shared = _results(batch.take(rows), task, limit, timeout_s, recent)
         outputs = _scatter(values, rows, batch.num_rows, task.writes)
-        for row, error in zip(rows.to_pylist(), row_errors.to_pylist(), strict=True):
-            if error is None:
-                succeeded[row] = [name]
-            else:
-                failed[row], errors[row] = [name], [error]
+        for row, error, is_shared in zip(rows.to_pylist(), row_errors.to_pylist(), shared, strict=True):
+            if error is not None:
+                marks[columns.TASKS_FAILED][row], marks["errors"][row] = [name], [error]
+                continue
+            marks[columns.TASKS_RUN][row] = [name]
+            if is_shared:
+                marks[columns.TASKS_SHARED][row] = [name]
     batch = add_columns(batch, task.writes, outputs)
-    batch = columns.append_to_lists(batch, columns.TASKS_RUN, succeeded)
-    batch = columns.append_to_lists(batch, columns.TASKS_FAILED, failed)
-    batch = columns.append_to_lists(batch, "errors", errors)
+    for column, additions in marks.items():
+        batch = columns.append_to_lists(batch, column, additions)
     elapsed = time.perf_counter() - started
     return batch.append_column(columns.seconds_column(name), columns.spread(elapsed, batch.num_rows))
+
+
+def _results(
+    rows: pa.Table, task: Task, limit: BatchLimit, timeout_s: float, recent: RecentResults | None
+) -> tuple[Columns, pa.Array, list[bool]]:
+    """The task's columns, its errors, and which results are those of other images."""
+    from vlmflow.tasks.run import run_contained
+
+    if recent is None or not recent.is_used:
+        return *run_contained(task, rows, limit, lambda: at_most(timeout_s)), [False] * rows.num_rows
+    split = recent.split(rows)
+    fresh = rows if len(split.fresh) == rows.num_rows else rows.take(pa.array(split.fresh, pa.int64()))
+    values, errors = run_contained(task, fresh, limit, lambda: at_most(timeout_s))
+    return *recent.join(split, values, errors), split.shared
 
 
 def _scatter(outputs: dict[str, pa.Array], rows: pa.Array, num_rows: int, writes: pa.Schema) -> dict[str, pa.Array]:

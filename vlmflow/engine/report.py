@@ -77,6 +77,8 @@ class RunReport(Frozen):
         num_added: rows that are new in the catalog.
         num_replaced: rows that were there before.
         num_by_others: rows dropped because another run had committed them meanwhile.
+        num_copied: images with results taken from a row of the catalog with equal bytes.
+        num_shared: images with results taken from another image of the run with equal bytes.
         startup_s: seconds until the first block of images was finished: processes started, models loaded.
         images_per_s: the images after that block by the time after it; 0 where there was only one block.
         bytes_read: encoded bytes read from the source.
@@ -102,6 +104,8 @@ class RunReport(Frozen):
     num_added: int = 0
     num_replaced: int = 0
     num_by_others: int = 0
+    num_copied: int = 0
+    num_shared: int = 0
     statuses: dict[str, int] = {}
     decisions: dict[str, int] = {}
     errors: dict[str, int] = {}
@@ -224,6 +228,8 @@ def finished_report(
             "num_added": collected.num_added,
             "num_replaced": collected.num_replaced,
             "num_by_others": collected.num_by_others,
+            "num_copied": collected.num_copied,
+            "num_shared": collected.num_shared,
             "statuses": dict(collected.statuses),
             "decisions": dict(collected.decisions),
             "errors": dict(collected.errors),

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 import ray
 
-from vlmflow.catalog import Catalog, Plan, keys, plan_without_catalog
+from vlmflow.catalog import Catalog, KnownBytes, Plan, keys, plan_without_catalog
 from vlmflow.catalog.runs import new_run_id
 from vlmflow.config import Job, PoolConfig
 from vlmflow.engine.archive import archive_policy
@@ -23,6 +23,7 @@ from vlmflow.engine.prepare import Prepared, encode_policy, prepare
 from vlmflow.engine.progress import ProgressDisplay, SilentProgress, Tally
 from vlmflow.engine.quarantine import Quarantine, Stages
 from vlmflow.engine.report import PlanSummary, RunReport, RunStatus, finished_report, initial_report, plan_summary
+from vlmflow.engine.stored import Stored
 from vlmflow.errors import StorageAccessError, StoreLostError, TransientError, UnreconciledError, VlmflowError
 from vlmflow.imaging import merge_requests
 from vlmflow.moderation.prompts import PromptVectors
@@ -109,7 +110,7 @@ class _Run:
             pools = default_pools(self._job, cluster)
             check_pools(pools, cluster)
             prompts = encode_policy(self._prepared.setup)
-            stages = self._stages(pools, prompts)
+            stages = self._stages(pools, prompts, self._known_bytes())
             blocks = [ray.put(block) for block in planned_blocks(self._plan, cluster)]
             with FinishedBlocks(build_pipeline(blocks, stages)) as finished:
                 # Models that do not load end the run here, before anything is written.
@@ -168,10 +169,21 @@ class _Run:
         if setup.policy is not None:
             archive_policy(catalog, setup.policy, prompts, setup.identities["embed"].weights_digest)
 
-    def _stages(self, pools: tuple[PoolConfig, ...], prompts: PromptVectors | None) -> Stages:
+    def _known_bytes(self) -> Stored[KnownBytes] | None:
+        """What the catalog holds for bytes that the planned images may have; None: nothing, or it is not wanted."""
+        if not self._job.reuse or self._plan.version < 0:
+            return None
+        catalog = Catalog.open(self._job.catalog)
+        known = catalog.known_bytes(self._prepared.plan_request(), self._plan.sizes())
+        return None if known is None else Stored(known)
+
+    def _stages(
+        self, pools: tuple[PoolConfig, ...], prompts: PromptVectors | None, known: Stored[KnownBytes] | None
+    ) -> Stages:
         setup, limits = self._prepared.setup, self._job.limits
         requests = tuple(merge_requests(list(setup.requests.values())))
-        return Stages(ReadAndDecode(self._source.reader(limits), requests, limits), pools, setup, prompts)
+        decode = ReadAndDecode(self._source.reader(limits), requests, limits, known)
+        return Stages(decode, pools, setup, prompts)
 
     def _consume(self, blocks: list[Block] | None, finished: FinishedBlocks, collector: Collector) -> None:
         self._display.stage("enriching")

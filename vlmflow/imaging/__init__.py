@@ -6,6 +6,7 @@ from vlmflow.imaging.decode import (
     ImageFacts,
     PixelRequest,
     decode,
+    hash_of,
     inspect,
     merge_requests,
 )
@@ -16,6 +17,7 @@ __all__ = [
     "ImageFacts",
     "PixelRequest",
     "decode",
+    "hash_of",
     "inspect",
     "merge_requests",
 ]

@@ -143,19 +143,22 @@ def inspect(data: bytes, limits: ImageLimits) -> ImageFacts:
     return _open(data, limits).facts
 
 
-def decode(data: bytes, requests: Sequence[PixelRequest], limits: ImageLimits) -> DecodedImage:
+def decode(
+    data: bytes, requests: Sequence[PixelRequest], limits: ImageLimits, content_hash: str | None = None
+) -> DecodedImage:
     """Decodes an image once and renders what is asked for. Of an animation the first frame, of a TIFF the first page.
 
     Args:
         data: the bytes of the file; its name is of no interest.
         requests: those with equal keys are merged.
         limits: checked on the header, before anything is decoded.
+        content_hash: sha256 of the data, hexadecimal, where it is known already.
 
     Raises:
         ImageError: the bytes are not an image that can be decoded, or exceed the limits. Nothing else, for any bytes.
     """
     merged = merge_requests(requests)
-    opened = _open(data, limits)
+    opened = _open(data, limits, content_hash)
     image: Image.Image = opened.image
     with _bad_bytes(data, opened.facts.format):
         if isinstance(image, JpegImageFile) and merged:
@@ -170,6 +173,11 @@ def decode(data: bytes, requests: Sequence[PixelRequest], limits: ImageLimits) -
     return DecodedImage(opened.facts, pixels)
 
 
+def hash_of(data: bytes) -> str:
+    """The content hash that the table records: sha256, hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
 def merge_requests(requests: Sequence[PixelRequest]) -> list[PixelRequest]:
     """Joins requests that share a key into one with the views of all, in order of their first mention."""
     merged: dict[str, PixelRequest] = {}
@@ -180,7 +188,7 @@ def merge_requests(requests: Sequence[PixelRequest]) -> list[PixelRequest]:
     return list(merged.values())
 
 
-def _open(data: bytes, limits: ImageLimits) -> _Opened:
+def _open(data: bytes, limits: ImageLimits, content_hash: str | None = None) -> _Opened:
     """Reads the header and checks the limits."""
     image_format = _identify(data, limits)
     if image_format == "webp" and (canvas := headers.webp_canvas(data)) is not None:
@@ -197,7 +205,7 @@ def _open(data: bytes, limits: ImageLimits) -> _Opened:
     width, height = image.size
     if orientation >= 5:
         width, height = height, width
-    content_hash = hashlib.sha256(data).hexdigest()
+    content_hash = content_hash or hash_of(data)
     return _Opened(image, ImageFacts(content_hash, image_format, image.mode, width, height, num_frames), orientation)
 
 

@@ -24,6 +24,7 @@ from vlmflow.catalog.keys import digest_of, to_binary
 from vlmflow.catalog.known import KnownBytes, known_bytes
 from vlmflow.catalog.log import DataFile, Snapshot, TableLog, TableName
 from vlmflow.catalog.plan import Plan, plan
+from vlmflow.catalog.plan_parts import Workers
 from vlmflow.catalog.policies import PolicyStore
 from vlmflow.catalog.read import embedding_batches, image_batches
 from vlmflow.catalog.rows import RunConstants
@@ -132,11 +133,11 @@ class Catalog:
         """
         missing_columns(self._images.refresh().schema, storable(source))
 
-    def plan(self, references: Iterable[pa.RecordBatch], request: PlanRequest) -> Plan:
+    def plan(self, references: Iterable[pa.RecordBatch], request: PlanRequest, workers: Workers | None = None) -> Plan:
         """Finds out what is due; see :func:`vlmflow.catalog.plan.plan`."""
         # The tombstones after the version: an erasure of a later one is seen by the commit.
         snapshot = self._images.refresh()
-        return plan(references, request, self._folder, snapshot, self._tombstones.keys())
+        return plan(references, request, self._folder, snapshot, self._tombstones.keys(), workers)
 
     def known_bytes(self, request: PlanRequest, sizes: pa.Array | None) -> KnownBytes | None:
         """Indexes results by the bytes that they are of; see :func:`vlmflow.catalog.known.known_bytes`."""

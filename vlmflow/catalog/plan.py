@@ -1,8 +1,9 @@
 """Planning: what the source lists, joined with what the images table holds.
 
-Both sides are spread over buckets by the first bits of their keys and put aside on the local disk, so that one
-bucket is in memory at a time; what is due is then put into the order of the pipeline in the same way. No row becomes
-a Python object.
+Both sides are spread over buckets by the first bits of their keys and put aside, so that one bucket is in memory at a
+time; what is due is then put into the order of the pipeline in the same way. No row becomes a Python object. Reading
+the table, joining the buckets and filling in live rows are parts of their own, which run in this process or on the
+workers of a cluster; the listing comes through this process either way.
 """
 
 from __future__ import annotations
@@ -20,25 +21,28 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vlmflow import schema
-from vlmflow.catalog.columns import conform
-from vlmflow.catalog.due import LEDGER, Due, PlanRequest, decide
+from vlmflow.catalog.due import PlanRequest
 from vlmflow.catalog.folder import Folder
-from vlmflow.catalog.keys import duplicates, index_of, to_binary, to_words
+from vlmflow.catalog.keys import index_of
 from vlmflow.catalog.log import DataFile, Snapshot
-from vlmflow.catalog.masks import Mask
-from vlmflow.catalog.read import read_each, read_rows
+from vlmflow.catalog.plan_parts import (
+    JOINED,
+    LEDGER_COLUMNS,
+    NO_FILE,
+    NUM_BUCKETS,
+    POSITION,
+    FillPrevious,
+    InProcess,
+    Join,
+    Joined,
+    Ledger,
+    ReadLedger,
+    Workers,
+    buckets_of,
+)
 from vlmflow.catalog.spill import Spill
-from vlmflow.errors import SourceError
 
-NUM_BUCKETS = 64  # at 50 million images one holds 800,000 of them
 _ROWS_PER_GROUP = 100_000  # of planned rows that are ordered at a time
-_NO_FILE = -1
-
-# Columns that travel with the references and the ledger while they are joined.
-_POSITION = pa.field("_position", pa.int64())  # in the listing
-_FILE = pa.field("_file", pa.int32())  # number of the live file
-_LEDGER_COLUMNS = pa.schema([*(schema.IMAGES.field(name) for name in LEDGER), _FILE]).remove_metadata()
-_JOINED = pa.schema([_POSITION, _FILE])
 
 
 @dataclass
@@ -76,6 +80,12 @@ class Plan:
             found.append(np.unique(rows["size_bytes"].to_numpy()))
         return pa.array(np.unique(np.concatenate(found)))
 
+    def add(self, bucket: Joined) -> None:
+        """Counts what was decided in one bucket."""
+        for name in ("listed", "duplicates", "erased", "due", "new", "unchanged", "exhausted", "policy_differs"):
+            setattr(self, f"num_{name}", getattr(self, f"num_{name}") + getattr(bucket, f"num_{name}"))
+        self.counts += bucket.counts
+
     def close(self) -> None:
         """Removes the folder."""
         if self._folder is not None:
@@ -96,6 +106,7 @@ def plan(
     folder: Folder | None,
     snapshot: Snapshot | None,
     erased: pa.Array | None = None,
+    workers: Workers | None = None,
 ) -> Plan:
     """Finds out which images and tasks are due.
 
@@ -103,6 +114,7 @@ def plan(
         references: batches of REFERENCE, with the caller's columns where there are any.
         folder, snapshot: the catalog and the version of its images table; None: there is no catalog yet.
         erased: keys of images that must not come back: they are left out as if they were not listed.
+        workers: where the parts run; None: in this process.
 
     Raises:
         SourceError: an image is listed twice with different columns.
@@ -110,15 +122,17 @@ def plan(
     """
     workspace = Path(tempfile.mkdtemp(prefix="vlmflow-plan-"))
     try:
-        return _Planner(workspace, request, folder, snapshot, erased).run(references)
+        return _Planner(workspace, request, folder, snapshot, erased, workers or InProcess()).run(references)
     except BaseException:
         shutil.rmtree(workspace)
         raise
 
 
-def plan_without_catalog(references: Iterable[pa.RecordBatch], request: PlanRequest) -> Plan:
+def plan_without_catalog(
+    references: Iterable[pa.RecordBatch], request: PlanRequest, workers: Workers | None = None
+) -> Plan:
     """Plans against a catalog that does not exist yet: everything is new."""
-    return plan(references, request, None, None)
+    return plan(references, request, None, None, workers=workers)
 
 
 class _Planner:
@@ -129,30 +143,36 @@ class _Planner:
         folder: Folder | None,
         snapshot: Snapshot | None,
         erased: pa.Array | None,
+        workers: Workers,
     ) -> None:
-        self._erased = index_of(pa.array([], schema.KEY) if erased is None else erased)
         self._workspace = workspace
         self._request = request
         self._folder = folder
         self._files: list[DataFile] = list(snapshot.files.values()) if snapshot else []
         self._version = snapshot.version if snapshot else -1
+        self._workers = workers
+        self._erased = index_of(pa.array([], schema.KEY) if erased is None else erased)
 
     def run(self, references: Iterable[pa.RecordBatch]) -> Plan:
         listed = self._spread_references(references)
         ledger = self._spread_ledger()
         columns = pa.schema([*listed.columns.remove(len(listed.columns) - 1), *schema.PLANNED])
         plan = Plan(self._version, columns, _folder=self._workspace)
-        joined = Spill(self._workspace / "joined", pa.schema([*columns, *_JOINED]), NUM_BUCKETS)
-        for bucket in range(NUM_BUCKETS):
-            rows = listed.read(bucket)
-            if rows.num_rows:
-                self._join(rows, ledger.read(bucket), plan, joined)
+        joined = Spill(self._workspace / "joined", pa.schema([*columns, *JOINED]), NUM_BUCKETS)
+        join = Join(self._request, joined.columns, tuple(self._files), self._erased)
+        for bucket in self._join(join, listed, ledger):
+            plan.add(bucket)
+            joined.append(bucket.rows, buckets_of(bucket.rows))
         joined.close()
+        ledger.close()
         shutil.rmtree(self._workspace / "listed")
-        shutil.rmtree(self._workspace / "ledger")
         self._order(plan, joined)
         shutil.rmtree(self._workspace / "joined")
         return plan
+
+    def _join(self, join: Join, listed: Spill, ledger: Ledger) -> Iterator[Joined]:
+        filled = (bucket for bucket in range(NUM_BUCKETS) if listed.holds(bucket))
+        yield from self._workers.map(join, ((listed.read(bucket), *ledger.part(bucket)) for bucket in filled))
 
     def _spread_references(self, references: Iterable[pa.RecordBatch]) -> Spill:
         spill: Spill | None = None
@@ -160,80 +180,19 @@ class _Planner:
         for batch in references:
             rows = pa.Table.from_batches([batch])
             if spill is None:
-                spill = Spill(self._workspace / "listed", rows.schema.append(_POSITION), NUM_BUCKETS)
+                spill = Spill(self._workspace / "listed", rows.schema.append(POSITION), NUM_BUCKETS)
             positions = np.arange(position, position + rows.num_rows)
             position += rows.num_rows
-            spill.append(rows.append_column(_POSITION, pa.array(positions)), _buckets(rows))
+            spill.append(rows.append_column(POSITION, pa.array(positions)), buckets_of(rows))
         if spill is None:
-            spill = Spill(self._workspace / "listed", schema.REFERENCE.append(_POSITION), NUM_BUCKETS)
+            spill = Spill(self._workspace / "listed", schema.REFERENCE.append(POSITION), NUM_BUCKETS)
         spill.close()
         return spill
 
-    def _spread_ledger(self) -> Spill:
-        spill = Spill(self._workspace / "ledger", _LEDGER_COLUMNS, NUM_BUCKETS)
-        each = read_each(self._folder, "images", self._files, LEDGER, ahead=8) if self._folder else []
-        for number, (_, rows) in enumerate(each):
-            rows = rows.append_column(_FILE, pa.repeat(pa.scalar(number, pa.int32()), rows.num_rows))
-            spill.append(conform(rows, _LEDGER_COLUMNS), _buckets(rows))
-        spill.close()
-        return spill
-
-    def _join(self, listed: pa.Table, ledger: pa.Table, plan: Plan, joined: Spill) -> None:
-        """Decides for the images of one bucket."""
-        listed = self._without_erased(self._once(listed, plan), plan)
-        at = index_of(to_binary(ledger["image_id"])).find(*to_words(to_binary(listed["image_id"])))
-        live = ledger.take(pa.array(at, mask=at < 0))
-        due = decide(listed, live, at >= 0, self._request)
-        plan.num_listed += listed.num_rows
-        plan.num_due += int(due.wanted.sum())
-        plan.num_new += int((due.new & due.wanted).sum())
-        plan.num_unchanged += due.num_unchanged
-        plan.num_exhausted += due.num_exhausted
-        plan.num_policy_differs += due.num_policy_differs
-        plan.counts += due.counts
-        rows = self._planned(listed, live, due)
-        joined.append(conform(rows, joined.columns), _buckets(rows))
-
-    def _without_erased(self, listed: pa.Table, plan: Plan) -> pa.Table:
-        gone = self._erased.find(*to_words(to_binary(listed["image_id"]))) >= 0
-        if not gone.any():
-            return listed
-        plan.num_erased += int(gone.sum())
-        return listed.filter(pa.array(~gone))
-
-    def _once(self, listed: pa.Table, plan: Plan) -> pa.Table:
-        """The first listing of each image."""
-        again = duplicates(to_binary(listed["image_id"]))
-        if not again.any():
-            return listed
-        plan.num_duplicates += int(again.sum())
-        first, repeated = listed.filter(pa.array(~again)), listed.filter(pa.array(again))
-        at = index_of(to_binary(first["image_id"])).find(*to_words(to_binary(repeated["image_id"])))
-        _check_equal(first.take(pa.array(at)), repeated)
-        return first
-
-    def _planned(self, listed: pa.Table, live: pa.Table, due: Due) -> pa.Table:
-        """The rows of the images that are due, with PLANNED but for what only the files themselves tell."""
-        number = pc.fill_null(live["_file"], _NO_FILE)
-        dates = [self._request.date, *(file.ingest_date for file in self._files)]
-        paths = [None, *(file.path for file in self._files)]
-        lookup = pc.add(number, 1)
-        count = listed.num_rows
-        tasks = pa.array([list(self._request.tasks)], pa.list_(pa.string()))
-        planned = {
-            "due": tasks.take(pa.array(np.zeros(count, np.int64))),
-            "due_if_same": _task_lists(due.if_same, count),
-            "replaces": pa.array(~due.new),
-            "attempts": pa.array(due.attempts),
-            "ingest_date": pa.array(dates, pa.date32()).take(lookup),
-            "live_file": pa.array(paths, pa.string()).take(lookup),
-            "previous_version": live["seen_version"],
-            "_file": number,
-        }
-        rows = listed
-        for name, values in planned.items():
-            rows = rows.append_column(name, values)
-        return rows.filter(pa.array(due.wanted))
+    def _spread_ledger(self) -> Ledger:
+        numbers = list(range(len(self._files)))
+        read = ReadLedger(self._folder, tuple(self._files))
+        return self._workers.spread(read, numbers, self._workspace / "ledger", LEDGER_COLUMNS)
 
     def _order(self, plan: Plan, joined: Spill) -> None:
         """Puts the planned rows into the order of the pipeline, within the limit."""
@@ -244,7 +203,7 @@ class _Planner:
         groups = self._groups_of_files(again.num_parts)
         for rows in joined.tables():
             rows = rows.filter(pc.less_equal(rows["_position"], last))
-            is_new = pc.equal(rows["_file"], _NO_FILE)
+            is_new = pc.equal(rows["_file"], NO_FILE)
             fresh, live = rows.filter(is_new), rows.filter(pc.invert(is_new))
             positions = fresh["_position"].to_numpy()
             new.append(fresh, positions * new.num_parts // max(total, 1))
@@ -257,32 +216,16 @@ class _Planner:
     def _sorted(self, unordered: Spill, plan: Plan, name: str, by: list[str]) -> Spill:
         unordered.close()
         ordered = Spill(self._workspace / name, plan.schema, unordered.num_parts)
-        for part in range(unordered.num_parts):
-            rows = unordered.read(part).sort_by([(column, "ascending") for column in by])
-            if name == "again":
-                rows = self._with_previous(rows)
+        fill = FillPrevious(self._folder, tuple(self._files)) if name == "again" else None
+        parts = range(unordered.num_parts)
+        tables = (unordered.read(part).sort_by([(column, "ascending") for column in by]) for part in parts)
+        filled = self._workers.map(fill, ((rows,) for rows in tables)) if fill else tables
+        for part, rows in zip(parts, filled, strict=True):
             ordered.append(rows.select(plan.schema.names), np.full(rows.num_rows, part))
             plan.num_planned += rows.num_rows
         ordered.close()
         shutil.rmtree(self._workspace / f"{name}-unordered")
         return ordered
-
-    def _with_previous(self, rows: pa.Table) -> pa.Table:
-        """Fills in what the pipeline needs of the live rows; ``rows`` are in the order of their files."""
-        assert self._folder is not None or not rows.num_rows
-        parts = []
-        numbers = rows["_file"].to_numpy()
-        bounds = np.flatnonzero(np.diff(numbers, prepend=_NO_FILE, append=_NO_FILE))
-        for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-            assert self._folder is not None
-            part = rows.slice(start, end - start)
-            file = self._files[int(numbers[start])]
-            live = read_rows(self._folder, "images", file, ["image_id", "content_hash", "caption"])
-            at = pa.array(index_of(to_binary(live["image_id"])).find(*to_words(to_binary(part["image_id"]))))
-            for column, name in (("previous_hash", "content_hash"), ("previous_caption", "caption")):
-                part = part.set_column(part.schema.get_field_index(column), column, live[name].take(at))
-            parts.append(conform(part, rows.schema))
-        return pa.concat_tables(parts) if parts else rows
 
     def _last_position(self, joined: Spill) -> int:
         """The position of the last image within the limit."""
@@ -302,37 +245,5 @@ class _Planner:
         return before[:-1] * num_groups // max(int(before[-1]), 1)
 
 
-def _buckets(rows: pa.Table) -> npt.NDArray[np.int64]:
-    high, _ = to_words(to_binary(rows["image_id"]))
-    return (high >> np.uint64(64 - (NUM_BUCKETS - 1).bit_length())).astype(np.int64)
-
-
 def _num_groups(num_rows: int) -> int:
     return min(256, num_rows // _ROWS_PER_GROUP + 1)
-
-
-def _task_lists(masks: dict[str, Mask], count: int) -> pa.Array:
-    """A list of the tasks whose mask is set, per row."""
-    tasks = list(masks)
-    marks = np.stack([masks[task] for task in tasks], axis=1)
-    offsets = np.concatenate([[0], np.cumsum(marks.sum(axis=1))]).astype(np.int32)
-    assert len(offsets) == count + 1
-    names = pa.array(tasks, pa.string()).take(pa.array(np.nonzero(marks)[1]))
-    return pa.ListArray.from_arrays(pa.array(offsets), names)
-
-
-def _check_equal(first: pa.Table, repeated: pa.Table) -> None:
-    """Refuses images that are listed twice with different columns of the caller."""
-    names = [name for name in ("text", "source") if name in first.column_names]
-    examples = []
-    for one, other in zip(
-        first.select(["uri", *names]).to_batches(1024), repeated.select(["uri", *names]).to_batches(1024), strict=True
-    ):
-        for left, right in zip(one.to_pylist(), other.to_pylist(), strict=True):
-            if any(left[name] != right[name] for name in names):
-                examples.append(left["uri"])
-    if examples:
-        raise SourceError(
-            f"{len(examples)} images are listed twice with different columns, such as {', '.join(examples[:3])}",
-            remedy="Name a key column (source.key_column) that tells them apart, or remove the repetitions.",
-        )

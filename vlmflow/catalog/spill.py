@@ -47,6 +47,10 @@ class Spill:
         for writer in self._writers.values():
             writer.close()
 
+    def holds(self, part: int) -> bool:
+        """Whether the file has rows."""
+        return part in self._writers
+
     def read(self, part: int) -> pa.Table:
         """All rows of one file, in the order in which they came."""
         if part not in self._writers:

@@ -19,6 +19,7 @@ from vlmflow.engine.collect import Collected, Collector
 from vlmflow.engine.consume import Block, FinishedBlocks
 from vlmflow.engine.decoding import ReadAndDecode
 from vlmflow.engine.pipeline import build_pipeline, check_pools, default_pools, planned_blocks
+from vlmflow.engine.planning import OnCluster
 from vlmflow.engine.prepare import Prepared, encode_policy, prepare
 from vlmflow.engine.progress import ProgressDisplay, SilentProgress, Tally
 from vlmflow.engine.quarantine import Quarantine, Stages
@@ -35,7 +36,7 @@ _TICK_S = 0.2
 
 
 def plan(job: Job) -> PlanSummary:
-    """Says what :func:`enrich` would do, by task and reason. Writes nothing, starts no cluster.
+    """Says what :func:`enrich` would do, by task and reason. Writes nothing, and starts no cluster.
 
     Raises:
         VlmflowError: as :func:`enrich` does before its first image.
@@ -71,16 +72,23 @@ def enrich(job: Job, *, progress: ProgressDisplay | None = None) -> RunReport:
 
 @contextlib.contextmanager
 def _planned(prepared: Prepared, source: Source) -> Iterator[Plan]:
-    """Plans against the catalog as it is; one that does not exist yet is not created, so bad input writes nothing."""
-    request, config = prepared.plan_request(), prepared.job.catalog
-    if Catalog.exists(config):
-        catalog = Catalog.open(config)
-        catalog.check_source(source.columns)
-        made = catalog.plan(source.list(), request)
-    else:
-        made = plan_without_catalog(source.list(), request)
-    with made:
-        yield made
+    """Plans against the catalog as it is; one that does not exist yet is not created, so bad input writes nothing.
+
+    Where the job names a cluster, its workers share in it, and the connection stays for what follows.
+    """
+    request, config, ray_config = prepared.plan_request(), prepared.job.catalog, prepared.job.ray
+    with contextlib.ExitStack() as stack:
+        workers = None
+        if ray_config.address is not None:
+            workers = OnCluster(stack.enter_context(ray_cluster(ray_config)).cpus)
+        if Catalog.exists(config):
+            catalog = Catalog.open(config)
+            catalog.check_source(source.columns)
+            made = catalog.plan(source.list(), request, workers)
+        else:
+            made = plan_without_catalog(source.list(), request, workers)
+        with made:
+            yield made
 
 
 class _Run:

@@ -1,0 +1,285 @@
+"""The parts of planning that are apart from each other, and where they run. All of them can be pickled."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from vlmflow import schema
+from vlmflow.catalog.columns import conform
+from vlmflow.catalog.due import LEDGER, Due, PlanRequest, decide
+from vlmflow.catalog.folder import Folder
+from vlmflow.catalog.keys import KeyIndex, duplicates, index_of, to_binary, to_words
+from vlmflow.catalog.log import DataFile
+from vlmflow.catalog.masks import Mask
+from vlmflow.catalog.read import read_rows
+from vlmflow.catalog.spill import Spill
+from vlmflow.errors import SourceError
+
+NUM_BUCKETS = 64  # at 50 million images one holds 800,000 of them
+NO_FILE = -1
+
+# Columns that travel with the references and the ledger while they are joined.
+POSITION = pa.field("_position", pa.int64())  # in the listing
+_FILE = pa.field("_file", pa.int32())  # number of the live file
+LEDGER_COLUMNS = pa.schema([*(schema.IMAGES.field(name) for name in LEDGER), _FILE]).remove_metadata()
+JOINED = pa.schema([POSITION, _FILE])
+
+_FILES_AHEAD = 8  # a store answers late, but many at once
+
+
+def buckets_of(rows: pa.Table) -> npt.NDArray[np.int64]:
+    """The bucket of each row, by the first bits of its key."""
+    high, _ = to_words(to_binary(rows["image_id"]))
+    return (high >> np.uint64(64 - (NUM_BUCKETS - 1).bit_length())).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class ReadLedger:
+    """Reads what the ledger says in one file of the images table."""
+
+    folder: Folder | None
+    files: tuple[DataFile, ...]
+
+    def __call__(self, number: int) -> pa.Table:
+        """The rows of a file, given by its number, as LEDGER_COLUMNS.
+
+        Raises:
+            CatalogError: the file cannot be read.
+        """
+        assert self.folder is not None
+        rows = read_rows(self.folder, "images", self.files[number], LEDGER)
+        rows = rows.append_column(_FILE, pa.repeat(pa.scalar(number, pa.int32()), rows.num_rows))
+        return conform(rows, LEDGER_COLUMNS)
+
+
+@dataclass(frozen=True)
+class Joined:
+    """What is due of one bucket; the numbers are those of :class:`vlmflow.catalog.plan.Plan`."""
+
+    rows: pa.Table
+    num_listed: int
+    num_duplicates: int
+    num_erased: int
+    num_due: int
+    num_new: int
+    num_unchanged: int
+    num_exhausted: int
+    num_policy_differs: int
+    counts: Counter[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Join:
+    """Decides for the images of one bucket.
+
+    Attributes:
+        columns: of the rows to give.
+        files: of the images table, by number.
+        erased: images that are left out as if they were not listed.
+    """
+
+    request: PlanRequest
+    columns: pa.Schema
+    files: tuple[DataFile, ...]
+    erased: KeyIndex
+
+    def __call__(self, listed: pa.Table, *ledger: pa.Table) -> Joined:
+        """Joins what is listed in a bucket with what the ledger has there, in any number of pieces.
+
+        Raises:
+            SourceError: an image is listed twice with different columns.
+        """
+        once = _once(listed)
+        images = self._without_erased(once)
+        held = pa.concat_tables([LEDGER_COLUMNS.empty_table(), *ledger])
+        at = index_of(to_binary(held["image_id"])).find(*to_words(to_binary(images["image_id"])))
+        live = held.take(pa.array(at, mask=at < 0))
+        due = decide(images, live, at >= 0, self.request)
+        return Joined(
+            rows=conform(self._planned(images, live, due), self.columns),
+            num_listed=images.num_rows,
+            num_duplicates=listed.num_rows - once.num_rows,
+            num_erased=once.num_rows - images.num_rows,
+            num_due=int(due.wanted.sum()),
+            num_new=int((due.new & due.wanted).sum()),
+            num_unchanged=due.num_unchanged,
+            num_exhausted=due.num_exhausted,
+            num_policy_differs=due.num_policy_differs,
+            counts=due.counts,
+        )
+
+    def _without_erased(self, listed: pa.Table) -> pa.Table:
+        gone = self.erased.find(*to_words(to_binary(listed["image_id"]))) >= 0
+        return listed.filter(pa.array(~gone)) if gone.any() else listed
+
+    def _planned(self, listed: pa.Table, live: pa.Table, due: Due) -> pa.Table:
+        """The rows of the images that are due, with PLANNED but for what only the files themselves tell."""
+        number = pc.fill_null(live["_file"], NO_FILE)
+        dates = [self.request.date, *(file.ingest_date for file in self.files)]
+        paths = [None, *(file.path for file in self.files)]
+        lookup = pc.add(number, 1)
+        count = listed.num_rows
+        tasks = pa.array([list(self.request.tasks)], pa.list_(pa.string()))
+        planned = {
+            "due": tasks.take(pa.array(np.zeros(count, np.int64))),
+            "due_if_same": _task_lists(due.if_same, count),
+            "replaces": pa.array(~due.new),
+            "attempts": pa.array(due.attempts),
+            "ingest_date": pa.array(dates, pa.date32()).take(lookup),
+            "live_file": pa.array(paths, pa.string()).take(lookup),
+            "previous_version": live["seen_version"],
+            "_file": number,
+        }
+        rows = listed
+        for name, values in planned.items():
+            rows = rows.append_column(name, values)
+        return rows.filter(pa.array(due.wanted))
+
+
+@dataclass(frozen=True)
+class FillPrevious:
+    """Fills in what the pipeline needs of the live rows, which only their files tell."""
+
+    folder: Folder | None
+    files: tuple[DataFile, ...]
+
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        """The rows, which are in the order of their files, with ``previous_hash`` and ``previous_caption``.
+
+        Raises:
+            CatalogError: a file cannot be read.
+        """
+        assert self.folder is not None or not rows.num_rows
+        parts = []
+        numbers = rows["_file"].to_numpy()
+        bounds = np.flatnonzero(np.diff(numbers, prepend=NO_FILE, append=NO_FILE))
+        for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+            assert self.folder is not None
+            part = rows.slice(start, end - start)
+            file = self.files[int(numbers[start])]
+            live = read_rows(self.folder, "images", file, ["image_id", "content_hash", "caption"])
+            at = pa.array(index_of(to_binary(live["image_id"])).find(*to_words(to_binary(part["image_id"]))))
+            for column, name in (("previous_hash", "content_hash"), ("previous_caption", "caption")):
+                part = part.set_column(part.schema.get_field_index(column), column, live[name].take(at))
+            parts.append(conform(part, rows.schema))
+        return pa.concat_tables(parts) if parts else rows
+
+
+class Ledger(Protocol):
+    """The rows of the ledger, spread over the buckets."""
+
+    def part(self, bucket: int) -> Sequence[Any]:
+        """What :meth:`Workers.map` passes on as the tables of one bucket."""
+        ...
+
+    def close(self) -> None:
+        """Gives back what holds the rows."""
+        ...
+
+
+class Workers(Protocol):
+    """Where the parts of planning run."""
+
+    def spread(
+        self, read: Callable[[int], pa.Table], numbers: Sequence[int], folder: Path, columns: pa.Schema
+    ) -> Ledger:
+        """Reads every number's rows and spreads them over the buckets.
+
+        Args:
+            folder: one that may be made on the local disk.
+        """
+        ...
+
+    def map(self, function: Callable[..., Any], arguments: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+        """The function's results, in the order of the arguments, which are asked for as they are needed."""
+        ...
+
+
+class InProcess:
+    """Runs everything in this process, one part after the other; the ledger waits on the local disk."""
+
+    def spread(
+        self, read: Callable[[int], pa.Table], numbers: Sequence[int], folder: Path, columns: pa.Schema
+    ) -> Ledger:
+        """See :class:`Workers`; the next files are read meanwhile."""
+        spill = Spill(folder, columns, NUM_BUCKETS)
+        with ThreadPoolExecutor(max_workers=_FILES_AHEAD) as pool:
+            pending: deque[Future[pa.Table]] = deque()
+            for number in numbers:
+                pending.append(pool.submit(read, number))
+                if len(pending) > _FILES_AHEAD:
+                    _put(spill, pending.popleft())
+            while pending:
+                _put(spill, pending.popleft())
+        spill.close()
+        return _OnDisk(spill, folder)
+
+    def map(self, function: Callable[..., Any], arguments: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+        """See :class:`Workers`."""
+        return (function(*some) for some in arguments)
+
+
+def _put(spill: Spill, read: Future[pa.Table]) -> None:
+    rows = read.result()
+    spill.append(rows, buckets_of(rows))
+
+
+@dataclass(frozen=True)
+class _OnDisk:
+    spill: Spill
+    folder: Path
+
+    def part(self, bucket: int) -> Sequence[pa.Table]:
+        return (self.spill.read(bucket),)
+
+    def close(self) -> None:
+        shutil.rmtree(self.folder)
+
+
+def _once(listed: pa.Table) -> pa.Table:
+    """The first listing of each image."""
+    again = duplicates(to_binary(listed["image_id"]))
+    if not again.any():
+        return listed
+    first, repeated = listed.filter(pa.array(~again)), listed.filter(pa.array(again))
+    at = index_of(to_binary(first["image_id"])).find(*to_words(to_binary(repeated["image_id"])))
+    _check_equal(first.take(pa.array(at)), repeated)
+    return first
+
+
+def _task_lists(masks: dict[str, Mask], count: int) -> pa.Array:
+    """A list of the tasks whose mask is set, per row."""
+    tasks = list(masks)
+    marks = np.stack([masks[task] for task in tasks], axis=1)
+    offsets = np.concatenate([[0], np.cumsum(marks.sum(axis=1))]).astype(np.int32)
+    assert len(offsets) == count + 1
+    names = pa.array(tasks, pa.string()).take(pa.array(np.nonzero(marks)[1]))
+    return pa.ListArray.from_arrays(pa.array(offsets), names)
+
+
+def _check_equal(first: pa.Table, repeated: pa.Table) -> None:
+    """Refuses images that are listed twice with different columns of the caller."""
+    names = [name for name in ("text", "source") if name in first.column_names]
+    examples = []
+    for one, other in zip(
+        first.select(["uri", *names]).to_batches(1024), repeated.select(["uri", *names]).to_batches(1024), strict=True
+    ):
+        for left, right in zip(one.to_pylist(), other.to_pylist(), strict=True):
+            if any(left[name] != right[name] for name in names):
+                examples.append(left["uri"])
+    if examples:
+        raise SourceError(
+            f"{len(examples)} images are listed twice with different columns, such as {', '.join(examples[:3])}",
+            remedy="Name a key column (source.key_column) that tells them apart, or remove the repetitions.",
+        )

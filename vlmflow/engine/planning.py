@@ -1,0 +1,86 @@
+"""Planning on the workers of a cluster: they read the table's files and join the buckets."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+
+from vlmflow.catalog.plan_parts import NUM_BUCKETS, Ledger, buckets_of
+from vlmflow.engine.faults import get
+
+_TASKS_PER_CPU = 2  # under way at once, so that the next is there when one ends
+
+
+class OnCluster:
+    """Runs the parts of planning as Ray tasks; see :class:`vlmflow.catalog.plan_parts.Workers`.
+
+    The ledger waits in the object store, which spills to the disks of the nodes; what is listed goes from the driver
+    to the tasks, bucket by bucket.
+
+    Args:
+        num_cpus: of the cluster.
+    """
+
+    def __init__(self, num_cpus: float) -> None:
+        self._num_tasks = max(2, int(num_cpus) * _TASKS_PER_CPU)
+
+    def spread(
+        self, read: Callable[[int], pa.Table], numbers: Sequence[int], folder: Path, columns: pa.Schema
+    ) -> Ledger:
+        """Reads files in tasks, each of which gives one table per bucket."""
+        reader = ray.put(read)
+        remote = ray.remote(num_cpus=1, max_retries=3, num_returns=NUM_BUCKETS)(_read_buckets)
+        groups = np.array_split(np.asarray(numbers), min(len(numbers), 2 * self._num_tasks)) if numbers else []
+        return _InObjectStore([remote.remote(reader, group.tolist()) for group in groups])
+
+    def map(self, function: Callable[..., Any], arguments: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+        """Runs calls as tasks, a bounded number at a time; arguments may be references."""
+        shared = ray.put(function)
+        remote = ray.remote(num_cpus=1, max_retries=3)(_call)
+        pending: deque[ray.ObjectRef[Any]] = deque()
+        for some in arguments:
+            pending.append(remote.remote(shared, *some))
+            if len(pending) >= self._num_tasks:
+                yield get(pending.popleft())
+        while pending:
+            yield get(pending.popleft())
+
+
+def _call(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)
+
+
+def _read_buckets(read: Callable[[int], pa.Table], numbers: Sequence[int]) -> list[pa.Table]:
+    tables = [read(number) for number in numbers]
+    rows = pa.concat_tables(tables)
+    buckets = buckets_of(rows)
+    order = np.argsort(buckets, kind="stable")
+    ordered = rows.take(pa.array(order)).combine_chunks()
+    bounds = np.searchsorted(buckets[order], np.arange(NUM_BUCKETS + 1)).tolist()
+    # A slice would carry the buffers of all buckets along.
+    return [_own(ordered.slice(start, end - start)) for start, end in pairwise(bounds)]
+
+
+def _own(rows: pa.Table) -> pa.Table:
+    return rows.take(pa.array(np.arange(rows.num_rows)))
+
+
+@dataclass
+class _InObjectStore:
+    """References to tables, by task and bucket."""
+
+    tables: list[list[ray.ObjectRef[pa.Table]]] = field(default_factory=list)
+
+    def part(self, bucket: int) -> Sequence[Any]:
+        return [tables[bucket] for tables in self.tables]
+
+    def close(self) -> None:
+        self.tables.clear()

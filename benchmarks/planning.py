@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import ray
 
 from benchmarks.machine import save_result
 from tests.catalog_samples import DATE, config_of, fingerprints, request
@@ -41,6 +42,7 @@ from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.log import TableLog
 from vlmflow.catalog.rows import attempt_digest
 from vlmflow.catalog.writer import write_file
+from vlmflow.engine.planning import OnCluster
 
 CHUNK = 500_000
 NEW, CHANGED, FAILED = 0.01, 0.01, 0.001
@@ -98,8 +100,12 @@ def make_catalog(root: Path, num_rows: int) -> None:
     commit(log, CommitRequest("c", "r", "benchmark", 0), lambda _: Change(add=tuple(files)))
 
 
-def make_plan(root: Path, num_rows: int) -> dict[str, object]:
-    """Plans, and measures this process."""
+def make_plan(root: Path, num_rows: int, *, on_cluster: bool) -> dict[str, object]:
+    """Plans, and measures this process; the workers of a cluster are not in its memory."""
+    workers = None
+    if on_cluster:
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        workers = OnCluster(2)
     phases: dict[str, float] = {}
     spilled: list[int] = []
 
@@ -117,14 +123,14 @@ def make_plan(root: Path, num_rows: int) -> dict[str, object]:
 
         setattr(plan._Planner, name, call)
 
-    for name in ("_spread_references", "_spread_ledger", "_join", "_order"):
+    for name in ("_spread_references", "_spread_ledger", "_order"):
         timed(name, name.strip("_").replace("_", " "))
     listed_s = -time.perf_counter()
     for _ in listing(min(num_rows, 2_000_000)):
         pass
     listed_s = (listed_s + time.perf_counter()) * num_rows / min(num_rows, 2_000_000)
     started = time.perf_counter()
-    with Catalog.open(config_of(root)).plan(listing(num_rows), request()) as made:
+    with Catalog.open(config_of(root)).plan(listing(num_rows), request(), workers) as made:
         seconds = time.perf_counter() - started
         expected = {
             "new": round(num_rows * NEW),
@@ -134,8 +140,10 @@ def make_plan(root: Path, num_rows: int) -> dict[str, object]:
         found = {reason: count for (task, reason), count in made.counts.items() if task == "embed"}
         assert found == expected, (found, expected)
         assert (made.num_listed, made.num_planned) == (num_rows, sum(expected.values()))
+    phases["join"] = seconds - sum(phases.values())
     return {
         "rows": num_rows,
+        "where": "Ray tasks on 2 CPUs" if on_cluster else "one process",
         "seconds": round(seconds, 1),
         "seconds_of_making_the_listing": round(listed_s, 1),
         "seconds_by_phase": {phase: round(value, 1) for phase, value in phases.items()},
@@ -148,11 +156,13 @@ def make_plan(root: Path, num_rows: int) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, action="append", help="default: 1, 10 and 50 million")
+    parser.add_argument("--ray", action="store_true", help="plan on the workers of a Ray cluster too")
     parser.add_argument("--shared", action="store_true", help="say that other work ran beside")
-    parser.add_argument("--child", nargs=2, metavar=("FOLDER", "ROWS"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=3, metavar=("FOLDER", "ROWS", "WHERE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        print(json.dumps(make_plan(Path(options.child[0]), int(options.child[1]))))
+        folder, rows, where = options.child
+        print(json.dumps(make_plan(Path(folder), int(rows), on_cluster=where == "ray")))
         return
     results = []
     for num_rows in options.rows or [1_000_000, 10_000_000, 50_000_000]:
@@ -161,10 +171,12 @@ def main() -> None:
             started = time.perf_counter()
             make_catalog(root / "catalog", num_rows)
             print(f"{num_rows:,} rows made in {time.perf_counter() - started:.0f} s", flush=True)
-            command = [sys.executable, "-m", "benchmarks.planning", "--child", str(root / "catalog"), str(num_rows)]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            results.append(json.loads(done.stdout))
-            print(json.dumps(results[-1], indent=2), flush=True)
+            for where in ("process", "ray") if options.ray else ("process",):
+                child = ["--child", str(root / "catalog"), str(num_rows), where]
+                command = [sys.executable, "-m", "benchmarks.planning", *child]
+                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+                results.append(json.loads(done.stdout))
+                print(json.dumps(results[-1], indent=2), flush=True)
         finally:
             shutil.rmtree(root)
     save_result("planning", {"workload": __doc__.split("\n\n")[1], "shared_machine": options.shared, "runs": results})

@@ -20,7 +20,16 @@ from transformers import (
     BlipConfig,
     BlipForConditionalGeneration,
     BlipForImageTextRetrieval,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
     PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
 )
 
 IMAGE_SIZE = 32
@@ -92,6 +101,65 @@ def make_matcher(folder: Path, *, seed: int = 0, half: bool = False) -> Path:
     with torch.no_grad():
         model.itm_head.weight.mul_(20)
     _save(model, folder, half=half)
+    return folder
+
+
+def make_classifier(folder: Path, *, seed: int = 0) -> Path:
+    """Writes a ViT with a classification head, as transformers saves it."""
+    torch.manual_seed(seed)
+    classes = {0: "drawings", 1: "hentai", 2: "neutral"}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = ViTConfig(
+        image_size=IMAGE_SIZE,
+        patch_size=8,
+        id2label=classes,
+        label2id={name: number for number, name in classes.items()},
+        **sizes,
+    )
+    ViTForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}).save_pretrained(folder)
+    return folder
+
+
+def make_judge(folder: Path, *, seed: int = 1) -> Path:
+    """Writes a LLaVA with word-level tokens, as transformers saves it."""
+    words = [
+        "<pad>",
+        "<s>",
+        "</s>",
+        "<unk>",
+        "<image>",
+        "Yes",
+        "No",
+        "Does",
+        "the",
+        "picture",
+        "show",
+        "a",
+        "gun",
+        "car",
+    ]
+    tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    fast.add_tokens(["<image>"], special_tokens=True)
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(image_size=IMAGE_SIZE, patch_size=8, **sizes),
+        text_config=LlamaConfig(num_key_value_heads=2, vocab_size=len(fast), **sizes),
+        image_token_index=words.index("<image>"),
+        vision_feature_layer=-1,
+    )
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    images = CLIPImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size=side)
+    processor = LlavaProcessor(
+        images, fast, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    )
+    processor.save_pretrained(folder)
     return folder
 
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from vlmflow.errors import ConfigError
 
-TaskName = Literal["embed", "moderate", "caption", "match"]
+TaskName = Literal["embed", "detect", "moderate", "caption", "match"]
 RetriedStatus = Literal["failed", "partial", "missing", "unreadable"]
 SourceKind = Literal["auto", "prefix", "manifest", "webdataset", "parquet"]
 
@@ -75,7 +75,7 @@ class ImageLimits(Frozen):
 class ModelConfig(Frozen):
     """Weights of one task: a local folder, or a repository of the hub at a pinned revision."""
 
-    family: Literal["open_clip", "blip_caption", "blip_itm"]
+    family: Literal["open_clip", "blip_caption", "blip_itm", "image_classification", "vlm_judge"]
     path: str | None = None  # a local folder
     repo: str | None = None  # a hub repository; needs `revision`
     revision: str | None = None  # a commit hash
@@ -153,6 +153,8 @@ class Job(Frozen):
             raise ValueError(f"tasks name one twice: {', '.join(self.tasks)}")
         if "moderate" in self.tasks and "embed" not in self.tasks:
             raise ValueError("moderate reads the embeddings: add embed to tasks")
+        if "detect" in self.tasks and "moderate" not in self.tasks:
+            raise ValueError("detect runs the detectors of a moderation policy: add moderate to tasks, or leave it out")
         if "match" in self.tasks and "caption" not in self.tasks and self.source.text_column is None:
             raise ValueError("match has nothing to score: add caption to tasks, or name source.text_column")
         if "squash" not in self.views:
@@ -169,7 +171,7 @@ class Job(Frozen):
             raise ValueError(f"every task runs in exactly one pool; missing: {', '.join(sorted(missing)) or 'none'}")
         # A pool sees what the pools before it wrote.
         order = {task: index for index, task in enumerate(pooled)}
-        for reader, read in (("moderate", "embed"), ("match", "caption")):
+        for reader, read in (("moderate", "embed"), ("moderate", "detect"), ("match", "caption")):
             if reader in order and read in order and order[reader] < order[read]:
                 raise ValueError(f"{reader} reads {read}: list {read} first in pools")
 

@@ -56,6 +56,10 @@ class TransientError(VlmflowError):
     exit_code = 4
 
 
+class DetectorError(VlmflowError):
+    """A policy names a detector that cannot run here, or that is another than its thresholds were set for."""
+
+
 class WeightsError(VlmflowError):
     """Weights that are absent, unsafe to load, or that do not fit the architecture."""
 

@@ -24,6 +24,19 @@ LABEL = pa.struct(
         ("decision", pa.string()),  # allow, review or block
         ("view", pa.string()),  # the view that decided
         ("time_s", pa.float32()),  # of a frame; null for a still
+        ("detector", pa.string()),  # that scored it; null: the label's prompts did
+    ]
+)
+
+# What a detector gave for one of its outputs, of the view where it was highest; kept whatever the policy makes of it.
+DETECTION = pa.struct(
+    [
+        ("detector", pa.string()),  # its name in the policy
+        ("model", pa.string()),  # digest of its weights and preprocessing
+        ("output", pa.string()),
+        ("score", pa.float32()),  # in [0, 1]
+        ("view", pa.string()),
+        ("time_s", pa.float32()),
     ]
 )
 
@@ -82,6 +95,7 @@ OUTCOME = pa.schema(
 
 TASK_COLUMNS: dict[str, pa.Schema] = {
     "embed": pa.schema([("embed_run_id", pa.string()), ("embed_model", pa.string())]),
+    "detect": pa.schema([("detections", pa.list_(DETECTION))]),
     "moderate": pa.schema(
         [
             ("labels", pa.list_(LABEL)),
@@ -139,6 +153,7 @@ IMAGES = pa.schema(
 # Outputs of the tasks, each of which the writer takes if it is there.
 WRITER_OPTIONAL = pa.schema(
     [
+        ("detections", pa.list_(DETECTION)),
         ("labels", pa.list_(LABEL)),
         ("decision", pa.string()),
         ("decision_reason", pa.string()),

@@ -42,6 +42,11 @@ def print_remoderation(report: RemoderateReport, console: Console) -> None:
             f"[yellow]{report.num_other_model:,} images keep their policy: their vectors are another model's.[/yellow] "
             "`vlmflow enrich --tasks embed,moderate` computes them anew."
         )
+    if report.num_undetected:
+        console.print(
+            f"[yellow]{report.num_undetected:,} images keep theirs: {escape(', '.join(report.detectors))} must see "
+            "them first.[/yellow] `vlmflow enrich` with the new --policy does that, and moderates them."
+        )
     if report.num_without_vectors:
         console.print(f"[yellow]{report.num_without_vectors:,} images have lost their vectors and are review.[/yellow]")
     if report.num_first:

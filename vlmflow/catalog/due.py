@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -19,9 +20,10 @@ from vlmflow.catalog.rows import FAILED, MISSING, OK, UNREADABLE, attempt_digest
 
 MAX_ATTEMPTS = 3  # per object version and fingerprints
 
-# What a task reads of another. `embed` and `moderate` go together in the pipeline, which holds no stored vectors.
-READS = {"moderate": "embed", "match": "caption"}
-ALSO_RUNS = {"moderate": "embed"}
+# What a task reads of others. `embed`, `detect` and `moderate` go together in the pipeline, which holds no stored
+# vectors or scores.
+READS = {"moderate": ("embed", "detect"), "match": ("caption",)}
+ALSO_RUNS = {"moderate": ("embed", "detect")}
 
 # Why a task is due, as numbers: millions of rows carry them.
 REASONS = ("", "new", "changed", "decoder", "retry", "task_added", "text_changed", "fingerprint", "needed")
@@ -170,13 +172,17 @@ def _reasons(task: str, references: pa.Table, live: pa.Table, state: _State, req
 
 def _close(reasons: dict[str, Reasons], state: _State) -> None:
     """A task is due when one it reads is due; and one whose output is kept nowhere runs again for its reader."""
-    for reader, read in READS.items():
+    for reader, read in _pairs(READS):
         if reader in reasons and read in reasons:
             pulled = (reasons[read] != NOT_DUE) & (reasons[reader] == NOT_DUE) & ~state.exhausted[reader]
             reasons[reader][pulled] = NEEDED
-    for reader, read in ALSO_RUNS.items():
+    for reader, read in _pairs(ALSO_RUNS):
         if reader in reasons and read in reasons:
             reasons[read][(reasons[reader] != NOT_DUE) & (reasons[read] == NOT_DUE)] = NEEDED
+
+
+def _pairs(reads: Mapping[str, tuple[str, ...]]) -> list[tuple[str, str]]:
+    return [(reader, read) for reader, several in reads.items() for read in several]
 
 
 def _policy_differs(live: pa.Table, exists: Mask, reasons: dict[str, Reasons], request: PlanRequest) -> Mask:

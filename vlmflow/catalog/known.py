@@ -38,6 +38,7 @@ _CACHED_GROUPS = 8  # row groups that a worker keeps: images that were copied co
 # What is copied of a row, by task; facts come along.
 _RESULTS: dict[str, tuple[str, ...]] = {
     "embed": ("vectors", "vector_views"),
+    "detect": ("detections",),
     "moderate": ("labels", "decision", "decision_reason"),
     "caption": ("caption",),
     "match": ("caption_itm", "caption_itc", "text_itm", "text_itc"),
@@ -46,7 +47,7 @@ _IMAGE_COLUMNS = (
     "image_id",
     "text_digest",
     *schema.FACTS.names,
-    *(name for task in ("moderate", "caption", "match") for name in _RESULTS[task]),
+    *(name for task in ("detect", "moderate", "caption", "match") for name in _RESULTS[task]),
 )
 _COPY = pa.schema([*schema.FACTS, *schema.WRITER_OPTIONAL, ("text_digest", pa.string())])
 

@@ -27,7 +27,7 @@ REVOKED = "vlmflow.revoked"  # ids of runs that may commit no more, separated by
 _DELTA_ERRORS = (DeltaError, OSError)
 
 LONGEST_RETENTION = dt.timedelta(days=30)  # of files of old versions
-SCHEMA_VERSION = "1"  # of IMAGES and EMBEDDINGS; raised together with a migration
+SCHEMA_VERSION = "2"  # of IMAGES and EMBEDDINGS; raised together with a migration
 _SCHEMA_VERSION_KEY = "vlmflow.schemaVersion"
 
 # What the log says of each file beside its number of rows: ids, dates (the partition) and numbers, never a text,

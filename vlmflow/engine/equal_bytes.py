@@ -24,6 +24,7 @@ COPIED_TYPE = pa.struct(list(schema.WRITER_OPTIONAL))
 _TASK_OF = {
     "vectors": "embed",
     "vector_views": "embed",
+    "detections": "detect",
     "labels": "moderate",
     "decision": "moderate",
     "decision_reason": "moderate",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import ray
 
 from vlmflow.catalog import PlanRequest, RunConstants
-from vlmflow.config import Job
+from vlmflow.config import Job, TaskName
 from vlmflow.engine.faults import get
 from vlmflow.imaging import DECODER_VERSION
 from vlmflow.moderation.prompts import PromptVectors
@@ -77,7 +77,26 @@ def prepare(job: Job) -> Prepared:
     if "moderate" in job.tasks and job.policy is None:
         job = job.model_copy(update={"policy": _DEFAULT_POLICIES.get(job.profile, _GENERAL_POLICY)})
     setup = prepare_tasks(job)
+    job = _with_detectors(job) if setup.detectors else job
     return Prepared(job, job.date or dt.datetime.now(dt.UTC).date(), setup, setup.fingerprints(job.tasks))
+
+
+def _with_detectors(job: Job) -> Job:
+    """The job with the task that runs the policy's detectors: in the pool of `moderate`, unless it has one."""
+    if "detect" in job.tasks:
+        return job
+    pools = tuple(
+        pool.model_copy(update={"tasks": _before_moderate(pool.tasks)}) if "moderate" in pool.tasks else pool
+        for pool in job.pools
+    )
+    if any("detect" in pool.tasks for pool in job.pools):
+        pools = job.pools
+    return job.model_copy(update={"tasks": _before_moderate(job.tasks), "pools": pools})
+
+
+def _before_moderate(tasks: tuple[TaskName, ...]) -> tuple[TaskName, ...]:
+    at = tasks.index("moderate")
+    return (*tasks[:at], "detect", *tasks[at:])
 
 
 def encode_policy(setup: TaskSetup) -> PromptVectors | None:

@@ -35,6 +35,7 @@ from vlmflow.engine.faults import get
 from vlmflow.engine.prepare import Prepared, encode_policy, prepare
 from vlmflow.engine.progress import ProgressDisplay, SilentProgress, Tally
 from vlmflow.errors import ConfigError
+from vlmflow.models.detectors import prepare_detectors
 from vlmflow.moderation.decide import Moderator
 from vlmflow.moderation.policy import Policy, check_binding, prompts_digest
 from vlmflow.moderation.relabel import (
@@ -68,6 +69,9 @@ class RemoderateReport(Frozen):
         num_moved: rows that came under the policy.
         num_from_margins: of these, rows decided by stored margins; the others by stored vectors.
         num_other_model: rows left as they are, because their vectors are another model's.
+        num_undetected: rows left as they are, because a detector of the policy has not seen their images yet;
+            `enrich` with the policy runs it.
+        detectors: of the policy.
         num_first: of a rollback, rows that stay, because they had no policy before.
         num_without_vectors: rows whose vectors are gone: they are `review`, as unscored.
         flips: rows by change of decision, such as ``allow -> block``.
@@ -89,6 +93,8 @@ class RemoderateReport(Frozen):
     num_moved: int = 0
     num_from_margins: int = 0
     num_other_model: int = 0
+    num_undetected: int = 0
+    detectors: tuple[str, ...] = ()
     num_without_vectors: int = 0
     num_first: int = 0
     decisions: dict[str, int] = {}
@@ -248,7 +254,7 @@ class _Remoderation:
         same = [digest for digest, other in archive.items() if prompts_digest(other) == margins]
         return Target(
             policy=policy,
-            moderator=Moderator(policy, binding, None),
+            moderator=Moderator(policy, binding, None, self._detectors_of(policy)),
             embed_fingerprint=fingerprints["embed"],
             moderate_fingerprint=fingerprints["moderate"],
             run_id=self._run_id,
@@ -381,7 +387,13 @@ class _Remoderation:
             prompts = encode_policy(replace(setup, policy=target.policy, binding=binding))
         if not self._dry_run:
             archive_policy(self._catalog, target.policy, prompts, identity.weights_digest)
-        return replace(target, moderator=Moderator(target.policy, binding, prompts))
+        moderator = Moderator(target.policy, binding, prompts, self._detectors_of(target.policy))
+        return replace(target, moderator=moderator)
+
+    def _detectors_of(self, policy: Policy) -> dict[str, str]:
+        """What the scores of a policy's detectors carry, by the detector's name."""
+        setups = prepare_detectors(policy, self._prepared.job.views)
+        return {setup.name: setup.fingerprint for setup in setups}
 
     def _record(self, status: str) -> dict[str, Any]:
         return self._report(status).model_dump(mode="json") | {"operation": "remoderate", "state": status}
@@ -410,6 +422,8 @@ class _Remoderation:
             num_moved=changes.num_moved,
             num_from_margins=changes.num_from_margins,
             num_other_model=changes.num_other_model,
+            num_undetected=changes.num_undetected,
+            detectors=tuple(detector.name for detector in policy.detectors) if self._rollback is None else (),
             num_without_vectors=changes.num_without_vectors,
             num_first=self._totals.num_first,
             decisions=dict(after_counts.most_common()),
@@ -435,7 +449,7 @@ def _scan_file(
         digests = tuple(digest for digest in pc.unique(previous).to_pylist() if digest is not None)
         return _Scan(file, int(move.sum()), 0, digests, previous.null_count)
     wanted = wanted_rows(rows, target, within)
-    count = int(wanted.moved.sum() + wanted.other_model.sum())
+    count = int(wanted.moved.sum() + wanted.other_model.sum() + wanted.undetected.sum())
     return _Scan(file, count, int(wanted.computed.sum()))
 
 

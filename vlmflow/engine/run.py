@@ -189,7 +189,7 @@ class _Run:
         self, pools: tuple[PoolConfig, ...], prompts: PromptVectors | None, known: Stored[KnownBytes] | None
     ) -> Stages:
         setup, limits = self._prepared.setup, self._job.limits
-        requests = tuple(merge_requests(list(setup.requests.values())))
+        requests = tuple(merge_requests(setup.pixel_requests()))
         decode = ReadAndDecode(self._source.reader(limits), requests, limits, known)
         return Stages(decode, pools, setup, prompts)
 

@@ -8,7 +8,14 @@ from dataclasses import asdict, dataclass
 
 # Raised by hand, per family, when the adapter's outputs move for equal weights and pixels. A golden test compares
 # outputs with those recorded for the version.
-CODE_VERSIONS = {"open_clip": 1, "blip_caption": 1, "blip_itm": 1}
+CODE_VERSIONS = {
+    "open_clip": 1,
+    "blip_caption": 1,
+    "blip_itm": 1,
+    "opennsfw": 1,
+    "image_classification": 1,
+    "vlm_judge": 1,
+}
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,8 @@ def read_preprocessing(folder: Path, config: ModelConfig) -> Preprocessing:
     """
     if config.family == "open_clip":
         return _read_open_clip(folder, config.architecture)
+    if config.family in ("image_classification", "vlm_judge"):
+        return _read_processor(folder)
     return _read_blip(folder)
 
 
@@ -114,13 +116,37 @@ def _read_blip(folder: Path) -> Preprocessing:
         raise WeightsError(
             f"weights: {path} says size {side}, but config.json says {image_size}", remedy="Make the two agree."
         )
+    if values.get("do_center_crop"):
+        raise WeightsError(f"weights: {path} asks for a centre crop", remedy="Set do_center_crop to false.")
+    return _plain(values, side, path)
+
+
+def _read_processor(folder: Path) -> Preprocessing:
+    """That of transformers' image processors: a square; of a crop of the shortest side its side.
+
+    The whole image is squashed to it where they would show its middle: moderation must not overlook the ends.
+    """
+    path = folder / "preprocessor_config.json"
+    if not path.is_file():  # newer checkpoints keep it with the rest of the processor's
+        path = folder / "processor_config.json"
+    values = read_json(path)
+    values = values.get("image_processor", values)
+    size = values.get("crop_size") if values.get("do_center_crop") else None
+    size = size or values.get("size", 224)
+    if isinstance(size, dict):
+        short = size.get("shortest_edge")
+        size = short if short is not None else [size.get("height"), size.get("width")]
+    return _plain(values, _square(size, path), path)
+
+
+def _plain(values: dict[str, Any], side: int, path: Path) -> Preprocessing:
     interpolation = _PILLOW_FILTERS.get(values.get("resample", 3))
     rescale = values.get("rescale_factor", 1 / 255)
     plain = all(values.get(key, True) for key in ("do_resize", "do_rescale", "do_normalize"))
-    if interpolation is None or abs(rescale * 255 - 1) > 1e-6 or not plain or values.get("do_center_crop"):
+    if interpolation is None or abs(rescale * 255 - 1) > 1e-6 or not plain:
         raise WeightsError(
             f"weights: {path} asks for preprocessing other than resize, 1/255, mean and std",
-            remedy="Use resample 2 or 3, rescale_factor 1/255, and no centre crop.",
+            remedy="Use resample 2 or 3 and rescale_factor 1/255.",
         )
     mean, std = values.get("image_mean") or _CLIP_MEAN, values.get("image_std") or _CLIP_STD
     return Preprocessing(side, interpolation, _triple(mean, path), _triple(std, path))

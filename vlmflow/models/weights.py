@@ -19,8 +19,10 @@ _WEIGHT_NAMES = {
     "open_clip": ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors"),
     "blip_caption": ("model.safetensors", "model.safetensors.index.json"),
     "blip_itm": ("model.safetensors", "model.safetensors.index.json"),
+    "image_classification": ("model.safetensors", "model.safetensors.index.json"),
+    "vlm_judge": ("model.safetensors", "model.safetensors.index.json"),
 }
-_CONFIG_NAMES = {"open_clip": "open_clip_config.json", "blip_caption": "config.json", "blip_itm": "config.json"}
+_CONFIG_NAMES = dict.fromkeys(_WEIGHT_NAMES, "config.json") | {"open_clip": "open_clip_config.json"}
 _TOKENIZER_NAMES = (
     "added_tokens.json",
     "merges.txt",
@@ -145,8 +147,9 @@ def _download(repo: str, revision: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError
 
     patterns = ["*.safetensors", "*.safetensors.index.json", *_TOKENIZER_NAMES, *set(_CONFIG_NAMES.values())]
+    patterns += ["p*processor_config.json", "chat_template.*"]  # "preprocessor_config.json" too
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=[*patterns, "preprocessor_config.json"]))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
     except (HfHubHTTPError, OSError) as error:  # LocalEntryNotFoundError, no network: an OSError
         raise WeightsError(
             f"weights: {repo} at {revision[:12]} cannot be downloaded: {type(error).__name__}",

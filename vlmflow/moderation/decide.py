@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from vlmflow import schema
+from vlmflow.moderation.detections import Detected, DetectorRules
 from vlmflow.moderation.policy import Binding, Logistic, Policy
 from vlmflow.moderation.prompts import PromptVectors
 from vlmflow.moderation.scoring import Scorer
@@ -36,15 +37,23 @@ class Moderator:
     Args:
         binding: what was set for the embedder; None: every decision is `review`, with the reason `unbound`.
         prompts: None: it decides by margins alone.
+        detectors: by name, the fingerprint that the scores of the policy's detectors carry.
     """
 
-    def __init__(self, policy: Policy, binding: Binding | None, prompts: PromptVectors | None) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        binding: Binding | None,
+        prompts: PromptVectors | None,
+        detectors: Mapping[str, str] | None = None,
+    ) -> None:
         if prompts is not None and len(prompts.labels) != len(policy.labels):
             raise ValueError(
                 f"{len(prompts.labels)} label vectors for the {len(policy.labels)} labels of {policy.name}"
             )
         self._policy = policy
         self._bound = binding is not None
+        self.rules = DetectorRules(policy, detectors or {})
         self._scorer = None if prompts is None else Scorer(prompts)
         self.dim: int = 0 if prompts is None else prompts.labels.shape[1]
         labels = policy.each_label()
@@ -58,18 +67,25 @@ class Moderator:
         # A label that never blocks: no score reaches infinity.
         self._block = np.array([np.inf if limit.block is None else limit.block for limit in limits], np.float32)
 
-    def moderate(self, vectors: NDArray[np.float32], views: Sequence[str], offsets: NDArray[np.int64]) -> Moderation:
+    def moderate(
+        self,
+        vectors: NDArray[np.float32],
+        views: Sequence[str],
+        offsets: NDArray[np.int64],
+        detections: pa.ListArray[Any] | None = None,
+    ) -> Moderation:
         """Labels and decides images by the worst of their views.
 
         Args:
             vectors: (V, D) unit vectors, those of an image next to each other.
             views: (V,) names of the views.
             offsets: (N + 1,): image i has the vectors from ``offsets[i]`` to ``offsets[i + 1]``; it may have none.
+            detections: (N,) lists of schema.DETECTION; None: no detector ran.
         """
         has_vectors = np.diff(offsets) > 0
         margins, deciding = self.worst_views(vectors, offsets[:-1][has_vectors])
         deciding_views = pa.array(views, pa.string()).take(pa.array(deciding.ravel()))
-        return self.decide(margins, deciding_views, has_vectors)
+        return self.decide(margins, deciding_views, has_vectors, detections=detections)
 
     def worst_views(
         self, vectors: NDArray[np.float32], starts: NDArray[np.int64]
@@ -98,34 +114,60 @@ class Moderator:
         views: pa.StringArray,
         scored: NDArray[np.bool_] | None = None,
         times: pa.FloatArray | None = None,
+        detections: pa.Array[Any] | None = None,
     ) -> Moderation:
-        """Labels and decides images by margins, be they new or stored.
+        """Labels and decides images by margins and detections, be they new or stored.
 
         Args:
             margins: (S, L), of the images that are scored.
             views: (S * L,) names of the views that they come from, image by image.
             scored: (N,) which images those are, S of them; None: all.
             times: (S * L,) seconds of the frames that they come from; None: stills.
+            detections: (N,) lists of schema.DETECTION; None: no detector ran.
         """
         scored = np.ones(len(margins), np.bool_) if scored is None else scored
         scores, probabilities = _apply(self._curves, margins), _apply(self._calibration, margins)
         # What thresholds are compared with.
         compared = np.where(self._calibrated, probabilities, scores)
         decisions = self._decide_labels(compared)
-        image_decisions = np.full(len(scored), _REVIEW)
-        image_decisions[scored] = decisions.max(axis=1)
-        reasons = np.full(len(scored), UNSCORED, object)
-        reasons[scored] = self._reasons(decisions, compared)
         probabilities = np.where(self._calibrated, probabilities, np.float32(np.nan))
         labels = self._label_structs(margins, scores, probabilities, decisions, views, times)
         counts = np.where(scored, len(self._policy.labels), 0)
+        offsets = np.concatenate([[0], np.cumsum(counts)])
+        detected = None
+        counted = decisions
+        if len(self.rules):
+            of_images = np.full((len(scored), len(self._policy.labels)), -1)
+            of_images[scored] = decisions
+            detected = self.rules.apply(detections, len(scored), of_images)
+            counted = np.where(self.rules.overruled(detected, len(self._policy.labels))[scored], 0, decisions)
+            labels, offsets = _interleaved(labels, offsets, detected.labels, len(self.rules))
+        image_decisions = np.full(len(scored), _REVIEW)
+        image_decisions[scored] = counted.max(axis=1)
+        reasons = np.full(len(scored), UNSCORED, object)
+        reasons[scored] = self._reasons(counted, compared)
+        if detected is not None:
+            self._add_detected(detected, image_decisions, reasons)
         return Moderation(
             labels=pa.ListArray.from_arrays(
-                pa.array(np.concatenate([[0], np.cumsum(counts)]), pa.int32()), labels, mask=pa.array(~scored)
+                pa.array(offsets, pa.int32()), labels, mask=pa.array(np.diff(offsets) == 0)
             ),
             decision=pa.array(DECISIONS, pa.string()).take(pa.array(image_decisions)),
             reason=pa.array(reasons, pa.string()),
         )
+
+    def _add_detected(self, detected: Detected, decisions: NDArray[np.int64], reasons: NDArray[np.object_]) -> None:
+        """Raises the decisions of images to those of their detectors; where these are graver, they are the reason."""
+        if not self._bound:
+            return  # everything is `review`, and the reason is that
+        gravest = detected.decisions.max(axis=1)
+        raised = gravest > decisions
+        candidates = np.where(detected.decisions == gravest[:, None], np.nan_to_num(detected.values, nan=-1.0), -2.0)
+        best = candidates.argmax(axis=1)
+        names = np.array(self.rules.names, object)[best]
+        names[~detected.scored[np.arange(len(best)), best]] = UNSCORED
+        reasons[raised] = names[raised]
+        decisions[raised] = gravest[raised]
 
     def _decide_labels(self, values: NDArray[np.float32]) -> NDArray[np.int64]:
         if not self._bound:
@@ -169,8 +211,24 @@ class Moderator:
             "decision": pa.array(DECISIONS, pa.string()).take(pa.array(decisions.ravel())),
             "view": views,
             "time_s": pa.nulls(num_rows * len(refs), pa.float32()) if times is None else times,
+            "detector": pa.nulls(num_rows * len(refs), pa.string()),
         }
         return pa.StructArray.from_arrays([columns[field.name] for field in schema.LABEL], fields=list(schema.LABEL))
+
+
+def _interleaved(
+    labels: pa.StructArray, offsets: NDArray[np.int64], detected: pa.StructArray, per_image: int
+) -> tuple[pa.StructArray, NDArray[np.int64]]:
+    """Each image's labels by prompts, then those by detectors; and where each image's begin."""
+    counts = np.diff(offsets)
+    ends = np.cumsum(counts + per_image)
+    rows = np.repeat(np.arange(len(counts)), counts)
+    at = np.empty(len(labels) + len(detected), np.int64)
+    at[np.arange(len(labels)) + rows * per_image] = np.arange(len(labels))
+    images = np.repeat(np.arange(len(counts)), per_image)
+    within = np.tile(np.arange(per_image), len(counts))
+    at[ends[images] - per_image + within] = len(labels) + np.arange(len(detected))
+    return pa.concat_arrays([labels, detected]).take(pa.array(at)), np.concatenate([[0], ends])
 
 
 def _worst_views(

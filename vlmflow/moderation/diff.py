@@ -8,7 +8,7 @@ from typing import Any, Literal
 from vlmflow.config import Frozen
 from vlmflow.moderation.policy import Binding, Label, Policy, prompts_digest
 
-Effect = Literal["none", "margins", "text"]
+Effect = Literal["none", "margins", "text", "pixels"]
 Value = str | float | None
 
 _EFFECTS: dict[Effect, str] = {
@@ -17,6 +17,10 @@ _EFFECTS: dict[Effect, str] = {
     "text": (
         "Prompts changed: `vlmflow remoderate` runs the text encoder once over the prompts and scores the stored "
         "embeddings; no image is read."
+    ),
+    "pixels": (
+        "A detector is new or another one: `vlmflow enrich` with the new policy shows it the images and moderates them; "
+        "`vlmflow remoderate` leaves rows alone that it has not seen."
     ),
 }
 
@@ -45,7 +49,8 @@ class PolicyDiff(Frozen):
     Attributes:
         before, after: name, version and the first 12 digits of the digest.
         renamed: labels with the same prompts under another name, as (before, after).
-        effect: ``none``; ``margins``: stored margins will do; ``text``: prompts are encoded anew.
+        effect: ``none``; ``margins``: stored margins will do; ``text``: prompts are encoded anew; ``pixels``:
+            a detector must see the images.
         lost_bindings: models whose thresholds were set before and are not for the prompts after.
     """
 
@@ -73,6 +78,8 @@ def diff_policies(before: Policy, after: Policy) -> PolicyDiff:
     effect: Effect = "margins" if _decides(before) != _decides(after) else "none"
     if prompts_digest(before) != prompts_digest(after):
         effect = "text"
+    if not _detecting(after) <= _detecting(before):
+        effect = "pixels"
     return PolicyDiff(
         before=_title(before),
         after=_title(after),
@@ -134,7 +141,24 @@ def _label_changes(before: Policy, after: Policy, old: Label, new: Label) -> lis
 
 def _settings(policy: Policy) -> dict[str, Value]:
     logistic = policy.logistic
-    return {"temperature": policy.temperature, "scale": logistic.scale, "offset": logistic.offset}
+    values: dict[str, Value] = {"temperature": policy.temperature, "scale": logistic.scale, "offset": logistic.offset}
+    for detector in policy.detectors:
+        values[f"detector {detector.name}"] = detector.path or detector.repo or detector.family
+        for name, output in detector.outputs.items():
+            where = f"{detector.name}.{name}"
+            values |= {f"{where} label": f"{output.category}/{output.label}", f"{where} combine": output.combine}
+            values |= {f"{where} review": output.review, f"{where} block": output.block}
+            values |= {f"{where} question": output.question} if output.question else {}
+    return values
+
+
+def _detecting(policy: Policy) -> set[tuple[str | None, ...]]:
+    """What is asked of which detectors."""
+    return {
+        (detector.name, detector.family, detector.path, detector.repo, detector.revision, name, output.question)
+        for detector in policy.detectors
+        for name, output in detector.outputs.items()
+    }
 
 
 def _binding_changes(before: Policy, after: Policy) -> list[Change]:

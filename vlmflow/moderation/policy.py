@@ -86,6 +86,41 @@ class Category(_Part):
     labels: Annotated[tuple[Label, ...], Field(min_length=1, strict=False)]
 
 
+class DetectorOutput(Thresholds):
+    """What one score of a detector means: the label that it feeds, and from where on.
+
+    ``combine`` says how it goes together with the prompts of the same label: with ``any`` each decides and the graver
+    counts; with ``confirm`` the detector blocks only where the prompts find at least `review`; with ``replace`` the
+    prompts count only where the detector gave no score.
+    """
+
+    category: Name
+    label: Name
+    combine: Literal["any", "confirm", "replace"] = "any"
+    question: Prompt | None = None  # of a judge: what it is asked; "yes" counts
+
+
+class Detector(_Part):
+    """A classifier that looks at the pixels itself. Its scores are stored, so that a later policy can use them."""
+
+    name: Name
+    family: Literal["opennsfw", "image_classification", "vlm_judge"]
+    path: str | None = None  # a local folder
+    repo: str | None = None  # a hub repository; needs `revision`
+    revision: str | None = None
+    weights: Digest | None = None  # weights digest that the thresholds were set for; another one is refused
+    outputs: Annotated[dict[str, DetectorOutput], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _fits_family(self) -> Self:
+        asked = [name for name, output in self.outputs.items() if output.question is not None]
+        if self.family == "vlm_judge" and len(asked) < len(self.outputs):
+            raise ValueError(f"detector {self.name}: every output of a judge needs a question")
+        if self.family != "vlm_judge" and asked:
+            raise ValueError(f"detector {self.name}: only a vlm_judge is asked questions, not {self.family}")
+        return self
+
+
 class Binding(_Part):
     """What was set for one model and one set of prompts."""
 
@@ -107,6 +142,7 @@ class Policy(_Part):
     neutral: Annotated[tuple[Prompt, ...], Field(min_length=1, strict=False)]
     categories: Annotated[tuple[Category, ...], Field(min_length=1, strict=False)]
     logistic: Logistic
+    detectors: Annotated[tuple[Detector, ...], Field(strict=False)] = ()
     bindings: Annotated[tuple[Binding, ...], Field(strict=False)] = ()
 
     @field_validator("categories")
@@ -117,6 +153,22 @@ class Policy(_Part):
             if doubled:
                 raise ValueError(f"named twice: {', '.join(doubled)}")
         return categories
+
+    @model_validator(mode="after")
+    def _detectors_fit(self) -> Self:
+        categories = {ref.label: ref.category for ref in self.labels}
+        names = [detector.name for detector in self.detectors]
+        if len(set(names)) != len(names):
+            raise ValueError("two detectors of the same name")
+        for detector in self.detectors:
+            for name, output in detector.outputs.items():
+                category = categories.get(output.label)
+                what = f"detector {detector.name}, output {name}: label {output.label}"
+                if category is None and output.combine != "any":
+                    raise ValueError(f"{what} has no prompts to {output.combine}")
+                if category not in (None, output.category):
+                    raise ValueError(f"{what} is of category {category}, not {output.category}")
+        return self
 
     @model_validator(mode="after")
     def _bindings_fit(self) -> Self:

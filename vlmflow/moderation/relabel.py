@@ -53,6 +53,7 @@ class Wanted:
 
     stored: Mask  # from the margins in the row
     computed: Mask  # from stored vectors
+    undetected: Mask  # would move, but a detector of the policy has not seen the image: left as they are
     other_model: Mask  # would move, but their vectors are another model's: left as they are
 
     @property
@@ -80,11 +81,14 @@ def wanted_rows(rows: pa.Table, target: Target, within: Mask | None = None) -> W
     stored = move & np.asarray(same) & equal(rows[_FINGERPRINT], target.moderate_fingerprint)
     computed = move & ~stored & has_vectors & equal(rows["embed_fingerprint"], target.embed_fingerprint)
     other = move & ~stored & ~computed & (has_vectors | is_valid(digest))
-    return Wanted(stored, computed, other)
+    undetected = np.zeros(rows.num_rows, np.bool_)
+    if len(target.moderator.rules):
+        undetected = (stored | computed) & ~target.moderator.rules.held(rows["detections"])
+    return Wanted(stored & ~undetected, computed & ~undetected, undetected, other)
 
 
 # What :func:`wanted_rows` reads.
-SCANNED = ("policy_digest", "previous_policy", "embed_run_id", "embed_fingerprint", _FINGERPRINT)
+SCANNED = ("policy_digest", "previous_policy", "embed_run_id", "embed_fingerprint", "detections", _FINGERPRINT)
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,6 +137,7 @@ class Changes:
     num_moved: int = 0
     num_from_margins: int = 0
     num_other_model: int = 0
+    num_undetected: int = 0
     num_without_vectors: int = 0
     decisions: Counter[tuple[str, str]] = field(default_factory=Counter)
     labels: Counter[tuple[str, str, str]] = field(default_factory=Counter)
@@ -143,6 +148,7 @@ class Changes:
         self.num_moved += other.num_moved
         self.num_from_margins += other.num_from_margins
         self.num_other_model += other.num_other_model
+        self.num_undetected += other.num_undetected
         self.num_without_vectors += other.num_without_vectors
         self.decisions.update(other.decisions)
         self.labels.update(other.labels)
@@ -167,12 +173,17 @@ def relabel(
         The rows in their order, those that did not move as they were; and what changed.
     """
     at = np.flatnonzero(wanted.moved)
-    changes = Changes(num_moved=len(at), num_other_model=int(wanted.other_model.sum()))
+    changes = Changes(
+        num_moved=len(at),
+        num_other_model=int(wanted.other_model.sum()),
+        num_undetected=int(wanted.undetected.sum()),
+    )
     if not len(at):
         return rows, changes
     old = rows.take(pa.array(at))
     margins, views, times, found = _margins(old, wanted.stored[at], target, scored)
-    result = target.moderator.decide(margins[found], views, found, times)
+    detections = flat(old["detections"]) if len(target.moderator.rules) else None
+    result = target.moderator.decide(margins[found], views, found, times, detections)
     changes.num_from_margins = int(wanted.stored.sum())
     changes.num_without_vectors = int((~found).sum())
     new = _with_moderation(old, result, found, target)
@@ -200,6 +211,7 @@ def _margins(
     if stored.any():
         labels = flat(rows["labels"].filter(pa.array(stored)))
         items = pc.list_flatten(labels)
+        items = items.filter(pc.is_null(pc.struct_field(items, "detector")))
         margins[stored] = _floats(items, "margin").reshape(-1, shape[1])
         times[stored] = _floats(items, "time_s").reshape(-1, shape[1])
         coded = pc.dictionary_encode(pc.struct_field(items, "view"))
@@ -293,10 +305,17 @@ def _label_decisions(rows: pa.Table) -> pa.Table:
     return pa.table(
         {
             "row": pc.list_parent_indices(labels),
-            "label": pc.struct_field(items, "label"),
+            "label": _label_names(items),
             "decision": pc.struct_field(items, "decision"),
         }
     )
+
+
+def _label_names(items: pa.StructArray) -> pa.Array:
+    """Labels as changes are counted by; what a detector says of one is counted apart."""
+    names, detectors = pc.struct_field(items, "label"), pc.struct_field(items, "detector")
+    by_detector = pc.binary_join_element_wise(names, " (", detectors, ")", "")
+    return pc.if_else(pc.is_null(detectors), names, by_detector)
 
 
 def _keys(rows: pa.Table) -> tuple[Words, Words]:

@@ -17,7 +17,7 @@ class ModerateTask:
     """Applies a policy to vectors. A row without vectors is decided too: `review`, as unscored."""
 
     name = "moderate"
-    reads: tuple[str, ...] = ("vectors", "vector_views")
+    reads: tuple[str, ...] = ("vectors", "vector_views")  # and `detections`, where there are detectors
     writes = pa.schema(
         [("labels", pa.list_(schema.LABEL)), ("decision", pa.string()), ("decision_reason", pa.string())]
     )
@@ -33,5 +33,6 @@ class ModerateTask:
         values = np.asarray(pc.list_flatten(flat), np.float32)
         vectors = values.reshape(len(flat), -1) if len(flat) else np.empty((0, self._moderator.dim), np.float32)
         views = cast(list[str], pc.list_flatten(batch["vector_views"].combine_chunks()).to_pylist())
-        result = self._moderator.moderate(vectors, views, np.concatenate([[0], np.cumsum(counts)]))
+        detections = batch["detections"].combine_chunks() if "detections" in batch.column_names else None
+        result = self._moderator.moderate(vectors, views, np.concatenate([[0], np.cumsum(counts)]), detections)
         return {"labels": result.labels, "decision": result.decision, "decision_reason": result.reason}

@@ -17,6 +17,7 @@ from vlmflow.models import (
     pixel_request,
     resolve_models,
 )
+from vlmflow.models.detectors import DetectorSetup, load_detector, prepare_detectors
 from vlmflow.models.identity import short_digest
 from vlmflow.moderation.decide import Moderator
 from vlmflow.moderation.policy import Binding, Policy, check_binding, load_policy
@@ -35,10 +36,15 @@ class TaskSetup:
     max_caption_tokens: int
     policy: Policy | None  # None: the job does not moderate
     binding: Binding | None  # None: every decision is `review`
+    detectors: tuple[DetectorSetup, ...] = ()  # of the policy
 
     def fingerprints(self, tasks: tuple[TaskName, ...]) -> dict[str, str]:
         """What decides whether a task is due: its model and settings. The policy is compared apart from it."""
         return {task: self._fingerprint(task) for task in tasks}
+
+    def pixel_requests(self) -> list[PixelRequest]:
+        """What the models are shown."""
+        return [*self.requests.values(), *(detector.request for detector in self.detectors)]
 
     def _fingerprint(self, task: TaskName) -> str:
         match task:
@@ -47,6 +53,9 @@ class TaskSetup:
                 return short_digest({"model": self.identities["embed"].fingerprint(task), "views": views})
             case "moderate":
                 return short_digest({"embed": self._fingerprint("embed"), "scoring": SCORING_VERSION})
+            case "detect":
+                parts = [[detector.fingerprint, detector.request.views] for detector in self.detectors]
+                return short_digest({"detectors": parts})
             case "caption":
                 tokens = self.max_caption_tokens
                 return short_digest({"model": self.identities["caption"].fingerprint(task), "max_tokens": tokens})
@@ -64,6 +73,7 @@ def prepare_tasks(job: Job) -> TaskSetup:
         WeightsError: weights that are absent, or files that cannot be used.
         PolicyError: the policy cannot be used.
         UnboundPolicyError: it was not set for the job's embedder, and ``accept_unbound`` is off.
+        DetectorError: one of its detectors cannot run here.
     """
     models = resolve_models(job)
     identities = {role: identify(role, config) for role, config in models.items()}
@@ -73,6 +83,7 @@ def prepare_tasks(job: Job) -> TaskSetup:
             raise ConfigError("policy: moderate needs one", remedy="Name it with --policy, or leave moderate out.")
         policy = load_policy(job.policy)
         binding = check_binding(policy, identities["embed"], accept_unbound=job.accept_unbound)
+    detectors = prepare_detectors(policy, job.views) if policy else ()
     return TaskSetup(
         models=models,
         identities=identities,
@@ -80,6 +91,7 @@ def prepare_tasks(job: Job) -> TaskSetup:
         max_caption_tokens=job.max_caption_tokens,
         policy=policy,
         binding=binding,
+        detectors=detectors,
     )
 
 
@@ -114,7 +126,12 @@ def load_task(name: TaskName, setup: TaskSetup, prompts: PromptVectors | None, d
 
             assert setup.policy is not None
             assert prompts is not None
-            return ModerateTask(Moderator(setup.policy, setup.binding, prompts))
+            models = {detector.name: detector.fingerprint for detector in setup.detectors}
+            return ModerateTask(Moderator(setup.policy, setup.binding, prompts, models))
+        case "detect":
+            from vlmflow.tasks.detect import DetectTask
+
+            return DetectTask([(detector, load_detector(detector, device)) for detector in setup.detectors])
         case "caption":
             from vlmflow.tasks.caption import CaptionTask
 

@@ -10,10 +10,13 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.models import IMAGE_SIZE, make_captioner, make_clip, make_matcher
+from tests.models import IMAGE_SIZE, make_captioner, make_classifier, make_clip, make_judge, make_matcher
 from vlmflow.config import ModelConfig
 from vlmflow.models import ModelIdentity, load_captioner, load_embedder, load_matcher
+from vlmflow.models.classifier import ImageClassifier
 from vlmflow.models.identity import CODE_VERSIONS
+from vlmflow.models.judge import VlmJudge
+from vlmflow.models.opennsfw import OpenNsfw
 
 RECORDED = json.loads((Path(__file__).parent / "golden.json").read_text())
 
@@ -30,9 +33,9 @@ def fill_by_formula(path: Path) -> None:
     save_file(tensors, path, {"format": "pt"})
 
 
-def formula_pixels(num_images: int) -> torch.Tensor:
-    wave = torch.sin(torch.arange(num_images * 3 * IMAGE_SIZE**2, dtype=torch.float64) * 0.0137)
-    return ((wave + 1) * 127.5).to(torch.uint8).reshape(num_images, 3, IMAGE_SIZE, IMAGE_SIZE)
+def formula_pixels(num_images: int, size: int = IMAGE_SIZE) -> torch.Tensor:
+    wave = torch.sin(torch.arange(num_images * 3 * size**2, dtype=torch.float64) * 0.0137)
+    return ((wave + 1) * 127.5).to(torch.uint8).reshape(num_images, 3, size, size)
 
 
 def rounded(values: np.ndarray[Any, Any]) -> list[Any]:
@@ -42,16 +45,23 @@ def rounded(values: np.ndarray[Any, Any]) -> list[Any]:
 def outputs(folder: Path) -> dict[str, Any]:
     pixels = formula_pixels(3)
     clip, captioner, matcher = make_clip(folder / "a"), make_captioner(folder / "b"), make_matcher(folder / "c")
+    classifier, yes_or_no = make_classifier(folder / "d"), make_judge(folder / "e")
     for path in folder.glob("*/*.safetensors"):
         fill_by_formula(path)
     embedder = load_embedder(ModelConfig(family="open_clip", path=str(clip)), "cpu")
     speaker = load_captioner(ModelConfig(family="blip_caption", path=str(captioner)), "cpu")
     judge = load_matcher(ModelConfig(family="blip_itm", path=str(matcher)), "cpu")
     images, texts = judge.encode_images(pixels), ["a red car", "two dogs", "a"]
+    classifying = ModelConfig(family="image_classification", path=str(classifier))
     vectors = np.concatenate([embedder.embed_images(pixels), embedder.embed_texts(texts)])
     return {
         "open_clip": rounded(vectors[:, :6]),
         "blip_caption": speaker.caption(pixels, 8),
+        "opennsfw": rounded(OpenNsfw.load().score(formula_pixels(3, 256))),
+        "image_classification": rounded(
+            ImageClassifier.load(classifier, classifying, ("hentai", "neutral"), "cpu").score(pixels)
+        ),
+        "vlm_judge": rounded(VlmJudge.load(yes_or_no, ["Does the picture show a gun?"], "cpu").score(pixels)),
         "blip_itm": [rounded(judge.match_itm(images, texts)), rounded(judge.match_itc(images, texts))],
     }
 

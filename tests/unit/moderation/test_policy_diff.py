@@ -116,3 +116,21 @@ def test_a_label_in_another_category_needs_no_model() -> None:
     found = diff_policies(policy(), policy(categories=both))
     assert moved(found) == {("wine", "category", "alcohol", "drink")}
     assert found.effect == "margins"
+
+
+def detector(**changes: Any) -> dict[str, Any]:
+    output = {"category": "sexual", "label": "nudity", "review": 0.4, "block": 0.8}
+    given = {name: changes.pop(name) for name in list(changes) if name in output or name == "combine"}
+    return {"name": "opennsfw", "family": "opennsfw", "outputs": {"nsfw": output | given}, **changes}
+
+
+def test_a_new_detector_needs_the_images_and_its_thresholds_do_not() -> None:
+    without, having = policy(), policy(detectors=[detector()])
+    added = diff_policies(without, having)
+    assert added.effect == "pixels"
+    assert ("policy", "opennsfw.nsfw review", None, 0.4) in moved(added)
+    assert diff_policies(having, without).effect == "margins"
+    lower = diff_policies(having, policy(detectors=[detector(review=0.2)]))
+    assert (lower.effect, moved(lower)) == ("margins", {("policy", "opennsfw.nsfw review", 0.4, 0.2)})
+    other = policy(detectors=[detector(family="image_classification", path="models/nsfw")])
+    assert diff_policies(having, other).effect == "pixels"

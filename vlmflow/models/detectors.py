@@ -1,0 +1,138 @@
+"""Detectors of a policy: classifiers that look at the pixels themselves. What they are, and how they are loaded.
+
+A detector gives scores in [0, 1] for its outputs; what they mean stands in the policy. N: images, S: side of the
+pixels, O: outputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, assert_never
+
+from vlmflow.config import ModelConfig
+from vlmflow.errors import DetectorError, PolicyError
+from vlmflow.imaging import PixelRequest
+from vlmflow.models.identity import CODE_VERSIONS, ModelIdentity
+from vlmflow.models.preprocessing import read_preprocessing
+from vlmflow.models.weights import locate, read_json, weights_digest
+from vlmflow.moderation.policy import Detector, Policy
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from numpy.typing import NDArray
+
+
+class PixelDetector(Protocol):
+    """A loaded detector."""
+
+    def score(self, pixels: torch.Tensor) -> NDArray[np.float32]:
+        """(N, 3, S, S) uint8 RGB -> (N, O) scores in [0, 1], in the order of the policy's outputs."""
+
+
+@dataclass(frozen=True)
+class DetectorSetup:
+    """A detector as the driver settles it, without loading it; can be pickled."""
+
+    name: str
+    config: Detector
+    identity: ModelIdentity
+    request: PixelRequest
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of its outputs, in the order of the scores."""
+        return tuple(self.config.outputs)
+
+    @property
+    def fingerprint(self) -> str:
+        """A short digest of what its scores depend on: thresholds do not count, questions do."""
+        questions = [(name, output.question) for name, output in self.config.outputs.items() if output.question]
+        return self.identity.fingerprint(f"detect {questions}" if questions else "detect")
+
+
+def prepare_detectors(policy: Policy, views: tuple[str, ...]) -> tuple[DetectorSetup, ...]:
+    """Settles a policy's detectors from their files.
+
+    Raises:
+        DetectorError: a package that a detector needs is not installed, it has no such output, or its weights are
+            not those that the policy was set for.
+        WeightsError: weights that are absent or cannot be used.
+    """
+    return tuple(_prepare(detector, policy, views) for detector in policy.detectors)
+
+
+def _prepare(detector: Detector, policy: Policy, views: tuple[str, ...]) -> DetectorSetup:
+    shown = ("squash", *(view for view in views if view != "squash"))
+    if detector.family == "opennsfw":
+        from vlmflow.models.opennsfw import OUTPUT, SIZE, identify_opennsfw
+
+        identity = identify_opennsfw()
+        request = PixelRequest(SIZE, "bilinear", shown)
+        _check_outputs(detector, (OUTPUT,))
+    else:
+        folder = locate(model_config(detector))
+        preprocessing = read_preprocessing(folder, model_config(detector))
+        identity = ModelIdentity(
+            id=detector.repo or folder.name,
+            revision=detector.revision or "local",
+            weights_digest=weights_digest(folder, detector.family),
+            preprocessing=preprocessing.describe(),
+            code_version=CODE_VERSIONS[detector.family],
+        )
+        request = PixelRequest(preprocessing.size, preprocessing.interpolation, shown)
+        if detector.family == "image_classification":
+            _check_outputs(detector, tuple(read_json(folder / "config.json").get("id2label", {}).values()))
+    if detector.weights is not None and detector.weights != identity.weights_digest:
+        raise DetectorError(
+            f"policy {policy.name} {policy.version}: detector {detector.name} has weights "
+            f"{identity.weights_digest[:12]}, its thresholds were set for {detector.weights[:12]}",
+            remedy="Use the weights that the policy names, or set thresholds for these and change `weights`.",
+        )
+    return DetectorSetup(detector.name, detector, identity, request)
+
+
+def model_config(detector: Detector) -> ModelConfig:
+    """Where the files of a detector are.
+
+    Raises:
+        PolicyError: the family needs none.
+    """
+    if detector.family == "opennsfw":
+        raise PolicyError(f"detector {detector.name}: opennsfw comes with its package")
+    return ModelConfig(family=detector.family, path=detector.path, repo=detector.repo, revision=detector.revision)
+
+
+def load_detector(setup: DetectorSetup, device: str) -> PixelDetector:
+    """Loads a detector; in a worker.
+
+    Raises:
+        DetectorError: its package is not installed here.
+        WeightsError: the weights do not fit, or are not on this machine.
+    """
+    match setup.config.family:
+        case "opennsfw":
+            from vlmflow.models.opennsfw import OpenNsfw
+
+            return OpenNsfw.load()
+        case "image_classification":
+            from vlmflow.models.classifier import ImageClassifier
+
+            config = model_config(setup.config)
+            return ImageClassifier.load(locate(config), config, setup.outputs, device)
+        case "vlm_judge":
+            from vlmflow.models.judge import VlmJudge
+
+            questions = [output.question or "" for output in setup.config.outputs.values()]
+            return VlmJudge.load(locate(model_config(setup.config)), questions, device)
+        case _:
+            assert_never(setup.config.family)
+
+
+def _check_outputs(detector: Detector, there: tuple[str, ...]) -> None:
+    unknown = [name for name in detector.outputs if name not in there]
+    if unknown:
+        raise DetectorError(
+            f"detector {detector.name} has no output {', '.join(unknown)}",
+            remedy=f"Name one of {', '.join(there[:20])}.",
+        )

@@ -14,6 +14,7 @@ from vlmflow.errors import ConfigError
 
 TaskName = Literal["embed", "detect", "moderate", "caption", "match"]
 RetriedStatus = Literal["failed", "partial", "missing", "unreadable"]
+ViewName = Literal["squash", "center", "tiles", "black", "frames"]
 SourceKind = Literal["auto", "prefix", "manifest", "webdataset", "parquet"]
 
 MIB = 1024 * 1024
@@ -139,7 +140,9 @@ class Job(Frozen):
     limit: Annotated[int, Field(ge=1)] | None = None  # at most this many images, for a trial
     reuse: bool = True  # copy results that the catalog holds for equal bytes, instead of computing them again
     pools: tuple[PoolConfig, ...] = ()  # default: one pool with all tasks
-    views: tuple[Literal["squash", "center"], ...] = ("squash", "center")
+    # What moderation and embeddings are made of, where these differ: the whole image, its centre, the length of long
+    # ones, transparent ones on black, the frames of animations.
+    views: tuple[ViewName, ...] = ("squash", "center", "tiles", "black", "frames")
     max_caption_tokens: Annotated[int, Field(ge=1, le=512)] = 20
     limits: ImageLimits = ImageLimits()
     commit: CommitConfig = CommitConfig()

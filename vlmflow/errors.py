@@ -126,6 +126,7 @@ class RowErrorClass(StrEnum):
     TASK_FAILED = "task_failed"
     OUT_OF_MEMORY = "out_of_memory"
     WORKER_DIED = "worker_died"
+    FRAMES_UNSEEN = "frames_unseen"
     TIMED_OUT = "timed_out"
 
 

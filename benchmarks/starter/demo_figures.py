@@ -13,12 +13,13 @@ import torch
 from vlmflow.config import ImageLimits, ModelConfig
 from vlmflow.errors import ImageError
 from vlmflow.imaging import DecodedImage, PixelRequest, decode
+from vlmflow.imaging.pixels import VIEWS
 from vlmflow.models import identify, load_captioner, load_embedder, load_matcher, pixel_request
 from vlmflow.moderation.decide import Moderator
 from vlmflow.moderation.policy import find_binding, load_policy
 from vlmflow.moderation.prompts import encode_prompts
 
-_VIEWS = ("squash", "center")
+_VIEWS = VIEWS
 _BATCH = 32
 
 

@@ -100,8 +100,11 @@ def test_one_vector_for_each_view_of_each_good_image(make_job: Callable[..., Job
         assert sum(value**2 for value in row["vector"]) == pytest.approx(1.0, abs=1e-5)
     assert set(views) == {image_id for image_id, row in images.items() if row["status"] == "ok"}
     for image_id, names in views.items():
-        square = images[image_id]["width"] == images[image_id]["height"]
-        assert names == ({"squash"} if square else {"squash", "center"})
+        width, height = images[image_id]["width"], images[image_id]["height"]
+        expected = {"squash"} if width == height else {"squash", "center"}
+        if max(width, height) >= 2 * min(width, height):
+            expected |= {"tile-1", "tile-2", "tile-3"}
+        assert names == expected
 
 
 def test_a_second_run_does_nothing_and_says_so(make_job: Callable[..., Job], tmp_path: Path) -> None:

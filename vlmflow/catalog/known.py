@@ -27,6 +27,7 @@ from vlmflow.catalog.masks import Mask, as_mask, equal
 from vlmflow.catalog.read import read_each
 from vlmflow.catalog.rows import OK
 from vlmflow.errors import CatalogError
+from vlmflow.imaging.frames import join_times
 
 logger = logging.getLogger("vlmflow")
 
@@ -117,7 +118,8 @@ class KnownBytes:
 
     def _with_vectors(self, images: pa.Table, places: _Places, numbers: npt.NDArray[np.int64]) -> pa.Table:
         """Adds the vectors of each image, null where they are not where they were."""
-        rows = self._read("embeddings", places, numbers, ("image_id", "view", "vector"))
+        rows = self._read("embeddings", places, numbers, ("image_id", "view", "time_s", "vector"))
+        rows = rows.set_column(1, "view", join_times(rows["view"], rows["time_s"]))
         counts = places.count[numbers].astype(np.int64)
         owner = pa.array(np.repeat(np.arange(len(numbers)), counts))
         theirs = equal(rows["image_id"], flat(images["image_id"]).take(owner))
@@ -189,7 +191,7 @@ def _candidates(
 ) -> tuple[pa.Table, _Places] | None:
     """Rows with all results of the request; which, and where."""
     fingerprints = [schema.fingerprint_column(task) for task in request.tasks]
-    decisive = ["status", "decoder", "policy_digest", "size_bytes", *fingerprints]
+    decisive = ["status", "errors", "decoder", "policy_digest", "size_bytes", *fingerprints]
     newest_first = sorted(images.files.values(), key=lambda file: (file.ingest_date, file.path), reverse=True)
     fitting: list[tuple[DataFile, Mask]] = []
     num_fitting = 0
@@ -219,6 +221,7 @@ def _candidates(
 
 def _fits(rows: pa.Table, request: PlanRequest, sizes: pa.Array | None) -> Mask:
     mask = equal(rows["status"], OK) & equal(rows["decoder"], request.decoder)
+    mask &= as_mask(pc.equal(pc.fill_null(pc.list_value_length(rows["errors"]), 0), 0))  # frames that were not seen
     for task in request.tasks:
         mask &= equal(rows[schema.fingerprint_column(task)], request.fingerprints[task])
     if "moderate" in request.tasks and request.policy_digest is not None:

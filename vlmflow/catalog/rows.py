@@ -188,5 +188,13 @@ def failed_tasks(errors: pa.ChunkedArray) -> dict[str, Mask]:
     return out
 
 
+def unseen_frames(errors: pa.ChunkedArray | pa.Array) -> Mask:
+    """The rows whose errors say that some frames were not looked at."""
+    rows, items = explode(errors)
+    marks = np.zeros(len(errors), dtype=np.bool_)
+    marks[rows[field_strings(items, "class") == RowErrorClass.FRAMES_UNSEEN]] = True
+    return marks
+
+
 def _constant(value: str | None, count: int) -> pa.Array:
     return pa.repeat(pa.scalar(value, pa.string()), count)

@@ -18,6 +18,7 @@ from vlmflow.catalog.log import DataFile, TableName, file_stats
 from vlmflow.catalog.masks import holds
 from vlmflow.catalog.rows import RunConstants, stage_rows
 from vlmflow.errors import CatalogError
+from vlmflow.imaging.frames import split_views
 
 STAGING = "staging"  # STAGING/<run>/: rows that replace live ones, until the commit has merged them
 _OUR_FILE = re.compile(
@@ -155,11 +156,13 @@ def _embeddings(rows: pa.Table, constants: RunConstants) -> pa.Table:
         raise CatalogError("vectors and vector_views differ in length")
     parents = pc.list_parent_indices(vectors)
     count = len(parents)
+    names, times = split_views(pc.list_flatten(views))
     table = pa.table(
         {
             "image_id": rows["image_id"].take(parents),
             "object_version": rows["object_version"].take(parents),
-            "view": pc.list_flatten(views),
+            "view": names,
+            "time_s": times,
             "vector": pc.list_flatten(vectors),
             "embed_fingerprint": pa.repeat(pa.scalar(constants.fingerprints["embed"]), count),
             "embed_run_id": pa.repeat(pa.scalar(constants.run_id), count),

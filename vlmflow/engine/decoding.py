@@ -82,7 +82,9 @@ class ReadAndDecode:
             return _Outcome(fetched.object_version, num_bytes, error=("decode", str(error.error_class), str(error)))
         copied = copy.tasks if copy else ()
         left = tuple(task for task in tasks if task not in copied)
-        return _Outcome(fetched.object_version, num_bytes, image.facts, image.pixels, left, copied)
+        # No error of the image: it was decoded. Moderation takes it for what nobody has looked at.
+        unseen = ("frames", str(RowErrorClass.FRAMES_UNSEEN), image.unseen) if image.unseen else None
+        return _Outcome(fetched.object_version, num_bytes, image.facts, image.pixels, left, copied, unseen)
 
     def _assemble(
         self,

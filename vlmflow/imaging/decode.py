@@ -25,7 +25,8 @@ from PIL.WebPImagePlugin import WebPImageFile
 from vlmflow.config import ImageLimits
 from vlmflow.errors import ImageError, RowErrorClass
 from vlmflow.imaging import headers
-from vlmflow.imaging.pixels import Pixels, render, to_rgb
+from vlmflow.imaging.frames import MAX_FRAMES_SEEN, MAX_PIXELS_SEEN, Frame, choose_frames, frames_in, thumbnail
+from vlmflow.imaging.pixels import Pixels, render, shows_ground, to_rgb
 
 # Part of the ledger: images recorded as unreadable are due again when it changes. Raise the number when we learn to
 # decode something new; Pillow's major version stands for what Pillow learned.
@@ -119,10 +120,15 @@ class ImageFacts:
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """An image and its pixels: for each request's key the views, each (size, size, 3) uint8 RGB."""
+    """An image and its pixels: for each request's key the views, each (size, size, 3) uint8 RGB.
+
+    Attributes:
+        unseen: why some of its frames were not looked at; None: all were, or none were asked for.
+    """
 
     facts: ImageFacts
     pixels: dict[str, list[tuple[str, Pixels]]]
+    unseen: str | None = None
 
 
 @dataclass(frozen=True)
@@ -146,7 +152,10 @@ def inspect(data: bytes, limits: ImageLimits) -> ImageFacts:
 def decode(
     data: bytes, requests: Sequence[PixelRequest], limits: ImageLimits, content_hash: str | None = None
 ) -> DecodedImage:
-    """Decodes an image once and renders what is asked for. Of an animation the first frame, of a TIFF the first page.
+    """Decodes an image once and renders what is asked for.
+
+    Of an animation or a TIFF of several pages that is the first frame, and, where ``frames`` are among the views, those
+    that differ most, squashed.
 
     Args:
         data: the bytes of the file; its name is of no interest.
@@ -166,11 +175,70 @@ def decode(
             side = DRAFT_RATIO * max(request.size for request in merged)
             image.draft(None, (side, side))
         image.load()
-        image = to_rgb(image)
-        if opened.orientation in _TRANSPOSE:
-            image = image.transpose(_TRANSPOSE[opened.orientation])
-    pixels = {request.key: render(image, request.size, request.interpolation, request.views) for request in merged}
-    return DecodedImage(opened.facts, pixels)
+        grounds = [("", _shown(image, opened.orientation, "white"))]
+        if any("black" in request.views for request in merged) and shows_ground(image):
+            grounds.append(("black", _shown(image, opened.orientation, "black")))
+    pixels = {request.key: _views(request, grounds) for request in merged}
+    unseen = None
+    if opened.facts.num_frames > 1 and any("frames" in request.views for request in merged):
+        unseen = _add_frames(opened, merged, pixels, grounds[0][1], limits)
+    return DecodedImage(opened.facts, pixels, unseen)
+
+
+def _shown(image: Image.Image, orientation: int, ground: Literal["white", "black"]) -> Image.Image:
+    rgb = to_rgb(image, ground)
+    return rgb.transpose(_TRANSPOSE[orientation]) if orientation in _TRANSPOSE else rgb
+
+
+def _views(request: PixelRequest, grounds: Sequence[tuple[str, Image.Image]]) -> list[tuple[str, Pixels]]:
+    """The views of an image as it looks on white, and squashed on other grounds."""
+    rendered = render(grounds[0][1], request.size, request.interpolation, request.views)
+    if "black" in request.views:
+        for name, image in grounds[1:]:
+            rendered += [(name, pixels) for _, pixels in _squashed(image, request)]
+    return rendered
+
+
+def _squashed(image: Image.Image, request: PixelRequest) -> list[tuple[str, Pixels]]:
+    return render(image, request.size, request.interpolation, ("squash",))
+
+
+def _add_frames(
+    opened: _Opened,
+    requests: Sequence[PixelRequest],
+    pixels: dict[str, list[tuple[str, Pixels]]],
+    first: Image.Image,
+    limits: ImageLimits,
+) -> str | None:
+    """Renders the frames behind the first that are worth showing; says what was not looked at."""
+    image, orientation = opened.image, opened.orientation
+    thumbnails, times = [thumbnail(first)], [0.0]
+    num_pixels, unseen = 0, None
+    wanted = min(opened.facts.num_frames, MAX_FRAMES_SEEN)
+    if wanted < opened.facts.num_frames:
+        unseen = f"frames after the first {wanted:,} of {opened.facts.num_frames:,} were not looked at"
+    try:
+        for number, time_s in frames_in(image, wanted):
+            num_pixels += image.width * image.height
+            if image.width * image.height > limits.max_pixels or num_pixels > MAX_PIXELS_SEEN:
+                unseen = f"frames after the first {number:,} of {opened.facts.num_frames:,} hold too many pixels"
+                break
+            thumbnails.append(thumbnail(to_rgb(image)))
+            times.append(time_s)
+    except (*_BAD_BYTES, Image.DecompressionBombError, MemoryError):
+        unseen = f"frames after the first {len(thumbnails):,} of {opened.facts.num_frames:,} cannot be decoded"
+    for index, number in enumerate(choose_frames(thumbnails)):
+        try:
+            image.seek(number)
+            shown = _shown(image, orientation, "white")
+        except (*_BAD_BYTES, MemoryError):
+            unseen = f"frame {number + 1:,} of {opened.facts.num_frames:,} cannot be decoded"
+            continue
+        name = Frame(number, times[number]).view(index)
+        for request in requests:
+            if "frames" in request.views:
+                pixels[request.key] += [(name, shown_pixels) for _, shown_pixels in _squashed(shown, request)]
+    return unseen
 
 
 def hash_of(data: bytes) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -11,7 +12,14 @@ from PIL import Image
 
 Pixels = NDArray[np.uint8]
 
-VIEWS = ("squash", "center")
+VIEWS = ("squash", "center", "tiles", "black", "frames")
+# Views of the decoded image itself; the others are made of what else the file holds.
+_OF_IMAGE = ("squash", "center", "tiles")
+
+# From this ratio of its sides on, an image is long: what lies at its ends is squashed beyond recognition, and cropped
+# from the centre.
+_LONG = 2.0
+_MAX_TILES = 8
 
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
@@ -23,8 +31,8 @@ _REDUCING_GAP = 64.0
 _GREY_BLOCK = 1 << 20
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts a decoded image of any mode to RGB; what is transparent is shown on white.
+def to_rgb(image: Image.Image, ground: Literal["white", "black"] = "white") -> Image.Image:
+    """Converts a decoded image of any mode to RGB; what is transparent is shown on the ground.
 
     16-bit grey is scaled by 255/65535. Grey of 32 bits or floating point has no agreed white: values within 16 bits
     (floats within 0 to 1) are scaled likewise, others from their least to their greatest.
@@ -33,10 +41,19 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return _grey_to_rgb(image)
     if image.has_transparency_data:
         rgba = image if image.mode == "RGBA" else image.convert("RGBA")
-        canvas = Image.new("RGB", image.size, "white")
+        canvas = Image.new("RGB", image.size, ground)
         canvas.paste(rgba, mask=rgba)  # by its alpha
         return canvas
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def shows_ground(image: Image.Image) -> bool:
+    """Whether any pixel of a decoded image is transparent, so that it looks otherwise on another ground."""
+    if not image.has_transparency_data or image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return False
+    rgba = image if image.mode == "RGBA" else image.convert("RGBA")
+    least = rgba.getchannel("A").getextrema()[0]
+    return isinstance(least, int) and least < 255
 
 
 def _grey_to_rgb(image: Image.Image) -> Image.Image:
@@ -71,7 +88,9 @@ def render(
     """Renders views of an RGB image, each (size, size, 3) uint8.
 
     ``squash`` is the whole image, its aspect ratio given up, as BLIP and SigLIP preprocess. ``center`` is the centre
-    crop at the shortest side, as CLIP preprocesses; a square image has none, since it would equal ``squash``.
+    crop at the shortest side, as CLIP preprocesses; a square image has none, since it would equal ``squash``. ``tiles``
+    are, of an image at least twice as long as wide, squares from one end to the other, 8 at most: ``tile-1`` and so on.
+    ``black`` and ``frames`` are not of this image alone, and left out.
 
     Raises:
         ValueError: a view is not one of :data:`VIEWS`.
@@ -80,12 +99,29 @@ def render(
     for view in views:
         if view not in VIEWS:
             raise ValueError(f"view {view} is unknown; there are {', '.join(VIEWS)}")
-        if view == "center" and image.width == image.height:
-            continue
-        box = _center_box(image.size, size) if view == "center" else None
-        resized = image.resize((size, size), _RESAMPLING[interpolation], box=box, reducing_gap=_REDUCING_GAP)
-        rendered.append((view, np.asarray(resized)))
+        for name, box in _boxes(view, image, size) if view in _OF_IMAGE else ():
+            resized = image.resize((size, size), _RESAMPLING[interpolation], box=box, reducing_gap=_REDUCING_GAP)
+            rendered.append((name, np.asarray(resized)))
     return rendered
+
+
+def _boxes(view: str, image: Image.Image, size: int) -> list[tuple[str, tuple[float, float, float, float] | None]]:
+    """The parts of the image that a view shows; None: all of it."""
+    if view == "squash":
+        return [(view, None)]
+    if view == "center":
+        return [] if image.width == image.height else [(view, _center_box(image.size, size))]
+    short, long = min(image.size), max(image.size)
+    if long < _LONG * short:
+        return []
+    num_tiles = min(_MAX_TILES, math.ceil(long / short))
+    length = max(short, long / num_tiles)
+    starts = [(long - length) * number / (num_tiles - 1) for number in range(num_tiles)]
+    boxes: list[tuple[float, float, float, float]] = [
+        (start, 0, start + length, short) if image.width > image.height else (0, start, short, start + length)
+        for start in starts
+    ]
+    return [(f"tile-{number}", box) for number, box in enumerate(boxes, 1)]
 
 
 def _center_box(image_size: tuple[int, int], size: int) -> tuple[float, float, float, float]:

@@ -11,6 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from vlmflow import schema
+from vlmflow.imaging.frames import split_views
 from vlmflow.moderation.detections import Detected, DetectorRules
 from vlmflow.moderation.policy import Binding, Logistic, Policy
 from vlmflow.moderation.prompts import PromptVectors
@@ -19,6 +20,7 @@ from vlmflow.moderation.scoring import Scorer
 DECISIONS = ("allow", "review", "block")  # in order of precedence: the last wins
 UNSCORED = "unscored"
 UNBOUND = "unbound"
+FRAMES_UNSEEN = "frames_unseen"
 _REVIEW, _BLOCK = 1, 2
 
 
@@ -73,19 +75,22 @@ class Moderator:
         views: Sequence[str],
         offsets: NDArray[np.int64],
         detections: pa.ListArray[Any] | None = None,
+        unseen: NDArray[np.bool_] | None = None,
     ) -> Moderation:
         """Labels and decides images by the worst of their views.
 
         Args:
             vectors: (V, D) unit vectors, those of an image next to each other.
-            views: (V,) names of the views.
+            views: (V,) names of the views; of frames with their times, as imaging names them.
             offsets: (N + 1,): image i has the vectors from ``offsets[i]`` to ``offsets[i + 1]``; it may have none.
             detections: (N,) lists of schema.DETECTION; None: no detector ran.
+            unseen: (N,) images of which some frames were not looked at; None: there are none.
         """
         has_vectors = np.diff(offsets) > 0
         margins, deciding = self.worst_views(vectors, offsets[:-1][has_vectors])
-        deciding_views = pa.array(views, pa.string()).take(pa.array(deciding.ravel()))
-        return self.decide(margins, deciding_views, has_vectors, detections=detections)
+        names, times = split_views(pa.array(views, pa.string()))
+        at = pa.array(deciding.ravel())
+        return self.decide(margins, names.take(at), has_vectors, times.take(at), detections, unseen)
 
     def worst_views(
         self, vectors: NDArray[np.float32], starts: NDArray[np.int64]
@@ -115,6 +120,7 @@ class Moderator:
         scored: NDArray[np.bool_] | None = None,
         times: pa.FloatArray | None = None,
         detections: pa.Array[Any] | None = None,
+        unseen: NDArray[np.bool_] | None = None,
     ) -> Moderation:
         """Labels and decides images by margins and detections, be they new or stored.
 
@@ -124,6 +130,7 @@ class Moderator:
             scored: (N,) which images those are, S of them; None: all.
             times: (S * L,) seconds of the frames that they come from; None: stills.
             detections: (N,) lists of schema.DETECTION; None: no detector ran.
+            unseen: (N,) images of which some frames were not looked at: none of them is allowed. None: there are none.
         """
         scored = np.ones(len(margins), np.bool_) if scored is None else scored
         scores, probabilities = _apply(self._curves, margins), _apply(self._calibration, margins)
@@ -148,6 +155,9 @@ class Moderator:
         reasons[scored] = self._reasons(counted, compared)
         if detected is not None:
             self._add_detected(detected, image_decisions, reasons)
+        if unseen is not None:
+            reasons[unseen & (image_decisions == 0)] = FRAMES_UNSEEN
+            image_decisions[unseen] = np.maximum(image_decisions[unseen], _REVIEW)
         return Moderation(
             labels=pa.ListArray.from_arrays(
                 pa.array(offsets, pa.int32()), labels, mask=pa.array(np.diff(offsets) == 0)

@@ -18,7 +18,7 @@ from vlmflow import schema
 from vlmflow.catalog.columns import flat
 from vlmflow.catalog.keys import KeyIndex, Words, digest_of, to_binary, to_words
 from vlmflow.catalog.masks import Mask, equal, is_valid
-from vlmflow.catalog.rows import OK, PARTIAL, failed_tasks, rows_of_image_errors
+from vlmflow.catalog.rows import OK, PARTIAL, failed_tasks, rows_of_image_errors, unseen_frames
 from vlmflow.moderation.decide import Moderation, Moderator
 from vlmflow.moderation.policy import Policy
 
@@ -183,7 +183,7 @@ def relabel(
     old = rows.take(pa.array(at))
     margins, views, times, found = _margins(old, wanted.stored[at], target, scored)
     detections = flat(old["detections"]) if len(target.moderator.rules) else None
-    result = target.moderator.decide(margins[found], views, found, times, detections)
+    result = target.moderator.decide(margins[found], views, found, times, detections, unseen_frames(old["errors"]))
     changes.num_from_margins = int(wanted.stored.sum())
     changes.num_without_vectors = int((~found).sum())
     new = _with_moderation(old, result, found, target)

@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from vlmflow import schema
+from vlmflow.imaging.frames import split_views
 from vlmflow.models.detectors import DetectorSetup, PixelDetector
 from vlmflow.tasks import Columns
 from vlmflow.tasks.pixels import all_views, pixel_columns
@@ -52,14 +53,16 @@ class DetectTask:
             raise ValueError(f"detector {setup.name} gave a score that is not finite")
         views = pc.list_flatten(batch[pixel_columns(setup.request)[1]].combine_chunks())
         worst, where = _worst(scores, offsets)
+        names, times = split_views(views.cast(pa.string()))
+        deciding = pa.array(where.ravel())
         count = batch.num_rows * len(setup.outputs)
         columns = {
             "detector": pa.repeat(pa.scalar(setup.name), count),
             "model": pa.repeat(pa.scalar(setup.fingerprint), count),
             "output": pa.array(list(setup.outputs) * batch.num_rows, pa.string()),
             "score": pa.array(worst.ravel(), pa.float32()),
-            "view": views.take(pa.array(where.ravel())).cast(pa.string()),
-            "time_s": pa.nulls(count, pa.float32()),
+            "view": names.take(deciding),
+            "time_s": times.take(deciding),
         }
         return pa.StructArray.from_arrays(
             [columns[field.name] for field in schema.DETECTION], fields=list(schema.DETECTION)

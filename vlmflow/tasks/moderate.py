@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vlmflow import schema
+from vlmflow.catalog.rows import unseen_frames
 from vlmflow.moderation.decide import Moderator
 from vlmflow.tasks import Columns
 
@@ -34,5 +35,7 @@ class ModerateTask:
         vectors = values.reshape(len(flat), -1) if len(flat) else np.empty((0, self._moderator.dim), np.float32)
         views = cast(list[str], pc.list_flatten(batch["vector_views"].combine_chunks()).to_pylist())
         detections = batch["detections"].combine_chunks() if "detections" in batch.column_names else None
-        result = self._moderator.moderate(vectors, views, np.concatenate([[0], np.cumsum(counts)]), detections)
+        unseen = unseen_frames(batch["errors"]) if "errors" in batch.column_names else None
+        offsets = np.concatenate([[0], np.cumsum(counts)])
+        result = self._moderator.moderate(vectors, views, offsets, detections, unseen)
         return {"labels": result.labels, "decision": result.decision, "decision_reason": result.reason}

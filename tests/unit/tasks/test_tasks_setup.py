@@ -88,7 +88,7 @@ def test_a_job_becomes_tasks_that_fill_a_row(folder: Path, policy: Path) -> None
 
 def test_captioner_and_matcher_see_the_whole_image_alone(folder: Path, policy: Path) -> None:
     requests = prepare_tasks(job(folder, policy)).requests
-    assert requests["embed"].views == ("squash", "center")
+    assert requests["embed"].views == ("squash", "center", "tiles", "black", "frames")
     assert requests["caption"].views == requests["match"].views == ("squash",)
     assert {request.size for request in requests.values()} == {IMAGE_SIZE}
 

@@ -21,7 +21,7 @@ from vlmflow.config import CatalogConfig, Frozen, Job
 from vlmflow.errors import ConfigError, SearchError
 from vlmflow.search.exact import NOTHING, Block, Found, best, search_exact, vector_blocks
 from vlmflow.search.index import OpenSegment, search_segments
-from vlmflow.search.live import LiveRows
+from vlmflow.search.live import LiveRows, Positions
 from vlmflow.search.query import Query, QueryEncoder, search_job
 from vlmflow.search.segments import Index, read_index
 from vlmflow.sources.uris import normalise_uri
@@ -173,6 +173,39 @@ class Searcher:
             found = best([found, search_exact(blocks, vector, top_k)], top_k)
         return found, int(wanted.sum() - rest.sum())
 
+    def vectors(self, model: str, wanted: Mask) -> Iterator[Block]:
+        """The stored vectors of marked live rows, those of one model, in blocks."""
+        live, snapshot = self._live, self._snapshot
+        assert live is not None
+        assert snapshot is not None
+        return vector_blocks(self._folder, snapshot, live, wanted & live.of_models([model]))
+
+    def near_pairs(
+        self, model: str, wanted: Mask, threshold: float
+    ) -> Iterator[tuple[Positions, Positions, NDArray[np.float32]]]:
+        """Pairs of marked rows, by the index, whose cosine reaches a threshold; each row comes with itself too.
+
+        Both of a pair are in one cell of the index or in two that are close, or else they are not found.
+
+        Raises:
+            SearchError: the index does not cover all of these rows.
+        """
+        live = self._live
+        assert live is not None
+        index, segments = self._index(live, (model,))
+        missing = int((wanted & ~index.covered(len(live))).sum())
+        if missing:
+            raise SearchError(
+                f"{missing:,} of {int(wanted.sum()):,} images are not in the index, and they are too many to compare "
+                "each with each",
+                remedy="Run `vlmflow search CATALOG --build-index` first, or narrow the images with --where.",
+            )
+        for positions, vectors in self.vectors(model, wanted):
+            for segment in segments:
+                rows, others, scores = segment.neighbours(np.ascontiguousarray(vectors), threshold)
+                keep = wanted[others]
+                yield positions[rows[keep]], others[keep], scores[keep]
+
     def _blocks(
         self, live: LiveRows, snapshot: Snapshot, models: tuple[str, ...], uncovered: Mask, wanted: Mask
     ) -> Iterator[Block]:
@@ -317,7 +350,7 @@ def _shown(query: Query) -> str:
     return str(query.text or query.image or query.like)
 
 
-def search(
+def search_images(
     catalog: CatalogConfig,
     query: Query,
     *,

@@ -75,7 +75,8 @@ def put(
         "ingest_date": pa.array([DATE] * count, pa.date32()),
         **columns,
     }
-    stored = {name: given[name] for name in ("image_id", "embed_run_id", "embed_fingerprint", "ingest_date")}
+    stored: dict[str, Any] = {"image_id": ids, "ingest_date": given["ingest_date"]}
+    stored |= {"embed_run_id": [run] * count, "embed_fingerprint": [model] * count}
     stored |= {"view": [view] * count, "vector": pa.array(list(vectors), pa.list_(pa.float32()))}
     file = write_file(folder, "embeddings", conform(pa.table(stored), schema.EMBEDDINGS), DATE, run)
     _commit(TableLog.open(folder, "embeddings"), run, [file], replace=False)

@@ -33,6 +33,7 @@ def mask_where(rows: pa.Table, where: str) -> Mask:
         connection.execute("SET lock_configuration = true")
         connection.register("images", numbered)
         try:
+            duckdb.SQLExpression(where)  # refuses what closes the parenthesis below and goes on after it
             statements = duckdb.extract_statements(f"SELECT _row FROM images WHERE ({where})")
             if len(statements) != 1:
                 raise ConfigError(f"--where {where!r} is more than a condition", remedy=_REMEDY)

@@ -240,8 +240,6 @@ def test_on_a_store(s3_server: S3Server) -> None:
     assert update_index(config, min_rows=0).num_added == 10
     result = search_images(config, Query(like="mem://i00000"), top_k=5)
     assert result.num_indexed == 409
-    assert (
-        found(result)
-        == nearest([*images, *names(10, 400)], np.concatenate([vectors, clustered(10, seed=1)]), vectors[0], 6)[1:]
-    )
+    everything = np.concatenate([vectors, clustered(10, seed=1)])
+    assert found(result) == nearest([*images, *names(10, 400)], everything, vectors[0], 6)[1:]
     assert Catalog.open(config).erase(key("i00001")).num_index_files == 2

@@ -81,7 +81,7 @@ def print_search(result: SearchResult, console: Console) -> None:
         soft_wrap=True,
     )
     for note in result.notes:
-        console.print(Text(note), style="yellow", soft_wrap=True)
+        console.print(Text(printable(note)), style="yellow", soft_wrap=True)
 
 
 def print_index(report: IndexReport, console: Console) -> None:

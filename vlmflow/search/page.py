@@ -51,7 +51,7 @@ def search_html(result: SearchResult, thumbnails: Sequence[Thumbnail], *, show_f
         f"<style>{_STYLE}</style></head><body>",
         f"<h1>{query}</h1>",
         *(f"<p>{fact}</p>" for fact in facts),
-        *(f'<p class="w">{escape(note)}</p>' for note in result.notes),
+        *(f'<p class="w">{_shown(note)}</p>' for note in result.notes),
         "<ol>",
         *(_item(hit, picture, show_flagged) for hit, picture in zip(result.hits, thumbnails, strict=True)),
         "</ol></body></html>",

@@ -79,7 +79,7 @@ class QueryEncoder:
             self._embedder = load_embedder(self._config, "cpu")
         vector: NDArray[np.float32]
         if query.text is not None:
-            vector = self._embedder.embed_texts([query.text[:_MAX_QUERY_CHARS]])[0]
+            vector = self._embedder.embed_texts([_readable(query.text)])[0]
         else:
             assert query.image is not None
             pixels = decode(read_image(query.image, self._limits), [self._request], self._limits).pixels
@@ -89,6 +89,11 @@ class QueryEncoder:
         if not np.isfinite(vector).all():
             raise ConfigError("the model gave a vector that is not finite", remedy="Check the weights.")
         return vector
+
+
+def _readable(text: str) -> str:
+    """What a tokenizer can read: not too long, and without lone surrogates, which a command line may hold."""
+    return text[:_MAX_QUERY_CHARS].encode("utf-8", "replace").decode("utf-8")
 
 
 def read_image(image: Path | bytes, limits: ImageLimits) -> bytes:

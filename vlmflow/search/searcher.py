@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from vlmflow.catalog import Catalog
@@ -258,9 +259,11 @@ class Searcher:
     def _stored(self, live: LiveRows, uri: str) -> tuple[NDArray[np.float32], tuple[str, ...], int]:
         """The vector of an image of the catalog, what made it, and its row."""
         assert self._snapshot is not None
-        wanted = normalise_uri(uri)
+        # As it is written in the table, or as a person would write it.
+        wanted = pa.array([_encodable(uri), _encodable(normalise_uri(uri))], pa.string())
         keys = [
-            rows["image_id"].filter(pa.compute.equal(rows["uri"], wanted)) for _, rows in live.read(["image_id", "uri"])
+            rows["image_id"].filter(pc.is_in(rows["uri"], value_set=wanted))
+            for _, rows in live.read(["image_id", "uri"])
         ]
         found = live.find(to_binary(pa.chunked_array([c for key in keys for c in key.chunks], pa.string())))
         if not len(found):
@@ -342,6 +345,11 @@ def _notes(num_matching: int, num_indexed: int, num_other: int, *, exact: bool) 
             "`vlmflow enrich` renews them."
         )
     return tuple(notes)
+
+
+def _encodable(text: str) -> str:
+    """Without lone surrogates, which a command line may hold and no table does."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _shown(query: Query) -> str:

@@ -33,10 +33,10 @@ def mask_where(rows: pa.Table, where: str) -> Mask:
         connection.execute("SET lock_configuration = true")
         connection.register("images", numbered)
         try:
-            duckdb.SQLExpression(where)  # refuses what closes the parenthesis below and goes on after it
             statements = duckdb.extract_statements(f"SELECT _row FROM images WHERE ({where})")
             if len(statements) != 1:
                 raise ConfigError(f"--where {where!r} is more than a condition", remedy=_REMEDY)
+            duckdb.SQLExpression(where)  # refuses what closes the parenthesis above and goes on after it
             found = connection.execute(statements[0]).fetchnumpy()["_row"]
         except duckdb.Error as error:
             reason = " ".join(str(error).split())[:200]

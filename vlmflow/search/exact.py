@@ -87,10 +87,11 @@ def vector_blocks(folder: Folder, embeddings: Snapshot, live: LiveRows, wanted: 
         rows = np.flatnonzero(at >= 0)
         if not len(rows):
             continue
-        column = read_rows(folder, "embeddings", file, ["vector"])["vector"]
+        vectors = _to_matrix(read_rows(folder, "embeddings", file, ["vector"])["vector"])
         for start in range(0, len(rows), BLOCK_ROWS):
             block = rows[start : start + BLOCK_ROWS]
-            yield at[block], _to_matrix(column, block)
+            is_run = int(block[-1] - block[0]) + 1 == len(block)
+            yield at[block], vectors[block[0] : block[-1] + 1] if is_run else vectors[block]  # a run is not copied
 
 
 def _claim(keys: pa.Table, live: LiveRows, left: Mask) -> Positions:
@@ -108,8 +109,8 @@ def _claim(keys: pa.Table, live: LiveRows, left: Mask) -> Positions:
     return once
 
 
-def _to_matrix(column: pa.ChunkedArray, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-    vectors = flat(column.take(pa.array(rows)) if len(rows) < len(column) else column)
+def _to_matrix(column: pa.ChunkedArray) -> NDArray[np.float32]:
+    vectors = flat(column)
     lengths = np.asarray(pc.list_value_length(vectors))
     if len(lengths) and (lengths != lengths[0]).any():
         raise CatalogError(

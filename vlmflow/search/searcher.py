@@ -19,7 +19,7 @@ from vlmflow.catalog.keys import to_binary
 from vlmflow.catalog.log import Snapshot, TableLog
 from vlmflow.catalog.masks import Mask
 from vlmflow.config import CatalogConfig, Frozen, Job
-from vlmflow.errors import ConfigError, SearchError
+from vlmflow.errors import CatalogError, ConfigError, SearchError
 from vlmflow.search.exact import NOTHING, Block, Found, best, search_exact, vector_blocks
 from vlmflow.search.index import OpenSegment, search_segments
 from vlmflow.search.live import LiveRows, Positions
@@ -225,13 +225,17 @@ class Searcher:
 
     def _index(self, live: LiveRows, models: tuple[str, ...]) -> tuple[Index, list[OpenSegment]]:
         if models not in self._indexes:
-            index = read_index(self._folder, live, models)
-            folder = Path(self._workspace.name)
-            opened = [
-                OpenSegment(segment, self._folder.local_copy(segment.paths[0], folder)) for segment in index.segments
-            ]
-            self._indexes[models] = index, opened
+            try:
+                self._indexes[models] = self._opened(live, models)
+            except CatalogError:  # an update has just put other segments in the place of these
+                self._indexes[models] = self._opened(live, models)
         return self._indexes[models]
+
+    def _opened(self, live: LiveRows, models: tuple[str, ...]) -> tuple[Index, list[OpenSegment]]:
+        index = read_index(self._folder, live, models)
+        folder = Path(self._workspace.name)
+        paths = [self._folder.local_copy(segment.paths[0], folder) for segment in index.segments]
+        return index, [OpenSegment(segment, path) for segment, path in zip(index.segments, paths, strict=True)]
 
     def _encoder_of(self, live: LiveRows) -> QueryEncoder:
         if self._encoder is None:

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from vlmflow.search.describe import ImageDescriber, ImageDescription, describe_image
     from vlmflow.search.duplicates import DuplicateReport, find_duplicates
     from vlmflow.search.query import Query
-    from vlmflow.search.searcher import Searcher, SearchResult, search_images
+    from vlmflow.search.results import SearchResult
+    from vlmflow.search.searcher import Searcher, search_images
     from vlmflow.search.titles import TitleReport, find_titles
     from vlmflow.summary import CatalogSummary, summarize
     from vlmflow.verification import verify
@@ -87,7 +88,7 @@ _HOMES = {
     "RemoderateReport": "vlmflow.engine.remoderate",
     "RunReport": "vlmflow.engine",
     "Scope": "vlmflow.engine.remoderate",
-    "SearchResult": "vlmflow.search.searcher",
+    "SearchResult": "vlmflow.search.results",
     "Searcher": "vlmflow.search.searcher",
     "Targets": "vlmflow.moderation.calibrate",
     "TitleReport": "vlmflow.search.titles",

@@ -15,7 +15,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from vlmflow.search.build import IndexReport
     from vlmflow.search.duplicates import DuplicateReport
-    from vlmflow.search.searcher import SearchResult
+    from vlmflow.search.results import SearchResult
     from vlmflow.search.titles import TitleReport
 
 _MAX_SHOWN_CHARS = 200

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from html import escape
 from urllib.parse import urlsplit
 
-from vlmflow.search.searcher import Hit, SearchResult
+from vlmflow.search.results import Hit, SearchResult
 from vlmflow.search.thumbnails import SIDE, Thumbnail
 from vlmflow.views_search import printable
 

@@ -40,6 +40,11 @@ class Query:
         if self.text is not None and not self.text.strip():
             raise ConfigError("the text to look for is empty", remedy="Say what the image should show.")
 
+    def __str__(self) -> str:
+        if isinstance(self.image, bytes):
+            return f"{len(self.image):,} bytes"
+        return str(self.text or self.image or self.like)
+
 
 def search_job(catalog: CatalogConfig, profile: str) -> Job:
     """A job of which only profile and catalog count: nothing is listed and nothing written."""

@@ -18,77 +18,19 @@ from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.keys import to_binary
 from vlmflow.catalog.log import Snapshot, TableLog
 from vlmflow.catalog.masks import Mask
-from vlmflow.config import CatalogConfig, Frozen, Job
+from vlmflow.config import CatalogConfig, Job
 from vlmflow.errors import CatalogError, ConfigError, SearchError
 from vlmflow.search.exact import NOTHING, Block, Found, best, search_exact, vector_blocks
 from vlmflow.search.index import OpenSegment, search_segments
 from vlmflow.search.live import LiveRows, Positions
 from vlmflow.search.query import Query, QueryEncoder, search_job
+from vlmflow.search.results import HIT_COLUMNS, Hit, SearchResult, notes_of
 from vlmflow.search.segments import Index, read_index
 from vlmflow.sources.uris import normalise_uri
 
-HIT_COLUMNS = (
-    "image_id", "uri", "key", "status", "decision", "decision_reason", "caption", "width", "height", "format",
-    "content_hash", "ingest_date",
-)  # fmt: skip
 MAX_TOP_K = 10_000
-# An exact search of this many rows takes seconds: worth saying that an index would help.
-SLOW_ROWS = 200_000
 # Vectors outside the index that stay in memory between queries: a hundred megabytes at 512 dimensions.
 _KEPT_ROWS = 50_000
-
-
-class Hit(Frozen):
-    """An image that was found; the columns of its row, and ``score``, the cosine with the query."""
-
-    rank: int
-    score: float
-    image_id: str
-    uri: str
-    key: str | None = None
-    status: str
-    decision: str
-    decision_reason: str | None = None
-    caption: str | None = None
-    width: int | None = None
-    height: int | None = None
-    format: str | None = None
-    content_hash: str | None = None
-    ingest_date: str
-
-    @property
-    def is_flagged(self) -> bool:
-        """Whether the image is not to be shown unasked."""
-        return self.decision != "allow"
-
-
-class SearchResult(Frozen):
-    """What a search found.
-
-    Attributes:
-        query: the text, the file or the uri asked for; of bytes, their number.
-        model: fingerprint of the vectors that were searched.
-        num_rows: live rows with a vector of this model.
-        num_matching: of these, rows that the condition is true of; without a condition, all.
-        num_indexed: rows that were looked for in the index; the others were compared one by one.
-        num_other_model: rows whose vector is another model's; they cannot be found.
-        notes: what a person should know, a sentence each.
-    """
-
-    query: str
-    where: str | None = None
-    top_k: int
-    model: str
-    catalog: str
-    images_version: int
-    embeddings_version: int
-    num_rows: int
-    num_matching: int
-    num_indexed: int
-    num_other_model: int = 0
-    seconds: float = 0.0
-    notes: tuple[str, ...] = ()
-    hits: tuple[Hit, ...] = ()
 
 
 class Searcher:
@@ -314,7 +256,7 @@ class Searcher:
         num_matching = int(matching.sum())
         assert self._snapshot is not None
         return SearchResult(
-            query=_shown(query),
+            query=_encodable(str(query)),
             where=where,
             top_k=top_k,
             model=",".join(name for name in models if name in counts),
@@ -326,40 +268,14 @@ class Searcher:
             num_indexed=num_indexed,
             num_other_model=num_other,
             seconds=time.monotonic() - started,
-            notes=_notes(num_matching, num_indexed, num_other, exact=self._exact),
+            notes=notes_of(num_matching, num_indexed, num_other, exact=self._exact),
             hits=hits,
         )
-
-
-def _notes(num_matching: int, num_indexed: int, num_other: int, *, exact: bool) -> tuple[str, ...]:
-    notes = []
-    rest = num_matching - num_indexed
-    if num_indexed and rest:
-        notes.append(
-            f"The index covers {num_indexed:,} of {num_matching:,} images; the other {rest:,} were compared one by "
-            "one. `vlmflow search CATALOG --build-index` brings it up to date."
-        )
-    elif rest >= SLOW_ROWS and not exact:
-        notes.append(
-            f"{rest:,} images were compared one by one. `vlmflow search CATALOG --build-index` makes this faster."
-        )
-    if num_other:
-        notes.append(
-            f"{num_other:,} images have embeddings of another model and were not searched; "
-            "`vlmflow enrich` renews them."
-        )
-    return tuple(notes)
 
 
 def _encodable(text: str) -> str:
     """Without lone surrogates, which a command line may hold and no table does."""
     return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def _shown(query: Query) -> str:
-    if isinstance(query.image, bytes):
-        return f"{len(query.image):,} bytes"
-    return str(query.text or query.image or query.like)
 
 
 def search_images(

@@ -15,7 +15,7 @@ from vlmflow.catalog.columns import conform
 from vlmflow.config import CatalogConfig, ImageLimits, SourceConfig
 from vlmflow.errors import ImageError, StorageAccessError, TransientError
 from vlmflow.imaging import PixelRequest, decode
-from vlmflow.search.searcher import Hit
+from vlmflow.search.results import Hit
 from vlmflow.sources.base import Fetched
 from vlmflow.sources.reader import SourceReader
 

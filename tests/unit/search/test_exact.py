@@ -41,7 +41,9 @@ def test_a_condition_over_any_column(tmp_path: Path) -> None:
     assert {hit.decision for hit in result.hits} == {"allow"}
 
 
-@pytest.mark.parametrize("where", ["nonsense >", "colour = 1", "1); DROP TABLE images; --", "true) UNION SELECT (1"])
+@pytest.mark.parametrize(
+    "where", ["nonsense >", "colour = 1", "1); DROP TABLE images; --", "true) UNION SELECT (1", "uri = '\udcff'"]
+)
 def test_a_condition_that_is_none_is_refused(tmp_path: Path, where: str) -> None:
     put(tmp_path, names(2), clustered(2))
     with pytest.raises(ConfigError, match="--where"):
@@ -110,6 +112,12 @@ def test_an_absent_catalog_image_or_query_is_refused(tmp_path: Path) -> None:
     for wrong in ({}, {"text": "a", "like": "b"}, {"text": "  "}):
         with pytest.raises(ConfigError):
             Query(**wrong)
+
+
+def test_words_that_are_no_valid_text_are_no_bug(tmp_path: Path) -> None:
+    put(tmp_path, names(2), clustered(2))
+    with pytest.raises(ConfigError, match="no such image"):
+        search_images(config_of(tmp_path), Query(like="a\udcff"))
 
 
 def test_a_catalog_without_rows_finds_nothing(tmp_path: Path) -> None:

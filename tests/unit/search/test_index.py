@@ -21,7 +21,8 @@ from vlmflow.search import build, segments
 from vlmflow.search import index as ivf
 from vlmflow.search.build import update_index
 from vlmflow.search.query import Query
-from vlmflow.search.searcher import SearchResult, search_images
+from vlmflow.search.results import SearchResult
+from vlmflow.search.searcher import search_images
 
 COUNT = 2000
 

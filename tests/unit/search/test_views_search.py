@@ -15,7 +15,8 @@ from tests.search_samples import clustered, names, put
 from vlmflow.search.duplicates import DuplicateReport, Group, Member
 from vlmflow.search.page import search_html
 from vlmflow.search.query import Query
-from vlmflow.search.searcher import Hit, SearchResult, search_images
+from vlmflow.search.results import Hit, SearchResult
+from vlmflow.search.searcher import search_images
 from vlmflow.search.thumbnails import Thumbnail
 from vlmflow.search.titles import Title, TitleReport
 from vlmflow.views_search import (

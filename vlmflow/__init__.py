@@ -26,6 +26,13 @@ if TYPE_CHECKING:
     from vlmflow.engine.remoderate import RemoderateReport, Scope, remoderate
     from vlmflow.models.profiles import describe_profiles
     from vlmflow.moderation.calibrate import CalibrationReport, Targets
+    from vlmflow.search.build import IndexReport, update_index
+    from vlmflow.search.describe import ImageDescriber, ImageDescription, describe_image
+    from vlmflow.search.duplicates import DuplicateReport, find_duplicates
+    from vlmflow.search.query import Query
+    from vlmflow.search.results import SearchResult
+    from vlmflow.search.searcher import Searcher, search_images
+    from vlmflow.search.titles import TitleReport, find_titles
     from vlmflow.summary import CatalogSummary, summarize
     from vlmflow.verification import verify
 
@@ -35,22 +42,35 @@ __all__ = [
     "CatalogConfig",
     "CatalogSummary",
     "Check",
+    "DuplicateReport",
+    "ImageDescriber",
+    "ImageDescription",
+    "IndexReport",
     "Job",
     "PlanSummary",
+    "Query",
     "RemoderateReport",
     "RunReport",
     "Scope",
+    "SearchResult",
+    "Searcher",
     "SourceConfig",
     "Targets",
+    "TitleReport",
     "VlmflowError",
     "calibrate",
+    "describe_image",
     "describe_profiles",
     "doctor",
     "enrich",
+    "find_duplicates",
+    "find_titles",
     "load_job",
     "plan",
     "remoderate",
+    "search_images",
     "summarize",
+    "update_index",
     "verify",
 ]
 
@@ -59,18 +79,31 @@ _HOMES = {
     "Catalog": "vlmflow.catalog",
     "CatalogSummary": "vlmflow.summary",
     "Check": "vlmflow.doctor",
+    "DuplicateReport": "vlmflow.search.duplicates",
+    "ImageDescriber": "vlmflow.search.describe",
+    "ImageDescription": "vlmflow.search.describe",
+    "IndexReport": "vlmflow.search.build",
     "PlanSummary": "vlmflow.engine",
+    "Query": "vlmflow.search.query",
     "RemoderateReport": "vlmflow.engine.remoderate",
     "RunReport": "vlmflow.engine",
     "Scope": "vlmflow.engine.remoderate",
+    "SearchResult": "vlmflow.search.results",
+    "Searcher": "vlmflow.search.searcher",
     "Targets": "vlmflow.moderation.calibrate",
+    "TitleReport": "vlmflow.search.titles",
     "calibrate": "vlmflow.calibration",
+    "describe_image": "vlmflow.search.describe",
     "describe_profiles": "vlmflow.models.profiles",
     "doctor": "vlmflow.doctor",
     "enrich": "vlmflow.engine",
+    "find_duplicates": "vlmflow.search.duplicates",
+    "find_titles": "vlmflow.search.titles",
     "plan": "vlmflow.engine",
     "remoderate": "vlmflow.engine.remoderate",
+    "search_images": "vlmflow.search.searcher",
     "summarize": "vlmflow.summary",
+    "update_index": "vlmflow.search.build",
     "verify": "vlmflow.verification",
 }
 

@@ -76,6 +76,10 @@ class CalibrationError(PolicyError):
     """Verdicts that cannot be used, or that do not suffice to set thresholds."""
 
 
+class SearchError(VlmflowError):
+    """The catalog holds no embeddings that the query can be compared with."""
+
+
 class CatalogError(VlmflowError):
     """The catalog cannot be opened, or holds what this version does not understand."""
 

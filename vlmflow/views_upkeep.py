@@ -57,7 +57,8 @@ def print_erasure(result: EraseResult, console: Console) -> None:
     """Prints what an erasure removed, and what is left to do."""
     console.print(
         f"[bold]{result.num_images:,} images erased[/bold]: {result.num_rows:,} rows, {result.num_vectors:,} vectors, "
-        f"{result.num_reviews:,} verdicts, {result.num_files:,} older files, {result.num_records:,} records"
+        f"{result.num_reviews:,} verdicts, {result.num_files:,} older files, {result.num_index_files:,} index files, "
+        f"{result.num_records:,} records"
     )
     if result.live_runs:
         console.print(

@@ -21,6 +21,7 @@ import pyarrow.json as pj
 from vlmflow.catalog.commit import Change, CommitRequest, commit
 from vlmflow.catalog.files import look_through
 from vlmflow.catalog.folder import Folder
+from vlmflow.catalog.indexes import files_holding
 from vlmflow.catalog.keys import KeyIndex, index_of, to_binary, to_words
 from vlmflow.catalog.log import DataFile, Snapshot, TableLog
 from vlmflow.catalog.masks import Mask
@@ -43,6 +44,7 @@ class EraseResult:
         num_images: asked for.
         num_rows, num_vectors: taken out of the newest versions.
         num_files: older or never committed files that held the images, deleted.
+        num_index_files: files of vector indexes, deleted whole; the next update of the index writes the others anew.
         num_records: records of runs in which an address was blotted out.
         live_runs: runs at work, which may still hold the images in files that they have not committed. They will not
             commit them; the erasure is complete when it has been asked for again after their end.
@@ -53,6 +55,7 @@ class EraseResult:
     num_rows: int = 0
     num_vectors: int = 0
     num_files: int = 0
+    num_index_files: int = 0
     num_reviews: int = 0
     num_records: int = 0
     live_runs: tuple[str, ...] = ()
@@ -104,6 +107,10 @@ def erase(
     result.num_reviews = _erase_reviews(folder, wanted)
     failed = folder.delete_all(holding)
     result.num_files = len(holding) - len(failed)
+    of_indexes = files_holding(folder, wanted)
+    kept = folder.delete_all(of_indexes)
+    result.num_index_files = len(of_indexes) - len(kept)
+    failed += kept
     result.num_records = _redact(folder, states, texts)
     result.failed = tuple(failed)
     result.live_runs = tuple(sorted(run for run, state in states.items() if state == "running"))

@@ -97,6 +97,33 @@ class Folder:
         with self._in_our_words():
             retried(lambda: obstore.put(self._store, self._at(path), data))
 
+    def upload(self, path: str, file: Path) -> None:
+        """Puts a local file in place in one step, piece by piece: it need not fit into memory."""
+        with self._in_our_words():
+            retried(lambda: obstore.put(self._store, self._at(path), file))
+
+    def local_copy(self, path: str, folder: Path) -> Path:
+        """A file on the local disk: the catalog's own, or a copy of it in a local folder.
+
+        Raises:
+            CatalogError: the file is not there.
+        """
+        address = parse_address(self.config.uri)
+        if address.is_local:
+            return Path(address.path) / path
+        target = folder / path.replace("/", "-")
+        with self._in_our_words():
+            try:
+                retried(lambda: self._download(path, target))
+            except FileNotFoundError as error:
+                raise CatalogError(f"{self.config.uri}: {path} is gone", remedy="Run it again.") from error
+        return target
+
+    def _download(self, path: str, target: Path) -> None:
+        with target.open("wb") as file:
+            for chunk in obstore.get(self._store, self._at(path)).stream(min_chunk_size=8 * 1024 * 1024):
+                file.write(chunk)
+
     def delete(self, path: str) -> None:
         """Removes a file; one that is not there is no error."""
         # Object stores say nothing of a missing object, a local disk does.

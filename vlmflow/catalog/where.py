@@ -27,6 +27,8 @@ def mask_where(rows: pa.Table, where: str) -> Mask:
     Raises:
         ConfigError: see :func:`check_where`.
     """
+    if where != where.encode("utf-8", "replace").decode("utf-8"):
+        raise ConfigError(f"--where {where!r} is not valid text", remedy=_REMEDY)
     # In the order of the rows: DuckDB promises none for a scan in several threads.
     numbered = rows.append_column("_row", pa.array(np.arange(rows.num_rows)))
     with duckdb.connect(config={"enable_external_access": "false", "threads": 1}) as connection:
@@ -36,6 +38,7 @@ def mask_where(rows: pa.Table, where: str) -> Mask:
             statements = duckdb.extract_statements(f"SELECT _row FROM images WHERE ({where})")
             if len(statements) != 1:
                 raise ConfigError(f"--where {where!r} is more than a condition", remedy=_REMEDY)
+            duckdb.SQLExpression(where)  # refuses what closes the parenthesis above and goes on after it
             found = connection.execute(statements[0]).fetchnumpy()["_row"]
         except duckdb.Error as error:
             reason = " ".join(str(error).split())[:200]

@@ -1,0 +1,109 @@
+"""Groups of duplicates and the ranking of titles."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.catalog_samples import config_of
+from tests.search_samples import clustered, names, put, unit
+from vlmflow.catalog.keys import digest_of
+from vlmflow.errors import ConfigError, SearchError
+from vlmflow.search import duplicates
+from vlmflow.search.build import update_index
+from vlmflow.search.duplicates import find_duplicates
+from vlmflow.search.titles import find_titles
+
+
+def groups_of(root: Path, **options: object) -> list[tuple[str, list[str]]]:
+    report = find_duplicates(config_of(root), **options)  # type: ignore[arg-type]
+    return [(group.kind, [member.uri.removeprefix("mem://") for member in group.members]) for group in report.groups]
+
+
+def turned(*degrees: float) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
+    angles = np.radians(degrees)
+    return unit(np.stack([np.cos(angles), np.sin(angles)], axis=1))
+
+
+def test_equal_bytes_are_one_group_with_the_largest_first(tmp_path: Path) -> None:
+    hashes, sides = ["x", "x", "y", "x", None], [10, 30, 10, 20, None]
+    put(tmp_path, names(5), clustered(5), content_hash=hashes, width=sides, height=sides)
+    report = find_duplicates(config_of(tmp_path), kinds=["exact"])
+    assert [group.kind for group in report.groups] == ["exact"]
+    assert report.groups[0].representative.uri == "mem://i00001"
+    assert [member.uri for member in report.groups[0].members] == ["mem://i00001", "mem://i00003", "mem://i00000"]
+    assert (report.num_images, report.num_duplicates) == (4, 2)
+
+
+def test_no_chain_of_small_steps_joins_what_is_unlike(tmp_path: Path) -> None:
+    # Ten degrees apart each: neighbours are alike, the ends are not.
+    sides = [9, 8, 7, 6, 5]
+    put(tmp_path, names(5), turned(0, 10, 20, 30, 90), width=sides, height=sides)
+    assert groups_of(tmp_path, threshold=np.cos(np.radians(11))) == [
+        ("semantic", ["i00000", "i00001"]),
+        ("semantic", ["i00002", "i00003"]),
+    ]
+
+
+def test_a_group_of_equal_bytes_takes_part_once(tmp_path: Path) -> None:
+    put(tmp_path, names(4), turned(0, 0, 1, 90), content_hash=["x", "x", "y", "z"], width=[9, 8, 7, 6], height=[9] * 4)
+    assert groups_of(tmp_path) == [("exact", ["i00000", "i00001"]), ("semantic", ["i00000", "i00002"])]
+    report = find_duplicates(config_of(tmp_path), kinds=["semantic"])
+    assert [round(member.similarity, 3) for member in report.groups[0].members] == [1.0, 1.0]
+
+
+def test_models_are_not_compared_with_each_other(tmp_path: Path) -> None:
+    put(tmp_path, names(2), turned(0, 50))
+    put(tmp_path, names(2, 2), turned(0, 50), run="r1", model="model-2")
+    assert groups_of(tmp_path) == []
+
+
+def test_a_condition_narrows_the_images(tmp_path: Path) -> None:
+    put(tmp_path, names(3), turned(0, 0, 0), decision=["allow", "block", "allow"], width=[3, 2, 1], height=[1] * 3)
+    assert groups_of(tmp_path, where="decision = 'allow'") == [("semantic", ["i00000", "i00002"])]
+    with pytest.raises(ConfigError, match=r"--threshold 1\.5"):
+        find_duplicates(config_of(tmp_path), threshold=1.5)
+
+
+def test_the_index_finds_the_groups_that_comparing_all_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = clustered(1500, dim=32, centres=300)
+    vectors[700:900] = unit(vectors[:200] + 0.02 * np.random.default_rng(3).standard_normal((200, 32)))
+    put(tmp_path, names(1500), vectors)
+    expected = groups_of(tmp_path)
+    assert sum(len(members) for _, members in expected) >= 400
+    monkeypatch.setattr(duplicates, "ALL_PAIRS", 100)
+    with pytest.raises(SearchError, match=r"1,500 of 1,500 images are not in the index"):
+        groups_of(tmp_path)
+    update_index(config_of(tmp_path), min_rows=0)
+    found = groups_of(tmp_path)
+    assert len({tuple(sorted(m)) for _, m in found} & {tuple(sorted(m)) for _, m in expected}) >= 0.97 * len(expected)
+
+
+def test_too_many_pairs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(duplicates, "_MAX_PAIRS", 10)
+    put(tmp_path, names(50), turned(*range(50)))
+    with pytest.raises(SearchError, match="more than 10 pairs"):
+        find_duplicates(config_of(tmp_path), threshold=0.5)
+
+
+def test_titles_are_ranked_by_how_little_they_fit(tmp_path: Path) -> None:
+    source = [{"title": f"title {n}", "note": f"note {n}"} for n in range(4)]
+    digests = [digest_of("title 0"), digest_of("note 1"), digest_of("an older title"), None]
+    scores = [0.9, 0.1, 0.5, None]
+    put(tmp_path, names(4), clustered(4), source=source, text_digest=digests, text_itm=scores, text_itc=[0.1] * 4)
+    report = find_titles(config_of(tmp_path), top_k=10)
+    assert [(title.uri, title.text_column, title.text) for title in report.titles] == [
+        ("mem://i00001", "note", "note 1"),
+        ("mem://i00002", None, None),
+        ("mem://i00000", "title", "title 0"),
+    ]
+    assert report.num_scored == 3
+    assert [title.rank for title in find_titles(config_of(tmp_path), top_k=1, where="text_itm > 0.2").titles] == [1]
+
+
+def test_a_catalog_without_match_scores_is_said(tmp_path: Path) -> None:
+    put(tmp_path, names(2), clustered(2))
+    with pytest.raises(SearchError, match="no row"):
+        find_titles(config_of(tmp_path))

@@ -1,0 +1,197 @@
+"""Commands that look into a catalog: search, duplicates, titles."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from vlmflow.cli.app import app
+from vlmflow.cli.options import (
+    CatalogOnly,
+    ConfigOption,
+    EndpointOption,
+    JsonOption,
+    ProfileOption,
+    catalog_config,
+    make_job,
+)
+from vlmflow.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vlmflow.config import Job
+
+WhereOption = Annotated[
+    str | None, typer.Option("--where", help="Only rows of which this SQL condition is true (DuckDB).")
+]
+CsvOption = Annotated[Path | None, typer.Option("--csv", help="Write all of it to this CSV file.")]
+
+
+@app.command()
+def search(
+    catalog: CatalogOnly,
+    text: Annotated[str | None, typer.Argument(help="What the images should show.")] = None,
+    image: Annotated[Path | None, typer.Option("--image", help="An image file to find others like it.")] = None,
+    like: Annotated[str | None, typer.Option("--like", help="Uri of an image of the catalog.")] = None,
+    where: WhereOption = None,
+    top_k: Annotated[int, typer.Option("--top-k", "-k", min=1, max=10_000, help="How many images.")] = 10,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Write a page with small pictures; flagged ones are blurred.")
+    ] = None,
+    csv: CsvOption = None,
+    show_flagged: Annotated[
+        bool, typer.Option("--show-flagged", help="In the page: flagged images (review, block) as they are.")
+    ] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="Compare every vector; use no index.")] = False,
+    build_index: Annotated[
+        bool, typer.Option("--build-index", help="Bring the index up to date first; alone: do no more than that.")
+    ] = False,
+    profile: ProfileOption = None,
+    config: ConfigOption = None,
+    endpoint: EndpointOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Search the images of CATALOG by a text, by an image, or by one of its own images.
+
+    Small catalogs are searched exactly. `--build-index` makes an approximate index for large ones, and updates it;
+    rows that it does not cover yet are still compared one by one.
+
+    Example: `vlmflow search catalog/ "red leather bag" --where "decision = 'allow'" --html bags.html`
+    """
+    from vlmflow.search.query import Query
+    from vlmflow.search.searcher import search_images
+    from vlmflow.views_search import print_index, print_search, search_csv
+
+    _check_files(html, csv)
+    place = catalog_config(catalog, endpoint)
+    console = Console(stderr=as_json)
+    if build_index:
+        from vlmflow.search.build import update_index
+
+        report = update_index(place)
+        if text is None and image is None and like is None:
+            if as_json:
+                typer.echo(report.model_dump_json())
+            else:
+                print_index(report, console)
+            return
+        print_index(report, console)
+    query = Query(text=text, image=image, like=like)
+    job = _job(catalog, profile, config, endpoint)
+    result = search_images(place, query, where=where, top_k=top_k, job=job, exact=exact)
+    if html is not None:
+        from vlmflow.search.page import search_html
+        from vlmflow.search.thumbnails import make_thumbnails
+
+        thumbnails = make_thumbnails(result.hits, place, show_flagged=show_flagged)
+        _write(html, search_html(result, thumbnails, show_flagged=show_flagged))
+    if csv is not None:
+        _write(csv, search_csv(result))
+    if as_json:
+        typer.echo(result.model_dump_json())
+    else:
+        print_search(result, console)
+
+
+@app.command()
+def duplicates(
+    catalog: CatalogOnly,
+    kind: Annotated[
+        list[str] | None, typer.Option("--kind", help="exact (equal bytes) or semantic (by embeddings). Default: both.")
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option("--threshold", help="Least cosine with the representative of a semantic group.")
+    ] = None,
+    where: WhereOption = None,
+    csv: CsvOption = None,
+    endpoint: EndpointOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Group the images of CATALOG that are the same: to the byte, or by their embeddings.
+
+    Each group has a representative, the image with the most pixels, with which every member was compared.
+
+    Example: `vlmflow duplicates catalog/ --csv duplicates.csv`
+    """
+    from vlmflow.search.duplicates import THRESHOLD, Kind, find_duplicates
+    from vlmflow.views_search import duplicates_csv, print_duplicates
+
+    _check_files(csv)
+    known: dict[str, Kind] = {"exact": "exact", "semantic": "semantic"}
+    for name in kind or ():
+        if name not in known:
+            raise ConfigError(f"--kind {name}", remedy=f"Use {' or '.join(known)}.")
+    report = find_duplicates(
+        catalog_config(catalog, endpoint),
+        kinds=[known[name] for name in kind or known],
+        threshold=THRESHOLD if threshold is None else threshold,
+        where=where,
+    )
+    if csv is not None:
+        _write(csv, duplicates_csv(report))
+    if as_json:
+        typer.echo(report.model_dump_json())
+    else:
+        print_duplicates(report, Console())
+
+
+@app.command()
+def titles(
+    catalog: CatalogOnly,
+    top_k: Annotated[int, typer.Option("--top-k", "-k", min=1, max=1_000_000, help="How many rows.")] = 20,
+    where: WhereOption = None,
+    csv: CsvOption = None,
+    endpoint: EndpointOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the rows of CATALOG whose text (such as a title) fits the image least, by the stored match score.
+
+    Example: `vlmflow titles catalog/ --top-k 100 --csv titles.csv`
+    """
+    from vlmflow.search.titles import find_titles
+    from vlmflow.views_search import print_titles, titles_csv
+
+    _check_files(csv)
+    report = find_titles(catalog_config(catalog, endpoint), top_k=top_k, where=where)
+    if csv is not None:
+        _write(csv, titles_csv(report))
+    if as_json:
+        typer.echo(report.model_dump_json())
+    else:
+        print_titles(report, Console())
+
+
+def _job(catalog: str, profile: str | None, config: Path | None, endpoint: str | None) -> Job | None:
+    """The job whose models embed the query; None: those of the newest run."""
+    if profile is None and config is None:
+        return None
+    return make_job(
+        catalog,  # in place of a source, which is not read
+        catalog,
+        config,
+        endpoint,
+        profile=profile,
+        tasks="embed",
+        policy=None,
+        text_column=None,
+        date=None,
+        ray_address=None,
+        allow_empty=False,
+        accept_unbound=False,
+    )
+
+
+def _check_files(*files: Path | None) -> None:
+    """Before the work: a place that cannot be written to."""
+    for file in files:
+        if file is not None and not file.parent.is_dir():
+            raise ConfigError(f"{file}: no folder {file.parent}", remedy="Make the folder first.")
+
+
+def _write(file: Path, text: str) -> None:
+    try:
+        file.write_text(text, encoding="utf-8", newline="")
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror or error}", remedy="Name a file that can be written.") from error

@@ -1,0 +1,251 @@
+"""Groups of images that are the same: to the byte, or as far as the embeddings can tell.
+
+A group has a representative, and every member is compared with it, not with any other member: so no chain of small
+steps joins images that are unlike. The representative is the image with the most pixels, then the least id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Literal, TypeAlias
+
+import numpy as np
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from vlmflow.catalog.columns import flat
+from vlmflow.catalog.keys import to_binary, to_words
+from vlmflow.catalog.masks import Mask
+from vlmflow.config import CatalogConfig, Frozen
+from vlmflow.errors import ConfigError, SearchError
+from vlmflow.search.live import LiveRows, Positions
+from vlmflow.search.searcher import Searcher
+
+Kind: TypeAlias = Literal["exact", "semantic"]
+
+# Cosine from which two images count as one. Tested with the starter's embedder on the 200 drawings of the demo: no two
+# different ones reach 0.93, every copy at lower quality or a quarter of the size stays above 0.99, and 92% of those
+# cropped by 3% on each side above 0.95. Other models spread their vectors otherwise. See
+# tests/integration/test_search.py.
+THRESHOLD = 0.95
+# Up to so many images each is compared with each; beyond, the index proposes whom to compare.
+ALL_PAIRS = 30_000
+_MAX_PAIRS = 50_000_000
+_BLOCK = 2_048
+
+_COLUMNS = ("image_id", "uri", "decision", "status", "width", "height", "size_bytes", "content_hash")
+
+
+class Member(Frozen):
+    """An image of a group; ``similarity``: cosine with the representative, 1 for equal bytes."""
+
+    image_id: str
+    uri: str
+    decision: str
+    width: int | None = None
+    height: int | None = None
+    size_bytes: int | None = None
+    similarity: float
+
+
+class Group(Frozen):
+    """Images that are the same; the representative is the first."""
+
+    kind: Kind
+    members: tuple[Member, ...]
+
+    @property
+    def representative(self) -> Member:
+        """The one to keep."""
+        return self.members[0]
+
+
+class DuplicateReport(Frozen):
+    """The groups of a catalog, those of equal bytes first, the largest first.
+
+    Of a group of equal bytes only the representative takes part in semantic groups.
+    """
+
+    catalog: str
+    images_version: int
+    threshold: float
+    num_images: int  # that were compared
+    num_duplicates: int  # members beside the representatives
+    num_without_vectors: int = 0  # of the images compared: they have no part in semantic groups
+    groups: tuple[Group, ...] = ()
+
+
+def find_duplicates(
+    catalog: CatalogConfig,
+    *,
+    kinds: Sequence[Kind] = ("exact", "semantic"),
+    threshold: float = THRESHOLD,
+    where: str | None = None,
+) -> DuplicateReport:
+    """Groups the images of a catalog.
+
+    Args:
+        threshold: least cosine of an image with the representative of its semantic group.
+        where: a condition in SQL; other images are left out.
+
+    Raises:
+        ConfigError: the threshold or the condition cannot be used.
+        SearchError: too many images to compare each with each, and no index; or so many pairs that the threshold
+            tells nothing apart.
+        CatalogError: there is no catalog.
+    """
+    if not 0 < threshold <= 1:
+        raise ConfigError(f"--threshold {threshold}", remedy="Give a cosine above 0 and up to 1.")
+    searcher = Searcher(catalog)
+    live = searcher.refresh()
+    wanted = np.ones(len(live), np.bool_) if where is None else live.mask(where)
+    hashes, areas = _facts(live)
+    wanted &= hashes >= 0
+    order = _order(live, areas, wanted)
+    firsts = _first_of_equal(hashes, order)
+    groups = _exact_groups(hashes, order) if "exact" in kinds else []
+    unlike = np.zeros(len(live), np.bool_)
+    unlike[firsts] = True
+    found: list[tuple[Kind, Positions, NDArray[np.float32]]] = [
+        ("exact", group, np.ones(len(group), np.float32)) for group in groups
+    ]
+    num_without = 0
+    if "semantic" in kinds:
+        ranks = np.full(len(live), len(live), np.int64)
+        ranks[order] = np.arange(len(order))
+        num_without = int(unlike.sum())
+        for model in live.num_by_model:
+            mask = unlike & live.of_models([model])
+            num_without -= int(mask.sum())
+            found += [("semantic", *group) for group in _semantic(searcher, model, mask, ranks, threshold)]
+    return DuplicateReport(
+        catalog=catalog.uri,
+        images_version=live.version,
+        threshold=threshold,
+        num_images=int(wanted.sum()),
+        num_duplicates=sum(len(group) - 1 for _, group, _ in found),
+        num_without_vectors=num_without,
+        groups=tuple(_described(live, found)),
+    )
+
+
+def _facts(live: LiveRows) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(N,) a number for each content, -1 where nothing was read; and (N,) pixels of each image."""
+    numbers: dict[str, int] = {}
+    hashes = np.full(len(live), -1, np.int64)
+    areas = np.zeros(len(live), np.int64)
+    for start, rows in live.read(["content_hash", "width", "height"]):
+        here = slice(start, start + rows.num_rows)
+        coded = pc.dictionary_encode(flat(rows["content_hash"]))
+        codes = [numbers.setdefault(value, len(numbers)) for value in coded.dictionary.to_pylist()]
+        indices = pc.fill_null(coded.indices, len(codes)).to_numpy(zero_copy_only=False)
+        hashes[here] = np.array([*codes, -1], np.int64)[indices]
+        sides = [pc.fill_null(rows[name], 0).to_numpy().astype(np.int64) for name in ("width", "height")]
+        areas[here] = sides[0] * sides[1]
+    return hashes, areas
+
+
+def _order(live: LiveRows, areas: NDArray[np.int64], wanted: Mask) -> Positions:
+    """Marked rows in the order in which they become representatives."""
+    ids = np.empty((len(live), 2), np.uint64)
+    for start, rows in live.read(["image_id"]):
+        ids[start : start + rows.num_rows] = np.stack(to_words(to_binary(rows["image_id"])), axis=1)
+    rows_wanted = np.flatnonzero(wanted)
+    return rows_wanted[np.lexsort((ids[rows_wanted, 1], ids[rows_wanted, 0], -areas[rows_wanted]))]
+
+
+def _first_of_equal(hashes: NDArray[np.int64], order: Positions) -> Positions:
+    _, first = np.unique(hashes[order], return_index=True)
+    return order[first]
+
+
+def _exact_groups(hashes: NDArray[np.int64], order: Positions) -> list[Positions]:
+    by_hash = order[np.argsort(hashes[order], kind="stable")]
+    starts = np.flatnonzero(np.diff(hashes[by_hash], prepend=-1))
+    groups = np.split(by_hash, starts[1:]) if len(starts) else []
+    return sorted((group for group in groups if len(group) > 1), key=lambda group: (-len(group), int(group[0])))
+
+
+def _semantic(
+    searcher: Searcher, model: str, mask: Mask, ranks: NDArray[np.int64], threshold: float
+) -> list[tuple[Positions, NDArray[np.float32]]]:
+    """Groups of marked rows by their vectors."""
+    parts = list(_pairs(searcher, model, mask, threshold))
+    empty = np.empty(0, np.int64)
+    left = np.concatenate([empty, *(part[0] for part in parts)])
+    right = np.concatenate([empty, *(part[1] for part in parts)])
+    scores = np.concatenate([np.empty(0, np.float32), *(part[2] for part in parts)])
+    # Each pair once, seen from the one that comes first.
+    forward = ranks[left] < ranks[right]
+    left, right, scores = left[forward], right[forward], scores[forward]
+    by_rank = np.lexsort((right, -scores, ranks[left]))
+    left, right, scores = left[by_rank], right[by_rank], scores[by_rank]
+    taken: set[int] = set()
+    groups = []
+    starts = np.flatnonzero(np.diff(left, prepend=-1))
+    for start, stop in pairwise([*starts.tolist(), len(left)]):
+        head = int(left[start])
+        if head in taken:
+            continue
+        free = [at for at in range(start, stop) if int(right[at]) not in taken]
+        if free:
+            taken |= {head, *right[free].tolist()}
+            members = np.array([head, *right[free]], np.int64)
+            groups.append((members, np.array([1.0, *scores[free]], np.float32)))
+    return sorted(groups, key=lambda group: (-len(group[0]), int(ranks[group[0][0]])))
+
+
+def _pairs(
+    searcher: Searcher, model: str, mask: Mask, threshold: float
+) -> Iterator[tuple[Positions, Positions, NDArray[np.float32]]]:
+    """Pairs of marked rows whose cosine reaches the threshold, with it; a pair may come twice, turned around."""
+    count = int(mask.sum())
+    num_pairs = 0
+    if count <= ALL_PAIRS:
+        found = _all_pairs(searcher, model, mask, threshold)
+    else:
+        found = searcher.near_pairs(model, mask, threshold)
+    for part in found:
+        num_pairs += len(part[0])
+        if num_pairs > _MAX_PAIRS:
+            raise SearchError(
+                f"more than {_MAX_PAIRS:,} pairs of images are closer than {threshold}",
+                remedy="Raise --threshold, or narrow the images with --where.",
+            )
+        yield part
+
+
+def _all_pairs(
+    searcher: Searcher, model: str, mask: Mask, threshold: float
+) -> Iterator[tuple[Positions, Positions, NDArray[np.float32]]]:
+    blocks = list(searcher.vectors(model, mask))
+    if not blocks:
+        return
+    positions = np.concatenate([block[0] for block in blocks])
+    vectors = np.concatenate([block[1] for block in blocks])
+    for start in range(0, len(vectors), _BLOCK):
+        scores = vectors[start : start + _BLOCK] @ vectors[start:].T
+        rows, columns = np.nonzero(scores >= threshold)
+        later = columns > rows
+        rows, columns = rows[later], columns[later]
+        first, second = positions[start + rows], positions[start + columns]
+        values = scores[rows, columns]
+        # Both ways: which of the two comes first is not known here.
+        yield np.concatenate([first, second]), np.concatenate([second, first]), np.concatenate([values, values])
+
+
+def _described(live: LiveRows, found: list[tuple[Kind, Positions, NDArray[np.float32]]]) -> Iterator[Group]:
+    if not found:
+        return
+    rows = live.take(np.concatenate([group for _, group, _ in found]), _COLUMNS).to_pylist()
+    start = 0
+    for kind, group, scores in found:
+        members = tuple(
+            Member(
+                similarity=min(1.0, float(score)), **{name: row[name] for name in Member.model_fields if name in row}
+            )
+            for row, score in zip(rows[start : start + len(group)], scores, strict=True)
+        )
+        start += len(group)
+        yield Group(kind=kind, members=members)

@@ -1,0 +1,183 @@
+"""The approximate index, by faiss (Johnson et al. 2017, arXiv:1702.08734): inverted lists over k-means cells.
+
+Of the libraries on PyPI, faiss-cpu was chosen over usearch and hnswlib: its lists are searched where they lie in a
+memory-mapped file; a filter is looked at within the search, so that a rare one costs no recall; cells are found in a
+minute on two cores where a graph over as many vectors takes much longer; and it ships wheels. usearch maps files too
+but takes no filter from Python; hnswlib loads its whole graph and ships no wheel.
+
+Vectors are kept in half precision, which moves a cosine by less than 1e-3.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vlmflow.catalog.masks import Mask
+from vlmflow.errors import ConfigError
+from vlmflow.search.exact import NOTHING, Found, best
+from vlmflow.search.segments import Segment, gone
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+# Cells that a query looks into, without a filter; measured by benchmarks/search.py.
+PROBES = 160
+# Vectors behind each cell when cells are found, and fewest that a cell must stand for: a cell's centre is a mean, and
+# must not give away the vector of a single image that is erased later.
+TRAIN_PER_CELL = 48
+FEWEST_PER_CELL = 8
+_MAX_CELLS = 16_384
+_TRAIN_SEED = 20_260_301
+
+
+def load_faiss() -> ModuleType:
+    """The library.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        import faiss
+    except ImportError as error:
+        raise ConfigError(
+            "the index needs faiss, which is not installed",
+            remedy="Install vlmflow[search], or search exactly with --exact.",
+        ) from error
+    return faiss
+
+
+def num_cells(num_rows: int) -> int:
+    """How many cells suit a number of vectors: a power of two near four times its square root."""
+    return int(min(_MAX_CELLS, 2 ** max(2, round(math.log2(4 * math.sqrt(max(num_rows, 1)))))))
+
+
+def train(sample: NDArray[np.float32], cells: int) -> Any:
+    """Finds cells by k-means on the sphere.
+
+    Args:
+        sample: (S, D) unit vectors.
+
+    Returns:
+        An empty index, ready for vectors; with fewer cells than asked for where some would stand for too few vectors.
+    """
+    faiss = load_faiss()
+    dim = sample.shape[1]
+    cells = max(1, min(cells, len(sample) // (2 * FEWEST_PER_CELL)))
+    kmeans = faiss.Kmeans(
+        dim,
+        cells,
+        niter=10,
+        spherical=True,
+        seed=_TRAIN_SEED,
+        min_points_per_centroid=1,
+        max_points_per_centroid=len(sample),
+    )
+    kmeans.train(sample)
+    _, nearest = kmeans.index.search(sample, 1)
+    counts = np.bincount(nearest[:, 0], minlength=cells)
+    centres = kmeans.centroids[counts >= FEWEST_PER_CELL]
+    if not len(centres):
+        centres = sample.mean(axis=0, keepdims=True)
+    return _empty(centres)
+
+
+def emptied(path: Path) -> Any:
+    """An index without vectors, with the cells of one that is there."""
+    faiss = load_faiss()
+    held = _open(path)
+    quantizer = faiss.downcast_index(held.quantizer)
+    return _empty(quantizer.reconstruct_n(0, quantizer.ntotal))
+
+
+def save(index: Any, path: Path) -> None:
+    """Writes an index to a local file."""
+    load_faiss().write_index(index, str(path))
+
+
+def _empty(centres: NDArray[np.float32]) -> Any:
+    faiss = load_faiss()
+    quantizer = faiss.IndexFlatIP(centres.shape[1])
+    quantizer.add(np.ascontiguousarray(centres, np.float32))
+    index = faiss.IndexIVFScalarQuantizer(
+        quantizer,
+        centres.shape[1],
+        len(centres),
+        faiss.ScalarQuantizer.QT_fp16,
+        faiss.METRIC_INNER_PRODUCT,
+        False,  # the vectors themselves, not what is left of them after their cell's centre
+    )
+    index.is_trained = True  # half precision needs no training
+    return index
+
+
+def _open(path: Path) -> Any:
+    """Maps a file into memory; its lists are read as they are searched."""
+    faiss = load_faiss()
+    try:
+        return faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
+    except RuntimeError as error:
+        raise gone(path.name) from error
+
+
+class OpenSegment:
+    """A segment that can be searched."""
+
+    def __init__(self, segment: Segment, path: Path) -> None:
+        self.segment = segment
+        self._index = _open(path)
+        if self._index.ntotal != segment.info.num_rows or self._index.d != segment.info.dim:
+            raise gone(segment.path)
+        self._positions = segment.positions
+        self._live = self._positions >= 0
+
+    def search(self, query: NDArray[np.float32], top_k: int, wanted: Mask | None) -> Found:
+        """The best of the segment's live rows, of those that are marked.
+
+        The fewer are marked, the more cells are looked into: about as many vectors are compared as without a filter,
+        and all that are marked if they are few.
+
+        Args:
+            query: (D,) of unit length.
+            wanted: (N,) over the live rows; None: all.
+        """
+        faiss = load_faiss()
+        total = len(self._positions)
+        marks = self._live if wanted is None else self._live & wanted[self._positions]
+        count = int(marks.sum())
+        if not count:
+            return NOTHING
+        probes = min(self._index.nlist, math.ceil(PROBES * total / count))
+        # At least as many cells as are needed to have top_k rows to choose from.
+        probes = min(self._index.nlist, max(probes, math.ceil(2 * top_k * self._index.nlist / count)))
+        bits = np.packbits(marks, bitorder="little")
+        selector = None if count == total else faiss.IDSelectorBitmap(bits)
+        parameters = faiss.SearchParametersIVF(nprobe=probes, **({} if selector is None else {"sel": selector}))
+        scores, at = self._index.search(query[None], min(top_k, count), params=parameters)
+        hits = at[0] >= 0
+        return Found(self._positions[at[0][hits]], scores[0][hits])
+
+    def neighbours(
+        self, queries: NDArray[np.float32], least: float
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+        """Pairs of a query and a live row whose cosine is at least ``least``.
+
+        Returns:
+            (P,) numbers of queries, (P,) numbers of live rows, (P,) float32 cosines.
+        """
+        faiss = load_faiss()
+        parameters = faiss.SearchParametersIVF(nprobe=min(self._index.nlist, PROBES // 10))
+        limits, scores, at = self._index.range_search(queries, least, params=parameters)
+        rows = np.repeat(np.arange(len(queries)), np.diff(limits.astype(np.int64)))
+        positions = self._positions[at]
+        keep = positions >= 0
+        return rows[keep], positions[keep], scores[keep]
+
+
+def search_segments(segments: list[OpenSegment], query: NDArray[np.float32], top_k: int, wanted: Mask | None) -> Found:
+    """The best rows of all segments."""
+    return best([NOTHING, *(segment.search(query, top_k, wanted) for segment in segments)], top_k)

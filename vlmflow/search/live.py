@@ -1,0 +1,184 @@
+"""The live rows of a catalog as search needs them: numbered, and each with the run whose vector it refers to."""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import TypeAlias
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from vlmflow.catalog.columns import conform, flat
+from vlmflow.catalog.folder import Folder
+from vlmflow.catalog.keys import index_of, to_binary, to_words
+from vlmflow.catalog.log import DataFile, Snapshot
+from vlmflow.catalog.masks import Mask
+from vlmflow.catalog.read import read_each, read_rows
+from vlmflow.catalog.where import check_where, mask_where
+from vlmflow.schema import KEY, fingerprint_column
+
+Positions: TypeAlias = NDArray[np.int64]  # numbers of live rows; -1: none
+
+VIEW = "squash"  # the view that shows the whole image: the one that is searched
+_FINGERPRINT = fingerprint_column("embed")
+_COLUMNS = ["image_id", "embed_run_id", _FINGERPRINT]
+_CACHED_BYTES = 256 * 1024 * 1024
+_AHEAD = 4
+
+
+class LiveRows:
+    """One version of the images table. N: its rows, numbered in the order of its files.
+
+    Of each row only key, run and model are kept (about 30 bytes); columns are read from the files when asked for.
+    """
+
+    def __init__(self, folder: Folder, snapshot: Snapshot) -> None:
+        self.version = snapshot.version
+        self.columns = snapshot.schema
+        self._folder = folder
+        self.files: list[DataFile] = sorted(snapshot.files.values(), key=lambda file: (file.ingest_date, file.path))
+        self._cache: OrderedDict[tuple[str, tuple[str, ...]], pa.Table] = OrderedDict()
+        keys, counts = [], []
+        runs, models = _Codes(), _Codes()
+        for _, rows in read_each(folder, "images", self.files, _COLUMNS, ahead=_AHEAD):
+            counts.append(rows.num_rows)
+            keys.append(index_of(to_binary(rows["image_id"])))
+            runs.add(rows["embed_run_id"])
+            models.add(rows[_FINGERPRINT])
+        self.starts: Positions = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        for start, index in zip(self.starts, keys, strict=False):
+            index.values = index.values + start
+        self._index = index_of(pa.array([], KEY)).merged(keys)
+        self._runs, self._run_names = runs.array(), runs.names
+        self._models, self._model_names = models.array(), models.names
+        self._models[self._runs < 0] = -1  # without a vector
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    @property
+    def num_by_model(self) -> dict[str, int]:
+        """Rows with vectors by the fingerprint of what made them, the most frequent first."""
+        counts = np.bincount(self._models[self._models >= 0], minlength=len(self._model_names))
+        pairs = zip(self._model_names, counts.tolist(), strict=True)
+        return dict(sorted(((name, count) for name, count in pairs if count), key=lambda pair: -pair[1]))
+
+    def of_models(self, fingerprints: Sequence[str]) -> Mask:
+        """(N,) rows whose vector one of these made."""
+        codes = [self._model_names[name] for name in fingerprints if name in self._model_names]
+        return np.isin(self._models, codes)
+
+    def model_of(self, position: int) -> str | None:
+        """The fingerprint of what made a row's vector; None: it has none."""
+        code = int(self._models[position])
+        return None if code < 0 else next(name for name, number in self._model_names.items() if number == code)
+
+    def find(self, keys: pa.Array | pa.ChunkedArray) -> Positions:
+        """The live row of each key (``schema.KEY``)."""
+        return self._index.find(*to_words(keys))
+
+    def locate(self, keys: pa.Array | pa.ChunkedArray, runs: pa.ChunkedArray) -> Positions:
+        """The live row that refers to each vector, given the image and the run that wrote it; -1: none does."""
+        at = self.find(keys)
+        if not len(self):
+            return at
+        coded = pc.dictionary_encode(flat(runs))
+        names = [self._run_names.get(name, -2) for name in coded.dictionary.to_pylist()]
+        codes = np.array([*names, -2], np.int32)[coded.indices.to_numpy(zero_copy_only=False)]
+        return np.where((at >= 0) & (self._runs[at] == codes), at, -1)
+
+    def dates_of(self, wanted: Mask) -> set[object]:
+        """The partitions in which marked rows lie."""
+        spans = zip(self.starts[:-1], self.starts[1:], self.files, strict=True)
+        return {file.ingest_date for start, stop, file in spans if wanted[start:stop].any()}
+
+    def mask(self, where: str) -> Mask:
+        """(N,) rows of which a condition in SQL is true; only the columns that it names are read.
+
+        Raises:
+            ConfigError: it is no condition, or names a column that is not there.
+        """
+        check_where(where, self.columns)
+        names = _columns_in(where, self.columns)
+        mask = np.zeros(len(self), np.bool_)
+        for start, rows in self.read(names):
+            mask[start : start + rows.num_rows] = mask_where(rows, where)
+        return mask
+
+    def read(self, names: Sequence[str]) -> Iterator[tuple[int, pa.Table]]:
+        """Columns of all rows, file by file, each with the number of its first row."""
+        wanted = pa.schema([self.columns.field(name) for name in names])
+        tables = read_each(self._folder, "images", self.files, list(names), ahead=_AHEAD)
+        for start, (_, rows) in zip(self.starts.tolist(), tables, strict=False):
+            yield start, conform(rows, wanted)
+
+    def take(self, positions: Positions, names: Sequence[str]) -> pa.Table:
+        """Columns of some rows, in the order asked for. Files that were read stay in memory while there is room."""
+        wanted = pa.schema([self.columns.field(name) for name in names])
+        files = np.searchsorted(self.starts, positions, side="right") - 1
+        parts, order = [wanted.empty_table()], []
+        for number in np.unique(files).tolist():
+            here = np.flatnonzero(files == number)
+            parts.append(self._columns_of(number, wanted).take(pa.array(positions[here] - self.starts[number])))
+            order.append(here)
+        inverse = np.argsort(np.concatenate(order)) if order else np.empty(0, np.int64)
+        return pa.concat_tables(parts).take(pa.array(inverse))
+
+    def _columns_of(self, number: int, wanted: pa.Schema) -> pa.Table:
+        key = (self.files[number].path, tuple(wanted.names))
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key]
+        rows = conform(read_rows(self._folder, "images", self.files[number], wanted.names), wanted)
+        self._cache[key] = rows
+        while sum(table.nbytes for table in self._cache.values()) > _CACHED_BYTES and len(self._cache) > 1:
+            self._cache.popitem(last=False)
+        return rows
+
+
+class _Codes:
+    """Texts as numbers, in the order of their first mention; -1 for null."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, int] = {}
+        self._parts: list[NDArray[np.int32]] = []
+
+    def add(self, column: pa.ChunkedArray) -> None:
+        coded = pc.dictionary_encode(flat(column))
+        numbers = [self.names.setdefault(name, len(self.names)) for name in coded.dictionary.to_pylist()]
+        indices = pc.fill_null(coded.indices, len(numbers)).to_numpy(zero_copy_only=False)
+        self._parts.append(np.array([*numbers, -1], np.int32)[indices])
+
+    def array(self) -> NDArray[np.int32]:
+        return np.concatenate([np.empty(0, np.int32), *self._parts])
+
+
+def _columns_in(where: str, columns: pa.Schema) -> list[str]:
+    """The columns that a condition names, at least one; all, if that cannot be told."""
+    with duckdb.connect(config={"enable_external_access": "false", "threads": 1}) as connection:
+        try:
+            found = connection.execute("SELECT json_serialize_sql(?)", [f"SELECT 1 FROM images WHERE ({where})"])
+            tree = json.loads((found.fetchone() or ("{}",))[0])
+        except duckdb.Error:  # without its json extension
+            return list(columns.names)
+    words = {word.lower() for word in _words(tree)}
+    if tree.get("error", True) or any("star" in word for word in words):
+        return list(columns.names)
+    # An alias or a text may be spelled like a column, which costs no more than reading it.
+    return [name for name in columns.names if name.lower() in words or name == "image_id"]
+
+
+def _words(tree: object) -> Iterator[str]:
+    if isinstance(tree, str):
+        yield tree
+    elif isinstance(tree, dict):
+        for value in tree.values():
+            yield from _words(value)
+    elif isinstance(tree, list):
+        for value in tree:
+            yield from _words(value)

@@ -1,0 +1,291 @@
+"""Search over one catalog: the index where it covers the rows, the stored vectors where it does not."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from vlmflow.catalog import Catalog
+from vlmflow.catalog.folder import Folder
+from vlmflow.catalog.keys import to_binary
+from vlmflow.catalog.log import Snapshot, TableLog
+from vlmflow.catalog.masks import Mask
+from vlmflow.config import CatalogConfig, Job
+from vlmflow.errors import CatalogError, ConfigError, SearchError
+from vlmflow.search.exact import NOTHING, Block, Found, best, search_exact, vector_blocks
+from vlmflow.search.index import OpenSegment, search_segments
+from vlmflow.search.live import LiveRows, Positions
+from vlmflow.search.query import Query, QueryEncoder, search_job
+from vlmflow.search.results import HIT_COLUMNS, Hit, SearchResult, notes_of
+from vlmflow.search.segments import Index, read_index
+from vlmflow.sources.uris import normalise_uri
+
+MAX_TOP_K = 10_000
+# Vectors outside the index that stay in memory between queries: a hundred megabytes at 512 dimensions.
+_KEPT_ROWS = 50_000
+
+
+class Searcher:
+    """Answers queries over one catalog; follows its tables from version to version.
+
+    Args:
+        job: profile, models and limits count; None: the profile of the newest run.
+        exact: compares every vector, whatever the index.
+    """
+
+    def __init__(self, catalog: CatalogConfig, *, job: Job | None = None, exact: bool = False) -> None:
+        self._config, self._job, self._exact = catalog, job, exact
+        Catalog.open(catalog)  # refuses what is none
+        self._folder = Folder(catalog)
+        self._images = TableLog.open(self._folder, "images")
+        self._embeddings = TableLog.open(self._folder, "embeddings")
+        self._encoder: QueryEncoder | None = None
+        self._live: LiveRows | None = None
+        self._snapshot: Snapshot | None = None
+        self._indexes: dict[tuple[str, ...], tuple[Index, list[OpenSegment]]] = {}
+        self._masks: dict[str, Mask] = {}
+        self._kept: dict[tuple[str, ...], list[Block] | None] = {}
+        # Copies of index files, where the catalog is not on the local disk.
+        self._workspace = tempfile.TemporaryDirectory(prefix="vlmflow-search-")
+        weakref.finalize(self, self._workspace.cleanup)
+
+    def search(self, query: Query, *, where: str | None = None, top_k: int = 10) -> SearchResult:
+        """The images nearest to a query, the best first.
+
+        Args:
+            where: a condition in SQL (DuckDB) over the columns of the images table.
+
+        Raises:
+            ConfigError: the condition cannot be used, or no image of the catalog has the uri asked for.
+            SearchError: the catalog holds no vector that the query can be compared with.
+            ImageError: the query's image cannot be decoded, or exceeds the limits.
+            WeightsError: the embedder's weights are absent or do not fit.
+        """
+        if not 1 <= top_k <= MAX_TOP_K:
+            raise ConfigError(f"top_k {top_k}", remedy=f"Ask for 1 to {MAX_TOP_K:,} images.")
+        started = time.monotonic()
+        live = self.refresh()
+        if query.like is not None:
+            vector, models, itself = self._stored(live, query.like)
+        else:
+            encoder = self._encoder_of(live)
+            vector, models, itself = encoder.encode(query), encoder.fingerprints, None
+        matching = self._matching(live, models, where)
+        if itself is not None:
+            matching[itself] = False
+        found, num_indexed = self.nearest(vector, models, matching, top_k)
+        return self._result(live, query, where, top_k, models, matching, found, num_indexed, started)
+
+    def refresh(self) -> LiveRows:
+        """Moves to the newest version of the catalog; nothing is read if there is no newer one."""
+        snapshot = self._images.refresh()
+        if self._live is None or self._live.version != snapshot.version:
+            self._live = LiveRows(self._folder, snapshot)
+            self._indexes, self._masks, self._kept = {}, {}, {}
+        # After the images: the vectors of the rows just read are there by then.
+        self._snapshot = self._embeddings.refresh()
+        return self._live
+
+    def nearest(
+        self, vector: NDArray[np.float32], models: Sequence[str], wanted: Mask, top_k: int
+    ) -> tuple[Found, int]:
+        """The best of the marked live rows, and how many of them were looked for in the index.
+
+        Args:
+            vector: (D,) of unit length.
+            models: fingerprints of the vectors to compare with.
+            wanted: (N,) over the live rows, all of these models.
+        """
+        live, snapshot = self._live, self._snapshot
+        assert live is not None
+        assert snapshot is not None
+        index, segments = (Index((), ()), []) if self._exact else self._index(live, tuple(models))
+        covered = index.covered(len(live))
+        rest = wanted & ~covered
+        found = search_segments(segments, vector, top_k, wanted) if segments else NOTHING
+        if rest.any():
+            blocks = self._blocks(live, snapshot, tuple(models), ~covered, rest)
+            found = best([found, search_exact(blocks, vector, top_k)], top_k)
+        return found, int(wanted.sum() - rest.sum())
+
+    def vectors(self, model: str, wanted: Mask) -> Iterator[Block]:
+        """The stored vectors of marked live rows, those of one model, in blocks."""
+        live, snapshot = self._live, self._snapshot
+        assert live is not None
+        assert snapshot is not None
+        return vector_blocks(self._folder, snapshot, live, wanted & live.of_models([model]))
+
+    def near_pairs(
+        self, model: str, wanted: Mask, threshold: float
+    ) -> Iterator[tuple[Positions, Positions, NDArray[np.float32]]]:
+        """Pairs of marked rows, by the index, whose cosine reaches a threshold; each row comes with itself too.
+
+        Both of a pair are in one cell of the index or in two that are close, or else they are not found.
+
+        Raises:
+            SearchError: the index does not cover all of these rows.
+        """
+        live = self._live
+        assert live is not None
+        index, segments = self._index(live, (model,))
+        missing = int((wanted & ~index.covered(len(live))).sum())
+        if missing:
+            raise SearchError(
+                f"{missing:,} of {int(wanted.sum()):,} images are not in the index, and they are too many to compare "
+                "each with each",
+                remedy="Run `vlmflow search CATALOG --build-index` first, or narrow the images with --where.",
+            )
+        for positions, vectors in self.vectors(model, wanted):
+            for segment in segments:
+                rows, others, scores = segment.neighbours(np.ascontiguousarray(vectors), threshold)
+                keep = wanted[others]
+                yield positions[rows[keep]], others[keep], scores[keep]
+
+    def _blocks(
+        self, live: LiveRows, snapshot: Snapshot, models: tuple[str, ...], uncovered: Mask, wanted: Mask
+    ) -> Iterator[Block]:
+        """The vectors to compare one by one: from the files, or, where few are not in the index, kept in memory."""
+        if models not in self._kept:
+            of_models = live.of_models(models) & uncovered
+            few = int(of_models.sum()) <= _KEPT_ROWS
+            self._kept[models] = list(vector_blocks(self._folder, snapshot, live, of_models)) if few else None
+        kept = self._kept[models]
+        if kept is None:
+            yield from vector_blocks(self._folder, snapshot, live, wanted)
+            return
+        for positions, vectors in kept:
+            marks = wanted[positions]
+            yield positions[marks], vectors[marks]
+
+    def _index(self, live: LiveRows, models: tuple[str, ...]) -> tuple[Index, list[OpenSegment]]:
+        if models not in self._indexes:
+            try:
+                self._indexes[models] = self._opened(live, models)
+            except CatalogError:  # an update has just put other segments in the place of these
+                self._indexes[models] = self._opened(live, models)
+        return self._indexes[models]
+
+    def _opened(self, live: LiveRows, models: tuple[str, ...]) -> tuple[Index, list[OpenSegment]]:
+        index = read_index(self._folder, live, models)
+        folder = Path(self._workspace.name)
+        paths = [self._folder.local_copy(segment.paths[0], folder) for segment in index.segments]
+        return index, [OpenSegment(segment, path) for segment, path in zip(index.segments, paths, strict=True)]
+
+    def _encoder_of(self, live: LiveRows) -> QueryEncoder:
+        if self._encoder is None:
+            job = self._job
+            if job is None:
+                from vlmflow.engine.remoderate import last_profile
+
+                job = search_job(self._config, last_profile(self._config))
+            self._encoder = QueryEncoder(job)
+        held = live.num_by_model
+        if not held:
+            raise SearchError(
+                f"{self._config.uri} holds no embeddings", remedy="Run `vlmflow enrich` with the task embed."
+            )
+        if not any(name in held for name in self._encoder.fingerprints):
+            row = int(np.flatnonzero(live.of_models([next(iter(held))]))[0])
+            made_by = live.take(np.array([row]), ["embed_model"])["embed_model"][0].as_py()
+            raise SearchError(
+                f"the embeddings of {self._config.uri} were made by {made_by}, the query would be by "
+                f"{self._encoder.model} with other weights or settings",
+                remedy="Name the profile that made them with --profile, or embed the catalog anew with this one.",
+            )
+        return self._encoder
+
+    def _stored(self, live: LiveRows, uri: str) -> tuple[NDArray[np.float32], tuple[str, ...], int]:
+        """The vector of an image of the catalog, what made it, and its row."""
+        assert self._snapshot is not None
+        # As it is written in the table, or as a person would write it.
+        wanted = pa.array([_encodable(uri), _encodable(normalise_uri(uri))], pa.string())
+        keys = [
+            rows["image_id"].filter(pc.is_in(rows["uri"], value_set=wanted))
+            for _, rows in live.read(["image_id", "uri"])
+        ]
+        found = live.find(to_binary(pa.chunked_array([c for key in keys for c in key.chunks], pa.string())))
+        if not len(found):
+            raise ConfigError(f"--like {uri!r}: no such image in {self._config.uri}", remedy="Name a uri of its rows.")
+        mask = np.zeros(len(live), np.bool_)
+        mask[found] = True
+        for positions, vectors in vector_blocks(self._folder, self._snapshot, live, mask):
+            model = live.model_of(int(positions[0]))
+            if model is not None:
+                return vectors[0], (model,), int(positions[0])
+        raise SearchError(
+            f"--like {uri!r}: the image has no embedding", remedy="Run `vlmflow enrich` with the task embed."
+        )
+
+    def _matching(self, live: LiveRows, models: Sequence[str], where: str | None) -> Mask:
+        """A fresh mask of the rows that may be found."""
+        mask = live.of_models(models)
+        if where is None:
+            return mask
+        if where not in self._masks:
+            self._masks = {where: live.mask(where)}  # the last one: a person pages and refines
+        return mask & self._masks[where]
+
+    def _result(
+        self,
+        live: LiveRows,
+        query: Query,
+        where: str | None,
+        top_k: int,
+        models: Sequence[str],
+        matching: Mask,
+        found: Found,
+        num_indexed: int,
+        started: float,
+    ) -> SearchResult:
+        rows = live.take(found.positions, HIT_COLUMNS).to_pylist()
+        hits = tuple(
+            Hit(rank=rank, score=float(score), **{**row, "ingest_date": row["ingest_date"].isoformat()})
+            for rank, (row, score) in enumerate(zip(rows, found.scores.tolist(), strict=True), start=1)
+        )
+        counts = live.num_by_model
+        num_rows = sum(counts.get(name, 0) for name in models)
+        num_other = sum(counts.values()) - num_rows
+        num_matching = int(matching.sum())
+        assert self._snapshot is not None
+        return SearchResult(
+            query=_encodable(str(query)),
+            where=where,
+            top_k=top_k,
+            model=",".join(name for name in models if name in counts),
+            catalog=self._config.uri,
+            images_version=live.version,
+            embeddings_version=self._snapshot.version,
+            num_rows=num_rows,
+            num_matching=num_matching,
+            num_indexed=num_indexed,
+            num_other_model=num_other,
+            seconds=time.monotonic() - started,
+            notes=notes_of(num_matching, num_indexed, num_other, exact=self._exact),
+            hits=hits,
+        )
+
+
+def _encodable(text: str) -> str:
+    """Without lone surrogates, which a command line may hold and no table does."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def search_images(
+    catalog: CatalogConfig,
+    query: Query,
+    *,
+    where: str | None = None,
+    top_k: int = 10,
+    job: Job | None = None,
+    exact: bool = False,
+) -> SearchResult:
+    """Searches a catalog once; see :class:`Searcher`, which is faster for more than one query."""
+    return Searcher(catalog, job=job, exact=exact).search(query, where=where, top_k=top_k)

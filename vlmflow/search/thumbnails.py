@@ -1,0 +1,86 @@
+"""Small pictures of what was found, read anew from where the images are; flagged ones blurred beyond recognition."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+from PIL import Image, ImageFilter
+
+from vlmflow import schema
+from vlmflow.catalog.columns import conform
+from vlmflow.config import CatalogConfig, ImageLimits, SourceConfig
+from vlmflow.errors import ImageError, StorageAccessError, TransientError
+from vlmflow.imaging import PixelRequest, decode
+from vlmflow.search.results import Hit
+from vlmflow.sources.base import Fetched
+from vlmflow.sources.reader import SourceReader
+
+SIDE = 192
+_AT_ONCE = 32  # images in memory at once
+_BLURRED_SIDE = 6  # what is left of a flagged image: so many pixels a side
+_REQUEST = PixelRequest(SIDE, "bicubic", ("squash",))
+
+
+@dataclass(frozen=True)
+class Thumbnail:
+    """A picture as a ``data:`` uri, squashed to a square of ``SIDE`` pixels; or why there is none."""
+
+    uri: str | None
+    reason: str = ""
+    is_blurred: bool = False
+
+
+def make_thumbnails(
+    hits: Sequence[Hit], catalog: CatalogConfig, *, limits: ImageLimits | None = None, show_flagged: bool = False
+) -> list[Thumbnail]:
+    """Reads images and makes small ones, in the order of the hits. An image that cannot be had costs only itself.
+
+    A picture is shown only if its bytes are those that the row was made of: of others no decision is known. A catalog
+    in a store must not name files of the local disk, and urls of private hosts are refused, as in `enrich`.
+
+    Args:
+        show_flagged: flagged images as they are, instead of blurred.
+    """
+    limits = limits or ImageLimits()
+    config = SourceConfig(uri=catalog.uri, storage=catalog.storage)
+    reader = SourceReader(config, limits, catalog.uri)
+    out: list[Thumbnail] = []
+    for start in range(0, len(hits), _AT_ONCE):
+        some = hits[start : start + _AT_ONCE]
+        for hit, fetched in zip(some, _fetch(reader, some), strict=True):
+            out.append(_thumbnail(hit, fetched, limits, show_flagged))
+    return out
+
+
+def _fetch(reader: SourceReader, hits: Sequence[Hit]) -> list[Fetched]:
+    rows = pa.table({"image_id": [hit.image_id for hit in hits], "uri": [hit.uri for hit in hits]})
+    rows = conform(rows.append_column("locator", rows["uri"]), schema.REFERENCE)
+    try:
+        return reader.read(rows)
+    except (StorageAccessError, TransientError) as error:
+        return [Fetched(None, None, None, str(error))] * len(hits)
+
+
+def _thumbnail(hit: Hit, fetched: Fetched, limits: ImageLimits, show_flagged: bool) -> Thumbnail:
+    if fetched.data is None:
+        return Thumbnail(None, fetched.message or "cannot be read")
+    try:
+        image = decode(fetched.data, [_REQUEST], limits)
+    except ImageError as error:
+        return Thumbnail(None, str(error))
+    if image.facts.content_hash != hit.content_hash:
+        return Thumbnail(None, "the image has changed since it was enriched")
+    ((_, pixels),) = image.pixels[_REQUEST.key]
+    picture = Image.fromarray(pixels)
+    blurred = hit.is_flagged and not show_flagged
+    if blurred:
+        # In the picture itself: what is blurred by a style sheet is one click away.
+        picture = picture.resize((_BLURRED_SIDE, _BLURRED_SIDE), Image.Resampling.BOX)
+        picture = picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC).filter(ImageFilter.GaussianBlur(SIDE // 12))
+    sink = io.BytesIO()
+    picture.save(sink, "JPEG", quality=80)
+    return Thumbnail(f"data:image/jpeg;base64,{base64.b64encode(sink.getvalue()).decode()}", is_blurred=blurred)

@@ -1,9 +1,11 @@
-"""What a kill costs: images computed and not yet committed, against the commit interval.
+"""What a kill costs: images read and computed again, against the commit interval.
 
-Workload: that of ``benchmarks.end_to_end`` with the starter models. For each interval a run is killed with SIGKILL
-three times, at random moments after its first commit, and started again; what had left the last pool and was not in the
-table is lost and computed once more. Beside it stands what the interval costs: the share of the run's time that the
-driver spent in commits, which overlaps with the computation.
+Workload: that of ``benchmarks.end_to_end`` with the starter models, the images served over HTTP by this process, which
+counts what is asked of it. For each interval a run is killed with SIGKILL three times, each time when a random share of
+what was left had been read, and started again until nothing is due. Every read beyond one per image is work that was
+lost: images that were finished and not committed, that were being worked on, and that waited decoded. Beside it stands
+what the interval costs: the share of an undisturbed run's time that the driver spent in commits, which overlaps with the
+computation.
 
     python -m benchmarks.recovery [--images 1500]
 """
@@ -18,74 +20,81 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from benchmarks.end_to_end import write_images
 from benchmarks.machine import save_result
 from vlmflow.catalog import Catalog
-from vlmflow.config import CatalogConfig, CommitConfig, Job, SourceConfig
+from vlmflow.config import CatalogConfig, CommitConfig, HttpConfig, Job, SourceConfig
 from vlmflow.engine import enrich
-from vlmflow.engine.progress import SilentProgress, Tally
 
 INTERVALS = (100, 250, 1000)
 KILLS = 3
 
 
-class _Told(SilentProgress):
-    """Writes each count to a file, which outlives the process."""
+class _Counting(SimpleHTTPRequestHandler):
+    """Serves a folder and counts the images asked for."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    num_reads = 0
+    lock = threading.Lock()
 
-    def update(self, tally: Tally) -> None:
-        partial = self._path.with_suffix(".partial")
-        partial.write_text(json.dumps([tally.done, tally.committed, tally.elapsed_s]))
-        partial.replace(self._path)
+    def do_GET(self) -> None:
+        with _Counting.lock:
+            _Counting.num_reads += 1
+        super().do_GET()
+
+    def log_message(self, *_: object) -> None:
+        pass
 
 
-def run(root: Path, max_rows: int) -> None:
+def run(root: Path, catalog: str, max_rows: int) -> None:
     """A whole run; the last line that it prints is what it did."""
     job = Job(
-        source=SourceConfig(uri=str(root / "images")),
-        catalog=CatalogConfig(uri=str(root / f"catalog-{max_rows}")),
+        source=SourceConfig(uri=str(root / "images.csv"), http=HttpConfig(allow_private_addresses=True)),
+        catalog=CatalogConfig(uri=str(root / catalog)),
         profile="starter",
         policy="demo",
         views=("squash",),
         commit=CommitConfig(max_rows=max_rows),
     )
-    report = enrich(job, progress=_Told(root / "told"))
-    print(json.dumps({"seconds": report.seconds - report.startup_s, "commit_s": [c.seconds for c in report.commits]}))
+    report = enrich(job)
+    working_s = report.seconds - report.startup_s
+    print(json.dumps({"seconds": working_s, "commit_s": sum(c.seconds for c in report.commits)}))
 
 
 def measure(root: Path, max_rows: int, num_images: int, dice: random.Random) -> dict[str, object]:
-    command = [sys.executable, "-m", "benchmarks.recovery", "--child", str(root), str(max_rows)]
-    lost: list[int] = []
-    lost_s: list[float] = []
-    config = CatalogConfig(uri=str(root / f"catalog-{max_rows}"))
+    def command(catalog: str) -> list[str]:
+        return [sys.executable, "-m", "benchmarks.recovery", "--child", str(root), catalog, str(max_rows)]
+
+    _Counting.num_reads = 0
+    whole = subprocess.run(command(f"whole-{max_rows}"), check=True, stdout=subprocess.PIPE, text=True)
+    undisturbed = json.loads(whole.stdout.splitlines()[-1])
+    assert _Counting.num_reads == num_images
+    rate = num_images / undisturbed["seconds"]
+    config = CatalogConfig(uri=str(root / f"killed-{max_rows}"))
+    lost = []
     for _ in range(KILLS):
-        (root / "told").unlink(missing_ok=True)
         before = _num_rows(config)
-        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
-        while child.poll() is None and _num_rows(config) == before:
-            time.sleep(0.05)
-        time.sleep(dice.uniform(0, max_rows / 60))
-        if child.poll() is not None:
-            break
-        os.kill(child.pid, signal.SIGKILL)
+        start = _Counting.num_reads
+        wanted = start + int(dice.uniform(0.3, 0.7) * (num_images - before))
+        child = subprocess.Popen(command(f"killed-{max_rows}"), stdout=subprocess.DEVNULL, start_new_session=True)
+        while child.poll() is None and _Counting.num_reads < wanted:
+            time.sleep(0.01)
+        os.killpg(child.pid, signal.SIGKILL)
         child.wait()
-        done, _, elapsed_s = json.loads((root / "told").read_text())
-        lost.append(max(0, done - (_num_rows(config) - before)))
-        lost_s.append(round(lost[-1] / max(done / max(elapsed_s, 1e-9), 1e-9), 2))
-    finished = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    last = json.loads(finished.stdout.splitlines()[-1])
+        lost.append(_Counting.num_reads - start - (_num_rows(config) - before))
+    subprocess.run(command(f"killed-{max_rows}"), check=True, stdout=subprocess.DEVNULL)
     assert _num_rows(config) == num_images
     return {
         "max_rows": max_rows,
         "images_lost": lost,
-        "seconds_lost": lost_s,
-        "seconds_in_commits": round(sum(last["commit_s"]), 2),
-        "seconds_of_last_run": round(last["seconds"], 2),
+        "seconds_lost": [round(number / rate, 1) for number in lost],
+        "images_per_s_undisturbed": round(rate, 1),
+        "share_of_time_in_commits": round(undisturbed["commit_s"] / undisturbed["seconds"], 4),
     }
 
 
@@ -96,15 +105,20 @@ def _num_rows(config: CatalogConfig) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=1500)
-    parser.add_argument("--child", nargs=2, metavar=("FOLDER", "ROWS"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=3, metavar=("FOLDER", "CATALOG", "ROWS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        run(Path(options.child[0]), int(options.child[1]))
+        run(Path(options.child[0]), options.child[1], int(options.child[2]))
         return
     dice = random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_images(root / "images", options.images)
+        server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Counting, directory=str(root / "images")))
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        names = sorted(path.name for path in (root / "images").iterdir())
+        lines = [f"http://127.0.0.1:{server.server_port}/{name}" for name in names]
+        (root / "images.csv").write_text("\n".join(["uri", *lines]), encoding="utf-8")
         results = [measure(root, max_rows, options.images, dice) for max_rows in INTERVALS]
     for result in results:
         print(json.dumps(result))

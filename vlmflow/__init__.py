@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from vlmflow.engine.remoderate import RemoderateReport, Scope, remoderate
     from vlmflow.models.profiles import describe_profiles
     from vlmflow.moderation.calibrate import CalibrationReport, Targets
+    from vlmflow.review import QueueReport, ReviewReport, export_queue, import_verdicts
     from vlmflow.search.build import IndexReport, update_index
     from vlmflow.search.describe import ImageDescriber, ImageDescription, describe_image
     from vlmflow.search.duplicates import DuplicateReport, find_duplicates
@@ -49,7 +50,9 @@ __all__ = [
     "Job",
     "PlanSummary",
     "Query",
+    "QueueReport",
     "RemoderateReport",
+    "ReviewReport",
     "RunReport",
     "Scope",
     "SearchResult",
@@ -63,8 +66,10 @@ __all__ = [
     "describe_profiles",
     "doctor",
     "enrich",
+    "export_queue",
     "find_duplicates",
     "find_titles",
+    "import_verdicts",
     "load_job",
     "plan",
     "remoderate",
@@ -85,7 +90,9 @@ _HOMES = {
     "IndexReport": "vlmflow.search.build",
     "PlanSummary": "vlmflow.engine",
     "Query": "vlmflow.search.query",
+    "QueueReport": "vlmflow.review",
     "RemoderateReport": "vlmflow.engine.remoderate",
+    "ReviewReport": "vlmflow.review",
     "RunReport": "vlmflow.engine",
     "Scope": "vlmflow.engine.remoderate",
     "SearchResult": "vlmflow.search.results",
@@ -97,8 +104,10 @@ _HOMES = {
     "describe_profiles": "vlmflow.models.profiles",
     "doctor": "vlmflow.doctor",
     "enrich": "vlmflow.engine",
+    "export_queue": "vlmflow.review",
     "find_duplicates": "vlmflow.search.duplicates",
     "find_titles": "vlmflow.search.titles",
+    "import_verdicts": "vlmflow.review",
     "plan": "vlmflow.engine",
     "remoderate": "vlmflow.engine.remoderate",
     "search_images": "vlmflow.search.searcher",

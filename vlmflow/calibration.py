@@ -12,13 +12,20 @@ from vlmflow.errors import CalibrationError
 from vlmflow.moderation.calibrate import CalibrationReport, Targets, calibrate_labels
 from vlmflow.moderation.policy import find_binding, next_version, shipped_policies, write_version
 from vlmflow.moderation.scoring import Scorer
-from vlmflow.moderation.verdicts import IMAGE_COLUMNS, VECTOR_COLUMNS, match_verdicts, read_verdicts, worst_margins
+from vlmflow.moderation.verdicts import (
+    IMAGE_COLUMNS,
+    VECTOR_COLUMNS,
+    match_verdicts,
+    read_verdicts,
+    reviewed,
+    worst_margins,
+)
 from vlmflow.tasks.setup import prepare_prompts, prepare_tasks
 
 
 def calibrate(
     job: Job,
-    verdicts: Path,
+    verdicts: Path | None,
     *,
     output: Path | None = None,
     targets: Targets | None = None,
@@ -31,7 +38,8 @@ def calibrate(
 
     Args:
         job: catalog, profile and policy count; its source is not read.
-        verdicts: Parquet or CSV: image_id or uri, label, value; weight and content_hash if there are any.
+        verdicts: Parquet or CSV: image_id or uri, label, value; weight and content_hash if there are any. None: those
+            on labels that `review import` has brought into the catalog.
         output: the new policy file; None: ``NAME-vVERSION.yaml`` beside the old one, or, of a policy that ships,
             in the current folder.
         targets: precision to block at, and recall to review at.
@@ -53,10 +61,12 @@ def calibrate(
     identity, fingerprint = setup.identities["embed"], setup.fingerprints(("embed",))["embed"]
     catalog = Catalog.open(job.catalog)
     labels = tuple(ref.label for ref in policy.labels)
-    matched = match_verdicts(read_verdicts(verdicts), catalog.image_batches(IMAGE_COLUMNS), labels)
+    source_name = str(verdicts) if verdicts is not None else f"reviews of {catalog.uri}"
+    given = read_verdicts(verdicts) if verdicts is not None else reviewed(catalog.reviews.events())
+    matched = match_verdicts(given, catalog.image_batches(IMAGE_COLUMNS), labels)
     if not matched.ids:
         reasons = ", ".join(f"{reason}: {num}" for reason, num in matched.left_out.items()) or "the file is empty"
-        raise CalibrationError(f"{verdicts}: no verdict counts ({reasons})", remedy="Label images of this catalog.")
+        raise CalibrationError(f"{source_name}: no verdict counts ({reasons})", remedy="Label images of this catalog.")
     prompts = prepare_prompts(setup)
     assert prompts is not None
     vectors = catalog.embedding_batches(VECTOR_COLUMNS)
@@ -79,7 +89,7 @@ def calibrate(
     written = write_version(source, output, done.binding)
     return CalibrationReport(
         catalog=job.catalog.uri,
-        verdicts=str(verdicts),
+        verdicts=source_name,
         policy=f"{policy.name} {policy.version} ({policy.digest[:12]})",
         new_policy=f"{written.name} {written.version} ({written.digest[:12]})",
         output=str(output),

@@ -56,6 +56,10 @@ class TransientError(VlmflowError):
     exit_code = 4
 
 
+class ReviewError(VlmflowError):
+    """Verdicts that cannot be read, or a queue that cannot be written."""
+
+
 class DetectorError(VlmflowError):
     """A policy names a detector that cannot run here, or that is another than its thresholds were set for."""
 

@@ -93,6 +93,20 @@ OUTCOME = pa.schema(
     ]
 )
 
+# A person's word on an image, or that of a list of known images. It holds for the bytes that it was given on, and is
+# the row's decision while it does; what the model says stands in it.
+VERDICT = pa.struct(
+    [
+        ("decision", pa.string()),  # allow, review or block
+        ("content_hash", pa.string()),  # of the bytes that were judged
+        ("reviewer", pa.string()),
+        ("at", TIMESTAMP),
+        ("reason", pa.string()),
+        ("model_decision", pa.string()),
+        ("model_reason", pa.string()),
+    ]
+)
+
 TASK_COLUMNS: dict[str, pa.Schema] = {
     "embed": pa.schema([("embed_run_id", pa.string()), ("embed_model", pa.string())]),
     "detect": pa.schema([("detections", pa.list_(DETECTION))]),
@@ -140,7 +154,8 @@ IMAGES = pa.schema(
         ("attempts", pa.int32()),  # at this seen_version and attempt_digest
         ("attempt_digest", pa.string()),  # of the fingerprints that the last attempt ran with
         pa.field("decision", pa.string(), nullable=False),  # allow, review, block
-        ("decision_reason", pa.string()),
+        ("decision_reason", pa.string()),  # `verdict`: the decision is that of the next column
+        ("verdict", VERDICT),
         *[field for columns in TASK_COLUMNS.values() for field in columns],
         *[pa.field(fingerprint_column(task), pa.string()) for task in TASKS],
         ("decoder", pa.string()),  # version of the decoder: unreadable images are due again when it changes

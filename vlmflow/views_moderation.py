@@ -12,6 +12,7 @@ from vlmflow.engine.progress import duration
 
 if TYPE_CHECKING:
     from vlmflow.engine.remoderate import RemoderateReport
+    from vlmflow.review import QueueReport, ReviewReport
 
 
 def print_remoderation(report: RemoderateReport, console: Console) -> None:
@@ -54,6 +55,29 @@ def print_remoderation(report: RemoderateReport, console: Console) -> None:
             f"{report.num_first:,} images were first moderated under the policy rolled back and stay under it; "
             "`vlmflow remoderate --policy` moves them"
         )
+
+
+def print_queue(report: QueueReport, console: Console) -> None:
+    """Prints what went into a review queue, and what to do with it."""
+    kinds = ", ".join(f"{name} {count:,}" for name, count in report.queues.items()) or "nothing to look at"
+    console.print(f"[bold]{report.num_images:,} images[/bold] in {escape(report.output)}: {kinds}")
+    console.print(
+        f"Fill in verdict and reviewer, then: vlmflow review import {escape(report.catalog)} {escape(report.output)}",
+        soft_wrap=True,
+    )
+
+
+def print_review(report: ReviewReport, console: Console) -> None:
+    """Prints what became of verdicts."""
+    console.print(
+        f"[bold]{report.num_verdicts:,} verdicts[/bold], {report.num_new:,} of them new; "
+        f"{report.num_changed:,} images came under another verdict"
+    )
+    _print_counts("changed", report.flips, console)
+    for reason, count in report.left_out.items():
+        console.print(f"[yellow]left out[/yellow] {count:,}: {escape(reason)}")
+    if report.num_waiting:
+        console.print(f"{report.num_waiting:,} verdicts are on bytes that the catalog does not hold now; they wait")
 
 
 def _print_counts(name: str, counts: dict[str, int], console: Console) -> None:

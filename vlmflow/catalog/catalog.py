@@ -27,6 +27,7 @@ from vlmflow.catalog.plan import Plan, plan
 from vlmflow.catalog.plan_parts import Workers
 from vlmflow.catalog.policies import PolicyStore
 from vlmflow.catalog.read import embedding_batches, image_batches
+from vlmflow.catalog.reviews import JudgeResult, ReviewStore, apply_verdicts
 from vlmflow.catalog.rows import RunConstants
 from vlmflow.catalog.runs import RunStore
 from vlmflow.catalog.tombstones import Tombstones
@@ -66,6 +67,7 @@ class Catalog:
         self._tombstones = Tombstones(folder)
         self.runs = RunStore(folder)
         self.policies = PolicyStore(folder)
+        self.reviews = ReviewStore(folder)
 
     @classmethod
     def open(cls, config: CatalogConfig) -> Catalog:
@@ -217,6 +219,19 @@ class Catalog:
         logs = (self._images, self._embeddings)
         with self.runs.recorded("erase") as run_id:
             return erase(self._folder, logs, self.runs, self._tombstones, keys, run_id, tuple(uris))
+
+    def apply_verdicts(self) -> JudgeResult:
+        """Brings people's verdicts into the rows; see :func:`vlmflow.catalog.reviews.apply_verdicts`."""
+        newest = self.reviews.newest()
+        with self.runs.recorded("review") as run_id:
+            return apply_verdicts(
+                self._folder,
+                self.images_schema,
+                newest,
+                run_id,
+                lambda: self.live_files("images"),
+                lambda swaps: self.swap_images(run_id, "review", swaps),
+            )
 
     def lift(self, keys: pa.Array) -> None:
         """Lets erased images come back with the next run that finds them in its source."""

@@ -26,12 +26,12 @@ from vlmflow.catalog.keys import KeyIndex, index_of, to_binary, to_words
 from vlmflow.catalog.log import DataFile, Snapshot, TableLog
 from vlmflow.catalog.masks import Mask
 from vlmflow.catalog.read import read_each, read_rows
+from vlmflow.catalog.reviews import REVIEWS
 from vlmflow.catalog.runs import RUNS, RunStore
 from vlmflow.catalog.tombstones import Tombstones
 from vlmflow.catalog.vacuum import RETENTION, revoke
 from vlmflow.catalog.writer import write_file
 
-REVIEWS = "reviews"
 _REDACTED = "<erased>"
 _SHORTEST_URI = 6  # a shorter text might stand in a record by chance
 

@@ -21,6 +21,7 @@ from vlmflow import schema
 from vlmflow.catalog.columns import conform, flat
 from vlmflow.catalog.due import PlanRequest
 from vlmflow.catalog.folder import Folder
+from vlmflow.catalog.judged import by_model
 from vlmflow.catalog.keys import KeyIndex, concat, index_of, to_binary, to_words
 from vlmflow.catalog.log import DataFile, Snapshot, TableName
 from vlmflow.catalog.masks import Mask, as_mask, equal
@@ -47,6 +48,7 @@ _RESULTS: dict[str, tuple[str, ...]] = {
 _IMAGE_COLUMNS = (
     "image_id",
     "text_digest",
+    "verdict",
     *schema.FACTS.names,
     *(name for task in ("detect", "moderate", "caption", "match") for name in _RESULTS[task]),
 )
@@ -111,7 +113,8 @@ class KnownBytes:
         return known, rows.filter(pa.array(same))
 
     def _rows(self, numbers: npt.NDArray[np.int64]) -> pa.Table:
-        images = self._read("images", self.images, numbers, _IMAGE_COLUMNS)
+        # A verdict is of an image, not of its bytes wherever they appear.
+        images = by_model(self._read("images", self.images, numbers, _IMAGE_COLUMNS))
         if self.vectors is not None:
             images = self._with_vectors(images, self.vectors, numbers)
         return conform(images, _COPY)

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from vlmflow import schema
 from vlmflow.catalog.columns import conform_column, flat
+from vlmflow.catalog.judged import BY_VERDICT, by_model, with_verdicts
 from vlmflow.catalog.masks import Mask, as_mask, equal, explode, field_strings, holds, is_valid, same_or_null
 from vlmflow.catalog.rows import (
     FAILED,
@@ -36,6 +37,8 @@ def merge(live: pa.Table, staged: pa.Table) -> tuple[pa.Table, Mask]:
         The rows to write in place of ``live``, with its schema, and a mask of those where the staged row was left
         out because another run has met a newer version of the object.
     """
+    decided = live
+    live = by_model(live)
     verdict = _Verdict.of(live, staged)
     take = _Taker(live, staged)
     keep, ours, none = take.live_rows, take.staged_rows, take.no_rows
@@ -49,6 +52,7 @@ def merge(live: pa.Table, staged: pa.Table) -> tuple[pa.Table, Mask]:
         for name in (*parts.names, schema.fingerprint_column(task)):
             columns[name] = take(name, by_task)
     columns |= _moderation(live, staged, verdict, columns)
+    columns |= _judged(decided, verdict, columns)
 
     # The marks of this attempt: taken from us unless a newer version was met.
     marks = np.where(verdict.superseded, keep, ours)
@@ -143,6 +147,20 @@ def _moderation(
         # Without its fingerprint moderation is due again, and the decision comes back with the image.
         fingerprint: pc.if_else(no_fingerprint, pa.scalar(None, pa.string()), merged[fingerprint]),
     }
+
+
+def _judged(decided: pa.Table, verdict: _Verdict, merged: dict[str, pa.Array]) -> dict[str, pa.Array]:
+    """A person's verdict, which outlives whatever the model says of the same bytes, and no change of them.
+
+    Args:
+        decided: the live rows as they are.
+    """
+    said = flat(decided["verdict"])
+    holds = is_valid(said) & equal(pc.struct_field(said, "content_hash"), merged["content_hash"])
+    # Rows that stay as they were keep whether it decided; of bytes that cannot be read any more nobody has a word.
+    stays = verdict.superseded | (verdict.marked & verdict.image.missing)
+    before = equal(decided["decision_reason"], BY_VERDICT)
+    return with_verdicts(merged["decision"], merged["decision_reason"], said, holds, verdict.ours | (stays & before))
 
 
 def _merged_errors(live: pa.Table, staged: pa.Table, verdict: _Verdict) -> pa.Array:

@@ -131,15 +131,15 @@ def _load(name: str, endpoint: str | None) -> Policy:
 @app.command()
 def calibrate(
     catalog: CatalogOnly,
+    policy: Annotated[str, typer.Option("--policy", help="A YAML file, or the name of a policy that ships.")],
     labels: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             "--labels",
             help="Verdicts, Parquet or CSV: image_id or uri, label, value (true, false); weight and content_hash "
-            "if there are any.",
+            "if there are any. Default: those on labels that `review import` brought in.",
         ),
-    ],
-    policy: Annotated[str, typer.Option("--policy", help="A YAML file, or the name of a policy that ships.")],
+    ] = None,
     profile: ProfileOption = None,
     config: ConfigOption = None,
     precision: Annotated[

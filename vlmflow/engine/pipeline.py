@@ -65,10 +65,14 @@ def check_pools(pools: tuple[PoolConfig, ...], cluster: Cluster) -> None:
             )
 
 
-def planned_blocks(plan: Plan, cluster: Cluster) -> Iterator[pa.Table]:
-    """Cuts the planned rows into blocks small enough to keep every core busy, in order."""
+def planned_blocks(plan: Plan, cluster: Cluster, max_rows: int) -> Iterator[pa.Table]:
+    """Cuts the planned rows into blocks, in order: small enough to keep every core busy, and to be committed in time.
+
+    Args:
+        max_rows: after how many rows the job wants a commit; an unfinished block is in none.
+    """
     per_core = plan.num_planned / max(1.0, 4 * cluster.cpus)
-    block_rows = int(min(_MAX_BLOCK_ROWS, max(_MIN_BLOCK_ROWS, per_core)))
+    block_rows = int(min(_MAX_BLOCK_ROWS, max_rows, max(_MIN_BLOCK_ROWS, per_core)))
     return plan.batches(max_rows=block_rows)
 
 

@@ -119,7 +119,7 @@ class _Run:
             check_pools(pools, cluster)
             prompts = encode_policy(self._prepared.setup)
             stages = self._stages(pools, prompts, self._known_bytes())
-            blocks = [ray.put(block) for block in planned_blocks(self._plan, cluster)]
+            blocks = [ray.put(block) for block in planned_blocks(self._plan, cluster, self._job.commit.max_rows)]
             with FinishedBlocks(build_pipeline(blocks, stages)) as finished:
                 # Models that do not load end the run here, before anything is written.
                 first = self._first(finished)

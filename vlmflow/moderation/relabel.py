@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from vlmflow import schema
 from vlmflow.catalog.columns import flat
+from vlmflow.catalog.judged import BY_VERDICT, by_model, with_verdicts
 from vlmflow.catalog.keys import KeyIndex, Words, digest_of, to_binary, to_words
 from vlmflow.catalog.masks import Mask, equal, is_valid
 from vlmflow.catalog.rows import OK, PARTIAL, failed_tasks, rows_of_image_errors, unseen_frames
@@ -242,10 +243,18 @@ def _with_moderation(old: pa.Table, result: Moderation, found: Mask, target: Tar
     fingerprint = pc.if_else(pa.array(found), target.moderate_fingerprint, pa.scalar(None, pa.string()))
     before = old["policy_digest"]
     errors, status = _without_failure(old)
+    judged = flat(old["verdict"])
+    by_person = equal(old["decision_reason"], BY_VERDICT)
+    old = by_model(old)
     values: dict[str, pa.Array] = {
         "labels": result.labels,
-        "decision": pc.if_else(doubtful, old["decision"], result.decision),
-        "decision_reason": pc.if_else(doubtful, old["decision_reason"], result.reason),
+        **with_verdicts(
+            pc.if_else(doubtful, old["decision"], result.decision),
+            pc.if_else(doubtful, old["decision_reason"], result.reason),
+            judged,
+            is_valid(judged),
+            by_person,
+        ),
         "policy_name": _constant(target.policy.name, old.num_rows),
         "policy_version": _constant(target.policy.version, old.num_rows),
         "policy_digest": _constant(target.policy.digest, old.num_rows),

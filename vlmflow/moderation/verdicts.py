@@ -89,6 +89,22 @@ def read_verdicts(path: Path) -> VerdictFile:
     return VerdictFile(key, verdicts, "weight" in table.column_names)
 
 
+def reviewed(events: pa.Table) -> VerdictFile:
+    """The verdicts on labels among those that a catalog keeps; of several on one label by one person the newest.
+
+    Args:
+        events: as ``vlmflow.catalog.reviews.EVENT``, the oldest first.
+    """
+    newest: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for row in events.filter(pc.and_(pc.is_valid(events["label"]), pc.is_valid(events["value"]))).to_pylist():
+        newest[row["image_id"], row["label"], row["reviewer"]] = row
+    rows = list(newest.values())
+    verdicts = [
+        Verdict(row["image_id"], row["label"], row["value"], row["weight"] or 1.0, row["content_hash"]) for row in rows
+    ]
+    return VerdictFile("image_id", verdicts, any(row["weight"] is not None for row in rows))
+
+
 def _read_table(path: Path) -> pa.Table:
     try:
         if path.suffix == ".parquet":

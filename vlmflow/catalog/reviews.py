@@ -1,0 +1,211 @@
+"""The verdicts that people gave on images: kept for good under ``reviews/``, and brought into the rows they are about.
+
+The folder is append-only, and the newest verdict on an image and its bytes counts. Rows follow by rewriting the live
+files that hold them; a file that another writer has moved meanwhile is looked at again in the newest version.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from vlmflow import schema
+from vlmflow.catalog.columns import conform, flat
+from vlmflow.catalog.folder import Folder
+from vlmflow.catalog.judged import judge
+from vlmflow.catalog.keys import KeyIndex, index_of, to_binary, to_words
+from vlmflow.catalog.log import DataFile
+from vlmflow.catalog.masks import Mask, equal, is_valid
+from vlmflow.catalog.read import read_each, read_rows
+from vlmflow.catalog.rows import rows_of_image_errors
+from vlmflow.catalog.writer import write_file
+from vlmflow.errors import CatalogError
+
+REVIEWS = "reviews"
+WITHDRAWN = "none"  # a decision that takes an earlier one back
+_MAX_ROUNDS = 20
+
+# One row per word on an image: a decision on the whole, or the value of one label, or both.
+EVENT = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("content_hash", pa.string(), nullable=False),  # of the bytes that were judged
+        ("decision", pa.string()),  # allow, review, block, or `none`: taken back
+        ("label", pa.string()),
+        ("value", pa.bool_()),  # whether the label holds
+        ("weight", pa.float64()),  # images that this one stands for, where it was drawn at random
+        pa.field("reviewer", pa.string(), nullable=False),
+        pa.field("at", schema.TIMESTAMP, nullable=False),
+        ("reason", pa.string()),
+    ]
+)
+
+
+@dataclass
+class JudgeResult:
+    """What verdicts did to rows.
+
+    Attributes:
+        num_changed: rows whose verdict is another now.
+        num_waiting: verdicts on bytes that the catalog does not hold, or not any more.
+        flips: rows by change of their decision.
+    """
+
+    num_changed: int = 0
+    num_waiting: int = 0
+    flips: dict[str, int] = field(default_factory=dict)
+
+
+class ReviewStore:
+    """Reads and adds verdicts."""
+
+    def __init__(self, folder: Folder) -> None:
+        self._folder = folder
+
+    def add(self, events: pa.Table) -> bool:
+        """Adds verdicts; the same once more are not added again.
+
+        Args:
+            events: as :data:`EVENT`.
+
+        Returns:
+            Whether they were new.
+        """
+        events = conform(events, EVENT).sort_by(
+            [("at", "ascending"), ("image_id", "ascending"), ("label", "ascending")]
+        )
+        digest = hashlib.sha256()
+        for batch in events.combine_chunks().to_batches():
+            digest.update(batch.serialize())
+        path = f"{REVIEWS}/{digest.hexdigest()[:32]}.parquet"
+        if self._folder.stat(path) is not None:
+            return False
+        self._folder.write_parquet(path, events)
+        return True
+
+    def events(self) -> pa.Table:
+        """All verdicts, the oldest first; equal ones that stand in two files once."""
+        paths = sorted(file.path for file in self._folder.list(REVIEWS) if file.path.endswith(".parquet"))
+        tables = [conform(self._folder.read_parquet(path), EVENT) for path in paths]
+        every = pa.concat_tables([EVENT.empty_table(), *tables])
+        return every.group_by(EVENT.names, use_threads=False).aggregate([]).select(EVENT.names).sort_by("at")
+
+    def newest(self) -> pa.Table:
+        """The newest decision on each image and its bytes, those taken back included."""
+        events = self.events()
+        decided = events.filter(pc.is_valid(events["decision"]))
+        position = pa.array(np.arange(decided.num_rows))
+        last = (
+            decided.append_column("position", position)
+            .group_by(["image_id", "content_hash"])
+            .aggregate([("position", "max")])
+        )
+        return decided.take(last["position_max"])
+
+
+def apply_verdicts(
+    folder: Folder,
+    columns: pa.Schema,
+    newest: pa.Table,
+    run_id: str,
+    live_files: Callable[[], dict[str, DataFile]],
+    swap: Callable[[Sequence[tuple[DataFile, DataFile]]], list[DataFile]],
+) -> JudgeResult:
+    """Brings verdicts into the rows that they are about; those that are there already change nothing.
+
+    Args:
+        columns: the schema of the images table.
+        newest: of :meth:`ReviewStore.newest`.
+        live_files: gives the files of the newest version.
+        swap: puts rewritten files in place of live ones, and gives back those that were not live any more.
+
+    Raises:
+        CatalogError: other writers are always first.
+    """
+    result = JudgeResult()
+    index = index_of(to_binary(newest["image_id"])) if newest.num_rows else None
+    if index is None:
+        return result
+    seen: set[str] = set()
+    matched: set[int] = set()
+    for _ in range(_MAX_ROUNDS):
+        files = [file for path, file in live_files().items() if path not in seen]
+        if not files:
+            result.num_waiting = newest.num_rows - len(matched)
+            return result
+        swaps: list[tuple[DataFile, DataFile, pa.Table]] = []
+        needed = ["image_id", "content_hash"]
+        for file, keys in read_each(folder, "images", files, needed, ahead=4):
+            seen.add(file.path)
+            if not (index.find(*to_words(to_binary(keys["image_id"]))) >= 0).any():
+                continue
+            rows = conform(read_rows(folder, "images", file), columns)
+            judged, changed = _judged(rows, newest, index, matched)
+            if changed.any():
+                new = write_file(folder, "images", judged, file.ingest_date, run_id)
+                flips = pa.table({"before": rows["decision"], "after": judged["decision"]}).filter(pa.array(changed))
+                swaps.append((file, new, flips))
+        late = {file.path for file in swap([(old, new) for old, new, _ in swaps])} if swaps else set()
+        for old, new, flips in swaps:
+            if old.path not in late:
+                seen.add(new.path)
+                _count(result, flips)
+    raise CatalogError("verdicts: other writers are always first", remedy="Import again when they are done.")
+
+
+def _judged(rows: pa.Table, newest: pa.Table, index: KeyIndex, matched: set[int]) -> tuple[pa.Table, Mask]:
+    """The rows under their verdicts, and which of them changed."""
+    places = _places(rows, newest, index)
+    matched.update(int(place) for place in places[places >= 0])
+    said = newest.take(pa.array(places, mask=places < 0))
+    given = is_valid(said["decision"])
+    withdrawn = equal(said["decision"], WITHDRAWN)
+    fields = {name: flat(said[name]) for name in ("decision", "content_hash", "reviewer", "at", "reason")}
+    none = pa.nulls(rows.num_rows, pa.string())
+    struct = pa.StructArray.from_arrays(
+        [fields.get(field.name, none).cast(field.type) for field in schema.VERDICT],
+        fields=list(schema.VERDICT),
+        mask=pa.array(~given | withdrawn),
+    )
+    held = flat(rows["verdict"])
+    changed = given & ~_same(held, struct)
+    image = rows_of_image_errors(rows["errors"])
+    return judge(rows, struct, changed, image.unreadable | image.failed), changed
+
+
+def _places(rows: pa.Table, newest: pa.Table, index: KeyIndex) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """For each row the verdict on it and its present bytes; -1: there is none.
+
+    An image may have verdicts on several versions of its bytes: keys are looked up as often as there can be.
+    """
+    keys = pc.binary_join_element_wise(newest["image_id"], pc.fill_null(newest["content_hash"], ""), "/")
+    wanted = pc.binary_join_element_wise(rows["image_id"], pc.fill_null(rows["content_hash"], "-"), "/")
+    some = index.find(*to_words(to_binary(rows["image_id"]))) >= 0
+    places = np.full(rows.num_rows, -1, dtype=np.int64)
+    found = pc.index_in(wanted.filter(pa.array(some)), value_set=flat(keys))
+    places[some] = np.asarray(pc.fill_null(found, -1), np.int64)
+    return places
+
+
+def _same(held: pa.StructArray, given: pa.StructArray) -> Mask:
+    """Rows that hold the very verdict already, or hold none and are given none."""
+    same = ~is_valid(held) & ~is_valid(given)
+    both = is_valid(held) & is_valid(given)
+    for name in ("decision", "content_hash", "reviewer", "at", "reason"):
+        left, right = pc.struct_field(held, name), pc.struct_field(given, name)
+        alike = equal(left, right) | (~is_valid(left) & ~is_valid(right))
+        both = both & alike
+    return same | both
+
+
+def _count(result: JudgeResult, flips: pa.Table) -> None:
+    for entry in flips.group_by(["before", "after"]).aggregate([([], "count_all")]).to_pylist():
+        result.num_changed += entry["count_all"]
+        if entry["before"] != entry["after"]:
+            name = f"{entry['before']} -> {entry['after']}"
+            result.flips[name] = result.flips.get(name, 0) + entry["count_all"]

@@ -1,0 +1,76 @@
+"""Commands about review by people: export a queue, import verdicts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from vlmflow.cli.app import app
+from vlmflow.cli.options import CatalogOnly, EndpointOption, JsonOption, catalog_config
+
+review_app = typer.Typer(
+    name="review", no_args_is_help=True, help="Send images to people, and take their verdicts into the catalog."
+)
+app.add_typer(review_app)
+
+
+@review_app.command("export")
+def export_command(
+    catalog: CatalogOnly,
+    output: Annotated[Path, typer.Argument(help="queue.parquet, queue.csv, or queue.json (tasks for Label Studio).")],
+    near: Annotated[int, typer.Option(min=0, help="Images whose labels are nearest to a threshold.")] = 100,
+    disagreement: Annotated[
+        int, typer.Option(min=0, help="Images whose labels, caption, match scores or detectors contradict each other.")
+    ] = 50,
+    random: Annotated[
+        int, typer.Option(min=0, help="An audit sample, with weights that `calibrate` takes into account.")
+    ] = 50,
+    seed: Annotated[int, typer.Option(help="Of the audit sample.")] = 0,
+    endpoint: EndpointOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the images that a person should look at.
+
+    Fill in `verdict` (allow, review, block; none takes an earlier one back), or `label` and `value` (true, false), and
+    `reviewer`; then import the file. Images with a verdict on their present bytes are left out.
+
+    Example: `vlmflow review export catalog/ queue.csv --near 200`
+    """
+    from vlmflow.moderation.queue import QueueSizes
+    from vlmflow.review import export_queue
+    from vlmflow.views_moderation import print_queue
+
+    sizes = QueueSizes(near, disagreement, random)
+    report = export_queue(catalog_config(catalog, endpoint), output, sizes=sizes, seed=seed)
+    if as_json:
+        typer.echo(report.model_dump_json())
+    else:
+        print_queue(report, Console())
+
+
+@review_app.command("import")
+def import_command(
+    catalog: CatalogOnly,
+    source: Annotated[Path, typer.Argument(help="A file as `review export` writes it, or an export of Label Studio.")],
+    reviewer: Annotated[str | None, typer.Option(help="Who judged, where the file does not say.")] = None,
+    endpoint: EndpointOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Take people's verdicts into the catalog. They win over models and policies until an image's bytes change.
+
+    Of several verdicts on one image the newest counts. Importing a file twice changes nothing; verdicts on images that
+    have changed since the export are left out and counted.
+
+    Example: `vlmflow review import catalog/ queue.csv --reviewer ada`
+    """
+    from vlmflow.review import import_verdicts
+    from vlmflow.views_moderation import print_review
+
+    report = import_verdicts(catalog_config(catalog, endpoint), source, reviewer=reviewer)
+    if as_json:
+        typer.echo(report.model_dump_json())
+    else:
+        print_review(report, Console())

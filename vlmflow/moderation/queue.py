@@ -1,0 +1,217 @@
+"""Which images a person should look at: near a threshold, in disagreement with themselves, or drawn at random."""
+
+from __future__ import annotations
+
+import heapq
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from vlmflow.catalog.columns import flat
+from vlmflow.catalog.judged import equal_reason
+from vlmflow.catalog.keys import digest_of
+from vlmflow.catalog.masks import is_valid
+
+# What the queue reads of a row.
+COLUMNS = (
+    "image_id",
+    "uri",
+    "content_hash",
+    "status",
+    "decision",
+    "decision_reason",
+    "labels",
+    "caption",
+    "caption_itm",
+    "text_itm",
+)
+QUEUE = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("uri", pa.string()),
+        ("content_hash", pa.string()),  # what a verdict is bound to
+        ("queue", pa.string()),  # near, disagreement or random
+        ("priority", pa.float64()),  # near: the distance; disagreement: how many signs; random: none
+        ("why", pa.string()),
+        ("weight", pa.float64()),  # of the random sample: the images that each stands for; null elsewhere
+        ("status", pa.string()),
+        ("decision", pa.string()),  # at present
+        ("decision_reason", pa.string()),
+        ("labels", pa.string()),  # those that are not allowed, or the nearest: name, value and thresholds
+        ("caption", pa.string()),
+        ("text_itm", pa.float32()),
+        # For the person:
+        ("verdict", pa.string()),  # allow, review, block; none takes an earlier one back
+        ("label", pa.string()),
+        ("value", pa.string()),
+        ("reviewer", pa.string()),
+        ("reason", pa.string()),
+    ]
+)
+_LOW, _HIGH = 0.1, 0.9  # match probabilities that say no, and yes
+_NUM_LABELS_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class QueueSizes:
+    """How many images of each kind."""
+
+    near: int = 100
+    disagreement: int = 50
+    random: int = 50
+
+
+@dataclass
+class _Kept:
+    """The best of a kind so far: a heap whose top is the worst."""
+
+    size: int
+    heap: list[tuple[float, str, dict[str, Any]]] = field(default_factory=list)
+
+    def offer(self, merit: float, row: dict[str, Any]) -> None:
+        entry = (merit, row["image_id"], row)
+        if len(self.heap) < self.size:
+            heapq.heappush(self.heap, entry)
+        elif self.size and merit > self.heap[0][0]:
+            heapq.heapreplace(self.heap, entry)
+
+    def would_take(self, merit: float) -> bool:
+        return self.size > 0 and (len(self.heap) < self.size or merit > self.heap[0][0])
+
+    def best_first(self) -> Iterator[tuple[float, dict[str, Any]]]:
+        for merit, _, row in sorted(self.heap, key=lambda entry: (-entry[0], entry[1])):
+            yield merit, row
+
+
+def make_queue(batches: Iterable[pa.Table], sizes: QueueSizes, seed: int = 0) -> pa.Table:
+    """Chooses images for review, each once: random ones first, so that their sample stays one.
+
+    An image with a verdict on its present bytes is left out, and so is one that nobody can look at: missing, or
+    unreadable.
+
+    Args:
+        batches: live rows with :data:`COLUMNS`.
+        seed: of the random sample: the same seed draws the same images of a catalog.
+    """
+    random = _Kept(sizes.random)
+    # With some to spare, in place of those that are in the queue already.
+    disagreement = _Kept(sizes.disagreement and sizes.disagreement + sizes.random)
+    near = _Kept(sizes.near and sizes.near + sizes.disagreement + sizes.random)
+    num_images = 0
+    for batch in batches:
+        open_rows = batch.filter(pa.array(~equal_reason(batch) & is_valid(batch["content_hash"])))
+        num_images += open_rows.num_rows
+        distances = _distances(open_rows)
+        signs = _signs(open_rows)
+        draws = _draws(open_rows, seed)
+        for number in range(open_rows.num_rows):
+            merits = ((random, draws[number]), (near, -distances[number]), (disagreement, float(len(signs[number]))))
+            for kept, merit in merits:
+                if np.isfinite(merit) and (kept is not disagreement or merit > 0) and kept.would_take(merit):
+                    shown = open_rows.slice(number, 1).to_pylist()[0]
+                    kept.offer(float(merit), shown | {"why": signs[number] if kept is disagreement else []})
+    chosen: dict[str, dict[str, Any]] = {}
+    weight = num_images / max(1, len(random.heap))
+    for kind, kept, size in (
+        ("random", random, sizes.random),
+        ("disagreement", disagreement, sizes.disagreement),
+        ("near", near, sizes.near),
+    ):
+        others = [(merit, row) for merit, row in kept.best_first() if row["image_id"] not in chosen]
+        for merit, row in others[:size]:
+            chosen[row["image_id"]] = _entry(kind, merit, row, weight if kind == "random" else None)
+    order = {"near": 0, "disagreement": 1, "random": 2}
+    rows = sorted(chosen.values(), key=lambda entry: order[entry["queue"]])
+    return pa.Table.from_pylist(rows, schema=QUEUE)
+
+
+def _distances(rows: pa.Table) -> NDArray[np.float64]:
+    """(N,) how near the nearest label is to one of its thresholds; infinite without scores."""
+    labels = flat(rows["labels"])
+    items = pc.list_flatten(labels)
+    parents = np.asarray(pc.list_parent_indices(labels), np.int64)
+    values = _floats(pc.coalesce(pc.struct_field(items, "probability"), pc.struct_field(items, "score")))
+    gaps = [np.abs(values - _floats(pc.struct_field(items, f"{name}_threshold"))) for name in ("review", "block")]
+    nearest = np.fmin(*gaps)
+    out = np.full(rows.num_rows, np.inf)
+    np.minimum.at(out, parents, np.where(np.isnan(nearest), np.inf, nearest))
+    return out
+
+
+def _signs(rows: pa.Table) -> list[list[str]]:
+    """Per row, what contradicts what: labels, caption and match scores, and detectors and prompts."""
+    columns = [rows[name].to_pylist() for name in ("caption", "caption_itm", "text_itm")]
+    labels = flat(rows["labels"]).to_pylist()
+    return [_contradictions(found or [], *values) for found, *values in zip(labels, *columns, strict=True)]
+
+
+def _contradictions(
+    labels: list[dict[str, Any]], caption: str | None, caption_itm: float | None, text_itm: float | None
+) -> list[str]:
+    signs = []
+    words = set(re.findall(r"[a-z]+", (caption or "").lower()))
+    trusted = caption is not None and caption_itm is not None and caption_itm >= _HIGH
+    decisions: dict[str, set[str]] = {}
+    for label in labels:
+        named = bool(_words_of(label["label"]) & words)
+        decisions.setdefault(label["label"], set()).add(label["decision"])
+        if label["detector"] is None and named and label["decision"] == "allow":
+            signs.append(f"the caption names {label['label']}, which is allowed")
+        if label["detector"] is None and trusted and not named and label["decision"] == "block":
+            signs.append(f"{label['label']} blocks, and a caption that fits does not name it")
+    signs += [f"detector and prompts differ on {name}" for name, said in decisions.items() if len(said) > 1]
+    if trusted and text_itm is not None and text_itm <= _LOW:
+        signs.append("the caption fits the image, the caller's text does not")
+    return signs
+
+
+def _words_of(label: str) -> set[str]:
+    """The words of a label's name, in the singular and the plural."""
+    words = {word for word in re.split(r"[-_]", label.lower()) if len(word) > 2}
+    return words | {f"{word}s" for word in words}
+
+
+def _draws(rows: pa.Table, seed: int) -> NDArray[np.float64]:
+    """(N,) a number per image, uniform in [0, 1), that depends on its id and the seed alone."""
+    scale = float(1 << 128)
+    ids = rows["image_id"].to_pylist()
+    return np.array([int(digest_of(str(seed), image_id), 16) / scale for image_id in ids], np.float64)
+
+
+def _entry(kind: str, merit: float, row: dict[str, Any], weight: float | None) -> dict[str, Any]:
+    labels = row["labels"] or []
+    shown = [label for label in labels if label["decision"] != "allow"] or labels
+    shown = sorted(shown, key=lambda label: -(_value(label) or 0.0))[:_NUM_LABELS_SHOWN]
+    priority = {"near": -merit, "disagreement": merit}.get(kind)
+    return {
+        **{name: row[name] for name in ("image_id", "uri", "content_hash", "status", "decision", "decision_reason")},
+        "queue": kind,
+        "priority": priority,
+        "why": "; ".join(row["why"]) or None,
+        "weight": weight,
+        "labels": "; ".join(_shown(label) for label in shown) or None,
+        "caption": row["caption"],
+        "text_itm": row["text_itm"],
+    }
+
+
+def _value(label: dict[str, Any]) -> float | None:
+    value = label["probability"] if label["probability"] is not None else label["score"]
+    return None if value is None else float(value)
+
+
+def _shown(label: dict[str, Any]) -> str:
+    value, block = _value(label), label["block_threshold"]
+    limits = f"review {label['review_threshold']:.2f}" + ("" if block is None else f", block {block:.2f}")
+    who = f" by {label['detector']}" if label["detector"] else ""
+    return f"{label['label']}{who} {'-' if value is None else f'{value:.2f}'} ({limits})"
+
+
+def _floats(values: pa.Array) -> NDArray[np.float64]:
+    return np.asarray(pc.fill_null(values.cast(pa.float64()), np.nan), np.float64)

@@ -3,9 +3,9 @@
 Workload: that of ``benchmarks.end_to_end`` with the starter models, the images served over HTTP by this process, which
 counts what is asked of it. For each interval a run is killed with SIGKILL three times, each time when a random share of
 what was left had been read, and started again until nothing is due. Every read beyond one per image is work that was
-lost: images that were finished and not committed, that were being worked on, and that waited decoded. Beside it stands
-what the interval costs: the share of an undisturbed run's time that the driver spent in commits, which overlaps with the
-computation.
+lost: images that were finished and not committed, that were being worked on, and that waited decoded. Beside it
+stands what the interval costs: the share of an undisturbed run's time that the driver spent in commits, which overlaps
+with the computation.
 
     python -m benchmarks.recovery [--images 1500]
 """

@@ -51,13 +51,15 @@ _PREPROCESSOR = {
 }
 
 
-def make_clip(folder: Path, *, seed: int = 0, siglip: bool = False, half: bool = False) -> Path:
+def make_clip(
+    folder: Path, *, seed: int = 0, siglip: bool = False, half: bool = False, embed_dim: int | None = None
+) -> Path:
     """Writes an open_clip folder: a CLIP with word-level tokens, or a SigLIP with its kind of towers and pixels."""
     folder.mkdir(parents=True, exist_ok=True)
     vocab_size = _save_word_tokenizer(folder, siglip=siglip)
     text: dict[str, Any] = {"context_length": 16, "vocab_size": vocab_size, "width": 32, "heads": 2, "layers": 2}
     text["hf_tokenizer_name"] = "in-this-folder"
-    model: dict[str, Any] = {"embed_dim": 64 if siglip else 24, "text_cfg": text}
+    model: dict[str, Any] = {"embed_dim": embed_dim or (64 if siglip else 24), "text_cfg": text}
     model["vision_cfg"] = {"image_size": IMAGE_SIZE, "patch_size": 8, "width": 32, "head_width": 16, "layers": 2}
     pixels = {"size": IMAGE_SIZE, "mean": CLIP_MEAN, "std": CLIP_STD, "interpolation": "bicubic"}
     if siglip:

@@ -60,6 +60,10 @@ class ReviewError(VlmflowError):
     """Verdicts that cannot be read, or a queue that cannot be written."""
 
 
+class KnownImagesError(VlmflowError):
+    """A list of known images that cannot be used."""
+
+
 class DetectorError(VlmflowError):
     """A policy names a detector that cannot run here, or that is another than its thresholds were set for."""
 

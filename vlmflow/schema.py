@@ -81,6 +81,7 @@ FACTS = pa.schema(
         ("width", pa.int32()),  # as displayed: after the EXIF orientation
         ("height", pa.int32()),
         ("num_frames", pa.int32()),
+        ("phash", pa.string()),  # perceptual hash of 64 bits, hexadecimal: near for images that look alike
     ]
 )
 
@@ -172,6 +173,7 @@ WRITER_OPTIONAL = pa.schema(
         ("labels", pa.list_(LABEL)),
         ("decision", pa.string()),
         ("decision_reason", pa.string()),
+        ("verdict", VERDICT),  # of a list of known images
         ("caption", pa.string()),
         ("caption_itm", pa.float32()),
         ("caption_itc", pa.float32()),

@@ -22,6 +22,7 @@ from vlmflow.catalog.export import ExportResult, export
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.keys import digest_of, to_binary
 from vlmflow.catalog.known import KnownBytes, known_bytes
+from vlmflow.catalog.known_images import KnownStore
 from vlmflow.catalog.log import DataFile, Snapshot, TableLog, TableName
 from vlmflow.catalog.plan import Plan, plan
 from vlmflow.catalog.plan_parts import Workers
@@ -68,6 +69,7 @@ class Catalog:
         self.runs = RunStore(folder)
         self.policies = PolicyStore(folder)
         self.reviews = ReviewStore(folder)
+        self.known_images = KnownStore(folder)
 
     @classmethod
     def open(cls, config: CatalogConfig) -> Catalog:
@@ -220,14 +222,21 @@ class Catalog:
         with self.runs.recorded("erase") as run_id:
             return erase(self._folder, logs, self.runs, self._tombstones, keys, run_id, tuple(uris))
 
-    def apply_verdicts(self) -> JudgeResult:
-        """Brings people's verdicts into the rows; see :func:`vlmflow.catalog.reviews.apply_verdicts`."""
-        newest = self.reviews.newest()
+    def apply_verdicts(self, *, lists_changed: bool = False) -> JudgeResult:
+        """Brings verdicts into the rows; see :func:`vlmflow.catalog.reviews.apply_verdicts`.
+
+        Args:
+            lists_changed: what lists of known images say is looked up for every row, not only for those that people
+                have judged.
+        """
+        newest, known = self.reviews.newest(), self.known_images.matcher()
         with self.runs.recorded("review") as run_id:
             return apply_verdicts(
                 self._folder,
                 self.images_schema,
                 newest,
+                known,
+                lists_changed,
                 run_id,
                 lambda: self.live_files("images"),
                 lambda swaps: self.swap_images(run_id, "review", swaps),

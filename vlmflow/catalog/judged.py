@@ -10,6 +10,7 @@ from vlmflow import schema
 from vlmflow.catalog.columns import flat
 from vlmflow.catalog.masks import Mask, is_valid
 
+LIST_PREFIX = "list:"  # of the reviewer of a verdict that a list of known images gave
 BY_VERDICT = "verdict"  # decision_reason of a row that a verdict decides
 
 
@@ -69,7 +70,7 @@ def judge(rows: pa.Table, verdicts: pa.StructArray, changes: Mask, doubtful: Mas
         doubtful: (N,) rows whose object cannot be read any more: a verdict on them waits.
     """
     modelled = by_model(rows)
-    said = _chosen(changes, verdicts, flat(rows["verdict"]))
+    said = chosen(changes, verdicts, flat(rows["verdict"]))
     decides = np.where(changes, ~doubtful, equal_reason(rows))
     values = with_verdicts(modelled["decision"], modelled["decision_reason"], said, is_valid(said), decides)
     columns = [
@@ -83,6 +84,13 @@ def equal_reason(rows: pa.Table) -> Mask:
     return np.asarray(pc.fill_null(pc.equal(flat(rows["decision_reason"]), BY_VERDICT), False), np.bool_)
 
 
-def _chosen(mask: Mask, yes: pa.StructArray, no: pa.StructArray) -> pa.StructArray:
+def of_list(verdicts: pa.StructArray) -> Mask:
+    """Verdicts that a list of known images gave, not a person."""
+    reviewers = pc.struct_field(verdicts, "reviewer")
+    return np.asarray(pc.fill_null(pc.starts_with(reviewers, LIST_PREFIX), False), np.bool_)
+
+
+def chosen(mask: Mask, yes: pa.StructArray, no: pa.StructArray) -> pa.StructArray:
+    """Row by row the one or the other."""
     places = np.arange(len(mask)) + np.where(mask, 0, len(mask))
     return pa.concat_arrays([yes, no]).take(pa.array(places))

@@ -52,7 +52,13 @@ _IMAGE_COLUMNS = (
     *schema.FACTS.names,
     *(name for task in ("detect", "moderate", "caption", "match") for name in _RESULTS[task]),
 )
-_COPY = pa.schema([*schema.FACTS, *schema.WRITER_OPTIONAL, ("text_digest", pa.string())])
+_COPY = pa.schema(
+    [
+        *schema.FACTS,
+        *(field for field in schema.WRITER_OPTIONAL if field.name != "verdict"),
+        ("text_digest", pa.string()),
+    ]
+)
 
 
 @dataclass(frozen=True)

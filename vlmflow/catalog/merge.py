@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from vlmflow import schema
 from vlmflow.catalog.columns import conform_column, flat
-from vlmflow.catalog.judged import BY_VERDICT, by_model, with_verdicts
+from vlmflow.catalog.judged import BY_VERDICT, by_model, chosen, of_list, with_verdicts
 from vlmflow.catalog.masks import Mask, as_mask, equal, explode, field_strings, holds, is_valid, same_or_null
 from vlmflow.catalog.rows import (
     FAILED,
@@ -37,8 +37,8 @@ def merge(live: pa.Table, staged: pa.Table) -> tuple[pa.Table, Mask]:
         The rows to write in place of ``live``, with its schema, and a mask of those where the staged row was left
         out because another run has met a newer version of the object.
     """
-    decided = live
-    live = by_model(live)
+    decided, listed = live, flat(staged["verdict"])
+    live, staged = by_model(live), by_model(staged)
     verdict = _Verdict.of(live, staged)
     take = _Taker(live, staged)
     keep, ours, none = take.live_rows, take.staged_rows, take.no_rows
@@ -52,7 +52,7 @@ def merge(live: pa.Table, staged: pa.Table) -> tuple[pa.Table, Mask]:
         for name in (*parts.names, schema.fingerprint_column(task)):
             columns[name] = take(name, by_task)
     columns |= _moderation(live, staged, verdict, columns)
-    columns |= _judged(decided, verdict, columns)
+    columns |= _judged(decided, listed, verdict, columns)
 
     # The marks of this attempt: taken from us unless a newer version was met.
     marks = np.where(verdict.superseded, keep, ours)
@@ -149,14 +149,20 @@ def _moderation(
     }
 
 
-def _judged(decided: pa.Table, verdict: _Verdict, merged: dict[str, pa.Array]) -> dict[str, pa.Array]:
+def _judged(
+    decided: pa.Table, listed: pa.StructArray, verdict: _Verdict, merged: dict[str, pa.Array]
+) -> dict[str, pa.Array]:
     """A person's verdict, which outlives whatever the model says of the same bytes, and no change of them.
 
     Args:
         decided: the live rows as they are.
+        listed: what lists of known images say of the staged rows: it counts where no person has judged.
     """
     said = flat(decided["verdict"])
-    holds = is_valid(said) & equal(pc.struct_field(said, "content_hash"), merged["content_hash"])
+    stands = is_valid(said) & equal(pc.struct_field(said, "content_hash"), merged["content_hash"])
+    ours = is_valid(listed) & verdict.ours & (~stands | of_list(said))
+    said = chosen(ours, listed, said)
+    holds = stands | ours
     # Rows that stay as they were keep whether it decided; of bytes that cannot be read any more nobody has a word.
     stays = verdict.superseded | (verdict.marked & verdict.image.missing)
     before = equal(decided["decision_reason"], BY_VERDICT)

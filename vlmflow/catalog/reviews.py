@@ -17,8 +17,9 @@ import pyarrow.compute as pc
 from vlmflow import schema
 from vlmflow.catalog.columns import conform, flat
 from vlmflow.catalog.folder import Folder
-from vlmflow.catalog.judged import judge
+from vlmflow.catalog.judged import chosen, judge, of_list
 from vlmflow.catalog.keys import KeyIndex, index_of, to_binary, to_words
+from vlmflow.catalog.known_images import KnownImages
 from vlmflow.catalog.log import DataFile
 from vlmflow.catalog.masks import Mask, equal, is_valid
 from vlmflow.catalog.read import read_each, read_rows
@@ -29,6 +30,7 @@ from vlmflow.errors import CatalogError
 REVIEWS = "reviews"
 WITHDRAWN = "none"  # a decision that takes an earlier one back
 _MAX_ROUNDS = 20
+_LOOKED_AT = ("image_id", "content_hash", "phash", "verdict")
 
 # One row per word on an image: a decision on the whole, or the value of one label, or both.
 EVENT = pa.schema(
@@ -112,6 +114,8 @@ def apply_verdicts(
     folder: Folder,
     columns: pa.Schema,
     newest: pa.Table,
+    known: KnownImages,
+    lists_changed: bool,
     run_id: str,
     live_files: Callable[[], dict[str, DataFile]],
     swap: Callable[[Sequence[tuple[DataFile, DataFile]]], list[DataFile]],
@@ -121,6 +125,8 @@ def apply_verdicts(
     Args:
         columns: the schema of the images table.
         newest: of :meth:`ReviewStore.newest`.
+        known: says of images that nobody has judged whether a list has them.
+        lists_changed: looks at every row, not only at those that people have judged.
         live_files: gives the files of the newest version.
         swap: puts rewritten files in place of live ones, and gives back those that were not live any more.
 
@@ -128,8 +134,8 @@ def apply_verdicts(
         CatalogError: other writers are always first.
     """
     result = JudgeResult()
-    index = index_of(to_binary(newest["image_id"])) if newest.num_rows else None
-    if index is None:
+    index = index_of(to_binary(newest["image_id"]))
+    if not newest.num_rows and not lists_changed:
         return result
     seen: set[str] = set()
     matched: set[int] = set()
@@ -139,13 +145,17 @@ def apply_verdicts(
             result.num_waiting = newest.num_rows - len(matched)
             return result
         swaps: list[tuple[DataFile, DataFile, pa.Table]] = []
-        needed = ["image_id", "content_hash"]
-        for file, keys in read_each(folder, "images", files, needed, ahead=4):
+        for file, keys in read_each(folder, "images", files, _LOOKED_AT, ahead=4):
             seen.add(file.path)
-            if not (index.find(*to_words(to_binary(keys["image_id"]))) >= 0).any():
+            keys = conform(keys, pa.schema([columns.field(name) for name in _LOOKED_AT]))
+            concerned = index.find(*to_words(to_binary(keys["image_id"]))) >= 0
+            if lists_changed:
+                listed = known.verdicts(keys["content_hash"], keys["phash"])
+                concerned |= is_valid(listed) | of_list(flat(keys["verdict"]))
+            if not concerned.any():
                 continue
             rows = conform(read_rows(folder, "images", file), columns)
-            judged, changed = _judged(rows, newest, index, matched)
+            judged, changed = _judged(rows, newest, index, known, concerned, matched)
             if changed.any():
                 new = write_file(folder, "images", judged, file.ingest_date, run_id)
                 flips = pa.table({"before": rows["decision"], "after": judged["decision"]}).filter(pa.array(changed))
@@ -158,7 +168,9 @@ def apply_verdicts(
     raise CatalogError("verdicts: other writers are always first", remedy="Import again when they are done.")
 
 
-def _judged(rows: pa.Table, newest: pa.Table, index: KeyIndex, matched: set[int]) -> tuple[pa.Table, Mask]:
+def _judged(
+    rows: pa.Table, newest: pa.Table, index: KeyIndex, known: KnownImages, concerned: Mask, matched: set[int]
+) -> tuple[pa.Table, Mask]:
     """The rows under their verdicts, and which of them changed."""
     places = _places(rows, newest, index)
     matched.update(int(place) for place in places[places >= 0])
@@ -172,8 +184,10 @@ def _judged(rows: pa.Table, newest: pa.Table, index: KeyIndex, matched: set[int]
         fields=list(schema.VERDICT),
         mask=pa.array(~given | withdrawn),
     )
+    by_person = given & ~withdrawn
+    struct = chosen(by_person, struct, known.verdicts(rows["content_hash"], rows["phash"]))
     held = flat(rows["verdict"])
-    changed = given & ~_same(held, struct)
+    changed = concerned & (given | is_valid(struct) | of_list(held)) & ~_same(held, struct)
     image = rows_of_image_errors(rows["errors"])
     return judge(rows, struct, changed, image.unreadable | image.failed), changed
 

@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vlmflow import schema
-from vlmflow.catalog.columns import conform_column
+from vlmflow.catalog.columns import conform_column, flat
+from vlmflow.catalog.judged import with_verdicts
 from vlmflow.catalog.keys import digest_of, text_digests
 from vlmflow.catalog.masks import Mask, explode, field_strings, holds, is_valid
 from vlmflow.errors import RowErrorClass
@@ -101,6 +102,9 @@ def stage_rows(rows: pa.Table, constants: RunConstants, columns: pa.Schema) -> p
     scored = pa.array(run["moderate"] & is_valid(decision))
     filled["decision"] = pc.if_else(scored, decision, REVIEW)
     filled["decision_reason"] = pc.if_else(scored, reason, UNSCORED)
+    said = flat(conform_column(rows, schema.WRITER_OPTIONAL.field("verdict")))
+    known = is_valid(said)
+    filled |= with_verdicts(filled["decision"], filled["decision_reason"], said, known, known)
     out = []
     for field in columns:
         out.append(filled[field.name].cast(field.type) if field.name in filled else conform_column(rows, field))

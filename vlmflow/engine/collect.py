@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 import pyarrow as pa
 import ray
 
+from vlmflow import schema
 from vlmflow.catalog import Catalog, CatalogWriter
+from vlmflow.catalog.known_images import KnownImages
 from vlmflow.config import CommitConfig
 from vlmflow.engine import columns
 from vlmflow.engine.equal_bytes import put_copied
@@ -55,8 +57,12 @@ class Written:
     fatal: str | None
 
 
-def write_blocks(writer: CatalogWriter, *blocks: pa.Table) -> Written:
-    """Writes finished blocks as files of the catalog, not yet visible to readers. Runs as a Ray task."""
+def write_blocks(writer: CatalogWriter, known: KnownImages, *blocks: pa.Table) -> Written:
+    """Writes finished blocks as files of the catalog, not yet visible to readers. Runs as a Ray task.
+
+    Args:
+        known: decides on images of its lists, whatever the models say.
+    """
     rows = pa.concat_tables([block for block in blocks if block.num_rows], promote_options="permissive")
     fatal = next((reason for reason in rows[columns.FATAL].unique().to_pylist() if reason), None)
     if fatal is not None:
@@ -77,6 +83,9 @@ def write_blocks(writer: CatalogWriter, *blocks: pa.Table) -> Written:
     }
     copied, shared = _num_filled(rows[columns.TASKS_COPIED]), _num_filled(rows[columns.TASKS_SHARED])
     rows = put_copied(rows)
+    if len(known):
+        field = schema.WRITER_OPTIONAL.field("verdict")
+        rows = rows.append_column(field, known.verdicts(rows["content_hash"], rows["phash"]))
     return Written(writer.write(rows), sums, dict(worked), _decisions(rows), at_once, copied, shared, None)
 
 
@@ -119,7 +128,7 @@ class Collector:
         num_cpus: float,
     ) -> None:
         self._catalog, self._run_id, self._commit = catalog, run_id, commit
-        self._writer = ray.put(writer)
+        self._writer, self._known = ray.put(writer), ray.put(catalog.known_images.matcher())
         self._write = ray.remote(num_cpus=0, max_retries=3, scheduling_strategy="SPREAD")(write_blocks)
         self._max_writes = max(1, min(MAX_WRITES, int(num_cpus) // _CPUS_PER_WRITE))
         self._tally = tally
@@ -171,7 +180,7 @@ class Collector:
         self._last_flush = time.monotonic()
         if not self._blocks:
             return
-        self._writes.append(self._write.remote(self._writer, *self._blocks))
+        self._writes.append(self._write.remote(self._writer, self._known, *self._blocks))
         self._blocks, self._num_buffered = [], 0
 
     def _reap(self, *, wait: bool) -> None:
@@ -247,7 +256,11 @@ def _num_filled(lists: pa.ChunkedArray) -> int:
 def _decisions(rows: pa.Table) -> dict[str, int]:
     if "decision" not in rows.column_names:
         return {"review": rows.num_rows}
-    decisions = rows["decision"].fill_null("review").value_counts().to_pylist()  # the writer does the same
+    decision = rows["decision"].fill_null("review")  # the writer does the same
+    if "verdict" in rows.column_names:
+        said = pa.compute.struct_field(rows["verdict"], "decision")
+        decision = pa.compute.coalesce(said, decision)
+    decisions = decision.value_counts().to_pylist()
     return {entry["values"]: entry["counts"] for entry in decisions}
 
 

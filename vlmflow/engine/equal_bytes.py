@@ -19,7 +19,7 @@ from vlmflow.imaging import ImageFacts
 from vlmflow.tasks import Columns, Task
 
 # The outputs of the tasks, of which a row has those that TASKS_COPIED names.
-COPIED_TYPE = pa.struct(list(schema.WRITER_OPTIONAL))
+COPIED_TYPE = pa.struct([field for field in schema.WRITER_OPTIONAL if field.name != "verdict"])
 
 _TASK_OF = {
     "vectors": "embed",
@@ -118,7 +118,7 @@ def put_copied(rows: pa.Table) -> pa.Table:
         return rows
     copied = flat(rows[columns.COPIED])
     masks: dict[str, Mask] = {task: holds(rows[columns.TASKS_COPIED], task) for task in set(_TASK_OF.values())}
-    for field in schema.WRITER_OPTIONAL:
+    for field in COPIED_TYPE:
         mask = masks[_TASK_OF[field.name]]
         index = rows.schema.get_field_index(field.name)
         if not mask.any():

@@ -9,6 +9,7 @@ from vlmflow.imaging.decode import (
     hash_of,
     inspect,
     merge_requests,
+    perceptual_hash,
 )
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "hash_of",
     "inspect",
     "merge_requests",
+    "perceptual_hash",
 ]

@@ -8,10 +8,11 @@ import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from typing import Literal
 
+import imagehash
 import PIL
 from PIL import ExifTags, Image, ImageFile
 from PIL.AvifImagePlugin import AvifImageFile
@@ -108,6 +109,7 @@ class ImageFacts:
         width: in pixels, as displayed: after the EXIF orientation.
         height: in pixels, as displayed.
         num_frames: frames or pages; at most ``headers.MAX_COUNTED_FRAMES``.
+        phash: perceptual hash of the decoded image, see :func:`perceptual_hash`; None: it was not decoded.
     """
 
     content_hash: str
@@ -116,6 +118,7 @@ class ImageFacts:
     width: int
     height: int
     num_frames: int
+    phash: str | None = None
 
 
 @dataclass(frozen=True)
@@ -182,7 +185,16 @@ def decode(
     unseen = None
     if opened.facts.num_frames > 1 and any("frames" in request.views for request in merged):
         unseen = _add_frames(opened, merged, pixels, grounds[0][1], limits)
-    return DecodedImage(opened.facts, pixels, unseen)
+    return DecodedImage(replace(opened.facts, phash=perceptual_hash(grounds[0][1])), pixels, unseen)
+
+
+def perceptual_hash(image: Image.Image) -> str:
+    """64 bits as 16 hexadecimal digits, of which images that look alike differ in few: pHash, by the package imagehash.
+
+    Taken of the image squashed to 64 x 64 first, which makes it quick on large ones and moves a bit or two.
+    """
+    small = image.resize((64, 64), Image.Resampling.BILINEAR, reducing_gap=2.0)
+    return str(imagehash.phash(small))
 
 
 def _shown(image: Image.Image, orientation: int, ground: Literal["white", "black"]) -> Image.Image:

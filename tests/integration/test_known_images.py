@@ -1,0 +1,190 @@
+"""Lists of known images: blocked by bytes or by their look, allowed by bytes alone, whatever the models say."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from importlib import resources
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import imagehash
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from tests.pictures import write_broken, write_pictures
+from vlmflow.catalog import Catalog
+from vlmflow.cli import main
+from vlmflow.config import ImageLimits, Job
+from vlmflow.engine import enrich
+from vlmflow.engine.remoderate import remoderate
+from vlmflow.errors import ImageError, KnownImagesError
+from vlmflow.imaging import decode
+from vlmflow.known import add_list, read_hashes, remove_list
+from vlmflow.review import import_verdicts
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+DEMO = Path(str(resources.files("vlmflow"))) / "starter" / "demo"
+
+
+def rows_of(job: Job) -> dict[str, dict[str, Any]]:
+    return {row["uri"].rsplit("/", 1)[-1]: row for row in Catalog.open(job.catalog).images().to_pylist()}
+
+
+@pytest.fixture
+def job(make_job: Callable[..., Job], tmp_path: Path) -> Job:
+    write_pictures(tmp_path / "images", 6)
+    write_broken(tmp_path / "images")
+    shutil.copy(DEMO / "sku-0002.webp", tmp_path / "images" / "scene.webp")
+    made = make_job(tmp_path / "images", tasks=("embed", "moderate"))
+    enrich(made)
+    return made
+
+
+def photo(image: Image.Image, quality: int, name: Path) -> None:
+    image.convert("RGB").save(name, "JPEG", quality=quality)
+
+
+def test_lists_decide_on_old_rows_and_new_ones_before_models_and_after_people(job: Job, tmp_path: Path) -> None:
+    before = rows_of(job)
+    names = sorted(name for name, row in before.items() if row["status"] == "ok" and name != "scene.webp")
+    blocked, allowed, judged = names[:3]
+    scene = before["scene.webp"]
+
+    report = add_list(job.catalog, "banned", "block", [before[blocked]["content_hash"], before[judged]["content_hash"]])
+    assert report.num_changed == 2
+    # Copies that look alike: smaller, of another format, and with a mark on them.
+    image = Image.open(DEMO / "sku-0002.webp")
+    photo(image.resize((image.width // 2, image.height // 2)), 60, tmp_path / "images" / "smaller.jpg")
+    marked = image.convert("RGB")
+    ImageDraw.Draw(marked).text((5, 5), "(c) shop", fill="black")
+    marked.save(tmp_path / "images" / "marked.png")
+    looks = add_list(job.catalog, "looks", "block", [], [scene["phash"]], max_distance=6)
+    assert looks.num_changed == 1
+    add_list(job.catalog, "fine", "allow", [before[allowed]["content_hash"]])
+    (tmp_path / "v.csv").write_text(f"image_id,verdict,reviewer\n{before[judged]['image_id']},review,ada\n")
+    import_verdicts(job.catalog, tmp_path / "v.csv")
+    enrich(job)
+
+    rows = rows_of(job)
+
+    def check(rows: dict[str, dict[str, Any]]) -> None:
+        said = {
+            name: (row["decision"], row["decision_reason"], row["verdict"]["reviewer"])
+            for name, row in rows.items()
+            if row["verdict"] is not None
+        }
+        assert said == {
+            blocked: ("block", "verdict", "list:banned"),
+            allowed: ("allow", "verdict", "list:fine"),
+            judged: ("review", "verdict", "ada"),
+            "scene.webp": ("block", "verdict", "list:looks"),
+            "smaller.jpg": ("block", "verdict", "list:looks"),
+            "marked.png": ("block", "verdict", "list:looks"),
+        }
+
+    check(rows)
+    assert rows[blocked]["verdict"]["reason"] == "equal bytes"
+    assert "of 64 bits differ" in rows["smaller.jpg"]["verdict"]["reason"]
+    # Another policy, and another run over everything: as before.
+    remoderate(job.model_copy(update={"policy": _other(job, tmp_path)}))
+    check(rows_of(job))
+    enrich(job.model_copy(update={"views": ("squash",), "accept_unbound": True}))
+    check(rows_of(job))
+    # An allow list takes back what the look alone blocks, and never what the bytes do.
+    add_list(job.catalog, "fine", "allow", [rows["marked.png"]["content_hash"], rows[blocked]["content_hash"]])
+    now = rows_of(job)
+    assert (now["marked.png"]["decision"], now[blocked]["decision"]) == ("allow", "block")
+    assert now[allowed]["verdict"] is None, "it is on no list any more"
+
+    for name in ("banned", "fine", "looks"):
+        remove_list(job.catalog, name)
+    assert {name for name, row in rows_of(job).items() if row["verdict"]} == {judged}
+
+
+def _other(job: Job, tmp_path: Path) -> str:
+    path = tmp_path / "other.yaml"
+    path.write_text(Path(str(job.policy)).read_text().replace("review: 0.45", "review: 0.4").replace('"1"', '"2"'))
+    return str(path)
+
+
+def test_a_known_image_is_blocked_though_its_model_failed(
+    make_job: Callable[..., Job], models: dict[str, Any], tmp_path: Path
+) -> None:
+    (path, *_) = write_pictures(tmp_path / "images", 3)
+    job = make_job(tmp_path / "images", tasks=("embed",))
+    enrich(job)
+    add_list(job.catalog, "banned", "block", *read_hashes(path, with_look=False))
+    assert rows_of(job)[path.name]["decision"] == "block"
+    fresh = make_job(tmp_path / "images", tasks=("embed",), retry=("partial",), max_caption_tokens=9)
+    assert enrich(fresh).status == "nothing_due"
+    others = [row["decision"] for name, row in rows_of(job).items() if name != path.name]
+    assert others == ["review", "review"]
+
+
+def test_our_hash_is_that_of_imagehash_within_a_few_bits() -> None:
+    distances = []
+    for path in sorted(DEMO.iterdir()):
+        try:
+            found = decode(path.read_bytes(), (), ImageLimits()).facts.phash
+        except ImageError:
+            continue
+        with Image.open(path) as image:
+            shown = image.convert("RGBA")
+            ground = Image.new("RGB", shown.size, "white")
+            ground.paste(shown, mask=shown)
+        assert found is not None
+        distances.append(imagehash.hex_to_hash(found) - imagehash.phash(ground))
+    assert len(distances) > 150
+    assert float(np.quantile(distances, 0.95)) <= 4
+
+
+def test_different_drawings_are_far_apart() -> None:
+    hashes = {}
+    for path in sorted(DEMO.glob("sku-00*")):
+        try:
+            found = decode(path.read_bytes(), (), ImageLimits()).facts
+        except ImageError:
+            continue
+        hashes[found.content_hash] = int(str(found.phash), 16)
+    values = np.array(list(hashes.values()), np.uint64)
+    distances = np.bitwise_count(values[:, None] ^ values[None, :])[np.triu_indices(len(values), 1)]
+    assert (distances <= 4).mean() < 0.001
+
+
+def test_what_cannot_be_used_is_said(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sha, look = "a" * 64, "b" * 16
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"name": "Bad Name", "kind": "block", "hashes": [sha]}, "list 'Bad Name'"),
+        ({"name": "x", "kind": "allow", "hashes": [], "phashes": [look]}, "would allow images"),
+        ({"name": "x", "kind": "block", "hashes": [], "phashes": [look], "max_distance": 20}, "distance 20"),
+        ({"name": "x", "kind": "block", "hashes": []}, "is empty"),
+    ]
+    for arguments, message in wrong:
+        with pytest.raises(KnownImagesError, match=message):
+            add_list(job.catalog, **arguments)
+    with pytest.raises(KnownImagesError, match="'x' is not in the catalog"):
+        remove_list(job.catalog, "x")
+    path = tmp_path / "list.txt"
+    path.write_text(f"# banned\n{sha}  a.jpg\n\n{look.upper()};why\n{sha}\n")
+    assert read_hashes(path, with_look=True) == ([sha], [look])
+    path.write_text("not a hash\n")
+    with pytest.raises(KnownImagesError, match="line 1: 'not' is no hash"):
+        read_hashes(path, with_look=True)
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    with pytest.raises(KnownImagesError, match="not that of an image"):
+        read_hashes(tmp_path / "broken.jpg", with_look=True)
+
+    file = BytesIO()
+    Image.new("RGB", (64, 64), "red").save(file, "PNG")
+    (tmp_path / "one.png").write_bytes(file.getvalue())
+    for command in (["add", job.catalog.uri, str(tmp_path / "one.png"), "--block"], ["list", job.catalog.uri]):
+        with pytest.raises(SystemExit) as ended:
+            main(["known", *command])
+        assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert "list one: 1 hashes of bytes, 1 perceptual ones" in shown
+    assert "block" in shown

@@ -1,0 +1,114 @@
+"""Lists of known images in a catalog: add, remove, and what that does to rows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from vlmflow.catalog import Catalog
+from vlmflow.catalog.known_images import Kind, KnownList
+from vlmflow.config import CatalogConfig, Frozen, ImageLimits
+from vlmflow.errors import ImageError, KnownImagesError
+from vlmflow.imaging import decode
+
+_SHA256, _PHASH = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{16}")
+_TEXTS = (".txt", ".csv", ".tsv", "")
+
+
+class KnownReport(Frozen):
+    """What a list did to rows.
+
+    Attributes:
+        num_changed: rows under another verdict than before.
+        flips: rows by change of their decision.
+    """
+
+    catalog: str
+    name: str
+    num_hashes: int = 0
+    num_phashes: int = 0
+    num_changed: int
+    flips: dict[str, int]
+
+
+def add_list(
+    config: CatalogConfig,
+    name: str,
+    kind: Kind,
+    hashes: Sequence[str],
+    phashes: Sequence[str] = (),
+    max_distance: int = 4,
+) -> KnownReport:
+    """Puts a list of known images into a catalog, in place of one of its name, and applies it to the rows.
+
+    Args:
+        hashes: sha256 of bytes, hexadecimal.
+        phashes: perceptual hashes as ``imagehash.phash`` gives them; of a block list alone.
+        max_distance: of their 64 bits, how many may differ.
+
+    Raises:
+        KnownImagesError: the list cannot be used.
+        CatalogError: there is no catalog, or other writers are always first.
+    """
+    catalog = Catalog.open(config)
+    catalog.known_images.put(KnownList(name, kind, tuple(hashes), tuple(phashes), max_distance))
+    result = catalog.apply_verdicts(lists_changed=True)
+    return KnownReport(
+        catalog=catalog.uri,
+        name=name,
+        num_hashes=len(hashes),
+        num_phashes=len(phashes),
+        num_changed=result.num_changed,
+        flips=result.flips,
+    )
+
+
+def remove_list(config: CatalogConfig, name: str) -> KnownReport:
+    """Takes a list out of a catalog; its images are decided by people and models again.
+
+    Raises:
+        KnownImagesError: there is none of this name.
+    """
+    catalog = Catalog.open(config)
+    catalog.known_images.remove(name)
+    result = catalog.apply_verdicts(lists_changed=True)
+    return KnownReport(catalog=catalog.uri, name=name, num_changed=result.num_changed, flips=result.flips)
+
+
+def read_hashes(path: Path, *, with_look: bool) -> tuple[list[str], list[str]]:
+    """Reads hashes from a text file, the first word of each line; or takes those of an image.
+
+    Args:
+        with_look: of an image, its perceptual hash too.
+
+    Returns:
+        Hashes of bytes and perceptual ones, each once, in order.
+
+    Raises:
+        KnownImagesError: the file cannot be read, or a line holds no hash.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise KnownImagesError(f"{path}: {error.strerror}", remedy="Name a list of hashes, or an image.") from error
+    if path.suffix.lower() not in _TEXTS:
+        try:
+            facts = decode(data, (), ImageLimits()).facts
+        except ImageError as error:
+            raise KnownImagesError(f"{path}: {error}", remedy="Name a text file of hashes, or an image.") from error
+        return [facts.content_hash], [facts.phash] if with_look and facts.phash else []
+    hashes: dict[str, None] = {}
+    phashes: dict[str, None] = {}
+    for number, line in enumerate(data.decode("utf-8", "replace").splitlines(), start=1):
+        word = re.split(r"[\s,;]", line.partition("#")[0].strip().lower(), maxsplit=1)[0].strip('"')
+        if _SHA256.fullmatch(word):
+            hashes[word] = None
+        elif _PHASH.fullmatch(word):
+            phashes[word] = None
+        elif word:
+            raise KnownImagesError(
+                f"{path}, line {number}: {word[:80]!r} is no hash",
+                remedy="Write 64 hexadecimal digits of a sha256 or 16 of a pHash at the beginning of each line.",
+            )
+    return list(hashes), list(phashes)

@@ -26,8 +26,17 @@ from PIL.WebPImagePlugin import WebPImageFile
 from vlmflow.config import ImageLimits
 from vlmflow.errors import ImageError, RowErrorClass
 from vlmflow.imaging import headers
-from vlmflow.imaging.frames import MAX_FRAMES_SEEN, MAX_PIXELS_SEEN, Frame, choose_frames, frames_in, thumbnail
+from vlmflow.imaging.frames import (
+    MAX_FRAMES_SEEN,
+    MAX_PIXELS_SEEN,
+    Frame,
+    Thumbnail,
+    choose_frames,
+    frames_in,
+    thumbnail,
+)
 from vlmflow.imaging.pixels import Pixels, render, shows_ground, to_rgb
+from vlmflow.imaging.video import Video, open_video, sniff_video, unseen_gap
 
 # Part of the ledger: images recorded as unreadable are due again when it changes. Raise the number when we learn to
 # decode something new; Pillow's major version stands for what Pillow learned.
@@ -104,7 +113,7 @@ class ImageFacts:
 
     Attributes:
         content_hash: sha256 of the bytes, hexadecimal.
-        format: jpeg, png, webp, gif, bmp, tiff or avif.
+        format: jpeg, png, webp, gif, bmp, tiff or avif; mp4 or webm.
         mode: Pillow's mode of the file, before normalisation.
         width: in pixels, as displayed: after the EXIF orientation.
         height: in pixels, as displayed.
@@ -170,6 +179,8 @@ def decode(
         ImageError: the bytes are not an image that can be decoded, or exceed the limits. Nothing else, for any bytes.
     """
     merged = merge_requests(requests)
+    if data and sniff_video(data) is not None:
+        return _decode_video(data, merged, limits, content_hash)
     opened = _open(data, limits, content_hash)
     image: Image.Image = opened.image
     with _bad_bytes(data, opened.facts.format):
@@ -253,6 +264,59 @@ def _add_frames(
     return unseen
 
 
+def _decode_video(
+    data: bytes, requests: Sequence[PixelRequest], limits: ImageLimits, content_hash: str | None
+) -> DecodedImage:
+    """The first frame of a video as its image, and, where ``frames`` are among the views, those that differ most."""
+    _check_size(data, limits)
+    with open_video(data) as video:
+        said = video.facts
+        _check_pixels((said.width, said.height), limits)
+        first, thumbnails, times, unseen = _look_through(video, limits)
+        width, height = first.size
+        pixels = {request.key: _views(request, [("", first)]) for request in requests}
+        wanted = [request for request in requests if "frames" in request.views]
+        chosen = choose_frames(thumbnails) if wanted else []
+        if chosen:
+            video.rewind()
+            for number, (_, image) in enumerate(video.frames()):
+                if number in chosen:
+                    name = Frame(number, times[number]).view(chosen.index(number))
+                    for request in wanted:
+                        pixels[request.key] += [(name, shown) for _, shown in _squashed(image, request)]
+                if number >= chosen[-1]:
+                    break
+    facts = ImageFacts(
+        content_hash or hash_of(data), said.format, said.mode, width, height, said.num_frames, perceptual_hash(first)
+    )
+    return DecodedImage(facts, pixels, unseen if wanted else None)
+
+
+def _look_through(video: Video, limits: ImageLimits) -> tuple[Image.Image, list[Thumbnail], list[float], str | None]:
+    """The first frame, thumbnails and times of all that are looked at, and why some are not."""
+    first: Image.Image | None = None
+    thumbnails: list[Thumbnail] = []
+    times: list[float] = []
+    num_pixels = 0
+    try:
+        for time_s, image in video.frames():
+            first = first or image
+            num_pixels += image.width * image.height
+            if thumbnails and (num_pixels > MAX_PIXELS_SEEN or len(thumbnails) >= MAX_FRAMES_SEEN):
+                return first, thumbnails, times, f"frames after {times[-1]:.1f} s were not looked at"
+            _check_pixels(image.size, limits)
+            thumbnails.append(thumbnail(image))
+            times.append(time_s)
+    except ImageError:
+        if first is None or not thumbnails:
+            raise
+        return first, thumbnails, times, f"frames after {times[-1]:.1f} s cannot be decoded"
+    if first is None:
+        message = "the video holds no frame that can be decoded"
+        raise ImageError(message, error_class=RowErrorClass.CORRUPT)
+    return first, thumbnails, times, None if video.every_frame else unseen_gap(times, video.facts)
+
+
 def hash_of(data: bytes) -> str:
     """The content hash that the table records: sha256, hexadecimal."""
     return hashlib.sha256(data).hexdigest()
@@ -290,11 +354,7 @@ def _open(data: bytes, limits: ImageLimits, content_hash: str | None = None) -> 
 
 
 def _identify(data: bytes, limits: ImageLimits) -> str:
-    if not data:
-        raise ImageError("the file holds no bytes", error_class=RowErrorClass.EMPTY_FILE)
-    if len(data) > limits.max_bytes:
-        message = f"{len(data):,} bytes exceed limits.max_bytes of {limits.max_bytes:,}"
-        raise ImageError(message, error_class=RowErrorClass.TOO_MANY_BYTES)
+    _check_size(data, limits)
     image_format = headers.sniff(data)
     if image_format is not None:
         return image_format
@@ -303,6 +363,14 @@ def _identify(data: bytes, limits: ImageLimits) -> str:
         message = f"{unsupported}; decoded are {', '.join(_OPENERS)}"
         raise ImageError(message, error_class=RowErrorClass.UNSUPPORTED_FORMAT)
     raise ImageError("the content is not that of an image", error_class=RowErrorClass.NOT_AN_IMAGE)
+
+
+def _check_size(data: bytes, limits: ImageLimits) -> None:
+    if not data:
+        raise ImageError("the file holds no bytes", error_class=RowErrorClass.EMPTY_FILE)
+    if len(data) > limits.max_bytes:
+        message = f"{len(data):,} bytes exceed limits.max_bytes of {limits.max_bytes:,}"
+        raise ImageError(message, error_class=RowErrorClass.TOO_MANY_BYTES)
 
 
 def _check_parts(data: bytes, image_format: str, limits: ImageLimits) -> None:

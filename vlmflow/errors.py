@@ -60,6 +60,10 @@ class ReviewError(VlmflowError):
     """Verdicts that cannot be read, or a queue that cannot be written."""
 
 
+class ExplainError(VlmflowError):
+    """A decision that cannot be explained: the image is not there, has changed, or was scored by another model."""
+
+
 class KnownImagesError(VlmflowError):
     """A list of known images that cannot be used."""
 

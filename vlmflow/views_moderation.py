@@ -9,9 +9,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from vlmflow.engine.progress import duration
+from vlmflow.views_search import printable
 
 if TYPE_CHECKING:
     from vlmflow.engine.remoderate import RemoderateReport
+    from vlmflow.explain import Evidence
     from vlmflow.review import QueueReport, ReviewReport
 
 
@@ -55,6 +57,33 @@ def print_remoderation(report: RemoderateReport, console: Console) -> None:
             f"{report.num_first:,} images were first moderated under the policy rolled back and stay under it; "
             "`vlmflow remoderate --policy` moves them"
         )
+
+
+def print_evidence(evidence: Evidence, console: Console) -> None:
+    """Prints what a decision rests on."""
+    console.print(f"[bold]{escape(evidence.decision)}[/bold] ({escape(evidence.decision_reason or 'nothing found')})")
+    lines = [evidence.uri]
+    if evidence.verdict is not None:
+        said = evidence.verdict
+        because = f": {said['reason']}" if said["reason"] else ""
+        lines.append(f"verdict {said['decision']} by {said['reviewer']}{because}")
+        lines.append(f"the model says {said['model_decision']} ({said['model_reason'] or 'nothing found'})")
+    lines += [f"{error['stage']}: {error['class']}, {error['message']}" for error in evidence.errors]
+    for line in lines:
+        console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
+    if evidence.labels:
+        table = _table("label", "decision", "value", "review", "block", "margin", "view", "by")
+        for label in evidence.labels:
+            value = label["probability"] if label["probability"] is not None else label["score"]
+            view = (label["view"] or "-") + (f" at {label['time_s']:.2f} s" if label["time_s"] is not None else "")
+            numbers = (value, label["review_threshold"], label["block_threshold"], label["margin"])
+            shown = ("-" if number is None else f"{number:.3f}" for number in numbers)
+            name = escape(f"{label['category']}/{label['label']}")
+            table.add_row(name, label["decision"], *shown, escape(view), escape(label["detector"] or "prompts"))
+        console.print(table)
+    console.print(
+        f"policy {evidence.policy or '-'}, model {evidence.embed_model or '-'}, run {evidence.run_id}", markup=False
+    )
 
 
 def print_queue(report: QueueReport, console: Console) -> None:

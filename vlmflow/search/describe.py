@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import ConfigDict
 
+from vlmflow import schema
 from vlmflow.config import Frozen, Job
 from vlmflow.imaging import decode, merge_requests
 from vlmflow.search.query import read_image
@@ -60,9 +61,10 @@ class ImageDescriber:
         tasks = tuple(task for task in _TASKS if task in job.tasks)
         setup = prepare_tasks(job.model_copy(update={"tasks": tasks}))
         prompts = prepare_prompts(setup)
-        self._requests = merge_requests(
-            [setup.requests[role] for role in ("embed", "caption") if role in setup.requests]
-        )
+        if setup.detectors:
+            tasks = tuple(name for task in tasks for name in (("detect", task) if task == "moderate" else (task,)))
+        shown = [setup.requests[role] for role in ("embed", "caption") if role in setup.requests]
+        self._requests = merge_requests([*shown, *(detector.request for detector in setup.detectors)])
         self._tasks = [load_task(task, setup, prompts, "cpu") for task in tasks]
         self._limits = job.limits
 
@@ -83,7 +85,8 @@ class ImageDescriber:
             pairs = decoded.pixels[request.key]
             columns[pixels] = pa.array([[np.ascontiguousarray(p).tobytes() for _, p in pairs]], pa.list_(pa.binary()))
             columns[views] = pa.array([[view for view, _ in pairs]], pa.list_(pa.string()))
-        batch = pa.table(columns)
+        unseen = [{"stage": "frames", "class": "frames_unseen", "message": decoded.unseen}] if decoded.unseen else []
+        batch = pa.table({**columns, "errors": pa.array([unseen], schema.ERRORS)})
         found: dict[str, Any] = {}
         for task in self._tasks:
             made = task(batch)
@@ -93,6 +96,7 @@ class ImageDescriber:
         facts = decoded.facts
         vectors = dict(zip(found.pop("vector_views", []), map(tuple, found.pop("vectors", [])), strict=True))
         labels = found.pop("labels", None)
+        found.pop("detections", None)
         return ImageDescription(
             content_hash=facts.content_hash,
             format=facts.format,

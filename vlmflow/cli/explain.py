@@ -1,0 +1,74 @@
+"""The command that explains a decision."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from vlmflow.cli.app import app
+from vlmflow.cli.options import (
+    CatalogOnly,
+    ConfigOption,
+    EndpointOption,
+    JsonOption,
+    ProfileOption,
+    catalog_config,
+    make_job,
+)
+
+
+@app.command()
+def explain(
+    catalog: CatalogOnly,
+    image: Annotated[str, typer.Argument(help="An image_id, or a uri as the catalog has it.")],
+    heatmap: Annotated[
+        Path | None, typer.Option("--heatmap", help="Draw the regions that raise the score into this .png file.")
+    ] = None,
+    label: Annotated[str | None, typer.Option("--label", help="Of the map. Default: the one that decided.")] = None,
+    show_flagged: Annotated[
+        bool, typer.Option("--show-flagged", help="Draw the map on the image itself; else a flagged one is blurred.")
+    ] = False,
+    profile: ProfileOption = None,
+    config: ConfigOption = None,
+    endpoint: EndpointOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say why an image was decided as it was: labels, margins, thresholds, view and time, policy, verdict.
+
+    Example: `vlmflow explain catalog/ photos/1.jpg --heatmap why.png`
+    """
+    from vlmflow.engine.remoderate import last_profile
+    from vlmflow.explain import find_evidence, write_heatmap
+    from vlmflow.views_moderation import print_evidence
+
+    evidence = find_evidence(catalog_config(catalog, endpoint), image)
+    drawn = None
+    if heatmap is not None:
+        if profile is None and config is None:
+            profile = last_profile(catalog_config(catalog, endpoint))
+        job = make_job(
+            catalog,  # in place of a source, which is not listed
+            catalog,
+            config,
+            endpoint,
+            profile=profile,
+            tasks="embed,moderate",
+            policy=None,
+            text_column=None,
+            date=None,
+            ray_address=None,
+            allow_empty=False,
+            accept_unbound=True,
+        )
+        drawn = write_heatmap(job, evidence, heatmap, label=label, show_flagged=show_flagged)
+    if as_json:
+        typer.echo(evidence.model_dump_json())
+        return
+    console = Console()
+    print_evidence(evidence, console)
+    if drawn is not None:
+        shown = f"{drawn['label']} on view {drawn['view']}"
+        console.print(f"{heatmap}: what raises {shown}, in red", markup=False, soft_wrap=True)

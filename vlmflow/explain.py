@@ -1,0 +1,219 @@
+"""Why an image was decided as it was: the evidence in its row, and on request a map of the regions that count."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from vlmflow import schema
+from vlmflow.catalog import Catalog
+from vlmflow.catalog.columns import conform
+from vlmflow.config import CatalogConfig, Frozen, ImageLimits, Job, SourceConfig
+from vlmflow.errors import ExplainError, ImageError
+from vlmflow.imaging import PixelRequest, decode
+from vlmflow.imaging.frames import split_views
+from vlmflow.sources import normalise_uri
+from vlmflow.sources.reader import SourceReader
+
+_COLUMNS = (
+    "image_id",
+    "uri",
+    "content_hash",
+    "status",
+    "errors",
+    "decision",
+    "decision_reason",
+    "verdict",
+    "labels",
+    "policy_name",
+    "policy_version",
+    "policy_digest",
+    "embed_model",
+    "caption",
+    "run_id",
+    "updated_at",
+)
+
+
+class Evidence(Frozen):
+    """What a decision rests on.
+
+    Attributes:
+        labels: as in the images table, the gravest first.
+        verdict: of a person or of a list of known images; None: there is none.
+        policy: name, version and the beginning of the digest; None: it was never moderated.
+    """
+
+    image_id: str
+    uri: str
+    content_hash: str | None
+    status: str
+    errors: tuple[dict[str, Any], ...]
+    decision: str
+    decision_reason: str | None
+    verdict: dict[str, Any] | None
+    labels: tuple[dict[str, Any], ...]
+    policy: str | None
+    policy_digest: str | None
+    embed_model: str | None
+    caption: str | None
+    run_id: str
+    updated_at: str
+
+
+def find_evidence(config: CatalogConfig, image: str) -> Evidence:
+    """Reads what a decision rests on.
+
+    Args:
+        image: an image_id, or a uri.
+
+    Raises:
+        ExplainError: the catalog holds no such image, or several of this uri.
+        CatalogError: there is no catalog.
+    """
+    names = pa.array(sorted({image, _normalised(image)}))
+    rows: list[dict[str, Any]] = []
+    for batch in Catalog.open(config).image_batches(_COLUMNS):
+        hits = pc.or_(pc.is_in(batch["image_id"], value_set=names), pc.is_in(batch["uri"], value_set=names))
+        rows += batch.filter(hits).to_pylist()
+    if len(rows) != 1:
+        found = "no image" if not rows else f"{len(rows)} images"
+        raise ExplainError(
+            f"{config.uri}: {found} {image}", remedy="Give the image_id, or the uri as the catalog has it."
+        )
+    (row,) = rows
+    order = ("allow", "review", "block")
+    labels = sorted(row["labels"] or [], key=lambda label: (-order.index(label["decision"]), -_value(label)))
+    digest = row["policy_digest"]
+    policy = None if digest is None else f"{row['policy_name']} {row['policy_version']} ({digest[:12]})"
+    return Evidence(
+        **{name: row[name] for name in Evidence.model_fields if name in row and name not in ("labels", "errors")}
+        | {"updated_at": str(row["updated_at"]), "verdict": row["verdict"]},
+        labels=tuple(labels),
+        errors=tuple(row["errors"] or ()),
+        policy=policy,
+    )
+
+
+def write_heatmap(
+    job: Job, evidence: Evidence, output: Path, *, label: str | None = None, show_flagged: bool = False
+) -> dict[str, Any]:
+    """Reads an image again and draws which of its regions raise a label's score, on the view that decided.
+
+    The picture underneath is blurred where the image is not allowed, unless ``show_flagged``.
+
+    Args:
+        job: profile and catalog count; the policy is the one that the row was moderated under.
+        output: a .png file.
+        label: None: the one that decided, else the highest.
+
+    Returns:
+        The label, as it stands in the row.
+
+    Raises:
+        ExplainError: the row has no such label, the image cannot be read or has changed, or the model is another one.
+    """
+    from vlmflow.moderation.heatmap import draw, occlusion_map
+
+    chosen = _chosen(evidence, label)
+    request, score = _scorer(job, evidence, chosen)
+    data = _read(job, evidence)
+    try:
+        views = decode(data, [request], job.limits).pixels[request.key]
+    except ImageError as error:
+        raise ExplainError(f"{evidence.uri}: {error}", remedy="Only images that decode can be explained.") from error
+    names = split_views(pa.array([name for name, _ in views], pa.string()))[0].to_pylist()
+    if chosen["view"] not in names:
+        raise ExplainError(
+            f"{evidence.uri}: it has no view {chosen['view']} now (it has {', '.join(names)})",
+            remedy="Enrich it again: it was decided with other views.",
+        )
+    pixels = views[names.index(chosen["view"])][1]
+    heat = occlusion_map(np.array(pixels), score)
+    picture = draw(np.array(pixels), heat, blurred=evidence.decision != "allow" and not show_flagged)
+    try:
+        picture.resize((448, 448)).save(output, "PNG")
+    except OSError as error:
+        raise ExplainError(f"{output}: {error.strerror or error}", remedy="Name another file.") from error
+    return chosen
+
+
+def _chosen(evidence: Evidence, label: str | None) -> dict[str, Any]:
+    if not evidence.labels:
+        raise ExplainError(f"{evidence.uri} has no labels", remedy="Moderate it first: `vlmflow enrich`.")
+    wanted = label or (evidence.decision_reason or "").rpartition("/")[2]
+    for found in evidence.labels:
+        if found["label"] == wanted:
+            return found
+    if label is not None:
+        there = ", ".join(dict.fromkeys(found["label"] for found in evidence.labels))
+        raise ExplainError(f"{evidence.uri} has no label {label}", remedy=f"Name one of {there}.")
+    return evidence.labels[0]
+
+
+def _scorer(job: Job, evidence: Evidence, label: dict[str, Any]) -> tuple[PixelRequest, Any]:
+    """What the model behind a label is shown, and how it scores that."""
+    from vlmflow.engine.archive import archived_policy, archived_prompts
+    from vlmflow.models import identify, load_embedder, pixel_request, resolve_models
+    from vlmflow.models.detectors import load_detector, prepare_detectors
+    from vlmflow.moderation.prompts import encode_prompts
+    from vlmflow.moderation.scoring import Scorer
+
+    assert evidence.policy_digest is not None
+    catalog = Catalog.open(job.catalog)
+    policy = archived_policy(catalog, evidence.policy_digest)
+    if label["detector"] is not None:
+        (setup,) = [one for one in prepare_detectors(policy, job.views) if one.name == label["detector"]]
+        outputs = setup.config.outputs
+        number = next(n for n, name in enumerate(outputs) if outputs[name].label == label["label"])
+        detector = load_detector(setup, "cpu")
+        return setup.request, lambda pixels: detector.score(pixels)[:, number]
+    config = resolve_models(job.model_copy(update={"tasks": ("embed", "moderate")}))["embed"]
+    identity = identify("embed", config)
+    if evidence.embed_model != f"{identity.id}@{identity.revision}":
+        raise ExplainError(
+            f"{evidence.uri} was scored by {evidence.embed_model}, the profile has {identity.id}@{identity.revision}",
+            remedy="Give the --profile that the catalog was enriched with.",
+        )
+    embedder = load_embedder(config, "cpu")
+    prompts = archived_prompts(catalog, policy, identity.weights_digest) or encode_prompts(policy, embedder)
+    scorer = Scorer(prompts)
+    number = [ref.label for ref in policy.labels].index(label["label"])
+    request = pixel_request("embed", config, job.views)
+    return request, lambda pixels: scorer.score(embedder.embed_images(pixels))[:, number]
+
+
+def _read(job: Job, evidence: Evidence) -> bytes:
+    from vlmflow.imaging import hash_of
+
+    source = SourceConfig(uri=job.catalog.uri, storage=job.catalog.storage)
+    reader = SourceReader(source, ImageLimits(), job.catalog.uri)
+    row = conform(
+        pa.table({"image_id": [evidence.image_id], "uri": [evidence.uri], "locator": [evidence.uri]}), schema.REFERENCE
+    )
+    (fetched,) = reader.read(row)
+    if fetched.data is None:
+        raise ExplainError(f"{evidence.uri}: {fetched.message}", remedy="The image itself is needed for a map.")
+    if hash_of(fetched.data) != evidence.content_hash:
+        raise ExplainError(f"{evidence.uri} has changed since it was moderated", remedy="Run `vlmflow enrich` first.")
+    return fetched.data
+
+
+def _normalised(image: str) -> str:
+    from vlmflow.errors import SourceError
+
+    try:
+        return normalise_uri(image)
+    except SourceError:
+        return image
+
+
+def _value(label: dict[str, Any]) -> float:
+    for name in ("probability", "score"):
+        if label[name] is not None:
+            return float(label[name])
+    return -1.0

@@ -14,6 +14,7 @@ from vlmflow.errors import ConfigError
 
 TaskName = Literal["embed", "moderate", "caption", "match"]
 RetriedStatus = Literal["failed", "partial", "missing", "unreadable"]
+Dtype = Literal["auto", "float32", "bfloat16"]
 SourceKind = Literal["auto", "prefix", "manifest", "webdataset", "parquet"]
 
 MIB = 1024 * 1024
@@ -140,6 +141,7 @@ class Job(Frozen):
     pools: tuple[PoolConfig, ...] = ()  # default: one pool with all tasks
     views: tuple[Literal["squash", "center"], ...] = ("squash", "center")
     max_caption_tokens: Annotated[int, Field(ge=1, le=512)] = 20
+    blip_dtype: Dtype = "auto"  # of captioner and matcher; auto: bfloat16 on GPUs, float32 on processors
     limits: ImageLimits = ImageLimits()
     commit: CommitConfig = CommitConfig()
     quarantine: QuarantineConfig = QuarantineConfig()

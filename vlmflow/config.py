@@ -15,6 +15,7 @@ from vlmflow.errors import ConfigError
 TaskName = Literal["embed", "detect", "moderate", "caption", "match"]
 RetriedStatus = Literal["failed", "partial", "missing", "unreadable"]
 ViewName = Literal["squash", "center", "tiles", "black", "frames"]
+Dtype = Literal["auto", "float32", "bfloat16"]
 SourceKind = Literal["auto", "prefix", "manifest", "webdataset", "parquet"]
 
 MIB = 1024 * 1024
@@ -144,6 +145,7 @@ class Job(Frozen):
     # ones, transparent ones on black, the frames of animations.
     views: tuple[ViewName, ...] = ("squash", "center", "tiles", "black", "frames")
     max_caption_tokens: Annotated[int, Field(ge=1, le=512)] = 20
+    blip_dtype: Dtype = "auto"  # of captioner and matcher; auto: bfloat16 on GPUs, float32 on processors
     limits: ImageLimits = ImageLimits()
     commit: CommitConfig = CommitConfig()
     quarantine: QuarantineConfig = QuarantineConfig()

@@ -28,11 +28,13 @@ class PoolWorker:
     def __init__(self, pool: PoolConfig, setup: TaskSetup, prompts: PromptVectors | None, *, is_last: bool) -> None:
         # The driver imports this module too and needs no torch.
         from vlmflow.engine.loading import check_weights, set_up_torch
+        from vlmflow.models.towers import VisionTowers
         from vlmflow.tasks.run import BatchLimit
 
         device = set_up_torch(pool)
         check_weights(pool, setup)
-        self._tasks: dict[str, Task] = {name: load_task(name, setup, prompts, device) for name in pool.tasks}
+        towers = VisionTowers()
+        self._tasks: dict[str, Task] = {name: load_task(name, setup, prompts, device, towers) for name in pool.tasks}
         self._limits: dict[str, BatchLimit] = {name: BatchLimit() for name in pool.tasks}
         self._recent = {name: RecentResults(task) for name, task in self._tasks.items()}
         self._timeout_s = pool.timeout_s

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from vlmflow.config import ModelConfig
+from vlmflow.config import Dtype, ModelConfig
 from vlmflow.imaging import PixelRequest
 from vlmflow.models.identity import CODE_VERSIONS, ModelIdentity
 from vlmflow.models.preprocessing import read_preprocessing
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
     from numpy.typing import NDArray
+
+    from vlmflow.models.blip_fast.text import CrossMemory
+    from vlmflow.models.towers import VisionTowers
 
 __all__ = [
     "Captioner",
@@ -64,13 +67,16 @@ class EncodedImages:
     """Images after the vision tower, so that several lists of texts share one pass of it."""
 
     embeds: torch.Tensor  # (N, T, D): T patches and the class token, D dimensions
+    memory: CrossMemory | None = None  # keys and values of all images that were encoded together
+    rows: tuple[int, ...] | None = None  # which of those these are; None: all
 
     def __len__(self) -> int:
         return len(self.embeds)
 
     def take(self, rows: Sequence[int]) -> EncodedImages:
         """Those of the given rows."""
-        return EncodedImages(self.embeds[list(rows)])
+        among = tuple(rows) if self.rows is None else tuple(self.rows[row] for row in rows)
+        return EncodedImages(self.embeds[list(rows)], self.memory, among)
 
 
 class Matcher(Protocol):
@@ -126,23 +132,35 @@ def load_embedder(config: ModelConfig, device: str) -> ImageEmbedder:
     return ClipEmbedder.load(locate(config), config, device)
 
 
-def load_captioner(config: ModelConfig, device: str) -> Captioner:
-    """Loads a BLIP captioner: bfloat16 on CUDA, float32 elsewhere.
+def load_captioner(
+    config: ModelConfig, device: str, dtype: Dtype = "auto", towers: VisionTowers | None = None
+) -> Captioner:
+    """Loads a BLIP captioner.
+
+    Args:
+        dtype: `auto`: bfloat16 on CUDA, float32 elsewhere.
+        towers: of the worker; a vision tower with equal weights is shared. None: the model has its own.
 
     Raises:
         WeightsError: the weights are absent, unsafe to load, or do not fit.
     """
     from vlmflow.models.blip import BlipCaptioner
 
-    return BlipCaptioner.load(locate(config), config, device)
+    return BlipCaptioner.load(locate(config), config, device, dtype, towers)
 
 
-def load_matcher(config: ModelConfig, device: str) -> Matcher:
-    """Loads a BLIP image-text matcher: bfloat16 on CUDA, float32 elsewhere.
+def load_matcher(
+    config: ModelConfig, device: str, dtype: Dtype = "auto", towers: VisionTowers | None = None
+) -> Matcher:
+    """Loads a BLIP image-text matcher.
+
+    Args:
+        dtype: `auto`: bfloat16 on CUDA, float32 elsewhere.
+        towers: of the worker; a vision tower with equal weights is shared. None: the model has its own.
 
     Raises:
         WeightsError: the weights are absent, unsafe to load, or do not fit.
     """
     from vlmflow.models.blip import BlipMatcher
 
-    return BlipMatcher.load(locate(config), config, device)
+    return BlipMatcher.load(locate(config), config, device, dtype, towers)

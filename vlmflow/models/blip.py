@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,93 +14,98 @@ import transformers.utils.logging
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, BlipForConditionalGeneration, BlipForImageTextRetrieval
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-from vlmflow.config import ModelConfig
+from vlmflow.config import Dtype, ModelConfig
 from vlmflow.errors import WeightsError
 from vlmflow.models import EncodedImages
+from vlmflow.models.blip_fast import CrossMemory, GreedyDecoder, SpecialTokens, TextTower, decode_beams
 from vlmflow.models.pixels import PixelNormalizer, model_dtype
 from vlmflow.models.preprocessing import read_preprocessing
+from vlmflow.models.towers import SharedTower, VisionTowers
 from vlmflow.models.weights import check_keys
 
 
 class BlipCaptioner:
-    """One sentence for each image, by greedy decoding of a whole batch at once."""
+    """One sentence for each image, a whole batch at once."""
 
-    def __init__(self, model: Any, tokenizer: Any, normalize: PixelNormalizer) -> None:
-        self._model = model
+    def __init__(self, model: Any, tokenizer: Any, vision: SharedTower) -> None:
+        """``model``: a ``BlipForConditionalGeneration``, whose weights are used, and whose vision tower is not."""
+        config = model.config.text_config
         self._tokenizer = tokenizer
-        self._normalize = normalize
+        self._vision = vision
+        self._decoder = TextTower(model.text_decoder.bert, model.text_decoder.cls)
+        self._special = SpecialTokens(config.bos_token_id, config.sep_token_id, config.pad_token_id)
+        self._decode_greedily = GreedyDecoder(self._decoder, self._special)
 
     @classmethod
-    def load(cls, folder: Path, config: ModelConfig, device: str) -> BlipCaptioner:
+    def load(
+        cls, folder: Path, config: ModelConfig, device: str, dtype: Dtype = "auto", towers: VisionTowers | None = None
+    ) -> BlipCaptioner:
         """Loads ``BlipForConditionalGeneration`` from a folder.
 
         Raises:
             WeightsError: the weights are absent or do not fit.
         """
-        return cls(*_load(BlipForConditionalGeneration, folder, config, device))
+        return cls(*_load(BlipForConditionalGeneration, folder, config, _Target(device, dtype, towers)))
 
     @torch.inference_mode()
-    def caption(self, pixels: torch.Tensor, max_tokens: int) -> list[str]:
-        """(N, 3, S, S) uint8 RGB -> N captions of at most ``max_tokens`` tokens."""
+    def caption(self, pixels: torch.Tensor, max_tokens: int, num_beams: int = 1) -> list[str]:
+        """(N, 3, S, S) uint8 RGB -> N captions of at most ``max_tokens`` tokens.
+
+        Args:
+            pixels: of the model's size.
+            max_tokens: the end of a caption counted.
+            num_beams: 1: greedy decoding; more: beam search, the best of so many captions.
+
+        Raises:
+            ValueError: the pixels are not of the model's size or dtype, or there is to be no token or no beam.
+        """
+        if max_tokens < 1 or num_beams < 1:
+            raise ValueError(f"captions of {max_tokens} tokens by {num_beams} beams; both must be at least 1")
         if len(pixels) == 0:
             return []
-        image_embeds = self._model.vision_model(pixel_values=self._normalize(pixels)).last_hidden_state
-        tokens = self._decode_greedily(image_embeds, max_tokens)
+        images = self._vision(pixels)
+        if num_beams == 1:
+            tokens = self._decode_greedily(images, max_tokens)
+        else:
+            tokens = decode_beams(self._decoder, self._special, images, max_tokens, num_beams)
         texts: list[str] = self._tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [text.strip() for text in texts]
-
-    def _decode_greedily(self, image_embeds: torch.Tensor, max_tokens: int) -> torch.Tensor:
-        """(N, T, D) -> (N, at most ``max_tokens``) token ids, padded after the end of each caption.
-
-        The same tokens as ``generate(do_sample=False)``, without its bookkeeping, which costs more than a small
-        decoder does.
-        """
-        config = self._model.config.text_config
-        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        num_images, device = len(image_embeds), image_embeds.device
-        tokens = torch.full((num_images, 1), config.bos_token_id, device=device)
-        running = torch.ones(num_images, dtype=torch.bool, device=device)
-        generated: list[torch.Tensor] = []
-        for _ in range(max_tokens):
-            outputs = self._model.text_decoder(
-                input_ids=tokens, encoder_hidden_states=image_embeds, past_key_values=cache, use_cache=True
-            )
-            best = outputs.logits[:, -1].float().argmax(dim=-1)
-            tokens = torch.where(running, best, config.pad_token_id).unsqueeze(1)
-            generated.append(tokens)
-            running &= best != config.sep_token_id
-            if not running.any():
-                break
-        return torch.cat(generated, dim=1)
 
 
 class BlipMatcher:
     """How well texts fit images, by the matching head and by the contrastive heads."""
 
-    def __init__(self, model: Any, tokenizer: Any, normalize: PixelNormalizer) -> None:
-        self._model = model
+    def __init__(self, model: Any, tokenizer: Any, vision: SharedTower) -> None:
+        """``model``: a ``BlipForImageTextRetrieval``, whose weights are used, and whose vision tower is not."""
         self._tokenizer = tokenizer
-        self._normalize = normalize
+        self._vision = vision
+        self._encoder = TextTower(model.text_encoder)
+        self._itm_head = model.itm_head
+        self._vision_proj, self._text_proj = model.vision_proj, model.text_proj
 
     @classmethod
-    def load(cls, folder: Path, config: ModelConfig, device: str) -> BlipMatcher:
+    def load(
+        cls, folder: Path, config: ModelConfig, device: str, dtype: Dtype = "auto", towers: VisionTowers | None = None
+    ) -> BlipMatcher:
         """Loads ``BlipForImageTextRetrieval`` from a folder.
 
         Raises:
             WeightsError: the weights are absent or do not fit.
         """
-        return cls(*_load(BlipForImageTextRetrieval, folder, config, device))
+        return cls(*_load(BlipForImageTextRetrieval, folder, config, _Target(device, dtype, towers)))
 
     @torch.inference_mode()
     def encode_images(self, pixels: torch.Tensor) -> EncodedImages:
         """(N, 3, S, S) uint8 RGB -> N images for the two heads."""
-        return EncodedImages(self._model.vision_model(pixel_values=self._normalize(pixels)).last_hidden_state)
+        embeds = self._vision(pixels)
+        return EncodedImages(embeds, CrossMemory(self._encoder, embeds))
 
     @torch.inference_mode()
     def match_itm(self, images: EncodedImages, texts: Sequence[str]) -> NDArray[np.float32]:
         """Scores ``texts[i]`` against image i with the matching head, which attends to the patches.
+
+        The images' part of that attention is computed once, and kept with the images for the texts of later calls.
 
         Returns:
             (N,) the probability of a match.
@@ -109,10 +115,9 @@ class BlipMatcher:
         """
         if not _paired(images, texts):
             return np.empty(0, np.float32)
-        states = self._model.text_encoder(
-            **self._tokenize(texts, images), encoder_hidden_states=images.embeds
-        ).last_hidden_state
-        logits = self._model.itm_head(states[:, 0])
+        memory = images.memory or CrossMemory(self._encoder, images.embeds)
+        states = self._encode(texts, images, memory.of(images.rows))
+        logits = self._itm_head(states[:, 0])
         probabilities: NDArray[np.float32] = logits.float().softmax(dim=1)[:, 1].cpu().numpy()  # column 1 is "match"
         return probabilities
 
@@ -128,20 +133,28 @@ class BlipMatcher:
         """
         if not _paired(images, texts):
             return np.empty(0, np.float32)
-        states = self._model.text_encoder(**self._tokenize(texts, images)).last_hidden_state
-        text_features = self._model.text_proj(states[:, 0]).float()
-        image_features = self._model.vision_proj(images.embeds[:, 0]).float()
+        states = self._encode(texts, images, None)
+        text_features = self._text_proj(states[:, 0]).float()
+        image_features = self._vision_proj(images.embeds[:, 0]).float()
         return torch.nn.functional.cosine_similarity(image_features, text_features, dim=-1).cpu().numpy()
 
-    def _tokenize(self, texts: Sequence[str], images: EncodedImages) -> dict[str, torch.Tensor]:
+    def _encode(self, texts: Sequence[str], images: EncodedImages, memory: list[torch.Tensor] | None) -> torch.Tensor:
         batch = self._tokenizer(
-            list(texts),
-            padding=True,
-            truncation=True,
-            max_length=self._model.config.text_config.max_position_embeddings,
-            return_tensors="pt",
-        ).to(images.embeds.device)
-        return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+            list(texts), padding=True, truncation=True, max_length=self._encoder.max_tokens, return_tensors="pt"
+        )
+        device = images.embeds.device
+        is_padded = not bool(batch["attention_mask"].all())
+        mask = batch["attention_mask"].to(device).bool() if is_padded else None
+        return self._encoder.encode(batch["input_ids"].to(device), mask, memory)
+
+
+@dataclass(frozen=True)
+class _Target:
+    """Where a model is to run, and as what."""
+
+    device: str
+    dtype: Dtype
+    towers: VisionTowers | None
 
 
 def _paired(images: EncodedImages, texts: Sequence[str]) -> bool:
@@ -151,8 +164,8 @@ def _paired(images: EncodedImages, texts: Sequence[str]) -> bool:
     return len(texts) > 0
 
 
-def _load(model_class: Any, folder: Path, config: ModelConfig, device: str) -> tuple[Any, Any, PixelNormalizer]:
-    dtype = model_dtype(device)
+def _load(model_class: Any, folder: Path, config: ModelConfig, target: _Target) -> tuple[Any, Any, SharedTower]:
+    dtype = model_dtype(target.device, target.dtype)
     try:
         with _no_progress_bar():
             model, found = model_class.from_pretrained(
@@ -167,8 +180,10 @@ def _load(model_class: Any, folder: Path, config: ModelConfig, device: str) -> t
             remedy="Copy the model's whole folder: configuration, safetensors and tokenizer that belong together.",
         ) from error
     check_keys(folder, found["missing_keys"], found["unexpected_keys"])
-    normalize = PixelNormalizer(read_preprocessing(folder, config), device, dtype)
-    return model.to(device).eval().requires_grad_(False), tokenizer, normalize
+    normalize = PixelNormalizer(read_preprocessing(folder, config), target.device, dtype)
+    model = model.to(target.device).eval().requires_grad_(False)
+    towers = target.towers or VisionTowers()
+    return model, tokenizer, towers.share(model.vision_model, normalize)
 
 
 @contextmanager

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
+from vlmflow.config import Dtype
 from vlmflow.models.preprocessing import Preprocessing
+
+logger = logging.getLogger("vlmflow")
 
 
 class PixelNormalizer:
@@ -19,6 +24,11 @@ class PixelNormalizer:
         self._shape = (3, preprocessing.size, preprocessing.size)
         self._device = device
         self._dtype = dtype
+        self._logical = preprocessing.describe()
+
+    def describe(self) -> str:
+        """One line, equal for normalisers that give equal inputs for equal pixels."""
+        return f"{self._logical} {self._device} {self._dtype}"
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         """(N, 3, S, S) uint8 -> the same shape, normalised in float32, then in the model's dtype.
@@ -31,6 +41,17 @@ class PixelNormalizer:
         return pixels.to(self._device).to(torch.float32).mul_(self._scale).add_(self._shift).to(self._dtype)
 
 
-def model_dtype(device: str) -> torch.dtype:
-    """bfloat16 on CUDA, float32 elsewhere."""
-    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+def model_dtype(device: str, wanted: Dtype = "auto") -> torch.dtype:
+    """The dtype wanted; `auto`: bfloat16 on CUDA, float32 elsewhere."""
+    if wanted == "auto":
+        return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    dtype: torch.dtype = getattr(torch, wanted)
+    if dtype == torch.bfloat16 and torch.device(device).type == "cpu" and not has_bfloat16():
+        logger.warning("this processor has no bfloat16 instructions: bfloat16 is emulated, and slower than float32")
+    return dtype
+
+
+def has_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 by itself."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import assert_never
+from typing import TYPE_CHECKING, assert_never
 
-from vlmflow.config import Job, ModelConfig, TaskName
+from vlmflow.config import Dtype, Job, ModelConfig, TaskName
 from vlmflow.errors import ConfigError
 from vlmflow.imaging import PixelRequest
 from vlmflow.models import (
@@ -25,6 +25,9 @@ from vlmflow.moderation.prompts import PromptVectors, encode_prompts
 from vlmflow.moderation.scoring import SCORING_VERSION
 from vlmflow.tasks import Task
 
+if TYPE_CHECKING:
+    from vlmflow.models.towers import VisionTowers
+
 
 @dataclass(frozen=True)
 class TaskSetup:
@@ -37,6 +40,7 @@ class TaskSetup:
     policy: Policy | None  # None: the job does not moderate
     binding: Binding | None  # None: every decision is `review`
     detectors: tuple[DetectorSetup, ...] = ()  # of the policy
+    blip_dtype: Dtype = "auto"
 
     def fingerprints(self, tasks: tuple[TaskName, ...]) -> dict[str, str]:
         """What decides whether a task is due: its model and settings. The policy is compared apart from it."""
@@ -92,6 +96,7 @@ def prepare_tasks(job: Job) -> TaskSetup:
         policy=policy,
         binding=binding,
         detectors=detectors,
+        blip_dtype=job.blip_dtype,
     )
 
 
@@ -109,8 +114,13 @@ def prepare_prompts(setup: TaskSetup) -> PromptVectors | None:
     return encode_prompts(setup.policy, load_embedder(setup.models["embed"], "cpu"))
 
 
-def load_task(name: TaskName, setup: TaskSetup, prompts: PromptVectors | None, device: str) -> Task:
+def load_task(
+    name: TaskName, setup: TaskSetup, prompts: PromptVectors | None, device: str, towers: VisionTowers | None = None
+) -> Task:
     """Loads a task and its model; in a worker.
+
+    Args:
+        towers: of the worker, given to all its tasks; None: the task shares no vision tower.
 
     Raises:
         WeightsError: the weights do not fit, or are not on this machine.
@@ -135,11 +145,12 @@ def load_task(name: TaskName, setup: TaskSetup, prompts: PromptVectors | None, d
         case "caption":
             from vlmflow.tasks.caption import CaptionTask
 
-            captioner = load_captioner(setup.models["caption"], device)
+            captioner = load_captioner(setup.models["caption"], device, setup.blip_dtype, towers)
             return CaptionTask(captioner, setup.requests["caption"], setup.max_caption_tokens)
         case "match":
             from vlmflow.tasks.match import MatchTask
 
-            return MatchTask(load_matcher(setup.models["match"], device), setup.requests["match"])
+            matcher = load_matcher(setup.models["match"], device, setup.blip_dtype, towers)
+            return MatchTask(matcher, setup.requests["match"])
         case _:
             assert_never(name)

@@ -1,0 +1,261 @@
+"""Our own execution of BLIP against transformers, and against itself where it chooses between ways."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import BlipConfig, BlipForConditionalGeneration, BlipForImageTextRetrieval
+
+from tests.models import make_captioner, make_matcher, random_pixels
+from vlmflow.config import ModelConfig
+from vlmflow.models import EncodedImages, load_captioner, load_matcher
+from vlmflow.models.blip_fast import (
+    GreedyDecoder,
+    SpecialTokens,
+    TextTower,
+    VisionTower,
+    attention,
+    decode_beams,
+    greedy,
+    linear,
+    vision,
+)
+from vlmflow.models.blip_fast.graph import FixedStep, round_up
+from vlmflow.models.pixels import PixelNormalizer
+from vlmflow.models.preprocessing import Preprocessing
+from vlmflow.models.towers import VisionTowers
+
+STARTER = Path(__file__).parents[3] / "vlmflow" / "starter"
+PREPROCESSING = Preprocessing(32, "bicubic", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+
+
+class Loaded:
+    """The reference and the parts of our execution, on the same weights."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        config = model.config.text_config
+        self.special = SpecialTokens(config.bos_token_id, config.sep_token_id, config.pad_token_id)
+        self.decoder = TextTower(model.text_decoder.bert, model.text_decoder.cls)
+
+    def features(self, num_images: int, seed: int = 0) -> torch.Tensor:
+        """(N, T, D) of random pictures, by the reference."""
+        size = self.model.config.vision_config.image_size
+        pixels = random_pixels(num_images, size=size, seed=seed).float().div(64).sub(2)
+        features: torch.Tensor = self.model.vision_model(pixel_values=pixels).last_hidden_state
+        return features
+
+    def generated(self, images: torch.Tensor, max_tokens: int, num_beams: int) -> list[list[int]]:
+        """What the decoder of transformers makes of the images, up to the end of each caption."""
+        tokens = self.model.text_decoder.generate(
+            input_ids=torch.full((len(images), 1), self.special.begin),
+            encoder_hidden_states=images,
+            eos_token_id=self.special.end,
+            pad_token_id=self.special.pad,
+            do_sample=False,
+            num_beams=num_beams,
+            max_new_tokens=max_tokens,
+        )
+        return self.cut(tokens[:, 1:])
+
+    def cut(self, tokens: torch.Tensor) -> list[list[int]]:
+        """Token ids up to the end of each caption."""
+        rows = tokens.tolist()
+        return [row[: row.index(self.special.end)] if self.special.end in row else row for row in rows]
+
+
+@pytest.fixture(autouse=True)
+def _inference() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(scope="module", params=["random", "starter"])
+def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    if request.param == "starter":
+        folder = STARTER / "captioner"
+    else:
+        folder = make_captioner(tmp_path_factory.mktemp("captioner"))
+    return Loaded(BlipForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval())
+
+
+@pytest.mark.parametrize("num_images", [1, 5, 33])
+def test_greedy_tokens_are_those_of_generate(loaded: Loaded, num_images: int) -> None:
+    images = loaded.features(num_images, seed=num_images)
+    tokens = GreedyDecoder(loaded.decoder, loaded.special)(images, 20)
+    expected = loaded.generated(images, 20, num_beams=1)
+    if loaded.model.config.vision_config.image_size == 32:
+        assert len({len(row) for row in expected}) > 1 or num_images < 33  # rows end at different steps
+    assert pad_free(loaded, tokens) == expected
+
+
+def pad_free(loaded: Loaded, tokens: torch.Tensor) -> list[list[int]]:
+    return loaded.cut(tokens)
+
+
+@pytest.mark.parametrize(("num_beams", "max_tokens"), [(2, 20), (3, 20), (5, 6), (4, 1)])
+def test_beams_are_those_of_generate(loaded: Loaded, num_beams: int, max_tokens: int) -> None:
+    images = loaded.features(17, seed=num_beams)
+    tokens = decode_beams(loaded.decoder, loaded.special, images, max_tokens, num_beams)
+    expected = loaded.generated(images, max_tokens, num_beams)
+    assert len({tuple(row) for row in expected}) > 1
+    assert loaded.cut(tokens) == expected
+
+
+def test_beams_find_other_captions_than_greed_does(tmp_path: Path) -> None:
+    captioner = load_captioner(ModelConfig(family="blip_caption", path=str(make_captioner(tmp_path))), "cpu")
+    pixels = random_pixels(33, seed=33)
+    assert captioner.caption(pixels, 20, num_beams=3) != captioner.caption(pixels, 20)  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="20 tokens by 0 beams"):
+        captioner.caption(pixels, 20, num_beams=0)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 2.0], ids=["at once", "half", "never"])
+def test_dropping_ended_rows_changes_no_token(loaded: Loaded, monkeypatch: pytest.MonkeyPatch, share: float) -> None:
+    images = loaded.features(33, seed=33)
+    expected = loaded.generated(images, 20, num_beams=1)
+    monkeypatch.setattr(greedy, "_ENDED_SHARE", share)
+    assert loaded.cut(GreedyDecoder(loaded.decoder, loaded.special)(images, 20)) == expected
+
+
+def test_the_step_that_cuda_records_decodes_the_same_tokens(loaded: Loaded) -> None:
+    images = loaded.features(5)
+    step = FixedStep(loaded.decoder, loaded.special, images, round_up(5), 20)
+    assert loaded.cut(step.decode(images)) == loaded.generated(images, 20, num_beams=1)
+    fewer = loaded.features(3, seed=9)  # in the memory of the batch before
+    assert loaded.cut(step.decode(fewer)) == loaded.generated(fewer, 20, num_beams=1)
+
+
+def test_sizes_of_graphs_are_few() -> None:
+    assert [round_up(n) for n in (1, 2, 3, 33, 64, 65, 128, 250)] == [1, 2, 4, 64, 64, 128, 128, 256]
+
+
+def test_a_caption_ends_where_the_model_has_no_more_positions(loaded: Loaded) -> None:
+    images = loaded.features(2)
+    assert loaded.decoder.max_tokens == 40
+    assert GreedyDecoder(loaded.decoder, loaded.special)(images, 500).shape[1] <= 40
+    assert decode_beams(loaded.decoder, loaded.special, images, 500, 2).shape[1] <= 40
+
+
+@pytest.mark.parametrize("at_once", [1, 1024])
+def test_features_are_those_of_transformers(loaded: Loaded, monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    monkeypatch.setattr(vision, "_TOKENS_AT_ONCE", at_once)
+    size = loaded.model.config.vision_config.image_size
+    preprocessing = Preprocessing(size, "bicubic", PREPROCESSING.mean, PREPROCESSING.std)
+    tower = VisionTower(loaded.model.vision_model, PixelNormalizer(preprocessing, "cpu", torch.float32))
+    pixels = random_pixels(5, size=size)
+    expected = loaded.model.vision_model(pixel_values=(pixels / 255 - 0.5) / 0.25).last_hidden_state
+    torch.testing.assert_close(tower(pixels), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_every_way_of_attending_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    queries, keys, values = (torch.randn(2, 3, length, 8, generator=generator) for length in (4, 9, 9))
+    mask = torch.arange(9).view(1, 1, 1, 9) < torch.tensor([9, 5]).view(2, 1, 1, 1)
+    by_products = attention.attend(queries, keys, values, mask)
+    monkeypatch.setattr(attention, "_FEW_QUERIES", 0)
+    torch.testing.assert_close(attention.attend(queries, keys, values, mask), by_products, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(attention.attend(queries, keys, values), by_products, atol=1e-2)
+
+
+@pytest.mark.parametrize("activation", [None, "gelu", "relu"])
+def test_packed_weights_give_what_ordinary_ones_do(monkeypatch: pytest.MonkeyPatch, activation: str | None) -> None:
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(16, 8), torch.nn.Linear(16, 24)]
+    x = torch.randn(3, 5, 16)
+    packed = linear.PackedLinear(layers, activation)(x)
+    monkeypatch.setattr(linear, "_pack", lambda _: None)
+    assert packed.shape == (3, 5, 32)
+    torch.testing.assert_close(packed, linear.PackedLinear(layers, activation)(x), atol=1e-5, rtol=1e-5)
+    expected = torch.cat([layer(x) for layer in layers], dim=-1)
+    functions: dict[str | None, Any] = {None: lambda y: y, "gelu": torch.nn.functional.gelu, "relu": torch.relu}
+    torch.testing.assert_close(packed, functions[activation](expected), atol=1e-5, rtol=1e-5)
+
+
+def test_texts_of_one_image_share_its_keys_and_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_matcher(tmp_path)
+    reference = BlipForImageTextRetrieval.from_pretrained(folder).eval()
+    matcher = load_matcher(ModelConfig(family="blip_itm", path=str(folder)), "cpu")
+    images = matcher.encode_images(random_pixels(4))
+    passes: list[int] = []
+    remember = TextTower.remember
+
+    def counted(tower: TextTower, embeds: torch.Tensor) -> list[torch.Tensor]:
+        passes.append(len(embeds))
+        return remember(tower, embeds)
+
+    monkeypatch.setattr(TextTower, "remember", counted)
+    some = images.take([3, 1, 2])
+    first = matcher.match_itm(images, ["a cat", "a red car", "two guns", "a"])
+    second = matcher.match_itm(some, ["two cats", "a dog", "a red car"])
+    third = matcher.match_itm(some.take([1]), ["a dog"])
+    assert passes == [4]
+    fresh = matcher.match_itm(EncodedImages(some.embeds), ["two cats", "a dog", "a red car"])
+    np.testing.assert_allclose(second, fresh, atol=1e-6)
+    np.testing.assert_allclose(third, second[1:2], atol=1e-5)
+    assert np.ptp(np.concatenate([first, second])) > 0.01
+    assert reference.config.text_config.num_attention_heads == 2
+
+    few = matcher.encode_images(random_pixels(4))
+    passes.clear()
+    np.testing.assert_allclose(matcher.match_itm(few.take([1]), ["a dog"]), third, atol=1e-5)
+    assert passes == [1]  # nobody asks for the others
+
+
+def test_towers_with_equal_weights_run_once_and_change_nothing() -> None:
+    captions = ModelConfig(family="blip_caption", path=str(STARTER / "captioner"))
+    matches = ModelConfig(family="blip_itm", path=str(STARTER / "matcher"))
+    pixels, others = (random_pixels(6, size=64, seed=seed) for seed in (1, 2))
+    texts = ["a red apple"] * 6
+
+    towers = VisionTowers()
+    captioner = load_captioner(captions, "cpu", "auto", towers)
+    matcher = load_matcher(matches, "cpu", "auto", towers)
+    (shared,) = towers._towers.values()
+    found = []
+    for batch in (pixels, others, pixels[:3]):
+        words = captioner.caption(batch, 20)
+        images = matcher.encode_images(batch.clone())  # as a worker does: equal, and elsewhere in memory
+        found.append((words, matcher.match_itm(images, texts[: len(batch)])))
+    assert shared.num_passes == 3
+
+    captioner, matcher = load_captioner(captions, "cpu"), load_matcher(matches, "cpu")
+    for batch, (words, scores) in zip((pixels, others, pixels[:3]), found, strict=True):
+        assert captioner.caption(batch, 20) == words
+        alone = matcher.match_itm(matcher.encode_images(batch), texts[: len(batch)])
+        assert alone.tobytes() == scores.tobytes()
+
+
+def test_towers_that_differ_in_one_weight_are_not_shared(tmp_path: Path) -> None:
+    towers = VisionTowers()
+    model = BlipForConditionalGeneration.from_pretrained(make_captioner(tmp_path)).eval()
+    normalize = PixelNormalizer(PREPROCESSING, "cpu", torch.float32)
+    first = towers.share(model.vision_model, normalize)
+    assert towers.share(model.vision_model, normalize) is first
+    other = Preprocessing(32, "bicubic", (0.5, 0.5, 0.5), (0.25, 0.25, 0.26))
+    assert towers.share(model.vision_model, PixelNormalizer(other, "cpu", torch.float32)) is not first
+    model.vision_model.post_layernorm.bias[0] += 1e-6
+    assert towers.share(model.vision_model, normalize) is not first
+
+
+def test_captions_of_the_real_size_are_those_of_generate() -> None:
+    """BLIP-base, 384 px, random weights."""
+    text = {"num_attention_heads": 12, "encoder_hidden_size": 768}
+    torch.manual_seed(0)
+    config = BlipConfig(text_config=text, vision_config={"image_size": 384, "initializer_range": 0.02})
+    loaded = Loaded(BlipForConditionalGeneration(config).eval())
+    preprocessing = Preprocessing(384, "bicubic", PREPROCESSING.mean, PREPROCESSING.std)
+    tower = VisionTower(loaded.model.vision_model, PixelNormalizer(preprocessing, "cpu", torch.float32))
+    pixels = random_pixels(2, size=384)
+    expected = loaded.model.vision_model(pixel_values=(pixels / 255 - 0.5) / 0.25).last_hidden_state
+    images = tower(pixels)
+    torch.testing.assert_close(images, expected, atol=1e-3, rtol=1e-3)
+    tokens = GreedyDecoder(loaded.decoder, loaded.special)(images, 8)
+    assert loaded.cut(tokens) == loaded.generated(expected, 8, num_beams=1)
+    beams = decode_beams(loaded.decoder, loaded.special, images, 4, 3)
+    assert loaded.cut(beams) == loaded.generated(expected, 4, num_beams=3)

@@ -1,0 +1,47 @@
+"""Attention, by whichever kernel is the fastest for the device, the dtype and the number of queries."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+# Up to here torch's fused kernel for processors costs more than two products and a softmax do.
+_FEW_QUERIES = 16
+
+
+def attend(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762).
+
+    Args:
+        queries: (N, H, Q, d).
+        keys: (N, H, K, d), as are the values.
+        mask: bool, broadcast to (N, H, Q, K): False where a key is not to be seen.
+
+    Returns:
+        (N, Q, H * d): the heads side by side.
+    """
+    if _by_products(queries):
+        scores = torch.matmul(queries * queries.shape[-1] ** -0.5, keys.transpose(-1, -2))
+        if mask is not None:
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        context = torch.matmul(scores.softmax(dim=-1), values)
+    else:
+        context = torch.nn.functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+    return context.transpose(1, 2).flatten(2)
+
+
+def _by_products(queries: torch.Tensor) -> bool:
+    if queries.device.type != "cpu":
+        return False
+    if queries.shape[2] <= _FEW_QUERIES:
+        return True
+    # Without AMX the fused kernel multiplies bfloat16 at the speed of float32, and oneDNN at twice that.
+    return queries.dtype == torch.bfloat16 and not _has_amx()
+
+
+@cache
+def _has_amx() -> bool:
+    return bool(torch.cpu.get_capabilities().get("amx_bf16", False))

@@ -1,0 +1,128 @@
+"""Greedy decoding with a step whose shapes never change, so that CUDA can replay it as one graph.
+
+NOT YET RUN ON A GPU: what is tested is the step itself, on a processor, without a graph.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from vlmflow.models.blip_fast.cache import IndexedCache
+from vlmflow.models.blip_fast.special import SpecialTokens
+from vlmflow.models.blip_fast.text import TextTower
+
+logger = logging.getLogger("vlmflow")
+
+# The batch size of the job and the smaller one at its end; each graph holds keys and values of all its images.
+_MAX_GRAPHS = 2
+# Asking whether all captions have ended waits for the device.
+_STEPS_BETWEEN_CHECKS = 4
+
+
+class DecodeGraphs:
+    """Graphs by batch size, captured when first needed."""
+
+    def __init__(self, tower: TextTower, special: SpecialTokens) -> None:
+        self._tower = tower
+        self._special = special
+        self._steps: dict[tuple[int, ...], FixedStep] = {}
+        self._works = True
+
+    def decode(self, images: torch.Tensor, max_tokens: int) -> torch.Tensor | None:
+        """As :class:`GreedyDecoder`, on CUDA; None: the step cannot be captured here, and is not tried again."""
+        if not self._works:
+            return None
+        num_rows = round_up(len(images))
+        key = (num_rows, *images.shape[1:], max_tokens)
+        try:
+            step = self._steps.pop(key, None)
+            if step is None:
+                while len(self._steps) >= _MAX_GRAPHS:
+                    del self._steps[next(iter(self._steps))]
+                step = FixedStep(self._tower, self._special, images, num_rows, max_tokens)
+                step.capture()
+            self._steps[key] = step  # the last used at the end
+            return step.decode(images)
+        except torch.OutOfMemoryError:
+            self._steps.clear()  # the batch is tried again in halves, which need this memory
+            raise
+        except torch.AcceleratorError:
+            raise  # the device is broken: what comes after would fail as well
+        except RuntimeError as error:
+            logger.warning("CUDA cannot capture a decoding step, which runs without a graph: %s", error)
+            self._works = False
+            self._steps.clear()
+            return None
+
+
+class FixedStep:
+    """One decoding step of ``num_rows`` images, on tensors that stay where they are."""
+
+    def __init__(
+        self, tower: TextTower, special: SpecialTokens, images: torch.Tensor, num_rows: int, max_tokens: int
+    ) -> None:
+        """``images``: (N, T, D), for its shape, device and dtype; N at most ``num_rows``."""
+        self._tower = tower
+        self._special = special
+        self._max_tokens = max_tokens
+        head_dim = tower.width // tower.num_heads
+        shape = (2, num_rows, tower.num_heads, images.shape[1], head_dim)
+        self._memory = [images.new_zeros(shape) for _ in tower.layers]
+        self._cache = IndexedCache(len(tower.layers), (num_rows, tower.num_heads, max_tokens, head_dim), images)
+        device = images.device
+        self._tokens = torch.empty((num_rows, 1), dtype=torch.int64, device=device)
+        self._running = torch.empty(num_rows, dtype=torch.bool, device=device)
+        self._decoded = torch.empty((num_rows, max_tokens), dtype=torch.int64, device=device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def capture(self) -> None:
+        """Records the step; CUDA alone."""
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # libraries set themselves up in the first calls, which no graph may record
+                self._reset(0)
+                self._step()
+        torch.cuda.current_stream().wait_stream(stream)
+        self._reset(0)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._step()
+        self._graph = graph
+
+    def decode(self, images: torch.Tensor) -> torch.Tensor:
+        """(N, T, D) -> (N, at most ``max_tokens``) token ids."""
+        self._tower.remember(images, out=[kept[:, : len(images)] for kept in self._memory])
+        self._reset(len(images))
+        for done in range(1, self._max_tokens + 1):
+            if self._graph is None:
+                self._step()
+            else:
+                self._graph.replay()
+            if done % _STEPS_BETWEEN_CHECKS == 0 and not self._running.any():
+                break
+        return self._decoded[: len(images), :done].clone()
+
+    def _reset(self, num_images: int) -> None:
+        self._cache.position.zero_()
+        self._tokens.fill_(self._special.begin)
+        self._decoded.fill_(self._special.pad)
+        self._running.fill_(False)
+        self._running[:num_images] = True
+
+    def _step(self) -> None:
+        best = self._tower.step(self._tokens, self._cache, self._memory)[:, 0].float().argmax(dim=-1)
+        best = torch.where(self._running, best, self._special.pad).unsqueeze(1)
+        self._decoded.index_copy_(1, self._cache.position, best)
+        self._running.logical_and_(best[:, 0] != self._special.end)
+        self._tokens.copy_(best)
+        self._cache.position.add_(1)
+
+
+def round_up(num_images: int) -> int:
+    """To a power of two, from 64 on to a multiple of 64: few sizes, and few rows that nobody reads."""
+    if num_images <= 64:
+        return 1 << (num_images - 1).bit_length()
+    return -(-num_images // 64) * 64

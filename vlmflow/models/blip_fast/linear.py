@@ -1,0 +1,68 @@
+"""Linear layers with weights in the order that the processor reads them in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+# Exact GELU, as BLIP has it, can be done while the product is still in the cache.
+_FUSED = {"gelu": "gelu", None: "none"}
+
+
+class PackedLinear:
+    """``x W^T + b`` of one or more layers side by side, and the activation after it.
+
+    On a processor the weights are packed once for oneDNN: torch packs those of ``nn.Linear`` at every call in bfloat16,
+    and in float32 calls MKL, which knows no AVX-512 on processors of AMD. What packs and multiplies are the operators
+    of torch's own compiler; where a build lacks them, the ordinary ones are called.
+    """
+
+    def __init__(self, layers: Sequence[nn.Linear], activation: str | None = None) -> None:
+        """``activation``: as named in BLIP's configuration; None: none.
+
+        Raises:
+            KeyError: torch's modules have no activation of this name.
+        """
+        weight = torch.cat([layer.weight.detach() for layer in layers])
+        self._bias = torch.cat([layer.bias.detach() for layer in layers])
+        self._fused = _FUSED.get(activation)
+        self._packed = _pack(weight) if self._fused else None
+        self._weight = None if self._packed is not None else weight
+        self._activation = _activation(activation)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., D) -> (..., E), E the outputs of all layers."""
+        if self._packed is not None:
+            product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
+                x, self._packed, self._bias, self._fused, [], "none" if self._fused == "gelu" else ""
+            )
+            return product
+        assert self._weight is not None
+        product = nn.functional.linear(x, self._weight, self._bias)
+        return product if self._activation is None else self._activation(product)
+
+
+def _pack(weight: torch.Tensor) -> torch.Tensor | None:
+    """The weights in oneDNN's order; None: not on this device, for this dtype, or by this build of torch."""
+    if weight.device.type != "cpu" or weight.dtype not in (torch.float32, torch.bfloat16):
+        return None
+    if not torch._C._has_mkldnn or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return None
+    try:
+        packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+    except RuntimeError:  # a processor without the instructions for this dtype
+        return None
+    return packed
+
+
+def _activation(name: str | None) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    if name is None:
+        return None
+    if name == "gelu":
+        return nn.functional.gelu
+    from transformers.activations import ACT2FN
+
+    function: Callable[[torch.Tensor], torch.Tensor] = ACT2FN[name]
+    return function

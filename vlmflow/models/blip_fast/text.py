@@ -1,0 +1,184 @@
+"""BLIP's text tower: an encoder of texts, or one step of a decoder, with cross-attention to images or without."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from vlmflow.models.blip_fast.attention import attend
+from vlmflow.models.blip_fast.linear import PackedLinear
+
+
+class SelfCache(Protocol):
+    """Keys and values of the tokens so far. N rows, H heads of d dimensions."""
+
+    @property
+    def position(self) -> int | torch.Tensor:
+        """Of the token that is being decoded."""
+
+    @property
+    def mask(self) -> torch.Tensor | None:
+        """Which of the keys below may be seen; None: all."""
+
+    def update(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keeps (N, H, 1, d) of the token; returns (N, H, L, d) of those so far."""
+
+
+class TextTower:
+    """The weights of a ``BlipTextModel``, and of its language modelling head where it has one.
+
+    N texts of L tokens, V words, D dimensions, H heads of d; T tokens of an image.
+    """
+
+    def __init__(self, model: Any, head: Any | None = None) -> None:
+        """``head``: a ``BlipTextOnlyMLMHead``; None: the model is an encoder."""
+        config = model.config
+        self.num_heads: int = config.num_attention_heads
+        self.width: int = config.hidden_size
+        self.max_tokens: int = config.max_position_embeddings
+        self._embeddings = model.embeddings
+        self.layers = [_Layer(layer, self.num_heads, config.hidden_act) for layer in model.encoder.layer]
+        self._head = None if head is None else _Head(head.predictions, config.hidden_act)
+
+    def encode(
+        self, ids: torch.Tensor, mask: torch.Tensor | None = None, memory: Sequence[torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """Runs whole texts, each token of which sees all others.
+
+        Args:
+            ids: (N, L) int64.
+            mask: (N, L) bool, False on padding; None: there is none.
+            memory: of each layer (2, N, H, T, d): the images' keys and values, see :meth:`remember`.
+
+        Returns:
+            (N, L, D).
+        """
+        states: torch.Tensor = self._embeddings(input_ids=ids)
+        visible = None if mask is None else mask[:, None, None, :]
+        for index, layer in enumerate(self.layers):
+            queries, keys, values = layer.project(states)
+            states = layer.attended(states, attend(queries, keys, values, visible))
+            states = layer.finish(states, None if memory is None else memory[index])
+        return states
+
+    def step(self, tokens: torch.Tensor, cache: SelfCache, memory: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Runs one token of each text.
+
+        Args:
+            tokens: (N, B) int64: B beams of each of N images.
+            cache: of N * B rows.
+            memory: of each layer (2, N, H, T, d); the beams of an image share its keys and values.
+
+        Returns:
+            (N, B, V) logits of the next token.
+        """
+        assert self._head is not None
+        embeddings = self._embeddings
+        states = embeddings.word_embeddings(tokens) + embeddings.position_embeddings.weight[cache.position]
+        states = embeddings.LayerNorm(states)
+        num_images, num_beams = tokens.shape
+        for index, layer in enumerate(self.layers):
+            queries, keys, values = layer.project(states.flatten(0, 1).unsqueeze(1))
+            keys, values = cache.update(index, keys, values)
+            context = attend(queries, keys, values, cache.mask)
+            states = layer.attended(states, context.view(num_images, num_beams, -1))
+            states = layer.finish(states, memory[index])
+        return self._head(states)
+
+    def remember(self, images: torch.Tensor, out: Sequence[torch.Tensor] | None = None) -> list[torch.Tensor]:
+        """Keys and values of images for the cross-attention of all layers.
+
+        Args:
+            images: (N, T, D) features of the vision tower.
+            out: of each layer (2, N, H, T, d), where to write; None: into new memory.
+
+        Returns:
+            Of each layer (2, N, H, T, d).
+        """
+        num_images, num_tokens = images.shape[:2]
+        memory: list[torch.Tensor] = []
+        for index, layer in enumerate(self.layers):
+            shape = (2, num_images, self.num_heads, num_tokens, self.width // self.num_heads)
+            kept = images.new_empty(shape) if out is None else out[index]
+            # On a processor image by image, so that what is to be put in order is still in the cache.
+            for start in range(0, num_images, num_images if images.is_cuda else 1):
+                part = slice(start, num_images if images.is_cuda else start + 1)
+                both = layer.remember(images[part])
+                kept[:, part] = both.view(*both.shape[:2], 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+            memory.append(kept)
+        return memory
+
+
+class CrossMemory:
+    """Keys and values of encoded images, computed when a text first asks, and shared by all that ask later."""
+
+    def __init__(self, tower: TextTower, images: torch.Tensor) -> None:
+        """``images``: (N, T, D) features of the vision tower."""
+        self._tower = tower
+        self._images = images
+        self._memory: list[torch.Tensor] | None = None
+
+    def of(self, rows: Sequence[int] | None) -> list[torch.Tensor]:
+        """Of each layer (2, rows, H, T, d); None: all rows."""
+        if rows is None:
+            return self._of_all()
+        if self._memory is None and 2 * len(set(rows)) < len(self._images):
+            # Few have a text at all: the others' would never be read.
+            return self._tower.remember(self._images[list(rows)])
+        index = torch.tensor(list(rows), device=self._images.device)
+        return [kept.index_select(1, index) for kept in self._of_all()]
+
+    def _of_all(self) -> list[torch.Tensor]:
+        if self._memory is None:
+            self._memory = self._tower.remember(self._images)
+        return self._memory
+
+
+class _Layer:
+    """Attend to the text, attend to the image, expand and contract; each added to its input and normalised."""
+
+    def __init__(self, layer: Any, num_heads: int, activation: str) -> None:
+        attention, self._num_heads = layer.attention, num_heads
+        self._qkv = PackedLinear([attention.self.query, attention.self.key, attention.self.value])
+        self._out, self._out_norm = PackedLinear([attention.output.dense]), attention.output.LayerNorm
+        cross = getattr(layer, "crossattention", None)
+        if cross is not None:
+            self._cross_query = PackedLinear([cross.self.query])
+            self.remember = PackedLinear([cross.self.key, cross.self.value])
+            self._cross_out, self._cross_norm = PackedLinear([cross.output.dense]), cross.output.LayerNorm
+        self._expand = PackedLinear([layer.intermediate.dense], activation)
+        self._contract, self._norm = PackedLinear([layer.output.dense]), layer.output.LayerNorm
+
+    def project(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(N, L, D) -> queries, keys and values, (N, H, L, d) each."""
+        qkv = self._qkv(states)
+        queries, keys, values = qkv.view(*qkv.shape[:2], 3, self._num_heads, -1).permute(2, 0, 3, 1, 4)
+        return queries, keys, values
+
+    def attended(self, states: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        """What follows self-attention, on (N, L, D) both."""
+        normed: torch.Tensor = self._out_norm(self._out(context) + states)
+        return normed
+
+    def finish(self, states: torch.Tensor, memory: torch.Tensor | None) -> torch.Tensor:
+        """Cross-attention and the two linear layers: (N, L, D) -> the same; ``memory``: (2, N, H, T, d)."""
+        if memory is not None:
+            queries = self._cross_query(states)
+            queries = queries.view(*queries.shape[:2], self._num_heads, -1).transpose(1, 2)
+            states = self._cross_norm(self._cross_out(attend(queries, memory[0], memory[1])) + states)
+        normed: torch.Tensor = self._norm(self._contract(self._expand(states)) + states)
+        return normed
+
+
+class _Head:
+    """The language modelling head: (..., D) -> (..., V) logits."""
+
+    def __init__(self, predictions: Any, activation: str) -> None:
+        self._transform = PackedLinear([predictions.transform.dense], activation)
+        self._norm = predictions.transform.LayerNorm
+        self._words = PackedLinear([predictions.decoder])
+
+    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+        return self._words(self._norm(self._transform(states)))

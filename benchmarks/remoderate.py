@@ -92,7 +92,7 @@ def make_catalog(job: Job, num_rows: int, dim: int) -> None:
     for start in range(0, num_rows, FILE_ROWS):
         count = min(FILE_ROWS, num_rows - start)
         rng = np.random.default_rng(start)
-        ids = pa.array([f"{number:032x}" for number in range(start, start + count)])
+        ids = pa.array([row.tobytes().hex() for row in rng.integers(0, 256, (count, 16), np.uint8)])
         vectors = rng.standard_normal((count, dim), dtype=np.float32)
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
         same = {"embed_run_id": "r", "embed_fingerprint": fingerprints["embed"], "ingest_date": DATE}

@@ -80,7 +80,7 @@ class BlipMatcher:
         """``model``: a ``BlipForImageTextRetrieval``, whose weights are used, and whose vision tower is not."""
         self._tokenizer = tokenizer
         self._vision = vision
-        self._encoder = TextTower(model.text_encoder)
+        self._encoder = TextTower(model.text_encoder, image_dtype=model.vision_model.dtype)
         self._itm_head = model.itm_head
         self._vision_proj, self._text_proj = model.vision_proj, model.text_proj
 
@@ -93,7 +93,8 @@ class BlipMatcher:
         Raises:
             WeightsError: the weights are absent or do not fit.
         """
-        return cls(*_load(BlipForImageTextRetrieval, folder, config, _Target(device, dtype, towers)))
+        # A text has a hundredth of an image's tokens: in float32 it costs little, and scores keep their second digit.
+        return cls(*_load(BlipForImageTextRetrieval, folder, config, _Target(device, dtype, towers, torch.float32)))
 
     @torch.inference_mode()
     def encode_images(self, pixels: torch.Tensor) -> EncodedImages:
@@ -118,7 +119,7 @@ class BlipMatcher:
         memory = images.memory or CrossMemory(self._encoder, images.embeds)
         states = self._encode(texts, images, memory.of(images.rows))
         logits = self._itm_head(states[:, 0])
-        probabilities: NDArray[np.float32] = logits.float().softmax(dim=1)[:, 1].cpu().numpy()  # column 1 is "match"
+        probabilities: NDArray[np.float32] = logits.softmax(dim=1)[:, 1].cpu().numpy()  # column 1 is "match"
         return probabilities
 
     @torch.inference_mode()
@@ -134,8 +135,8 @@ class BlipMatcher:
         if not _paired(images, texts):
             return np.empty(0, np.float32)
         states = self._encode(texts, images, None)
-        text_features = self._text_proj(states[:, 0]).float()
-        image_features = self._vision_proj(images.embeds[:, 0]).float()
+        text_features = self._text_proj(states[:, 0])
+        image_features = self._vision_proj(images.embeds[:, 0].float())
         return torch.nn.functional.cosine_similarity(image_features, text_features, dim=-1).cpu().numpy()
 
     def _encode(self, texts: Sequence[str], images: EncodedImages, memory: list[torch.Tensor] | None) -> torch.Tensor:
@@ -155,6 +156,7 @@ class _Target:
     device: str
     dtype: Dtype
     towers: VisionTowers | None
+    text_dtype: torch.dtype | None = None  # None: as the vision tower
 
 
 def _paired(images: EncodedImages, texts: Sequence[str]) -> bool:
@@ -169,7 +171,11 @@ def _load(model_class: Any, folder: Path, config: ModelConfig, target: _Target) 
     try:
         with _no_progress_bar():
             model, found = model_class.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+                folder,
+                dtype=target.text_dtype or dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
             )
         # trust_remote_code must be given: left out, transformers asks on the terminal.
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -181,6 +187,7 @@ def _load(model_class: Any, folder: Path, config: ModelConfig, target: _Target) 
         ) from error
     check_keys(folder, found["missing_keys"], found["unexpected_keys"])
     normalize = PixelNormalizer(read_preprocessing(folder, config), target.device, dtype)
+    model.vision_model.to(dtype)
     model = model.to(target.device).eval().requires_grad_(False)
     towers = target.towers or VisionTowers()
     return model, tokenizer, towers.share(model.vision_model, normalize)

@@ -19,21 +19,24 @@ class PackedLinear:
     of torch's own compiler; where a build lacks them, the ordinary ones are called.
     """
 
-    def __init__(self, layers: Sequence[nn.Linear], activation: str | None = None) -> None:
-        """``activation``: as named in BLIP's configuration; None: none.
+    def __init__(
+        self, layers: Sequence[nn.Linear], activation: str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        """``activation``: as named in BLIP's configuration; None: none. ``dtype``: None: that of the layers.
 
         Raises:
             KeyError: torch's modules have no activation of this name.
         """
-        weight = torch.cat([layer.weight.detach() for layer in layers])
-        self._bias = torch.cat([layer.bias.detach() for layer in layers])
+        weight = torch.cat([layer.weight.detach() for layer in layers]).to(dtype or layers[0].weight.dtype)
+        self._bias = torch.cat([layer.bias.detach() for layer in layers]).to(weight.dtype)
         self._fused = _FUSED.get(activation)
         self._packed = _pack(weight) if self._fused else None
         self._weight = None if self._packed is not None else weight
         self._activation = _activation(activation)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., D) -> (..., E), E the outputs of all layers."""
+        """(..., D) in the weights' dtype or float32 -> (..., E) in that of the weights, E the outputs of all layers."""
+        x = x.to(self._bias.dtype)
         if self._packed is not None:
             product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
                 x, self._packed, self._bias, self._fused, [], "none" if self._fused == "gelu" else ""
@@ -42,6 +45,23 @@ class PackedLinear:
         assert self._weight is not None
         product = nn.functional.linear(x, self._weight, self._bias)
         return product if self._activation is None else self._activation(product)
+
+
+class Norm:
+    """A layer norm in float32, whatever the dtype of the other weights.
+
+    What it gives is what is carried from layer to layer, where bfloat16 would round every sum; products alone are
+    done in the model's dtype.
+    """
+
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        self._shape = norm.normalized_shape
+        self._weight, self._bias = norm.weight.detach().float(), norm.bias.detach().float()
+        self._eps = norm.eps
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., D) -> (..., D) float32."""
+        return nn.functional.layer_norm(x.float(), self._shape, self._weight, self._bias, self._eps)
 
 
 def _pack(weight: torch.Tensor) -> torch.Tensor | None:

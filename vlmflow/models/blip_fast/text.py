@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from vlmflow.models.blip_fast.attention import attend
-from vlmflow.models.blip_fast.linear import PackedLinear
+from vlmflow.models.blip_fast.linear import Norm, PackedLinear
 
 
 class SelfCache(Protocol):
@@ -32,14 +32,22 @@ class TextTower:
     N texts of L tokens, V words, D dimensions, H heads of d; T tokens of an image.
     """
 
-    def __init__(self, model: Any, head: Any | None = None) -> None:
-        """``head``: a ``BlipTextOnlyMLMHead``; None: the model is an encoder."""
+    def __init__(self, model: Any, head: Any | None = None, image_dtype: torch.dtype | None = None) -> None:
+        """Takes over the weights.
+
+        Args:
+            model: a ``BlipTextModel``.
+            head: a ``BlipTextOnlyMLMHead``; None: the model is an encoder.
+            image_dtype: of what is done with the images' features; None: that of the weights.
+        """
         config = model.config
         self.num_heads: int = config.num_attention_heads
         self.width: int = config.hidden_size
         self.max_tokens: int = config.max_position_embeddings
-        self._embeddings = model.embeddings
-        self.layers = [_Layer(layer, self.num_heads, config.hidden_act) for layer in model.encoder.layer]
+        self._words = model.embeddings.word_embeddings
+        self._positions = model.embeddings.position_embeddings.weight
+        self._norm = Norm(model.embeddings.LayerNorm)
+        self.layers = [_Layer(layer, config, image_dtype) for layer in model.encoder.layer]
         self._head = None if head is None else _Head(head.predictions, config.hidden_act)
 
     def encode(
@@ -53,9 +61,9 @@ class TextTower:
             memory: of each layer (2, N, H, T, d): the images' keys and values, see :meth:`remember`.
 
         Returns:
-            (N, L, D).
+            (N, L, D) float32.
         """
-        states: torch.Tensor = self._embeddings(input_ids=ids)
+        states = self._norm(self._words(ids) + self._positions[: ids.shape[1]])
         visible = None if mask is None else mask[:, None, None, :]
         for index, layer in enumerate(self.layers):
             queries, keys, values = layer.project(states)
@@ -75,9 +83,7 @@ class TextTower:
             (N, B, V) logits of the next token.
         """
         assert self._head is not None
-        embeddings = self._embeddings
-        states = embeddings.word_embeddings(tokens) + embeddings.position_embeddings.weight[cache.position]
-        states = embeddings.LayerNorm(states)
+        states = self._norm(self._words(tokens) + self._positions[cache.position])
         num_images, num_beams = tokens.shape
         for index, layer in enumerate(self.layers):
             queries, keys, values = layer.project(states.flatten(0, 1).unsqueeze(1))
@@ -139,17 +145,17 @@ class CrossMemory:
 class _Layer:
     """Attend to the text, attend to the image, expand and contract; each added to its input and normalised."""
 
-    def __init__(self, layer: Any, num_heads: int, activation: str) -> None:
-        attention, self._num_heads = layer.attention, num_heads
+    def __init__(self, layer: Any, config: Any, image_dtype: torch.dtype | None) -> None:
+        attention, self._num_heads = layer.attention, config.num_attention_heads
         self._qkv = PackedLinear([attention.self.query, attention.self.key, attention.self.value])
-        self._out, self._out_norm = PackedLinear([attention.output.dense]), attention.output.LayerNorm
+        self._out, self._out_norm = PackedLinear([attention.output.dense]), Norm(attention.output.LayerNorm)
         cross = getattr(layer, "crossattention", None)
         if cross is not None:
             self._cross_query = PackedLinear([cross.self.query])
-            self.remember = PackedLinear([cross.self.key, cross.self.value])
-            self._cross_out, self._cross_norm = PackedLinear([cross.output.dense]), cross.output.LayerNorm
-        self._expand = PackedLinear([layer.intermediate.dense], activation)
-        self._contract, self._norm = PackedLinear([layer.output.dense]), layer.output.LayerNorm
+            self.remember = PackedLinear([cross.self.key, cross.self.value], dtype=image_dtype)
+            self._cross_out, self._cross_norm = PackedLinear([cross.output.dense]), Norm(cross.output.LayerNorm)
+        self._expand = PackedLinear([layer.intermediate.dense], config.hidden_act)
+        self._contract, self._norm = PackedLinear([layer.output.dense]), Norm(layer.output.LayerNorm)
 
     def project(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(N, L, D) -> queries, keys and values, (N, H, L, d) each."""
@@ -159,17 +165,15 @@ class _Layer:
 
     def attended(self, states: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         """What follows self-attention, on (N, L, D) both."""
-        normed: torch.Tensor = self._out_norm(self._out(context) + states)
-        return normed
+        return self._out_norm(self._out(context) + states)
 
     def finish(self, states: torch.Tensor, memory: torch.Tensor | None) -> torch.Tensor:
         """Cross-attention and the two linear layers: (N, L, D) -> the same; ``memory``: (2, N, H, T, d)."""
         if memory is not None:
             queries = self._cross_query(states)
             queries = queries.view(*queries.shape[:2], self._num_heads, -1).transpose(1, 2)
-            states = self._cross_norm(self._cross_out(attend(queries, memory[0], memory[1])) + states)
-        normed: torch.Tensor = self._norm(self._contract(self._expand(states)) + states)
-        return normed
+            states = self._cross_norm(self._cross_out(attend(queries.to(memory.dtype), memory[0], memory[1])) + states)
+        return self._norm(self._contract(self._expand(states)) + states)
 
 
 class _Head:
@@ -177,7 +181,7 @@ class _Head:
 
     def __init__(self, predictions: Any, activation: str) -> None:
         self._transform = PackedLinear([predictions.transform.dense], activation)
-        self._norm = predictions.transform.LayerNorm
+        self._norm = Norm(predictions.transform.LayerNorm)
         self._words = PackedLinear([predictions.decoder])
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:

@@ -181,7 +181,8 @@ def relabel(
     )
     if not len(at):
         return rows, changes
-    old = rows.take(pa.array(at))
+    all_move = len(at) == rows.num_rows  # the common case, in which nothing need be picked out
+    old = rows if all_move else rows.take(pa.array(at))
     margins, views, times, found = _margins(old, wanted.stored[at], target, scored)
     detections = flat(old["detections"]) if len(target.moderator.rules) else None
     result = target.moderator.decide(margins[found], views, found, times, detections, unseen_frames(old["errors"]))
@@ -189,6 +190,8 @@ def relabel(
     changes.num_without_vectors = int((~found).sum())
     new = _with_moderation(old, result, found, target)
     _count(changes, old, new)
+    if all_move:
+        return new, changes
     order = np.arange(rows.num_rows)
     order[at] = rows.num_rows + np.arange(len(at))
     return pa.concat_tables([rows, new]).take(pa.array(order)), changes

@@ -130,10 +130,12 @@ def test_equal_bytes_within_a_run_are_computed_once(make_job: Callable[..., Job]
         assert rows[f"{number:02d}.png"] == rows[f"{number % 3:02d}.png"]
 
 
-@pytest.mark.parametrize("change", ["fingerprint", "policy", "off"])
-def test_nothing_is_copied_where_results_would_differ(
-    change: str, make_job: Callable[..., Job], policy: str, tmp_path: Path
+@pytest.mark.parametrize("change", ["fingerprint", "policy", "off", "too few"])
+def test_nothing_is_copied_where_results_would_differ_or_looking_costs_more(
+    change: str, make_job: Callable[..., Job], policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if change == "too few":
+        monkeypatch.setattr("vlmflow.engine.run.MAX_ROWS_PER_IMAGE", 0.5)
     write_pictures(tmp_path / "old", 4)
     enrich(make_job(tmp_path / "old"))
     shutil.copytree(tmp_path / "old", tmp_path / "new")
@@ -143,6 +145,7 @@ def test_nothing_is_copied_where_results_would_differ(
         "fingerprint": {"max_caption_tokens": 5},
         "policy": {"policy": str(other), "accept_unbound": True},
         "off": {"reuse": False},
+        "too few": {},
     }
 
     report = enrich(make_job(tmp_path / "new", **options[change]))

@@ -33,6 +33,9 @@ from vlmflow.sources import Source, open_source
 logger = logging.getLogger("vlmflow")
 
 _TICK_S = 0.2
+# Looking through a row for equal bytes costs about a microsecond, an image at least a millisecond: beyond so many rows
+# per image due, looking costs more than it can save.
+MAX_ROWS_PER_IMAGE = 1_000
 
 
 def plan(job: Job) -> PlanSummary:
@@ -182,6 +185,10 @@ class _Run:
         if not self._job.reuse or self._plan.version < 0:
             return None
         catalog = Catalog.open(self._job.catalog)
+        num_rows = sum(file.num_rows for file in catalog.live_files("images").values())
+        if num_rows > MAX_ROWS_PER_IMAGE * self._plan.num_planned:
+            logger.info("%d images are too few to look for equal bytes among %d rows", self._plan.num_planned, num_rows)
+            return None
         known = catalog.known_bytes(self._prepared.plan_request(), self._plan.sizes())
         return None if known is None else Stored(known)
 

@@ -81,9 +81,8 @@ def print_evidence(evidence: Evidence, console: Console) -> None:
             name = escape(f"{label['category']}/{label['label']}")
             table.add_row(name, label["decision"], *shown, escape(view), escape(label["detector"] or "prompts"))
         console.print(table)
-    console.print(
-        f"policy {evidence.policy or '-'}, model {evidence.embed_model or '-'}, run {evidence.run_id}", markup=False
-    )
+    names = f"policy {evidence.policy or '-'}, model {evidence.embed_model or '-'}, run {evidence.run_id}"
+    console.print(printable(names), markup=False, highlight=False, soft_wrap=True)
 
 
 def print_queue(report: QueueReport, console: Console) -> None:

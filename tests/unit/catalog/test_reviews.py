@@ -1,0 +1,106 @@
+"""Verdicts beside runs: whoever commits first, a person's word on the bytes that are there decides."""
+
+from __future__ import annotations
+
+import datetime as dt
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from tests.catalog_samples import enrich, fingerprints, image_id, open_catalog, references, request, rows_by_name, write
+from vlmflow.catalog import Catalog
+from vlmflow.catalog.due import PlanRequest
+from vlmflow.catalog.known_images import KnownList
+from vlmflow.catalog.reviews import EVENT
+
+NAMES = ["a", "b", "c"]
+AT = dt.datetime(2026, 11, 20, tzinfo=dt.UTC)
+
+
+@pytest.fixture
+def catalog(tmp_path: Path) -> Catalog:
+    made = open_catalog(tmp_path / "catalog")
+    enrich(made, "r1", [references(NAMES)])
+    return made
+
+
+def say(catalog: Catalog, name: str, decision: str, *, content: str = "bytes", hours: int = 0) -> None:
+    event = {
+        "image_id": image_id(name),
+        "content_hash": f"{content}-mem://{name}",
+        "decision": decision,
+        "reviewer": "ada",
+        "at": AT + dt.timedelta(hours=hours),
+    }
+    catalog.reviews.add(pa.Table.from_pylist([event], schema=EVENT))
+
+
+def newer_caption() -> PlanRequest:
+    asked = request()
+    return PlanRequest(**{**vars(asked), "fingerprints": fingerprints() | {"moderate": "another"}})
+
+
+def decided(catalog: Catalog) -> dict[str, tuple[str, str | None]]:
+    return {name: (row["decision"], row["decision_reason"]) for name, row in rows_by_name(catalog).items()}
+
+
+def test_a_run_that_was_planned_before_a_verdict_keeps_it(catalog: Catalog) -> None:
+    files = write(catalog, "r2", [references(NAMES)], newer_caption(), decision="review")
+    say(catalog, "a", "block")
+    assert catalog.apply_verdicts().num_changed == 1
+
+    catalog.commit("r2", files)
+
+    assert decided(catalog) == {"a": ("block", "verdict"), "b": ("review", "cat"), "c": ("review", "cat")}
+    assert rows_by_name(catalog)["a"]["verdict"]["model_decision"] == "review"
+
+
+def test_a_run_that_finds_other_bytes_drops_the_verdict(catalog: Catalog) -> None:
+    say(catalog, "a", "block")
+    catalog.apply_verdicts()
+    enrich(catalog, "r2", [references(NAMES, version="v2")], content="others")
+    assert decided(catalog)["a"] == ("allow", "cat")
+    assert rows_by_name(catalog)["a"]["verdict"] is None
+    # The old word waits for the old bytes.
+    result = catalog.apply_verdicts()
+    assert (result.num_changed, result.num_waiting) == (0, 1)
+    enrich(catalog, "r3", [references(NAMES, version="v3")])
+    assert catalog.apply_verdicts().num_changed == 1
+    assert decided(catalog)["a"] == ("block", "verdict")
+
+
+def test_an_import_that_died_between_verdicts_and_rows_is_finished_by_the_next(catalog: Catalog) -> None:
+    say(catalog, "a", "block")
+    say(catalog, "b", "review", hours=1)
+    assert decided(catalog)["a"] == ("allow", "cat")
+    assert catalog.apply_verdicts().num_changed == 2
+    again = catalog.apply_verdicts()
+    assert (again.num_changed, again.flips) == (0, {})
+
+
+def test_lists_and_people(catalog: Catalog) -> None:
+    hashes = tuple(f"bytes-mem://{name}" for name in NAMES)
+    catalog.known_images.put(KnownList("banned", "block", hashes))
+    catalog.apply_verdicts(lists_changed=True)
+    assert {decision for decision, _ in decided(catalog).values()} == {"block"}
+    say(catalog, "a", "allow")
+    catalog.apply_verdicts()
+    assert decided(catalog)["a"] == ("allow", "verdict")
+    # Taken back: the list speaks again.
+    say(catalog, "a", "none", hours=1)
+    catalog.apply_verdicts()
+    assert rows_by_name(catalog)["a"]["verdict"]["reviewer"] == "list:banned"
+    catalog.known_images.remove("banned")
+    catalog.apply_verdicts(lists_changed=True)
+    assert decided(catalog) == dict.fromkeys(NAMES, ("allow", "cat"))
+
+
+def test_compaction_and_verdicts_go_together(catalog: Catalog, tmp_path: Path) -> None:
+    enrich(catalog, "r2", [references(["d"])])
+    say(catalog, "d", "block")
+    catalog.apply_verdicts()
+    catalog.compact("r3")
+    found: dict[str, Any] = rows_by_name(catalog)["d"]
+    assert (found["decision"], found["verdict"]["reviewer"]) == ("block", "ada")

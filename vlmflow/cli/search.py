@@ -99,7 +99,8 @@ def search(
 def duplicates(
     catalog: CatalogOnly,
     kind: Annotated[
-        list[str] | None, typer.Option("--kind", help="exact (equal bytes) or semantic (by embeddings). Default: both.")
+        list[str] | None,
+        typer.Option("--kind", help="exact (equal bytes), perceptual (look) or semantic. Default: all."),
     ] = None,
     threshold: Annotated[
         float | None, typer.Option("--threshold", help="Least cosine with the representative of a semantic group.")
@@ -119,7 +120,7 @@ def duplicates(
     from vlmflow.views_search import duplicates_csv, print_duplicates
 
     _check_files(csv)
-    known: dict[str, Kind] = {"exact": "exact", "semantic": "semantic"}
+    known: dict[str, Kind] = {"exact": "exact", "perceptual": "perceptual", "semantic": "semantic"}
     for name in kind or ():
         if name not in known:
             raise ConfigError(f"--kind {name}", remedy=f"Use {' or '.join(known)}.")

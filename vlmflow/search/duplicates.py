@@ -1,4 +1,4 @@
-"""Groups of images that are the same: to the byte, or as far as the embeddings can tell.
+"""Groups of images that are the same: to the byte, to the eye, or as far as the embeddings can tell.
 
 A group has a representative, and every member is compared with it, not with any other member: so no chain of small
 steps joins images that are unlike. The representative is the image with the most pixels, then the least id.
@@ -22,13 +22,17 @@ from vlmflow.errors import ConfigError, SearchError
 from vlmflow.search.live import LiveRows, Positions
 from vlmflow.search.searcher import Searcher
 
-Kind: TypeAlias = Literal["exact", "semantic"]
+Kind: TypeAlias = Literal["exact", "perceptual", "semantic"]
 
 # Cosine from which two images count as one. Tested with the starter's embedder on the 200 drawings of the demo: no two
 # different ones reach 0.93, every copy at lower quality or a quarter of the size stays above 0.99, and 92% of those
 # cropped by 3% on each side above 0.95. Other models spread their vectors otherwise. See
 # tests/integration/test_search.py.
 THRESHOLD = 0.95
+# Of the 64 bits of two perceptual hashes, how many may differ. Five bands of bits: with four that differ, one band is
+# equal, so only images that share a band are compared.
+MAX_BITS = 4
+_BANDS = (0, 13, 26, 39, 52, 64)
 # Up to so many images each is compared with each; beyond, the index proposes whom to compare.
 ALL_PAIRS = 30_000
 _MAX_PAIRS = 50_000_000
@@ -38,7 +42,10 @@ _COLUMNS = ("image_id", "uri", "decision", "status", "width", "height", "size_by
 
 
 class Member(Frozen):
-    """An image of a group; ``similarity``: cosine with the representative, 1 for equal bytes."""
+    """An image of a group.
+
+    ``similarity`` with the representative: 1 for equal bytes, the share of equal bits, or the cosine.
+    """
 
     image_id: str
     uri: str
@@ -64,7 +71,7 @@ class Group(Frozen):
 class DuplicateReport(Frozen):
     """The groups of a catalog, those of equal bytes first, the largest first.
 
-    Of a group of equal bytes only the representative takes part in semantic groups.
+    Of a group of equal bytes only the representative takes part in perceptual groups, and of these in semantic ones.
     """
 
     catalog: str
@@ -79,7 +86,7 @@ class DuplicateReport(Frozen):
 def find_duplicates(
     catalog: CatalogConfig,
     *,
-    kinds: Sequence[Kind] = ("exact", "semantic"),
+    kinds: Sequence[Kind] = ("exact", "perceptual", "semantic"),
     threshold: float = THRESHOLD,
     where: str | None = None,
 ) -> DuplicateReport:
@@ -111,9 +118,14 @@ def find_duplicates(
         ("exact", group, np.ones(len(group), np.float32)) for group in groups
     ]
     num_without = 0
+    ranks = np.full(len(live), len(live), np.int64)
+    ranks[order] = np.arange(len(order))
+    if "perceptual" in kinds:
+        alike = _grouped(list(_look_alikes(live, unlike)), ranks)
+        found += [("perceptual", *group) for group in alike]
+        for members, _ in alike:
+            unlike[members[1:]] = False
     if "semantic" in kinds:
-        ranks = np.full(len(live), len(live), np.int64)
-        ranks[order] = np.arange(len(order))
         num_without = int(unlike.sum())
         for model in live.num_by_model:
             mask = unlike & live.of_models([model])
@@ -171,7 +183,13 @@ def _semantic(
     searcher: Searcher, model: str, mask: Mask, ranks: NDArray[np.int64], threshold: float
 ) -> list[tuple[Positions, NDArray[np.float32]]]:
     """Groups of marked rows by their vectors."""
-    parts = list(_pairs(searcher, model, mask, threshold))
+    return _grouped(list(_pairs(searcher, model, mask, threshold)), ranks)
+
+
+def _grouped(
+    parts: list[tuple[Positions, Positions, NDArray[np.float32]]], ranks: NDArray[np.int64]
+) -> list[tuple[Positions, NDArray[np.float32]]]:
+    """Groups from pairs: each around the row that comes first, of rows that are in no group before."""
     empty = np.empty(0, np.int64)
     left = np.concatenate([empty, *(part[0] for part in parts)])
     right = np.concatenate([empty, *(part[1] for part in parts)])
@@ -194,6 +212,51 @@ def _semantic(
             members = np.array([head, *right[free]], np.int64)
             groups.append((members, np.array([1.0, *scores[free]], np.float32)))
     return sorted(groups, key=lambda group: (-len(group[0]), int(ranks[group[0][0]])))
+
+
+def _look_alikes(live: LiveRows, mask: Mask) -> Iterator[tuple[Positions, Positions, NDArray[np.float32]]]:
+    """Pairs of marked rows whose perceptual hashes differ in few bits, and the share of equal bits; both ways round."""
+    hashes = np.zeros(len(live), np.uint64)
+    known = mask.copy()
+    for start, rows in live.read(["phash"]):
+        here = slice(start, start + rows.num_rows)
+        texts = rows["phash"].to_pylist()
+        known[here] &= np.array([text is not None for text in texts], np.bool_)
+        hashes[here] = np.array([int(text or "0", 16) for text in texts], np.uint64)
+    positions = np.flatnonzero(known)
+    values = hashes[positions]
+    num_pairs = 0
+    for band, (low, high) in enumerate(pairwise(_BANDS)):
+        keys = (values >> np.uint64(low)) & np.uint64((1 << (high - low)) - 1)
+        order = np.argsort(keys, kind="stable")
+        starts = np.flatnonzero(np.diff(keys[order], prepend=keys[order][:1] + np.uint64(1)))
+        for first, last in pairwise([*starts.tolist(), len(order)]):
+            if last - first < 2:
+                continue
+            some = order[first:last]
+            bits = np.bitwise_count(values[some][:, None] ^ values[some][None, :])
+            rows_at, columns_at = np.nonzero(np.triu(bits <= MAX_BITS, 1))
+            left, right = some[rows_at], some[columns_at]
+            left, right = _not_before(values, left, right, band)
+            num_pairs += len(left)
+            if num_pairs > _MAX_PAIRS:
+                raise SearchError(
+                    f"more than {_MAX_PAIRS:,} pairs of images look alike", remedy="Narrow the images with --where."
+                )
+            scores = (1 - np.bitwise_count(values[left] ^ values[right]) / 64).astype(np.float32)
+            one, other = positions[left], positions[right]
+            yield np.concatenate([one, other]), np.concatenate([other, one]), np.concatenate([scores, scores])
+
+
+def _not_before(
+    values: NDArray[np.uint64], left: Positions, right: Positions, band: int
+) -> tuple[Positions, Positions]:
+    """The pairs that share no band before this one: those were found there."""
+    fresh = np.ones(len(left), np.bool_)
+    for low, high in list(pairwise(_BANDS))[:band]:
+        part = np.uint64(((1 << (high - low)) - 1) << low)
+        fresh &= ((values[left] ^ values[right]) & part) != 0
+    return left[fresh], right[fresh]
 
 
 def _pairs(

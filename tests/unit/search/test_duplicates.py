@@ -107,3 +107,33 @@ def test_a_catalog_without_match_scores_is_said(tmp_path: Path) -> None:
     put(tmp_path, names(2), clustered(2))
     with pytest.raises(SearchError, match="no row"):
         find_titles(config_of(tmp_path))
+
+
+def test_images_that_look_alike_are_one_group_by_few_bits(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    base = rng.integers(0, 1 << 63, 40, np.uint64)
+    # Each with a copy in which up to four bits differ, wherever they are, and one in which five do.
+    near = [
+        int(value) ^ sum(1 << int(bit) for bit in rng.choice(64, n % 5, replace=False)) for n, value in enumerate(base)
+    ]
+    far = [int(value) ^ sum(1 << int(bit) for bit in rng.choice(64, 5, replace=False)) for value in base]
+    hashes = [f"{value:016x}" for value in [*base.tolist(), *near, *far]]
+    count = len(hashes)
+    sides = [30] * 40 + [20] * 40 + [10] * 40
+    put(tmp_path, names(count + 1), clustered(count + 1), phash=[*hashes, None], width=[*sides, 5], height=[*sides, 5])
+
+    report = find_duplicates(config_of(tmp_path), kinds=["perceptual"])
+
+    found = {group.representative.uri: [member.uri for member in group.members[1:]] for group in report.groups}
+    for number in range(40):
+        pair = found[f"mem://i{number:05d}"]
+        assert f"mem://i{number + 40:05d}" in pair
+        assert f"mem://i{number + 80:05d}" not in pair
+    for group in report.groups:
+        for member in group.members[1:]:
+            bits = bin(
+                int(hashes[int(group.representative.uri[-5:])], 16) ^ int(hashes[int(member.uri[-5:])], 16)
+            ).count("1")
+            assert member.similarity == pytest.approx(1 - bits / 64)
+            assert bits <= duplicates.MAX_BITS
+    assert len({uri for uris in found.values() for uri in uris}) == sum(len(uris) for uris in found.values())

@@ -76,8 +76,12 @@ def planned_blocks(plan: Plan, cluster: Cluster, max_rows: int) -> Iterator[pa.T
     return plan.batches(max_rows=block_rows)
 
 
-def build_pipeline(blocks: list[ray.ObjectRef[pa.Table]], stages: Stages) -> Dataset:
-    """Chains decoding and the pools; nothing runs until the dataset is consumed."""
+def build_pipeline(blocks: list[ray.ObjectRef[pa.Table]], stages: Stages, max_rows: int) -> Dataset:
+    """Chains decoding and the pools; nothing runs until the dataset is consumed.
+
+    Args:
+        max_rows: as for :func:`planned_blocks`; Ray Data joins blocks that are smaller than a batch.
+    """
     dataset = ray.data.from_arrow_refs(blocks)
     with warnings.catch_warnings():
         # Ray 2.60 announces named parameters for these arguments and has none for the retries yet.
@@ -85,7 +89,7 @@ def build_pipeline(blocks: list[ray.ObjectRef[pa.Table]], stages: Stages) -> Dat
         dataset = dataset.map_batches(
             _as_function(stages.decode),
             batch_format="pyarrow",
-            batch_size=DECODE_BATCH,
+            batch_size=min(DECODE_BATCH, max_rows),
             num_cpus=DECODE_CPUS,
             **_TASK_LIMITS,
         )

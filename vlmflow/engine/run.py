@@ -123,7 +123,7 @@ class _Run:
             prompts = encode_policy(self._prepared.setup)
             stages = self._stages(pools, prompts, self._known_bytes())
             blocks = [ray.put(block) for block in planned_blocks(self._plan, cluster, self._job.commit.max_rows)]
-            with FinishedBlocks(build_pipeline(blocks, stages)) as finished:
+            with FinishedBlocks(build_pipeline(blocks, stages, self._job.commit.max_rows)) as finished:
                 # Models that do not load end the run here, before anything is written.
                 first = self._first(finished)
                 catalog = Catalog.open_or_create(self._job.catalog, self._source.columns)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ from numpy.typing import NDArray
 
 from vlmflow.config import CatalogConfig, ImageLimits, Job
 from vlmflow.errors import ConfigError
-from vlmflow.imaging import PixelRequest, decode
+from vlmflow.imaging import decode
+from vlmflow.imaging.pixels import VIEWS
 from vlmflow.models import ImageEmbedder, load_embedder
 from vlmflow.search.live import VIEW
 from vlmflow.tasks.setup import TaskSetup, prepare_tasks
@@ -119,10 +121,8 @@ def read_image(image: Path | bytes, limits: ImageLimits) -> bytes:
 def _fingerprints(setup: TaskSetup) -> tuple[str, ...]:
     """Of vectors that this model makes: which views a run stored beside the whole image makes no difference here."""
     request = setup.requests["embed"]
-    others: tuple[PixelRequest, ...] = (
-        request,
-        replace(request, views=("squash",)),
-        replace(request, views=("squash", "center")),
-    )
+    besides = [view for view in VIEWS if view != VIEW]
+    chosen = (views for count in range(len(besides) + 1) for views in combinations(besides, count))
+    others = [request, *(replace(request, views=(VIEW, *views)) for views in chosen)]
     setups = (replace(setup, requests={**setup.requests, "embed": other}) for other in others)
     return tuple(dict.fromkeys(other.fingerprints(("embed",))["embed"] for other in setups))

@@ -10,11 +10,11 @@ import sys
 
 import typer
 
-from vlmflow.cli import policy, remoderate, run, search, upkeep, view
+from vlmflow.cli import policy, remoderate, report, run, search, upkeep, view
 from vlmflow.cli.app import app
 from vlmflow.errors import VlmflowError
 
-__all__ = ["app", "main", "policy", "remoderate", "run", "search", "upkeep", "view"]
+__all__ = ["app", "main", "policy", "remoderate", "report", "run", "search", "upkeep", "view"]
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -71,7 +71,9 @@ class Browser:
     def requests(self) -> list[str]:
         """What the page has asked for beside itself."""
         messages = [json.loads(entry["message"])["message"] for entry in self.chrome.get_log("performance")]
-        urls = [entry["params"]["request"]["url"] for entry in messages if entry["method"] == "Network.requestWillBeSent"]
+        urls = [
+            entry["params"]["request"]["url"] for entry in messages if entry["method"] == "Network.requestWillBeSent"
+        ]
         return [url for url in urls if not url.startswith(("data:", "file:"))]
 
     def violations(self) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from deltalake.exceptions import DeltaError
 
 from vlmflow.catalog.columns import flat
 from vlmflow.catalog.commit import RUN_ID
@@ -14,20 +15,22 @@ from vlmflow.errors import VlmflowError
 from vlmflow.retry import retried
 from vlmflow.schema import KEY
 
+_GONE = (OSError, DeltaError)
+
 
 def flagged_before(folder: Folder, images: TableLog, run_id: str) -> pa.Array | None:
     """The images that were flagged before a run's first commit, as ``schema.KEY``; those whose file is live are left
     out, because the run has not touched them. None: that cannot be told any more.
     """
     snapshot = images.refresh()
-    history = retried(images.table.history, (OSError,))
-    versions = [int(entry["version"]) for entry in history if entry.get(RUN_ID) == run_id]
-    if not versions:
-        return None
     try:
+        history = retried(images.table.history, _GONE)
+        versions = [int(entry["version"]) for entry in history if entry.get(RUN_ID) == run_id]
+        if not versions:
+            return None
         old = sorted(images.files_at(min(versions) - 1) - snapshot.files.keys())
         tables = [folder.read_parquet(f"images/{path}", ["image_id", "decision"]) for path in old]
-    except (VlmflowError, OSError):  # vacuumed: deltalake's own errors are of the second kind
+    except (VlmflowError, *_GONE):  # the log or a file of then has been cleaned away
         return None
     keys = [pa.array([], KEY)]
     for rows in tables:

@@ -17,7 +17,8 @@ SETS = {
     "failed": "with errors",
     "sample": "random sample",
 }
-_DECISIONS = ("allow", "review", "block")
+DECISIONS = ("allow", "review", "block")
+STATUSES = ("ok", "partial", "unreadable", "missing", "failed")
 _SMALL = 72
 
 
@@ -28,7 +29,7 @@ class Cards:
         self._pictures = pictures
         self._numbers = {image_id: number for number, image_id in enumerate(pictures.found)}
 
-    def card(self, row: Row, extra: dict[str, Html] | None = None, *, level: int = 3) -> Html:
+    def card(self, row: Row, extra: dict[str, Html] | None = None) -> Html:
         """An image as an item of a list.
 
         Args:
@@ -95,8 +96,8 @@ class Cards:
         if not row.hit.is_flagged:
             return Html(f'<img data-p="{number}" {size} alt="{name}">')
         return Html(
-            f'<button type="button" class="reveal" aria-pressed="false" aria-label="Show flagged image {name}">'
-            f'<img data-p="{number}" {size} alt=""><span aria-hidden="true">flagged: show</span></button>'
+            f'<button type="button" class="reveal" aria-pressed="false" aria-label="Flagged: show {name}">'
+            f'<img data-p="{number}" {size} alt=""><span aria-hidden="true">Flagged: show</span></button>'
         )
 
 
@@ -107,17 +108,14 @@ def decision(row: Row) -> Html:
 
 
 def _score(value: float | None) -> Html:
-    return (
-        Html(f"<span data-v>{number(value)}</span>")
-        if value is None
-        else Html(f'<span data-v="{value:.6f}">{number(value)}</span>')
-    )
+    exact = "" if value is None else f"{value:.6f}"
+    return Html(f'<span data-v="{exact}">{number(value)}</span>')
 
 
 def _kind(row: Row) -> str:
     """The decision as a word that may stand in an attribute; any other than ours is one to look at."""
-    return row.hit.decision if row.hit.decision in _DECISIONS else "review"
+    return row.hit.decision if row.hit.decision in DECISIONS else "review"
 
 
 def _status(row: Row) -> str:
-    return row.hit.status if row.hit.status in ("ok", "partial", "unreadable", "missing", "failed") else "failed"
+    return row.hit.status if row.hit.status in STATUSES else "failed"

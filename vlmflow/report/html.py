@@ -71,8 +71,8 @@ def table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[Html]]) ->
         cells = "".join(f"<td{kind}>{cell}</td>" for cell, kind in zip(row[1:], kinds[1:], strict=True))
         lines.append(f'<tr><th scope="row">{row[0]}</th>{cells}</tr>')
     return Html(
-        f'<div class="scroll" role="region" tabindex="0" aria-label="Table: {caption}"><table><caption>{caption}</caption>'
-        f"<thead><tr>{names}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+        f'<div class="scroll" role="region" tabindex="0" aria-label="Table: {caption}">'
+        f"<table><caption>{caption}</caption><thead><tr>{names}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from vlmflow.engine.progress import duration
 from vlmflow.engine.report import PoolReport, RunReport
 from vlmflow.errors import ConfigError
 
+_RUN_ID = re.compile("[A-Za-z0-9_-]{1,100}")
 _MIN_BUSY = 0.8  # share of its time from which a pool is what limits a run
 _MIN_STARTUP = 0.5
 
@@ -39,7 +41,7 @@ def find_run(catalog: Catalog, run_id: str | None) -> RunFacts | None:
     """
     if run_id is not None:
         # An id becomes part of a path: what no run is called is not looked for.
-        record = catalog.runs.get(run_id) if run_id.replace("-", "").replace("_", "").isalnum() else None
+        record = catalog.runs.get(run_id) if _RUN_ID.fullmatch(run_id) else None
         if record is None:
             newest = ", ".join(run.run_id for run in catalog.runs.list()[:3]) or "none"
             raise ConfigError(f"--run {run_id[:100]}: no such run", remedy=f"The newest runs are: {newest}.")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from vlmflow.report.cards import SETS, Cards
-from vlmflow.report.charts import bin_table, count_table, histogram
+from vlmflow.report.cards import DECISIONS, SETS, STATUSES, Cards
+from vlmflow.report.charts import bin_table, count_table, histogram, label_histogram
 from vlmflow.report.collect import NUM_PER_LABEL, NUM_SAMPLED, Facts
 from vlmflow.report.html import NOTHING, Html, details, heading, number, paragraph, section, table, text, within
 from vlmflow.report.labels import LabelFacts
@@ -48,7 +48,16 @@ def scores_section(facts: Facts) -> Html:
         )
     order = _labels_in_order(facts)
     rows = [_label_line(name, facts.labels[name]) for name in order[:MAX_LABELS]]
-    heads = ["label", "#block", "#review", "#scored", "#not scored", "#review from", "#block from", "scores, 0 to 1"]
+    heads = [
+        "label",
+        "#block",
+        "#review",
+        "#scored",
+        "#not scored",
+        "#review from",
+        "#block from",
+        "scores, 0 to 1 (root of the count)",
+    ]
     return section(
         "scores",
         "Scores and decisions",
@@ -132,8 +141,9 @@ def duplicates_section(facts: Facts, cards: Cards, report: DuplicateReport | Non
         blocks.append(Html(title + cards.cards(found)))
     shown, _ = within(blocks, _SECTION_BYTES)
     count = (
-        f"{report.num_duplicates:,} of {report.num_images:,} images repeat another one, in {len(report.groups):,} groups; "
-        f"images count as alike from a cosine of {report.threshold:g} with the first of their group."
+        f"{report.num_duplicates:,} of {report.num_images:,} images repeat another one, in "
+        f"{len(report.groups):,} groups; images count as alike from a cosine of "
+        f"{report.threshold:g} with the first of their group."
     )
     some = f"Of each group at most {MAX_MEMBERS} images are shown. <code>vlmflow duplicates</code> lists all."
     return section(
@@ -150,8 +160,8 @@ def table_section(facts: Facts, cards: Cards) -> tuple[Html, int]:
     """All rows of the page in one table that filters and sorts; and how many these are."""
     lines, num_cut = within([cards.line(row) for row in facts.rows.values()], _TABLE_BYTES)
     heads = (
-        "address", "picture", "decision", "flagged labels", "title match", "title", "caption match", "caption", "status",
-        "on this page as", "first seen",
+        "address", "picture", "decision", "flagged labels", "title match", "title", "caption match", "caption",
+        "status", "on this page as", "first seen",
     )  # fmt: skip
     names = "".join(
         f'<th scope="col"{"" if head != "picture" else " class=still"}>'
@@ -163,25 +173,15 @@ def table_section(facts: Facts, cards: Cards) -> tuple[Html, int]:
     sampled = (
         "These are all rows of the catalog."
         if facts.num_images <= len(lines)
-        else f"The table holds {len(lines):,} of {facts.num_images:,} rows: a uniform sample of {num_sampled:,}, and the "
-        "rows shown above. Counts and distributions above are of all rows."
+        else f"The table holds {len(lines):,} of {facts.num_images:,} rows: a uniform sample of {num_sampled:,}, "
+        "and the rows shown above. Counts and distributions above are of all rows."
     )
     cut = f" {num_cut:,} more were left out to keep the page small." if num_cut else ""
-    sets = "".join(f'<option value="{name}">{shown}</option>' for name, shown in SETS.items())
-    statuses = "".join(f"<option>{name}</option>" for name in ("ok", "partial", "unreadable", "missing", "failed"))
-    decisions = "".join(f"<option>{name}</option>" for name in ("allow", "review", "block"))
     return section(
         "rows",
         "Rows",
         paragraph(Html(sampled + cut)),
-        Html(
-            '<div class="filters">'
-            '<label for="f-text">Text in the row</label><input id="f-text" type="search" autocomplete="off">'
-            f'<label for="f-decision">Decision</label><select id="f-decision"><option value="">all</option>{decisions}</select>'
-            f'<label for="f-status">Status</label><select id="f-status"><option value="">all</option>{statuses}</select>'
-            f'<label for="f-sets">Shown as</label><select id="f-sets"><option value="">all</option>{sets}</select>'
-            '<button type="button" id="f-clear">Clear filters</button><p id="shown" role="status"></p></div>'
-        ),
+        _filters(),
         Html(
             '<div class="scroll tall" role="region" tabindex="0" aria-label="Table of rows"><table id="table">'
             "<caption>Rows; a click on a column sorts by it</caption>"
@@ -190,8 +190,25 @@ def table_section(facts: Facts, cards: Cards) -> tuple[Html, int]:
     ), len(lines)
 
 
+def _filters() -> Html:
+    text_box = '<label for="f-text">Text in the row</label><input id="f-text" type="search" autocomplete="off">'
+    return Html(
+        f'<div class="filters">{text_box}'
+        + _choice("decision", "Decision", {name: name for name in DECISIONS})
+        + _choice("status", "Status", {name: name for name in STATUSES})
+        + _choice("sets", "Shown as", SETS)
+        + '<button type="button" id="f-clear">Clear filters</button><p id="shown" role="status"></p></div>'
+    )
+
+
+def _choice(name: str, title: str, options: Mapping[str, str]) -> Html:
+    inner = "".join(f'<option value="{value}">{shown}</option>' for value, shown in options.items())
+    return Html(
+        f'<label for="f-{name}">{title}</label><select id="f-{name}"><option value="">all</option>{inner}</select>'
+    )
+
+
 def _label_line(name: str, label: LabelFacts) -> Sequence[Html]:
-    marks = (("review", label.review_threshold), ("block", label.block_threshold))
     return (
         text(name),
         text(label.num_block),
@@ -200,7 +217,7 @@ def _label_line(name: str, label: LabelFacts) -> Sequence[Html]:
         text(label.num_unscored),
         number(label.review_threshold),
         number(label.block_threshold),
-        histogram(label.counts, f"scores of {text(name)}", marks),
+        label_histogram(label.counts, text(name), {"review": label.review_threshold, "block": label.block_threshold}),
     )
 
 

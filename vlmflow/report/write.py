@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import datetime as dt
 import os
-import tempfile
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-
-import pyarrow as pa
 
 from vlmflow.catalog import Catalog
 from vlmflow.config import CatalogConfig, Frozen
@@ -78,9 +75,10 @@ def write_report(catalog: CatalogConfig, path: str | Path = "report.html", *, ru
         raise ConfigError(f"{path}: cannot be written", remedy="Name a file in a folder that is there.")
     opened = Catalog.open(catalog)
     about = find_run(opened, run)
-    before = _flagged_before(opened, about)
+    run_id = None if about is None else about.run_id
+    before = None if run_id is None else opened.flagged_before(run_id)
     report, notes = _duplicates(catalog)
-    facts = collect(opened, about and about.run_id, flagged_before=before, wanted=_members(report))
+    facts = collect(opened, run_id, flagged_before=before, wanted=_members(report))
     pictures = make_pictures(_wanted(facts, report), catalog, max_count=MAX_PICTURES, max_bytes=MAX_PICTURE_BYTES)
     cards = Cards(pictures)
     rows, num_rows = table_section(facts, cards)
@@ -98,7 +96,7 @@ def write_report(catalog: CatalogConfig, path: str | Path = "report.html", *, ru
     _write(path, data)
     return WrittenReport(
         path=path,
-        run_id=about and about.run_id,
+        run_id=run_id,
         size_bytes=len(data),
         num_images=facts.num_images,
         num_rows=num_rows,
@@ -106,19 +104,18 @@ def write_report(catalog: CatalogConfig, path: str | Path = "report.html", *, ru
     )
 
 
-def _flagged_before(catalog: Catalog, about: RunFacts | None) -> pa.Array | None:
-    return None if about is None else catalog.flagged_before(about.run_id)
-
-
 def _duplicates(catalog: CatalogConfig) -> tuple[DuplicateReport | None, list[str]]:
     """The groups; of equal bytes alone where embeddings cannot be compared, with the reason."""
     notes: list[str] = []
-    tries: tuple[tuple[Kind, ...], ...] = (("exact", "semantic"), ("exact",))
-    for kinds in tries:
+    tries: tuple[tuple[str, tuple[Kind, ...]], ...] = (
+        ("Images alike by embedding", ("exact", "semantic")),
+        ("Images of equal bytes", ("exact",)),
+    )
+    for what, kinds in tries:
         try:
             return find_duplicates(catalog, kinds=kinds), notes
         except VlmflowError as error:
-            notes.append(f"Images alike by embedding were not looked for: {error} {error.remedy}".strip())
+            notes.append(f"{what} were not looked for: {error}. {error.remedy}".strip())
     return None, notes
 
 
@@ -161,20 +158,19 @@ def _footer(facts: Facts, pictures: Pictures) -> Html:
     )
     return paragraph(
         Html(
-            f"Made by vlmflow on {now} from version {facts.version} of the table. It loads nothing: {len(pictures.found):,} "
-            f"pictures are in it.{left_out} Texts are cut after 200 characters; invisible characters are spelled out."
+            f"Made by vlmflow on {now} from version {facts.version} of the table. It loads nothing: "
+            f"{len(pictures.found):,} pictures are in it.{left_out} "
+            "Texts are cut after 200 characters; invisible characters are spelled out."
         )
     )
 
 
 def _write(path: Path, data: bytes) -> None:
     """In one step, so that nobody opens half a page."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            file.write(data)
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(file.name).chmod(0o666 & ~umask)
-        Path(file.name).replace(path)
+        part.write_bytes(data)
+        part.replace(path)
     except OSError as error:
+        part.unlink(missing_ok=True)
         raise ConfigError(f"{path}: {error.strerror or error}", remedy="Name a file that can be written.") from error

@@ -59,7 +59,9 @@ class WrittenReport(Frozen):
 def write_report(catalog: CatalogConfig, path: str | Path = "report.html", *, run: str | None = None) -> WrittenReport:
     """Writes one self-contained page about a catalog and a run, for any browser, with no network.
 
-    Flagged images are blurred until clicked. The clear small pictures are in the file: who has it can see them.
+    Flagged images are blurred until clicked. The clear small pictures are in the file: who has it can see them, also
+    after an erasure from the catalog. Up to 600 images are read from where they are; every row is counted, and of the
+    rows a sample is shown, as the page says.
 
     Args:
         path: a file that is written anew.
@@ -160,7 +162,8 @@ def _footer(facts: Facts, pictures: Pictures) -> Html:
         Html(
             f"Made by vlmflow on {now} from version {facts.version} of the table. It loads nothing: "
             f"{len(pictures.found):,} pictures are in it.{left_out} "
-            "Texts are cut after 200 characters; invisible characters are spelled out."
+            "Texts are cut after 200 characters; invisible characters are spelled out. "
+            "What is erased from the catalog later stays in this file until it is written anew."
         )
     )
 

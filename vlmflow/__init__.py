@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from vlmflow.engine.remoderate import RemoderateReport, Scope, remoderate
     from vlmflow.models.profiles import describe_profiles
     from vlmflow.moderation.calibrate import CalibrationReport, Targets
+    from vlmflow.report.write import WrittenReport, write_report
     from vlmflow.review import QueueReport, ReviewReport, export_queue, import_verdicts
     from vlmflow.search.build import IndexReport, update_index
     from vlmflow.search.describe import ImageDescriber, ImageDescription, describe_image
@@ -61,6 +62,7 @@ __all__ = [
     "Targets",
     "TitleReport",
     "VlmflowError",
+    "WrittenReport",
     "calibrate",
     "describe_image",
     "describe_profiles",
@@ -77,6 +79,7 @@ __all__ = [
     "summarize",
     "update_index",
     "verify",
+    "write_report",
 ]
 
 _HOMES = {
@@ -99,6 +102,7 @@ _HOMES = {
     "Searcher": "vlmflow.search.searcher",
     "Targets": "vlmflow.moderation.calibrate",
     "TitleReport": "vlmflow.search.titles",
+    "WrittenReport": "vlmflow.report.write",
     "calibrate": "vlmflow.calibration",
     "describe_image": "vlmflow.search.describe",
     "describe_profiles": "vlmflow.models.profiles",
@@ -114,6 +118,7 @@ _HOMES = {
     "summarize": "vlmflow.summary",
     "update_index": "vlmflow.search.build",
     "verify": "vlmflow.verification",
+    "write_report": "vlmflow.report.write",
 }
 
 

@@ -13,6 +13,8 @@ from vlmflow.catalog import Catalog
 from vlmflow.config import CatalogConfig, Job, SourceConfig
 from vlmflow.engine import RunReport, enrich
 from vlmflow.engine.progress import ProgressDisplay
+from vlmflow.report.write import write_report
+from vlmflow.storage import parse_address
 from vlmflow.summary import summarize
 from vlmflow.views import print_report, print_summary
 
@@ -39,10 +41,12 @@ def run_demo(catalog: str, display: ProgressDisplay, console: Console) -> RunRep
     console.print()
     print_summary(summarize(job.catalog), console)
     _print_misfits(job.catalog, console)
+    page = write_report(job.catalog, _page(job.catalog)).path
     shown = escape(catalog)
     console.print(
         f"""
 The starter models know drawings of a small world; `vlmflow profiles` names those for photographs.
+Open {escape(str(page))} in a browser: what the run did, what was flagged and why, what does not fit its title.
 Look further:
   vlmflow show {shown}
   vlmflow export {shown} demo-parquet      plain Parquet, for any reader
@@ -52,6 +56,12 @@ Anywhere else: {shown}/images and {shown}/embeddings are Delta tables (polars.re
         highlight=False,
     )
     return report
+
+
+def _page(catalog: CatalogConfig) -> Path:
+    """Where the report goes: into the catalog's folder, or here for a catalog in a bucket."""
+    address = parse_address(catalog.uri)
+    return Path(address.path) / "report.html" if address.is_local else Path("report.html")
 
 
 def _print_misfits(config: CatalogConfig, console: Console) -> None:

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from vlmflow import schema
 from vlmflow.catalog.added import AddedKeys
 from vlmflow.catalog.apply import ImageChanges, Outcome, data_file
+from vlmflow.catalog.before import flagged_before
 from vlmflow.catalog.columns import missing_columns, source_columns, storable
 from vlmflow.catalog.commit import Change, CommitRequest, Committed, commit
 from vlmflow.catalog.compact import CompactResult, Unreferenced, compact_table
@@ -316,6 +317,10 @@ class Catalog:
         # Embeddings last: those of the rows just read are there by then.
         images = self._images.refresh()
         return embedding_batches(self._folder, images, self._embeddings.refresh(), columns)
+
+    def flagged_before(self, run_id: str) -> pa.Array | None:
+        """The images that a run found flagged; see :func:`vlmflow.catalog.before.flagged_before`."""
+        return flagged_before(self._folder, self._images, run_id)
 
     def export(self, folder: str | Path, *, with_embeddings: bool) -> ExportResult:
         """Writes the current rows as plain Parquet; see :func:`vlmflow.catalog.export.export`."""

@@ -10,11 +10,24 @@ import sys
 
 import typer
 
-from vlmflow.cli import explain, known, policy, remoderate, review, run, search, upkeep, view
+from vlmflow.cli import explain, known, policy, remoderate, report, review, run, search, upkeep, view
 from vlmflow.cli.app import app
 from vlmflow.errors import VlmflowError
 
-__all__ = ["app", "explain", "known", "main", "policy", "remoderate", "review", "run", "search", "upkeep", "view"]
+__all__ = [
+    "app",
+    "explain",
+    "known",
+    "main",
+    "policy",
+    "remoderate",
+    "report",
+    "review",
+    "run",
+    "search",
+    "upkeep",
+    "view",
+]
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -35,13 +35,13 @@ def search_html(result: SearchResult, thumbnails: Sequence[Thumbnail], *, show_f
     """
     digest = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
-    query = _shown(result.query)
+    query = shown(result.query)
     facts = [
         f"{result.num_matching:,} of {result.num_rows:,} images were searched in {result.seconds:.2f} s.",
-        f"Catalog {_shown(result.catalog)}, version {result.images_version}.",
+        f"Catalog {shown(result.catalog)}, version {result.images_version}.",
     ]
     if result.where is not None:
-        facts.insert(0, f"Only images of which {_shown(result.where)} is true.")
+        facts.insert(0, f"Only images of which {shown(result.where)} is true.")
     parts = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
@@ -51,7 +51,7 @@ def search_html(result: SearchResult, thumbnails: Sequence[Thumbnail], *, show_f
         f"<style>{_STYLE}</style></head><body>",
         f"<h1>{query}</h1>",
         *(f"<p>{fact}</p>" for fact in facts),
-        *(f'<p class="w">{_shown(note)}</p>' for note in result.notes),
+        *(f'<p class="w">{shown(note)}</p>' for note in result.notes),
         "<ol>",
         *(_item(hit, picture, show_flagged) for hit, picture in zip(result.hits, thumbnails, strict=True)),
         "</ol></body></html>",
@@ -61,11 +61,11 @@ def search_html(result: SearchResult, thumbnails: Sequence[Thumbnail], *, show_f
 
 def _item(hit: Hit, thumbnail: Thumbnail, show_flagged: bool) -> str:
     may_link = show_flagged or not hit.is_flagged
-    uri = _link(hit.uri) if may_link else _shown(hit.uri)
+    uri = link(hit.uri) if may_link else shown(hit.uri)
     decision = hit.decision if hit.decision_reason is None else f"{hit.decision}: {hit.decision_reason}"
-    facts = [("score", f"{hit.score:.4f}"), ("decision", _shown(decision)), ("uri", uri)]
+    facts = [("score", f"{hit.score:.4f}"), ("decision", shown(decision)), ("uri", uri)]
     if hit.caption is not None:
-        facts.append(("caption", _shown(hit.caption)))
+        facts.append(("caption", shown(hit.caption)))
     body = "".join(f"<dt>{name}</dt><dd>{value}</dd>" for name, value in facts)
     flagged = ' class="flagged"' if hit.is_flagged else ""
     return f'<li{flagged}><div class="p">{_picture(hit, thumbnail)}</div><dl>{body}</dl></li>'
@@ -73,7 +73,7 @@ def _item(hit: Hit, thumbnail: Thumbnail, show_flagged: bool) -> str:
 
 def _picture(hit: Hit, thumbnail: Thumbnail) -> str:
     if thumbnail.uri is None:
-        return f"<span>{_shown(thumbnail.reason)}</span>"
+        return f"<span>{shown(thumbnail.reason)}</span>"
     width, height = hit.width or 1, hit.height or 1
     scale = SIDE / max(width, height)
     size = f'width="{max(1, round(width * scale))}" height="{max(1, round(height * scale))}"'
@@ -81,17 +81,18 @@ def _picture(hit: Hit, thumbnail: Thumbnail) -> str:
     return f'<img src="{escape(thumbnail.uri)}" {size} alt="{alt}">'
 
 
-def _link(uri: str) -> str:
+def link(uri: str, max_chars: int | None = None) -> str:
     """An address as a link if a browser may follow it: http and https alone, never javascript: or data:."""
-    shown = _shown(uri)
+    text = shown(uri, max_chars)
     try:
         parts = urlsplit(uri)
     except ValueError:
-        return shown
+        return text
     if parts.scheme not in ("http", "https") or not parts.netloc or printable(uri) != uri:
-        return shown
-    return f'<a href="{escape(uri)}" rel="noopener noreferrer">{shown}</a>'
+        return text
+    return f'<a href="{escape(uri)}" rel="noopener noreferrer">{text}</a>'
 
 
-def _shown(text: str) -> str:
-    return escape(printable(text))
+def shown(text: str, max_chars: int | None = None) -> str:
+    """A text from outside as HTML: escaped, invisible characters spelled out, cut to ``max_chars`` with a note."""
+    return escape(printable(text, max_chars))

@@ -78,9 +78,21 @@ def _thumbnail(hit: Hit, fetched: Fetched, limits: ImageLimits, show_flagged: bo
     picture = Image.fromarray(pixels)
     blurred = hit.is_flagged and not show_flagged
     if blurred:
-        # In the picture itself: what is blurred by a style sheet is one click away.
-        picture = picture.resize((_BLURRED_SIDE, _BLURRED_SIDE), Image.Resampling.BOX)
-        picture = picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC).filter(ImageFilter.GaussianBlur(SIDE // 12))
+        picture = blur(picture)
+    return Thumbnail(as_uri(picture), is_blurred=blurred)
+
+
+def blur(picture: Image.Image, side: int = SIDE) -> Image.Image:
+    """What is left of a flagged image: a few patches of colour, in a square of ``side`` pixels.
+
+    In the picture itself: what is blurred by a style sheet is one click away.
+    """
+    picture = picture.resize((_BLURRED_SIDE, _BLURRED_SIDE), Image.Resampling.BOX)
+    return picture.resize((side, side), Image.Resampling.BICUBIC).filter(ImageFilter.GaussianBlur(side // 12))
+
+
+def as_uri(picture: Image.Image, quality: int = 80) -> str:
+    """A picture as JPEG in a ``data:`` uri."""
     sink = io.BytesIO()
-    picture.save(sink, "JPEG", quality=80)
-    return Thumbnail(f"data:image/jpeg;base64,{base64.b64encode(sink.getvalue()).decode()}", is_blurred=blurred)
+    picture.save(sink, "JPEG", quality=quality)
+    return f"data:image/jpeg;base64,{base64.b64encode(sink.getvalue()).decode()}"

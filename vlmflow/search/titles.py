@@ -88,7 +88,7 @@ def find_titles(catalog: CatalogConfig, *, top_k: int = 50, where: str | None = 
 
 def _titles(rows: pa.Table, texts: list[str]) -> Iterator[Title]:
     for rank, row in enumerate(rows.to_pylist(), start=1):
-        column = _scored_column(row, texts)
+        column = scored_column(row, texts)
         yield Title(
             rank=rank,
             text=None if column is None else row["source"][column],
@@ -97,7 +97,7 @@ def _titles(rows: pa.Table, texts: list[str]) -> Iterator[Title]:
         )
 
 
-def _scored_column(row: Mapping[str, Any], texts: list[str]) -> str | None:
+def scored_column(row: Mapping[str, Any], texts: list[str]) -> str | None:
     """The column of the source whose text has the digest of what was scored: the row remembers no more than that."""
     source = row.get("source") or {}
     for name in texts:

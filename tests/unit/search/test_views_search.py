@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from tests.catalog_samples import config_of
+from tests.hostile import HOSTILE
 from tests.search_samples import clustered, names, put
 from vlmflow.search.duplicates import DuplicateReport, Group, Member
 from vlmflow.search.page import search_html
@@ -30,23 +31,6 @@ from vlmflow.views_search import (
 )
 
 PICTURE = Thumbnail("data:image/jpeg;base64,AAAA")
-HOSTILE = {
-    "script": "</dd></title></style><script>alert(1)</script>",
-    "attribute": "\" onerror=alert(1) x='",
-    "image": "<img src=x onerror=alert(1)>",
-    "entity": "&lt;script&gt;alert(1)&lt;/script&gt;",
-    "comment": "<!-- --><![CDATA[ ]]>",
-    "right to left": "abc\u202egpj.exe\u2066\u200f",
-    "long": "é" * 10_000,
-    "javascript": "javascript:alert(document.domain)",
-    "data": "data:text/html,<script>alert(1)</script>",
-    "mixed case": " JaVaScRiPt:alert(1)",
-    "fake http": 'https://"><script>alert(1)</script>/',
-    "newline": "java\nscript:alert(1)\x00\x1b[31m\x07",
-    "formula": '=HYPERLINK("http://evil","x")',
-    "markup": "[red]bold[/red] [link=http://evil]x[/link]",
-    "surrogate": "a\udc80b",
-}
 TAGS = {
     "html",
     "head",

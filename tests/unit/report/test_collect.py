@@ -1,0 +1,111 @@
+"""What the page counts and which rows it chooses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.catalog_samples import config_of, image_id
+from tests.report_samples import label, labels_of, put_record, put_rows
+from vlmflow.catalog import Catalog
+from vlmflow.errors import ConfigError
+from vlmflow.report.collect import NUM_NEW, NUM_PER_LABEL, collect
+from vlmflow.report.runs import find_run
+
+
+def test_counts_are_of_all_files_and_shown_rows_are_the_right_ones(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    put_rows(config, ["a", "b"], run="run-0", text_itm=[0.93, None], caption_itm=[0.1, 0.2])
+    put_rows(
+        config,
+        ["c", "d", "e"],
+        text_itm=[0.04, 1.0, 0.33],
+        decision=["block", "allow", "review"],
+        decision_reason=["weapons/gun", None, "unscored"],
+        status=["ok", "ok", "failed"],
+        labels=labels_of([[label("gun", 0.95, "block")], [label("gun", 0.2, "allow")], [label("gun", None, "review")]]),
+    )
+    facts = collect(Catalog.open(config), "run-1")
+    assert (facts.num_images, facts.num_of_run, facts.num_new) == (5, 3, 2)
+    assert facts.decisions == {"allow": 3, "block": 1, "review": 1}
+    assert facts.reasons == {"weapons/gun": 1, "unscored": 1}
+    assert facts.new == [image_id("c"), image_id("e")]  # blocked ones first
+    assert facts.lowest == [image_id(name) for name in "cead"]
+    assert facts.lowest_by == "text_itm"
+    assert facts.matches["text_itm"].tolist() == [1] + [0] * 5 + [1] + [0] * 11 + [1, 1]
+    assert facts.matches["caption_itm"].sum() == 5
+    gun = facts.labels["weapons/gun"]
+    assert (gun.num_scored, gun.num_unscored, gun.num_block, gun.num_review) == (2, 1, 1, 1)
+    assert [found for found, _ in facts.examples["weapons/gun"]] == [image_id("c"), image_id("d")]
+    assert facts.rows[image_id("c")].title == "title of c"
+    assert facts.rows[image_id("e")].sets >= {"new", "failed", "sample"}
+
+
+def test_only_so_many_rows_are_kept_and_the_total_is_known(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    names = [f"n{number}" for number in range(300)]
+    scores = [number / 300 for number in range(300)]
+    for start in (0, 150):
+        some = slice(start, start + 150)
+        put_rows(
+            config,
+            names[some],
+            decision=["review"] * 150,
+            labels=labels_of([[label("gun", score, "review")] for score in scores[some]]),
+        )
+    facts = collect(Catalog.open(config), "run-1")
+    assert facts.num_new == 300
+    assert len(facts.new) == NUM_NEW
+    assert facts.new == sorted(image_id(name) for name in names)[:NUM_NEW]
+    best = [image_id(name) for name in reversed(names[-NUM_PER_LABEL:])]
+    assert [found for found, _ in facts.examples["weapons/gun"]] == best
+
+
+def test_what_was_flagged_before_the_run_is_not_newly_flagged(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    put_rows(config, ["old", "turned", "same"], run="run-0", decision=["review", "allow", "allow"])
+    put_rows(config, ["old", "turned", "same"], replace=True, decision=["block", "block", "allow"])
+    catalog = Catalog.open(config)
+    before = catalog.flagged_before("run-1")
+    assert before is not None
+    assert [key.hex() for key in before.to_pylist()] == [image_id("old")]
+    assert collect(catalog, "run-1", flagged_before=before).new == [image_id("turned")]
+
+
+def test_what_was_before_is_unknown_once_the_old_files_are_gone(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    put_rows(config, ["a"], run="run-0")
+    old = list((Path(config.uri) / "images").glob("*/*.parquet"))
+    put_rows(config, ["a"], replace=True, decision=["block"])
+    for file in old:
+        file.unlink()
+    assert Catalog.open(config).flagged_before("run-1") is None
+    assert Catalog.open(config).flagged_before("run-9") is None
+
+
+def test_the_run_is_the_newest_that_wrote_rows(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    put_rows(config, ["a"])
+    catalog = Catalog.open(config)
+    assert find_run(catalog, None) is None
+    put_record(config, "run-1")
+    catalog.runs.start("run-2", {"operation": "vacuum"})
+    catalog.runs.finish("run-2", {"operation": "vacuum"})
+    found = find_run(catalog, None)
+    assert found is not None
+    assert found.run_id == "run-1"
+    assert found.enrichment is not None
+    asked = find_run(catalog, "run-2")
+    assert asked is not None
+    assert asked.enrichment is None
+
+
+@pytest.mark.parametrize("run", ["run-9", "../images/_delta_log/0", "a/b", "", "x" * 500])
+def test_a_run_that_is_not_there_is_said_with_those_that_are(tmp_path: Path, run: str) -> None:
+    config = config_of(tmp_path)
+    put_rows(config, ["a"])
+    put_record(config, "run-1")
+    with pytest.raises(ConfigError, match="no such run") as caught:
+        find_run(Catalog.open(config), run)
+    assert "run-1" in caught.value.remedy

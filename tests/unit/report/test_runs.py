@@ -1,0 +1,33 @@
+"""What the page says limited a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.report_samples import record
+from vlmflow.engine.report import RunReport
+from vlmflow.report.runs import what_limited
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, "Decoding. The busiest pool, embed+match, waited 67% of its time"),
+        ({"startup_s": 80.0}, "Start-up: 1 min 20 s of 1 min 40 s"),
+        ({"pools": []}, ""),
+        (
+            {"pools": [{"tasks": ["embed", "match"], "batches": 1, "busy_s": 95.0, "waiting_s": 5.0}]},
+            "The models. Pool embed+match was busy 95% of its time, most of it with embed",
+        ),
+        (
+            {"stages": [{"stage": "read", "images": 1, "busy_s": 9.0, "images_per_busy_s": 1.0}]},
+            "Reading the images. The busiest pool",
+        ),
+    ],
+)
+def test_what_limited_the_run_is_said_with_figures(given: dict[str, Any], said: str) -> None:
+    found = what_limited(RunReport.model_validate(record("r", **given)))
+    assert found.startswith(said)
+    assert bool(found) == bool(said)

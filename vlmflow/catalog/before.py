@@ -1,0 +1,38 @@
+"""What stood in the table before a run: its log remembers, until a vacuum takes the old files away."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from deltalake.exceptions import DeltaError
+
+from vlmflow.catalog.columns import flat
+from vlmflow.catalog.commit import RUN_ID
+from vlmflow.catalog.folder import Folder
+from vlmflow.catalog.keys import concat, to_binary
+from vlmflow.catalog.log import TableLog
+from vlmflow.errors import VlmflowError
+from vlmflow.retry import retried
+from vlmflow.schema import KEY
+
+_GONE = (OSError, DeltaError)
+
+
+def flagged_before(folder: Folder, images: TableLog, run_id: str) -> pa.Array | None:
+    """The images that were flagged before a run's first commit, as ``schema.KEY``; those whose file is live are left
+    out, because the run has not touched them. None: that cannot be told any more.
+    """
+    snapshot = images.refresh()
+    try:
+        history = retried(images.table.history, _GONE)
+        versions = [int(entry["version"]) for entry in history if entry.get(RUN_ID) == run_id]
+        if not versions:
+            return None
+        old = sorted(images.files_at(min(versions) - 1) - snapshot.files.keys())
+        tables = [folder.read_parquet(f"images/{path}", ["image_id", "decision"]) for path in old]
+    except (VlmflowError, *_GONE):  # the log or a file of then has been cleaned away
+        return None
+    keys = [pa.array([], KEY)]
+    for rows in tables:
+        keys.append(to_binary(rows.filter(pc.not_equal(rows["decision"], "allow"))["image_id"]))
+    return flat(concat(keys))

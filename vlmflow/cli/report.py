@@ -1,0 +1,37 @@
+"""The command that writes a page about a catalog and a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vlmflow.cli.app import app
+from vlmflow.cli.options import CatalogOnly, EndpointOption, JsonOption, catalog_config
+
+
+@app.command()
+def report(
+    catalog: CatalogOnly,
+    run: Annotated[str | None, typer.Option("--run", help="Id of a run. Default: the newest that wrote rows.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path("report.html"),
+    endpoint: EndpointOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write one page about CATALOG: what a run did, score distributions, what is newly flagged, examples, duplicates.
+
+    It works from a file, offline. Flagged images are blurred until clicked; the clear small pictures are in the file.
+
+    Example: `vlmflow report catalog/ -o report.html`
+    """
+    from vlmflow.report.write import write_report
+
+    written = write_report(catalog_config(catalog, endpoint), output, run=run)
+    if as_json:
+        typer.echo(written.model_dump_json())
+    else:
+        typer.echo(
+            f"{written.path}: {written.size_bytes / 1e6:.1f} MB, {written.num_rows:,} of {written.num_images:,} rows, "
+            f"{written.num_pictures:,} pictures"
+        )

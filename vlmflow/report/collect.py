@@ -1,0 +1,136 @@
+"""One pass over the images table, file by file: counts, distributions, and the rows worth showing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.types as pt
+
+from vlmflow import schema
+from vlmflow.catalog import Catalog
+from vlmflow.catalog.keys import to_binary
+from vlmflow.catalog.masks import as_mask, equal, is_valid
+from vlmflow.report.labels import Counts, LabelFacts, Labels, histogram
+from vlmflow.report.rows import COLUMNS, Pick, Row, as_row
+
+# How many rows the page shows of each set at most; the page says so.
+NUM_NEW = 120
+NUM_LOWEST = 48
+NUM_PER_LABEL = 6
+NUM_FAILED = 100
+NUM_SAMPLED = 1_000
+MATCHES = ("caption_itm", "text_itm")
+
+
+@dataclass
+class Facts:
+    """What the page says of a catalog.
+
+    Attributes:
+        num_of_run: live rows that the run was the last to write.
+        num_new: of these, rows that are flagged and were not before.
+        reasons: flagged rows by what decided.
+        matches: (NUM_BINS,) distribution of each match score; those that no row has are absent.
+        lowest_by: the match score that ``lowest`` is ranked by; None: no row has one.
+        rows: everything shown, by image id.
+        examples: for each label, the ids of the rows with its highest scores, and these.
+    """
+
+    version: int
+    num_images: int = 0
+    num_of_run: int = 0
+    num_new: int = 0
+    num_failed: int = 0
+    statuses: Counter[str] = field(default_factory=Counter)
+    decisions: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+    errors: Counter[str] = field(default_factory=Counter)
+    policies: Counter[str] = field(default_factory=Counter)
+    matches: dict[str, Counts] = field(default_factory=dict)
+    lowest_by: str | None = None
+    labels: dict[str, LabelFacts] = field(default_factory=dict)
+    rows: dict[str, Row] = field(default_factory=dict)
+    new: list[str] = field(default_factory=list)
+    lowest: list[str] = field(default_factory=list)
+    examples: dict[str, list[tuple[str, float]]] = field(default_factory=dict)
+
+
+def collect(
+    catalog: Catalog, run_id: str | None, *, flagged_before: pa.Array | None = None, wanted: Sequence[str] = ()
+) -> Facts:
+    """Reads the catalog once.
+
+    Args:
+        run_id: the run whose rows count as new; None: none do.
+        flagged_before: images that were flagged before the run, as ``schema.KEY``.
+        wanted: ids of further images to show, such as duplicates.
+    """
+    facts = Facts(version=catalog.version)
+    before = pa.array([], schema.KEY) if flagged_before is None else flagged_before
+    texts = [field.name for field in catalog.source_columns if pt.is_string(field.type)]
+    new = Pick(NUM_NEW, ("decision", "ascending"))  # block comes before review
+    lowest = {name: Pick(NUM_LOWEST, (name, "ascending")) for name in MATCHES}
+    failed, sample, others = Pick(NUM_FAILED), Pick(NUM_SAMPLED), Pick(max(1, len(wanted)))
+    labels = Labels(NUM_PER_LABEL)
+    columns = [*COLUMNS, "policy_name", "policy_version", *(["source"] if texts else [])]
+    ids = pa.array(wanted, pa.string())
+    for rows in catalog.image_batches(columns):
+        _count(facts, rows)
+        labels.add(rows)
+        of_run = equal(rows["run_id"], run_id or "")
+        facts.num_of_run += int(of_run.sum())
+        flagged = rows.filter(pa.array(of_run & ~equal(rows["decision"], "allow")))
+        known = pc.is_in(to_binary(flagged["image_id"]), before)
+        new.add(flagged.filter(pc.invert(known)))
+        for name, pick in lowest.items():
+            pick.add(rows.filter(pa.array(is_valid(rows[name]))))
+        failed.add(rows.filter(pa.array(~equal(rows["status"], "ok"))))
+        sample.add(rows)
+        others.add(rows.filter(pc.is_in(rows["image_id"], ids)))
+    facts.num_new, facts.num_failed = new.num_seen, failed.num_seen
+    facts.lowest_by = next((name for name in ("text_itm", "caption_itm") if lowest[name].num_seen), None)
+    facts.new = _show(facts, new, "new", texts)
+    if facts.lowest_by:
+        facts.lowest = _show(facts, lowest[facts.lowest_by], "lowest", texts)
+    _show(facts, failed, "failed", texts)
+    _show(facts, others, "duplicate", texts)
+    facts.labels = labels.facts
+    for name, label in labels.facts.items():
+        found = [] if label.examples is None else label.examples.to_pylist()
+        facts.examples[name] = [(row["image_id"], row["value"]) for row in found]
+        for row in found:
+            facts.rows.setdefault(row["image_id"], as_row(row, texts)).sets.add("label")
+    _show(facts, sample, "sample", texts)
+    return facts
+
+
+def _count(facts: Facts, rows: pa.Table) -> None:
+    facts.num_images += rows.num_rows
+    _add(facts.statuses, rows["status"])
+    _add(facts.decisions, rows["decision"])
+    flagged = rows.filter(pa.array(as_mask(pc.not_equal(rows["decision"], "allow"))))
+    _add(facts.reasons, pc.fill_null(flagged["decision_reason"], "no reason given"))
+    _add(facts.errors, pc.struct_field(pc.list_flatten(rows["errors"]), "class"))
+    _add(facts.policies, pc.binary_join_element_wise(rows["policy_name"], rows["policy_version"], " "))
+    for name in MATCHES:
+        scores = rows[name].drop_null().to_numpy()
+        if len(scores):
+            facts.matches[name] = facts.matches.get(name, 0) + histogram(scores.astype(np.float64))
+
+
+def _add(counter: Counter[str], values: pa.ChunkedArray | pa.Array) -> None:
+    for entry in values.drop_null().value_counts().to_pylist():
+        counter[entry["values"]] += entry["counts"]
+
+
+def _show(facts: Facts, pick: Pick, name: str, texts: Sequence[str]) -> list[str]:
+    """Puts what was picked on the page; gives the ids in order."""
+    found = [] if pick.rows is None else pick.rows.to_pylist()
+    for row in found:
+        facts.rows.setdefault(row["image_id"], as_row(row, texts)).sets.add(name)
+    return [row["image_id"] for row in found]

@@ -1,0 +1,104 @@
+"""Counts, score distributions and examples of every label."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from vlmflow.catalog.masks import explode
+
+NUM_BINS = 20
+Counts = NDArray[np.int64]
+
+
+def histogram(values: NDArray[np.floating]) -> Counts:
+    """(NUM_BINS,) how many values lie in each twentieth of [0, 1]; NaN counts nowhere."""
+    held = values[~np.isnan(values)]
+    bins = np.clip((held * NUM_BINS).astype(np.int64), 0, NUM_BINS - 1)
+    return np.bincount(bins, minlength=NUM_BINS).astype(np.int64)
+
+
+def _no_counts() -> Counts:
+    return np.zeros(NUM_BINS, np.int64)
+
+
+@dataclass
+class LabelFacts:
+    """One label over the whole catalog.
+
+    Attributes:
+        thresholds: of the row met last; None: the label has no such threshold.
+        counts: (NUM_BINS,) its scores.
+        examples: the rows with its highest scores, with the score as last column ``value``.
+    """
+
+    num_scored: int = 0
+    num_unscored: int = 0
+    num_review: int = 0
+    num_block: int = 0
+    review_threshold: float | None = None
+    block_threshold: float | None = None
+    counts: Counts = field(default_factory=_no_counts)
+    examples: pa.Table | None = None
+
+    @property
+    def num_flagged(self) -> int:
+        """Rows in which the label is not allowed."""
+        return self.num_review + self.num_block
+
+
+class Labels:
+    """Looks at the labels of rows, table by table.
+
+    Args:
+        num_examples: rows to keep of each label.
+    """
+
+    def __init__(self, num_examples: int) -> None:
+        self._num_examples = num_examples
+        self.facts: dict[str, LabelFacts] = {}
+
+    def add(self, rows: pa.Table) -> None:
+        """Counts the labels of some rows."""
+        places, items = explode(rows["labels"])
+        if not len(items):
+            return
+        names = pc.binary_join_element_wise(
+            *(pc.fill_null(pc.struct_field(items, part), "") for part in ("category", "label")), "/"
+        )
+        coded = pc.dictionary_encode(names)
+        codes = coded.indices.to_numpy()
+        values = pc.coalesce(pc.struct_field(items, "probability"), pc.struct_field(items, "score"))
+        scores = values.to_numpy(zero_copy_only=False).astype(np.float64)
+        decisions = pc.struct_field(items, "decision")
+        marks = {
+            name: pc.fill_null(pc.equal(decisions, name), False).to_numpy(zero_copy_only=False)
+            for name in ("review", "block")
+        }
+        order = np.lexsort((places, -scores, codes))  # NaN comes last within its label
+        starts = np.searchsorted(codes[order], np.arange(len(coded.dictionary) + 1))
+        for code, name in enumerate(coded.dictionary.to_pylist()):
+            here = order[starts[code] : starts[code + 1]]
+            facts = self.facts.setdefault(name, LabelFacts())
+            num_unscored = int(np.isnan(scores[here]).sum())
+            facts.num_scored += len(here) - num_unscored
+            facts.num_unscored += num_unscored
+            facts.num_review += int(marks["review"][here].sum())
+            facts.num_block += int(marks["block"][here].sum())
+            facts.counts += histogram(scores[here])
+            last = items[int(here.max())].as_py()
+            facts.review_threshold, facts.block_threshold = last["review_threshold"], last["block_threshold"]
+            best = here[: len(here) - num_unscored][: self._num_examples]
+            self._keep(facts, rows.take(pa.array(places[best])), scores[best])
+
+    def _keep(self, facts: LabelFacts, rows: pa.Table, scores: NDArray[np.float64]) -> None:
+        found = rows.append_column("value", pa.array(scores))
+        if facts.examples is not None:
+            found = pa.concat_tables([facts.examples, found])
+        facts.examples = found.sort_by([("value", "descending"), ("image_id", "ascending")]).slice(
+            0, self._num_examples
+        )

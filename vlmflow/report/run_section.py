@@ -79,7 +79,7 @@ def _speed(report: RunReport) -> Html:
         (
             text(stage.stage),
             text(stage.images),
-            text(duration(stage.busy_s)),
+            text(f"{stage.busy_s:,.1f} s"),
             Html(f"{stage.images_per_busy_s:,.1f}"),
             bar(stage.busy_s, most),
         )

@@ -180,7 +180,7 @@ def test_the_keyboard_reaches_and_works_everything(demo: Path, window: Browser) 
     assert outline == "solid"
 
 
-@pytest.mark.parametrize(("width", "dark"), [(1280, False), (1280, True), (390, False), (390, True)])
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (1280, True), (390, False), (320, True)])
 def test_the_page_is_accessible_in_light_and_dark_and_on_a_phone(demo: Path, width: int, dark: bool) -> None:
     with open_browser(width=width, dark=dark) as browser:
         browser.open(demo)

@@ -79,11 +79,11 @@ def _speed(report: RunReport) -> Html:
         (
             text(stage.stage),
             text(stage.images),
-            text(duration(stage.busy_s)),
+            text(f"{stage.busy_s:,.1f} s"),
             Html(f"{stage.images_per_busy_s:,.1f}"),
             bar(stage.busy_s, most),
         )
-        for stage in report.stages
+        for stage in report.stages[:50]
     ]
     pools = [
         (
@@ -93,7 +93,7 @@ def _speed(report: RunReport) -> Html:
             Html(f"{pool.waiting_s / max(pool.busy_s + pool.waiting_s, 1e-9):.0%}"),
             text("never" if pool.at_once is None else f"{pool.at_once:,} images at once since"),
         )
-        for pool in report.pools
+        for pool in report.pools[:50]
     ]
     rate = f"{report.startup_s:.0f} s of start-up"
     if report.images_per_s:

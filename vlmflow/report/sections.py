@@ -191,7 +191,7 @@ def table_section(facts: Facts, cards: Cards) -> tuple[Html, int]:
 
 
 def _filters() -> Html:
-    text_box = '<label for="f-text">Text in the row</label><input id="f-text" type="search" autocomplete="off">'
+    text_box = '<span><label for="f-text">Text</label> <input id="f-text" type="search" autocomplete="off"></span>'
     return Html(
         f'<div class="filters">{text_box}'
         + _choice("decision", "Decision", {name: name for name in DECISIONS})
@@ -203,9 +203,8 @@ def _filters() -> Html:
 
 def _choice(name: str, title: str, options: Mapping[str, str]) -> Html:
     inner = "".join(f'<option value="{value}">{shown}</option>' for value, shown in options.items())
-    return Html(
-        f'<label for="f-{name}">{title}</label><select id="f-{name}"><option value="">all</option>{inner}</select>'
-    )
+    box = f'<select id="f-{name}"><option value="">all</option>{inner}</select>'
+    return Html(f'<span><label for="f-{name}">{title}</label> {box}</span>')
 
 
 def _label_line(name: str, label: LabelFacts) -> Sequence[Html]:

@@ -122,6 +122,32 @@ class ClusterError(VlmflowError):
     """The Ray cluster cannot be reached or lacks what the job needs."""
 
 
+class GateError(VlmflowError):
+    """The golden set, or the accepted values of it, cannot be used."""
+
+
+class RegressionError(GateError):
+    """What the models make of the golden set is no longer what was accepted; the table was not touched."""
+
+    exit_code = 1
+
+
+class VerificationError(VlmflowError):
+    """After a run the catalog does not hold what its source lists, or its own logs name."""
+
+    exit_code = 1
+
+
+class SubmittedJobError(VlmflowError):
+    """A job that was submitted to a Ray cluster failed, was stopped, or cannot be followed."""
+
+    exit_code = 3
+
+
+class DeadlineError(SubmittedJobError):
+    """A submitted job was stopped because it ran past its deadline; what it committed stays."""
+
+
 class RowErrorClass(StrEnum):
     """The closed set of classes under which a row records what went wrong with its image."""
 

@@ -1,0 +1,333 @@
+"""The quality gate: a golden set is enriched into a scratch catalog and held against values that people accepted.
+
+A checkpoint that is broken, or was exchanged by mistake, would fill a night's rows with values that look like any
+others. So a few known images go through the same models first, and the run is stopped before it writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import logging
+import math
+import shutil
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import numpy as np
+from pydantic import Field, ValidationError, model_validator
+
+from vlmflow.catalog import Catalog
+from vlmflow.catalog.folder import Folder
+from vlmflow.catalog.runs import new_run_id
+from vlmflow.config import CatalogConfig, Frozen, Job, SourceConfig, describe_validation
+from vlmflow.engine import enrich
+from vlmflow.engine.prepare import prepare
+from vlmflow.engine.progress import ProgressDisplay
+from vlmflow.engine.report import policy_name
+from vlmflow.errors import ConfigError, GateError
+
+logger = logging.getLogger("vlmflow")
+
+_COLUMNS = ("content_hash", "uri", "status", "caption", "decision", "labels")
+_MAX_EXAMPLES = 5
+
+Decision = Literal["allow", "review", "block"]
+
+
+class GoldenImage(Frozen):
+    """What came out for one image of the golden set.
+
+    Attributes:
+        name: the last part of its uri, for people.
+        margins: by label, margin over the neutral prompts; None: not scored.
+    """
+
+    name: str
+    status: str
+    caption: str | None
+    decision: Decision
+    margins: dict[str, float | None]
+
+
+class GoldenValues(Frozen):
+    """What came out for a golden set; the accepted file holds one of these as JSON.
+
+    Attributes:
+        format: of the file. Another number is refused, not guessed at.
+        fingerprints: per task, of what computed the values.
+        images: by sha256 of their bytes, so that the set may be moved.
+    """
+
+    format: Literal[1] = 1
+    made_at: dt.datetime
+    profile: str
+    policy: str | None
+    fingerprints: dict[str, str]
+    images: Annotated[dict[str, GoldenImage], Field(min_length=1)]
+
+
+class GateLimits(Frozen):
+    """How far values may move before they count as a regression. A flip toward ``allow`` always does.
+
+    Attributes:
+        min_equal_captions: fraction of captions that must equal the accepted ones, word for word.
+        max_margin_shift: of the label whose margins moved most, the mean over images of the absolute shift.
+    """
+
+    min_equal_captions: Annotated[float, Field(ge=0, le=1)] = 0.95
+    max_margin_shift: Annotated[float, Field(ge=0)] = 0.02
+
+
+class GateReport(Frozen):
+    """How the values of a golden set compare with the accepted ones.
+
+    Attributes:
+        problems: what makes it a regression, one sentence each; empty: the gate is open.
+        notes: what differs and decides nothing.
+        equal_captions: fraction of captions that are equal; None: none were accepted.
+        margin_shift: of the label whose margins moved most, the mean absolute shift; None: no margins were accepted.
+        shifts: that mean by label.
+    """
+
+    num_images: int
+    problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    equal_captions: float | None = None
+    margin_shift: float | None = None
+    shifts: dict[str, float] = {}
+
+    @property
+    def passed(self) -> bool:
+        """Nothing is a regression."""
+        return not self.problems
+
+
+class _Compared(Frozen):
+    """The limits must be met by something: a set of which nothing was accepted would let everything through."""
+
+    values: GoldenValues
+
+    @model_validator(mode="after")
+    def _holds_something(self) -> Self:
+        images = self.values.images.values()
+        if not any(image.status == "ok" for image in images):
+            raise ValueError("none of its images is ok")
+        return self
+
+
+def golden_values(
+    job: Job, golden: SourceConfig, *, scratch: str | None = None, progress: ProgressDisplay | None = None
+) -> GoldenValues:
+    """Enriches a golden set with a job's models and policy, into a scratch catalog that is removed afterwards.
+
+    Args:
+        golden: a few images; with the job's ``text_column``, its own.
+        scratch: where the scratch catalog is made, in a folder of its own; None: a temporary folder, which the
+            workers of a cluster on other machines cannot write to.
+
+    Raises:
+        GateError: the job runs on a cluster and no scratch place was given, or the set is empty.
+        VlmflowError: as :func:`vlmflow.enrich` does.
+    """
+    if scratch is None and job.ray.address is not None:
+        raise GateError(
+            f"gate on the cluster {job.ray.address}: no scratch place given",
+            remedy="Name one that all nodes reach, such as a prefix of the catalog's bucket.",
+        )
+    with _scratch_catalog(job, scratch) as catalog:
+        update = {"source": golden, "catalog": catalog, "limit": None, "retry": (), "reuse": False}
+        try:
+            trial = Job.model_validate(job.model_dump() | {name: _plain(value) for name, value in update.items()})
+        except ValidationError as error:
+            raise GateError(describe_validation(error, what=f"golden set {golden.uri}")) from error
+        enrich(trial, progress=progress)
+        prepared = prepare(trial)
+        rows = Catalog.open(catalog).images(list(_COLUMNS)).to_pylist()
+        images = {row["content_hash"] or row["uri"]: _image_of(row) for row in rows}
+    if not images:
+        raise GateError(f"golden set {golden.uri} holds no image", remedy="Name a folder with a few images.")
+    return GoldenValues(
+        made_at=dt.datetime.now(dt.UTC),
+        profile=job.profile,
+        policy=policy_name(prepared),
+        fingerprints=dict(sorted(prepared.fingerprints.items())),
+        images=dict(sorted(images.items(), key=lambda item: item[1].name)),
+    )
+
+
+def read_accepted(path: str | Path) -> GoldenValues:
+    """The accepted values.
+
+    Raises:
+        GateError: there is no such file, or it does not hold them.
+    """
+    remedy = "`python -m pipelines.gate accept` writes one, once you have looked at the values."
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        return _Compared(values=GoldenValues.model_validate_json(text)).values
+    except OSError as error:
+        raise GateError(f"accepted values {path}: {error.strerror}", remedy=remedy) from error
+    except UnicodeDecodeError as error:
+        raise GateError(f"accepted values {path}: not a text file", remedy=remedy) from error
+    except ValidationError as error:
+        raise GateError(describe_validation(error, what=f"accepted values {path}"), remedy=remedy) from error
+
+
+def write_accepted(path: str | Path, values: GoldenValues) -> None:
+    """Writes accepted values, in lines that a review can read.
+
+    Raises:
+        GateError: none of the images is ok, so nothing could be held against them later.
+        ConfigError: the file cannot be written.
+    """
+    try:
+        _Compared(values=values)
+    except ValidationError as error:
+        raise GateError(
+            describe_validation(error, what="values to accept"), remedy="Look at the golden set."
+        ) from error
+    try:
+        Path(path).write_text(values.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"accepted values {path}: {error.strerror}", remedy="Name a file in a folder that is there."
+        ) from error
+
+
+def compare(accepted: GoldenValues, observed: GoldenValues, limits: GateLimits | None = None) -> GateReport:
+    """Holds the values of a golden set against the accepted ones.
+
+    What was accepted decides: an image, a caption or a margin that is there no more is a regression; one that is new
+    is a note.
+    """
+    limits = limits or GateLimits()
+    problems, notes = _images_that_differ(accepted, observed)
+    common = [(old, observed.images[key]) for key, old in accepted.images.items() if key in observed.images]
+
+    flips = [f"{old.name}: {old.decision} -> {new.decision}" for old, new in common if _is_laxer(old, new)]
+    if flips:
+        problems.append(f"{len(flips)} decisions flipped toward allow, such as {_some(flips)}")
+    stricter = [f"{old.name}: {old.decision} -> {new.decision}" for old, new in common if _is_laxer(new, old)]
+    if stricter:
+        notes.append(f"{len(stricter)} decisions became stricter, such as {_some(stricter)}")
+
+    captioned = [(old, new) for old, new in common if old.caption is not None]
+    other = [old.name for old, new in captioned if old.caption != new.caption]
+    equal = 1 - len(other) / len(captioned) if captioned else None
+    if equal is not None and equal < limits.min_equal_captions:
+        problems.append(
+            f"{equal:.1%} of the captions are equal, at least {limits.min_equal_captions:.1%} must be; others: {_some(other)}"
+        )
+
+    shifts, unscored = _margin_shifts(common)
+    if unscored:
+        problems.append(f"{len(unscored)} margins were accepted and are not scored now, such as {_some(unscored)}")
+    moved = sorted(
+        (label for label in shifts if shifts[label] > limits.max_margin_shift), key=lambda name: -shifts[name]
+    )
+    if moved:
+        listed = _some([f"{label} {shifts[label]:.4f}" for label in moved])
+        problems.append(f"margins moved by more than {limits.max_margin_shift:g} on average: {listed}")
+    return GateReport(
+        num_images=len(common),
+        problems=tuple(problems),
+        notes=tuple(notes),
+        equal_captions=equal,
+        margin_shift=max(shifts.values(), default=None),
+        shifts=shifts,
+    )
+
+
+def _images_that_differ(accepted: GoldenValues, observed: GoldenValues) -> tuple[list[str], list[str]]:
+    """What the two sets do not share, and images whose status fell."""
+    problems, notes = [], []
+    absent = [image.name for key, image in accepted.images.items() if key not in observed.images]
+    if absent:
+        problems.append(f"{len(absent)} accepted images did not come out, such as {_some(absent)}")
+    fell = [
+        f"{old.name}: {old.status} -> {observed.images[key].status}"
+        for key, old in accepted.images.items()
+        if key in observed.images and old.status == "ok" != observed.images[key].status
+    ]
+    if fell:
+        problems.append(f"{len(fell)} images failed that were ok, such as {_some(fell)}")
+    new = [image.name for key, image in observed.images.items() if key not in accepted.images]
+    if new:
+        notes.append(f"{len(new)} images have no accepted values yet, such as {_some(new)}")
+    if accepted.policy != observed.policy:
+        notes.append(f"the policy was {accepted.policy or 'none'} and is {observed.policy or 'none'}")
+    for task, digest in accepted.fingerprints.items():
+        if observed.fingerprints.get(task) != digest:
+            notes.append(f"{task} runs with another model or other settings than were accepted")
+    return problems, notes
+
+
+def _margin_shifts(common: list[tuple[GoldenImage, GoldenImage]]) -> tuple[dict[str, float], list[str]]:
+    """By label the mean absolute shift of its margins; and what was scored and is no more."""
+    by_label: defaultdict[str, list[float]] = defaultdict(list)
+    unscored = []
+    for old, new in common:
+        for label, margin in old.margins.items():
+            now = new.margins.get(label)
+            if margin is None:
+                continue
+            if now is None:
+                unscored.append(f"{label} of {old.name}")
+            else:
+                by_label[label].append(abs(now - margin))
+    return {label: float(np.mean(values)) for label, values in sorted(by_label.items())}, unscored
+
+
+_SEVERITY = {"allow": 0, "review": 1, "block": 2}
+
+
+def _is_laxer(old: GoldenImage, new: GoldenImage) -> bool:
+    return _SEVERITY[new.decision] < _SEVERITY[old.decision]
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:_MAX_EXAMPLES])
+    return f"{shown}, ..." if len(names) > _MAX_EXAMPLES else shown
+
+
+def _image_of(row: Mapping[str, Any]) -> GoldenImage:
+    return GoldenImage(
+        name=row["uri"].rstrip("/").rsplit("/", 1)[-1],
+        status=row["status"],
+        caption=row["caption"],
+        decision=row["decision"],
+        margins={label["label"]: _finite(label["margin"]) for label in row["labels"] or ()},
+    )
+
+
+def _finite(margin: float | None) -> float | None:
+    """JSON has no NaN, and a margin that is none was not scored."""
+    return None if margin is None or not math.isfinite(margin) else round(margin, 6)
+
+
+def _plain(value: object) -> object:
+    return value.model_dump() if isinstance(value, Frozen) else value
+
+
+@contextlib.contextmanager
+def _scratch_catalog(job: Job, scratch: str | None) -> Iterator[CatalogConfig]:
+    """A folder for a catalog, removed with all that was written to it."""
+    if scratch is None:
+        folder = tempfile.mkdtemp(prefix="vlmflow-gate-")
+        try:
+            yield CatalogConfig(uri=str(Path(folder) / "catalog"))
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        return
+    config = CatalogConfig(uri=f"{scratch.rstrip('/')}/gate-{new_run_id()}", storage=job.catalog.storage)
+    try:
+        yield config
+    finally:
+        files = Folder(config)
+        left = files.delete_all([info.path for info in files.list("")])
+        if left:
+            logger.warning("%d files of the scratch catalog %s could not be removed", len(left), config.uri)

@@ -220,7 +220,8 @@ def compare(accepted: GoldenValues, observed: GoldenValues, limits: GateLimits |
     equal = 1 - len(other) / len(captioned) if captioned else None
     if equal is not None and equal < limits.min_equal_captions:
         problems.append(
-            f"{equal:.1%} of the captions are equal, at least {limits.min_equal_captions:.1%} must be; others: {_some(other)}"
+            f"{equal:.1%} of the captions are equal, at least {limits.min_equal_captions:.1%} must be; "
+            f"others: {_some(other)}"
         )
 
     shifts, unscored = _margin_shifts(common)

@@ -13,9 +13,10 @@ from typing import Literal
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
 
-from vlmflow.config import RayConfig, SourceConfig, StorageConfig
+from vlmflow.config import Job, RayConfig, SourceConfig, StorageConfig
 from vlmflow.engine.cluster import ray_cluster
-from vlmflow.engine.report import installed_versions
+from vlmflow.engine.prepare import prepare
+from vlmflow.engine.report import installed_versions, policy_name
 from vlmflow.errors import VlmflowError
 from vlmflow.models.profiles import describe_profiles
 from vlmflow.sources import open_source
@@ -65,6 +66,28 @@ def doctor(
     if catalog_uri is not None:
         yield from _catalog(catalog_uri, catalog_storage or StorageConfig())
     yield from _ray(ray or RayConfig())
+
+
+def doctor_of(job: Job) -> Iterator[Check]:
+    """Checks what a job needs, as :func:`doctor` does, and that its models and its policy can be used.
+
+    Yields:
+        A check as soon as it is done; none of them raises.
+    """
+    yield _guarded("job", lambda: _models_and_policy(job))
+    yield from doctor(
+        ray=job.ray,
+        source=job.source,
+        catalog_uri=job.catalog.uri,
+        catalog_storage=job.catalog.storage,
+        models_dir=job.models_dir,
+    )
+
+
+def _models_and_policy(job: Job) -> Check:
+    prepared = prepare(job)
+    models = ", ".join(f"{task} {model}" for task, model in prepared.model_names().items())
+    return Check("job", "ok", f"{models}; policy {policy_name(prepared) or 'none'}")
 
 
 def _guarded(name: str, check: Callable[[], Check]) -> Check:

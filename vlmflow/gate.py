@@ -165,7 +165,7 @@ def read_accepted(path: str | Path) -> GoldenValues:
     Raises:
         GateError: there is no such file, or it does not hold them.
     """
-    remedy = "`python -m pipelines.gate accept` writes one, once you have looked at the values."
+    remedy = "`vlmflow gate accept` writes one, once you have looked at the values."
     try:
         text = Path(path).read_text(encoding="utf-8")
         return _Compared(values=GoldenValues.model_validate_json(text)).values

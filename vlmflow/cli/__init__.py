@@ -1,7 +1,7 @@
 """The command line: thin commands over the Python API.
 
-Exit codes: 0 done (bad rows included), 1 `verify` found errors, 2 bad input or configuration, 3 unreconciled, over the
-error budget or not finished, 4 store lost, 130 interrupted.
+Exit codes: 0 done (bad rows included), 1 `verify` found errors or `gate check` a regression, 2 bad input or
+configuration, 3 unreconciled, over the error budget or not finished, 4 store lost, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import sys
 
 import typer
 
-from vlmflow.cli import explain, known, policy, remoderate, report, review, run, search, upkeep, view
+from vlmflow.cli import explain, gate, known, policy, remoderate, report, review, run, search, upkeep, view
 from vlmflow.cli.app import app
 from vlmflow.errors import VlmflowError
 
 __all__ = [
     "app",
     "explain",
+    "gate",
     "known",
     "main",
     "policy",

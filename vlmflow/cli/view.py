@@ -13,11 +13,12 @@ from vlmflow.cli.app import app
 from vlmflow.cli.options import (
     AddressOption,
     CatalogOnly,
+    ConfigOption,
     EndpointOption,
     JsonOption,
     catalog_config,
 )
-from vlmflow.config import RayConfig, SourceConfig, StorageConfig
+from vlmflow.config import RayConfig, SourceConfig, StorageConfig, load_job
 
 
 class Embeddings(StrEnum):
@@ -72,23 +73,33 @@ def profiles(as_json: JsonOption = False) -> None:
 def doctor(
     source: Annotated[str | None, typer.Option("--source", help="Also list this source.")] = None,
     catalog: Annotated[str | None, typer.Option("--catalog", help="Also write to this catalog's storage.")] = None,
+    config: ConfigOption = None,
     ray_address: AddressOption = None,
     endpoint: EndpointOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check Python, torch, GPU, Ray and its workers, storage and weights: what works, what is missing, what to do."""
+    """Check Python, torch, GPU, Ray and its workers, storage and weights: what works, what is missing, what to do.
+
+    With --config, for that job: its source, its catalog, its models, its cluster.
+    """
     from vlmflow.doctor import doctor as diagnose
+    from vlmflow.doctor import doctor_of
     from vlmflow.views import check_as_json, print_check
 
     storage = StorageConfig(endpoint=endpoint)
     failed = False
     console = Console()
-    for check in diagnose(
-        ray=RayConfig(address=ray_address),
-        source=None if source is None else SourceConfig(uri=source, storage=storage),
-        catalog_uri=catalog,
-        catalog_storage=storage,
-    ):
+    if config is None:
+        checks = diagnose(
+            ray=RayConfig(address=ray_address),
+            source=None if source is None else SourceConfig(uri=source, storage=storage),
+            catalog_uri=catalog,
+            catalog_storage=storage,
+        )
+    else:
+        given = {"source": {"uri": source}, "catalog": {"uri": catalog}, "ray": {"address": ray_address}}
+        checks = doctor_of(load_job(config, given))
+    for check in checks:
         failed = failed or check.verdict == "fail"
         if as_json:
             typer.echo(check_as_json(check))

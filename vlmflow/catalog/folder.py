@@ -92,10 +92,16 @@ class Folder:
         data = self.read(path)
         return None if data is None else cast("dict[str, Any]", json.loads(data))
 
-    def write(self, path: str, data: bytes) -> None:
-        """Puts a file in one step, in place of one that is there."""
+    def write(self, path: str, data: bytes, *, content_type: str | None = None) -> None:
+        """Puts a file in one step, in place of one that is there.
+
+        Args:
+            content_type: what a store is to say that it is; a local disk says nothing.
+        """
+        local = parse_address(self.config.uri).is_local
+        attributes = None if content_type is None or local else {"Content-Type": content_type}
         with self._in_our_words():
-            retried(lambda: obstore.put(self._store, self._at(path), data))
+            retried(lambda: obstore.put(self._store, self._at(path), data, attributes=attributes))
 
     def upload(self, path: str, file: Path) -> None:
         """Puts a local file in place in one step, piece by piece: it need not fit into memory."""

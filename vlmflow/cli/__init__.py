@@ -6,7 +6,10 @@ configuration, 3 unreconciled, over the error budget or not finished, 4 store lo
 
 from __future__ import annotations
 
+import json
+import signal
 import sys
+import threading
 
 import typer
 
@@ -33,9 +36,15 @@ __all__ = [
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line; errors become one line on standard error and an exit code."""
+    if threading.current_thread() is threading.main_thread():
+        # What stops a job, a pod or a service sends this: the run is to be recorded as interrupted, as by Ctrl-C.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app(args=arguments)
     except VlmflowError as error:
+        if "--json" in (sys.argv[1:] if arguments is None else arguments):
+            told = {"event": "error", "class": type(error).__name__, "message": str(error), "remedy": error.remedy}
+            typer.echo(json.dumps(told))
         message = f"vlmflow: {error}" + (f" - {error.remedy}" if error.remedy else "")
         typer.secho(" ".join(message.split()), err=True, fg="red")
         sys.exit(error.exit_code)

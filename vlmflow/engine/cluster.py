@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -137,6 +139,15 @@ def _without_standard_error() -> Iterator[None]:
         os.close(saved)
 
 
+@contextlib.contextmanager
+def _own_termination() -> Iterator[None]:
+    """Keeps the handler of SIGTERM that a caller has set, which Ray would replace with one that just exits."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(before) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
+
+
 def _connect(config: RayConfig) -> None:
     # Ray would announce coming changes, its usage statistics, and on standard error every actor that may restart.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -149,7 +160,7 @@ def _connect(config: RayConfig) -> None:
     else:
         options |= {"address": config.address}
     try:
-        with _without_standard_error():
+        with _without_standard_error(), _own_termination():
             ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = f"Ray at {config.address}" if config.address else "an embedded Ray"

@@ -1,0 +1,97 @@
+"""Telling people: an event for Prefect's automations, and a message through a notification block, if one is named."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from prefect import Flow
+from prefect.blocks.abstract import NotificationBlock
+from prefect.blocks.core import Block
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.events import emit_event
+from prefect.utilities.asyncutils import run_coro_as_sync
+
+from vlmflow.catalog.runs import RunInfo
+from vlmflow.engine import RunReport
+
+logger = logging.getLogger("vlmflow")
+
+FLAGGED_JUMP = "vlmflow.flagged-share.jumped"
+UNRECONCILED = "vlmflow.rows.unreconciled"
+REGRESSION = "vlmflow.gate.closed"
+
+MIN_ROWS = 50  # of fewer, a share says little
+_NIGHTS = 7
+
+
+def alert(
+    event: str, *, catalog: str, subject: str, body: str, notify: str | None, facts: Mapping[str, Any] | None = None
+) -> None:
+    """Emits an event, and sends a message. A message that cannot be sent is logged and fails nothing.
+
+    Args:
+        catalog: its uri; the event's resource.
+        notify: a notification block, as ``type/name``, such as ``slack-webhook/moderation``; None: no message.
+    """
+    logger.warning("%s: %s", subject, body)
+    resource = {"prefect.resource.id": f"vlmflow.catalog.{catalog}", "prefect.resource.name": catalog}
+    emit_event(event, resource=resource, payload={"subject": subject, "body": body, **(facts or {})})
+    send(notify, subject, body)
+
+
+def send(notify: str | None, subject: str, body: str) -> None:
+    """Sends a message through a notification block. A message that cannot be sent is logged and fails nothing."""
+    if notify is None:
+        return
+    try:
+        block = Block.load(notify)
+        if not isinstance(block, NotificationBlock):
+            logger.error("%s is no notification block: nobody was told of: %s", notify, subject)
+            return
+        sent: Any = block.notify(body, subject)
+        if inspect.iscoroutine(sent):  # within a running event loop
+            run_coro_as_sync(sent)
+    except Exception as error:  # noqa: BLE001 - whatever a messenger raises, the run is what matters
+        # Its text may hold the address with its token.
+        logger.error("nobody was told of %r: block %s failed with %s", subject, notify, type(error).__name__)
+
+
+def tell_failure(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
+    """A hook for the failure or crash of a flow: sends what the state says."""
+    message = " ".join((state.message or "no message").split())[:1000]
+    send(flow_run.parameters.get("notify"), f"{flow.name} {flow_run.name} {state.name}", message)
+
+
+def flagged_share(decisions: Mapping[str, int]) -> float | None:
+    """Share of ``review`` and ``block`` among decisions; None: of too few rows."""
+    total = sum(decisions.values())
+    return None if total < MIN_ROWS else (total - decisions.get("allow", 0)) / total
+
+
+def flagged_jump(report: RunReport, runs: Sequence[RunInfo], max_jump: float) -> tuple[float, float] | None:
+    """Whether a run flagged many more images than the runs before it, under the same policy.
+
+    Args:
+        runs: of the catalog, the newest first.
+        max_jump: how much the share may exceed the median of up to seven runs before.
+
+    Returns:
+        The share and that median, if it jumped; None: it did not, or there is nothing to compare with.
+    """
+    share = flagged_share(report.decisions)
+    before = [
+        found
+        for run in runs
+        if run.run_id != report.run_id
+        and run.state == "finished"
+        and run.record.get("policy") == report.policy
+        and (found := flagged_share(run.record.get("decisions") or {})) is not None
+    ][:_NIGHTS]
+    if share is None or not before:
+        return None
+    usual = statistics.median(before)
+    return (share, usual) if share - usual > max_jump else None

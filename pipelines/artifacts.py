@@ -1,0 +1,198 @@
+"""What the flows show in Prefect's interface. Strings from outside are text there, whatever they hold."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from urllib.parse import quote
+
+from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
+
+from vlmflow.catalog import Verification
+from vlmflow.catalog.verify import ERRORS, WARNINGS
+from vlmflow.config import CatalogConfig
+from vlmflow.doctor import Check
+from vlmflow.engine import PlanSummary, RunReport
+from vlmflow.engine.remoderate import RemoderateReport
+from vlmflow.gate import GateReport
+from vlmflow.report.flagged import newly_flagged
+from vlmflow.report.rows import Row
+from vlmflow.search.thumbnails import Thumbnail, make_thumbnails
+
+MAX_EXAMPLES = 12
+_MAX_TEXT = 160
+# What Markdown or HTML could take for its own, beside control and direction characters.
+_ODD = re.compile(r"[`|<>\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def code(text: str | None) -> str:
+    """A string from outside as a code span, in which Markdown means nothing."""
+    if not text:
+        return "-"
+    plain = _ODD.sub(" ", text)
+    return f"`{plain if len(plain) <= _MAX_TEXT else plain[: _MAX_TEXT - 3] + '...'}`"
+
+
+def link(uri: str) -> str:
+    """An address: web addresses can be followed, others are text."""
+    if not uri.startswith(("http://", "https://")):
+        return code(uri)
+    return f"[{code(uri.rsplit('/', 1)[-1]) if '/' in uri[8:] else 'image'}]({quote(uri, safe=':/?&=%#+,;@~')})"
+
+
+def show_checks(key: str, checks: Sequence[Check]) -> None:
+    """What doctor found, as a table."""
+    rows = [{"check": check.name, "verdict": check.verdict, "found": check.found, "remedy": check.remedy}
+            for check in checks]  # fmt: skip
+    create_table_artifact(rows, key=key, description="What the run needs, and what of it is there.")
+
+
+def show_gate(key: str, report: GateReport) -> None:
+    """The verdict of the quality gate."""
+    lines = [
+        f"# Quality gate {'open' if report.passed else 'closed'}",
+        f"{report.num_images:,} golden images were compared with their accepted values.",
+        *(f"- **regression**: {code(problem)}" for problem in report.problems),
+        *(f"- {code(note)}" for note in report.notes),
+    ]
+    if report.equal_captions is not None:
+        lines.append(f"- captions equal: {report.equal_captions:.1%}")
+    if report.shifts:
+        lines += ["", "| label | mean shift of its margins |", "| --- | --- |"]
+        lines += [f"| {code(label)} | {shift:.4f} |" for label, shift in report.shifts.items()]
+    if not report.passed:
+        lines += ["", "Nothing was written. If the change is meant, accept the new values: `vlmflow gate accept`."]
+    create_markdown_artifact("\n".join(lines), key=key, description="Golden set against accepted values.")
+
+
+def show_plan(key: str, plan: PlanSummary) -> None:
+    """What is due, by task and reason."""
+    rows: list[dict[str, object]] = [
+        {"what": "listed", "reason": "", "images": plan.num_listed},
+        {"what": "nothing due", "reason": "", "images": plan.num_unchanged},
+    ]
+    rows += [
+        {"what": task, "reason": reason, "images": count}
+        for task, reasons in plan.due.items()
+        for reason, count in reasons.items()
+    ]
+    create_table_artifact(rows, key=key, description=f"{plan.num_planned:,} images are due.")
+
+
+def show_verification(key: str, found: Verification) -> None:
+    """What a verification found, with an example of each."""
+    rows: list[dict[str, object]] = [
+        {"finding": "images listed", "count": found.num_listed, "kind": "", "example": ""},
+        {"finding": "rows", "count": found.num_rows, "kind": "", "example": ""},
+    ]
+    rows += [
+        {
+            "finding": (ERRORS | WARNINGS)[kind],
+            "count": finding.count,
+            "kind": "error" if kind in ERRORS else "warning",
+            "example": next(iter(finding.examples), ""),
+        }
+        for kind, finding in found.findings.items()
+    ]
+    sound = "is sound" if found.is_sound else "is not sound"
+    create_table_artifact(rows, key=key, description=f"The catalog {sound}.")
+
+
+def show_counts(key: str, report: RunReport) -> None:
+    """What a run did, as a table of counts."""
+    rows: list[dict[str, object]] = [
+        {"what": "rows", "value": "new", "images": report.num_added},
+        {"what": "rows", "value": "replaced", "images": report.num_replaced},
+    ]
+    for what, counts in (("status", report.statuses), ("decision", report.decisions), ("error", report.errors)):
+        rows += [{"what": what, "value": value, "images": count} for value, count in counts.items()]
+    rate = f"{report.images_per_s:g} images/s" if report.images_per_s else "one block"
+    create_table_artifact(rows, key=key, description=f"Run {report.run_id}, {report.status}, {rate}.")
+
+
+def show_flagged(key: str, catalog: CatalogConfig, run_id: str) -> int:
+    """A few images that a run flagged anew: links and blurred thumbnails only, for nobody asked to see them.
+
+    Returns:
+        How many there are.
+    """
+    count, rows = newly_flagged(catalog, run_id, MAX_EXAMPLES)
+    if not count:
+        return 0
+    thumbnails = make_thumbnails([row.hit for row in rows], catalog)
+    lines = [f"# {count:,} newly flagged", "", "| image | decision | because | blurred |", "| --- | --- | --- | --- |"]
+    lines += [_flagged_line(row, thumbnail) for row, thumbnail in zip(rows, thumbnails, strict=True)]
+    create_markdown_artifact("\n".join(lines), key=key, description=f"{count:,} images were not flagged before.")
+    return count
+
+
+def _flagged_line(row: Row, thumbnail: Thumbnail) -> str:
+    shown = thumbnail.uri is not None and thumbnail.is_blurred
+    picture = f"![blurred]({thumbnail.uri})" if shown else code(thumbnail.reason)
+    return f"| {link(row.hit.uri)} | {row.hit.decision} | {code(row.hit.decision_reason)} | {picture} |"
+
+
+def show_report(key: str, place: str, url: str | None, description: str) -> None:
+    """Where the report of a run lies."""
+    if url is not None:
+        create_link_artifact(url, link_text="Report of the run", key=key, description=description)
+    else:
+        create_markdown_artifact(f"The report of the run is at {code(place)}.", key=key, description=description)
+
+
+def show_partitions(key: str, reports: Mapping[str, RemoderateReport | None]) -> None:
+    """How far a backfill is, partition by partition."""
+    rows = [
+        {
+            "partition": partition,
+            "state": "waiting" if report is None else report.status,
+            "images": None if report is None else report.num_moved,
+            "flips": None if report is None else sum(report.flips.values()),
+            "seconds": None if report is None else round(report.seconds, 1),
+        }
+        for partition, report in reports.items()
+    ]
+    done = sum(report is not None for report in reports.values())
+    create_table_artifact(rows, key=key, description=f"{done} of {len(reports)} partitions.")
+
+
+def show_diff(key: str, title: str, reports: Sequence[RemoderateReport]) -> None:
+    """How decisions flip: in all, by label, and a few images of each change."""
+    moved = sum(report.num_moved for report in reports)
+    lines = [f"# {title}", "", f"{moved:,} images moved.", "", "| change | images |", "| --- | --- |"]
+    lines += [f"| {change} | {count:,} |" for change, count in _sum(report.flips for report in reports).items()]
+    labels: dict[str, dict[str, int]] = {}
+    for report in reports:
+        for label, flips in report.label_flips.items():
+            labels[label] = _sum([labels.get(label, {}), flips])
+    if labels:
+        lines += ["", "| label | change | images |", "| --- | --- | --- |"]
+        lines += [
+            f"| {code(label)} | {change} | {count:,} |"
+            for label, flips in sorted(labels.items())
+            for change, count in flips.items()
+        ]
+    examples = [example for report in reports for example in report.examples][:MAX_EXAMPLES]
+    if examples:
+        lines += ["", "| image | before | after | because |", "| --- | --- | --- | --- |"]
+        lines += [
+            f"| {link(example['uri'] or '')} | {example['before']} | {example['after']} "
+            f"| {code(example['decision_reason'])} |"
+            for example in examples
+        ]
+    left = {
+        "keep their policy: their vectors are another model's": sum(report.num_other_model for report in reports),
+        "keep their policy: a detector must see them first": sum(report.num_undetected for report in reports),
+        "are `review`: their vectors are lost": sum(report.num_without_vectors for report in reports),
+        "had no policy before, and stay": sum(report.num_first for report in reports),
+    }
+    lines += ["", *(f"- {count:,} images {what}" for what, count in left.items() if count)]
+    create_markdown_artifact("\n".join(lines), key=key, description=title)
+
+
+def _sum(parts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for part in parts:
+        for name, count in part.items():
+            total[name] = total.get(name, 0) + count
+    return dict(sorted(total.items()))

@@ -1,0 +1,195 @@
+"""Moderation backfill: the rows of a range of partitions come under another policy, partition by partition.
+
+No image is read. The table is the progress: a partition whose rows carry the policy is passed over, so a backfill that
+was killed is simply run again. Rolled back by an inverse backfill, which touches only rows that still carry the policy.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import logging
+from collections import deque
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from prefect import flow, runtime, tags, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+from prefect.futures import PrefectFuture
+from prefect.states import Completed
+from prefect.task_runners import ThreadPoolTaskRunner
+from pydantic import Field
+
+from pipelines import alerts, artifacts
+from pipelines.common import (
+    RETRIES,
+    RETRY_DELAYS_S,
+    RunProgress,
+    make_steps,
+    may_pass,
+    read_job,
+    slug,
+    stop_jobs_of,
+)
+from pipelines.ray_jobs import Command
+from pipelines.steps import Steps, remoderate_command
+from vlmflow.catalog import Catalog
+from vlmflow.config import CatalogConfig, Job
+from vlmflow.engine.progress import SilentProgress
+from vlmflow.engine.remoderate import RemoderateReport, Scope
+from vlmflow.errors import ConfigError
+
+logger = logging.getLogger("vlmflow")
+
+_MAX_AT_ONCE = 16
+# Its own type parameter does not fit what `flow` asks for.
+_RUNNER: Any = ThreadPoolTaskRunner(max_workers=_MAX_AT_ONCE)
+# `prefect concurrency-limit create vlmflow-backfill N` bounds partitions at work over all backfills.
+TAG = "vlmflow-backfill"
+
+
+def partitions(config: CatalogConfig, start: dt.date | None, end: dt.date | None) -> list[dt.date]:
+    """The ingest dates that a catalog holds rows of, within a range that includes both ends.
+
+    Raises:
+        CatalogError: there is no catalog.
+    """
+    scope = Scope(start, end)
+    files = Catalog.open(config).live_files("images").values()
+    return sorted({file.ingest_date for file in files if scope.holds(file)})
+
+
+def _run_name() -> str:
+    given = runtime.flow_run.parameters
+    what = (
+        f"rollback of {given['rollback']}" if given.get("rollback") else f"policy {Path(str(given.get('policy'))).stem}"
+    )
+    span = f"{given.get('start') or 'first'} to {given.get('end') or 'last'}"
+    return f"{'dry run, ' if given.get('dry_run') else ''}{what}, {span}"
+
+
+def _read_job(given: Mapping[str, Any]) -> Job:
+    return read_job(Path(given["job_file"]), {"policy": given.get("policy"), "tasks": ("embed", "moderate")})
+
+
+def _commands(given: Mapping[str, Any]) -> Iterator[Command]:
+    """What a run with these parameters may have submitted to a Ray cluster."""
+    job = _read_job(given)
+    start, end = (dt.date.fromisoformat(str(given[name])) if given.get(name) else None for name in ("start", "end"))
+    for date in partitions(job.catalog, start, end):
+        scope = Scope(date, date, given.get("where"))
+        yield remoderate_command(job, scope, given.get("rollback"), dry_run=bool(given.get("dry_run")))
+
+
+@flow(
+    name="moderation-backfill",
+    flow_run_name=_run_name,
+    task_runner=_RUNNER,
+    persist_result=False,
+    on_failure=[alerts.tell_failure],
+    on_crashed=[alerts.tell_failure],
+    on_cancellation=[stop_jobs_of(_commands)],
+)
+def moderation_backfill(
+    job_file: Path,
+    policy: str | None = None,
+    rollback: str | None = None,
+    start: dt.date | None = None,
+    end: dt.date | None = None,
+    where: str | None = None,
+    dry_run: bool = False,
+    partitions_at_once: Annotated[int, Field(ge=1, le=_MAX_AT_ONCE)] = 1,
+    ray_jobs_url: str | None = None,
+    deadline_hours: Annotated[float, Field(gt=0)] = 12.0,
+    notify: str | None = None,
+) -> State[Any]:
+    """Puts the rows of a range of partitions under another moderation policy, or back under the one before.
+
+    Args:
+        job_file: The job (YAML) of the catalog: its profile and its storage count, its source is not read.
+        policy: The policy to go to: a YAML file where the flow runs, or the name of one that ships.
+        rollback: Instead of a policy: digest, or its beginning, of the one to leave. Its rows go back to the policy
+            that each had before; nothing else is undone.
+        start: First ingest date. Default: the first there is.
+        end: Last ingest date. Default: the last there is.
+        where: Only rows of which this SQL condition is true (DuckDB).
+        dry_run: Report how decisions would flip, and write nothing.
+        partitions_at_once: Partitions at work at the same time.
+        ray_jobs_url: Dashboard of a Ray cluster, such as http://ray-head:8265, to which the work is submitted.
+            Default: the flow's own process does it.
+        deadline_hours: Of each submitted partition; what it committed stays.
+        notify: A notification block, as type/name, such as slack-webhook/moderation, for failures.
+    """
+    given = {"job_file": job_file, "policy": policy}
+    job = _read_job(given)
+    if rollback is None and job.policy is None:
+        raise ConfigError("the backfill names neither a policy nor a rollback", remedy="Give policy or rollback.")
+    if rollback is not None and policy is not None:
+        raise ConfigError("the backfill names both a policy and a rollback", remedy="Give one of them.")
+    dates = partitions(job.catalog, start, end)
+    if not dates:
+        span = f"{start or 'the first'} to {end or 'the last'}"
+        return Completed(message=f"Nothing to do: catalog {job.catalog.uri} holds no partition from {span}.")
+    steps = make_steps(ray_jobs_url, deadline_hours=deadline_hours)
+    with steps.session(job), tags(TAG):
+        reports = _all_partitions(steps, job, dates, where, rollback, dry_run, partitions_at_once)
+    title = _title(reports, rollback, dry_run)
+    artifacts.show_diff(f"backfill-diff-{slug(job.catalog.uri)}", title, reports)
+    return Completed(message=f"{title}: {sum(report.num_moved for report in reports):,} rows, {len(dates)} partitions.")
+
+
+def _title(reports: list[RemoderateReport], rollback: str | None, dry_run: bool) -> str:
+    what = f"Policy {reports[0].policy}" if rollback is None else f"Rollback of policy {rollback}"
+    return f"{what}, dry run" if dry_run else what
+
+
+def _all_partitions(
+    steps: Steps,
+    job: Job,
+    dates: list[dt.date],
+    where: str | None,
+    rollback: str | None,
+    dry_run: bool,
+    at_once: int,
+) -> list[RemoderateReport]:
+    """Moves partitions, a few at once, the oldest first; progress is shown as each is done."""
+    name = slug(job.catalog.uri)
+    progress = RunProgress(f"backfill-{name}")
+    done: dict[str, RemoderateReport | None] = {str(date): None for date in dates}
+    running: deque[tuple[dt.date, PrefectFuture[RemoderateReport]]] = deque()
+    waiting = deque(dates)
+    while waiting or running:
+        while waiting and len(running) < at_once:
+            date = waiting.popleft()
+            running.append((date, move_partition.submit(steps, job, date, where, rollback, dry_run)))
+        date, future = running.popleft()
+        report = future.result()
+        done[str(date)] = report
+        finished = sum(report is not None for report in done.values())
+        logger.info("partition %s: %d rows moved; %d of %d partitions", date, report.num_moved, finished, len(done))
+        progress.show(100.0 * finished / len(done), f"{finished} of {len(done)} partitions")
+        artifacts.show_partitions(f"backfill-partitions-{name}", done)
+    return [report for report in done.values() if report is not None]
+
+
+@task(
+    name="move partition",
+    task_run_name="partition {date}",
+    cache_policy=NO_CACHE,
+    persist_result=False,
+    retries=RETRIES,
+    retry_delay_seconds=list(RETRY_DELAYS_S),
+    retry_condition_fn=may_pass,
+)
+def move_partition(
+    steps: Steps, job: Job, date: dt.date, where: str | None, rollback: str | None, dry_run: bool
+) -> RemoderateReport:
+    """Moves the rows of one ingest date."""
+    return steps.remoderate(job, Scope(date, date, where), rollback, dry_run=dry_run, progress=SilentProgress())
+
+
+if __name__ == "__main__":
+    from pipelines.command_line import main
+
+    main(moderation_backfill)

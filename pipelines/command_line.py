@@ -1,0 +1,92 @@
+"""The command line of a flow: its parameters as options, with the help that Prefect's form shows."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from prefect import Flow, State
+from prefect.exceptions import ParameterTypeError
+
+from vlmflow.errors import ConfigError, VlmflowError
+
+
+def main(flow: Flow[..., Any], arguments: Sequence[str] | None = None) -> None:
+    """Runs a flow with the parameters of a command line.
+
+    The flow run is recorded by the Prefect server that ``PREFECT_API_URL`` names, or by a temporary one. Errors become
+    one line on standard error and an exit code, as those of `vlmflow`.
+    """
+    given = {name: value for name, value in vars(_parser(flow).parse_args(arguments)).items() if value is not None}
+    try:
+        state: State[Any] = cast(Any, flow)(**_checked(flow, given), return_state=True)
+        if not state.is_completed():
+            state.result()  # raises what the flow ended with
+    except VlmflowError as error:
+        message = f"{flow.name}: {error}" + (f" - {error.remedy}" if error.remedy else "")
+        print(" ".join(message.split()), file=sys.stderr)
+        sys.exit(error.exit_code)
+    print(f"{flow.name}: {state.message}")
+
+
+def _parser(flow: Flow[..., Any]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m pipelines.{Path(flow.fn.__code__.co_filename).stem}",
+        description=(flow.description or "").partition("Args:")[0].strip(),
+    )
+    schema = flow.parameters.model_dump()
+    for name, about in schema["properties"].items():
+        option = f"--{name.replace('_', '-')}"
+        text = about.get("description", "").replace("%", "%%")
+        if about.get("type") == "boolean":
+            parser.add_argument(option, dest=name, action="store_true", default=None, help=text)
+            continue
+        is_required = name in schema.get("required", ())
+        kind = _kind(about)
+        parse = _PARSERS.get(kind, str)
+        if kind == "object":
+            text += ' As JSON, such as \'{"uri": "golden/", "accepted": "accepted.json"}\'.'
+        if kind == "array":
+            text += " Separated by commas."
+        parser.add_argument(option, dest=name, required=is_required, type=parse, metavar=kind.upper(), help=text)
+    return parser
+
+
+def _kind(about: Mapping[str, Any]) -> str:
+    """What kind of value an option takes, in a word."""
+    branches = [part for part in about.get("anyOf", [about]) if part.get("type") != "null"]
+    found = branches[0] if branches else about
+    if "$ref" in found:
+        return "object"
+    return str(found.get("format") or found.get("type") or "text")
+
+
+def _object(text: str) -> object:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON") from error
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+_PARSERS: dict[str, Any] = {"object": _object, "array": _words}
+
+
+def _checked(flow: Flow[..., Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The parameters with their types.
+
+    Raises:
+        ConfigError: a value does not fit.
+    """
+    try:
+        return dict(flow.validate_parameters(given))
+    except ParameterTypeError as error:
+        said = " ".join(str(error).split()).partition("For further information")[0]
+        raise ConfigError(f"options: {said[:500]}", remedy="`--help` says what each takes.") from error

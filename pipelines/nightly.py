@@ -1,0 +1,272 @@
+"""Nightly enrichment: doctor, quality gate, plan, enrich, verify, report.
+
+Incremental, and idempotent for its logical date: run again, it does what is due and says so if nothing is.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from prefect import flow, runtime, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+from prefect.states import Completed
+from pydantic import Field
+
+from pipelines import alerts, artifacts
+from pipelines.common import (
+    RETRIES,
+    RETRY_DELAYS_S,
+    RunProgress,
+    logical_date,
+    make_steps,
+    may_pass,
+    read_job,
+    slug,
+    stop_jobs_of,
+)
+from pipelines.ray_jobs import Command
+from pipelines.reports import default_folder, publish_report
+from pipelines.steps import Golden, Steps, doctor_command, enrich_command, gate_command, plan_command
+from vlmflow.catalog import Catalog, Verification
+from vlmflow.catalog.verify import ERRORS, Finding
+from vlmflow.config import Job
+from vlmflow.engine import PlanSummary, RunReport
+from vlmflow.errors import ConfigError, RegressionError, UnreconciledError, VerificationError
+from vlmflow.verification import verify as verify_catalog
+
+logger = logging.getLogger("vlmflow")
+
+# What images that arrive during the run look like to a verification, and how many of them are told apart.
+_LATE = ("missing", "stale")
+_MAX_LATE = 10_000
+
+
+def _run_name() -> str:
+    given = runtime.flow_run.parameters.get("date")
+    return f"nightly {given or logical_date(None)}"
+
+
+def _commands(parameters: Mapping[str, Any]) -> list[Command]:
+    """What a run with these parameters may have submitted to a Ray cluster."""
+    date = dt.date.fromisoformat(str(parameters["date"])) if parameters.get("date") else logical_date(None)
+    job = read_job(Path(parameters["job_file"]), {"date": date})
+    commands = [doctor_command(job), plan_command(job), enrich_command(job)]
+    golden = parameters.get("golden")
+    return commands if golden is None else [*commands, gate_command(job, Golden.model_validate(golden))]
+
+
+@flow(
+    name="nightly-enrichment",
+    flow_run_name=_run_name,
+    timeout_seconds=24 * 3600,
+    persist_result=False,
+    on_failure=[alerts.tell_failure],
+    on_crashed=[alerts.tell_failure],
+    on_cancellation=[stop_jobs_of(_commands)],
+)
+def nightly_enrichment(
+    job_file: Path,
+    date: dt.date | None = None,
+    golden: Golden | None = None,
+    ray_jobs_url: str | None = None,
+    deadline_hours: Annotated[float, Field(gt=0, le=24)] = 12.0,
+    report_folder: str | None = None,
+    report_url: str | None = None,
+    keep_reports: Annotated[int, Field(ge=1)] = 30,
+    max_flagged_jump: Annotated[float, Field(gt=0, le=1)] = 0.1,
+    notify: str | None = None,
+) -> State[Any]:
+    """Enriches whatever is due of a job's source, after a gate that keeps broken models away from the table.
+
+    Args:
+        job_file: The job (YAML): source, catalog, profile, policy. A file where the flow runs.
+        date: Logical date of new rows. Default: the day for which the run was scheduled, UTC.
+        golden: A golden set and its accepted values. Without one there is no quality gate.
+        ray_jobs_url: Dashboard of a Ray cluster, such as http://ray-head:8265, to which the work is submitted.
+            Default: the flow's own process does it.
+        deadline_hours: A submitted job that runs longer is stopped; what it committed stays.
+        report_folder: Folder or prefix for the report. Default: beside the catalog, with "-reports" at its end.
+        report_url: Where people reach that folder in a browser; makes the report a link.
+        keep_reports: Older reports are removed: their thumbnails outlive an erasure.
+        max_flagged_jump: How much the share of flagged images may exceed the median of the last seven runs before
+            someone is told.
+        notify: A notification block, as type/name, such as slack-webhook/moderation, for failures and alerts.
+    """
+    day = logical_date(date)
+    job = read_job(job_file, {"date": day})
+    name = slug(job.catalog.uri)
+    steps = make_steps(ray_jobs_url, deadline_hours=deadline_hours)
+    with steps.session(job):
+        check(steps, job, f"doctor-{name}")
+        if golden is not None:
+            pass_gate(steps, job, golden, f"gate-{name}", notify)
+        plan = make_plan(steps, job, f"plan-{name}")
+        report = enrich_due(steps, job, name, notify) if plan.num_planned else None
+    _check_catalog(steps, job, name, notify)
+    if report is None:
+        return Completed(message=f"Nothing was due on {day}: {plan.num_listed:,} images listed, all up to date.")
+    publish(job, report, day, report_folder, report_url, keep_reports, name)
+    watch(job, report, max_flagged_jump, notify)
+    return Completed(message=_summary(report, day))
+
+
+def _summary(report: RunReport, day: dt.date) -> str:
+    bad = sum(report.statuses.values()) - report.statuses.get("ok", 0)
+    flagged = sum(report.decisions.values()) - report.decisions.get("allow", 0)
+    return (
+        f"{day}: {report.num_added:,} rows new, {report.num_replaced:,} replaced, {flagged:,} flagged, "
+        f"{bad:,} with errors; run {report.run_id}."
+    )
+
+
+@task(name="doctor", cache_policy=NO_CACHE, retries=RETRIES, retry_delay_seconds=list(RETRY_DELAYS_S),
+      retry_condition_fn=may_pass, timeout_seconds=1800)  # fmt: skip
+def check(steps: Steps, job: Job, key: str) -> None:
+    """Looks at what the run needs, and stops it if something is missing.
+
+    Raises:
+        ConfigError: something is missing.
+    """
+    checks = steps.doctor(job)
+    artifacts.show_checks(key, checks)
+    failed = [found for found in checks if found.verdict == "fail"]
+    if failed:
+        raise ConfigError(
+            "; ".join(f"{found.name}: {found.found}" for found in failed),
+            remedy=" ".join(found.remedy for found in failed if found.remedy),
+        )
+
+
+@task(name="quality gate", cache_policy=NO_CACHE, retries=RETRIES, retry_delay_seconds=list(RETRY_DELAYS_S),
+      retry_condition_fn=may_pass)  # fmt: skip
+def pass_gate(steps: Steps, job: Job, golden: Golden, key: str, notify: str | None) -> None:
+    """Holds the job's models against the accepted values, and stops the run if they do worse.
+
+    Raises:
+        RegressionError: they do.
+    """
+    report = steps.gate(job, golden)
+    artifacts.show_gate(key, report)
+    if not report.passed:
+        problems = "; ".join(report.problems)
+        alerts.alert(alerts.REGRESSION, catalog=job.catalog.uri, subject="vlmflow: the quality gate is closed",
+                     body=problems, notify=notify)  # fmt: skip
+        raise RegressionError(
+            f"the golden set {golden.uri} does not come out as accepted: {problems}",
+            remedy="Nothing was written. If the change is meant, look at the new values and run `vlmflow gate accept`.",
+        )
+
+
+@task(name="plan", cache_policy=NO_CACHE, retries=RETRIES, retry_delay_seconds=list(RETRY_DELAYS_S),
+      retry_condition_fn=may_pass)  # fmt: skip
+def make_plan(steps: Steps, job: Job, key: str) -> PlanSummary:
+    """Says what is due."""
+    plan = steps.plan(job)
+    artifacts.show_plan(key, plan)
+    logger.info("%d of %d images are due", plan.num_planned, plan.num_listed)
+    return plan
+
+
+@task(name="enrich", cache_policy=NO_CACHE, retries=RETRIES, retry_delay_seconds=list(RETRY_DELAYS_S),
+      retry_condition_fn=may_pass, persist_result=False)  # fmt: skip
+def enrich_due(steps: Steps, job: Job, name: str, notify: str | None) -> RunReport:
+    """Does what is due. A retry goes on where the try before it stopped: the catalog is what remembers."""
+    try:
+        report = steps.enrich(job, RunProgress(f"enrich-{name}"))
+    except UnreconciledError as error:
+        alerts.alert(alerts.UNRECONCILED, catalog=job.catalog.uri, subject="vlmflow: rows do not reconcile",
+                     body=str(error), notify=notify)  # fmt: skip
+        raise
+    artifacts.show_counts(f"counts-{name}", report)
+    return report
+
+
+@task(name="verify", cache_policy=NO_CACHE, retries=RETRIES, retry_delay_seconds=list(RETRY_DELAYS_S),
+      retry_condition_fn=may_pass)  # fmt: skip
+def verify(job: Job, key: str, earlier: Verification | None = None) -> Verification:
+    """Holds the catalog against the source's listing and against its own logs.
+
+    Args:
+        earlier: what was found before images that arrived meanwhile were enriched: what is missing counts only if it
+            was missing then.
+    """
+    found = verify_catalog(job.source, job.catalog, num_examples=_MAX_LATE)
+    for kind in _LATE:
+        finding = found.findings.get(kind)
+        if finding is None:
+            continue
+        before = None if earlier is None else earlier.findings.get(kind)
+        finding.examples = finding.examples if earlier is None else _in_both(before, finding)
+        if job.limit is not None or not finding.examples:
+            del found.findings[kind]  # a limit leaves images out, and images go on arriving
+    artifacts.show_verification(key, found)
+    return found
+
+
+def _in_both(before: Finding | None, now: Finding) -> list[str]:
+    known = set() if before is None else set(before.examples)
+    return [uri for uri in now.examples if uri in known]
+
+
+def _check_catalog(steps: Steps, job: Job, name: str, notify: str | None) -> None:
+    """Verifies the catalog. Images that arrived since the listing are enriched first: they are no error.
+
+    Raises:
+        VerificationError: an image has no row or two, or a file is lost.
+    """
+    found = verify(job, f"verify-{name}")
+    if any(kind in found.findings for kind in _LATE):
+        logger.info("images have arrived since the listing: one more round")
+        with steps.session(job):
+            enrich_due(steps, job, f"late-{name}", notify)
+        found = verify(job, f"verify-{name}", found)
+    if found.is_sound:
+        return
+    body = "; ".join(f"{finding.count:,} {ERRORS[kind]}" for kind, finding in found.findings.items() if kind in ERRORS)
+    alerts.alert(
+        alerts.UNRECONCILED,
+        catalog=job.catalog.uri,
+        subject="vlmflow: the catalog does not verify",
+        body=body,
+        notify=notify,
+    )
+    raise VerificationError(f"catalog {job.catalog.uri}: {body}", remedy="`vlmflow verify` shows examples.")
+
+
+@task(name="report", cache_policy=NO_CACHE, retries=RETRIES, retry_delay_seconds=list(RETRY_DELAYS_S),
+      retry_condition_fn=may_pass)  # fmt: skip
+def publish(
+    job: Job, report: RunReport, day: dt.date, folder: str | None, url: str | None, keep: int, name: str
+) -> None:
+    """Writes the report of the run, and shows where it lies and what was flagged anew."""
+    place, written = publish_report(job.catalog, report.run_id, day, folder or default_folder(job.catalog), keep)
+    link = None if url is None else f"{url.rstrip('/')}/{place.rsplit('/', 1)[-1]}"
+    artifacts.show_report(f"report-{name}", place, link, f"Run {report.run_id}, {written.num_images:,} images.")
+    artifacts.show_flagged(f"flagged-{name}", job.catalog, report.run_id)
+
+
+@task(name="watch", cache_policy=NO_CACHE)
+def watch(job: Job, report: RunReport, max_jump: float, notify: str | None) -> None:
+    """Tells people if the run flagged many more images than those before it."""
+    jump = alerts.flagged_jump(report, Catalog.open(job.catalog).runs.list(), max_jump)
+    if jump is not None:
+        share, usual = jump
+        alerts.alert(
+            alerts.FLAGGED_JUMP,
+            catalog=job.catalog.uri,
+            subject="vlmflow: many more images are flagged",
+            body=f"Run {report.run_id} flagged {share:.1%} of its images; the runs before it {usual:.1%}.",
+            notify=notify,
+            facts={"share": share, "usual": usual, "run_id": report.run_id},
+        )
+
+
+if __name__ == "__main__":
+    from pipelines.command_line import main
+
+    main(nightly_enrichment)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,11 +14,11 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from ray.util import get_node_ip_address
 
 from tests import kill
 from tests.integration.test_kill_catalog import Rows, let_all_die, rows_of, vectors_of
 from tests.pictures import write_pictures
+from tests.processes import end_family, ray_nodes, wait_for
 from vlmflow.catalog import Catalog
 from vlmflow.config import CatalogConfig
 
@@ -155,12 +151,12 @@ def test_a_worker_is_killed(images: Path, config: Path, undisturbed: Rows, tmp_p
 @pytest.mark.slow
 def test_a_node_is_killed(images: Path, config: Path, undisturbed: Rows, tmp_path: Path) -> None:
     root = tmp_path / "catalog"
-    with cluster(tmp_path) as (address, head, node):
-        with running(*command(images, root, config, "--ray-address", address)) as driver:
+    with ray_nodes(tmp_path) as ray:
+        with running(*command(images, root, config, "--ray-address", ray.address)) as driver:
             wait_for(lambda: num_rows(root) > 0, driver)
-            end_family(node)
+            end_family(ray.node)
             output, _ = driver.communicate(timeout=280)
-        assert head.poll() is None
+        assert ray.head.poll() is None
     assert driver.returncode == 0, output[-3000:]
     assert json.loads(output.splitlines()[-1])["status"] == "done"
     assert comparable(root) == undisturbed
@@ -169,10 +165,10 @@ def test_a_node_is_killed(images: Path, config: Path, undisturbed: Rows, tmp_pat
 @pytest.mark.slow
 def test_the_head_is_killed(images: Path, config: Path, undisturbed: Rows, tmp_path: Path) -> None:
     root = tmp_path / "catalog"
-    with cluster(tmp_path) as (address, head, _):
-        with running(*command(images, root, config, "--ray-address", address)) as driver:
+    with ray_nodes(tmp_path) as ray:
+        with running(*command(images, root, config, "--ray-address", ray.address)) as driver:
             wait_for(lambda: num_rows(root) > 0, driver)
-            end_family(head)
+            end_family(ray.head)
             driver.communicate(timeout=280)  # it ends by itself
         assert driver.returncode != 0
     resumed = kill.run("never", 0, *command(images, root, config))
@@ -192,50 +188,6 @@ def running(*arguments: str) -> Iterator[subprocess.Popen[str]]:
         if driver.poll() is None:
             driver.kill()
             driver.wait()
-
-
-@contextmanager
-def cluster(folder: Path) -> Iterator[tuple[str, subprocess.Popen[bytes], subprocess.Popen[bytes]]]:
-    """A head and a node, one CPU each, as processes of this test."""
-    port = free_port()
-    ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus", "1"]
-    ray += ["--object-store-memory", str(150 * 1024 * 1024), "--disable-usage-stats"]
-    # A token would have to reach all processes; the cluster lives as long as this test, on this machine.
-    environment = os.environ | {"PYTHONPATH": str(kill.ROOT), "RAY_AUTH_MODE": "disabled"}
-    address = f"{get_node_ip_address()}:{port}"
-    short = Path("/tmp") / f"ray-{os.getpid()}-{port}"  # sockets have short names only
-    head_command = [*ray, "--head", "--port", str(port), "--include-dashboard", "false", "--temp-dir", str(short)]
-    processes: list[subprocess.Popen[bytes]] = []
-    try:
-        for number, command_line in enumerate((head_command, [*ray, "--address", address])):
-            log = (folder / f"ray-{number}.log").open("wb")
-            processes.append(subprocess.Popen(command_line, stdout=log, stderr=log, env=environment))
-            wait_for(lambda at=number: f"{at + 1} nodes" in nodes(address), processes[-1])
-        yield address, processes[0], processes[1]
-    finally:
-        for process in processes:
-            end_family(process)
-
-
-def nodes(address: str) -> str:
-    script = (
-        "import ray, logging; "
-        f"ray.init('{address}', logging_level=logging.ERROR, log_to_driver=False); "
-        "print(sum(node['Alive'] for node in ray.nodes()), 'nodes')"
-    )
-    asked = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120)
-    return asked.stdout
-
-
-def end_family(process: subprocess.Popen[bytes]) -> None:
-    """Kills a process of ours and all that it started."""
-    if process.poll() is not None:
-        return
-    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for member in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.kill()
-    process.wait()
 
 
 def is_rays(process: psutil.Process) -> bool:
@@ -264,17 +216,3 @@ def num_rows(root: Path) -> int:
     if not (root / "images" / "_delta_log").exists() or not Catalog.exists(config):
         return 0
     return Catalog.open(config).images(["image_id"]).num_rows
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[Any], seconds: float = 200) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, "it ended before"
-        assert time.monotonic() < deadline, "it took too long"
-        time.sleep(0.05)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

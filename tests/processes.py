@@ -1,0 +1,145 @@
+"""Processes that tests start and end: a Ray cluster of two nodes, a Prefect server. None outlives its test."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+from ray.util import get_node_ip_address
+
+ROOT = Path(__file__).parents[1]
+_TICK_S = 0.05
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[Any] | None = None, seconds: float = 200) -> None:
+    """Waits until a condition holds; a process that it depends on must not end before."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process is None or process.poll() is None, "it ended before"
+        assert time.monotonic() < deadline, "it took too long"
+        time.sleep(_TICK_S)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def end_family(process: subprocess.Popen[Any]) -> None:
+    """Kills a process of ours and all that it started."""
+    if process.poll() is not None:
+        return
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.wait()
+
+
+@dataclass(frozen=True)
+class RayNodes:
+    """A head and a node of a Ray cluster.
+
+    Attributes:
+        jobs_url: of the dashboard; empty: there is none.
+    """
+
+    address: str
+    jobs_url: str
+    head: subprocess.Popen[bytes]
+    node: subprocess.Popen[bytes]
+
+
+@contextmanager
+def ray_nodes(folder: Path, *, dashboard: bool = False, cpus: int = 1) -> Iterator[RayNodes]:
+    """A head and a node, as processes of this test."""
+    port, dashboard_port = free_port(), free_port()
+    ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus", str(cpus)]
+    ray += ["--object-store-memory", str(150 * 1024 * 1024), "--disable-usage-stats"]
+    # A token would have to reach all processes; the cluster lives as long as this test, on this machine.
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
+    # The command of a Ray job is looked for in the path, and is `python`.
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    address = f"{get_node_ip_address()}:{port}"
+    short = Path("/tmp") / f"ray-{os.getpid()}-{port}"  # sockets have short names only
+    head = [*ray, "--head", "--port", str(port), "--temp-dir", str(short)]
+    head += ["--include-dashboard", str(dashboard).lower(), "--dashboard-port", str(dashboard_port)]
+    node = [*ray, "--address", address, "--dashboard-agent-listen-port", str(free_port())]
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        for number, command_line in enumerate((head, node)):
+            log = (folder / f"ray-{number}.log").open("wb")
+            processes.append(subprocess.Popen(command_line, stdout=log, stderr=log, env=environment))
+            wait_for(lambda at=number: _num_nodes(address) == at + 1, processes[-1])  # type: ignore[misc]
+        jobs_url = f"http://127.0.0.1:{dashboard_port}" if dashboard else ""
+        yield RayNodes(address, jobs_url, processes[0], processes[1])
+    finally:
+        for process in processes:
+            end_family(process)
+
+
+def _num_nodes(address: str) -> int:
+    script = (
+        "import ray, logging; "
+        f"ray.init('{address}', logging_level=logging.ERROR, log_to_driver=False); "
+        "print(sum(node['Alive'] for node in ray.nodes()))"
+    )
+    asked = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120)
+    return int(asked.stdout.strip() or 0)
+
+
+@contextmanager
+def prefect_server(folder: Path) -> Iterator[str]:
+    """A Prefect server with a database of its own; gives the address of its API."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}/api"
+    environment = os.environ | prefect_environment(folder, url)
+    log = (folder / "prefect-server.log").open("wb")
+    server = subprocess.Popen(
+        [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
+        stdout=log,
+        stderr=log,
+        env=environment,
+        start_new_session=True,
+    )
+    try:
+        wait_for(lambda: _answers(f"{url}/health"), server)
+        yield url
+    finally:
+        if server.poll() is None:
+            server.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                server.wait(10)
+        end_family(server)
+
+
+def prefect_environment(folder: Path, url: str) -> dict[str, str]:
+    """What processes that talk to the server of a test need."""
+    return {
+        "PREFECT_HOME": str(folder),
+        "PREFECT_API_URL": url,
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_LOGGING_EXTRA_LOGGERS": "vlmflow",
+        "PREFECT_RUNNER_HEARTBEAT_FREQUENCY": "30",
+        "PYTHONPATH": str(ROOT),
+    }
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=2).status_code == 200
+    except httpx.HTTPError:
+        return False

@@ -28,23 +28,19 @@ MIN_ROWS = 50  # of fewer, a share says little
 _NIGHTS = 7
 
 
-def alert(
-    event: str, *, catalog: str, subject: str, body: str, notify: str | None, facts: Mapping[str, Any] | None = None
-) -> None:
-    """Emits an event, and sends a message. A message that cannot be sent is logged and fails nothing.
-
-    Args:
-        catalog: its uri; the event's resource.
-        notify: a notification block, as ``type/name``, such as ``slack-webhook/moderation``; None: no message.
-    """
-    logger.warning("%s: %s", subject, body)
+def emit(event: str, catalog: str, facts: Mapping[str, Any]) -> None:
+    """Emits an event about a catalog, for automations."""
+    logger.warning("%s: %s", event, ", ".join(f"{name} {value}" for name, value in facts.items()))
     resource = {"prefect.resource.id": f"vlmflow.catalog.{catalog}", "prefect.resource.name": catalog}
-    emit_event(event, resource=resource, payload={"subject": subject, "body": body, **(facts or {})})
-    send(notify, subject, body)
+    emit_event(event, resource=resource, payload=dict(facts))
 
 
 def send(notify: str | None, subject: str, body: str) -> None:
-    """Sends a message through a notification block. A message that cannot be sent is logged and fails nothing."""
+    """Sends a message through a notification block. A message that cannot be sent is logged and fails nothing.
+
+    Args:
+        notify: the block, as ``type/name``, such as ``slack-webhook/moderation``; None: no message.
+    """
     if notify is None:
         return
     try:
@@ -61,7 +57,7 @@ def send(notify: str | None, subject: str, body: str) -> None:
 
 
 def tell_failure(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
-    """A hook for the failure or crash of a flow: sends what the state says."""
+    """A hook for the failure or crash of a flow: sends what the state says, unreconciled rows among it."""
     message = " ".join((state.message or "no message").split())[:1000]
     send(flow_run.parameters.get("notify"), f"{flow.name} {flow_run.name} {state.name}", message)
 

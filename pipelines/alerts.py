@@ -48,9 +48,10 @@ def send(notify: str | None, subject: str, body: str) -> None:
         if not isinstance(block, NotificationBlock):
             logger.error("%s is no notification block: nobody was told of: %s", notify, subject)
             return
-        sent: Any = block.notify(body, subject)
-        if inspect.iscoroutine(sent):  # within a running event loop
-            run_coro_as_sync(sent)
+        with block.raise_on_failure():  # most blocks would say nothing
+            sent: Any = block.notify(body, subject)
+            if inspect.iscoroutine(sent):  # within a running event loop
+                run_coro_as_sync(sent)
     except Exception as error:  # noqa: BLE001 - whatever a messenger raises, the run is what matters
         # Its text may hold the address with its token.
         logger.error("nobody was told of %r: block %s failed with %s", subject, notify, type(error).__name__)

@@ -31,9 +31,7 @@ def main(flow: Flow[..., Any], arguments: Sequence[str] | None = None) -> None:
     except VlmflowError as error:
         ended = error
     except KeyboardInterrupt:
-        _leave(
-            flow, "interrupted; a job on a Ray cluster goes on, and the same command follows it again", 130
-        )
+        _leave(flow, "interrupted; a job on a Ray cluster goes on, and the same command follows it again", 130)
     except (RuntimeError, httpx.HTTPError) as error:  # of Prefect: what the flow itself raises is in its state
         _leave(flow, f"Prefect: {error}", 2)
     if isinstance(ended, VlmflowError):

@@ -63,7 +63,7 @@ class Command:
         """Equal for equal commands; a job's id is this and its attempt number."""
         content = json.dumps([self.arguments, dict(sorted(self.files.items()))])
         digest = hashlib.sha256(content.encode()).hexdigest()[:12]
-        label = re.sub(r"[^a-z0-9]+", "-", self.label.lower()).strip("-")[:_MAX_LABEL]
+        label = re.sub(r"[^a-z0-9]+", "-", self.label.lower()).strip("-")[:_MAX_LABEL] or "command"
         return f"vlmflow-{label}-{digest}"
 
     @property
@@ -124,7 +124,7 @@ class RayJobs:
             once: the owner wants the command done once: its own attempt that has succeeded is as good.
 
         Raises:
-            SubmittedJobError: the cluster refuses the job.
+            SubmittedJobError: the cluster takes no such job.
         """
         while True:
             last = self.last(command)
@@ -271,6 +271,8 @@ class RayJobs:
                 last = self.last(command)
                 if last is not None and last.number >= number:
                     return None
+                if "status code 4" not in str(error.__cause__):
+                    raise  # a head that has just started says 500, and to come back later
                 raise SubmittedJobError(
                     f"Ray refused job {submission_id}: {error}", remedy="Look at the cluster's dashboard."
                 ) from error
@@ -311,6 +313,8 @@ def _attempt(job: JobDetails) -> Attempt | None:
 
 
 def _first_line(error: Exception) -> str:
-    """What a library said, in one line of bearable length."""
+    """What a library said, in one line of bearable length; of a traceback, that is the last."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]
+    if not lines:
+        return type(error).__name__
+    return (lines[-1] if "Traceback" in lines[0] else lines[0])[:300]

@@ -10,10 +10,10 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Annotated, Any, NoReturn, Protocol, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from pipelines.ray_jobs import Attempt, Command, RayJobs, read_files
 from vlmflow import errors
@@ -33,18 +33,15 @@ _Model = TypeVar("_Model", bound=Frozen)
 
 
 class Golden(Frozen):
-    """The golden set that stands before a run, and what was accepted of it.
+    """The golden set that stands before a run, and what was accepted of it."""
 
-    Attributes:
-        uri: a few images that represent the catalog.
-        accepted: file of accepted values; `vlmflow gate accept` writes it.
-        scratch: folder or prefix for a temporary catalog. On a cluster, one that all nodes reach.
-    """
-
-    uri: str
-    accepted: Path
-    limits: GateLimits = GateLimits()
-    scratch: str | None = None
+    uri: Annotated[str, Field(description="A few images that represent the catalog: a folder or a prefix.")]
+    accepted: Annotated[Path, Field(description="File of accepted values; `vlmflow gate accept` writes it.")]
+    limits: Annotated[GateLimits, Field(description="How far values may move.")] = GateLimits()
+    scratch: Annotated[
+        str | None,
+        Field(description="Folder or prefix for a temporary catalog. On a cluster, one that all nodes reach."),
+    ] = None
 
 
 class Steps(Protocol):

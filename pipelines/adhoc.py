@@ -114,7 +114,9 @@ def adhoc_job(
 )
 def follow_job(steps: Steps, job: Job, name: str) -> RunReport:
     """Submits the job, or finds it running, and waits for its end."""
-    report = steps.enrich(job, RunProgress(f"enrich-{name}"))
+    progress = RunProgress(f"enrich-{name}")
+    report = steps.enrich(job, progress)
+    progress.done(report)
     artifacts.show_counts(f"counts-{name}", report)
     return report
 

@@ -22,6 +22,7 @@ from prefect.tasks import Task
 from pipelines.ray_jobs import Command, RayJobs
 from pipelines.steps import InProcess, OnCluster, Steps
 from vlmflow.config import Job, load_job
+from vlmflow.engine import RunReport
 from vlmflow.engine.progress import Tally, describe
 from vlmflow.errors import ClusterError, StoreLostError, TransientError, VlmflowError
 
@@ -104,6 +105,10 @@ class RunProgress:
         logger.info("%s", describe(tally))
         percent = 100.0 * tally.committed / tally.total if tally.total else 0.0
         self.show(percent, describe(tally))
+
+    def done(self, report: RunReport) -> None:
+        """Shows that the run is over."""
+        self.show(100.0, f"{report.num_added:,} rows new, {report.num_replaced:,} replaced")
 
     def show(self, percent: float, description: str) -> None:
         """Puts the artifact to a percentage."""

@@ -179,11 +179,13 @@ def make_plan(steps: Steps, job: Job, key: str) -> PlanSummary:
       retry_condition_fn=may_pass)  # fmt: skip
 def enrich_due(steps: Steps, job: Job, name: str) -> RunReport:
     """Does what is due. A retry goes on where the try before it stopped: the catalog is what remembers."""
+    progress = RunProgress(f"enrich-{name}")
     try:
-        report = steps.enrich(job, RunProgress(f"enrich-{name}"))
+        report = steps.enrich(job, progress)
     except UnreconciledError as error:
         alerts.emit(alerts.UNRECONCILED, job.catalog.uri, {"problems": str(error)})
         raise
+    progress.done(report)
     artifacts.show_counts(f"counts-{name}", report)
     return report
 

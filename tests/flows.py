@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,6 +122,15 @@ class HeldImages(http.server.ThreadingHTTPServer):
         lines = [f"http://127.0.0.1:{self.server_port}/{number}.png" for number in range(num_images)]
         path.write_text("\n".join(["uri", *lines]) + "\n", encoding="utf-8")
         return path
+
+
+def held_job(held: HeldImages, make_job: Callable[..., Job], folder: Path, num_images: int) -> Path:
+    """Writes a job that is in the middle until its images are released."""
+    http = {"allow_private_addresses": True, "timeout_s": 250}
+    pools = [{"tasks": ("embed", "moderate"), "cpus": 0.5, "batch_size": 4}]
+    manifest = held.manifest(folder / "images.csv", num_images)
+    job = make_job(manifest, source_options={"http": http}, tasks=("embed", "moderate"), pools=pools)
+    return write_job(job, folder / "job.yaml")
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from ray.job_submission import JobSubmissionClient
 
-from tests.flows import HeldImages, Prefect, held_images, worker, write_job
+from tests.flows import Prefect, held_images, held_job, worker, write_job
 from tests.pictures import write_pictures
 from tests.processes import ROOT, RayNodes, wait_for
 from vlmflow.catalog import Catalog
@@ -75,7 +75,7 @@ def test_cancelling_a_flow_run_stops_its_ray_job(
         return [str(job.status.value) for job in client.list_jobs() if job.submission_id not in before]
 
     with held_images() as held:
-        job_file = write_job(held_job(held, make_job, tmp_path), tmp_path / "job.yaml")
+        job_file = held_job(held, make_job, tmp_path, 4)
         run_id = trigger(prefect, "adhoc-job/adhoc", job_file=str(job_file), ray_jobs_url=nodes.jobs_url)
         wait_for(held.asked.is_set)
         assert jobs() == ["RUNNING"]
@@ -84,14 +84,6 @@ def test_cancelling_a_flow_run_stops_its_ray_job(
         wait_for(lambda: state(prefect, run_id) == "Cancelled")
         assert jobs() == ["STOPPED"], at_work.read_text()
     assert "was stopped, as its flow run was" in prefect.log(run_id)
-
-
-def held_job(held: HeldImages, make_job: Callable[..., Job], folder: Path) -> Job:
-    """A job that is in the middle until its images are released."""
-    http = {"allow_private_addresses": True, "timeout_s": 250}
-    pools = [{"tasks": ("embed", "moderate"), "cpus": 0.5, "batch_size": 4}]
-    manifest = held.manifest(folder / "images.csv", 4)
-    return make_job(manifest, source_options={"http": http}, tasks=("embed", "moderate"), pools=pools)
 
 
 def test_what_is_deployed_is_what_the_file_says(prefect: Prefect, at_work: Path) -> None:

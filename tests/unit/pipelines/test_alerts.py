@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import datetime as dt
-import http.server
 import json
 import logging
-import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -18,43 +16,17 @@ from prefect.blocks.system import Secret
 from prefect.states import Failed
 
 from pipelines import alerts
+from tests.messenger import Messenger, running_messenger
 from vlmflow.catalog.runs import RunInfo
 from vlmflow.engine import RunReport
 
 TOKEN = "t0ps3cr3t-token-0123456789"
 
 
-class Messenger(http.server.ThreadingHTTPServer):
-    """Keeps what it is sent, and answers with ``status``."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.status = 200
-        self.received: list[dict[str, Any]] = []
-
-
-class _Handler(http.server.BaseHTTPRequestHandler):
-    def do_POST(self) -> None:
-        server = self.server
-        assert isinstance(server, Messenger)
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        server.received.append({"path": self.path, **json.loads(body)})
-        self.send_response(server.status)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def log_message(self, format: str, *arguments: Any) -> None:
-        """Says nothing."""
-
-
 @pytest.fixture
 def messenger() -> Iterator[Messenger]:
-    with Messenger() as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
+    with running_messenger() as server:
         yield server
-        server.shutdown()
-        thread.join()
 
 
 def webhook(messenger: Messenger) -> Block:

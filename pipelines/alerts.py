@@ -28,11 +28,15 @@ MIN_ROWS = 50  # of fewer, a share says little
 _NIGHTS = 7
 
 
-def emit(event: str, catalog: str, facts: Mapping[str, Any]) -> None:
-    """Emits an event about a catalog, for automations."""
-    logger.warning("%s: %s", event, ", ".join(f"{name} {value}" for name, value in facts.items()))
+def emit(event: str, catalog: str, subject: str, body: str, facts: Mapping[str, Any] | None = None) -> None:
+    """Emits an event about a catalog, for automations.
+
+    Args:
+        catalog: its uri; the event's resource.
+    """
+    logger.warning("%s: %s", subject, body)
     resource = {"prefect.resource.id": f"vlmflow.catalog.{catalog}", "prefect.resource.name": catalog}
-    emit_event(event, resource=resource, payload=dict(facts))
+    emit_event(event, resource=resource, payload={"subject": subject, "body": body, **(facts or {})})
 
 
 def send(notify: str | None, subject: str, body: str) -> None:

@@ -158,7 +158,7 @@ def pass_gate(steps: Steps, job: Job, golden: Golden, key: str) -> None:
     artifacts.show_gate(key, report)
     if not report.passed:
         problems = "; ".join(report.problems)
-        alerts.emit(alerts.REGRESSION, job.catalog.uri, {"problems": problems})
+        alerts.emit(alerts.REGRESSION, job.catalog.uri, "vlmflow: the quality gate is closed", problems)
         raise RegressionError(
             f"the golden set {golden.uri} does not come out as accepted: {problems}",
             remedy="Nothing was written. If the change is meant, look at the new values and run `vlmflow gate accept`.",
@@ -183,7 +183,7 @@ def enrich_due(steps: Steps, job: Job, name: str) -> RunReport:
     try:
         report = steps.enrich(job, progress)
     except UnreconciledError as error:
-        alerts.emit(alerts.UNRECONCILED, job.catalog.uri, {"problems": str(error)})
+        alerts.emit(alerts.UNRECONCILED, job.catalog.uri, "vlmflow: rows do not reconcile", str(error))
         raise
     progress.done(report)
     artifacts.show_counts(f"counts-{name}", report)
@@ -232,7 +232,7 @@ def _check_catalog(steps: Steps, job: Job, name: str) -> None:
     if found.is_sound:
         return
     body = "; ".join(f"{finding.count:,} {ERRORS[kind]}" for kind, finding in found.findings.items() if kind in ERRORS)
-    alerts.emit(alerts.UNRECONCILED, job.catalog.uri, {"problems": body})
+    alerts.emit(alerts.UNRECONCILED, job.catalog.uri, "vlmflow: the catalog does not verify", body)
     raise VerificationError(f"catalog {job.catalog.uri}: {body}", remedy="`vlmflow verify` shows examples.")
 
 
@@ -254,12 +254,11 @@ def watch(job: Job, report: RunReport, max_jump: float, notify: str | None) -> N
     jump = alerts.flagged_jump(report, Catalog.open(job.catalog).runs.list(), max_jump)
     if jump is not None:
         share, usual = jump
-        alerts.emit(alerts.FLAGGED_JUMP, job.catalog.uri, {"share": share, "usual": usual, "run_id": report.run_id})
-        alerts.send(
-            notify,
-            "vlmflow: many more images are flagged",
-            f"Run {report.run_id} of {job.catalog.uri} flagged {share:.1%} of its images; those before it {usual:.1%}.",
-        )
+        subject = "vlmflow: many more images are flagged"
+        body = f"Run {report.run_id} of {job.catalog.uri}: {share:.1%} of its images; of the runs before, {usual:.1%}."
+        facts = {"share": share, "usual": usual, "run_id": report.run_id}
+        alerts.emit(alerts.FLAGGED_JUMP, job.catalog.uri, subject, body, facts)
+        alerts.send(notify, subject, body)
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def worker(prefect: Prefect, log: Path) -> Iterator[None]:
     assert made.returncode == 0, made.stdout + made.stderr
     deployed = prefect.command("deploy", "--all", "--prefect-file", "deploy/prefect.yaml")
     assert deployed.returncode == 0, deployed.stdout + deployed.stderr
-    with process(prefect, log, "prefect", "worker", "start", "--pool", "vlmflow", "--query-seconds", "1") as started:
+    with process(prefect, log, "prefect", "worker", "start", "--pool", "vlmflow") as started:
         wait_for(lambda: b"started!" in log.read_bytes(), started)
         yield
 

@@ -148,7 +148,7 @@ def test_a_jump_of_the_flagged_share_is_told_and_the_night_is_good(
     assert state.is_completed(), state.message
     (message,) = messenger.received
     assert message["title"] == "vlmflow: many more images are flagged"
-    assert "flagged 50.0% of its images; those before it 5.0%" in message["text"]
+    assert "50.0% of its images; of the runs before, 5.0%" in message["text"]
     wait_for(lambda: bool(facts(prefect, "vlmflow.flagged-share.jumped", config)), seconds=30)
     assert facts(prefect, "vlmflow.flagged-share.jumped", config)[0]["share"] == 0.5
 

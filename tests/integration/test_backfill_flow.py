@@ -34,10 +34,10 @@ Rows = dict[str, dict[str, Any]]
 def strict(policy: str, models: dict[str, dict[str, Any]], tmp_path: Path) -> str:
     """The policy of conftest with thresholds that everything passes."""
     data = yaml.safe_load(Path(policy).read_text(encoding="utf-8"))
-    data["version"], data["bindings"] = "2", []
+    data |= {"version": "2", "bindings": []}
     data["categories"][0]["labels"][0] |= {"review": 0.0, "block": 0.0}
     path = tmp_path / "strict.yaml"
-    path.write_text(yaml.safe_dump(data), encoding="utf-8")
+    path.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
     write_binding(path, bind(load_policy(str(path)), identify("embed", ModelConfig(**models["embed"]))))
     return str(path)
 

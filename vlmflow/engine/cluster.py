@@ -167,6 +167,6 @@ def _connect(config: RayConfig) -> None:
         where = f"Ray at {config.address}" if config.address else "an embedded Ray"
         raise ClusterError(
             f"{where} does not start or answer: {str(error).splitlines()[0]}",
-            remedy="Check the address, and that its Ray version equals the installed one; `vlmflow doctor` tests both. A "
-            "cluster with token authentication wants RAY_AUTH_MODE=token and its token in RAY_AUTH_TOKEN_PATH.",
+            remedy="Check the address, and that its Ray version equals the installed one; `vlmflow doctor` tests both. "
+            "A cluster with token authentication wants RAY_AUTH_MODE=token and its token in RAY_AUTH_TOKEN_PATH.",
         ) from error

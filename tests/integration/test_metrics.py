@@ -68,6 +68,16 @@ def test_a_run_is_seen_on_the_nodes_metrics_endpoint(make_job: Callable[..., Job
     assert "ray_vlmflow_pool_waiting_seconds_total" in of_pool or of_pool["ray_vlmflow_batch_images_count"] == 1
 
 
+def test_ray_serves_what_the_dashboard_asks_it_for() -> None:
+    dashboard = (Path(__file__).parents[2] / "deploy/grafana/vlmflow.json").read_text(encoding="utf-8")
+    of_ray = set(re.findall(r"\bray_(?!vlmflow_)\w+", dashboard))
+    of_gpus = {"ray_node_gpus_utilization", "ray_node_gram_used"}
+
+    wait_for(lambda: of_ray - of_gpus <= {name for name, _, _ in scrape()}, seconds=60)
+
+    assert of_gpus < of_ray
+
+
 def test_every_metric_that_a_run_tells_is_described() -> None:
     described = COUNTERS | GAUGES | HISTOGRAMS
     served = {name for name, _, _ in scrape() if name.startswith("ray_vlmflow_")}

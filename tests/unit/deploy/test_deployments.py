@@ -64,9 +64,8 @@ def deployment(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 def test_the_three_flows_are_deployed() -> None:
     assert [found["name"] for found in deployments()] == ["nightly", "backfill", "adhoc"]
-    assert yaml.safe_load((DEPLOY / "prefect.yaml").read_text(encoding="utf-8"))["prefect-version"] == version(
-        "prefect"
-    )
+    file = yaml.safe_load((DEPLOY / "prefect.yaml").read_text(encoding="utf-8"))
+    assert file["prefect-version"] == version("prefect")
 
 
 def test_a_deployment_runs_a_flow_with_parameters_that_it_takes(deployment: dict[str, Any]) -> None:

@@ -19,9 +19,8 @@ DOCKERFILE = (DEPLOY / "Dockerfile").read_text(encoding="utf-8")
 
 
 def test_hadolint_has_nothing_to_say() -> None:
-    done = subprocess.run(
-        [Path(sys.executable).parent / "hadolint", DEPLOY / "Dockerfile"], capture_output=True, text=True, check=False
-    )
+    command = [Path(sys.executable).parent / "hadolint", DEPLOY / "Dockerfile"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
 

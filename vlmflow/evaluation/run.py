@@ -217,5 +217,3 @@ def _manifest(data: Dataset) -> pa.Table:
         questions = [[question["question"] for question in several] for several in rows["questions"].to_pylist()]
         return pa.table({"uri": rows["uri"], "questions": pa.array(questions, pa.list_(pa.string()))})
     return rows.select(["uri"])
-
-

@@ -47,7 +47,7 @@ def score_captions(captions: Sequence[str | None], references: Sequence[Sequence
     plain = [" ".join(one) for one in words]
     plain_others = [[" ".join(one) for one in several] for several in others]
     if missing_for_meteor() is None:
-        found["METEOR"] = meteor(plain, plain_others)
+        found["METEOR"], _ = meteor(plain, plain_others)
     else:
         found["METEOR-2005"] = meteor_2005(words, others)
     if missing_for_spice() is None:
@@ -92,9 +92,7 @@ def score_zeroshot(similar: NDArray[np.float32], truth: NDArray[np.int64], class
     return Scored(figures, {"class": by_class})
 
 
-def score_match(
-    itm: NDArray[np.float64], itc: NDArray[np.float64], matches: NDArray[np.bool_]
-) -> Scored:
+def score_match(itm: NDArray[np.float64], itc: NDArray[np.float64], matches: NDArray[np.bool_]) -> Scored:
     """ROC AUC of both heads, and the accuracy of the matching head's probability at one half.
 
     Args:

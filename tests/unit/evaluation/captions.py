@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 
-_NOUNS = """man woman dog cat tennis-player T-shirt bus street-sign boy girl 10-year-old elephant TV O'Brien U.S. café
-firefighters' child's they're AT&T Coca-Cola Wi-Fi skateboard umbrella frisbee""".split()
-_OTHERS = """a the two 3 A an 1,000 his it's don't isn't 7:30 $5 50% #1 50th 1990s '90s and/or black-and-white grey
-“old” "stop" (small) b&w w/ Mr. St. no. ft. 2.5 of on with near cannot naïve 中文 — … 😀 &""".split()
+_NOUNS = re.findall(
+    r"\S+",
+    """man woman dog cat tennis-player T-shirt bus street-sign boy girl 10-year-old elephant TV O'Brien U.S. café
+    firefighters' child's they're AT&T Coca-Cola Wi-Fi skateboard umbrella frisbee""",
+)
+_OTHERS = re.findall(
+    r"\S+",
+    """a the two 3 A an 1,000 his it's don't isn't 7:30 $5 50% #1 50th 1990s '90s and/or black-and-white grey “old”
+    "stop" (small) b&w w/ Mr. St. no. ft. 2.5 of on with near cannot naïve 中文 — … 😀 &""",
+)
 _SIGNS = (",", ".", ";", ":", "!", "?", " -", " --", "...", " –", "'", " &", " /", ")")
 
 

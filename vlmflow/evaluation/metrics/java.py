@@ -37,8 +37,10 @@ def missing_for_spice(folder: Path | None = None) -> str | None:
     return _missing("SPICE", (_SPICE, _SPICE_MODELS), folder)
 
 
-def meteor(candidates: Sequence[str], references: Sequence[Sequence[str]], folder: Path | None = None) -> float:
-    """METEOR 1.5 of a corpus, as the COCO caption scorer runs it (English, normalised).
+def meteor(
+    candidates: Sequence[str], references: Sequence[Sequence[str]], folder: Path | None = None
+) -> tuple[float, list[float]]:
+    """METEOR 1.5 of a corpus and of each caption, as the COCO caption scorer runs it (English, normalised).
 
     Args:
         candidates: captions of tokens with blanks between them.
@@ -65,10 +67,9 @@ def meteor(candidates: Sequence[str], references: Sequence[Sequence[str]], folde
         try:
             # A line in, a line out: the program answers before it reads on.
             statistics = [_exchange(process, line) for line in lines]
-            answer = _exchange(process, f" {_SEPARATOR} ".join(("EVAL", *statistics)))
-            for _ in lines:  # each caption's score, then that of all
-                answer = _read(process)
-            return float(answer)
+            first = _exchange(process, f" {_SEPARATOR} ".join(("EVAL", *statistics)))
+            each = [float(first), *(float(_read(process)) for _ in lines[1:])]
+            return float(_read(process)), each
         except (OSError, ValueError) as error:
             problems.seek(0)
             said = " ".join(problems.read().split())[-200:]

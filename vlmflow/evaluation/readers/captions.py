@@ -48,7 +48,7 @@ def read_caption_tokens(task: EvaluationTask, path: Path, images: str | None, sp
         wanted = [line.strip() for line in _lines(Path(split))]
         unknown = [name for name in wanted if name not in captions]
         if unknown:
-            raise EvaluationError(f"{split} names {unknown[0]}, which {path} has no caption of", remedy="Use its names.")
+            raise EvaluationError(f"{split} names {unknown[0]}, which {path} has not", remedy="Use its names.")
         captions = {name: captions[name] for name in wanted}
     elif split != "test":
         raise EvaluationError(f"--split {split}: no such file", remedy="Name a text file with one image name a line.")

@@ -1,4 +1,8 @@
-"""Prints every figure of the model cards, from the shipped folders: ``python -m benchmarks.starter.evaluate``."""
+"""Prints every figure of the model cards: ``python -m benchmarks.starter.evaluate``.
+
+Pictures of each test set are written as files and go through `vlmflow.evaluation`, as anybody's would: the engine, the
+shipped folders, the field's metrics. What is here is what is true of the pictures, and figures of words in sentences.
+"""
 
 from __future__ import annotations
 
@@ -9,27 +13,38 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
-import open_clip
+import pyarrow as pa
 import torch
-from torch.nn import functional
-from transformers import BlipForConditionalGeneration, BlipForImageTextRetrieval, ViltForQuestionAnswering
+from PIL import Image
+from transformers import ViltForQuestionAnswering
 
 from benchmarks.starter.captions import Writer, build_tokenizer
 from benchmarks.starter.cards import misses, write_cards
-from benchmarks.starter.concepts import World
-from benchmarks.starter.data import TRAINED_ARTISTS, Tokens, encode
+from benchmarks.starter.concepts import Concept, World
+from benchmarks.starter.data import TRAINED_ARTISTS, encode
 from benchmarks.starter.demo_figures import Demo
-from benchmarks.starter.metrics import Nouns, Scores, auc, bleu4, top_k
+from benchmarks.starter.metrics import Nouns
 from benchmarks.starter.objectives import answer_logits
-from benchmarks.starter.questions import KINDS, Asker
+from benchmarks.starter.policy import label_name
+from benchmarks.starter.questions import KINDS, Asker, Question
 from benchmarks.starter.scenes import COLOR_NAMES, EVALUATION_STEP, Painter, Scene, SceneSampler
 from benchmarks.starter.sources import HELD_OUT, WORK_FOLDER, DrawingSet, build_drawings, load_world
+from vlmflow.config import Job, RayConfig
+from vlmflow.engine.cluster import ray_cluster
+from vlmflow.evaluation import Choices, Dataset, EvaluationTask
+from vlmflow.evaluation.dataset import table_of
+from vlmflow.evaluation.evaluate import evaluate_with_predictions
+from vlmflow.evaluation.metrics.captions import bleu, cider
+from vlmflow.evaluation.metrics.classes import roc_auc
+from vlmflow.evaluation.metrics.ptb import tokenize
+from vlmflow.evaluation.report import EvaluationReport
+from vlmflow.evaluation.score import score_answers
 
 RESULTS = Path("benchmarks/results/starter.json")
 STARTER = Path("vlmflow/starter")
 _BATCH = 125
 _CONSTANT_CAPTION = "a cat on a white background"
+_GALLERY = 1000
 
 
 @dataclass(frozen=True)
@@ -74,70 +89,165 @@ def test_sets(world: World, drawings: DrawingSet) -> list[TestSet]:
 
 
 class Evaluation:
-    """The figures of one set, model by model."""
+    """The figures of one set, model by model, from the folders that are there."""
 
-    def __init__(self, world: World, test: TestSet, num: int) -> None:
-        self._world, self._test, self._num = world, test, num
-        self._writer, self._tokenizer = Writer(world), build_tokenizer(world)
+    def __init__(self, world: World, test: TestSet, num: int, folder: Path, work: Path) -> None:
+        self._world, self._test, self._num, self._folder = world, test, num, folder
+        self._work = work / "evaluate" / test.name.replace(" ", "-")
+        self._writer = Writer(world)
         self._nouns = Nouns(world.all_concepts)
+        self._models = {
+            "embed": {"family": "open_clip", "path": str(folder / "clip"), "repo": "vlmflow/starter-clip"},
+            "caption": {"family": "blip_caption", "path": str(folder / "captioner")},
+            "match": {"family": "blip_itm", "path": str(folder / "matcher")},
+        }
 
-    def clip(self, model: open_clip.CLIP) -> dict[str, float]:
+    def clip(self) -> dict[str, float]:
+        names = [concept.name for concept in self._world.all_concepts]
         scenes = self._test.scenes(self._num, 0, num_kinds=1)
-        names = [self._writer.name(c) for c in range(len(self._world.all_concepts))]
-        truth = np.array([scene.items[0][0] for scene in scenes])
-        scores = _similarities(model, self._test.paint(scenes), self._tokens(names))
-        figures = {"zero-shot top-1": top_k(scores, truth, 1), "zero-shot top-5": top_k(scores, truth, 5)}
-        gallery = self._test.gallery(1000)
-        texts = self._tokens([self._writer.full(scene) for scene in gallery])
-        scores = _similarities(model, self._test.paint(gallery), texts)
-        own = np.arange(len(gallery))
-        for k in (1, 5, 10):
-            figures[f"image-to-text recall@{k}"] = top_k(scores, own, k)
-        return figures | {"text-to-image recall@1": top_k(scores.T, own, 1), "gallery": len(gallery)}
+        rows = {"class": [names[scene.items[0][0]] for scene in scenes]}
+        prompts = tuple(self._writer.name(number) for number in range(len(names)))
+        choices = Choices(class_names=prompts, templates=("{}",))
+        report, _ = self._run("zeroshot", scenes, rows, choices, classes=tuple(names))
+        figures = {f"zero-shot {k}": _value(report, k) for k in ("top-1", "top-5")}
+        gallery = self._test.gallery(_GALLERY)
+        report, _ = self._run("retrieval", gallery, {"captions": [[self._writer.full(scene)] for scene in gallery]})
+        figures |= {f"image-to-text recall@{k}": _value(report, f"image-to-text R@{k}") for k in (1, 5, 10)}
+        figures |= {"text-to-image recall@1": _value(report, "text-to-image R@1"), "gallery": len(gallery)}
+        return figures | self._moderation()
 
-    def captioner(self, model: BlipForConditionalGeneration) -> dict[str, float]:
+    def captioner(self) -> dict[str, float]:
         single, mixed = self._test.scenes(self._num, 2, num_kinds=1), self._test.scenes(self._num, 3)
         several = self._test.scenes(self._num // 2, 4, num_kinds=2) + self._test.scenes(self._num // 2, 5, num_kinds=3)
-        said = [self._nouns.find(text) for text in self._caption(model, single)]
+        of_single, of_several, captions = (self._captions(scenes) for scenes in (single, several, mixed))
+        said = [self._nouns.find(text) for text in of_single]
         exact = [found == {scene.items[0][0]} for found, scene in zip(said, single, strict=True)]
         recalled = [
             len(self._nouns.find(text) & {c for c, _ in scene.items}) / len(scene.items)
-            for text, scene in zip(self._caption(model, several), several, strict=True)
+            for text, scene in zip(of_several, several, strict=True)
         ]
-        captions, references = self._caption(model, mixed), [self._writer.full(scene) for scene in mixed]
+        references = [self._writer.full(scene) for scene in mixed]
         colors = [f"{COLOR_NAMES[s.color]} background" in text for text, s in zip(captions, mixed, strict=True)]
+        words, others = [tokenize(text) for text in captions], [[tokenize(text)] for text in references]
         return {
             "exact noun, single objects": float(np.mean(exact)),
             "noun recall, two or three": float(np.mean(recalled)),
             "background colour": float(np.mean(colors)),
             "whole caption exact": float(np.mean([a == b for a, b in zip(captions, references, strict=True)])),
-            "BLEU-4": bleu4(captions, references),
-            "BLEU-4 of a constant caption": bleu4([_CONSTANT_CAPTION] * len(references), references),
+            "BLEU-4": bleu(words, others)[3],
+            "BLEU-4 of a constant caption": bleu([tokenize(_CONSTANT_CAPTION)] * len(others), others)[3],
+            "CIDEr": cider(words, others),
         }
 
-    def matcher(self, model: BlipForImageTextRetrieval) -> dict[str, float]:
+    def matcher(self) -> dict[str, float]:
         scenes = self._test.scenes(self._num, 6)
-        with torch.inference_mode():
-            parts = self._test.paint(scenes).split(_BATCH)
-            images = torch.cat([model.vision_model(pixel_values=part).last_hidden_state for part in parts])
-        true = self._match(model, images, scenes)
-        figures = {}
+        true = [self._writer.full(scene) for scene in scenes]
+        wrong = {}
         for name, change in self._wrong_texts().items():
             rng = self._test.sampler.rng(EVALUATION_STEP + 7)
-            figures[f"ITM AUC, {name}"] = auc(true, self._match(model, images, [change(s, rng) for s in scenes]))
+            wrong[name] = [self._writer.full(change(scene, rng)) for scene in scenes]
+        pairs = {
+            (at, text): texts is true for texts in (*wrong.values(), true) for at, text in enumerate(texts)
+        }  # the true text last: it is true whatever else it was
+        uris = self._paint("match", scenes)
+        rows = {
+            "uri": [uris[at] for at, _ in pairs],
+            "key": [text for _, text in pairs],
+            "text": [text for _, text in pairs],
+            "match": list(pairs.values()),
+        }
+        _, scores = self._evaluate("match", table_of("match", rows), Choices())
+        found = dict(zip(pairs, map(float, scores), strict=True))
+        figures = {}
+        for name, texts in wrong.items():
+            values = np.array([found[at, text] for texts in (true, texts) for at, text in enumerate(texts)])
+            positive = np.arange(len(values)) < len(true)
+            figures[f"ITM AUC, {name}"] = roc_auc(values, positive) or 0.0
         return figures
 
-    def vqa(self, model: ViltForQuestionAnswering) -> dict[str, float]:
+    def vqa(self) -> dict[str, float]:
         scenes = self._test.scenes(self._num, 8)
         asker, rng = Asker(self._world), self._test.sampler.rng(EVALUATION_STEP + 9)
-        questions = [asker.ask(scene, rng) for scene in scenes]
-        logits = self._batched(
-            lambda p, t: answer_logits(model, p, t), self._test.paint(scenes), [q.text for q in questions]
+        asked = [asker.ask(scene, rng) for scene in scenes]
+        questions = [
+            {"question_id": str(at), "answers": [one.answer], "question_type": one.kind} for at, one in enumerate(asked)
+        ]
+        said = dict(zip(map(str, range(len(asked))), self._answer(scenes, asked), strict=True))
+        scored = score_answers(said, questions)
+        by_kind = scored.groups["question type"]
+        figures = {"VQA overall": scored.figures["accuracy"].value}
+        figures |= {f"VQA, {kind}": by_kind[kind]["accuracy"].value for kind in KINDS}
+        return {name: value or 0.0 for name, value in figures.items()}
+
+    def _moderation(self) -> dict[str, float]:
+        """What the demo policy finds of scenes with things that it flags, and of the others; shares of a kind."""
+        scenes = self._test.scenes(self._num, 11)
+        labels = [[label_name(concept) for concept, _ in self._things(scene) if concept.flagged] for scene in scenes]
+        flags = [bool(names) for names in labels]
+        _, decisions = self._run("moderate", scenes, {"labels": labels, "flag": flags})
+        flagged = np.array([decision != "allow" for decision in decisions])
+        parts = {"flagged of those to flag": np.array(flags), "flagged of the others": ~np.array(flags)}
+        return {f"moderation, {name}": float(flagged[part].mean()) for name, part in parts.items() if part.any()}
+
+    def _things(self, scene: Scene) -> list[tuple[Concept, int]]:
+        return [(self._world.all_concepts[number], count) for number, count in scene.items]
+
+    def _captions(self, scenes: Sequence[Scene]) -> list[str]:
+        rows = {"captions": [[self._writer.full(scene)] for scene in scenes]}
+        _, captions = self._run("caption", scenes, rows)
+        return [caption or "" for caption in captions]
+
+    def _answer(self, scenes: Sequence[Scene], asked: Sequence[Question]) -> list[str]:
+        model = ViltForQuestionAnswering.from_pretrained(self._folder / "vqa", dtype=torch.float32).eval()
+        pixels, tokenizer = self._test.paint(scenes), build_tokenizer(self._world)
+        said: list[str] = []
+        with torch.inference_mode():
+            for start in range(0, len(asked), _BATCH):
+                tokens = encode(tokenizer, [one.text for one in asked[start : start + _BATCH]])
+                best = answer_logits(model, pixels[start : start + _BATCH], tokens).argmax(1)
+                said += [model.config.id2label[int(number)] for number in best]
+        return said
+
+    def _run(
+        self,
+        task: EvaluationTask,
+        scenes: Sequence[Scene],
+        truth: dict[str, list[object]],
+        choices: Choices | None = None,
+        classes: tuple[str, ...] = (),
+    ) -> tuple[EvaluationReport, Sequence[object]]:
+        rows = table_of(task, {"uri": self._paint(task, scenes), **truth})
+        return self._evaluate(task, rows, choices or Choices(), classes)
+
+    def _evaluate(
+        self, task: EvaluationTask, rows: pa.Table, choices: Choices, classes: tuple[str, ...] = ()
+    ) -> tuple[EvaluationReport, Sequence[object]]:
+        job = Job.model_validate(
+            {
+                "source": {"uri": "unused"},
+                "catalog": {"uri": "unused"},
+                "profile": "starter",
+                "models": self._models,
+                "policy": "demo",
+                "max_caption_tokens": 28,
+                "views": ("squash",),
+            }
         )
-        said = [model.config.id2label[int(number)] for number in logits.argmax(1)]
-        hits = np.array([a == q.answer for a, q in zip(said, questions, strict=True)])
-        kinds = np.array([q.kind for q in questions])
-        return {"VQA overall": float(hits.mean())} | {f"VQA, {k}": float(hits[kinds == k].mean()) for k in KINDS}
+        report, said = evaluate_with_predictions(Dataset(task, self._test.name, rows, classes=classes), job, choices)
+        assert report.num_missing == 0
+        return report, said
+
+    def _paint(self, task: str, scenes: Sequence[Scene]) -> list[object]:
+        """Writes the pictures as files, one folder a task and size of set; returns where they are."""
+        folder = self._work / f"{task}-{len(scenes)}"
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = ((self._test.paint(scenes) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        uris: list[object] = []
+        for number, picture in enumerate(pixels):
+            path = folder / f"{number:04d}.png"
+            Image.fromarray(picture).save(path)
+            uris.append(str(path.absolute()))
+        return uris
 
     def _wrong_texts(self) -> dict[str, Callable[[Scene, np.random.Generator], Scene]]:
         """How the true text of a scene is made wrong: each returns the scene that the wrong text describes."""
@@ -163,76 +273,24 @@ class Evaluation:
 
         return {"random text": random_text, "same category": same_category, "other colour": color, "other count": count}
 
-    def _match(self, model: BlipForImageTextRetrieval, images: torch.Tensor, scenes: Sequence[Scene]) -> Scores:
-        """(N,) the head's probability that ``scenes[i]``'s caption fits; ``images``: (N, tokens, width)."""
 
-        def score(tokens: torch.Tensor, texts: Tokens) -> torch.Tensor:
-            states = model.text_encoder(
-                texts.ids,
-                attention_mask=texts.mask,
-                encoder_hidden_states=tokens,
-                encoder_attention_mask=tokens.new_ones(tokens.shape[:2]),
-            ).last_hidden_state
-            return model.itm_head(states[:, 0]).softmax(dim=1)[:, 1]
-
-        return self._batched(score, images, [self._writer.full(scene) for scene in scenes])
-
-    def _caption(self, model: BlipForConditionalGeneration, scenes: Sequence[Scene]) -> list[str]:
-        captions: list[str] = []
-        for pixels in self._test.paint(scenes).split(_BATCH):
-            ids = model.generate(pixel_values=pixels, max_new_tokens=28, do_sample=False)
-            captions += self._tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return [caption.replace(" ,", ",").strip() for caption in captions]
-
-    def _batched(
-        self, score: Callable[[torch.Tensor, Tokens], torch.Tensor], pixels: torch.Tensor, texts: Sequence[str]
-    ) -> npt.NDArray[np.float32]:
-        parts = []
-        with torch.inference_mode():
-            for start in range(0, len(texts), _BATCH):
-                part = self._tokens(texts[start : start + _BATCH])
-                parts.append(score(pixels[start : start + _BATCH], part).float().numpy())
-        return np.concatenate(parts)
-
-    def _tokens(self, texts: Sequence[str]) -> Tokens:
-        return encode(self._tokenizer, texts)
+def _value(report: EvaluationReport, name: str) -> float:
+    value = report.figures[name].value
+    assert value is not None
+    return value
 
 
-def _similarities(model: open_clip.CLIP, pixels: torch.Tensor, texts: Tokens) -> Scores:
-    context = model.context_length
-    with torch.inference_mode():
-        images = torch.cat([model.encode_image(part, normalize=True) for part in pixels.split(_BATCH)])
-        ids = functional.pad(texts.ids, (0, context - texts.ids.shape[1]))
-        words = torch.cat([model.encode_text(part, normalize=True) for part in ids.split(_BATCH)])
-    return np.asarray((images @ words.T).float().numpy())
-
-
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.nn.Module]:
-    """The models of the folders that are there, through the libraries' own loaders."""
-    models: dict[str, torch.nn.Module] = {}
-    if (folder / "clip").is_dir():
-        models["clip"] = open_clip.create_model(f"local-dir:{folder / 'clip'}")
-    classes = {
-        "captioner": BlipForConditionalGeneration,
-        "matcher": BlipForImageTextRetrieval,
-        "vqa": ViltForQuestionAnswering,
-    }
-    for name, kind in classes.items():
-        if (folder / name).is_dir():
-            models[name] = kind.from_pretrained(folder / name, dtype=dtype)
-    return {name: model.eval() for name, model in models.items()}
-
-
-def evaluate(folder: Path, world: World, drawings: DrawingSet, num: int) -> dict[str, dict[str, float]]:
+def evaluate(folder: Path, world: World, drawings: DrawingSet, num: int, work: Path) -> dict[str, dict[str, float]]:
     """Set name -> figure name -> value, for all models of the folder."""
-    models = load(folder)
     results: dict[str, dict[str, float]] = {}
-    for test in test_sets(world, drawings):
-        evaluation = Evaluation(world, test, num)
-        figures: dict[str, float] = {}
-        for name, model in models.items():
-            figures |= getattr(evaluation, name)(model)
-        results[test.name] = {key: round(value, 4) for key, value in figures.items()}
+    with ray_cluster(RayConfig()):
+        for test in test_sets(world, drawings):
+            evaluation = Evaluation(world, test, num, folder, work)
+            figures: dict[str, float] = {}
+            for name in ("clip", "captioner", "matcher", "vqa"):
+                if (folder / name).is_dir():
+                    figures |= getattr(evaluation, name)()
+            results[test.name] = {key: round(value, 4) for key, value in figures.items()}
     return results
 
 
@@ -246,7 +304,7 @@ def main() -> None:
     parser.add_argument("--policy", default="demo", help="of the demo catalog")
     options = parser.parse_args()
     world = load_world(options.world, options.work)
-    results = evaluate(options.folder, world, build_drawings(world, options.work), options.num)
+    results = evaluate(options.folder, world, build_drawings(world, options.work), options.num, options.work)
     if (options.folder / "demo").is_dir() and (options.folder / "matcher").is_dir():
         figures = Demo(options.folder, options.policy).figures()
         results["demo catalog"] = {name: round(value, 4) for name, value in figures.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -65,6 +66,6 @@ class Dataset:
         return replace(self, rows=self.rows.slice(0, num), benchmark=None)
 
 
-def table_of(task: EvaluationTask, columns: dict[str, list[object]]) -> pa.Table:
+def table_of(task: EvaluationTask, columns: Mapping[str, Sequence[object]]) -> pa.Table:
     """Columns as a table with the task's schema."""
-    return pa.table(columns, schema=SCHEMAS[task])
+    return pa.table(dict(columns), schema=SCHEMAS[task])

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vlmflow.config import CatalogConfig, Job
 from vlmflow.engine.progress import ProgressDisplay
@@ -55,7 +56,7 @@ class Outcome:
     """What a run gave: figures, the predictions that they are made of, and how many images have none."""
 
     scored: Scored
-    predictions: Sequence[Any]
+    predictions: Sequence[Any] | NDArray[np.float32]
     num_missing: int
 
 
@@ -76,7 +77,7 @@ def evaluate(
 
 def evaluate_with_predictions(
     data: Dataset, job: Job, choices: Choices | None = None, *, progress: ProgressDisplay | None = None
-) -> tuple[EvaluationReport, Sequence[Any]]:
+) -> tuple[EvaluationReport, Sequence[Any] | NDArray[np.float32]]:
     """As :func:`evaluate`; also what the models said of each row: a caption, scores, a decision, answers by id."""
     chosen, start = choices or Choices(), time.monotonic()
     if chosen.catalog is None and chosen.scratch is None and job.ray.address is not None:

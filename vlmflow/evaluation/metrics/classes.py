@@ -68,7 +68,9 @@ class _Groups:
             raise ValueError(f"{len(scores)} scores for {len(positive)} images")
         self._order = np.argsort(-scores, kind="stable")
         ordered = scores[self._order]
-        self._starts = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]])) if len(scores) else []
+        first = np.ones(len(scores), np.bool_)
+        first[1:] = ordered[1:] != ordered[:-1]
+        self._starts = np.flatnonzero(first)
 
     def sums(self, values: Floats) -> Floats:
         if not len(self._starts):

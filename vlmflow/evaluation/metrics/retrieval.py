@@ -72,7 +72,7 @@ def text_ranks(
     """
     order = np.argsort(image_of, kind="stable")
     starts = np.searchsorted(image_of[order], np.arange(len(images) + 1))
-    missing = ~np.isfinite(images).all(axis=1)
+    missing: NDArray[np.bool_] = np.asarray(~np.isfinite(images).all(axis=1))
     of_images = np.full(len(images), len(texts), np.int64)
     for rows in _blocks(len(images), len(texts), block_cells):
         similar = images[rows] @ texts.T

@@ -22,7 +22,7 @@ def read_vqa(path: Path, content: Mapping[str, Any], annotations: Path | None, i
         EvaluationError: a file is absent, or a question has no answers.
     """
     place = annotations or _annotations_of(path)
-    if not place.is_file():
+    if not place.is_file() or place == path:
         remedy = "Name it with --annotations; test splits have none that are public."
         raise EvaluationError(f"{path}: no annotations at {place}", remedy=remedy)
     answers = {}

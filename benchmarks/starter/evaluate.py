@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +23,7 @@ from transformers import ViltForQuestionAnswering
 
 from benchmarks.starter.captions import Writer, build_tokenizer
 from benchmarks.starter.cards import misses, write_cards
-from benchmarks.starter.concepts import Concept, World
+from benchmarks.starter.concepts import World
 from benchmarks.starter.data import TRAINED_ARTISTS, encode
 from benchmarks.starter.demo_figures import Demo
 from benchmarks.starter.metrics import Nouns
@@ -29,7 +32,7 @@ from benchmarks.starter.policy import label_name
 from benchmarks.starter.questions import KINDS, Asker, Question
 from benchmarks.starter.scenes import COLOR_NAMES, EVALUATION_STEP, Painter, Scene, SceneSampler
 from benchmarks.starter.sources import HELD_OUT, WORK_FOLDER, DrawingSet, build_drawings, load_world
-from vlmflow.config import Job, RayConfig
+from vlmflow.config import CatalogConfig, Job, RayConfig
 from vlmflow.engine.cluster import ray_cluster
 from vlmflow.evaluation import Choices, Dataset, EvaluationTask
 from vlmflow.evaluation.dataset import table_of
@@ -38,6 +41,7 @@ from vlmflow.evaluation.metrics.captions import bleu, cider
 from vlmflow.evaluation.metrics.classes import roc_auc
 from vlmflow.evaluation.metrics.ptb import tokenize
 from vlmflow.evaluation.report import EvaluationReport
+from vlmflow.evaluation.run import Run
 from vlmflow.evaluation.score import score_answers
 
 RESULTS = Path("benchmarks/results/starter.json")
@@ -89,80 +93,65 @@ def test_sets(world: World, drawings: DrawingSet) -> list[TestSet]:
 
 
 class Evaluation:
-    """The figures of one set, model by model, from the folders that are there."""
+    """The figures of one set, model by model, from the folders that are there.
 
-    def __init__(self, world: World, test: TestSet, num: int, folder: Path, work: Path) -> None:
+    Args:
+        catalog: where results are kept, so that one run of the models can serve several figures; None: nowhere.
+    """
+
+    def __init__(
+        self, world: World, test: TestSet, num: int, folder: Path, work: Path, catalog: CatalogConfig | None = None
+    ) -> None:
         self._world, self._test, self._num, self._folder = world, test, num, folder
         self._work = work / "evaluate" / test.name.replace(" ", "-")
+        self._catalog = catalog
+        self.name = test.name
         self._writer = Writer(world)
         self._nouns = Nouns(world.all_concepts)
-        self._models = {
-            "embed": {"family": "open_clip", "path": str(folder / "clip"), "repo": "vlmflow/starter-clip"},
-            "caption": {"family": "blip_caption", "path": str(folder / "captioner")},
-            "match": {"family": "blip_itm", "path": str(folder / "matcher")},
-        }
+        self.job = starter_job(folder)
 
     def clip(self) -> dict[str, float]:
-        names = [concept.name for concept in self._world.all_concepts]
-        scenes = self._test.scenes(self._num, 0, num_kinds=1)
-        rows = {"class": [names[scene.items[0][0]] for scene in scenes]}
-        prompts = tuple(self._writer.name(number) for number in range(len(names)))
-        choices = Choices(class_names=prompts, templates=("{}",))
-        report, _ = self._run("zeroshot", scenes, rows, choices, classes=tuple(names))
+        prompts = tuple(self._writer.name(number) for number in range(len(self._world.all_concepts)))
+        report, _ = self._evaluate(self.zeroshot, class_names=prompts, templates=("{}",))
         figures = {f"zero-shot {k}": _value(report, k) for k in ("top-1", "top-5")}
-        gallery = self._test.gallery(_GALLERY)
-        report, _ = self._run("retrieval", gallery, {"captions": [[self._writer.full(scene)] for scene in gallery]})
+        report, _ = self._evaluate(self.gallery)
         figures |= {f"image-to-text recall@{k}": _value(report, f"image-to-text R@{k}") for k in (1, 5, 10)}
-        figures |= {"text-to-image recall@1": _value(report, "text-to-image R@1"), "gallery": len(gallery)}
+        figures |= {"text-to-image recall@1": _value(report, "text-to-image R@1"), "gallery": report.num_images}
         return figures | self._moderation()
 
     def captioner(self) -> dict[str, float]:
-        single, mixed = self._test.scenes(self._num, 2, num_kinds=1), self._test.scenes(self._num, 3)
-        several = self._test.scenes(self._num // 2, 4, num_kinds=2) + self._test.scenes(self._num // 2, 5, num_kinds=3)
-        of_single, of_several, captions = (self._captions(scenes) for scenes in (single, several, mixed))
-        said = [self._nouns.find(text) for text in of_single]
-        exact = [found == {scene.items[0][0]} for found, scene in zip(said, single, strict=True)]
+        _, captions = self._evaluate(self.captions)
+        single, several, mixed = self._captioned()
+        said = [self._nouns.find(text) for text in captions]
+        exact = [found == {scene.items[0][0]} for found, scene in zip(said, single, strict=False)]
         recalled = [
-            len(self._nouns.find(text) & {c for c, _ in scene.items}) / len(scene.items)
-            for text, scene in zip(of_several, several, strict=True)
+            len(found & {number for number, _ in scene.items}) / len(scene.items)
+            for found, scene in zip(said[len(single) :], several, strict=False)
         ]
+        whole = captions[-len(mixed) :]
         references = [self._writer.full(scene) for scene in mixed]
-        colors = [f"{COLOR_NAMES[s.color]} background" in text for text, s in zip(captions, mixed, strict=True)]
-        words, others = [tokenize(text) for text in captions], [[tokenize(text)] for text in references]
+        colors = [f"{COLOR_NAMES[s.color]} background" in text for text, s in zip(whole, mixed, strict=True)]
+        words, others = [tokenize(text) for text in whole], [[tokenize(text)] for text in references]
         return {
             "exact noun, single objects": float(np.mean(exact)),
             "noun recall, two or three": float(np.mean(recalled)),
             "background colour": float(np.mean(colors)),
-            "whole caption exact": float(np.mean([a == b for a, b in zip(captions, references, strict=True)])),
+            "whole caption exact": float(np.mean([a == b for a, b in zip(whole, references, strict=True)])),
             "BLEU-4": bleu(words, others)[3],
             "BLEU-4 of a constant caption": bleu([tokenize(_CONSTANT_CAPTION)] * len(others), others)[3],
             "CIDEr": cider(words, others),
         }
 
     def matcher(self) -> dict[str, float]:
-        scenes = self._test.scenes(self._num, 6)
-        true = [self._writer.full(scene) for scene in scenes]
-        wrong = {}
-        for name, change in self._wrong_texts().items():
-            rng = self._test.sampler.rng(EVALUATION_STEP + 7)
-            wrong[name] = [self._writer.full(change(scene, rng)) for scene in scenes]
-        pairs = {
-            (at, text): texts is true for texts in (*wrong.values(), true) for at, text in enumerate(texts)
-        }  # the true text last: it is true whatever else it was
-        uris = self._paint("match", scenes)
-        rows = {
-            "uri": [uris[at] for at, _ in pairs],
-            "key": [text for _, text in pairs],
-            "text": [text for _, text in pairs],
-            "match": list(pairs.values()),
-        }
-        _, scores = self._evaluate("match", table_of("match", rows), Choices())
-        found = dict(zip(pairs, map(float, scores), strict=True))
+        _, scores = self._evaluate(self.pairs)
+        rows = self.pairs.rows
+        found = dict(zip(zip(rows["uri"].to_pylist(), rows["text"].to_pylist(), strict=True), scores, strict=True))
+        true, wrong = self._texts()
+        uris = self._uris("match", len(true))
         figures = {}
         for name, texts in wrong.items():
-            values = np.array([found[at, text] for texts in (true, texts) for at, text in enumerate(texts)])
-            positive = np.arange(len(values)) < len(true)
-            figures[f"ITM AUC, {name}"] = roc_auc(values, positive) or 0.0
+            values = np.array([found[pair] for of in (true, texts) for pair in zip(uris, of, strict=True)])
+            figures[f"ITM AUC, {name}"] = roc_auc(values, np.arange(len(values)) < len(true)) or 0.0
         return figures
 
     def vqa(self) -> dict[str, float]:
@@ -179,23 +168,65 @@ class Evaluation:
         figures |= {f"VQA, {kind}": by_kind[kind]["accuracy"].value for kind in KINDS}
         return {name: value or 0.0 for name, value in figures.items()}
 
-    def _moderation(self) -> dict[str, float]:
-        """What the demo policy finds of scenes with things that it flags, and of the others; shares of a kind."""
+    @cached_property
+    def zeroshot(self) -> Dataset:
+        names = [concept.name for concept in self._world.all_concepts]
+        scenes = self._test.scenes(self._num, 0, num_kinds=1)
+        truth = {"class": [names[scene.items[0][0]] for scene in scenes]}
+        return self._dataset("zeroshot", scenes, truth, classes=tuple(names))
+
+    @cached_property
+    def gallery(self) -> Dataset:
+        scenes = self._test.gallery(_GALLERY)
+        return self._dataset("retrieval", scenes, {"captions": [[self._writer.full(scene)] for scene in scenes]})
+
+    @cached_property
+    def moderation(self) -> Dataset:
         scenes = self._test.scenes(self._num, 11)
-        labels = [[label_name(concept) for concept, _ in self._things(scene) if concept.flagged] for scene in scenes]
-        flags = [bool(names) for names in labels]
-        _, decisions = self._run("moderate", scenes, {"labels": labels, "flag": flags})
+        shown = [[self._world.all_concepts[number] for number, _ in scene.items] for scene in scenes]
+        labels = [[label_name(concept) for concept in concepts if concept.flagged] for concepts in shown]
+        return self._dataset("moderate", scenes, {"labels": labels, "flag": [bool(names) for names in labels]})
+
+    @cached_property
+    def captions(self) -> Dataset:
+        parts = dict(zip(("single", "several", "mixed"), self._captioned(), strict=True))
+        uris = [uri for name, scenes in parts.items() for uri in self._paint(f"caption-{name}", scenes)]
+        texts = [[self._writer.full(scene)] for scenes in parts.values() for scene in scenes]
+        return Dataset("caption", self._test.name, table_of("caption", {"uri": uris, "captions": texts}))
+
+    @cached_property
+    def pairs(self) -> Dataset:
+        """Every scene with its own text, and with a wrong one of each kind."""
+        true, wrong = self._texts()
+        uris = self._paint("match", self._test.scenes(self._num, 6))
+        # The true text last: it is true whatever else it was.
+        found = {pair: texts is true for texts in (*wrong.values(), true) for pair in zip(uris, texts, strict=True)}
+        texts = [text for _, text in found]
+        rows = {"uri": [uri for uri, _ in found], "key": texts, "text": texts, "match": list(found.values())}
+        return Dataset("match", self._test.name, table_of("match", rows))
+
+    def _moderation(self) -> dict[str, float]:
+        """What the demo policy flags of scenes that hold what it must, and of the others, where there are such."""
+        _, decisions = self._evaluate(self.moderation)
         flagged = np.array([decision != "allow" for decision in decisions])
-        parts = {"flagged of those to flag": np.array(flags), "flagged of the others": ~np.array(flags)}
+        must = self.moderation.rows["flag"].to_numpy()
+        parts = {"flagged of those to flag": must, "flagged of the others": ~must}
         return {f"moderation, {name}": float(flagged[part].mean()) for name, part in parts.items() if part.any()}
 
-    def _things(self, scene: Scene) -> list[tuple[Concept, int]]:
-        return [(self._world.all_concepts[number], count) for number, count in scene.items]
+    def _captioned(self) -> tuple[list[Scene], list[Scene], list[Scene]]:
+        """Scenes of one thing; of two and of three kinds; and as training had them."""
+        half = self._num // 2
+        several = self._test.scenes(half, 4, num_kinds=2) + self._test.scenes(half, 5, num_kinds=3)
+        return self._test.scenes(self._num, 2, num_kinds=1), several, self._test.scenes(self._num, 3)
 
-    def _captions(self, scenes: Sequence[Scene]) -> list[str]:
-        rows = {"captions": [[self._writer.full(scene)] for scene in scenes]}
-        _, captions = self._run("caption", scenes, rows)
-        return [caption or "" for caption in captions]
+    def _texts(self) -> tuple[list[str], dict[str, list[str]]]:
+        """The true text of each scene, and wrong ones by kind."""
+        scenes = self._test.scenes(self._num, 6)
+        wrong = {}
+        for name, change in self._wrong_texts().items():
+            rng = self._test.sampler.rng(EVALUATION_STEP + 7)
+            wrong[name] = [self._writer.full(change(scene, rng)) for scene in scenes]
+        return [self._writer.full(scene) for scene in scenes], wrong
 
     def _answer(self, scenes: Sequence[Scene], asked: Sequence[Question]) -> list[str]:
         model = ViltForQuestionAnswering.from_pretrained(self._folder / "vqa", dtype=torch.float32).eval()
@@ -208,46 +239,28 @@ class Evaluation:
                 said += [model.config.id2label[int(number)] for number in best]
         return said
 
-    def _run(
-        self,
-        task: EvaluationTask,
-        scenes: Sequence[Scene],
-        truth: dict[str, list[object]],
-        choices: Choices | None = None,
-        classes: tuple[str, ...] = (),
-    ) -> tuple[EvaluationReport, Sequence[object]]:
-        rows = table_of(task, {"uri": self._paint(task, scenes), **truth})
-        return self._evaluate(task, rows, choices or Choices(), classes)
-
-    def _evaluate(
-        self, task: EvaluationTask, rows: pa.Table, choices: Choices, classes: tuple[str, ...] = ()
-    ) -> tuple[EvaluationReport, Sequence[object]]:
-        job = Job.model_validate(
-            {
-                "source": {"uri": "unused"},
-                "catalog": {"uri": "unused"},
-                "profile": "starter",
-                "models": self._models,
-                "policy": "demo",
-                "max_caption_tokens": 28,
-                "views": ("squash",),
-            }
-        )
-        report, said = evaluate_with_predictions(Dataset(task, self._test.name, rows, classes=classes), job, choices)
+    def _evaluate(self, data: Dataset, **choices: Any) -> tuple[EvaluationReport, Any]:
+        report, said = evaluate_with_predictions(data, self.job, Choices(catalog=self._catalog, **choices))
         assert report.num_missing == 0
         return report, said
 
-    def _paint(self, task: str, scenes: Sequence[Scene]) -> list[object]:
-        """Writes the pictures as files, one folder a task and size of set; returns where they are."""
-        folder = self._work / f"{task}-{len(scenes)}"
-        folder.mkdir(parents=True, exist_ok=True)
+    def _dataset(
+        self, task: EvaluationTask, scenes: Sequence[Scene], truth: dict[str, Any], classes: tuple[str, ...] = ()
+    ) -> Dataset:
+        rows = table_of(task, {"uri": self._paint(task, scenes), **truth})
+        return Dataset(task, self._test.name, rows, classes=classes)
+
+    def _paint(self, name: str, scenes: Sequence[Scene]) -> list[str]:
+        """Writes the pictures as files; returns where they are."""
         pixels = ((self._test.paint(scenes) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-        uris: list[object] = []
-        for number, picture in enumerate(pixels):
-            path = folder / f"{number:04d}.png"
-            Image.fromarray(picture).save(path)
-            uris.append(str(path.absolute()))
+        uris = self._uris(name, len(scenes))
+        Path(uris[0]).parent.mkdir(parents=True, exist_ok=True)
+        for uri, picture in zip(uris, pixels, strict=True):
+            Image.fromarray(picture).save(uri)
         return uris
+
+    def _uris(self, name: str, num: int) -> list[str]:
+        return [str((self._work / name / f"{number:04d}.png").absolute()) for number in range(num)]
 
     def _wrong_texts(self) -> dict[str, Callable[[Scene, np.random.Generator], Scene]]:
         """How the true text of a scene is made wrong: each returns the scene that the wrong text describes."""
@@ -274,6 +287,42 @@ class Evaluation:
         return {"random text": random_text, "same category": same_category, "other colour": color, "other count": count}
 
 
+def starter_job(folder: Path) -> Job:
+    """The models of the folder; of images the whole alone, which is all that the scenes need."""
+    models = {
+        "embed": {"family": "open_clip", "path": str(folder / "clip"), "repo": "vlmflow/starter-clip"},
+        "caption": {"family": "blip_caption", "path": str(folder / "captioner")},
+        "match": {"family": "blip_itm", "path": str(folder / "matcher")},
+    }
+    return Job.model_validate(
+        {
+            "source": {"uri": "unused"},
+            "catalog": {"uri": "unused"},
+            "profile": "starter",
+            "models": models,
+            "policy": "demo",
+            "max_caption_tokens": 28,
+            "views": ("squash",),
+        }
+    )
+
+
+def run_models(evaluations: Sequence[Evaluation], catalog: CatalogConfig) -> None:
+    """Runs each model once over all sets into the catalog; the figures then find everything there."""
+    embedded = [data.rows.select(["uri"]) for e in evaluations for data in (e.zeroshot, e.gallery, e.moderation)]
+    nothing = {"labels": pa.nulls(1, pa.list_(pa.string())), "flag": pa.nulls(1, pa.bool_())}
+    uris = pa.concat_tables(embedded)
+    for name, value in nothing.items():
+        uris = uris.append_column(name, value.take(pa.array(np.zeros(uris.num_rows, np.int64))))
+    parts = {
+        "moderate": uris,
+        "caption": pa.concat_tables([evaluation.captions.rows for evaluation in evaluations]),
+        "match": pa.concat_tables([evaluation.pairs.rows for evaluation in evaluations]),
+    }
+    for task, rows in parts.items():
+        Run(evaluations[0].job, Dataset(task, "all sets", rows), catalog, None)  # type: ignore[arg-type]
+
+
 def _value(report: EvaluationReport, name: str) -> float:
     value = report.figures[name].value
     assert value is not None
@@ -281,16 +330,17 @@ def _value(report: EvaluationReport, name: str) -> float:
 
 
 def evaluate(folder: Path, world: World, drawings: DrawingSet, num: int, work: Path) -> dict[str, dict[str, float]]:
-    """Set name -> figure name -> value, for all models of the folder."""
+    """Set name -> figure name -> value, for the four models of the folder."""
+    place = work / "evaluate" / "catalog"
+    shutil.rmtree(place, ignore_errors=True)
+    catalog = CatalogConfig(uri=str(place))
+    evaluations = [Evaluation(world, test, num, folder, work, catalog) for test in test_sets(world, drawings)]
     results: dict[str, dict[str, float]] = {}
     with ray_cluster(RayConfig()):
-        for test in test_sets(world, drawings):
-            evaluation = Evaluation(world, test, num, folder, work)
-            figures: dict[str, float] = {}
-            for name in ("clip", "captioner", "matcher", "vqa"):
-                if (folder / name).is_dir():
-                    figures |= getattr(evaluation, name)()
-            results[test.name] = {key: round(value, 4) for key, value in figures.items()}
+        run_models(evaluations, catalog)
+        for evaluation in evaluations:
+            figures = evaluation.clip() | evaluation.captioner() | evaluation.matcher() | evaluation.vqa()
+            results[evaluation.name] = {key: round(value, 4) for key, value in figures.items()}
     return results
 
 

@@ -199,6 +199,18 @@ def test_bad_input_is_one_line(
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == []
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_images_that_are_elsewhere_are_an_error_and_no_figure(
+    job_file: Path, table: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run("evaluate", "caption", table, "--images", tmp_path / "elsewhere", "--config", job_file) == 2
+    told = capfd.readouterr().err
+    assert "none of the 7 images of data.csv has a result" in told
+    assert "missing" in told
+    assert "--images" in told
+
+
 def test_predictions_need_no_models(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     data = [{"image": "a.jpg", "caption": ["a cat on a mat"]}, {"image": "b.jpg", "caption": ["two dogs"]}]
     (tmp_path / "captions.json").write_text(json.dumps(data))

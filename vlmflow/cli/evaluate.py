@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -146,7 +147,7 @@ def evaluate(
         with shown_progress(as_json=as_json, verbose=verbose) as display:
             report = run(dataset, job, choices, progress=display)
     if as_json:
-        typer.echo(report.model_dump_json())
+        typer.echo(json.dumps({"event": "report", **report.model_dump(mode="json")}))
     else:
         print_evaluation(report, Console())
 

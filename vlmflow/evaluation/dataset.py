@@ -63,7 +63,8 @@ class Dataset:
         """The first ``num`` rows; no published figure compares with a part."""
         if num is None or num >= self.rows.num_rows:
             return self
-        return replace(self, rows=self.rows.slice(0, num), benchmark=None)
+        ids = self.image_ids and {name: row for name, row in self.image_ids.items() if row < num}
+        return replace(self, rows=self.rows.slice(0, num), benchmark=None, image_ids=ids)
 
 
 def table_of(task: EvaluationTask, columns: Mapping[str, Sequence[object]]) -> pa.Table:

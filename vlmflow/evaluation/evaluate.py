@@ -59,6 +59,10 @@ class Outcome:
     predictions: Sequence[Any] | NDArray[np.float32]
     num_missing: int
 
+    def num_asked(self, data: Dataset) -> int:
+        """How many results there should be: of each question, of each pair, or of each image."""
+        return len(self.predictions[0]) if data.task == "answer" else data.rows.num_rows
+
 
 def evaluate(
     data: Dataset, job: Job, choices: Choices | None = None, *, progress: ProgressDisplay | None = None
@@ -90,6 +94,8 @@ def evaluate_with_predictions(
         assert catalog is not None
         run = Run(job, data, catalog, progress)
         outcome = _MEASURES[data.task](run, data, chosen)
+        if outcome.num_missing and outcome.num_missing == outcome.num_asked(data):
+            raise run.nothing()
     report = _report(data, outcome.scored, outcome.num_missing, time.monotonic() - start).model_copy(
         update={
             "profile": job.profile,

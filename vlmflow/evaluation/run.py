@@ -148,11 +148,23 @@ class Run:
                 found = np.full((len(self._ids), vectors.shape[1]), np.nan, np.float32)
             found[at[kept]] = vectors
         if found is None:
-            raise EvaluationError(
-                f"none of the {len(self._ids):,} images of {self._data.name} could be embedded",
-                remedy="Check --images: are they where the data file says?",
-            )
+            raise self.nothing()
         return found
+
+    def nothing(self) -> EvaluationError:
+        """The error for data of which no image came to anything, with what the first one's row says."""
+        told = ""
+        for batch in self._catalog.image_batches(["image_id", "uri", "errors"]):
+            at = self._index.find(*to_words(to_binary(batch["image_id"])))
+            rows = batch.filter(pa.array(at >= 0)).slice(0, 1).to_pylist()
+            if rows:
+                reasons = [f"{error['class']}: {error['message']}" for error in rows[0]["errors"] or ()]
+                told = f"; {rows[0]['uri']}: {', '.join(reasons) or 'no result'}"
+                break
+        return EvaluationError(
+            f"none of the {len(self._ids):,} images of {self._data.name} has a result{told}",
+            remedy="Check --images: are they where the data file says?",
+        )
 
     def texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """(M, D) unit vectors of texts, computed on the cluster, a part a Ray task."""

@@ -240,7 +240,7 @@ def test_spice_runs_where_its_models_are(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "spice" / "lib").mkdir(parents=True)
     reason = java.missing_for_spice(tmp_path)
     assert reason is not None
-    assert "spice-1.0.jar" in reason
+    assert reason == "SPICE needs spice/spice-1.0.jar in the folder of pycocoevalcap"
     for name in ("spice/spice-1.0.jar", "spice/lib/stanford-corenlp-3.6.0-models.jar"):
         (tmp_path / name).write_bytes(b"")
     assert java.missing_for_spice(tmp_path) is None

@@ -107,7 +107,7 @@ def _missing(metric: str, files: Sequence[str], folder: Path | None) -> str | No
     if folder is None and find_spec("pycocoevalcap") is None:
         return f"{metric} needs pip install 'vlmflow[captions]'"
     absent = [name for name in files if not (_jars(folder) / name).is_file()]
-    return f"{metric} needs {_jars(folder) / absent[0]}" if absent else None
+    return f"{metric} needs {absent[0]} in the folder of pycocoevalcap" if absent else None
 
 
 def _jars(folder: Path | None) -> Path:

@@ -8,6 +8,7 @@ from vlmflow.errors import EvaluationError
 from vlmflow.evaluation.dataset import Dataset, table_of
 
 _IMAGES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"))
+_IMAGENET = (1_000, 50_000)  # classes and images of its validation set
 
 
 def read_folders(path: Path) -> Dataset:
@@ -29,4 +30,5 @@ def read_folders(path: Path) -> Dataset:
         uris += [str(file.absolute()) for file in files]
         classes += [name] * len(files)
     rows = table_of("zeroshot", {"uri": uris, "class": classes})
-    return Dataset("zeroshot", path.name, rows, classes=tuple(names))
+    benchmark = "imagenet" if (len(names), len(uris)) == _IMAGENET else None
+    return Dataset("zeroshot", path.name, rows, benchmark, tuple(names))

@@ -148,7 +148,7 @@ def test_predictions_from_a_file(tmp_path: Path) -> None:
     report = evaluate_predictions(data, path)
     assert report.figures["accuracy"].value == 0.5
     assert report.num_missing == 1
-    assert {row.model for row in report.published} >= {"BEiT-3 large", "mPLUG large", "X2-VLM large", "VLMo large"}
+    assert {row.model for row in report.published} >= {"BEiT-3 large", "mPLUG large", "ONE-PEACE", "VLMo large"}
     path.write_text(json.dumps([{"question_id": 7, "answer": "yes"}]))
     with pytest.raises(EvaluationError, match="no question_id is of this data set, such as 7"):
         evaluate_predictions(data, path)

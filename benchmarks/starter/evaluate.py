@@ -36,7 +36,7 @@ from vlmflow.config import CatalogConfig, Job, RayConfig
 from vlmflow.engine.cluster import ray_cluster
 from vlmflow.evaluation import Choices, Dataset, EvaluationTask
 from vlmflow.evaluation.dataset import table_of
-from vlmflow.evaluation.evaluate import evaluate_with_predictions
+from vlmflow.evaluation.measure import evaluate_with_predictions
 from vlmflow.evaluation.metrics.captions import bleu, cider
 from vlmflow.evaluation.metrics.classes import roc_auc
 from vlmflow.evaluation.metrics.ptb import tokenize

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vlmflow.evaluation.dataset import TASKS, Dataset, EvaluationTask
-from vlmflow.evaluation.evaluate import Choices, evaluate, evaluate_predictions
+from vlmflow.evaluation.measure import Choices, evaluate, evaluate_predictions
 from vlmflow.evaluation.readers import ReadOptions, read_dataset
 from vlmflow.evaluation.report import EvaluationReport, Figure, PublishedRow
 

@@ -13,7 +13,7 @@ import pytest
 from vlmflow.errors import EvaluationError
 from vlmflow.evaluation.agreement import decision_flips, differing, score_shifts
 from vlmflow.evaluation.dataset import Dataset, table_of
-from vlmflow.evaluation.evaluate import evaluate_predictions
+from vlmflow.evaluation.measure import evaluate_predictions
 from vlmflow.evaluation.metrics import java
 from vlmflow.evaluation.metrics.meteor import meteor_2005
 from vlmflow.evaluation.prompts import check_templates, default_names, ensemble, prompts_of, read_class_names

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
+_CACHED = 1 << 16  # answers come again and again: yes, no, 2
 _ARTICLES = frozenset(("a", "an", "the"))
 _DIGITS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5"}
 _DIGITS |= {"six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10"}
@@ -36,12 +38,14 @@ _CONTRACTIONS |= dict.fromkeys(("ow's'at", "'ows'at", "'ow'sat"), "'ow's'at")
 _CONTRACTIONS |= dict.fromkeys(("yall'd've", "y'alld've", "y'all'dve"), "y'all'd've")
 
 
+@lru_cache(_CACHED)
 def normalize_answer(answer: str) -> str:
     """An answer as the challenge compares it."""
     words = [_DIGITS.get(word, word) for word in strip_punctuation(_one_line(answer)).lower().split()]
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
 
 
+@lru_cache(_CACHED)
 def strip_punctuation(answer: str) -> str:
     """What the challenge takes away of the answers that people gave."""
     has_number = _NUMBER_WITH_COMMA.search(answer) is not None

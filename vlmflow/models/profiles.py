@@ -7,14 +7,18 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal, cast
 
-from vlmflow.config import Job, ModelConfig, default_models_dir
+from vlmflow.config import Family, Job, ModelConfig, default_models_dir
 from vlmflow.errors import ConfigError
 from vlmflow.models.weights import find_weights, require_folder
 
 Role = Literal["embed", "caption", "match"]
-Family = Literal["open_clip", "blip_caption", "blip_itm"]
 
-FAMILIES: dict[Role, Family] = {"embed": "open_clip", "caption": "blip_caption", "match": "blip_itm"}
+# The families that can play a role; the first is that of a profile's model which names none.
+FAMILIES: dict[Role, tuple[Family, ...]] = {
+    "embed": ("open_clip",),
+    "caption": ("blip_caption",),
+    "match": ("blip_itm",),
+}
 STARTER = "starter"
 
 
@@ -26,6 +30,11 @@ class ProfileModel:
     folder: str  # under the models folder; for the starter models, in the package
     licence: str
     num_parameters: int
+    family: Family | None = None  # None: the first that can play the role
+
+    def family_as(self, role: Role) -> Family:
+        """The family of the model in a role."""
+        return self.family or FAMILIES[role][0]
 
 
 @dataclass(frozen=True)
@@ -121,9 +130,10 @@ def check_family(role: str, config: ModelConfig) -> None:
     Raises:
         ConfigError: it belongs to the family of another role.
     """
-    family = FAMILIES[cast(Role, role)]
-    if config.family != family:
-        raise ConfigError(f"models.{role}: family {config.family}", remedy=f"Use a model of the family {family}.")
+    families = FAMILIES[cast(Role, role)]
+    if config.family not in families:
+        known = families[0] if len(families) == 1 else f"{', '.join(families[:-1])} or {families[-1]}"
+        raise ConfigError(f"models.{role}: family {config.family}", remedy=f"Use a model of the family {known}.")
 
 
 def describe_profiles(models_dir: Path | None = None) -> list[ProfileStatus]:
@@ -137,7 +147,7 @@ def describe_profiles(models_dir: Path | None = None) -> list[ProfileStatus]:
 def _describe(profile: str, role: Role, models_dir: Path | None) -> ModelStatus:
     model = PROFILES[profile].models[role]
     folder = Path(_profile_config(profile, role, models_dir).path or "")
-    files = find_weights(folder, FAMILIES[role])
+    files = find_weights(folder, model.family_as(role))
     size_bytes = sum(file.stat().st_size for file in files) if files else 4 * model.num_parameters
     return ModelStatus(role, model.repo, model.licence, model.num_parameters, size_bytes, folder, bool(files))
 
@@ -148,7 +158,7 @@ def _profile_config(profile: str, role: Role, models_dir: Path | None) -> ModelC
         root = Path(str(resources.files("vlmflow"))) / "starter"
     else:
         root = models_dir or default_models_dir()
-    return ModelConfig(family=FAMILIES[role], path=str(root / model.folder), repo=model.repo)
+    return ModelConfig(family=model.family_as(role), path=str(root / model.folder), repo=model.repo)
 
 
 def _licence(config: ModelConfig) -> str | None:

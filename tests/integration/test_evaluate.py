@@ -201,6 +201,24 @@ def test_bad_input_is_one_line(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
+def test_a_kept_catalog_goes_on_with_what_is_missing(
+    job_file: Path, table: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = ("caption", table, "--config", job_file, "--catalog", tmp_path / "kept")
+    part = evaluate(capfd, *command, "--limit", "3")
+    assert part["num_images"] == 3
+    opened = Catalog.open(CatalogConfig(uri=str(tmp_path / "kept")))
+    first = set(opened.images(["run_id"])["run_id"].to_pylist())
+
+    whole = evaluate(capfd, *command)
+
+    rows = opened.images(["uri", "run_id"]).to_pylist()
+    assert sorted(Path(row["uri"]).name for row in rows if row["run_id"] in first) == ["0.png", "1.png", "2.png"]
+    assert len(rows) == whole["num_images"] == NUM + 1
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
 def test_images_that_are_elsewhere_are_an_error_and_no_figure(
     job_file: Path, table: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

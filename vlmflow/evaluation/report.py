@@ -42,7 +42,7 @@ class EvaluationReport(Frozen):
 
     Attributes:
         models: ``id@revision`` by role; empty where predictions were given.
-        num_missing: images without a result of the model: they count as wrong, none is left out.
+        num_missing: images (of answer: questions) without a result: they count as wrong, none is left out.
         figures: by name.
         groups: further figures, by what they are broken down by (question type, class, label) and by name.
         published: the field's figures on the same benchmark.

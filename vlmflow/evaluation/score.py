@@ -178,8 +178,9 @@ def answers_of(images: pa.Table, questions: Sequence[Sequence[Mapping[str, objec
     """
     found: dict[str, str | None] = {}
     for row, asked in zip(images["answers"].to_pylist(), questions, strict=True):
-        said = {answer["question"]: answer["answer"] for answer in row or ()}
-        found |= {str(question["question_id"]): said.get(question["question"]) for question in asked}
+        # Sources strip questions.
+        said = {answer["question"].strip(): answer["answer"] for answer in row or ()}
+        found |= {str(question["question_id"]): said.get(str(question["question"]).strip()) for question in asked}
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from vlmflow.errors import EvaluationError
@@ -11,31 +10,10 @@ from vlmflow.evaluation.readers.captions import read_caption_json, read_caption_
 from vlmflow.evaluation.readers.files import read_json
 from vlmflow.evaluation.readers.folders import read_folders
 from vlmflow.evaluation.readers.manifest import read_manifest
+from vlmflow.evaluation.readers.options import ReadOptions
 from vlmflow.evaluation.readers.vqa import read_vqa
 
 __all__ = ["ReadOptions", "read_dataset"]
-
-
-@dataclass(frozen=True)
-class ReadOptions:
-    """What a data file itself does not say.
-
-    Attributes:
-        images: folder or prefix of the images; None: where the data file is.
-        split: of a Karpathy file: train, val, test; of a token file: a text file that names its images.
-        annotations: of VQA: the file with the answers; None: by the name of the questions' file.
-        truth: a table with more columns, joined by those that both have, or by ``on``.
-        where: SQL condition on the joined table.
-        columns: by what is needed, the column that holds it.
-    """
-
-    images: str | None = None
-    split: str = "test"
-    annotations: Path | None = None
-    truth: Path | None = None
-    on: str | None = None
-    where: str | None = None
-    columns: dict[str, str] = field(default_factory=dict)
 
 
 _TABLES = (".csv", ".jsonl", ".ndjson", ".parquet")
@@ -54,7 +32,7 @@ def read_dataset(task: EvaluationTask, data: str, options: ReadOptions) -> Datas
     if not path.is_file():
         raise EvaluationError(f"{data} does not exist", remedy="Name a file or a folder on this machine.")
     if path.suffix in _TABLES:
-        return read_manifest(task, path, options.columns, options.truth, options.on, options.where, options.images)
+        return read_manifest(task, path, options)
     if path.suffix == ".json":
         content = read_json(path)
         if isinstance(content, dict) and "questions" in content:

@@ -13,6 +13,7 @@ from vlmflow.catalog.keys import digest_of
 from vlmflow.catalog.where import mask_where
 from vlmflow.errors import ConfigError, EvaluationError
 from vlmflow.evaluation.dataset import Dataset, EvaluationTask, table_of
+from vlmflow.evaluation.readers.options import ReadOptions
 from vlmflow.sources.tables import open_table
 from vlmflow.sources.uris import normalise_uri, resolve
 from vlmflow.storage import parse_address
@@ -44,33 +45,20 @@ _NEEDED: dict[EvaluationTask, tuple[tuple[str, ...], ...]] = {
 _FLAGS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
-def read_manifest(
-    task: EvaluationTask,
-    path: Path,
-    columns: Mapping[str, str],
-    truth: Path | None = None,
-    on: str | None = None,
-    where: str | None = None,
-    images: str | None = None,
-) -> Dataset:
+def read_manifest(task: EvaluationTask, path: Path, options: ReadOptions) -> Dataset:
     """Reads a table, joined with a table of truth if there is one.
-
-    Args:
-        columns: by what is needed (``uri``, ``captions``, ``class``, ...), the column that holds it.
-        where: an SQL condition of DuckDB on the joined table.
-        images: what relative uris are below; None: the folder of the table.
 
     Raises:
         EvaluationError: a column is absent, a value cannot be what it should be, or the join is not one to one.
     """
-    table = _load(path)
+    table, truth = _load(path), options.truth
     if truth is not None:
-        table = _joined(table, path, _load(truth), truth, on)
-    if where is not None:
-        table = _filtered(table, where, path)
-    found = _roles(task, table, columns, path)
+        table = _joined(table, path, _load(truth), truth, options.on)
+    if options.where is not None:
+        table = _filtered(table, options.where, path)
+    found = _roles(task, table, options.columns, path)
     given = {role: table[name].to_pylist() for role, name in found.items()}
-    parent = parse_address(images if images is not None else str(path.parent))
+    parent = parse_address(options.images if options.images is not None else str(path.parent))
     for row, uri in enumerate(given["uri"]):
         if not isinstance(uri, str) or not uri.strip():
             raise EvaluationError(f"{path}, row {row + 1}: {found['uri']} is empty", remedy="Leave the row out.")

@@ -1,7 +1,8 @@
 """Processes that kill themselves with SIGKILL at a chosen call, or at a random time, while they change a catalog.
 
 ``python -m tests.kill POINT NUMBER catalog ROOT ...`` works on a catalog without Ray or models;
-``python -m tests.kill POINT NUMBER enrich ARGUMENT...`` is the real command line, ``... backfill ARGUMENT...`` the flow.
+``python -m tests.kill POINT NUMBER enrich ARGUMENT...`` is the real command line;
+``python -m tests.kill POINT NUMBER backfill ARGUMENT...`` is the flow.
 """
 
 from __future__ import annotations

@@ -67,11 +67,12 @@ def test_the_dashboard_shows_a_run_of_a_cluster_that_asks_for_a_token(tmp_path: 
     }  # fmt: skip
     port, dashboard, agent, web = (free_port() for _ in range(4))
     address = get_node_ip_address()
+    short = Path("/tmp") / f"ray-{os.getpid()}-{port}"  # sockets have short names only
     head = [
         sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus", "2",
         "--port", str(port), "--include-dashboard", "true", "--dashboard-host", "0.0.0.0",
         "--dashboard-port", str(dashboard), "--dashboard-agent-listen-port", str(agent), "--disable-usage-stats",
-        "--object-store-memory", str(200 * 1024 * 1024), "--temp-dir", f"/tmp/ray-{os.getpid()}-{port}",
+        "--object-store-memory", str(200 * 1024 * 1024), "--temp-dir", str(short),
     ]  # fmt: skip
     config = prometheus_config(tmp_path, f"{address}:{dashboard}", token)
     prometheus = ["prometheus", f"--config.file={config}", f"--storage.tsdb.path={tmp_path / 'data'}"]
@@ -106,3 +107,4 @@ def test_the_dashboard_shows_a_run_of_a_cluster_that_asks_for_a_token(tmp_path: 
             rows = ask(panels["Decisions"])
             assert {row["metric"]["decision"]: int(row["value"][1]) for row in rows} == report["decisions"]
             assert all(int(row["value"][1]) == 1 for row in ask('up{job="ray"}'))
+    shutil.rmtree(short, ignore_errors=True)

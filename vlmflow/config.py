@@ -17,6 +17,7 @@ RetriedStatus = Literal["failed", "partial", "missing", "unreadable"]
 ViewName = Literal["squash", "center", "tiles", "black", "frames"]
 Dtype = Literal["auto", "float32", "bfloat16"]
 Family = Literal["open_clip", "blip_caption", "blip_itm", "image_classification", "vlm_judge"]
+DecodePlace = Literal["auto", "cpu", "pool"]
 SourceKind = Literal["auto", "prefix", "manifest", "webdataset", "parquet"]
 
 MIB = 1024 * 1024
@@ -146,6 +147,9 @@ class Job(Frozen):
     # ones, transparent ones on black, the frames of animations.
     views: tuple[ViewName, ...] = ("squash", "center", "tiles", "black", "frames")
     max_caption_tokens: Annotated[int, Field(ge=1, le=512)] = 20
+    # Where JPEGs are decoded: by processors before the pools, or in the first pool on its device (nvJPEG on a GPU);
+    # auto: there if it has a GPU. Other formats, and JPEGs of which decoders differ, always by processors.
+    decode: DecodePlace = "auto"
     blip_dtype: Dtype = "auto"  # of captioner and matcher; auto: bfloat16 on GPUs, float32 on processors
     limits: ImageLimits = ImageLimits()
     commit: CommitConfig = CommitConfig()

@@ -93,20 +93,33 @@ def build_pipeline(blocks: list[ray.ObjectRef[pa.Table]], stages: Stages, max_ro
             num_cpus=DECODE_CPUS,
             **_TASK_LIMITS,
         )
-        for pool in stages.pools:
+        for number, pool in enumerate(stages.pools):
+            decodes = stages.decode.leaves_jpegs and number == 0
+            later = tuple(task for behind in stages.pools[number + 1 :] for task in behind.tasks)
             dataset = dataset.map_batches(
                 PoolWorker,
                 fn_constructor_args=(pool, stages.setup, stages.prompts),
-                fn_constructor_kwargs={"is_last": pool is stages.pools[-1]},
+                fn_constructor_kwargs={"later": later, "decoding": stages.decoding if decodes else None},
                 batch_format="pyarrow",
                 batch_size=pool.batch_size,
                 num_cpus=pool.cpus,
                 num_gpus=pool.gpus,
                 # A fixed pool that reserves every CPU starves the reads and waits for ever (ray#44687).
-                compute=ActorPoolStrategy(min_size=pool.min_actors, max_size=pool.max_actors),
+                compute=_strategy(pool, overlaps=pool.gpus > 0 or decodes),
                 **_ACTOR_LIMITS,
             )
     return dataset
+
+
+def _strategy(pool: PoolConfig, *, overlaps: bool) -> ActorPoolStrategy:
+    """Of a pool's actors; where it pays, two calls at a time in each: one feeds while the other computes."""
+    calls = {"max_concurrent_calls_per_actor": 2, "enable_true_multi_threading": True} if overlaps else {}
+    return ActorPoolStrategy(min_size=pool.min_actors, max_size=pool.max_actors, **calls)
+
+
+def decodes_in_pool(job: Job, pools: tuple[PoolConfig, ...]) -> bool:
+    """Whether the first pool decodes the JPEGs."""
+    return job.decode == "pool" or (job.decode == "auto" and pools[0].gpus > 0)
 
 
 def _as_function(decode: ReadAndDecode) -> Callable[[pa.Table], pa.Table]:

@@ -18,7 +18,7 @@ from vlmflow.engine.cluster import Cluster, WorkerErrors, ray_cluster
 from vlmflow.engine.collect import Collected, Collector
 from vlmflow.engine.consume import Block, FinishedBlocks
 from vlmflow.engine.decoding import ReadAndDecode
-from vlmflow.engine.pipeline import build_pipeline, check_pools, default_pools, planned_blocks
+from vlmflow.engine.pipeline import build_pipeline, check_pools, decodes_in_pool, default_pools, planned_blocks
 from vlmflow.engine.planning import OnCluster
 from vlmflow.engine.prepare import Prepared, encode_policy, prepare
 from vlmflow.engine.progress import ProgressDisplay, SilentProgress, Tally
@@ -197,7 +197,8 @@ class _Run:
     ) -> Stages:
         setup, limits = self._prepared.setup, self._job.limits
         requests = tuple(merge_requests(setup.pixel_requests()))
-        decode = ReadAndDecode(self._source.reader(limits), requests, limits, known)
+        in_pool = decodes_in_pool(self._job, pools)
+        decode = ReadAndDecode(self._source.reader(limits), requests, limits, known, in_pool)
         return Stages(decode, pools, setup, prompts)
 
     def _consume(self, blocks: list[Block] | None, finished: FinishedBlocks, collector: Collector) -> None:

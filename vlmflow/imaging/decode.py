@@ -121,7 +121,11 @@ def perceptual_hash(image: Image.Image) -> str:
 
     Taken of the image squashed to 64 x 64 first, which makes it quick on large ones and moves a bit or two.
     """
-    small = image.resize((64, 64), Image.Resampling.BILINEAR, reducing_gap=2.0)
+    return hash_of_small(image.resize((64, 64), Image.Resampling.BILINEAR, reducing_gap=2.0))
+
+
+def hash_of_small(small: Image.Image) -> str:
+    """The perceptual hash of an image squashed to 64 x 64 already."""
     return str(imagehash.phash(small))
 
 

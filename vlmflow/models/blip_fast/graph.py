@@ -88,7 +88,8 @@ class FixedStep:
         torch.cuda.current_stream().wait_stream(stream)
         self._reset(0)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Another thread may be copying the next batch meanwhile, which would spoil a capture that watches all threads.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._step()
         self._graph = graph
 

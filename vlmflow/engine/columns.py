@@ -30,6 +30,15 @@ SECONDS_PREFIX = "seconds_"
 # Batches likewise: 1 / rows on each row.
 BATCHES_PREFIX = "batches_"
 
+# Floating-point operations of a task, spread likewise, and what the device could do in a second, on each row; null: it
+# has not been measured yet.
+FLOPS_PREFIX = "flops_"
+CEILING_PREFIX = "ceiling_"
+
+# What the run sums up over all rows; of the ceilings also how many rows have one.
+SUMMED_PREFIXES = (SECONDS_PREFIX, BATCHES_PREFIX, FLOPS_PREFIX, CEILING_PREFIX)
+COUNT_PREFIX = "count_"
+
 # The most images that a pool's tasks run at once since memory ran out; null: it never did.
 AT_ONCE_PREFIX = "at_once_"
 

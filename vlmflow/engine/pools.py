@@ -45,6 +45,7 @@ class PoolWorker:
         """
         # The driver imports this module too and needs no torch.
         from vlmflow.engine.feeding import Feeder
+        from vlmflow.engine.flops import Ceilings, CountedTask
         from vlmflow.engine.loading import check_weights, set_up_torch
         from vlmflow.models.towers import VisionTowers
         from vlmflow.tasks.run import BatchLimit
@@ -52,7 +53,10 @@ class PoolWorker:
         device = set_up_torch(pool)
         check_weights(pool, setup)
         towers = VisionTowers()
-        self._tasks: dict[str, Task] = {name: load_task(name, setup, prompts, device, towers) for name in pool.tasks}
+        self._tasks: dict[str, CountedTask] = {
+            name: CountedTask(load_task(name, setup, prompts, device, towers)) for name in pool.tasks
+        }
+        self._ceilings = Ceilings(device, setup.blip_dtype)
         self._limits: dict[str, BatchLimit] = {name: BatchLimit() for name in pool.tasks}
         self._recent = {name: RecentResults(task) for name, task in self._tasks.items()}
         self._timeout_s = pool.timeout_s
@@ -73,8 +77,9 @@ class PoolWorker:
             started = time.perf_counter()
             waited = 0.0 if self._idle_since is None else started - self._idle_since
             batch = self._run(fed)
+            busy = time.perf_counter() - started
+            self._ceilings.measure_once(self._tasks)
             self._idle_since = time.perf_counter()
-            busy = self._idle_since - started
         batch = self._feeder.finish(batch, fed)
         for column, amount in (
             (columns.seconds_column(f"feed:{self._name}"), fed.seconds),
@@ -89,7 +94,12 @@ class PoolWorker:
         batch = fed.batch
         with self._feeder.lent(fed):
             for name, task in self._tasks.items():
+                before = task.flops
                 batch = run_on_due_rows(batch, task, self._limits[name], self._timeout_s, self._recent[name])
+                done = columns.spread(task.flops - before, batch.num_rows)
+                batch = batch.append_column(columns.FLOPS_PREFIX + name, done)
+                ceiling = pa.scalar(self._ceilings.of(name), pa.float64())
+                batch = batch.append_column(columns.CEILING_PREFIX + name, pa.repeat(ceiling, batch.num_rows))
         fitting = [limit.rows for limit in self._limits.values() if limit.rows is not None]
         at_once = pa.scalar(min(fitting, default=None), pa.int64())
         return batch.append_column(columns.AT_ONCE_PREFIX + self._name, pa.repeat(at_once, batch.num_rows))

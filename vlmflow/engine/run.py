@@ -109,6 +109,7 @@ class _Run:
         self._worker_errors = WorkerErrors()
         self._clock = time.monotonic()
         self._startup_s = 0.0
+        self._num_cpus = 0.0
 
     def execute(self) -> RunReport:
         if self._plan.num_planned == 0:
@@ -117,6 +118,7 @@ class _Run:
             return self._finished("nothing_due")
         self._display.stage("starting Ray")
         with ray_cluster(self._job.ray) as cluster, cluster.worker_errors() as self._worker_errors:
+            self._num_cpus = cluster.cpus
             self._display.stage("loading models")
             pools = default_pools(self._job, cluster)
             check_pools(pools, cluster)
@@ -269,6 +271,7 @@ class _Run:
             seconds=seconds,
             startup_s=self._startup_s,
             num_first=self._tally.num_first,
+            num_cpus=self._num_cpus,
         )
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from vlmflow.calibration import calibrate
     from vlmflow.catalog import Catalog
     from vlmflow.doctor import Check, doctor
-    from vlmflow.engine import PlanSummary, RunReport, enrich, plan
+    from vlmflow.engine import PlanSummary, PreflightReport, RunReport, enrich, plan, preflight
     from vlmflow.engine.remoderate import RemoderateReport, Scope, remoderate
     from vlmflow.models.profiles import describe_profiles
     from vlmflow.moderation.calibrate import CalibrationReport, Targets
@@ -50,6 +50,7 @@ __all__ = [
     "IndexReport",
     "Job",
     "PlanSummary",
+    "PreflightReport",
     "Query",
     "QueueReport",
     "RemoderateReport",
@@ -74,6 +75,7 @@ __all__ = [
     "import_verdicts",
     "load_job",
     "plan",
+    "preflight",
     "remoderate",
     "search_images",
     "summarize",
@@ -92,6 +94,7 @@ _HOMES = {
     "ImageDescription": "vlmflow.search.describe",
     "IndexReport": "vlmflow.search.build",
     "PlanSummary": "vlmflow.engine",
+    "PreflightReport": "vlmflow.engine",
     "Query": "vlmflow.search.query",
     "QueueReport": "vlmflow.review",
     "RemoderateReport": "vlmflow.engine.remoderate",
@@ -113,6 +116,7 @@ _HOMES = {
     "find_titles": "vlmflow.search.titles",
     "import_verdicts": "vlmflow.review",
     "plan": "vlmflow.engine",
+    "preflight": "vlmflow.engine",
     "remoderate": "vlmflow.engine.remoderate",
     "search_images": "vlmflow.search.searcher",
     "summarize": "vlmflow.summary",

@@ -6,7 +6,18 @@ import os
 os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 
 from vlmflow.engine.report import CommitReport, PlanSummary, RunReport
-from vlmflow.engine.run import enrich, plan
+from vlmflow.engine.run import enrich, plan, preflight
+from vlmflow.engine.sizing import PreflightReport
 from vlmflow.engine.stages import PoolReport, StageReport
 
-__all__ = ["CommitReport", "PlanSummary", "PoolReport", "RunReport", "StageReport", "enrich", "plan"]
+__all__ = [
+    "CommitReport",
+    "PlanSummary",
+    "PoolReport",
+    "PreflightReport",
+    "RunReport",
+    "StageReport",
+    "enrich",
+    "plan",
+    "preflight",
+]

@@ -5,6 +5,7 @@ NOT YET RUN ON A GPU: tested on a processor; streams, pinned memory and nvJPEG a
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -25,6 +26,8 @@ from vlmflow.imaging.device import DeviceDecoder, DeviceImage
 from vlmflow.imaging.jpeg import EncodedJpeg
 from vlmflow.tasks.held import HELD_ROW, HeldViews, holding
 from vlmflow.tasks.pixels import to_tensor
+
+logger = logging.getLogger("vlmflow")
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,8 @@ class Feeder:
         """Lets the tasks of this thread use the pixels."""
         if self._stream is not None:
             for views in fed.views.values():  # not to be overwritten by the next batch before the tasks are done
-                views.pixels.record_stream(torch.cuda.current_stream())
+                if views.pixels.is_cuda:
+                    views.pixels.record_stream(torch.cuda.current_stream())
         with holding(fed.views):
             yield
 
@@ -138,17 +142,30 @@ class Feeder:
         counts = np.asarray(pc.fill_null(pc.list_value_length(column), 0), np.int64).copy()
         starts = np.cumsum(counts) - counts
         flat = pc.list_flatten(column)
-        size = request.size
-        pixels = to_tensor(flat, size) if len(flat) else torch.empty((0, 3, size, size), dtype=torch.uint8)
-        if self._stream is not None:
-            pixels = pixels.pin_memory().to(self._device, non_blocking=True)
-        parts, total = [pixels], len(flat)
+        parts = [to_tensor(flat, request.size)] if len(flat) else []
+        total = len(flat)
         for row, image in decoded.items():
             views = image.pixels[request.key]
             starts[row], counts[row] = total, len(views)
             total += len(views)
             parts.append(views.permute(0, 3, 1, 2))
-        return HeldViews(torch.cat(parts) if decoded else pixels, starts, counts)
+        if not parts:
+            parts.append(torch.empty((0, 3, request.size, request.size), dtype=torch.uint8))
+        return HeldViews(self._together(parts), starts, counts)
+
+    def _together(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """One tensor on the device; where its memory runs out on the processor's, and the tasks take it in pieces."""
+        try:
+            moved = [self._moved(part) for part in parts]
+            return moved[0] if len(moved) == 1 else torch.cat(moved)
+        except torch.OutOfMemoryError:
+            logger.warning("no memory left on the device for %d images at once", sum(len(part) for part in parts))
+            return torch.cat([part.cpu() for part in parts])
+
+    def _moved(self, part: torch.Tensor) -> torch.Tensor:
+        if self._stream is None or part.is_cuda:
+            return part
+        return part.pin_memory().to(self._device, non_blocking=True)
 
 
 def _encoded(rows: pa.Table) -> list[EncodedJpeg]:

@@ -6,6 +6,7 @@ counter does; what it knows no formula for counts nothing, so that shares are ra
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import time
@@ -71,7 +72,8 @@ class Ceilings:
         if self._num_batches != self._AFTER_BATCHES:
             return
         for dtype in {self._dtype(name) for name, task in tasks.items() if task.flops}:
-            self._found[dtype] = matmul_ceiling(self._device, dtype)
+            with contextlib.suppress(torch.OutOfMemoryError):  # the models have taken all there is
+                self._found[dtype] = matmul_ceiling(self._device, dtype)
 
     def of(self, task: str) -> float | None:
         """FLOP/s; None: not measured yet."""

@@ -127,4 +127,18 @@ def test_what_the_device_refuses_is_decoded_by_a_processor_to_the_bit(
     assert passed.select(before.column_names).drop_columns(_TIMES).equals(before.drop_columns(_TIMES))
 
 
+def test_where_the_device_has_no_memory_left_the_pixels_wait_on_the_processor(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_out(self: Feeder, part: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("9.75 GiB asked for")
+
+    before = read(folder, leaves_jpegs=False)
+    expected = feed(before)[1].views["40_bicubic"]
+    monkeypatch.setattr(Feeder, "_moved", run_out)
+    found = feed(before)[1].views["40_bicubic"]
+    assert torch.equal(found.pixels, expected.pixels)
+    assert found.starts.tolist() == expected.starts.tolist()
+
+
 _TIMES = ["seconds_read", "seconds_decode"]

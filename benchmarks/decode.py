@@ -1,10 +1,11 @@
-"""Images decoded in a second of one core, to 384 x 384, by ours, Pillow, torchvision and OpenCV; and how far off they are.
+"""Images decoded in a second of one core, to 384 x 384, by ours, Pillow, torchvision and OpenCV; and how far off.
 
-Made-up photographs of 640 x 480, 1600 x 1200 and 4000 x 3000 as JPEG, PNG and WebP; from bytes in memory to an array of
-(384, 384, 3). Every library has one thread. What counts is the processor's time, not the clock's, so that other work on
-the machine takes little away; all sides take turns, and the best of their repeats counts. Ours also makes the perceptual
-hash. "In pool" is the code of the GPU's path on a processor, there for its error: its resize is made for GPUs. The error is the difference of levels (of 255) from Pillow's full decode and
-bicubic resize: mean, and what 99.9% of them stay within. OpenCV averages areas when it reduces, as one does there.
+Made-up photographs of 640 x 480, 1600 x 1200 and 4000 x 3000 as JPEG, PNG and WebP; from bytes in memory to an array
+of (384, 384, 3). Every library has one thread. What counts is the processor's time, not the clock's, so that other work
+on the machine takes little away; all sides take turns, and the best of their repeats counts. Ours also makes the
+perceptual hash. "In pool" is the code of the GPU's path on a processor, there for its error: its resize is made for
+GPUs. The error is the difference of levels (of 255) from Pillow's full decode and bicubic resize: mean, and what 99.9%
+of them stay within. OpenCV averages areas when it reduces, as one does there.
 
     python -m benchmarks.decode [--repeats 15]
 """
@@ -131,7 +132,7 @@ def main() -> None:
     runs = [run for size in SIZES for kind in FORMATS for run in measure(kind, size, options.repeats)]
     for run in runs:
         print(
-            f"{run['format']:>5} {run['width']:>5} {run['side']:>20}: {run['images_per_core_second']:8.1f} images/core-s, "
+            f"{run['format']:>5} {run['width']:>5} {run['side']:>20}: {run['images_per_core_second']:8.1f}/core-s, "
             f"mean error {run['mean_error']:.2f}, 99.9% within {run['error_of_99_9_percent']:.0f}"
         )
     result: dict[str, object] = {

@@ -39,7 +39,7 @@ class CountedTask:
     """A task that counts the operations of its first batch, and takes every later row for an average one of that."""
 
     def __init__(self, task: Task) -> None:
-        self._task = task
+        self.task = task
         self.name, self.reads, self.writes = task.name, task.reads, task.writes
         self._per_row: float | None = None
         self.flops = 0.0  # of all batches so far
@@ -47,10 +47,10 @@ class CountedTask:
     def __call__(self, batch: pa.Table) -> Columns:
         """Runs the task; the counter never costs an image its values."""
         if self._per_row is None:
-            columns, counted = _count(lambda: self._task(batch))
+            columns, counted = _count(lambda: self.task(batch))
             self._per_row = counted / max(1, batch.num_rows)
         else:
-            columns = self._task(batch)
+            columns = self.task(batch)
         self.flops += self._per_row * batch.num_rows
         return columns
 

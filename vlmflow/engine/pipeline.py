@@ -92,7 +92,7 @@ def stages_of(
     setup, limits = prepared.setup, prepared.job.limits
     requests = tuple(merge_requests(setup.pixel_requests()))
     in_pool = decodes_in_pool(prepared.job, pools)
-    decode = ReadAndDecode(source.reader(limits), requests, limits, known, in_pool)
+    decode = ReadAndDecode(source.reader(limits), requests, limits, known, leaves_jpegs=in_pool)
     return Stages(decode, pools, setup, prompts)
 
 

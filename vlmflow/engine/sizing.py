@@ -102,8 +102,8 @@ def measure(planned: Plan, stages: Stages, cluster: Cluster) -> PreflightReport:
         read_images_per_s=_rate(num_sampled, read_s),
         decode_images_per_s=_rate(num_sampled, decode_s),
         pools=tuple(plans),
-        images_per_s=round(rate, 2),
-        hours=round(planned.num_planned / rate / _HOUR, 3),
+        images_per_s=round(rate, 4),
+        hours=round(planned.num_planned / max(rate, 1e-9) / _HOUR, 3),
         limited_by=limited_by,
     )
 
@@ -157,7 +157,7 @@ def _projected(plans: list[PoolPlan], cluster: Cluster, core_s: float) -> tuple[
     """Images a second, and what limits them: the slowest pool, or the processors that all share."""
     limits = {_name(plan): plan.pool.max_actors * plan.images_per_s for plan in plans}
     used = sum(plan.pool.max_actors * plan.pool.cpus for plan in plans if plan.pool.gpus)
-    core_s_of = {_name(plan): _cores(plan.pool) / plan.images_per_s for plan in plans if not plan.pool.gpus}
+    core_s_of = {_name(plan): _cores(plan.pool) / max(plan.images_per_s, 1e-9) for plan in plans if not plan.pool.gpus}
     core_s_of["decoding"] = core_s
     most = max(core_s_of, key=lambda name: core_s_of[name])
     limits[f"the processors, most of all {most}"] = max(1.0, cluster.cpus - used) / sum(core_s_of.values())

@@ -90,7 +90,7 @@ class TriedPool:
         rate = num_images / (time.perf_counter() - started)
         tasks = {task: round(num_images / spent, 2) for task, spent in seconds.items() if spent > 0}
         memory = _memory_used(is_gpu=self._pool.gpus > 0)
-        return Trial(batch_size=size, images_per_s=round(rate, 2), memory_bytes=memory, fits=fits, tasks=tasks)
+        return Trial(batch_size=size, images_per_s=round(rate, 4), memory_bytes=memory, fits=fits, tasks=tasks)
 
     def _call(self, sample: pa.Table, size: int) -> pa.Table:
         rows = np.arange(size) % sample.num_rows

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from vlmflow.doctor import Check, doctor
     from vlmflow.engine import PlanSummary, PreflightReport, RunReport, enrich, plan, preflight
     from vlmflow.engine.remoderate import RemoderateReport, Scope, remoderate
+    from vlmflow.evaluation import EvaluationReport, evaluate, read_dataset
     from vlmflow.models.profiles import describe_profiles
     from vlmflow.moderation.calibrate import CalibrationReport, Targets
     from vlmflow.report.write import WrittenReport, write_report
@@ -45,6 +46,7 @@ __all__ = [
     "CatalogSummary",
     "Check",
     "DuplicateReport",
+    "EvaluationReport",
     "ImageDescriber",
     "ImageDescription",
     "IndexReport",
@@ -69,6 +71,7 @@ __all__ = [
     "describe_profiles",
     "doctor",
     "enrich",
+    "evaluate",
     "export_queue",
     "find_duplicates",
     "find_titles",
@@ -76,6 +79,7 @@ __all__ = [
     "load_job",
     "plan",
     "preflight",
+    "read_dataset",
     "remoderate",
     "search_images",
     "summarize",
@@ -90,6 +94,7 @@ _HOMES = {
     "CatalogSummary": "vlmflow.summary",
     "Check": "vlmflow.doctor",
     "DuplicateReport": "vlmflow.search.duplicates",
+    "EvaluationReport": "vlmflow.evaluation",
     "ImageDescriber": "vlmflow.search.describe",
     "ImageDescription": "vlmflow.search.describe",
     "IndexReport": "vlmflow.search.build",
@@ -111,12 +116,14 @@ _HOMES = {
     "describe_profiles": "vlmflow.models.profiles",
     "doctor": "vlmflow.doctor",
     "enrich": "vlmflow.engine",
+    "evaluate": "vlmflow.evaluation",
     "export_queue": "vlmflow.review",
     "find_duplicates": "vlmflow.search.duplicates",
     "find_titles": "vlmflow.search.titles",
     "import_verdicts": "vlmflow.review",
     "plan": "vlmflow.engine",
     "preflight": "vlmflow.engine",
+    "read_dataset": "vlmflow.evaluation",
     "remoderate": "vlmflow.engine.remoderate",
     "search_images": "vlmflow.search.searcher",
     "summarize": "vlmflow.summary",

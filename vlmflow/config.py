@@ -16,7 +16,18 @@ TaskName = Literal["embed", "detect", "moderate", "caption", "match"]
 RetriedStatus = Literal["failed", "partial", "missing", "unreadable"]
 ViewName = Literal["squash", "center", "tiles", "black", "frames"]
 Dtype = Literal["auto", "float32", "bfloat16"]
-Family = Literal["open_clip", "blip_caption", "blip_itm", "image_classification", "vlm_judge"]
+Family = Literal[
+    "open_clip",
+    "blip_caption",
+    "blip_itm",
+    "image_classification",
+    "vlm_judge",
+    "blip2_caption",
+    "blip2_itm",
+    "git",
+    "flava",
+    "align",
+]
 DecodePlace = Literal["auto", "cpu", "pool"]
 SourceKind = Literal["auto", "prefix", "manifest", "webdataset", "parquet"]
 

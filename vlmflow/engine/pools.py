@@ -11,6 +11,7 @@ import pyarrow as pa
 from vlmflow.config import PoolConfig, TaskName
 from vlmflow.engine import columns
 from vlmflow.engine.equal_bytes import RecentResults
+from vlmflow.engine.metrics import PoolMetrics
 from vlmflow.engine.watchdog import at_most
 from vlmflow.moderation.prompts import PromptVectors
 from vlmflow.tasks import Columns, Task, add_columns
@@ -64,6 +65,7 @@ class PoolWorker:
         self._turn = threading.Lock()
         self._name = "+".join(pool.tasks)
         self._idle_since: float | None = None
+        self._metrics = PoolMetrics(pool)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Adds the outputs of the pool's tasks, null on rows that do not need or cannot have them.
@@ -79,6 +81,8 @@ class PoolWorker:
             batch = self._run(fed)
             busy = time.perf_counter() - started
             self._ceilings.measure_once(self._tasks)
+            retries = sum(limit.num_retries for limit in self._limits.values())
+            self._metrics.count_batch(batch.num_rows, busy, waited, retries)
             self._idle_since = time.perf_counter()
         batch = self._feeder.finish(batch, fed)
         for column, amount in (

@@ -107,8 +107,9 @@ def score_match(itm: NDArray[np.float64], itc: NDArray[np.float64], matches: NDA
         interval = bootstrap(roc_auc, known, matches)
         low, high = interval or (None, None)
         figures[name] = Figure(value=roc_auc(known, matches), low=low, high=high, num=num)
-    right = np.isfinite(itm) & ((itm >= _MATCHES) == matches)
-    figures["ITM accuracy"] = _share(float(right.mean()), num)
+    if np.isfinite(itm).any():
+        right = np.isfinite(itm) & ((itm >= _MATCHES) == matches)
+        figures["ITM accuracy"] = _share(float(right.mean()), num)
     return Scored(figures)
 
 

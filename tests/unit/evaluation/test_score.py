@@ -268,3 +268,11 @@ def test_a_program_that_fails_says_so(tmp_path: Path, monkeypatch: pytest.Monkey
         java.spice(["a"], [["a"]], tmp_path)
     with pytest.raises(EvaluationError, match="METEOR failed: out of memory"):
         java.meteor(["a"], [["a"]], tmp_path)
+
+
+@pytest.mark.skipif(java.missing_for_meteor() is not None, reason="without METEOR there is nothing to fail")
+def test_other_figures_survive_a_program_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_java(tmp_path, "import sys; sys.exit('out of memory')", monkeypatch)
+    scored = score_captions(["a cat"], [["a cat"]])
+    assert "METEOR failed: out of memory" in scored.notes
+    assert {"METEOR-2005", "BLEU-1"} <= scored.figures.keys()

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from vlmflow.calibration import calibrate
     from vlmflow.catalog import Catalog
     from vlmflow.doctor import Check, doctor
-    from vlmflow.engine import PlanSummary, RunReport, enrich, plan
+    from vlmflow.engine import PlanSummary, PreflightReport, RunReport, enrich, plan, preflight
     from vlmflow.engine.remoderate import RemoderateReport, Scope, remoderate
     from vlmflow.evaluation import EvaluationReport, evaluate, read_dataset
     from vlmflow.models.profiles import describe_profiles
@@ -52,6 +52,7 @@ __all__ = [
     "IndexReport",
     "Job",
     "PlanSummary",
+    "PreflightReport",
     "Query",
     "QueueReport",
     "RemoderateReport",
@@ -77,6 +78,7 @@ __all__ = [
     "import_verdicts",
     "load_job",
     "plan",
+    "preflight",
     "read_dataset",
     "remoderate",
     "search_images",
@@ -97,6 +99,7 @@ _HOMES = {
     "ImageDescription": "vlmflow.search.describe",
     "IndexReport": "vlmflow.search.build",
     "PlanSummary": "vlmflow.engine",
+    "PreflightReport": "vlmflow.engine",
     "Query": "vlmflow.search.query",
     "QueueReport": "vlmflow.review",
     "RemoderateReport": "vlmflow.engine.remoderate",
@@ -119,6 +122,7 @@ _HOMES = {
     "find_titles": "vlmflow.search.titles",
     "import_verdicts": "vlmflow.review",
     "plan": "vlmflow.engine",
+    "preflight": "vlmflow.engine",
     "read_dataset": "vlmflow.evaluation",
     "remoderate": "vlmflow.engine.remoderate",
     "search_images": "vlmflow.search.searcher",

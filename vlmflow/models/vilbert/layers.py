@@ -5,6 +5,9 @@ Attributes bear the names that the published checkpoints give their tensors.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -14,21 +17,30 @@ from vlmflow.models.vilbert.config import VilbertConfig
 NORM_EPS = 1e-12  # as BERT has it
 
 
+@dataclass(frozen=True)
 class Stream:
-    """A stream between two layers. N: pairs, T: its tokens, D: its width."""
+    """A stream between two layers. N: pairs, T: its tokens, D: its width.
 
-    def __init__(self, states: torch.Tensor, mask: torch.Tensor | None) -> None:
-        """``states``: (N, T, D); ``mask``: (N, T) bool, False for padding; None: there is none."""
-        self.states = states
-        self.mask = mask
+    Attributes:
+        states: (N, T, D).
+        mask: (N, T) bool, False for padding.
+    """
 
-    def attended(self) -> torch.Tensor | None:
+    states: torch.Tensor
+    mask: torch.Tensor
+
+    def attended(self) -> torch.Tensor:
         """The mask as attention wants it: (N, 1, 1, T)."""
-        return None if self.mask is None else self.mask[:, None, None, :]
+        return self.mask[:, None, None, :]
 
     def with_states(self, states: torch.Tensor) -> Stream:
         """The same tokens further on."""
         return Stream(states, self.mask)
+
+    def take(self, rows: Sequence[int] | torch.Tensor) -> Stream:
+        """Those of the given rows, in their order; a row may come more than once."""
+        at = torch.as_tensor(rows, dtype=torch.long, device=self.mask.device)
+        return Stream(self.states[at], self.mask[at])
 
 
 class AddAndNorm(nn.Module):
@@ -162,7 +174,7 @@ class Connection(nn.Module):
 
 
 def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, num_heads: int
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, num_heads: int
 ) -> torch.Tensor:
     """(N, Q, D), (N, K, D), (N, K, D), (N, 1, 1, K) bool -> (N, Q, D)."""
     parts = [part.unflatten(-1, (num_heads, -1)).transpose(1, 2) for part in (query, key, value)]

@@ -160,7 +160,7 @@ class Vilbert(nn.Module):
         if "cls" in config.heads:
             self.cls.predictions.decoder.weight = self.bert.embeddings.word_embeddings.weight
 
-    def embed_regions(self, features: torch.Tensor, places: torch.Tensor, mask: torch.Tensor | None) -> Stream:
+    def embed_regions(self, features: torch.Tensor, places: torch.Tensor, mask: torch.Tensor) -> Stream:
         """What depends on the image alone, to be used for many texts.
 
         Args:

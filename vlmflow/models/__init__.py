@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from vlmflow.models.towers import VisionTowers
 
 __all__ = [
+    "Answer",
+    "Answerer",
     "Captioner",
     "EncodedImages",
     "ImageEmbedder",
@@ -35,6 +37,7 @@ __all__ = [
     "ProfileStatus",
     "describe_profiles",
     "identify",
+    "load_answerer",
     "load_captioner",
     "load_embedder",
     "load_matcher",
@@ -90,6 +93,36 @@ class Matcher(Protocol):
 
     def match_itc(self, images: EncodedImages, texts: Sequence[str]) -> NDArray[np.float32]:
         """(N,) the cosine of ``texts[i]`` and image i, by the contrastive heads."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer to one question about one image."""
+
+    text: str
+    score: float  # probability that the model gives it, in [0, 1]; not a number: the model tells none
+
+
+class Answerer(Protocol):
+    """Answers questions about images. N: images, S: side of the pixels."""
+
+    def answer(self, pixels: torch.Tensor, questions: Sequence[Sequence[str]]) -> list[list[Answer]]:
+        """Answers ``questions[i]``, of which there may be any number, about image i; each image is encoded once.
+
+        Args:
+            pixels: (N, 3, S, S) uint8 RGB.
+
+        Raises:
+            QuestionError: a question is longer than the model can take.
+            ValueError: there are not as many lists of questions as images.
+        """
+
+    def check_questions(self, questions: Sequence[str]) -> None:
+        """Makes sure that the model can take these questions.
+
+        Raises:
+            QuestionError: one is longer than it can take.
+        """
 
 
 def identify(role: str, config: ModelConfig) -> ModelIdentity:
@@ -164,3 +197,24 @@ def load_matcher(
     from vlmflow.models.blip import BlipMatcher
 
     return BlipMatcher.load(locate(config), config, device, dtype, towers)
+
+
+def load_answerer(
+    config: ModelConfig, device: str, dtype: Dtype = "auto", towers: VisionTowers | None = None
+) -> Answerer:
+    """Loads a model that answers questions.
+
+    Args:
+        dtype: `auto`: bfloat16 on CUDA, float32 elsewhere.
+        towers: of the worker; a vision tower with equal weights is shared. None: the model has its own.
+
+    Raises:
+        WeightsError: the weights are absent, unsafe to load, or do not fit.
+    """
+    if config.family == "blip_vqa":
+        from vlmflow.models.blip_vqa import BlipAnswerer
+
+        return BlipAnswerer.load(locate(config), config, device, dtype, towers)
+    from vlmflow.models.vilt import ViltAnswerer
+
+    return ViltAnswerer.load(locate(config), config, device, dtype)

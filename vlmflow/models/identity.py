@@ -12,6 +12,8 @@ CODE_VERSIONS = {
     "open_clip": 1,
     "blip_caption": 1,
     "blip_itm": 1,
+    "vilt": 1,
+    "blip_vqa": 1,
     "opennsfw": 1,
     "image_classification": 1,
     "vlm_judge": 1,

@@ -11,13 +11,14 @@ from vlmflow.config import Family, Job, ModelConfig, default_models_dir
 from vlmflow.errors import ConfigError
 from vlmflow.models.weights import find_weights, require_folder
 
-Role = Literal["embed", "caption", "match"]
+Role = Literal["embed", "caption", "match", "answer"]
 
 # The families that can play a role; the first is that of a profile's model which names none.
 FAMILIES: dict[Role, tuple[Family, ...]] = {
     "embed": ("open_clip",),
     "caption": ("blip_caption",),
     "match": ("blip_itm",),
+    "answer": ("vilt", "blip_vqa"),
 }
 STARTER = "starter"
 
@@ -52,6 +53,7 @@ PROFILES: dict[str, Profile] = {
             "embed": ProfileModel("vlmflow/starter-clip", "clip", "Apache-2.0", 3_768_577),
             "caption": ProfileModel("vlmflow/starter-captioner", "captioner", "Apache-2.0", 4_180_254),
             "match": ProfileModel("vlmflow/starter-matcher", "matcher", "Apache-2.0", 4_216_898),
+            "answer": ProfileModel("vlmflow/starter-vqa", "vqa", "Apache-2.0", 2_513_188),
         },
     ),
     "base": Profile(
@@ -64,6 +66,9 @@ PROFILES: dict[str, Profile] = {
                 "Salesforce/blip-image-captioning-base", "blip-image-captioning-base", "BSD-3-Clause", 223_971_644
             ),
             "match": ProfileModel("Salesforce/blip-itm-base-coco", "blip-itm-base-coco", "BSD-3-Clause", 223_744_258),
+            "answer": ProfileModel(
+                "dandelin/vilt-b32-finetuned-vqa", "vilt-b32-finetuned-vqa", "Apache-2.0", 117_588_537
+            ),
         },
     ),
     "large": Profile(
@@ -76,6 +81,9 @@ PROFILES: dict[str, Profile] = {
                 "Salesforce/blip-image-captioning-large", "blip-image-captioning-large", "BSD-3-Clause", 446_290_492
             ),
             "match": ProfileModel("Salesforce/blip-itm-large-coco", "blip-itm-large-coco", "BSD-3-Clause", 446_128_642),
+            "answer": ProfileModel(
+                "Salesforce/blip-vqa-base", "blip-vqa-base", "BSD-3-Clause", 361_230_140, "blip_vqa"
+            ),
         },
     ),
 }

@@ -19,6 +19,8 @@ _WEIGHT_NAMES = {
     "open_clip": ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors"),
     "blip_caption": ("model.safetensors", "model.safetensors.index.json"),
     "blip_itm": ("model.safetensors", "model.safetensors.index.json"),
+    "vilt": ("model.safetensors", "model.safetensors.index.json"),
+    "blip_vqa": ("model.safetensors", "model.safetensors.index.json"),
     "image_classification": ("model.safetensors", "model.safetensors.index.json"),
     "vlm_judge": ("model.safetensors", "model.safetensors.index.json"),
 }

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from vlmflow.config import ImageLimits, SourceConfig
 from vlmflow.errors import SourceError
 from vlmflow.retry import retried
-from vlmflow.sources.base import Reader, reference_batch
+from vlmflow.sources.base import Reader, check_named, own_columns, reference_batch
 from vlmflow.sources.prefix import no_images
 from vlmflow.sources.reader import SourceReader
 from vlmflow.sources.stores import ObjectHead, Stores
@@ -40,12 +40,11 @@ class ManifestSource:
     def columns(self) -> pa.Schema:
         """The manifest's columns without that of the uris; see :class:`vlmflow.sources.base.Source`."""
         schema = self._table.schema
-        wanted = (self._config.uri_column, self._config.key_column, self._config.text_column)
-        for name in wanted:
-            if name is not None and name not in schema.names:
-                there = ", ".join(schema.names) or "none"
-                remedy = "Name another with source.uri_column, key_column or text_column."
-                raise SourceError(f"{self._config.uri} has no column {name}; it has {there}", remedy=remedy)
+        if self._config.uri_column not in schema.names:
+            there = ", ".join(schema.names) or "none"
+            message = f"{self._config.uri} has no column {self._config.uri_column}; it has {there}"
+            raise SourceError(message, remedy="Name another with source.uri_column.")
+        check_named(self._config, schema.names, self._config.uri)
         return pa.schema([field for field in schema if field.name != self._config.uri_column])
 
     def list(self) -> Iterator[pa.RecordBatch]:
@@ -100,9 +99,7 @@ class ManifestSource:
                 "uri": pa.array([normalise_uri(locator) for locator in locators], pa.string()),
                 "locator": pa.array(locators, pa.string()),
             }
-            for name, column in (("key", config.key_column), ("text", config.text_column)):
-                if column is not None:
-                    given[name] = flat(rows[column]).cast(pa.string())
+            given |= own_columns(rows, config, config.uri)
             version_column = next((name for name in _VERSION_COLUMNS if name in rows.column_names), None)
             if version_column is not None:
                 given["object_version"] = pc.utf8_trim(flat(rows[version_column]).cast(pa.string()), '"')

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 
 from vlmflow.config import ImageLimits, SourceConfig
 from vlmflow.errors import SourceError
-from vlmflow.sources.base import BATCH_ROWS, Reader, reference_batch
+from vlmflow.sources.base import BATCH_ROWS, Reader, check_named, own_columns, reference_batch
 from vlmflow.sources.listing import list_files
 from vlmflow.sources.manifest import flat, source_struct
 from vlmflow.sources.parquet_rows import bytes_field
@@ -72,10 +72,7 @@ class ParquetSource:
         if bytes_field(schema, self._config.bytes_column) is None:
             message = f"{uri} has no column {self._config.bytes_column} of image bytes; it has {there}"
             raise SourceError(message, remedy="Name another with source.bytes_column.")
-        for name in (self._config.key_column, self._config.text_column):
-            if name is not None and name not in schema.names:
-                remedy = "Name another with source.key_column or text_column."
-                raise SourceError(f"{uri} has no column {name}; it has {there}", remedy=remedy)
+        check_named(self._config, schema.names, uri)
 
     def _references(self) -> Iterator[pa.RecordBatch]:
         for uri in self._files:
@@ -120,9 +117,7 @@ class ParquetSource:
             given["uri"] = pa.array(
                 [normalise_uri(name) for name in resolve(spelled, parse_address(uri).parent)], pa.string()
             )
-        for name, column in (("key", self._config.key_column), ("text", self._config.text_column)):
-            if column is not None:
-                given[name] = flat(rows[column]).cast(pa.string())
+        given |= own_columns(rows.select(self.columns.names).cast(self.columns), self._config, uri)
         return reference_batch(given, source_struct(rows.select(self.columns.names).cast(self.columns), self.columns))
 
 

@@ -11,6 +11,7 @@ from vlmflow.imaging import PixelRequest
 from vlmflow.models import (
     ModelIdentity,
     identify,
+    load_answerer,
     load_captioner,
     load_embedder,
     load_matcher,
@@ -41,6 +42,7 @@ class TaskSetup:
     binding: Binding | None  # None: every decision is `review`
     detectors: tuple[DetectorSetup, ...] = ()  # of the policy
     blip_dtype: Dtype = "auto"
+    questions: tuple[str, ...] = ()  # of the job
 
     def fingerprints(self, tasks: tuple[TaskName, ...]) -> dict[str, str]:
         """What decides whether a task is due: its model and settings. The policy is compared apart from it."""
@@ -63,8 +65,8 @@ class TaskSetup:
             case "caption":
                 tokens = self.max_caption_tokens
                 return short_digest({"model": self.identities["caption"].fingerprint(task), "max_tokens": tokens})
-            case "match":
-                return self.identities["match"].fingerprint(task)
+            case "match" | "answer":
+                return self.identities[task].fingerprint(task)
             case _:
                 assert_never(task)
 
@@ -97,6 +99,7 @@ def prepare_tasks(job: Job) -> TaskSetup:
         binding=binding,
         detectors=detectors,
         blip_dtype=job.blip_dtype,
+        questions=job.questions,
     )
 
 
@@ -152,5 +155,10 @@ def load_task(
 
             matcher = load_matcher(setup.models["match"], device, setup.blip_dtype, towers)
             return MatchTask(matcher, setup.requests["match"])
+        case "answer":
+            from vlmflow.tasks.answer import AnswerTask
+
+            answerer = load_answerer(setup.models["answer"], device, setup.blip_dtype, towers)
+            return AnswerTask(answerer, setup.requests["answer"], setup.questions)
         case _:
             assert_never(name)

@@ -10,9 +10,18 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.models import IMAGE_SIZE, make_captioner, make_classifier, make_clip, make_judge, make_matcher
+from tests.models import (
+    IMAGE_SIZE,
+    make_blip_vqa,
+    make_captioner,
+    make_classifier,
+    make_clip,
+    make_judge,
+    make_matcher,
+    make_vilt,
+)
 from vlmflow.config import ModelConfig
-from vlmflow.models import ModelIdentity, load_captioner, load_embedder, load_matcher
+from vlmflow.models import ModelIdentity, load_answerer, load_captioner, load_embedder, load_matcher
 from vlmflow.models.classifier import ImageClassifier
 from vlmflow.models.identity import CODE_VERSIONS
 from vlmflow.models.judge import VlmJudge
@@ -45,6 +54,7 @@ def rounded(values: np.ndarray[Any, Any]) -> list[Any]:
 def outputs(folder: Path) -> dict[str, Any]:
     pixels = formula_pixels(3)
     clip, captioner, matcher = make_clip(folder / "a"), make_captioner(folder / "b"), make_matcher(folder / "c")
+    answerers = {"vilt": make_vilt(folder / "f"), "blip_vqa": make_blip_vqa(folder / "g")}
     classifier, yes_or_no = make_classifier(folder / "d"), make_judge(folder / "e")
     for path in folder.glob("*/*.safetensors"):
         fill_by_formula(path)
@@ -62,6 +72,15 @@ def outputs(folder: Path) -> dict[str, Any]:
             ImageClassifier.load(classifier, classifying, ("hentai", "neutral"), "cpu").score(pixels)
         ),
         "vlm_judge": rounded(VlmJudge.load(yes_or_no, ["Does the picture show a gun?"], "cpu").score(pixels)),
+        **{
+            family: [
+                [answer.text for answer in answers]
+                for answers in load_answerer(
+                    ModelConfig.model_validate({"family": family, "path": str(answering)}), "cpu"
+                ).answer(pixels, [texts] * 3)
+            ]
+            for family, answering in answerers.items()
+        },
         "blip_itm": [rounded(judge.match_itm(images, texts)), rounded(judge.match_itc(images, texts))],
     }
 
@@ -71,7 +90,7 @@ def test_outputs_are_those_recorded_for_the_code_version(tmp_path: Path) -> None
     for family, version in CODE_VERSIONS.items():
         recorded = RECORDED[f"{family} {version}"]
         message = f"{family}: outputs moved. If that is meant, raise its code version and record the new ones."
-        if family == "blip_caption":
+        if family in ("blip_caption", "blip_vqa", "vilt"):
             assert found[family] == recorded, message
         else:
             np.testing.assert_allclose(found[family], recorded, atol=2e-4, err_msg=message)

@@ -16,7 +16,7 @@ TaskName = Literal["embed", "detect", "moderate", "caption", "match", "answer"]
 RetriedStatus = Literal["failed", "partial", "missing", "unreadable"]
 ViewName = Literal["squash", "center", "tiles", "black", "frames"]
 Dtype = Literal["auto", "float32", "bfloat16"]
-Family = Literal["open_clip", "blip_caption", "blip_itm", "vilt", "blip_vqa", "image_classification", "vlm_judge"]
+Family = Literal["open_clip", "blip_caption", "blip_itm", "vilt", "blip_vqa", "vilbert", "image_classification", "vlm_judge"]
 SourceKind = Literal["auto", "prefix", "manifest", "webdataset", "parquet"]
 
 MIB = 1024 * 1024
@@ -55,6 +55,7 @@ class SourceConfig(Frozen):
     key_column: str | None = None  # tells rows with the same uri apart
     text_column: str | None = None  # the caller's text that `match` scores
     questions_column: str | None = None  # questions to the image, one or a list, that `answer` asks besides the job's
+    regions_column: str | None = None  # of a Parquet file: regions of a detector of yours; see vlmflow.sources.regions
     found_text_column: str | None = None  # text that was found in the image, for its alternative text
     bytes_column: str = "image"  # of a Parquet file of image bytes
     storage: StorageConfig = StorageConfig()

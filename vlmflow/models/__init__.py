@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Protocol
 from vlmflow.config import Dtype, ModelConfig
 from vlmflow.imaging import PixelRequest
 from vlmflow.models.identity import CODE_VERSIONS, ModelIdentity
-from vlmflow.models.preprocessing import read_preprocessing
+from vlmflow.models.preprocessing import Preprocessing, read_preprocessing
 from vlmflow.models.profiles import ModelStatus, ProfileStatus, check_family, describe_profiles, resolve_models
+from vlmflow.models.vilbert import region_preprocessing
 from vlmflow.models.weights import locate, weights_digest
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy as np
     import torch
     from numpy.typing import NDArray
@@ -83,15 +86,18 @@ class EncodedImages:
 
 
 class Matcher(Protocol):
-    """How well texts fit images, by two heads whose values do not compare."""
+    """How well texts fit images, by two heads whose values do not compare. None: the model has no such head."""
 
     def encode_images(self, pixels: torch.Tensor) -> EncodedImages:
-        """(N, 3, S, S) uint8 RGB -> N images for the methods below."""
+        """(N, 3, S, S) uint8 RGB -> N images for the methods below.
 
-    def match_itm(self, images: EncodedImages, texts: Sequence[str]) -> NDArray[np.float32]:
+        A model that wants no pixels (:func:`pixel_request` is None) is given ``Regions`` in their place.
+        """
+
+    def match_itm(self, images: EncodedImages, texts: Sequence[str]) -> NDArray[np.float32] | None:
         """(N,) the probability that ``texts[i]`` and image i match, by the matching head."""
 
-    def match_itc(self, images: EncodedImages, texts: Sequence[str]) -> NDArray[np.float32]:
+    def match_itc(self, images: EncodedImages, texts: Sequence[str]) -> NDArray[np.float32] | None:
         """(N,) the cosine of ``texts[i]`` and image i, by the contrastive heads."""
 
 
@@ -134,24 +140,34 @@ def identify(role: str, config: ModelConfig) -> ModelIdentity:
     """
     check_family(role, config)
     folder = locate(config)
+    preprocessing = _preprocessing(folder, config)
     return ModelIdentity(
         id=config.repo or folder.name,
         revision=config.revision or "local",
         weights_digest=weights_digest(folder, config.family),
-        preprocessing=read_preprocessing(folder, config).describe(),
+        preprocessing=preprocessing.describe() if preprocessing else "regions of the source",
         code_version=CODE_VERSIONS[config.family],
     )
 
 
-def pixel_request(role: str, config: ModelConfig, views: tuple[str, ...]) -> PixelRequest:
+def pixel_request(role: str, config: ModelConfig, views: tuple[str, ...]) -> PixelRequest | None:
     """The pixels that the model wants: all views for `embed`, the whole image alone for the others.
+
+    Returns:
+        None: it wants none, but regions that the source has a column of.
 
     Raises:
         WeightsError: a configuration file is absent, or asks for what vlmflow does not do.
     """
-    preprocessing = read_preprocessing(locate(config), config)
+    preprocessing = _preprocessing(locate(config), config)
+    if preprocessing is None:
+        return None
     others = [view for view in views if view != "squash"] if role == "embed" else []
     return PixelRequest(preprocessing.size, preprocessing.interpolation, ("squash", *others))
+
+
+def _preprocessing(folder: Path, config: ModelConfig) -> Preprocessing | None:
+    return region_preprocessing(folder) if config.family == "vilbert" else read_preprocessing(folder, config)
 
 
 def load_embedder(config: ModelConfig, device: str) -> ImageEmbedder:
@@ -194,6 +210,10 @@ def load_matcher(
     Raises:
         WeightsError: the weights are absent, unsafe to load, or do not fit.
     """
+    if config.family == "vilbert":
+        from vlmflow.models.vilbert.adapter import VilbertMatcher
+
+        return VilbertMatcher.load(locate(config), device, dtype)
     from vlmflow.models.blip import BlipMatcher
 
     return BlipMatcher.load(locate(config), config, device, dtype, towers)
@@ -215,6 +235,10 @@ def load_answerer(
         from vlmflow.models.blip_vqa import BlipAnswerer
 
         return BlipAnswerer.load(locate(config), config, device, dtype, towers)
+    if config.family == "vilbert":
+        from vlmflow.models.vilbert.adapter import VilbertAnswerer
+
+        return VilbertAnswerer.load(locate(config), device, dtype)
     from vlmflow.models.vilt import ViltAnswerer
 
     return ViltAnswerer.load(locate(config), config, device, dtype)

@@ -14,6 +14,7 @@ CODE_VERSIONS = {
     "blip_itm": 1,
     "vilt": 1,
     "blip_vqa": 1,
+    "vilbert": 1,
     "opennsfw": 1,
     "image_classification": 1,
     "vlm_judge": 1,

@@ -17,8 +17,8 @@ Role = Literal["embed", "caption", "match", "answer"]
 FAMILIES: dict[Role, tuple[Family, ...]] = {
     "embed": ("open_clip",),
     "caption": ("blip_caption",),
-    "match": ("blip_itm",),
-    "answer": ("vilt", "blip_vqa"),
+    "match": ("blip_itm", "vilbert"),
+    "answer": ("vilt", "blip_vqa", "vilbert"),
 }
 STARTER = "starter"
 

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from vlmflow.config import ModelConfig, describe_validation
 from vlmflow.errors import WeightsError
+from vlmflow.models.preprocessing import Preprocessing, read_preprocessing
 from vlmflow.models.weights import read_json, weights_digest
 
 if TYPE_CHECKING:
@@ -95,6 +96,21 @@ def read_region_source(folder: Path) -> RegionSource:
 def reads_columns(folder: Path) -> bool:
     """Whether the model's regions are columns of the source, so that it looks at no pixels."""
     return isinstance(read_region_source(folder), ColumnRegions)
+
+
+def region_preprocessing(folder: Path) -> Preprocessing | None:
+    """What the pixels are that regions are found in; None: no pixels, regions are columns of the source.
+
+    Raises:
+        WeightsError: a configuration file is absent, or asks for what vlmflow does not do.
+    """
+    source = read_region_source(folder)
+    if isinstance(source, ColumnRegions):
+        return None
+    if isinstance(source, DetectorRegions):
+        return Preprocessing(source.size, "bilinear", source.mean, source.std)
+    config = tower_config(folder, source)
+    return read_preprocessing(Path(config.path or ""), config)
 
 
 def tower_config(folder: Path, source: TowerRegionsSource) -> ModelConfig:

@@ -16,6 +16,8 @@ from vlmflow.models.vilbert.config import VilbertConfig
 from vlmflow.models.vilbert.heads import HEAD_CLASSES
 from vlmflow.models.vilbert.layers import NORM_EPS, Connection, Layer, Stream
 
+# The decoder of masked words is the word embeddings' weight: the published files hold it twice, safetensors once.
+TIED = "cls.predictions.decoder.weight"
 BOX_NUMBERS = 5  # left, top, right, bottom, area: as parts of the image
 
 
@@ -157,7 +159,11 @@ class Vilbert(nn.Module):
         self.bert = TwoStreams(config)
         for name in config.heads:
             self.add_module(name, HEAD_CLASSES[name](config))
-        if "cls" in config.heads:
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Makes the decoder of masked words share the word embeddings' weight."""
+        if "cls" in self.config.heads:
             self.cls.predictions.decoder.weight = self.bert.embeddings.word_embeddings.weight
 
     def embed_regions(self, features: torch.Tensor, places: torch.Tensor, mask: torch.Tensor) -> Stream:

@@ -16,7 +16,21 @@ TaskName = Literal["embed", "detect", "moderate", "caption", "match", "answer"]
 RetriedStatus = Literal["failed", "partial", "missing", "unreadable"]
 ViewName = Literal["squash", "center", "tiles", "black", "frames"]
 Dtype = Literal["auto", "float32", "bfloat16"]
-Family = Literal["open_clip", "blip_caption", "blip_itm", "vilt", "blip_vqa", "vilbert", "image_classification", "vlm_judge"]
+Family = Literal[
+    "open_clip",
+    "blip_caption",
+    "blip_itm",
+    "vilt",
+    "blip_vqa",
+    "vilbert",
+    "image_classification",
+    "vlm_judge",
+    "blip2_caption",
+    "blip2_itm",
+    "git",
+    "flava",
+    "align",
+]
 SourceKind = Literal["auto", "prefix", "manifest", "webdataset", "parquet"]
 
 MIB = 1024 * 1024

@@ -244,17 +244,28 @@ def export_vilbert(model: Vilbert, head: BoxHead, studio: Studio, clip: Path, fo
     _write(folder / "answers.json", list(Asker(studio.world).answers))
 
 
-def train_vilbert(studio: Studio, work: Path, clip: Path, minutes: tuple[float, float], batch_size: int,
-                  max_steps: int | None = None) -> tuple[Vilbert, BoxHead]:
+def train_vilbert(
+    studio: Studio, work: Path, clip: Path, minutes: tuple[float, float], batch_size: int, max_steps: int | None = None
+) -> tuple[Vilbert, BoxHead]:
     """Both stages, each from its checkpoint if there is one."""
     torch.manual_seed(1)
     head = BoxHead(tower_width(clip), _HEAD_WIDTH)
-    steps = train(head, RegionLosses(head, studio, clip, batch_size), Schedule(minutes[0], max_steps=max_steps), work / "small-regions.pt")
+    steps = train(
+        head,
+        RegionLosses(head, studio, clip, batch_size),
+        Schedule(minutes[0], max_steps=max_steps),
+        work / "small-regions.pt",
+    )
     print(f"regions: {steps} steps", flush=True)
     config = vilbert_config(len(studio.tokenizer), tower_width(clip), len(Asker(studio.world).answers))
     model = build_vilbert(config)
     find = region_finder(clip, head.eval().requires_grad_(False), studio.device)
-    steps = train(model, VilbertLosses(model, find, studio, batch_size), Schedule(minutes[1], rate=8e-4, max_steps=max_steps), work / "small-vilbert.pt")
+    steps = train(
+        model,
+        VilbertLosses(model, find, studio, batch_size),
+        Schedule(minutes[1], rate=8e-4, max_steps=max_steps),
+        work / "small-vilbert.pt",
+    )
     print(f"vilbert: {steps} steps", flush=True)
     return model, head
 

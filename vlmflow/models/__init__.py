@@ -72,7 +72,7 @@ class Captioner(Protocol):
 class EncodedImages:
     """Images after the vision tower, so that several lists of texts share one pass of it."""
 
-    embeds: torch.Tensor  # (N, T, D): T patches and the class token, D dimensions
+    embeds: torch.Tensor  # (N, T, D): T patches and the class token, D dimensions; of ALIGN (N, D)
     memory: CrossMemory | None = None  # keys and values of all images that were encoded together
     rows: tuple[int, ...] | None = None  # which of those these are; None: all
 
@@ -83,6 +83,16 @@ class EncodedImages:
         """Those of the given rows."""
         among = tuple(rows) if self.rows is None else tuple(self.rows[row] for row in rows)
         return EncodedImages(self.embeds[list(rows)], self.memory, among)
+
+    def pairs_with(self, texts: Sequence[str]) -> bool:
+        """Whether there is any pair of an image and a text.
+
+        Raises:
+            ValueError: the two differ in length.
+        """
+        if len(self) != len(texts):
+            raise ValueError(f"{len(self)} images but {len(texts)} texts")
+        return len(texts) > 0
 
 
 class Matcher(Protocol):
@@ -171,20 +181,30 @@ def _preprocessing(folder: Path, config: ModelConfig) -> Preprocessing | None:
 
 
 def load_embedder(config: ModelConfig, device: str) -> ImageEmbedder:
-    """Loads a CLIP or SigLIP model of open_clip: bfloat16 on CUDA, float32 elsewhere.
+    """Loads an embedder of the configuration's family: bfloat16 on CUDA, float32 elsewhere.
 
     Raises:
         WeightsError: the weights are absent, unsafe to load, or do not fit.
     """
-    from vlmflow.models.clip import ClipEmbedder
+    match config.family:
+        case "flava":
+            from vlmflow.models.flava import FlavaEmbedder
 
-    return ClipEmbedder.load(locate(config), config, device)
+            return FlavaEmbedder.load(locate(config), config, device)
+        case "align":
+            from vlmflow.models.align import AlignEmbedder
+
+            return AlignEmbedder.load(locate(config), config, device)
+        case _:
+            from vlmflow.models.clip import ClipEmbedder
+
+            return ClipEmbedder.load(locate(config), config, device)
 
 
 def load_captioner(
     config: ModelConfig, device: str, dtype: Dtype = "auto", towers: VisionTowers | None = None
 ) -> Captioner:
-    """Loads a BLIP captioner.
+    """Loads a captioner of the configuration's family.
 
     Args:
         dtype: `auto`: bfloat16 on CUDA, float32 elsewhere.
@@ -193,15 +213,25 @@ def load_captioner(
     Raises:
         WeightsError: the weights are absent, unsafe to load, or do not fit.
     """
-    from vlmflow.models.blip import BlipCaptioner
+    match config.family:
+        case "blip2_caption":
+            from vlmflow.models.blip2 import Blip2Captioner
 
-    return BlipCaptioner.load(locate(config), config, device, dtype, towers)
+            return Blip2Captioner.load(locate(config), config, device, dtype, towers)
+        case "git":
+            from vlmflow.models.git import GitCaptioner
+
+            return GitCaptioner.load(locate(config), config, device, dtype)
+        case _:
+            from vlmflow.models.blip import BlipCaptioner
+
+            return BlipCaptioner.load(locate(config), config, device, dtype, towers)
 
 
 def load_matcher(
     config: ModelConfig, device: str, dtype: Dtype = "auto", towers: VisionTowers | None = None
 ) -> Matcher:
-    """Loads a BLIP image-text matcher.
+    """Loads an image-text matcher of the configuration's family.
 
     Args:
         dtype: `auto`: bfloat16 on CUDA, float32 elsewhere.
@@ -210,13 +240,27 @@ def load_matcher(
     Raises:
         WeightsError: the weights are absent, unsafe to load, or do not fit.
     """
-    if config.family == "vilbert":
-        from vlmflow.models.vilbert.adapter import VilbertMatcher
+    match config.family:
+        case "blip2_itm":
+            from vlmflow.models.blip2 import Blip2Matcher
 
-        return VilbertMatcher.load(locate(config), device, dtype)
-    from vlmflow.models.blip import BlipMatcher
+            return Blip2Matcher.load(locate(config), config, device, dtype, towers)
+        case "flava":
+            from vlmflow.models.flava import FlavaMatcher
 
-    return BlipMatcher.load(locate(config), config, device, dtype, towers)
+            return FlavaMatcher.load(locate(config), config, device, dtype)
+        case "align":
+            from vlmflow.models.align import AlignMatcher
+
+            return AlignMatcher.load(locate(config), config, device, dtype)
+        case "vilbert":
+            from vlmflow.models.vilbert.adapter import VilbertMatcher
+
+            return VilbertMatcher.load(locate(config), device, dtype)
+        case _:
+            from vlmflow.models.blip import BlipMatcher
+
+            return BlipMatcher.load(locate(config), config, device, dtype, towers)
 
 
 def load_answerer(

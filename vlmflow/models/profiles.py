@@ -15,9 +15,9 @@ Role = Literal["embed", "caption", "match", "answer"]
 
 # The families that can play a role; the first is that of a profile's model which names none.
 FAMILIES: dict[Role, tuple[Family, ...]] = {
-    "embed": ("open_clip",),
-    "caption": ("blip_caption",),
-    "match": ("blip_itm", "vilbert"),
+    "embed": ("open_clip", "flava", "align"),
+    "caption": ("blip_caption", "blip2_caption", "git"),
+    "match": ("blip_itm", "blip2_itm", "flava", "align", "vilbert"),
     "answer": ("vilt", "blip_vqa", "vilbert"),
 }
 STARTER = "starter"

@@ -85,8 +85,7 @@ class VilbertMatcher:
             ValueError: the two differ in length.
         """
         assert isinstance(images, EncodedRegions)
-        if len(images) != len(texts):
-            raise ValueError(f"{len(images)} images but {len(texts)} texts")
+        images.pairs_with(texts)
         scores = [np.empty(0, np.float32)]
         for start in range(0, len(texts), _PAIRS_AT_ONCE):
             part = range(start, min(start + _PAIRS_AT_ONCE, len(texts)))

@@ -23,7 +23,6 @@ from vlmflow.models.preprocessing import read_preprocessing
 from vlmflow.models.vilbert.finders import TowerRegionsSource
 from vlmflow.models.vilbert.regions import Regions, best_boxes, pad_regions
 
-
 _EARLY_LAYER = 1
 
 
@@ -71,7 +70,8 @@ class TowerRegions:
         """(N, P, D) patches -> regions."""
         logits, boxes = self._head(patches)
         whole = boxes.new_tensor([[0, 0, 1, 1]])
-        kept = [torch.cat([of[self._best(of, score)], whole]) for of, score in zip(boxes, logits.sigmoid(), strict=True)]
+        scores = logits.sigmoid()
+        kept = [torch.cat([of[self._best(of, score)], whole]) for of, score in zip(boxes, scores, strict=True)]
         return pad_regions(pool_patches(patches, kept), kept)
 
     @torch.no_grad()
@@ -138,5 +138,6 @@ def pool_patches(patches: torch.Tensor, boxes: list[torch.Tensor]) -> list[torch
     """
     grid = as_grid(patches.float())
     side = grid.shape[-1]
-    pooled = roi_align(grid, [of.float() for of in boxes], 1, spatial_scale=side, sampling_ratio=side // 2, aligned=True)
+    floats = [of.float() for of in boxes]
+    pooled = roi_align(grid, floats, 1, spatial_scale=side, sampling_ratio=side // 2, aligned=True)
     return list(pooled[:, :, 0, 0].split([len(of) for of in boxes]))

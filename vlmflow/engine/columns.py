@@ -31,7 +31,10 @@ BATCHES_PREFIX = "batches_"
 # The most images that a pool's tasks run at once since memory ran out; null: it never did.
 AT_ONCE_PREFIX = "at_once_"
 
-_INTERNAL_PREFIXES = ("pixels_", "views_")
+# Regions that the source has of an image, as schema.REGIONS; tasks know them by this name.
+REGIONS = "regions_of_source"
+
+_INTERNAL_PREFIXES = ("pixels_", "views_", "regions_of_")
 
 
 def seconds_column(stage: str) -> str:

@@ -29,6 +29,7 @@ from vlmflow.errors import StorageAccessError, StoreLostError, TransientError, U
 from vlmflow.imaging import merge_requests
 from vlmflow.moderation.prompts import PromptVectors
 from vlmflow.sources import Source, open_source
+from vlmflow.sources.regions import region_reader
 
 logger = logging.getLogger("vlmflow")
 
@@ -197,7 +198,8 @@ class _Run:
     ) -> Stages:
         setup, limits = self._prepared.setup, self._job.limits
         requests = tuple(merge_requests(setup.pixel_requests()))
-        decode = ReadAndDecode(self._source.reader(limits), requests, limits, known)
+        regions = region_reader(self._job.source) if setup.reads_regions else None
+        decode = ReadAndDecode(self._source.reader(limits), requests, limits, known, regions)
         return Stages(decode, pools, setup, prompts)
 
     def _consume(self, blocks: list[Block] | None, finished: FinishedBlocks, collector: Collector) -> None:

@@ -101,7 +101,7 @@ class Matcher(Protocol):
     def encode_images(self, pixels: torch.Tensor) -> EncodedImages:
         """(N, 3, S, S) uint8 RGB -> N images for the methods below.
 
-        A model that wants no pixels (:func:`pixel_request` is None) is given ``Regions`` in their place.
+        A model that wants no pixels (:func:`pixel_request` is None) is given regions in their place.
         """
 
     def match_itm(self, images: EncodedImages, texts: Sequence[str]) -> NDArray[np.float32] | None:
@@ -126,7 +126,7 @@ class Answerer(Protocol):
         """Answers ``questions[i]``, of which there may be any number, about image i; each image is encoded once.
 
         Args:
-            pixels: (N, 3, S, S) uint8 RGB.
+            pixels: (N, 3, S, S) uint8 RGB; for a model that wants none, regions.
 
         Raises:
             QuestionError: a question is longer than the model can take.

@@ -102,9 +102,9 @@ class VilbertMatcher:
     def _probability(self, encoded: Encoded) -> torch.Tensor:
         model = self._parts.model
         if "vil_logit" in model.config.heads:
-            logits: torch.Tensor = model.vil_logit(encoded.pair)
+            logits: torch.Tensor = model.get_submodule("vil_logit")(encoded.pair)
             return logits.float()[:, 0].sigmoid()
-        aligned: torch.Tensor = model.cls.bi_seq_relationship(encoded.pair)
+        aligned: torch.Tensor = model.get_submodule("cls.bi_seq_relationship")(encoded.pair)
         return aligned.float().softmax(-1)[:, 0]  # column 0 is "belongs to the image"
 
 
@@ -147,7 +147,8 @@ class VilbertAnswerer:
         for start in range(0, len(rows), _PAIRS_AT_ONCE):
             part = slice(start, start + _PAIRS_AT_ONCE)
             encoded = self._parts.encode(regions.take(rows[part]), ids[part], QUESTION)
-            best = self._parts.model.vil_prediction(encoded.pair).float().sigmoid().max(dim=-1)
+            logits = self._parts.model.get_submodule("vil_prediction")(encoded.pair)
+            best = logits.float().sigmoid().max(dim=-1)
             pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
             found += [Answer(self._answers[number], score) for number, score in pairs]
         given = iter(found)
@@ -201,7 +202,8 @@ class VilbertGrounder:
         regions = self._parts.regions_of(pixels)
         encoded = self._parts.encode(self._parts.embed(regions), ids, REFERENCE)
         # The first is the whole image, which stands for all of them and is no answer.
-        scores = self._parts.model.vision_logit(encoded.regions[:, 1:]).float()[..., 0].sigmoid().cpu()
+        logits = self._parts.model.get_submodule("vision_logit")(encoded.regions[:, 1:])
+        scores = logits.float()[..., 0].sigmoid().cpu()
         found = []
         for of, score, mask in zip(regions.boxes.cpu(), scores, regions.mask.cpu(), strict=True):
             best = score[mask].argsort(descending=True, stable=True)

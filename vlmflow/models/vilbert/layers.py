@@ -177,6 +177,6 @@ def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, num_heads: int
 ) -> torch.Tensor:
     """(N, Q, D), (N, K, D), (N, K, D), (N, 1, 1, K) bool -> (N, Q, D)."""
-    parts = [part.unflatten(-1, (num_heads, -1)).transpose(1, 2) for part in (query, key, value)]
-    heads = functional.scaled_dot_product_attention(*parts, attn_mask=mask)
+    query, key, value = (part.view(*part.shape[:2], num_heads, -1).transpose(1, 2) for part in (query, key, value))
+    heads = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     return heads.transpose(1, 2).flatten(2)

@@ -164,7 +164,8 @@ class Vilbert(nn.Module):
     def tie_weights(self) -> None:
         """Makes the decoder of masked words share the word embeddings' weight."""
         if "cls" in self.config.heads:
-            self.cls.predictions.decoder.weight = self.bert.embeddings.word_embeddings.weight
+            decoder = self.get_submodule("cls.predictions.decoder")
+            decoder.weight = self.bert.embeddings.word_embeddings.weight
 
     def embed_regions(self, features: torch.Tensor, places: torch.Tensor, mask: torch.Tensor) -> Stream:
         """What depends on the image alone, to be used for many texts.

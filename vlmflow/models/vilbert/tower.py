@@ -116,7 +116,7 @@ def load_tower_regions(
 def as_grid(patches: torch.Tensor) -> torch.Tensor:
     """(N, P, D) -> (N, D, G, G)."""
     side = round(patches.shape[1] ** 0.5)
-    return patches.transpose(1, 2).unflatten(2, (side, side))
+    return patches.transpose(1, 2).reshape(len(patches), -1, side, side)
 
 
 def patch_centres(num_patches: int, device: torch.device) -> torch.Tensor:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from vlmflow.doctor import Check, doctor
     from vlmflow.engine import PlanSummary, RunReport, enrich, plan
     from vlmflow.engine.remoderate import RemoderateReport, Scope, remoderate
+    from vlmflow.grounding import GroundedRegion, PhraseGrounder, ground_phrases
+    from vlmflow.models.convert import ConversionInputs, ConversionReport, convert_weights
     from vlmflow.models.profiles import describe_profiles
     from vlmflow.moderation.calibrate import CalibrationReport, Targets
     from vlmflow.report.write import WrittenReport, write_report
@@ -44,11 +46,15 @@ __all__ = [
     "CatalogConfig",
     "CatalogSummary",
     "Check",
+    "ConversionInputs",
+    "ConversionReport",
     "DuplicateReport",
+    "GroundedRegion",
     "ImageDescriber",
     "ImageDescription",
     "IndexReport",
     "Job",
+    "PhraseGrounder",
     "PlanSummary",
     "Query",
     "QueueReport",
@@ -64,6 +70,7 @@ __all__ = [
     "VlmflowError",
     "WrittenReport",
     "calibrate",
+    "convert_weights",
     "describe_image",
     "describe_profiles",
     "doctor",
@@ -71,6 +78,7 @@ __all__ = [
     "export_queue",
     "find_duplicates",
     "find_titles",
+    "ground_phrases",
     "import_verdicts",
     "load_job",
     "plan",
@@ -87,10 +95,14 @@ _HOMES = {
     "Catalog": "vlmflow.catalog",
     "CatalogSummary": "vlmflow.summary",
     "Check": "vlmflow.doctor",
+    "ConversionInputs": "vlmflow.models.convert",
+    "ConversionReport": "vlmflow.models.convert",
     "DuplicateReport": "vlmflow.search.duplicates",
+    "GroundedRegion": "vlmflow.grounding",
     "ImageDescriber": "vlmflow.search.describe",
     "ImageDescription": "vlmflow.search.describe",
     "IndexReport": "vlmflow.search.build",
+    "PhraseGrounder": "vlmflow.grounding",
     "PlanSummary": "vlmflow.engine",
     "Query": "vlmflow.search.query",
     "QueueReport": "vlmflow.review",
@@ -104,6 +116,7 @@ _HOMES = {
     "TitleReport": "vlmflow.search.titles",
     "WrittenReport": "vlmflow.report.write",
     "calibrate": "vlmflow.calibration",
+    "convert_weights": "vlmflow.models.convert",
     "describe_image": "vlmflow.search.describe",
     "describe_profiles": "vlmflow.models.profiles",
     "doctor": "vlmflow.doctor",
@@ -111,6 +124,7 @@ _HOMES = {
     "export_queue": "vlmflow.review",
     "find_duplicates": "vlmflow.search.duplicates",
     "find_titles": "vlmflow.search.titles",
+    "ground_phrases": "vlmflow.grounding",
     "import_verdicts": "vlmflow.review",
     "plan": "vlmflow.engine",
     "remoderate": "vlmflow.engine.remoderate",

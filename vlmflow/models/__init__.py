@@ -44,6 +44,7 @@ __all__ = [
     "load_captioner",
     "load_embedder",
     "load_matcher",
+    "locate",
     "pixel_request",
     "resolve_models",
 ]

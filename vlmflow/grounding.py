@@ -60,7 +60,7 @@ class PhraseGrounder:
         _, shown = decoded.pixels[self._request.key][0]
         pixels = torch.from_numpy(np.ascontiguousarray(shown)).permute(2, 0, 1)[None]
         scale = np.array([decoded.facts.width, decoded.facts.height] * 2)
-        found = self._grounder.ground(pixels.expand(len(phrases), -1, -1, -1), phrases)
+        (found,) = self._grounder.ground(pixels, [phrases])
         return [
             [
                 GroundedRegion(left=box[0], top=box[1], right=box[2], bottom=box[3], score=score)

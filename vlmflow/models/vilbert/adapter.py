@@ -187,28 +187,37 @@ class VilbertGrounder:
         return cls(parts)
 
     @torch.inference_mode()
-    def ground(self, pixels: Images, phrases: Sequence[str]) -> list[Grounding]:
-        """Finds what ``phrases[i]`` means in image i.
+    def ground(self, pixels: Images, phrases: Sequence[Sequence[str]]) -> list[list[Grounding]]:
+        """Finds what each of ``phrases[i]`` means in image i; the regions of an image are found once.
 
         Raises:
             QuestionError: a phrase is longer than the model can take.
             ValueError: the two differ in length.
         """
-        if len(pixels) != len(phrases):
-            raise ValueError(f"{len(pixels)} images but {len(phrases)} phrases")
-        if not phrases:
-            return []
-        ids = tokenize(self._parts.tokenizer, phrases, self._parts.max_tokens)
+        check_paired(len(pixels), phrases)
+        rows = [row for row, asked in enumerate(phrases) for _ in asked]
+        texts = [phrase for asked in phrases for phrase in asked]
+        ids = tokenize(self._parts.tokenizer, texts, self._parts.max_tokens)
+        if not rows:
+            return [[] for _ in phrases]
         regions = self._parts.regions_of(pixels)
-        encoded = self._parts.encode(self._parts.embed(regions), ids, REFERENCE)
-        # The first is the whole image, which stands for all of them and is no answer.
-        logits = self._parts.model.get_submodule("vision_logit")(encoded.regions[:, 1:])
-        scores = logits.float()[..., 0].sigmoid().cpu()
-        found = []
-        for of, score, mask in zip(regions.boxes.cpu(), scores, regions.mask.cpu(), strict=True):
-            best = score[mask].argsort(descending=True, stable=True)
-            found.append(Grounding(of[mask][best].numpy(), score[mask][best].numpy()))
-        return found
+        embedded = self._parts.embed(regions)
+        found: list[Grounding] = []
+        for start in range(0, len(rows), _PAIRS_AT_ONCE):
+            part = slice(start, start + _PAIRS_AT_ONCE)
+            encoded = self._parts.encode(embedded.take(rows[part]), ids[part], REFERENCE)
+            # The first is the whole image, which stands for all of them and is no answer.
+            logits = self._parts.model.get_submodule("vision_logit")(encoded.regions[:, 1:])
+            scores = logits.float()[..., 0].sigmoid().cpu()
+            found += [_ranked(regions, row, score) for row, score in zip(rows[part], scores, strict=True)]
+        given = iter(found)
+        return [[next(given) for _ in asked] for asked in phrases]
+
+
+def _ranked(regions: Regions, row: int, scores: torch.Tensor) -> Grounding:
+    mask = regions.mask[row].cpu()
+    best = scores[mask].argsort(descending=True, stable=True)
+    return Grounding(regions.boxes[row].cpu()[mask][best].numpy(), scores[mask][best].numpy())
 
 
 def _lacks(folder: Path, head: str, purpose: str) -> WeightsError:

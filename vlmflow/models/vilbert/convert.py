@@ -1,4 +1,4 @@
-"""A published ViLBERT pickle to a folder: `pretrained_model.bin`, `multi_task_model.bin`, and what was tuned on them."""
+"""A published ViLBERT pickle to a folder: pretrained, multi-task, or tuned from those."""
 
 from __future__ import annotations
 

@@ -13,10 +13,11 @@ import numpy.typing as npt
 import open_clip
 import torch
 from torch.nn import functional
+from torchvision.ops import box_iou
 from transformers import BlipForConditionalGeneration, BlipForImageTextRetrieval, ViltForQuestionAnswering
 
 from benchmarks.starter.captions import Writer, build_tokenizer
-from benchmarks.starter.cards import misses, write_cards
+from benchmarks.starter.cards import misses, read_results, write_cards
 from benchmarks.starter.concepts import World
 from benchmarks.starter.data import TRAINED_ARTISTS, Tokens, encode
 from benchmarks.starter.demo_figures import Demo
@@ -25,6 +26,8 @@ from benchmarks.starter.objectives import answer_logits
 from benchmarks.starter.questions import KINDS, Asker
 from benchmarks.starter.scenes import COLOR_NAMES, EVALUATION_STEP, Painter, Scene, SceneSampler
 from benchmarks.starter.sources import HELD_OUT, WORK_FOLDER, DrawingSet, build_drawings, load_world
+from benchmarks.starter.vilbert import GROUNDED, VILBERT_NAME, Pointer
+from vlmflow.models.vilbert.adapter import VilbertAnswerer, VilbertGrounder, VilbertMatcher
 
 RESULTS = Path("benchmarks/results/starter.json")
 STARTER = Path("vlmflow/starter")
@@ -45,6 +48,12 @@ class TestSet:
         """(N, 3, side, side) float32 in [-1, 1], rounded to whole pixel values as a file would hold them."""
         rng = self.sampler.rng(EVALUATION_STEP, purpose=len(scenes))
         return self.painter.paint(scenes, rng).round() / 127.5 - 1
+
+    def paint_with_boxes(self, scenes: Sequence[Scene]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """(N, 3, side, side) uint8, and where the objects are, in the order of each scene."""
+        rng = self.sampler.rng(EVALUATION_STEP, purpose=len(scenes))
+        pixels, boxes = self.painter.paint_with_boxes(scenes, rng)
+        return pixels.round().to(torch.uint8), boxes
 
     def scenes(self, num: int, number: int, *, num_kinds: int | None = None) -> list[Scene]:
         """``number`` sets one draw apart from another; ``num_kinds`` None mixes as training did."""
@@ -139,6 +148,43 @@ class Evaluation:
         kinds = np.array([q.kind for q in questions])
         return {"VQA overall": float(hits.mean())} | {f"VQA, {k}": float(hits[kinds == k].mean()) for k in KINDS}
 
+    def vilbert(self, model: Starter) -> dict[str, float]:
+        scenes, asker = self._test.scenes(self._num, 8), Asker(self._world)
+        rng = self._test.sampler.rng(EVALUATION_STEP + 9)
+        questions = [asker.ask(scene, rng) for scene in scenes]
+        given = model.answerer.answer(self._test.paint_with_boxes(scenes)[0], [[q.text] for q in questions])
+        hits = np.array([said[0].text == q.answer for said, q in zip(given, questions, strict=True)])
+        kinds = np.array([q.kind for q in questions])
+        figures = {"ViLBERT VQA overall": float(hits.mean())}
+        figures |= {f"ViLBERT VQA, {k}": float(hits[kinds == k].mean()) for k in KINDS}
+        scenes = self._test.scenes(self._num, 6)
+        images = model.matcher.encode_images(self._test.paint_with_boxes(scenes)[0])
+        true = model.matcher.match_itm(images, [self._writer.full(scene) for scene in scenes])
+        for name, change in self._wrong_texts().items():
+            rng = self._test.sampler.rng(EVALUATION_STEP + 7)
+            wrong = model.matcher.match_itm(images, [self._writer.full(change(scene, rng)) for scene in scenes])
+            figures[f"ViLBERT ITM AUC, {name}"] = auc(true, wrong)
+        return figures | self._grounding(model.grounder)
+
+    def _grounding(self, grounder: VilbertGrounder) -> dict[str, float]:
+        """Of scenes with two or three things: is the likeliest region the thing that the phrase names?"""
+        scenes = self._test.scenes(self._num // 2, 11, num_kinds=2) + self._test.scenes(self._num // 2, 12, num_kinds=3)
+        pixels, boxes = self._test.paint_with_boxes(scenes)
+        pointer, rng = Pointer(self._world), self._test.sampler.rng(EVALUATION_STEP + 13)
+        phrases = [pointer.point(scene, of, rng) for scene, of in zip(scenes, boxes, strict=True)]
+        found = grounder.ground(pixels, [[phrase.text] for phrase in phrases])
+        first, any_region, chance = [], [], []
+        for (of,), phrase in zip(found, phrases, strict=True):
+            shows = (box_iou(torch.from_numpy(of.boxes), phrase.boxes) >= GROUNDED).any(1).numpy()
+            first.append(shows[0])
+            any_region.append(shows.any())
+            chance.append(shows.mean())
+        return {
+            "ViLBERT grounding, first region": float(np.mean(first)),
+            "ViLBERT grounding, any region": float(np.mean(any_region)),
+            "ViLBERT grounding by chance": float(np.mean(chance)),
+        }
+
     def _wrong_texts(self) -> dict[str, Callable[[Scene, np.random.Generator], Scene]]:
         """How the true text of a scene is made wrong: each returns the scene that the wrong text describes."""
         others = iter(self._test.scenes(2 * self._num, 10))
@@ -223,9 +269,29 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.nn
     return {name: model.eval() for name, model in models.items()}
 
 
-def evaluate(folder: Path, world: World, drawings: DrawingSet, num: int) -> dict[str, dict[str, float]]:
-    """Set name -> figure name -> value, for all models of the folder."""
-    models = load(folder)
+@dataclass(frozen=True)
+class Starter:
+    """The starter's ViLBERT in its three roles."""
+
+    matcher: VilbertMatcher
+    answerer: VilbertAnswerer
+    grounder: VilbertGrounder
+
+
+def load_vilbert(folder: Path) -> Starter:
+    """Through vlmflow's own adapters, from the folder of that model."""
+    return Starter(*(role.load(folder, "cpu") for role in (VilbertMatcher, VilbertAnswerer, VilbertGrounder)))
+
+
+def evaluate(
+    folder: Path, world: World, drawings: DrawingSet, num: int, only: str | None = None
+) -> dict[str, dict[str, float]]:
+    """Set name -> figure name -> value, for all models of the folder, or for one."""
+    models: dict[str, object] = dict(load(folder)) if only != VILBERT_NAME else {}
+    if (folder / VILBERT_NAME).is_dir():
+        models[VILBERT_NAME] = load_vilbert(folder / VILBERT_NAME)
+    if only is not None:
+        models = {only: models[only]}
     results: dict[str, dict[str, float]] = {}
     for test in test_sets(world, drawings):
         evaluation = Evaluation(world, test, num)
@@ -240,14 +306,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--world", choices=("small", "full"), default="small")
     parser.add_argument("--folder", type=Path, default=STARTER)
+    parser.add_argument("--model", help="evaluate this one alone, and keep the figures of the others")
     parser.add_argument("--num", type=int, default=500, help="scenes per figure")
     parser.add_argument("--work", type=Path, default=WORK_FOLDER)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--policy", default="demo", help="of the demo catalog")
     options = parser.parse_args()
     world = load_world(options.world, options.work)
-    results = evaluate(options.folder, world, build_drawings(world, options.work), options.num)
-    if (options.folder / "demo").is_dir() and (options.folder / "matcher").is_dir():
+    results = evaluate(options.folder, world, build_drawings(world, options.work), options.num, options.model)
+    if options.model is not None:
+        held = read_results(options.results)
+        results = {name: held[name] | results.get(name, {}) for name in held}
+    elif (options.folder / "demo").is_dir() and (options.folder / "matcher").is_dir():
         figures = Demo(options.folder, options.policy).figures()
         results["demo catalog"] = {name: round(value, 4) for name, value in figures.items()}
     for name, figures in results.items():

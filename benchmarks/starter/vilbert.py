@@ -19,6 +19,7 @@ from torch.nn import functional
 from torchvision.ops import box_iou, generalized_box_iou_loss
 
 from benchmarks.starter.captions import CONTEXT_LENGTH, agreement, noun_phrase
+from benchmarks.starter.concepts import World
 from benchmarks.starter.data import Batch, Studio
 from benchmarks.starter.loop import Schedule, train
 from benchmarks.starter.questions import Asker
@@ -29,7 +30,7 @@ from vlmflow.models.pixels import PixelNormalizer
 from vlmflow.models.preprocessing import read_open_clip_model, read_preprocessing
 from vlmflow.models.vilbert.config import VilbertConfig
 from vlmflow.models.vilbert.finders import BOX_HEAD_FILE, REGIONS_FILE, TowerRegionsSource
-from vlmflow.models.vilbert.model import Text, Vilbert
+from vlmflow.models.vilbert.model import Encoded, Text, Vilbert
 from vlmflow.models.vilbert.regions import Regions, with_whole_image
 from vlmflow.models.vilbert.tasks import QUESTION, REFERENCE, RETRIEVAL
 from vlmflow.models.vilbert.tower import BoxHead, TowerRegions, patch_centres
@@ -37,8 +38,9 @@ from vlmflow.models.weights import weights_digest
 
 VILBERT_NAME = "vilbert"
 _HEAD_WIDTH = 64
-_GROUNDED = 0.5  # intersection over union from which on a box shows the thing, as referring expressions are judged
+GROUNDED = 0.5  # intersection over union from which on a box shows the thing, as referring expressions are judged
 _NEAR_MISSES = 0.6
+_RATE = 8e-4
 _MATCH_WEIGHT = 3.0  # the sums over answers and over regions would outweigh it
 
 
@@ -151,15 +153,15 @@ class Phrase:
 class Pointer:
     """Names one kind of thing of a scene, to be found."""
 
-    def __init__(self, studio_concepts: Sequence[object]) -> None:
-        self._concepts = studio_concepts
+    def __init__(self, world: World) -> None:
+        self._concepts = world.all_concepts
 
     def point(self, scene: Scene, boxes: torch.Tensor, rng: np.random.Generator) -> Phrase:
         """``boxes``: of the scene's objects, in its order."""
         number = int(rng.integers(len(scene.items)))
         concept, count = scene.items[number]
         first = sum(c for _, c in scene.items[:number])
-        return Phrase(noun_phrase(self._concepts[concept], 1), boxes[first : first + count])  # type: ignore[arg-type]
+        return Phrase(noun_phrase(self._concepts[concept], 1), boxes[first : first + count])
 
 
 class VilbertLosses:
@@ -167,7 +169,7 @@ class VilbertLosses:
 
     def __init__(self, model: Vilbert, find: TowerRegions, studio: Studio, batch_size: int) -> None:
         self._model, self._find, self._studio, self._batch_size = model, find, studio, batch_size
-        self._asker, self._pointer = Asker(studio.world), Pointer(studio.world.all_concepts)
+        self._asker, self._pointer = Asker(studio.world), Pointer(studio.world)
         self._answers = {answer: number for number, answer in enumerate(self._asker.answers)}
 
     def __call__(self, step: int) -> dict[str, torch.Tensor]:
@@ -199,7 +201,7 @@ class VilbertLosses:
         target = torch.zeros_like(logits)
         for row, (phrase, boxes) in enumerate(zip(phrases, regions.boxes, strict=True)):
             best = box_iou(boxes, phrase.boxes).max(1).values
-            target[row] = best * (best >= _GROUNDED)
+            target[row] = best * (best >= GROUNDED)
         losses = functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
         return (losses * regions.mask).sum() / len(states)
 
@@ -220,7 +222,9 @@ class VilbertLosses:
         return wrong
 
 
-def encode_pairs(model: Vilbert, studio: Studio, regions: Regions, texts: Sequence[str], tasks: Sequence[int]):  # type: ignore[no-untyped-def]
+def encode_pairs(
+    model: Vilbert, studio: Studio, regions: Regions, texts: Sequence[str], tasks: Sequence[int]
+) -> Encoded:
     """Every picture with ``len(texts) / N`` texts: those of the first kind for all pictures, then the next."""
     dtype = model.bert.v_embeddings.image_embeddings.weight.dtype
     features, places, mask = with_whole_image(regions)
@@ -244,29 +248,29 @@ def export_vilbert(model: Vilbert, head: BoxHead, studio: Studio, clip: Path, fo
     _write(folder / "answers.json", list(Asker(studio.world).answers))
 
 
-def train_vilbert(
-    studio: Studio, work: Path, clip: Path, minutes: tuple[float, float], batch_size: int, max_steps: int | None = None
-) -> tuple[Vilbert, BoxHead]:
-    """Both stages, each from its checkpoint if there is one."""
+@dataclass(frozen=True)
+class Stages:
+    """Budgets of the two stages: wall-clock minutes, and steps that end them earlier (tests)."""
+
+    region_minutes: float = 3.0
+    minutes: float = 25.0
+    max_steps: int | None = None
+    batch_size: int = 32
+
+
+def train_vilbert(studio: Studio, work: Path, clip: Path, stages: Stages) -> tuple[Vilbert, BoxHead]:
+    """Both stages, each from its checkpoint in ``work`` if there is one, on the exported CLIP of a folder."""
     torch.manual_seed(1)
     head = BoxHead(tower_width(clip), _HEAD_WIDTH)
-    steps = train(
-        head,
-        RegionLosses(head, studio, clip, batch_size),
-        Schedule(minutes[0], max_steps=max_steps),
-        work / "small-regions.pt",
-    )
-    print(f"regions: {steps} steps", flush=True)
-    config = vilbert_config(len(studio.tokenizer), tower_width(clip), len(Asker(studio.world).answers))
-    model = build_vilbert(config)
+    schedule = Schedule(stages.region_minutes, max_steps=stages.max_steps)
+    losses = RegionLosses(head, studio, clip, 2 * stages.batch_size)
+    print(f"regions: {train(head, losses, schedule, work / f'{studio.world.name}-regions.pt')} steps", flush=True)
+    model = build_vilbert(vilbert_config(len(studio.tokenizer), tower_width(clip), len(Asker(studio.world).answers)))
     find = region_finder(clip, head.eval().requires_grad_(False), studio.device)
-    steps = train(
-        model,
-        VilbertLosses(model, find, studio, batch_size),
-        Schedule(minutes[1], rate=8e-4, max_steps=max_steps),
-        work / "small-vilbert.pt",
-    )
-    print(f"vilbert: {steps} steps", flush=True)
+    schedule = Schedule(stages.minutes, rate=_RATE, max_steps=stages.max_steps)
+    losses_of_pairs = VilbertLosses(model, find, studio, stages.batch_size)
+    checkpoint = work / f"{studio.world.name}-vilbert.pt"
+    print(f"vilbert: {train(model, losses_of_pairs, schedule, checkpoint)} steps", flush=True)
     return model, head
 
 

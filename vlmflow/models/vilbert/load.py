@@ -17,7 +17,7 @@ from vlmflow.config import Dtype
 from vlmflow.errors import WeightsError
 from vlmflow.models.pixels import model_dtype
 from vlmflow.models.vilbert.config import Head, read_config
-from vlmflow.models.vilbert.finders import REGIONS_FILE, load_finder
+from vlmflow.models.vilbert.finders import REGIONS_FILE, load_finder, read_region_source
 from vlmflow.models.vilbert.layers import Stream
 from vlmflow.models.vilbert.model import TIED, Encoded, Text, Vilbert
 from vlmflow.models.vilbert.regions import RegionFinder, Regions, with_whole_image
@@ -34,6 +34,7 @@ class Parts:
     model: Vilbert
     tokenizer: Any
     finder: RegionFinder | None  # None: regions are columns of the source
+    max_regions: int
     device: str
 
     @property
@@ -48,7 +49,8 @@ class Parts:
             ValueError: they are not of the kind that the model reads, or of another number of features.
         """
         if isinstance(images, Regions):
-            found = images
+            most = self.max_regions  # the caller's best come first
+            found = Regions(images.features[:, :most], images.boxes[:, :most], images.mask[:, :most])
         elif self.finder is None:
             raise ValueError(f"{self.folder.name} reads regions from columns of the source, not pixels")
         else:
@@ -106,7 +108,7 @@ def load_parts(folder: Path, device: str, dtype: Dtype, heads: Sequence[Head]) -
             f"the model reads {model.config.v_feature_size}",
             remedy="Use the detector that the model was trained on, or kind columns with features made by it.",
         )
-    return Parts(folder, model.to(device, kind), tokenizer, finder, device)
+    return Parts(folder, model.to(device, kind), tokenizer, finder, read_region_source(folder).max_regions, device)
 
 
 def load_vilbert(folder: Path) -> Vilbert:

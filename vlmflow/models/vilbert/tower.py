@@ -57,7 +57,7 @@ class TowerRegions:
         """``tower``: the ``visual`` of an open_clip model whose patches are a square grid."""
         self._tower, self._head, self._normalize, self._source = tower, head, normalize, source
         # The early one has looked around least, and knows best where a thing ends.
-        self._layers = [_EARLY_LAYER, len(tower.transformer.resblocks) - 1]
+        self._layers = sorted({_EARLY_LAYER, len(tower.transformer.resblocks) - 1})
         self.num_features: int = len(self._layers) * tower.ln_post.normalized_shape[0]
 
     @torch.no_grad()

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from vlmflow.doctor import Check, doctor
     from vlmflow.engine import PlanSummary, RunReport, enrich, plan
     from vlmflow.engine.remoderate import RemoderateReport, Scope, remoderate
+    from vlmflow.evaluation import EvaluationReport, evaluate, read_dataset
     from vlmflow.grounding import GroundedRegion, PhraseGrounder, ground_phrases
     from vlmflow.models.convert import ConversionInputs, ConversionReport, convert_weights
     from vlmflow.models.profiles import describe_profiles
@@ -49,6 +50,7 @@ __all__ = [
     "ConversionInputs",
     "ConversionReport",
     "DuplicateReport",
+    "EvaluationReport",
     "GroundedRegion",
     "ImageDescriber",
     "ImageDescription",
@@ -75,6 +77,7 @@ __all__ = [
     "describe_profiles",
     "doctor",
     "enrich",
+    "evaluate",
     "export_queue",
     "find_duplicates",
     "find_titles",
@@ -82,6 +85,7 @@ __all__ = [
     "import_verdicts",
     "load_job",
     "plan",
+    "read_dataset",
     "remoderate",
     "search_images",
     "summarize",
@@ -98,6 +102,7 @@ _HOMES = {
     "ConversionInputs": "vlmflow.models.convert",
     "ConversionReport": "vlmflow.models.convert",
     "DuplicateReport": "vlmflow.search.duplicates",
+    "EvaluationReport": "vlmflow.evaluation",
     "GroundedRegion": "vlmflow.grounding",
     "ImageDescriber": "vlmflow.search.describe",
     "ImageDescription": "vlmflow.search.describe",
@@ -121,12 +126,14 @@ _HOMES = {
     "describe_profiles": "vlmflow.models.profiles",
     "doctor": "vlmflow.doctor",
     "enrich": "vlmflow.engine",
+    "evaluate": "vlmflow.evaluation",
     "export_queue": "vlmflow.review",
     "find_duplicates": "vlmflow.search.duplicates",
     "find_titles": "vlmflow.search.titles",
     "ground_phrases": "vlmflow.grounding",
     "import_verdicts": "vlmflow.review",
     "plan": "vlmflow.engine",
+    "read_dataset": "vlmflow.evaluation",
     "remoderate": "vlmflow.engine.remoderate",
     "search_images": "vlmflow.search.searcher",
     "summarize": "vlmflow.summary",

@@ -10,6 +10,7 @@ import pyarrow as pa
 from vlmflow.config import PoolConfig
 from vlmflow.engine import columns
 from vlmflow.engine.equal_bytes import RecentResults
+from vlmflow.engine.metrics import PoolMetrics
 from vlmflow.engine.watchdog import at_most
 from vlmflow.moderation.prompts import PromptVectors
 from vlmflow.tasks import Columns, Task, add_columns
@@ -41,6 +42,7 @@ class PoolWorker:
         self._is_last = is_last
         self._name = "+".join(pool.tasks)
         self._idle_since: float | None = None
+        self._metrics = PoolMetrics(pool)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Adds the outputs of the pool's tasks, null on rows that do not need or cannot have them."""
@@ -60,6 +62,8 @@ class PoolWorker:
             (columns.BATCHES_PREFIX + self._name, 1.0),
         ):
             batch = batch.append_column(column, columns.spread(amount, num_rows))
+        retries = sum(limit.num_retries for limit in self._limits.values())
+        self._metrics.count_batch(num_rows, ended - started, waited, retries)
         fitting = [limit.rows for limit in self._limits.values() if limit.rows is not None]
         at_once = pa.scalar(min(fitting, default=None), pa.int64())
         batch = batch.append_column(columns.AT_ONCE_PREFIX + self._name, pa.repeat(at_once, num_rows))

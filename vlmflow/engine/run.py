@@ -18,6 +18,7 @@ from vlmflow.engine.cluster import Cluster, WorkerErrors, ray_cluster
 from vlmflow.engine.collect import Collected, Collector
 from vlmflow.engine.consume import Block, FinishedBlocks
 from vlmflow.engine.decoding import ReadAndDecode
+from vlmflow.engine.metrics import RunMetrics
 from vlmflow.engine.pipeline import build_pipeline, check_pools, default_pools, planned_blocks
 from vlmflow.engine.planning import OnCluster
 from vlmflow.engine.prepare import Prepared, encode_policy, prepare
@@ -131,8 +132,9 @@ class _Run:
                 with self._recorded(catalog):
                     self._archive_policy(catalog, prompts)
                     collector = self._collector(catalog, cluster)
-                    self._consume(first, finished, collector)
-                    self._run_lost(stages, collector)
+                    metrics = RunMetrics(self._report.catalog, self._prepared.job.tasks)
+                    self._consume(first, finished, collector, metrics)
+                    self._run_lost(stages, collector, metrics)
                     self._display.stage("compacting")
                     catalog.compact(self._run_id)
         return self._done
@@ -202,7 +204,9 @@ class _Run:
         decode = ReadAndDecode(self._source.reader(limits), requests, limits, known, regions)
         return Stages(decode, pools, setup, prompts)
 
-    def _consume(self, blocks: list[Block] | None, finished: FinishedBlocks, collector: Collector) -> None:
+    def _consume(
+        self, blocks: list[Block] | None, finished: FinishedBlocks, collector: Collector, metrics: RunMetrics
+    ) -> None:
         self._display.stage("enriching")
         started = time.monotonic()
         while blocks is not None:
@@ -210,12 +214,14 @@ class _Run:
             collector.tick()
             self._tally.elapsed_s = time.monotonic() - started
             self._display.update(self._tally)
+            metrics.update(self._tally, self._collected, num_blocks=finished.num_waiting)
             blocks = finished.next(_TICK_S)
         self._display.stage("committing")
         collector.finish()
         self._display.update(self._tally)
+        metrics.update(self._tally, self._collected)
 
-    def _run_lost(self, stages: Stages, collector: Collector) -> None:
+    def _run_lost(self, stages: Stages, collector: Collector, metrics: RunMetrics) -> None:
         """Runs the images that went in and did not come out, each alone.
 
         Raises:
@@ -234,9 +240,11 @@ class _Run:
                 collector.add([(ray.put(quarantine.run(lost.slice(index, 1))), 1)])
                 collector.tick()
                 self._display.update(self._tally)
+                metrics.update(self._tally, self._collected, num_alone=index + 1)
         finally:
             quarantine.close()
         collector.finish()
+        metrics.update(self._tally, self._collected)
         lost = self._lost()
         if lost.num_rows:
             raise self._unreconciled(lost)

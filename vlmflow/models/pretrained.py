@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers.utils.logging
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
 from vlmflow.errors import WeightsError
 
-# RuntimeError: shapes that differ; TypeError: values of the configuration that differ in type.
-_LOADING_ERRORS = (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError)
+# StrictDataclassError: a value of the configuration that is of another type.
+_LOADING_ERRORS = (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError, StrictDataclassError)
 
 
 def load_model(
@@ -34,10 +35,17 @@ def load_model(
         WeightsError: the weights are absent or do not fit.
     """
     options = {} if config is None else {"config": config}
-    with _in_our_words(folder, model_class.__name__), _no_progress_bar():
+    with _in_our_words(folder, model_class.__name__), _quietly():
         model, found = model_class.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # else an error that names none of them
+            **options,
         )
+    _check_shapes(folder, found["mismatched_keys"])
     return model.eval().requires_grad_(False), sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
 
 
@@ -47,7 +55,7 @@ def load_config(config_class: Any, folder: Path) -> Any:
     Raises:
         WeightsError: it does not fit.
     """
-    with _in_our_words(folder, config_class.__name__):
+    with _in_our_words(folder, config_class.__name__), _quietly():
         return config_class.from_pretrained(folder, local_files_only=True)
 
 
@@ -72,6 +80,14 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_tokens: int, device: str)
     return batch["input_ids"].to(device), batch["attention_mask"].to(device)
 
 
+def _check_shapes(folder: Path, different: Iterable[tuple[str, tuple[int, ...], tuple[int, ...]]]) -> None:
+    for name, found, wanted in sorted(different):
+        raise WeightsError(
+            f"weights: {folder} does not fit its architecture: {name} is {tuple(found)}, not {tuple(wanted)}",
+            remedy="Use the configuration file that belongs to these weights.",
+        )
+
+
 @contextmanager
 def _in_our_words(folder: Path, what: str) -> Iterator[None]:
     try:
@@ -85,12 +101,15 @@ def _in_our_words(folder: Path, what: str) -> Iterator[None]:
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """transformers draws a bar on standard error for every model that a worker loads."""
-    was_on = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
+def _quietly() -> Iterator[None]:
+    """transformers draws a bar for every model, and lists tensors that it misses or leaves: the caller checks them."""
+    logs = transformers.utils.logging
+    was_on, verbosity = logs.is_progress_bar_enabled(), logs.get_verbosity()
+    logs.disable_progress_bar()
+    logs.set_verbosity_error()
     try:
         yield
     finally:
+        logs.set_verbosity(verbosity)
         if was_on:
-            transformers.utils.logging.enable_progress_bar()
+            logs.enable_progress_bar()

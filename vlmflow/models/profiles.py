@@ -46,6 +46,16 @@ class Profile:
     models: dict[Role, ProfileModel]
 
 
+_CLIP_LARGE = ProfileModel(
+    "laion/CLIP-ViT-L-14-laion2B-s32B-b82K", "CLIP-ViT-L-14-laion2B-s32B-b82K", "MIT", 427_616_513
+)
+_BLIP_ITM_LARGE = ProfileModel(
+    "Salesforce/blip-itm-large-coco", "blip-itm-large-coco", "BSD-3-Clause", 446_128_642, "blip_itm"
+)
+_GIT_BASE = ProfileModel("microsoft/git-base-coco", "git-base-coco", "MIT", 176_619_066, "git")
+_FLAVA = ProfileModel("facebook/flava-full", "flava-full", "BSD-3-Clause", 357_645_303, "flava")
+_ALIGN = ProfileModel("kakaobrain/align-base", "align-base", "none stated", 172_117_841, "align")
+
 PROFILES: dict[str, Profile] = {
     STARTER: Profile(
         "ships with the package; drawings only: for the demo and tests, NOT for photographs",
@@ -74,17 +84,42 @@ PROFILES: dict[str, Profile] = {
     "large": Profile(
         "photographs, the better captions and embeddings; a GPU of 16 GB",
         {
-            "embed": ProfileModel(
-                "laion/CLIP-ViT-L-14-laion2B-s32B-b82K", "CLIP-ViT-L-14-laion2B-s32B-b82K", "MIT", 427_616_513
-            ),
+            "embed": _CLIP_LARGE,
             "caption": ProfileModel(
                 "Salesforce/blip-image-captioning-large", "blip-image-captioning-large", "BSD-3-Clause", 446_290_492
             ),
-            "match": ProfileModel("Salesforce/blip-itm-large-coco", "blip-itm-large-coco", "BSD-3-Clause", 446_128_642),
+            "match": _BLIP_ITM_LARGE,
             "answer": ProfileModel(
                 "Salesforce/blip-vqa-base", "blip-vqa-base", "BSD-3-Clause", 361_230_140, "blip_vqa"
             ),
         },
+    ),
+    "blip2": Profile(
+        "photographs; BLIP-2 with Flan-T5 XL, captioner and matcher share one pass of ViT-g; a GPU of 24 GB",
+        {
+            "embed": _CLIP_LARGE,
+            "caption": ProfileModel(
+                "Salesforce/blip2-flan-t5-xl", "blip2-flan-t5-xl", "MIT", 3_942_446_592, "blip2_caption"
+            ),
+            "match": ProfileModel("Salesforce/blip2-itm-vit-g", "blip2-itm-vit-g", "MIT", 1_172_032_258, "blip2_itm"),
+        },
+    ),
+    "git": Profile(
+        "photographs; captions by GIT-large; a GPU of 16 GB",
+        {
+            "embed": _CLIP_LARGE,
+            "caption": ProfileModel("microsoft/git-large-coco", "git-large-coco", "MIT", 394_196_026, "git"),
+            "match": _BLIP_ITM_LARGE,
+        },
+    ),
+    "flava": Profile(
+        "photographs; embeddings and matches by FLAVA, captions by GIT-base; a GPU of 8 GB",
+        {"embed": _FLAVA, "caption": _GIT_BASE, "match": _FLAVA},
+    ),
+    "align": Profile(
+        "photographs; embeddings and matches by ALIGN, which has no matching head: no caption_itm, no text_itm; "
+        "captions by GIT-base; a GPU of 8 GB",
+        {"embed": _ALIGN, "caption": _GIT_BASE, "match": _ALIGN},
     ),
 }
 

@@ -153,6 +153,8 @@ def test_captioner_and_matcher_of_blip2_share_one_pass_of_equal_towers(
 
     load_matcher(config_of("blip2_itm", make_blip2_matcher(tmp_path, seed=5)), "cpu", "auto", towers)
     assert len(towers._towers) == 2  # other weights: a tower of its own
+    for part in (captioner._language, captioner._qformer, matcher._qformer):  # type: ignore[attr-defined]
+        assert part.config._attn_implementation == "sdpa"
 
 
 def flava_reference(folder: Path, pixels: torch.Tensor) -> Any:

@@ -58,7 +58,7 @@ class PhraseGrounder:
         """
         decoded = decode(read_image(image, self._limits), [self._request], self._limits)
         _, shown = decoded.pixels[self._request.key][0]
-        pixels = torch.from_numpy(np.ascontiguousarray(shown)).permute(2, 0, 1)[None]
+        pixels = torch.from_numpy(np.require(shown, requirements=["C", "W"])).permute(2, 0, 1)[None]
         scale = np.array([decoded.facts.width, decoded.facts.height] * 2)
         (found,) = self._grounder.ground(pixels, [phrases])
         return [

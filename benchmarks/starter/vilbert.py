@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +18,12 @@ from torch import nn
 from torch.nn import functional
 from torchvision.ops import box_iou, generalized_box_iou_loss
 
-from benchmarks.starter.captions import CONTEXT_LENGTH, agreement, noun_phrase
+from benchmarks.starter.captions import CONTEXT_LENGTH, Caption, agreement, noun_phrase
 from benchmarks.starter.concepts import World
 from benchmarks.starter.data import Batch, Studio
 from benchmarks.starter.loop import Schedule, train
 from benchmarks.starter.questions import Asker
-from benchmarks.starter.scenes import Scene
+from benchmarks.starter.scenes import COLOR_NAMES, Scene
 from vlmflow.config import ModelConfig
 from vlmflow.models.clip import load_tower
 from vlmflow.models.pixels import PixelNormalizer
@@ -40,6 +40,7 @@ VILBERT_NAME = "vilbert"
 _HEAD_WIDTH = 64
 GROUNDED = 0.5  # intersection over union from which on a box shows the thing, as referring expressions are judged
 _NEAR_MISSES = 0.6
+_OTHER_COLORS = 0.33  # of the near misses
 _RATE = 8e-4
 _MATCH_WEIGHT = 3.0  # the sums over answers and over regions would outweigh it
 
@@ -205,10 +206,17 @@ class VilbertLosses:
         losses = functional.binary_cross_entropy_with_logits(logits, target, reduction="none")
         return (losses * regions.mask).sum() / len(states)
 
+    def _near_miss(self, scene: Scene, rng: np.random.Generator) -> Caption:
+        """Of a scene that differs in one thing. The background, slow to be learned, every third time at least."""
+        if rng.random() < _OTHER_COLORS:
+            color = int((scene.color + 1 + rng.integers(len(COLOR_NAMES) - 1)) % len(COLOR_NAMES))
+            text = self._studio.writer.full(replace(scene, color=color))
+            return Caption(text, scene.items, color, True)
+        return self._studio.writer.varied(self._studio.sampler.vary(scene, rng), rng)
+
     def _wrong_captions(self, batch: Batch, rng: np.random.Generator) -> list[str]:
         """Of a scene that differs in one thing, or of another of the batch; never one that is true as well."""
-        near = [self._studio.sampler.vary(scene, rng) for scene in batch.scenes]
-        captions = [self._studio.writer.varied(scene, rng) for scene in near]
+        captions = [self._near_miss(scene, rng) for scene in batch.scenes]
         num_concepts = len(self._studio.world.all_concepts)
         near_true = agreement(batch.scenes, captions, num_concepts).diagonal().tolist()
         true = agreement(batch.scenes, batch.captions, num_concepts).numpy()

@@ -8,7 +8,9 @@
     height    int
 
 An image's regions can be as large as the image. So listing and planning pass them over, the catalog gets no copy in
-``source``, and a worker reads them, row by row, where it reads the image.
+``source``, and a worker reads them, row by row, where it reads the image. Write the file in row groups of some hundred
+rows: a group is read from its start. Regions are no part of what makes an image due: after a change of detector, run
+the task anew with a model folder of another name or revision.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from vlmflow.calibration import calibrate
     from vlmflow.catalog import Catalog
     from vlmflow.doctor import Check, doctor
-    from vlmflow.engine import PlanSummary, RunReport, enrich, plan
+    from vlmflow.engine import PlanSummary, PreflightReport, RunReport, enrich, plan, preflight
     from vlmflow.engine.remoderate import RemoderateReport, Scope, remoderate
     from vlmflow.evaluation import EvaluationReport, evaluate, read_dataset
     from vlmflow.grounding import GroundedRegion, PhraseGrounder, ground_phrases
@@ -58,6 +58,7 @@ __all__ = [
     "Job",
     "PhraseGrounder",
     "PlanSummary",
+    "PreflightReport",
     "Query",
     "QueueReport",
     "RemoderateReport",
@@ -85,6 +86,7 @@ __all__ = [
     "import_verdicts",
     "load_job",
     "plan",
+    "preflight",
     "read_dataset",
     "remoderate",
     "search_images",
@@ -109,6 +111,7 @@ _HOMES = {
     "IndexReport": "vlmflow.search.build",
     "PhraseGrounder": "vlmflow.grounding",
     "PlanSummary": "vlmflow.engine",
+    "PreflightReport": "vlmflow.engine",
     "Query": "vlmflow.search.query",
     "QueueReport": "vlmflow.review",
     "RemoderateReport": "vlmflow.engine.remoderate",
@@ -133,6 +136,7 @@ _HOMES = {
     "ground_phrases": "vlmflow.grounding",
     "import_verdicts": "vlmflow.review",
     "plan": "vlmflow.engine",
+    "preflight": "vlmflow.engine",
     "read_dataset": "vlmflow.evaluation",
     "remoderate": "vlmflow.engine.remoderate",
     "search_images": "vlmflow.search.searcher",

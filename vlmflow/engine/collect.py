@@ -38,7 +38,7 @@ class Written:
 
     Attributes:
         files: descriptors of the files (schema.DESCRIPTOR); they carry the keys.
-        sums: totals of the blocks' numeric columns: seconds and batches per stage, bytes read.
+        sums: totals of the blocks' numeric columns: seconds, batches and operations per stage, bytes read.
         worked: images on which each task ran, failed ones included.
         decisions: images by moderation decision.
         at_once: by pool, the most images at once since memory ran out.
@@ -70,8 +70,11 @@ def write_blocks(writer: CatalogWriter, known: KnownImages, *blocks: pa.Table) -
     sums = {
         name: float(pa.compute.sum(rows[name]).as_py() or 0.0)
         for name in rows.column_names
-        if name.startswith((columns.SECONDS_PREFIX, columns.BATCHES_PREFIX)) or name == "bytes_read"
+        if name.startswith(columns.SUMMED_PREFIXES) or name == "bytes_read"
     }
+    for name in rows.column_names:
+        if name.startswith(columns.CEILING_PREFIX):  # a mean is made of it
+            sums[columns.COUNT_PREFIX + name] = float(len(rows) - rows[name].null_count)
     worked: Counter[str] = Counter()
     for column in (columns.TASKS_RUN, columns.TASKS_FAILED):
         for entry in pa.compute.list_flatten(rows[column]).value_counts().to_pylist():

@@ -14,9 +14,9 @@ import ray
 from ray.util.metrics import Counter, Gauge, Histogram, Metric
 
 from vlmflow.config import PoolConfig
-from vlmflow.engine import columns
 from vlmflow.engine.collect import Collected
 from vlmflow.engine.progress import Tally
+from vlmflow.engine.stages import stage_reports
 
 logger = logging.getLogger("vlmflow")
 
@@ -114,12 +114,10 @@ class RunMetrics:
         for error_class, count in collected.errors.items():
             metrics.raise_to("vlmflow_errors_total", count, catalog=catalog, error_class=error_class)
         metrics.raise_to("vlmflow_read_bytes_total", collected.sums["bytes_read"], catalog=catalog)
-        images = {"read": collected.num_rows, "decode": collected.num_rows}
-        images |= {task: collected.worked[task] for task in self._tasks}
-        for stage, count in images.items():
-            busy_s = collected.sums[columns.seconds_column(stage)]
-            metrics.raise_to("vlmflow_stage_images_total", count, catalog=catalog, stage=stage)
-            metrics.raise_to("vlmflow_stage_busy_seconds_total", busy_s, catalog=catalog, stage=stage)
+        for report in stage_reports(self._tasks, collected, cpu_s=0.0):
+            stage = report.stage
+            metrics.raise_to("vlmflow_stage_images_total", report.images, catalog=catalog, stage=stage)
+            metrics.raise_to("vlmflow_stage_busy_seconds_total", report.busy_s, catalog=catalog, stage=stage)
         metrics.raise_to("vlmflow_retries_total", collected.num_conflicts, kind="commit")
         metrics.raise_to("vlmflow_retries_total", num_alone, kind="image_alone")
         metrics.set("vlmflow_queue_images", tally.total - tally.done, catalog=catalog, waiting_for="workers")

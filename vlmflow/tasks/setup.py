@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, assert_never
 
 from vlmflow.config import Dtype, Job, ModelConfig, TaskName
 from vlmflow.errors import ConfigError
-from vlmflow.imaging import PixelRequest
+from vlmflow.imaging import PixelRequest, merge_requests
 from vlmflow.models import (
     ModelIdentity,
     identify,
@@ -44,10 +45,9 @@ class TaskSetup:
     blip_dtype: Dtype = "auto"
     questions: tuple[str, ...] = ()  # of the job
 
-    @property
-    def reads_regions(self) -> bool:
-        """Whether a model reads regions that the source has a column of."""
-        return bool(self.models.keys() - self.requests.keys())
+    def read_regions(self, tasks: Collection[TaskName]) -> bool:
+        """Whether a model of the tasks reads regions that the source has a column of."""
+        return any(task in self.models and task not in self.requests for task in tasks)
 
     def fingerprints(self, tasks: tuple[TaskName, ...]) -> dict[str, str]:
         """What decides whether a task is due: its model and settings. The policy is compared apart from it."""
@@ -56,6 +56,13 @@ class TaskSetup:
     def pixel_requests(self) -> list[PixelRequest]:
         """What the models are shown."""
         return [*self.requests.values(), *(detector.request for detector in self.detectors)]
+
+    def requests_of(self, tasks: Collection[TaskName]) -> list[PixelRequest]:
+        """What the models of these tasks are shown, each once."""
+        found = [self.requests[task] for task in tasks if task in self.requests]
+        if "detect" in tasks:
+            found += [detector.request for detector in self.detectors]
+        return merge_requests(found)
 
     def _fingerprint(self, task: TaskName) -> str:
         match task:

@@ -97,7 +97,7 @@ def test_prometheus_asks_ray_for_its_nodes() -> None:
     services = yaml.safe_load((DEPLOY / "compose.yaml").read_text(encoding="utf-8"))["services"]
     (found,) = (job["http_sd_configs"][0] for job in config["scrape_configs"] if job["job_name"] == "ray")
     assert found["url"] == "http://ray-head:8265/api/prometheus/sd"
-    assert found["authorization"]["credentials_file"] == "/run/secrets/ray_token"
+    assert found["authorization"] == {"type": "Bearer", "credentials_file": "/run/secrets/ray_token"}
     assert "ray_token" in services["prometheus"]["secrets"]
     head = Path(ray.dashboard.__file__).parent / "modules/reporter/reporter_head.py"
     assert "/api/prometheus/sd" in head.read_text(encoding="utf-8")

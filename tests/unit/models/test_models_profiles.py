@@ -66,7 +66,7 @@ def test_profiles_say_what_is_present(tmp_path: Path) -> None:
     make_captioner(tmp_path / NAMES["caption"])
     (base,) = (profile for profile in describe_profiles(tmp_path) if profile.name == "base")
     present = {model.role: model.present for model in base.models}
-    assert present == {"embed": False, "caption": True, "match": False}
+    assert present == {"embed": False, "caption": True, "match": False, "answer": False}
     assert all(model.licence and model.num_parameters > 0 and model.size_bytes > 0 for model in base.models)
 
 

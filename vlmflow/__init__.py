@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from vlmflow.search.titles import TitleReport, find_titles
     from vlmflow.summary import CatalogSummary, summarize
     from vlmflow.verification import verify
+    from vlmflow.web.server import ServeConfig, serve
 
 __all__ = [
     "CalibrationReport",
@@ -58,6 +59,7 @@ __all__ = [
     "Scope",
     "SearchResult",
     "Searcher",
+    "ServeConfig",
     "SourceConfig",
     "Targets",
     "TitleReport",
@@ -76,6 +78,7 @@ __all__ = [
     "plan",
     "remoderate",
     "search_images",
+    "serve",
     "summarize",
     "update_index",
     "verify",
@@ -100,6 +103,7 @@ _HOMES = {
     "Scope": "vlmflow.engine.remoderate",
     "SearchResult": "vlmflow.search.results",
     "Searcher": "vlmflow.search.searcher",
+    "ServeConfig": "vlmflow.web.server",
     "Targets": "vlmflow.moderation.calibrate",
     "TitleReport": "vlmflow.search.titles",
     "WrittenReport": "vlmflow.report.write",
@@ -115,6 +119,7 @@ _HOMES = {
     "plan": "vlmflow.engine",
     "remoderate": "vlmflow.engine.remoderate",
     "search_images": "vlmflow.search.searcher",
+    "serve": "vlmflow.web.server",
     "summarize": "vlmflow.summary",
     "update_index": "vlmflow.search.build",
     "verify": "vlmflow.verification",

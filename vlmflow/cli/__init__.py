@@ -13,7 +13,7 @@ import threading
 
 import typer
 
-from vlmflow.cli import explain, gate, known, policy, remoderate, report, review, run, search, upkeep, view
+from vlmflow.cli import explain, gate, known, policy, remoderate, report, review, run, search, serve, upkeep, view
 from vlmflow.cli.app import app
 from vlmflow.errors import VlmflowError
 
@@ -29,6 +29,7 @@ __all__ = [
     "review",
     "run",
     "search",
+    "serve",
     "upkeep",
     "view",
 ]

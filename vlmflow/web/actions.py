@@ -137,6 +137,7 @@ class Actions:
                 form.content_hash,
                 "" if form.decision is None or said is None else said.mark,
                 None if before is None else before.decision,
+                "" if before is None else before.mark,
                 {name: held.get(name) for name in labels},
             )
         )
@@ -152,8 +153,11 @@ class Actions:
             last.image_id, last.content_hash, last.mark, session.reviewer, decision, last.labels, "undone"
         )
         is_taken, said = self._desk.judging.judge(judgement)
-        session.given = session.given[:-1]
-        return self._said(last.image_id, "undone", said) if is_taken else _meanwhile(said)
+        if not is_taken:
+            session.given = session.given[:-1]
+            return _meanwhile(said)
+        session.undone("" if said is None else said.mark)
+        return self._said(last.image_id, "undone", said)
 
     def _said(self, image_id: str, what: str, said: Said | None) -> Response:
         row = self._desk.image(image_id, ("uri",)) or {"uri": ""}

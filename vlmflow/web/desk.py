@@ -230,7 +230,7 @@ class Desk:
 
 def _up_to_date(row: dict[str, Any], fresh: Mapping[str, tuple[str, Said]]) -> dict[str, Any]:
     """A row under the verdict that was given on it since, if there is one."""
-    content_hash, said = fresh.get(row["image_id"], (None, None))
+    content_hash, said = fresh.get(row.get("image_id", ""), (None, None))
     if said is None or content_hash != row.get("content_hash"):
         return row
     held = row.get("verdict")

@@ -175,8 +175,8 @@ class Pages:
         out = []
         for facet in ALL_FACETS:
             counts, chosen = listing.counts[facet], wanted.values(facet)
-            if len(counts) < 2 and not chosen and facet not in ("decision", "status"):
-                continue
+            if len(counts) < (1 if facet == "label" else 2) and not chosen and facet not in ("decision", "status"):
+                continue  # one value for all says nothing; a label need not be that of all
             order = sorted(counts, key=_order_of(facet, counts))
             shown = [name for number, name in enumerate(order) if number < _SHOWN_VALUES or name in chosen]
             choices = [

@@ -16,6 +16,8 @@ from vlmflow.errors import ServeError
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
+    from vlmflow.web.desk import Desk
+
 PORT = 8377
 _MIN_TOKEN_CHARS = 16
 _MAX_REQUESTS = 64  # at a time; more are told to come again
@@ -82,7 +84,7 @@ def serve(
         raise ServeError("uvicorn is not installed", remedy="pip install 'vlmflow[serve]'") from error
     with contextlib.closing(_socket(config.host, config.port)) as listener:
         host, port = listener.getsockname()[:2]
-        with running_app(catalog, config, token, _hosts(config, port), f"vlmflow_{port}", job) as app:
+        with running_app(catalog, config, token, _hosts(config, port), f"vlmflow_{port}", job) as (app, _):
             settings = uvicorn.Config(
                 app,
                 access_log=False,  # it would hold the token, and what people look for
@@ -107,8 +109,8 @@ def running_app(
     hosts: frozenset[str],
     cookie: str,
     job: Job | None = None,
-) -> Iterator[ASGIApp]:
-    """The app with all that runs behind it, without a socket.
+) -> Iterator[tuple[ASGIApp, Desk]]:
+    """The app and the desk behind it, with all that runs beside them, without a socket.
 
     Raises:
         CatalogError: there is no catalog.
@@ -132,7 +134,8 @@ def running_app(
         stack.callback(judging.stop)
         shelf.start()
         judging.start()
-        yield make_app(Desk(shelf, judging, pictures, job), Sessions(token), hosts, cookie)
+        desk = Desk(shelf, judging, pictures, job)
+        yield make_app(desk, Sessions(token), hosts, cookie), desk
 
 
 def _address(host: str, port: int, token: str) -> Address:

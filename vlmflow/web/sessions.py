@@ -7,7 +7,7 @@ import hmac
 import secrets
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 _MAX_SESSIONS = 1_000
 _MAX_UNDO = 200
@@ -20,6 +20,7 @@ class Undo:
     Attributes:
         mark: of the decision as it was given: if another is there now, nothing is undone. Empty: labels alone.
         before: the decision before it; None: there was none.
+        before_mark: of that.
         labels: what this person said of labels before; None: nothing.
     """
 
@@ -27,6 +28,7 @@ class Undo:
     content_hash: str
     mark: str
     before: str | None
+    before_mark: str
     labels: dict[str, bool | None]
 
 
@@ -50,6 +52,15 @@ class Session:
     def remember(self, undo: Undo) -> None:
         """Keeps a judgement to be undone."""
         self.given = [*self.given, undo][-_MAX_UNDO:]
+
+    def undone(self, mark: str) -> None:
+        """Lets go of the last judgement, which was taken back; what was before it goes by another mark now."""
+        last = self.given[-1]
+        same = (last.image_id, last.content_hash, last.before_mark)
+        self.given = [
+            replace(undo, mark=mark) if (undo.image_id, undo.content_hash, undo.mark) == same and last.mark else undo
+            for undo in self.given[:-1]
+        ]
 
     def visit(self, image_id: str) -> str | None:
         """Notes that an image is shown; returns the one that was shown before it."""

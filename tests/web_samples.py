@@ -9,9 +9,11 @@ from html import unescape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from starlette.testclient import TestClient
 
 from tests.report_samples import label, labels_of, put_pictures, put_rows
+from tests.search_samples import put
 from vlmflow.catalog import Catalog
 from vlmflow.config import CatalogConfig
 from vlmflow.web.server import ServeConfig, running_app
@@ -90,6 +92,30 @@ def small_catalog(root: Path, count: int = 24) -> CatalogConfig:
                  for score, decision in zip(scores, decisions, strict=True)]
             ),
         )  # fmt: skip
+    return config
+
+
+def starter_catalog(root: Path) -> CatalogConfig:
+    """Twelve pictures of the demo with the vectors of the starter's embedder: half of them to be reviewed."""
+    from vlmflow.imaging import hash_of
+    from vlmflow.search.query import Query, QueryEncoder, search_job
+
+    config = CatalogConfig(uri=str(root / "catalog"))
+    encoder = QueryEncoder(search_job(config, "starter"))
+    files = sorted((Path(__file__).parents[1] / "vlmflow" / "starter" / "demo").glob("sku-01*.png"))[:12]
+    decisions = ["allow", "review"] * 6
+    put(
+        config, [file.name for file in files], np.stack([encoder.encode(Query(image=file)) for file in files]),
+        model=encoder.fingerprints[0], uri=[str(file) for file in files], decision=decisions,
+        content_hash=[hash_of(file.read_bytes()) for file in files], caption=[f"caption {file.name}" for file in files],
+        labels=labels_of(
+            [[label("gun", 0.05 * place, decision), label("knife", 0.1, "allow")]
+             for place, decision in enumerate(decisions)]
+        ),
+    )  # fmt: skip
+    runs = Catalog.open(config).runs
+    runs.start("run", {"profile": "starter"})
+    runs.finish("run", {"profile": "starter"})
     return config
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from tests.hostile import HOSTILE
 from tests.images import png_bomb
 from tests.report_samples import label, labels_of, put_rows
-from tests.web_samples import DECISIONS, Served, serving, shown_ids, small_catalog, text_of
+from tests.web_samples import DECISIONS, Served, serving, shown_ids, small_catalog, starter_catalog, text_of
 from vlmflow.catalog import Catalog
 from vlmflow.config import CatalogConfig
 from vlmflow.moderation.verdicts import reviewed
@@ -499,28 +499,7 @@ def _png() -> bytes:
 
 @pytest.fixture(scope="module")
 def starter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """Rows whose vectors the starter's embedder made, of its own demo pictures."""
-    from tests.search_samples import put
-    from vlmflow.config import ImageLimits
-    from vlmflow.imaging import hash_of
-    from vlmflow.search.query import Query, QueryEncoder, search_job
-
-    root = tmp_path_factory.mktemp("search")
-    config = CatalogConfig(uri=str(root / "catalog"))
-    encoder = QueryEncoder(search_job(config, "starter"))
-    demo = Path(__file__).parents[2] / "vlmflow" / "starter" / "demo"
-    files = sorted(demo.glob("sku-01*.png"))[:12]
-    assert ImageLimits().max_bytes > 0
-    vectors = np.stack([encoder.encode(Query(image=file)) for file in files])
-    put(
-        config, [file.name for file in files], vectors, model=encoder.fingerprints[0],
-        uri=[str(file) for file in files], content_hash=[hash_of(file.read_bytes()) for file in files],
-        decision=["allow", "block"] * 6,
-    )  # fmt: skip
-    runs = Catalog.open(config).runs
-    runs.start("run", {"profile": "starter"})
-    runs.finish("run", {"profile": "starter"})
-    with serving(config) as served:
+    with serving(starter_catalog(tmp_path_factory.mktemp("search"))) as served:
         yield served
 
 

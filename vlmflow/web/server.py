@@ -70,6 +70,7 @@ def serve(
     Raises:
         ServeError: the port is taken, the token is too short, or a package is absent.
         CatalogError: there is no catalog.
+        ConfigError, WeightsError: the job's profile is unknown, or its weights are absent.
     """
     config = config or ServeConfig()
     token = config.token or secrets.token_urlsafe(32)
@@ -78,6 +79,10 @@ def serve(
             f"the token has {len(token)} characters, or others than plain ones",
             remedy=f"Take at least {_MIN_TOKEN_CHARS}, or none for one that is made.",
         )
+    if job is not None:
+        from vlmflow.models.profiles import resolve_models
+
+        resolve_models(job.model_copy(update={"tasks": ("embed",)}))
     try:
         import uvicorn
     except ImportError as error:

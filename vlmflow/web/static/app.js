@@ -144,7 +144,10 @@
     else if (button.id === "labels-only") decide(null);
     else if (button.id === "undo") undo();
     else if (button.id === "by-file") byFile();
-    else if (button.id === "keep-theirs") location.reload();
+    else if (button.id === "keep-theirs") {
+      later("Left as it was decided.");
+      if (form.dataset.next !== "") location.assign(form.dataset.next); else location.reload();
+    }
     else if (button.id === "take-mine") {
       form.dataset.seen = refused.seen;
       meanwhile.hidden = true;

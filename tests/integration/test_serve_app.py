@@ -247,6 +247,28 @@ def test_what_waits_is_written_when_the_app_ends(tmp_path: Path) -> None:
     assert Catalog.open(config).version == version + 1  # one commit for all
 
 
+def test_what_a_killed_app_had_kept_is_brought_into_the_rows_by_the_next(tmp_path: Path) -> None:
+    import datetime as dt
+
+    import pyarrow as pa
+
+    from vlmflow.catalog.reviews import EVENT
+
+    config = small_catalog(tmp_path)
+    catalog = Catalog.open(config)
+    row = catalog.images().to_pylist()[0]
+    event = {"image_id": row["image_id"], "content_hash": row["content_hash"], "decision": "block"}
+    said = event | {"reviewer": "ada", "at": dt.datetime.now(dt.UTC)}
+    catalog.reviews.add(pa.Table.from_pylist([said], schema=EVENT))
+    with serving(config) as served:
+        pass
+    assert by_id(served)[row["image_id"]]["decision"] == "block"
+    version = catalog.version
+    with serving(config):
+        pass
+    assert catalog.version == version
+
+
 def test_rows_follow_by_themselves(tmp_path: Path) -> None:
     from tests.processes import wait_for
 

@@ -59,7 +59,7 @@ def serve(
 
 
 def _tell(address: Address, token: str | None) -> None:
-    shown = address.url if token is None else address.url.replace(token, f"${_TOKEN}")
+    shown = address.url if token is None else address.url.partition("token=")[0] + f"token=${_TOKEN}"
     typer.echo(f"Open {shown}")
     if address.is_exposed:
         warning = (

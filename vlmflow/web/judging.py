@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 
 from vlmflow.catalog.judged import LIST_PREFIX
@@ -32,6 +33,7 @@ MAX_NAME_CHARS = 100
 MAX_REASON_CHARS = 2_000
 MAX_LABELS = 200  # in one verdict
 _EVERY_S = 10.0  # rows follow so long after the first verdict that waits
+_ROWS_AT_ONCE = 5_000
 _TRIES = 3  # of writing the rows at the end
 
 
@@ -237,6 +239,10 @@ class Judging:
         return result.num_changed
 
     def _write(self) -> None:
+        try:
+            self._catch_up()
+        except VlmflowError as error:
+            logger.warning("it could not be told whether all rows show their verdicts: %s", error)
         while not self._stop.is_set():
             self._wake.wait()
             self._wake.clear()
@@ -247,6 +253,24 @@ class Judging:
             except VlmflowError as error:
                 logger.warning("verdicts are kept, and not in their rows yet: %s", error)
                 self._wake.set()
+
+    def _catch_up(self) -> None:
+        """Finds images whose rows do not show their verdict: of a process that was killed before it wrote them."""
+        version = self._shelf.version
+        with self._lock:
+            said = dict(self._said)
+        at = {image_id: self._shelf.find(version, image_id) for image_id, _ in said}
+        positions = np.array(sorted({place for place in at.values() if place is not None}), np.int64)
+        for start in range(0, len(positions), _ROWS_AT_ONCE):
+            some = positions[start : start + _ROWS_AT_ONCE]
+            for row in self._shelf.rows(version, some, ("image_id", "content_hash", "verdict")):
+                given = said.get((row["image_id"], row["content_hash"]))
+                if given is not None and not _shows(row["verdict"], given):
+                    with self._lock:
+                        self._waiting.setdefault(row["image_id"], self.changes)
+                        self._fresh.setdefault((row["image_id"], row["content_hash"]), None)
+                        self.changes += 1
+                    self._wake.set()
 
     def _update(self) -> None:
         """Looks for verdicts that others have added. With the lock held."""
@@ -272,6 +296,13 @@ class Judging:
             name = (row["image_id"], row["label"], row["reviewer"])
             if name not in self._labels or self._labels[name].at <= row["at"]:
                 self._labels[name] = _Label(row["value"], row["at"])
+
+
+def _shows(verdict: Mapping[str, Any] | None, said: Said) -> bool:
+    """Whether that is the verdict of a row."""
+    if said.decision == WITHDRAWN:
+        return verdict is None or verdict["reviewer"].startswith(LIST_PREFIX)
+    return verdict is not None and (verdict["decision"], verdict["at"]) == (said.decision, said.at)
 
 
 def _events(judgement: Judgement, at: dt.datetime) -> pa.Table:

@@ -9,6 +9,7 @@ import secrets
 import socket
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from vlmflow.config import CatalogConfig, Frozen, Job
 from vlmflow.errors import ServeError
@@ -149,7 +150,7 @@ def _address(host: str, port: int, token: str) -> Address:
     if address.is_unspecified:
         address = ipaddress.ip_address("::1" if address.version == 6 else "127.0.0.1")
     shown = f"[{address}]" if address.version == 6 else str(address)
-    return Address(url=f"http://{shown}:{port}/enter?token={token}", is_exposed=is_exposed)
+    return Address(url=f"http://{shown}:{port}/enter?token={quote(token, safe='')}", is_exposed=is_exposed)
 
 
 def _hosts(config: ServeConfig, port: int) -> frozenset[str]:

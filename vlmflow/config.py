@@ -16,6 +16,18 @@ TaskName = Literal["embed", "detect", "moderate", "caption", "match"]
 RetriedStatus = Literal["failed", "partial", "missing", "unreadable"]
 ViewName = Literal["squash", "center", "tiles", "black", "frames"]
 Dtype = Literal["auto", "float32", "bfloat16"]
+Family = Literal[
+    "open_clip",
+    "blip_caption",
+    "blip_itm",
+    "image_classification",
+    "vlm_judge",
+    "blip2_caption",
+    "blip2_itm",
+    "git",
+    "flava",
+    "align",
+]
 SourceKind = Literal["auto", "prefix", "manifest", "webdataset", "parquet"]
 
 MIB = 1024 * 1024
@@ -77,7 +89,7 @@ class ImageLimits(Frozen):
 class ModelConfig(Frozen):
     """Weights of one task: a local folder, or a repository of the hub at a pinned revision."""
 
-    family: Literal["open_clip", "blip_caption", "blip_itm", "image_classification", "vlm_judge"]
+    family: Family
     path: str | None = None  # a local folder
     repo: str | None = None  # a hub repository; needs `revision`
     revision: str | None = None  # a commit hash

@@ -7,14 +7,18 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal, cast
 
-from vlmflow.config import Job, ModelConfig, default_models_dir
+from vlmflow.config import Family, Job, ModelConfig, default_models_dir
 from vlmflow.errors import ConfigError
 from vlmflow.models.weights import find_weights, require_folder
 
 Role = Literal["embed", "caption", "match"]
-Family = Literal["open_clip", "blip_caption", "blip_itm"]
 
-FAMILIES: dict[Role, Family] = {"embed": "open_clip", "caption": "blip_caption", "match": "blip_itm"}
+# The families that can play a role; the first is that of a profile's model which names none.
+FAMILIES: dict[Role, tuple[Family, ...]] = {
+    "embed": ("open_clip", "flava", "align"),
+    "caption": ("blip_caption", "blip2_caption", "git"),
+    "match": ("blip_itm", "blip2_itm", "flava", "align"),
+}
 STARTER = "starter"
 
 
@@ -26,6 +30,11 @@ class ProfileModel:
     folder: str  # under the models folder; for the starter models, in the package
     licence: str
     num_parameters: int
+    family: Family | None = None  # None: the first that can play the role
+
+    def family_as(self, role: Role) -> Family:
+        """The family of the model in a role."""
+        return self.family or FAMILIES[role][0]
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,16 @@ class Profile:
     purpose: str
     models: dict[Role, ProfileModel]
 
+
+_CLIP_LARGE = ProfileModel(
+    "laion/CLIP-ViT-L-14-laion2B-s32B-b82K", "CLIP-ViT-L-14-laion2B-s32B-b82K", "MIT", 427_616_513
+)
+_BLIP_ITM_LARGE = ProfileModel(
+    "Salesforce/blip-itm-large-coco", "blip-itm-large-coco", "BSD-3-Clause", 446_128_642, "blip_itm"
+)
+_GIT_BASE = ProfileModel("microsoft/git-base-coco", "git-base-coco", "MIT", 176_619_066, "git")
+_FLAVA = ProfileModel("facebook/flava-full", "flava-full", "BSD-3-Clause", 357_645_303, "flava")
+_ALIGN = ProfileModel("kakaobrain/align-base", "align-base", "none stated", 172_117_841, "align")
 
 PROFILES: dict[str, Profile] = {
     STARTER: Profile(
@@ -60,14 +79,39 @@ PROFILES: dict[str, Profile] = {
     "large": Profile(
         "photographs, the better captions and embeddings; a GPU of 16 GB",
         {
-            "embed": ProfileModel(
-                "laion/CLIP-ViT-L-14-laion2B-s32B-b82K", "CLIP-ViT-L-14-laion2B-s32B-b82K", "MIT", 427_616_513
-            ),
+            "embed": _CLIP_LARGE,
             "caption": ProfileModel(
                 "Salesforce/blip-image-captioning-large", "blip-image-captioning-large", "BSD-3-Clause", 446_290_492
             ),
-            "match": ProfileModel("Salesforce/blip-itm-large-coco", "blip-itm-large-coco", "BSD-3-Clause", 446_128_642),
+            "match": _BLIP_ITM_LARGE,
         },
+    ),
+    "blip2": Profile(
+        "photographs; BLIP-2 with Flan-T5 XL, captioner and matcher share one pass of ViT-g; a GPU of 24 GB",
+        {
+            "embed": _CLIP_LARGE,
+            "caption": ProfileModel(
+                "Salesforce/blip2-flan-t5-xl", "blip2-flan-t5-xl", "MIT", 3_942_446_592, "blip2_caption"
+            ),
+            "match": ProfileModel("Salesforce/blip2-itm-vit-g", "blip2-itm-vit-g", "MIT", 1_172_032_258, "blip2_itm"),
+        },
+    ),
+    "git": Profile(
+        "photographs; captions by GIT-large; a GPU of 16 GB",
+        {
+            "embed": _CLIP_LARGE,
+            "caption": ProfileModel("microsoft/git-large-coco", "git-large-coco", "MIT", 394_196_026, "git"),
+            "match": _BLIP_ITM_LARGE,
+        },
+    ),
+    "flava": Profile(
+        "photographs; embeddings and matches by FLAVA, captions by GIT-base; a GPU of 8 GB",
+        {"embed": _FLAVA, "caption": _GIT_BASE, "match": _FLAVA},
+    ),
+    "align": Profile(
+        "photographs; embeddings and matches by ALIGN, which has no matching head: no caption_itm, no text_itm; "
+        "captions by GIT-base; a GPU of 8 GB",
+        {"embed": _ALIGN, "caption": _GIT_BASE, "match": _ALIGN},
     ),
 }
 
@@ -121,9 +165,10 @@ def check_family(role: str, config: ModelConfig) -> None:
     Raises:
         ConfigError: it belongs to the family of another role.
     """
-    family = FAMILIES[cast(Role, role)]
-    if config.family != family:
-        raise ConfigError(f"models.{role}: family {config.family}", remedy=f"Use a model of the family {family}.")
+    families = FAMILIES[cast(Role, role)]
+    if config.family not in families:
+        known = families[0] if len(families) == 1 else f"{', '.join(families[:-1])} or {families[-1]}"
+        raise ConfigError(f"models.{role}: family {config.family}", remedy=f"Use a model of the family {known}.")
 
 
 def describe_profiles(models_dir: Path | None = None) -> list[ProfileStatus]:
@@ -137,7 +182,7 @@ def describe_profiles(models_dir: Path | None = None) -> list[ProfileStatus]:
 def _describe(profile: str, role: Role, models_dir: Path | None) -> ModelStatus:
     model = PROFILES[profile].models[role]
     folder = Path(_profile_config(profile, role, models_dir).path or "")
-    files = find_weights(folder, FAMILIES[role])
+    files = find_weights(folder, model.family_as(role))
     size_bytes = sum(file.stat().st_size for file in files) if files else 4 * model.num_parameters
     return ModelStatus(role, model.repo, model.licence, model.num_parameters, size_bytes, folder, bool(files))
 
@@ -148,7 +193,7 @@ def _profile_config(profile: str, role: Role, models_dir: Path | None) -> ModelC
         root = Path(str(resources.files("vlmflow"))) / "starter"
     else:
         root = models_dir or default_models_dir()
-    return ModelConfig(family=FAMILIES[role], path=str(root / model.folder), repo=model.repo)
+    return ModelConfig(family=model.family_as(role), path=str(root / model.folder), repo=model.repo)
 
 
 def _licence(config: ModelConfig) -> str | None:

@@ -184,6 +184,8 @@ def ask(client: Client, count: int, words: Iterator[str]) -> dict[str, Any]:
     times: dict[str, list[float]] = {}
 
     def note(kind: str, seconds: float) -> None:
+        if kind not in times:
+            print(kind, flush=True)
         times.setdefault(kind, []).append(seconds)
 
     address, ids = "/?sort=random", []

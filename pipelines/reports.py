@@ -27,7 +27,8 @@ def unreported(catalog: CatalogConfig, date: dt.date, folder: str) -> RunReport 
             if place.stat(_name(date, run.run_id)) is not None:
                 return None
             try:
-                report = RunReport.model_validate(run.record)
+                known = {name: run.record[name] for name in RunReport.model_fields if name in run.record}
+                report = RunReport.model_validate(known)
             except ValidationError:  # written by another version
                 return None
             return report if report.num_added + report.num_replaced else None

@@ -41,9 +41,9 @@ class Prefect:
         return list(self._ask("events/filter", asked)["events"])
 
     def runs(self, flow: str) -> list[dict[str, Any]]:
-        """The runs of a flow, the newest first."""
+        """The runs of a flow that have started, the newest first."""
         asked = {"flows": {"name": {"any_": [flow]}}, "sort": "START_TIME_DESC"}
-        return list(self._ask("flow_runs/filter", asked))
+        return [run for run in self._ask("flow_runs/filter", asked) if run["start_time"] is not None]
 
     def artifacts_of(self, run_id: str) -> list[dict[str, Any]]:
         asked = {"artifacts": {"flow_run_id": {"any_": [run_id]}}}

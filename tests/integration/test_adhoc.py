@@ -89,6 +89,7 @@ def test_killed_and_started_again_and_asked_twice_it_is_one_job(
     assert prefect.artifacts()["enrich"]["data"] == 100.0
 
 
+@pytest.mark.slow
 def test_two_that_begin_at_once_end_up_with_one_job(
     prefect: Prefect, nodes: RayNodes, jobs: Jobs, held: HeldImages, job_file: Path, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from pipelines.backfill import moderation_backfill
 from pipelines.nightly import nightly_enrichment
 from tests.flows import Prefect, process, write_job
 from tests.pictures import picture, write_pictures
-from tests.processes import wait_for
 from vlmflow.catalog import Catalog
 from vlmflow.config import Job, ModelConfig
 from vlmflow.engine import enrich
@@ -34,10 +34,10 @@ Rows = dict[str, dict[str, Any]]
 def strict(policy: str, models: dict[str, dict[str, Any]], tmp_path: Path) -> str:
     """The policy of conftest with thresholds that everything passes."""
     data = yaml.safe_load(Path(policy).read_text(encoding="utf-8"))
-    data["version"], data["bindings"] = "2", []
+    data |= {"version": "2", "bindings": []}
     data["categories"][0]["labels"][0] |= {"review": 0.0, "block": 0.0}
     path = tmp_path / "strict.yaml"
-    path.write_text(yaml.safe_dump(data), encoding="utf-8")
+    path.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
     write_binding(path, bind(load_policy(str(path)), identify("embed", ModelConfig(**models["embed"]))))
     return str(path)
 
@@ -132,24 +132,21 @@ def test_killed_after_two_of_five_and_resumed_beside_a_night(
     job = job_of(make_job, tmp_path, dates)
     job_file = write_job(job, tmp_path / "job.yaml")
     before = rows_of(job)
-    backfill = ["pipelines.backfill", "--job-file", str(job_file), "--policy", strict, "--end", str(dates[-1])]
+    backfill = ["--job-file", str(job_file), "--policy", strict, "--end", str(dates[-1])]
 
-    with process(prefect, tmp_path / "killed.log", *backfill) as killed:
-        wait_for(lambda: len(moved_dates(job)) >= 2, killed)
-        killed.kill()
-        killed.wait()
+    third = ["tests.kill", "in the commit, before it is written", "3", "backfill"]
+    with process(prefect, tmp_path / "killed.log", *third, *backfill) as killed:
+        assert killed.wait(280) == -signal.SIGKILL, (tmp_path / "killed.log").read_text()
     at_kill = moderation(rows_of(job))
-    moved = moved_dates(job)
-    assert len(moved) < 5, "it was killed too late"
+    assert moved_dates(job) == set(dates[:2])
     partitions = yaml.safe_load(prefect.artifacts()["backfill-partitions"]["data"])
-    done = [row["partition"] for row in partitions if row["state"] == "done"]
-    assert set(done) <= {str(date) for date in moved}
-    assert len(partitions) == 5
+    assert [row["state"] for row in partitions] == ["done"] * 2 + ["waiting"] * 3
+    assert "2 of 5 partitions" in prefect.artifacts()["backfill-diff"]["data"]
 
     # It goes on beside a night that finds an image that is new and one that has changed.
     picture(500).save(tmp_path / "images" / "new.png")
     picture(501).save(tmp_path / "images" / "picture 00001.png")
-    with process(prefect, tmp_path / "resumed.log", *backfill) as resumed:
+    with process(prefect, tmp_path / "resumed.log", "pipelines.backfill", *backfill) as resumed:
         night = nightly_enrichment(job_file, date=NIGHT, return_state=True)
         assert resumed.wait(280) == 0, (tmp_path / "resumed.log").read_text()
     assert night.message.startswith("2026-11-09: 1 rows new, 1 replaced"), night.message

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,9 @@ def trigger(prefect: Prefect, deployment: str, **parameters: Any) -> str:
     given = [f"--param={name}={json.dumps(value)}" for name, value in parameters.items()]
     asked = prefect.command("deployment", "run", deployment, *given)
     assert asked.returncode == 0, asked.stdout + asked.stderr
-    flow = deployment.partition("/")[0]
-    return str(max(prefect.runs(flow), key=lambda run: run["created"])["id"])
+    found = re.search(r"UUID: ([0-9a-f-]{36})", asked.stdout)
+    assert found, asked.stdout
+    return found[1]
 
 
 def state(prefect: Prefect, run_id: str) -> str:

@@ -174,15 +174,3 @@ def test_a_store_out_of_reach_is_tried_again_and_bad_input_is_not(
     steps = GivenSteps(UnreconciledError("lost"), tonight())
     assert night(steps).is_failed()
     assert len(steps.outcomes) == 1
-
-
-def test_old_reports_go_and_other_files_stay(night: Callable[..., Any], config: CatalogConfig) -> None:
-    folder = Path(f"{config.uri}-reports")
-    folder.mkdir()
-    for day in range(1, 6):
-        (folder / f"2026-02-0{day}-20260201T020000-0000000{day}.html").write_text("old")
-    (folder / "index.html").write_text("somebody's")
-    assert night(GivenSteps(tonight()), keep_reports=3).is_completed()
-    kept = sorted(path.name for path in folder.iterdir())
-    assert "index.html" in kept
-    assert "2026-03-01-tonight.html" in kept

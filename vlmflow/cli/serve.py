@@ -40,8 +40,8 @@ def serve(
     """Serve CATALOG to your browser: search it, look at images with their evidence, review them.
 
     Open the address that is printed: it holds a token, which lets you in (VLMFLOW_SERVE_TOKEN sets it). Verdicts go
-    into the catalog as `review import` takes them, into their rows within seconds. Models load at the first search
-    by text; lists, images and review need none. Ctrl-C ends it, and writes what waits.
+    into the catalog as `review import` takes them; their rows follow within seconds, in large catalogs minutes. Models
+    load at the first search by text; lists, images and review need none. Ctrl-C ends it, and writes what waits.
 
     Example: `vlmflow serve catalog/ --port 8377`
     """

@@ -22,13 +22,9 @@ from vlmflow.web.facts import Facts
 from vlmflow.web.filters import ALL_FACETS, Filter
 from vlmflow.web.judging import Judging, Said
 from vlmflow.web.pictures import Pictures
-from vlmflow.web.shelf import Shelf, Version
+from vlmflow.web.shelf import CARD_COLUMNS, Shelf, Version
 
 PAGE_SIZE = 48
-CARD_COLUMNS = (
-    "image_id", "uri", "content_hash", "caption", "decision", "decision_reason", "status", "width", "height",
-    "text_itm", "verdict",
-)  # fmt: skip
 _DOUBTFUL = ("unreadable", "failed")  # a verdict on what cannot be read any more waits
 
 
@@ -37,7 +33,7 @@ class Listing:
     """A page of rows.
 
     Attributes:
-        rows: with :data:`CARD_COLUMNS`, and ``score`` where they were searched for.
+        rows: with :data:`vlmflow.web.shelf.CARD_COLUMNS`, and ``score`` where they were searched for.
         num_matching: rows in all.
         counts: by facet, how many rows a value would give, the other filters as they are.
         has_before, has_after: whether there are pages on either side.

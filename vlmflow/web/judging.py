@@ -1,7 +1,8 @@
 """People's verdicts, from the app into the catalog.
 
 A verdict is first added to ``reviews/``, and is safe from then on. The rows of the images table follow a few seconds
-later, many at once: a commit rewrites the files that hold them. Until then the app shows what has been said.
+later, in large catalogs minutes, many at once: a commit rewrites the files that hold them. Until then the app shows
+what has been said.
 
 Nobody overwrites what they have not seen: a verdict says which one it was given in view of, and is refused if another
 has been given meanwhile, here or by another process. Two processes that write in the same instant both succeed; the
@@ -13,6 +14,7 @@ from __future__ import annotations
 import datetime as dt
 import logging
 import threading
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -33,6 +35,8 @@ MAX_NAME_CHARS = 100
 MAX_REASON_CHARS = 2_000
 MAX_LABELS = 200  # in one verdict
 _EVERY_S = 10.0  # rows follow so long after the first verdict that waits
+# Writing may take a tenth of the time: verdicts on a large catalog concern many of its files, each written anew.
+_REST, _LONGEST_REST_S = 9.0, 600.0
 _ROWS_AT_ONCE = 5_000
 _TRIES = 3  # of writing the rows at the end
 
@@ -128,7 +132,7 @@ class Judging:
     """Takes verdicts, and brings them into the rows.
 
     Args:
-        every_s: how long rows may wait for their verdicts.
+        every_s: how long rows wait for their verdicts; longer where writing them takes long.
     """
 
     def __init__(self, shelf: Shelf, *, every_s: float = _EVERY_S) -> None:
@@ -243,16 +247,19 @@ class Judging:
             self._catch_up()
         except VlmflowError as error:
             logger.warning("it could not be told whether all rows show their verdicts: %s", error)
+        pause_s = self._every_s
         while not self._stop.is_set():
             self._wake.wait()
             self._wake.clear()
-            if not self._waiting or self._stop.wait(self._every_s):
+            if not self._waiting or self._stop.wait(pause_s):
                 continue
+            started = time.monotonic()
             try:
                 self.flush()
             except VlmflowError as error:
                 logger.warning("verdicts are kept, and not in their rows yet: %s", error)
                 self._wake.set()
+            pause_s = max(self._every_s, min(_LONGEST_REST_S, _REST * (time.monotonic() - started)))
 
     def _catch_up(self) -> None:
         """Finds images whose rows do not show their verdict: of a process that was killed before it wrote them."""

@@ -35,8 +35,13 @@ from vlmflow.web.filters import Filter
 logger = logging.getLogger("vlmflow")
 
 POLL_S = 5.0  # how often it is looked for a newer version
-_ROW_GROUPS = 64  # of 16,384 rows each that stay in memory, some columns of them
-_WHOLE_GROUPS = 3  # the same with all columns
+# What is shown of many rows. Together with the columns of the whole row they are the two sets that are read.
+CARD_COLUMNS = (
+    "image_id", "uri", "content_hash", "caption", "decision", "decision_reason", "status", "width", "height",
+    "text_itm", "verdict",
+)  # fmt: skip
+_CARD_GROUPS = 64  # row groups of 16,384 rows that stay in memory with these columns
+_WHOLE_GROUPS = 3  # and with all
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +83,8 @@ class Shelf:
         self._facts = FactReader(self._folder)
         self._searching = threading.Lock()  # the searcher, and the version that it is at
         self._reading = threading.Lock()
-        self._groups: dict[tuple[str, ...], OrderedDict[tuple[str, int], pa.Table]] = {}
+        self._cards: OrderedDict[tuple[str, int], pa.Table] = OrderedDict()
+        self._whole: OrderedDict[tuple[str, int], pa.Table] = OrderedDict()
         self._masks: Cache[Mask] = Cache(16)
         self._asked: Cache[Asked] = Cache(256)
         self._version = self._read()
@@ -116,15 +122,15 @@ class Shelf:
     def rows(self, version: Version, positions: Positions, columns: Sequence[str]) -> list[dict[str, Any]]:
         """Columns of some rows, in the order asked for; only the row groups that hold them are read."""
         wanted = pa.schema([version.live.columns.field(name) for name in columns])
-        most = _ROW_GROUPS if len(wanted) < len(version.live.columns) else _WHOLE_GROUPS
-        names = [name for name in wanted.names if name != "ingest_date"]
+        is_card = set(columns) <= set(CARD_COLUMNS)
+        groups, most = (self._cards, _CARD_GROUPS) if is_card else (self._whole, _WHOLE_GROUPS)
+        names = [name for name in (CARD_COLUMNS if is_card else version.live.columns.names) if name != "ingest_date"]
         files = np.searchsorted(version.live.starts, positions, side="right") - 1
         found: list[dict[str, Any]] = [{}] * len(positions)
         for number in np.unique(files).tolist():
             file = version.live.files[number]
             here = np.flatnonzero(files == number)
             with self._reading:
-                groups = self._groups.setdefault(tuple(names), OrderedDict())
                 at = positions[here] - version.live.starts[number]
                 rows = self._folder.read_parquet_at(f"images/{file.path}", names, at, groups, most)
             date = pa.repeat(pa.scalar(file.ingest_date, pa.date32()), rows.num_rows)

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from vlmflow.search.titles import TitleReport, find_titles
     from vlmflow.summary import CatalogSummary, summarize
     from vlmflow.verification import verify
+    from vlmflow.web.server import ServeConfig, serve
 
 __all__ = [
     "CalibrationReport",
@@ -67,6 +68,7 @@ __all__ = [
     "Scope",
     "SearchResult",
     "Searcher",
+    "ServeConfig",
     "SourceConfig",
     "Targets",
     "TitleReport",
@@ -90,6 +92,7 @@ __all__ = [
     "read_dataset",
     "remoderate",
     "search_images",
+    "serve",
     "summarize",
     "update_index",
     "verify",
@@ -120,6 +123,7 @@ _HOMES = {
     "Scope": "vlmflow.engine.remoderate",
     "SearchResult": "vlmflow.search.results",
     "Searcher": "vlmflow.search.searcher",
+    "ServeConfig": "vlmflow.web.server",
     "Targets": "vlmflow.moderation.calibrate",
     "TitleReport": "vlmflow.search.titles",
     "WrittenReport": "vlmflow.report.write",
@@ -140,6 +144,7 @@ _HOMES = {
     "read_dataset": "vlmflow.evaluation",
     "remoderate": "vlmflow.engine.remoderate",
     "search_images": "vlmflow.search.searcher",
+    "serve": "vlmflow.web.server",
     "summarize": "vlmflow.summary",
     "update_index": "vlmflow.search.build",
     "verify": "vlmflow.verification",

@@ -25,6 +25,7 @@ from vlmflow.cli import (
     review,
     run,
     search,
+    serve,
     upkeep,
     view,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "review",
     "run",
     "search",
+    "serve",
     "upkeep",
     "view",
 ]

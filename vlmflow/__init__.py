@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from vlmflow.engine import PlanSummary, PreflightReport, RunReport, enrich, plan, preflight
     from vlmflow.engine.remoderate import RemoderateReport, Scope, remoderate
     from vlmflow.evaluation import EvaluationReport, evaluate, read_dataset
+    from vlmflow.grounding import GroundedRegion, PhraseGrounder, ground_phrases
+    from vlmflow.models.convert import ConversionInputs, ConversionReport, convert_weights
     from vlmflow.models.profiles import describe_profiles
     from vlmflow.moderation.calibrate import CalibrationReport, Targets
     from vlmflow.report.write import WrittenReport, write_report
@@ -46,12 +48,16 @@ __all__ = [
     "CatalogConfig",
     "CatalogSummary",
     "Check",
+    "ConversionInputs",
+    "ConversionReport",
     "DuplicateReport",
     "EvaluationReport",
+    "GroundedRegion",
     "ImageDescriber",
     "ImageDescription",
     "IndexReport",
     "Job",
+    "PhraseGrounder",
     "PlanSummary",
     "PreflightReport",
     "Query",
@@ -69,6 +75,7 @@ __all__ = [
     "VlmflowError",
     "WrittenReport",
     "calibrate",
+    "convert_weights",
     "describe_image",
     "describe_profiles",
     "doctor",
@@ -77,6 +84,7 @@ __all__ = [
     "export_queue",
     "find_duplicates",
     "find_titles",
+    "ground_phrases",
     "import_verdicts",
     "load_job",
     "plan",
@@ -96,11 +104,15 @@ _HOMES = {
     "Catalog": "vlmflow.catalog",
     "CatalogSummary": "vlmflow.summary",
     "Check": "vlmflow.doctor",
+    "ConversionInputs": "vlmflow.models.convert",
+    "ConversionReport": "vlmflow.models.convert",
     "DuplicateReport": "vlmflow.search.duplicates",
     "EvaluationReport": "vlmflow.evaluation",
+    "GroundedRegion": "vlmflow.grounding",
     "ImageDescriber": "vlmflow.search.describe",
     "ImageDescription": "vlmflow.search.describe",
     "IndexReport": "vlmflow.search.build",
+    "PhraseGrounder": "vlmflow.grounding",
     "PlanSummary": "vlmflow.engine",
     "PreflightReport": "vlmflow.engine",
     "Query": "vlmflow.search.query",
@@ -116,6 +128,7 @@ _HOMES = {
     "TitleReport": "vlmflow.search.titles",
     "WrittenReport": "vlmflow.report.write",
     "calibrate": "vlmflow.calibration",
+    "convert_weights": "vlmflow.models.convert",
     "describe_image": "vlmflow.search.describe",
     "describe_profiles": "vlmflow.models.profiles",
     "doctor": "vlmflow.doctor",
@@ -124,6 +137,7 @@ _HOMES = {
     "export_queue": "vlmflow.review",
     "find_duplicates": "vlmflow.search.duplicates",
     "find_titles": "vlmflow.search.titles",
+    "ground_phrases": "vlmflow.grounding",
     "import_verdicts": "vlmflow.review",
     "plan": "vlmflow.engine",
     "preflight": "vlmflow.engine",

@@ -84,6 +84,10 @@ class WeightsError(VlmflowError):
     """Weights that are absent, unsafe to load, or that do not fit the architecture."""
 
 
+class QuestionError(VlmflowError):
+    """A question that the model cannot take."""
+
+
 class PolicyError(VlmflowError):
     """A moderation policy that cannot be used."""
 

@@ -209,6 +209,7 @@ def _scorer(job: Job, evidence: Evidence, label: dict[str, Any]) -> tuple[PixelR
     scorer = Scorer(prompts)
     number = [ref.label for ref in policy.labels].index(label["label"])
     request = pixel_request("embed", config, job.views)
+    assert request is not None  # every embedder wants pixels
     return request, lambda pixels: scorer.score(embedder.embed_images(pixels))[:, number]
 
 

@@ -16,6 +16,9 @@ from vlmflow.engine.cluster import RayConfig, ray_cluster
 from vlmflow.engine.pipeline import ACTOR_LIMITS, TASK_LIMITS
 from vlmflow.engine.read_ahead import ReadAhead, limit_read_ahead, read_ahead_rows
 
+# As in the pipeline: Ray announces named parameters for the retries and has none yet.
+pytestmark = pytest.mark.filterwarnings("ignore:.*ray_remote_args.*")
+
 
 @ray.remote(num_cpus=0)
 class Counts:

@@ -33,6 +33,7 @@ from vlmflow.catalog.reviews import JudgeResult, ReviewStore, apply_verdicts
 from vlmflow.catalog.rows import RunConstants
 from vlmflow.catalog.runs import RunStore
 from vlmflow.catalog.tombstones import Tombstones
+from vlmflow.catalog.upgrade import upgrade
 from vlmflow.catalog.vacuum import RETENTION, VacuumResult, vacuum
 from vlmflow.catalog.verify import Verification, verify
 from vlmflow.catalog.writer import CatalogWriter
@@ -82,7 +83,7 @@ class Catalog:
         """
         folder = Folder(config)
         folder.check_access()
-        return cls(folder, TableLog.open(folder, "images"), TableLog.open(folder, "embeddings"))
+        return cls(folder, TableLog.open(folder, "images"), TableLog.open(folder, "embeddings"))._upgraded()
 
     @classmethod
     def exists(cls, config: CatalogConfig) -> bool:
@@ -106,7 +107,7 @@ class Catalog:
         folder.check_access()
         embeddings = TableLog.open_or_create(folder, "embeddings", schema.EMBEDDINGS)
         images = TableLog.open_or_create(folder, "images", schema.with_source(schema.IMAGES, wanted))
-        catalog = cls(folder, images, embeddings)
+        catalog = cls(folder, images, embeddings)._upgraded()
         catalog._add_source_columns(wanted)
         return catalog
 
@@ -339,6 +340,11 @@ class Catalog:
         """Addresses of the table's live files, for readers of plain Parquet."""
         log = self._images if table == "images" else self._embeddings
         return log.refreshed_table().file_uris()
+
+    def _upgraded(self) -> Catalog:
+        for log in (self._embeddings, self._images):
+            upgrade(log)
+        return self
 
     def _commit_embeddings(self, run_id: str, commit_id: str, files: pa.Table) -> Committed:
         if not files.num_rows:

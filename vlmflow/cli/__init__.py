@@ -14,6 +14,7 @@ import threading
 import typer
 
 from vlmflow.cli import (
+    convert,
     evaluate,
     explain,
     gate,
@@ -33,6 +34,7 @@ from vlmflow.errors import VlmflowError
 
 __all__ = [
     "app",
+    "convert",
     "evaluate",
     "explain",
     "gate",

@@ -181,8 +181,9 @@ def _caption(run: Run, data: Dataset, _: Choices) -> Outcome:
 def _match(run: Run, data: Dataset, _: Choices) -> Outcome:
     rows = run.column("text_itm", "text_itc")
     itm, itc = (rows[name].to_numpy().astype(np.float64) for name in ("text_itm", "text_itc"))
-    matches = data.rows["match"].to_numpy()
-    return Outcome(score_match(itm, itc, matches), itm, int((~np.isfinite(itm)).sum()))
+    scored = score_match(itm, itc, data.rows["match"].to_numpy())
+    found = itm if np.isfinite(itm).any() else itc  # some models have the contrastive heads alone
+    return Outcome(scored, found, int((~np.isfinite(found)).sum()))
 
 
 def _moderate(run: Run, data: Dataset, _: Choices) -> Outcome:

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from vlmflow.errors import EvaluationError
 from vlmflow.evaluation.metrics.captions import bleu, cider, rouge_l
 from vlmflow.evaluation.metrics.classes import average_precision, bootstrap, mean_per_class, roc_auc, top_k
 from vlmflow.evaluation.metrics.java import meteor, missing_for_meteor, missing_for_spice, spice
@@ -40,19 +41,23 @@ def score_captions(captions: Sequence[str | None], references: Sequence[Sequence
     """BLEU-1 to 4, METEOR, ROUGE-L, CIDEr and SPICE; the two that are Java programs where they can run."""
     words = [tokenize(caption or "") for caption in captions]
     others = [[tokenize(one) for one in several] for several in references]
-    num = len(captions)
     found = {f"BLEU-{order}": value for order, value in enumerate(bleu(words, others), 1)}
     found |= {"ROUGE-L": rouge_l(words, others), "CIDEr": cider(words, others)}
-    notes = [reason for reason in (missing_for_meteor(), missing_for_spice()) if reason]
     plain = [" ".join(one) for one in words]
     plain_others = [[" ".join(one) for one in several] for several in others]
-    if missing_for_meteor() is None:
-        found["METEOR"], _ = meteor(plain, plain_others)
-    else:
+    programs = {"METEOR": (missing_for_meteor(), meteor), "SPICE": (missing_for_spice(), spice)}
+    notes = []
+    for name, (reason, program) in programs.items():
+        if reason is None:
+            try:
+                found[name] = program(plain, plain_others)
+            except EvaluationError as error:  # one program less is no reason to lose the other figures
+                reason = str(error)
+        if reason is not None:
+            notes.append(reason)
+    if "METEOR" not in found:
         found["METEOR-2005"] = meteor_2005(words, others)
-    if missing_for_spice() is None:
-        found["SPICE"] = spice(plain, plain_others)
-    return Scored({name: Figure(value=value, num=num) for name, value in found.items()}, notes=tuple(notes))
+    return Scored({name: Figure(value=value, num=len(words)) for name, value in found.items()}, notes=tuple(notes))
 
 
 def score_retrieval(
@@ -107,8 +112,9 @@ def score_match(itm: NDArray[np.float64], itc: NDArray[np.float64], matches: NDA
         interval = bootstrap(roc_auc, known, matches)
         low, high = interval or (None, None)
         figures[name] = Figure(value=roc_auc(known, matches), low=low, high=high, num=num)
-    right = np.isfinite(itm) & ((itm >= _MATCHES) == matches)
-    figures["ITM accuracy"] = _share(float(right.mean()), num)
+    if np.isfinite(itm).any():
+        right = np.isfinite(itm) & ((itm >= _MATCHES) == matches)
+        figures["ITM accuracy"] = _share(float(right.mean()), num)
     return Scored(figures)
 
 

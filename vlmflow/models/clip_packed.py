@@ -53,4 +53,5 @@ class _PackedBlock(nn.Module):
         qkv = self._qkv(self._norm1(states))
         queries, keys, values = qkv.view(*qkv.shape[:2], 3, self._num_heads, -1).permute(2, 0, 3, 1, 4)
         states = states + self._scale1(self._projection(attend(queries, keys, values)))
-        return states + self._scale2(self._contract(self._activation(self._expand(self._norm2(states)))))
+        added: torch.Tensor = self._scale2(self._contract(self._activation(self._expand(self._norm2(states)))))
+        return states + added

@@ -14,7 +14,7 @@ from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
 from tests.unit.evaluation.captions import EDGE_CASES, draw_caption, draw_corpus
 from vlmflow.evaluation.metrics.captions import bleu, cider, cider_each, rouge_l
-from vlmflow.evaluation.metrics.java import meteor, missing_for_meteor
+from vlmflow.evaluation.metrics.java import meteor_each, missing_for_meteor
 from vlmflow.evaluation.metrics.ptb import tokenize
 
 TOLERANCE = 1e-4
@@ -101,7 +101,7 @@ def test_meteor_equals_the_scorer() -> None:
     truth = [[as_given(tokenize(one)) for one in several] for several in references]
     scorer = Meteor()
     expected, each = scorer.compute_score(dict(enumerate(truth)), {at: [one] for at, one in enumerate(said)})
-    found, found_each = meteor(said, truth)
+    found, found_each = meteor_each(said, truth)
     assert found == pytest.approx(expected, abs=TOLERANCE)
     assert found_each == pytest.approx(each, abs=TOLERANCE)
     assert 0.1 < found < 0.9

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +14,7 @@ import pytest
 from vlmflow.errors import EvaluationError
 from vlmflow.evaluation.agreement import decision_flips, differing, score_shifts
 from vlmflow.evaluation.dataset import Dataset, table_of
-from vlmflow.evaluation.measure import evaluate_predictions
+from vlmflow.evaluation.measure import Choices, _match, evaluate_predictions
 from vlmflow.evaluation.metrics import java
 from vlmflow.evaluation.metrics.meteor import meteor_2005
 from vlmflow.evaluation.prompts import check_templates, default_names, ensemble, prompts_of, read_class_names
@@ -94,6 +95,18 @@ def test_match_takes_what_is_missing_for_the_lowest_and_for_wrong() -> None:
     assert "ITC AUC" not in scored.figures, "the model has no such head"
     assert scored.figures["ITM AUC"].value == pytest.approx((2 + 0.5) / 4)
     assert scored.figures["ITM accuracy"].value == 0.5
+    contrastive = score_match(np.array([nan] * 4), np.array([0.9, nan, 0.2, nan]), matches)
+    assert list(contrastive.figures) == ["ITC AUC"], "the model has no matching head"
+    assert contrastive.figures["ITC AUC"].value == scored.figures["ITM AUC"].value
+
+
+def test_pairs_scored_by_the_contrastive_heads_alone_are_not_missing() -> None:
+    pairs: dict[str, list[float | None]] = {"text_itm": [None] * 3, "text_itc": [0.9, None, 0.2]}
+    run = SimpleNamespace(column=lambda *_: pa.table(pairs, pa.schema([(name, pa.float32()) for name in pairs])))
+    data = SimpleNamespace(rows=pa.table({"match": [True, True, False]}))
+    outcome = _match(run, data, Choices())  # type: ignore[arg-type]
+    assert outcome.num_missing == 1
+    np.testing.assert_allclose(outcome.predictions, [0.9, np.nan, 0.2], rtol=1e-6)
 
 
 def test_answers_by_type_and_without_one() -> None:
@@ -255,3 +268,11 @@ def test_a_program_that_fails_says_so(tmp_path: Path, monkeypatch: pytest.Monkey
         java.spice(["a"], [["a"]], tmp_path)
     with pytest.raises(EvaluationError, match="METEOR failed: out of memory"):
         java.meteor(["a"], [["a"]], tmp_path)
+
+
+@pytest.mark.skipif(java.missing_for_meteor() is not None, reason="without METEOR there is nothing to fail")
+def test_other_figures_survive_a_program_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_java(tmp_path, "import sys; sys.exit('out of memory')", monkeypatch)
+    scored = score_captions(["a cat"], [["a cat"]])
+    assert "METEOR failed: out of memory" in scored.notes
+    assert {"METEOR-2005", "BLEU-1"} <= scored.figures.keys()

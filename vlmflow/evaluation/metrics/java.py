@@ -37,10 +37,8 @@ def missing_for_spice(folder: Path | None = None) -> str | None:
     return _missing("SPICE", (_SPICE, _SPICE_MODELS), folder)
 
 
-def meteor(
-    candidates: Sequence[str], references: Sequence[Sequence[str]], folder: Path | None = None
-) -> tuple[float, list[float]]:
-    """METEOR 1.5 of a corpus and of each caption, as the COCO caption scorer runs it (English, normalised).
+def meteor(candidates: Sequence[str], references: Sequence[Sequence[str]], folder: Path | None = None) -> float:
+    """METEOR 1.5 of a corpus, as the COCO caption scorer runs it (English, normalised).
 
     Args:
         candidates: captions of tokens with blanks between them.
@@ -48,6 +46,13 @@ def meteor(
     Raises:
         EvaluationError: the program fails.
     """
+    return meteor_each(candidates, references, folder)[0]
+
+
+def meteor_each(
+    candidates: Sequence[str], references: Sequence[Sequence[str]], folder: Path | None = None
+) -> tuple[float, list[float]]:
+    """As :func:`meteor`, and of each caption."""
     command = ["java", _UTF8, "-jar", "-Xmx2G", Path(_METEOR).name, "-", "-", "-stdio", "-l", "en", "-norm"]
     lines = [
         f" {_SEPARATOR} ".join(("SCORE", *(map(_clean, several)), _clean(candidate)))

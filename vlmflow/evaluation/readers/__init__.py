@@ -31,20 +31,21 @@ def read_dataset(task: EvaluationTask, data: str, options: ReadOptions) -> Datas
         return read_folders(path)
     if not path.is_file():
         raise EvaluationError(f"{data} does not exist", remedy="Name a file or a folder on this machine.")
-    if path.suffix in _TABLES:
+    suffix = path.suffix.lower()
+    if suffix in _TABLES:
         return read_manifest(task, path, options)
-    if path.suffix == ".json":
+    if suffix == ".json":
         content = read_json(path)
         if isinstance(content, dict) and "questions" in content:
             _only(task, ("answer",), f"{data} holds questions")
             return read_vqa(path, content, options.annotations, options.images)
         _only(task, ("retrieval", "caption"), f"{data} holds captions")
         return read_caption_json(task, path, content, options.images, options.split)
-    if path.suffix in (".token", ".txt", ".tsv"):
+    if suffix in (".token", ".txt", ".tsv"):
         _only(task, ("retrieval", "caption"), f"{data} holds captions")
         return read_caption_tokens(task, path, options.images, options.split)
     raise EvaluationError(
-        f"{data}: {path.suffix or 'no extension'} is none of the files that can be read",
+        f"{data}: {suffix or 'no extension'} is none of the files that can be read",
         remedy="Use .json (COCO, Karpathy, VQA), .token (Flickr30k), .csv, .jsonl, .parquet, or a folder per class.",
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from prefect import Flow
@@ -14,6 +14,7 @@ from pipelines import command_line
 from pipelines.adhoc import adhoc_job
 from pipelines.backfill import moderation_backfill
 from pipelines.nightly import nightly_enrichment
+from vlmflow.config import TaskName
 from vlmflow.errors import ConfigError, RegressionError
 
 FLOWS = {"nightly": nightly_enrichment, "backfill": moderation_backfill, "adhoc": adhoc_job}
@@ -51,7 +52,7 @@ def test_the_golden_set_has_a_form_of_its_own() -> None:
 
 def test_tasks_are_chosen_from_a_list() -> None:
     schema = adhoc_job.parameters.model_dump()["properties"]["tasks"]["anyOf"][0]
-    assert schema["items"]["enum"] == ["embed", "detect", "moderate", "caption", "match"]
+    assert schema["items"]["enum"] == list(get_args(TaskName))
 
 
 @pytest.mark.parametrize(

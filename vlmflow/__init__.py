@@ -19,6 +19,7 @@ from vlmflow.config import CatalogConfig, Job, SourceConfig, load_job
 from vlmflow.errors import VlmflowError
 
 if TYPE_CHECKING:
+    from vlmflow.alt_text_report import AltTextReport, find_alt_texts
     from vlmflow.calibration import calibrate
     from vlmflow.catalog import Catalog
     from vlmflow.doctor import Check, doctor
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from vlmflow.verification import verify
 
 __all__ = [
+    "AltTextReport",
     "CalibrationReport",
     "Catalog",
     "CatalogConfig",
@@ -69,6 +71,7 @@ __all__ = [
     "doctor",
     "enrich",
     "export_queue",
+    "find_alt_texts",
     "find_duplicates",
     "find_titles",
     "import_verdicts",
@@ -83,6 +86,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AltTextReport": "vlmflow.alt_text_report",
     "CalibrationReport": "vlmflow.moderation.calibrate",
     "Catalog": "vlmflow.catalog",
     "CatalogSummary": "vlmflow.summary",
@@ -109,6 +113,7 @@ _HOMES = {
     "doctor": "vlmflow.doctor",
     "enrich": "vlmflow.engine",
     "export_queue": "vlmflow.review",
+    "find_alt_texts": "vlmflow.alt_text_report",
     "find_duplicates": "vlmflow.search.duplicates",
     "find_titles": "vlmflow.search.titles",
     "import_verdicts": "vlmflow.review",

@@ -68,6 +68,10 @@ def print_report(report: RunReport, console: Console) -> None:
         console.print(f"pool {'+'.join(pool.tasks)}: {share:.0%} busy, {1 - share:.0%} waiting for images")
         if pool.at_once is not None:
             console.print(f"  out of memory: it went on with at most {pool.at_once:,} images at once; set batch_size")
+    for task, usage in report.usage.items():
+        tokens = f"{usage.input_tokens:,} input and {usage.output_tokens:,} output tokens"
+        cost = f", cost {usage.cost:,.4f}" if usage.cost else ""
+        console.print(f"{task} spent {usage.requests:,} requests, {tokens}{cost}")
     _print_policy_note(report.num_policy_differs, console)
     console.print(f"run {report.run_id}; look at it with: vlmflow show {escape(report.catalog)}")
 

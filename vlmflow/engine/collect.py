@@ -30,6 +30,7 @@ BUDGET_ROWS = 1_000
 # decoding ones, so a small machine has one.
 MAX_WRITES = 4
 _CPUS_PER_WRITE = 4
+_SUMMED = (columns.SECONDS_PREFIX, columns.BATCHES_PREFIX, columns.SPENT_PREFIX)
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def write_blocks(writer: CatalogWriter, known: KnownImages, *blocks: pa.Table) -
     sums = {
         name: float(pa.compute.sum(rows[name]).as_py() or 0.0)
         for name in rows.column_names
-        if name.startswith((columns.SECONDS_PREFIX, columns.BATCHES_PREFIX)) or name == "bytes_read"
+        if name == "bytes_read" or name.startswith(_SUMMED)
     }
     worked: Counter[str] = Counter()
     for column in (columns.TASKS_RUN, columns.TASKS_FAILED):

@@ -31,12 +31,20 @@ BATCHES_PREFIX = "batches_"
 # The most images that a pool's tasks run at once since memory ran out; null: it never did.
 AT_ONCE_PREFIX = "at_once_"
 
+# What a task has spent on a model that is paid for (requests, tokens, cost), spread evenly like seconds.
+SPENT_PREFIX = "spent_"
+
 _INTERNAL_PREFIXES = ("pixels_", "views_")
 
 
 def seconds_column(stage: str) -> str:
     """Names the column with a stage's seconds of work per row."""
     return SECONDS_PREFIX + stage
+
+
+def spent_column(task: str, what: str) -> str:
+    """Names the column with what a task has spent of something."""
+    return f"{SPENT_PREFIX}{task}:{what}"
 
 
 def has_task(batch: pa.Table, column: str, task: str) -> pa.Array:

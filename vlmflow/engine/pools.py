@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from vlmflow.tasks import Columns, Task, add_columns
 from vlmflow.tasks.setup import TaskSetup, load_task
 
 if TYPE_CHECKING:
+    from vlmflow.models import Metered
     from vlmflow.tasks.run import BatchLimit
 
 # A task's outputs exist only where the task it reads succeeded.
@@ -50,6 +52,7 @@ class PoolWorker:
         waited = 0.0 if self._idle_since is None else started - self._idle_since
         for name, task in self._tasks.items():
             batch = run_on_due_rows(batch, task, self._limits[name], self._timeout_s, self._recent[name])
+            batch = _with_usage(batch, task)
         if self._is_last:
             batch = columns.drop_pixels(batch)
         num_rows = batch.num_rows
@@ -65,6 +68,19 @@ class PoolWorker:
         batch = batch.append_column(columns.AT_ONCE_PREFIX + self._name, pa.repeat(at_once, num_rows))
         self._idle_since = time.perf_counter()
         return batch
+
+
+def _with_usage(batch: pa.Table, task: Task) -> pa.Table:
+    """Adds what the task has spent on this batch, where its model is paid for."""
+    meter: Metered | None = getattr(task, "meter", None)
+    usage = None if meter is None else meter.take_usage()
+    if usage is None:
+        return batch
+    for what, amount in dataclasses.asdict(usage).items():
+        batch = batch.append_column(
+            columns.spent_column(task.name, what), columns.spread(float(amount), batch.num_rows)
+        )
+    return batch
 
 
 def run_on_due_rows(

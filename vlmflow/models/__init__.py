@@ -6,15 +6,18 @@ can resolve and identify models without it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from urllib.parse import urlsplit
 
-from vlmflow.config import Dtype, ModelConfig
+from vlmflow.config import PROMPTED, Dtype, EndpointConfig, ModelConfig
 from vlmflow.imaging import PixelRequest
-from vlmflow.models.identity import CODE_VERSIONS, ModelIdentity
+from vlmflow.models.identity import CODE_VERSIONS, ModelIdentity, short_digest
 from vlmflow.models.preprocessing import read_preprocessing
 from vlmflow.models.profiles import ModelStatus, ProfileStatus, check_family, describe_profiles, resolve_models
+from vlmflow.models.prompts import prompt_of
 from vlmflow.models.weights import locate, weights_digest
 
 if TYPE_CHECKING:
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from vlmflow.models.blip_fast.text import CrossMemory
+    from vlmflow.models.prompted import VisionChat
     from vlmflow.models.towers import VisionTowers
 
 __all__ = [
@@ -32,9 +36,11 @@ __all__ = [
     "EncodedImages",
     "ImageEmbedder",
     "Matcher",
+    "Metered",
     "ModelIdentity",
     "ModelStatus",
     "ProfileStatus",
+    "Usage",
     "describe_profiles",
     "identify",
     "load_answerer",
@@ -103,11 +109,31 @@ class Answer:
     score: float  # probability that the model gives it, in [0, 1]; not a number: the model tells none
 
 
+@dataclass(frozen=True)
+class Usage:
+    """What a model that is paid for has spent."""
+
+    requests: int = 0  # repeated ones included
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cost: float = 0.0  # by the prices of the job; 0 without
+
+
+@runtime_checkable
+class Metered(Protocol):
+    """A model that may be paid for."""
+
+    def take_usage(self) -> Usage | None:
+        """What was spent since it was last asked; None: nothing is paid for."""
+
+
 class Answerer(Protocol):
     """Answers questions about images. N: images, S: side of the pixels."""
 
     def answer(self, pixels: torch.Tensor, questions: Sequence[Sequence[str]]) -> list[list[Answer]]:
-        """Answers ``questions[i]``, of which there may be any number, about image i; each image is encoded once.
+        """Answers ``questions[i]``, of which there may be any number, about image i.
+
+        An image is encoded once for all its questions, where the architecture allows it.
 
         Args:
             pixels: (N, 3, S, S) uint8 RGB.
@@ -133,6 +159,8 @@ def identify(role: str, config: ModelConfig) -> ModelIdentity:
         WeightsError: the files are absent, or cannot be used.
     """
     check_family(role, config)
+    if config.endpoint is not None:
+        return _identify_endpoint(config.endpoint)
     folder = locate(config)
     return ModelIdentity(
         id=config.repo or folder.name,
@@ -149,9 +177,23 @@ def pixel_request(role: str, config: ModelConfig, views: tuple[str, ...]) -> Pix
     Raises:
         WeightsError: a configuration file is absent, or asks for what vlmflow does not do.
     """
+    if config.endpoint is not None:
+        return PixelRequest(config.endpoint.max_side_px, "bicubic", ("squash",))
     preprocessing = read_preprocessing(locate(config), config)
     others = [view for view in views if view != "squash"] if role == "embed" else []
     return PixelRequest(preprocessing.size, preprocessing.interpolation, ("squash", *others))
+
+
+def _identify_endpoint(endpoint: EndpointConfig) -> ModelIdentity:
+    """What is known of a model that runs elsewhere: its name and where. What runs under the name may change."""
+    address = urlsplit(endpoint.url)
+    return ModelIdentity(
+        id=endpoint.model,
+        revision=address.netloc,
+        weights_digest=short_digest({"url": endpoint.url, "model": endpoint.model}),
+        preprocessing=json.dumps([endpoint.max_side_px, "jpeg"]),
+        code_version=CODE_VERSIONS["endpoint"],
+    )
 
 
 def load_embedder(config: ModelConfig, device: str) -> ImageEmbedder:
@@ -168,7 +210,7 @@ def load_embedder(config: ModelConfig, device: str) -> ImageEmbedder:
 def load_captioner(
     config: ModelConfig, device: str, dtype: Dtype = "auto", towers: VisionTowers | None = None
 ) -> Captioner:
-    """Loads a BLIP captioner.
+    """Loads a captioner: BLIP, or a vision-language model that is prompted for one.
 
     Args:
         dtype: `auto`: bfloat16 on CUDA, float32 elsewhere.
@@ -177,6 +219,12 @@ def load_captioner(
     Raises:
         WeightsError: the weights are absent, unsafe to load, or do not fit.
     """
+    if config.family in PROMPTED:
+        from vlmflow.models.prompted import PromptedCaptioner
+
+        prompt = prompt_of("caption", config)
+        assert prompt is not None
+        return PromptedCaptioner(_load_chat(config, device, dtype), prompt)
     from vlmflow.models.blip import BlipCaptioner
 
     return BlipCaptioner.load(locate(config), config, device, dtype, towers)
@@ -211,6 +259,12 @@ def load_answerer(
     Raises:
         WeightsError: the weights are absent, unsafe to load, or do not fit.
     """
+    if config.family in PROMPTED:
+        from vlmflow.models.prompted import PromptedAnswerer
+
+        prompt = prompt_of("answer", config)
+        assert prompt is not None
+        return PromptedAnswerer(_load_chat(config, device, dtype), prompt, config.max_answer_tokens)
     if config.family == "blip_vqa":
         from vlmflow.models.blip_vqa import BlipAnswerer
 
@@ -218,3 +272,18 @@ def load_answerer(
     from vlmflow.models.vilt import ViltAnswerer
 
     return ViltAnswerer.load(locate(config), config, device, dtype)
+
+
+def _load_chat(config: ModelConfig, device: str, dtype: Dtype) -> VisionChat:
+    if config.family == "vlm":
+        from vlmflow.models.vlm import TransformersChat
+
+        return TransformersChat.load(locate(config), device, dtype)
+    if config.family == "vllm":
+        from vlmflow.models.vllm import VllmChat
+
+        return VllmChat.load(locate(config), device, dtype)
+    from vlmflow.models.endpoint import EndpointChat
+
+    assert config.endpoint is not None
+    return EndpointChat(config.endpoint)

@@ -7,7 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal, cast
 
-from vlmflow.config import Family, Job, ModelConfig, default_models_dir
+from vlmflow.config import PROMPTED, Family, Job, ModelConfig, default_models_dir
 from vlmflow.errors import ConfigError
 from vlmflow.models.weights import find_weights, require_folder
 
@@ -16,9 +16,9 @@ Role = Literal["embed", "caption", "match", "answer"]
 # The families that can play a role; the first is that of a profile's model which names none.
 FAMILIES: dict[Role, tuple[Family, ...]] = {
     "embed": ("open_clip",),
-    "caption": ("blip_caption",),
+    "caption": ("blip_caption", *PROMPTED),
     "match": ("blip_itm",),
-    "answer": ("vilt", "blip_vqa"),
+    "answer": ("vilt", "blip_vqa", *PROMPTED),
 }
 STARTER = "starter"
 

@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from vlmflow.config import ModelConfig
+from vlmflow.config import PROMPTED, ModelConfig
 from vlmflow.errors import WeightsError
 
 # In the order of preference. A CLIP repository of the hub often holds the same weights twice: in open_clip's names,
@@ -21,6 +21,8 @@ _WEIGHT_NAMES = {
     "blip_itm": ("model.safetensors", "model.safetensors.index.json"),
     "vilt": ("model.safetensors", "model.safetensors.index.json"),
     "blip_vqa": ("model.safetensors", "model.safetensors.index.json"),
+    "vlm": ("model.safetensors", "model.safetensors.index.json"),
+    "vllm": ("model.safetensors", "model.safetensors.index.json"),
     "image_classification": ("model.safetensors", "model.safetensors.index.json"),
     "vlm_judge": ("model.safetensors", "model.safetensors.index.json"),
 }
@@ -36,6 +38,8 @@ _TOKENIZER_NAMES = (
     "vocab.json",
     "vocab.txt",
 )
+# Of models that are prompted: what their processor makes of images and questions.
+_PROCESSOR_NAMES = ("chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _COMMIT_HASH = re.compile(r"[0-9a-f]{40}")
 
@@ -95,7 +99,7 @@ def find_weights(folder: Path, family: str) -> list[Path]:
 
 def weights_digest(folder: Path, family: str) -> str:
     """SHA-256 over names and contents of the files that loading reads: weights, configuration, tokenizer."""
-    names = [_CONFIG_NAMES[family], *_TOKENIZER_NAMES]
+    names = [_CONFIG_NAMES[family], *_TOKENIZER_NAMES, *(_PROCESSOR_NAMES if family in PROMPTED else ())]
     files = [*find_weights(folder, family), *(folder / name for name in names if (folder / name).is_file())]
     total = hashlib.sha256()
     for path in sorted(files):

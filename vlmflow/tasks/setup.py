@@ -20,6 +20,7 @@ from vlmflow.models import (
 )
 from vlmflow.models.detectors import DetectorSetup, load_detector, prepare_detectors
 from vlmflow.models.identity import short_digest
+from vlmflow.models.prompts import prompt_of
 from vlmflow.moderation.decide import Moderator
 from vlmflow.moderation.policy import Binding, Policy, check_binding, load_policy
 from vlmflow.moderation.prompts import PromptVectors, encode_prompts
@@ -63,12 +64,29 @@ class TaskSetup:
                 parts = [[detector.fingerprint, detector.request.views] for detector in self.detectors]
                 return short_digest({"detectors": parts})
             case "caption":
-                tokens = self.max_caption_tokens
-                return short_digest({"model": self.identities["caption"].fingerprint(task), "max_tokens": tokens})
-            case "match" | "answer":
-                return self.identities[task].fingerprint(task)
+                settings = {"max_tokens": self.max_caption_tokens} | self._asked("caption")
+                return short_digest({"model": self.identities["caption"].fingerprint(task)} | settings)
+            case "match":
+                return self.identities["match"].fingerprint(task)
+            case "answer":
+                return short_digest({"model": self.identities["answer"].fingerprint(task)} | self._asked("answer"))
             case _:
                 assert_never(task)
+
+    @property
+    def prompts(self) -> dict[str, str]:
+        """What models are asked, by role; of those that take a prompt."""
+        prompts = {role: prompt_of(role, config) for role, config in self.models.items()}
+        return {role: prompt for role, prompt in prompts.items() if prompt is not None}
+
+    def _asked(self, role: str) -> dict[str, object]:
+        """What else decides the words of a model that takes a prompt; nothing for others."""
+        if role not in self.prompts:
+            return {}
+        asked: dict[str, object] = {"prompt": self.prompts[role]}
+        if role == "answer":
+            asked["max_answer_tokens"] = self.models[role].max_answer_tokens
+        return asked
 
 
 def prepare_tasks(job: Job) -> TaskSetup:

@@ -200,7 +200,7 @@ class Job(Frozen):
     # ones, transparent ones on black, the frames of animations.
     views: tuple[ViewName, ...] = ("squash", "center", "tiles", "black", "frames")
     max_caption_tokens: Annotated[int, Field(ge=1, le=512)] = 20
-    blip_dtype: Dtype = "auto"  # of captioner and matcher; auto: bfloat16 on GPUs, float32 on processors
+    blip_dtype: Dtype = "auto"  # of captioner, matcher and answerer; auto: bfloat16 on GPUs, float32 on processors
     limits: ImageLimits = ImageLimits()
     commit: CommitConfig = CommitConfig()
     quarantine: QuarantineConfig = QuarantineConfig()

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 class TaskSetup:
     """What the files of models and policy say; made on the driver without loading a model, and can be pickled."""
 
-    models: dict[str, ModelConfig]  # by role: embed, caption, match
+    models: dict[str, ModelConfig]  # by role: embed, caption, match, answer
     identities: dict[str, ModelIdentity]
     requests: dict[str, PixelRequest]
     max_caption_tokens: int
@@ -93,13 +93,15 @@ def prepare_tasks(job: Job) -> TaskSetup:
     """Settles models and policy from their files, so that what is wrong with them shows before anything is read.
 
     Raises:
-        ConfigError: unknown profile, or `moderate` without a policy.
+        ConfigError: unknown profile, `moderate` without a policy, or a prompt that does not fit its role.
         WeightsError: weights that are absent, or files that cannot be used.
         PolicyError: the policy cannot be used.
         UnboundPolicyError: it was not set for the job's embedder, and ``accept_unbound`` is off.
         DetectorError: one of its detectors cannot run here.
     """
     models = resolve_models(job)
+    for role, config in models.items():
+        prompt_of(role, config)
     identities = {role: identify(role, config) for role, config in models.items()}
     policy = binding = None
     if "moderate" in job.tasks:

@@ -48,13 +48,12 @@ def answered(
     with catalog.plan(batches, asked) as plan:
         writer = catalog.writer(said, plan.version)
         for planned in plan.batches():
-            hashes = pa.array([hash_of(f"{content} of {uri}") for uri in planned["uri"].to_pylist()])
-            same = [found == before for found, before in zip(hashes.to_pylist(), planned["previous_hash"].to_pylist())]
-            due = [planned[name].to_pylist() for name in ("due", "due_if_same")]
-            run = [due[1][row] if is_same else due[0][row] for row, is_same in enumerate(same)]
+            hashes = [hash_of(f"{content} of {uri}") for uri in planned["uri"].to_pylist()]
+            columns = (planned[name].to_pylist() for name in ("previous_hash", "due", "due_if_same"))
+            run = [same if new == old else due for new, old, due, same in zip(hashes, *columns, strict=True)]
             rows = finish(planned, run=asked.tasks)
             for name, values in (
-                ("content_hash", hashes),
+                ("content_hash", pa.array(hashes)),
                 ("tasks_run", pa.array(run, pa.list_(pa.string()))),
                 ("answers", pa.array([ANSWERS if "answer" in tasks else None for tasks in run], ANSWER_LISTS)),
             ):

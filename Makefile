@@ -31,14 +31,17 @@ lint: setup ## ruff: rules and formatting
 types: setup ## mypy, strict
 	$(BIN)/mypy
 
+# Two files at a time, those of the integration tests first: they wait more than they compute.
+SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
+
 # Ray's workers and torch's threads would fight for the cores; tests measure no speed.
 test test-all: export OMP_NUM_THREADS = 1
 
 test: lint types ## lint, types and the tests that take minutes, not more
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" $(SIDE_BY_SIDE)
 
 test-all: lint types ## every test, the slow ones too
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 clean: ## remove the demo catalog and caches; keeps .venv
 	rm -rf demo-catalog .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

@@ -22,6 +22,7 @@ import torch
 from transformers import BlipConfig, BlipForConditionalGeneration
 
 from benchmarks.machine import save_result
+from vlmflow.engine.flops import matmul_ceiling
 from vlmflow.models.blip_fast import GreedyDecoder, SpecialTokens, TextTower, VisionTower
 from vlmflow.models.pixels import PixelNormalizer
 from vlmflow.models.preprocessing import Preprocessing
@@ -84,18 +85,6 @@ def seconds_of(call: Callable[[], object], device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - started
-
-
-def matmul_ceiling(device: str, dtype: torch.dtype) -> float:
-    """FLOP/s of the best large product: of two matrices of 8192 on CUDA, of one image's tokens on a processor."""
-    from vlmflow.models.blip_fast.linear import PackedLinear
-
-    rows, inner, columns = (8192, 8192, 8192) if device == "cuda" else (577, 4 * WIDTH, 4 * WIDTH)
-    x = torch.randn(rows, inner, device=device, dtype=dtype)
-    layer = torch.nn.Linear(inner, columns, device=device, dtype=dtype)
-    calls: list[Callable[[torch.Tensor], torch.Tensor]] = [layer, PackedLinear([layer])]
-    best = min(seconds_of(partial(call, x), device) for call in calls for _ in range(20))
-    return 2.0 * rows * inner * columns / best
 
 
 def measure(model: Any, device: str, dtype: torch.dtype, batches: list[int], repeats: int) -> list[dict[str, object]]:

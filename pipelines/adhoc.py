@@ -23,6 +23,7 @@ from pipelines.common import (
     RETRIES,
     RETRY_DELAYS_S,
     RunProgress,
+    log_to_flow_run,
     make_steps,
     may_pass,
     read_job,
@@ -55,7 +56,7 @@ def _read_job(given: Mapping[str, Any]) -> Job:
     persist_result=False,
     on_failure=[alerts.tell_failure],
     on_crashed=[alerts.tell_failure],
-    on_cancellation=[stop_jobs_of(lambda given: [enrich_command(_read_job(given))])],
+    on_cancellation=[stop_jobs_of(lambda flow_run: [enrich_command(_read_job(flow_run.parameters))])],
 )
 def adhoc_job(
     job_file: Path,
@@ -95,8 +96,9 @@ def adhoc_job(
         "limit": limit,
         "date": date,
     }
+    log_to_flow_run()
     job = _read_job(given)
-    report = follow_job(make_steps(ray_jobs_url, deadline_hours=deadline_hours), job, slug(job.catalog.uri))
+    report = follow_job(make_steps(ray_jobs_url, deadline_hours, once=True), job, slug(job.catalog.uri))
     if report.status == "nothing_due":
         return Completed(message=f"Nothing was due: {report.num_listed:,} images listed, all up to date.")
     return Completed(message=f"{report.num_added:,} rows new, {report.num_replaced:,} replaced; run {report.run_id}.")
@@ -112,7 +114,9 @@ def adhoc_job(
 )
 def follow_job(steps: Steps, job: Job, name: str) -> RunReport:
     """Submits the job, or finds it running, and waits for its end."""
-    report = steps.enrich(job, RunProgress(f"enrich-{name}"))
+    progress = RunProgress(f"enrich-{name}")
+    report = steps.enrich(job, progress)
+    progress.done(report)
     artifacts.show_counts(f"counts-{name}", report)
     return report
 

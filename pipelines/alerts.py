@@ -28,23 +28,23 @@ MIN_ROWS = 50  # of fewer, a share says little
 _NIGHTS = 7
 
 
-def alert(
-    event: str, *, catalog: str, subject: str, body: str, notify: str | None, facts: Mapping[str, Any] | None = None
-) -> None:
-    """Emits an event, and sends a message. A message that cannot be sent is logged and fails nothing.
+def emit(event: str, catalog: str, subject: str, body: str, facts: Mapping[str, Any] | None = None) -> None:
+    """Emits an event about a catalog, for automations.
 
     Args:
         catalog: its uri; the event's resource.
-        notify: a notification block, as ``type/name``, such as ``slack-webhook/moderation``; None: no message.
     """
     logger.warning("%s: %s", subject, body)
     resource = {"prefect.resource.id": f"vlmflow.catalog.{catalog}", "prefect.resource.name": catalog}
     emit_event(event, resource=resource, payload={"subject": subject, "body": body, **(facts or {})})
-    send(notify, subject, body)
 
 
 def send(notify: str | None, subject: str, body: str) -> None:
-    """Sends a message through a notification block. A message that cannot be sent is logged and fails nothing."""
+    """Sends a message through a notification block. A message that cannot be sent is logged and fails nothing.
+
+    Args:
+        notify: the block, as ``type/name``, such as ``slack-webhook/moderation``; None: no message.
+    """
     if notify is None:
         return
     try:
@@ -52,16 +52,17 @@ def send(notify: str | None, subject: str, body: str) -> None:
         if not isinstance(block, NotificationBlock):
             logger.error("%s is no notification block: nobody was told of: %s", notify, subject)
             return
-        sent: Any = block.notify(body, subject)
-        if inspect.iscoroutine(sent):  # within a running event loop
-            run_coro_as_sync(sent)
+        with block.raise_on_failure():  # most blocks would say nothing
+            sent: Any = block.notify(body, subject)
+            if inspect.iscoroutine(sent):  # within a running event loop
+                run_coro_as_sync(sent)
     except Exception as error:  # noqa: BLE001 - whatever a messenger raises, the run is what matters
         # Its text may hold the address with its token.
         logger.error("nobody was told of %r: block %s failed with %s", subject, notify, type(error).__name__)
 
 
 def tell_failure(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
-    """A hook for the failure or crash of a flow: sends what the state says."""
+    """A hook for the failure or crash of a flow: sends what the state says, unreconciled rows among it."""
     message = " ".join((state.message or "no message").split())[:1000]
     send(flow_run.parameters.get("notify"), f"{flow.name} {flow_run.name} {state.name}", message)
 

@@ -21,29 +21,49 @@ from vlmflow.search.thumbnails import Thumbnail, make_thumbnails
 
 MAX_EXAMPLES = 12
 _MAX_TEXT = 160
-# What Markdown or HTML could take for its own, beside control and direction characters.
-_ODD = re.compile(r"[`|<>\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069]")
+_MAX_CELL = 400
+# Control and direction characters, and what is no character at all.
+_INVISIBLE = r"\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
+_ODD = re.compile(f"[{_INVISIBLE}]")
+# Beside these, what Markdown or HTML could take for its own.
+_MARKUP = re.compile(f"[`|<>{_INVISIBLE}]")
 
 
 def code(text: str | None) -> str:
     """A string from outside as a code span, in which Markdown means nothing."""
     if not text:
         return "-"
-    plain = _ODD.sub(" ", text)
-    return f"`{plain if len(plain) <= _MAX_TEXT else plain[: _MAX_TEXT - 3] + '...'}`"
+    return f"`{_short(_MARKUP.sub(' ', text), _MAX_TEXT)}`"
+
+
+def plain(text: str) -> str:
+    """A string from outside for a table, whose cells are text."""
+    return _short(_ODD.sub(" ", text), _MAX_CELL)
+
+
+def _short(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def link(uri: str) -> str:
     """An address: web addresses can be followed, others are text."""
     if not uri.startswith(("http://", "https://")):
         return code(uri)
-    return f"[{code(uri.rsplit('/', 1)[-1]) if '/' in uri[8:] else 'image'}]({quote(uri, safe=':/?&=%#+,;@~')})"
+    name = uri.rstrip("/").rsplit("/", 1)[-1]
+    return f"[{code(name)}]({quote(uri, safe=':/?&=%#+,;@~', errors='replace')})"
 
 
 def show_checks(key: str, checks: Sequence[Check]) -> None:
     """What doctor found, as a table."""
-    rows = [{"check": check.name, "verdict": check.verdict, "found": check.found, "remedy": check.remedy}
-            for check in checks]  # fmt: skip
+    rows = [
+        {
+            "check": plain(check.name),
+            "verdict": check.verdict,
+            "found": plain(check.found),
+            "remedy": plain(check.remedy),
+        }
+        for check in checks
+    ]
     create_table_artifact(rows, key=key, description="What the run needs, and what of it is there.")
 
 
@@ -90,7 +110,7 @@ def show_verification(key: str, found: Verification) -> None:
             "finding": (ERRORS | WARNINGS)[kind],
             "count": finding.count,
             "kind": "error" if kind in ERRORS else "warning",
-            "example": next(iter(finding.examples), ""),
+            "example": plain(next(iter(finding.examples), "")),
         }
         for kind, finding in found.findings.items()
     ]

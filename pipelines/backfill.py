@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 from prefect import flow, runtime, tags, task
 from prefect.cache_policies import NO_CACHE
-from prefect.client.schemas.objects import State
+from prefect.client.schemas.objects import FlowRun, State
 from prefect.futures import PrefectFuture
 from prefect.states import Completed
 from prefect.task_runners import ThreadPoolTaskRunner
@@ -26,6 +26,7 @@ from pipelines.common import (
     RETRIES,
     RETRY_DELAYS_S,
     RunProgress,
+    log_to_flow_run,
     make_steps,
     may_pass,
     read_job,
@@ -73,8 +74,9 @@ def _read_job(given: Mapping[str, Any]) -> Job:
     return read_job(Path(given["job_file"]), {"policy": given.get("policy"), "tasks": ("embed", "moderate")})
 
 
-def _commands(given: Mapping[str, Any]) -> Iterator[Command]:
-    """What a run with these parameters may have submitted to a Ray cluster."""
+def _commands(flow_run: FlowRun) -> Iterator[Command]:
+    """What a flow run may follow on a Ray cluster."""
+    given = flow_run.parameters
     job = _read_job(given)
     start, end = (dt.date.fromisoformat(str(given[name])) if given.get(name) else None for name in ("start", "end"))
     for date in partitions(job.catalog, start, end):
@@ -121,8 +123,8 @@ def moderation_backfill(
         deadline_hours: Of each submitted partition; what it committed stays.
         notify: A notification block, as type/name, such as slack-webhook/moderation, for failures.
     """
-    given = {"job_file": job_file, "policy": policy}
-    job = _read_job(given)
+    log_to_flow_run()
+    job = _read_job({"job_file": job_file, "policy": policy})
     if rollback is None and job.policy is None:
         raise ConfigError("the backfill names neither a policy nor a rollback", remedy="Give policy or rollback.")
     if rollback is not None and policy is not None:
@@ -131,12 +133,11 @@ def moderation_backfill(
     if not dates:
         span = f"{start or 'the first'} to {end or 'the last'}"
         return Completed(message=f"Nothing to do: catalog {job.catalog.uri} holds no partition from {span}.")
-    steps = make_steps(ray_jobs_url, deadline_hours=deadline_hours)
+    steps = make_steps(ray_jobs_url, deadline_hours)
     with steps.session(job), tags(TAG):
         reports = _all_partitions(steps, job, dates, where, rollback, dry_run, partitions_at_once)
-    title = _title(reports, rollback, dry_run)
-    artifacts.show_diff(f"backfill-diff-{slug(job.catalog.uri)}", title, reports)
-    return Completed(message=f"{title}: {sum(report.num_moved for report in reports):,} rows, {len(dates)} partitions.")
+    title, moved = _title(reports, rollback, dry_run), sum(report.num_moved for report in reports)
+    return Completed(message=f"{title}: {moved:,} rows, {len(dates)} partitions.")
 
 
 def _title(reports: list[RemoderateReport], rollback: str | None, dry_run: bool) -> str:
@@ -166,10 +167,13 @@ def _all_partitions(
         date, future = running.popleft()
         report = future.result()
         done[str(date)] = report
-        finished = sum(report is not None for report in done.values())
-        logger.info("partition %s: %d rows moved; %d of %d partitions", date, report.num_moved, finished, len(done))
-        progress.show(100.0 * finished / len(done), f"{finished} of {len(done)} partitions")
+        finished = [report for report in done.values() if report is not None]
+        so_far = f"{len(finished)} of {len(done)} partitions"
+        logger.info("partition %s: %d rows moved; %s", date, report.num_moved, so_far)
+        # Each time, so that a backfill that is stopped has told what it did.
+        progress.show(100.0 * len(finished) / len(done), so_far)
         artifacts.show_partitions(f"backfill-partitions-{name}", done)
+        artifacts.show_diff(f"backfill-diff-{name}", f"{_title(finished, rollback, dry_run)}, {so_far}", finished)
     return [report for report in done.values() if report is not None]
 
 

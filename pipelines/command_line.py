@@ -7,9 +7,10 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
-from prefect import Flow, State
+import httpx
+from prefect import Flow, State, tags
 from prefect.exceptions import ParameterTypeError
 
 from vlmflow.errors import ConfigError, VlmflowError
@@ -23,19 +24,35 @@ def main(flow: Flow[..., Any], arguments: Sequence[str] | None = None) -> None:
     """
     given = {name: value for name, value in vars(_parser(flow).parse_args(arguments)).items() if value is not None}
     try:
-        state: State[Any] = cast(Any, flow)(**_checked(flow, given), return_state=True)
-        if not state.is_completed():
-            state.result()  # raises what the flow ended with
+        checked = _checked(flow, given)
+        with tags("vlmflow", _module(flow)):
+            state: State[Any] = cast(Any, flow)(**checked, return_state=True)
+        ended = None if state.is_completed() else state.result(raise_on_failure=False)
     except VlmflowError as error:
-        message = f"{flow.name}: {error}" + (f" - {error.remedy}" if error.remedy else "")
-        print(" ".join(message.split()), file=sys.stderr)
-        sys.exit(error.exit_code)
+        ended = error
+    except KeyboardInterrupt:
+        _leave(flow, "interrupted; a job on a Ray cluster goes on, and the same command follows it again", 130)
+    except (RuntimeError, httpx.HTTPError) as error:  # of Prefect: what the flow itself raises is in its state
+        _leave(flow, f"Prefect: {error}", 2)
+    if isinstance(ended, VlmflowError):
+        _leave(flow, f"{ended}" + (f" - {ended.remedy}" if ended.remedy else ""), ended.exit_code)
+    if ended is not None:
+        _leave(flow, state.message or state.name or "failed", 1)
     print(f"{flow.name}: {state.message}")
+
+
+def _leave(flow: Flow[..., Any], message: str, code: int) -> NoReturn:
+    print(" ".join(f"{flow.name}: {message}".split()), file=sys.stderr)
+    sys.exit(code)
+
+
+def _module(flow: Flow[..., Any]) -> str:
+    return Path(flow.fn.__code__.co_filename).stem
 
 
 def _parser(flow: Flow[..., Any]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=f"python -m pipelines.{Path(flow.fn.__code__.co_filename).stem}",
+        prog=f"python -m pipelines.{_module(flow)}",
         description=(flow.description or "").partition("Args:")[0].strip(),
     )
     schema = flow.parameters.model_dump()

@@ -15,11 +15,14 @@ from uuid import UUID
 from prefect import Flow, runtime
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.client.schemas.objects import FlowRun, State, TaskRun
+from prefect.logging.handlers import APILogHandler
+from prefect.logging.loggers import flow_run_logger
 from prefect.tasks import Task
 
 from pipelines.ray_jobs import Command, RayJobs
 from pipelines.steps import InProcess, OnCluster, Steps
 from vlmflow.config import Job, load_job
+from vlmflow.engine import RunReport
 from vlmflow.engine.progress import Tally, describe
 from vlmflow.errors import ClusterError, StoreLostError, TransientError, VlmflowError
 
@@ -37,16 +40,19 @@ def read_job(job_file: Path, overrides: Mapping[str, Any]) -> Job:
     Raises:
         ConfigError: the file is absent, or a value does not fit.
     """
-    logger.setLevel(logging.INFO)
     return load_job(job_file, dict(overrides))
 
 
-def logical_date(given: dt.date | None) -> dt.date:
+def log_to_flow_run() -> None:
+    """Sends the library's log to the flow run's, from here on."""
+    logger.setLevel(logging.INFO)
+    if not any(isinstance(handler, APILogHandler) for handler in logger.handlers):
+        logger.addHandler(APILogHandler())
+
+
+def logical_date(given: dt.date | None, scheduled: dt.datetime | None) -> dt.date:
     """The date that a flow run stands for: the one given, else that of its schedule, which no late start moves."""
-    if given is not None:
-        return given
-    scheduled: dt.datetime | None = runtime.flow_run.scheduled_start_time
-    return (scheduled or dt.datetime.now(dt.UTC)).astimezone(dt.UTC).date()
+    return given or (scheduled or dt.datetime.now(dt.UTC)).astimezone(dt.UTC).date()
 
 
 def slug(uri: str) -> str:
@@ -55,16 +61,12 @@ def slug(uri: str) -> str:
     return f"{tail or 'catalog'}-{hashlib.sha256(uri.encode()).hexdigest()[:6]}"
 
 
-def make_steps(ray_jobs_url: str | None, *, deadline_hours: float | None = None) -> Steps:
-    """Where the steps of the present flow run are done.
-
-    Raises:
-        ClusterError: no Ray dashboard answers at the address.
-    """
+def make_steps(ray_jobs_url: str | None, deadline_hours: float, *, once: bool = False) -> Steps:
+    """Where the steps of the present flow run are done."""
     if ray_jobs_url is None:
         return InProcess()
-    deadline_s = None if deadline_hours is None else deadline_hours * 3600
-    return OnCluster(ray_jobs_url, owner=str(runtime.flow_run.id), on_line=_log_line, deadline_s=deadline_s)
+    owner = str(runtime.flow_run.id)
+    return OnCluster(ray_jobs_url, owner=owner, on_line=_log_line, deadline_s=deadline_hours * 3600, once=once)
 
 
 def _log_line(line: str) -> None:
@@ -104,6 +106,10 @@ class RunProgress:
         percent = 100.0 * tally.committed / tally.total if tally.total else 0.0
         self.show(percent, describe(tally))
 
+    def done(self, report: RunReport) -> None:
+        """Shows that the run is over."""
+        self.show(100.0, f"{report.num_added:,} rows new, {report.num_replaced:,} replaced")
+
     def show(self, percent: float, description: str) -> None:
         """Puts the artifact to a percentage."""
         if self._artifact is None:
@@ -116,25 +122,27 @@ class RunProgress:
         """Does nothing."""
 
 
-def stop_jobs_of(commands: Callable[[Mapping[str, Any]], Iterable[Command]]) -> Callable[..., None]:
-    """A hook for the cancellation of a flow: stops the Ray jobs that the flow run follows.
+def stop_jobs_of(commands: Callable[[FlowRun], Iterable[Command]]) -> Callable[..., None]:
+    """A hook for the end of a flow run by force: stops the Ray jobs that it submitted, or follows.
 
     Args:
-        commands: from the parameters of a flow run, what it may have submitted.
+        commands: what a flow run may follow. It may run in another process than the flow, such as a worker's.
     """
 
     def stop_ray_jobs(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
         url = flow_run.parameters.get("ray_jobs_url")
-        if url is None:
+        if url is None or (state.is_failed() and state.name != "TimedOut"):
             return
+        told = flow_run_logger(flow_run, flow)
+        names = set()
         try:
-            jobs = RayJobs(url)
-            for command in commands(flow_run.parameters):
-                attempt = jobs.last(command)
-                if attempt is not None and attempt.is_running:
-                    jobs.stop(attempt)
-                    logger.warning("stopped Ray job %s: its flow run was cancelled", attempt.submission_id)
+            names = {command.name for command in commands(flow_run)}
         except VlmflowError as error:
-            logger.error("flow run %s was cancelled, its Ray jobs may go on: %s", flow_run.name, error)
+            told.warning("the jobs that others submitted and this flow run follows cannot be named: %s", error)
+        try:
+            for attempt in RayJobs(url).stop_all(str(flow_run.id), names):
+                told.warning("Ray job %s was stopped, as its flow run was", attempt.submission_id)
+        except VlmflowError as error:
+            told.error("the Ray jobs of this flow run may go on: %s", error)
 
     return stop_ray_jobs

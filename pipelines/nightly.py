@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import datetime as dt
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 from prefect import flow, runtime, task
 from prefect.cache_policies import NO_CACHE
-from prefect.client.schemas.objects import State
+from prefect.client.schemas.objects import FlowRun, State
 from prefect.states import Completed
 from pydantic import Field
 
@@ -22,6 +21,7 @@ from pipelines.common import (
     RETRIES,
     RETRY_DELAYS_S,
     RunProgress,
+    log_to_flow_run,
     logical_date,
     make_steps,
     may_pass,
@@ -30,7 +30,7 @@ from pipelines.common import (
     stop_jobs_of,
 )
 from pipelines.ray_jobs import Command
-from pipelines.reports import default_folder, publish_report
+from pipelines.reports import default_folder, publish_report, unreported
 from pipelines.steps import Golden, Steps, doctor_command, enrich_command, gate_command, plan_command
 from vlmflow.catalog import Catalog, Verification
 from vlmflow.catalog.verify import ERRORS, Finding
@@ -48,15 +48,16 @@ _MAX_LATE = 10_000
 
 def _run_name() -> str:
     given = runtime.flow_run.parameters.get("date")
-    return f"nightly {given or logical_date(None)}"
+    return f"nightly {given or logical_date(None, runtime.flow_run.scheduled_start_time)}"
 
 
-def _commands(parameters: Mapping[str, Any]) -> list[Command]:
-    """What a run with these parameters may have submitted to a Ray cluster."""
-    date = dt.date.fromisoformat(str(parameters["date"])) if parameters.get("date") else logical_date(None)
-    job = read_job(Path(parameters["job_file"]), {"date": date})
+def _commands(flow_run: FlowRun) -> list[Command]:
+    """What a flow run may follow on a Ray cluster."""
+    given = flow_run.parameters
+    date = dt.date.fromisoformat(str(given["date"])) if given.get("date") else None
+    job = read_job(Path(given["job_file"]), {"date": logical_date(date, flow_run.expected_start_time)})
     commands = [doctor_command(job), plan_command(job), enrich_command(job)]
-    golden = parameters.get("golden")
+    golden = given.get("golden")
     return commands if golden is None else [*commands, gate_command(job, Golden.model_validate(golden))]
 
 
@@ -65,7 +66,7 @@ def _commands(parameters: Mapping[str, Any]) -> list[Command]:
     flow_run_name=_run_name,
     timeout_seconds=24 * 3600,
     persist_result=False,
-    on_failure=[alerts.tell_failure],
+    on_failure=[alerts.tell_failure, stop_jobs_of(_commands)],
     on_crashed=[alerts.tell_failure],
     on_cancellation=[stop_jobs_of(_commands)],
 )
@@ -97,17 +98,20 @@ def nightly_enrichment(
             someone is told.
         notify: A notification block, as type/name, such as slack-webhook/moderation, for failures and alerts.
     """
-    day = logical_date(date)
+    log_to_flow_run()
+    day = logical_date(date, runtime.flow_run.scheduled_start_time)
     job = read_job(job_file, {"date": day})
     name = slug(job.catalog.uri)
-    steps = make_steps(ray_jobs_url, deadline_hours=deadline_hours)
+    steps = make_steps(ray_jobs_url, deadline_hours)
     with steps.session(job):
         check(steps, job, f"doctor-{name}")
         if golden is not None:
-            pass_gate(steps, job, golden, f"gate-{name}", notify)
+            pass_gate(steps, job, golden, f"gate-{name}")
         plan = make_plan(steps, job, f"plan-{name}")
-        report = enrich_due(steps, job, name, notify) if plan.num_planned else None
-    _check_catalog(steps, job, name, notify)
+        report = enrich_due(steps, job, name) if plan.num_planned else None
+    _check_catalog(steps, job, name)
+    # Nothing is due either if the flow was killed between the run and its report.
+    report = report or unreported(job.catalog, day, report_folder or default_folder(job.catalog))
     if report is None:
         return Completed(message=f"Nothing was due on {day}: {plan.num_listed:,} images listed, all up to date.")
     publish(job, report, day, report_folder, report_url, keep_reports, name)
@@ -144,7 +148,7 @@ def check(steps: Steps, job: Job, key: str) -> None:
 
 @task(name="quality gate", cache_policy=NO_CACHE, retries=RETRIES, retry_delay_seconds=list(RETRY_DELAYS_S),
       retry_condition_fn=may_pass)  # fmt: skip
-def pass_gate(steps: Steps, job: Job, golden: Golden, key: str, notify: str | None) -> None:
+def pass_gate(steps: Steps, job: Job, golden: Golden, key: str) -> None:
     """Holds the job's models against the accepted values, and stops the run if they do worse.
 
     Raises:
@@ -154,8 +158,7 @@ def pass_gate(steps: Steps, job: Job, golden: Golden, key: str, notify: str | No
     artifacts.show_gate(key, report)
     if not report.passed:
         problems = "; ".join(report.problems)
-        alerts.alert(alerts.REGRESSION, catalog=job.catalog.uri, subject="vlmflow: the quality gate is closed",
-                     body=problems, notify=notify)  # fmt: skip
+        alerts.emit(alerts.REGRESSION, job.catalog.uri, "vlmflow: the quality gate is closed", problems)
         raise RegressionError(
             f"the golden set {golden.uri} does not come out as accepted: {problems}",
             remedy="Nothing was written. If the change is meant, look at the new values and run `vlmflow gate accept`.",
@@ -173,15 +176,16 @@ def make_plan(steps: Steps, job: Job, key: str) -> PlanSummary:
 
 
 @task(name="enrich", cache_policy=NO_CACHE, retries=RETRIES, retry_delay_seconds=list(RETRY_DELAYS_S),
-      retry_condition_fn=may_pass, persist_result=False)  # fmt: skip
-def enrich_due(steps: Steps, job: Job, name: str, notify: str | None) -> RunReport:
+      retry_condition_fn=may_pass)  # fmt: skip
+def enrich_due(steps: Steps, job: Job, name: str) -> RunReport:
     """Does what is due. A retry goes on where the try before it stopped: the catalog is what remembers."""
+    progress = RunProgress(f"enrich-{name}")
     try:
-        report = steps.enrich(job, RunProgress(f"enrich-{name}"))
+        report = steps.enrich(job, progress)
     except UnreconciledError as error:
-        alerts.alert(alerts.UNRECONCILED, catalog=job.catalog.uri, subject="vlmflow: rows do not reconcile",
-                     body=str(error), notify=notify)  # fmt: skip
+        alerts.emit(alerts.UNRECONCILED, job.catalog.uri, "vlmflow: rows do not reconcile", str(error))
         raise
+    progress.done(report)
     artifacts.show_counts(f"counts-{name}", report)
     return report
 
@@ -213,7 +217,7 @@ def _in_both(before: Finding | None, now: Finding) -> list[str]:
     return [uri for uri in now.examples if uri in known]
 
 
-def _check_catalog(steps: Steps, job: Job, name: str, notify: str | None) -> None:
+def _check_catalog(steps: Steps, job: Job, name: str) -> None:
     """Verifies the catalog. Images that arrived since the listing are enriched first: they are no error.
 
     Raises:
@@ -223,18 +227,12 @@ def _check_catalog(steps: Steps, job: Job, name: str, notify: str | None) -> Non
     if any(kind in found.findings for kind in _LATE):
         logger.info("images have arrived since the listing: one more round")
         with steps.session(job):
-            enrich_due(steps, job, f"late-{name}", notify)
+            enrich_due(steps, job, f"late-{name}")
         found = verify(job, f"verify-{name}", found)
     if found.is_sound:
         return
     body = "; ".join(f"{finding.count:,} {ERRORS[kind]}" for kind, finding in found.findings.items() if kind in ERRORS)
-    alerts.alert(
-        alerts.UNRECONCILED,
-        catalog=job.catalog.uri,
-        subject="vlmflow: the catalog does not verify",
-        body=body,
-        notify=notify,
-    )
+    alerts.emit(alerts.UNRECONCILED, job.catalog.uri, "vlmflow: the catalog does not verify", body)
     raise VerificationError(f"catalog {job.catalog.uri}: {body}", remedy="`vlmflow verify` shows examples.")
 
 
@@ -256,14 +254,11 @@ def watch(job: Job, report: RunReport, max_jump: float, notify: str | None) -> N
     jump = alerts.flagged_jump(report, Catalog.open(job.catalog).runs.list(), max_jump)
     if jump is not None:
         share, usual = jump
-        alerts.alert(
-            alerts.FLAGGED_JUMP,
-            catalog=job.catalog.uri,
-            subject="vlmflow: many more images are flagged",
-            body=f"Run {report.run_id} flagged {share:.1%} of its images; the runs before it {usual:.1%}.",
-            notify=notify,
-            facts={"share": share, "usual": usual, "run_id": report.run_id},
-        )
+        subject = "vlmflow: many more images are flagged"
+        body = f"Run {report.run_id} of {job.catalog.uri}: {share:.1%} of its images; of the runs before, {usual:.1%}."
+        facts = {"share": share, "usual": usual, "run_id": report.run_id}
+        alerts.emit(alerts.FLAGGED_JUMP, job.catalog.uri, subject, body, facts)
+        alerts.send(notify, subject, body)
 
 
 if __name__ == "__main__":

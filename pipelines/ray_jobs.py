@@ -9,16 +9,20 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
 import shlex
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ray.dashboard.modules.job.pydantic_models import JobDetails
+from ray.exceptions import RayError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from vlmflow.errors import ClusterError, ConfigError, DeadlineError, SubmittedJobError
@@ -29,8 +33,15 @@ _POLL_S = 2.0
 # The Jobs API gives logs whole: the longer the log, the more seldom it is asked for, at most a megabyte a second.
 _LOG_BYTES_PER_S = 1_000_000
 _STOP_WAIT_S = 60.0
+_REQUEST_S = 60.0
+# Ray's client goes where these say, whatever address it is given.
+_OVERRIDING = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+# Those of `requests`, by which it asks, are OSErrors.
+_LIBRARY_ERRORS = (OSError, RuntimeError, ValueError, RayError)
 OWNER = "vlmflow_flow_run"  # key in a job's metadata: the flow run that submitted it
-_MAX_NAME = 100
+_MAX_LABEL = 100
+# The name of a command, and the number of an attempt at it.
+_ID = re.compile(r"(vlmflow-[a-z0-9-]+-[0-9a-f]{12})-(\d+)")
 
 
 @dataclass(frozen=True)
@@ -52,7 +63,7 @@ class Command:
         """Equal for equal commands; a job's id is this and its attempt number."""
         content = json.dumps([self.arguments, dict(sorted(self.files.items()))])
         digest = hashlib.sha256(content.encode()).hexdigest()[:12]
-        label = re.sub(r"[^a-z0-9]+", "-", self.label.lower()).strip("-")[:_MAX_NAME]
+        label = re.sub(r"[^a-z0-9]+", "-", self.label.lower()).strip("-")[:_MAX_LABEL] or "command"
         return f"vlmflow-{label}-{digest}"
 
     @property
@@ -66,6 +77,7 @@ class Attempt:
     """One attempt at a command, as the cluster knows it."""
 
     submission_id: str
+    name: str  # of the command
     number: int
     status: JobStatus
     owner: str | None
@@ -84,47 +96,39 @@ class Attempt:
         return self.status is JobStatus.SUCCEEDED
 
 
-class RayJobs:
-    """The jobs of the cluster behind ``url``, such as ``http://127.0.0.1:8265``.
+class _Client(JobSubmissionClient):  # type: ignore[misc]
+    """Ray's client, which would wait for ever for a dashboard that hangs."""
 
-    Raises:
-        ClusterError: no Ray dashboard answers there.
+    def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
+        return super()._do_request(method, endpoint, **{"timeout": _REQUEST_S} | options)
+
+
+class RayJobs:
+    """The jobs of the cluster behind ``url``, such as ``http://127.0.0.1:8265``; not asked before it is needed.
+
+    Every method raises :class:`ClusterError` if no Ray dashboard answers there.
     """
 
     def __init__(self, url: str) -> None:
-        self._url = url
-        try:
-            self._client = JobSubmissionClient(url)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise ClusterError(
-                f"Ray Jobs API {url}: {_first_line(error)}",
-                remedy="Give the address of the cluster's dashboard, such as http://ray-head:8265.",
-            ) from error
+        self._url = url.rstrip("/")
 
     def last(self, command: Command) -> Attempt | None:
-        """The newest attempt at a command; None: there was none since the cluster started.
+        """The newest attempt at a command; None: there was none since the cluster started."""
+        found = [attempt for attempt in self._attempts() if attempt.name == command.name]
+        return max(found, key=lambda attempt: attempt.number, default=None)
+
+    def start(self, command: Command, owner: str, *, once: bool = False) -> Attempt:
+        """The attempt that ``owner`` is to wait for: one that runs, by whomever it was submitted, or a new one.
+
+        Args:
+            once: the owner wants the command done once: its own attempt that has succeeded is as good.
 
         Raises:
-            ClusterError: the cluster does not answer.
-        """
-        pattern = re.compile(re.escape(command.name) + r"-(\d+)")
-        try:
-            jobs = self._client.list_jobs()
-        except (ConnectionError, RuntimeError) as error:
-            raise self._unreachable(error) from error
-        found = [(int(match[1]), job) for job in jobs if (match := pattern.fullmatch(job.submission_id or ""))]
-        return _attempt(*max(found, key=lambda item: item[0])) if found else None
-
-    def start(self, command: Command, owner: str) -> Attempt:
-        """The attempt that ``owner`` is to wait for: one that runs, its own that has ended, or a new one.
-
-        Raises:
-            ClusterError: the cluster does not answer.
-            SubmittedJobError: it refuses the job.
+            SubmittedJobError: the cluster takes no such job.
         """
         while True:
             last = self.last(command)
-            if last is not None and (last.is_running or (last.owner == owner and last.succeeded)):
+            if last is not None and (last.is_running or (once and last.owner == owner and last.succeeded)):
                 logger.info("following Ray job %s, which is there already", last.submission_id)
                 return last
             number = 1 if last is None else last.number + 1
@@ -133,16 +137,30 @@ class RayJobs:
                 return started
             # Another was first with this very attempt: look again, and follow it.
 
+    def stop_all(self, owner: str, names: Collection[str]) -> list[Attempt]:
+        """Stops what runs and was submitted by ``owner``, or is a command of one of the names.
+
+        Returns:
+            What was stopped.
+
+        Raises:
+            SubmittedJobError: one goes on for a minute.
+        """
+        found = [
+            attempt
+            for attempt in self._attempts()
+            if attempt.is_running and (attempt.owner == owner or attempt.name in names)
+        ]
+        return [self.stop(attempt) for attempt in found]
+
     def stop(self, attempt: Attempt) -> Attempt:
         """Stops an attempt and waits until it is over; one that is over already stays as it was.
 
         Raises:
             SubmittedJobError: it goes on for a minute.
         """
-        try:
-            self._client.stop_job(attempt.submission_id)
-        except (ConnectionError, RuntimeError) as error:
-            raise self._unreachable(error) from error
+        with self._asking() as client:
+            client.stop_job(attempt.submission_id)
         until = time.monotonic() + _STOP_WAIT_S
         while (now := self._look(attempt)).is_running:
             if time.monotonic() > until:
@@ -175,11 +193,12 @@ class RayJobs:
         while True:
             try:
                 now = self._look(attempt)  # before the log: what is over has its whole log
-                log = self._client.get_job_logs(attempt.submission_id)
+                with self._asking() as client:
+                    log = client.get_job_logs(attempt.submission_id)
                 answered_at = time.monotonic()
-            except (ConnectionError, RuntimeError) as error:
+            except ClusterError:
                 if time.monotonic() - answered_at > patience_s:
-                    raise self._unreachable(error) from error
+                    raise
                 time.sleep(_POLL_S)
                 continue
             end = len(log) if not now.is_running else log.rfind("\n") + 1
@@ -196,8 +215,42 @@ class RayJobs:
                 )
             time.sleep(max(_POLL_S, len(log) / _LOG_BYTES_PER_S))
 
+    @cached_property
+    def _client(self) -> _Client:
+        if not self._url.startswith(("http://", "https://")):
+            raise ConfigError(
+                f"Ray Jobs API {self._url}: not a web address",
+                remedy="Give the address of the cluster's dashboard, such as http://ray-head:8265.",
+            )
+        for variable in _OVERRIDING:
+            value = os.environ.get(variable, "").rstrip("/")
+            if value not in ("", self._url):
+                raise ConfigError(
+                    f"Ray Jobs API {self._url}: {variable} is set to {value}, and Ray would go there instead",
+                    remedy=f"Unset {variable} where the flow runs.",
+                )
+        return _Client(self._url)
+
+    @contextmanager
+    def _asking(self) -> Iterator[_Client]:
+        """The client, its errors in our words."""
+        try:
+            yield self._client
+        except _LIBRARY_ERRORS as error:
+            raise ClusterError(
+                f"Ray Jobs API {self._url}: {_first_line(error)}",
+                remedy="See whether the cluster's head runs, and whether this is the address of its dashboard.",
+            ) from error
+
+    def _attempts(self) -> list[Attempt]:
+        """Every attempt at a command of ours that the cluster remembers."""
+        with self._asking() as client:
+            jobs = client.list_jobs()
+        return [attempt for job in jobs if (attempt := _attempt(job)) is not None]
+
     def _look(self, attempt: Attempt) -> Attempt:
-        return _attempt(attempt.number, self._client.get_job_info(attempt.submission_id))
+        with self._asking() as client:
+            return _attempt(client.get_job_info(attempt.submission_id)) or attempt
 
     def _submit(self, command: Command, number: int, owner: str) -> Attempt | None:
         """Submits an attempt; None: there is one of that number."""
@@ -205,28 +258,26 @@ class RayJobs:
         with tempfile.TemporaryDirectory(prefix="vlmflow-job-") as folder:
             for name, content in command.files.items():
                 (Path(folder) / name).write_text(content, encoding="utf-8")
-            runtime_env: dict[str, Any] = {"working_dir": folder} if command.files else {}
             try:
-                self._client.submit_job(
-                    entrypoint=command.entrypoint,
-                    submission_id=submission_id,
-                    runtime_env=runtime_env,
-                    metadata={OWNER: owner},
-                )
-            except (ConnectionError, RuntimeError) as error:
+                with self._asking() as client:
+                    client.submit_job(
+                        entrypoint=command.entrypoint,
+                        submission_id=submission_id,
+                        runtime_env={"working_dir": folder} if command.files else {},
+                        metadata={OWNER: owner},
+                    )
+            except ClusterError as error:
+                # The number is taken: by another, or by this very request, whose answer was lost.
                 last = self.last(command)
                 if last is not None and last.number >= number:
                     return None
+                if "status code 4" not in str(error.__cause__):
+                    raise  # a head that has just started says 500, and to come back later
                 raise SubmittedJobError(
-                    f"Ray refused job {submission_id}: {_first_line(error)}", remedy="Look at the cluster's dashboard."
+                    f"Ray refused job {submission_id}: {error}", remedy="Look at the cluster's dashboard."
                 ) from error
         logger.info("submitted Ray job %s: %s", submission_id, command.entrypoint)
-        return _attempt(number, self._client.get_job_info(submission_id))
-
-    def _unreachable(self, error: Exception) -> ClusterError:
-        return ClusterError(
-            f"Ray Jobs API {self._url}: {_first_line(error)}", remedy="See whether the cluster's head runs."
-        )
+        return self.last(command)
 
 
 def read_files(paths: Sequence[Path]) -> dict[str, str]:
@@ -244,10 +295,15 @@ def read_files(paths: Sequence[Path]) -> dict[str, str]:
     return texts
 
 
-def _attempt(number: int, job: JobDetails) -> Attempt:
+def _attempt(job: JobDetails) -> Attempt | None:
+    """What the cluster says of a job; None: it is no attempt at a command of ours."""
+    named = _ID.fullmatch(job.submission_id or "")
+    if named is None:
+        return None
     return Attempt(
-        submission_id=job.submission_id or "",
-        number=number,
+        submission_id=named[0],
+        name=named[1],
+        number=int(named[2]),
         status=JobStatus(job.status),
         owner=(job.metadata or {}).get(OWNER),
         started_at=None if job.start_time is None else job.start_time / 1000,
@@ -257,6 +313,8 @@ def _attempt(number: int, job: JobDetails) -> Attempt:
 
 
 def _first_line(error: Exception) -> str:
-    """What a library said, in one line of bearable length."""
+    """What a library said, in one line of bearable length; of a traceback, that is the last."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]
+    if not lines:
+        return type(error).__name__
+    return (lines[-1] if "Traceback" in lines[0] else lines[0])[:300]

@@ -7,12 +7,32 @@ import re
 import tempfile
 from pathlib import Path
 
+from pydantic import ValidationError
+
+from vlmflow.catalog import Catalog
 from vlmflow.catalog.folder import Folder
 from vlmflow.config import CatalogConfig
+from vlmflow.engine import RunReport
 from vlmflow.report.write import WrittenReport, write_report
 
 # A date and the id of a run. Other files in the folder are not ours to remove.
 _OURS = re.compile(r"\d{4}-\d\d-\d\d-\d{8}T\d{6}-[0-9a-f]{8}\.html")
+
+
+def unreported(catalog: CatalogConfig, date: dt.date, folder: str) -> RunReport | None:
+    """The newest enrichment of a date, if it changed rows and has no report yet."""
+    for run in Catalog.open(catalog).runs.list():
+        if run.record.get("date") == str(date) and run.record.get("status") == "done":
+            place = Folder(CatalogConfig(uri=folder, storage=catalog.storage))
+            if place.stat(_name(date, run.run_id)) is not None:
+                return None
+            try:
+                known = {name: run.record[name] for name in RunReport.model_fields if name in run.record}
+                report = RunReport.model_validate(known)
+            except ValidationError:  # written by another version
+                return None
+            return report if report.num_added + report.num_replaced else None
+    return None
 
 
 def default_folder(catalog: CatalogConfig) -> str:
@@ -36,16 +56,20 @@ def publish_report(
     Raises:
         VlmflowError: the report cannot be made, or the folder cannot be written.
     """
-    name = f"{date}-{run_id}"
+    name = _name(date, run_id)
     place = CatalogConfig(uri=folder, storage=catalog.storage)
     with tempfile.TemporaryDirectory(prefix="vlmflow-report-") as scratch:
-        path = Path(scratch) / f"{name}.html"
+        path = Path(scratch) / name
         written = write_report(catalog, path, run=run_id)
         data = path.read_bytes()
     files = Folder(place)
     # A browser shows what says that it is a page; other files it saves.
-    files.write(f"{name}.html", data, content_type="text/html; charset=utf-8")
+    files.write(name, data, content_type="text/html; charset=utf-8")
     ours = (info for info in files.list("") if _OURS.fullmatch(info.path))
     old = sorted(ours, key=lambda info: info.modified_at, reverse=True)[keep:]
     files.delete_all([info.path for info in old])
-    return f"{folder.rstrip('/')}/{name}.html", written
+    return f"{folder.rstrip('/')}/{name}", written
+
+
+def _name(date: dt.date, run_id: str) -> str:
+    return f"{date}-{run_id}.html"

@@ -10,10 +10,10 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Annotated, Any, NoReturn, Protocol, TypeVar
 
 import yaml
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from pipelines.ray_jobs import Attempt, Command, RayJobs, read_files
 from vlmflow import errors
@@ -23,7 +23,7 @@ from vlmflow.engine import PlanSummary, RunReport, enrich, plan
 from vlmflow.engine.cluster import ray_cluster
 from vlmflow.engine.progress import ProgressDisplay, Tally
 from vlmflow.engine.remoderate import RemoderateReport, Scope, remoderate
-from vlmflow.errors import SubmittedJobError
+from vlmflow.errors import SubmittedJobError, VlmflowError
 from vlmflow.gate import GateLimits, GateReport, compare, golden_values, read_accepted
 from vlmflow.storage import parse_address
 
@@ -33,18 +33,15 @@ _Model = TypeVar("_Model", bound=Frozen)
 
 
 class Golden(Frozen):
-    """The golden set that stands before a run, and what was accepted of it.
+    """The golden set that stands before a run, and what was accepted of it."""
 
-    Attributes:
-        uri: a few images that represent the catalog.
-        accepted: file of accepted values; `vlmflow gate accept` writes it.
-        scratch: folder or prefix for a temporary catalog. On a cluster, one that all nodes reach.
-    """
-
-    uri: str
-    accepted: Path
-    limits: GateLimits = GateLimits()
-    scratch: str | None = None
+    uri: Annotated[str, Field(description="A few images that represent the catalog: a folder or a prefix.")]
+    accepted: Annotated[Path, Field(description="File of accepted values; `vlmflow gate accept` writes it.")]
+    limits: Annotated[GateLimits, Field(description="How far values may move.")] = GateLimits()
+    scratch: Annotated[
+        str | None,
+        Field(description="Folder or prefix for a temporary catalog. On a cluster, one that all nodes reach."),
+    ] = None
 
 
 class Steps(Protocol):
@@ -107,16 +104,17 @@ class OnCluster:
     """Steps as Ray jobs.
 
     Args:
-        owner: id of the flow run. Its own jobs that have succeeded are not run again.
+        owner: id of the flow run.
         on_line: what a job logs, line by line.
         deadline_s: of each job, from its start.
+        once: what succeeded for the flow run before it was killed and started again is not done again.
     """
 
     def __init__(
-        self, url: str, *, owner: str, on_line: Callable[[str], None], deadline_s: float | None = None
+        self, url: str, *, owner: str, on_line: Callable[[str], None], deadline_s: float, once: bool = False
     ) -> None:
         self._jobs = RayJobs(url)
-        self._owner, self._on_line, self._deadline_s = owner, on_line, deadline_s
+        self._owner, self._on_line, self._deadline_s, self._once = owner, on_line, deadline_s, once
 
     def session(self, job: Job) -> AbstractContextManager[object]:
         """Nothing: every job is a process of its own."""
@@ -153,7 +151,7 @@ class OnCluster:
         return _report(RemoderateReport, attempt, lines)
 
     def _run(self, command: Command, progress: ProgressDisplay | None = None) -> tuple[Attempt, list[dict[str, Any]]]:
-        attempt = self._jobs.start(command, self._owner)
+        attempt = self._jobs.start(command, self._owner, once=self._once)
         output = Output(self._on_line, progress)
         return self._jobs.follow(attempt, output.take, deadline_s=self._deadline_s), output.objects
 
@@ -193,6 +191,9 @@ def job_files(job: Job) -> dict[str, str]:
         data[part]["uri"] = absolute(data[part]["uri"])
     if job.models_dir is not None:
         data["models_dir"] = str(job.models_dir.absolute())
+    for model in data.get("models", {}).values():
+        if model.get("path") is not None:
+            model["path"] = str(Path(model["path"]).absolute())
     if job.policy is not None and (path := Path(job.policy)).is_file():
         files |= read_files([path])
         data["policy"] = path.name
@@ -277,8 +278,12 @@ def _raise_failure(attempt: Attempt, lines: Sequence[Mapping[str, Any]]) -> NoRe
     """Raises the error that a command ended with, or that it ended without one."""
     if lines and "class" in lines[-1]:
         last = lines[-1]
-        error_class = getattr(errors, str(last["class"]), SubmittedJobError)
-        raise error_class(f"Ray job {attempt.submission_id}: {last.get('message')}", remedy=str(last.get("remedy")))
+        error_class = getattr(errors, str(last["class"]), None)
+        if not (isinstance(error_class, type) and issubclass(error_class, VlmflowError)):
+            error_class = SubmittedJobError
+        raise error_class(
+            f"Ray job {attempt.submission_id}: {last.get('message')}", remedy=str(last.get("remedy") or "")
+        )
     said = [line.strip() for line in attempt.message.splitlines() if line.strip()]
     raise SubmittedJobError(
         f"Ray job {attempt.submission_id} {attempt.status.value.lower()}: {said[-1][:300] if said else 'no message'}",

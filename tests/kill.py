@@ -1,7 +1,8 @@
 """Processes that kill themselves with SIGKILL at a chosen call, or at a random time, while they change a catalog.
 
 ``python -m tests.kill POINT NUMBER catalog ROOT ...`` works on a catalog without Ray or models;
-``python -m tests.kill POINT NUMBER enrich ARGUMENT...`` is the real command line.
+``python -m tests.kill POINT NUMBER enrich ARGUMENT...`` is the real command line;
+``python -m tests.kill POINT NUMBER backfill ARGUMENT...`` is the flow.
 """
 
 from __future__ import annotations
@@ -124,6 +125,12 @@ def main() -> None:
         storage = StorageConfig(endpoint=endpoint, region="us-east-1" if endpoint else None)
         POINTS[point](int(number))
         work(CatalogConfig(uri=uri, storage=storage))
+    elif mode == "backfill":
+        from pipelines.backfill import moderation_backfill
+        from pipelines.command_line import main as flow
+
+        POINTS[point](int(number))
+        flow(moderation_backfill, rest)
     else:
         from vlmflow.cli import main as command_line
 

@@ -69,6 +69,8 @@ def ray_nodes(folder: Path, *, dashboard: bool = False, cpus: int = 1) -> Iterat
     port, dashboard_port = free_port(), free_port()
     ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus", str(cpus)]
     ray += ["--object-store-memory", str(150 * 1024 * 1024), "--disable-usage-stats"]
+    # The usual port of the agents may be another cluster's; without its agent the head runs no jobs.
+    agents = [["--dashboard-agent-listen-port", str(free_port())] for _ in range(2)]
     # A token would have to reach all processes; the cluster lives as long as this test, on this machine.
     environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
     # The command of a Ray job is looked for in the path, and is `python`.
@@ -76,8 +78,8 @@ def ray_nodes(folder: Path, *, dashboard: bool = False, cpus: int = 1) -> Iterat
     address = f"{get_node_ip_address()}:{port}"
     short = Path("/tmp") / f"ray-{os.getpid()}-{port}"  # sockets have short names only
     head = [*ray, "--head", "--port", str(port), "--temp-dir", str(short)]
-    head += ["--include-dashboard", str(dashboard).lower(), "--dashboard-port", str(dashboard_port)]
-    node = [*ray, "--address", address, "--dashboard-agent-listen-port", str(free_port())]
+    head += ["--include-dashboard", str(dashboard).lower(), "--dashboard-port", str(dashboard_port), *agents[0]]
+    node = [*ray, "--address", address, *agents[1]]
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for number, command_line in enumerate((head, node)):
@@ -85,10 +87,22 @@ def ray_nodes(folder: Path, *, dashboard: bool = False, cpus: int = 1) -> Iterat
             processes.append(subprocess.Popen(command_line, stdout=log, stderr=log, env=environment))
             wait_for(lambda at=number: _num_nodes(address) == at + 1, processes[-1])  # type: ignore[misc]
         jobs_url = f"http://127.0.0.1:{dashboard_port}" if dashboard else ""
+        if dashboard:
+            wait_for(lambda: _takes_jobs(jobs_url), processes[-1])
         yield RayNodes(address, jobs_url, processes[0], processes[1])
     finally:
         for process in processes:
             end_family(process)
+
+
+def _takes_jobs(jobs_url: str) -> bool:
+    """Whether the head has an agent that runs jobs; it comes seconds after the head."""
+    try:
+        asked = {"entrypoint": "true", "submission_id": "first"}
+        answer = httpx.post(f"{jobs_url}/api/jobs/", json=asked, timeout=60)
+    except httpx.HTTPError:
+        return False
+    return answer.status_code == 200 or "already" in answer.text
 
 
 def _num_nodes(address: str) -> int:
@@ -132,8 +146,8 @@ def prefect_environment(folder: Path, url: str) -> dict[str, str]:
         "PREFECT_HOME": str(folder),
         "PREFECT_API_URL": url,
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        "PREFECT_LOGGING_EXTRA_LOGGERS": "vlmflow",
         "PREFECT_RUNNER_HEARTBEAT_FREQUENCY": "30",
+        "PREFECT_WORKER_QUERY_SECONDS": "1",
         "PYTHONPATH": str(ROOT),
     }
 

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from vlmflow.calibration import calibrate
     from vlmflow.catalog import Catalog
     from vlmflow.doctor import Check, doctor
-    from vlmflow.engine import PlanSummary, RunReport, enrich, plan
+    from vlmflow.engine import PlanSummary, PreflightReport, RunReport, enrich, plan, preflight
     from vlmflow.engine.remoderate import RemoderateReport, Scope, remoderate
+    from vlmflow.evaluation import EvaluationReport, evaluate, read_dataset
     from vlmflow.models.profiles import describe_profiles
     from vlmflow.moderation.calibrate import CalibrationReport, Targets
     from vlmflow.report.write import WrittenReport, write_report
@@ -47,11 +48,13 @@ __all__ = [
     "CatalogSummary",
     "Check",
     "DuplicateReport",
+    "EvaluationReport",
     "ImageDescriber",
     "ImageDescription",
     "IndexReport",
     "Job",
     "PlanSummary",
+    "PreflightReport",
     "Query",
     "QueueReport",
     "RemoderateReport",
@@ -70,6 +73,7 @@ __all__ = [
     "describe_profiles",
     "doctor",
     "enrich",
+    "evaluate",
     "export_queue",
     "find_alt_texts",
     "find_duplicates",
@@ -77,6 +81,8 @@ __all__ = [
     "import_verdicts",
     "load_job",
     "plan",
+    "preflight",
+    "read_dataset",
     "remoderate",
     "search_images",
     "summarize",
@@ -92,10 +98,12 @@ _HOMES = {
     "CatalogSummary": "vlmflow.summary",
     "Check": "vlmflow.doctor",
     "DuplicateReport": "vlmflow.search.duplicates",
+    "EvaluationReport": "vlmflow.evaluation",
     "ImageDescriber": "vlmflow.search.describe",
     "ImageDescription": "vlmflow.search.describe",
     "IndexReport": "vlmflow.search.build",
     "PlanSummary": "vlmflow.engine",
+    "PreflightReport": "vlmflow.engine",
     "Query": "vlmflow.search.query",
     "QueueReport": "vlmflow.review",
     "RemoderateReport": "vlmflow.engine.remoderate",
@@ -112,12 +120,15 @@ _HOMES = {
     "describe_profiles": "vlmflow.models.profiles",
     "doctor": "vlmflow.doctor",
     "enrich": "vlmflow.engine",
+    "evaluate": "vlmflow.evaluation",
     "export_queue": "vlmflow.review",
     "find_alt_texts": "vlmflow.alt_text_report",
     "find_duplicates": "vlmflow.search.duplicates",
     "find_titles": "vlmflow.search.titles",
     "import_verdicts": "vlmflow.review",
     "plan": "vlmflow.engine",
+    "preflight": "vlmflow.engine",
+    "read_dataset": "vlmflow.evaluation",
     "remoderate": "vlmflow.engine.remoderate",
     "search_images": "vlmflow.search.searcher",
     "summarize": "vlmflow.summary",

@@ -28,8 +28,14 @@ Family = Literal[
     "endpoint",
     "image_classification",
     "vlm_judge",
+    "blip2_caption",
+    "blip2_itm",
+    "git",
+    "flava",
+    "align",
 ]
 PROMPTED: tuple[Family, ...] = ("vlm", "vllm", "endpoint")  # what they are asked stands in a prompt
+DecodePlace = Literal["auto", "cpu", "pool"]
 SourceKind = Literal["auto", "prefix", "manifest", "webdataset", "parquet"]
 
 MIB = 1024 * 1024
@@ -196,10 +202,18 @@ class Job(Frozen):
     limit: Annotated[int, Field(ge=1)] | None = None  # at most this many images, for a trial
     reuse: bool = True  # copy results that the catalog holds for equal bytes, instead of computing them again
     pools: tuple[PoolConfig, ...] = ()  # default: one pool with all tasks
+    # Try the pools on some images first, and set batch sizes and numbers of actors by that where `pools` does not.
+    preflight: bool = False
     # What moderation and embeddings are made of, where these differ: the whole image, its centre, the length of long
     # ones, transparent ones on black, the frames of animations.
     views: tuple[ViewName, ...] = ("squash", "center", "tiles", "black", "frames")
     max_caption_tokens: Annotated[int, Field(ge=1, le=512)] = 20
+    # Images between the start of reading and the end of the last pool: of those a kill loses all that no commit holds.
+    # Default: as many as keep every actor at work.
+    read_ahead: Annotated[int, Field(ge=1)] | None = None
+    # Where JPEGs are decoded: by processors before the pools, or in the first pool on its device (nvJPEG on a GPU);
+    # auto: there if it has a GPU. Other formats, and JPEGs of which decoders differ, always by processors.
+    decode: DecodePlace = "auto"
     blip_dtype: Dtype = "auto"  # of captioner, matcher and answerer; auto: bfloat16 on GPUs, float32 on processors
     limits: ImageLimits = ImageLimits()
     commit: CommitConfig = CommitConfig()

@@ -136,6 +136,10 @@ class RegressionError(GateError):
     exit_code = 1
 
 
+class EvaluationError(VlmflowError):
+    """Evaluation data that cannot be read, or that do not hold what the task is measured by."""
+
+
 class VerificationError(VlmflowError):
     """After a run the catalog does not hold what its source lists, or its own logs name."""
 

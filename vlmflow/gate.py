@@ -6,31 +6,23 @@ others. So a few known images go through the same models first, and the run is s
 
 from __future__ import annotations
 
-import contextlib
 import datetime as dt
-import logging
 import math
-import shutil
-import tempfile
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
 from vlmflow.catalog import Catalog
-from vlmflow.catalog.folder import Folder
-from vlmflow.catalog.runs import new_run_id
-from vlmflow.config import CatalogConfig, Frozen, Job, SourceConfig, describe_validation
+from vlmflow.config import Frozen, Job, SourceConfig, describe_validation
 from vlmflow.engine import enrich
 from vlmflow.engine.prepare import prepare
 from vlmflow.engine.progress import ProgressDisplay
 from vlmflow.engine.report import policy_name
 from vlmflow.errors import ConfigError, GateError
-
-logger = logging.getLogger("vlmflow")
+from vlmflow.evaluation.agreement import decision_flips, differing, score_shifts
+from vlmflow.evaluation.run import scratch_catalog, trial_job
 
 _COLUMNS = ("content_hash", "uri", "status", "caption", "decision", "labels")
 _MAX_EXAMPLES = 5
@@ -138,12 +130,12 @@ def golden_values(
             f"gate on the cluster {job.ray.address}: no scratch place given",
             remedy="Name one that all nodes reach, such as a prefix of the catalog's bucket.",
         )
-    with _scratch_catalog(job, scratch) as catalog:
-        update = {"source": golden, "catalog": catalog, "limit": None, "retry": (), "reuse": False}
+    with scratch_catalog(job, scratch, "gate") as catalog:
+        changes: dict[str, Any] = {"source": golden.model_dump(), "catalog": catalog.model_dump(), "limit": None}
         try:
-            trial = Job.model_validate(job.model_dump() | {name: _plain(value) for name, value in update.items()})
-        except ValidationError as error:
-            raise GateError(describe_validation(error, what=f"golden set {golden.uri}")) from error
+            trial = trial_job(job, f"golden set {golden.uri}", **changes, retry=(), reuse=False)
+        except ConfigError as error:
+            raise GateError(str(error), remedy=error.remedy) from error
         enrich(trial, progress=progress)
         prepared = prepare(trial)
         rows = Catalog.open(catalog).images(list(_COLUMNS)).to_pylist()
@@ -207,24 +199,26 @@ def compare(accepted: GoldenValues, observed: GoldenValues, limits: GateLimits |
     limits = limits or GateLimits()
     problems, notes = _images_that_differ(accepted, observed)
     common = [(old, observed.images[key]) for key, old in accepted.images.items() if key in observed.images]
+    before, after = [old for old, _ in common], [new for _, new in common]
 
-    flips = [f"{old.name}: {old.decision} -> {new.decision}" for old, new in common if _is_laxer(old, new)]
-    if flips:
+    laxer, stricter = decision_flips([image.decision for image in before], [image.decision for image in after])
+    shown = [f"{old.name}: {old.decision} -> {new.decision}" for old, new in common]
+    if laxer:
+        flips = [shown[at] for at in laxer]
         problems.append(f"{len(flips)} decisions flipped toward allow, such as {_some(flips)}")
-    stricter = [f"{old.name}: {old.decision} -> {new.decision}" for old, new in common if _is_laxer(new, old)]
     if stricter:
-        notes.append(f"{len(stricter)} decisions became stricter, such as {_some(stricter)}")
+        flips = [shown[at] for at in stricter]
+        notes.append(f"{len(flips)} decisions became stricter, such as {_some(flips)}")
 
-    captioned = [(old, new) for old, new in common if old.caption is not None]
-    other = [old.name for old, new in captioned if old.caption != new.caption]
-    equal = 1 - len(other) / len(captioned) if captioned else None
+    other, equal = differing([image.caption for image in before], [image.caption for image in after])
     if equal is not None and equal < limits.min_equal_captions:
         problems.append(
             f"{equal:.1%} of the captions are equal, at least {limits.min_equal_captions:.1%} must be; "
-            f"others: {_some(other)}"
+            f"others: {_some([before[at].name for at in other])}"
         )
 
-    shifts, unscored = _margin_shifts(common)
+    shifts, missing = score_shifts([image.margins for image in before], [image.margins for image in after])
+    unscored = [f"{label} of {before[at].name}" for label, at in missing]
     if unscored:
         problems.append(f"{len(unscored)} margins were accepted and are not scored now, such as {_some(unscored)}")
     moved = sorted(
@@ -267,29 +261,6 @@ def _images_that_differ(accepted: GoldenValues, observed: GoldenValues) -> tuple
     return problems, notes
 
 
-def _margin_shifts(common: list[tuple[GoldenImage, GoldenImage]]) -> tuple[dict[str, float], list[str]]:
-    """By label the mean absolute shift of its margins; and what was scored and is no more."""
-    by_label: defaultdict[str, list[float]] = defaultdict(list)
-    unscored = []
-    for old, new in common:
-        for label, margin in old.margins.items():
-            now = new.margins.get(label)
-            if margin is None:
-                continue
-            if now is None:
-                unscored.append(f"{label} of {old.name}")
-            else:
-                by_label[label].append(abs(now - margin))
-    return {label: float(np.mean(values)) for label, values in sorted(by_label.items())}, unscored
-
-
-_SEVERITY = {"allow": 0, "review": 1, "block": 2}
-
-
-def _is_laxer(old: GoldenImage, new: GoldenImage) -> bool:
-    return _SEVERITY[new.decision] < _SEVERITY[old.decision]
-
-
 def _some(names: list[str]) -> str:
     shown = ", ".join(names[:_MAX_EXAMPLES])
     return f"{shown}, ..." if len(names) > _MAX_EXAMPLES else shown
@@ -308,27 +279,3 @@ def _image_of(row: Mapping[str, Any]) -> GoldenImage:
 def _finite(margin: float | None) -> float | None:
     """JSON has no NaN, and a margin that is none was not scored."""
     return None if margin is None or not math.isfinite(margin) else round(margin, 6)
-
-
-def _plain(value: object) -> object:
-    return value.model_dump() if isinstance(value, Frozen) else value
-
-
-@contextlib.contextmanager
-def _scratch_catalog(job: Job, scratch: str | None) -> Iterator[CatalogConfig]:
-    """A folder for a catalog, removed with all that was written to it."""
-    if scratch is None:
-        folder = tempfile.mkdtemp(prefix="vlmflow-gate-")
-        try:
-            yield CatalogConfig(uri=str(Path(folder) / "catalog"))
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-        return
-    config = CatalogConfig(uri=f"{scratch.rstrip('/')}/gate-{new_run_id()}", storage=job.catalog.storage)
-    try:
-        yield config
-    finally:
-        files = Folder(config)
-        left = files.delete_all([info.path for info in files.list("")])
-        if left:
-            logger.warning("%d files of the scratch catalog %s could not be removed", len(left), config.uri)

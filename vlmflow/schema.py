@@ -134,6 +134,7 @@ TASK_COLUMNS: dict[str, pa.Schema] = {
     ),
     "match": pa.schema(
         [
+            # Null of a head that the model lacks.
             ("caption_itm", pa.float32()),  # probability that image and generated caption match, matching head
             ("caption_itc", pa.float32()),  # cosine of image and generated caption, contrastive heads
             ("text_itm", pa.float32()),  # the same for the caller's text

@@ -11,8 +11,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from vlmflow.engine.limits import what_limited
 from vlmflow.engine.progress import duration
 from vlmflow.engine.report import PlanSummary, RunReport
+from vlmflow.engine.stages import StageReport
 from vlmflow.summary import CatalogSummary, Example, summarize
 
 if TYPE_CHECKING:
@@ -59,10 +61,7 @@ def print_report(report: RunReport, console: Console) -> None:
     if "moderate" in report.tasks:
         _print_counts("decision", report.decisions, console)
     _print_counts("errors", report.errors, console)
-    table = _table("stage", "images", "busy", "images/s of one worker")
-    for stage in report.stages:
-        table.add_row(stage.stage, f"{stage.images:,}", duration(stage.busy_s), f"{stage.images_per_busy_s:,.1f}")
-    console.print(table)
+    print_stages(report.stages, console)
     for pool in report.pools:
         share = pool.busy_s / max(pool.busy_s + pool.waiting_s, 1e-9)
         console.print(f"pool {'+'.join(pool.tasks)}: {share:.0%} busy, {1 - share:.0%} waiting for images")
@@ -72,8 +71,31 @@ def print_report(report: RunReport, console: Console) -> None:
         tokens = f"{usage.input_tokens:,} input and {usage.output_tokens:,} output tokens"
         cost = f", cost {usage.cost:,.4f}" if usage.cost else ""
         console.print(f"{task} spent {usage.requests:,} requests, {tokens}{cost}")
+    if limited := what_limited(report):
+        console.print(f"what limited it: {limited[0].lower()}{limited[1:]}")
     _print_policy_note(report.num_policy_differs, console)
     console.print(f"run {report.run_id}; look at it with: vlmflow show {escape(report.catalog)}")
+
+
+def print_stages(stages: Sequence[StageReport], console: Console) -> None:
+    """Prints where the time went, and how near the models came to what the device can do."""
+    table = _table("stage", "images", "busy", "images/s of one worker", "share", "waiting", "TFLOP/s", "of ceiling")
+    for stage in stages:
+        table.add_row(
+            stage.stage,
+            f"{stage.images:,}",
+            duration(stage.busy_s),
+            f"{stage.images_per_busy_s:,.1f}",
+            _percent(stage.busy_share),
+            _percent(stage.waiting_share),
+            "" if stage.tflops_per_s is None else f"{stage.tflops_per_s:,.3g}",
+            _percent(stage.share_of_ceiling),
+        )
+    console.print(table)
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.0%}"
 
 
 def print_plan(summary: PlanSummary, console: Console) -> None:

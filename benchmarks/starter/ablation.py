@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from benchmarks.starter import export
 from benchmarks.starter.data import Studio, open_studio
-from benchmarks.starter.evaluate import Evaluation, load, test_sets
+from benchmarks.starter.evaluate import Evaluation, test_sets
 from benchmarks.starter.loop import Schedule, load_weights, train
 from benchmarks.starter.models import Matcher, Sizes, Trunk, sizes_of
 from benchmarks.starter.objectives import MatcherLosses, TrunkLosses
@@ -95,8 +95,8 @@ def _train(
 
 def _figures(studio: Studio, work: Path, model: str) -> dict[str, float]:
     test = test_sets(studio.world, build_drawings(studio.world, work))[0]
-    evaluation = Evaluation(studio.world, test, _NUM_SCENES)
-    figures: dict[str, float] = getattr(evaluation, model)(load(work / "ablation")[model])
+    evaluation = Evaluation(studio.world, test, _NUM_SCENES, work / "ablation", work)
+    figures: dict[str, float] = getattr(evaluation, model)()
     return {name: round(value, 3) for name, value in figures.items()}
 
 

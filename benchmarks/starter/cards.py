@@ -23,8 +23,8 @@ _OBJECTIVES = {
     "vqa": "cross-entropy over one-word answers (arXiv:2102.03334), started from CLIP's vision tower",
 }
 _FIGURES = {
-    "clip": ("zero-shot", "image-to-text", "text-to-image", "gallery"),
-    "captioner": ("exact noun", "noun recall", "background", "whole caption", "BLEU"),
+    "clip": ("zero-shot", "image-to-text", "text-to-image", "gallery", "moderation"),
+    "captioner": ("exact noun", "noun recall", "background", "whole caption", "BLEU", "CIDEr"),
     "matcher": ("ITM",),
     "vqa": ("VQA",),
 }
@@ -112,7 +112,9 @@ def figure_table(model: str, results: Results) -> str:
     """The model's figures on the three sets as a Markdown table."""
     names = [name for name in results[SETS[0]] if name.startswith(_FIGURES[model])]
     lines = ["| figure | " + " | ".join(SETS) + " |", "| --- |" + " --- |" * len(SETS)]
-    lines += [f"| {name} | " + " | ".join(_shown(results[part][name]) for part in SETS) + " |" for name in names]
+    lines += [
+        f"| {name} | " + " | ".join(_shown(name, results[part].get(name)) for part in SETS) + " |" for name in names
+    ]
     return "\n".join(lines)
 
 
@@ -167,5 +169,7 @@ def read_results(path: Path) -> Results:
     return results
 
 
-def _shown(value: float) -> str:
-    return str(int(value)) if value > 1 else f"{value:.3f}"
+def _shown(name: str, value: float | None) -> str:
+    if value is None:
+        return "-"  # nothing in the set to measure it on
+    return str(int(value)) if name == "gallery" else f"{value:.3f}"

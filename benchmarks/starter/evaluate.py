@@ -1,35 +1,54 @@
-"""Prints every figure of the model cards, from the shipped folders: ``python -m benchmarks.starter.evaluate``."""
+"""Prints every figure of the model cards: ``python -m benchmarks.starter.evaluate``.
+
+Pictures of each test set are written as files and go through `vlmflow.evaluation`, as anybody's would: the engine, the
+shipped folders, the field's metrics. What is here is what is true of the pictures, and figures of words in sentences.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import open_clip
+import pyarrow as pa
 import torch
-from torch.nn import functional
-from transformers import BlipForConditionalGeneration, BlipForImageTextRetrieval, ViltForQuestionAnswering
+from PIL import Image
+from transformers import ViltForQuestionAnswering
 
 from benchmarks.starter.captions import Writer, build_tokenizer
 from benchmarks.starter.cards import misses, write_cards
 from benchmarks.starter.concepts import World
-from benchmarks.starter.data import TRAINED_ARTISTS, Tokens, encode
+from benchmarks.starter.data import TRAINED_ARTISTS, encode
 from benchmarks.starter.demo_figures import Demo
-from benchmarks.starter.metrics import Nouns, Scores, auc, bleu4, top_k
+from benchmarks.starter.metrics import Nouns
 from benchmarks.starter.objectives import answer_logits
-from benchmarks.starter.questions import KINDS, Asker
+from benchmarks.starter.policy import label_name
+from benchmarks.starter.questions import KINDS, Asker, Question
 from benchmarks.starter.scenes import COLOR_NAMES, EVALUATION_STEP, Painter, Scene, SceneSampler
 from benchmarks.starter.sources import HELD_OUT, WORK_FOLDER, DrawingSet, build_drawings, load_world
+from vlmflow.config import CatalogConfig, Job, RayConfig
+from vlmflow.engine.cluster import ray_cluster
+from vlmflow.evaluation import Choices, Dataset, EvaluationTask
+from vlmflow.evaluation.dataset import table_of
+from vlmflow.evaluation.measure import evaluate_with_predictions
+from vlmflow.evaluation.metrics.captions import bleu, cider
+from vlmflow.evaluation.metrics.classes import roc_auc
+from vlmflow.evaluation.metrics.ptb import tokenize
+from vlmflow.evaluation.report import EvaluationReport
+from vlmflow.evaluation.run import Run
+from vlmflow.evaluation.score import score_answers
 
 RESULTS = Path("benchmarks/results/starter.json")
 STARTER = Path("vlmflow/starter")
 _BATCH = 125
 _CONSTANT_CAPTION = "a cat on a white background"
+_GALLERY = 1000
 
 
 @dataclass(frozen=True)
@@ -74,70 +93,174 @@ def test_sets(world: World, drawings: DrawingSet) -> list[TestSet]:
 
 
 class Evaluation:
-    """The figures of one set, model by model."""
+    """The figures of one set, model by model, from the folders that are there.
 
-    def __init__(self, world: World, test: TestSet, num: int) -> None:
-        self._world, self._test, self._num = world, test, num
-        self._writer, self._tokenizer = Writer(world), build_tokenizer(world)
+    Args:
+        catalog: where results are kept, so that one run of the models can serve several figures; None: nowhere.
+    """
+
+    def __init__(
+        self, world: World, test: TestSet, num: int, folder: Path, work: Path, catalog: CatalogConfig | None = None
+    ) -> None:
+        self._world, self._test, self._num, self._folder = world, test, num, folder
+        self._work = work / "evaluate" / test.name.replace(" ", "-")
+        self._catalog = catalog
+        self.name = test.name
+        self._writer = Writer(world)
         self._nouns = Nouns(world.all_concepts)
+        self.job = starter_job(folder)
 
-    def clip(self, model: open_clip.CLIP) -> dict[str, float]:
-        scenes = self._test.scenes(self._num, 0, num_kinds=1)
-        names = [self._writer.name(c) for c in range(len(self._world.all_concepts))]
-        truth = np.array([scene.items[0][0] for scene in scenes])
-        scores = _similarities(model, self._test.paint(scenes), self._tokens(names))
-        figures = {"zero-shot top-1": top_k(scores, truth, 1), "zero-shot top-5": top_k(scores, truth, 5)}
-        gallery = self._test.gallery(1000)
-        texts = self._tokens([self._writer.full(scene) for scene in gallery])
-        scores = _similarities(model, self._test.paint(gallery), texts)
-        own = np.arange(len(gallery))
-        for k in (1, 5, 10):
-            figures[f"image-to-text recall@{k}"] = top_k(scores, own, k)
-        return figures | {"text-to-image recall@1": top_k(scores.T, own, 1), "gallery": len(gallery)}
+    def clip(self) -> dict[str, float]:
+        prompts = tuple(self._writer.name(number) for number in range(len(self._world.all_concepts)))
+        report, _ = self._evaluate(self.zeroshot, class_names=prompts, templates=("{}",))
+        figures = {f"zero-shot {k}": _value(report, k) for k in ("top-1", "top-5")}
+        report, _ = self._evaluate(self.gallery)
+        figures |= {f"image-to-text recall@{k}": _value(report, f"image-to-text R@{k}") for k in (1, 5, 10)}
+        figures |= {"text-to-image recall@1": _value(report, "text-to-image R@1"), "gallery": report.num_images}
+        return figures | self._moderation()
 
-    def captioner(self, model: BlipForConditionalGeneration) -> dict[str, float]:
-        single, mixed = self._test.scenes(self._num, 2, num_kinds=1), self._test.scenes(self._num, 3)
-        several = self._test.scenes(self._num // 2, 4, num_kinds=2) + self._test.scenes(self._num // 2, 5, num_kinds=3)
-        said = [self._nouns.find(text) for text in self._caption(model, single)]
-        exact = [found == {scene.items[0][0]} for found, scene in zip(said, single, strict=True)]
+    def captioner(self) -> dict[str, float]:
+        _, captions = self._evaluate(self.captions)
+        single, several, mixed = self._captioned()
+        said = [self._nouns.find(text) for text in captions]
+        exact = [found == {scene.items[0][0]} for found, scene in zip(said, single, strict=False)]
         recalled = [
-            len(self._nouns.find(text) & {c for c, _ in scene.items}) / len(scene.items)
-            for text, scene in zip(self._caption(model, several), several, strict=True)
+            len(found & {number for number, _ in scene.items}) / len(scene.items)
+            for found, scene in zip(said[len(single) :], several, strict=False)
         ]
-        captions, references = self._caption(model, mixed), [self._writer.full(scene) for scene in mixed]
-        colors = [f"{COLOR_NAMES[s.color]} background" in text for text, s in zip(captions, mixed, strict=True)]
+        whole = captions[-len(mixed) :]
+        references = [self._writer.full(scene) for scene in mixed]
+        colors = [f"{COLOR_NAMES[s.color]} background" in text for text, s in zip(whole, mixed, strict=True)]
+        words, others = [tokenize(text) for text in whole], [[tokenize(text)] for text in references]
         return {
             "exact noun, single objects": float(np.mean(exact)),
             "noun recall, two or three": float(np.mean(recalled)),
             "background colour": float(np.mean(colors)),
-            "whole caption exact": float(np.mean([a == b for a, b in zip(captions, references, strict=True)])),
-            "BLEU-4": bleu4(captions, references),
-            "BLEU-4 of a constant caption": bleu4([_CONSTANT_CAPTION] * len(references), references),
+            "whole caption exact": float(np.mean([a == b for a, b in zip(whole, references, strict=True)])),
+            "BLEU-4": bleu(words, others)[3],
+            "BLEU-4 of a constant caption": bleu([tokenize(_CONSTANT_CAPTION)] * len(others), others)[3],
+            "CIDEr": cider(words, others),
         }
 
-    def matcher(self, model: BlipForImageTextRetrieval) -> dict[str, float]:
-        scenes = self._test.scenes(self._num, 6)
-        with torch.inference_mode():
-            parts = self._test.paint(scenes).split(_BATCH)
-            images = torch.cat([model.vision_model(pixel_values=part).last_hidden_state for part in parts])
-        true = self._match(model, images, scenes)
+    def matcher(self) -> dict[str, float]:
+        _, scores = self._evaluate(self.pairs)
+        rows = self.pairs.rows
+        found = dict(zip(zip(rows["uri"].to_pylist(), rows["text"].to_pylist(), strict=True), scores, strict=True))
+        true, wrong = self._texts()
+        uris = self._uris("match", len(true))
         figures = {}
-        for name, change in self._wrong_texts().items():
-            rng = self._test.sampler.rng(EVALUATION_STEP + 7)
-            figures[f"ITM AUC, {name}"] = auc(true, self._match(model, images, [change(s, rng) for s in scenes]))
+        for name, texts in wrong.items():
+            values = np.array([found[pair] for of in (true, texts) for pair in zip(uris, of, strict=True)])
+            figures[f"ITM AUC, {name}"] = roc_auc(values, np.arange(len(values)) < len(true)) or 0.0
         return figures
 
-    def vqa(self, model: ViltForQuestionAnswering) -> dict[str, float]:
+    def vqa(self) -> dict[str, float]:
         scenes = self._test.scenes(self._num, 8)
         asker, rng = Asker(self._world), self._test.sampler.rng(EVALUATION_STEP + 9)
-        questions = [asker.ask(scene, rng) for scene in scenes]
-        logits = self._batched(
-            lambda p, t: answer_logits(model, p, t), self._test.paint(scenes), [q.text for q in questions]
-        )
-        said = [model.config.id2label[int(number)] for number in logits.argmax(1)]
-        hits = np.array([a == q.answer for a, q in zip(said, questions, strict=True)])
-        kinds = np.array([q.kind for q in questions])
-        return {"VQA overall": float(hits.mean())} | {f"VQA, {k}": float(hits[kinds == k].mean()) for k in KINDS}
+        asked = [asker.ask(scene, rng) for scene in scenes]
+        questions = [
+            {"question_id": str(at), "answers": [one.answer], "question_type": one.kind} for at, one in enumerate(asked)
+        ]
+        said = dict(zip(map(str, range(len(asked))), self._answer(scenes, asked), strict=True))
+        scored = score_answers(said, questions)
+        by_kind = scored.groups["question type"]
+        figures = {"VQA overall": scored.figures["accuracy"].value}
+        figures |= {f"VQA, {kind}": by_kind[kind]["accuracy"].value for kind in KINDS}
+        return {name: value or 0.0 for name, value in figures.items()}
+
+    @cached_property
+    def zeroshot(self) -> Dataset:
+        names = [concept.name for concept in self._world.all_concepts]
+        scenes = self._test.scenes(self._num, 0, num_kinds=1)
+        truth = {"class": [names[scene.items[0][0]] for scene in scenes]}
+        return self._dataset("zeroshot", scenes, truth, classes=tuple(names))
+
+    @cached_property
+    def gallery(self) -> Dataset:
+        scenes = self._test.gallery(_GALLERY)
+        return self._dataset("retrieval", scenes, {"captions": [[self._writer.full(scene)] for scene in scenes]})
+
+    @cached_property
+    def moderation(self) -> Dataset:
+        scenes = self._test.scenes(self._num, 11)
+        shown = [[self._world.all_concepts[number] for number, _ in scene.items] for scene in scenes]
+        labels = [[label_name(concept) for concept in concepts if concept.flagged] for concepts in shown]
+        return self._dataset("moderate", scenes, {"labels": labels, "flag": [bool(names) for names in labels]})
+
+    @cached_property
+    def captions(self) -> Dataset:
+        parts = dict(zip(("single", "several", "mixed"), self._captioned(), strict=True))
+        uris = [uri for name, scenes in parts.items() for uri in self._paint(f"caption-{name}", scenes)]
+        texts = [[self._writer.full(scene)] for scenes in parts.values() for scene in scenes]
+        return Dataset("caption", self._test.name, table_of("caption", {"uri": uris, "captions": texts}))
+
+    @cached_property
+    def pairs(self) -> Dataset:
+        """Every scene with its own text, and with a wrong one of each kind."""
+        true, wrong = self._texts()
+        uris = self._paint("match", self._test.scenes(self._num, 6))
+        # The true text last: it is true whatever else it was.
+        found = {pair: texts is true for texts in (*wrong.values(), true) for pair in zip(uris, texts, strict=True)}
+        texts = [text for _, text in found]
+        rows = {"uri": [uri for uri, _ in found], "key": texts, "text": texts, "match": list(found.values())}
+        return Dataset("match", self._test.name, table_of("match", rows))
+
+    def _moderation(self) -> dict[str, float]:
+        """What the demo policy flags of scenes that hold what it must, and of the others, where there are such."""
+        _, decisions = self._evaluate(self.moderation)
+        flagged = np.array([decision != "allow" for decision in decisions])
+        must = self.moderation.rows["flag"].to_numpy()
+        parts = {"flagged of those to flag": must, "flagged of the others": ~must}
+        return {f"moderation, {name}": float(flagged[part].mean()) for name, part in parts.items() if part.any()}
+
+    def _captioned(self) -> tuple[list[Scene], list[Scene], list[Scene]]:
+        """Scenes of one thing; of two and of three kinds; and as training had them."""
+        half = self._num // 2
+        several = self._test.scenes(half, 4, num_kinds=2) + self._test.scenes(half, 5, num_kinds=3)
+        return self._test.scenes(self._num, 2, num_kinds=1), several, self._test.scenes(self._num, 3)
+
+    def _texts(self) -> tuple[list[str], dict[str, list[str]]]:
+        """The true text of each scene, and wrong ones by kind."""
+        scenes = self._test.scenes(self._num, 6)
+        wrong = {}
+        for name, change in self._wrong_texts().items():
+            rng = self._test.sampler.rng(EVALUATION_STEP + 7)
+            wrong[name] = [self._writer.full(change(scene, rng)) for scene in scenes]
+        return [self._writer.full(scene) for scene in scenes], wrong
+
+    def _answer(self, scenes: Sequence[Scene], asked: Sequence[Question]) -> list[str]:
+        model = ViltForQuestionAnswering.from_pretrained(self._folder / "vqa", dtype=torch.float32).eval()
+        pixels, tokenizer = self._test.paint(scenes), build_tokenizer(self._world)
+        said: list[str] = []
+        with torch.inference_mode():
+            for start in range(0, len(asked), _BATCH):
+                tokens = encode(tokenizer, [one.text for one in asked[start : start + _BATCH]])
+                best = answer_logits(model, pixels[start : start + _BATCH], tokens).argmax(1)
+                said += [model.config.id2label[int(number)] for number in best]
+        return said
+
+    def _evaluate(self, data: Dataset, **choices: Any) -> tuple[EvaluationReport, Any]:
+        report, said = evaluate_with_predictions(data, self.job, Choices(catalog=self._catalog, **choices))
+        assert report.num_missing == 0
+        return report, said
+
+    def _dataset(
+        self, task: EvaluationTask, scenes: Sequence[Scene], truth: dict[str, Any], classes: tuple[str, ...] = ()
+    ) -> Dataset:
+        rows = table_of(task, {"uri": self._paint(task, scenes), **truth})
+        return Dataset(task, self._test.name, rows, classes=classes)
+
+    def _paint(self, name: str, scenes: Sequence[Scene]) -> list[str]:
+        """Writes the pictures as files; returns where they are."""
+        pixels = ((self._test.paint(scenes) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        uris = self._uris(name, len(scenes))
+        Path(uris[0]).parent.mkdir(parents=True, exist_ok=True)
+        for uri, picture in zip(uris, pixels, strict=True):
+            Image.fromarray(picture).save(uri)
+        return uris
+
+    def _uris(self, name: str, num: int) -> list[str]:
+        return [str((self._work / name / f"{number:04d}.png").absolute()) for number in range(num)]
 
     def _wrong_texts(self) -> dict[str, Callable[[Scene, np.random.Generator], Scene]]:
         """How the true text of a scene is made wrong: each returns the scene that the wrong text describes."""
@@ -163,76 +286,61 @@ class Evaluation:
 
         return {"random text": random_text, "same category": same_category, "other colour": color, "other count": count}
 
-    def _match(self, model: BlipForImageTextRetrieval, images: torch.Tensor, scenes: Sequence[Scene]) -> Scores:
-        """(N,) the head's probability that ``scenes[i]``'s caption fits; ``images``: (N, tokens, width)."""
 
-        def score(tokens: torch.Tensor, texts: Tokens) -> torch.Tensor:
-            states = model.text_encoder(
-                texts.ids,
-                attention_mask=texts.mask,
-                encoder_hidden_states=tokens,
-                encoder_attention_mask=tokens.new_ones(tokens.shape[:2]),
-            ).last_hidden_state
-            return model.itm_head(states[:, 0]).softmax(dim=1)[:, 1]
-
-        return self._batched(score, images, [self._writer.full(scene) for scene in scenes])
-
-    def _caption(self, model: BlipForConditionalGeneration, scenes: Sequence[Scene]) -> list[str]:
-        captions: list[str] = []
-        for pixels in self._test.paint(scenes).split(_BATCH):
-            ids = model.generate(pixel_values=pixels, max_new_tokens=28, do_sample=False)
-            captions += self._tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return [caption.replace(" ,", ",").strip() for caption in captions]
-
-    def _batched(
-        self, score: Callable[[torch.Tensor, Tokens], torch.Tensor], pixels: torch.Tensor, texts: Sequence[str]
-    ) -> npt.NDArray[np.float32]:
-        parts = []
-        with torch.inference_mode():
-            for start in range(0, len(texts), _BATCH):
-                part = self._tokens(texts[start : start + _BATCH])
-                parts.append(score(pixels[start : start + _BATCH], part).float().numpy())
-        return np.concatenate(parts)
-
-    def _tokens(self, texts: Sequence[str]) -> Tokens:
-        return encode(self._tokenizer, texts)
-
-
-def _similarities(model: open_clip.CLIP, pixels: torch.Tensor, texts: Tokens) -> Scores:
-    context = model.context_length
-    with torch.inference_mode():
-        images = torch.cat([model.encode_image(part, normalize=True) for part in pixels.split(_BATCH)])
-        ids = functional.pad(texts.ids, (0, context - texts.ids.shape[1]))
-        words = torch.cat([model.encode_text(part, normalize=True) for part in ids.split(_BATCH)])
-    return np.asarray((images @ words.T).float().numpy())
-
-
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.nn.Module]:
-    """The models of the folders that are there, through the libraries' own loaders."""
-    models: dict[str, torch.nn.Module] = {}
-    if (folder / "clip").is_dir():
-        models["clip"] = open_clip.create_model(f"local-dir:{folder / 'clip'}")
-    classes = {
-        "captioner": BlipForConditionalGeneration,
-        "matcher": BlipForImageTextRetrieval,
-        "vqa": ViltForQuestionAnswering,
+def starter_job(folder: Path) -> Job:
+    """The models of the folder; of images the whole alone, which is all that the scenes need."""
+    models = {
+        "embed": {"family": "open_clip", "path": str(folder / "clip"), "repo": "vlmflow/starter-clip"},
+        "caption": {"family": "blip_caption", "path": str(folder / "captioner")},
+        "match": {"family": "blip_itm", "path": str(folder / "matcher")},
     }
-    for name, kind in classes.items():
-        if (folder / name).is_dir():
-            models[name] = kind.from_pretrained(folder / name, dtype=dtype)
-    return {name: model.eval() for name, model in models.items()}
+    return Job.model_validate(
+        {
+            "source": {"uri": "unused"},
+            "catalog": {"uri": "unused"},
+            "profile": "starter",
+            "models": models,
+            "policy": "demo",
+            "max_caption_tokens": 28,
+            "views": ("squash",),
+        }
+    )
 
 
-def evaluate(folder: Path, world: World, drawings: DrawingSet, num: int) -> dict[str, dict[str, float]]:
-    """Set name -> figure name -> value, for all models of the folder."""
-    models = load(folder)
+def run_models(evaluations: Sequence[Evaluation], catalog: CatalogConfig) -> None:
+    """Runs each model once over all sets into the catalog; the figures then find everything there."""
+    embedded = [data.rows.select(["uri"]) for e in evaluations for data in (e.zeroshot, e.gallery, e.moderation)]
+    nothing = {"labels": pa.nulls(1, pa.list_(pa.string())), "flag": pa.nulls(1, pa.bool_())}
+    uris = pa.concat_tables(embedded)
+    for name, value in nothing.items():
+        uris = uris.append_column(name, value.take(pa.array(np.zeros(uris.num_rows, np.int64))))
+    parts = {
+        "moderate": uris,
+        "caption": pa.concat_tables([evaluation.captions.rows for evaluation in evaluations]),
+        "match": pa.concat_tables([evaluation.pairs.rows for evaluation in evaluations]),
+    }
+    for task, rows in parts.items():
+        Run(evaluations[0].job, Dataset(task, "all sets", rows), catalog, None)  # type: ignore[arg-type]
+
+
+def _value(report: EvaluationReport, name: str) -> float:
+    value = report.figures[name].value
+    assert value is not None
+    return value
+
+
+def evaluate(folder: Path, world: World, drawings: DrawingSet, num: int, work: Path) -> dict[str, dict[str, float]]:
+    """Set name -> figure name -> value, for the four models of the folder."""
+    place = work / "evaluate" / "catalog"
+    shutil.rmtree(place, ignore_errors=True)
+    catalog = CatalogConfig(uri=str(place))
+    evaluations = [Evaluation(world, test, num, folder, work, catalog) for test in test_sets(world, drawings)]
     results: dict[str, dict[str, float]] = {}
-    for test in test_sets(world, drawings):
-        evaluation = Evaluation(world, test, num)
-        figures: dict[str, float] = {}
-        for name, model in models.items():
-            figures |= getattr(evaluation, name)(model)
-        results[test.name] = {key: round(value, 4) for key, value in figures.items()}
+    with ray_cluster(RayConfig()):
+        run_models(evaluations, catalog)
+        for evaluation in evaluations:
+            figures = evaluation.clip() | evaluation.captioner() | evaluation.matcher() | evaluation.vqa()
+            results[evaluation.name] = {key: round(value, 4) for key, value in figures.items()}
     return results
 
 
@@ -246,7 +354,7 @@ def main() -> None:
     parser.add_argument("--policy", default="demo", help="of the demo catalog")
     options = parser.parse_args()
     world = load_world(options.world, options.work)
-    results = evaluate(options.folder, world, build_drawings(world, options.work), options.num)
+    results = evaluate(options.folder, world, build_drawings(world, options.work), options.num, options.work)
     if (options.folder / "demo").is_dir() and (options.folder / "matcher").is_dir():
         figures = Demo(options.folder, options.policy).figures()
         results["demo catalog"] = {name: round(value, 4) for name, value in figures.items()}

@@ -12,7 +12,9 @@ import pytest
 import ray
 
 from tests.endpoint import KEY, KEY_VARIABLE
+from tests.flows import Prefect
 from tests.models import make_captioner, make_clip, make_matcher
+from tests.processes import RayNodes, prefect_server, ray_nodes
 from tests.s3 import CREDENTIALS
 from vlmflow.config import Job, ModelConfig
 from vlmflow.models import identify
@@ -94,3 +96,23 @@ def make_job(models: dict[str, dict[str, Any]], policy: str, tmp_path: Path) -> 
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect]:
+    """One Prefect server for all tests of the session; flows of this process talk to it too."""
+    # Here, because Prefect sets up logging when it is imported.
+    from prefect.logging.handlers import APILogHandler
+    from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
+
+    home = tmp_path_factory.mktemp("prefect")
+    with prefect_server(home) as api, temporary_settings({PREFECT_API_URL: api, PREFECT_HOME: home}):
+        yield Prefect(api, home)
+        APILogHandler().flush()  # while there is still somebody to send it to
+
+
+@pytest.fixture(scope="session")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayNodes]:
+    """One Ray cluster of two nodes with its dashboard, for tests that leave it whole."""
+    with ray_nodes(tmp_path_factory.mktemp("ray"), dashboard=True) as started:
+        yield started

@@ -41,7 +41,7 @@ def vectors(catalog: Catalog) -> dict[tuple[str, str], list[float]]:
 
 
 def worked(report: RunReport) -> dict[str, int]:
-    return {stage.stage: stage.images for stage in report.stages if stage.stage not in ("read", "decode")}
+    return {stage.stage: stage.images for stage in report.stages if stage.stage not in ("read", "decode", "feed")}
 
 
 def known(job: Job) -> KnownBytes:

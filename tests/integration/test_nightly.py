@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import datetime as dt
-import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import yaml
-from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
 from pipelines.nightly import nightly_enrichment
 from pipelines.steps import Golden
+from tests.flows import Prefect, write_job
 from tests.models import make_captioner, make_clip
 from tests.pictures import picture, write_pictures
-from tests.processes import prefect_server, wait_for
+from tests.processes import wait_for
 from vlmflow.catalog import Catalog
 from vlmflow.config import Job, SourceConfig
 from vlmflow.errors import ConfigError, RegressionError
@@ -29,13 +27,6 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 FIRST, SECOND = dt.date(2026, 11, 1), dt.date(2026, 11, 2)
 
 
-@pytest.fixture(scope="module")
-def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("prefect")
-    with prefect_server(folder) as url, temporary_settings({PREFECT_API_URL: url, PREFECT_HOME: folder}):
-        yield url
-
-
 @pytest.fixture
 def job(make_job: Callable[..., Job], tmp_path: Path) -> Job:
     write_pictures(tmp_path / "images", 9)
@@ -44,9 +35,7 @@ def job(make_job: Callable[..., Job], tmp_path: Path) -> Job:
 
 @pytest.fixture
 def job_file(job: Job, tmp_path: Path) -> Path:
-    path = tmp_path / "job.yaml"
-    path.write_text(yaml.safe_dump(job.model_dump(mode="json", exclude_defaults=True)), encoding="utf-8")
-    return path
+    return write_job(job, tmp_path / "job.yaml")
 
 
 @pytest.fixture
@@ -61,19 +50,6 @@ def run(job_file: Path, date: dt.date, **options: Any) -> Any:
     return nightly_enrichment(job_file, date=date, return_state=True, **options)
 
 
-def artifacts(api: str) -> dict[str, dict[str, Any]]:
-    """The newest artifact of each key, the catalog's part of the key left out."""
-    found = httpx.post(f"{api}/artifacts/latest/filter", json={}).json()
-    return {
-        re.sub(r"-catalog-[0-9a-f]{6}", "", item["key"]): item for item in sorted(found, key=lambda i: i["updated"])
-    }
-
-
-def events(api: str, name: str) -> list[dict[str, Any]]:
-    asked = {"filter": {"event": {"name": [name]}, "occurred": {"since": "2020-01-01T00:00:00Z"}}}
-    return list(httpx.post(f"{api}/events/filter", json=asked).json()["events"])
-
-
 def catalogs_of(found: list[dict[str, Any]]) -> set[str]:
     return {event["resource"]["prefect.resource.name"] for event in found}
 
@@ -83,11 +59,11 @@ def versions(job: Job) -> tuple[int, int]:
     return catalog._images.refreshed_table().version(), catalog._embeddings.refreshed_table().version()
 
 
-def test_nights_follow_one_another(api: str, job: Job, job_file: Path, golden: Golden, tmp_path: Path) -> None:
+def test_nights_follow_one_another(prefect: Prefect, job: Job, job_file: Path, golden: Golden, tmp_path: Path) -> None:
     first = run(job_file, FIRST, golden=golden)
     assert first.is_completed()
     assert first.message.startswith("2026-11-01: 9 rows new, 0 replaced")
-    shown = artifacts(api)
+    shown = prefect.artifacts()
     assert {"doctor", "gate", "plan", "enrich", "counts", "verify", "report"} <= shown.keys()
     assert "Quality gate open" in shown["gate"]["data"]
     assert shown["enrich"]["data"] == 100.0
@@ -100,6 +76,14 @@ def test_nights_follow_one_another(api: str, job: Job, job_file: Path, golden: G
     before = versions(job)
     again = run(job_file, FIRST)
     assert again.message == "Nothing was due on 2026-11-01: 9 images listed, all up to date."
+    assert versions(job) == before
+
+    # A flow that was killed between its run and its report: the report is made up for, no row is touched.
+    for report in page.glob("*.html"):
+        report.unlink()
+    late = run(job_file, FIRST)
+    assert late.message.startswith("2026-11-01: 9 rows new, 0 replaced")
+    assert len(list(page.glob("2026-11-01-*.html"))) == 1
     assert versions(job) == before
 
     # The next night finds a new image and a changed one.
@@ -116,7 +100,7 @@ def test_nights_follow_one_another(api: str, job: Job, job_file: Path, golden: G
 
 
 def test_a_broken_checkpoint_stops_the_night_before_any_write(
-    api: str, job: Job, job_file: Path, golden: Golden, tmp_path: Path
+    prefect: Prefect, job: Job, job_file: Path, golden: Golden, tmp_path: Path
 ) -> None:
     assert run(job_file, FIRST).is_completed()
     before = versions(job)
@@ -133,12 +117,13 @@ def test_a_broken_checkpoint_stops_the_night_before_any_write(
     with pytest.raises(RegressionError, match=r"captions are equal, at least 95.0% must be"):
         state.result()
     assert versions(job) == before
-    assert "Quality gate closed" in artifacts(api)["gate"]["data"]
-    wait_for(lambda: job.catalog.uri in catalogs_of(events(api, "vlmflow.gate.closed")), seconds=30)
+    assert "Quality gate closed" in prefect.artifacts()["gate"]["data"]
+    wait_for(lambda: job.catalog.uri in catalogs_of(prefect.events("vlmflow.gate.closed")), seconds=30)
 
 
+@pytest.mark.slow
 def test_an_embedder_that_was_exchanged_is_told_by_its_margins(
-    api: str, job: Job, job_file: Path, golden: Golden, tmp_path: Path
+    prefect: Prefect, job: Job, job_file: Path, golden: Golden, tmp_path: Path
 ) -> None:
     data = yaml.safe_load(job_file.read_text())
     data["models"]["embed"] = {"family": "open_clip", "path": str(make_clip(tmp_path / "other", seed=9))}
@@ -151,7 +136,7 @@ def test_an_embedder_that_was_exchanged_is_told_by_its_margins(
     assert not Catalog.exists(job.catalog)
 
 
-def test_what_is_missing_is_named_before_anything_runs(api: str, job_file: Path, tmp_path: Path) -> None:
+def test_what_is_missing_is_named_before_anything_runs(prefect: Prefect, job_file: Path, tmp_path: Path) -> None:
     data = yaml.safe_load(job_file.read_text())
     shutil.rmtree(tmp_path / "images")
     state = run(job_file, FIRST)
@@ -164,8 +149,9 @@ def test_what_is_missing_is_named_before_anything_runs(api: str, job_file: Path,
         state.result()
 
 
+@pytest.mark.slow
 def test_images_that_arrive_during_the_run_are_no_error(
-    api: str, job: Job, job_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prefect: Prefect, job: Job, job_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pipelines import nightly
 

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from benchmarks.starter.captions import Caption, Writer, agreement
 from benchmarks.starter.concepts import Concept, World, icon_name, small_world
 from benchmarks.starter.data import Studio
-from benchmarks.starter.metrics import Nouns, auc, bleu4, top_k
+from benchmarks.starter.metrics import Nouns
 from benchmarks.starter.questions import Asker
 from benchmarks.starter.scenes import Scene
 from benchmarks.starter.sources import DRAWING_PX, DrawingSet
@@ -143,13 +143,7 @@ def test_answers_are_true(studio: Studio) -> None:
     assert answers == {"what": "cup", "count": "three", "color": "blue"}
 
 
-def test_metrics_on_known_cases() -> None:
-    scores = np.array([[0.9, 0.1, 0.5], [0.2, 0.3, 0.8]], np.float32)
-    assert top_k(scores, np.array([0, 1]), 1) == 0.5
-    assert top_k(scores, np.array([0, 1]), 2) == 1.0
-    assert auc(np.array([2.0, 3.0], np.float32), np.array([1.0, 2.0], np.float32)) == pytest.approx(0.875)
-    assert bleu4(["a cat on a mat today"], ["a cat on a mat today"]) == pytest.approx(1.0)
-    assert bleu4(["a dog in my hat"], ["a cat on a mat"]) == 0.0
+def test_the_longer_name_wins() -> None:
     world = small_world()
     nouns = Nouns(world.all_concepts)
     found = {world.all_concepts[number].name for number in nouns.find("two soccer balls and a wine glass on blue")}

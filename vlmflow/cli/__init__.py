@@ -13,12 +13,13 @@ import threading
 
 import typer
 
-from vlmflow.cli import explain, gate, known, policy, remoderate, report, review, run, search, upkeep, view
+from vlmflow.cli import evaluate, explain, gate, known, policy, remoderate, report, review, run, search, upkeep, view
 from vlmflow.cli.app import app
 from vlmflow.errors import VlmflowError
 
 __all__ = [
     "app",
+    "evaluate",
     "explain",
     "gate",
     "known",

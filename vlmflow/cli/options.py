@@ -91,6 +91,14 @@ ReuseOption = Annotated[
         "--reuse/--no-reuse", help="Copy what the catalog holds for equal bytes. Default: copy.", show_default=False
     ),
 ]
+PreflightOption = Annotated[
+    bool,
+    typer.Option(
+        "--preflight",
+        help="Only try the models on some images, and print batch sizes, actors and hours. `preflight: true` in a job "
+        "file does so before each run, and goes on with what it found.",
+    ),
+]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens, with times.")]
 
 

@@ -19,6 +19,7 @@ from vlmflow.cli.options import (
     JsonOption,
     LimitOption,
     PolicyOption,
+    PreflightOption,
     ProfileOption,
     QuestionOption,
     QuestionsOption,
@@ -53,6 +54,7 @@ def enrich(
     allow_empty: AllowEmptyOption = False,
     accept_unbound: UnboundOption = False,
     reuse: ReuseOption = None,
+    preflight: PreflightOption = False,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -64,7 +66,9 @@ def enrich(
     Example: `vlmflow enrich photos/ catalog/ --profile base --policy marketplace`
     """
     from vlmflow.engine import enrich as run
+    from vlmflow.engine import preflight as try_out
     from vlmflow.views import print_report
+    from vlmflow.views_preflight import print_preflight
 
     job = make_job(
         source,
@@ -85,6 +89,14 @@ def enrich(
         accept_unbound=accept_unbound,
         reuse=reuse,
     )
+    if preflight:
+        with shown_progress(as_json=False, verbose=verbose) as display:
+            tried = try_out(job, progress=display)
+        if as_json:
+            typer.echo(tried.model_dump_json())
+        else:
+            print_preflight(tried, Console())
+        return
     with shown_progress(as_json=as_json, verbose=verbose) as display:
         report = run(job, progress=display)
     if as_json:

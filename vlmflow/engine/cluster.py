@@ -16,6 +16,7 @@ from typing import Any
 
 import ray
 from ray.data import DataContext
+from ray.exceptions import AuthenticationError
 
 from vlmflow.config import RayConfig
 from vlmflow.errors import ClusterError
@@ -162,9 +163,10 @@ def _connect(config: RayConfig) -> None:
     try:
         with _without_standard_error(), _own_termination():
             ray.init(**options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
         where = f"Ray at {config.address}" if config.address else "an embedded Ray"
         raise ClusterError(
             f"{where} does not start or answer: {str(error).splitlines()[0]}",
-            remedy="Check the address and that its Ray version equals the installed one; `vlmflow doctor` tests both.",
+            remedy="Check the address, and that its Ray version equals the installed one; `vlmflow doctor` tests both. "
+            "A cluster with token authentication wants RAY_AUTH_MODE=token and its token in RAY_AUTH_TOKEN_PATH.",
         ) from error

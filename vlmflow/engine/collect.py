@@ -30,7 +30,6 @@ BUDGET_ROWS = 1_000
 # decoding ones, so a small machine has one.
 MAX_WRITES = 4
 _CPUS_PER_WRITE = 4
-_SUMMED = (columns.SECONDS_PREFIX, columns.BATCHES_PREFIX, columns.SPENT_PREFIX)
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Written:
 
     Attributes:
         files: descriptors of the files (schema.DESCRIPTOR); they carry the keys.
-        sums: totals of the blocks' numeric columns: seconds and batches per stage, bytes read.
+        sums: totals of the blocks' numeric columns: seconds, batches and operations per stage, bytes read.
         worked: images on which each task ran, failed ones included.
         decisions: images by moderation decision.
         at_once: by pool, the most images at once since memory ran out.
@@ -71,8 +70,11 @@ def write_blocks(writer: CatalogWriter, known: KnownImages, *blocks: pa.Table) -
     sums = {
         name: float(pa.compute.sum(rows[name]).as_py() or 0.0)
         for name in rows.column_names
-        if name == "bytes_read" or name.startswith(_SUMMED)
+        if name.startswith(columns.SUMMED_PREFIXES) or name == "bytes_read"
     }
+    for name in rows.column_names:
+        if name.startswith(columns.CEILING_PREFIX):  # a mean is made of it
+            sums[columns.COUNT_PREFIX + name] = float(len(rows) - rows[name].null_count)
     worked: Counter[str] = Counter()
     for column in (columns.TASKS_RUN, columns.TASKS_FAILED):
         for entry in pa.compute.list_flatten(rows[column]).value_counts().to_pylist():
@@ -97,6 +99,7 @@ class Collected:
     num_added: int = 0
     num_replaced: int = 0
     num_by_others: int = 0
+    num_conflicts: int = 0  # commits that were made anew because another writer was first
     num_copied: int = 0
     num_shared: int = 0
     statuses: Counter[str] = field(default_factory=Counter)
@@ -244,6 +247,7 @@ class Collector:
         collected.num_replaced += result.num_replaced
         collected.statuses.update(result.statuses)
         collected.num_by_others += result.num_dropped + result.num_superseded
+        collected.num_conflicts += result.num_conflicts
         images = files.filter(pa.compute.equal(files["table"], "images"))
         collected.num_rows += pa.compute.sum(images["num_rows"]).as_py() or 0
         collected.keys.append(pa.compute.list_flatten(images["keys"]).combine_chunks())

@@ -5,6 +5,8 @@ Their names stay inside the engine; none of them reaches a table.
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -28,13 +30,26 @@ SECONDS_PREFIX = "seconds_"
 # Batches likewise: 1 / rows on each row.
 BATCHES_PREFIX = "batches_"
 
+# What a task has spent on a model that is paid for (requests, tokens, cost), spread likewise.
+SPENT_PREFIX = "spent_"
+
+# Floating-point operations of a task, spread likewise, and what the device could do in a second, on each row; null: it
+# has not been measured yet.
+FLOPS_PREFIX = "flops_"
+CEILING_PREFIX = "ceiling_"
+
+# What the run sums up over all rows; of the ceilings also how many rows have one.
+SUMMED_PREFIXES = (SECONDS_PREFIX, BATCHES_PREFIX, SPENT_PREFIX, FLOPS_PREFIX, CEILING_PREFIX)
+COUNT_PREFIX = "count_"
+
 # The most images that a pool's tasks run at once since memory ran out; null: it never did.
 AT_ONCE_PREFIX = "at_once_"
 
-# What a task has spent on a model that is paid for (requests, tokens, cost), spread evenly like seconds.
-SPENT_PREFIX = "spent_"
+# A JPEG whose pixels the first pool makes, and how it is turned (EXIF, 1 to 8); null: decoded already, or not at all.
+ENCODED = "encoded"
+ORIENTATION = "orientation"
 
-_INTERNAL_PREFIXES = ("pixels_", "views_")
+PIXELS_PREFIX, VIEWS_PREFIX = "pixels_", "views_"
 
 
 def seconds_column(stage: str) -> str:
@@ -62,8 +77,25 @@ def spread(seconds: float, num_rows: int) -> pa.Array:
 
 
 def drop_pixels(batch: pa.Table) -> pa.Table:
-    """Takes the pixels off a batch that no later pool needs."""
-    return batch.drop_columns([name for name in batch.column_names if name.startswith(_INTERNAL_PREFIXES)])
+    """Takes the pixels off a batch, decoded and encoded; the names of the views stay."""
+    dropped = [name for name in batch.column_names if name.startswith(PIXELS_PREFIX)]
+    return batch.drop_columns([*dropped, *(name for name in (ENCODED, ORIENTATION) if name in batch.column_names)])
+
+
+def drop_views(batch: pa.Table, kept: Container[str] = ()) -> pa.Table:
+    """Takes the names of the views off a batch that no later pool needs.
+
+    Args:
+        kept: keys of the requests whose names stay.
+    """
+    names = [name for name in batch.column_names if name.startswith(VIEWS_PREFIX)]
+    return batch.drop_columns([name for name in names if name.removeprefix(VIEWS_PREFIX) not in kept])
+
+
+def set_column(batch: pa.Table, name: str, values: pa.Array | pa.ChunkedArray) -> pa.Table:
+    """Puts values in the place of a column's, under the same field."""
+    index = batch.schema.get_field_index(name)
+    return batch.set_column(index, batch.schema.field(index), values)
 
 
 def append_to_lists(batch: pa.Table, column: str, additions: list[list[object]]) -> pa.Table:

@@ -42,6 +42,11 @@ class FinishedBlocks:
         # It may be waiting for a block; then it ends with the next one, or with Ray.
         self._thread.join(timeout=_JOIN_S)
 
+    @property
+    def num_waiting(self) -> int:
+        """How many times blocks have come that nobody has taken yet; the next may be on its way."""
+        return self._queue.qsize()
+
     def next(self, timeout_s: float) -> list[Block] | None:
         """The next blocks; an empty list if none came in time, None if there will be no more.
 

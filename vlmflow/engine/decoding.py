@@ -18,11 +18,20 @@ from vlmflow.engine.stored import Stored
 from vlmflow.engine.watchdog import at_most
 from vlmflow.errors import ImageError, RowErrorClass, StoreLostError
 from vlmflow.imaging import ImageFacts, PixelRequest, decode, hash_of
+from vlmflow.imaging.jpeg import EncodedJpeg, leave_encoded
 from vlmflow.imaging.pixels import Pixels
 from vlmflow.sources import Fetched, Reader
 
 # Stores have time limits and retries of their own, each image several minutes' worth: this is for what they miss.
 _MAX_READ_S = 1800.0
+
+
+@dataclass(frozen=True)
+class PoolDecoding:
+    """What a pool must know that decodes the JPEGs which the processors left encoded."""
+
+    requests: tuple[PixelRequest, ...]  # of all pools
+    limits: ImageLimits
 
 
 @dataclass(frozen=True)
@@ -33,12 +42,14 @@ class ReadAndDecode:
 
     Attributes:
         known: results that the catalog holds for equal bytes; such images are not decoded. None: none are looked for.
+        leaves_jpegs: of JPEGs only the header is read here; the first pool decodes them on its device.
     """
 
     reader: Reader
     requests: tuple[PixelRequest, ...]
     limits: ImageLimits
     known: Stored[KnownBytes] | None = None
+    leaves_jpegs: bool = False
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Adds FACTS, ``errors``, what remains to be run, what need not be and, per pixel request, the pixels.
@@ -77,14 +88,24 @@ class ReadAndDecode:
             return _Outcome(fetched.object_version, num_bytes, copy.facts, copied=copy.tasks)
         try:
             with at_most(self.limits.max_seconds):
-                image = decode(fetched.data, self.requests, self.limits, content_hash)
+                encoded = self._left_encoded(fetched.data, content_hash)
+                image = None if encoded else decode(fetched.data, self.requests, self.limits, content_hash)
         except ImageError as error:
             return _Outcome(fetched.object_version, num_bytes, error=("decode", str(error.error_class), str(error)))
         copied = copy.tasks if copy else ()
         left = tuple(task for task in tasks if task not in copied)
+        if image is None:
+            assert encoded is not None
+            facts = encoded.facts
+            return _Outcome(fetched.object_version, num_bytes, facts, run=left, copied=copied, encoded=encoded)
         # No error of the image: it was decoded. Moderation takes it for what nobody has looked at.
         unseen = ("frames", str(RowErrorClass.FRAMES_UNSEEN), image.unseen) if image.unseen else None
         return _Outcome(fetched.object_version, num_bytes, image.facts, image.pixels, left, copied, unseen)
+
+    def _left_encoded(self, data: bytes, content_hash: str | None) -> EncodedJpeg | None:
+        if not self.leaves_jpegs or content_hash is None:
+            return None
+        return leave_encoded(data, self.requests, self.limits, content_hash)
 
     def _assemble(
         self,
@@ -118,6 +139,12 @@ class ReadAndDecode:
                 batch = copies.with_captions(batch)
         for request in self.requests:
             added |= _pixel_columns(request, outcomes)
+        if self.leaves_jpegs:
+            left = [outcome.encoded for outcome in outcomes]
+            data = [None if jpeg is None else jpeg.data for jpeg in left]
+            added[columns.ENCODED] = pa.array(data, pa.large_binary())
+            turns = [None if jpeg is None else jpeg.orientation for jpeg in left]
+            added[columns.ORIENTATION] = pa.array(turns, pa.int8())
         added["bytes_read"] = pa.array([outcome.num_bytes for outcome in outcomes], pa.int64())
         added[columns.seconds_column("read")] = columns.spread(read_s, num_rows)
         added[columns.seconds_column("decode")] = columns.spread(decode_s, num_rows)
@@ -136,6 +163,7 @@ class _Outcome:
     run: tuple[str, ...] = ()  # tasks that remain
     copied: tuple[str, ...] = ()  # tasks whose results are copied
     error: tuple[str, str, str] | None = None
+    encoded: EncodedJpeg | None = None
 
     def errors(self) -> list[dict[str, str]]:
         if self.error is None:

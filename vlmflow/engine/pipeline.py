@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -9,13 +10,19 @@ import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, Dataset
 
-from vlmflow.catalog import Plan
+from vlmflow.catalog import KnownBytes, Plan
 from vlmflow.config import Job, PoolConfig
 from vlmflow.engine.cluster import Cluster
 from vlmflow.engine.decoding import ReadAndDecode
 from vlmflow.engine.pools import PoolWorker
+from vlmflow.engine.prepare import Prepared
 from vlmflow.engine.quarantine import Stages
+from vlmflow.engine.read_ahead import limit_read_ahead, read_ahead_rows
+from vlmflow.engine.stored import Stored
 from vlmflow.errors import ClusterError
+from vlmflow.imaging import merge_requests
+from vlmflow.moderation.prompts import PromptVectors
+from vlmflow.sources import Source
 
 # Unequal to what a pool's actors ask for: Ray Data fuses a map into the actors behind it when both ask for the same.
 DECODE_CPUS = 0.45
@@ -23,8 +30,8 @@ DECODE_CPUS = 0.45
 DECODE_BATCH = 64
 _MIN_BLOCK_ROWS, _MAX_BLOCK_ROWS = 32, 512
 # A worker that dies by a signal is retried without limit unless told otherwise.
-_TASK_LIMITS = {"max_retries": 2}
-_ACTOR_LIMITS = {"max_restarts": -1, "max_task_retries": 2}
+TASK_LIMITS = {"max_retries": 2}
+ACTOR_LIMITS = {"max_restarts": -1, "max_task_retries": 2}
 
 
 def default_pools(job: Job, cluster: Cluster) -> tuple[PoolConfig, ...]:
@@ -42,6 +49,15 @@ def default_pools(job: Job, cluster: Cluster) -> tuple[PoolConfig, ...]:
         return (PoolConfig(tasks=job.tasks, cpus=0.5, min_actors=cores, max_actors=cores),)
     num_actors = cores // 4
     return (PoolConfig(tasks=job.tasks, cpus=3, min_actors=1, max_actors=num_actors),)
+
+
+def open_pools(job: Job, cluster: Cluster) -> tuple[PoolConfig, ...]:
+    """The pools of which a preflight is to find batch sizes and numbers of actors, where the job does not say them."""
+    pools = default_pools(job, cluster)
+    if job.pools:
+        return pools
+    sizes = {"batch_size", "min_actors", "max_actors"}
+    return tuple(PoolConfig(**pool.model_dump(exclude=sizes, exclude_unset=True)) for pool in pools)
 
 
 def check_pools(pools: tuple[PoolConfig, ...], cluster: Cluster) -> None:
@@ -65,6 +81,21 @@ def check_pools(pools: tuple[PoolConfig, ...], cluster: Cluster) -> None:
             )
 
 
+def stages_of(
+    prepared: Prepared,
+    source: Source,
+    pools: tuple[PoolConfig, ...],
+    prompts: PromptVectors | None,
+    known: Stored[KnownBytes] | None,
+) -> Stages:
+    """What each image of the job goes through."""
+    setup, limits = prepared.setup, prepared.job.limits
+    requests = tuple(merge_requests(setup.pixel_requests()))
+    in_pool = decodes_in_pool(prepared.job, pools)
+    decode = ReadAndDecode(source.reader(limits), requests, limits, known, leaves_jpegs=in_pool)
+    return Stages(decode, pools, setup, prompts)
+
+
 def planned_blocks(plan: Plan, cluster: Cluster, max_rows: int) -> Iterator[pa.Table]:
     """Cuts the planned rows into blocks, in order: small enough to keep every core busy, and to be committed in time.
 
@@ -76,12 +107,18 @@ def planned_blocks(plan: Plan, cluster: Cluster, max_rows: int) -> Iterator[pa.T
     return plan.batches(max_rows=block_rows)
 
 
-def build_pipeline(blocks: list[ray.ObjectRef[pa.Table]], stages: Stages, max_rows: int) -> Dataset:
+def build_pipeline(
+    blocks: list[ray.ObjectRef[pa.Table]], stages: Stages, max_rows: int, read_ahead: int | None = None
+) -> Dataset:
     """Chains decoding and the pools; nothing runs until the dataset is consumed.
 
     Args:
         max_rows: as for :func:`planned_blocks`; Ray Data joins blocks that are smaller than a batch.
+        read_ahead: as in the job.
     """
+    # Decoding tasks as Ray starts them: as many as their share of a processor allows.
+    at_once = DECODE_BATCH * math.ceil(ray.cluster_resources().get("CPU", 1.0) / DECODE_CPUS)
+    limit_read_ahead(read_ahead_rows(read_ahead, stages.pools, at_once))
     dataset = ray.data.from_arrow_refs(blocks)
     with warnings.catch_warnings():
         # Ray 2.60 announces named parameters for these arguments and has none for the retries yet.
@@ -91,22 +128,35 @@ def build_pipeline(blocks: list[ray.ObjectRef[pa.Table]], stages: Stages, max_ro
             batch_format="pyarrow",
             batch_size=min(DECODE_BATCH, max_rows),
             num_cpus=DECODE_CPUS,
-            **_TASK_LIMITS,
+            **TASK_LIMITS,
         )
-        for pool in stages.pools:
+        for number, pool in enumerate(stages.pools):
+            decodes = stages.decode.leaves_jpegs and number == 0
+            later = tuple(task for behind in stages.pools[number + 1 :] for task in behind.tasks)
             dataset = dataset.map_batches(
                 PoolWorker,
                 fn_constructor_args=(pool, stages.setup, stages.prompts),
-                fn_constructor_kwargs={"is_last": pool is stages.pools[-1]},
+                fn_constructor_kwargs={"later": later, "decoding": stages.decoding if decodes else None},
                 batch_format="pyarrow",
                 batch_size=pool.batch_size,
                 num_cpus=pool.cpus,
                 num_gpus=pool.gpus,
                 # A fixed pool that reserves every CPU starves the reads and waits for ever (ray#44687).
-                compute=ActorPoolStrategy(min_size=pool.min_actors, max_size=pool.max_actors),
-                **_ACTOR_LIMITS,
+                compute=_strategy(pool, overlaps=pool.gpus > 0 or decodes),
+                **ACTOR_LIMITS,
             )
     return dataset
+
+
+def _strategy(pool: PoolConfig, *, overlaps: bool) -> ActorPoolStrategy:
+    """Of a pool's actors; where it pays, two calls at a time in each: one feeds while the other computes."""
+    calls = {"max_concurrent_calls_per_actor": 2, "enable_true_multi_threading": True} if overlaps else {}
+    return ActorPoolStrategy(min_size=pool.min_actors, max_size=pool.max_actors, **calls)
+
+
+def decodes_in_pool(job: Job, pools: tuple[PoolConfig, ...]) -> bool:
+    """Whether the first pool decodes the JPEGs."""
+    return job.decode == "pool" or (job.decode == "auto" and pools[0].gpus > 0)
 
 
 def _as_function(decode: ReadAndDecode) -> Callable[[pa.Table], pa.Table]:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import time
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from vlmflow.config import PoolConfig
+from vlmflow.config import PoolConfig, TaskName
 from vlmflow.engine import columns
 from vlmflow.engine.equal_bytes import RecentResults
+from vlmflow.engine.metrics import PoolMetrics
 from vlmflow.engine.watchdog import at_most
 from vlmflow.moderation.prompts import PromptVectors
 from vlmflow.tasks import Columns, Task, add_columns
 from vlmflow.tasks.setup import TaskSetup, load_task
 
 if TYPE_CHECKING:
+    from vlmflow.engine.decoding import PoolDecoding
+    from vlmflow.engine.feeding import Fed
     from vlmflow.models import Metered
     from vlmflow.tasks.run import BatchLimit
 
@@ -27,8 +31,24 @@ _READS = {"moderate": "embed"}
 class PoolWorker:
     """Runs a pool's tasks on a batch; built once per actor, so weights load once."""
 
-    def __init__(self, pool: PoolConfig, setup: TaskSetup, prompts: PromptVectors | None, *, is_last: bool) -> None:
+    def __init__(
+        self,
+        pool: PoolConfig,
+        setup: TaskSetup,
+        prompts: PromptVectors | None,
+        *,
+        later: tuple[TaskName, ...] = (),
+        decoding: PoolDecoding | None = None,
+    ) -> None:
+        """Loads the models.
+
+        Args:
+            later: tasks of the pools behind this one, which need their pixels.
+            decoding: None: every image comes decoded.
+        """
         # The driver imports this module too and needs no torch.
+        from vlmflow.engine.feeding import Feeder
+        from vlmflow.engine.flops import Ceilings, CountedTask
         from vlmflow.engine.loading import check_weights, set_up_torch
         from vlmflow.models.towers import VisionTowers
         from vlmflow.tasks.run import BatchLimit
@@ -36,38 +56,60 @@ class PoolWorker:
         device = set_up_torch(pool)
         check_weights(pool, setup)
         towers = VisionTowers()
-        self._tasks: dict[str, Task] = {name: load_task(name, setup, prompts, device, towers) for name in pool.tasks}
+        self._tasks: dict[str, CountedTask] = {
+            name: CountedTask(load_task(name, setup, prompts, device, towers)) for name in pool.tasks
+        }
+        self._ceilings = Ceilings(device, setup.blip_dtype)
         self._limits: dict[str, BatchLimit] = {name: BatchLimit() for name in pool.tasks}
         self._recent = {name: RecentResults(task) for name, task in self._tasks.items()}
         self._timeout_s = pool.timeout_s
-        self._is_last = is_last
+        self._feeder = Feeder(setup.requests_of(pool.tasks), setup.requests_of(later), device, decoding)
+        self._turn = threading.Lock()
         self._name = "+".join(pool.tasks)
         self._idle_since: float | None = None
+        self._metrics = PoolMetrics(pool)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Adds the outputs of the pool's tasks, null on rows that do not need or cannot have them."""
+        """Adds the outputs of the pool's tasks, null on rows that do not need or cannot have them.
+
+        Two threads may call it: one batch is made ready while the tasks are at the one before.
+        """
         if batch.num_rows == 0:
             return batch
-        started = time.perf_counter()
-        waited = 0.0 if self._idle_since is None else started - self._idle_since
-        for name, task in self._tasks.items():
-            batch = run_on_due_rows(batch, task, self._limits[name], self._timeout_s, self._recent[name])
-            batch = _with_usage(batch, task)
-        if self._is_last:
-            batch = columns.drop_pixels(batch)
-        num_rows = batch.num_rows
-        ended = time.perf_counter()
+        fed = self._feeder(batch)
+        with self._turn:
+            started = time.perf_counter()
+            waited = 0.0 if self._idle_since is None else started - self._idle_since
+            batch = self._run(fed)
+            busy = time.perf_counter() - started
+            self._ceilings.measure_once(self._tasks)
+            retries = sum(limit.num_retries for limit in self._limits.values())
+            self._metrics.count_batch(batch.num_rows, busy, waited, retries)
+            self._idle_since = time.perf_counter()
+        batch = self._feeder.finish(batch, fed)
         for column, amount in (
-            (columns.seconds_column(f"busy:{self._name}"), ended - started),
+            (columns.seconds_column(f"feed:{self._name}"), fed.seconds),
+            (columns.seconds_column(f"busy:{self._name}"), busy),
             (columns.seconds_column(f"waiting:{self._name}"), waited),
             (columns.BATCHES_PREFIX + self._name, 1.0),
         ):
-            batch = batch.append_column(column, columns.spread(amount, num_rows))
+            batch = batch.append_column(column, columns.spread(amount, batch.num_rows))
+        return batch
+
+    def _run(self, fed: Fed) -> pa.Table:
+        batch = fed.batch
+        with self._feeder.lent(fed):
+            for name, task in self._tasks.items():
+                before = task.flops
+                batch = run_on_due_rows(batch, task, self._limits[name], self._timeout_s, self._recent[name])
+                batch = _with_usage(batch, task.task)
+                done = columns.spread(task.flops - before, batch.num_rows)
+                batch = batch.append_column(columns.FLOPS_PREFIX + name, done)
+                ceiling = pa.scalar(self._ceilings.of(name), pa.float64())
+                batch = batch.append_column(columns.CEILING_PREFIX + name, pa.repeat(ceiling, batch.num_rows))
         fitting = [limit.rows for limit in self._limits.values() if limit.rows is not None]
         at_once = pa.scalar(min(fitting, default=None), pa.int64())
-        batch = batch.append_column(columns.AT_ONCE_PREFIX + self._name, pa.repeat(at_once, num_rows))
-        self._idle_since = time.perf_counter()
-        return batch
+        return batch.append_column(columns.AT_ONCE_PREFIX + self._name, pa.repeat(at_once, batch.num_rows))
 
 
 def _with_usage(batch: pa.Table, task: Task) -> pa.Table:
@@ -107,7 +149,8 @@ def run_on_due_rows(
     }
     outputs: dict[str, pa.Array] = {field.name: pa.nulls(batch.num_rows, field.type) for field in task.writes}
     if len(rows):
-        values, row_errors, shared = _results(batch.take(rows), task, limit, timeout_s, recent)
+        taken = batch if len(rows) == batch.num_rows else batch.take(rows)
+        values, row_errors, shared = _results(taken, task, limit, timeout_s, recent)
         outputs = _scatter(values, rows, batch.num_rows, task.writes)
         for row, error, is_shared in zip(rows.to_pylist(), row_errors.to_pylist(), shared, strict=True):
             if error is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import resource
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import psutil
@@ -16,9 +16,9 @@ import pyarrow as pa
 import ray
 from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayTaskError
 
-from vlmflow.config import PoolConfig, QuarantineConfig
+from vlmflow.config import PoolConfig, QuarantineConfig, TaskName
 from vlmflow.engine import columns, watchdog
-from vlmflow.engine.decoding import ReadAndDecode
+from vlmflow.engine.decoding import PoolDecoding, ReadAndDecode
 from vlmflow.engine.pools import PoolWorker
 from vlmflow.errors import RowErrorClass
 from vlmflow.moderation.prompts import PromptVectors
@@ -39,7 +39,12 @@ class Stages:
     prompts: PromptVectors | None
 
     @property
-    def tasks(self) -> list[str]:
+    def decoding(self) -> PoolDecoding:
+        """What the first pool must know to decode what is left to it."""
+        return PoolDecoding(self.decode.requests, self.decode.limits)
+
+    @property
+    def tasks(self) -> list[TaskName]:
         """The tasks, in the order in which they run."""
         return [task for pool in self.pools for task in pool.tasks]
 
@@ -49,9 +54,11 @@ class _Supervised:
 
     def __init__(self, stages: Stages, max_memory_bytes: int) -> None:
         watchdog.disable()  # the caller has the clock, and would take a process that ends itself for a crash
-        self._decode = stages.decode
+        # What took a pool down may have been its decoder: here processors decode all.
+        self._decode = replace(stages.decode, leaves_jpegs=False)
+        later = tuple(stages.tasks)
         self._workers: dict[str, PoolWorker] = {
-            task: PoolWorker(pool.model_copy(update={"tasks": (task,)}), stages.setup, stages.prompts, is_last=False)
+            task: PoolWorker(pool.model_copy(update={"tasks": (task,)}), stages.setup, stages.prompts, later=later)
             for pool in stages.pools
             for task in pool.tasks
         }
@@ -94,11 +101,12 @@ class Quarantine:
         """
         decoded = self._call("decode", row)
         if isinstance(decoded, RowErrorClass):
-            return self._stages.decode.failed(row, decoded, _MESSAGES[decoded])
+            finished = self._stages.decode.failed(row, decoded, _MESSAGES[decoded])
+            return columns.drop_views(columns.drop_pixels(finished))
         for task in self._stages.tasks:
             finished = self._call("run", task, decoded)  # a task reads what is there: null where one before it failed
             decoded = _failed_task(decoded, task, finished) if isinstance(finished, RowErrorClass) else finished
-        return columns.drop_pixels(decoded)
+        return columns.drop_views(columns.drop_pixels(decoded))
 
     def close(self) -> None:
         """Ends the process."""

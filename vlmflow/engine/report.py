@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from vlmflow.config import Frozen, Job
 from vlmflow.engine import columns
+from vlmflow.engine.stages import PoolReport, StageReport, pool_reports, stage_reports
 from vlmflow.sources import normalise_uri
 
 if TYPE_CHECKING:
@@ -20,37 +21,6 @@ if TYPE_CHECKING:
 RunStatus = Literal["running", "done", "nothing_due", "unreconciled", "failed", "interrupted"]
 
 _PACKAGES = ("vlmflow", "ray", "torch", "transformers", "open_clip_torch", "deltalake", "pyarrow", "pillow", "obstore")
-
-
-class StageReport(Frozen):
-    """Where the time of one stage went, summed over its workers.
-
-    Attributes:
-        images: images that the stage worked on.
-        busy_s: seconds of work, all workers together.
-        images_per_busy_s: images per second of work of one worker.
-    """
-
-    stage: str
-    images: int
-    busy_s: float
-    images_per_busy_s: float
-
-
-class PoolReport(Frozen):
-    """How a pool's actors spent their time between their first and their last batch.
-
-    Attributes:
-        busy_s: seconds in tasks, all actors together.
-        waiting_s: seconds without a batch, all actors together.
-        at_once: the most images at once since memory ran out, of the actor with the fewest; None: it never did.
-    """
-
-    tasks: tuple[str, ...]
-    batches: int
-    busy_s: float
-    waiting_s: float
-    at_once: int | None = None
 
 
 class CommitReport(Frozen):
@@ -229,11 +199,13 @@ def finished_report(
     seconds: float,
     startup_s: float,
     num_first: int,
+    num_cpus: float = 0.0,
 ) -> RunReport:
     """Fills in what the run did.
 
     Args:
         num_first: images of the first blocks, whose work fell into the start-up.
+        num_cpus: of the cluster; 0: there was none.
     """
     num_after_first = sum(commit.rows for commit in collected.commits) - num_first
     working_s = seconds - startup_s
@@ -254,42 +226,11 @@ def finished_report(
             "errors": dict(collected.errors),
             "images_per_s": round(max(0, num_after_first) / working_s, 2) if working_s > 0 else 0.0,
             "bytes_read": int(collected.sums["bytes_read"]),
-            "stages": _stages(report.tasks, collected),
-            "pools": _pools(collected),
+            "stages": stage_reports(report.tasks, collected, max(0.0, working_s) * num_cpus),
+            "pools": pool_reports(collected),
             "usage": _usage(report.tasks, collected),
             "commits": tuple(collected.commits),
         }
-    )
-
-
-def _stages(tasks: tuple[str, ...], collected: Collected) -> tuple[StageReport, ...]:
-    num_rows = collected.num_rows
-    images = {"read": num_rows, "decode": num_rows} | {task: collected.worked[task] for task in tasks}
-    return tuple(
-        StageReport(
-            stage=stage,
-            images=images[stage],
-            busy_s=round(busy_s, 3),
-            images_per_busy_s=round(images[stage] / busy_s, 2) if busy_s > 0 else 0.0,
-        )
-        for stage in images
-        if (busy_s := collected.sums[columns.seconds_column(stage)]) or images[stage]
-    )
-
-
-def _pools(collected: Collected) -> tuple[PoolReport, ...]:
-    names = [
-        name.removeprefix(columns.BATCHES_PREFIX) for name in collected.sums if name.startswith(columns.BATCHES_PREFIX)
-    ]
-    return tuple(
-        PoolReport(
-            tasks=tuple(name.split("+")),
-            batches=round(collected.sums[columns.BATCHES_PREFIX + name]),
-            busy_s=round(collected.sums[columns.seconds_column(f"busy:{name}")], 3),
-            waiting_s=round(collected.sums[columns.seconds_column(f"waiting:{name}")], 3),
-            at_once=collected.at_once.get(name),
-        )
-        for name in names
     )
 
 

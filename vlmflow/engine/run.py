@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import Iterator
@@ -12,21 +13,28 @@ import ray
 
 from vlmflow.catalog import Catalog, KnownBytes, Plan, keys, plan_without_catalog
 from vlmflow.catalog.runs import new_run_id
-from vlmflow.config import Job, PoolConfig
+from vlmflow.config import Job
 from vlmflow.engine.archive import archive_policy
 from vlmflow.engine.cluster import Cluster, WorkerErrors, ray_cluster
 from vlmflow.engine.collect import Collected, Collector
 from vlmflow.engine.consume import Block, FinishedBlocks
-from vlmflow.engine.decoding import ReadAndDecode
-from vlmflow.engine.pipeline import build_pipeline, check_pools, default_pools, planned_blocks
+from vlmflow.engine.metrics import RunMetrics
+from vlmflow.engine.pipeline import build_pipeline, check_pools, default_pools, open_pools, planned_blocks, stages_of
 from vlmflow.engine.planning import OnCluster
 from vlmflow.engine.prepare import Prepared, encode_policy, prepare
 from vlmflow.engine.progress import ProgressDisplay, SilentProgress, Tally
 from vlmflow.engine.quarantine import Quarantine, Stages
 from vlmflow.engine.report import PlanSummary, RunReport, RunStatus, finished_report, initial_report, plan_summary
+from vlmflow.engine.sizing import PreflightReport, measure
 from vlmflow.engine.stored import Stored
-from vlmflow.errors import StorageAccessError, StoreLostError, TransientError, UnreconciledError, VlmflowError
-from vlmflow.imaging import merge_requests
+from vlmflow.errors import (
+    ConfigError,
+    StorageAccessError,
+    StoreLostError,
+    TransientError,
+    UnreconciledError,
+    VlmflowError,
+)
 from vlmflow.moderation.prompts import PromptVectors
 from vlmflow.sources import Source, open_source
 
@@ -73,6 +81,30 @@ def enrich(job: Job, *, progress: ProgressDisplay | None = None) -> RunReport:
         return _Run(prepared, source, planned, display).execute()
 
 
+def preflight(job: Job, *, progress: ProgressDisplay | None = None) -> PreflightReport:
+    """Tries the job's pools on some of the images that are due, and says what a run would need. Writes nothing.
+
+    Raises:
+        VlmflowError: as :func:`enrich` does before its first image.
+        ConfigError: nothing is due.
+    """
+    display = progress or SilentProgress()
+    display.stage("checking models and policy")
+    prepared = prepare(job)
+    source = open_source(job.source)
+    display.stage("listing and planning")
+    with _planned(prepared, source) as planned:
+        if planned.num_planned == 0:
+            raise ConfigError("preflight: nothing is due, so nothing can be tried", remedy="`vlmflow plan` says why.")
+        display.stage("starting Ray")
+        with ray_cluster(prepared.job.ray) as cluster, cluster.worker_errors():
+            pools = open_pools(prepared.job, cluster)
+            check_pools(pools, cluster)
+            stages = stages_of(prepared, source, pools, encode_policy(prepared.setup), None)
+            display.stage("trying batch sizes")
+            return measure(planned, stages, cluster)
+
+
 @contextlib.contextmanager
 def _planned(prepared: Prepared, source: Source) -> Iterator[Plan]:
     """Plans against the catalog as it is; one that does not exist yet is not created, so bad input writes nothing.
@@ -109,6 +141,7 @@ class _Run:
         self._worker_errors = WorkerErrors()
         self._clock = time.monotonic()
         self._startup_s = 0.0
+        self._num_cpus = 0.0
 
     def execute(self) -> RunReport:
         if self._plan.num_planned == 0:
@@ -117,21 +150,29 @@ class _Run:
             return self._finished("nothing_due")
         self._display.stage("starting Ray")
         with ray_cluster(self._job.ray) as cluster, cluster.worker_errors() as self._worker_errors:
+            self._num_cpus = cluster.cpus
             self._display.stage("loading models")
-            pools = default_pools(self._job, cluster)
+            pools = (open_pools if self._job.preflight else default_pools)(self._job, cluster)
             check_pools(pools, cluster)
             prompts = encode_policy(self._prepared.setup)
-            stages = self._stages(pools, prompts, self._known_bytes())
+            stages = stages_of(self._prepared, self._source, pools, prompts, self._known_bytes())
+            if self._job.preflight:
+                self._display.stage("trying batch sizes")
+                tried = measure(self._plan, stages, cluster)
+                stages = dataclasses.replace(stages, pools=tried.chosen)
+                logger.info("preflight: %s", tried.model_dump_json(exclude={"pools": {"__all__": {"trials"}}}))
             blocks = [ray.put(block) for block in planned_blocks(self._plan, cluster, self._job.commit.max_rows)]
-            with FinishedBlocks(build_pipeline(blocks, stages, self._job.commit.max_rows)) as finished:
+            dataset = build_pipeline(blocks, stages, self._job.commit.max_rows, self._job.read_ahead)
+            with FinishedBlocks(dataset) as finished:
                 # Models that do not load end the run here, before anything is written.
                 first = self._first(finished)
                 catalog = Catalog.open_or_create(self._job.catalog, self._source.columns)
                 with self._recorded(catalog):
                     self._archive_policy(catalog, prompts)
                     collector = self._collector(catalog, cluster)
-                    self._consume(first, finished, collector)
-                    self._run_lost(stages, collector)
+                    metrics = RunMetrics(self._report.catalog, self._prepared.job.tasks)
+                    self._consume(first, finished, collector, metrics)
+                    self._run_lost(stages, collector, metrics)
                     self._display.stage("compacting")
                     catalog.compact(self._run_id)
         return self._done
@@ -192,15 +233,9 @@ class _Run:
         known = catalog.known_bytes(self._prepared.plan_request(), self._plan.sizes())
         return None if known is None else Stored(known)
 
-    def _stages(
-        self, pools: tuple[PoolConfig, ...], prompts: PromptVectors | None, known: Stored[KnownBytes] | None
-    ) -> Stages:
-        setup, limits = self._prepared.setup, self._job.limits
-        requests = tuple(merge_requests(setup.pixel_requests()))
-        decode = ReadAndDecode(self._source.reader(limits), requests, limits, known)
-        return Stages(decode, pools, setup, prompts)
-
-    def _consume(self, blocks: list[Block] | None, finished: FinishedBlocks, collector: Collector) -> None:
+    def _consume(
+        self, blocks: list[Block] | None, finished: FinishedBlocks, collector: Collector, metrics: RunMetrics
+    ) -> None:
         self._display.stage("enriching")
         started = time.monotonic()
         while blocks is not None:
@@ -208,12 +243,14 @@ class _Run:
             collector.tick()
             self._tally.elapsed_s = time.monotonic() - started
             self._display.update(self._tally)
+            metrics.update(self._tally, self._collected, num_blocks=finished.num_waiting)
             blocks = finished.next(_TICK_S)
         self._display.stage("committing")
         collector.finish()
         self._display.update(self._tally)
+        metrics.update(self._tally, self._collected)
 
-    def _run_lost(self, stages: Stages, collector: Collector) -> None:
+    def _run_lost(self, stages: Stages, collector: Collector, metrics: RunMetrics) -> None:
         """Runs the images that went in and did not come out, each alone.
 
         Raises:
@@ -232,9 +269,11 @@ class _Run:
                 collector.add([(ray.put(quarantine.run(lost.slice(index, 1))), 1)])
                 collector.tick()
                 self._display.update(self._tally)
+                metrics.update(self._tally, self._collected, num_alone=index + 1)
         finally:
             quarantine.close()
         collector.finish()
+        metrics.update(self._tally, self._collected)
         lost = self._lost()
         if lost.num_rows:
             raise self._unreconciled(lost)
@@ -268,6 +307,7 @@ class _Run:
             seconds=seconds,
             startup_s=self._startup_s,
             num_first=self._tally.num_first,
+            num_cpus=self._num_cpus,
         )
 
 

@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import threading
+import time
 from collections.abc import Iterator
 
 _STANDARD_ERROR = 2
 
 _enabled = True
+# There is one timer per process, and a pool's actor has two threads at work: it is set for whichever ends first.
+_deadlines: dict[object, float] = {}
+_lock = threading.Lock()
 
 
 def disable() -> None:
@@ -24,12 +29,25 @@ def disable() -> None:
 
 @contextlib.contextmanager
 def at_most(seconds: float) -> Iterator[None]:
-    """Ends this process if the block takes longer. There is one timer: blocks must not lie in each other."""
+    """Ends this process if the block takes longer."""
     if not _enabled:
         yield
         return
-    faulthandler.dump_traceback_later(seconds, exit=True, file=_STANDARD_ERROR)
+    block = object()
+    with _lock:
+        _deadlines[block] = time.monotonic() + seconds
+        _set_timer()
     try:
         yield
     finally:
+        with _lock:
+            del _deadlines[block]
+            _set_timer()
+
+
+def _set_timer() -> None:
+    if not _deadlines:
         faulthandler.cancel_dump_traceback_later()
+        return
+    left = max(0.001, min(_deadlines.values()) - time.monotonic())
+    faulthandler.dump_traceback_later(left, exit=True, file=_STANDARD_ERROR)

@@ -3,14 +3,12 @@
 from vlmflow.imaging.decode import (
     DECODER_VERSION,
     DecodedImage,
-    ImageFacts,
     PixelRequest,
     decode,
-    hash_of,
-    inspect,
     merge_requests,
     perceptual_hash,
 )
+from vlmflow.imaging.opening import ImageFacts, hash_of, inspect
 
 __all__ = [
     "DECODER_VERSION",

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 Pixels = NDArray[np.uint8]
+Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels of the image
 
 VIEWS = ("squash", "center", "tiles", "black", "frames")
 # Views of the decoded image itself; the others are made of what else the file holds.
@@ -25,7 +26,7 @@ _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling
 
 # Resizing takes 36 bytes for each pixel along a side. Sides of 128 times the target and more are averaged down to at
 # least 64 times first, so that an image of one row and 100 million columns does not take 4 GB.
-_REDUCING_GAP = 64.0
+REDUCING_GAP = 64.0
 
 # Grey of more than 8 bits is converted in pieces of so many pixels: the floating-point copies take 50 bytes a pixel.
 _GREY_BLOCK = 1 << 20
@@ -96,35 +97,45 @@ def render(
         ValueError: a view is not one of :data:`VIEWS`.
     """
     rendered = []
-    for view in views:
-        if view not in VIEWS:
-            raise ValueError(f"view {view} is unknown; there are {', '.join(VIEWS)}")
-        for name, box in _boxes(view, image, size) if view in _OF_IMAGE else ():
-            resized = image.resize((size, size), _RESAMPLING[interpolation], box=box, reducing_gap=_REDUCING_GAP)
+    for view in names_of(views):
+        for name, box in boxes(view, image.size, size):
+            resized = image.resize((size, size), _RESAMPLING[interpolation], box=box, reducing_gap=REDUCING_GAP)
             rendered.append((name, np.asarray(resized)))
     return rendered
 
 
-def _boxes(view: str, image: Image.Image, size: int) -> list[tuple[str, tuple[float, float, float, float] | None]]:
-    """The parts of the image that a view shows; None: all of it."""
+def names_of(views: Sequence[str]) -> list[str]:
+    """Those of the views that are of the decoded image itself.
+
+    Raises:
+        ValueError: a view is not one of :data:`VIEWS`.
+    """
+    for view in views:
+        if view not in VIEWS:
+            raise ValueError(f"view {view} is unknown; there are {', '.join(VIEWS)}")
+    return [view for view in views if view in _OF_IMAGE]
+
+
+def boxes(view: str, image_size: tuple[int, int], size: int) -> list[tuple[str, Box | None]]:
+    """The parts of an image of (width, height) that a view shows at ``size``; None: all of it."""
+    width, height = image_size
     if view == "squash":
         return [(view, None)]
     if view == "center":
-        return [] if image.width == image.height else [(view, _center_box(image.size, size))]
-    short, long = min(image.size), max(image.size)
+        return [] if width == height else [(view, _center_box(image_size, size))]
+    short, long = min(image_size), max(image_size)
     if long < _LONG * short:
         return []
     num_tiles = min(_MAX_TILES, math.ceil(long / short))
     length = max(short, long / num_tiles)
     starts = [(long - length) * number / (num_tiles - 1) for number in range(num_tiles)]
-    boxes: list[tuple[float, float, float, float]] = [
-        (start, 0, start + length, short) if image.width > image.height else (0, start, short, start + length)
-        for start in starts
+    tiles: list[Box] = [
+        (start, 0, start + length, short) if width > height else (0, start, short, start + length) for start in starts
     ]
-    return [(f"tile-{number}", box) for number, box in enumerate(boxes, 1)]
+    return [(f"tile-{number}", box) for number, box in enumerate(tiles, 1)]
 
 
-def _center_box(image_size: tuple[int, int], size: int) -> tuple[float, float, float, float]:
+def _center_box(image_size: tuple[int, int], size: int) -> Box:
     """The part of the image that torchvision's ``Resize(size)`` and ``CenterCrop(size)`` show, in source pixels.
 
     Resizing only that part costs nothing for long images, whose whole would be resized to a giant first.

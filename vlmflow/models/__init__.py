@@ -75,7 +75,7 @@ class Captioner(Protocol):
 class EncodedImages:
     """Images after the vision tower, so that several lists of texts share one pass of it."""
 
-    embeds: torch.Tensor  # (N, T, D): T patches and the class token, D dimensions
+    embeds: torch.Tensor  # (N, T, D): T patches and the class token, D dimensions; of ALIGN (N, D)
     memory: CrossMemory | None = None  # keys and values of all images that were encoded together
     rows: tuple[int, ...] | None = None  # which of those these are; None: all
 
@@ -87,17 +87,27 @@ class EncodedImages:
         among = tuple(rows) if self.rows is None else tuple(self.rows[row] for row in rows)
         return EncodedImages(self.embeds[list(rows)], self.memory, among)
 
+    def pairs_with(self, texts: Sequence[str]) -> bool:
+        """Whether there is any pair of an image and a text.
+
+        Raises:
+            ValueError: the two differ in length.
+        """
+        if len(self) != len(texts):
+            raise ValueError(f"{len(self)} images but {len(texts)} texts")
+        return len(texts) > 0
+
 
 class Matcher(Protocol):
-    """How well texts fit images, by two heads whose values do not compare."""
+    """How well texts fit images, by two heads whose values do not compare. None: the model has no such head."""
 
     def encode_images(self, pixels: torch.Tensor) -> EncodedImages:
         """(N, 3, S, S) uint8 RGB -> N images for the methods below."""
 
-    def match_itm(self, images: EncodedImages, texts: Sequence[str]) -> NDArray[np.float32]:
+    def match_itm(self, images: EncodedImages, texts: Sequence[str]) -> NDArray[np.float32] | None:
         """(N,) the probability that ``texts[i]`` and image i match, by the matching head."""
 
-    def match_itc(self, images: EncodedImages, texts: Sequence[str]) -> NDArray[np.float32]:
+    def match_itc(self, images: EncodedImages, texts: Sequence[str]) -> NDArray[np.float32] | None:
         """(N,) the cosine of ``texts[i]`` and image i, by the contrastive heads."""
 
 
@@ -197,20 +207,30 @@ def _identify_endpoint(endpoint: EndpointConfig) -> ModelIdentity:
 
 
 def load_embedder(config: ModelConfig, device: str) -> ImageEmbedder:
-    """Loads a CLIP or SigLIP model of open_clip: bfloat16 on CUDA, float32 elsewhere.
+    """Loads an embedder of the configuration's family: bfloat16 on CUDA, float32 elsewhere.
 
     Raises:
         WeightsError: the weights are absent, unsafe to load, or do not fit.
     """
-    from vlmflow.models.clip import ClipEmbedder
+    match config.family:
+        case "flava":
+            from vlmflow.models.flava import FlavaEmbedder
 
-    return ClipEmbedder.load(locate(config), config, device)
+            return FlavaEmbedder.load(locate(config), config, device)
+        case "align":
+            from vlmflow.models.align import AlignEmbedder
+
+            return AlignEmbedder.load(locate(config), config, device)
+        case _:
+            from vlmflow.models.clip import ClipEmbedder
+
+            return ClipEmbedder.load(locate(config), config, device)
 
 
 def load_captioner(
     config: ModelConfig, device: str, dtype: Dtype = "auto", towers: VisionTowers | None = None
 ) -> Captioner:
-    """Loads a captioner: BLIP, or a vision-language model that is prompted for one.
+    """Loads a captioner of the configuration's family.
 
     Args:
         dtype: `auto`: bfloat16 on CUDA, float32 elsewhere.
@@ -225,15 +245,25 @@ def load_captioner(
         prompt = prompt_of("caption", config)
         assert prompt is not None
         return PromptedCaptioner(_load_chat(config, device, dtype), prompt)
-    from vlmflow.models.blip import BlipCaptioner
+    match config.family:
+        case "blip2_caption":
+            from vlmflow.models.blip2 import Blip2Captioner
 
-    return BlipCaptioner.load(locate(config), config, device, dtype, towers)
+            return Blip2Captioner.load(locate(config), config, device, dtype, towers)
+        case "git":
+            from vlmflow.models.git import GitCaptioner
+
+            return GitCaptioner.load(locate(config), config, device, dtype)
+        case _:
+            from vlmflow.models.blip import BlipCaptioner
+
+            return BlipCaptioner.load(locate(config), config, device, dtype, towers)
 
 
 def load_matcher(
     config: ModelConfig, device: str, dtype: Dtype = "auto", towers: VisionTowers | None = None
 ) -> Matcher:
-    """Loads a BLIP image-text matcher.
+    """Loads an image-text matcher of the configuration's family.
 
     Args:
         dtype: `auto`: bfloat16 on CUDA, float32 elsewhere.
@@ -242,9 +272,23 @@ def load_matcher(
     Raises:
         WeightsError: the weights are absent, unsafe to load, or do not fit.
     """
-    from vlmflow.models.blip import BlipMatcher
+    match config.family:
+        case "blip2_itm":
+            from vlmflow.models.blip2 import Blip2Matcher
 
-    return BlipMatcher.load(locate(config), config, device, dtype, towers)
+            return Blip2Matcher.load(locate(config), config, device, dtype, towers)
+        case "flava":
+            from vlmflow.models.flava import FlavaMatcher
+
+            return FlavaMatcher.load(locate(config), config, device, dtype)
+        case "align":
+            from vlmflow.models.align import AlignMatcher
+
+            return AlignMatcher.load(locate(config), config, device, dtype)
+        case _:
+            from vlmflow.models.blip import BlipMatcher
+
+            return BlipMatcher.load(locate(config), config, device, dtype, towers)
 
 
 def load_answerer(

@@ -114,7 +114,7 @@ class BlipMatcher:
         Raises:
             ValueError: the two differ in length.
         """
-        if not _paired(images, texts):
+        if not images.pairs_with(texts):
             return np.empty(0, np.float32)
         memory = images.memory or CrossMemory(self._encoder, images.embeds)
         states = self._encode(texts, images, memory.of(images.rows))
@@ -132,7 +132,7 @@ class BlipMatcher:
         Raises:
             ValueError: the two differ in length.
         """
-        if not _paired(images, texts):
+        if not images.pairs_with(texts):
             return np.empty(0, np.float32)
         states = self._encode(texts, images, None)
         text_features = self._text_proj(states[:, 0])
@@ -157,13 +157,6 @@ class Target:
     dtype: Dtype
     towers: VisionTowers | None
     text_dtype: torch.dtype | None = None  # None: as the vision tower
-
-
-def _paired(images: EncodedImages, texts: Sequence[str]) -> bool:
-    """Whether there is any pair."""
-    if len(images) != len(texts):
-        raise ValueError(f"{len(images)} images but {len(texts)} texts")
-    return len(texts) > 0
 
 
 def load_parts(model_class: Any, folder: Path, config: ModelConfig, target: Target) -> tuple[Any, Any, SharedTower]:

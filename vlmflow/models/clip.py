@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from vlmflow.config import ModelConfig
 from vlmflow.errors import WeightsError
+from vlmflow.models.clip_packed import pack_image_tower
 from vlmflow.models.pixels import PixelNormalizer, model_dtype
 from vlmflow.models.preprocessing import read_open_clip_model, read_preprocessing
 from vlmflow.models.weights import check_keys, find_weights
@@ -47,6 +48,8 @@ class ClipEmbedder:
         _refuse_remote_parts(folder, architecture)
         preprocessing = read_preprocessing(folder, config)
         model = _build(folder, config.architecture, device)
+        if torch.device(device).type == "cpu":
+            pack_image_tower(model)
         normalize = PixelNormalizer(preprocessing, device, model_dtype(device))
         return cls(model, _load_tokenizer(folder, architecture["text_cfg"]), normalize, architecture["embed_dim"])
 

@@ -20,6 +20,11 @@ CODE_VERSIONS = {
     "opennsfw": 1,
     "image_classification": 1,
     "vlm_judge": 1,
+    "blip2_caption": 1,
+    "blip2_itm": 1,
+    "git": 1,
+    "flava": 1,
+    "align": 1,
 }
 
 

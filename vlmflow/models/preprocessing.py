@@ -20,6 +20,13 @@ _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # Of vision-language models without a size of their own: two tiles of the usual 384 each way.
 _PROMPTED_SIDE, _MAX_PROMPTED_SIDE = 768, 1024
+# Where config.json says which pixels the vision tower takes, for families whose processors are transformers' own.
+_IMAGE_SECTIONS = {
+    "blip2_caption": "vision_config",
+    "blip2_itm": "vision_config",
+    "git": "vision_config",
+    "flava": "image_config",
+}
 _PILLOW_FILTERS: dict[object, Interpolation] = {2: "bilinear", 3: "bicubic"}
 
 
@@ -49,6 +56,12 @@ def read_preprocessing(folder: Path, config: ModelConfig) -> Preprocessing:
         return _read_processor(folder)
     if config.family in ("vlm", "vllm"):
         return Preprocessing(_prompted_side(folder), "bicubic", _CLIP_MEAN, _CLIP_STD)
+    if config.family == "align":
+        return _read_align(folder)
+    if config.family in _IMAGE_SECTIONS:
+        preprocessing = _read_processor(folder)
+        _check_size(folder, _IMAGE_SECTIONS[config.family], preprocessing.size)
+        return preprocessing
     return _read_blip(folder)
 
 
@@ -130,11 +143,47 @@ def _read_processor(folder: Path) -> Preprocessing:
 
     The whole image is squashed to it where they would show its middle: moderation must not overlook the ends.
     """
+    values, path = _processor_values(folder)
+    return _squashed(values, path)
+
+
+def _read_align(folder: Path) -> Preprocessing:
+    """That of ALIGN: the side of its crop; [0, 255] becomes [-1, 1] by an offset, which is a mean and std of 0.5.
+
+    Its processor resizes to 346 and cuts 289 out of the middle; here 289 show the whole image.
+    """
+    values, path = _processor_values(folder)
+    scale = values.get("rescale_factor", 1 / 255)
+    if values.get("rescale_offset") and not values.get("do_normalize", True) and abs(scale * 127.5 - 1) < 1e-6:
+        values |= {"rescale_factor": 1 / 255, "do_normalize": True, "image_mean": 0.5, "image_std": 0.5}
+        values |= {"rescale_offset": False}
+    if values.get("rescale_offset") or values.get("include_top", True):
+        raise WeightsError(
+            f"weights: {path} asks for more than an offset to [-1, 1]",
+            remedy="Use rescale_factor 1/127.5, rescale_offset true, do_normalize false, include_top false.",
+        )
+    return _squashed(values, path)
+
+
+def _processor_values(folder: Path) -> tuple[dict[str, Any], Path]:
     path = folder / "preprocessor_config.json"
     if not path.is_file():  # newer checkpoints keep it with the rest of the processor's
         path = folder / "processor_config.json"
     values = read_json(path)
-    values = values.get("image_processor", values)
+    return values.get("image_processor", values), path
+
+
+def _check_size(folder: Path, section: str, side: int) -> None:
+    # All these families take 224 pixels where the configuration does not say.
+    expected = (read_json(folder / "config.json").get(section) or {}).get("image_size", 224)
+    if side != expected:
+        raise WeightsError(
+            f"weights: {folder} shows its model {side} pixels, but config.json says {expected}",
+            remedy="Copy preprocessor_config.json and config.json of one model.",
+        )
+
+
+def _squashed(values: dict[str, Any], path: Path) -> Preprocessing:
     size = values.get("crop_size") if values.get("do_center_crop") else None
     size = size or values.get("size", 224)
     if isinstance(size, dict):

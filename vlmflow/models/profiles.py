@@ -15,9 +15,9 @@ Role = Literal["embed", "caption", "match", "answer"]
 
 # The families that can play a role; the first is that of a profile's model which names none.
 FAMILIES: dict[Role, tuple[Family, ...]] = {
-    "embed": ("open_clip",),
-    "caption": ("blip_caption", *PROMPTED),
-    "match": ("blip_itm",),
+    "embed": ("open_clip", "flava", "align"),
+    "caption": ("blip_caption", "blip2_caption", "git", *PROMPTED),
+    "match": ("blip_itm", "blip2_itm", "flava", "align"),
     "answer": ("vilt", "blip_vqa", *PROMPTED),
 }
 STARTER = "starter"
@@ -46,6 +46,19 @@ class Profile:
     models: dict[Role, ProfileModel]
 
 
+_CLIP_LARGE = ProfileModel(
+    "laion/CLIP-ViT-L-14-laion2B-s32B-b82K", "CLIP-ViT-L-14-laion2B-s32B-b82K", "MIT", 427_616_513
+)
+_BLIP_ITM_LARGE = ProfileModel(
+    "Salesforce/blip-itm-large-coco", "blip-itm-large-coco", "BSD-3-Clause", 446_128_642, "blip_itm"
+)
+_GIT_BASE = ProfileModel("microsoft/git-base-coco", "git-base-coco", "MIT", 176_619_066, "git")
+_FLAVA = ProfileModel("facebook/flava-full", "flava-full", "BSD-3-Clause", 357_645_303, "flava")
+_ALIGN = ProfileModel("kakaobrain/align-base", "align-base", "none stated", 172_117_841, "align")
+
+_VILT_VQA = ProfileModel("dandelin/vilt-b32-finetuned-vqa", "vilt-b32-finetuned-vqa", "Apache-2.0", 117_588_537)
+_BLIP_VQA = ProfileModel("Salesforce/blip-vqa-base", "blip-vqa-base", "BSD-3-Clause", 361_230_140, "blip_vqa")
+
 PROFILES: dict[str, Profile] = {
     STARTER: Profile(
         "ships with the package; drawings only: for the demo and tests, NOT for photographs",
@@ -66,25 +79,48 @@ PROFILES: dict[str, Profile] = {
                 "Salesforce/blip-image-captioning-base", "blip-image-captioning-base", "BSD-3-Clause", 223_971_644
             ),
             "match": ProfileModel("Salesforce/blip-itm-base-coco", "blip-itm-base-coco", "BSD-3-Clause", 223_744_258),
-            "answer": ProfileModel(
-                "dandelin/vilt-b32-finetuned-vqa", "vilt-b32-finetuned-vqa", "Apache-2.0", 117_588_537
-            ),
+            "answer": _VILT_VQA,
         },
     ),
     "large": Profile(
         "photographs, the better captions and embeddings; a GPU of 16 GB",
         {
-            "embed": ProfileModel(
-                "laion/CLIP-ViT-L-14-laion2B-s32B-b82K", "CLIP-ViT-L-14-laion2B-s32B-b82K", "MIT", 427_616_513
-            ),
+            "embed": _CLIP_LARGE,
             "caption": ProfileModel(
                 "Salesforce/blip-image-captioning-large", "blip-image-captioning-large", "BSD-3-Clause", 446_290_492
             ),
-            "match": ProfileModel("Salesforce/blip-itm-large-coco", "blip-itm-large-coco", "BSD-3-Clause", 446_128_642),
-            "answer": ProfileModel(
-                "Salesforce/blip-vqa-base", "blip-vqa-base", "BSD-3-Clause", 361_230_140, "blip_vqa"
-            ),
+            "match": _BLIP_ITM_LARGE,
+            "answer": _BLIP_VQA,
         },
+    ),
+    "blip2": Profile(
+        "photographs; BLIP-2 with Flan-T5 XL, captioner and matcher share one pass of ViT-g; a GPU of 24 GB",
+        {
+            "embed": _CLIP_LARGE,
+            "caption": ProfileModel(
+                "Salesforce/blip2-flan-t5-xl", "blip2-flan-t5-xl", "MIT", 3_942_446_592, "blip2_caption"
+            ),
+            "match": ProfileModel("Salesforce/blip2-itm-vit-g", "blip2-itm-vit-g", "MIT", 1_172_032_258, "blip2_itm"),
+            "answer": _BLIP_VQA,
+        },
+    ),
+    "git": Profile(
+        "photographs; captions by GIT-large; a GPU of 16 GB",
+        {
+            "embed": _CLIP_LARGE,
+            "caption": ProfileModel("microsoft/git-large-coco", "git-large-coco", "MIT", 394_196_026, "git"),
+            "match": _BLIP_ITM_LARGE,
+            "answer": _BLIP_VQA,
+        },
+    ),
+    "flava": Profile(
+        "photographs; embeddings and matches by FLAVA, captions by GIT-base; a GPU of 8 GB",
+        {"embed": _FLAVA, "caption": _GIT_BASE, "match": _FLAVA, "answer": _VILT_VQA},
+    ),
+    "align": Profile(
+        "photographs; embeddings and matches by ALIGN, which has no matching head: no caption_itm, no text_itm; "
+        "captions by GIT-base; a GPU of 8 GB",
+        {"embed": _ALIGN, "caption": _GIT_BASE, "match": _ALIGN, "answer": _VILT_VQA},
     ),
 }
 

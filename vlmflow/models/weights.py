@@ -25,6 +25,11 @@ _WEIGHT_NAMES = {
     "vllm": ("model.safetensors", "model.safetensors.index.json"),
     "image_classification": ("model.safetensors", "model.safetensors.index.json"),
     "vlm_judge": ("model.safetensors", "model.safetensors.index.json"),
+    "blip2_caption": ("model.safetensors", "model.safetensors.index.json"),
+    "blip2_itm": ("model.safetensors", "model.safetensors.index.json"),
+    "git": ("model.safetensors", "model.safetensors.index.json"),
+    "flava": ("model.safetensors", "model.safetensors.index.json"),
+    "align": ("model.safetensors", "model.safetensors.index.json"),
 }
 _CONFIG_NAMES = dict.fromkeys(_WEIGHT_NAMES, "config.json") | {"open_clip": "open_clip_config.json"}
 _TOKENIZER_NAMES = (

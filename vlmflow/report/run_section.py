@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from vlmflow.engine.limits import what_limited
 from vlmflow.engine.progress import duration
 from vlmflow.engine.report import RunReport
 from vlmflow.report.charts import bar, count_table
 from vlmflow.report.html import NOTHING, Html, details, facts, heading, number, paragraph, section, table, text
-from vlmflow.report.runs import RunFacts, what_limited
+from vlmflow.report.runs import RunFacts
+
+_SHARES = ("#share", "#waiting", "#TFLOP/s", "#of the ceiling")
 
 
 def run_section(run: RunFacts | None) -> Html:
@@ -81,6 +84,10 @@ def _speed(report: RunReport) -> Html:
             text(stage.images),
             text(f"{stage.busy_s:,.1f} s"),
             Html(f"{stage.images_per_busy_s:,.1f}"),
+            _percent(stage.busy_share),
+            _percent(stage.waiting_share),
+            NOTHING if stage.tflops_per_s is None else Html(f"{stage.tflops_per_s:,.3g}"),
+            _percent(stage.share_of_ceiling),
             bar(stage.busy_s, most),
         )
         for stage in report.stages[:50]
@@ -108,7 +115,7 @@ def _speed(report: RunReport) -> Html:
         + (
             table(
                 "Time by stage, all workers together",
-                ["stage", "#images", "#busy", "#images/s of a worker", hidden],
+                ["stage", "#images", "#busy", "#images/s of a worker", *_SHARES, hidden],
                 stages,
             )
             if stages
@@ -117,6 +124,10 @@ def _speed(report: RunReport) -> Html:
         + (table("Pools", ["pool", "#batches", "#busy", "#waiting", "out of memory"], pools) if pools else NOTHING)
         + "</div>"
     )
+
+
+def _percent(share: float | None) -> Html:
+    return NOTHING if share is None else Html(f"{share:.0%}")
 
 
 def _provenance(report: RunReport) -> Html:

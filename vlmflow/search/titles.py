@@ -71,7 +71,7 @@ def find_titles(catalog: CatalogConfig, *, top_k: int = 50, where: str | None = 
     if np.isnan(scores).all():
         raise SearchError(
             f"no row of {catalog.uri} has a match score for a text",
-            remedy="Run `vlmflow enrich --text-column NAME` with the task match.",
+            remedy="Run `vlmflow enrich --text-column NAME` with the task match, and a model that has a matching head.",
         )
     scores[~wanted] = np.nan
     order = np.argsort(scores, kind="stable")[: min(top_k, int((~np.isnan(scores)).sum()))]

@@ -20,7 +20,7 @@ class MatchTask:
     """Scores both texts with both heads; the vision tower runs once per image.
 
     Reads ``caption``, where a run has written one, else ``previous_caption``. A row without the one text or the
-    other has null scores for it.
+    other has null scores for it; all rows have null scores of a head that the model lacks.
     """
 
     name = "match"
@@ -55,9 +55,14 @@ class MatchTask:
         if rows:
             paired = images if len(rows) == len(images) else images.take(rows)
             wanted = [text for text in texts if text and not text.isspace()]
-            itm[rows] = self._matcher.match_itm(paired, wanted)
-            itc[rows] = self._matcher.match_itc(paired, wanted)
-            # Null means that there was no text, so what is no number must not pass for it.
-            if not (np.isfinite(itm[rows]).all() and np.isfinite(itc[rows]).all()):
-                raise ValueError("the model gave a score that is not finite")
+            for values, found in (
+                (itm, self._matcher.match_itm(paired, wanted)),
+                (itc, self._matcher.match_itc(paired, wanted)),
+            ):
+                if found is None:
+                    continue
+                # Null means that there was no text or no head, so what is no number must not pass for it.
+                if not np.isfinite(found).all():
+                    raise ValueError("the model gave a score that is not finite")
+                values[rows] = found
         return itm, itc

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from vlmflow.imaging import PixelRequest
+from vlmflow.tasks.held import held_views
 
 
 def pixel_columns(request: PixelRequest) -> tuple[str, str]:
@@ -19,7 +20,7 @@ def pixel_columns(request: PixelRequest) -> tuple[str, str]:
 
 
 def all_views(batch: pa.Table, request: PixelRequest) -> tuple[torch.Tensor, NDArray[np.int64]]:
-    """Every view of every row.
+    """Every view of every row: those held on the device, else those of the batch's own column.
 
     Returns:
         (V, 3, S, S) uint8 of all views, row by row; and (N + 1,) int64, where each row's views begin.
@@ -27,11 +28,14 @@ def all_views(batch: pa.Table, request: PixelRequest) -> tuple[torch.Tensor, NDA
     Raises:
         ValueError: a row has no pixels, or not those of the size requested.
     """
+    held = held_views(batch, request.key)
+    if held is not None:
+        return held
     column = batch[pixel_columns(request)[0]].combine_chunks()
     counts = np.asarray(pc.fill_null(pc.list_value_length(column), 0), np.int64)
     if len(counts) and counts.min() == 0:
         raise ValueError(f"row {int(counts.argmin())} of the batch has no pixels")
-    return _to_tensor(pc.list_flatten(column), request.size), np.concatenate([[0], np.cumsum(counts)])
+    return to_tensor(pc.list_flatten(column), request.size), np.concatenate([[0], np.cumsum(counts)])
 
 
 def first_views(batch: pa.Table, request: PixelRequest) -> torch.Tensor:
@@ -43,11 +47,15 @@ def first_views(batch: pa.Table, request: PixelRequest) -> torch.Tensor:
     pixels, offsets = all_views(batch, request)
     if len(pixels) == batch.num_rows:
         return pixels
-    return pixels[torch.from_numpy(offsets[:-1])]
+    return pixels[torch.from_numpy(offsets[:-1]).to(pixels.device)]
 
 
-def _to_tensor(images: pa.Array[Any], size: int) -> torch.Tensor:
-    """HWC buffers -> (V, 3, S, S), in channels-last order."""
+def to_tensor(images: pa.Array[Any], size: int) -> torch.Tensor:
+    """HWC buffers -> (V, 3, S, S) uint8, in channels-last order.
+
+    Raises:
+        ValueError: a buffer is not of the size requested.
+    """
     num_bytes = size * size * 3
     lengths = np.asarray(pc.binary_length(cast(pa.BinaryArray, images)))
     # A null has no length: it compares unequal too.

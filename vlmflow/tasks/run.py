@@ -25,9 +25,14 @@ _VOLATILE = ((re.compile(r"0x[0-9a-fA-F]+"), "0x?"), (re.compile(r"(?<![\w.])(?:
 
 @dataclass
 class BatchLimit:
-    """The largest batch known to fit into memory; None: none has failed to. One per task and worker."""
+    """The largest batch known to fit into memory; None: none has failed to. One per task and worker.
+
+    Attributes:
+        num_retries: batches that failed, and were tried again in halves.
+    """
 
     rows: int | None = None
+    num_retries: int = 0
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,7 @@ def run_contained(
             pieces.append(_failed_row(task, outcome))
         else:
             half = part.num_rows // 2
+            limit.num_retries += 1
             if outcome.error_class is RowErrorClass.OUT_OF_MEMORY:
                 limit.rows = half
                 logger.warning(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, assert_never
 
 from vlmflow.config import Dtype, Job, ModelConfig, TaskName
 from vlmflow.errors import ConfigError
-from vlmflow.imaging import PixelRequest
+from vlmflow.imaging import PixelRequest, merge_requests
 from vlmflow.models import (
     ModelIdentity,
     identify,
@@ -52,6 +53,13 @@ class TaskSetup:
     def pixel_requests(self) -> list[PixelRequest]:
         """What the models are shown."""
         return [*self.requests.values(), *(detector.request for detector in self.detectors)]
+
+    def requests_of(self, tasks: Collection[TaskName]) -> list[PixelRequest]:
+        """What the models of these tasks are shown, each once."""
+        found = [self.requests[task] for task in tasks if task in self.requests]
+        if "detect" in tasks:
+            found += [detector.request for detector in self.detectors]
+        return merge_requests(found)
 
     def _fingerprint(self, task: TaskName) -> str:
         match task:

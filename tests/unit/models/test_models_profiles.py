@@ -10,6 +10,9 @@ from tests.models import make_captioner, make_clip, make_matcher
 from vlmflow.config import CatalogConfig, Job, ModelConfig, SourceConfig
 from vlmflow.errors import ConfigError, WeightsError
 from vlmflow.models import describe_profiles, identify, resolve_models
+from vlmflow.models.identity import CODE_VERSIONS
+from vlmflow.models.profiles import FAMILIES, PROFILES
+from vlmflow.models.weights import locate
 
 NAMES = {
     "embed": "CLIP-ViT-B-32-laion2B-s34B-b79K",
@@ -65,6 +68,21 @@ def test_profiles_say_what_is_present(tmp_path: Path) -> None:
     present = {model.role: model.present for model in base.models}
     assert present == {"embed": False, "caption": True, "match": False, "answer": False}
     assert all(model.licence and model.num_parameters > 0 and model.size_bytes > 0 for model in base.models)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_profile_has_a_model_for_each_task_of_a_job(profile: str, tmp_path: Path) -> None:
+    for role in ("embed", "caption", "match"):
+        model = PROFILES[profile].models[role]
+        assert model.family_as(role) in FAMILIES[role]
+        assert model.family_as(role) in CODE_VERSIONS
+        config = ModelConfig(family=model.family_as(role), path=str(tmp_path))
+        with pytest.raises(WeightsError, match="no safetensors file"):  # it is known which files those are
+            locate(config)
+
+
+def test_the_profile_without_matching_head_says_so() -> None:
+    assert "no caption_itm, no text_itm" in PROFILES["align"].purpose
 
 
 def test_the_starter_is_not_said_to_be_for_photographs() -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from tests.report_samples import record
+from vlmflow.engine.limits import what_limited
 from vlmflow.engine.report import RunReport
-from vlmflow.report.runs import what_limited
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,19 @@ from vlmflow.report.runs import what_limited
         (
             {"pools": [{"tasks": ["embed", "match"], "batches": 1, "busy_s": 95.0, "waiting_s": 5.0}]},
             "The models. Pool embed+match was busy 95% of its time, most of it with embed",
+        ),
+        (
+            {
+                "pools": [{"tasks": ["embed", "match"], "batches": 1, "busy_s": 95.0, "waiting_s": 5.0}],
+                "stages": [
+                    {"stage": "embed", "images": 3, "busy_s": 80.0, "images_per_busy_s": 0.1, "share_of_ceiling": 0.61}
+                ],
+            },
+            "The models. Pool embed+match was busy 95% of its time, most of it with embed (1 min 20 s, at 61% of the",
+        ),
+        (
+            {"stages": [{"stage": "feed", "images": 3, "busy_s": 50.0, "images_per_busy_s": 0.1}]},
+            "Decoding in the pools. The busiest pool",
         ),
         (
             {"stages": [{"stage": "read", "images": 1, "busy_s": 9.0, "images_per_busy_s": 1.0}]},

@@ -149,6 +149,26 @@ def test_match_scores_caption_and_text_after_one_pass_of_the_vision_tower() -> N
     assert out["text_itc"].to_pylist() == [None, -34, None]
 
 
+class FakeContrastiveMatcher(FakeMatcher):
+    def match_itm(self, images: EncodedImages, texts: Sequence[str]) -> None:  # type: ignore[override]
+        return None
+
+    def match_itc(self, images: EncodedImages, texts: Sequence[str]) -> NDArray[np.float32]:
+        return -super().match_itm(images, texts)
+
+
+def test_scores_of_a_head_that_the_model_lacks_are_null() -> None:
+    captions, texts = pa.array(["abc", None]), pa.array(["a", "ab"])
+    batch = batch_of([1], [2], caption=captions, previous_caption=captions, text=texts)
+    out = run(MatchTask(FakeContrastiveMatcher(), REQUEST), batch)
+    assert out["caption_itm"].to_pylist() == out["text_itm"].to_pylist() == [None, None]
+    full = run(MatchTask(FakeMatcher(), REQUEST), batch)
+    assert out["caption_itc"].to_pylist() == full["caption_itc"].to_pylist()
+    assert out["caption_itc"].null_count == 1
+    assert out["text_itc"].to_pylist() == full["text_itc"].to_pylist()
+    assert out["text_itc"].null_count == 0
+
+
 def test_match_reads_the_stored_caption_where_none_was_written() -> None:
     stored = {"previous_caption": strings("old one", None), "text": strings(None, None)}
     alone = run(MatchTask(FakeMatcher(), REQUEST), batch_of([10], [20], **stored))

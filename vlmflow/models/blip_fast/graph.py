@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from vlmflow.models.blip_fast.cache import IndexedCache
 from vlmflow.models.blip_fast.special import SpecialTokens
@@ -32,7 +33,8 @@ class DecodeGraphs:
 
     def decode(self, images: torch.Tensor, max_tokens: int) -> torch.Tensor | None:
         """As :class:`GreedyDecoder`, on CUDA; None: the step cannot be captured here, and is not tried again."""
-        if not self._works:
+        # A graph is replayed behind the back of whoever counts or traces operations.
+        if not self._works or _get_current_dispatch_mode() is not None:
             return None
         num_rows = round_up(len(images))
         key = (num_rows, *images.shape[1:], max_tokens)
@@ -88,7 +90,8 @@ class FixedStep:
         torch.cuda.current_stream().wait_stream(stream)
         self._reset(0)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Another thread may be copying the next batch meanwhile, which would spoil a capture that watches all threads.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._step()
         self._graph = graph
 

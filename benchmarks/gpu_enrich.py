@@ -1,0 +1,135 @@
+"""The whole job on one GPU, from JPEG files to committed tables, beside the straightforward way on the same files.
+
+Files: made-up photographs of 1600 x 1200, no two equal, on the local disk. Models: BLIP-base captions of 20 tokens,
+BLIP-base matching of the caption (ITM and ITC), CLIP ViT-L/14 for moderation and embedding; real sizes, random weights,
+bfloat16; one view of each image. Ours runs `enrich` through Ray Data to two Delta tables. The straightforward way:
+Pillow in as many threads as cores, transformers and open_clip, batch 64, one process, one Parquet file at the end.
+Start-up is left out on both sides: ours runs twice, over few and over all images, and its rate is the difference of the
+images by the difference of the times; the other is warmed up by a batch.
+
+    python -m benchmarks.gpu_enrich --device cuda                # needs about 15 minutes and 6 GB of disk
+    python -m benchmarks.gpu_enrich --device cpu --tiny          # the same with tiny models: a test of the script
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import straightforward
+from benchmarks.end_to_end import job_rate
+from benchmarks.machine import save_result
+from benchmarks.photographs import write_jpegs
+from benchmarks.random_models import write_models
+from vlmflow.config import CatalogConfig, Job, ModelConfig, PoolConfig, RayConfig, SourceConfig
+from vlmflow.engine import RunReport, enrich
+from vlmflow.engine.cluster import ray_cluster
+from vlmflow.engine.limits import what_limited
+
+NUM_TOKENS = 20
+TASKS = ("embed", "moderate", "caption", "match")
+
+
+def job_of(root: Path, folder: str, models: dict[str, ModelConfig], options: argparse.Namespace) -> Job:
+    is_cuda = options.device == "cuda"
+    pools = [PoolConfig(tasks=TASKS, gpus=1, cpus=2, batch_size=options.batch)] if is_cuda else []
+    return Job(
+        source=SourceConfig(uri=str(root / folder)),
+        catalog=CatalogConfig(uri=str(root / f"catalog-{folder}-{options.decode}")),
+        profile="base",
+        models=models,
+        policy="marketplace",
+        accept_unbound=True,  # random weights have no thresholds; all that is computed is computed
+        views=("squash",),
+        max_caption_tokens=NUM_TOKENS,
+        pools=tuple(pools),
+        decode=options.decode,
+    )
+
+
+def measure_ours(root: Path, models: dict[str, ModelConfig], options: argparse.Namespace) -> dict[str, Any]:
+    with ray_cluster(RayConfig()):
+        few = enrich(job_of(root, "few", models, options))
+        every = enrich(job_of(root, "images", models, options))
+    for report, count in ((few, options.few), (every, options.images)):
+        assert report.statuses == {"ok": count}, report.statuses
+    return {
+        "images_per_s": job_rate(options.few, few, options.images, every),
+        "images_per_s_after_the_first_block": every.images_per_s,
+        "limited_by": what_limited(every),
+        "tflops_per_s": round(_tflop(every) / (every.seconds - every.startup_s), 3),
+        "report": every.model_dump(mode="json", include={"seconds", "startup_s", "stages", "pools", "commits"}),
+    }
+
+
+def _tflop(report: RunReport) -> float:
+    return sum((stage.tflops_per_s or 0.0) * stage.busy_s for stage in report.stages)
+
+
+def measure_other(root: Path, models: dict[str, ModelConfig], options: argparse.Namespace) -> dict[str, Any]:
+    loaded = straightforward.Models.load(models, options.device)
+    files = sorted((root / "images").iterdir())[: options.other_images]
+    straightforward.run(files[: options.other_batch], loaded, options.other_batch, root / "warm.parquet", NUM_TOKENS)
+    seconds = straightforward.run(files, loaded, options.other_batch, root / "other.parquet", NUM_TOKENS)
+    return {
+        "images": len(files),
+        "batch": options.other_batch,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "images_per_s": round(len(files) / seconds, 2),
+    }
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="tiny models and images: a test of the script")
+    parser.add_argument("--images", type=int, help="default: 12000; with --tiny 120")
+    parser.add_argument("--batch", type=int, default=256, help="of our pool, with CUDA; default: 256")
+    parser.add_argument("--decode", choices=["auto", "cpu", "pool"], default="auto", help="as in a job; default: auto")
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device cuda: torch {torch.__version__} finds no GPU")
+    if options.device == "cpu" and not options.tiny:
+        parser.error("--device cpu: only with --tiny")
+    options.images = options.images or (120 if options.tiny else 12_000)
+    options.few = options.images // 6
+    options.other_images = min(options.images, 120 if options.tiny else 3_000)
+    options.other_batch = 16 if options.tiny else 64
+    options.size = (320, 240) if options.tiny else (1600, 1200)
+    return options
+
+
+def main() -> None:
+    options = parse()
+    load_before = os.getloadavg()
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        mean_bytes = write_jpegs(root / "images", options.images, *options.size)
+        (root / "few").mkdir()
+        for path in sorted((root / "images").iterdir())[: options.few]:
+            os.link(path, root / "few" / path.name)
+        models = write_models(root / "models", tiny=options.tiny)
+        ours = measure_ours(root, models, options)
+        other = measure_other(root, models, options)
+    width, height = options.size
+    result: dict[str, object] = {
+        "workload": f"{options.images} JPEGs of {width} x {height}, {mean_bytes / 1024:.0f} KB on average; "
+        f"{'tiny' if options.tiny else 'real'} model sizes, {NUM_TOKENS} caption tokens, decode={options.decode}",
+        "device": options.device,
+        "load_before_and_after": [[round(value, 2) for value in load] for load in (load_before, os.getloadavg())],
+        "ours": ours,
+        "straightforward": other,
+        "ratio": round(ours["images_per_s"] / other["images_per_s"], 2),
+    }
+    name = f"gpu_enrich-{options.device}{'-tiny' if options.tiny else ''}"
+    print(f"ours {ours['images_per_s']} images/s, straightforward {other['images_per_s']}; {ours['limited_by']}")
+    print(save_result(name, result))
+
+
+if __name__ == "__main__":
+    main()

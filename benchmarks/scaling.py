@@ -1,0 +1,131 @@
+"""How time and memory grow: 1 against 2 workers, and few against many images, with the starter models.
+
+Made-up photographs of 320 x 240, no two equal. Workers: the same images with one actor on a cluster of one processor
+and with two actors on one of two. Images: all four tasks over N and 10 N, `embed` alone over 10 N and 100 N; for each
+the seconds after the start-up, images a second, and the most memory that this process and its workers held
+(proportional set size, so that what they share counts once). Where time is linear, seconds per image have a ratio of 1.
+What is not measured but follows from a rate is marked as extrapolated.
+
+    python -m benchmarks.scaling                       # N = 1,000: an hour on two cores
+    python -m benchmarks.scaling --images 200          # smaller, and said so in the result
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks.machine import save_result
+from benchmarks.photographs import write_jpegs
+from vlmflow.config import CatalogConfig, Job, PoolConfig, RayConfig, SourceConfig, TaskName
+from vlmflow.engine import enrich
+
+ALL: tuple[TaskName, ...] = ("embed", "moderate", "caption", "match")
+_BETWEEN_SAMPLES_S = 1.0
+
+
+class PeakMemory:
+    """The most that this process and those that it started held, while the block runs."""
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(_BETWEEN_SAMPLES_S):
+            here = psutil.Process()
+            self.num_bytes = max(self.num_bytes, sum(_held(process) for process in [here, *here.children(True)]))
+
+
+def _held(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_full_info().pss)
+    except psutil.Error:
+        return 0  # it has ended meanwhile
+
+
+def measure(root: Path, folder: str, num_images: int, tasks: tuple[TaskName, ...], num_workers: int) -> dict[str, Any]:
+    """One run with its own cluster of as many processors as workers."""
+    name = f"{folder}-{'-'.join(tasks)}-{num_images}-{num_workers}"
+    job = Job(
+        source=SourceConfig(uri=str(root / folder)),
+        catalog=CatalogConfig(uri=str(root / f"catalog-{name}")),
+        profile="starter",
+        policy="demo" if "moderate" in tasks else None,
+        views=("squash",),
+        tasks=tasks,
+        limit=num_images,
+        pools=(PoolConfig(tasks=tasks, cpus=0.5, min_actors=num_workers, max_actors=num_workers),),
+        ray=RayConfig(num_cpus=num_workers, object_store_bytes=512 * 1024 * 1024),
+    )
+    started = time.monotonic()
+    with PeakMemory() as memory:
+        report = enrich(job)
+    assert report.statuses == {"ok": num_images}, report.statuses
+    result = {
+        "tasks": list(tasks),
+        "images": num_images,
+        "workers": num_workers,
+        "seconds": round(report.seconds - report.startup_s, 2),
+        "startup_s": round(report.startup_s, 2),
+        "wall_s": round(time.monotonic() - started, 2),
+        "images_per_s": report.images_per_s,
+        "peak_mib": round(memory.num_bytes / 1024**2),
+    }
+    print(result, flush=True)
+    return result
+
+
+def growth(small: dict[str, Any], large: dict[str, Any]) -> dict[str, float]:
+    """Ratios of the larger run to the smaller."""
+    return {
+        "images": round(large["images"] / small["images"], 2),
+        # By rates behind the first block, which start-up has delayed and fills in the smaller run a larger part.
+        "seconds_per_image": round(small["images_per_s"] / max(large["images_per_s"], 1e-9), 3),
+        "peak_memory": round(large["peak_mib"] / max(small["peak_mib"], 1), 3),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=1_000, help="N; default: 1000")
+    options = parser.parse_args()
+    few, many, most = options.images, 10 * options.images, 100 * options.images
+    load_before = os.getloadavg()
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        write_jpegs(root / "images", most, 320, 240)
+        one, two = (measure(root, "images", few, ALL, workers) for workers in (1, 2))
+        larger = measure(root, "images", many, ALL, 2)
+        embed_many, embed_most = (measure(root, "images", count, ("embed",), 2) for count in (many, most))
+    rate = larger["images_per_s"]
+    result: dict[str, object] = {
+        "workload": f"JPEGs of 320 x 240, starter models, one view; N = {few:,}"
+        + ("" if few == 1_000 else " (smaller than the benchmark's own 1,000)"),
+        "workers": {"runs": [one, two], "speed_up": round(two["images_per_s"] / one["images_per_s"], 2)},
+        "all_tasks": {"runs": [two, larger], "growth": growth(two, larger)},
+        "embed": {"runs": [embed_many, embed_most], "growth": growth(embed_many, embed_most)},
+        "extrapolated": {"hours_for_a_million_images_all_tasks_2_workers": round(1e6 / rate / 3600, 2)},
+        "load_before_and_after": [[round(value, 2) for value in load] for load in (load_before, os.getloadavg())],
+    }
+    print(save_result("scaling", result))
+
+
+if __name__ == "__main__":
+    main()

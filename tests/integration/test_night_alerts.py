@@ -1,0 +1,176 @@
+"""What a night does when a step goes wrong, against a real Prefect server; the steps themselves are given."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect.blocks.notifications import CustomWebhookNotificationBlock
+
+from pipelines import nightly
+from tests.flows import Prefect
+from tests.messenger import Messenger, running_messenger
+from tests.processes import wait_for
+from tests.report_samples import put_record, put_rows, record
+from vlmflow.catalog import Verification
+from vlmflow.catalog.verify import Finding
+from vlmflow.config import CatalogConfig
+from vlmflow.doctor import Check
+from vlmflow.engine import PlanSummary, RunReport
+from vlmflow.errors import TransientError, UnreconciledError, VlmflowError
+
+NIGHT = dt.date(2026, 3, 1)
+TOKEN = "t0ps3cr3t-token"
+PLAN = PlanSummary(
+    num_listed=3,
+    num_duplicates=0,
+    num_new=3,
+    num_unchanged=0,
+    num_due=3,
+    num_planned=3,
+    num_exhausted=0,
+    num_erased=0,
+    num_policy_differs=0,
+    due={"embed": {"new": 3}},
+    policy=None,
+)
+
+
+class GivenSteps:
+    """Steps that give what they are told to, or raise it."""
+
+    def __init__(self, *outcomes: RunReport | VlmflowError) -> None:
+        self.outcomes = list(outcomes)
+
+    def session(self, job: Any) -> Any:
+        return nullcontext()
+
+    def doctor(self, job: Any) -> list[Check]:
+        return [Check("python", "ok", "3.11")]
+
+    def plan(self, job: Any) -> PlanSummary:
+        return PLAN
+
+    def enrich(self, job: Any, progress: Any) -> RunReport:
+        outcome = self.outcomes.pop(0)
+        if isinstance(outcome, VlmflowError):
+            raise outcome
+        return outcome
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> CatalogConfig:
+    """A catalog after the nights before and the run of tonight."""
+    config = CatalogConfig(uri=str(tmp_path / "catalog"))
+    put_rows(config, ["a", "b", "c"], run="tonight", decision=["allow", "review", "block"])
+    for number in range(3):
+        put_record(config, f"night-{number}", decisions={"allow": 95, "review": 5}, date="2026-02-01")
+    put_record(config, "tonight", decisions={"allow": 50, "block": 50})
+    return config
+
+
+@pytest.fixture
+def messenger(prefect: Prefect) -> Iterator[Messenger]:
+    with running_messenger() as server:
+        block = CustomWebhookNotificationBlock(
+            name="moderation",
+            url=f"http://127.0.0.1:{server.server_port}/{{{{token}}}}",
+            json_data={"title": "{{subject}}", "text": "{{body}}"},
+            secrets={"token": TOKEN},
+        )
+        block.save("moderation", overwrite=True)
+        yield server
+
+
+@pytest.fixture
+def night(
+    prefect: Prefect, config: CatalogConfig, messenger: Messenger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Any]:
+    """Runs a night over given steps and a given verification."""
+    job_file = tmp_path / "job.yaml"
+    job_file.write_text(f"source: {{uri: /images}}\ncatalog: {{uri: {config.uri}}}\nprofile: starter\n")
+
+    def run(steps: GivenSteps, found: Verification | None = None, **options: Any) -> Any:
+        monkeypatch.setattr(nightly, "make_steps", lambda *_, **__: steps)
+        monkeypatch.setattr(nightly, "verify_catalog", lambda *_, **__: found or Verification(3, 3))
+        monkeypatch.setattr(nightly, "enrich_due", nightly.enrich_due.with_options(retry_delay_seconds=0))
+        options = {"notify": "custom-webhook/moderation", "date": NIGHT} | options
+        return nightly.nightly_enrichment(job_file, return_state=True, **options)
+
+    return run
+
+
+def tonight(**given: Any) -> RunReport:
+    return RunReport.model_validate(record("tonight", **given))
+
+
+def facts(prefect: Prefect, event: str, config: CatalogConfig) -> list[dict[str, Any]]:
+    """What was said by the events about a catalog."""
+    found = prefect.events(event)
+    return [item["payload"] for item in found if item["resource"]["prefect.resource.name"] == config.uri]
+
+
+def test_rows_that_do_not_reconcile_are_told_once(
+    prefect: Prefect, night: Callable[..., Any], config: CatalogConfig, messenger: Messenger
+) -> None:
+    state = night(GivenSteps(UnreconciledError("2 images went in and did not come out")))
+    assert state.is_failed()
+    (message,) = messenger.received
+    assert TOKEN in message["path"]
+    assert message["title"] == "nightly-enrichment nightly 2026-03-01 Failed"
+    assert "2 images went in and did not come out" in message["text"]
+    wait_for(lambda: bool(facts(prefect, "vlmflow.rows.unreconciled", config)), seconds=30)
+    run_id = prefect.runs("nightly-enrichment")[0]["id"]
+    wait_for(lambda: "2 images went in" in prefect.log(run_id), seconds=30)
+    assert TOKEN not in prefect.log(run_id)
+
+
+def test_a_catalog_that_does_not_verify_is_told(
+    prefect: Prefect, night: Callable[..., Any], config: CatalogConfig, messenger: Messenger
+) -> None:
+    found = Verification(3, 4, findings={"duplicate": Finding(1, ["a"])})
+    state = night(GivenSteps(tonight()), found)
+    assert state.is_failed()
+    assert "images with more than one row" in messenger.received[0]["text"]
+    assert "not sound" in prefect.artifacts()["verify"]["description"]
+    wait_for(lambda: bool(facts(prefect, "vlmflow.rows.unreconciled", config)), seconds=30)
+
+
+def test_a_jump_of_the_flagged_share_is_told_and_the_night_is_good(
+    prefect: Prefect, night: Callable[..., Any], config: CatalogConfig, messenger: Messenger
+) -> None:
+    report = tonight(decisions={"allow": 50, "block": 50})
+    state = night(GivenSteps(report), report_url="https://reports.example/nightly")
+    assert state.is_completed(), state.message
+    (message,) = messenger.received
+    assert message["title"] == "vlmflow: many more images are flagged"
+    assert "50.0% of its images; of the runs before, 5.0%" in message["text"]
+    wait_for(lambda: bool(facts(prefect, "vlmflow.flagged-share.jumped", config)), seconds=30)
+    assert facts(prefect, "vlmflow.flagged-share.jumped", config)[0]["share"] == 0.5
+
+    # The report is linked, and what was flagged anew is shown as links and blurred pictures only.
+    shown = prefect.artifacts()
+    assert "(https://reports.example/nightly/2026-03-01-tonight.html)" in shown["report"]["data"]
+    assert (Path(f"{config.uri}-reports") / "2026-03-01-tonight.html").is_file()
+    assert "# 2 newly flagged" in shown["flagged"]["data"]
+    assert "![" not in shown["flagged"]["data"]  # pictures that cannot be had
+
+
+def test_a_usual_night_tells_nobody(night: Callable[..., Any], messenger: Messenger) -> None:
+    assert night(GivenSteps(tonight(decisions={"allow": 90, "block": 10}))).is_completed()
+    assert messenger.received == []
+
+
+def test_a_store_out_of_reach_is_tried_again_and_bad_input_is_not(
+    prefect: Prefect, night: Callable[..., Any], messenger: Messenger
+) -> None:
+    steps = GivenSteps(TransientError("busy"), TransientError("busy"), tonight())
+    assert night(steps).is_completed()
+    assert steps.outcomes == []
+    steps = GivenSteps(UnreconciledError("lost"), tonight())
+    assert night(steps).is_failed()
+    assert len(steps.outcomes) == 1

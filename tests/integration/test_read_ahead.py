@@ -1,0 +1,113 @@
+"""Reading runs ahead of the models by a bounded number of images, and a run comes to its end all the same."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import ray
+from ray.data import ActorPoolStrategy
+
+from vlmflow.config import PoolConfig
+from vlmflow.engine.cluster import RayConfig, ray_cluster
+from vlmflow.engine.pipeline import ACTOR_LIMITS, TASK_LIMITS
+from vlmflow.engine.read_ahead import ReadAhead, limit_read_ahead, read_ahead_rows
+
+# As in the pipeline: Ray announces named parameters for the retries and has none yet.
+pytestmark = pytest.mark.filterwarnings("ignore:.*ray_remote_args.*")
+
+
+@ray.remote(num_cpus=0)
+class Counts:
+    """How many rows have gone into the first stage and come out of the last, and the most between the two."""
+
+    def __init__(self) -> None:
+        self.read = self.done = self.most = 0
+
+    def add(self, read: int, done: int) -> None:
+        self.read, self.done = self.read + read, self.done + done
+        self.most = max(self.most, self.read - self.done)
+
+    def totals(self) -> tuple[int, int, int]:
+        return self.read, self.done, self.most
+
+
+class Model:
+    """Waits for the count of what it has done, so that reading could run ahead."""
+
+    def __init__(self, counts: Any) -> None:
+        self._counts = counts
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        ray.get(self._counts.add.remote(0, batch.num_rows))
+        return batch
+
+
+def run(counts: Any, max_rows: int, *, fails_on: int = -1) -> int:
+    """1,600 rows in 50 blocks; returns how many come out."""
+
+    def read_and_decode(batch: pa.Table) -> pa.Table:
+        ray.get(counts.add.remote(batch.num_rows, 0))
+        if fails_on in batch["number"].to_pylist():
+            raise ValueError("a block that is given up")
+        return batch
+
+    blocks = [ray.put(pa.table({"number": np.arange(start, start + 32)})) for start in range(0, 1_600, 32)]
+    with ray_cluster(RayConfig()):
+        limit_read_ahead(max_rows)
+        dataset = ray.data.from_arrow_refs(blocks)
+        dataset = dataset.map_batches(read_and_decode, batch_format="pyarrow", num_cpus=0.2, **TASK_LIMITS)
+        dataset = dataset.map_batches(
+            Model,
+            fn_constructor_args=(counts,),
+            batch_format="pyarrow",
+            batch_size=32,
+            num_cpus=0.5,
+            compute=ActorPoolStrategy(min_size=1, max_size=1),
+            **ACTOR_LIMITS,
+        )
+        return sum(
+            entry.metadata.num_rows or 0 for bundle in dataset.iter_internal_ref_bundles() for entry in bundle.blocks
+        )
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_reading_stops_while_enough_is_under_way() -> None:
+    counts = Counts.remote()
+    assert run(counts, 160) == 1_600
+    read, done, most = ray.get(counts.totals.remote())
+    assert read == done == 1_600
+    # The driver hears of a finished batch a little after the actor has counted it.
+    assert most <= 160 + 32
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_blocks_that_are_given_up_do_not_hold_it_back_for_ever() -> None:
+    assert run(Counts.remote(), 64, fails_on=40) == 1_600 - 32
+
+
+def test_lost_blocks_leave_room_for_others() -> None:
+    def stage(name: str, taken: int, given: int, failed: int, behind: list[Any]) -> Any:
+        metrics = {"rows_inputs_of_submitted_tasks": taken, "rows_task_outputs_generated": given}
+        metrics["num_tasks_failed"] = failed
+        return SimpleNamespace(name=name, metrics=SimpleNamespace(**metrics), output_dependencies=behind)
+
+    context = SimpleNamespace(get_config=lambda _: 100)
+    policy = ReadAhead(context, None, None)
+    for failed, expected in ((0, False), (1, True)):
+        last = stage("MapBatches(PoolWorker)", 200, 100, failed, [])
+        assert policy.can_add_input(stage("MapBatches(read_and_decode)", 220, 220, 0, [last])) is expected
+        assert policy.can_add_input(last) is True, "only reading is held back"
+
+
+def test_as_much_is_read_ahead_as_keeps_every_actor_at_work() -> None:
+    pools = (
+        PoolConfig(tasks=("embed",), max_actors=2, batch_size=32),
+        PoolConfig(tasks=("caption",), max_actors=1, batch_size=16),
+    )
+    assert read_ahead_rows(None, pools, 256) == 4 * 80 + 512
+    assert read_ahead_rows(100, pools, 256) == 100
+    assert read_ahead_rows(1, pools, 256) == 48, "less than a batch of each pool would never be given out"

@@ -1,0 +1,109 @@
+"""The image: its Dockerfile under a linter, its entrypoint and the script that makes secrets by running them."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+DEPLOY = ROOT / "deploy"
+DOCKERFILE = (DEPLOY / "Dockerfile").read_text(encoding="utf-8")
+
+
+def test_hadolint_has_nothing_to_say() -> None:
+    command = [Path(sys.executable).parent / "hadolint", DEPLOY / "Dockerfile"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_versions_are_pinned_and_the_user_is_not_root() -> None:
+    (base,) = re.findall(r"^FROM (\S+) AS base$", DOCKERFILE, re.MULTILINE)
+    assert re.fullmatch(r"python:3\.11\.\d+-slim-bookworm", base)
+    assert f"{sys.version_info.major}.{sys.version_info.minor}." in base
+    installs = re.findall(r"pip install .*", DOCKERFILE)
+    assert installs
+    assert all("-c deploy/constraints.txt" in install for install in installs)
+    assert int(re.findall(r"^USER (\d+):\d+$", DOCKERFILE, re.MULTILINE)[-1]) > 0
+    assert "HEALTHCHECK" in DOCKERFILE
+    # No development tools: neither their packages nor the tests.
+    assert ".[dev]" not in DOCKERFILE
+    assert not re.search(r"^COPY (?:.* )?(?:tests|\.) ", DOCKERFILE, re.MULTILINE)
+
+
+def test_both_variants_have_their_stage() -> None:
+    stages = set(re.findall(r"^FROM \S+ AS (\S+)$", DOCKERFILE, re.MULTILINE))
+    assert {"torch-cpu", "torch-cuda"} <= stages
+    assert re.search(r"^ARG VARIANT=cpu$", DOCKERFILE, re.MULTILINE)
+
+
+def test_all_that_is_copied_is_there_and_reaches_the_build() -> None:
+    patterns = (ROOT / ".dockerignore").read_text(encoding="utf-8").split("\n")
+    assert "*" in patterns
+    kept = [line.removeprefix("!") for line in patterns if line.startswith("!")]
+    copied = re.findall(r"^COPY (?!--from)(?:--\S+ )*(.+) \S+$", DOCKERFILE, re.MULTILINE)
+    for name in (word for line in copied for word in line.split()):
+        assert (ROOT / name).exists(), name
+        assert any(fnmatch.fnmatch(name, pattern) or name.startswith(f"{pattern}/") for pattern in kept), name
+    secret = ("deploy/secrets", "deploy/.env", ".git")
+    assert not any(fnmatch.fnmatch(name, pattern) for name in secret for pattern in kept)
+
+
+def test_the_entrypoint_turns_files_into_variables(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("from the file", encoding="utf-8")
+    show = 'echo "$AWS_SECRET_ACCESS_KEY|${AWS_SECRET_ACCESS_KEY_FILE-}|$1"'
+    done = subprocess.run(
+        ["sh", str(DEPLOY / "entrypoint.sh"), "sh", "-c", show, "-", "two words"],
+        env={"PATH": os.environ["PATH"], "AWS_SECRET_ACCESS_KEY_FILE": str(tmp_path / "key")},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == "from the file||two words\n"
+
+
+def test_the_entrypoint_stops_where_a_secret_is_absent(tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["sh", str(DEPLOY / "entrypoint.sh"), "true"],
+        env={"PATH": os.environ["PATH"], "AWS_SECRET_ACCESS_KEY_FILE": str(tmp_path / "none")},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert str(tmp_path / "none") in done.stderr
+
+
+def test_every_secret_file_of_the_compose_file_is_known_to_the_entrypoint() -> None:
+    compose = (DEPLOY / "compose.yaml").read_text(encoding="utf-8")
+    ours = set(re.findall(r"((?:AWS|PREFECT)\w+)_FILE:", compose))
+    entrypoint = (DEPLOY / "entrypoint.sh").read_text(encoding="utf-8")
+    assert ours == set(re.findall(r"\b(?:AWS|PREFECT)_\w+", entrypoint))
+
+
+@pytest.fixture
+def secrets(tmp_path: Path) -> Path:
+    shutil.copy(DEPLOY / "secrets.sh", tmp_path)
+    subprocess.run(["sh", str(tmp_path / "secrets.sh")], check=True, capture_output=True)
+    return tmp_path / "secrets"
+
+
+def test_secrets_are_made_once_and_for_nobody_else(secrets: Path) -> None:
+    assert stat.S_IMODE(secrets.stat().st_mode) == 0o700
+    before = {path.name: path.read_text(encoding="utf-8") for path in secrets.iterdir()}
+    assert all(len(text) >= 20 and text == text.strip() for name, text in before.items() if not name.endswith(".json"))
+    assert len(set(before.values())) == len(before)
+    assert f'"secretKey": "{before["aws_secret_access_key"]}"' in before["store_identities.json"]
+
+    told = subprocess.run(["sh", str(secrets.parent / "secrets.sh")], check=True, capture_output=True, text=True)
+
+    assert {path.name: path.read_text(encoding="utf-8") for path in secrets.iterdir()} == before
+    assert not any(text in told.stdout + told.stderr for text in before.values())
+
+
+def test_git_takes_no_secrets() -> None:
+    ignored = (ROOT / ".gitignore").read_text(encoding="utf-8").split("\n")
+    assert {"/deploy/secrets/", "/deploy/.env"} <= set(ignored)

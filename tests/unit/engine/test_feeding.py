@@ -1,0 +1,144 @@
+"""Pixels on their way to a pool's tasks: JPEGs decoded in the pool are to them what processors would have made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from tests.images import bad_images, encode, good_images, scene
+from vlmflow import schema
+from vlmflow.config import ImageLimits, SourceConfig
+from vlmflow.engine import columns
+from vlmflow.engine.decoding import PoolDecoding, ReadAndDecode
+from vlmflow.engine.feeding import Fed, Feeder
+from vlmflow.imaging import PixelRequest
+from vlmflow.sources import open_source
+from vlmflow.tasks.pixels import all_views, first_views
+
+SMALL = PixelRequest(24, "bicubic", ("squash",))
+LARGE = PixelRequest(40, "bicubic", ("squash", "center", "tiles"))
+REQUESTS = (SMALL, LARGE)
+LIMITS = ImageLimits()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    files = dict(good_images()) | {name: data for name, (data, _) in bad_images().items()}
+    files |= {f"jpeg-{seed}.jpg": encode(scene(seed, 90 + 60 * seed, 64), "JPEG") for seed in range(4)}
+    # Whole to its end by the looks of it: what is wrong shows in the pixels alone.
+    photo = good_images()["photo.jpg"]
+    files["hollow.jpg"] = photo[: photo.index(b"\xff\xda") + 14] + b"\xff\xd9"
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def read(folder: Path, *, leaves_jpegs: bool) -> pa.Table:
+    source = open_source(SourceConfig(uri=str(folder)))
+    references = pa.Table.from_batches(list(source.list()))
+    num_rows = references.num_rows
+    due = pa.array([["embed", "caption"]] * num_rows, pa.list_(pa.string()))
+    references = references.append_column("due", due)
+    references = references.append_column("due_if_same", pa.nulls(num_rows, due.type))
+    references = references.append_column("previous_hash", pa.nulls(num_rows, pa.string()))
+    reader = source.reader(LIMITS)
+    return ReadAndDecode(reader, REQUESTS, LIMITS, leaves_jpegs=leaves_jpegs)(references)
+
+
+def feed(batch: pa.Table, later: tuple[PixelRequest, ...] = ()) -> tuple[Feeder, Fed]:
+    feeder = Feeder(REQUESTS, later, "cpu", PoolDecoding(REQUESTS, LIMITS))
+    return feeder, feeder(batch)
+
+
+def names(batch: pa.Table) -> list[str]:
+    return [uri.rsplit("/", 1)[-1] for uri in batch["uri"].to_pylist()]
+
+
+def test_rows_are_those_of_the_ordinary_path(folder: Path) -> None:
+    before, left = read(folder, leaves_jpegs=False), read(folder, leaves_jpegs=True)
+    num_left = left.num_rows - left[columns.ENCODED].null_count
+    assert num_left == 7, "photo, rotated, four of our own, and the hollow one"
+    after = feed(left)[1].batch
+    compared = [*schema.FACTS.names, "errors", columns.RUN_TASKS, columns.TASKS_COPIED]
+    compared += ["views_24_bicubic", "views_40_bicubic", "bytes_read"]
+    for name, ours, theirs in zip(
+        names(before), after.select(compared).to_pylist(), before.select(compared).to_pylist(), strict=True
+    ):
+        hashes = ours.pop("phash"), theirs.pop("phash")
+        assert ours == theirs, name
+        assert (hashes[0] is None) == (hashes[1] is None), name
+        if hashes[0] is not None:
+            assert (int(hashes[0], 16) ^ int(hashes[1], 16)).bit_count() <= 4, name
+
+
+def test_tasks_find_the_pixels_of_the_ordinary_path(folder: Path) -> None:
+    before = read(folder, leaves_jpegs=False)
+    feeder, fed = feed(read(folder, leaves_jpegs=True))
+    good = [row for row, tasks in enumerate(before[columns.RUN_TASKS].to_pylist()) if tasks]
+    random = np.random.default_rng(0)
+    for rows in (good, good[:1], good[3:9], list(random.permutation(good))):
+        for request in REQUESTS:
+            expected, starts = all_views(before.take(pa.array(rows)), request)
+            with feeder.lent(fed):
+                pixels, offsets = all_views(fed.batch.take(pa.array(rows)), request)
+                first = first_views(fed.batch.take(pa.array(rows)), request)
+            assert offsets.tolist() == starts.tolist()
+            # Of a few JPEGs the ordinary path decodes at reduced scale, which shows at hard edges.
+            assert (pixels.int() - expected.int()).abs().float().mean() < 0.5
+            assert torch.equal(first, pixels[torch.from_numpy(offsets[:-1])])
+
+
+def test_a_row_without_pixels_is_refused(folder: Path) -> None:
+    feeder, fed = feed(read(folder, leaves_jpegs=True))
+    bad = [row for row, tasks in enumerate(fed.batch[columns.RUN_TASKS].to_pylist()) if not tasks]
+    with feeder.lent(fed), pytest.raises(ValueError, match="no pixels"):
+        all_views(fed.batch.take(pa.array(bad)), SMALL)
+
+
+def test_later_pools_get_pixels_and_views_as_if_all_had_been_decoded_before(folder: Path) -> None:
+    before = read(folder, leaves_jpegs=False)
+    feeder, fed = feed(read(folder, leaves_jpegs=True), later=(LARGE,))
+    passed = feeder.finish(fed.batch, fed)
+    gone = {"pixels_24_bicubic", "views_24_bicubic", columns.ENCODED, columns.ORIENTATION}
+    assert not gone & set(passed.column_names)
+    assert passed["views_40_bicubic"].to_pylist() == before["views_40_bicubic"].to_pylist()
+    good = pa.array([row for row, tasks in enumerate(before[columns.RUN_TASKS].to_pylist()) if tasks])
+    pixels, expected = (all_views(batch.take(good), LARGE)[0] for batch in (passed, before))
+    assert (pixels.int() - expected.int()).abs().float().mean() < 0.5
+
+
+def test_what_the_device_refuses_is_decoded_by_a_processor_to_the_bit(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("nvjpeg: not supported")
+
+    before = read(folder, leaves_jpegs=False)
+    left = read(folder, leaves_jpegs=True)
+    monkeypatch.setattr("vlmflow.imaging.device.decode_jpeg", refuse)
+    feeder, fed = feed(left, later=REQUESTS)
+    passed = feeder.finish(fed.batch, fed)
+    assert passed.select(before.column_names).drop_columns(_TIMES).equals(before.drop_columns(_TIMES))
+
+
+def test_where_the_device_has_no_memory_left_the_pixels_wait_on_the_processor(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_out(self: Feeder, part: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("9.75 GiB asked for")
+
+    before = read(folder, leaves_jpegs=False)
+    expected = feed(before)[1].views["40_bicubic"]
+    monkeypatch.setattr(Feeder, "_moved", run_out)
+    found = feed(before)[1].views["40_bicubic"]
+    assert torch.equal(found.pixels, expected.pixels)
+    assert found.starts.tolist() == expected.starts.tolist()
+
+
+_TIMES = ["seconds_read", "seconds_decode"]

@@ -1,0 +1,99 @@
+"""Operations counted against the arithmetic of the models, and a ceiling that is one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pyarrow as pa
+import pytest
+import torch
+
+from tests.models import make_captioner, random_pixels
+from vlmflow.config import ModelConfig
+from vlmflow.engine.flops import Ceilings, CountedTask, _count, matmul_ceiling
+from vlmflow.models import load_captioner
+from vlmflow.models.blip_fast.linear import PackedLinear
+
+LINEAR = torch.nn.Linear(64, 128)
+ATTENTION = torch.nn.MultiheadAttention(64, 4, batch_first=True).eval()
+X = torch.randn(5, 7, 64)
+HEADS = torch.randn(2, 4, 50, 16)
+IMAGES, KERNELS = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        (lambda: LINEAR(X), 2 * 35 * 64 * 128),
+        (lambda: PackedLinear([LINEAR])(X), 2 * 35 * 64 * 128),
+        (lambda: torch.nn.functional.scaled_dot_product_attention(HEADS, HEADS, HEADS), 2 * 2 * 8 * 50 * 50 * 16),
+        (lambda: ATTENTION(X, X, X, need_weights=False)[0], 5 * (2 * 7 * 4 * 64 * 64 + 2 * 2 * 7 * 7 * 64)),
+        (
+            lambda: torch.nn.functional.conv2d(torch.randn(2, 3, 8, 8), torch.randn(4, 3, 2, 2), stride=2),
+            2 * 2 * 16 * 48,
+        ),
+    ],
+    ids=["linear", "packed", "fused attention", "attention of open_clip", "convolution"],
+)
+def test_operations_are_those_of_the_arithmetic(call: Callable[[], torch.Tensor], expected: int) -> None:
+    with torch.inference_mode():
+        _, counted = _count(lambda: {"x": pa.array([float(call().sum())])})
+    assert counted == expected
+
+
+class Squaring:
+    """Squares numbers, and refuses negative ones."""
+
+    name = "embed"
+    reads = ("number",)
+    writes = pa.schema([("square", pa.float64())])
+
+    def __call__(self, batch: pa.Table) -> dict[str, pa.Array]:
+        numbers = batch["number"].to_pylist()
+        if min(numbers) < 0:
+            raise ValueError("negative")
+        return {"square": pa.array([number * number for number in numbers])}
+
+
+def test_later_rows_count_as_much_as_an_average_one_of_the_first_batch() -> None:
+    class Product(Squaring):
+        def __call__(self, batch: pa.Table) -> dict[str, pa.Array]:
+            out = torch.ones(batch.num_rows, 8) @ torch.ones(8, 16)
+            return {"square": pa.array(out.sum(dim=1).double().tolist())}
+
+    task = CountedTask(Product())
+    batch = pa.table({"number": [1.0, 2.0, 3.0]})
+    assert task(batch)["square"].to_pylist() == [128.0] * 3
+    assert task.flops == 3 * 2 * 8 * 16
+    task(batch.slice(0, 2))
+    assert task.flops == 5 * 2 * 8 * 16
+
+
+def test_a_batch_that_fails_raises_as_it_would_uncounted() -> None:
+    task = CountedTask(Squaring())
+    with pytest.raises(ValueError, match="negative"):
+        task(pa.table({"number": [-1.0]}))
+
+
+def test_what_is_counted_runs_as_ever(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = make_captioner(tmp_path_factory.mktemp("captioner"))
+    captioner = load_captioner(ModelConfig(family="blip_caption", path=str(folder)), "cpu")
+    pixels = random_pixels(6)
+    expected = captioner.caption(pixels, 12)
+    captions, counted = _count(lambda: {"caption": pa.array(captioner.caption(pixels, 12))})
+    assert captions["caption"].to_pylist() == expected
+    assert counted > 0
+
+
+def test_the_ceiling_is_measured_once_the_worker_has_settled() -> None:
+    counted = CountedTask(Squaring())
+    counted.flops = 1.0
+    ceilings = Ceilings("cpu", "auto")
+    for _ in range(2):
+        ceilings.measure_once({"embed": counted})
+        assert ceilings.of("embed") is None
+    ceilings.measure_once({"embed": counted})
+    found = ceilings.of("embed")
+    assert found is not None
+    assert 1e8 < found < 1e14
+    assert matmul_ceiling("cpu", torch.float32) > 1e8

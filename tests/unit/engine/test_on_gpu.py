@@ -1,0 +1,76 @@
+"""What only a GPU can show: nvJPEG against Pillow, feeding beside the computation, a ceiling in bfloat16."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from tests.images import with_orientation
+from tests.unit.engine.test_feeding import LARGE, LIMITS, REQUESTS, SMALL, read
+from tests.unit.imaging.test_device import REQUESTS as DEVICE_REQUESTS
+from tests.unit.imaging.test_device import greatest_difference, left
+from tests.unit.imaging.test_jpeg_draft import photograph
+from vlmflow.engine.decoding import PoolDecoding
+from vlmflow.engine.feeding import Feeder
+from vlmflow.engine.flops import matmul_ceiling
+from vlmflow.imaging.device import DeviceDecoder, DeviceImage
+from vlmflow.tasks.pixels import all_views
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_nvjpeg_and_our_resize_give_pillows_pixels_to_a_few_levels(orientation: int) -> None:
+    data = with_orientation(photograph(400, 1).resize((400, 300)), orientation, quality=90)
+    (image,) = DeviceDecoder(DEVICE_REQUESTS, "cuda")([left(data)])
+    assert image is not None, "nvJPEG must not refuse an ordinary JPEG"
+    on_processor = DeviceImage({key: value.cpu() for key, value in image.pixels.items()}, image.views, image.phash)
+    # Decoders differ in how they spread colour over the pixels between its samples.
+    assert greatest_difference(data, on_processor) <= 12
+
+
+def test_batches_fed_by_two_threads_are_those_of_a_processor(tmp_path: Path) -> None:
+    for number in range(40):
+        data = with_orientation(photograph(200 + 40 * (number % 3), number), 1 + number % 8, quality=90)
+        (tmp_path / f"{number:02d}.jpg").write_bytes(data)
+    batch = read(tmp_path, leaves_jpegs=True)
+    decoding = PoolDecoding(REQUESTS, LIMITS)
+    expected = Feeder(REQUESTS, (), "cpu", decoding)(batch)
+    feeder = Feeder(REQUESTS, (LARGE,), "cuda", decoding)
+    failures: list[str] = []
+
+    def use() -> None:
+        for _ in range(5):
+            fed = feeder(batch)
+            with feeder.lent(fed):
+                for request in (SMALL, LARGE):
+                    pixels, _ = all_views(fed.batch, request)
+                    assert pixels.is_cuda
+                    theirs = expected.views[request.key].pixels
+                    difference = (pixels.cpu().int() - theirs.int()).abs().float().mean()
+                    if difference > 1.5:
+                        failures.append(f"{request.key}: {difference:.2f}")
+            passed = feeder.finish(fed.batch, fed)["pixels_40_bicubic"]
+            if passed.null_count or not isinstance(passed, pa.ChunkedArray):
+                failures.append("pixels for later pools are missing")
+
+    threads = [threading.Thread(target=use) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_the_ceiling_is_that_of_tensor_cores() -> None:
+    half, single = (matmul_ceiling("cuda", dtype) for dtype in (torch.bfloat16, torch.float32))
+    assert np.isfinite(half)
+    assert half > 2 * single

@@ -1,0 +1,65 @@
+"""Batch sizes, numbers of actors and the projected rate, from trials that are made up."""
+
+from __future__ import annotations
+
+import pytest
+
+from vlmflow.config import PoolConfig
+from vlmflow.engine.cluster import Cluster
+from vlmflow.engine.sizing import PoolPlan, _planned, _projected, _sized
+from vlmflow.engine.trials import Trial, choose
+
+
+def trial(size: int, rate: float, *, fits: bool = True) -> Trial:
+    return Trial(batch_size=size, images_per_s=rate, memory_bytes=size, fits=fits, tasks={})
+
+
+def plan(rate: float, **pool: object) -> PoolPlan:
+    return _planned(PoolConfig(tasks=("embed",), **pool), [trial(8, rate)], 100)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("trials", "chosen"),
+    [
+        ([trial(8, 10), trial(16, 15), trial(32, 15.5), trial(64, 12)], 16),
+        ([trial(8, 10), trial(16, 9)], 8),
+        ([trial(16, 100), trial(32, 200, fits=False)], 16),
+        ([trial(16, 5, fits=False)], 16),
+    ],
+    ids=["nearly the fastest", "the first", "what fits", "nothing fits"],
+)
+def test_the_smallest_batch_that_is_nearly_the_fastest_is_chosen(trials: list[Trial], chosen: int) -> None:
+    assert choose(trials).batch_size == chosen
+
+
+def test_each_gpu_gets_an_actor_and_what_the_job_says_stays() -> None:
+    cluster = Cluster(cpus=32, gpus=4, num_nodes=1, embedded=True)
+    found = plan(500.0, gpus=1.0)
+    assert _sized(found, [found], cluster, 0.001).pool.max_actors == 4
+    said = plan(500.0, gpus=1.0, max_actors=2)
+    assert _sized(said, [said], cluster, 0.001).pool.max_actors == 2
+    shared = [plan(500.0, gpus=0.5), plan(300.0, gpus=0.5)]
+    assert [_sized(each, shared, cluster, 0.001).pool.max_actors for each in shared] == [4, 4]
+
+
+def test_processors_are_split_by_what_an_image_takes_in_each_place() -> None:
+    cluster = Cluster(cpus=16, gpus=0, num_nodes=1, embedded=True)
+    # 3 cores for 1.5 s an image against 0.5 s of decoding: 9 of 10 parts of 16 cores, three cores an actor.
+    found = plan(2.0 / 3.0, cpus=3.0)
+    assert _sized(found, [found], cluster, 0.5).pool.max_actors == 5
+    # Where decoding takes as long, half of the cores are left to it.
+    light = plan(10.0, cpus=1.0)
+    assert _sized(light, [light], cluster, 0.1).pool.max_actors == 8
+
+
+def test_the_projected_rate_is_that_of_the_narrowest_place() -> None:
+    cluster = Cluster(cpus=16, gpus=1, num_nodes=1, embedded=True)
+    gpu = plan(1_000.0, gpus=1.0, max_actors=1)
+    assert _projected([gpu], cluster, core_s=0.001) == (1_000.0, "pool embed")
+    rate, limited_by = _projected([gpu], cluster, core_s=0.02)
+    assert rate == pytest.approx(15 / 0.02)
+    assert limited_by == "the processors, most of all decoding"
+    cpu = plan(2.0, cpus=1.0, max_actors=16)
+    rate, limited_by = _projected([cpu], cluster, core_s=0.1)
+    assert rate == pytest.approx(16 / 0.6)
+    assert limited_by == "the processors, most of all pool embed"

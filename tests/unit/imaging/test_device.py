@@ -1,0 +1,107 @@
+"""Decoding on a device, run on a processor: the pixels of a full decode by Pillow to a level or two."""
+
+from __future__ import annotations
+
+from io import BytesIO
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from tests.images import encode, scene, with_orientation
+from tests.unit.imaging.test_jpeg_draft import photograph
+from vlmflow.config import ImageLimits
+from vlmflow.imaging import PixelRequest, decode, hash_of
+from vlmflow.imaging.device import DeviceDecoder, DeviceImage
+from vlmflow.imaging.jpeg import EncodedJpeg, leave_encoded
+from vlmflow.imaging.pixels import VIEWS, render
+
+LIMITS = ImageLimits()
+REQUESTS = [
+    PixelRequest(96, "bicubic", ("squash",)),
+    PixelRequest(56, "bicubic", VIEWS),
+    PixelRequest(56, "bilinear", ("squash", "center")),
+]
+
+
+def left(data: bytes) -> EncodedJpeg:
+    jpeg = leave_encoded(data, REQUESTS, LIMITS, hash_of(data))
+    assert jpeg is not None
+    return jpeg
+
+
+def decode_here(*files: bytes, dtype: torch.dtype | None = None) -> list[DeviceImage]:
+    images = DeviceDecoder(REQUESTS, "cpu", dtype)([left(data) for data in files])
+    assert all(image is not None for image in images)
+    return [image for image in images if image is not None]
+
+
+def greatest_difference(data: bytes, image: DeviceImage) -> int:
+    """From what Pillow makes of a full decode, over all views of all requests."""
+    shown = ImageOps.exif_transpose(Image.open(BytesIO(data))).convert("RGB")
+    worst = 0
+    for request in REQUESTS:
+        rendered = render(shown, request.size, request.interpolation, request.views)
+        assert image.views[request.key] == [name for name, _ in rendered]
+        pixels = image.pixels[request.key].numpy().astype(int)
+        assert pixels.shape == (len(rendered), request.size, request.size, 3)
+        worst = max(worst, max(np.abs(pixels[at] - shown).max() for at, (_, shown) in enumerate(rendered)))
+    return worst
+
+
+@pytest.mark.parametrize("size", [(300, 200), (200, 300), (201, 203), (60, 50), (250, 90), (90, 290)])
+def test_pixels_are_those_of_a_full_decode_by_pillow(size: tuple[int, int]) -> None:
+    data = encode(photograph(max(size), 3).resize(size), "JPEG", quality=90)
+    (image,) = decode_here(data)
+    assert greatest_difference(data, image) <= 1
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_is_applied(orientation: int) -> None:
+    data = with_orientation(photograph(150, 1).resize((150, 90)), orientation)
+    (image,) = decode_here(data)
+    assert greatest_difference(data, image) <= 2
+
+
+def test_half_precision_moves_levels_by_two_at_most() -> None:
+    data = encode(photograph(260, 5), "JPEG", quality=90)
+    (image,) = decode_here(data, dtype=torch.float16)
+    assert greatest_difference(data, image) <= 2
+
+
+def test_images_of_different_sizes_come_out_in_order() -> None:
+    files = [encode(scene(seed, 96 + 8 * (seed % 3), 64), "JPEG") for seed in range(7)]
+    for data, image in zip(files, decode_here(*files), strict=True):
+        assert greatest_difference(data, image) <= 2
+
+
+def test_perceptual_hashes_differ_from_those_of_the_other_path_by_a_few_bits() -> None:
+    files = [encode(photograph(side, side), "JPEG", quality=90) for side in (100, 260, 300, 420)]
+    for data, image in zip(files, decode_here(*files), strict=True):
+        other = decode(data, REQUESTS, LIMITS).facts.phash
+        assert other is not None
+        assert (int(image.phash, 16) ^ int(other, 16)).bit_count() <= 4
+
+
+def test_a_damaged_file_is_refused_and_costs_no_other() -> None:
+    good = left(encode(scene(), "JPEG"))
+    damaged = EncodedJpeg(good.data[:200] + b"\xff\xd9", good.facts, 1)
+    first, second, third = DeviceDecoder(REQUESTS, "cpu")([good, damaged, good])
+    assert second is None
+    assert first is not None
+    assert third is not None
+    assert torch.equal(first.pixels["96_bicubic"], third.pixels["96_bicubic"])
+
+
+def test_a_file_of_another_size_than_its_header_said_is_refused() -> None:
+    good, other = left(encode(scene(), "JPEG")), left(encode(scene(0, 50, 40), "JPEG"))
+    assert DeviceDecoder(REQUESTS, "cpu")([EncodedJpeg(other.data, good.facts, 1)]) == [None]
+
+
+def test_out_of_memory_is_left_to_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_out(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("9.75 GiB asked for")
+
+    monkeypatch.setattr("vlmflow.imaging.device.decode_jpeg", run_out)
+    assert DeviceDecoder(REQUESTS, "cpu")([left(encode(scene(), "JPEG"))]) == [None]

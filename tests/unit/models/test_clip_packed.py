@@ -1,0 +1,43 @@
+"""The packed layers of a CLIP image tower against open_clip's own, whatever the activation and the scale of layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+
+from vlmflow.models.clip_packed import _PackedBlock, pack_image_tower
+
+TEXT = CLIPTextCfg(context_length=8, vocab_size=50, width=32, heads=2, layers=1)
+
+
+def tower(**options: Any) -> CLIP:
+    quick = options.pop("quick_gelu", False)
+    torch.manual_seed(0)
+    vision = CLIPVisionCfg(image_size=32, patch_size=8, width=32, head_width=16, layers=2, **options)
+    return CLIP(24, vision, TEXT, quick_gelu=quick).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("options", [{}, {"quick_gelu": True}, {"ls_init_value": 0.3}, {"attentional_pool": True}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_features_are_those_of_open_clip(options: dict[str, Any], dtype: torch.dtype) -> None:
+    model = tower(**options).to(dtype)
+    images = torch.randn(3, 3, 32, 32, dtype=dtype)
+    with torch.inference_mode():
+        expected = model.encode_image(images)
+        pack_image_tower(model)
+        found = model.encode_image(images)
+    assert all(isinstance(block, _PackedBlock) for block in model.visual.transformer.resblocks)
+    cosine = torch.nn.functional.cosine_similarity(found.float(), expected.float())
+    assert cosine.min() > (0.999999 if dtype == torch.float32 else 0.999)
+    if dtype == torch.float32:
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_tower_of_another_kind_stays_as_it_is() -> None:
+    class Other(torch.nn.Module):
+        visual = torch.nn.Linear(2, 2)
+
+    pack_image_tower(Other())

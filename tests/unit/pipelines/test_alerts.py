@@ -1,0 +1,140 @@
+"""Who is told what: through real notification blocks to a server on this machine."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import logging
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from prefect.blocks.core import Block
+from prefect.blocks.notifications import CustomWebhookNotificationBlock, MattermostWebhook
+from prefect.blocks.system import Secret
+from prefect.states import Failed
+
+from pipelines import alerts
+from tests.messenger import Messenger, running_messenger
+from vlmflow.catalog.runs import RunInfo
+from vlmflow.engine import RunReport
+
+TOKEN = "t0ps3cr3t-token-0123456789"
+
+
+@pytest.fixture
+def messenger() -> Iterator[Messenger]:
+    with running_messenger() as server:
+        yield server
+
+
+def webhook(messenger: Messenger) -> Block:
+    return CustomWebhookNotificationBlock(
+        name="moderation",
+        url=f"http://127.0.0.1:{messenger.server_port}/{{{{token}}}}",
+        json_data={"title": "{{subject}}", "text": "{{body}}"},
+        secrets={"token": TOKEN},
+    )
+
+
+def mattermost(messenger: Messenger) -> Block:
+    return MattermostWebhook(hostname="127.0.0.1", port=messenger.server_port, token=TOKEN)
+
+
+BLOCKS = {"custom-webhook/moderation": webhook, "mattermost-webhook/moderation": mattermost}
+
+
+@pytest.fixture(params=BLOCKS)
+def block(request: pytest.FixtureRequest, messenger: Messenger, monkeypatch: pytest.MonkeyPatch) -> str:
+    made = BLOCKS[request.param](messenger)
+    monkeypatch.setattr(Block, "load", classmethod(lambda cls, name: {request.param: made}[name]))
+    return str(request.param)
+
+
+def test_a_message_arrives(block: str, messenger: Messenger) -> None:
+    alerts.send(block, "many more", "Run r flagged 50.0% of its images.")
+    (message,) = messenger.received
+    assert TOKEN in message["path"]
+    assert "many more" in json.dumps(message)
+    assert "Run r flagged 50.0% of its images." in message["text"]
+
+
+@pytest.mark.parametrize("fault", ["refused", "no server"])
+def test_a_message_that_cannot_be_sent_fails_nothing_and_tells_no_secret(
+    block: str, messenger: Messenger, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str], fault: str
+) -> None:
+    if fault == "refused":
+        messenger.status = 500
+    else:
+        messenger.server_close()
+    with caplog.at_level(logging.INFO, "vlmflow"):
+        alerts.send(block, "many more", "Run r.")
+    assert f"nobody was told of 'many more': block {block} failed with " in caplog.text
+    assert TOKEN not in caplog.text
+    assert TOKEN not in "".join(capfd.readouterr())
+
+
+def test_a_block_that_is_absent_or_no_messenger_is_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Block, "load", classmethod(lambda cls, name: {"secret/x": Secret(value=TOKEN)}[name]))
+    alerts.send("secret/x", "many more", "Run r.")
+    assert "secret/x is no notification block: nobody was told of: many more" in caplog.text
+    alerts.send("slack-webhook/absent", "many more", "Run r.")
+    assert "block slack-webhook/absent failed with KeyError" in caplog.text
+    assert TOKEN not in caplog.text
+
+
+def test_nobody_is_told_where_nobody_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Block, "load", classmethod(lambda cls, name: pytest.fail("a block was loaded")))
+    alerts.send(None, "many more", "Run r.")
+
+
+def test_a_failed_flow_says_what_it_failed_with(block: str, messenger: Messenger) -> None:
+    flow: Any = SimpleNamespace(name="nightly-enrichment")
+    flow_run: Any = SimpleNamespace(name="nightly 2026-11-01", parameters={"notify": block})
+    alerts.tell_failure(flow, flow_run, Failed(message=f"3 rows\n do not reconcile {'x' * 5000}"))
+    (message,) = messenger.received
+    assert "nightly-enrichment nightly 2026-11-01 Failed" in json.dumps(message)
+    assert "3 rows do not reconcile" in message["text"]
+    assert len(message["text"]) < 2000
+
+
+def report(allowed: int, flagged: int, policy: str | None = "p 1") -> RunReport:
+    return RunReport(run_id="now", status="done", source="s", catalog="c", profile="p", tasks=("embed",),
+                     date=dt.date(2026, 11, 9), started_at=dt.datetime(2026, 11, 9, tzinfo=dt.UTC), policy=policy,
+                     decisions={"allow": allowed, "review": flagged})  # fmt: skip
+
+
+def run(number: int, allowed: int, flagged: int, *, policy: str | None = "p 1", state: Any = "finished") -> RunInfo:
+    record = {"policy": policy, "decisions": {"allow": allowed, "block": flagged}}
+    return RunInfo(f"run {number}", state, record, None)
+
+
+def test_a_jump_is_told_against_the_median_of_the_nights_before() -> None:
+    usual = [run(number, 95, 5) for number in range(6)]
+    assert alerts.flagged_jump(report(70, 30), usual, 0.1) == (0.3, 0.05)
+    assert alerts.flagged_jump(report(86, 14), usual, 0.1) is None
+    assert alerts.flagged_jump(report(70, 30), [run(0, 0, 100), *usual], 0.1) == (0.3, 0.05)  # one bad night
+    assert alerts.flagged_jump(report(70, 30), [*usual, *[run(9, 0, 100)] * 9], 0.1) == (0.3, 0.05)  # long ago
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        [],
+        [run(0, 3, 1)],  # few rows say little
+        [run(0, 95, 5, policy="p 2")],  # another policy flags another share
+        [run(0, 95, 5, state="dead")],
+        [RunInfo("now", "finished", {"policy": "p 1", "decisions": {"allow": 95, "block": 5}}, None)],
+        [RunInfo("vacuum", "finished", {"operation": "vacuum"}, None)],
+    ],
+)
+def test_without_nights_to_compare_with_there_is_no_jump(before: list[RunInfo]) -> None:
+    assert alerts.flagged_jump(report(10, 90), before, 0.1) is None
+
+
+def test_of_few_rows_no_share_is_taken() -> None:
+    assert alerts.flagged_jump(report(0, 49), [run(0, 95, 5)], 0.1) is None
+    assert alerts.flagged_share({"allow": 25, "review": 15, "block": 10}) == 0.5

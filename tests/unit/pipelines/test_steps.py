@@ -1,0 +1,252 @@
+"""Steps as command lines with files, and what their output is taken for."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prefect.states import Completed, Failed
+
+from pipelines import common, steps
+from pipelines.ray_jobs import Attempt, Command, JobStatus
+from pipelines.steps import (
+    JOB_FILE,
+    Golden,
+    OnCluster,
+    Output,
+    doctor_command,
+    enrich_command,
+    gate_command,
+    job_files,
+    plan_command,
+    remoderate_command,
+)
+from vlmflow.cli import app
+from vlmflow.config import Job
+from vlmflow.engine.progress import ProgressDisplay, Tally
+from vlmflow.engine.remoderate import Scope
+from vlmflow.errors import (
+    ClusterError,
+    ConfigError,
+    ErrorBudgetError,
+    StoreLostError,
+    SubmittedJobError,
+    TransientError,
+    UnreconciledError,
+    VlmflowError,
+)
+from vlmflow.gate import GateLimits
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
+    """A job whose every path is relative to a folder that the cluster knows nothing of."""
+    monkeypatch.chdir(tmp_path)
+    Path("policy.yaml").write_text("name: test\n", encoding="utf-8")
+    return Job(
+        source={"uri": "images"},
+        catalog={"uri": "catalog"},
+        profile="starter",
+        policy="policy.yaml",
+        models={"embed": {"family": "open_clip", "path": "clip"}},
+        models_dir="models",
+        date=dt.date(2026, 11, 1),
+    )
+
+
+def test_a_job_travels_with_its_policy_and_without_relative_paths(job: Job, tmp_path: Path) -> None:
+    files = job_files(job)
+    assert files.keys() == {JOB_FILE, "policy.yaml"}
+    data = yaml.safe_load(files[JOB_FILE])
+    assert data["source"]["uri"] == str(tmp_path / "images")
+    assert data["catalog"]["uri"] == str(tmp_path / "catalog")
+    assert data["models_dir"] == str(tmp_path / "models")
+    assert data["models"]["embed"]["path"] == str(tmp_path / "clip")
+    assert (data["policy"], data["date"], data["ray"]) == ("policy.yaml", "2026-11-01", {"address": "auto"})
+    assert Job.model_validate(data).tasks == job.tasks
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket/a", "gs://bucket/a", "https://host/a.csv"])
+def test_addresses_in_stores_stay(job: Job, uri: str) -> None:
+    moved = job.model_copy(update={"source": job.source.model_copy(update={"uri": uri}), "policy": "baseline"})
+    files = job_files(moved)
+    assert files.keys() == {JOB_FILE}
+    assert yaml.safe_load(files[JOB_FILE])["source"]["uri"] == uri
+
+
+def commands(job: Job, tmp_path: Path) -> list[Command]:
+    accepted = tmp_path / "accepted.json"
+    accepted.write_text("{}", encoding="utf-8")
+    golden = Golden(uri="golden", accepted=accepted, scratch="scratch", limits=GateLimits(max_margin_shift=0.5))
+    scope = Scope(dt.date(2026, 11, 1), dt.date(2026, 11, 1), "width > 10")
+    return [
+        doctor_command(job),
+        plan_command(job),
+        enrich_command(job),
+        gate_command(job, golden),
+        remoderate_command(job, scope, None, dry_run=True),
+        remoderate_command(job, scope, "abc", dry_run=False),
+    ]
+
+
+def test_every_command_is_one_that_the_command_line_knows(job: Job, tmp_path: Path) -> None:
+    import typer.main
+
+    for command in commands(job, tmp_path):
+        found: Any = typer.main.get_command(app)
+        arguments = list(command.arguments)
+        while hasattr(found, "commands"):
+            found = found.commands[arguments.pop(0)]
+        with found.make_context(found.name, arguments) as context:
+            assert context.params["as_json"] is True
+    assert len({command.name for command in commands(job, tmp_path)}) == 6
+
+
+def test_local_paths_of_a_command_are_whole(job: Job, tmp_path: Path) -> None:
+    *_, gate, dry, _ = commands(job, tmp_path)
+    assert str(tmp_path / "golden") in gate.arguments
+    assert str(tmp_path / "scratch") in gate.arguments
+    assert gate.files["accepted.json"] == "{}"
+    assert gate.arguments[gate.arguments.index("--max-margin-shift") + 1] == "0.5"
+    assert str(tmp_path / "catalog") in dry.arguments
+    assert dry.arguments[-1] == "--dry-run"
+
+
+class Display:
+    def __init__(self) -> None:
+        self.stages: list[str] = []
+        self.tallies: list[Tally] = []
+
+    def stage(self, text: str) -> None:
+        self.stages.append(text)
+
+    def update(self, tally: Tally) -> None:
+        self.tallies.append(tally)
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
+def test_progress_reports_and_log_are_told_apart() -> None:
+    display, logged = Display(), list[str]()
+    progress: ProgressDisplay = display
+    output = Output(logged.append, progress)
+    for line in (
+        json.dumps({"event": "stage", "stage": "loading models"}),
+        json.dumps({"event": "progress", "total": 9, "done": 5, "committed": 4, "images_per_s": 2.5}),
+        "2026-11-01 INFO something",
+        "  ",
+        '{"broken": ',
+        "[1, 2]",
+        json.dumps({"event": "report", "num_listed": 9}),
+    ):
+        output.take(line)
+    assert display.stages == ["loading models"]
+    assert (display.tallies[0].total, display.tallies[0].committed, display.tallies[0].elapsed_s) == (9, 4, 2.0)
+    assert logged == ["2026-11-01 INFO something", '{"broken": ', "[1, 2]"]
+    assert output.objects == [{"num_listed": 9}]
+
+
+class FakeJobs:
+    """Jobs whose log is given; the last status too."""
+
+    def __init__(self, lines: list[str], status: JobStatus = JobStatus.SUCCEEDED, message: str = "") -> None:
+        self._lines = lines
+        self._attempt = Attempt("vlmflow-x-000000000000-1", "vlmflow-x-000000000000", 1, status, "me", 1.0, 0, message)
+
+    def start(self, *_: Any, **__: Any) -> Attempt:
+        return self._attempt
+
+    def follow(self, attempt: Attempt, on_line: Callable[[str], None], **_: Any) -> Attempt:
+        for line in self._lines:
+            on_line(line)
+        return attempt
+
+
+def on_cluster(monkeypatch: pytest.MonkeyPatch, jobs: FakeJobs) -> OnCluster:
+    monkeypatch.setattr(steps, "RayJobs", lambda _: jobs)
+    return OnCluster("http://head:8265", owner="me", on_line=lambda _: None, deadline_s=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "raised"),
+    [
+        ("TransientError", TransientError),
+        ("UnreconciledError", UnreconciledError),
+        ("StrEnum", SubmittedJobError),  # what the module imports is no class of errors
+        ("__builtins__", SubmittedJobError),
+        ("NoSuchError", SubmittedJobError),
+    ],
+)
+def test_an_error_keeps_its_class(
+    monkeypatch: pytest.MonkeyPatch, job: Job, name: str, raised: type[VlmflowError]
+) -> None:
+    line = json.dumps({"event": "error", "class": name, "message": "it broke", "remedy": "Mend it."})
+    with pytest.raises(raised, match="Ray job vlmflow-x-000000000000-1: it broke") as caught:
+        on_cluster(monkeypatch, FakeJobs([line], JobStatus.FAILED)).plan(job)
+    assert caught.value.remedy == "Mend it."
+
+
+@pytest.mark.parametrize("status", [JobStatus.FAILED, JobStatus.STOPPED])
+def test_a_job_that_says_nothing_is_named_with_what_ray_says(
+    monkeypatch: pytest.MonkeyPatch, job: Job, status: JobStatus
+) -> None:
+    jobs = FakeJobs(["Traceback ..."], status, "Job supervisor died\n\nThe node was lost.\n")
+    with pytest.raises(SubmittedJobError, match=f"{status.value.lower()}: The node was lost."):
+        on_cluster(monkeypatch, jobs).plan(job)
+
+
+def test_a_report_of_another_version_is_named(monkeypatch: pytest.MonkeyPatch, job: Job) -> None:
+    jobs = FakeJobs([json.dumps({"event": "report", "num_pictures": 3})])
+    with pytest.raises(SubmittedJobError, match="num_pictures: unknown key") as caught:
+        on_cluster(monkeypatch, jobs).plan(job)
+    assert "version" in caught.value.remedy
+
+
+def test_checks_that_fail_are_shown_although_the_job_failed(monkeypatch: pytest.MonkeyPatch, job: Job) -> None:
+    lines = [json.dumps({"name": "gpu", "verdict": "fail", "found": "none", "remedy": "Get one."})]
+    (check,) = on_cluster(monkeypatch, FakeJobs(lines, JobStatus.FAILED)).doctor(job)
+    assert (check.name, check.verdict) == ("gpu", "fail")
+
+
+@pytest.mark.parametrize(
+    ("error", "again"),
+    [
+        (TransientError("store busy"), True),
+        (StoreLostError("store gone"), True),
+        (ClusterError("no answer"), True),
+        (ConfigError("bad input"), False),
+        (ErrorBudgetError("too many"), False),
+        (SubmittedJobError("failed"), False),
+        (ValueError("a mistake of ours"), False),
+    ],
+)
+def test_only_what_may_pass_is_tried_again(error: Exception, again: bool) -> None:
+    nothing: Any = None
+    assert common.may_pass(nothing, nothing, Failed(data=error)) is again
+    assert common.may_pass(nothing, nothing, Completed(data=1)) is False
+
+
+@pytest.mark.parametrize("uri", ["s3://Bucket/My Catalog/", "/", "", "ä" * 300, "a/../b", "x|y`z", "s3://b/---"])
+def test_a_catalog_has_a_key_of_plain_characters(uri: str) -> None:
+    from prefect.client.schemas.actions import ArtifactCreate
+
+    key = f"backfill-partitions-{common.slug(uri)}"
+    assert ArtifactCreate(key=key).key == key
+    assert len(key) < 80
+
+
+def test_catalogs_of_one_name_have_keys_of_their_own() -> None:
+    assert common.slug("s3://a/catalog") != common.slug("s3://b/catalog")
+    assert common.slug("s3://a/catalog").startswith("catalog-")
+
+
+def test_the_date_is_that_of_the_schedule_in_utc() -> None:
+    scheduled = dt.datetime(2026, 11, 1, 23, 30, tzinfo=dt.timezone(dt.timedelta(hours=-5)))
+    assert common.logical_date(None, scheduled) == dt.date(2026, 11, 2)
+    assert common.logical_date(dt.date(2026, 1, 1), scheduled) == dt.date(2026, 1, 1)

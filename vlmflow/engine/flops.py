@@ -1,0 +1,144 @@
+"""How near a pool's models come to what the device can do: operations counted, and the ceiling measured, in the worker.
+
+Counted are multiplications and additions of matrix products, attention and convolutions, two to a product, as torch's
+counter does; what it knows no formula for counts nothing, so that shares are rather too small than too large.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from vlmflow.config import Dtype
+from vlmflow.models.blip_fast.linear import PackedLinear
+from vlmflow.models.pixels import model_dtype
+from vlmflow.tasks import Columns, Task
+
+logger = logging.getLogger("vlmflow")
+
+Shape = tuple[int, ...]
+
+_BLIP_TASKS = ("caption", "match", "answer")
+
+# Rows, inner and outer side of the product whose speed is the ceiling: on a processor what a layer of BLIP-base does
+# for one image, since larger ones take seconds.
+_CEILING_SHAPE = {"cuda": (8192, 8192, 8192), "cpu": (577, 3072, 768)}
+_CEILING_REPEATS = 8
+
+
+class CountedTask:
+    """A task that counts the operations of its first batch, and takes every later row for an average one of that."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.name, self.reads, self.writes = task.name, task.reads, task.writes
+        self._per_row: float | None = None
+        self.flops = 0.0  # of all batches so far
+
+    def __call__(self, batch: pa.Table) -> Columns:
+        """Runs the task; the counter never costs an image its values."""
+        if self._per_row is None:
+            columns, counted = _count(lambda: self.task(batch))
+            self._per_row = counted / max(1, batch.num_rows)
+        else:
+            columns = self.task(batch)
+        self.flops += self._per_row * batch.num_rows
+        return columns
+
+
+class Ceilings:
+    """What the device could do, by the dtype of each task's model; measured once the worker has settled."""
+
+    # Short runs, whose rates mean little, do without.
+    _AFTER_BATCHES = 3
+
+    def __init__(self, device: str, blip_dtype: Dtype) -> None:
+        self._device, self._blip_dtype = device, blip_dtype
+        self._num_batches = 0
+        self._found: dict[torch.dtype, float] = {}
+
+    def measure_once(self, tasks: Mapping[str, CountedTask]) -> None:
+        """To be called behind each batch: measures behind the third, for the tasks that compute anything."""
+        self._num_batches += 1
+        if self._num_batches != self._AFTER_BATCHES:
+            return
+        for dtype in {self._dtype(name) for name, task in tasks.items() if task.flops}:
+            with contextlib.suppress(torch.OutOfMemoryError):  # the models have taken all there is
+                self._found[dtype] = matmul_ceiling(self._device, dtype)
+
+    def of(self, task: str) -> float | None:
+        """FLOP/s; None: not measured yet."""
+        return self._found.get(self._dtype(task))
+
+    def _dtype(self, task: str) -> torch.dtype:
+        return model_dtype(self._device, self._blip_dtype if task in _BLIP_TASKS else "auto")
+
+
+def matmul_ceiling(device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of the best plain product of large matrices, with as many threads as the worker has."""
+    rows, inner, outer = _CEILING_SHAPE[torch.device(device).type]
+    x = torch.randn(rows, inner, device=device, dtype=dtype)
+    call = PackedLinear([torch.nn.Linear(inner, outer, device=device, dtype=dtype)])
+    best = math.inf
+    with torch.inference_mode():
+        for _ in range(_CEILING_REPEATS):
+            _wait_for(device)
+            started = time.perf_counter()
+            call(x)
+            _wait_for(device)
+            best = min(best, time.perf_counter() - started)
+    return 2.0 * rows * inner * outer / best
+
+
+def _wait_for(device: str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _count(call: Callable[[], Columns]) -> tuple[Columns, float]:
+    counter = FlopCounterMode(display=False, custom_mapping=_formulas())
+    try:
+        with counter:
+            return call(), float(counter.get_total_flops())
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except Exception as error:  # noqa: BLE001  the counter's fault or the batch's: without it we shall know
+        logger.debug("operations could not be counted: %s", error)
+    return call(), 0.0
+
+
+@cache
+def _formulas() -> dict[Any, Callable[..., int]]:
+    """For operators that torch's counter does not know."""
+    found: dict[Any, Callable[..., int]] = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+        torch.ops.aten._native_multi_head_attention: _multi_head_attention,
+    }
+    if torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        found[torch.ops.mkldnn._linear_pointwise] = _linear
+    return found
+
+
+def _linear(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+    """(..., D) and (E, D)."""
+    return 2 * math.prod(x) * weight[0]
+
+
+def _attention(queries: Shape, keys: Shape, values: Shape, *_: Any, **__: Any) -> int:
+    """(N, H, Q, d), (N, H, K, d) and the same."""
+    return 2 * math.prod(queries) * keys[2] + 2 * math.prod(queries[:3]) * keys[2] * values[3]
+
+
+def _multi_head_attention(queries: Shape, keys: Shape, values: Shape, width: int, *_: Any, **__: Any) -> int:
+    """(N, T, D) each: projections to queries, keys and values, attention, and the projection behind it."""
+    num_rows, num_tokens = queries[:2]
+    return 2 * num_rows * num_tokens * (4 * width * width + 2 * num_tokens * width)

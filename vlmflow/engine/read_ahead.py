@@ -1,0 +1,60 @@
+"""How far reading may run ahead of the models: what a kill costs, and what lies decoded in memory.
+
+Ray Data bounds that by bytes alone, a share of its object store: small images would all be read before any is done.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray.data import DataContext
+from ray.data._internal.execution.backpressure_policy import (
+    ENABLED_BACKPRESSURE_POLICIES,
+    ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY,
+)
+from ray.data._internal.execution.backpressure_policy.backpressure_policy import BackpressurePolicy
+
+from vlmflow.config import PoolConfig
+
+_MAX_ROWS = "vlmflow.read_ahead_rows"
+# The stage that is held back goes by the name of its function.
+STAGE = "read_and_decode"
+# Batches that an actor has at hand: one in work, one being fed, and those on their way.
+_BATCHES_PER_ACTOR = 4
+_MAX_ROWS_PER_TASK = 2_048  # more than any block or batch has
+
+
+class ReadAhead(BackpressurePolicy):  # type: ignore[misc]
+    """Starts no more decoding while as many rows as are wanted are between it and the end of the last pool."""
+
+    def can_add_input(self, op: Any) -> bool:
+        """Whether another task of the operator may start."""
+        if STAGE not in op.name:
+            return True
+        stages = [op]
+        while stages[-1].output_dependencies:
+            stages.append(stages[-1].output_dependencies[0])
+        taken, given = op.metrics.rows_inputs_of_submitted_tasks, stages[-1].metrics.rows_task_outputs_generated
+        # Blocks that were given up went in and never come out; to take too many for lost only lets more be read.
+        lost = _MAX_ROWS_PER_TASK * sum(stage.metrics.num_tasks_failed for stage in stages)
+        return bool(taken - given - lost < self._data_context.get_config(_MAX_ROWS))
+
+
+def read_ahead_rows(wanted: int | None, pools: tuple[PoolConfig, ...], decoded_at_once: int) -> int:
+    """Rows that may be under way: enough that no actor waits, unless the job says how many.
+
+    Args:
+        wanted: what the job says; less than one batch of every pool would keep them waiting for ever.
+        decoded_at_once: rows that all decoding tasks together have in work.
+    """
+    if wanted is None:
+        actors = sum(pool.max_actors * pool.batch_size for pool in pools)
+        wanted = _BATCHES_PER_ACTOR * actors + 2 * decoded_at_once
+    return max(wanted, sum(pool.batch_size for pool in pools))
+
+
+def limit_read_ahead(max_rows: int) -> None:
+    """Bounds reading ahead for the datasets that are made from here on."""
+    context = DataContext.get_current()
+    context.set_config(_MAX_ROWS, max_rows)
+    context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [*ENABLED_BACKPRESSURE_POLICIES, ReadAhead])

@@ -1,0 +1,135 @@
+"""A pool tried out in a worker of its own: images a second and memory by batch size, in a minute at most."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterable
+
+import numpy as np
+import pyarrow as pa
+
+from vlmflow.config import Frozen, PoolConfig
+from vlmflow.engine import columns
+from vlmflow.engine.pools import PoolWorker
+from vlmflow.engine.quarantine import Stages
+
+_GPU_SIZES = (16, 32, 64, 128, 256, 512)
+_CPU_SIZES = (4, 8, 16, 32, 64)
+_MAX_S = 60.0  # of one pool
+_ENOUGH_S = 0.5  # of one size
+# A larger batch is taken only for so much more speed: it takes memory, and its images are lost together.
+_GAIN = 1.05
+
+
+class Trial(Frozen):
+    """One batch size.
+
+    Attributes:
+        memory_bytes: the most that the worker held so far, of the GPU's memory where it has one.
+        fits: False: memory ran out.
+        tasks: images a second by task, alone.
+    """
+
+    batch_size: int
+    images_per_s: float
+    memory_bytes: int
+    fits: bool
+    tasks: dict[str, float]
+
+
+class TriedPool:
+    """An actor with a pool's models; to be created with the pool's resources."""
+
+    def __init__(self, stages: Stages, number: int) -> None:
+        self._pool = stages.pools[number]
+        later = tuple(task for pool in stages.pools[number + 1 :] for task in pool.tasks)
+        decoding = stages.decoding if stages.decode.leaves_jpegs and number == 0 else None
+        self._worker = PoolWorker(self._pool, stages.setup, stages.prompts, later=later, decoding=decoding)
+        self._num_calls = 0
+
+    def run(self, sample: pa.Table, sizes: tuple[int, ...] | None) -> tuple[list[Trial], int]:
+        """Tries batch sizes upward until more brings nothing, memory runs out, or the minute is over.
+
+        Args:
+            sample: decoded images; of those a batch is made up, however large.
+            sizes: to try; None: the usual ones.
+
+        Returns:
+            The trials, at least one; and the bytes of memory there are.
+        """
+        deadline = time.monotonic() + _MAX_S
+        sizes = sizes or (_GPU_SIZES if self._pool.gpus else _CPU_SIZES)
+        self._call(sample, sizes[0])  # libraries set themselves up
+        trials: list[Trial] = []
+        for size in sizes:
+            if trials and time.monotonic() + 2 * size / max(trials[-1].images_per_s, 1e-9) > deadline:
+                break
+            trials.append(self._try(sample, size))
+            best = max(trial.images_per_s for trial in trials)
+            if not trials[-1].fits or (len(trials) > 2 and max(_rates(trials[-2:])) < best):
+                break
+        return trials, _memory_total(is_gpu=self._pool.gpus > 0)
+
+    def finished(self, sample: pa.Table) -> pa.Table:
+        """The sample as the next pool gets it."""
+        return self._worker(sample)
+
+    def _try(self, sample: pa.Table, size: int) -> Trial:
+        if self._pool.gpus:
+            self._call(sample, size)  # CUDA graphs are captured by batch size
+        started, num_images, fits = time.perf_counter(), 0, True
+        seconds = dict.fromkeys(self._pool.tasks, 0.0)
+        while num_images == 0 or (fits and time.perf_counter() - started < _ENOUGH_S):
+            out = self._call(sample, size)
+            num_images += size
+            least = pa.compute.min(out[columns.AT_ONCE_PREFIX + "+".join(self._pool.tasks)]).as_py()
+            fits = least is None or least >= size
+            for task in seconds:
+                seconds[task] += pa.compute.sum(out[columns.seconds_column(task)]).as_py() or 0.0
+        rate = num_images / (time.perf_counter() - started)
+        tasks = {task: round(num_images / spent, 2) for task, spent in seconds.items() if spent > 0}
+        memory = _memory_used(is_gpu=self._pool.gpus > 0)
+        return Trial(batch_size=size, images_per_s=round(rate, 4), memory_bytes=memory, fits=fits, tasks=tasks)
+
+    def _call(self, sample: pa.Table, size: int) -> pa.Table:
+        rows = np.arange(size) % sample.num_rows
+        self._num_calls += 1
+        # Equal bytes would be computed once.
+        names = pa.array([f"{self._num_calls}-{row}" for row in range(size)], pa.string())
+        return self._worker(columns.set_column(sample.take(pa.array(rows)), "content_hash", names))
+
+
+def choose(trials: Iterable[Trial]) -> Trial:
+    """The smallest batch that is nearly as fast as the fastest of those that fit; of none the smallest."""
+    tried = list(trials)
+    fitting = [trial for trial in tried if trial.fits] or tried[:1]
+    best = max(trial.images_per_s for trial in fitting)
+    return next(trial for trial in fitting if trial.images_per_s * _GAIN >= best)
+
+
+def resources(pool: PoolConfig) -> dict[str, float]:
+    """What Ray must set aside for one actor of a pool."""
+    return {"num_cpus": pool.cpus, "num_gpus": pool.gpus}
+
+
+def _rates(trials: list[Trial]) -> list[float]:
+    return [trial.images_per_s for trial in trials]
+
+
+def _memory_used(*, is_gpu: bool) -> int:
+    if not is_gpu:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    import torch
+
+    return int(torch.cuda.max_memory_reserved())
+
+
+def _memory_total(*, is_gpu: bool) -> int:
+    if not is_gpu:
+        import psutil
+
+        return int(psutil.virtual_memory().total)
+    import torch
+
+    return int(torch.cuda.mem_get_info()[1])

@@ -1,0 +1,56 @@
+"""Readers of the benchmarks' own files, of image folders, and of any manifest: each makes a dataset."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vlmflow.errors import EvaluationError
+from vlmflow.evaluation.dataset import Dataset, EvaluationTask
+from vlmflow.evaluation.readers.captions import read_caption_json, read_caption_tokens
+from vlmflow.evaluation.readers.files import read_json
+from vlmflow.evaluation.readers.folders import read_folders
+from vlmflow.evaluation.readers.manifest import read_manifest
+from vlmflow.evaluation.readers.options import ReadOptions
+from vlmflow.evaluation.readers.vqa import read_vqa
+
+__all__ = ["ReadOptions", "read_dataset"]
+
+
+_TABLES = (".csv", ".jsonl", ".ndjson", ".parquet")
+
+
+def read_dataset(task: EvaluationTask, data: str, options: ReadOptions) -> Dataset:
+    """Reads what DATA names, by what it is.
+
+    Raises:
+        EvaluationError: it is not there, is none of the known files, or does not hold what the task needs.
+    """
+    path = Path(data)
+    if path.is_dir():
+        _only(task, ("zeroshot",), f"{data} is a folder of images")
+        return read_folders(path)
+    if not path.is_file():
+        raise EvaluationError(f"{data} does not exist", remedy="Name a file or a folder on this machine.")
+    suffix = path.suffix.lower()
+    if suffix in _TABLES:
+        return read_manifest(task, path, options)
+    if suffix == ".json":
+        content = read_json(path)
+        if isinstance(content, dict) and "questions" in content:
+            _only(task, ("answer",), f"{data} holds questions")
+            return read_vqa(path, content, options.annotations, options.images)
+        _only(task, ("retrieval", "caption"), f"{data} holds captions")
+        return read_caption_json(task, path, content, options.images, options.split)
+    if suffix in (".token", ".txt", ".tsv"):
+        _only(task, ("retrieval", "caption"), f"{data} holds captions")
+        return read_caption_tokens(task, path, options.images, options.split)
+    raise EvaluationError(
+        f"{data}: {suffix or 'no extension'} is none of the files that can be read",
+        remedy="Use .json (COCO, Karpathy, VQA), .token (Flickr30k), .csv, .jsonl, .parquet, or a folder per class.",
+    )
+
+
+def _only(task: EvaluationTask, tasks: tuple[EvaluationTask, ...], what: str) -> None:
+    if task not in tasks:
+        remedy = f"Evaluate {' or '.join(tasks)} on it, or give a table."
+        raise EvaluationError(f"{what}, and {task} cannot be measured by that", remedy=remedy)

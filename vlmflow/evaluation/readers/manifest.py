@@ -1,0 +1,258 @@
+"""Any table with a column of images and columns of truth: CSV, JSON lines or Parquet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from vlmflow.catalog.keys import digest_of
+from vlmflow.catalog.where import mask_where
+from vlmflow.errors import ConfigError, EvaluationError
+from vlmflow.evaluation.dataset import Dataset, EvaluationTask, table_of
+from vlmflow.evaluation.readers.options import ReadOptions
+from vlmflow.sources.tables import open_table
+from vlmflow.sources.uris import normalise_uri, resolve
+from vlmflow.storage import parse_address
+
+# What each task reads, and the columns that are taken for it where --column names none.
+_ROLES: dict[EvaluationTask, dict[str, tuple[str, ...]]] = {
+    "retrieval": {"captions": ("captions", "caption", "title", "text")},
+    "caption": {"captions": ("captions", "caption", "title", "text")},
+    "answer": {
+        "question": ("question",),
+        "answers": ("answers", "answer"),
+        "question_id": ("question_id",),
+        "question_type": ("question_type",),
+        "answer_type": ("answer_type",),
+    },
+    "zeroshot": {"class": ("class", "label")},
+    "match": {"text": ("text", "title", "caption"), "match": ("match",), "mismatch": ("mismatch",)},
+    "moderate": {"labels": ("labels",), "flag": ("flag",)},
+}
+# Of each group one column at least must be there.
+_NEEDED: dict[EvaluationTask, tuple[tuple[str, ...], ...]] = {
+    "retrieval": (("captions",),),
+    "caption": (("captions",),),
+    "answer": (("question",), ("answers",)),
+    "zeroshot": (("class",),),
+    "match": (("text",), ("match", "mismatch")),
+    "moderate": (("labels", "flag"),),
+}
+_FLAGS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
+def read_manifest(task: EvaluationTask, path: Path, options: ReadOptions) -> Dataset:
+    """Reads a table, joined with a table of truth if there is one.
+
+    Raises:
+        EvaluationError: a column is absent, a value cannot be what it should be, or the join is not one to one.
+    """
+    table, truth = _load(path), options.truth
+    if truth is not None:
+        table = _joined(table, path, _load(truth), truth, options.on)
+    if options.where is not None:
+        table = _filtered(table, options.where, path)
+    found = _roles(task, table, options.columns, path)
+    given = {role: table[name].to_pylist() for role, name in found.items()}
+    parent = parse_address(options.images if options.images is not None else str(path.parent))
+    for row, uri in enumerate(given["uri"]):
+        if not isinstance(uri, str) or not uri.strip():
+            raise EvaluationError(f"{path}, row {row + 1}: {found['uri']} is empty", remedy="Leave the row out.")
+    given["uri"] = [normalise_uri(uri) for uri in resolve(given["uri"], parent)]
+    name = path.name if truth is None else f"{path.name} with {truth.name}"
+    return _BUILDERS[task](_Rows(given, found, str(path)), name)
+
+
+class _Rows:
+    """Values by what they are for, and where they came from."""
+
+    def __init__(self, values: dict[str, list[Any]], columns: dict[str, str], path: str) -> None:
+        self.values, self._columns, self._path = values, columns, path
+
+    def __len__(self) -> int:
+        return len(self.values["uri"])
+
+    def has(self, role: str) -> bool:
+        return role in self.values
+
+    def text(self, role: str, row: int) -> str:
+        found = self.values[role][row]
+        if found is None or not str(found).strip():
+            raise self.wrong(role, row, "is empty")
+        return str(found)
+
+    def optional(self, role: str, row: int) -> str | None:
+        found = self.values[role][row] if self.has(role) else None
+        return None if found is None else str(found)
+
+    def flag(self, role: str, row: int) -> bool:
+        found = self.values[role][row]
+        if isinstance(found, bool):
+            return found
+        flag = _FLAGS.get(str(found).strip().lower())
+        if flag is None:
+            raise self.wrong(role, row, "is neither true nor false")
+        return flag
+
+    def several(self, role: str, row: int, separator: str | None) -> list[str]:
+        """A list, a JSON list in a string, or what stands between separators."""
+        found = self.values[role][row]
+        if isinstance(found, str) and found.lstrip().startswith("["):
+            try:
+                found = json.loads(found)
+            except ValueError as error:
+                raise self.wrong(role, row, "is no JSON list") from error
+        elif found is None:
+            found = []
+        elif not isinstance(found, list):
+            found = str(found).split(separator) if separator else [found]
+        return [text for text in (str(item).strip() for item in found if item is not None) if text]
+
+    def wrong(self, role: str, row: int, what: str) -> EvaluationError:
+        shown = str(self.values[role][row])[:60]
+        return EvaluationError(
+            f"{self._path}, row {row + 1}: {self._columns[role]} {what}: {shown!r}",
+            remedy="Mend it, leave the row out with --where, or name another column with --column.",
+        )
+
+
+def _captions(task: EvaluationTask) -> Callable[[_Rows, str], Dataset]:
+    def build(rows: _Rows, name: str) -> Dataset:
+        grouped: dict[str, list[str]] = {}
+        for row, uri in enumerate(rows.values["uri"]):
+            texts = rows.several("captions", row, None)
+            if not texts:
+                raise rows.wrong("captions", row, "is empty")
+            grouped.setdefault(uri, []).extend(texts)
+        return Dataset(task, name, table_of(task, {"uri": list(grouped), "captions": list(grouped.values())}))
+
+    return build
+
+
+def _answers(rows: _Rows, name: str) -> Dataset:
+    grouped: dict[str, list[dict[str, Any]]] = {}
+    for row, uri in enumerate(rows.values["uri"]):
+        answers = rows.several("answers", row, ";")
+        if not answers:
+            raise rows.wrong("answers", row, "is empty")
+        question = {
+            "question_id": rows.optional("question_id", row) or str(row + 1),
+            "question": rows.text("question", row),
+            "answers": answers,
+            "question_type": rows.optional("question_type", row),
+            "answer_type": rows.optional("answer_type", row),
+        }
+        grouped.setdefault(uri, []).append(question)
+    return Dataset("answer", name, table_of("answer", {"uri": list(grouped), "questions": list(grouped.values())}))
+
+
+def _zeroshot(rows: _Rows, name: str) -> Dataset:
+    classes: dict[str, str] = {}
+    for row, uri in enumerate(rows.values["uri"]):
+        found = rows.text("class", row)
+        if classes.setdefault(uri, found) != found:
+            raise rows.wrong("class", row, f"was {classes[uri]!r} further up, for the same image")
+    table = table_of("zeroshot", {"uri": list(classes), "class": list(classes.values())})
+    return Dataset("zeroshot", name, table, classes=tuple(sorted(set(classes.values()))))
+
+
+def _match(rows: _Rows, name: str) -> Dataset:
+    role = "match" if rows.has("match") else "mismatch"
+    pairs: dict[tuple[str, str], bool] = {}
+    for row, uri in enumerate(rows.values["uri"]):
+        fits = rows.flag(role, row) == (role == "match")
+        text = rows.text("text", row)
+        if pairs.setdefault((uri, text), fits) != fits:
+            raise rows.wrong(role, row, "contradicts an earlier row of the same image and text")
+    table = table_of(
+        "match",
+        {
+            "uri": [uri for uri, _ in pairs],
+            "key": [digest_of(text) for _, text in pairs],
+            "text": [text for _, text in pairs],
+            "match": list(pairs.values()),
+        },
+    )
+    return Dataset("match", name, table)
+
+
+def _moderate(rows: _Rows, name: str) -> Dataset:
+    found: dict[str, tuple[list[str] | None, bool]] = {}
+    for row, uri in enumerate(rows.values["uri"]):
+        labels = rows.several("labels", row, ";") if rows.has("labels") else None
+        flag = rows.flag("flag", row) if rows.has("flag") else bool(labels)
+        if found.setdefault(uri, (labels, flag)) != (labels, flag):
+            raise rows.wrong("flag" if rows.has("flag") else "labels", row, "contradicts an earlier row of the image")
+    labels_, flags = [labels for labels, _ in found.values()], [flag for _, flag in found.values()]
+    return Dataset("moderate", name, table_of("moderate", {"uri": list(found), "labels": labels_, "flag": flags}))
+
+
+_BUILDERS: dict[EvaluationTask, Callable[[_Rows, str], Dataset]] = {
+    "retrieval": _captions("retrieval"),
+    "caption": _captions("caption"),
+    "answer": _answers,
+    "zeroshot": _zeroshot,
+    "match": _match,
+    "moderate": _moderate,
+}
+
+
+def _roles(task: EvaluationTask, table: pa.Table, columns: Mapping[str, str], path: Path) -> dict[str, str]:
+    """By what is needed, the column that holds it."""
+    known = {"uri": ("uri",), **_ROLES[task]}
+    there = ", ".join(table.column_names) or "none"
+    unknown = next((role for role in columns if role not in known), None)
+    if unknown is not None:
+        raise EvaluationError(f"--column {unknown}=...: {task} reads {', '.join(known)}", remedy="Use one of these.")
+    found: dict[str, str] = {}
+    for role, defaults in known.items():
+        name = columns.get(role) or next((name for name in defaults if name in table.column_names), None)
+        if name is not None and name not in table.column_names:
+            raise EvaluationError(f"{path} has no column {name}; it has {there}", remedy="Name another with --column.")
+        if name is not None:
+            found[role] = name
+    for group in (("uri",), *_NEEDED[task]):
+        if not any(role in found for role in group):
+            remedy = f"Say which column it is: --column {group[0]}=NAME."
+            raise EvaluationError(f"{path} has no column for {' or '.join(group)}; it has {there}", remedy=remedy)
+    return found
+
+
+def _load(path: Path) -> pa.Table:
+    if not path.is_file():
+        raise EvaluationError(f"{path} does not exist", remedy="Name a table on this machine.")
+    file = open_table(path, path.name)
+    return pa.concat_tables([file.schema.empty_table(), *file.batches()])
+
+
+def _joined(table: pa.Table, path: Path, truth: pa.Table, truth_path: Path, on: str | None) -> pa.Table:
+    shared = [name for name in table.column_names if name in truth.column_names]
+    if on is None and len(shared) != 1:
+        found = f"share the columns {', '.join(shared)}" if shared else "share no column"
+        raise EvaluationError(f"{path} and {truth_path} {found}", remedy="Name the one to join by with --on.")
+    by = on or shared[0]
+    if by not in shared:
+        raise EvaluationError(f"--on {by}: not a column of both tables", remedy=f"They share: {', '.join(shared)}.")
+    if len(truth[by].unique()) < truth.num_rows:
+        raise EvaluationError(f"{truth_path} holds one value of {by} twice", remedy="Keep one row for each.")
+    kept = truth.select([name for name in truth.column_names if name == by or name not in shared])
+    joined = table.join(kept, keys=by, join_type="inner", use_threads=False)
+    if joined.num_rows < table.num_rows:
+        missing = sorted(set(map(str, table[by].to_pylist())) - set(map(str, truth[by].to_pylist())))
+        raise EvaluationError(
+            f"{truth_path} says nothing of {by} {missing[0]} and {table.num_rows - joined.num_rows - 1:,} more rows",
+            remedy=f"Add them, or leave the rows out of {path.name}.",
+        )
+    return joined
+
+
+def _filtered(table: pa.Table, where: str, path: Path) -> pa.Table:
+    try:
+        return table.filter(pa.array(mask_where(table, where)))
+    except ConfigError as error:
+        remedy = f"Write a condition over the columns of {path.name}: {', '.join(table.column_names)}."
+        raise EvaluationError(str(error), remedy=remedy) from error

@@ -1,0 +1,192 @@
+"""JPEGs decoded and resized on the device that runs the models: nvJPEG on CUDA, libjpeg on a processor.
+
+Resizing is done as two matrix products with the very coefficients of Pillow, which know any box and any number of equal
+images at once; rounded in between as Pillow does. That gives Pillow's pixels to a level or two of 255, in single and in
+half precision. Imported by workers alone: it needs torch.
+
+NOT YET RUN ON A GPU: tested on a processor.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from vlmflow.imaging.decode import PixelRequest, hash_of_small, merge_requests
+from vlmflow.imaging.jpeg import EncodedJpeg
+from vlmflow.imaging.pixels import Box, boxes, names_of
+
+# Of the images that are held in full size at once: on CUDA 200 MB as bytes and 400 MB as halves, on a processor an
+# eighth of that, in single precision.
+_PIXELS_AT_ONCE = {"cuda": 1 << 26, "cpu": 1 << 22}
+# Products are cheap beside building their coefficients; each set takes about a megabyte.
+_MAX_COEFFICIENTS = 64
+_THUMBNAIL = PixelRequest(64, "bilinear", ("squash",))
+_CUBIC = -0.5  # Pillow's
+# Which of the two products comes first decides how the levels between them round. Pillow 13 begins with the columns of
+# images that are this much higher than wide; found by trying.
+_HIGH = 1.2
+
+
+@dataclass(frozen=True)
+class DeviceImage:
+    """Views of an image on the device, by the key of their request.
+
+    Attributes:
+        pixels: (V, S, S, 3) uint8.
+        views: their V names.
+        phash: perceptual hash, as :func:`vlmflow.imaging.decode.perceptual_hash` but for a few bits.
+    """
+
+    pixels: dict[str, torch.Tensor]
+    views: dict[str, list[str]]
+    phash: str
+
+
+class DeviceDecoder:
+    """Decodes on one device; one per worker.
+
+    Args:
+        requests: what each image is to be shown as.
+        dtype: of the products; None: half precision on CUDA, single on a processor.
+    """
+
+    def __init__(self, requests: Sequence[PixelRequest], device: str, dtype: torch.dtype | None = None) -> None:
+        self._requests = merge_requests(requests)
+        self._device = torch.device(device)
+        is_cuda = self._device.type == "cuda"
+        self._dtype = dtype or (torch.float16 if is_cuda else torch.float32)
+        self._coefficients: OrderedDict[tuple[int, float, float, int, str], torch.Tensor] = OrderedDict()
+
+    def __call__(self, files: Sequence[EncodedJpeg]) -> list[DeviceImage | None]:
+        """The images in order; None: refused, for whatever reason, and a processor must try it.
+
+        Raises:
+            torch.AcceleratorError: the device is broken.
+        """
+        images: list[DeviceImage | None] = [None] * len(files)
+        for group in _groups(files, _PIXELS_AT_ONCE[self._device.type]):
+            try:
+                found = self._decode_group([files[number] for number in group])
+            except torch.AcceleratorError:
+                raise
+            except (torch.OutOfMemoryError, RuntimeError):
+                continue
+            for number, image in zip(group, found, strict=True):
+                images[number] = image
+        return images
+
+    def _decode_group(self, files: Sequence[EncodedJpeg]) -> list[DeviceImage | None]:
+        """Images of one size and orientation."""
+        decoded = self._decode([file.data for file in files])
+        width, height = files[0].facts.width, files[0].facts.height
+        turned = files[0].orientation >= 5
+        expected = (3, width, height) if turned else (3, height, width)
+        kept = [number for number, image in enumerate(decoded) if image is not None and image.shape == expected]
+        if not kept:
+            return [None] * len(files)
+        stack = torch.stack([image for number in kept if (image := decoded[number]) is not None])
+        shown = oriented(stack, files[0].orientation).to(self._dtype)
+        pixels, views = {}, {}
+        for request in self._requests:
+            views[request.key], pixels[request.key] = self._views(shown, request)
+        thumbnails = self._views(shown, _THUMBNAIL)[1][:, 0].cpu().numpy()
+        images: list[DeviceImage | None] = [None] * len(files)
+        for place, number in enumerate(kept):
+            phash = hash_of_small(Image.fromarray(thumbnails[place]))
+            images[number] = DeviceImage({key: value[place] for key, value in pixels.items()}, views, phash)
+        return images
+
+    def _decode(self, files: Sequence[bytes]) -> list[torch.Tensor | None]:
+        """(3, H, W) uint8 each; of a batch of which one is refused, all are tried alone."""
+        buffers = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in files]
+        try:
+            decoded: list[torch.Tensor | None] = list(decode_jpeg(buffers, ImageReadMode.RGB, device=self._device))
+        except torch.AcceleratorError:
+            raise
+        except RuntimeError:
+            return [None] if len(files) == 1 else [self._decode([data])[0] for data in files]
+        return decoded
+
+    def _views(self, images: torch.Tensor, request: PixelRequest) -> tuple[list[str], torch.Tensor]:
+        """(N, 3, H, W) of levels -> the views' names, and (N, V, S, S, 3) uint8."""
+        size = (images.shape[3], images.shape[2])
+        wanted = [pair for view in names_of(request.views) for pair in boxes(view, size, request.size)]
+        views = [self._resize(images, box, request) for _, box in wanted]
+        return [name for name, _ in wanted], torch.stack(views, dim=1).permute(0, 1, 3, 4, 2).contiguous()
+
+    def _resize(self, images: torch.Tensor, box: Box | None, request: PixelRequest) -> torch.Tensor:
+        """(N, 3, H, W) of levels -> (N, 3, S, S) uint8."""
+        height, width = images.shape[2:]
+        left, top, right, bottom = box or (0, 0, width, height)
+        across = self._matrix((width, left, right, request.size, request.interpolation))
+        down = self._matrix((height, top, bottom, request.size, request.interpolation))
+        if height > _HIGH * width and height > request.size:
+            columns = torch.matmul(down, images).round_().clamp_(0, 255)
+            return torch.matmul(columns, across.T).round_().clamp_(0, 255).to(torch.uint8)
+        rows = torch.matmul(images, across.T).round_().clamp_(0, 255)
+        return torch.matmul(down, rows).round_().clamp_(0, 255).to(torch.uint8)
+
+    def _matrix(self, key: tuple[int, float, float, int, str]) -> torch.Tensor:
+        matrix = self._coefficients.pop(key, None)
+        if matrix is None:
+            while len(self._coefficients) >= _MAX_COEFFICIENTS:
+                self._coefficients.popitem(last=False)
+            matrix = coefficients(*key, self._device).to(self._dtype)
+        self._coefficients[key] = matrix
+        return matrix
+
+
+def coefficients(
+    length: int, start: float, end: float, size: int, interpolation: str, device: torch.device
+) -> torch.Tensor:
+    """How much each of ``length`` pixels counts in each of ``size``, which show those from start to end.
+
+    As Pillow's ``precompute_coeffs``: the filter is widened by the factor of the reduction.
+
+    Returns:
+        (size, length) float64; every row sums to 1.
+    """
+    scale = (end - start) / size
+    widened = max(scale, 1.0)
+    support = (2.0 if interpolation == "bicubic" else 1.0) * widened
+    centers = start + (torch.arange(size, dtype=torch.float64, device=device) + 0.5) * scale
+    centers = centers.unsqueeze(1)
+    places = torch.arange(length, dtype=torch.float64, device=device).unsqueeze(0)
+    first = (centers - support + 0.5).floor().clamp_(min=0)
+    behind = (centers + support + 0.5).floor().clamp_(max=length)
+    distance = ((places - centers + 0.5) / widened).abs_()
+    weights = _cubic(distance) if interpolation == "bicubic" else (1 - distance).clamp_(min=0)
+    weights *= (places >= first) & (places < behind)
+    return weights / weights.sum(dim=1, keepdim=True)
+
+
+def oriented(images: torch.Tensor, orientation: int) -> torch.Tensor:
+    """(N, 3, H, W) turned and mirrored as the EXIF orientation says."""
+    if orientation in (5, 6, 7, 8):
+        images = images.transpose(2, 3)
+    flips = {2: (3,), 3: (2, 3), 4: (2,), 6: (3,), 7: (2, 3), 8: (2,)}.get(orientation)
+    return images.flip(flips) if flips else images
+
+
+def _cubic(distance: torch.Tensor) -> torch.Tensor:
+    near = ((_CUBIC + 2) * distance - (_CUBIC + 3)) * distance**2 + 1
+    far = (((distance - 5) * distance + 8) * distance - 4) * _CUBIC
+    return torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))
+
+
+def _groups(files: Sequence[EncodedJpeg], pixels_at_once: int) -> list[list[int]]:
+    """Numbers of files of equal size and orientation, so many at once as memory is meant to hold."""
+    alike: dict[tuple[int, int, int], list[int]] = {}
+    for number, file in enumerate(files):
+        alike.setdefault((file.facts.width, file.facts.height, file.orientation), []).append(number)
+    groups = []
+    for (width, height, _), numbers in alike.items():
+        at_once = max(1, pixels_at_once // (width * height))
+        groups += [numbers[start : start + at_once] for start in range(0, len(numbers), at_once)]
+    return groups

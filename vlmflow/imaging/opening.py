@@ -1,0 +1,234 @@
+"""An image file up to its pixels: format, caps, orientation, all from the header; nothing is decoded here."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+
+from PIL import ExifTags, Image, ImageFile
+from PIL.AvifImagePlugin import AvifImageFile
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from vlmflow.config import ImageLimits
+from vlmflow.errors import ImageError, RowErrorClass
+from vlmflow.imaging import headers
+
+# Opened directly and not through Image.open: that one applies its own, process-wide pixel limit, and tries others.
+_OPENERS: dict[str, type[ImageFile.ImageFile]] = {
+    "avif": AvifImageFile,
+    "bmp": BmpImageFile,
+    "gif": GifImageFile,
+    "jpeg": JpegImageFile,
+    "png": PngImageFile,
+    "tiff": TiffImageFile,
+    "webp": WebPImageFile,
+}
+
+# What Pillow's plugins raise on bytes that do not fit their format.
+BAD_BYTES = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    RuntimeError,  # NotImplementedError too
+    AssertionError,
+    BufferError,
+    SystemError,
+    Warning,  # of Pillow, where warnings were made errors
+    struct.error,
+    zlib.error,
+)
+
+TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What the table records of an image file.
+
+    Attributes:
+        content_hash: sha256 of the bytes, hexadecimal.
+        format: jpeg, png, webp, gif, bmp, tiff or avif; mp4 or webm.
+        mode: Pillow's mode of the file, before normalisation.
+        width: in pixels, as displayed: after the EXIF orientation.
+        height: in pixels, as displayed.
+        num_frames: frames or pages; at most ``headers.MAX_COUNTED_FRAMES``.
+        phash: perceptual hash of the decoded image, see :func:`perceptual_hash`; None: it was not decoded.
+    """
+
+    content_hash: str
+    format: str
+    mode: str
+    width: int
+    height: int
+    num_frames: int
+    phash: str | None = None
+
+
+@dataclass(frozen=True)
+class OpenedImage:
+    """An image whose header has been read and found within the limits, its pixels not decoded."""
+
+    image: ImageFile.ImageFile
+    facts: ImageFacts
+    orientation: int  # what remains to be applied to the pixels
+
+
+def inspect(data: bytes, limits: ImageLimits) -> ImageFacts:
+    """Reads the facts from an image's header; no pixel is decoded.
+
+    Raises:
+        ImageError: the bytes are not an image that can be decoded, or exceed the limits.
+    """
+    return open_image(data, limits).facts
+
+
+def hash_of(data: bytes) -> str:
+    """The content hash that the table records: sha256, hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def open_image(data: bytes, limits: ImageLimits, content_hash: str | None = None) -> OpenedImage:
+    """Reads the header and checks the limits.
+
+    Raises:
+        ImageError: the bytes are not an image that can be decoded, or exceed the limits.
+    """
+    image_format = _identify(data, limits)
+    if image_format == "webp" and (canvas := headers.webp_canvas(data)) is not None:
+        check_pixels(canvas, limits)
+    with bad_bytes(data, image_format):
+        _check_parts(data, image_format, limits)
+        with warnings.catch_warnings():
+            # Of metadata that Pillow cannot read; what counts of it is checked here.
+            warnings.simplefilter("ignore")
+            image = _OPENERS[image_format](BytesIO(data), "")
+            check_pixels(image.size, limits)
+            orientation = _orientation(image, data)
+        num_frames = _count_frames(image, image_format, data)
+    width, height = image.size
+    if orientation >= 5:
+        width, height = height, width
+    content_hash = content_hash or hash_of(data)
+    return OpenedImage(
+        image, ImageFacts(content_hash, image_format, image.mode, width, height, num_frames), orientation
+    )
+
+
+def _identify(data: bytes, limits: ImageLimits) -> str:
+    check_size(data, limits)
+    image_format = headers.sniff(data)
+    if image_format is not None:
+        return image_format
+    unsupported = headers.sniff_unsupported(data)
+    if unsupported is not None:
+        message = f"{unsupported}; decoded are {', '.join(_OPENERS)}"
+        raise ImageError(message, error_class=RowErrorClass.UNSUPPORTED_FORMAT)
+    raise ImageError("the content is not that of an image", error_class=RowErrorClass.NOT_AN_IMAGE)
+
+
+def check_size(data: bytes, limits: ImageLimits) -> None:
+    """Refuses files without bytes, or with too many."""
+    if not data:
+        raise ImageError("the file holds no bytes", error_class=RowErrorClass.EMPTY_FILE)
+    if len(data) > limits.max_bytes:
+        message = f"{len(data):,} bytes exceed limits.max_bytes of {limits.max_bytes:,}"
+        raise ImageError(message, error_class=RowErrorClass.TOO_MANY_BYTES)
+
+
+def _check_parts(data: bytes, image_format: str, limits: ImageLimits) -> None:
+    """Refuses files made of so many parts, or of so large ones, that stepping through them would take all there is."""
+    if headers.count_parts(data, image_format) > headers.MAX_PARTS:
+        message = f"the {image_format} file is made of more than {headers.MAX_PARTS:,} parts"
+        raise ImageError(message, error_class=RowErrorClass.CORRUPT)
+    if image_format == "jpeg" and headers.count_jpeg_scans(data) > headers.MAX_JPEG_SCANS:
+        message = f"the jpeg file has more than {headers.MAX_JPEG_SCANS} scans"
+        raise ImageError(message, error_class=RowErrorClass.CORRUPT)
+    if image_format == "tiff" and (tile := headers.tiff_tile_size(data)) is not None and min(tile) > 0:
+        check_pixels(tile, limits)
+
+
+def check_pixels(size: tuple[int, int], limits: ImageLimits) -> None:
+    """Refuses widths and heights that make too many pixels, or none."""
+    width, height = size
+    if width * height > limits.max_pixels:
+        message = f"{width} x {height} pixels exceed limits.max_pixels of {limits.max_pixels:,}"
+        raise ImageError(message, error_class=RowErrorClass.TOO_MANY_PIXELS)
+    if width < 1 or height < 1:
+        raise ImageError(f"the header says {width} x {height} pixels", error_class=RowErrorClass.CORRUPT)
+
+
+def _orientation(image: ImageFile.ImageFile, data: bytes) -> int:
+    """The EXIF orientation, 1 to 8. One that cannot be read counts as 1, as in every viewer."""
+    if isinstance(image, TiffImageFile):
+        return 1  # its plugin turns the pixels itself, and has told the size after it
+    try:
+        if isinstance(image, PngImageFile):
+            late_exif = headers.png_orientation_exif(data)
+            if late_exif is not None:
+                image.info.setdefault("exif", late_exif)
+            exif = Image.Image.getexif(image)  # the plugin's own decodes the pixels to look behind them
+        else:
+            exif = image.getexif()
+        orientation = exif.get(ExifTags.Base.Orientation, 1)
+    except BAD_BYTES:
+        return 1
+    return orientation if orientation in TRANSPOSE else 1
+
+
+def _count_frames(image: ImageFile.ImageFile, image_format: str, data: bytes) -> int:
+    if image_format == "gif":
+        return headers.count_gif_frames(data)
+    if image_format == "tiff":
+        return headers.count_tiff_pages(data)
+    if image_format == "jpeg":
+        return 1
+    return max(1, min(getattr(image, "n_frames", 1), headers.MAX_COUNTED_FRAMES))  # told by the header
+
+
+@contextmanager
+def bad_bytes(data: bytes, image_format: str) -> Iterator[None]:
+    """Turns what Pillow raises on bad bytes into an ImageError whose message is the same in every process."""
+    try:
+        yield
+    except ImageError:
+        raise
+    except Image.DecompressionBombError as error:
+        message = "more pixels than Pillow accepts for this format"
+        raise ImageError(message, error_class=RowErrorClass.TOO_MANY_PIXELS) from error
+    except MemoryError as error:
+        message = f"not enough memory to decode this {image_format} file"
+        raise ImageError(message, error_class=RowErrorClass.OUT_OF_MEMORY) from error
+    except BAD_BYTES as error:
+        # Pillow's own text is left to the log of the cause: some of it holds addresses of objects.
+        if "truncated" in str(error).lower() or headers.is_cut_short(data, image_format):
+            message = f"the {image_format} file ends before its image does"
+            raise ImageError(message, error_class=RowErrorClass.TRUNCATED) from error
+        if "MAX_TEXT" in str(error):  # Pillow's limits on what text chunks and colour profiles unfold to
+            message = f"the {image_format} file holds texts or a colour profile that unfold to more than is accepted"
+        else:
+            message = f"the {image_format} file is damaged and cannot be decoded"
+        raise ImageError(message, error_class=RowErrorClass.CORRUPT) from error

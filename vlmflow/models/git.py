@@ -1,0 +1,60 @@
+"""GIT captioning (Wang et al. 2022, arXiv:2205.14100): one decoder over words and the patches of a vision tower."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, GitForCausalLM
+
+from vlmflow.config import Dtype, ModelConfig
+from vlmflow.errors import WeightsError
+from vlmflow.models.pixels import PixelNormalizer, model_dtype
+from vlmflow.models.preprocessing import read_preprocessing
+from vlmflow.models.pretrained import load_model, load_tokenizer
+from vlmflow.models.weights import check_keys
+
+
+class GitCaptioner:
+    """One sentence for each image, a whole batch at once. transformers has eager attention alone for GIT."""
+
+    def __init__(self, model: Any, tokenizer: Any, normalizer: PixelNormalizer) -> None:
+        """``model``: a ``GitForCausalLM``."""
+        self._model, self._tokenizer, self._normalize = model, tokenizer, normalizer
+
+    @classmethod
+    def load(cls, folder: Path, config: ModelConfig, device: str, dtype: Dtype = "auto") -> GitCaptioner:
+        """Loads ``GitForCausalLM`` from a folder.
+
+        Raises:
+            WeightsError: the weights are absent or do not fit, or are those of a model of videos.
+        """
+        wanted = model_dtype(device, dtype)
+        model, missing, unexpected = load_model(GitForCausalLM, folder, wanted)
+        check_keys(folder, missing, unexpected)
+        if model.config.num_image_with_embedding is not None:
+            raise WeightsError(
+                f"weights: {folder} captions videos of {model.config.num_image_with_embedding} frames, not images",
+                remedy="Use a GIT model of images, such as microsoft/git-large-coco.",
+            )
+        # What begins and ends a caption, and no other settings that a folder may hold: those are not in its digest.
+        model.generation_config = GenerationConfig.from_model_config(model.config)
+        normalizer = PixelNormalizer(read_preprocessing(folder, config), device, wanted)
+        return cls(model.to(device), load_tokenizer(folder), normalizer)
+
+    @torch.inference_mode()
+    def caption(self, pixels: torch.Tensor, max_tokens: int) -> list[str]:
+        """(N, 3, S, S) uint8 RGB -> N captions of at most ``max_tokens`` tokens, by greedy decoding.
+
+        Raises:
+            ValueError: the pixels are not of the model's size or dtype, or there is to be no token.
+        """
+        if max_tokens < 1:
+            raise ValueError(f"captions of {max_tokens} tokens; at least 1 is needed")
+        if len(pixels) == 0:
+            return []
+        tokens = self._model.generate(
+            pixel_values=self._normalize(pixels), do_sample=False, num_beams=1, max_new_tokens=max_tokens
+        )
+        return [text.strip() for text in self._tokenizer.batch_decode(tokens, skip_special_tokens=True)]

@@ -1,0 +1,115 @@
+"""Models of transformers from a folder: safetensors alone, no code of the folder's own, errors in our words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers.utils.logging
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import AutoTokenizer
+
+from vlmflow.errors import WeightsError
+
+# StrictDataclassError: a value of the configuration that is of another type.
+_LOADING_ERRORS = (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError, StrictDataclassError)
+
+
+def load_model(
+    model_class: Any, folder: Path, dtype: torch.dtype, config: Any = None
+) -> tuple[Any, list[str], list[str]]:
+    """Builds a model and fills in its weights; on the CPU, for inference.
+
+    Args:
+        model_class: of transformers.
+        config: instead of the folder's.
+
+    Returns:
+        The model; the tensors that it lacks; those that it has no use for. The caller knows which of them may differ.
+
+    Raises:
+        WeightsError: the weights are absent or do not fit.
+    """
+    options = {} if config is None else {"config": config}
+    with _in_our_words(folder, model_class.__name__), _quietly():
+        model, found = model_class.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # else an error that names none of them
+            **options,
+        )
+    _check_shapes(folder, found["mismatched_keys"])
+    return model.eval().requires_grad_(False), sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
+
+
+def load_config(config_class: Any, folder: Path) -> Any:
+    """Reads ``config.json`` as a configuration class of transformers.
+
+    Raises:
+        WeightsError: it does not fit.
+    """
+    with _in_our_words(folder, config_class.__name__), _quietly():
+        return config_class.from_pretrained(folder, local_files_only=True)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer.
+
+    Raises:
+        WeightsError: it is absent, or needs code of its own.
+    """
+    with _in_our_words(folder, "a tokenizer"):
+        # trust_remote_code must be given: left out, transformers asks on the terminal.
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def tokenize(tokenizer: Any, texts: Sequence[str], max_tokens: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Texts as a padded batch; longer ones are cut.
+
+    Returns:
+        (N, T) int64 token ids, and the same shape with 1 where there is a token and 0 where there is padding.
+    """
+    batch = tokenizer(list(texts), padding=True, truncation=True, max_length=max_tokens, return_tensors="pt")
+    return batch["input_ids"].to(device), batch["attention_mask"].to(device)
+
+
+def _check_shapes(folder: Path, different: Iterable[tuple[str, tuple[int, ...], tuple[int, ...]]]) -> None:
+    for name, found, wanted in sorted(different):
+        raise WeightsError(
+            f"weights: {folder} does not fit its architecture: {name} is {tuple(found)}, not {tuple(wanted)}",
+            remedy="Use the configuration file that belongs to these weights.",
+        )
+
+
+@contextmanager
+def _in_our_words(folder: Path, what: str) -> Iterator[None]:
+    try:
+        yield
+    except _LOADING_ERRORS as error:
+        reason = " ".join(str(error).split())[:200]
+        raise WeightsError(
+            f"weights: {folder} cannot be loaded as {what}: {reason}",
+            remedy="Copy the model's whole folder: configuration, safetensors and tokenizer that belong together.",
+        ) from error
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """transformers draws a bar for every model, and lists tensors that it misses or leaves: the caller checks them."""
+    logs = transformers.utils.logging
+    was_on, verbosity = logs.is_progress_bar_enabled(), logs.get_verbosity()
+    logs.disable_progress_bar()
+    logs.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logs.set_verbosity(verbosity)
+        if was_on:
+            logs.enable_progress_bar()

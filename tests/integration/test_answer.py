@@ -60,7 +60,7 @@ def test_the_starter_answers_about_drawings(tmp_path: Path, capsys: pytest.Captu
     assert rows["truncated.jpg"]["answers"] is None
     (error,) = rows["sku-0004.png"]["errors"]
     assert (error["stage"], rows["sku-0004.png"]["answers"]) == ("answer", None)
-    assert "62 tokens, the model takes 40" in error["message"]
+    assert "242 tokens, the model takes 40" in error["message"]
     assert isinstance(rows["sku-0004.png"]["caption"], str)
 
     main(["show", str(catalog)])
@@ -84,7 +84,7 @@ def test_a_question_that_is_too_long_for_the_model_ends_the_run_before_any_row(t
             "limit": 3,
         }
     )
-    with pytest.raises(QuestionError, match="62 tokens, the model takes 40"):
+    with pytest.raises(QuestionError, match="242 tokens, the model takes 40"):
         enrich(job)
     assert not Catalog.exists(job.catalog)
 

@@ -13,6 +13,7 @@ from vlmflow.config import Dtype
 from vlmflow.errors import WeightsError
 from vlmflow.models import Answer, Usage
 from vlmflow.models.pixels import model_dtype
+from vlmflow.models.quiet import no_progress_bar
 from vlmflow.models.weights import check_keys
 
 # An image is hundreds of tokens, and each of them is kept while an answer is written.
@@ -104,14 +105,15 @@ def load_image_text_to_text(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]
 
     try:
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        model, info = AutoModelForImageTextToText.from_pretrained(
-            folder,
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        with no_progress_bar():
+            model, info = AutoModelForImageTextToText.from_pretrained(
+                folder,
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
         raise WeightsError(f"weights: {folder} cannot be loaded: {reason}", remedy="Check the folder.") from error

@@ -92,13 +92,32 @@ def measure(root: Path, folder: str, num_images: int, tasks: tuple[TaskName, ...
     return result
 
 
-def growth(small: dict[str, Any], large: dict[str, Any]) -> dict[str, float]:
+def growth(small: dict[str, Any], large: dict[str, Any]) -> dict[str, float | None]:
     """Ratios of the larger run to the smaller."""
     return {
-        "images": round(large["images"] / small["images"], 2),
+        "images": ratio(large["images"], small["images"]),
         # By rates behind the first block, which start-up has delayed and fills in the smaller run a larger part.
-        "seconds_per_image": round(small["images_per_s"] / max(large["images_per_s"], 1e-9), 3),
-        "peak_memory": round(large["peak_mib"] / max(small["peak_mib"], 1), 3),
+        "seconds_per_image": ratio(small["images_per_s"], large["images_per_s"]),
+        "peak_memory": ratio(large["peak_mib"], small["peak_mib"]),
+    }
+
+
+def ratio(value: float, other: float) -> float | None:
+    """None: a run was over with its first block of images, and has no rate."""
+    return round(value / other, 3) if value and other else None
+
+
+def summary(few: int, runs: list[dict[str, Any]]) -> dict[str, object]:
+    """What the five runs say, in their order."""
+    one, two, larger, embed_many, embed_most = runs
+    hours = ratio(1e6 / 3600, larger["images_per_s"])
+    return {
+        "workload": f"JPEGs of 320 x 240, starter models, one view; N = {few:,}"
+        + ("" if few == 1_000 else " (smaller than the benchmark's own 1,000)"),
+        "workers": {"runs": [one, two], "speed_up": ratio(two["images_per_s"], one["images_per_s"])},
+        "all_tasks": {"runs": [two, larger], "growth": growth(two, larger)},
+        "embed": {"runs": [embed_many, embed_most], "growth": growth(embed_many, embed_most)},
+        "extrapolated": {"hours_for_a_million_images_all_tasks_2_workers": hours},
     }
 
 
@@ -111,20 +130,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_jpegs(root / "images", most, 320, 240)
-        one, two = (measure(root, "images", few, ALL, workers) for workers in (1, 2))
-        larger = measure(root, "images", many, ALL, 2)
-        embed_many, embed_most = (measure(root, "images", count, ("embed",), 2) for count in (many, most))
-    rate = larger["images_per_s"]
-    result: dict[str, object] = {
-        "workload": f"JPEGs of 320 x 240, starter models, one view; N = {few:,}"
-        + ("" if few == 1_000 else " (smaller than the benchmark's own 1,000)"),
-        "workers": {"runs": [one, two], "speed_up": round(two["images_per_s"] / one["images_per_s"], 2)},
-        "all_tasks": {"runs": [two, larger], "growth": growth(two, larger)},
-        "embed": {"runs": [embed_many, embed_most], "growth": growth(embed_many, embed_most)},
-        "extrapolated": {"hours_for_a_million_images_all_tasks_2_workers": round(1e6 / rate / 3600, 2)},
-        "load_before_and_after": [[round(value, 2) for value in load] for load in (load_before, os.getloadavg())],
-    }
-    print(save_result("scaling", result))
+        runs = [measure(root, "images", few, ALL, workers) for workers in (1, 2)]
+        runs += [measure(root, "images", many, ALL, 2)]
+        runs += [measure(root, "images", count, ("embed",), 2) for count in (many, most)]
+    loads = [[round(value, 2) for value in load] for load in (load_before, os.getloadavg())]
+    print(save_result("scaling", summary(few, runs) | {"load_before_and_after": loads}))
 
 
 if __name__ == "__main__":

@@ -74,6 +74,7 @@ def references(
         "offset": None,
         "length": None,
         "row": None,
+        "regions_row": None,
         "text": [text] * len(names),
         "questions": [questions] * len(names),
     }

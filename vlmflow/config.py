@@ -26,6 +26,7 @@ Family = Literal[
     "vlm",
     "vllm",
     "endpoint",
+    "vilbert",
     "image_classification",
     "vlm_judge",
     "blip2_caption",
@@ -76,6 +77,7 @@ class SourceConfig(Frozen):
     key_column: str | None = None  # tells rows with the same uri apart
     text_column: str | None = None  # the caller's text that `match` scores
     questions_column: str | None = None  # questions to the image, one or a list, that `answer` asks besides the job's
+    regions_column: str | None = None  # of a Parquet file: regions of a detector of yours; see vlmflow.sources.regions
     found_text_column: str | None = None  # text that was found in the image, for its alternative text
     bytes_column: str = "image"  # of a Parquet file of image bytes
     storage: StorageConfig = StorageConfig()

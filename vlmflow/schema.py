@@ -43,6 +43,16 @@ DETECTION = pa.struct(
 # The answer to one question; null: the model gave none.
 ANSWER = pa.struct([("question", pa.string()), ("answer", pa.string()), ("score", pa.float32())])
 
+# The regions of an image that the caller has computed; see vlmflow.sources.regions.
+REGIONS = pa.struct(
+    [
+        ("features", pa.list_(pa.list_(pa.float32()))),
+        ("boxes", pa.list_(pa.list_(pa.float32()))),
+        ("width", pa.float32()),
+        ("height", pa.float32()),
+    ]
+)
+
 # What a source lists: no image is opened for it. `locator`, `offset` and `length` say where to read and are never
 # stored in the catalog (a locator may carry the signature of a presigned url).
 REFERENCE = pa.schema(
@@ -57,6 +67,7 @@ REFERENCE = pa.schema(
         ("length", pa.int64()),
         ("row", pa.int64()),  # a row of a Parquet file of image bytes; null elsewhere
         ("text", pa.string()),  # the caller's text that `match` scores; null: none
+        ("regions_row", pa.int64()),  # the row of the manifest, where it has a column of regions; null elsewhere
         ("questions", pa.list_(pa.string())),  # the caller's questions to this image, for `answer`; null: none
     ]
 )  # followed by `source`: struct of the caller's columns, where the source has any

@@ -224,14 +224,20 @@ class Catalog:
         with self.runs.recorded("erase") as run_id:
             return erase(self._folder, logs, self.runs, self._tombstones, keys, run_id, tuple(uris))
 
-    def apply_verdicts(self, *, lists_changed: bool = False) -> JudgeResult:
+    def apply_verdicts(
+        self, *, lists_changed: bool = False, only: Sequence[str] | None = None, first: Sequence[str] = ()
+    ) -> JudgeResult:
         """Brings verdicts into the rows; see :func:`vlmflow.catalog.reviews.apply_verdicts`.
 
         Args:
             lists_changed: what lists of known images say is looked up for every row, not only for those that people
                 have judged.
+            only: ids of the images whose verdicts are brought in; None: of all.
+            first: paths of files of the table that are likely to hold them.
         """
         newest, known = self.reviews.newest(), self.known_images.matcher()
+        if only is not None:
+            newest = newest.filter(pc.is_in(newest["image_id"], value_set=pa.array(list(only), pa.string())))
         with self.runs.recorded("review") as run_id:
             return apply_verdicts(
                 self._folder,
@@ -242,6 +248,7 @@ class Catalog:
                 run_id,
                 lambda: self.live_files("images"),
                 lambda swaps: self.swap_images(run_id, "review", swaps),
+                first,
             )
 
     def lift(self, keys: pa.Array) -> None:

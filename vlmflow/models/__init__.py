@@ -15,12 +15,15 @@ from urllib.parse import urlsplit
 from vlmflow.config import PROMPTED, Dtype, EndpointConfig, ModelConfig
 from vlmflow.imaging import PixelRequest
 from vlmflow.models.identity import CODE_VERSIONS, ModelIdentity, short_digest
-from vlmflow.models.preprocessing import read_preprocessing
+from vlmflow.models.preprocessing import Preprocessing, read_preprocessing
 from vlmflow.models.profiles import ModelStatus, ProfileStatus, check_family, describe_profiles, resolve_models
 from vlmflow.models.prompts import prompt_of
+from vlmflow.models.vilbert import region_preprocessing
 from vlmflow.models.weights import locate, weights_digest
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy as np
     import torch
     from numpy.typing import NDArray
@@ -47,6 +50,7 @@ __all__ = [
     "load_captioner",
     "load_embedder",
     "load_matcher",
+    "locate",
     "pixel_request",
     "resolve_models",
 ]
@@ -102,7 +106,10 @@ class Matcher(Protocol):
     """How well texts fit images, by two heads whose values do not compare. None: the model has no such head."""
 
     def encode_images(self, pixels: torch.Tensor) -> EncodedImages:
-        """(N, 3, S, S) uint8 RGB -> N images for the methods below."""
+        """(N, 3, S, S) uint8 RGB -> N images for the methods below.
+
+        A model that wants no pixels (:func:`pixel_request` is None) is given regions in their place.
+        """
 
     def match_itm(self, images: EncodedImages, texts: Sequence[str]) -> NDArray[np.float32] | None:
         """(N,) the probability that ``texts[i]`` and image i match, by the matching head."""
@@ -146,7 +153,7 @@ class Answerer(Protocol):
         An image is encoded once for all its questions, where the architecture allows it.
 
         Args:
-            pixels: (N, 3, S, S) uint8 RGB.
+            pixels: (N, 3, S, S) uint8 RGB; for a model that wants none, regions.
 
         Raises:
             QuestionError: a question is longer than the model can take.
@@ -172,24 +179,30 @@ def identify(role: str, config: ModelConfig) -> ModelIdentity:
     if config.endpoint is not None:
         return _identify_endpoint(config.endpoint)
     folder = locate(config)
+    preprocessing = _preprocessing(folder, config)
     return ModelIdentity(
         id=config.repo or folder.name,
         revision=config.revision or "local",
         weights_digest=weights_digest(folder, config.family),
-        preprocessing=read_preprocessing(folder, config).describe(),
+        preprocessing=preprocessing.describe() if preprocessing else "regions of the source",
         code_version=CODE_VERSIONS[config.family],
     )
 
 
-def pixel_request(role: str, config: ModelConfig, views: tuple[str, ...]) -> PixelRequest:
+def pixel_request(role: str, config: ModelConfig, views: tuple[str, ...]) -> PixelRequest | None:
     """The pixels that the model wants: all views for `embed`, the whole image alone for the others.
+
+    Returns:
+        None: it wants none, but regions that the source has a column of.
 
     Raises:
         WeightsError: a configuration file is absent, or asks for what vlmflow does not do.
     """
     if config.endpoint is not None:
         return PixelRequest(config.endpoint.max_side_px, "bicubic", ("squash",))
-    preprocessing = read_preprocessing(locate(config), config)
+    preprocessing = _preprocessing(locate(config), config)
+    if preprocessing is None:
+        return None
     others = [view for view in views if view != "squash"] if role == "embed" else []
     return PixelRequest(preprocessing.size, preprocessing.interpolation, ("squash", *others))
 
@@ -204,6 +217,10 @@ def _identify_endpoint(endpoint: EndpointConfig) -> ModelIdentity:
         preprocessing=json.dumps([endpoint.max_side_px, "jpeg"]),
         code_version=CODE_VERSIONS["endpoint"],
     )
+
+
+def _preprocessing(folder: Path, config: ModelConfig) -> Preprocessing | None:
+    return region_preprocessing(folder) if config.family == "vilbert" else read_preprocessing(folder, config)
 
 
 def load_embedder(config: ModelConfig, device: str) -> ImageEmbedder:
@@ -285,6 +302,10 @@ def load_matcher(
             from vlmflow.models.align import AlignMatcher
 
             return AlignMatcher.load(locate(config), config, device, dtype)
+        case "vilbert":
+            from vlmflow.models.vilbert.adapter import VilbertMatcher
+
+            return VilbertMatcher.load(locate(config), device, dtype)
         case _:
             from vlmflow.models.blip import BlipMatcher
 
@@ -313,6 +334,10 @@ def load_answerer(
         from vlmflow.models.blip_vqa import BlipAnswerer
 
         return BlipAnswerer.load(locate(config), config, device, dtype, towers)
+    if config.family == "vilbert":
+        from vlmflow.models.vilbert.adapter import VilbertAnswerer
+
+        return VilbertAnswerer.load(locate(config), device, dtype)
     from vlmflow.models.vilt import ViltAnswerer
 
     return ViltAnswerer.load(locate(config), config, device, dtype)

@@ -17,6 +17,7 @@ CODE_VERSIONS = {
     "vlm": 1,
     "vllm": 1,
     "endpoint": 1,
+    "vilbert": 1,
     "opennsfw": 1,
     "image_classification": 1,
     "vlm_judge": 1,

@@ -17,8 +17,8 @@ Role = Literal["embed", "caption", "match", "answer"]
 FAMILIES: dict[Role, tuple[Family, ...]] = {
     "embed": ("open_clip", "flava", "align"),
     "caption": ("blip_caption", "blip2_caption", "git", *PROMPTED),
-    "match": ("blip_itm", "blip2_itm", "flava", "align"),
-    "answer": ("vilt", "blip_vqa", *PROMPTED),
+    "match": ("blip_itm", "blip2_itm", "flava", "align", "vilbert"),
+    "answer": ("vilt", "blip_vqa", "vilbert", *PROMPTED),
 }
 STARTER = "starter"
 
@@ -151,7 +151,7 @@ def resolve_models(job: Job) -> dict[str, ModelConfig]:
     """The model of each role that the job's tasks need: the profile's, unless the job names another.
 
     Raises:
-        ConfigError: there is no such profile, or a model does not belong to the family of its role.
+        ConfigError: there is no such profile, it has no model for a role, or a model is of a family of another role.
         WeightsError: a local folder is absent, or holds no safetensors; it names the folder and what belongs there.
     """
     if job.profile not in PROFILES:
@@ -197,7 +197,12 @@ def _describe(profile: str, role: Role, models_dir: Path | None) -> ModelStatus:
 
 
 def _profile_config(profile: str, role: Role, models_dir: Path | None) -> ModelConfig:
-    model = PROFILES[profile].models[role]
+    model = PROFILES[profile].models.get(role)
+    if model is None:
+        raise ConfigError(
+            f"profile {profile}: no model for {role}",
+            remedy=f"Name one under `models: {role}:` in the job's file, leave {role} out, or use another profile.",
+        )
     if profile == STARTER:
         root = Path(str(resources.files("vlmflow"))) / "starter"
     else:

@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from vlmflow.config import PROMPTED, ModelConfig
+from vlmflow.config import ModelConfig
 from vlmflow.errors import WeightsError
 
 # In the order of preference. A CLIP repository of the hub often holds the same weights twice: in open_clip's names,
@@ -23,6 +23,7 @@ _WEIGHT_NAMES = {
     "blip_vqa": ("model.safetensors", "model.safetensors.index.json"),
     "vlm": ("model.safetensors", "model.safetensors.index.json"),
     "vllm": ("model.safetensors", "model.safetensors.index.json"),
+    "vilbert": ("model.safetensors", "model.safetensors.index.json"),
     "image_classification": ("model.safetensors", "model.safetensors.index.json"),
     "vlm_judge": ("model.safetensors", "model.safetensors.index.json"),
     "blip2_caption": ("model.safetensors", "model.safetensors.index.json"),
@@ -32,6 +33,14 @@ _WEIGHT_NAMES = {
     "align": ("model.safetensors", "model.safetensors.index.json"),
 }
 _CONFIG_NAMES = dict.fromkeys(_WEIGHT_NAMES, "config.json") | {"open_clip": "open_clip_config.json"}
+# What the processor of a prompted model makes of images and questions.
+_PROCESSOR_NAMES = ("chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json")
+# Files beside the weights that loading reads too.
+_COMPANION_NAMES = {
+    "vilbert": ("answers.json", "detector.safetensors", "regions.json", "regions.safetensors"),
+    "vlm": _PROCESSOR_NAMES,
+    "vllm": _PROCESSOR_NAMES,
+}
 _TOKENIZER_NAMES = (
     "added_tokens.json",
     "merges.txt",
@@ -43,8 +52,6 @@ _TOKENIZER_NAMES = (
     "vocab.json",
     "vocab.txt",
 )
-# Of models that are prompted: what their processor makes of images and questions.
-_PROCESSOR_NAMES = ("chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _COMMIT_HASH = re.compile(r"[0-9a-f]{40}")
 
@@ -104,7 +111,7 @@ def find_weights(folder: Path, family: str) -> list[Path]:
 
 def weights_digest(folder: Path, family: str) -> str:
     """SHA-256 over names and contents of the files that loading reads: weights, configuration, tokenizer."""
-    names = [_CONFIG_NAMES[family], *_TOKENIZER_NAMES, *(_PROCESSOR_NAMES if family in PROMPTED else ())]
+    names = [_CONFIG_NAMES[family], *_TOKENIZER_NAMES, *_COMPANION_NAMES.get(family, ())]
     files = [*find_weights(folder, family), *(folder / name for name in names if (folder / name).is_file())]
     total = hashlib.sha256()
     for path in sorted(files):
@@ -158,6 +165,7 @@ def _download(repo: str, revision: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError
 
     patterns = ["*.safetensors", "*.safetensors.index.json", *_TOKENIZER_NAMES, *set(_CONFIG_NAMES.values())]
+    patterns += [name for names in _COMPANION_NAMES.values() for name in names]
     patterns += ["p*processor_config.json", "chat_template.*"]  # "preprocessor_config.json" too
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))

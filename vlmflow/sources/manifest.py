@@ -66,9 +66,10 @@ class ManifestSource:
         if self._address.is_local:
             if not Path(self._address.path).is_file():
                 raise SourceError(f"{self._address.path} does not exist", remedy="Check the path.")
-            return open_table(Path(self._address.path), self._config.uri)
+            return open_table(Path(self._address.path), self._config.uri, self._config.regions_column)
         self._folder = tempfile.TemporaryDirectory(prefix="vlmflow-")
-        return open_table(self._download(Path(self._folder.name) / "manifest"), self._config.uri)
+        path = self._download(Path(self._folder.name) / "manifest")
+        return open_table(path, self._config.uri, self._config.regions_column)
 
     def _download(self, path: Path) -> Path:
         """Copies the manifest here: it is read more than once, and must not change meanwhile."""
@@ -100,6 +101,8 @@ class ManifestSource:
                 "locator": pa.array(locators, pa.string()),
             }
             given |= own_columns(rows, config, config.uri)
+            if config.regions_column is not None:
+                given["regions_row"] = pa.array(range(first_row - 1, first_row - 1 + rows.num_rows), pa.int64())
             version_column = next((name for name in _VERSION_COLUMNS if name in rows.column_names), None)
             if version_column is not None:
                 given["object_version"] = pc.utf8_trim(flat(rows[version_column]).cast(pa.string()), '"')

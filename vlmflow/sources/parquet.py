@@ -16,6 +16,7 @@ from vlmflow.sources.manifest import flat, source_struct
 from vlmflow.sources.parquet_rows import bytes_field
 from vlmflow.sources.prefix import no_images
 from vlmflow.sources.reader import SourceReader, row_version
+from vlmflow.sources.regions import check_regions
 from vlmflow.sources.stores import Stores
 from vlmflow.sources.tables import portable_schema
 from vlmflow.sources.unique import unique_references
@@ -64,7 +65,7 @@ class ParquetSource:
         with file:
             schema = _open(file, self._files[0]).schema_arrow
         self._check(schema, self._files[0])
-        dropped = (self._config.bytes_column, self._config.uri_column)
+        dropped = (self._config.bytes_column, self._config.uri_column, self._config.regions_column)
         return portable_schema(pa.schema([field for field in schema if field.name not in dropped]), self._files[0])
 
     def _check(self, schema: pa.Schema, uri: str) -> None:
@@ -73,6 +74,8 @@ class ParquetSource:
             message = f"{uri} has no column {self._config.bytes_column} of image bytes; it has {there}"
             raise SourceError(message, remedy="Name another with source.bytes_column.")
         check_named(self._config, schema.names, uri)
+        if self._config.regions_column is not None:
+            check_regions(schema, self._config.regions_column, uri)
 
     def _references(self) -> Iterator[pa.RecordBatch]:
         for uri in self._files:

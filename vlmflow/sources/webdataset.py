@@ -53,6 +53,11 @@ class WebDatasetSource:
     def columns(self) -> pa.Schema:
         """``txt``, ``json`` and ``cls``, null where a sample has no such member."""
         check_named(self._config, SIDE_COLUMNS, self._config.uri)
+        if self._config.regions_column is not None:
+            raise SourceError(
+                "source.regions_column: tar shards have no such column",
+                remedy="Use a Parquet manifest or leave it out.",
+            )
         return _COLUMNS
 
     def list(self) -> Iterator[pa.RecordBatch]:

@@ -12,7 +12,7 @@ from vlmflow.catalog.keys import asked_of
 from vlmflow.imaging import PixelRequest
 from vlmflow.models import Answer, Answerer, Metered
 from vlmflow.tasks import Columns
-from vlmflow.tasks.pixels import first_views, pixel_columns
+from vlmflow.tasks.shown import shown, shown_column
 
 
 class AnswerTask:
@@ -28,18 +28,18 @@ class AnswerTask:
     name = "answer"
     writes = pa.schema([("answers", pa.list_(schema.ANSWER))])
 
-    def __init__(self, answerer: Answerer, request: PixelRequest, questions: Sequence[str]) -> None:
+    def __init__(self, answerer: Answerer, request: PixelRequest | None, questions: Sequence[str]) -> None:
         answerer.check_questions(questions)
         self._answerer = answerer
         self.meter = answerer if isinstance(answerer, Metered) else None
         self._request = request
         self._questions = tuple(questions)
-        self.reads: tuple[str, ...] = (pixel_columns(request)[0], "questions")
+        self.reads: tuple[str, ...] = (shown_column(request), "questions")
 
     def __call__(self, batch: pa.Table) -> Columns:
         """The answers, in the order of the questions; the score is null where the model tells none."""
         asked = [asked_of(self._questions, own) for own in batch["questions"].to_pylist()]
-        given = self._answerer.answer(first_views(batch, self._request), asked)
+        given = self._answerer.answer(shown(batch, self._request), asked)
         if [len(answers) for answers in given] != [len(questions) for questions in asked]:
             raise ValueError("the model gave another number of answers than there are questions")
         rows = [

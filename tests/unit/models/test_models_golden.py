@@ -21,12 +21,15 @@ from tests.models import (
     make_matcher,
     make_vilt,
 )
+from tests.vilbert import make_vilbert
 from vlmflow.config import ModelConfig
 from vlmflow.models import ModelIdentity, load_answerer, load_captioner, load_embedder, load_matcher
 from vlmflow.models.classifier import ImageClassifier
 from vlmflow.models.identity import CODE_VERSIONS
 from vlmflow.models.judge import VlmJudge
 from vlmflow.models.opennsfw import OpenNsfw
+from vlmflow.models.vilbert.adapter import VilbertAnswerer, VilbertGrounder, VilbertMatcher
+from vlmflow.models.vilbert.regions import Regions
 from vlmflow.models.vlm import TransformersChat
 
 ELSEWHERE = ("vllm", "endpoint")  # what they give is not computed by code of ours
@@ -97,7 +100,21 @@ def outputs(folder: Path) -> dict[str, Any]:
         ],
         "blip_itm": [rounded(judge.match_itm(images, texts)), rounded(judge.match_itc(images, texts))],
         **other_outputs(folder, pixels, texts),
+        "vilbert": vilbert_outputs(folder / "vilbert", texts),
     }
+
+
+def vilbert_outputs(folder: Path, texts: list[str]) -> list[Any]:
+    """Of regions that are given; its weights depend on a stream that never changes."""
+    path = make_vilbert(folder, {"kind": "columns", "max_regions": 4})
+    wave = torch.sin(torch.arange(3 * 4 * 12, dtype=torch.float64) * 0.7391).float().reshape(3, 4, 12)
+    boxes = torch.tensor([[0.1, 0.2, 0.5, 0.9], [0, 0, 0.3, 0.3], [0.4, 0, 1, 1], [0.5, 0.5, 0.6, 0.8]]).expand(3, 4, 4)
+    regions = Regions(wave, boxes, torch.ones(3, 4, dtype=torch.bool))
+    matcher, answerer = VilbertMatcher.load(path, "cpu"), VilbertAnswerer.load(path, "cpu")
+    matched = matcher.match_itm(matcher.encode_images(regions), texts)
+    answered = np.array([answer.score for of in answerer.answer(regions, [texts] * 3) for answer in of])
+    grounded = VilbertGrounder.load(path).ground(regions, [[text] for text in texts])
+    return rounded(np.concatenate([matched, answered, *(of[0].scores for of in grounded)]))
 
 
 def other_outputs(folder: Path, pixels: torch.Tensor, texts: list[str]) -> dict[str, Any]:

@@ -30,6 +30,13 @@ def rows_of(uri: object) -> dict[str, dict[str, Any]]:
     return {Path(row["uri"]).name: row for row in rows}
 
 
+def run(*arguments: str) -> None:
+    """Runs the command line, which always ends by exiting."""
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    assert ended.value.code == 0
+
+
 def test_the_starter_answers_about_drawings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = [
         {"uri": str(DEMO / "sku-0002.webp"), "ask": ["is there a sneaker?", COLOUR], "ocr": "50% OFF"},
@@ -44,7 +51,7 @@ def test_the_starter_answers_about_drawings(tmp_path: Path, capsys: pytest.Captu
     catalog = tmp_path / "catalog"
     command = ["enrich", str(manifest), str(catalog), "--profile", "starter", "--tasks", "caption,answer"]
     command += ["--question", COLOUR, "--questions-column", "ask", "--config", str(config)]
-    main([*command, "--json"])
+    run(*command, "--json")
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["statuses"] == {"ok": 2, "unreadable": 1, "partial": 1}
     assert report["errors"] == {"truncated": 1, "task_failed": 1}
@@ -63,13 +70,13 @@ def test_the_starter_answers_about_drawings(tmp_path: Path, capsys: pytest.Captu
     assert "242 tokens, the model takes 40" in error["message"]
     assert isinstance(rows["sku-0004.png"]["caption"], str)
 
-    main(["show", str(catalog)])
+    run("show", str(catalog))
     shown = " ".join(capsys.readouterr().out.split())
     assert "answer: vlmflow/starter-vqa@local" in shown
-    main(["plan", *command[1:], "--json"])
+    run("plan", *command[1:], "--json")
     due = json.loads(capsys.readouterr().out)["due"]
     assert due["answer"] == {"retry": 1}
-    main(["plan", *command[1:], "--question", WHAT, "--json"])
+    run("plan", *command[1:], "--question", WHAT, "--json")
     assert json.loads(capsys.readouterr().out)["due"]["answer"] == {"questions_changed": 2, "retry": 1}
 
 

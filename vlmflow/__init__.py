@@ -19,6 +19,7 @@ from vlmflow.config import CatalogConfig, Job, SourceConfig, load_job
 from vlmflow.errors import VlmflowError
 
 if TYPE_CHECKING:
+    from vlmflow.alt_text_report import AltTextReport, find_alt_texts
     from vlmflow.calibration import calibrate
     from vlmflow.catalog import Catalog
     from vlmflow.doctor import Check, doctor
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from vlmflow.web.server import ServeConfig, serve
 
 __all__ = [
+    "AltTextReport",
     "CalibrationReport",
     "Catalog",
     "CatalogConfig",
@@ -82,6 +84,7 @@ __all__ = [
     "enrich",
     "evaluate",
     "export_queue",
+    "find_alt_texts",
     "find_duplicates",
     "find_titles",
     "ground_phrases",
@@ -100,6 +103,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AltTextReport": "vlmflow.alt_text_report",
     "CalibrationReport": "vlmflow.moderation.calibrate",
     "Catalog": "vlmflow.catalog",
     "CatalogSummary": "vlmflow.summary",
@@ -135,6 +139,7 @@ _HOMES = {
     "enrich": "vlmflow.engine",
     "evaluate": "vlmflow.evaluation",
     "export_queue": "vlmflow.review",
+    "find_alt_texts": "vlmflow.alt_text_report",
     "find_duplicates": "vlmflow.search.duplicates",
     "find_titles": "vlmflow.search.titles",
     "ground_phrases": "vlmflow.grounding",

@@ -6,9 +6,10 @@ import datetime as dt
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from vlmflow.errors import ConfigError
 
@@ -22,6 +23,9 @@ Family = Literal[
     "blip_itm",
     "vilt",
     "blip_vqa",
+    "vlm",
+    "vllm",
+    "endpoint",
     "vilbert",
     "image_classification",
     "vlm_judge",
@@ -31,10 +35,13 @@ Family = Literal[
     "flava",
     "align",
 ]
+PROMPTED: tuple[Family, ...] = ("vlm", "vllm", "endpoint")  # what they are asked stands in a prompt
 DecodePlace = Literal["auto", "cpu", "pool"]
 SourceKind = Literal["auto", "prefix", "manifest", "webdataset", "parquet"]
 
 MIB = 1024 * 1024
+# Within this a batch has had its answers from an endpoint, or has given up waiting for them.
+ENDPOINT_TIMEOUT_S = 600.0
 
 
 class Frozen(BaseModel):
@@ -93,14 +100,49 @@ class ImageLimits(Frozen):
     max_seconds: Annotated[float, Field(gt=0)] = 60.0  # of decoding; what takes longer is taken to hang
 
 
+class EndpointConfig(Frozen):
+    """An OpenAI-compatible server of a vision-language model. The key never stands here, only where it is kept."""
+
+    url: str  # of the API, such as https://api.example.com/v1
+    model: str
+    api_key_env: str | None = None  # the environment variable of the workers that holds the key; None: none is sent
+    max_concurrency: Annotated[int, Field(ge=1, le=256)] = 8  # requests at once, per actor
+    timeout_s: Annotated[float, Field(gt=0)] = 60.0  # of one request
+    max_retries: Annotated[int, Field(ge=0, le=20)] = 4  # after 429, 5xx, and connections that fail
+    max_side_px: Annotated[int, Field(ge=64, le=2048)] = 512  # of the square that is sent
+    input_price: Annotated[float, Field(ge=0)] | None = None  # of a million tokens; None: costs are not counted
+    output_price: Annotated[float, Field(ge=0)] | None = None
+
+    @field_validator("url")
+    @classmethod
+    def _is_plain(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("must begin with http:// or https:// and a host")
+        if parts.username or parts.password or parts.query or parts.fragment:
+            raise ValueError("must hold no user, password or query: keep the key in an environment variable")
+        return url.rstrip("/")
+
+
 class ModelConfig(Frozen):
-    """Weights of one task: a local folder, or a repository of the hub at a pinned revision."""
+    """Weights of one task: a local folder, a repository of the hub at a pinned revision, or an endpoint."""
 
     family: Family
     path: str | None = None  # a local folder
     repo: str | None = None  # a hub repository; needs `revision`
     revision: str | None = None  # a commit hash
     architecture: str | None = None  # open_clip's name, where the folder holds no open_clip_config.json
+    endpoint: EndpointConfig | None = None  # of the family endpoint
+    prompt: str | None = None  # of vlm, vllm and endpoint; for `answer` with {question} in it. None: ours
+    max_answer_tokens: Annotated[int, Field(ge=1, le=512)] = 32  # of vlm, vllm and endpoint
+
+    @model_validator(mode="after")
+    def _family_fits(self) -> Self:
+        if (self.family == "endpoint") != (self.endpoint is not None):
+            raise ValueError("the family endpoint needs `endpoint`, and no other takes it")
+        if self.prompt is not None and (self.family not in PROMPTED or not self.prompt.strip()):
+            raise ValueError(f"a prompt is for {', '.join(PROMPTED)}, and must say something")
+        return self
 
 
 class PoolConfig(Frozen):
@@ -112,7 +154,8 @@ class PoolConfig(Frozen):
     min_actors: Annotated[int, Field(ge=1)] = 1
     max_actors: Annotated[int, Field(ge=1)] = 1
     batch_size: Annotated[int, Field(ge=1)] = 32
-    timeout_s: Annotated[float, Field(gt=0)] = 600.0  # of one task on one batch; what takes longer is taken to hang
+    # Of one task on one batch; what takes longer is taken to hang.
+    timeout_s: Annotated[float, Field(gt=0)] = ENDPOINT_TIMEOUT_S
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
@@ -173,7 +216,7 @@ class Job(Frozen):
     # Where JPEGs are decoded: by processors before the pools, or in the first pool on its device (nvJPEG on a GPU);
     # auto: there if it has a GPU. Other formats, and JPEGs of which decoders differ, always by processors.
     decode: DecodePlace = "auto"
-    blip_dtype: Dtype = "auto"  # of captioner and matcher; auto: bfloat16 on GPUs, float32 on processors
+    blip_dtype: Dtype = "auto"  # of captioner, matcher and answerer; auto: bfloat16 on GPUs, float32 on processors
     limits: ImageLimits = ImageLimits()
     commit: CommitConfig = CommitConfig()
     quarantine: QuarantineConfig = QuarantineConfig()
@@ -206,6 +249,10 @@ class Job(Frozen):
         missing, doubled = set(self.tasks) - set(pooled), len(pooled) != len(set(pooled))
         if missing or doubled:
             raise ValueError(f"every task runs in exactly one pool; missing: {', '.join(sorted(missing)) or 'none'}")
+        remote = {role for role, model in self.models.items() if model.family == "endpoint"}
+        for pool in self.pools:
+            if remote & set(pool.tasks) and pool.timeout_s < ENDPOINT_TIMEOUT_S:
+                raise ValueError(f"a pool with an endpoint needs a timeout_s of at least {ENDPOINT_TIMEOUT_S:g}")
         # A pool sees what the pools before it wrote.
         order = {task: index for index, task in enumerate(pooled)}
         for reader, read in (("moderate", "embed"), ("moderate", "detect"), ("match", "caption")):
@@ -247,6 +294,21 @@ def describe_validation(error: ValidationError, *, what: str) -> str:
         reason = "unknown key" if item["type"] == "extra_forbidden" else item["msg"].removeprefix("Value error, ")
         parts.append(f"{where}: {reason}" if where else reason)
     return f"{what}: " + "; ".join(parts)
+
+
+def read_secret(variable: str) -> str:
+    """The value of an environment variable that a job names, such as the key of an endpoint.
+
+    Raises:
+        ConfigError: it is not set on this machine; the message does not hold the value of anything.
+    """
+    value = os.environ.get(variable, "").strip()
+    if not value:
+        raise ConfigError(
+            f"environment variable {variable} is not set on a machine that needs it",
+            remedy="Set it where the workers run, or name another with api_key_env.",
+        )
+    return value
 
 
 def default_models_dir() -> Path:

@@ -22,13 +22,15 @@ _NUM_MISFITS = 5
 
 
 def demo_job(catalog: str) -> Job:
-    """The demo's job: the shipped manifest, the starter models, the demo policy."""
+    """The demo's job: the shipped manifest, the starter models, the demo policy, two questions."""
     manifest = Path(str(resources.files("vlmflow"))) / "starter" / "demo" / "manifest.csv"
     return Job(
         source=SourceConfig(uri=str(manifest), text_column="title"),
         catalog=CatalogConfig(uri=catalog),
         profile="starter",
         policy="demo",
+        tasks=("embed", "moderate", "caption", "match", "answer"),
+        questions=("what is in the picture?", "what color is the background?"),
     )
 
 

@@ -186,6 +186,12 @@ class RowErrorClass(StrEnum):
     WORKER_DIED = "worker_died"
     FRAMES_UNSEEN = "frames_unseen"
     TIMED_OUT = "timed_out"
+    ENDPOINT_UNREACHABLE = "endpoint_unreachable"
+    ENDPOINT_TIMEOUT = "endpoint_timeout"
+    ENDPOINT_BUSY = "endpoint_busy"  # 429 to the last retry
+    ENDPOINT_FAILED = "endpoint_failed"  # 5xx to the last retry
+    ENDPOINT_REFUSED = "endpoint_refused"  # 4xx: the key, the model or the request
+    BAD_ANSWER = "bad_answer"  # empty, malformed, refused, or larger than can be
 
 
 class ImageError(VlmflowError):
@@ -205,3 +211,24 @@ class ImageError(VlmflowError):
 
 def _rebuild_image_error(message: str, error_class: RowErrorClass, remedy: str) -> ImageError:
     return ImageError(message, error_class=error_class, remedy=remedy)
+
+
+class EndpointError(VlmflowError):
+    """One request to an endpoint that brought no answer; it costs the row of its image and no other.
+
+    The message holds no key and nothing that a server has said.
+    """
+
+    def __init__(
+        self, message: str, *, error_class: RowErrorClass = RowErrorClass.ENDPOINT_FAILED, remedy: str = ""
+    ) -> None:
+        super().__init__(message, remedy=remedy)
+        self.error_class = error_class
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Keeps the error class through pickling."""
+        return (_rebuild_endpoint_error, (str(self), self.error_class, self.remedy))
+
+
+def _rebuild_endpoint_error(message: str, error_class: RowErrorClass, remedy: str) -> EndpointError:
+    return EndpointError(message, error_class=error_class, remedy=remedy)

@@ -14,7 +14,18 @@ from vlmflow.config import CatalogConfig, Frozen
 
 _NUM_EXAMPLES = 5
 _NUM_RUNS = 5
-_COUNTED = ("status", "decision", "embed_model", "caption_model", "match_model", "policy_name", "policy_version")
+_COUNTED = (
+    "status",
+    "decision",
+    "embed_model",
+    "caption_model",
+    "match_model",
+    "answer_model",
+    "policy_name",
+    "policy_version",
+    "alt_text_rule",
+)
+_ALT_TEXT_IS_FINE = "keeps every rule"
 
 
 class Example(Frozen):
@@ -27,6 +38,8 @@ class Example(Frozen):
     caption: str | None
     caption_itm: float | None
     text_itm: float | None
+    alt_text: str | None = None
+    answers: tuple[dict[str, Any], ...] | None = None  # question, answer, score
 
 
 class RunLine(Frozen):
@@ -49,6 +62,7 @@ class CatalogSummary(Frozen):
         policies: rows by policy name and version.
         models: rows by model, per task.
         errors: rows by error class.
+        alt_texts: rows with an alternative text by the rule that it breaks.
     """
 
     catalog: str
@@ -60,6 +74,7 @@ class CatalogSummary(Frozen):
     errors: dict[str, int]
     policies: dict[str, int]
     models: dict[str, dict[str, int]]
+    alt_texts: dict[str, int]
     flagged: tuple[Example, ...]
     examples: tuple[Example, ...]
     runs: tuple[RunLine, ...]
@@ -72,8 +87,8 @@ def summarize(config: CatalogConfig) -> CatalogSummary:
         CatalogError: there is no catalog, or another version of vlmflow wrote it.
     """
     catalog = Catalog.open(config)
-    counts: dict[str, Counter[str]] = {name: Counter() for name in ("status", "decision", "errors", "policy")}
-    models: dict[str, Counter[str]] = {task: Counter() for task in ("embed", "caption", "match")}
+    counts: dict[str, Counter[str]] = {name: Counter() for name in ("status", "decision", "errors", "policy", "alt")}
+    models: dict[str, Counter[str]] = {task: Counter() for task in ("embed", "caption", "match", "answer")}
     flagged: list[Example] = []
     examples: list[Example] = []
     columns = [*Example.model_fields, "errors", *_COUNTED[2:]]
@@ -83,6 +98,7 @@ def summarize(config: CatalogConfig) -> CatalogSummary:
         _count(counts["errors"], pc.struct_field(pc.list_flatten(batch["errors"]), "class"))
         policy = pc.binary_join_element_wise(batch["policy_name"], batch["policy_version"], " ")
         _count(counts["policy"], policy)
+        _count(counts["alt"], _rules(batch))
         for task, counter in models.items():
             _count(counter, batch[f"{task}_model"])
         _gather(flagged, batch.filter(pc.is_in(batch["decision"], pa.array(["review", "block"]))))
@@ -97,10 +113,17 @@ def summarize(config: CatalogConfig) -> CatalogSummary:
         errors=dict(counts["errors"].most_common()),
         policies=dict(counts["policy"].most_common()),
         models={task: dict(counter.most_common()) for task, counter in models.items() if counter},
+        alt_texts=dict(counts["alt"].most_common()),
         flagged=tuple(flagged),
         examples=tuple(examples),
         runs=tuple(_run_line(info.run_id, info.state, info.record) for info in catalog.runs.list()[:_NUM_RUNS]),
     )
+
+
+def _rules(rows: pa.Table) -> pa.ChunkedArray:
+    """The rule that each alternative text breaks, in words where it breaks none; null where there is no caption."""
+    fine = pc.if_else(pc.is_valid(rows["alt_text"]), pa.scalar(_ALT_TEXT_IS_FINE), pa.scalar(None, pa.string()))
+    return pc.coalesce(rows["alt_text_rule"], fine)
 
 
 def _count(counter: Counter[str], values: pa.ChunkedArray | pa.Array) -> None:

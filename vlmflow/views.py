@@ -67,6 +67,10 @@ def print_report(report: RunReport, console: Console) -> None:
         console.print(f"pool {'+'.join(pool.tasks)}: {share:.0%} busy, {1 - share:.0%} waiting for images")
         if pool.at_once is not None:
             console.print(f"  out of memory: it went on with at most {pool.at_once:,} images at once; set batch_size")
+    for task, usage in report.usage.items():
+        tokens = f"{usage.input_tokens:,} input and {usage.output_tokens:,} output tokens"
+        cost = f", cost {usage.cost:,.4f}" if usage.cost else ""
+        console.print(f"{task} spent {usage.requests:,} requests, {tokens}{cost}")
     if limited := what_limited(report):
         console.print(f"what limited it: {limited[0].lower()}{limited[1:]}")
     _print_policy_note(report.num_policy_differs, console)
@@ -132,6 +136,7 @@ def print_summary(summary: CatalogSummary, console: Console) -> None:
     _print_counts("policy", summary.policies, console)
     for task, models in summary.models.items():
         _print_counts(task, models, console)
+    _print_counts("alternative texts", summary.alt_texts, console)
     _print_examples("allowed", summary.examples, console)
     _print_examples("flagged", summary.flagged, console)
     table = _table("run", "state", "started", "new", "updated", "images/s", "")
@@ -190,7 +195,8 @@ def _print_counts(name: str, counts: Mapping[str, int], console: Console) -> Non
 def _print_examples(name: str, examples: Sequence[Example], console: Console) -> None:
     if not examples:
         return
-    table = _table(name, "decision", "caption", "caption match", "text match")
+    asked = any(example.answers for example in examples)
+    table = _table(name, "decision", "caption", "caption match", "text match", *(["answers"] if asked else []))
     for example in examples:
         decision = example.decision + (f" ({example.decision_reason})" if example.decision_reason else "")
         file_name = example.uri.rsplit("/", 1)[-1]
@@ -200,8 +206,14 @@ def _print_examples(name: str, examples: Sequence[Example], console: Console) ->
             escape(example.caption or "-"),
             _number(example.caption_itm),
             _number(example.text_itm),
+            *([_answers(example)] if asked else []),
         )
     console.print(table)
+
+
+def _answers(example: Example) -> str:
+    parts = [f"{answer['question']} {answer['answer'] or '-'}" for answer in example.answers or ()]
+    return escape("; ".join(parts) or "-")
 
 
 def _print_policy_note(num_policy_differs: int, console: Console) -> None:

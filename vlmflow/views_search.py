@@ -1,4 +1,4 @@
-"""What the command line prints of searches, duplicates and titles. Every word from outside is shown as text."""
+"""What the command line prints of searches, duplicates, titles, alt texts. Every word from outside is shown as text."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from vlmflow.alt_text_report import AltTextReport
     from vlmflow.search.build import IndexReport
     from vlmflow.search.duplicates import DuplicateReport
     from vlmflow.search.results import SearchResult
@@ -66,6 +67,12 @@ def titles_csv(report: TitleReport) -> str:
     """The ranked rows as CSV."""
     names = ["rank", "text_itm", "text_itc", "text", "text_column", "caption", "decision", "uri", "image_id"]
     return as_csv(names, ([getattr(title, name) for name in names] for title in report.titles))
+
+
+def alt_texts_csv(report: AltTextReport) -> str:
+    """The alternative texts that break a rule as CSV."""
+    names = ["rule", "alt_text", "caption", "uri", "image_id"]
+    return as_csv(names, ([getattr(text, name) for name in names] for text in report.broken))
 
 
 def print_search(result: SearchResult, console: Console) -> None:
@@ -126,6 +133,22 @@ def print_titles(report: TitleReport, console: Console) -> None:
         table.add_row(str(title.rank), match, *row)
     console.print(table)
     console.print(f"the {len(report.titles):,} texts that fit least, of {report.num_scored:,}", style="dim")
+
+
+def print_alt_texts(report: AltTextReport, console: Console) -> None:
+    """Prints a few texts of each rule, and how many there are."""
+    table = _table("rule", "alternative text", "uri")
+    shown: dict[str, int] = {}
+    for text in report.broken:
+        shown[text.rule] = shown.get(text.rule, 0) + 1
+        if shown[text.rule] <= _MAX_SHOWN_MEMBERS:
+            table.add_row(text.rule, _text(text.alt_text), _text(text.uri))
+    if report.broken:
+        console.print(table)
+    num_good = report.num_images - report.num_without - len(report.broken)
+    broken = ", ".join(f"{rule} {count:,}" for rule, count in report.rules.items()) or "none"
+    console.print(f"{num_good:,} of {report.num_images:,} images have an alternative text that keeps every rule")
+    console.print(f"broken rules: {broken}; without a caption: {report.num_without:,}", style="dim")
 
 
 def _cell(value: object) -> object:

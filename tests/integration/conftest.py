@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import ray
 
+from tests.endpoint import KEY, KEY_VARIABLE
 from tests.flows import Prefect
 from tests.models import make_captioner, make_clip, make_matcher
 from tests.processes import RayNodes, prefect_server, ray_nodes
@@ -41,7 +42,7 @@ bindings: []
 def ray_session() -> Iterator[None]:
     """One embedded Ray cluster for all tests of the session: starting one takes seconds."""
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    for name, value in CREDENTIALS.items():  # workers have the environment of this moment
+    for name, value in (*CREDENTIALS.items(), (KEY_VARIABLE, KEY)):  # workers have the environment of this moment
         os.environ.setdefault(name, value)
     ray.init(
         num_cpus=2,

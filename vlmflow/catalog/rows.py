@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vlmflow import schema
+from vlmflow.alt_text import alt_text
 from vlmflow.catalog.columns import conform_column, flat
 from vlmflow.catalog.judged import with_verdicts
 from vlmflow.catalog.keys import digest_of, questions_digests, text_digests
@@ -99,6 +100,7 @@ def stage_rows(rows: pa.Table, constants: RunConstants, columns: pa.Schema) -> p
     }
     for task in schema.TASKS:
         filled |= _task_columns(task, rows, constants, run[task])
+    filled |= _alt_texts(rows, filled["caption"], constants.found_text_column)
     decision = conform_column(rows, schema.WRITER_OPTIONAL.field("decision"))
     reason = conform_column(rows, schema.WRITER_OPTIONAL.field("decision_reason"))
     scored = pa.array(run["moderate"] & is_valid(decision))
@@ -184,6 +186,20 @@ def _task_columns(task: str, rows: pa.Table, constants: RunConstants, run: Mask)
             value = conform_column(rows, field)
         out[field.name] = pc.if_else(mask, value, pa.scalar(None, field.type))
     return out
+
+
+def _alt_texts(rows: pa.Table, captions: pa.Array, found_text_column: str | None) -> dict[str, pa.Array]:
+    """The alternative texts of the captions, and the rules that they break."""
+    found: list[str | None] = [None] * rows.num_rows
+    if found_text_column is not None and "source" in rows.column_names:
+        source = flat(rows["source"])
+        if source.type.get_field_index(found_text_column) >= 0:
+            found = pc.struct_field(source, found_text_column).cast(pa.string()).to_pylist()
+    texts = [alt_text(*of_row) for of_row in zip(captions.to_pylist(), rows["uri"].to_pylist(), found, strict=True)]
+    return {
+        "alt_text": pa.array([text for text, _ in texts], pa.string()),
+        "alt_text_rule": pa.array([rule for _, rule in texts], pa.string()),
+    }
 
 
 def failed_tasks(errors: pa.ChunkedArray) -> dict[str, Mask]:

@@ -37,7 +37,10 @@ ProfileOption = Annotated[
     str | None, typer.Option("--profile", help="A named set of models; `vlmflow profiles` lists them.")
 ]
 TasksOption = Annotated[
-    str | None, typer.Option("--tasks", help="Comma-separated, of: embed, moderate, caption, match. Default: all.")
+    str | None,
+    typer.Option(
+        "--tasks", help="Comma-separated, of: embed, moderate, caption, match, answer. Default: all but answer."
+    ),
 ]
 PolicyOption = Annotated[
     str | None, typer.Option("--policy", help="Moderation policy: a YAML file, or the name of one that ships.")
@@ -57,6 +60,14 @@ LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="At most
 TextOption = Annotated[
     str | None,
     typer.Option("--text-column", help="Column of the manifest whose text `match` scores against the image."),
+]
+QuestionOption = Annotated[
+    list[str] | None,
+    typer.Option("--question", help="For the task `answer`: asked of every image. May be given again and again."),
+]
+QuestionsOption = Annotated[
+    str | None,
+    typer.Option("--questions-column", help="Column of the manifest with questions to each image, one a line."),
 ]
 AddressOption = Annotated[
     str | None,
@@ -105,12 +116,14 @@ def make_job(source: str | None, catalog: str | None, config: Path | None, endpo
         "source": {
             "uri": source,
             "text_column": options.pop("text_column"),
+            "questions_column": options.pop("questions_column", None),
             "allow_empty": options.pop("allow_empty") or None,
             "storage": storage,
         },
         "catalog": {"uri": catalog, "storage": storage},
         "ray": {"address": options.pop("ray_address")},
         "tasks": _words(tasks),
+        "questions": options.pop("questions", None) or None,
         "retry": _words(retry),
         "date": None if date is None else date.date(),
         "accept_unbound": options.pop("accept_unbound") or None,

@@ -1,4 +1,4 @@
-"""Commands that look into a catalog: search, duplicates, titles."""
+"""Commands that look into a catalog: search, duplicates, titles, alt-text."""
 
 from __future__ import annotations
 
@@ -162,6 +162,34 @@ def titles(
         typer.echo(report.model_dump_json())
     else:
         print_titles(report, Console())
+
+
+@app.command(name="alt-text")
+def alt_text(
+    catalog: CatalogOnly,
+    where: WhereOption = None,
+    csv: CsvOption = None,
+    endpoint: EndpointOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the images of CATALOG whose alternative text breaks a rule, those that share a text with others included.
+
+    The texts of all images are the column alt_text of the images table; alt_text_rule is null where every rule of a
+    single image holds.
+
+    Example: `vlmflow alt-text catalog/ --where "decision = 'allow'" --csv to-write.csv`
+    """
+    from vlmflow.alt_text_report import find_alt_texts
+    from vlmflow.views_search import alt_texts_csv, print_alt_texts
+
+    _check_files(csv)
+    report = find_alt_texts(catalog_config(catalog, endpoint), where=where)
+    if csv is not None:
+        _write(csv, alt_texts_csv(report))
+    if as_json:
+        typer.echo(report.model_dump_json())
+    else:
+        print_alt_texts(report, Console())
 
 
 def query_job(catalog: str, profile: str | None, config: Path | None, endpoint: str | None) -> Job | None:

@@ -30,13 +30,16 @@ SECONDS_PREFIX = "seconds_"
 # Batches likewise: 1 / rows on each row.
 BATCHES_PREFIX = "batches_"
 
+# What a task has spent on a model that is paid for (requests, tokens, cost), spread likewise.
+SPENT_PREFIX = "spent_"
+
 # Floating-point operations of a task, spread likewise, and what the device could do in a second, on each row; null: it
 # has not been measured yet.
 FLOPS_PREFIX = "flops_"
 CEILING_PREFIX = "ceiling_"
 
 # What the run sums up over all rows; of the ceilings also how many rows have one.
-SUMMED_PREFIXES = (SECONDS_PREFIX, BATCHES_PREFIX, FLOPS_PREFIX, CEILING_PREFIX)
+SUMMED_PREFIXES = (SECONDS_PREFIX, BATCHES_PREFIX, SPENT_PREFIX, FLOPS_PREFIX, CEILING_PREFIX)
 COUNT_PREFIX = "count_"
 
 # The most images that a pool's tasks run at once since memory ran out; null: it never did.
@@ -55,6 +58,11 @@ PIXELS_PREFIX, VIEWS_PREFIX = "pixels_", "views_"
 def seconds_column(stage: str) -> str:
     """Names the column with a stage's seconds of work per row."""
     return SECONDS_PREFIX + stage
+
+
+def spent_column(task: str, what: str) -> str:
+    """Names the column with what a task has spent of something."""
+    return f"{SPENT_PREFIX}{task}:{what}"
 
 
 def has_task(batch: pa.Table, column: str, task: str) -> pa.Array:

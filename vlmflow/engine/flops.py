@@ -27,7 +27,7 @@ logger = logging.getLogger("vlmflow")
 
 Shape = tuple[int, ...]
 
-_BLIP_TASKS = ("caption", "match")
+_BLIP_TASKS = ("caption", "match", "answer")
 
 # Rows, inner and outer side of the product whose speed is the ceiling: on a processor what a layer of BLIP-base does
 # for one image, since larger ones take seconds.

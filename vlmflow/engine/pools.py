@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ from vlmflow.tasks.setup import TaskSetup, load_task
 if TYPE_CHECKING:
     from vlmflow.engine.decoding import PoolDecoding
     from vlmflow.engine.feeding import Fed
+    from vlmflow.models import Metered
     from vlmflow.tasks.run import BatchLimit
 
 # A task's outputs exist only where the task it reads succeeded.
@@ -103,6 +105,7 @@ class PoolWorker:
             for name, task in self._tasks.items():
                 before = task.flops
                 batch = run_on_due_rows(batch, task, self._limits[name], self._timeout_s, self._recent[name])
+                batch = _with_usage(batch, task.task)
                 done = columns.spread(task.flops - before, batch.num_rows)
                 batch = batch.append_column(columns.FLOPS_PREFIX + name, done)
                 ceiling = pa.scalar(self._ceilings.of(name), pa.float64())
@@ -110,6 +113,19 @@ class PoolWorker:
         fitting = [limit.rows for limit in self._limits.values() if limit.rows is not None]
         at_once = pa.scalar(min(fitting, default=None), pa.int64())
         return batch.append_column(columns.AT_ONCE_PREFIX + self._name, pa.repeat(at_once, batch.num_rows))
+
+
+def _with_usage(batch: pa.Table, task: Task) -> pa.Table:
+    """Adds what the task has spent on this batch, where its model is paid for."""
+    meter: Metered | None = getattr(task, "meter", None)
+    usage = None if meter is None else meter.take_usage()
+    if usage is None:
+        return batch
+    for what, amount in dataclasses.asdict(usage).items():
+        batch = batch.append_column(
+            columns.spent_column(task.name, what), columns.spread(float(amount), batch.num_rows)
+        )
+    return batch
 
 
 def run_on_due_rows(

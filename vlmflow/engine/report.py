@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Literal
 
 from vlmflow.config import Frozen, Job
+from vlmflow.engine import columns
 from vlmflow.engine.stages import PoolReport, StageReport, pool_reports, stage_reports
 from vlmflow.sources import normalise_uri
 
@@ -35,6 +36,20 @@ class CommitReport(Frozen):
     seconds: float
 
 
+class UsageReport(Frozen):
+    """What a task has spent on a model that is paid for, as its endpoint counts.
+
+    Attributes:
+        requests: repeated ones included.
+        cost: by the prices of the job; 0 without.
+    """
+
+    requests: int
+    input_tokens: int
+    output_tokens: int
+    cost: float
+
+
 class RunReport(Frozen):
     """What a run did. The catalog keeps it as JSON under ``runs/``.
 
@@ -51,6 +66,8 @@ class RunReport(Frozen):
         startup_s: seconds until the first block of images was finished: processes started, models loaded.
         images_per_s: the images after that block by the time after it; 0 where there was only one block.
         bytes_read: encoded bytes read from the source.
+        prompts: what models were asked, by role; of those that take a prompt.
+        usage: by task, of models that are paid for. What a worker had spent when it died is not in it.
     """
 
     run_id: str
@@ -84,6 +101,8 @@ class RunReport(Frozen):
     pools: tuple[PoolReport, ...] = ()
     commits: tuple[CommitReport, ...] = ()
     models: dict[str, str] = {}
+    prompts: dict[str, str] = {}
+    usage: dict[str, UsageReport] = {}
     fingerprints: dict[str, str] = {}
     policy: str | None = None
     versions: dict[str, str] = {}
@@ -163,6 +182,7 @@ def initial_report(run_id: str, prepared: Prepared, plan: Plan) -> RunReport:
         num_policy_differs=plan.num_policy_differs,
         due=due_by_task(job.tasks, plan),
         models=prepared.model_names(),
+        prompts=prepared.setup.prompts,
         fingerprints=prepared.fingerprints,
         policy=policy_name(prepared),
         versions=installed_versions(),
@@ -208,9 +228,20 @@ def finished_report(
             "bytes_read": int(collected.sums["bytes_read"]),
             "stages": stage_reports(report.tasks, collected, max(0.0, working_s) * num_cpus),
             "pools": pool_reports(collected),
+            "usage": _usage(report.tasks, collected),
             "commits": tuple(collected.commits),
         }
     )
+
+
+def _usage(tasks: tuple[str, ...], collected: Collected) -> dict[str, UsageReport]:
+    found = {}
+    for task in tasks:
+        spent = {name: collected.sums[columns.spent_column(task, name)] for name in UsageReport.model_fields}
+        if any(spent.values()):
+            counts = {name: round(amount) for name, amount in spent.items() if name != "cost"}
+            found[task] = UsageReport(**counts, cost=round(spent["cost"], 6))
+    return found
 
 
 def _public_config(job: Job) -> dict[str, Any]:

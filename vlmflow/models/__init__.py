@@ -6,15 +6,18 @@ can resolve and identify models without it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from urllib.parse import urlsplit
 
-from vlmflow.config import Dtype, ModelConfig
+from vlmflow.config import PROMPTED, Dtype, EndpointConfig, ModelConfig
 from vlmflow.imaging import PixelRequest
-from vlmflow.models.identity import CODE_VERSIONS, ModelIdentity
+from vlmflow.models.identity import CODE_VERSIONS, ModelIdentity, short_digest
 from vlmflow.models.preprocessing import Preprocessing, read_preprocessing
 from vlmflow.models.profiles import ModelStatus, ProfileStatus, check_family, describe_profiles, resolve_models
+from vlmflow.models.prompts import prompt_of
 from vlmflow.models.vilbert import region_preprocessing
 from vlmflow.models.weights import locate, weights_digest
 
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from vlmflow.models.blip_fast.text import CrossMemory
+    from vlmflow.models.prompted import VisionChat
     from vlmflow.models.towers import VisionTowers
 
 __all__ = [
@@ -35,9 +39,11 @@ __all__ = [
     "EncodedImages",
     "ImageEmbedder",
     "Matcher",
+    "Metered",
     "ModelIdentity",
     "ModelStatus",
     "ProfileStatus",
+    "Usage",
     "describe_profiles",
     "identify",
     "load_answerer",
@@ -120,11 +126,31 @@ class Answer:
     score: float  # probability that the model gives it, in [0, 1]; not a number: the model tells none
 
 
+@dataclass(frozen=True)
+class Usage:
+    """What a model that is paid for has spent."""
+
+    requests: int = 0  # repeated ones included
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cost: float = 0.0  # by the prices of the job; 0 without
+
+
+@runtime_checkable
+class Metered(Protocol):
+    """A model that may be paid for."""
+
+    def take_usage(self) -> Usage | None:
+        """What was spent since it was last asked; None: nothing is paid for."""
+
+
 class Answerer(Protocol):
     """Answers questions about images. N: images, S: side of the pixels."""
 
     def answer(self, pixels: torch.Tensor, questions: Sequence[Sequence[str]]) -> list[list[Answer]]:
-        """Answers ``questions[i]``, of which there may be any number, about image i; each image is encoded once.
+        """Answers ``questions[i]``, of which there may be any number, about image i.
+
+        An image is encoded once for all its questions, where the architecture allows it.
 
         Args:
             pixels: (N, 3, S, S) uint8 RGB; for a model that wants none, regions.
@@ -150,6 +176,8 @@ def identify(role: str, config: ModelConfig) -> ModelIdentity:
         WeightsError: the files are absent, or cannot be used.
     """
     check_family(role, config)
+    if config.endpoint is not None:
+        return _identify_endpoint(config.endpoint)
     folder = locate(config)
     preprocessing = _preprocessing(folder, config)
     return ModelIdentity(
@@ -170,11 +198,25 @@ def pixel_request(role: str, config: ModelConfig, views: tuple[str, ...]) -> Pix
     Raises:
         WeightsError: a configuration file is absent, or asks for what vlmflow does not do.
     """
+    if config.endpoint is not None:
+        return PixelRequest(config.endpoint.max_side_px, "bicubic", ("squash",))
     preprocessing = _preprocessing(locate(config), config)
     if preprocessing is None:
         return None
     others = [view for view in views if view != "squash"] if role == "embed" else []
     return PixelRequest(preprocessing.size, preprocessing.interpolation, ("squash", *others))
+
+
+def _identify_endpoint(endpoint: EndpointConfig) -> ModelIdentity:
+    """What is known of a model that runs elsewhere: its name and where. What runs under the name may change."""
+    address = urlsplit(endpoint.url)
+    return ModelIdentity(
+        id=endpoint.model,
+        revision=address.netloc,
+        weights_digest=short_digest({"url": endpoint.url, "model": endpoint.model}),
+        preprocessing=json.dumps([endpoint.max_side_px, "jpeg"]),
+        code_version=CODE_VERSIONS["endpoint"],
+    )
 
 
 def _preprocessing(folder: Path, config: ModelConfig) -> Preprocessing | None:
@@ -214,6 +256,12 @@ def load_captioner(
     Raises:
         WeightsError: the weights are absent, unsafe to load, or do not fit.
     """
+    if config.family in PROMPTED:
+        from vlmflow.models.prompted import PromptedCaptioner
+
+        prompt = prompt_of("caption", config)
+        assert prompt is not None
+        return PromptedCaptioner(_load_chat(config, device, dtype), prompt)
     match config.family:
         case "blip2_caption":
             from vlmflow.models.blip2 import Blip2Captioner
@@ -276,6 +324,12 @@ def load_answerer(
     Raises:
         WeightsError: the weights are absent, unsafe to load, or do not fit.
     """
+    if config.family in PROMPTED:
+        from vlmflow.models.prompted import PromptedAnswerer
+
+        prompt = prompt_of("answer", config)
+        assert prompt is not None
+        return PromptedAnswerer(_load_chat(config, device, dtype), prompt, config.max_answer_tokens)
     if config.family == "blip_vqa":
         from vlmflow.models.blip_vqa import BlipAnswerer
 
@@ -287,3 +341,18 @@ def load_answerer(
     from vlmflow.models.vilt import ViltAnswerer
 
     return ViltAnswerer.load(locate(config), config, device, dtype)
+
+
+def _load_chat(config: ModelConfig, device: str, dtype: Dtype) -> VisionChat:
+    if config.family == "vlm":
+        from vlmflow.models.vlm import TransformersChat
+
+        return TransformersChat.load(locate(config), device, dtype)
+    if config.family == "vllm":
+        from vlmflow.models.vllm import VllmChat
+
+        return VllmChat.load(locate(config), device, dtype)
+    from vlmflow.models.endpoint import EndpointChat
+
+    assert config.endpoint is not None
+    return EndpointChat(config.endpoint)

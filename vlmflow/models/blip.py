@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import transformers.utils.logging
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, BlipForConditionalGeneration, BlipForImageTextRetrieval
@@ -21,6 +19,7 @@ from vlmflow.models import EncodedImages
 from vlmflow.models.blip_fast import CrossMemory, GreedyDecoder, SpecialTokens, TextTower, decode_beams
 from vlmflow.models.pixels import PixelNormalizer, model_dtype
 from vlmflow.models.preprocessing import read_preprocessing
+from vlmflow.models.quiet import no_progress_bar
 from vlmflow.models.towers import SharedTower, VisionTowers
 from vlmflow.models.weights import check_keys
 
@@ -167,7 +166,7 @@ def load_parts(model_class: Any, folder: Path, config: ModelConfig, target: Targ
     """
     dtype = model_dtype(target.device, target.dtype)
     try:
-        with _no_progress_bar():
+        with no_progress_bar():
             model, found = model_class.from_pretrained(
                 folder,
                 dtype=target.text_dtype or dtype,
@@ -189,15 +188,3 @@ def load_parts(model_class: Any, folder: Path, config: ModelConfig, target: Targ
     model = model.to(target.device).eval().requires_grad_(False)
     towers = target.towers or VisionTowers()
     return model, tokenizer, towers.share(model.vision_model, normalize)
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """transformers draws a bar on standard error for every model that a worker loads."""
-    was_on = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_on:
-            transformers.utils.logging.enable_progress_bar()

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from vlmflow.errors import WeightsError
 from vlmflow.models.pixels import model_dtype
-from vlmflow.models.weights import check_keys
+from vlmflow.models.vlm import chat_text, load_image_text_to_text
 
 _ANSWERS = ("Yes", "No")
 _INSTRUCTION = "Answer with one word, Yes or No."
@@ -37,23 +37,8 @@ class VlmJudge:
         Raises:
             WeightsError: the weights do not fit, the processor is absent, or either needs code of its own.
         """
-        from transformers import AutoModelForImageTextToText, AutoProcessor
-
-        try:
-            processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            model, info = AutoModelForImageTextToText.from_pretrained(
-                folder,
-                dtype=model_dtype(device),
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-        except (ValueError, OSError, RuntimeError, ImportError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise WeightsError(f"weights: {folder} cannot be loaded: {reason}", remedy="Check the folder.") from error
-        check_keys(folder, info["missing_keys"], info["unexpected_keys"])
-        return cls(model.eval().to(device), processor, questions, device)
+        model, processor = load_image_text_to_text(folder, model_dtype(device))
+        return cls(model.to(device), processor, questions, device)
 
     @torch.inference_mode()
     def score(self, pixels: torch.Tensor) -> NDArray[np.float32]:
@@ -75,13 +60,7 @@ class VlmJudge:
         return cast("NDArray[np.float32]", logits.softmax(dim=-1)[:, 0].cpu().numpy())
 
     def _prompt(self, question: str) -> str:
-        text = f"{question} {_INSTRUCTION}"
-        if getattr(self._processor, "chat_template", None):
-            content = [{"type": "image"}, {"type": "text", "text": text}]
-            messages = [{"role": "user", "content": content}]
-            return str(self._processor.apply_chat_template(messages, add_generation_prompt=True))
-        token = getattr(self._processor, "image_token", "<image>")
-        return f"{token}\n{text}"
+        return chat_text(self._processor, f"{question} {_INSTRUCTION}")
 
     def _token(self, answer: str) -> int:
         tokens = self._processor.tokenizer(answer, add_special_tokens=False)["input_ids"]

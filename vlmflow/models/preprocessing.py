@@ -18,6 +18,8 @@ Interpolation = Literal["bicubic", "bilinear"]
 # OpenAI's CLIP and every model trained in its succession; the libraries' default too.
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+# Of vision-language models without a size of their own: two tiles of the usual 384 each way.
+_PROMPTED_SIDE, _MAX_PROMPTED_SIDE = 768, 1024
 # Where config.json says which pixels the vision tower takes, for families whose processors are transformers' own.
 _IMAGE_SECTIONS = {
     "blip2_caption": "vision_config",
@@ -52,6 +54,8 @@ def read_preprocessing(folder: Path, config: ModelConfig) -> Preprocessing:
         return _read_open_clip(folder, config.architecture)
     if config.family in ("image_classification", "vlm_judge", "vilt"):
         return _read_processor(folder)
+    if config.family in ("vlm", "vllm"):
+        return Preprocessing(_prompted_side(folder), "bicubic", _CLIP_MEAN, _CLIP_STD)
     if config.family == "align":
         return _read_align(folder)
     if config.family in _IMAGE_SECTIONS:
@@ -186,6 +190,22 @@ def _squashed(values: dict[str, Any], path: Path) -> Preprocessing:
         short = size.get("shortest_edge")
         size = short if short is not None else [size.get("height"), size.get("width")]
     return _plain(values, _square(size, path), path)
+
+
+def _prompted_side(folder: Path) -> int:
+    """The square that a vision-language model is shown: its processor's, else one that its processor resizes itself.
+
+    Normalisation is the processor's alone: the digest of the weights covers its file.
+    """
+    path = folder / "preprocessor_config.json"
+    values = read_json(path if path.is_file() else folder / "processor_config.json")
+    values = values.get("image_processor", values)
+    size = values.get("crop_size") if values.get("do_center_crop") else None
+    size = size or values.get("size")
+    if isinstance(size, dict):
+        size = size.get("height", size.get("shortest_edge"))
+    # Some count all pixels there, not those of a side.
+    return size if isinstance(size, int) and 0 < size <= _MAX_PROMPTED_SIDE else _PROMPTED_SIDE
 
 
 def _plain(values: dict[str, Any], side: int, path: Path) -> Preprocessing:

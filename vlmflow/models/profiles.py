@@ -7,7 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Literal, cast
 
-from vlmflow.config import Family, Job, ModelConfig, default_models_dir
+from vlmflow.config import PROMPTED, Family, Job, ModelConfig, default_models_dir
 from vlmflow.errors import ConfigError
 from vlmflow.models.weights import find_weights, require_folder
 
@@ -16,9 +16,9 @@ Role = Literal["embed", "caption", "match", "answer"]
 # The families that can play a role; the first is that of a profile's model which names none.
 FAMILIES: dict[Role, tuple[Family, ...]] = {
     "embed": ("open_clip", "flava", "align"),
-    "caption": ("blip_caption", "blip2_caption", "git"),
+    "caption": ("blip_caption", "blip2_caption", "git", *PROMPTED),
     "match": ("blip_itm", "blip2_itm", "flava", "align", "vilbert"),
-    "answer": ("vilt", "blip_vqa", "vilbert"),
+    "answer": ("vilt", "blip_vqa", "vilbert", *PROMPTED),
 }
 STARTER = "starter"
 
@@ -56,6 +56,9 @@ _GIT_BASE = ProfileModel("microsoft/git-base-coco", "git-base-coco", "MIT", 176_
 _FLAVA = ProfileModel("facebook/flava-full", "flava-full", "BSD-3-Clause", 357_645_303, "flava")
 _ALIGN = ProfileModel("kakaobrain/align-base", "align-base", "none stated", 172_117_841, "align")
 
+_VILT_VQA = ProfileModel("dandelin/vilt-b32-finetuned-vqa", "vilt-b32-finetuned-vqa", "Apache-2.0", 117_588_537)
+_BLIP_VQA = ProfileModel("Salesforce/blip-vqa-base", "blip-vqa-base", "BSD-3-Clause", 361_230_140, "blip_vqa")
+
 PROFILES: dict[str, Profile] = {
     STARTER: Profile(
         "ships with the package; drawings only: for the demo and tests, NOT for photographs",
@@ -76,9 +79,7 @@ PROFILES: dict[str, Profile] = {
                 "Salesforce/blip-image-captioning-base", "blip-image-captioning-base", "BSD-3-Clause", 223_971_644
             ),
             "match": ProfileModel("Salesforce/blip-itm-base-coco", "blip-itm-base-coco", "BSD-3-Clause", 223_744_258),
-            "answer": ProfileModel(
-                "dandelin/vilt-b32-finetuned-vqa", "vilt-b32-finetuned-vqa", "Apache-2.0", 117_588_537
-            ),
+            "answer": _VILT_VQA,
         },
     ),
     "large": Profile(
@@ -89,9 +90,7 @@ PROFILES: dict[str, Profile] = {
                 "Salesforce/blip-image-captioning-large", "blip-image-captioning-large", "BSD-3-Clause", 446_290_492
             ),
             "match": _BLIP_ITM_LARGE,
-            "answer": ProfileModel(
-                "Salesforce/blip-vqa-base", "blip-vqa-base", "BSD-3-Clause", 361_230_140, "blip_vqa"
-            ),
+            "answer": _BLIP_VQA,
         },
     ),
     "blip2": Profile(
@@ -102,6 +101,7 @@ PROFILES: dict[str, Profile] = {
                 "Salesforce/blip2-flan-t5-xl", "blip2-flan-t5-xl", "MIT", 3_942_446_592, "blip2_caption"
             ),
             "match": ProfileModel("Salesforce/blip2-itm-vit-g", "blip2-itm-vit-g", "MIT", 1_172_032_258, "blip2_itm"),
+            "answer": _BLIP_VQA,
         },
     ),
     "git": Profile(
@@ -110,16 +110,17 @@ PROFILES: dict[str, Profile] = {
             "embed": _CLIP_LARGE,
             "caption": ProfileModel("microsoft/git-large-coco", "git-large-coco", "MIT", 394_196_026, "git"),
             "match": _BLIP_ITM_LARGE,
+            "answer": _BLIP_VQA,
         },
     ),
     "flava": Profile(
         "photographs; embeddings and matches by FLAVA, captions by GIT-base; a GPU of 8 GB",
-        {"embed": _FLAVA, "caption": _GIT_BASE, "match": _FLAVA},
+        {"embed": _FLAVA, "caption": _GIT_BASE, "match": _FLAVA, "answer": _VILT_VQA},
     ),
     "align": Profile(
         "photographs; embeddings and matches by ALIGN, which has no matching head: no caption_itm, no text_itm; "
         "captions by GIT-base; a GPU of 8 GB",
-        {"embed": _ALIGN, "caption": _GIT_BASE, "match": _ALIGN},
+        {"embed": _ALIGN, "caption": _GIT_BASE, "match": _ALIGN, "answer": _VILT_VQA},
     ),
 }
 

@@ -20,6 +20,7 @@ from vlmflow.models import Answer
 from vlmflow.models.pixels import PixelNormalizer, model_dtype
 from vlmflow.models.preprocessing import read_preprocessing
 from vlmflow.models.questions import check_paired, tokenize
+from vlmflow.models.quiet import no_progress_bar
 from vlmflow.models.weights import check_keys
 
 # Pairs of an image and a question that go through the model together.
@@ -48,9 +49,10 @@ class ViltAnswerer:
         """
         kind = model_dtype(device, dtype)
         try:
-            model, found = ViltForQuestionAnswering.from_pretrained(
-                folder, dtype=kind, use_safetensors=True, local_files_only=True, output_loading_info=True
-            )
+            with no_progress_bar():
+                model, found = ViltForQuestionAnswering.from_pretrained(
+                    folder, dtype=kind, use_safetensors=True, local_files_only=True, output_loading_info=True
+                )
             # trust_remote_code must be given: left out, transformers asks on the terminal.
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: shapes that differ

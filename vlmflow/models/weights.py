@@ -21,6 +21,8 @@ _WEIGHT_NAMES = {
     "blip_itm": ("model.safetensors", "model.safetensors.index.json"),
     "vilt": ("model.safetensors", "model.safetensors.index.json"),
     "blip_vqa": ("model.safetensors", "model.safetensors.index.json"),
+    "vlm": ("model.safetensors", "model.safetensors.index.json"),
+    "vllm": ("model.safetensors", "model.safetensors.index.json"),
     "vilbert": ("model.safetensors", "model.safetensors.index.json"),
     "image_classification": ("model.safetensors", "model.safetensors.index.json"),
     "vlm_judge": ("model.safetensors", "model.safetensors.index.json"),
@@ -31,8 +33,14 @@ _WEIGHT_NAMES = {
     "align": ("model.safetensors", "model.safetensors.index.json"),
 }
 _CONFIG_NAMES = dict.fromkeys(_WEIGHT_NAMES, "config.json") | {"open_clip": "open_clip_config.json"}
+# What the processor of a prompted model makes of images and questions.
+_PROCESSOR_NAMES = ("chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json")
 # Files beside the weights that loading reads too.
-_COMPANION_NAMES = {"vilbert": ("answers.json", "detector.safetensors", "regions.json", "regions.safetensors")}
+_COMPANION_NAMES = {
+    "vilbert": ("answers.json", "detector.safetensors", "regions.json", "regions.safetensors"),
+    "vlm": _PROCESSOR_NAMES,
+    "vllm": _PROCESSOR_NAMES,
+}
 _TOKENIZER_NAMES = (
     "added_tokens.json",
     "merges.txt",

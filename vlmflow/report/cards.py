@@ -46,6 +46,10 @@ class Cards:
             pairs["caption match"] = number(row.caption_itm)
         if row.hit.caption is not None:
             pairs["caption"] = text(row.hit.caption)
+        if row.alt_text is not None:
+            pairs["alternative text"] = text(row.alt_text)
+        if row.answers:
+            pairs["answers"] = text("; ".join(row.answers))
         if row.errors:
             pairs["errors"] = text("; ".join(row.errors))
         pairs["address"] = address(row.hit.uri, may_link=not row.hit.is_flagged)

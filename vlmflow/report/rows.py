@@ -15,6 +15,7 @@ from vlmflow.search.titles import scored_column
 COLUMNS = (
     "image_id", "uri", "key", "status", "errors", "decision", "decision_reason", "caption", "width", "height", "format",
     "content_hash", "ingest_date", "caption_itm", "text_itm", "text_digest", "labels", "run_id",
+    "answers", "alt_text", "alt_text_rule",
 )  # fmt: skip
 
 
@@ -35,6 +36,8 @@ class Row:
         title: the caller's text that `match` scored; None: there was none, or no column holds it any more.
         labels: the flagged ones, the highest first.
         errors: a line for each.
+        answers: question and answer, a line for each.
+        alt_text: with the rule that it breaks behind it, if there is one.
         sets: why the row is on the page: ``new``, ``lowest``, ``label``, ``duplicate``, ``failed``, ``sample``.
     """
 
@@ -44,6 +47,8 @@ class Row:
     title: str | None
     labels: tuple[RowLabel, ...]
     errors: tuple[str, ...]
+    answers: tuple[str, ...] = ()
+    alt_text: str | None = None
     sets: set[str] = field(default_factory=set)
 
 
@@ -98,7 +103,14 @@ def as_row(values: Mapping[str, Any], texts: Sequence[str]) -> Row:
             f"{error['stage'] or ''}: {error['class'] or ''} - {error['message'] or ''}"
             for error in values["errors"] or ()
         ),
+        answers=tuple(f"{answer['question']} {answer['answer'] or '-'}" for answer in values["answers"] or ()),
+        alt_text=_alt_text(values),
     )
+
+
+def _alt_text(values: Mapping[str, Any]) -> str | None:
+    rule = values["alt_text_rule"]
+    return values["alt_text"] if rule is None else f"{values['alt_text'] or '-'} (breaks the rule {rule})"
 
 
 def label_name(label: Mapping[str, Any]) -> str:

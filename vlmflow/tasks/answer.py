@@ -10,7 +10,7 @@ import pyarrow as pa
 from vlmflow import schema
 from vlmflow.catalog.keys import asked_of
 from vlmflow.imaging import PixelRequest
-from vlmflow.models import Answer, Answerer
+from vlmflow.models import Answer, Answerer, Metered
 from vlmflow.tasks import Columns
 from vlmflow.tasks.shown import shown, shown_column
 
@@ -31,6 +31,7 @@ class AnswerTask:
     def __init__(self, answerer: Answerer, request: PixelRequest | None, questions: Sequence[str]) -> None:
         answerer.check_questions(questions)
         self._answerer = answerer
+        self.meter = answerer if isinstance(answerer, Metered) else None
         self._request = request
         self._questions = tuple(questions)
         self.reads: tuple[str, ...] = (shown_column(request), "questions")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyarrow as pa
 
 from vlmflow.imaging import PixelRequest
-from vlmflow.models import Captioner
+from vlmflow.models import Captioner, Metered
 from vlmflow.tasks import Columns
 from vlmflow.tasks.pixels import first_views, pixel_columns
 
@@ -18,6 +18,7 @@ class CaptionTask:
 
     def __init__(self, captioner: Captioner, request: PixelRequest, max_tokens: int) -> None:
         self._captioner = captioner
+        self.meter = captioner if isinstance(captioner, Metered) else None
         self._request = request
         self._max_tokens = max_tokens
         self.reads: tuple[str, ...] = (pixel_columns(request)[0],)

@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 
 from vlmflow import schema
-from vlmflow.errors import RowErrorClass
+from vlmflow.errors import EndpointError, RowErrorClass
 from vlmflow.tasks import Columns, Task, check_columns
 
 logger = logging.getLogger("vlmflow")
@@ -106,6 +106,8 @@ def _describe(error: Exception) -> _Failure:
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
         # The original tells how much was free at the time.
         return _Failure(RowErrorClass.OUT_OF_MEMORY, "out of memory with a batch of one image")
+    if isinstance(error, EndpointError):
+        return _Failure(error.error_class, str(error)[:_MAX_MESSAGE_CHARS])
     lines = str(error).strip().splitlines()
     reason = lines[0].strip() if lines else ""
     for pattern, replacement in _VOLATILE:

@@ -21,6 +21,7 @@ from vlmflow.models import (
 )
 from vlmflow.models.detectors import DetectorSetup, load_detector, prepare_detectors
 from vlmflow.models.identity import short_digest
+from vlmflow.models.prompts import prompt_of
 from vlmflow.moderation.decide import Moderator
 from vlmflow.moderation.policy import Binding, Policy, check_binding, load_policy
 from vlmflow.moderation.prompts import PromptVectors, encode_prompts
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 class TaskSetup:
     """What the files of models and policy say; made on the driver without loading a model, and can be pickled."""
 
-    models: dict[str, ModelConfig]  # by role: embed, caption, match
+    models: dict[str, ModelConfig]  # by role: embed, caption, match, answer
     identities: dict[str, ModelIdentity]
     requests: dict[str, PixelRequest]  # by role; none where the model reads regions of the source
     max_caption_tokens: int
@@ -75,25 +76,44 @@ class TaskSetup:
                 parts = [[detector.fingerprint, detector.request.views] for detector in self.detectors]
                 return short_digest({"detectors": parts})
             case "caption":
-                tokens = self.max_caption_tokens
-                return short_digest({"model": self.identities["caption"].fingerprint(task), "max_tokens": tokens})
-            case "match" | "answer":
-                return self.identities[task].fingerprint(task)
+                settings = {"max_tokens": self.max_caption_tokens} | self._asked("caption")
+                return short_digest({"model": self.identities["caption"].fingerprint(task)} | settings)
+            case "match":
+                return self.identities["match"].fingerprint(task)
+            case "answer":
+                return short_digest({"model": self.identities["answer"].fingerprint(task)} | self._asked("answer"))
             case _:
                 assert_never(task)
+
+    @property
+    def prompts(self) -> dict[str, str]:
+        """What models are asked, by role; of those that take a prompt."""
+        prompts = {role: prompt_of(role, config) for role, config in self.models.items()}
+        return {role: prompt for role, prompt in prompts.items() if prompt is not None}
+
+    def _asked(self, role: str) -> dict[str, object]:
+        """What else decides the words of a model that takes a prompt; nothing for others."""
+        if role not in self.prompts:
+            return {}
+        asked: dict[str, object] = {"prompt": self.prompts[role]}
+        if role == "answer":
+            asked["max_answer_tokens"] = self.models[role].max_answer_tokens
+        return asked
 
 
 def prepare_tasks(job: Job) -> TaskSetup:
     """Settles models and policy from their files, so that what is wrong with them shows before anything is read.
 
     Raises:
-        ConfigError: unknown profile, or `moderate` without a policy.
+        ConfigError: unknown profile, `moderate` without a policy, or a prompt that does not fit its role.
         WeightsError: weights that are absent, or files that cannot be used.
         PolicyError: the policy cannot be used.
         UnboundPolicyError: it was not set for the job's embedder, and ``accept_unbound`` is off.
         DetectorError: one of its detectors cannot run here.
     """
     models = resolve_models(job)
+    for role, config in models.items():
+        prompt_of(role, config)
     identities = {role: identify(role, config) for role, config in models.items()}
     policy = binding = None
     if "moderate" in job.tasks:

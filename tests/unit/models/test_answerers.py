@@ -11,8 +11,10 @@ from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 from transformers import (
     AutoTokenizer,
+    BlipConfig,
     BlipForQuestionAnswering,
     BlipImageProcessor,
+    ViltConfig,
     ViltForQuestionAnswering,
     ViltImageProcessor,
 )
@@ -21,6 +23,7 @@ from tests.models import IMAGE_SIZE, make_blip_vqa, make_captioner, make_vilt, r
 from vlmflow.config import ModelConfig
 from vlmflow.errors import QuestionError
 from vlmflow.models import Answer, Answerer, load_answerer, load_captioner
+from vlmflow.models.profiles import PROFILES
 from vlmflow.models.towers import VisionTowers
 
 STARTER = Path(__file__).parents[3] / "vlmflow" / "starter"
@@ -162,3 +165,15 @@ def test_blip_shares_its_vision_tower_with_a_captioner_of_equal_weights(tmp_path
     answerer.answer(pixels, [QUESTIONS] * 4)
     (tower,) = towers._towers.values()
     assert (tower.num_users, tower.num_passes) == (2, 1)
+
+
+def test_the_profiles_tell_the_number_of_parameters_of_the_published_models() -> None:
+    text = {"vocab_size": 30524, "hidden_size": 768, "num_attention_heads": 12, "encoder_hidden_size": 768}
+    vision = {"image_size": 384, "hidden_size": 768, "intermediate_size": 3072, "patch_size": 16}
+    with torch.device("meta"):  # shapes alone
+        models = {
+            "base": ViltForQuestionAnswering(ViltConfig(num_labels=3129)),
+            "large": BlipForQuestionAnswering(BlipConfig(text_config=text, vision_config=vision)),
+        }
+    for profile, model in models.items():
+        assert sum(tensor.numel() for tensor in model.parameters()) == PROFILES[profile].models["answer"].num_parameters

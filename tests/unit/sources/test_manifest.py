@@ -263,3 +263,29 @@ def test_a_long_manifest_streams(tmp_path: Path) -> None:
     assert listed == 199_990
     assert python_peak < 20_000_000, "rows as Python objects would take some 100 MB"
     assert arrow_peak < 40_000_000
+
+
+@pytest.mark.parametrize("extension", ["parquet", "jsonl"])
+def test_questions_are_lists_or_texts_with_one_a_line(tmp_path: Path, extension: str) -> None:
+    lists = [["who?", " what? "], None, ["", "  "]]
+    rows = [{"uri": f"{index}.jpg", "ask": asked} for index, asked in enumerate(lists)]
+    refs = references(write_manifest(tmp_path, extension, rows), questions_column="ask")
+    assert refs["questions"].to_pylist() == [["who?", "what?"], None, None]
+    texts = [{"uri": "a.jpg", "ask": "who?\n\n what?"}, {"uri": "b.jpg", "ask": None}, {"uri": "c.jpg", "ask": " "}]
+    refs = references(write_manifest(tmp_path, extension, texts), questions_column="ask")
+    assert refs["questions"].to_pylist() == [["who?", "what?"], None, None]
+    assert references(write_manifest(tmp_path, extension, rows))["questions"].null_count == 3
+
+
+def test_a_column_of_questions_that_holds_numbers_is_refused(tmp_path: Path) -> None:
+    path = write_manifest(tmp_path, "parquet", [{"uri": "a.jpg", "ask": 5}])
+    with pytest.raises(SourceError, match="column ask is int64"):
+        references(path, questions_column="ask")
+
+
+@pytest.mark.parametrize("setting", ["questions_column", "found_text_column"])
+def test_a_folder_has_no_columns_to_take_questions_or_text_from(tmp_path: Path, setting: str) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    source = open_source(SourceConfig.model_validate({"uri": str(tmp_path), setting: "ask"}))
+    with pytest.raises(SourceError, match=rf"source\.{setting}: a folder of images has no columns"):
+        source.columns  # noqa: B018

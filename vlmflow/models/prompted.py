@@ -1,0 +1,83 @@
+"""Captions and answers of models that are asked in words: what they have in common, wherever they run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from vlmflow.errors import QuestionError
+from vlmflow.models import Answer, Usage
+from vlmflow.models.prompts import QUESTION
+from vlmflow.models.questions import check_paired
+
+_MAX_QUESTION_CHARS = 2_000
+
+
+class VisionChat(Protocol):
+    """A model that writes about an image what a prompt asks for. N: images, S: side of the pixels."""
+
+    def write(self, pixels: torch.Tensor, prompts: Sequence[str], max_tokens: int) -> list[Answer]:
+        """Writes about image i what ``prompts[i]`` asks for: at most ``max_tokens`` tokens, the most probable ones.
+
+        Args:
+            pixels: (N, 3, S, S) uint8 RGB.
+        """
+
+    def take_usage(self) -> Usage | None:
+        """What was spent since it was last asked; None: nothing is paid for."""
+
+
+class PromptedCaptioner:
+    """Asks for a caption with one prompt."""
+
+    def __init__(self, chat: VisionChat, prompt: str) -> None:
+        self._chat, self._prompt = chat, prompt
+
+    def caption(self, pixels: torch.Tensor, max_tokens: int) -> list[str]:
+        """(N, 3, S, S) uint8 RGB -> N captions, on one line each."""
+        if len(pixels) == 0:
+            return []
+        written = self._chat.write(pixels, [self._prompt] * len(pixels), max_tokens)
+        return [" ".join(answer.text.split()) for answer in written]
+
+    def take_usage(self) -> Usage | None:
+        """See :class:`VisionChat`."""
+        return self._chat.take_usage()
+
+
+class PromptedAnswerer:
+    """Asks each question in a prompt of its own, with the image beside it."""
+
+    def __init__(self, chat: VisionChat, prompt: str, max_tokens: int) -> None:
+        self._chat, self._prompt, self._max_tokens = chat, prompt, max_tokens
+
+    def check_questions(self, questions: Sequence[str]) -> None:
+        """See :class:`vlmflow.models.Answerer`."""
+        for question in questions:
+            if len(question) > _MAX_QUESTION_CHARS:
+                raise QuestionError(
+                    f"question {question[:60]!r}... has {len(question):,} characters, at most {_MAX_QUESTION_CHARS:,}",
+                    remedy="Ask a shorter question.",
+                )
+
+    def answer(self, pixels: torch.Tensor, questions: Sequence[Sequence[str]]) -> list[list[Answer]]:
+        """Answers each image's questions; see :class:`vlmflow.models.Answerer`."""
+        check_paired(len(pixels), questions)
+        rows = [row for row, asked in enumerate(questions) for _ in asked]
+        flat = [question for asked in questions for question in asked]
+        self.check_questions(flat)
+        if not flat:
+            return [[] for _ in questions]
+        prompts = [self._prompt.replace(QUESTION, question) for question in flat]
+        written = iter(self._chat.write(pixels[rows], prompts, self._max_tokens))
+        return [[_on_one_line(next(written)) for _ in asked] for asked in questions]
+
+    def take_usage(self) -> Usage | None:
+        """See :class:`VisionChat`."""
+        return self._chat.take_usage()
+
+
+def _on_one_line(answer: Answer) -> Answer:
+    return Answer(" ".join(answer.text.split()), answer.score)

@@ -1,0 +1,30 @@
+"""What models that take a prompt are asked."""
+
+from __future__ import annotations
+
+from vlmflow.config import PROMPTED, ModelConfig
+from vlmflow.errors import ConfigError
+
+QUESTION = "{question}"
+_DEFAULTS = {
+    "caption": "Describe this image in one sentence.",
+    "answer": f"{QUESTION} Answer with one word or a short phrase.",
+}
+
+
+def prompt_of(role: str, config: ModelConfig) -> str | None:
+    """The prompt of a model in a role; None: its family takes none.
+
+    Raises:
+        ConfigError: a prompt for questions has no place for them.
+    """
+    if config.family not in PROMPTED:
+        return None
+    prompt = config.prompt or _DEFAULTS[role]
+    if (role == "answer") != (QUESTION in prompt):
+        what = "has no" if role == "answer" else "has a"
+        raise ConfigError(
+            f"models.{role}.prompt {what} {QUESTION}",
+            remedy="Only the prompt of `answer` holds it, where the question is to stand.",
+        )
+    return prompt

@@ -1,0 +1,131 @@
+"""Any image-text-to-text checkpoint of transformers, asked in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from vlmflow.config import Dtype
+from vlmflow.errors import WeightsError
+from vlmflow.models import Answer, Usage
+from vlmflow.models.pixels import model_dtype
+from vlmflow.models.quiet import no_progress_bar
+from vlmflow.models.weights import check_keys
+
+# An image is hundreds of tokens, and each of them is kept while an answer is written.
+_SEQUENCES_AT_ONCE = 16
+
+
+class TransformersChat:
+    """Writes greedily, a batch of prompts at a time. N: images, S: side of the pixels."""
+
+    def __init__(self, model: Any, processor: Any, device: str, dtype: torch.dtype) -> None:
+        self._model, self._processor, self._device, self._dtype = model, processor, device, dtype
+        # Sequences end together, so what is written begins at one place for all of them.
+        processor.tokenizer.padding_side = "left"
+        if processor.tokenizer.pad_token is None:
+            processor.tokenizer.pad_token = processor.tokenizer.eos_token
+        ends = model.generation_config.eos_token_id
+        ends = processor.tokenizer.eos_token_id if ends is None else ends
+        self._ends: list[int] = [ends] if isinstance(ends, int) else list(ends or [])
+
+    @classmethod
+    def load(cls, folder: Path, device: str, dtype: Dtype = "auto") -> Self:
+        """Loads safetensors from a folder.
+
+        Raises:
+            WeightsError: the weights do not fit, the processor is absent, or either needs code of its own.
+        """
+        kind = model_dtype(device, dtype)
+        model, processor = load_image_text_to_text(folder, kind)
+        return cls(model.to(device), processor, device, kind)
+
+    @torch.inference_mode()
+    def write(self, pixels: torch.Tensor, prompts: Sequence[str], max_tokens: int) -> list[Answer]:
+        """Writes about image i what ``prompts[i]`` asks for; see :class:`vlmflow.models.prompted.VisionChat`.
+
+        The score is the probability of all tokens written, the end included.
+        """
+        images = list(pixels.permute(0, 2, 3, 1).contiguous().numpy())
+        texts = [chat_text(self._processor, prompt) for prompt in prompts]
+        answers: list[Answer] = []
+        for start in range(0, len(texts), _SEQUENCES_AT_ONCE):
+            part = slice(start, start + _SEQUENCES_AT_ONCE)
+            answers += self._write(images[part], texts[part], max_tokens)
+        return answers
+
+    def take_usage(self) -> Usage | None:
+        """Nothing is paid for."""
+        return None
+
+    def _write(self, images: list[Any], texts: list[str], max_tokens: int) -> list[Answer]:
+        inputs = self._processor(
+            images=[[image] for image in images],
+            text=texts,
+            padding=True,
+            return_tensors="pt",
+            input_data_format="channels_last",
+        ).to(self._device, self._dtype)
+        pad = self._processor.tokenizer.pad_token_id
+        out = self._model.generate(
+            **inputs,
+            max_new_tokens=max_tokens,
+            do_sample=False,
+            num_beams=1,
+            # Of the checkpoint's own defaults those that only sampling heeds.
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            eos_token_id=self._ends or None,
+            pad_token_id=pad,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        tokens = out.sequences[:, inputs["input_ids"].shape[1] :]
+        logits = torch.stack(out.logits, dim=1).float()
+        logarithms = logits.log_softmax(dim=-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+        ended = torch.isin(tokens, torch.tensor(self._ends, device=tokens.device))
+        after = ended.cumsum(dim=1) - ended.long() > 0
+        totals = logarithms.masked_fill(after, 0.0).sum(dim=1)
+        written = self._processor.tokenizer.batch_decode(tokens.masked_fill(after, pad), skip_special_tokens=True)
+        return [Answer(text.strip(), math.exp(total)) for text, total in zip(written, totals.tolist(), strict=True)]
+
+
+def load_image_text_to_text(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Loads a model, ready to be asked, and its processor; from safetensors, and code of transformers alone.
+
+    Raises:
+        WeightsError: the weights do not fit, the processor is absent, or either needs code of its own.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with no_progress_bar():
+            model, info = AutoModelForImageTextToText.from_pretrained(
+                folder,
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise WeightsError(f"weights: {folder} cannot be loaded: {reason}", remedy="Check the folder.") from error
+    check_keys(folder, info["missing_keys"], info["unexpected_keys"])
+    return model.eval(), processor
+
+
+def chat_text(processor: Any, prompt: str) -> str:
+    """The prompt beside an image, in the words of the processor's chat template where it has one."""
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+        messages = [{"role": "user", "content": content}]
+        return str(processor.apply_chat_template(messages, add_generation_prompt=True))
+    token = getattr(processor, "image_token", "<image>")
+    return f"{token}\n{prompt}"

@@ -12,8 +12,11 @@ from typing import Any, NoReturn, cast
 import httpx
 from prefect import Flow, State, tags
 from prefect.exceptions import ParameterTypeError
+from prefect.settings import PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS, temporary_settings
 
 from vlmflow.errors import ConfigError, VlmflowError
+
+_SERVER_START_S = 120  # of a temporary server; Prefect gives it 20, which a busy machine exceeds
 
 
 def main(flow: Flow[..., Any], arguments: Sequence[str] | None = None) -> None:
@@ -25,7 +28,8 @@ def main(flow: Flow[..., Any], arguments: Sequence[str] | None = None) -> None:
     given = {name: value for name, value in vars(_parser(flow).parse_args(arguments)).items() if value is not None}
     try:
         checked = _checked(flow, given)
-        with tags("vlmflow", _module(flow)):
+        patience = {PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: _SERVER_START_S}
+        with temporary_settings(set_defaults=patience), tags("vlmflow", _module(flow)):
             state: State[Any] = cast(Any, flow)(**checked, return_state=True)
         ended = None if state.is_completed() else state.result(raise_on_failure=False)
     except VlmflowError as error:

@@ -57,8 +57,9 @@ class Browser:
     def __init__(self, chrome: Chrome) -> None:
         self.chrome = chrome
 
-    def open(self, page: Path) -> None:
-        self.chrome.get(page.resolve().as_uri())
+    def open(self, page: Path | str) -> None:
+        """Opens a file, or an address."""
+        self.chrome.get(page if isinstance(page, str) else page.resolve().as_uri())
 
     def run(self, script: str, *arguments: Any) -> Any:
         """What a piece of script returns."""

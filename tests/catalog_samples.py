@@ -58,6 +58,7 @@ def references(
     *,
     version: str | Mapping[str, str | None] | None = "v1",
     text: str | None = None,
+    questions: Sequence[str] | None = None,
     source: Sequence[Mapping[str, Any]] | None = None,
     source_type: pa.DataType | None = None,
 ) -> pa.RecordBatch:
@@ -73,7 +74,9 @@ def references(
         "offset": None,
         "length": None,
         "row": None,
+        "regions_row": None,
         "text": [text] * len(names),
+        "questions": [questions] * len(names),
     }
     arrays = [pa.array(columns[f.name] or [None] * len(names), f.type) for f in schema.REFERENCE]
     fields = list(schema.REFERENCE)

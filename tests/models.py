@@ -20,6 +20,7 @@ from transformers import (
     BlipConfig,
     BlipForConditionalGeneration,
     BlipForImageTextRetrieval,
+    BlipForQuestionAnswering,
     CLIPImageProcessor,
     CLIPVisionConfig,
     LlamaConfig,
@@ -27,6 +28,8 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    ViltConfig,
+    ViltForQuestionAnswering,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessor,
@@ -83,17 +86,44 @@ def make_clip(
 def make_captioner(folder: Path, *, seed: int = 2, half: bool = False) -> Path:
     """Writes a `BlipForConditionalGeneration` folder whose captions differ in content and length."""
     model = _make_blip(BlipForConditionalGeneration, folder, seed)
-    with torch.no_grad():
-        # As built, random weights repeat one word whatever the picture: let words, places and pictures all count.
-        decoder = model.text_decoder
-        for weights in decoder.parameters():
-            if weights.ndim == 2:
-                weights.normal_(std=weights.shape[1] ** -0.5)
-        decoder.bert.embeddings.position_embeddings.weight.mul_(3)
-        for layer in decoder.bert.encoder.layer:
-            layer.crossattention.output.dense.weight.mul_(2)
-        decoder.cls.predictions.bias[3] = 0.9  # [SEP]: some captions end early
+    _stir(model.text_decoder)
     _save(model, folder, half=half)
+    return folder
+
+
+def make_blip_vqa(folder: Path, *, seed: int = 2) -> Path:
+    """Writes a `BlipForQuestionAnswering` folder whose answers differ with picture and question."""
+    model = _make_blip(BlipForQuestionAnswering, folder, seed)
+    _stir(model.text_decoder)
+    _save(model, folder, half=False)
+    return folder
+
+
+def make_vilt(folder: Path, *, seed: int = 3, patches: int = 4) -> Path:
+    """Writes a `ViltForQuestionAnswering` folder; ``patches``: along a side, as many as the positions are for."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    (folder / "vocab.txt").write_text("\n".join(vocab), encoding="utf-8")
+    BertTokenizerFast(vocab=str(folder / "vocab.txt"), do_lower_case=True).save_pretrained(folder)
+    side = {"image_processor_type": "ViltImageProcessor", "size": {"shortest_edge": IMAGE_SIZE}, "size_divisor": 8}
+    write_json(folder / "preprocessor_config.json", _PREPROCESSOR | side | {"do_pad": True})
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = ViltConfig(
+        vocab_size=len(vocab),
+        image_size=8 * patches,
+        patch_size=8,
+        max_position_embeddings=16,
+        initializer_range=0.4,
+        id2label=dict(enumerate(WORDS)),
+        label2id={word: number for number, word in enumerate(WORDS)},
+        **sizes,
+    )
+    torch.manual_seed(seed)
+    model = ViltForQuestionAnswering(config).eval()
+    with torch.no_grad():  # as built all positions are equal, and so are all answers
+        model.vilt.embeddings.position_embeddings.normal_(std=0.4)
+        model.vilt.embeddings.cls_token.normal_(std=0.4)
+    model.save_pretrained(folder)
     return folder
 
 
@@ -192,6 +222,18 @@ def _make_blip(model_class: Any, folder: Path, seed: int) -> Any:
     vision |= {"image_size": IMAGE_SIZE, "patch_size": 8, "initializer_range": 0.2}
     torch.manual_seed(seed)
     return model_class(BlipConfig(text_config=text, vision_config=vision, image_text_hidden_size=16)).eval()
+
+
+def _stir(decoder: Any) -> None:
+    """As built, random weights repeat one word whatever the picture: lets words, places and pictures all count."""
+    with torch.no_grad():
+        for weights in decoder.parameters():
+            if weights.ndim == 2:
+                weights.normal_(std=weights.shape[1] ** -0.5)
+        decoder.bert.embeddings.position_embeddings.weight.mul_(3)
+        for layer in decoder.bert.encoder.layer:
+            layer.crossattention.output.dense.weight.mul_(2)
+        decoder.cls.predictions.bias[3] = 0.9  # [SEP]: some captions end early
 
 
 def _save(model: Any, folder: Path, *, half: bool) -> None:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from vlmflow.engine import PlanSummary, PreflightReport, RunReport, enrich, plan, preflight
     from vlmflow.engine.remoderate import RemoderateReport, Scope, remoderate
     from vlmflow.evaluation import EvaluationReport, evaluate, read_dataset
+    from vlmflow.grounding import GroundedRegion, PhraseGrounder, ground_phrases
+    from vlmflow.models.convert import ConversionInputs, ConversionReport, convert_weights
     from vlmflow.models.profiles import describe_profiles
     from vlmflow.moderation.calibrate import CalibrationReport, Targets
     from vlmflow.report.write import WrittenReport, write_report
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from vlmflow.search.titles import TitleReport, find_titles
     from vlmflow.summary import CatalogSummary, summarize
     from vlmflow.verification import verify
+    from vlmflow.web.server import ServeConfig, serve
 
 __all__ = [
     "CalibrationReport",
@@ -45,12 +48,16 @@ __all__ = [
     "CatalogConfig",
     "CatalogSummary",
     "Check",
+    "ConversionInputs",
+    "ConversionReport",
     "DuplicateReport",
     "EvaluationReport",
+    "GroundedRegion",
     "ImageDescriber",
     "ImageDescription",
     "IndexReport",
     "Job",
+    "PhraseGrounder",
     "PlanSummary",
     "PreflightReport",
     "Query",
@@ -61,12 +68,14 @@ __all__ = [
     "Scope",
     "SearchResult",
     "Searcher",
+    "ServeConfig",
     "SourceConfig",
     "Targets",
     "TitleReport",
     "VlmflowError",
     "WrittenReport",
     "calibrate",
+    "convert_weights",
     "describe_image",
     "describe_profiles",
     "doctor",
@@ -75,6 +84,7 @@ __all__ = [
     "export_queue",
     "find_duplicates",
     "find_titles",
+    "ground_phrases",
     "import_verdicts",
     "load_job",
     "plan",
@@ -82,6 +92,7 @@ __all__ = [
     "read_dataset",
     "remoderate",
     "search_images",
+    "serve",
     "summarize",
     "update_index",
     "verify",
@@ -93,11 +104,15 @@ _HOMES = {
     "Catalog": "vlmflow.catalog",
     "CatalogSummary": "vlmflow.summary",
     "Check": "vlmflow.doctor",
+    "ConversionInputs": "vlmflow.models.convert",
+    "ConversionReport": "vlmflow.models.convert",
     "DuplicateReport": "vlmflow.search.duplicates",
     "EvaluationReport": "vlmflow.evaluation",
+    "GroundedRegion": "vlmflow.grounding",
     "ImageDescriber": "vlmflow.search.describe",
     "ImageDescription": "vlmflow.search.describe",
     "IndexReport": "vlmflow.search.build",
+    "PhraseGrounder": "vlmflow.grounding",
     "PlanSummary": "vlmflow.engine",
     "PreflightReport": "vlmflow.engine",
     "Query": "vlmflow.search.query",
@@ -108,10 +123,12 @@ _HOMES = {
     "Scope": "vlmflow.engine.remoderate",
     "SearchResult": "vlmflow.search.results",
     "Searcher": "vlmflow.search.searcher",
+    "ServeConfig": "vlmflow.web.server",
     "Targets": "vlmflow.moderation.calibrate",
     "TitleReport": "vlmflow.search.titles",
     "WrittenReport": "vlmflow.report.write",
     "calibrate": "vlmflow.calibration",
+    "convert_weights": "vlmflow.models.convert",
     "describe_image": "vlmflow.search.describe",
     "describe_profiles": "vlmflow.models.profiles",
     "doctor": "vlmflow.doctor",
@@ -120,12 +137,14 @@ _HOMES = {
     "export_queue": "vlmflow.review",
     "find_duplicates": "vlmflow.search.duplicates",
     "find_titles": "vlmflow.search.titles",
+    "ground_phrases": "vlmflow.grounding",
     "import_verdicts": "vlmflow.review",
     "plan": "vlmflow.engine",
     "preflight": "vlmflow.engine",
     "read_dataset": "vlmflow.evaluation",
     "remoderate": "vlmflow.engine.remoderate",
     "search_images": "vlmflow.search.searcher",
+    "serve": "vlmflow.web.server",
     "summarize": "vlmflow.summary",
     "update_index": "vlmflow.search.build",
     "verify": "vlmflow.verification",

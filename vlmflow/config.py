@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from vlmflow.errors import ConfigError
 
-TaskName = Literal["embed", "detect", "moderate", "caption", "match"]
+TaskName = Literal["embed", "detect", "moderate", "caption", "match", "answer"]
 RetriedStatus = Literal["failed", "partial", "missing", "unreadable"]
 ViewName = Literal["squash", "center", "tiles", "black", "frames"]
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -20,6 +20,9 @@ Family = Literal[
     "open_clip",
     "blip_caption",
     "blip_itm",
+    "vilt",
+    "blip_vqa",
+    "vilbert",
     "image_classification",
     "vlm_judge",
     "blip2_caption",
@@ -66,6 +69,9 @@ class SourceConfig(Frozen):
     uri_column: str = "uri"  # of a manifest
     key_column: str | None = None  # tells rows with the same uri apart
     text_column: str | None = None  # the caller's text that `match` scores
+    questions_column: str | None = None  # questions to the image, one or a list, that `answer` asks besides the job's
+    regions_column: str | None = None  # of a Parquet file: regions of a detector of yours; see vlmflow.sources.regions
+    found_text_column: str | None = None  # text that was found in the image, for its alternative text
     bytes_column: str = "image"  # of a Parquet file of image bytes
     storage: StorageConfig = StorageConfig()
     http: HttpConfig = HttpConfig()
@@ -145,8 +151,9 @@ class Job(Frozen):
     catalog: CatalogConfig
     profile: str
     tasks: Annotated[tuple[TaskName, ...], Field(min_length=1)] = ("embed", "moderate", "caption", "match")
-    models: dict[Literal["embed", "caption", "match"], ModelConfig] = {}  # instead of the profile's
+    models: dict[Literal["embed", "caption", "match", "answer"], ModelConfig] = {}  # instead of the profile's
     models_dir: Path | None = None  # where profiles look for weights; default: $VLMFLOW_MODELS, else ~/.cache/vlmflow
+    questions: tuple[str, ...] = ()  # that `answer` asks of every image
     policy: str | None = None  # a policy file, or the name of one that ships; needed by `moderate`
     accept_unbound: bool = False  # moderate although the policy has no binding for the model: everything is `review`
     date: dt.date | None = None  # logical date; default: today, UTC
@@ -183,6 +190,10 @@ class Job(Frozen):
             raise ValueError("detect runs the detectors of a moderation policy: add moderate to tasks, or leave it out")
         if "match" in self.tasks and "caption" not in self.tasks and self.source.text_column is None:
             raise ValueError("match has nothing to score: add caption to tasks, or name source.text_column")
+        if "answer" in self.tasks and not self.questions and self.source.questions_column is None:
+            raise ValueError("answer has nothing to ask: give questions, or name source.questions_column")
+        if any(not question.strip() for question in self.questions):
+            raise ValueError("one of the questions is blank: leave it out")
         if "squash" not in self.views:
             raise ValueError("views must include squash, the only one that shows the whole image")
         self._check_pools()

@@ -49,6 +49,7 @@ The starter models know drawings of a small world; `vlmflow profiles` names thos
 Open {escape(str(page))} in a browser: what the run did, what was flagged and why, what does not fit its title.
 Look further:
   vlmflow show {shown}
+  vlmflow serve {shown}                    search it and review it in your browser
   vlmflow export {shown} demo-parquet      plain Parquet, for any reader
   vlmflow demo {shown}                     once more: nothing is due
 In Python: vlmflow.Catalog.open(vlmflow.CatalogConfig(uri="{shown}")).images()

@@ -60,6 +60,14 @@ class ReviewError(VlmflowError):
     """Verdicts that cannot be read, or a queue that cannot be written."""
 
 
+class ServeError(VlmflowError):
+    """The app cannot be started: its port is taken, its token too short, a package absent."""
+
+
+class TooLargeError(VlmflowError):
+    """A request to the app with more bytes than it takes."""
+
+
 class ExplainError(VlmflowError):
     """A decision that cannot be explained: the image is not there, has changed, or was scored by another model."""
 
@@ -74,6 +82,10 @@ class DetectorError(VlmflowError):
 
 class WeightsError(VlmflowError):
     """Weights that are absent, unsafe to load, or that do not fit the architecture."""
+
+
+class QuestionError(VlmflowError):
+    """A question that the model cannot take."""
 
 
 class PolicyError(VlmflowError):

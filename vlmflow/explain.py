@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from PIL import Image
 
 from vlmflow import schema
 from vlmflow.catalog import Catalog
@@ -19,7 +20,7 @@ from vlmflow.imaging.frames import split_views
 from vlmflow.sources import normalise_uri
 from vlmflow.sources.reader import SourceReader
 
-_COLUMNS = (
+EVIDENCE_COLUMNS = (
     "image_id",
     "uri",
     "content_hash",
@@ -37,6 +38,9 @@ _COLUMNS = (
     "run_id",
     "updated_at",
 )
+
+
+_MAP_SIDE = 448
 
 
 class Evidence(Frozen):
@@ -77,7 +81,7 @@ def find_evidence(config: CatalogConfig, image: str) -> Evidence:
     """
     names = pa.array(sorted({image, _normalised(image)}))
     rows: list[dict[str, Any]] = []
-    for batch in Catalog.open(config).image_batches(_COLUMNS):
+    for batch in Catalog.open(config).image_batches(EVIDENCE_COLUMNS):
         hits = pc.or_(pc.is_in(batch["image_id"], value_set=names), pc.is_in(batch["uri"], value_set=names))
         rows += batch.filter(hits).to_pylist()
     if len(rows) != 1:
@@ -85,7 +89,11 @@ def find_evidence(config: CatalogConfig, image: str) -> Evidence:
         raise ExplainError(
             f"{config.uri}: {found} {image}", remedy="Give the image_id, or the uri as the catalog has it."
         )
-    (row,) = rows
+    return evidence_of(rows[0])
+
+
+def evidence_of(row: dict[str, Any]) -> Evidence:
+    """What a decision rests on, of a row with :data:`EVIDENCE_COLUMNS`."""
     order = ("allow", "review", "block")
     labels = sorted(row["labels"] or [], key=lambda label: (-order.index(label["decision"]), -_value(label)))
     digest = row["policy_digest"]
@@ -102,17 +110,38 @@ def find_evidence(config: CatalogConfig, image: str) -> Evidence:
 def write_heatmap(
     job: Job, evidence: Evidence, output: Path, *, label: str | None = None, show_flagged: bool = False
 ) -> dict[str, Any]:
+    """Draws a map into a file; see :func:`draw_heatmap`.
+
+    Args:
+        output: a .png file.
+
+    Returns:
+        The label, as it stands in the row.
+
+    Raises:
+        ExplainError: there can be no map, or the file cannot be written.
+    """
+    chosen, picture = draw_heatmap(job, evidence, label=label, show_flagged=show_flagged)
+    try:
+        picture.save(output, "PNG")
+    except OSError as error:
+        raise ExplainError(f"{output}: {error.strerror or error}", remedy="Name another file.") from error
+    return chosen
+
+
+def draw_heatmap(
+    job: Job, evidence: Evidence, *, label: str | None = None, show_flagged: bool = False
+) -> tuple[dict[str, Any], Image.Image]:
     """Reads an image again and draws which of its regions raise a label's score, on the view that decided.
 
     The picture underneath is blurred where the image is not allowed, unless ``show_flagged``.
 
     Args:
         job: profile and catalog count; the policy is the one that the row was moderated under.
-        output: a .png file.
         label: None: the one that decided, else the highest.
 
     Returns:
-        The label, as it stands in the row.
+        The label, as it stands in the row, and the picture.
 
     Raises:
         ExplainError: the row has no such label, the image cannot be read or has changed, or the model is another one.
@@ -135,11 +164,7 @@ def write_heatmap(
     pixels = views[names.index(chosen["view"])][1]
     heat = occlusion_map(np.array(pixels), score)
     picture = draw(np.array(pixels), heat, blurred=evidence.decision != "allow" and not show_flagged)
-    try:
-        picture.resize((448, 448)).save(output, "PNG")
-    except OSError as error:
-        raise ExplainError(f"{output}: {error.strerror or error}", remedy="Name another file.") from error
-    return chosen
+    return chosen, picture.resize((_MAP_SIDE, _MAP_SIDE))
 
 
 def _chosen(evidence: Evidence, label: str | None) -> dict[str, Any]:
@@ -184,6 +209,7 @@ def _scorer(job: Job, evidence: Evidence, label: dict[str, Any]) -> tuple[PixelR
     scorer = Scorer(prompts)
     number = [ref.label for ref in policy.labels].index(label["label"])
     request = pixel_request("embed", config, job.views)
+    assert request is not None  # every embedder wants pixels
     return request, lambda pixels: scorer.score(embedder.embed_images(pixels))[:, number]
 
 

@@ -40,6 +40,19 @@ DETECTION = pa.struct(
     ]
 )
 
+# The answer to one question; null: the model gave none.
+ANSWER = pa.struct([("question", pa.string()), ("answer", pa.string()), ("score", pa.float32())])
+
+# The regions of an image that the caller has computed; see vlmflow.sources.regions.
+REGIONS = pa.struct(
+    [
+        ("features", pa.list_(pa.list_(pa.float32()))),
+        ("boxes", pa.list_(pa.list_(pa.float32()))),
+        ("width", pa.float32()),
+        ("height", pa.float32()),
+    ]
+)
+
 # What a source lists: no image is opened for it. `locator`, `offset` and `length` say where to read and are never
 # stored in the catalog (a locator may carry the signature of a presigned url).
 REFERENCE = pa.schema(
@@ -54,6 +67,8 @@ REFERENCE = pa.schema(
         ("length", pa.int64()),
         ("row", pa.int64()),  # a row of a Parquet file of image bytes; null elsewhere
         ("text", pa.string()),  # the caller's text that `match` scores; null: none
+        ("regions_row", pa.int64()),  # the row of the manifest, where it has a column of regions; null elsewhere
+        ("questions", pa.list_(pa.string())),  # the caller's questions to this image, for `answer`; null: none
     ]
 )  # followed by `source`: struct of the caller's columns, where the source has any
 
@@ -120,7 +135,14 @@ TASK_COLUMNS: dict[str, pa.Schema] = {
             ("previous_policy", pa.string()),
         ]
     ),
-    "caption": pa.schema([("caption", pa.string()), ("caption_model", pa.string())]),
+    "caption": pa.schema(
+        [
+            ("caption", pa.string()),
+            ("alt_text", pa.string()),  # of the caption and the text that the caller found in the image
+            ("alt_text_rule", pa.string()),  # the rule of alternative texts that it breaks; null: none
+            ("caption_model", pa.string()),
+        ]
+    ),
     "match": pa.schema(
         [
             # Null of a head that the model lacks.
@@ -130,6 +152,13 @@ TASK_COLUMNS: dict[str, pa.Schema] = {
             ("text_itc", pa.float32()),
             ("text_digest", pa.string()),  # of the caller's text that was scored
             ("match_model", pa.string()),
+        ]
+    ),
+    "answer": pa.schema(
+        [
+            ("answers", pa.list_(ANSWER)),  # in the order of the questions: the job's, then the image's own
+            ("questions_digest", pa.string()),  # of the questions that were asked
+            ("answer_model", pa.string()),
         ]
     ),
 }
@@ -180,6 +209,7 @@ WRITER_OPTIONAL = pa.schema(
         ("caption_itc", pa.float32()),
         ("text_itm", pa.float32()),
         ("text_itc", pa.float32()),
+        ("answers", pa.list_(ANSWER)),
         ("vectors", pa.list_(pa.list_(pa.float32()))),  # one unit vector per view
         ("vector_views", pa.list_(pa.string())),
     ]

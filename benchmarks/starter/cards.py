@@ -14,18 +14,23 @@ _NAMES = {
     "clip": ("Starter CLIP", "embeds pictures and sentences (open_clip format)"),
     "captioner": ("Starter captioner", "writes one sentence about a picture (BlipForConditionalGeneration)"),
     "matcher": ("Starter matcher", "tells whether a sentence fits a picture (BlipForImageTextRetrieval)"),
+    "vilbert": ("Starter ViLBERT", "answers, matches and finds what a phrase means (ViLBERT, arXiv:1908.02265)"),
     "vqa": ("Starter VQA", "answers questions in one word (ViltForQuestionAnswering)"),
 }
 _OBJECTIVES = {
     "clip": "ITC (arXiv:2103.00020), the vision tower together with the captioner's LM loss (arXiv:2205.01917)",
     "captioner": "LM (arXiv:2201.12086), the vision tower together with CLIP's ITC loss",
     "matcher": "ITC and ITM with one mined negative each way (arXiv:2107.07651); the vision tower is CLIP's, unchanged",
+    "vilbert": "BCE over one-word answers, over captions that fit or do not, and over the regions that a phrase means, "
+    "together (arXiv:1912.02315). Its regions are found by a small head on CLIP's tower, trained before it with the "
+    "true places of the things (GIoU, arXiv:1902.09630); the tower is that of `../clip`, unchanged and not copied",
     "vqa": "cross-entropy over one-word answers (arXiv:2102.03334), started from CLIP's vision tower",
 }
 _FIGURES = {
     "clip": ("zero-shot", "image-to-text", "text-to-image", "gallery", "moderation"),
     "captioner": ("exact noun", "noun recall", "background", "whole caption", "BLEU", "CIDEr"),
     "matcher": ("ITM",),
+    "vilbert": ("ViLBERT",),
     "vqa": ("VQA",),
 }
 # (model, set, figure, bar)

@@ -27,11 +27,15 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Batch:
-    """``pixels``: (N, 3, side, side) bf16 in [-1, 1]; ``captions[i]`` is true of ``scenes[i]``."""
+    """``pixels``: (N, 3, side, side) bf16 in [-1, 1]; ``captions[i]`` is true of ``scenes[i]``.
+
+    ``boxes``: where the objects are, as :meth:`Painter.paint_with_boxes` tells it.
+    """
 
     pixels: torch.Tensor
     scenes: list[Scene]
     captions: list[Caption]
+    boxes: list[torch.Tensor]
 
 
 class Studio:
@@ -51,7 +55,8 @@ class Studio:
         scenes = self.sampler.sample(num, step, num_near=num // 2)
         rng = self.sampler.rng(step, purpose=1)
         captions = [self.writer.varied(scene, rng) for scene in scenes]
-        return Batch(normalise(self.painter.paint(scenes, rng)), scenes, captions)
+        pixels, boxes = self.painter.paint_with_boxes(scenes, rng)
+        return Batch(normalise(pixels), scenes, captions, boxes)
 
     def tokens(self, texts: Sequence[str]) -> Tokens:
         tokens = encode(self.tokenizer, texts)

@@ -22,7 +22,7 @@ from PIL import Image
 from transformers import ViltForQuestionAnswering
 
 from benchmarks.starter.captions import Writer, build_tokenizer
-from benchmarks.starter.cards import misses, write_cards
+from benchmarks.starter.cards import Results, misses, read_results, write_cards
 from benchmarks.starter.concepts import World
 from benchmarks.starter.data import TRAINED_ARTISTS, encode
 from benchmarks.starter.demo_figures import Demo
@@ -32,6 +32,8 @@ from benchmarks.starter.policy import label_name
 from benchmarks.starter.questions import KINDS, Asker, Question
 from benchmarks.starter.scenes import COLOR_NAMES, EVALUATION_STEP, Painter, Scene, SceneSampler
 from benchmarks.starter.sources import HELD_OUT, WORK_FOLDER, DrawingSet, build_drawings, load_world
+from benchmarks.starter.vilbert import VILBERT_NAME, Pointer
+from benchmarks.starter.vilbert_figures import Roles
 from vlmflow.config import CatalogConfig, Job, RayConfig
 from vlmflow.engine.cluster import ray_cluster
 from vlmflow.evaluation import Choices, Dataset, EvaluationTask
@@ -64,6 +66,12 @@ class TestSet:
         """(N, 3, side, side) float32 in [-1, 1], rounded to whole pixel values as a file would hold them."""
         rng = self.sampler.rng(EVALUATION_STEP, purpose=len(scenes))
         return self.painter.paint(scenes, rng).round() / 127.5 - 1
+
+    def paint_with_boxes(self, scenes: Sequence[Scene]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """(N, 3, side, side) uint8, and where the objects are, in the order of each scene."""
+        rng = self.sampler.rng(EVALUATION_STEP, purpose=len(scenes))
+        pixels, boxes = self.painter.paint_with_boxes(scenes, rng)
+        return pixels.round().to(torch.uint8), boxes
 
     def scenes(self, num: int, number: int, *, num_kinds: int | None = None) -> list[Scene]:
         """``number`` sets one draw apart from another; ``num_kinds`` None mixes as training did."""
@@ -167,6 +175,18 @@ class Evaluation:
         figures = {"VQA overall": scored.figures["accuracy"].value}
         figures |= {f"VQA, {kind}": by_kind[kind]["accuracy"].value for kind in KINDS}
         return {name: value or 0.0 for name, value in figures.items()}
+
+    def vilbert(self) -> dict[str, float]:
+        roles, num = Roles.load(self._folder / VILBERT_NAME), self._num
+        scenes, asker, rng = self._test.scenes(num, 8), Asker(self._world), self._test.sampler.rng(EVALUATION_STEP + 9)
+        asked = [asker.ask(scene, rng) for scene in scenes]
+        figures = roles.answering(self._test.paint_with_boxes(scenes)[0], asked)
+        pixels, _ = self._test.paint_with_boxes(self._test.scenes(num, 6))
+        figures |= roles.matching(pixels, *self._texts())
+        scenes = self._test.scenes(num // 2, 12, num_kinds=2) + self._test.scenes(num // 2, 13, num_kinds=3)
+        pixels, boxes = self._test.paint_with_boxes(scenes)
+        pointer, rng = Pointer(self._world), self._test.sampler.rng(EVALUATION_STEP + 14)
+        return figures | roles.grounding(pixels, [pointer.point(*one, rng) for one in zip(scenes, boxes, strict=True)])
 
     @cached_property
     def zeroshot(self) -> Dataset:
@@ -329,13 +349,19 @@ def _value(report: EvaluationReport, name: str) -> float:
     return value
 
 
-def evaluate(folder: Path, world: World, drawings: DrawingSet, num: int, work: Path) -> dict[str, dict[str, float]]:
-    """Set name -> figure name -> value, for the four models of the folder."""
+def evaluate_vilbert(folder: Path, world: World, drawings: DrawingSet, num: int, work: Path) -> Results:
+    """Set name -> figure name -> value, for the ViLBERT of the folder."""
+    evaluations = [Evaluation(world, test, num, folder, work) for test in test_sets(world, drawings)]
+    return {one.name: {key: round(value, 4) for key, value in one.vilbert().items()} for one in evaluations}
+
+
+def evaluate(folder: Path, world: World, drawings: DrawingSet, num: int, work: Path) -> Results:
+    """Set name -> figure name -> value, for the other four models of the folder."""
     place = work / "evaluate" / "catalog"
     shutil.rmtree(place, ignore_errors=True)
     catalog = CatalogConfig(uri=str(place))
     evaluations = [Evaluation(world, test, num, folder, work, catalog) for test in test_sets(world, drawings)]
-    results: dict[str, dict[str, float]] = {}
+    results: Results = {}
     with ray_cluster(RayConfig()):
         run_models(evaluations, catalog)
         for evaluation in evaluations:
@@ -348,14 +374,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--world", choices=("small", "full"), default="small")
     parser.add_argument("--folder", type=Path, default=STARTER)
+    parser.add_argument("--only-vilbert", action="store_true", help="keep the figures of the other models")
     parser.add_argument("--num", type=int, default=500, help="scenes per figure")
     parser.add_argument("--work", type=Path, default=WORK_FOLDER)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--policy", default="demo", help="of the demo catalog")
     options = parser.parse_args()
     world = load_world(options.world, options.work)
-    results = evaluate(options.folder, world, build_drawings(world, options.work), options.num, options.work)
-    if (options.folder / "demo").is_dir() and (options.folder / "matcher").is_dir():
+    measured = (options.folder, world, build_drawings(world, options.work), options.num, options.work)
+    results = read_results(options.results) if options.only_vilbert else evaluate(*measured)
+    for name, figures in evaluate_vilbert(*measured).items():
+        results[name] |= figures
+    if options.only_vilbert:
+        print("The figures of the other models are those of the file.")
+    elif (options.folder / "demo").is_dir() and (options.folder / "matcher").is_dir():
         figures = Demo(options.folder, options.policy).figures()
         results["demo catalog"] = {name: round(value, 4) for name, value in figures.items()}
     for name, figures in results.items():

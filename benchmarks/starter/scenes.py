@@ -125,8 +125,18 @@ class Painter:
 
     def paint(self, scenes: Sequence[Scene], rng: np.random.Generator) -> torch.Tensor:
         """Returns (N, 3, side, side) float32 in [0, 255]."""
+        return self.paint_with_boxes(scenes, rng)[0]
+
+    def paint_with_boxes(
+        self, scenes: Sequence[Scene], rng: np.random.Generator
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Paints, and tells where each object is: (objects, 4) left, top, right, bottom as parts of the picture.
+
+        Objects are in the order of a scene's items, as many of each as it counts.
+        """
         canvas = _backgrounds(scenes, rng, self._side).to(self._device)
-        cell, left, top, flip = (torch.from_numpy(a).to(self._device) for a in self._layout(scenes, rng))
+        layout = self._layout(scenes, rng)
+        cell, left, top, flip = (torch.from_numpy(a).to(self._device) for a in layout)
         side = self._side
         axis = torch.arange(side, device=self._device)
         for slot in range(MAX_OBJECTS):
@@ -144,7 +154,14 @@ class Painter:
             rgba = rgba.contiguous().view(torch.uint8).view(len(rows), side, side, 4).permute(0, 3, 1, 2).float()
             canvas[rows] = rgba[:, :3] + canvas[rows] * (1 - rgba[:, 3:] / 255)
         gain = torch.from_numpy(rng.uniform(0.92, 1.08, (len(scenes), 1, 1, 1)).astype(np.float32))
-        return (canvas * gain.to(self._device)).clamp_(0, 255)
+        return (canvas * gain.to(self._device)).clamp_(0, 255), self._boxes(layout)
+
+    def _boxes(self, layout: tuple[npt.NDArray[np.generic], ...]) -> list[torch.Tensor]:
+        cell, left, top, _ = layout
+        width, height = self._sizes[np.maximum(cell, 0)].transpose(2, 0, 1)
+        sides = np.stack([left, top, left + width, top + height], axis=-1) / self._side
+        boxes = torch.from_numpy(sides.clip(0, 1).astype(np.float32)).to(self._device)
+        return [of[torch.from_numpy(here)] for of, here in zip(boxes, cell >= 0, strict=True)]
 
     def _layout(self, scenes: Sequence[Scene], rng: np.random.Generator) -> tuple[npt.NDArray[np.generic], ...]:
         shape = (len(scenes), MAX_OBJECTS)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,8 +21,9 @@ from benchmarks.starter.models import Matcher, Sizes, Trunk, build_vqa, sizes_of
 from benchmarks.starter.objectives import MatcherLosses, TrunkLosses, VqaLosses
 from benchmarks.starter.questions import Asker
 from benchmarks.starter.sources import WORK_FOLDER
+from benchmarks.starter.vilbert import VILBERT_NAME, Stages, export_vilbert, train_vilbert
 
-STAGES = ("trunk", "matcher", "vqa", "export")
+STAGES = ("trunk", "matcher", "vqa", "export", "vilbert")
 # Wall-clock minutes of each stage: two CPU cores for the small world, one H100 for the full one.
 _MINUTES = {
     "small": {"trunk": 50.0, "matcher": 30.0, "vqa": 30.0},
@@ -115,6 +116,16 @@ def write_folders(recipe: Recipe, studio: Studio, target: Path) -> None:
         export.export_vqa(vqa, sizes, tokenizer, target / export.VQA_NAME)
 
 
+def train_on_export(recipe: Recipe, studio: Studio, target: Path) -> None:
+    """ViLBERT stands on the exported CLIP, whose weights its folder names: it is trained and exported after it."""
+    clip = target / export.CLIP_NAME
+    stages = Stages(max_steps=recipe.max_steps, batch_size=recipe.batch_size or Stages.batch_size)
+    if recipe.minutes is not None:
+        stages = replace(stages, minutes=recipe.minutes)
+    model, head = train_vilbert(studio, recipe.work, clip, stages)
+    export_vilbert(model, head, studio, clip, target / VILBERT_NAME)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--world", choices=("small", "full"), default="small")
@@ -137,6 +148,8 @@ def main() -> None:
     for stage in options.stage or STAGES:
         if stage == "export" and int(os.environ.get("RANK", "0")) == 0:
             write_folders(recipe, studio, options.target)
+        elif stage == "vilbert":
+            train_on_export(recipe, studio, options.target)
         elif stage != "export":
             print(f"{stage}: {train_stage(stage, recipe, studio)} steps", flush=True)
 

@@ -105,6 +105,7 @@ def test_two_that_begin_at_once_end_up_with_one_job(
     assert num_rows(tmp_path) == NUM_IMAGES
 
 
+@pytest.mark.slow
 def test_past_its_deadline_the_job_is_stopped(
     prefect: Prefect, nodes: RayNodes, jobs: Jobs, held: HeldImages, job_file: Path, tmp_path: Path
 ) -> None:

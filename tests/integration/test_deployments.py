@@ -67,6 +67,7 @@ def test_a_deployed_night_runs_to_completion(
     assert list((prefect.home / "storage").glob("*")) == []
 
 
+@pytest.mark.slow
 def test_cancelling_a_flow_run_stops_its_ray_job(
     prefect: Prefect, at_work: Path, nodes: RayNodes, make_job: Callable[..., Job], tmp_path: Path
 ) -> None:

@@ -16,7 +16,8 @@ from benchmarks.starter.metrics import Nouns
 from benchmarks.starter.questions import Asker
 from benchmarks.starter.scenes import Scene
 from benchmarks.starter.sources import DRAWING_PX, DrawingSet
-from benchmarks.starter.train import Recipe, build, train_stage, write_folders
+from benchmarks.starter.train import Recipe, build, train_on_export, train_stage, write_folders
+from benchmarks.starter.vilbert_figures import Roles
 
 NAMES = ("apple", "ball", "cup", "drum", "egg", "fork")
 UNSEEN = ("gate", "hat")
@@ -76,6 +77,20 @@ def test_painted_objects_cover_the_background(studio: Studio) -> None:
     assert all(0.005 < share < 0.9 for share in covered)
 
 
+def test_boxes_are_where_the_objects_are(studio: Studio) -> None:
+    scenes = [Scene(((0, 2),), 0), Scene(((0, 1), (1, 1)), 0)]
+    pixels, boxes = studio.painter.paint_with_boxes(scenes, studio.sampler.rng(3))
+    assert torch.equal(pixels, studio.painter.paint(scenes, studio.sampler.rng(3)))
+    side = pixels.shape[-1]
+    for picture, of in zip(pixels, boxes, strict=True):
+        assert len(of) == 2
+        covered = torch.zeros(side, side, dtype=torch.bool)
+        for left, top, right, bottom in (of * side).round().int().tolist():
+            covered[top:bottom, left:right] = True
+            assert (picture[:, top:bottom, left:right] < 200).any()
+        assert not ((picture < 200).any(0) & ~covered).any(), "nothing is painted beside the boxes"
+
+
 def test_near_scenes_differ_in_one_thing(studio: Studio) -> None:
     scenes = studio.sampler.sample(40, 2, num_near=20)
     for original, near in zip(scenes[:20], scenes[20:], strict=True):
@@ -104,6 +119,14 @@ def test_every_stage_trains_and_is_exported(studio: Studio, tmp_path: Path) -> N
         assert train_stage(stage, recipe, studio) == 2
     write_folders(recipe, studio, tmp_path / "out")
     assert {folder.name for folder in (tmp_path / "out").iterdir()} == {"clip", "captioner", "matcher", "vqa"}
+
+    train_on_export(recipe, studio, tmp_path / "out")
+    roles = Roles.load(tmp_path / "out" / "vilbert")
+    batch = studio.batch(2, 0)
+    pixels = ((batch.pixels.float() + 1) * 127.5).to(torch.uint8)
+    (answers, _) = roles.answerer.answer(pixels, [["what color is the background?"], []])
+    assert answers[0].text in Asker(studio.world).answers
+    assert roles.matcher.match_itm(roles.matcher.encode_images(pixels), ["an apple", "a cup"]).shape == (2,)
 
     # Another run goes on from what was exported: the same weights, to the half precision that they are kept in.
     further = Recipe("small", tmp_path / "further", start_from=tmp_path / "out")

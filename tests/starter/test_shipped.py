@@ -22,12 +22,16 @@ from transformers import (
 
 from benchmarks.starter.cards import BARS, SETS, figure_table, misses, notice
 from benchmarks.starter.sources import ARTISTS, HELD_OUT
+from vlmflow.config import ImageLimits, ModelConfig
+from vlmflow.grounding import ground_phrases
+from vlmflow.imaging import decode
+from vlmflow.models import load_answerer, load_matcher, pixel_request
 
 ROOT = Path(__file__).parents[2]
 STARTER = ROOT / "vlmflow" / "starter"
 RESULTS = ROOT / "benchmarks" / "results" / "starter.json"
 MAX_BYTES = 40_000_000
-MODELS = ("clip", "captioner", "matcher", "vqa")
+MODELS = ("clip", "captioner", "matcher", "vqa", "vilbert")
 
 
 @pytest.fixture(autouse=True)
@@ -95,6 +99,27 @@ def test_vqa_answers_in_its_own_words() -> None:
     with torch.inference_mode():
         answer = model(**question, pixel_values=inputs.pixel_values).logits.argmax().item()
     assert model.config.id2label[answer] == "orange"
+
+
+def test_vilbert_answers_matches_and_points() -> None:
+    config = ModelConfig(family="vilbert", path=str(STARTER / "vilbert"))
+    request = pixel_request("answer", config, ("squash",))
+    assert request is not None
+    data = (STARTER / "demo" / "print-cmyk.jpg").read_bytes()
+    _, shown = decode(data, [request], ImageLimits()).pixels[request.key][0]
+    pixels = torch.from_numpy(shown.copy()).permute(2, 0, 1)[None]
+    ((answer,),) = load_answerer(config, "cpu").answer(pixels, [["what color is the background?"]])
+    assert answer.text == "orange"
+    assert answer.score > 0.5
+    matcher = load_matcher(config, "cpu")
+    images = matcher.encode_images(pixels)
+    right, wrong = (matcher.match_itm(images, [text]) for text in ("a camera on orange", "two dogs on blue"))
+    assert right is not None
+    assert wrong is not None
+    assert right[0] > wrong[0]
+    (regions,) = ground_phrases(data, ["a camera"], config)
+    assert regions[0].score == max(of.score for of in regions)
+    assert all(0 <= of.left < of.right and 0 <= of.top < of.bottom for of in regions)
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -33,6 +33,7 @@ from vlmflow.catalog.reviews import JudgeResult, ReviewStore, apply_verdicts
 from vlmflow.catalog.rows import RunConstants
 from vlmflow.catalog.runs import RunStore
 from vlmflow.catalog.tombstones import Tombstones
+from vlmflow.catalog.upgrade import upgrade
 from vlmflow.catalog.vacuum import RETENTION, VacuumResult, vacuum
 from vlmflow.catalog.verify import Verification, verify
 from vlmflow.catalog.writer import CatalogWriter
@@ -82,7 +83,7 @@ class Catalog:
         """
         folder = Folder(config)
         folder.check_access()
-        return cls(folder, TableLog.open(folder, "images"), TableLog.open(folder, "embeddings"))
+        return cls(folder, TableLog.open(folder, "images"), TableLog.open(folder, "embeddings"))._upgraded()
 
     @classmethod
     def exists(cls, config: CatalogConfig) -> bool:
@@ -106,7 +107,7 @@ class Catalog:
         folder.check_access()
         embeddings = TableLog.open_or_create(folder, "embeddings", schema.EMBEDDINGS)
         images = TableLog.open_or_create(folder, "images", schema.with_source(schema.IMAGES, wanted))
-        catalog = cls(folder, images, embeddings)
+        catalog = cls(folder, images, embeddings)._upgraded()
         catalog._add_source_columns(wanted)
         return catalog
 
@@ -223,14 +224,20 @@ class Catalog:
         with self.runs.recorded("erase") as run_id:
             return erase(self._folder, logs, self.runs, self._tombstones, keys, run_id, tuple(uris))
 
-    def apply_verdicts(self, *, lists_changed: bool = False) -> JudgeResult:
+    def apply_verdicts(
+        self, *, lists_changed: bool = False, only: Sequence[str] | None = None, first: Sequence[str] = ()
+    ) -> JudgeResult:
         """Brings verdicts into the rows; see :func:`vlmflow.catalog.reviews.apply_verdicts`.
 
         Args:
             lists_changed: what lists of known images say is looked up for every row, not only for those that people
                 have judged.
+            only: ids of the images whose verdicts are brought in; None: of all.
+            first: paths of files of the table that are likely to hold them.
         """
         newest, known = self.reviews.newest(), self.known_images.matcher()
+        if only is not None:
+            newest = newest.filter(pc.is_in(newest["image_id"], value_set=pa.array(list(only), pa.string())))
         with self.runs.recorded("review") as run_id:
             return apply_verdicts(
                 self._folder,
@@ -241,6 +248,7 @@ class Catalog:
                 run_id,
                 lambda: self.live_files("images"),
                 lambda swaps: self.swap_images(run_id, "review", swaps),
+                first,
             )
 
     def lift(self, keys: pa.Array) -> None:
@@ -332,6 +340,11 @@ class Catalog:
         """Addresses of the table's live files, for readers of plain Parquet."""
         log = self._images if table == "images" else self._embeddings
         return log.refreshed_table().file_uris()
+
+    def _upgraded(self) -> Catalog:
+        for log in (self._embeddings, self._images):
+            upgrade(log)
+        return self
 
     def _commit_embeddings(self, run_id: str, commit_id: str, files: pa.Table) -> Committed:
         if not files.num_rows:

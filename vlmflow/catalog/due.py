@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vlmflow import schema
-from vlmflow.catalog.keys import text_digests
+from vlmflow.catalog.keys import questions_digests, text_digests
 from vlmflow.catalog.masks import Mask, as_mask, equal, is_valid
 from vlmflow.catalog.rows import FAILED, MISSING, OK, UNREADABLE, attempt_digest, failed_tasks, rows_of_image_errors
 
@@ -26,8 +26,21 @@ READS = {"moderate": ("embed", "detect"), "match": ("caption",)}
 ALSO_RUNS = {"moderate": ("embed", "detect")}
 
 # Why a task is due, as numbers: millions of rows carry them.
-REASONS = ("", "new", "changed", "decoder", "retry", "task_added", "text_changed", "fingerprint", "needed")
-NOT_DUE, NEW, CHANGED, DECODER, RETRY, TASK_ADDED, TEXT_CHANGED, FINGERPRINT, NEEDED = range(len(REASONS))
+REASONS = (
+    "",
+    "new",
+    "changed",
+    "decoder",
+    "retry",
+    "task_added",
+    "text_changed",
+    "questions_changed",
+    "fingerprint",
+    "needed",
+)
+NOT_DUE, NEW, CHANGED, DECODER, RETRY, TASK_ADDED, TEXT_CHANGED, QUESTIONS_CHANGED, FINGERPRINT, NEEDED = range(
+    len(REASONS)
+)
 
 Reasons: TypeAlias = npt.NDArray[np.int8]
 
@@ -41,6 +54,7 @@ LEDGER = (
     "attempt_digest",
     "policy_digest",
     "text_digest",
+    "questions_digest",
     "decoder",
     *(schema.fingerprint_column(task) for task in schema.TASKS),
 )
@@ -57,6 +71,7 @@ class PlanRequest:
     date: dt.date  # ingest_date of images not seen before
     limit: int | None = None  # at most this many of the images due, in listing order; all are listed
     retry: tuple[str, ...] = ()  # rows of these statuses are due again, however often they were tried
+    questions: tuple[str, ...] = ()  # that `answer` asks of every image, besides the image's own
 
 
 @dataclass
@@ -77,7 +92,7 @@ def decide(references: pa.Table, live: pa.Table, exists: Mask, request: PlanRequ
     """Decides for each reference which tasks are due.
 
     Args:
-        references: REFERENCE columns; of them `object_version` and `text` count.
+        references: REFERENCE columns; of them `object_version`, `text` and `questions` count.
         live: the columns :data:`LEDGER` of the live row of each reference; nulls where there is none.
         exists: whether there is a live row.
     """
@@ -164,6 +179,9 @@ def _reasons(task: str, references: pa.Table, live: pa.Table, state: _State, req
         digests = text_digests(texts) if texts.null_count < len(texts) else pa.nulls(len(texts), pa.string())
         text_same = equal(digests, live["text_digest"]) | (~is_valid(digests) & ~is_valid(live["text_digest"]))
         reasons[is_valid(column) & ~text_same] = TEXT_CHANGED
+    if task == "answer":
+        asked = questions_digests(references["questions"], request.questions)
+        reasons[is_valid(column) & ~equal(asked, live["questions_digest"])] = QUESTIONS_CHANGED
     reasons[is_valid(column) & ~equal(column, request.fingerprints[task])] = FINGERPRINT
     reasons[(reasons != NOT_DUE) & state.failed[task]] = RETRY
     reasons[state.exhausted[task]] = NOT_DUE

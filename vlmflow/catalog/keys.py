@@ -125,6 +125,23 @@ def text_digests(texts: pa.Array | pa.ChunkedArray) -> pa.Array:
     return pa.array(digests, pa.string())
 
 
+def asked_of(shared: Sequence[str], own: Sequence[str] | None) -> list[str]:
+    """The questions that are asked of an image: those of the job, then its own, each once."""
+    return list(dict.fromkeys([*shared, *(own or ())]))
+
+
+def questions_digests(own: pa.Array | pa.ChunkedArray, shared: Sequence[str]) -> pa.Array:
+    """Digest of the questions that are asked of each image; never null.
+
+    Args:
+        own: lists of each image's own questions; null: it has none.
+        shared: asked of every image.
+    """
+    if own.null_count == len(own):  # common, and nothing to be hashed row by row
+        return pa.repeat(pa.scalar(digest_of(*asked_of(shared, None))), len(own))
+    return pa.array([digest_of(*asked_of(shared, questions)) for questions in own.to_pylist()], pa.string())
+
+
 def digest_of(*parts: str) -> str:
     """BLAKE2b of the parts, 128 bits in hexadecimal. Their lengths count: ("ab", "c") is not ("a", "bc")."""
     digest = hashlib.blake2b(digest_size=KEY_BYTES)

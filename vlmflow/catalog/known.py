@@ -44,19 +44,22 @@ _RESULTS: dict[str, tuple[str, ...]] = {
     "moderate": ("labels", "decision", "decision_reason"),
     "caption": ("caption",),
     "match": ("caption_itm", "caption_itc", "text_itm", "text_itc"),
+    "answer": ("answers",),
 }
 _IMAGE_COLUMNS = (
     "image_id",
     "text_digest",
+    "questions_digest",
     "verdict",
     *schema.FACTS.names,
-    *(name for task in ("detect", "moderate", "caption", "match") for name in _RESULTS[task]),
+    *(name for task in ("detect", "moderate", "caption", "match", "answer") for name in _RESULTS[task]),
 )
 _COPY = pa.schema(
     [
         *schema.FACTS,
         *(field for field in schema.WRITER_OPTIONAL if field.name != "verdict"),
         ("text_digest", pa.string()),
+        ("questions_digest", pa.string()),
     ]
 )
 
@@ -80,6 +83,7 @@ class KnownBytes:
     index: KeyIndex  # of the hash -> number of the row in the places
     images: _Places
     vectors: _Places | None
+    questions: tuple[str, ...] = ()  # that the run asks of every image
     _cache: OrderedDict[tuple[str, int], pa.Table] = field(default_factory=OrderedDict)
 
     def __len__(self) -> int:
@@ -96,7 +100,8 @@ class KnownBytes:
 
         Returns:
             A mask of the images that are known; and for these, in order, FACTS, the tasks' outputs as
-            ``schema.WRITER_OPTIONAL`` has them, and ``text_digest``, of the text that `match` scored.
+            ``schema.WRITER_OPTIONAL`` has them, ``text_digest``, of the text that `match` scored, and
+            ``questions_digest``, of what `answer` was asked.
         """
         given = pa.array(hashes, pa.string())
         prefixes = pc.utf8_slice_codeunits(pc.fill_null(given, "0" * _KEY_DIGITS), 0, _KEY_DIGITS)
@@ -155,7 +160,7 @@ class KnownBytes:
             path = f"{table}/{places.paths[number]}"
             parts.append(self.folder.read_parquet_at(path, columns, rows[mine], self._cache, _CACHED_GROUPS))
             order.append(mine)
-        together = pa.concat_tables(parts)
+        together = pa.concat_tables(parts, promote_options="default")  # files older than a column lack it
         return together.take(pa.array(np.argsort(np.concatenate(order), kind="stable")))
 
 
@@ -192,7 +197,7 @@ def known_bytes(
     if not len(high):
         return None
     index = KeyIndex(high, low, np.arange(len(high), dtype=np.int64))
-    return KnownBytes(folder, request.tasks, index, places, vectors)
+    return KnownBytes(folder, request.tasks, index, places, vectors, request.questions)
 
 
 def _candidates(
@@ -204,8 +209,9 @@ def _candidates(
     newest_first = sorted(images.files.values(), key=lambda file: (file.ingest_date, file.path), reverse=True)
     fitting: list[tuple[DataFile, Mask]] = []
     num_fitting = 0
+    wanted = pa.schema([schema.IMAGES.field(name) for name in decisive]).remove_metadata()
     for file, rows in read_each(folder, "images", newest_first, decisive, ahead=8):
-        mask = _fits(rows, request, sizes)
+        mask = _fits(conform(rows, wanted), request, sizes)  # of files older than a column it is null
         if not mask.any():
             continue
         fitting.append((file, mask))

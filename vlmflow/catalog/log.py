@@ -27,7 +27,8 @@ REVOKED = "vlmflow.revoked"  # ids of runs that may commit no more, separated by
 _DELTA_ERRORS = (DeltaError, OSError)
 
 LONGEST_RETENTION = dt.timedelta(days=30)  # of files of old versions
-SCHEMA_VERSION = "2"  # of IMAGES and EMBEDDINGS; raised together with a migration
+SCHEMA_VERSION = "3"  # of IMAGES and EMBEDDINGS; raised together with a migration
+UPGRADABLE = ("2",)  # older ones, which lack columns and nothing else: see catalog/upgrade.py
 _SCHEMA_VERSION_KEY = "vlmflow.schemaVersion"
 
 # What the log says of each file beside its number of rows: ids, dates (the partition) and numbers, never a text,
@@ -102,12 +103,24 @@ class TableLog:
         except (DeltaError, OSError) as error:
             raise _unusable(folder, name, "cannot be read", error) from error
         found = table.metadata().configuration.get(_SCHEMA_VERSION_KEY)
-        if found != SCHEMA_VERSION:
+        if found not in (SCHEMA_VERSION, *UPGRADABLE):
             raise CatalogError(
                 f"{folder.config.uri}: table {name} has schema version {found}, not {SCHEMA_VERSION} as here",
                 remedy="Use the vlmflow release that wrote the catalog, or write to a new one.",
             )
         return cls(folder, name, table)
+
+    @property
+    def schema_version(self) -> str | None:
+        """The version of the table's columns, as the handle sees it."""
+        return self.table.metadata().configuration.get(_SCHEMA_VERSION_KEY)
+
+    def set_schema_version(self) -> None:
+        """Marks the table as one of this version's columns."""
+        table = self.refreshed_table()
+        properties = {_SCHEMA_VERSION_KEY: SCHEMA_VERSION}
+        # In a property of our own deltalake sees nothing that it knows.
+        retried(lambda: table.alter.set_table_properties(properties, raise_if_not_exists=False), _DELTA_ERRORS)
 
     @classmethod
     def exists(cls, folder: Folder, name: TableName) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -30,6 +31,7 @@ from vlmflow.errors import CatalogError
 REVIEWS = "reviews"
 WITHDRAWN = "none"  # a decision that takes an earlier one back
 _MAX_ROUNDS = 20
+_AT_ONCE = 8  # files of verdicts that are read at a time: the app adds many small ones
 _LOOKED_AT = ("image_id", "content_hash", "phash", "verdict")
 
 # One row per word on an image: a decision on the whole, or the value of one label, or both.
@@ -39,7 +41,7 @@ EVENT = pa.schema(
         pa.field("content_hash", pa.string(), nullable=False),  # of the bytes that were judged
         ("decision", pa.string()),  # allow, review, block, or `none`: taken back
         ("label", pa.string()),
-        ("value", pa.bool_()),  # whether the label holds
+        ("value", pa.bool_()),  # whether the label holds; null: what was said of it is taken back
         ("weight", pa.float64()),  # images that this one stands for, where it was drawn at random
         pa.field("reviewer", pa.string(), nullable=False),
         pa.field("at", schema.TIMESTAMP, nullable=False),
@@ -68,6 +70,7 @@ class ReviewStore:
 
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
+        self._read: dict[str, pa.Table] = {}  # by path: a file of verdicts never changes
 
     def add(self, events: pa.Table) -> bool:
         """Adds verdicts; the same once more are not added again.
@@ -92,10 +95,18 @@ class ReviewStore:
 
     def events(self) -> pa.Table:
         """All verdicts, the oldest first; equal ones that stand in two files once."""
-        paths = sorted(file.path for file in self._folder.list(REVIEWS) if file.path.endswith(".parquet"))
-        tables = [conform(self._folder.read_parquet(path), EVENT) for path in paths]
-        every = pa.concat_tables([EVENT.empty_table(), *tables])
+        every = pa.concat_tables([EVENT.empty_table(), *self.files().values()])
         return every.group_by(EVENT.names, use_threads=False).aggregate([]).select(EVENT.names).sort_by("at")
+
+    def files(self) -> dict[str, pa.Table]:
+        """The files of verdicts by path, each as :data:`EVENT`. What was read stays in memory."""
+        paths = sorted(file.path for file in self._folder.list(REVIEWS) if file.path.endswith(".parquet"))
+        new = [path for path in paths if path not in self._read]
+        with ThreadPoolExecutor(max_workers=_AT_ONCE) as pool:
+            tables = pool.map(lambda path: conform(self._folder.read_parquet(path), EVENT), new)
+            read = self._read | dict(zip(new, tables, strict=True))
+        self._read = {path: read[path] for path in paths}
+        return self._read
 
     def newest(self) -> pa.Table:
         """The newest decision on each image and its bytes, those taken back included."""
@@ -119,6 +130,7 @@ def apply_verdicts(
     run_id: str,
     live_files: Callable[[], dict[str, DataFile]],
     swap: Callable[[Sequence[tuple[DataFile, DataFile]]], list[DataFile]],
+    first: Sequence[str] = (),
 ) -> JudgeResult:
     """Brings verdicts into the rows that they are about; those that are there already change nothing.
 
@@ -129,6 +141,8 @@ def apply_verdicts(
         lists_changed: looks at every row, not only at those that people have judged.
         live_files: gives the files of the newest version.
         swap: puts rewritten files in place of live ones, and gives back those that were not live any more.
+        first: paths of files that are likely to hold the images: they are looked at before others, and these no more
+            once all images have been met.
 
     Raises:
         CatalogError: other writers are always first.
@@ -139,9 +153,12 @@ def apply_verdicts(
         return result
     seen: set[str] = set()
     matched: set[int] = set()
+    judged_images = set(newest["image_id"].to_pylist())
+    left, likely = set(judged_images), set(first)  # left: images not met yet
     for _ in range(_MAX_ROUNDS):
         files = [file for path, file in live_files().items() if path not in seen]
-        if not files:
+        files.sort(key=lambda file: file.path not in likely)
+        if not files or not (left or lists_changed):
             result.num_waiting = newest.num_rows - len(matched)
             return result
         swaps: list[tuple[DataFile, DataFile, pa.Table]] = []
@@ -154,17 +171,22 @@ def apply_verdicts(
                 concerned |= is_valid(listed) | of_list(flat(keys["verdict"]))
             if not concerned.any():
                 continue
+            left.difference_update(keys["image_id"].filter(pa.array(concerned)).to_pylist())
             rows = conform(read_rows(folder, "images", file), columns)
             judged, changed = _judged(rows, newest, index, known, concerned, matched)
             if changed.any():
                 new = write_file(folder, "images", judged, file.ingest_date, run_id)
                 flips = pa.table({"before": rows["decision"], "after": judged["decision"]}).filter(pa.array(changed))
                 swaps.append((file, new, flips))
+            if not (left or lists_changed):
+                break
         late = {file.path for file in swap([(old, new) for old, new, _ in swaps])} if swaps else set()
         for old, new, flips in swaps:
             if old.path not in late:
                 seen.add(new.path)
                 _count(result, flips)
+        if late:  # their rows are elsewhere now, and have to be met again
+            left = set(judged_images)
     raise CatalogError("verdicts: other writers are always first", remedy="Import again when they are done.")
 
 

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from vlmflow import schema
 from vlmflow.catalog.columns import conform_column, flat
 from vlmflow.catalog.judged import with_verdicts
-from vlmflow.catalog.keys import digest_of, text_digests
+from vlmflow.catalog.keys import digest_of, questions_digests, text_digests
 from vlmflow.catalog.masks import Mask, explode, field_strings, holds, is_valid
 from vlmflow.errors import RowErrorClass
 
@@ -59,6 +59,8 @@ class RunConstants:
     policy_version: str | None
     policy_digest: str | None
     decoder: str
+    questions: tuple[str, ...] = ()  # that `answer` asked of every image
+    found_text_column: str | None = None  # of the caller's columns, for alternative texts
 
     @property
     def attempt_digest(self) -> str:
@@ -174,6 +176,8 @@ def _task_columns(task: str, rows: pa.Table, constants: RunConstants, run: Mask)
     for field in [*schema.TASK_COLUMNS[task], fingerprint]:
         if field.name == "text_digest":
             value = text_digests(rows["text"])
+        elif field.name == "questions_digest":
+            value = questions_digests(rows["questions"], constants.questions)
         elif field.name in given:
             value = _constant(given[field.name], rows.num_rows)
         else:

@@ -13,12 +13,28 @@ import threading
 
 import typer
 
-from vlmflow.cli import evaluate, explain, gate, known, policy, remoderate, report, review, run, search, upkeep, view
+from vlmflow.cli import (
+    convert,
+    evaluate,
+    explain,
+    gate,
+    known,
+    policy,
+    remoderate,
+    report,
+    review,
+    run,
+    search,
+    serve,
+    upkeep,
+    view,
+)
 from vlmflow.cli.app import app
 from vlmflow.errors import VlmflowError
 
 __all__ = [
     "app",
+    "convert",
     "evaluate",
     "explain",
     "gate",
@@ -30,6 +46,7 @@ __all__ = [
     "review",
     "run",
     "search",
+    "serve",
     "upkeep",
     "view",
 ]

@@ -79,7 +79,7 @@ def search(
             return
         print_index(report, console)
     query = Query(text=text, image=image, like=like)
-    job = _job(catalog, profile, config, endpoint)
+    job = query_job(catalog, profile, config, endpoint)
     result = search_images(place, query, where=where, top_k=top_k, job=job, exact=exact)
     if html is not None:
         from vlmflow.search.page import search_html
@@ -164,7 +164,7 @@ def titles(
         print_titles(report, Console())
 
 
-def _job(catalog: str, profile: str | None, config: Path | None, endpoint: str | None) -> Job | None:
+def query_job(catalog: str, profile: str | None, config: Path | None, endpoint: str | None) -> Job | None:
     """The job whose models embed the query; None: those of the newest run."""
     if profile is None and config is None:
         return None

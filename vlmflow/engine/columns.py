@@ -42,6 +42,9 @@ COUNT_PREFIX = "count_"
 # The most images that a pool's tasks run at once since memory ran out; null: it never did.
 AT_ONCE_PREFIX = "at_once_"
 
+# Regions that the source has of an image, as schema.REGIONS; tasks know them by this name.
+REGIONS = "regions_of_source"
+
 # A JPEG whose pixels the first pool makes, and how it is turned (EXIF, 1 to 8); null: decoded already, or not at all.
 ENCODED = "encoded"
 ORIENTATION = "orientation"
@@ -72,6 +75,11 @@ def drop_pixels(batch: pa.Table) -> pa.Table:
     """Takes the pixels off a batch, decoded and encoded; the names of the views stay."""
     dropped = [name for name in batch.column_names if name.startswith(PIXELS_PREFIX)]
     return batch.drop_columns([*dropped, *(name for name in (ENCODED, ORIENTATION) if name in batch.column_names)])
+
+
+def drop_regions(batch: pa.Table) -> pa.Table:
+    """Takes the regions that the source has off a batch that no later pool needs."""
+    return batch.drop_columns([REGIONS]) if REGIONS in batch.column_names else batch
 
 
 def drop_views(batch: pa.Table, kept: Container[str] = ()) -> pa.Table:

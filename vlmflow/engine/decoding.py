@@ -21,6 +21,7 @@ from vlmflow.imaging import ImageFacts, PixelRequest, decode, hash_of
 from vlmflow.imaging.jpeg import EncodedJpeg, leave_encoded
 from vlmflow.imaging.pixels import Pixels
 from vlmflow.sources import Fetched, Reader
+from vlmflow.sources.regions import RegionReader
 
 # Stores have time limits and retries of their own, each image several minutes' worth: this is for what they miss.
 _MAX_READ_S = 1800.0
@@ -41,6 +42,7 @@ class ReadAndDecode:
     A plain object called in Ray tasks: it holds settings only, clients are opened where it runs.
 
     Attributes:
+        regions: of the caller; None: no model reads them.
         known: results that the catalog holds for equal bytes; such images are not decoded. None: none are looked for.
         leaves_jpegs: of JPEGs only the header is read here; the first pool decodes them on its device.
     """
@@ -50,6 +52,7 @@ class ReadAndDecode:
     limits: ImageLimits
     known: Stored[KnownBytes] | None = None
     leaves_jpegs: bool = False
+    regions: RegionReader | None = None
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Adds FACTS, ``errors``, what remains to be run, what need not be and, per pixel request, the pixels.
@@ -73,7 +76,14 @@ class ReadAndDecode:
             for row, (item, content_hash, tasks) in enumerate(zip(fetched, hashes, run, strict=True))
         ]
         decode_s = time.perf_counter() - started - read_s
-        return self._assemble(batch, outcomes, copies, read_s, decode_s, None)
+        rows = self._assemble(batch, outcomes, copies, read_s, decode_s, None)
+        if self.regions is None:
+            return rows
+        try:
+            values = self.regions.read(batch, [bool(outcome.run) for outcome in outcomes])
+        except StoreLostError as error:
+            return self._assemble(batch, [_Outcome() for _ in range(batch.num_rows)], None, 0.0, 0.0, str(error))
+        return rows.set_column(rows.schema.get_field_index(columns.REGIONS), columns.REGIONS, values)
 
     def failed(self, batch: pa.Table, error_class: RowErrorClass, message: str) -> pa.Table:
         """What calling it would give if every image of the batch failed so."""
@@ -137,6 +147,8 @@ class ReadAndDecode:
             added[columns.COPIED] = copies.column(copied) if copies else pa.nulls(num_rows, COPIED_TYPE)
             if copies:
                 batch = copies.with_captions(batch)
+        if self.regions is not None:
+            added[columns.REGIONS] = pa.nulls(num_rows, schema.REGIONS)
         for request in self.requests:
             added |= _pixel_columns(request, outcomes)
         if self.leaves_jpegs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +34,11 @@ _TASK_OF = {
     "caption_itc": "match",
     "text_itm": "match",
     "text_itc": "match",
+    "answers": "answer",
 }
+
+
+_Identity: TypeAlias = tuple[str | tuple[str, ...] | None, ...]  # the bytes, and what else a task reads
 
 
 @dataclass(frozen=True)
@@ -98,18 +103,26 @@ def look_up(
     if not found.any():
         return None
     at = np.where(found, np.cumsum(found) - 1, -1)
-    # `match` is of two texts as much as of the image.
-    theirs = list(zip(rows["text_digest"].to_pylist(), rows["caption"].to_pylist(), strict=True))
-    ours = zip(keys.text_digests(batch["text"]).to_pylist(), batch["previous_caption"].to_pylist(), strict=True)
+    # `match` is of two texts as much as of the image, `answer` of its questions.
+    theirs = _columns(rows["text_digest"], rows["caption"], rows["questions_digest"])
+    asked = keys.questions_digests(batch["questions"], known.questions)
+    ours = _columns(keys.text_digests(batch["text"]), batch["previous_caption"], asked)
     tasks: list[tuple[str, ...]] = []
-    for place, (text, caption), due in zip(at.tolist(), ours, run, strict=True):
+    for place, (text, caption, questions), due in zip(at.tolist(), ours, run, strict=True):
         if place < 0:
             tasks.append(())
             continue
-        their_text, their_caption = theirs[place]
-        same_texts = their_text == text and ("caption" in due or their_caption == caption)
-        tasks.append(tuple(task for task in due if task != "match" or same_texts))
+        their_text, their_caption, their_questions = theirs[place]
+        fits = {
+            "match": their_text == text and ("caption" in due or their_caption == caption),
+            "answer": their_questions == questions,
+        }
+        tasks.append(tuple(task for task in due if fits.get(task, True)))
     return Copies(at, rows, tasks)
+
+
+def _columns(*columns: pa.Array | pa.ChunkedArray) -> list[tuple[str | None, ...]]:
+    return list(zip(*(column.to_pylist() for column in columns), strict=True))
 
 
 def put_copied(rows: pa.Table) -> pa.Table:
@@ -149,13 +162,14 @@ class RecentResults:
         self.is_used = any(name.startswith("pixels_") for name in task.reads)
         self._texts = [name for name in (*task.reads, "caption") if not name.startswith(("pixels_", "views_"))]
         self._values: Columns = {field.name: pa.nulls(0, field.type) for field in task.writes}
-        self._places: dict[tuple[str | None, ...], int] = {}
+        self._places: dict[_Identity, int] = {}
 
     def split(self, rows: pa.Table) -> Split:
         """Finds the rows that must be computed: the first of each that is not here yet."""
         names = ["content_hash", *(name for name in self._texts if name in rows.column_names)]
-        identities = list(zip(*(rows[name].to_pylist() for name in names), strict=True))
-        places: dict[tuple[str | None, ...], int] = {}
+        values = [[tuple(v) if isinstance(v, list) else v for v in rows[name].to_pylist()] for name in names]
+        identities = list(zip(*values, strict=True))
+        places: dict[_Identity, int] = {}
         fresh: list[int] = []
         source = np.empty(len(identities), dtype=np.int64)
         num_kept = self._num_kept
@@ -205,7 +219,7 @@ class Split:
 
     fresh: list[int]
     source: npt.NDArray[np.int64]
-    identities: list[tuple[str | None, ...]]
+    identities: list[_Identity]
 
     @property
     def shared(self) -> list[bool]:

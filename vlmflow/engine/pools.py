@@ -62,6 +62,7 @@ class PoolWorker:
         self._recent = {name: RecentResults(task) for name, task in self._tasks.items()}
         self._timeout_s = pool.timeout_s
         self._feeder = Feeder(setup.requests_of(pool.tasks), setup.requests_of(later), device, decoding)
+        self._passes_regions_on = setup.read_regions(later)
         self._turn = threading.Lock()
         self._name = "+".join(pool.tasks)
         self._idle_since: float | None = None
@@ -85,6 +86,8 @@ class PoolWorker:
             self._metrics.count_batch(batch.num_rows, busy, waited, retries)
             self._idle_since = time.perf_counter()
         batch = self._feeder.finish(batch, fed)
+        if not self._passes_regions_on:
+            batch = columns.drop_regions(batch)
         for column, amount in (
             (columns.seconds_column(f"feed:{self._name}"), fed.seconds),
             (columns.seconds_column(f"busy:{self._name}"), busy),

@@ -44,6 +44,7 @@ class Prepared:
             date=self.date,
             limit=self.job.limit,
             retry=self.job.retry,
+            questions=self.job.questions,
         )
 
     def constants(self, run_id: str) -> RunConstants:
@@ -58,6 +59,8 @@ class Prepared:
             policy_version=policy.version if policy else None,
             policy_digest=policy.digest if policy else None,
             decoder=DECODER_VERSION,
+            questions=self.job.questions,
+            found_text_column=self.job.source.found_text_column,
         )
 
     def model_names(self) -> dict[str, str]:

@@ -102,11 +102,11 @@ class Quarantine:
         decoded = self._call("decode", row)
         if isinstance(decoded, RowErrorClass):
             finished = self._stages.decode.failed(row, decoded, _MESSAGES[decoded])
-            return columns.drop_views(columns.drop_pixels(finished))
+            return columns.drop_regions(columns.drop_views(columns.drop_pixels(finished)))
         for task in self._stages.tasks:
             finished = self._call("run", task, decoded)  # a task reads what is there: null where one before it failed
             decoded = _failed_task(decoded, task, finished) if isinstance(finished, RowErrorClass) else finished
-        return columns.drop_views(columns.drop_pixels(decoded))
+        return columns.drop_regions(columns.drop_views(columns.drop_pixels(decoded)))
 
     def close(self) -> None:
         """Ends the process."""

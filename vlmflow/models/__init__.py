@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Protocol
 from vlmflow.config import Dtype, ModelConfig
 from vlmflow.imaging import PixelRequest
 from vlmflow.models.identity import CODE_VERSIONS, ModelIdentity
-from vlmflow.models.preprocessing import read_preprocessing
+from vlmflow.models.preprocessing import Preprocessing, read_preprocessing
 from vlmflow.models.profiles import ModelStatus, ProfileStatus, check_family, describe_profiles, resolve_models
+from vlmflow.models.vilbert import region_preprocessing
 from vlmflow.models.weights import locate, weights_digest
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy as np
     import torch
     from numpy.typing import NDArray
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
     from vlmflow.models.towers import VisionTowers
 
 __all__ = [
+    "Answer",
+    "Answerer",
     "Captioner",
     "EncodedImages",
     "ImageEmbedder",
@@ -35,9 +40,11 @@ __all__ = [
     "ProfileStatus",
     "describe_profiles",
     "identify",
+    "load_answerer",
     "load_captioner",
     "load_embedder",
     "load_matcher",
+    "locate",
     "pixel_request",
     "resolve_models",
 ]
@@ -93,13 +100,46 @@ class Matcher(Protocol):
     """How well texts fit images, by two heads whose values do not compare. None: the model has no such head."""
 
     def encode_images(self, pixels: torch.Tensor) -> EncodedImages:
-        """(N, 3, S, S) uint8 RGB -> N images for the methods below."""
+        """(N, 3, S, S) uint8 RGB -> N images for the methods below.
+
+        A model that wants no pixels (:func:`pixel_request` is None) is given regions in their place.
+        """
 
     def match_itm(self, images: EncodedImages, texts: Sequence[str]) -> NDArray[np.float32] | None:
         """(N,) the probability that ``texts[i]`` and image i match, by the matching head."""
 
     def match_itc(self, images: EncodedImages, texts: Sequence[str]) -> NDArray[np.float32] | None:
         """(N,) the cosine of ``texts[i]`` and image i, by the contrastive heads."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer to one question about one image."""
+
+    text: str
+    score: float  # probability that the model gives it, in [0, 1]; not a number: the model tells none
+
+
+class Answerer(Protocol):
+    """Answers questions about images. N: images, S: side of the pixels."""
+
+    def answer(self, pixels: torch.Tensor, questions: Sequence[Sequence[str]]) -> list[list[Answer]]:
+        """Answers ``questions[i]``, of which there may be any number, about image i; each image is encoded once.
+
+        Args:
+            pixels: (N, 3, S, S) uint8 RGB; for a model that wants none, regions.
+
+        Raises:
+            QuestionError: a question is longer than the model can take.
+            ValueError: there are not as many lists of questions as images.
+        """
+
+    def check_questions(self, questions: Sequence[str]) -> None:
+        """Makes sure that the model can take these questions.
+
+        Raises:
+            QuestionError: one is longer than it can take.
+        """
 
 
 def identify(role: str, config: ModelConfig) -> ModelIdentity:
@@ -111,24 +151,34 @@ def identify(role: str, config: ModelConfig) -> ModelIdentity:
     """
     check_family(role, config)
     folder = locate(config)
+    preprocessing = _preprocessing(folder, config)
     return ModelIdentity(
         id=config.repo or folder.name,
         revision=config.revision or "local",
         weights_digest=weights_digest(folder, config.family),
-        preprocessing=read_preprocessing(folder, config).describe(),
+        preprocessing=preprocessing.describe() if preprocessing else "regions of the source",
         code_version=CODE_VERSIONS[config.family],
     )
 
 
-def pixel_request(role: str, config: ModelConfig, views: tuple[str, ...]) -> PixelRequest:
+def pixel_request(role: str, config: ModelConfig, views: tuple[str, ...]) -> PixelRequest | None:
     """The pixels that the model wants: all views for `embed`, the whole image alone for the others.
+
+    Returns:
+        None: it wants none, but regions that the source has a column of.
 
     Raises:
         WeightsError: a configuration file is absent, or asks for what vlmflow does not do.
     """
-    preprocessing = read_preprocessing(locate(config), config)
+    preprocessing = _preprocessing(locate(config), config)
+    if preprocessing is None:
+        return None
     others = [view for view in views if view != "squash"] if role == "embed" else []
     return PixelRequest(preprocessing.size, preprocessing.interpolation, ("squash", *others))
+
+
+def _preprocessing(folder: Path, config: ModelConfig) -> Preprocessing | None:
+    return region_preprocessing(folder) if config.family == "vilbert" else read_preprocessing(folder, config)
 
 
 def load_embedder(config: ModelConfig, device: str) -> ImageEmbedder:
@@ -204,7 +254,36 @@ def load_matcher(
             from vlmflow.models.align import AlignMatcher
 
             return AlignMatcher.load(locate(config), config, device, dtype)
+        case "vilbert":
+            from vlmflow.models.vilbert.adapter import VilbertMatcher
+
+            return VilbertMatcher.load(locate(config), device, dtype)
         case _:
             from vlmflow.models.blip import BlipMatcher
 
             return BlipMatcher.load(locate(config), config, device, dtype, towers)
+
+
+def load_answerer(
+    config: ModelConfig, device: str, dtype: Dtype = "auto", towers: VisionTowers | None = None
+) -> Answerer:
+    """Loads a model that answers questions.
+
+    Args:
+        dtype: `auto`: bfloat16 on CUDA, float32 elsewhere.
+        towers: of the worker; a vision tower with equal weights is shared. None: the model has its own.
+
+    Raises:
+        WeightsError: the weights are absent, unsafe to load, or do not fit.
+    """
+    if config.family == "blip_vqa":
+        from vlmflow.models.blip_vqa import BlipAnswerer
+
+        return BlipAnswerer.load(locate(config), config, device, dtype, towers)
+    if config.family == "vilbert":
+        from vlmflow.models.vilbert.adapter import VilbertAnswerer
+
+        return VilbertAnswerer.load(locate(config), device, dtype)
+    from vlmflow.models.vilt import ViltAnswerer
+
+    return ViltAnswerer.load(locate(config), config, device, dtype)

@@ -46,7 +46,7 @@ class BlipCaptioner:
         Raises:
             WeightsError: the weights are absent or do not fit.
         """
-        return cls(*_load(BlipForConditionalGeneration, folder, config, _Target(device, dtype, towers)))
+        return cls(*load_parts(BlipForConditionalGeneration, folder, config, Target(device, dtype, towers)))
 
     @torch.inference_mode()
     def caption(self, pixels: torch.Tensor, max_tokens: int, num_beams: int = 1) -> list[str]:
@@ -94,7 +94,7 @@ class BlipMatcher:
             WeightsError: the weights are absent or do not fit.
         """
         # A text has a hundredth of an image's tokens: in float32 it costs little, and scores keep their second digit.
-        return cls(*_load(BlipForImageTextRetrieval, folder, config, _Target(device, dtype, towers, torch.float32)))
+        return cls(*load_parts(BlipForImageTextRetrieval, folder, config, Target(device, dtype, towers, torch.float32)))
 
     @torch.inference_mode()
     def encode_images(self, pixels: torch.Tensor) -> EncodedImages:
@@ -150,7 +150,7 @@ class BlipMatcher:
 
 
 @dataclass(frozen=True)
-class _Target:
+class Target:
     """Where a model is to run, and as what."""
 
     device: str
@@ -159,7 +159,12 @@ class _Target:
     text_dtype: torch.dtype | None = None  # None: as the vision tower
 
 
-def _load(model_class: Any, folder: Path, config: ModelConfig, target: _Target) -> tuple[Any, Any, SharedTower]:
+def load_parts(model_class: Any, folder: Path, config: ModelConfig, target: Target) -> tuple[Any, Any, SharedTower]:
+    """Loads a model of transformers with a BLIP vision tower; its tokenizer, and the tower as the worker shares it.
+
+    Raises:
+        WeightsError: the weights are absent or do not fit.
+    """
     dtype = model_dtype(target.device, target.dtype)
     try:
         with _no_progress_bar():

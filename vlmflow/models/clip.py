@@ -73,6 +73,17 @@ class ClipEmbedder:
         return np.concatenate(parts)
 
 
+def load_tower(folder: Path, config: ModelConfig, device: str, dtype: torch.dtype) -> torch.nn.Module:
+    """The vision tower alone, for a model that stands on its patches.
+
+    Raises:
+        WeightsError: as :meth:`ClipEmbedder.load`.
+    """
+    _refuse_remote_parts(folder, read_open_clip_model(folder, config.architecture))
+    tower: torch.nn.Module = _build(folder, config.architecture, device).visual  # type: ignore[assignment]
+    return tower.to(dtype)
+
+
 def _build(folder: Path, architecture: str | None, device: str) -> torch.nn.Module:
     has_config = (folder / "open_clip_config.json").is_file()
     name = f"local-dir:{folder}" if has_config else str(architecture)

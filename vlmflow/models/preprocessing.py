@@ -50,7 +50,7 @@ def read_preprocessing(folder: Path, config: ModelConfig) -> Preprocessing:
     """
     if config.family == "open_clip":
         return _read_open_clip(folder, config.architecture)
-    if config.family in ("image_classification", "vlm_judge"):
+    if config.family in ("image_classification", "vlm_judge", "vilt"):
         return _read_processor(folder)
     if config.family == "align":
         return _read_align(folder)

@@ -11,13 +11,14 @@ from vlmflow.config import Family, Job, ModelConfig, default_models_dir
 from vlmflow.errors import ConfigError
 from vlmflow.models.weights import find_weights, require_folder
 
-Role = Literal["embed", "caption", "match"]
+Role = Literal["embed", "caption", "match", "answer"]
 
 # The families that can play a role; the first is that of a profile's model which names none.
 FAMILIES: dict[Role, tuple[Family, ...]] = {
     "embed": ("open_clip", "flava", "align"),
     "caption": ("blip_caption", "blip2_caption", "git"),
-    "match": ("blip_itm", "blip2_itm", "flava", "align"),
+    "match": ("blip_itm", "blip2_itm", "flava", "align", "vilbert"),
+    "answer": ("vilt", "blip_vqa", "vilbert"),
 }
 STARTER = "starter"
 
@@ -62,6 +63,7 @@ PROFILES: dict[str, Profile] = {
             "embed": ProfileModel("vlmflow/starter-clip", "clip", "Apache-2.0", 3_768_577),
             "caption": ProfileModel("vlmflow/starter-captioner", "captioner", "Apache-2.0", 4_180_254),
             "match": ProfileModel("vlmflow/starter-matcher", "matcher", "Apache-2.0", 4_216_898),
+            "answer": ProfileModel("vlmflow/starter-vqa", "vqa", "Apache-2.0", 2_513_188),
         },
     ),
     "base": Profile(
@@ -74,6 +76,9 @@ PROFILES: dict[str, Profile] = {
                 "Salesforce/blip-image-captioning-base", "blip-image-captioning-base", "BSD-3-Clause", 223_971_644
             ),
             "match": ProfileModel("Salesforce/blip-itm-base-coco", "blip-itm-base-coco", "BSD-3-Clause", 223_744_258),
+            "answer": ProfileModel(
+                "dandelin/vilt-b32-finetuned-vqa", "vilt-b32-finetuned-vqa", "Apache-2.0", 117_588_537
+            ),
         },
     ),
     "large": Profile(
@@ -84,6 +89,9 @@ PROFILES: dict[str, Profile] = {
                 "Salesforce/blip-image-captioning-large", "blip-image-captioning-large", "BSD-3-Clause", 446_290_492
             ),
             "match": _BLIP_ITM_LARGE,
+            "answer": ProfileModel(
+                "Salesforce/blip-vqa-base", "blip-vqa-base", "BSD-3-Clause", 361_230_140, "blip_vqa"
+            ),
         },
     ),
     "blip2": Profile(
@@ -142,7 +150,7 @@ def resolve_models(job: Job) -> dict[str, ModelConfig]:
     """The model of each role that the job's tasks need: the profile's, unless the job names another.
 
     Raises:
-        ConfigError: there is no such profile, or a model does not belong to the family of its role.
+        ConfigError: there is no such profile, it has no model for a role, or a model is of a family of another role.
         WeightsError: a local folder is absent, or holds no safetensors; it names the folder and what belongs there.
     """
     if job.profile not in PROFILES:
@@ -188,7 +196,12 @@ def _describe(profile: str, role: Role, models_dir: Path | None) -> ModelStatus:
 
 
 def _profile_config(profile: str, role: Role, models_dir: Path | None) -> ModelConfig:
-    model = PROFILES[profile].models[role]
+    model = PROFILES[profile].models.get(role)
+    if model is None:
+        raise ConfigError(
+            f"profile {profile}: no model for {role}",
+            remedy=f"Name one under `models: {role}:` in the job's file, leave {role} out, or use another profile.",
+        )
     if profile == STARTER:
         root = Path(str(resources.files("vlmflow"))) / "starter"
     else:

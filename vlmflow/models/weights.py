@@ -19,6 +19,9 @@ _WEIGHT_NAMES = {
     "open_clip": ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors"),
     "blip_caption": ("model.safetensors", "model.safetensors.index.json"),
     "blip_itm": ("model.safetensors", "model.safetensors.index.json"),
+    "vilt": ("model.safetensors", "model.safetensors.index.json"),
+    "blip_vqa": ("model.safetensors", "model.safetensors.index.json"),
+    "vilbert": ("model.safetensors", "model.safetensors.index.json"),
     "image_classification": ("model.safetensors", "model.safetensors.index.json"),
     "vlm_judge": ("model.safetensors", "model.safetensors.index.json"),
     "blip2_caption": ("model.safetensors", "model.safetensors.index.json"),
@@ -28,6 +31,8 @@ _WEIGHT_NAMES = {
     "align": ("model.safetensors", "model.safetensors.index.json"),
 }
 _CONFIG_NAMES = dict.fromkeys(_WEIGHT_NAMES, "config.json") | {"open_clip": "open_clip_config.json"}
+# Files beside the weights that loading reads too.
+_COMPANION_NAMES = {"vilbert": ("answers.json", "detector.safetensors", "regions.json", "regions.safetensors")}
 _TOKENIZER_NAMES = (
     "added_tokens.json",
     "merges.txt",
@@ -98,7 +103,7 @@ def find_weights(folder: Path, family: str) -> list[Path]:
 
 def weights_digest(folder: Path, family: str) -> str:
     """SHA-256 over names and contents of the files that loading reads: weights, configuration, tokenizer."""
-    names = [_CONFIG_NAMES[family], *_TOKENIZER_NAMES]
+    names = [_CONFIG_NAMES[family], *_TOKENIZER_NAMES, *_COMPANION_NAMES.get(family, ())]
     files = [*find_weights(folder, family), *(folder / name for name in names if (folder / name).is_file())]
     total = hashlib.sha256()
     for path in sorted(files):
@@ -152,6 +157,7 @@ def _download(repo: str, revision: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError
 
     patterns = ["*.safetensors", "*.safetensors.index.json", *_TOKENIZER_NAMES, *set(_CONFIG_NAMES.values())]
+    patterns += [name for names in _COMPANION_NAMES.values() for name in names]
     patterns += ["p*processor_config.json", "chat_template.*"]  # "preprocessor_config.json" too
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))

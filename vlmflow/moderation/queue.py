@@ -107,7 +107,7 @@ def make_queue(batches: Iterable[pa.Table], sizes: QueueSizes, seed: int = 0) ->
     for batch in batches:
         open_rows = batch.filter(pa.array(~equal_reason(batch) & is_valid(batch["content_hash"])))
         num_images += open_rows.num_rows
-        distances = _distances(open_rows)
+        distances = threshold_gaps(open_rows)
         signs = _signs(open_rows)
         draws = _draws(open_rows, seed)
         for number in range(open_rows.num_rows):
@@ -131,7 +131,7 @@ def make_queue(batches: Iterable[pa.Table], sizes: QueueSizes, seed: int = 0) ->
     return pa.Table.from_pylist(rows, schema=QUEUE)
 
 
-def _distances(rows: pa.Table) -> NDArray[np.float64]:
+def threshold_gaps(rows: pa.Table) -> NDArray[np.float64]:
     """(N,) how near the nearest label is to one of its thresholds; infinite without scores."""
     labels = flat(rows["labels"])
     items = pc.list_flatten(labels)

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from vlmflow.catalog.judged import LIST_PREFIX
 from vlmflow.errors import ReviewError, SourceError
 from vlmflow.sources.uris import normalise_uri
 from vlmflow.views_search import as_csv
@@ -165,6 +166,8 @@ def _word(where: str, row: Mapping[str, Any], reviewer: str | None, now: dt.date
     who = texts["reviewer"] or reviewer
     if who is None:
         raise ReviewError(f"{where}: no reviewer", remedy="Fill in the column reviewer, or give --reviewer.")
+    if who.startswith(LIST_PREFIX):
+        raise ReviewError(f"{where}: reviewer {who!r} is a list of known images", remedy="Name a person.")
     image = texts["image_id"]
     if image is None:
         if texts["uri"] is None:

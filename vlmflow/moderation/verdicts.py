@@ -93,12 +93,12 @@ def reviewed(events: pa.Table) -> VerdictFile:
     """The verdicts on labels among those that a catalog keeps; of several on one label by one person the newest.
 
     Args:
-        events: as ``vlmflow.catalog.reviews.EVENT``, the oldest first.
+        events: as ``vlmflow.catalog.reviews.EVENT``, the oldest first. A label without a value was taken back.
     """
     newest: dict[tuple[str, str, str], dict[str, Any]] = {}
-    for row in events.filter(pc.and_(pc.is_valid(events["label"]), pc.is_valid(events["value"]))).to_pylist():
+    for row in events.filter(pc.is_valid(events["label"])).to_pylist():
         newest[row["image_id"], row["label"], row["reviewer"]] = row
-    rows = list(newest.values())
+    rows = [row for row in newest.values() if row["value"] is not None]
     verdicts = [
         Verdict(row["image_id"], row["label"], row["value"], row["weight"] or 1.0, row["content_hash"]) for row in rows
     ]

@@ -82,6 +82,15 @@ class LiveRows:
         """The live row of each key (``schema.KEY``)."""
         return self._index.find(*to_words(keys))
 
+    def file_of(self, position: int) -> DataFile:
+        """The file that holds a row."""
+        return self.files[int(np.searchsorted(self.starts, position, side="right")) - 1]
+
+    @property
+    def by_id(self) -> Positions:
+        """(N,) the rows in the order of their ids."""
+        return self._index.values
+
     def locate(self, keys: pa.Array | pa.ChunkedArray, runs: pa.ChunkedArray) -> Positions:
         """The live row that refers to each vector, given the image and the run that wrote it; -1: none does."""
         at = self.find(keys)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 import time
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -23,14 +26,32 @@ from vlmflow.errors import CatalogError, ConfigError, SearchError
 from vlmflow.search.exact import NOTHING, Block, Found, best, search_exact, vector_blocks
 from vlmflow.search.index import OpenSegment, search_segments
 from vlmflow.search.live import LiveRows, Positions
-from vlmflow.search.query import Query, QueryEncoder, search_job
 from vlmflow.search.results import HIT_COLUMNS, Hit, SearchResult, notes_of
 from vlmflow.search.segments import Index, read_index
 from vlmflow.sources.uris import normalise_uri
 
+if TYPE_CHECKING:
+    from vlmflow.search.query import Query, QueryEncoder
+
 MAX_TOP_K = 10_000
 # Vectors outside the index that stay in memory between queries: a hundred megabytes at 512 dimensions.
 _KEPT_ROWS = 50_000
+_IMAGE_ID = re.compile("[0-9a-f]{32}")
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """A query as the vectors of a catalog see it.
+
+    Attributes:
+        vector: (D,) of unit length.
+        models: fingerprints of the vectors that it can be compared with.
+        itself: the number of the live row that was asked for, of the version it was asked of; None: the query is none.
+    """
+
+    vector: NDArray[np.float32]
+    models: tuple[str, ...]
+    itself: int | None = None
 
 
 class Searcher:
@@ -73,16 +94,25 @@ class Searcher:
             raise ConfigError(f"top_k {top_k}", remedy=f"Ask for 1 to {MAX_TOP_K:,} images.")
         started = time.monotonic()
         live = self.refresh()
+        asked = self.ask(query)
+        matching = self._matching(live, asked.models, where)
+        if asked.itself is not None:
+            matching[asked.itself] = False
+        found, num_indexed = self.nearest(asked.vector, asked.models, matching, top_k)
+        return self._result(live, query, where, top_k, asked.models, matching, found, num_indexed, started)
+
+    def ask(self, query: Query) -> Asked:
+        """Makes a vector of a query, in the version of the last :meth:`refresh`; loads the model if it needs one.
+
+        Raises:
+            ConfigError, SearchError, ImageError, WeightsError: as :meth:`search`.
+        """
+        live = self._live
+        assert live is not None
         if query.like is not None:
-            vector, models, itself = self._stored(live, query.like)
-        else:
-            encoder = self._encoder_of(live)
-            vector, models, itself = encoder.encode(query), encoder.fingerprints, None
-        matching = self._matching(live, models, where)
-        if itself is not None:
-            matching[itself] = False
-        found, num_indexed = self.nearest(vector, models, matching, top_k)
-        return self._result(live, query, where, top_k, models, matching, found, num_indexed, started)
+            return self._stored(live, query.like)
+        encoder = self._encoder_of(live)
+        return Asked(encoder.encode(query), encoder.fingerprints)
 
     def refresh(self) -> LiveRows:
         """Moves to the newest version of the catalog; nothing is read if there is no newer one."""
@@ -181,6 +211,8 @@ class Searcher:
 
     def _encoder_of(self, live: LiveRows) -> QueryEncoder:
         if self._encoder is None:
+            from vlmflow.search.query import QueryEncoder, search_job  # with torch, which `like` does without
+
             job = self._job
             if job is None:
                 from vlmflow.engine.remoderate import last_profile
@@ -202,16 +234,10 @@ class Searcher:
             )
         return self._encoder
 
-    def _stored(self, live: LiveRows, uri: str) -> tuple[NDArray[np.float32], tuple[str, ...], int]:
+    def _stored(self, live: LiveRows, uri: str) -> Asked:
         """The vector of an image of the catalog, what made it, and its row."""
         assert self._snapshot is not None
-        # As it is written in the table, or as a person would write it.
-        wanted = pa.array([_encodable(uri), _encodable(normalise_uri(uri))], pa.string())
-        keys = [
-            rows["image_id"].filter(pc.is_in(rows["uri"], value_set=wanted))
-            for _, rows in live.read(["image_id", "uri"])
-        ]
-        found = live.find(to_binary(pa.chunked_array([c for key in keys for c in key.chunks], pa.string())))
+        found = _rows_of(live, uri)
         if not len(found):
             raise ConfigError(f"--like {uri!r}: no such image in {self._config.uri}", remedy="Name a uri of its rows.")
         mask = np.zeros(len(live), np.bool_)
@@ -219,7 +245,7 @@ class Searcher:
         for positions, vectors in vector_blocks(self._folder, self._snapshot, live, mask):
             model = live.model_of(int(positions[0]))
             if model is not None:
-                return vectors[0], (model,), int(positions[0])
+                return Asked(vectors[0], (model,), int(positions[0]))
         raise SearchError(
             f"--like {uri!r}: the image has no embedding", remedy="Run `vlmflow enrich` with the task embed."
         )
@@ -271,6 +297,19 @@ class Searcher:
             notes=notes_of(num_matching, num_indexed, num_other, exact=self._exact),
             hits=hits,
         )
+
+
+def _rows_of(live: LiveRows, image: str) -> Positions:
+    """The live rows with an id, or with a uri as it is written in the table or as a person would write it."""
+    if _IMAGE_ID.fullmatch(image):
+        by_id = live.find(to_binary(pa.array([image])))
+        if by_id[0] >= 0:
+            return by_id
+    wanted = pa.array([_encodable(image), _encodable(normalise_uri(image))], pa.string())
+    keys = [
+        rows["image_id"].filter(pc.is_in(rows["uri"], value_set=wanted)) for _, rows in live.read(["image_id", "uri"])
+    ]
+    return live.find(to_binary(pa.chunked_array([c for key in keys for c in key.chunks], pa.string())))
 
 
 def _encodable(text: str) -> str:

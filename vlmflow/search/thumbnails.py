@@ -65,17 +65,30 @@ def _fetch(reader: SourceReader, hits: Sequence[Hit]) -> list[Fetched]:
         return [Fetched(None, None, None, str(error))] * len(hits)
 
 
-def _thumbnail(hit: Hit, fetched: Fetched, limits: ImageLimits, show_flagged: bool) -> Thumbnail:
+def picture_of(
+    content_hash: str | None, fetched: Fetched, limits: ImageLimits, request: PixelRequest = _REQUEST
+) -> Image.Image | str:
+    """A small picture of what was read, squashed to a square; or why there is none.
+
+    Args:
+        content_hash: of the bytes that the row was made of; of others no decision is known.
+    """
     if fetched.data is None:
-        return Thumbnail(None, fetched.message or "cannot be read")
+        return fetched.message or "cannot be read"
     try:
-        image = decode(fetched.data, [_REQUEST], limits)
+        image = decode(fetched.data, [request], limits)
     except ImageError as error:
-        return Thumbnail(None, str(error))
-    if image.facts.content_hash != hit.content_hash:
-        return Thumbnail(None, "the image has changed since it was enriched")
-    ((_, pixels),) = image.pixels[_REQUEST.key]
-    picture = Image.fromarray(pixels)
+        return str(error)
+    if image.facts.content_hash != content_hash:
+        return "the image has changed since it was enriched"
+    ((_, pixels),) = image.pixels[request.key]
+    return Image.fromarray(pixels)
+
+
+def _thumbnail(hit: Hit, fetched: Fetched, limits: ImageLimits, show_flagged: bool) -> Thumbnail:
+    picture = picture_of(hit.content_hash, fetched, limits)
+    if isinstance(picture, str):
+        return Thumbnail(None, picture)
     blurred = hit.is_flagged and not show_flagged
     if blurred:
         picture = blur(picture)

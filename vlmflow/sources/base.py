@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import pyarrow as pa
 
-from vlmflow.config import ImageLimits
-from vlmflow.errors import RowErrorClass
+from vlmflow.config import ImageLimits, SourceConfig
+from vlmflow.errors import RowErrorClass, SourceError
 from vlmflow.schema import REFERENCE, with_source
 from vlmflow.sources.uris import ids_of_normalised
 
@@ -76,6 +76,52 @@ class Source(Protocol):
     def reader(self, limits: ImageLimits) -> Reader:
         """Builds the reader of this source's references."""
         ...
+
+
+def own_columns(rows: pa.Table, config: SourceConfig, name: str) -> dict[str, pa.Array]:
+    """What references take of the caller's columns: ``key``, ``text`` and ``questions``, of those that are named.
+
+    Args:
+        name: of the source, for messages.
+
+    Raises:
+        SourceError: the column of questions holds something else.
+    """
+    given: dict[str, pa.Array] = {}
+    for own, column in (("key", config.key_column), ("text", config.text_column)):
+        if column is not None:
+            given[own] = rows[column].cast(pa.string()).combine_chunks()
+    if config.questions_column is not None:
+        given["questions"] = _questions(rows[config.questions_column], f"{name}: column {config.questions_column}")
+    return given
+
+
+def check_named(config: SourceConfig, columns: Sequence[str], name: str) -> None:
+    """Makes sure that the source has the caller's columns that the job names.
+
+    Raises:
+        SourceError: one is not there.
+    """
+    named = ("key_column", "text_column", "questions_column", "found_text_column")
+    for setting in named:
+        column = getattr(config, setting)
+        if column is not None and column not in columns:
+            there = ", ".join(columns) or "none"
+            remedy = f"Name another with source.{setting}, or leave it out."
+            raise SourceError(f"{name} has no column {column}; it has {there}", remedy=remedy)
+
+
+def _questions(column: pa.ChunkedArray, what: str) -> pa.Array:
+    """Lists of questions from a column of lists, or of texts with one question a line; null where there is none."""
+    kind = column.type
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    if not pa.types.is_string(kind) and not (is_list and pa.types.is_string(kind.value_type)):
+        raise SourceError(f"{what} is {kind}", remedy="Store questions as texts, one a line, or as lists of texts.")
+    asked = []
+    for value in column.to_pylist():
+        questions = value.splitlines() if isinstance(value, str) else value or []
+        asked.append([question.strip() for question in questions if question and question.strip()] or None)
+    return pa.array(asked, pa.list_(pa.string()))
 
 
 def reference_batch(columns: Mapping[str, pa.Array], source: pa.StructArray | None = None) -> pa.RecordBatch:

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from vlmflow.config import ImageLimits, SourceConfig
 from vlmflow.errors import SourceError
 from vlmflow.retry import retried
-from vlmflow.sources.base import Reader, reference_batch
+from vlmflow.sources.base import Reader, check_named, own_columns, reference_batch
 from vlmflow.sources.prefix import no_images
 from vlmflow.sources.reader import SourceReader
 from vlmflow.sources.stores import ObjectHead, Stores
@@ -40,12 +40,11 @@ class ManifestSource:
     def columns(self) -> pa.Schema:
         """The manifest's columns without that of the uris; see :class:`vlmflow.sources.base.Source`."""
         schema = self._table.schema
-        wanted = (self._config.uri_column, self._config.key_column, self._config.text_column)
-        for name in wanted:
-            if name is not None and name not in schema.names:
-                there = ", ".join(schema.names) or "none"
-                remedy = "Name another with source.uri_column, key_column or text_column."
-                raise SourceError(f"{self._config.uri} has no column {name}; it has {there}", remedy=remedy)
+        if self._config.uri_column not in schema.names:
+            there = ", ".join(schema.names) or "none"
+            message = f"{self._config.uri} has no column {self._config.uri_column}; it has {there}"
+            raise SourceError(message, remedy="Name another with source.uri_column.")
+        check_named(self._config, schema.names, self._config.uri)
         return pa.schema([field for field in schema if field.name != self._config.uri_column])
 
     def list(self) -> Iterator[pa.RecordBatch]:
@@ -67,9 +66,10 @@ class ManifestSource:
         if self._address.is_local:
             if not Path(self._address.path).is_file():
                 raise SourceError(f"{self._address.path} does not exist", remedy="Check the path.")
-            return open_table(Path(self._address.path), self._config.uri)
+            return open_table(Path(self._address.path), self._config.uri, self._config.regions_column)
         self._folder = tempfile.TemporaryDirectory(prefix="vlmflow-")
-        return open_table(self._download(Path(self._folder.name) / "manifest"), self._config.uri)
+        path = self._download(Path(self._folder.name) / "manifest")
+        return open_table(path, self._config.uri, self._config.regions_column)
 
     def _download(self, path: Path) -> Path:
         """Copies the manifest here: it is read more than once, and must not change meanwhile."""
@@ -100,9 +100,9 @@ class ManifestSource:
                 "uri": pa.array([normalise_uri(locator) for locator in locators], pa.string()),
                 "locator": pa.array(locators, pa.string()),
             }
-            for name, column in (("key", config.key_column), ("text", config.text_column)):
-                if column is not None:
-                    given[name] = flat(rows[column]).cast(pa.string())
+            given |= own_columns(rows, config, config.uri)
+            if config.regions_column is not None:
+                given["regions_row"] = pa.array(range(first_row - 1, first_row - 1 + rows.num_rows), pa.int64())
             version_column = next((name for name in _VERSION_COLUMNS if name in rows.column_names), None)
             if version_column is not None:
                 given["object_version"] = pc.utf8_trim(flat(rows[version_column]).cast(pa.string()), '"')

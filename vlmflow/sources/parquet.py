@@ -10,12 +10,13 @@ import pyarrow.parquet as pq
 
 from vlmflow.config import ImageLimits, SourceConfig
 from vlmflow.errors import SourceError
-from vlmflow.sources.base import BATCH_ROWS, Reader, reference_batch
+from vlmflow.sources.base import BATCH_ROWS, Reader, check_named, own_columns, reference_batch
 from vlmflow.sources.listing import list_files
 from vlmflow.sources.manifest import flat, source_struct
 from vlmflow.sources.parquet_rows import bytes_field
 from vlmflow.sources.prefix import no_images
 from vlmflow.sources.reader import SourceReader, row_version
+from vlmflow.sources.regions import check_regions
 from vlmflow.sources.stores import Stores
 from vlmflow.sources.tables import portable_schema
 from vlmflow.sources.unique import unique_references
@@ -64,7 +65,7 @@ class ParquetSource:
         with file:
             schema = _open(file, self._files[0]).schema_arrow
         self._check(schema, self._files[0])
-        dropped = (self._config.bytes_column, self._config.uri_column)
+        dropped = (self._config.bytes_column, self._config.uri_column, self._config.regions_column)
         return portable_schema(pa.schema([field for field in schema if field.name not in dropped]), self._files[0])
 
     def _check(self, schema: pa.Schema, uri: str) -> None:
@@ -72,10 +73,9 @@ class ParquetSource:
         if bytes_field(schema, self._config.bytes_column) is None:
             message = f"{uri} has no column {self._config.bytes_column} of image bytes; it has {there}"
             raise SourceError(message, remedy="Name another with source.bytes_column.")
-        for name in (self._config.key_column, self._config.text_column):
-            if name is not None and name not in schema.names:
-                remedy = "Name another with source.key_column or text_column."
-                raise SourceError(f"{uri} has no column {name}; it has {there}", remedy=remedy)
+        check_named(self._config, schema.names, uri)
+        if self._config.regions_column is not None:
+            check_regions(schema, self._config.regions_column, uri)
 
     def _references(self) -> Iterator[pa.RecordBatch]:
         for uri in self._files:
@@ -120,9 +120,7 @@ class ParquetSource:
             given["uri"] = pa.array(
                 [normalise_uri(name) for name in resolve(spelled, parse_address(uri).parent)], pa.string()
             )
-        for name, column in (("key", self._config.key_column), ("text", self._config.text_column)):
-            if column is not None:
-                given[name] = flat(rows[column]).cast(pa.string())
+        given |= own_columns(rows.select(self.columns.names).cast(self.columns), self._config, uri)
         return reference_batch(given, source_struct(rows.select(self.columns.names).cast(self.columns), self.columns))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 
 from vlmflow.config import ImageLimits, SourceConfig
-from vlmflow.errors import EmptySourceError
+from vlmflow.errors import EmptySourceError, SourceError
 from vlmflow.sources.base import Reader, reference_batch
 from vlmflow.sources.listing import list_objects
 from vlmflow.sources.reader import SourceReader
@@ -26,6 +26,10 @@ class PrefixSource:
     @property
     def columns(self) -> pa.Schema:
         """No caller's columns."""
+        for setting in ("questions_column", "found_text_column", "regions_column"):
+            if getattr(self._config, setting) is not None:
+                message = f"source.{setting}: a folder of images has no columns"
+                raise SourceError(message, remedy="List the images in a manifest, or leave it out.")
         return pa.schema([])
 
     def list(self) -> Iterator[pa.RecordBatch]:

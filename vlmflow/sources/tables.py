@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from vlmflow.errors import SourceError
 from vlmflow.sources.base import BATCH_ROWS
+from vlmflow.sources.regions import check_regions
 
 
 class TableFile(Protocol):
@@ -34,15 +35,20 @@ class TableFile(Protocol):
         ...
 
 
-def open_table(path: Path, name: str) -> TableFile:
+def open_table(path: Path, name: str, regions_column: str | None = None) -> TableFile:
     """Opens a local manifest file by the extension of its name.
 
+    Args:
+        regions_column: a column that is passed over: it is not read, and not in the schema.
+
     Raises:
-        SourceError: no manifest format goes by the extension.
+        SourceError: no manifest format goes by the extension, or it cannot have a column of regions.
     """
     extension = Path(name).suffix.lower()
     if extension == ".parquet":
-        return ParquetTable(path, name)
+        return ParquetTable(path, name, regions_column)
+    if regions_column is not None:
+        raise SourceError(f"{name}: regions in a {extension} file", remedy="Write the manifest as a .parquet file.")
     if extension == ".csv":
         return CsvTable(path, name)
     if extension in (".jsonl", ".ndjson"):
@@ -107,18 +113,22 @@ def portable_schema(schema: pa.Schema, name: str) -> pa.Schema:
 class ParquetTable:
     """A Parquet manifest."""
 
-    def __init__(self, path: Path, name: str) -> None:
-        self._path, self._name = path, name
+    def __init__(self, path: Path, name: str, regions_column: str | None = None) -> None:
+        self._path, self._name, self._regions_column = path, name, regions_column
 
     @cached_property
     def schema(self) -> pa.Schema:
-        """All its columns."""
-        return portable_schema(self._open().schema_arrow, self._name)
+        """All its columns but that of regions."""
+        schema = self._open().schema_arrow
+        if self._regions_column is not None:
+            check_regions(schema, self._regions_column, self._name)
+            schema = schema.remove(schema.get_field_index(self._regions_column))
+        return portable_schema(schema, self._name)
 
     def batches(self) -> Iterator[pa.Table]:
         """Yields its rows."""
         try:
-            for batch in self._open().iter_batches(batch_size=BATCH_ROWS):
+            for batch in self._open().iter_batches(batch_size=BATCH_ROWS, columns=self.schema.names):
                 yield pa.table(batch).cast(self.schema)
         except (pa.ArrowInvalid, OSError) as error:
             raise SourceError(f"{self._name} is damaged: {_line(error)}", remedy="Write it again.") from error

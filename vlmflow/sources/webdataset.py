@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from vlmflow.config import ImageLimits, SourceConfig
 from vlmflow.errors import SourceError
-from vlmflow.sources.base import BATCH_ROWS, Reader, reference_batch
+from vlmflow.sources.base import BATCH_ROWS, Reader, check_named, own_columns, reference_batch
 from vlmflow.sources.listing import HIDDEN, list_files
 from vlmflow.sources.prefix import no_images
 from vlmflow.sources.reader import SourceReader, part_version
@@ -52,10 +52,12 @@ class WebDatasetSource:
     @property
     def columns(self) -> pa.Schema:
         """``txt``, ``json`` and ``cls``, null where a sample has no such member."""
-        text = self._config.text_column
-        if text is not None and text not in SIDE_COLUMNS:
-            remedy = f"Name one of {', '.join(SIDE_COLUMNS)}, or leave it out for txt."
-            raise SourceError(f"WebDataset shards have no column {text}", remedy=remedy)
+        check_named(self._config, SIDE_COLUMNS, self._config.uri)
+        if self._config.regions_column is not None:
+            raise SourceError(
+                "source.regions_column: tar shards have no such column",
+                remedy="Use a Parquet manifest or leave it out.",
+            )
         return _COLUMNS
 
     def list(self) -> Iterator[pa.RecordBatch]:
@@ -111,8 +113,10 @@ class WebDatasetSource:
             "length": pa.array([length for _, length in parts], pa.int64()),
             "size_bytes": pa.array([length for _, length in parts], pa.int64()),
             "object_version": pa.array([part_version(shard_version, *part) for part in parts], pa.string()),
-            "text": side[SIDE_COLUMNS.index(self._config.text_column or "txt")],
         }
+        own = pa.table(side, schema=_COLUMNS)
+        config = self._config.model_copy(update={"text_column": self._config.text_column or "txt"})
+        given |= own_columns(own, config, uri)
         return reference_batch(given, pa.StructArray.from_arrays(side, fields=list(_COLUMNS)))
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from vlmflow.imaging import PixelRequest
 from vlmflow.models import EncodedImages, Matcher
 from vlmflow.tasks import Columns
-from vlmflow.tasks.pixels import first_views, pixel_columns
+from vlmflow.tasks.shown import shown, shown_column
 
 _SCORES = ("caption_itm", "caption_itc", "text_itm", "text_itc")
 
@@ -26,14 +26,14 @@ class MatchTask:
     name = "match"
     writes = pa.schema([(name, pa.float32()) for name in _SCORES])
 
-    def __init__(self, matcher: Matcher, request: PixelRequest) -> None:
+    def __init__(self, matcher: Matcher, request: PixelRequest | None) -> None:
         self._matcher = matcher
         self._request = request
-        self.reads: tuple[str, ...] = (pixel_columns(request)[0], "previous_caption", "text")
+        self.reads: tuple[str, ...] = (shown_column(request), "previous_caption", "text")
 
     def __call__(self, batch: pa.Table) -> Columns:
         """Probabilities (itm) and cosines (itc)."""
-        images = self._matcher.encode_images(first_views(batch, self._request))
+        images = self._matcher.encode_images(shown(batch, self._request))
         captions = batch["previous_caption"].to_pylist()
         if "caption" in batch.column_names:
             written = batch["caption"].to_pylist()

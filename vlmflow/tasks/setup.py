@@ -12,6 +12,7 @@ from vlmflow.imaging import PixelRequest, merge_requests
 from vlmflow.models import (
     ModelIdentity,
     identify,
+    load_answerer,
     load_captioner,
     load_embedder,
     load_matcher,
@@ -36,12 +37,17 @@ class TaskSetup:
 
     models: dict[str, ModelConfig]  # by role: embed, caption, match
     identities: dict[str, ModelIdentity]
-    requests: dict[str, PixelRequest]
+    requests: dict[str, PixelRequest]  # by role; none where the model reads regions of the source
     max_caption_tokens: int
     policy: Policy | None  # None: the job does not moderate
     binding: Binding | None  # None: every decision is `review`
     detectors: tuple[DetectorSetup, ...] = ()  # of the policy
     blip_dtype: Dtype = "auto"
+    questions: tuple[str, ...] = ()  # of the job
+
+    def read_regions(self, tasks: Collection[TaskName]) -> bool:
+        """Whether a model of the tasks reads regions that the source has a column of."""
+        return any(task in self.models and task not in self.requests for task in tasks)
 
     def fingerprints(self, tasks: tuple[TaskName, ...]) -> dict[str, str]:
         """What decides whether a task is due: its model and settings. The policy is compared apart from it."""
@@ -71,8 +77,8 @@ class TaskSetup:
             case "caption":
                 tokens = self.max_caption_tokens
                 return short_digest({"model": self.identities["caption"].fingerprint(task), "max_tokens": tokens})
-            case "match":
-                return self.identities["match"].fingerprint(task)
+            case "match" | "answer":
+                return self.identities[task].fingerprint(task)
             case _:
                 assert_never(task)
 
@@ -99,13 +105,29 @@ def prepare_tasks(job: Job) -> TaskSetup:
     return TaskSetup(
         models=models,
         identities=identities,
-        requests={role: pixel_request(role, config, job.views) for role, config in models.items()},
+        requests=_requests(job, models),
         max_caption_tokens=job.max_caption_tokens,
         policy=policy,
         binding=binding,
         detectors=detectors,
         blip_dtype=job.blip_dtype,
+        questions=job.questions,
     )
+
+
+def _requests(job: Job, models: dict[str, ModelConfig]) -> dict[str, PixelRequest]:
+    """The pixels of each role; none of those whose models read regions of the source."""
+    requests = {}
+    for role, config in models.items():
+        request = pixel_request(role, config, job.views)
+        if request is not None:
+            requests[role] = request
+        elif job.source.regions_column is None:
+            raise ConfigError(
+                f"models.{role}: {config.repo or config.path} reads regions from a column of the source",
+                remedy="Name it with source.regions_column.",
+            )
+    return requests
 
 
 def prepare_prompts(setup: TaskSetup) -> PromptVectors | None:
@@ -159,6 +181,11 @@ def load_task(
             from vlmflow.tasks.match import MatchTask
 
             matcher = load_matcher(setup.models["match"], device, setup.blip_dtype, towers)
-            return MatchTask(matcher, setup.requests["match"])
+            return MatchTask(matcher, setup.requests.get("match"))
+        case "answer":
+            from vlmflow.tasks.answer import AnswerTask
+
+            answerer = load_answerer(setup.models["answer"], device, setup.blip_dtype, towers)
+            return AnswerTask(answerer, setup.requests.get("answer"), setup.questions)
         case _:
             assert_never(name)

@@ -12,8 +12,11 @@ import pytest
 from tests.catalog_samples import enrich, fingerprints, image_id, open_catalog, references, request, rows_by_name, write
 from vlmflow.catalog import Catalog
 from vlmflow.catalog.due import PlanRequest
+from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.known_images import KnownList
 from vlmflow.catalog.reviews import EVENT
+from vlmflow.config import CatalogConfig
+from vlmflow.moderation.verdicts import reviewed
 
 NAMES = ["a", "b", "c"]
 AT = dt.datetime(2026, 11, 20, tzinfo=dt.UTC)
@@ -104,3 +107,49 @@ def test_compaction_and_verdicts_go_together(catalog: Catalog, tmp_path: Path) -
     catalog.compact("r3")
     found: dict[str, Any] = rows_by_name(catalog)["d"]
     assert (found["decision"], found["verdict"]["reviewer"]) == ("block", "ada")
+
+
+def test_verdicts_of_some_images_are_brought_in_by_looking_at_their_files_alone(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(8):
+        enrich(catalog, f"r{number + 2}", [references([f"x{number}"])])
+    for name in ("a", "x3", "x5"):
+        say(catalog, name, "block")
+    files = {row["uri"]: path for path, row in _rows_by_file(catalog)}
+    read: list[str] = []
+    original = Folder.read_parquet
+
+    def noted(self: Folder, path: str, columns: object = None) -> pa.Table:
+        read.append(path)
+        return original(self, path, columns)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Folder, "read_parquet", noted)
+    likely = [files["mem://x3"], files["mem://a"]]
+    only = [image_id("a"), image_id("x3")]
+    assert catalog.apply_verdicts(only=only, first=likely).num_changed == 2
+    looked_at = {path for path in read if path.startswith("images/")}
+    assert len(looked_at) <= 2 + 5  # and those that were read ahead
+    assert decided(catalog)["x5"] == ("allow", "cat")
+    # Wrong about where they are: found all the same.
+    assert catalog.apply_verdicts(only=[image_id("x5")], first=[files["mem://a"]]).num_changed == 1
+    assert {decided(catalog)[name][0] for name in ("a", "x3", "x5")} == {"block"}
+
+
+def _rows_by_file(catalog: Catalog) -> list[tuple[str, dict[str, Any]]]:
+    folder = Folder(CatalogConfig(uri=catalog.uri))
+    return [
+        (path, row)
+        for path in catalog.live_files("images")
+        for row in folder.read_parquet(f"images/{path}", ["uri"]).to_pylist()
+    ]
+
+
+def test_what_was_said_of_a_label_can_be_taken_back(catalog: Catalog) -> None:
+    event = {"image_id": image_id("a"), "content_hash": "bytes-mem://a", "reviewer": "ada", "label": "gun"}
+    for hours, value in enumerate((True, False, None)):
+        said = event | {"value": value, "at": AT + dt.timedelta(hours=hours)}
+        catalog.reviews.add(pa.Table.from_pylist([said], schema=EVENT))
+        found = [verdict.value for verdict in reviewed(catalog.reviews.events()).verdicts]
+        assert found == ([] if value is None else [value])
+    assert catalog.apply_verdicts().num_changed == 0

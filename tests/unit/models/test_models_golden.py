@@ -11,13 +11,25 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.families import make_align, make_blip2_captioner, make_blip2_matcher, make_flava, make_git
-from tests.models import IMAGE_SIZE, make_captioner, make_classifier, make_clip, make_judge, make_matcher
+from tests.models import (
+    IMAGE_SIZE,
+    make_blip_vqa,
+    make_captioner,
+    make_classifier,
+    make_clip,
+    make_judge,
+    make_matcher,
+    make_vilt,
+)
+from tests.vilbert import make_vilbert
 from vlmflow.config import ModelConfig
-from vlmflow.models import ModelIdentity, load_captioner, load_embedder, load_matcher
+from vlmflow.models import ModelIdentity, load_answerer, load_captioner, load_embedder, load_matcher
 from vlmflow.models.classifier import ImageClassifier
 from vlmflow.models.identity import CODE_VERSIONS
 from vlmflow.models.judge import VlmJudge
 from vlmflow.models.opennsfw import OpenNsfw
+from vlmflow.models.vilbert.adapter import VilbertAnswerer, VilbertGrounder, VilbertMatcher
+from vlmflow.models.vilbert.regions import Regions
 
 RECORDED = json.loads((Path(__file__).parent / "golden.json").read_text())
 
@@ -50,6 +62,7 @@ def rounded(values: np.ndarray[Any, Any]) -> list[Any]:
 def outputs(folder: Path) -> dict[str, Any]:
     pixels = formula_pixels(3)
     clip, captioner, matcher = make_clip(folder / "a"), make_captioner(folder / "b"), make_matcher(folder / "c")
+    answerers = {"vilt": make_vilt(folder / "f"), "blip_vqa": make_blip_vqa(folder / "g")}
     classifier, yes_or_no = make_classifier(folder / "d"), make_judge(folder / "e")
     for path in folder.glob("*/*.safetensors"):
         fill_by_formula(path)
@@ -67,9 +80,32 @@ def outputs(folder: Path) -> dict[str, Any]:
             ImageClassifier.load(classifier, classifying, ("hentai", "neutral"), "cpu").score(pixels)
         ),
         "vlm_judge": rounded(VlmJudge.load(yes_or_no, ["Does the picture show a gun?"], "cpu").score(pixels)),
+        **{
+            family: [
+                [answer.text for answer in answers]
+                for answers in load_answerer(
+                    ModelConfig.model_validate({"family": family, "path": str(answering)}), "cpu"
+                ).answer(pixels, [texts] * 3)
+            ]
+            for family, answering in answerers.items()
+        },
         "blip_itm": [rounded(judge.match_itm(images, texts)), rounded(judge.match_itc(images, texts))],
         **other_outputs(folder, pixels, texts),
+        "vilbert": vilbert_outputs(folder / "vilbert", texts),
     }
+
+
+def vilbert_outputs(folder: Path, texts: list[str]) -> list[Any]:
+    """Of regions that are given; its weights depend on a stream that never changes."""
+    path = make_vilbert(folder, {"kind": "columns", "max_regions": 4})
+    wave = torch.sin(torch.arange(3 * 4 * 12, dtype=torch.float64) * 0.7391).float().reshape(3, 4, 12)
+    boxes = torch.tensor([[0.1, 0.2, 0.5, 0.9], [0, 0, 0.3, 0.3], [0.4, 0, 1, 1], [0.5, 0.5, 0.6, 0.8]]).expand(3, 4, 4)
+    regions = Regions(wave, boxes, torch.ones(3, 4, dtype=torch.bool))
+    matcher, answerer = VilbertMatcher.load(path, "cpu"), VilbertAnswerer.load(path, "cpu")
+    matched = matcher.match_itm(matcher.encode_images(regions), texts)
+    answered = np.array([answer.score for of in answerer.answer(regions, [texts] * 3) for answer in of])
+    grounded = VilbertGrounder.load(path).ground(regions, [[text] for text in texts])
+    return rounded(np.concatenate([matched, answered, *(of[0].scores for of in grounded)]))
 
 
 def other_outputs(folder: Path, pixels: torch.Tensor, texts: list[str]) -> dict[str, Any]:
@@ -102,7 +138,7 @@ def test_outputs_are_those_recorded_for_the_code_version(tmp_path: Path) -> None
     for family, version in CODE_VERSIONS.items():
         recorded = RECORDED[f"{family} {version}"]
         message = f"{family}: outputs moved. If that is meant, raise its code version and record the new ones."
-        if family in ("blip_caption", "blip2_caption", "git"):
+        if family in ("blip_caption", "blip_vqa", "vilt", "blip2_caption", "git"):
             assert found[family] == recorded, message
         else:
             np.testing.assert_allclose(found[family], recorded, atol=2e-4, err_msg=message)

@@ -11,7 +11,7 @@ from vlmflow.config import CatalogConfig, Job, ModelConfig, SourceConfig
 from vlmflow.errors import ConfigError, WeightsError
 from vlmflow.models import describe_profiles, identify, resolve_models
 from vlmflow.models.identity import CODE_VERSIONS
-from vlmflow.models.profiles import FAMILIES, PROFILES
+from vlmflow.models.profiles import FAMILIES, PROFILES, Profile
 from vlmflow.models.weights import locate
 
 NAMES = {
@@ -66,7 +66,7 @@ def test_profiles_say_what_is_present(tmp_path: Path) -> None:
     make_captioner(tmp_path / NAMES["caption"])
     (base,) = (profile for profile in describe_profiles(tmp_path) if profile.name == "base")
     present = {model.role: model.present for model in base.models}
-    assert present == {"embed": False, "caption": True, "match": False}
+    assert present == {"embed": False, "caption": True, "match": False, "answer": False}
     assert all(model.licence and model.num_parameters > 0 and model.size_bytes > 0 for model in base.models)
 
 
@@ -79,6 +79,12 @@ def test_every_profile_has_a_model_for_each_task_of_a_job(profile: str, tmp_path
         config = ModelConfig(family=model.family_as(role), path=str(tmp_path))
         with pytest.raises(WeightsError, match="no safetensors file"):  # it is known which files those are
             locate(config)
+
+
+def test_a_profile_without_a_model_for_a_task_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PROFILES, "half", Profile("for a test", {"embed": PROFILES["base"].models["embed"]}))
+    with pytest.raises(ConfigError, match="profile half: no model for caption"):
+        resolve_models(job("half", tmp_path, tasks=["caption"]))
 
 
 def test_the_profile_without_matching_head_says_so() -> None:

@@ -1,0 +1,572 @@
+"""The app as a person uses it: lists, filters, pages, verdicts, undo, two people at once; asked without a browser."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.hostile import HOSTILE
+from tests.images import png_bomb
+from tests.report_samples import label, labels_of, put_rows
+from tests.web_samples import DECISIONS, Served, serving, shown_ids, small_catalog, starter_catalog, text_of
+from vlmflow.catalog import Catalog
+from vlmflow.config import CatalogConfig
+from vlmflow.moderation.verdicts import reviewed
+from vlmflow.views_search import printable
+from vlmflow.web.desk import PAGE_SIZE
+
+NUM = 24
+
+
+@pytest.fixture(scope="module")
+def read_only(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with serving(small_catalog(tmp_path_factory.mktemp("app"), NUM)) as served:
+        yield served
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Served]:
+    with serving(small_catalog(tmp_path, NUM)) as served:
+        yield served
+
+
+def by_id(served: Served) -> dict[str, dict[str, Any]]:
+    return {row["image_id"]: row for row in served.rows().values()}
+
+
+def flush(served: Served) -> None:
+    served.desk.judging.flush()
+    served.desk.shelf.refresh()
+
+
+# Lists, filters, pages
+
+
+def test_the_first_page_shows_every_row_and_counts(read_only: Served) -> None:
+    page = read_only.browser().get("/").text
+    assert sorted(shown_ids(page)) == sorted(by_id(read_only))
+    assert f"{NUM} images" in text_of(page)
+    for decision in DECISIONS:
+        assert re.search(rf'decision={decision}[^>]*><span class="what">{decision}</span> <span class="count">8<', page)
+    assert re.search(r'weapons/gun</span> <span class="count">16<', page)
+
+
+@pytest.mark.parametrize(
+    ("query", "condition"),
+    [
+        ("decision=block", lambda row: row["decision"] == "block"),
+        ("decision=block&decision=review", lambda row: row["decision"] != "allow"),
+        ("label=weapons%2Fgun&decision=review", lambda row: row["decision"] == "review"),
+        ("find=0007", lambda row: "0007" in row["uri"]),
+        ("where=text_itm+%3C+0", lambda row: False),
+        ("where=decision+%3D+%27allow%27+AND+width+%3D+64", lambda row: row["decision"] == "allow"),
+        ("status=failed", lambda row: False),
+        ("date=2026-03-01&verdict=nobody", lambda row: True),
+        ("decision=no+such", lambda row: False),
+    ],
+)
+def test_filters_leave_the_rows_that_fit(read_only: Served, query: str, condition: Any) -> None:
+    page = read_only.browser().get(f"/?{query}")
+    assert page.status_code == 200
+    expected = sorted(image_id for image_id, row in by_id(read_only).items() if condition(row))
+    assert sorted(shown_ids(page.text)) == expected
+
+
+@pytest.mark.parametrize(
+    "query",
+    ["where=bad(", "where=1%3D1)+UNION+SELECT+(1", "where=x;DROP+TABLE+y", "sort=size", "where=" + "x" * 5000],
+)
+def test_what_cannot_be_filtered_by_is_said_in_a_sentence(read_only: Served, query: str) -> None:
+    answer = read_only.browser().get(f"/?{query}")
+    assert answer.status_code == 400
+    assert "That is not possible" in answer.text
+    assert "Traceback" not in answer.text
+
+
+def test_conditions_see_no_files(read_only: Served) -> None:
+    answer = read_only.browser().get("/", params={"where": "(SELECT count(*) FROM read_csv('/etc/passwd')) > 0"})
+    assert answer.status_code == 400
+    assert "root:" not in answer.text
+
+
+@pytest.mark.parametrize("sort", ["new", "near", "match", "random"])
+def test_pages_follow_each_other_forth_and_back_without_gaps(tmp_path: Path, sort: str) -> None:
+    config = CatalogConfig(uri=str(tmp_path / "catalog"))
+    random, count = np.random.default_rng(0), 2 * PAGE_SIZE + 10
+    for part in range(3):  # equal values across files, where an order is decided by the id
+        put_rows(
+            config, [f"p{part}-{number}" for number in range(count)], run=f"r{part}",
+            text_itm=random.integers(0, 4, count) / 4, decision=["allow", "block"] * (count // 2),
+            labels=labels_of([[label("gun", 0.5 + value / 10, "allow")] for value in random.integers(0, 3, count)]),
+        )  # fmt: skip
+    with serving(config) as served:
+        browser = served.browser()
+        address, pages = f"/?sort={sort}&decision=block", []
+        while address:
+            page = browser.get(address).text
+            pages.append(shown_ids(page))
+            following = re.search(r'rel="next" href="([^"]+)"', page)
+            address = "" if following is None else following[1].replace("&amp;", "&")
+        forth = [image_id for page in pages for image_id in page]
+        assert len(forth) == len(set(forth)) == 3 * count // 2
+        assert [len(page) for page in pages[:-1]] == [PAGE_SIZE] * (len(pages) - 1)
+        rows = by_id(served)
+        if sort == "match":
+            scores = [rows[image_id]["text_itm"] for image_id in forth]
+            assert scores == sorted(scores)
+        back = pages[-1:]
+        while (before := re.search(r'rel="prev" href="([^"]+)"', page)) is not None:
+            page = browser.get(before[1].replace("&amp;", "&")).text
+            back.insert(0, shown_ids(page))
+        assert [image_id for shown in back for image_id in shown] == forth
+
+
+def test_a_page_behind_an_image_that_is_gone_is_the_first_and_says_so(read_only: Served) -> None:
+    page = read_only.browser().get("/?after=" + "0" * 32).text
+    assert len(shown_ids(page)) == NUM
+    assert "not in the catalog any more" in page
+
+
+def test_new_rows_are_shown_when_the_table_has_them(served: Served) -> None:
+    browser = served.browser()
+    browser.get("/")
+    put_rows(served.config, ["new"], run="run-9", uri=["mem://brand-new.jpg"])
+    served.desk.shelf.refresh()
+    assert "brand-new.jpg" in browser.get("/").text
+    assert f"{NUM + 1} images" in text_of(browser.get("/").text)
+
+
+def test_an_empty_catalog_has_pages(tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    config = CatalogConfig(uri=str(tmp_path / "catalog"))
+    Catalog.open_or_create(config, pa.schema([]))
+    with serving(config) as served:
+        browser = served.browser()
+        assert "Nothing fits" in browser.get("/").text
+        assert "Nothing is left" in browser.get("/review").text
+
+
+# One image
+
+
+def test_the_page_of_an_image_holds_all_its_columns_and_evidence(read_only: Served) -> None:
+    row = next(row for row in by_id(read_only).values() if row["decision"] == "block")
+    page = read_only.browser().get(f"/image/{row['image_id']}").text
+    shown = text_of(page)
+    for name, value in row.items():
+        if isinstance(value, str):
+            assert value in shown, name
+    for name in row.keys() - {"labels", "detections", "errors", "verdict", "source"}:
+        assert f"<dt>{name}</dt>" in page
+    gun = row["labels"][0]
+    assert f"{gun['score']:.3f}" in shown
+    assert f"{gun['review_threshold']:.2f}" in shown
+    assert row["source"]["title"] in shown
+    assert "map" in shown
+
+
+def test_pictures_of_flagged_images_are_blurred_unless_asked_for(read_only: Served) -> None:
+    browser = read_only.browser()
+    for row in by_id(read_only).values():
+        answers = [browser.get(f"/picture/{row['image_id']}{query}") for query in ("", "?show=1")]
+        assert [answer.headers["content-type"] for answer in answers] == ["image/jpeg"] * 2
+        details = [_detail(answer.content) for answer in answers]
+        assert details[1] > 20  # noise
+        assert (details[0] > 20) == (row["decision"] == "allow")
+        with Image.open(io.BytesIO(answers[0].content)) as picture:
+            assert picture.size == (256, 192)  # in the shape of the row, 64 x 48
+
+
+def _detail(data: bytes) -> float:
+    with Image.open(io.BytesIO(data)) as picture:
+        pixels = np.asarray(picture.convert("L"), np.float32)
+    return float(np.abs(np.diff(pixels, axis=1)).mean() * 10)
+
+
+def test_a_picture_that_cannot_be_had_says_why_and_is_not_kept(tmp_path: Path) -> None:
+    config = small_catalog(tmp_path)
+    rows = Catalog.open(config).images(["image_id", "uri"]).to_pylist()
+    Path(rows[0]["uri"]).unlink()
+    Path(rows[1]["uri"]).write_bytes(b"\x89PNG other bytes")
+    Path(rows[2]["uri"]).write_bytes(png_bomb())
+    with serving(config) as served:
+        for row in rows[:3]:
+            answer = served.browser().get(f"/picture/{row['image_id']}")
+            assert answer.status_code == 200
+            assert answer.headers["content-type"].startswith("image/svg+xml")
+            assert answer.headers["cache-control"] == "no-store"
+            assert str(tmp_path) not in answer.text
+
+
+# Verdicts
+
+
+def test_a_verdict_is_kept_at_once_and_in_the_row_after_the_next_writing(served: Served) -> None:
+    browser = served.browser().review_as("ada")
+    row = next(row for row in by_id(served).values() if row["decision"] == "review")
+    answer = browser.judge(row, "block", reason="seen")
+    assert answer.status_code == 200
+    assert Catalog.open(served.config).reviews.newest()["decision"].to_pylist() == ["block"]
+    page = browser.get(f"/image/{row['image_id']}").text
+    assert "Verdict <b>block</b> by ada" in page
+    assert row["image_id"] in shown_ids(browser.get("/?decision=block&verdict=person").text)
+    assert row["image_id"] not in shown_ids(browser.get("/?decision=review").text)
+    assert by_id(served)[row["image_id"]]["decision"] == "review"
+
+    flush(served)
+
+    after = by_id(served)[row["image_id"]]
+    assert (after["decision"], after["decision_reason"]) == ("block", "verdict")
+    assert (after["verdict"]["reviewer"], after["verdict"]["reason"]) == ("ada", "seen")
+    assert after["verdict"]["content_hash"] == row["content_hash"]
+    assert after["verdict"]["model_decision"] == "review"
+    others = {key: value for key, value in by_id(served).items() if key != row["image_id"]}
+    assert all(value["verdict"] is None for value in others.values())
+    assert "Verdict <b>block</b> by ada" in browser.get(f"/image/{row['image_id']}").text
+    assert row["image_id"] in shown_ids(browser.get("/?decision=block&verdict=person").text)
+
+
+def test_what_waits_is_written_when_the_app_ends(tmp_path: Path) -> None:
+    config = small_catalog(tmp_path)
+    with serving(config) as served:
+        rows = list(by_id(served).values())[:5]
+        browser = served.browser().review_as("ada")
+        for row in rows:
+            assert browser.judge(row, "allow").status_code == 200
+        version = Catalog.open(config).version
+    after = by_id(served)
+    assert {after[row["image_id"]]["decision"] for row in rows} == {"allow"}
+    assert Catalog.open(config).version == version + 1  # one commit for all
+
+
+def test_what_a_killed_app_had_kept_is_brought_into_the_rows_by_the_next(tmp_path: Path) -> None:
+    import datetime as dt
+
+    import pyarrow as pa
+
+    from vlmflow.catalog.reviews import EVENT
+
+    config = small_catalog(tmp_path)
+    catalog = Catalog.open(config)
+    row = catalog.images().to_pylist()[0]
+    event = {"image_id": row["image_id"], "content_hash": row["content_hash"], "decision": "block"}
+    said = event | {"reviewer": "ada", "at": dt.datetime.now(dt.UTC)}
+    catalog.reviews.add(pa.Table.from_pylist([said], schema=EVENT))
+    with serving(config) as served:
+        pass
+    assert by_id(served)[row["image_id"]]["decision"] == "block"
+    version = catalog.version
+    with serving(config):
+        pass
+    assert catalog.version == version
+
+
+def test_rows_follow_by_themselves(tmp_path: Path) -> None:
+    from tests.processes import wait_for
+
+    with serving(small_catalog(tmp_path), every_s=0.01) as served:
+        row = next(iter(by_id(served).values()))
+        served.browser().review_as("ada").judge(row, "review")
+        wait_for(lambda: by_id(served)[row["image_id"]]["verdict"] is not None, seconds=60)
+
+
+def test_undo_takes_back_to_what_was_before(served: Served) -> None:
+    browser = served.browser().review_as("ada")
+    row = next(row for row in by_id(served).values() if row["decision"] == "allow")
+    first = browser.judge(row, "block", labels={"gun": True})
+    browser.judge(row, "review", seen=first.json()["seen"])
+    assert browser.write("/undo", json={}).json()["message"].startswith("Undone")
+    flush(served)
+    assert by_id(served)[row["image_id"]]["decision"] == "block"
+    assert browser.write("/undo", json={}).status_code == 200
+    flush(served)
+    after = by_id(served)[row["image_id"]]
+    assert (after["decision"], after["verdict"]) == ("allow", None)
+    assert row["image_id"] in shown_ids(browser.get("/?verdict=nobody").text)
+    events = Catalog.open(served.config).reviews.events()
+    assert events["decision"].drop_null().to_pylist() == ["block", "review", "block", "none"]
+    assert reviewed(events).verdicts == []  # the word on the label is taken back too
+    assert browser.write("/undo", json={}).status_code == 409
+
+
+def test_labels_are_said_with_the_decision_and_feed_calibrate(served: Served) -> None:
+    browser = served.browser().review_as("ada")
+    row = next(iter(by_id(served).values()))
+    browser.judge(row, "block", labels={"gun": True, "knife": False})
+    browser.judge(row, None, labels={"knife": True})
+    verdicts = reviewed(Catalog.open(served.config).reviews.events()).verdicts
+    assert {(verdict.label, verdict.value) for verdict in verdicts} == {("gun", True), ("knife", True)}
+    page = browser.get(f"/image/{row['image_id']}").text
+    assert re.search(r'data-label="knife" data-said="yes"', page)
+    assert re.search(r'data-label="knife" data-said=""', served.browser().get(f"/image/{row['image_id']}").text)
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"), [("", "name"), ("list:banned", "list:"), ("x" * 101, "100"), ("a\nb", "letters")]
+)
+def test_a_verdict_needs_a_person_with_a_name(served: Served, name: str, problem: str) -> None:
+    browser = served.browser()
+    row = next(iter(by_id(served).values()))
+    answer = browser.write("/reviewer", json={"name": name})
+    assert answer.status_code == 400
+    assert problem in answer.json()["error"]
+    assert browser.judge(row, "block").status_code == 400
+    assert Catalog.open(served.config).reviews.events().num_rows == 0
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{", b"[]", b'"x"', b"null", b"{}", b'{"image_id": 5, "content_hash": ""}', b"[" * 50_000,
+        b'{"image_id": "%s", "content_hash": "x", "decision": "block"}' % (b"0" * 32),
+        b'{"image_id": "x", "content_hash": "x", "decision": "block", "more": 1}',
+    ],
+)  # fmt: skip
+def test_what_is_no_verdict_writes_nothing(served: Served, body: bytes) -> None:
+    browser = served.browser().review_as("ada")
+    answer = browser.write("/verdict", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+    assert "error" in answer.json()
+    assert Catalog.open(served.config).reviews.events().num_rows == 0
+
+
+@pytest.mark.parametrize("decision", ["ALLOW", "", "delete", "<b>"])
+def test_unknown_decisions_are_refused(served: Served, decision: str) -> None:
+    browser = served.browser().review_as("ada")
+    assert browser.judge(next(iter(by_id(served).values())), decision).status_code == 400
+
+
+def test_a_verdict_on_bytes_that_have_changed_is_refused(served: Served) -> None:
+    row = next(iter(by_id(served).values()))
+    answer = served.browser().review_as("ada").judge(row | {"content_hash": "other"}, "allow")
+    assert answer.status_code == 409
+    assert Catalog.open(served.config).reviews.events().num_rows == 0
+
+
+# Two people at once
+
+
+def test_nobody_overwrites_what_they_have_not_seen(served: Served) -> None:
+    ada, bob = served.browser().review_as("ada"), served.browser().review_as("bob")
+    row = next(iter(by_id(served).values()))
+    assert ada.judge(row, "block").status_code == 200
+    refused = bob.judge(row, "allow")  # he had opened it before
+    assert refused.status_code == 409
+    assert "ada decided block" in refused.json()["error"]
+    assert "Nothing was written" in refused.json()["error"]
+    assert Catalog.open(served.config).reviews.newest()["reviewer"].to_pylist() == ["ada"]
+    assert bob.judge(row, "allow", seen=refused.json()["seen"]).status_code == 200
+    assert ada.write("/undo", json={}).status_code == 409  # it is bob's now
+    flush(served)
+    after = by_id(served)[row["image_id"]]["verdict"]
+    assert (after["decision"], after["reviewer"]) == ("allow", "bob")
+
+
+def test_a_verdict_of_another_process_is_seen_too(served: Served, tmp_path: Path) -> None:
+    from vlmflow.review import import_verdicts
+
+    row = next(iter(by_id(served).values()))
+    ada = served.browser().review_as("ada")
+    ada.get(f"/image/{row['image_id']}")
+    file = tmp_path / "verdicts.csv"
+    file.write_text(f"image_id,verdict,reviewer\n{row['image_id']},block,carol\n")
+    import_verdicts(served.config, file)
+    refused = ada.judge(row, "allow")
+    assert refused.status_code == 409
+    assert "carol decided block" in refused.json()["error"]
+
+
+def test_two_people_are_given_different_images(served: Served) -> None:
+    ada, bob = served.browser().review_as("ada"), served.browser().review_as("bob")
+    seen = [_queued(person.get("/review?decision=review")) for person in (ada, bob)]
+    assert None not in seen
+    assert seen[0] != seen[1]
+    assert _queued(ada.get("/review?decision=review")) == seen[0]  # reloading keeps hers
+
+
+def test_a_queue_is_worked_from_end_to_end_by_two(served: Served) -> None:
+    people = {name: served.browser().review_as(name) for name in ("ada", "bob")}
+    rows, done = by_id(served), []
+    for turn in range(8):
+        person = people["ada" if turn % 3 else "bob"]
+        image_id = _queued(person.get("/review?decision=review&sort=near"))
+        assert image_id is not None
+        assert person.judge(rows[image_id], "allow").status_code == 200
+        done.append(image_id)
+    expected = [image_id for image_id, row in rows.items() if row["decision"] == "review"]
+    assert sorted(done) == sorted(expected)
+    assert "Nothing is left" in people["ada"].get("/review?decision=review").text
+    flush(served)
+    assert {by_id(served)[image_id]["decision"] for image_id in expected} == {"allow"}
+
+
+def test_the_queue_goes_forth_and_back(served: Served) -> None:
+    browser = served.browser().review_as("ada")
+    page, seen = browser.get("/review?decision=block").text, []
+    for _ in range(3):
+        seen.append(re.search(r'data-image="([0-9a-f]{32})"', page)[1])  # type: ignore[index]
+        following = re.search(r'id="skip" href="([^"]+)"', page)
+        assert following is not None
+        page = browser.get(following[1].replace("&amp;", "&")).text
+    back = re.search(r'id="back" href="([^"]+)"', page)
+    assert back is not None
+    assert _queued(browser.get(back[1].replace("&amp;", "&"))) == seen[-1]
+    gaps = [abs(by_id(served)[image_id]["labels"][0]["score"] - 0.5) for image_id in seen]
+    nearest = [min(gap, abs(by_id(served)[i]["labels"][0]["score"] - 0.9)) for gap, i in zip(gaps, seen, strict=True)]
+    assert nearest == sorted(nearest)
+
+
+def _queued(answer: Any) -> str | None:
+    found = re.search(r'data-image="([0-9a-f]{32})"', answer.text)
+    return None if found is None else found[1]
+
+
+# What comes from outside
+
+
+def test_hostile_texts_are_text_everywhere(tmp_path: Path) -> None:
+    config = CatalogConfig(uri=str(tmp_path / '"><img src=x onerror=alert(1)>'))
+    texts = [text for name, text in HOSTILE.items() if name != "surrogate"]  # no valid UTF-8: no table holds it
+    put_rows(
+        config, [f"h{number}" for number in range(len(texts))], uri=texts, key=texts, caption=texts, title=texts,
+        format=texts, status=texts, decision=["allow", *texts[1:]], decision_reason=texts, policy_name=texts,
+        policy_version=texts, errors=[[{"stage": text, "class": text, "message": text}] for text in texts],
+        labels=labels_of([[label(text, 0.7, text, text)] for text in texts]),
+    )  # fmt: skip
+    with serving(config) as served:
+        browser = served.browser()
+        pages = [browser.get(f"/image/{image_id}").text for image_id in by_id(served)]
+        pages += [browser.get(path).text for path in ("/", "/review", "/review?sort=random")]
+        pages += [browser.get("/", params={name: text}).text for text in texts[:6] for name in ("q", "find", "label")]
+        for page in pages:
+            assert len(re.findall("<script", page)) == 1
+            for tag in re.findall(r"<[a-z][^>]*>", page):
+                assert not re.search(r"\son[a-z]+\s*=|javascript:|srcdoc", re.sub(r'"[^"]*"', '""', tag))
+            for address in re.findall(r'(?:href|src|action)="([^"]*)"', page):
+                assert address.startswith("/") or address == "#main"
+            assert "\u202e" not in page
+            assert "<img src=x" not in page
+        whole = "".join(map(text_of, pages))
+        for text in texts:
+            assert printable(text) in whole or text == HOSTILE["long"]
+        assert HOSTILE["long"] in whole
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=list(HOSTILE))
+def test_hostile_queries_and_reasons_are_taken_as_text(served: Served, text: str) -> None:
+    browser = served.browser().review_as("ada")
+    row = next(iter(by_id(served).values()))
+    sent = text.encode("utf-8", "replace").decode()
+    for name in ("find", "after", "before", "sort", "image", "like", "n"):
+        assert browser.get("/", params={name: sent}).status_code in (200, 400)
+    answer = browser.judge(row, "block", reason=sent, labels={sent[:100]: True})
+    assert answer.status_code == (400 if len(sent) > 2_000 else 200)
+    page = browser.get(f"/image/{row['image_id']}").text
+    assert "<script>alert" not in page
+    assert "<img src=x" not in page
+
+
+# Query images
+
+
+def test_an_upload_beyond_the_limit_is_refused_before_it_is_read_whole(
+    read_only: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent = 0
+
+    def parts() -> Iterator[bytes]:
+        nonlocal sent
+        for _ in range(30):
+            sent += 1024 * 1024
+            yield bytes(1024 * 1024)
+
+    answer = read_only.browser().write("/query-image", content=parts())
+    assert answer.status_code == 413
+    assert "20 MiB" in answer.json()["error"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "status"), [("bomb", 422), ("text", 422), ("svg", 422), ("truncated", 422), ("empty", 400)]
+)
+def test_query_images_that_are_none_are_refused(starter: Served, kind: str, status: int) -> None:
+    data = {
+        "bomb": png_bomb(),
+        "text": b"not an image at all",
+        "svg": b'<svg xmlns="http://www.w3.org/2000/svg" onload="alert(1)"/>',
+        "truncated": _png()[:200],
+        "empty": b"",
+    }[kind]
+    answer = starter.browser().write("/query-image", content=data)
+    assert answer.status_code == status
+    assert answer.json()["error"]
+
+
+def _png() -> bytes:
+    sink = io.BytesIO()
+    noise = np.random.default_rng(3).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(sink, "PNG")
+    return sink.getvalue()
+
+
+# Search
+
+
+@pytest.fixture(scope="module")
+def starter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with serving(starter_catalog(tmp_path_factory.mktemp("search"))) as served:
+        yield served
+
+
+def test_an_image_is_found_by_its_like_within_the_filters(starter: Served) -> None:
+    browser, rows = starter.browser(), by_id(starter)
+    image_id = next(image_id for image_id, row in rows.items() if row["decision"] == "allow")
+    page = browser.get(f"/?like={image_id}&decision=review").text
+    assert sorted(shown_ids(page)) == sorted(key for key, row in rows.items() if row["decision"] == "review")
+    assert image_id not in shown_ids(browser.get(f"/?like={image_id}").text)
+    assert "cosine" in page
+
+
+def test_a_file_is_taken_as_a_query(starter: Served) -> None:
+    browser, rows = starter.browser(), by_id(starter)
+    row = next(iter(rows.values()))
+    answer = browser.write("/query-image?decision=allow", content=Path(row["uri"]).read_bytes())
+    assert answer.status_code == 200
+    location = answer.json()["location"]
+    assert "decision=allow" in location
+    shown = shown_ids(browser.get(location).text)
+    assert shown[0] == row["image_id"]
+    assert "forgotten" in browser.get("/?image=nothing").text
+
+
+def test_a_text_is_looked_for(starter: Served) -> None:
+    page = starter.browser().get("/?q=a+bicycle").text
+    assert "The nearest of 12 images" in text_of(page)
+    assert len(shown_ids(page)) == 12
+
+
+def test_a_search_that_cannot_be_made_says_so_and_shows_the_list(read_only: Served) -> None:
+    answer = read_only.browser().get("/?q=dog")  # no run names a profile
+    assert answer.status_code in (200, 400)
+    assert "profile" in text_of(answer.text)
+
+
+def test_weights_that_are_absent_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLMFLOW_MODELS", str(tmp_path / "none"))
+    config = small_catalog(tmp_path)
+    runs = Catalog.open(config).runs
+    runs.start("run", {"profile": "base"})
+    runs.finish("run", {"profile": "base"})
+    with serving(config) as served:
+        page = served.browser().get("/?q=dog")
+        assert page.status_code == 200
+        assert "That cannot be searched" in page.text
+        assert str(tmp_path / "none") in text_of(page.text)
+        assert len(shown_ids(page.text)) == NUM  # the list is there all the same

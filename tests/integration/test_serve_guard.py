@@ -1,0 +1,180 @@
+"""Nothing is served without the token, to another name, or to a page of another site."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.web_samples import HOST, ORIGIN, TOKEN, Served, serving, small_catalog
+
+READS = (
+    "/", "/?q=dog", "/?decision=block", "/image/{id}", "/review", "/review?decision=review", "/picture/{id}",
+    "/picture/{id}?size=large&show=1", "/map/{id}?label=gun", "/app.js", "/app.css", "/icon.svg", "/nothing",
+)  # fmt: skip
+WRITES = ("/verdict", "/undo", "/reviewer", "/query-image")
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    with serving(small_catalog(tmp_path_factory.mktemp("guard"))) as served:
+        yield served
+
+
+def known(served: Served, path: str) -> str:
+    return path.format(id=next(iter(served.rows().values()))["image_id"])
+
+
+@pytest.mark.parametrize("path", READS)
+def test_nothing_is_read_without_the_token(served: Served, path: str) -> None:
+    for cookie in (None, "wrong", '"; x=', TOKEN):
+        stranger = served.stranger()
+        headers = {} if cookie is None else {"Cookie": f"vlmflow={cookie}"}
+        answer = stranger.get(known(served, path), headers=headers)
+        assert answer.status_code == 401
+        assert "vlmflow serve" in answer.text
+        assert len(answer.text) < 200
+        assert "set-cookie" not in answer.headers
+
+
+@pytest.mark.parametrize("path", WRITES)
+def test_nothing_is_written_without_the_token(served: Served, path: str) -> None:
+    answer = served.stranger().post(path, json={}, headers={"Origin": ORIGIN, "X-Vlmflow-Csrf": "x"})
+    assert answer.status_code == 401
+
+
+@pytest.mark.parametrize("token", ["", "wrong", TOKEN[:-1], TOKEN + "x", "\udc80", "%00"])
+def test_no_other_token_lets_in(served: Served, token: str) -> None:
+    raw = token.encode("utf-8", "surrogateescape")
+    answer = served.stranger().get("/enter", params={"token": raw.decode("latin-1")})
+    assert answer.status_code == 401
+    assert served.stranger().get("/enter").status_code == 401
+    assert served.stranger().post(f"/enter?token={TOKEN}", headers={"Origin": ORIGIN}).status_code == 401
+
+
+def test_the_token_becomes_a_cookie_that_scripts_and_other_sites_never_see(served: Served) -> None:
+    answer = served.stranger().get("/enter", params={"token": TOKEN})
+    assert (answer.status_code, answer.headers["location"]) == (303, "/")
+    cookie = answer.headers["set-cookie"]
+    assert "HttpOnly" in cookie
+    assert "SameSite=strict" in cookie
+    assert TOKEN not in cookie
+    assert answer.headers["referrer-policy"] == "no-referrer"
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:8377", "127.0.0.1:80", "127.0.0.1.evil.example:8377", "localhost", ""]
+)
+def test_a_name_that_is_not_ours_is_refused_token_or_not(served: Served, host: str) -> None:
+    browser = served.browser()
+    answer = browser.get("/", headers={"Host": host})
+    assert answer.status_code == 421
+    assert served.stranger().get("/enter", params={"token": TOKEN}, headers={"Host": host}).status_code == 421
+
+
+@pytest.mark.parametrize("path", WRITES)
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Origin": "https://evil.example"},
+        {"Origin": "null"},
+        {"Origin": f"http://{HOST}.evil.example"},
+        {"Origin": "http://127.0.0.1:9999"},
+        {"Origin": ORIGIN, "Sec-Fetch-Site": "cross-site"},
+        {},
+    ],
+    ids=["other site", "null", "longer name", "other port", "cross-site", "no origin"],
+)
+def test_a_page_of_another_site_cannot_write(served: Served, path: str, headers: dict[str, str]) -> None:
+    browser = served.browser()
+    answer = browser.post(path, json={}, headers={"X-Vlmflow-Csrf": browser.csrf(), **headers})
+    assert answer.status_code == 403
+
+
+@pytest.mark.parametrize("path", WRITES)
+@pytest.mark.parametrize("secret", ["", "wrong", "é"])
+def test_a_write_needs_the_secret_of_its_own_session(served: Served, path: str, secret: str) -> None:
+    browser, other = served.browser(), served.browser()
+    for given in (secret.encode(), other.csrf().encode()):
+        answer = browser.post(path, json={}, headers={b"Origin": ORIGIN.encode(), b"X-Vlmflow-Csrf": given})
+        assert answer.status_code == 403
+
+
+@pytest.mark.parametrize("path", READS)
+def test_browsers_are_told_to_run_and_load_nothing_but_ours(served: Served, path: str) -> None:
+    answer = served.browser().get(known(served, path))
+    policy = answer.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "frame-ancestors 'none'" in policy
+    assert "unsafe" not in policy
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert answer.headers["referrer-policy"] == "no-referrer"
+    assert answer.headers["x-frame-options"] == "DENY"
+    assert answer.headers["cache-control"].split(",")[0] in ("no-store", "private")
+    if answer.headers["content-type"].startswith("text/html"):
+        assert "no-store" in answer.headers["cache-control"]
+        for inline in ("<style", "style=", " onclick", " onload", " onerror", "javascript:"):
+            assert inline not in answer.text.lower()
+
+
+def test_strangers_are_told_the_same(served: Served) -> None:
+    answer = served.stranger().get("/")
+    assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
+    assert answer.headers["cache-control"] == "no-store"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/image/../../etc/passwd", "/image/..%2f..%2fetc%2fpasswd", "/picture/%2e%2e%2f%2e%2e%2fetc%2fpasswd",
+        "/picture//etc/passwd", "/..%2fapp.py", "/app.js/../app.py", "/%2e%2e/web/app.py", "/static/app.js",
+        "/image/" + "a" * 31, "/picture/" + "g" * 32, "/map/" + "é" * 32, "/image/" + "A" * 32,
+    ],
+)  # fmt: skip
+def test_no_path_leads_out_of_the_app(served: Served, path: str) -> None:
+    answer = served.browser().get(path)
+    assert answer.status_code == 404
+    for leak in ("root:", "import ", "Traceback"):
+        assert leak not in answer.text
+
+
+@pytest.mark.parametrize("method", ["PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"])
+def test_other_methods_do_nothing(served: Served, method: str) -> None:
+    browser = served.browser()
+    headers = {"Origin": ORIGIN, "X-Vlmflow-Csrf": browser.csrf()}
+    assert browser.request(method, "/verdict", headers=headers).status_code == 405
+    assert browser.request(method, "/", headers=headers).status_code == 405
+
+
+def test_web_sockets_are_closed(served: Served) -> None:
+    from starlette.websockets import WebSocketDisconnect
+
+    with pytest.raises(WebSocketDisconnect), served.browser().websocket_connect("/"):
+        pass
+
+
+def test_the_token_stays_out_of_logs_and_pages(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    browser = served.browser()
+    pages: list[Any] = [browser.get(path) for path in ("/", "/review", "/nothing")]
+    pages.append(served.stranger().get("/enter", params={"token": TOKEN + "?"}))
+    assert not any(TOKEN in page.text for page in pages)
+    ours = [record.getMessage() for record in caplog.records if not record.name.startswith("http")]
+    assert not any(TOKEN in message for message in ours)
+
+
+def test_many_sessions_do_not_pile_up() -> None:
+    from vlmflow.web.sessions import Sessions
+
+    sessions = Sessions(TOKEN)
+    opened = [sessions.enter(TOKEN) for _ in range(1_100)]
+    alive = [session for session in opened if session is not None and sessions.find(session.key) is session]
+    assert len(alive) == 1_000
+    assert alive[-1] is opened[-1]
+
+
+def test_secrets_of_sessions_differ(served: Served, tmp_path: Path) -> None:
+    assert served.browser().csrf() != served.browser().csrf()

@@ -1,0 +1,130 @@
+"""Published pickles to folders that vlmflow loads: the only place that opens a pickle, and only when asked to by name.
+
+A pickle is read with ``weights_only``: one that holds more than tensors in plain containers is refused, not run.
+"""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
+
+from vlmflow.errors import ConfigError, WeightsError
+
+if TYPE_CHECKING:
+    import torch
+
+_WRAPPERS = ("model_state_dict", "state_dict", "model")  # under which training scripts keep a state dict
+
+
+class ConversionInputs(BaseModel):
+    """Files that the published pickle does not hold."""
+
+    config: Path | None = None  # the published configuration, JSON
+    vocabulary: Path | None = None  # vocab.txt
+    answers: Path | None = None  # the answers in the order of the outputs: a JSON list, or one a line
+
+
+class ConversionReport(BaseModel):
+    """What a conversion wrote."""
+
+    folder: Path
+    files: list[str]
+    num_tensors: int
+    num_parameters: int
+    missing: list[str]  # what the folder still needs, and for what
+
+
+def convert_weights(
+    family: str, source: Path, folder: Path, inputs: ConversionInputs | None = None
+) -> ConversionReport:
+    """Converts a published checkpoint.
+
+    Args:
+        family: whose checkpoint it is; ``vilbert``.
+        source: the pickle; or a folder with it, and with the files that ``inputs`` does not name.
+        folder: where to write; it must not hold weights yet.
+
+    Raises:
+        ConfigError: there is no conversion for the family.
+        WeightsError: a file is absent, the pickle holds more than tensors, or these do not fit the architecture.
+    """
+    if family not in _CONVERTERS:
+        raise ConfigError(f"convert {family}: unknown", remedy=f"Use one of {', '.join(_CONVERTERS)}.")
+    if not source.exists():
+        raise WeightsError(f"convert: {source} does not exist", remedy="Name the downloaded file or its folder.")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise WeightsError(f"convert: {folder} is not empty", remedy="Name a folder that does not exist yet.")
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        report = _CONVERTERS[family](source, partial, inputs or ConversionInputs())
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return report.model_copy(update={"folder": folder})
+
+
+def read_pickle(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a pickled state dict, by name.
+
+    Raises:
+        WeightsError: it holds anything but tensors in plain containers, or no state dict.
+    """
+    import torch
+
+    try:
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise WeightsError(
+            f"convert: {path} holds more than tensors, or is damaged; it was not run",
+            remedy="Download it again from where it was published.",
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise WeightsError(f"convert: {path} cannot be read: {reason}", remedy="Download it again.") from error
+    for wrapper in _WRAPPERS:
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in content.items()
+    ):
+        raise WeightsError(f"convert: {path} holds no state dict", remedy="Name the file with the model's weights.")
+    return {name.removeprefix("module."): tensor for name, tensor in content.items()}
+
+
+def find_input(given: Path | None, source: Path, patterns: tuple[str, ...]) -> Path | None:
+    """The file that was given, else the one in the source's folder that goes by the patterns.
+
+    Raises:
+        WeightsError: the file that was given does not exist, or several go by a pattern.
+    """
+    if given is not None:
+        if not given.is_file():
+            raise WeightsError(f"convert: {given} does not exist", remedy="Name an existing file.")
+        return given
+    folder = source if source.is_dir() else source.parent
+    for pattern in patterns:
+        found = sorted(path for path in folder.glob(pattern) if path.is_file())
+        if len(found) > 1:
+            names = ", ".join(path.name for path in found)
+            raise WeightsError(f"convert: {folder} holds {names}", remedy="Name the one that is meant.")
+        if found:
+            return found[0]
+    return None
+
+
+def _vilbert(source: Path, folder: Path, inputs: ConversionInputs) -> ConversionReport:
+    from vlmflow.models.vilbert.convert import convert_vilbert
+
+    return convert_vilbert(source, folder, inputs)
+
+
+_CONVERTERS: dict[str, Callable[[Path, Path, ConversionInputs], ConversionReport]] = {"vilbert": _vilbert}

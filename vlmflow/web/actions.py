@@ -1,0 +1,237 @@
+"""What pages ask for beside pages: pictures, and whatever writes. Answers of the latter are JSON."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
+
+from anyio.to_thread import run_sync
+from pydantic import ValidationError
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from vlmflow.catalog.reviews import WITHDRAWN
+from vlmflow.config import Frozen, ImageLimits, Job, describe_validation
+from vlmflow.errors import ConfigError, ImageError, TooLargeError, VlmflowError
+from vlmflow.explain import EVIDENCE_COLUMNS
+from vlmflow.web import pictures
+from vlmflow.web.desk import Desk
+from vlmflow.web.filters import url
+from vlmflow.web.judging import Judgement, Said, check_reviewer
+from vlmflow.web.sessions import Session, Undo
+
+MAX_UPLOAD_BYTES = 20 * 1024 * 1024
+_MAX_JSON_BYTES = 64 * 1024
+# What was made of an image's bytes does not change, and is gone from browsers soon after an erasure.
+_KEPT = {"Cache-Control": "private, max-age=600"}
+
+Parsed = TypeVar("Parsed", bound=Frozen)
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+class VerdictForm(Frozen):
+    """A judgement as a page sends it; see :class:`vlmflow.web.judging.Judgement`."""
+
+    image_id: str
+    content_hash: str
+    seen: str = ""
+    decision: str | None = None
+    labels: dict[str, bool | None] = {}
+    reason: str | None = None
+
+
+class ReviewerForm(Frozen):
+    """The name that verdicts go by."""
+
+    name: str
+
+
+class NoForm(Frozen):
+    """Nothing."""
+
+
+class Actions:
+    """Answers requests for pictures, and those that write."""
+
+    def __init__(self, desk: Desk, limits: ImageLimits | None = None) -> None:
+        self._desk = desk
+        limits = limits or ImageLimits()
+        self._max_upload = min(MAX_UPLOAD_BYTES, limits.max_bytes)
+
+    def picture(self, request: Request) -> Response:
+        """A small picture of an image; of a flagged one a blurred one, unless it was asked for as it is."""
+        row = self._desk.image(request.path_params["image_id"], (*pictures.COLUMNS, "status", "verdict"))
+        size = request.query_params.get("size", "small")
+        if row is None or size not in pictures.SIZES:
+            return Response(status_code=404)
+        blurred = row["decision"] != "allow" and request.query_params.get("show") != "1"
+        made = self._desk.pictures.small(row, size, blurred=blurred)
+        kept = _KEPT if made.media_type == "image/jpeg" else {}
+        return Response(made.data, media_type=made.media_type, headers=kept)
+
+    def heat_map(self, request: Request) -> Response:
+        """The regions of an image that raise the score of a label."""
+        row = self._desk.image(request.path_params["image_id"], EVIDENCE_COLUMNS)
+        if row is None:
+            return Response(status_code=404)
+        blurred = row["decision"] != "allow" and request.query_params.get("show") != "1"
+        label = request.query_params.get("label", "")
+        made = self._desk.pictures.map(self._map_job(), row, label, blurred=blurred)
+        return Response(made.data, media_type=made.media_type, headers=_KEPT)
+
+    async def verdict(self, request: Request) -> Response:
+        """Takes a judgement."""
+        form = await _form(request, VerdictForm)
+        return await run_sync(self._judge, _session(request), form)
+
+    async def undo(self, request: Request) -> Response:
+        """Takes the last judgement of this session back."""
+        await _form(request, NoForm)
+        return await run_sync(self._undo, _session(request))
+
+    async def reviewer(self, request: Request) -> Response:
+        """Notes who reviews."""
+        form = await _form(request, ReviewerForm)
+        check_reviewer(form.name)
+        _session(request).reviewer = form.name.strip()
+        return JSONResponse({"message": f"You review as {form.name.strip()}.", "reviewer": form.name.strip()})
+
+    async def query_image(self, request: Request) -> Response:
+        """Takes an image to look for others like it, and says where these are shown."""
+        data = await _body(request, self._max_upload)
+        key = secrets.token_urlsafe(16)
+        await run_sync(self._ask, f"image:{key}", data)
+        pairs = [pair for pair in request.query_params.multi_items() if pair[0] not in ("q", "like", "image")]
+        return JSONResponse({"location": url("/", [("image", key), *pairs])})
+
+    def _ask(self, key: str, data: bytes) -> None:
+        from vlmflow.search.query import Query
+
+        if not data:
+            raise ConfigError("the file is empty", remedy="Choose an image.")
+        self._desk.shelf.ask(key, Query(image=data))
+
+    def _judge(self, session: Session, form: VerdictForm) -> Response:
+        row = self._desk.image(form.image_id)
+        if row is None or row["content_hash"] is None:
+            raise ConfigError("there is no such image, or it was never read", remedy="Reload the page.")
+        if row["content_hash"] != form.content_hash:
+            return JSONResponse({"error": "The image has changed since you opened it. Reload the page."}, 409)
+        judging = self._desk.judging
+        held = judging.labels_of(form.image_id, session.reviewer, form.labels)
+        labels = {name: value for name, value in form.labels.items() if held.get(name) != value}
+        if form.decision is None and not labels:
+            return JSONResponse({"message": "Nothing has changed.", "seen": form.seen})
+        before = self._desk.said(row)
+        judgement = Judgement(
+            form.image_id, form.content_hash, form.seen, session.reviewer, form.decision, labels, form.reason
+        )
+        is_taken, said = judging.judge(judgement)
+        if not is_taken:
+            return _meanwhile(said)
+        session.remember(
+            Undo(
+                form.image_id,
+                form.content_hash,
+                "" if form.decision is None or said is None else said.mark,
+                None if before is None else before.decision,
+                "" if before is None else before.mark,
+                {name: held.get(name) for name in labels},
+            )
+        )
+        self._desk.claims.drop(session.key)
+        return self._said(form.image_id, form.decision or "labels", said)
+
+    def _undo(self, session: Session) -> Response:
+        if not session.given:
+            return JSONResponse({"error": "There is nothing to undo in this session."}, 409)
+        last = session.given[-1]
+        decision = (last.before or WITHDRAWN) if last.mark else None
+        judgement = Judgement(
+            last.image_id, last.content_hash, last.mark, session.reviewer, decision, last.labels, "undone"
+        )
+        is_taken, said = self._desk.judging.judge(judgement)
+        if not is_taken:
+            session.given = session.given[:-1]
+            return _meanwhile(said)
+        session.undone("" if said is None else said.mark)
+        return self._said(last.image_id, "undone", said)
+
+    def _said(self, image_id: str, what: str, said: Said | None) -> Response:
+        row = self._desk.image(image_id, ("uri",)) or {"uri": ""}
+        name = row["uri"].rsplit("/", 1)[-1][:60]
+        words = {
+            "undone": "Undone:", "labels": "Labels noted:", WITHDRAWN: "Verdict taken back:", "allow": "Allowed:",
+            "review": "Left for review:", "block": "Blocked:",
+        }  # fmt: skip
+        return JSONResponse(
+            {
+                "message": f"{words.get(what, what)} {name}",
+                "image_id": image_id,
+                "seen": "" if said is None else said.mark,
+                "num_waiting": self._desk.judging.num_waiting,
+            }
+        )
+
+    def _map_job(self) -> Job:
+        if self._desk.job is not None:
+            return self._desk.job
+        from vlmflow.engine.remoderate import last_profile
+        from vlmflow.search.query import search_job
+
+        config = self._desk.shelf.config
+        return search_job(config, last_profile(config))
+
+
+def refused(error: VlmflowError) -> Response:
+    """An error as JSON, for the page to show."""
+    status = 413 if isinstance(error, TooLargeError) else 422 if isinstance(error, ImageError) else 400
+    return JSONResponse({"error": " ".join(f"{error}. {error.remedy}".split())}, status)
+
+
+def _meanwhile(said: Said | None) -> Response:
+    if said is None:
+        return JSONResponse({"error": "The verdict that you saw is gone. Reload the page."}, 409)
+    what = "took the verdict back" if said.decision == WITHDRAWN else f"decided {said.decision}"
+    return JSONResponse(
+        {
+            "error": f"{said.reviewer} {what} at {said.at:%Y-%m-%d %H:%M} UTC, since you opened this image. "
+            "Nothing was written.",
+            "seen": said.mark,
+            "decision": said.decision,
+        },
+        409,
+    )
+
+
+def _session(request: Request) -> Session:
+    session: Session = request.scope["session"]
+    return session
+
+
+async def _body(request: Request, max_bytes: int) -> bytes:
+    """The body, never more of it in memory than is allowed.
+
+    Raises:
+        TooLargeError: there is more.
+    """
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > max_bytes:
+            raise TooLargeError(f"that is more than {max_bytes / 2**20:g} MiB", remedy="Send a smaller one.")
+        parts.append(part)
+    return b"".join(parts)
+
+
+async def _form(request: Request, kind: type[Parsed]) -> Parsed:
+    data = await _body(request, _MAX_JSON_BYTES)
+    try:
+        given: Any = json.loads(data or b"{}")
+        return kind.model_validate(given)
+    except ValidationError as error:
+        raise ConfigError(describe_validation(error, what="the request"), remedy="Reload the page.") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError("the request is not JSON", remedy="Reload the page.") from error

@@ -1,0 +1,258 @@
+"""What pages show of a version: rows in order, counts, and single images, with what was said of them a moment ago.
+
+N: rows of the version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vlmflow.catalog.masks import Mask
+from vlmflow.catalog.reviews import WITHDRAWN
+from vlmflow.config import Job
+from vlmflow.search.live import Positions
+from vlmflow.search.searcher import Asked
+from vlmflow.web.cache import Cache
+from vlmflow.web.claims import Claims
+from vlmflow.web.facts import Facts
+from vlmflow.web.filters import ALL_FACETS, Filter
+from vlmflow.web.judging import Judging, Said
+from vlmflow.web.pictures import Pictures
+from vlmflow.web.shelf import CARD_COLUMNS, Shelf, Version
+
+PAGE_SIZE = 48
+_DOUBTFUL = ("unreadable", "failed")  # a verdict on what cannot be read any more waits
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A page of rows.
+
+    Attributes:
+        rows: with :data:`vlmflow.web.shelf.CARD_COLUMNS`, and ``score`` where they were searched for.
+        num_matching: rows in all.
+        counts: by facet, how many rows a value would give, the other filters as they are.
+        has_before, has_after: whether there are pages on either side.
+        notes: what a person should know, a sentence each.
+    """
+
+    version: int
+    rows: list[dict[str, Any]]
+    num_rows: int
+    num_matching: int
+    counts: Mapping[str, Mapping[str, int]]
+    has_before: bool = False
+    has_after: bool = False
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class QueueItem:
+    """An image to review. ``row`` has all columns; ``next_id``: the image after it; None: it is the last."""
+
+    row: dict[str, Any]
+    next_id: str | None
+    num_open: int
+
+
+class Desk:
+    """Brings together the catalog, the verdicts and the pictures.
+
+    Args:
+        job: of maps; None: the profile of the newest run.
+    """
+
+    def __init__(self, shelf: Shelf, judging: Judging, pictures: Pictures, job: Job | None = None) -> None:
+        self.shelf, self.judging, self.pictures, self.job = shelf, judging, pictures, job
+        self.claims = Claims()
+        self._facts: Cache[Facts] = Cache(2)
+        self._counts: Cache[tuple[int, dict[str, dict[str, int]]]] = Cache(256)
+
+    def facts(self, version: Version) -> Facts:
+        """The facts of a version, with what was said since."""
+        key = (version.number, self.judging.changes)
+        return self._facts.get_or_make(key, lambda: version.facts.with_verdicts(self._changes(version)))
+
+    def listing(self, wanted: Filter, *, after: str = "", before: str = "") -> Listing:
+        """Rows in the order of the filter, from beside a row on.
+
+        Args:
+            after, before: id of the row; empty: from the beginning.
+
+        Raises:
+            ConfigError: the condition cannot be used.
+        """
+        version = self.shelf.version
+        facts = self.facts(version)
+        mask = self.mask(version, facts, wanted)
+        num_matching, counts = self.counts(version, facts, wanted)
+        order, places = version.orders[wanted.sort]
+        edge, notes = self._edge(version, places, before or after)
+        if before and not notes:
+            found = _back(order, mask, edge, PAGE_SIZE + 1)
+            has_before, shown = len(found) > PAGE_SIZE, found[-PAGE_SIZE:]
+            has_after = True
+        else:
+            found = _on(order, mask, edge + 1, PAGE_SIZE + 1)
+            has_after, shown = len(found) > PAGE_SIZE, found[:PAGE_SIZE]
+            has_before = bool(after) and not notes
+        rows = self.cards(version, shown)
+        return Listing(version.number, rows, len(version), num_matching, counts, has_before, has_after, notes)
+
+    def cards(self, version: Version, positions: Positions) -> list[dict[str, Any]]:
+        """What cards show of rows."""
+        fresh = self.judging.fresh(version.number)
+        return [_up_to_date(row, fresh) for row in self.shelf.rows(version, positions, CARD_COLUMNS)]
+
+    def searched(self, asked: Asked | str, wanted: Filter, count: int) -> Listing:
+        """The rows that a filter leaves and that are nearest to a query, the nearest first.
+
+        Args:
+            asked: or the id of an image.
+
+        Raises:
+            ConfigError: there is no such image, or the condition cannot be used.
+            SearchError: the image has no embedding.
+        """
+        version, found, num_matching, notes = self.shelf.nearest(
+            asked, lambda version: self.mask(version, self.facts(version), wanted), count + 1
+        )
+        _, counts = self.counts(version, self.facts(version), wanted)
+        scores = found.scores[:count].tolist()
+        rows = self.cards(version, found.positions[:count])
+        scored = [row | {"score": score} for row, score in zip(rows, scores, strict=True)]
+        has_after = len(found.positions) > count
+        return Listing(version.number, scored, len(version), num_matching, counts, False, has_after, notes)
+
+    def image(self, image_id: str, columns: Sequence[str] | None = None) -> dict[str, Any] | None:
+        """Columns of an image's row, all of them by default; None: there is no such image."""
+        version = self.shelf.version
+        position = self.shelf.find(version, image_id)
+        if position is None:
+            return None
+        names = version.live.columns.names if columns is None else columns
+        (row,) = self.shelf.rows(version, np.array([position]), names)
+        return _up_to_date(row, self.judging.fresh(version.number))
+
+    def said(self, row: Mapping[str, Any]) -> Said | None:
+        """The newest verdict of a person on an image as it is."""
+        return self.judging.said(row["image_id"], row["content_hash"])
+
+    def mask(self, version: Version, facts: Facts, wanted: Filter) -> Mask | None:
+        """(N,) rows that a filter leaves; None: all."""
+        masks = [facts.mask(facet, values) for facet, values in wanted.chosen]
+        condition = self.shelf.condition(version, wanted)
+        if condition is not None:
+            masks.append(condition)
+        return np.logical_and.reduce(masks) if masks else None
+
+    def counts(self, version: Version, facts: Facts, wanted: Filter) -> tuple[int, dict[str, dict[str, int]]]:
+        """How many rows there are, and by facet how many each value would give."""
+        key = (version.number, self.judging.changes, wanted.rows)
+        return self._counts.get_or_make(key, lambda: self._count(version, facts, wanted))
+
+    def queue(self, session: str, wanted: Filter, *, at: str = "", after: str = "") -> QueueItem | None:
+        """An image that nobody has judged, and claims it; None: there is none left.
+
+        Args:
+            at: id of the image to show, judged or not; empty: the first that nobody else looks at.
+            after: only those behind this one.
+        """
+        version = self.shelf.version
+        facts = self.facts(version)
+        wait = (facts.codes["verdict"] == 0) & facts.is_judgeable
+        mask = self.mask(version, facts, wanted)
+        if mask is not None:
+            wait &= mask
+        num_open = int(wait.sum())
+        for image_id in self.claims.of_others(session):
+            position = self.shelf.find(version, image_id)
+            if position is not None:
+                wait[position] = False
+        order, places = version.orders[wanted.sort]
+        position = self.shelf.find(version, at) if at else None
+        if position is None:
+            edge, _ = self._edge(version, places, after)
+            found = _on(order, wait, edge + 1, 1)
+            position = int(found[0]) if len(found) else None
+        if position is None:
+            self.claims.drop(session)
+            return None
+        following = _on(order, wait, int(places[position]) + 1, 1)
+        (row,) = self.shelf.rows(version, np.array([position]), version.live.columns.names)
+        self.claims.take(session, row["image_id"])
+        next_rows = self.shelf.rows(version, following, ("image_id",))
+        return QueueItem(
+            _up_to_date(row, self.judging.fresh(version.number)),
+            next_rows[0]["image_id"] if next_rows else None,
+            num_open,
+        )
+
+    def _count(self, version: Version, facts: Facts, wanted: Filter) -> tuple[int, dict[str, dict[str, int]]]:
+        masks = {facet: facts.mask(facet, values) for facet, values in wanted.chosen}
+        condition = self.shelf.condition(version, wanted)
+        if condition is not None:
+            masks["condition"] = condition
+        counts = {}
+        for facet in ALL_FACETS:
+            others = [mask for name, mask in masks.items() if name != facet]
+            among = np.logical_and.reduce(others) if others else None
+            counts[facet] = dict.fromkeys(wanted.values(facet), 0) | facts.counts(facet, among)
+        every = np.logical_and.reduce(list(masks.values())) if masks else None
+        return len(facts) if every is None else int(every.sum()), counts
+
+    def _edge(self, version: Version, places: Positions, image_id: str) -> tuple[int, tuple[str, ...]]:
+        """The place of a row in an order; -1: before all."""
+        if not image_id:
+            return -1, ()
+        position = self.shelf.find(version, image_id)
+        if position is None:
+            return -1, ("The image from which to go on is not in the catalog any more: this is the beginning.",)
+        return int(places[position]), ()
+
+    def _changes(self, version: Version) -> dict[int, tuple[str, str]]:
+        """Rows whose decision another one was given for since: that, and whose it is."""
+        found = ((self.shelf.find(version, image_id), image_id) for image_id in self.judging.fresh(version.number))
+        positions = np.array([position for position, _ in found if position is not None], np.int64)
+        changes = {}
+        for position, row in zip(positions.tolist(), self.cards(version, positions), strict=True):
+            changes[position] = (row["decision"], "nobody" if row["verdict"] is None else "person")
+        return {position: change for position, change in changes.items() if change[0] in ("allow", "review", "block")}
+
+
+def _up_to_date(row: dict[str, Any], fresh: Mapping[str, tuple[str, Said]]) -> dict[str, Any]:
+    """A row under the verdict that was given on it since, if there is one."""
+    content_hash, said = fresh.get(row.get("image_id", ""), (None, None))
+    if said is None or content_hash != row.get("content_hash"):
+        return row
+    held = row.get("verdict")
+    model = (row["decision"], row.get("decision_reason"))
+    if held is not None:
+        model = (held["model_decision"], held["model_reason"])
+    if said.decision == WITHDRAWN:
+        return row | {"decision": model[0], "decision_reason": model[1], "verdict": None}
+    verdict = {**vars(said), "content_hash": content_hash, "model_decision": model[0], "model_reason": model[1]}
+    if row.get("status") in _DOUBTFUL:
+        return row | {"verdict": verdict}
+    return row | {"decision": said.decision, "decision_reason": "verdict", "verdict": verdict}
+
+
+def _on(order: Positions, mask: Mask | None, start: int, count: int) -> Positions:
+    """The first rows that are marked, from a place of an order on."""
+    if mask is None:
+        return order[start : start + count]
+    found, step = [np.empty(0, np.int64)], 4 * count
+    while start < len(order) and sum(map(len, found)) < count:
+        some = order[start : start + step]
+        found.append(some[mask[some]])
+        start, step = start + step, 4 * step
+    return np.concatenate(found)[:count]
+
+
+def _back(order: Positions, mask: Mask | None, stop: int, count: int) -> Positions:
+    """The last rows that are marked before a place of an order, in that order."""
+    return _on(order[:stop][::-1], mask, 0, count)[::-1]

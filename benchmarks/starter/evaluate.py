@@ -19,17 +19,15 @@ import numpy as np
 import pyarrow as pa
 import torch
 from PIL import Image
-from transformers import ViltForQuestionAnswering
 
-from benchmarks.starter.captions import Writer, build_tokenizer
+from benchmarks.starter.captions import Writer
 from benchmarks.starter.cards import Results, misses, read_results, write_cards
 from benchmarks.starter.concepts import World
-from benchmarks.starter.data import TRAINED_ARTISTS, encode
+from benchmarks.starter.data import TRAINED_ARTISTS
 from benchmarks.starter.demo_figures import Demo
 from benchmarks.starter.metrics import Nouns
-from benchmarks.starter.objectives import answer_logits
 from benchmarks.starter.policy import label_name
-from benchmarks.starter.questions import KINDS, Asker, Question
+from benchmarks.starter.questions import KINDS, Asker
 from benchmarks.starter.scenes import COLOR_NAMES, EVALUATION_STEP, Painter, Scene, SceneSampler
 from benchmarks.starter.sources import HELD_OUT, WORK_FOLDER, DrawingSet, build_drawings, load_world
 from benchmarks.starter.vilbert import VILBERT_NAME, Pointer
@@ -44,11 +42,9 @@ from vlmflow.evaluation.metrics.classes import roc_auc
 from vlmflow.evaluation.metrics.ptb import tokenize
 from vlmflow.evaluation.report import EvaluationReport
 from vlmflow.evaluation.run import Run
-from vlmflow.evaluation.score import score_answers
 
 RESULTS = Path("benchmarks/results/starter.json")
 STARTER = Path("vlmflow/starter")
-_BATCH = 125
 _CONSTANT_CAPTION = "a cat on a white background"
 _GALLERY = 1000
 
@@ -163,16 +159,9 @@ class Evaluation:
         return figures
 
     def vqa(self) -> dict[str, float]:
-        scenes = self._test.scenes(self._num, 8)
-        asker, rng = Asker(self._world), self._test.sampler.rng(EVALUATION_STEP + 9)
-        asked = [asker.ask(scene, rng) for scene in scenes]
-        questions = [
-            {"question_id": str(at), "answers": [one.answer], "question_type": one.kind} for at, one in enumerate(asked)
-        ]
-        said = dict(zip(map(str, range(len(asked))), self._answer(scenes, asked), strict=True))
-        scored = score_answers(said, questions)
-        by_kind = scored.groups["question type"]
-        figures = {"VQA overall": scored.figures["accuracy"].value}
+        report, _ = self._evaluate(self.asked)
+        by_kind = report.groups["question type"]
+        figures = {"VQA overall": report.figures["accuracy"].value}
         figures |= {f"VQA, {kind}": by_kind[kind]["accuracy"].value for kind in KINDS}
         return {name: value or 0.0 for name, value in figures.items()}
 
@@ -225,6 +214,20 @@ class Evaluation:
         rows = {"uri": [uri for uri, _ in found], "key": texts, "text": texts, "match": list(found.values())}
         return Dataset("match", self._test.name, table_of("match", rows))
 
+    @cached_property
+    def asked(self) -> Dataset:
+        """One question to each scene."""
+        scenes, asker, rng = (
+            self._test.scenes(self._num, 8),
+            Asker(self._world),
+            self._test.sampler.rng(EVALUATION_STEP + 9),
+        )
+        questions = [
+            [{"question_id": str(at), "question": one.text, "answers": [one.answer], "question_type": one.kind}]
+            for at, one in enumerate(asker.ask(scene, rng) for scene in scenes)
+        ]
+        return self._dataset("answer", scenes, {"questions": questions})
+
     def _moderation(self) -> dict[str, float]:
         """What the demo policy flags of scenes that hold what it must, and of the others, where there are such."""
         _, decisions = self._evaluate(self.moderation)
@@ -247,17 +250,6 @@ class Evaluation:
             rng = self._test.sampler.rng(EVALUATION_STEP + 7)
             wrong[name] = [self._writer.full(change(scene, rng)) for scene in scenes]
         return [self._writer.full(scene) for scene in scenes], wrong
-
-    def _answer(self, scenes: Sequence[Scene], asked: Sequence[Question]) -> list[str]:
-        model = ViltForQuestionAnswering.from_pretrained(self._folder / "vqa", dtype=torch.float32).eval()
-        pixels, tokenizer = self._test.paint(scenes), build_tokenizer(self._world)
-        said: list[str] = []
-        with torch.inference_mode():
-            for start in range(0, len(asked), _BATCH):
-                tokens = encode(tokenizer, [one.text for one in asked[start : start + _BATCH]])
-                best = answer_logits(model, pixels[start : start + _BATCH], tokens).argmax(1)
-                said += [model.config.id2label[int(number)] for number in best]
-        return said
 
     def _evaluate(self, data: Dataset, **choices: Any) -> tuple[EvaluationReport, Any]:
         report, said = evaluate_with_predictions(data, self.job, Choices(catalog=self._catalog, **choices))
@@ -313,6 +305,7 @@ def starter_job(folder: Path) -> Job:
         "embed": {"family": "open_clip", "path": str(folder / "clip"), "repo": "vlmflow/starter-clip"},
         "caption": {"family": "blip_caption", "path": str(folder / "captioner")},
         "match": {"family": "blip_itm", "path": str(folder / "matcher")},
+        "answer": {"family": "vilt", "path": str(folder / "vqa")},
     }
     return Job.model_validate(
         {
@@ -338,6 +331,7 @@ def run_models(evaluations: Sequence[Evaluation], catalog: CatalogConfig) -> Non
         "moderate": uris,
         "caption": pa.concat_tables([evaluation.captions.rows for evaluation in evaluations]),
         "match": pa.concat_tables([evaluation.pairs.rows for evaluation in evaluations]),
+        "answer": pa.concat_tables([evaluation.asked.rows for evaluation in evaluations]),
     }
     for task, rows in parts.items():
         Run(evaluations[0].job, Dataset(task, "all sets", rows), catalog, None)  # type: ignore[arg-type]

@@ -204,8 +204,9 @@ def verify(job: Job, key: str, earlier: Verification | None = None) -> Verificat
         finding = found.findings.get(kind)
         if finding is None:
             continue
-        before = None if earlier is None else earlier.findings.get(kind)
-        finding.examples = finding.examples if earlier is None else _in_both(before, finding)
+        if earlier is not None and finding.count <= _MAX_LATE:  # all are known by name
+            finding.examples = _in_both(earlier.findings.get(kind), finding)
+            finding.count = len(finding.examples)
         if job.limit is not None or not finding.examples:
             del found.findings[kind]  # a limit leaves images out, and images go on arriving
     artifacts.show_verification(key, found)

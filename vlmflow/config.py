@@ -300,13 +300,17 @@ def read_secret(variable: str) -> str:
     """The value of an environment variable that a job names, such as the key of an endpoint.
 
     Raises:
-        ConfigError: it is not set on this machine; the message does not hold the value of anything.
+        ConfigError: it is not set on this machine, or can be no key; the message does not hold the value of anything.
     """
     value = os.environ.get(variable, "").strip()
     if not value:
         raise ConfigError(
             f"environment variable {variable} is not set on a machine that needs it",
             remedy="Set it where the workers run, or name another with api_key_env.",
+        )
+    if not (value.isascii() and value.isprintable()):  # a header could not hold it, and the error would show it
+        raise ConfigError(
+            f"environment variable {variable} holds characters that no key has", remedy="Set it anew, on one line."
         )
     return value
 

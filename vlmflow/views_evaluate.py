@@ -22,7 +22,8 @@ def print_evaluation(report: EvaluationReport, console: Console) -> None:
     head = f"{report.task} on {report.dataset}: {report.num_images:,} images, {models}"
     console.print(f"[bold]{escape(printable(head))}[/bold]", highlight=False)
     if report.num_missing:
-        console.print(f"[yellow]{report.num_missing:,} without a result count as wrong[/yellow]", highlight=False)
+        how = "review" if report.task == "moderate" else "wrong"  # moderation fails closed
+        console.print(f"[yellow]{report.num_missing:,} without a result count as {how}[/yellow]", highlight=False)
     table = _table("figure", "%", "95% interval", "of")
     for name, figure in report.figures.items():
         table.add_row(escape(name), *_cells(figure))

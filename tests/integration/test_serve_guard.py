@@ -178,3 +178,15 @@ def test_many_sessions_do_not_pile_up() -> None:
 
 def test_secrets_of_sessions_differ(served: Served, tmp_path: Path) -> None:
     assert served.browser().csrf() != served.browser().csrf()
+
+
+@pytest.mark.parametrize("other", ['prefs={"a": 1}', "a=x y", "=;;", 'q="'])
+def test_cookies_of_other_apps_do_not_hide_ours(served: Served, other: str) -> None:
+    key = served.browser().cookies["vlmflow"]
+    stranger = served.stranger()
+    assert stranger.get("/", headers={"Cookie": f"{other}; vlmflow={key}"}).status_code == 200
+    assert stranger.get("/", headers={"Cookie": other}).status_code == 401
+
+
+def test_an_origin_that_is_no_address_is_refused(served: Served) -> None:
+    assert served.stranger().post("/verdict", json={}, headers={"Origin": "http://["}).status_code == 403

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,9 @@ from vlmflow.catalog.vacuum import RETENTION, VacuumResult, vacuum
 from vlmflow.catalog.verify import Verification, verify
 from vlmflow.catalog.writer import CatalogWriter
 from vlmflow.config import CatalogConfig
+from vlmflow.errors import VlmflowError
+
+logger = logging.getLogger("vlmflow")
 
 # A replacement copies the files of its rows: those of images stay smaller, for that to be quick.
 TARGET_BYTES: Mapping[TableName, int] = {"images": 32 * 1024 * 1024, "embeddings": 128 * 1024 * 1024}
@@ -83,7 +87,12 @@ class Catalog:
         """
         folder = Folder(config)
         folder.check_access()
-        return cls(folder, TableLog.open(folder, "images"), TableLog.open(folder, "embeddings"))._upgraded()
+        catalog = cls(folder, TableLog.open(folder, "images"), TableLog.open(folder, "embeddings"))
+        try:
+            return catalog._upgraded()
+        except VlmflowError as error:  # a reader who may not write; who must write meets the refusal then
+            logger.info("%s stays as an older version wrote it: %s", config.uri, error)
+            return catalog
 
     @classmethod
     def exists(cls, config: CatalogConfig) -> bool:

@@ -142,7 +142,7 @@ class _State:
 
     @classmethod
     def of(cls, live: pa.Table, same: Mask, request: PlanRequest) -> _State:
-        digest = attempt_digest(request.fingerprints)
+        digest = attempt_digest(request.fingerprints, request.questions)
         again = same & equal(live["attempt_digest"], digest) & ~equal(live["status"], OK)
         stored = pc.fill_null(live["attempts"], 0).to_numpy().astype(np.int32)
         attempts = np.where(again, stored, 0).astype(np.int32)

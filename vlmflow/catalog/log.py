@@ -116,11 +116,22 @@ class TableLog:
         return self.table.metadata().configuration.get(_SCHEMA_VERSION_KEY)
 
     def set_schema_version(self) -> None:
-        """Marks the table as one of this version's columns."""
-        table = self.refreshed_table()
-        properties = {_SCHEMA_VERSION_KEY: SCHEMA_VERSION}
-        # In a property of our own deltalake sees nothing that it knows.
-        retried(lambda: table.alter.set_table_properties(properties, raise_if_not_exists=False), _DELTA_ERRORS)
+        """Marks the table as one of this version's columns.
+
+        Raises:
+            StorageAccessError: the store refuses to be written to.
+        """
+
+        def mark() -> None:
+            table = self.refreshed_table()  # anew each time: another program may have been first
+            if self.schema_version != SCHEMA_VERSION:
+                # In a property of our own deltalake sees nothing that it knows.
+                table.alter.set_table_properties({_SCHEMA_VERSION_KEY: SCHEMA_VERSION}, raise_if_not_exists=False)
+
+        try:
+            retried(mark, _DELTA_ERRORS)
+        except (DeltaError, OSError) as error:
+            raise access_error(error, self.folder.config.uri) from error
 
     @classmethod
     def exists(cls, folder: Folder, name: TableName) -> bool:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from vlmflow import schema
 from vlmflow.catalog.columns import conform, flat
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.keys import concat, index_of, to_binary, to_words
@@ -130,4 +131,8 @@ class References:
 
 
 def _select(columns: pa.Schema, names: Sequence[str] | None) -> pa.Schema:
-    return columns if names is None else pa.schema([columns.field(name) for name in names])
+    """The columns wanted; of those that a table of an older version lacks, ours, which read as null."""
+    if names is None:
+        return columns
+    there = set(columns.names)
+    return pa.schema([(columns if name in there else schema.IMAGES).field(name) for name in names])

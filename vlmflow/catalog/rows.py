@@ -7,6 +7,7 @@ write it, with the columns of :data:`STAGED` behind it, which say what the run d
 from __future__ import annotations
 
 import datetime as dt
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,13 +66,14 @@ class RunConstants:
 
     @property
     def attempt_digest(self) -> str:
-        """Attempts are counted per object version and this digest of the fingerprints that they ran with."""
-        return attempt_digest(self.fingerprints)
+        """Attempts are counted per object version and this digest of what they ran with."""
+        return attempt_digest(self.fingerprints, self.questions)
 
 
-def attempt_digest(fingerprints: dict[str, str]) -> str:
-    """One digest of the fingerprints of a run's tasks, whatever their order."""
-    return digest_of(*(f"{task}={fingerprints[task]}" for task in sorted(fingerprints)))
+def attempt_digest(fingerprints: dict[str, str], questions: Sequence[str] = ()) -> str:
+    """One digest of the fingerprints of a run's tasks, whatever their order, and of the questions that it asks."""
+    asked = questions if "answer" in fingerprints else ()
+    return digest_of(*(f"{task}={fingerprints[task]}" for task in sorted(fingerprints)), *asked)
 
 
 def stage_rows(rows: pa.Table, constants: RunConstants, columns: pa.Schema) -> pa.Table:
@@ -194,12 +196,19 @@ def _alt_texts(rows: pa.Table, captions: pa.Array, found_text_column: str | None
     if found_text_column is not None and "source" in rows.column_names:
         source = flat(rows["source"])
         if source.type.get_field_index(found_text_column) >= 0:
-            found = pc.struct_field(source, found_text_column).cast(pa.string()).to_pylist()
+            found = [_as_text(value) for value in pc.struct_field(source, found_text_column).to_pylist()]
     texts = [alt_text(*of_row) for of_row in zip(captions.to_pylist(), rows["uri"].to_pylist(), found, strict=True)]
     return {
         "alt_text": pa.array([text for text, _ in texts], pa.string()),
         "alt_text_rule": pa.array([rule for _, rule in texts], pa.string()),
     }
+
+
+def _as_text(value: object) -> str | None:
+    """A caller's value as one text; of a list, such as lines that were read in the image, its parts."""
+    if isinstance(value, list):
+        return " ".join(str(part) for part in value if part is not None)
+    return None if value is None else str(value)
 
 
 def failed_tasks(errors: pa.ChunkedArray) -> dict[str, Mask]:

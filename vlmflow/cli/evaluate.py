@@ -94,8 +94,8 @@ def evaluate(
     - **match**: ROC AUC and accuracy of image-text pairs
     - **moderate**: precision, recall and AP of what is flagged, by label where DATA has labels
 
-    An image without a result counts as wrong. Nothing is kept unless `--catalog` says where; with it, an interrupted
-    evaluation goes on, and one that is done runs no model again.
+    An image without a result counts as wrong, in moderation as `review`. Nothing is kept unless `--catalog` says where;
+    with it, an interrupted evaluation goes on, and one that is done runs no model again.
 
     Try it on the demo's images, from a checkout:
 

@@ -133,7 +133,7 @@ class Feeder:
         with at_most(limits.max_seconds):
             image = decode(file.data, requests, limits, file.facts.content_hash)
         stacks = {key: np.stack([pixels for _, pixels in views]) for key, views in image.pixels.items()}
-        pixels = {key: torch.from_numpy(stack).to(self._device) for key, stack in stacks.items()}
+        pixels = {key: torch.from_numpy(stack) for key, stack in stacks.items()}
         names = {key: [name for name, _ in views] for key, views in image.pixels.items()}
         return DeviceImage(pixels, names, image.facts.phash or "")
 
@@ -179,7 +179,7 @@ def _passed_on(batch: pa.Table, request: PixelRequest, decoded: dict[int, Device
     column = batch[columns.PIXELS_PREFIX + request.key].combine_chunks()
     if not decoded:
         return column
-    stack = torch.cat([image.pixels[request.key] for image in decoded.values()]).cpu().numpy()
+    stack = torch.cat([image.pixels[request.key].cpu() for image in decoded.values()]).numpy()
     num_bytes = request.size * request.size * 3
     offsets = np.arange(len(stack) + 1, dtype=np.int64) * num_bytes
     buffers = [None, pa.py_buffer(offsets), pa.py_buffer(np.ascontiguousarray(stack))]

@@ -102,11 +102,11 @@ class Quarantine:
         decoded = self._call("decode", row)
         if isinstance(decoded, RowErrorClass):
             finished = self._stages.decode.failed(row, decoded, _MESSAGES[decoded])
-            return columns.drop_regions(columns.drop_views(columns.drop_pixels(finished)))
+            return _bare(finished)
         for task in self._stages.tasks:
             finished = self._call("run", task, decoded)  # a task reads what is there: null where one before it failed
             decoded = _failed_task(decoded, task, finished) if isinstance(finished, RowErrorClass) else finished
-        return columns.drop_regions(columns.drop_views(columns.drop_pixels(decoded)))
+        return _bare(decoded)
 
     def close(self) -> None:
         """Ends the process."""
@@ -135,6 +135,12 @@ class Quarantine:
             self._actor = self._remote.remote(self._stages, self._config.max_memory_bytes)
             ray.get(self._actor.ready.remote(), timeout=_START_TIMEOUT_S)
         return self._actor
+
+
+def _bare(row: pa.Table) -> pa.Table:
+    """A finished row as the pipeline gives it. What ran alone is no pool of the run, and counts as none."""
+    row = columns.drop_regions(columns.drop_views(columns.drop_pixels(row)))
+    return row.drop_columns([name for name in row.column_names if name.startswith(columns.BATCHES_PREFIX)])
 
 
 _MESSAGES = {

@@ -13,7 +13,7 @@ import ray
 
 from vlmflow.catalog import Catalog, KnownBytes, Plan, keys, plan_without_catalog
 from vlmflow.catalog.runs import new_run_id
-from vlmflow.config import Job
+from vlmflow.config import Job, PoolConfig
 from vlmflow.engine.archive import archive_policy
 from vlmflow.engine.cluster import Cluster, WorkerErrors, ray_cluster
 from vlmflow.engine.collect import Collected, Collector
@@ -28,7 +28,9 @@ from vlmflow.engine.report import PlanSummary, RunReport, RunStatus, finished_re
 from vlmflow.engine.sizing import PreflightReport, measure
 from vlmflow.engine.stored import Stored
 from vlmflow.errors import (
+    ClusterError,
     ConfigError,
+    SourceError,
     StorageAccessError,
     StoreLostError,
     TransientError,
@@ -143,6 +145,18 @@ class _Run:
         self._startup_s = 0.0
         self._num_cpus = 0.0
 
+    def _tried_pools(self, stages: Stages, cluster: Cluster) -> tuple[PoolConfig, ...]:
+        """The pools that a preflight chooses; the default ones where no image of the sample could be tried."""
+        # Copies of known results would not be computed, so they say nothing of the pools.
+        plain = dataclasses.replace(stages, decode=dataclasses.replace(stages.decode, known=None))
+        try:
+            tried = measure(self._plan, plain, cluster)
+        except (SourceError, ClusterError) as error:  # every image gets its row all the same
+            logger.warning("preflight: nothing could be tried: %s", error)
+            return default_pools(self._job, cluster)
+        logger.info("preflight: %s", tried.model_dump_json(exclude={"pools": {"__all__": {"trials"}}}))
+        return tried.chosen
+
     def execute(self) -> RunReport:
         if self._plan.num_planned == 0:
             if not Catalog.exists(self._job.catalog):
@@ -158,9 +172,7 @@ class _Run:
             stages = stages_of(self._prepared, self._source, pools, prompts, self._known_bytes())
             if self._job.preflight:
                 self._display.stage("trying batch sizes")
-                tried = measure(self._plan, stages, cluster)
-                stages = dataclasses.replace(stages, pools=tried.chosen)
-                logger.info("preflight: %s", tried.model_dump_json(exclude={"pools": {"__all__": {"trials"}}}))
+                stages = dataclasses.replace(stages, pools=self._tried_pools(stages, cluster))
             blocks = [ray.put(block) for block in planned_blocks(self._plan, cluster, self._job.commit.max_rows)]
             dataset = build_pipeline(blocks, stages, self._job.commit.max_rows, self._job.read_ahead)
             with FinishedBlocks(dataset) as finished:

@@ -34,6 +34,7 @@ from vlmflow.engine.prepare import Prepared, prepare
 from vlmflow.engine.progress import ProgressDisplay
 from vlmflow.errors import ConfigError, EvaluationError
 from vlmflow.evaluation.dataset import Dataset, EvaluationTask
+from vlmflow.moderation.policy import Policy
 from vlmflow.schema import fingerprint_column
 from vlmflow.sources.uris import image_ids
 
@@ -120,17 +121,29 @@ class Run:
         task = _RUNS[self._data.task][1]
         mark = fingerprint_column(task)
         wanted = self.prepared.fingerprints[task]
+        policy = self.prepared.setup.policy if task == "moderate" else None
+        also = [] if policy is None else ["policy_digest"]
         parts, places = [], []
-        for batch in self._catalog.image_batches(["image_id", mark, *names]):
+        for batch in self._catalog.image_batches(["image_id", mark, *also, *names]):
             at = self._index.find(*to_words(to_binary(batch["image_id"])))
             # Values of another model may stand in a kept catalog, where this one failed on the image.
             kept = (at >= 0) & pc.fill_null(pc.equal(batch[mark], wanted), False).to_numpy()
+            if policy is not None:
+                self._check_policy(batch["policy_digest"].filter(pa.array(kept)), policy)
             parts.append(batch.select(list(names)).filter(pa.array(kept)))
             places.append(at[kept])
         table = pa.concat_tables(parts)
         where = np.full(len(self._ids), -1)
         where[np.concatenate(places)] = np.arange(table.num_rows)
         return table.take(pa.array(where, mask=where < 0))
+
+    def _check_policy(self, digests: pa.ChunkedArray, policy: Policy) -> None:
+        """The fingerprint leaves the policy out, and a kept catalog keeps its decisions."""
+        if pc.all(pc.equal(digests, policy.digest)).as_py() is False:
+            raise EvaluationError(
+                f"catalog {self._job.catalog.uri} holds decisions of another policy than {policy.name}",
+                remedy="Put it under this one with `vlmflow remoderate`, or name another --catalog.",
+            )
 
     def vectors(self) -> NDArray[np.float32]:
         """(N, D) the embeddings of the whole images; a row of nan where there is none."""

@@ -108,7 +108,7 @@ def score_match(itm: NDArray[np.float64], itc: NDArray[np.float64], matches: NDA
     for name, scores in (("ITM AUC", itm), ("ITC AUC", itc)):
         if not np.isfinite(scores).any():
             continue  # the model has no such head
-        known = np.where(np.isfinite(scores), scores, -np.inf)
+        known = np.where(np.isfinite(scores), scores, np.where(matches, -np.inf, np.inf))
         interval = bootstrap(roc_auc, known, matches)
         low, high = interval or (None, None)
         figures[name] = Figure(value=roc_auc(known, matches), low=low, high=high, num=num)

@@ -53,7 +53,7 @@ class EndpointChat:
         Raises:
             EndpointError: a request failed.
         """
-        images = pixels.permute(0, 2, 3, 1).contiguous().numpy()
+        images = pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
         keys = [
             (hashlib.sha256(image.data).digest(), prompt, max_tokens)
             for image, prompt in zip(images, prompts, strict=True)

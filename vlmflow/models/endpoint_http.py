@@ -22,6 +22,7 @@ from vlmflow.errors import EndpointError, RowErrorClass
 
 _MAX_ANSWER_BYTES = 1024 * 1024
 _FIRST_DELAY_S, _LONGEST_DELAY_S = 0.5, 30.0
+_OF_ONE_REQUEST = (400, 413, 415, 422)  # such as an image that is too large, or against the service's rules
 _LONGEST_ASKED_DELAY_S = 120.0  # by Retry-After; a server that wants more is not waited for
 _PROBE_EVERY_S = 30.0  # of an endpoint that has stopped answering
 
@@ -77,6 +78,8 @@ class EndpointHttp:
                 if last or delay > _LONGEST_ASKED_DELAY_S:
                     raise self._breaker.count(failure.error) from failure
                 self._pause(delay)
+            except _OfOneRequestError as failure:
+                raise failure.error from failure
             except EndpointError as error:
                 raise self._breaker.count(error) from error
             else:
@@ -115,7 +118,8 @@ class EndpointHttp:
         if status in (408, 409, 425) or status >= 500:
             failed = self._error(RowErrorClass.ENDPOINT_FAILED, f"fails with status {status}")
             raise _Passing(failed, _retry_after_s(response))
-        raise self._error(RowErrorClass.ENDPOINT_REFUSED, f"refuses the request with status {status}")
+        refused = self._error(RowErrorClass.ENDPOINT_REFUSED, f"refuses the request with status {status}")
+        raise _OfOneRequestError(refused) if status in _OF_ONE_REQUEST else refused
 
     def _read(self, response: httpx.Response, ends: float) -> bytes:
         content = bytearray()
@@ -149,6 +153,14 @@ class _Passing(Exception):  # noqa: N818 (never leaves this module)
     def __init__(self, error: EndpointError, retry_after_s: float | None = None) -> None:
         super().__init__(str(error))
         self.error, self.retry_after_s = error, retry_after_s
+
+
+class _OfOneRequestError(Exception):
+    """A refusal of what this one request holds; it says nothing of the next image."""
+
+    def __init__(self, error: EndpointError) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 @dataclass

@@ -43,7 +43,7 @@ class VlmJudge:
     @torch.inference_mode()
     def score(self, pixels: torch.Tensor) -> NDArray[np.float32]:
         """(N, 3, S, S) uint8 RGB -> (N, Q) probability of `Yes` against `No`, in float32."""
-        images = list(pixels.permute(0, 2, 3, 1).numpy())
+        images = list(pixels.permute(0, 2, 3, 1).cpu().numpy())
         columns = [self._ask(images, prompt) for prompt in self._prompts] if images else []
         return np.stack(columns, axis=1) if columns else np.empty((0, len(self._prompts)), np.float32)
 

@@ -79,7 +79,7 @@ class OpenNsfw:
         """
         if not len(pixels):
             return np.empty((0, 1), np.float32)
-        images = np.stack([_prepare(image) for image in pixels.permute(0, 2, 3, 1).numpy()])
+        images = np.stack([_prepare(image) for image in pixels.permute(0, 2, 3, 1).cpu().numpy()])
         (scores,) = self._session.run(None, {self._input: images})
         return np.asarray(scores, np.float32)[:, 1:]
 

@@ -56,7 +56,7 @@ class VllmChat:
 
         The score is the probability of all tokens written.
         """
-        images = [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).contiguous().numpy()]
+        images = [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
         conversations = [
             [
                 {

@@ -50,7 +50,7 @@ class TransformersChat:
 
         The score is the probability of all tokens written, the end included.
         """
-        images = list(pixels.permute(0, 2, 3, 1).contiguous().numpy())
+        images = list(pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy())
         texts = [chat_text(self._processor, prompt) for prompt in prompts]
         answers: list[Answer] = []
         for start in range(0, len(texts), _SEQUENCES_AT_ONCE):

@@ -38,7 +38,7 @@ _PROCESSOR_NAMES = ("chat_template.jinja", "chat_template.json", "preprocessor_c
 # Files beside the weights that loading reads too.
 _COMPANION_NAMES = {
     "vilbert": ("answers.json", "detector.safetensors", "regions.json", "regions.safetensors"),
-    "vlm": _PROCESSOR_NAMES,
+    "vlm": (*_PROCESSOR_NAMES, "generation_config.json"),  # repetition penalties and the like
     "vllm": _PROCESSOR_NAMES,
 }
 _TOKENIZER_NAMES = (

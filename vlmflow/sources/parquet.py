@@ -120,8 +120,11 @@ class ParquetSource:
             given["uri"] = pa.array(
                 [normalise_uri(name) for name in resolve(spelled, parse_address(uri).parent)], pa.string()
             )
-        given |= own_columns(rows.select(self.columns.names).cast(self.columns), self._config, uri)
-        return reference_batch(given, source_struct(rows.select(self.columns.names).cast(self.columns), self.columns))
+        own = rows.select(self.columns.names).cast(self.columns)
+        name = self._config.uri_column
+        named_rows = own.append_column(name, rows[name]) if name in rows.column_names else own
+        given |= own_columns(named_rows, self._config, uri)
+        return reference_batch(given, source_struct(own, self.columns))
 
 
 def _open(file: object, uri: str) -> pq.ParquetFile:

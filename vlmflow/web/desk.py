@@ -184,7 +184,8 @@ class Desk:
             return None
         following = _on(order, wait, int(places[position]) + 1, 1)
         (row,) = self.shelf.rows(version, np.array([position]), version.live.columns.names)
-        self.claims.take(session, row["image_id"])
+        if self.claims.take(session, row["image_id"]) is not None and not at:
+            return self.queue(session, wanted, after=after)  # somebody took it this very moment
         next_rows = self.shelf.rows(version, following, ("image_id",))
         return QueueItem(
             _up_to_date(row, self.judging.fresh(version.number)),

@@ -7,11 +7,12 @@ What writes must come from our own pages, by its origin and by a secret that onl
 
 from __future__ import annotations
 
+import contextlib
 import hmac
-from http.cookies import CookieError, SimpleCookie
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import cookie_parser
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -64,14 +65,15 @@ class Guard:
         if answer is None and session is not None and not _may_write(scope["method"], headers, session):
             answer = PlainTextResponse("This did not come from a page of this app. Reload the page.\n", 403)
         scope["session"] = session
-        await (answer or self._app)(scope, receive, _with_headers(send))
+        with contextlib.suppress(Exception):  # answered and logged by the app; the server would write its text down
+            await (answer or self._app)(scope, receive, _with_headers(send))
 
     def _refusal(self, scope: Scope, headers: Headers) -> Response | None:
         if headers.get("host", "").lower() not in self._hosts or len(headers.getlist("host")) != 1:
             return PlainTextResponse("This name does not lead to this app; see `vlmflow serve --help`.\n", 421)
         origin = headers.get("origin")
         if scope["method"] not in ("GET", "HEAD"):
-            own = origin is not None and urlsplit(origin).netloc.lower() == headers["host"].lower()
+            own = origin is not None and origin.lower().partition("://")[2] == headers["host"].lower()
             if not own or headers.get("sec-fetch-site", "same-origin") != "same-origin":
                 return PlainTextResponse("This came from a page of another site.\n", 403)
         return None
@@ -89,12 +91,9 @@ class Guard:
         return answer
 
     def _session(self, headers: Headers) -> Session | None:
-        try:
-            cookies = SimpleCookie(headers.get("cookie", ""))
-        except CookieError:
-            return None
-        held = cookies.get(self._cookie)
-        return None if held is None else self._sessions.find(held.value)
+        # Other apps of this host set cookies too, in any form: one that cannot be read must not hide ours.
+        held = cookie_parser(headers.get("cookie", "")).get(self._cookie)
+        return None if held is None else self._sessions.find(held)
 
 
 def _may_write(method: str, headers: Headers, session: Session) -> bool:

@@ -55,6 +55,8 @@ class Session:
 
     def undone(self, mark: str) -> None:
         """Lets go of the last judgement, which was taken back; what was before it goes by another mark now."""
+        if not self.given:
+            return
         last = self.given[-1]
         same = (last.image_id, last.content_hash, last.before_mark)
         self.given = [

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,10 @@ from vlmflow.catalog import Catalog
 from vlmflow.catalog.due import PlanRequest
 from vlmflow.catalog.keys import questions_digests
 from vlmflow.catalog.log import SCHEMA_VERSION
+from vlmflow.catalog.rows import _alt_texts, attempt_digest
+from vlmflow.config import CatalogConfig
 from vlmflow.engine.equal_bytes import RecentResults, look_up
+from vlmflow.errors import StorageAccessError
 from vlmflow.imaging import PixelRequest
 from vlmflow.models import Answer
 from vlmflow.tasks.answer import AnswerTask
@@ -209,3 +214,47 @@ def test_a_catalog_of_version_2_gains_the_columns_and_loses_nothing(
     assert after["a"]["caption"] == before["a"]["caption"]
     assert (after["b"]["answers"], after["b"]["caption"]) == (None, "a cat")
     assert after["d"]["alt_text"] == "A cat."
+
+
+def test_several_programs_may_open_an_older_catalog_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    older_catalog(tmp_path, monkeypatch)
+    config = CatalogConfig(uri=str(tmp_path))
+    together = threading.Barrier(3)
+
+    def open_it(_: int) -> str | None:
+        together.wait()
+        return Catalog.open(config)._embeddings.schema_version
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(open_it, range(3))) == [SCHEMA_VERSION] * 3
+
+
+def test_who_may_not_write_reads_an_older_catalog_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = older_catalog(tmp_path, monkeypatch)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise StorageAccessError("refused")
+
+    monkeypatch.setattr("vlmflow.catalog.upgrade.commit", refuse)
+    catalog = Catalog.open(CatalogConfig(uri=str(tmp_path)))
+    assert DeltaTable(tmp_path / "images").metadata().configuration["vlmflow.schemaVersion"] == "2"
+    rows = catalog.images(["uri", "caption", "answers"]).to_pylist()
+    assert {row["uri"].removeprefix("mem://"): row["caption"] for row in rows} == {
+        name: row["caption"] for name, row in before.items()
+    }
+    assert {row["answers"] for row in rows} == {None}
+
+
+def test_other_questions_are_asked_where_answering_failed_too_often() -> None:
+    fingerprints = {"answer": "f", "caption": "g"}
+    assert attempt_digest(fingerprints, ["who"]) != attempt_digest(fingerprints, ["what"])
+    assert attempt_digest({"caption": "g"}, ["who"]) == attempt_digest({"caption": "g"}), "older rows keep their count"
+
+
+def test_found_text_may_be_a_list_of_lines() -> None:
+    source = pa.array([{"ocr": ["SALE", None, "now"]}, {"ocr": None}], pa.struct([("ocr", pa.list_(pa.string()))]))
+    rows = pa.table({"uri": ["a.png", "b.png"], "source": source})
+    texts = _alt_texts(rows, pa.array(["a red bag", "a dog"]), "ocr")["alt_text"].to_pylist()
+    assert texts[0] is not None
+    assert "SALE now" in texts[0]
+    assert texts[1] == "A dog."

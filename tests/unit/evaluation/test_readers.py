@@ -213,3 +213,10 @@ def test_a_truth_that_does_not_fit(tmp_path: Path) -> None:
         truth.write_text(text)
         with pytest.raises(EvaluationError, match=message):
             read_dataset("moderate", data, ReadOptions(truth=truth, **options))
+
+
+def test_a_question_id_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "q.csv"
+    path.write_text("uri,question_id,question,answers\na.jpg,1,who,me\nb.jpg,1,who,you\n")
+    with pytest.raises(EvaluationError, match="stands twice"):
+        read_dataset("answer", str(path), ReadOptions())

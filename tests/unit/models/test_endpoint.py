@@ -231,6 +231,27 @@ def test_a_dead_endpoint_is_soon_not_asked_any_more_and_is_found_again(monkeypat
         assert len(chat.write(flat_pixels(3), ["and now?"] * 3, 20)) == 3
 
 
+def test_images_that_are_refused_cost_no_other_image_its_answer() -> None:
+    good = False
+
+    with endpoint(lambda asked: say_number(asked) if good else Reply(status=413)) as server:
+        chat = EndpointChat(config(server.url, max_concurrency=1), lambda _: None)
+        for image in flat_pixels(15).split(1):
+            with pytest.raises(EndpointError, match="status 413") as caught:
+                chat.write(image, ["what?"], 20)
+            assert caught.value.error_class == "endpoint_refused"
+        good = True
+        assert len(chat.write(flat_pixels(16)[15:], ["what?"], 20)) == 1
+
+
+@pytest.mark.parametrize("key", ["sk-sécret", "sk\nX-Other: 1"])
+def test_a_key_that_no_header_can_hold_is_not_shown(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setenv("SHOP_KEY", key)
+    with pytest.raises(ConfigError, match="SHOP_KEY holds characters that no key has") as caught:
+        EndpointChat(config("http://127.0.0.1:9/v1", api_key_env="SHOP_KEY"))
+    assert key not in repr(caught.value)
+
+
 def test_the_key_is_nowhere_but_in_the_request(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -135,12 +135,17 @@ def _captions(task: EvaluationTask) -> Callable[[_Rows, str], Dataset]:
 
 def _answers(rows: _Rows, name: str) -> Dataset:
     grouped: dict[str, list[dict[str, Any]]] = {}
+    seen: set[str] = set()
     for row, uri in enumerate(rows.values["uri"]):
+        number = rows.optional("question_id", row) or str(row + 1)
+        if number in seen:
+            raise rows.wrong("question_id", row, "stands twice")
+        seen.add(number)
         answers = rows.several("answers", row, ";")
         if not answers:
             raise rows.wrong("answers", row, "is empty")
         question = {
-            "question_id": rows.optional("question_id", row) or str(row + 1),
+            "question_id": number,
             "question": rows.text("question", row),
             "answers": answers,
             "question_type": rows.optional("question_type", row),

@@ -116,7 +116,10 @@
   };
 
   const undo = async () => {
-    const answer = await send("/undo", "{}");
+    if (busy) return;
+    busy = true;
+    let answer;
+    try { answer = await send("/undo", "{}"); } finally { busy = false; }
     if (!answer.ok) { complain(answer.error); return; }
     later(answer.message);
     const queue = one("#queue") || one("#verdict[data-image='']");

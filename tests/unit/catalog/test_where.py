@@ -1,0 +1,30 @@
+"""Conditions in SQL see rows and nothing else, and end."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import pytest
+
+from vlmflow.catalog import where
+from vlmflow.errors import ConfigError
+
+ROWS = pa.table({"width": [1, 5, None]})
+
+
+def test_rows_of_which_the_condition_is_true() -> None:
+    assert where.mask_where(ROWS, "width > 2").tolist() == [False, True, False]
+
+
+def test_a_condition_that_never_ends_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(where, "_MAX_SECONDS", 0.2)
+    with pytest.raises(ConfigError, match=r"took more than 0.2 s"):
+        where.mask_where(ROWS, "(SELECT count(*) FROM range(1000000000000) r(i) WHERE i % 7 = 3) > width")
+
+
+@pytest.mark.parametrize(
+    "condition",
+    ["(SELECT count(*) FROM read_text('/etc/passwd')) > 0", "true) OR (SELECT 1", "true; DROP TABLE images"],
+)
+def test_what_reaches_beyond_the_rows_is_refused(condition: str) -> None:
+    with pytest.raises(ConfigError):
+        where.mask_where(ROWS, condition)

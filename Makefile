@@ -38,7 +38,7 @@ SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
 test test-all: export OMP_NUM_THREADS = 1
 
 test: lint types ## lint, types and the tests that take minutes, not more
-	$(BIN)/python -m pytest -m "not slow" $(SIDE_BY_SIDE)
+	$(BIN)/python -m pytest -m "not slow" $(SIDE_BY_SIDE) --durations 25
 
 test-all: lint types ## every test, the slow ones too
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE)

@@ -437,7 +437,7 @@ def test_a_column_of_another_type_stops_before_anything_is_written(config: Catal
 def test_a_catalog_of_another_version_is_refused(config: CatalogConfig) -> None:
     catalog = Catalog.open_or_create(config, pa.schema([]))
     catalog._images.table.alter.set_table_properties({"vlmflow.schemaVersion": "9"}, raise_if_not_exists=False)
-    with pytest.raises(CatalogError, match="schema version 9, not 2") as raised:
+    with pytest.raises(CatalogError, match="schema version 9, not 3") as raised:
         Catalog.open(config)
     assert "release" in raised.value.remedy
 

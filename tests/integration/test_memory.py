@@ -21,8 +21,8 @@ OBJECT_STORE_BYTES = 200 * 1024 * 1024
 def peak_memory(command: list[str]) -> int:
     """Runs a command; the most anonymous memory that it and its children had together, in bytes.
 
-    Left out are the object store, which is of fixed size and fills up with time, and mapped files: how much of a library
-    is a process's own depends on who else has it open.
+    Left out are the object store, which is of fixed size and fills up with time, and mapped files: how much of a
+    library is a process's own depends on who else has it open.
     """
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     stop, peak = threading.Event(), 0

@@ -122,8 +122,10 @@ class ParquetSource:
             )
         own = rows.select(self.columns.names).cast(self.columns)
         name = self._config.uri_column
-        named_rows = own.append_column(name, rows[name]) if name in rows.column_names else own
-        given |= own_columns(named_rows, self._config, uri)
+        # The text or the key may be the column of the uris, which is none of the caller's.
+        readable = {column: own[column] for column in own.column_names}
+        readable |= {name: rows[name]} if name in rows.column_names else {}
+        given |= own_columns(pa.table(readable), self._config, uri)
         return reference_batch(given, source_struct(own, self.columns))
 
 

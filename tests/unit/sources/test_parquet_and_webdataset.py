@@ -149,6 +149,13 @@ def test_images_are_known_by_their_uris_where_the_file_has_some(tmp_path: Path) 
     assert contents(path, refs)[1] == b"two" * 50
 
 
+def test_the_column_of_the_uris_may_be_the_text_too(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", uri=[f"{letter}.jpg" for letter in "abcde"])
+    refs = references(path, text_column="uri")
+    assert refs["text"].to_pylist() == [f"{letter}.jpg" for letter in "abcde"]
+    assert "source" not in refs.column_names
+
+
 def test_all_files_of_bytes_under_a_folder_are_listed(tmp_path: Path) -> None:
     for name in ("a.parquet", "b.parquet"):
         write_parquet(tmp_path / name, title=list("abcde"))

@@ -131,8 +131,9 @@ def test_plan_enrich_show_export(job_file: Path, tmp_path: Path, capfd: pytest.C
 
 def test_interrupted_it_goes_on_where_it_stopped(job_file: Path, tmp_path: Path) -> None:
     """Ctrl-C in the middle of a run: exit 130, what was committed stays, the same command does the rest."""
-    write_pictures(tmp_path / "images", 300)
-    config = yaml.safe_load(job_file.read_text()) | {"commit": {"max_rows": 50}, "tasks": ["embed"]}
+    num_images = 900  # in many commits, of which most must be left when the first is seen
+    write_pictures(tmp_path / "images", num_images)
+    config = yaml.safe_load(job_file.read_text()) | {"commit": {"max_rows": 20}, "tasks": ["embed"]}
     config["pools"] = [{"tasks": ["embed"], "cpus": 0.5, "batch_size": 4}]
     job_file.write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "vlmflow", "enrich", tmp_path / "images", tmp_path / "catalog"]
@@ -153,13 +154,13 @@ def test_interrupted_it_goes_on_where_it_stopped(job_file: Path, tmp_path: Path)
     assert "run the same command again" in errors
     config_ = CatalogConfig(uri=str(tmp_path / "catalog"))
     committed = Catalog.open(config_).images(["image_id"]).num_rows
-    assert 0 < committed < 300
+    assert 0 < committed < num_images
 
     finished = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=250, check=True)
     report = json.loads(finished.stdout.splitlines()[-1])
-    assert report["num_added"] == 300 - committed
+    assert report["num_added"] == num_images - committed
     rows = Catalog.open(config_).images(["image_id"])
-    assert rows.num_rows == len(rows["image_id"].unique()) == 300
+    assert rows.num_rows == len(rows["image_id"].unique()) == num_images
 
 
 @pytest.mark.slow

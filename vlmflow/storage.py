@@ -50,6 +50,7 @@ _TIMEOUT = re.compile(r"TimedOut|timed out", re.IGNORECASE)
 
 _GONE_CODES = {"NoSuchBucket", "ContainerNotFound", "ContainerBeingDeleted", "FilesystemNotFound", "AccountIsDisabled"}
 _REGION_CODES = {"PermanentRedirect", "AuthorizationHeaderMalformed"}
+_LOCAL_REFUSAL = re.compile(r"os error (?:13|30)\b")  # no permission, or mounted for reading: deltalake has no class
 _DENIED_CODES = {"ExpiredToken", "InvalidToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "AuthenticationFailed"}
 
 
@@ -193,7 +194,7 @@ def fault_of(error: Exception) -> Fault:
     if code in _REGION_CODES or status == 301 or "Received redirect without LOCATION" in text:
         return Fault.REGION
     refused = (PermissionDeniedError, UnauthenticatedError, PermissionError)
-    if isinstance(error, refused) or status in (401, 403) or code in _DENIED_CODES:
+    if isinstance(error, refused) or status in (401, 403) or code in _DENIED_CODES or _LOCAL_REFUSAL.search(text):
         return Fault.DENIED
     if isinstance(error, FileNotFoundError):
         return Fault.MISSING
@@ -221,6 +222,8 @@ def access_error(error: Exception, uri: str) -> VlmflowError:
     if fault is Fault.NO_CREDENTIALS:
         remedy = "Set the store's variables (AWS_ACCESS_KEY_ID, ...), use a machine with a role, or storage.anonymous."
         return StorageAccessError(f"{root}: no credentials were found", remedy=remedy)
+    if fault is Fault.DENIED and address.is_local:
+        return StorageAccessError(f"{root} refuses this user", remedy="Check its permissions and how it is mounted.")
     if fault is Fault.DENIED:
         remedy = "Check that they are valid and may list and read it."
         return StorageAccessError(f"{root} refused the credentials", remedy=remedy)

@@ -70,6 +70,8 @@ def answered(status: str, code: str = "") -> str:
         (FileNotFoundError(f"Object at location k not found: {answered('404 Not Found', 'NoSuchBucket')}"), Fault.GONE),
         (GenericError(f"Generic S3 error: Error performing list request: {answered('404 Not Found')}"), Fault.GONE),
         (PermissionDeniedError("no"), Fault.DENIED),
+        (OSError("Unable to open file /a/b Permission denied (os error 13)"), Fault.DENIED),
+        (OSError("Read-only file system (os error 30)"), Fault.DENIED),
         (GenericError(f"Generic S3 error: {answered('400 Bad Request', 'ExpiredToken')}"), Fault.DENIED),
         (GenericError(f"Generic S3 error: {answered('503 Service Unavailable', 'SlowDown')}"), Fault.TRANSIENT),
         (GenericError("Generic S3 error: Error performing PUT http://169.254.169.254/x"), Fault.NO_CREDENTIALS),

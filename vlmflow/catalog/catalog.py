@@ -39,7 +39,7 @@ from vlmflow.catalog.vacuum import RETENTION, VacuumResult, vacuum
 from vlmflow.catalog.verify import Verification, verify
 from vlmflow.catalog.writer import CatalogWriter
 from vlmflow.config import CatalogConfig
-from vlmflow.errors import VlmflowError
+from vlmflow.errors import StorageAccessError
 
 logger = logging.getLogger("vlmflow")
 
@@ -90,7 +90,7 @@ class Catalog:
         catalog = cls(folder, TableLog.open(folder, "images"), TableLog.open(folder, "embeddings"))
         try:
             return catalog._upgraded()
-        except VlmflowError as error:  # a reader who may not write; who must write meets the refusal then
+        except StorageAccessError as error:  # a reader who may not write; who must write meets the refusal then
             logger.info("%s stays as an older version wrote it: %s", config.uri, error)
             return catalog
 

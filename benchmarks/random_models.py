@@ -20,12 +20,17 @@ from vlmflow.config import ModelConfig
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", "[ENC]"]
 _TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-_VIT_L_14 = {
+VIT_B_32: dict[str, Any] = {
+    "embed_dim": 512,
+    "vision_cfg": {"image_size": 224, "layers": 12, "width": 768, "patch_size": 32},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12},
+}
+VIT_L_14: dict[str, Any] = {
     "embed_dim": 768,
     "vision_cfg": {"image_size": 224, "layers": 24, "width": 1024, "patch_size": 14},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 768, "heads": 12, "layers": 12},
 }
-_TINY_CLIP = {
+_TINY_CLIP: dict[str, Any] = {
     "embed_dim": 32,
     "vision_cfg": {"image_size": 64, "layers": 2, "width": 64, "head_width": 32, "patch_size": 16},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
@@ -38,7 +43,9 @@ def write_models(folder: Path, *, tiny: bool) -> dict[str, ModelConfig]:
     Captioner and matcher have vision towers of their own, as the published checkpoints have.
     """
     return {
-        "embed": ModelConfig(family="open_clip", path=str(_write_clip(folder / "clip", tiny=tiny))),
+        "embed": ModelConfig(
+            family="open_clip", path=str(write_clip(folder / "clip", _TINY_CLIP if tiny else VIT_L_14))
+        ),
         "caption": ModelConfig(
             family="blip_caption", path=str(_write_blip(BlipForConditionalGeneration, folder / "captioner", 0, tiny))
         ),
@@ -48,10 +55,11 @@ def write_models(folder: Path, *, tiny: bool) -> dict[str, ModelConfig]:
     }
 
 
-def _write_clip(folder: Path, *, tiny: bool) -> Path:
+def write_clip(folder: Path, architecture: dict[str, Any]) -> Path:
+    """A CLIP of open_clip's architecture."""
     folder.mkdir(parents=True, exist_ok=True)
-    architecture = _TINY_CLIP if tiny else _VIT_L_14
-    pixels = {"size": 64 if tiny else 224, "mean": _MEAN, "std": _STD, "interpolation": "bicubic"}
+    side = architecture["vision_cfg"]["image_size"]
+    pixels = {"size": side, "mean": _MEAN, "std": _STD, "interpolation": "bicubic"}
     config = {"model_cfg": architecture, "preprocess_cfg": pixels}
     (folder / "open_clip_config.json").write_text(json.dumps(config), encoding="utf-8")
     logging.getLogger().setLevel(logging.ERROR)  # "initialized randomly"

@@ -216,7 +216,9 @@ class Job(Frozen):
     # Where JPEGs are decoded: by processors before the pools, or in the first pool on its device (nvJPEG on a GPU);
     # auto: there if it has a GPU. Other formats, and JPEGs of which decoders differ, always by processors.
     decode: DecodePlace = "auto"
-    blip_dtype: Dtype = "auto"  # of captioner, matcher and answerer; auto: bfloat16 on GPUs, float32 on processors
+    # What the models multiply in; auto: bfloat16 on GPUs, float32 on processors, of which those with instructions for
+    # bfloat16 do about twice as much in it. Detectors, whose scores must not move, always as with auto.
+    dtype: Dtype = "auto"
     limits: ImageLimits = ImageLimits()
     commit: CommitConfig = CommitConfig()
     quarantine: QuarantineConfig = QuarantineConfig()

@@ -20,6 +20,7 @@ from transformers import (
     ViltImageProcessor,
 )
 
+from benchmarks.clip_cpu import parity
 from benchmarks.starter.cards import BARS, SETS, figure_table, misses, notice
 from benchmarks.starter.sources import ARTISTS, HELD_OUT
 from vlmflow.config import ImageLimits, ModelConfig
@@ -179,3 +180,10 @@ def test_demo_oddities_are_what_they_are_called() -> None:
         assert image.mode == "CMYK"
     with Image.open(folder / "phone-rotated.jpg") as image:
         assert image.getexif()[0x0112] == 6
+
+
+def test_vectors_made_in_bfloat16_are_judged_as_those_in_float32() -> None:
+    found = parity()["bfloat16"]
+    assert found["share_of_scores_within_0.01"] >= 0.99
+    assert found["decisions_changed"] == 0
+    assert found["greatest_change_of_a_score"] > 0, "nothing was computed in bfloat16"

@@ -27,7 +27,7 @@ logger = logging.getLogger("vlmflow")
 
 Shape = tuple[int, ...]
 
-_BLIP_TASKS = ("caption", "match", "answer")
+_DETECT = "detect"  # whose models know no other dtype than that of the device
 
 # Rows, inner and outer side of the product whose speed is the ceiling: on a processor what a layer of BLIP-base does
 # for one image, since larger ones take seconds.
@@ -61,8 +61,8 @@ class Ceilings:
     # Short runs, whose rates mean little, do without.
     _AFTER_BATCHES = 3
 
-    def __init__(self, device: str, blip_dtype: Dtype) -> None:
-        self._device, self._blip_dtype = device, blip_dtype
+    def __init__(self, device: str, dtype: Dtype) -> None:
+        self._device, self._wanted = device, dtype
         self._num_batches = 0
         self._found: dict[torch.dtype, float] = {}
 
@@ -80,7 +80,7 @@ class Ceilings:
         return self._found.get(self._dtype(task))
 
     def _dtype(self, task: str) -> torch.dtype:
-        return model_dtype(self._device, self._blip_dtype if task in _BLIP_TASKS else "auto")
+        return model_dtype(self._device, "auto" if task == _DETECT else self._wanted)
 
 
 def matmul_ceiling(device: str, dtype: torch.dtype) -> float:

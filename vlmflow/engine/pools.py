@@ -59,7 +59,7 @@ class PoolWorker:
         self._tasks: dict[str, CountedTask] = {
             name: CountedTask(load_task(name, setup, prompts, device, towers)) for name in pool.tasks
         }
-        self._ceilings = Ceilings(device, setup.blip_dtype)
+        self._ceilings = Ceilings(device, setup.dtype)
         self._limits: dict[str, BatchLimit] = {name: BatchLimit() for name in pool.tasks}
         self._recent = {name: RecentResults(task) for name, task in self._tasks.items()}
         self._timeout_s = pool.timeout_s

@@ -223,8 +223,11 @@ def _preprocessing(folder: Path, config: ModelConfig) -> Preprocessing | None:
     return region_preprocessing(folder) if config.family == "vilbert" else read_preprocessing(folder, config)
 
 
-def load_embedder(config: ModelConfig, device: str) -> ImageEmbedder:
-    """Loads an embedder of the configuration's family: bfloat16 on CUDA, float32 elsewhere.
+def load_embedder(config: ModelConfig, device: str, dtype: Dtype = "auto") -> ImageEmbedder:
+    """Loads an embedder of the configuration's family.
+
+    Args:
+        dtype: `auto`: bfloat16 on CUDA, float32 elsewhere.
 
     Raises:
         WeightsError: the weights are absent, unsafe to load, or do not fit.
@@ -233,15 +236,15 @@ def load_embedder(config: ModelConfig, device: str) -> ImageEmbedder:
         case "flava":
             from vlmflow.models.flava import FlavaEmbedder
 
-            return FlavaEmbedder.load(locate(config), config, device)
+            return FlavaEmbedder.load(locate(config), config, device, dtype)
         case "align":
             from vlmflow.models.align import AlignEmbedder
 
-            return AlignEmbedder.load(locate(config), config, device)
+            return AlignEmbedder.load(locate(config), config, device, dtype)
         case _:
             from vlmflow.models.clip import ClipEmbedder
 
-            return ClipEmbedder.load(locate(config), config, device)
+            return ClipEmbedder.load(locate(config), config, device, dtype)
 
 
 def load_captioner(

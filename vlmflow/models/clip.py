@@ -15,7 +15,7 @@ from open_clip.factory import load_checkpoint
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from safetensors import SafetensorError
 
-from vlmflow.config import ModelConfig
+from vlmflow.config import Dtype, ModelConfig
 from vlmflow.errors import WeightsError
 from vlmflow.models.clip_packed import pack_image_tower
 from vlmflow.models.pixels import PixelNormalizer, model_dtype
@@ -37,7 +37,7 @@ class ClipEmbedder:
         self.dim = dim
 
     @classmethod
-    def load(cls, folder: Path, config: ModelConfig, device: str) -> ClipEmbedder:
+    def load(cls, folder: Path, config: ModelConfig, device: str, dtype: Dtype = "auto") -> ClipEmbedder:
         """Builds the model from its configuration and fills in the safetensors.
 
         Raises:
@@ -47,10 +47,14 @@ class ClipEmbedder:
         architecture = read_open_clip_model(folder, config.architecture)
         _refuse_remote_parts(folder, architecture)
         preprocessing = read_preprocessing(folder, config)
-        model = _build(folder, config.architecture, device)
-        if torch.device(device).type == "cpu":
-            pack_image_tower(model)
-        normalize = PixelNormalizer(preprocessing, device, model_dtype(device))
+        wanted = model_dtype(device, dtype)
+        on_processor = torch.device(device).type == "cpu"
+        model = build(folder, config.architecture, device, torch.float32 if on_processor else wanted)
+        if on_processor and pack_image_tower(model, wanted):
+            wanted = torch.float32  # of all of the packed tower but its products
+        elif on_processor and wanted != torch.float32:
+            model = build(folder, config.architecture, device, wanted)
+        normalize = PixelNormalizer(preprocessing, device, wanted)
         return cls(model, _load_tokenizer(folder, architecture["text_cfg"]), normalize, architecture["embed_dim"])
 
     @torch.inference_mode()
@@ -80,14 +84,20 @@ def load_tower(folder: Path, config: ModelConfig, device: str, dtype: torch.dtyp
         WeightsError: as :meth:`ClipEmbedder.load`.
     """
     _refuse_remote_parts(folder, read_open_clip_model(folder, config.architecture))
-    tower: torch.nn.Module = _build(folder, config.architecture, device).visual  # type: ignore[assignment]
+    model = build(folder, config.architecture, device, torch.float32)
+    tower: torch.nn.Module = model.visual  # type: ignore[assignment]
     return tower.to(dtype)
 
 
-def _build(folder: Path, architecture: str | None, device: str) -> torch.nn.Module:
+def build(folder: Path, architecture: str | None, device: str, dtype: torch.dtype) -> torch.nn.Module:
+    """The model as open_clip has it, with the weights of the folder.
+
+    Raises:
+        WeightsError: they do not fit.
+    """
     has_config = (folder / "open_clip_config.json").is_file()
     name = f"local-dir:{folder}" if has_config else str(architecture)
-    precision = "bf16" if model_dtype(device) == torch.bfloat16 else "fp32"
+    precision = "bf16" if dtype == torch.bfloat16 else "fp32"
     # open_clip's own loading may pick a pickle beside the safetensors, so the weights are loaded here.
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)  # "initialized randomly"

@@ -1,7 +1,6 @@
 """The layers of a CLIP image tower with packed weights, for processors: equal results, less time.
 
-On one core (AMD EPYC with AVX-512, ViT-B/32, float32, batch 16) 19.0 images/s against 6.8 of open_clip, which calls
-MKL; in bfloat16 the two are equal, and on GPUs open_clip's own attention is fused.
+``benchmarks/clip_cpu.py`` has the figures. On GPUs open_clip's own attention is fused.
 """
 
 from __future__ import annotations
@@ -16,24 +15,32 @@ from vlmflow.models.blip_fast.attention import attend
 from vlmflow.models.blip_fast.linear import PackedLinear
 
 
-def pack_image_tower(model: Any) -> None:
-    """Puts packed layers in the place of those of the image tower that are of open_clip's ordinary kind.
+def pack_image_tower(model: Any, dtype: torch.dtype | None = None) -> bool:
+    """Puts packed layers in the place of those of the image tower, where all are of open_clip's ordinary kind.
 
     Other kinds, such as those of SigLIP's towers, stay as they are.
+
+    Args:
+        dtype: of the products; what is added up from layer to layer keeps the model's. None: the model's.
+
+    Returns:
+        Whether the tower is packed.
     """
     transformer = getattr(model.visual, "transformer", None)
     blocks = getattr(transformer, "resblocks", None)
     if blocks is None or not getattr(transformer, "batch_first", False):
-        return
+        return False
+    if not all(type(block) is ResidualAttentionBlock and not hasattr(block, "ln_1_kv") for block in blocks):
+        return False
     for number, block in enumerate(blocks):
-        if type(block) is ResidualAttentionBlock and not hasattr(block, "ln_1_kv"):
-            blocks[number] = _PackedBlock(block)
+        blocks[number] = _PackedBlock(block, dtype)
+    return True
 
 
 class _PackedBlock(nn.Module):
     """Normalise, attend, add; normalise, expand, contract, add."""
 
-    def __init__(self, block: Any) -> None:
+    def __init__(self, block: Any, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         attention = block.attn
         self._num_heads = attention.num_heads
@@ -41,11 +48,11 @@ class _PackedBlock(nn.Module):
         self._scale1, self._scale2 = block.ls_1, block.ls_2
         qkv = nn.Linear(attention.embed_dim, 3 * attention.embed_dim, device="meta")
         qkv.weight, qkv.bias = attention.in_proj_weight, attention.in_proj_bias
-        self._qkv, self._projection = PackedLinear([qkv]), PackedLinear([attention.out_proj])
+        self._qkv, self._projection = PackedLinear([qkv], dtype=dtype), PackedLinear([attention.out_proj], dtype=dtype)
         is_exact = isinstance(block.mlp.gelu, nn.GELU) and block.mlp.gelu.approximate == "none"
-        self._expand = PackedLinear([block.mlp.c_fc], "gelu" if is_exact else None)
+        self._expand = PackedLinear([block.mlp.c_fc], "gelu" if is_exact else None, dtype)
         self._activation = nn.Identity() if is_exact else block.mlp.gelu
-        self._contract = PackedLinear([block.mlp.c_proj])
+        self._contract = PackedLinear([block.mlp.c_proj], dtype=dtype)
 
     def forward(self, states: torch.Tensor, attn_mask: torch.Tensor | None = None) -> torch.Tensor:
         """(N, T, D) -> the same; an image tower has no mask."""

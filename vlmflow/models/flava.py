@@ -42,14 +42,14 @@ class FlavaEmbedder:
         self.dim: int = flava.config.projection_dim
 
     @classmethod
-    def load(cls, folder: Path, config: ModelConfig, device: str) -> FlavaEmbedder:
+    def load(cls, folder: Path, config: ModelConfig, device: str, dtype: Dtype = "auto") -> FlavaEmbedder:
         """Loads the towers of a ``FlavaModel`` or a ``FlavaForPreTraining`` from a folder.
 
         Raises:
             WeightsError: the weights are absent or do not fit.
         """
-        model, _ = _load(folder, model_dtype(device))
-        return cls(*_parts(model, folder, config, device))
+        model, _ = _load(folder, model_dtype(device, dtype))
+        return cls(*_parts(model, folder, config, device, dtype))
 
     @torch.inference_mode()
     def embed_images(self, pixels: torch.Tensor) -> NDArray[np.float32]:
@@ -170,7 +170,7 @@ def _load(folder: Path, dtype: torch.dtype) -> tuple[Any, bool]:
 
 
 def _parts(
-    model: Any, folder: Path, config: ModelConfig, device: str, dtype: Dtype = "auto"
+    model: Any, folder: Path, config: ModelConfig, device: str, dtype: Dtype
 ) -> tuple[Any, Any, PixelNormalizer]:
     normalizer = PixelNormalizer(read_preprocessing(folder, config), device, model_dtype(device, dtype))
     model.itm_head.to(device)

@@ -43,7 +43,7 @@ class TaskSetup:
     policy: Policy | None  # None: the job does not moderate
     binding: Binding | None  # None: every decision is `review`
     detectors: tuple[DetectorSetup, ...] = ()  # of the policy
-    blip_dtype: Dtype = "auto"
+    dtype: Dtype = "auto"
     questions: tuple[str, ...] = ()  # of the job
 
     def read_regions(self, tasks: Collection[TaskName]) -> bool:
@@ -130,7 +130,7 @@ def prepare_tasks(job: Job) -> TaskSetup:
         policy=policy,
         binding=binding,
         detectors=detectors,
-        blip_dtype=job.blip_dtype,
+        dtype=job.dtype,
         questions=job.questions,
     )
 
@@ -180,7 +180,7 @@ def load_task(
         case "embed":
             from vlmflow.tasks.embed import EmbedTask
 
-            return EmbedTask(load_embedder(setup.models["embed"], device), setup.requests["embed"])
+            return EmbedTask(load_embedder(setup.models["embed"], device, setup.dtype), setup.requests["embed"])
         case "moderate":
             from vlmflow.tasks.moderate import ModerateTask
 
@@ -195,17 +195,17 @@ def load_task(
         case "caption":
             from vlmflow.tasks.caption import CaptionTask
 
-            captioner = load_captioner(setup.models["caption"], device, setup.blip_dtype, towers)
+            captioner = load_captioner(setup.models["caption"], device, setup.dtype, towers)
             return CaptionTask(captioner, setup.requests["caption"], setup.max_caption_tokens)
         case "match":
             from vlmflow.tasks.match import MatchTask
 
-            matcher = load_matcher(setup.models["match"], device, setup.blip_dtype, towers)
+            matcher = load_matcher(setup.models["match"], device, setup.dtype, towers)
             return MatchTask(matcher, setup.requests.get("match"))
         case "answer":
             from vlmflow.tasks.answer import AnswerTask
 
-            answerer = load_answerer(setup.models["answer"], device, setup.blip_dtype, towers)
+            answerer = load_answerer(setup.models["answer"], device, setup.dtype, towers)
             return AnswerTask(answerer, setup.requests.get("answer"), setup.questions)
         case _:
             assert_never(name)

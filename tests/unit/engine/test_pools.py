@@ -112,7 +112,7 @@ def test_a_pool_says_how_many_images_fit_into_memory(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(loading, "set_up_torch", lambda _: "cpu")
     monkeypatch.setattr(loading, "check_weights", lambda *_: None)
     monkeypatch.setattr(pools, "load_task", lambda *_: Greedy())
-    setup = SimpleNamespace(requests_of=lambda _: [], read_regions=lambda _: False, blip_dtype="auto")
+    setup = SimpleNamespace(requests_of=lambda _: [], read_regions=lambda _: False, dtype="auto")
     worker = PoolWorker(PoolConfig(tasks=("embed",)), setup, None)  # type: ignore[arg-type]
     assert worker(make_batch([1, 2], [["embed"]] * 2))["at_once_embed"].to_pylist() == [None, None]
     out = worker(make_batch(list(range(20, 28)), [["embed"]] * 8))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ def test_features_are_those_of_open_clip(options: dict[str, Any], dtype: torch.d
     images = torch.randn(3, 3, 32, 32, dtype=dtype)
     with torch.inference_mode():
         expected = model.encode_image(images)
-        pack_image_tower(model)
+        assert pack_image_tower(model)
         found = model.encode_image(images)
     assert all(isinstance(block, _PackedBlock) for block in model.visual.transformer.resblocks)
     cosine = torch.nn.functional.cosine_similarity(found.float(), expected.float())
@@ -36,8 +37,23 @@ def test_features_are_those_of_open_clip(options: dict[str, Any], dtype: torch.d
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
+def test_products_alone_are_in_bfloat16() -> None:
+    """What is added up from layer to layer would lose most: the vectors are nearer than those of a bfloat16 tower."""
+    model = tower()
+    half, ours = copy.deepcopy(model).to(torch.bfloat16), copy.deepcopy(model)
+    images = torch.randn(3, 3, 32, 32)
+    with torch.inference_mode():
+        expected = model.encode_image(images)
+        theirs = half.encode_image(images.bfloat16()).float()
+        assert pack_image_tower(ours, torch.bfloat16)
+        found = ours.encode_image(images)
+    assert found.dtype == torch.float32
+    assert not torch.equal(found, expected), "nothing was computed in bfloat16"
+    assert (found - expected).norm() < 0.7 * (theirs - expected).norm()
+
+
 def test_a_tower_of_another_kind_stays_as_it_is() -> None:
     class Other(torch.nn.Module):
         visual = torch.nn.Linear(2, 2)
 
-    pack_image_tower(Other())
+    assert not pack_image_tower(Other())

@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 CONSTRAINTS := deploy/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo lint types unit test test-all clean
+.PHONY: help setup demo lint types test test-all gpu clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,11 @@ test: lint types ## lint, types and the tests that take minutes, not more
 
 test-all: lint types ## every test, the slow ones too
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
+
+gpu: setup ## with a CUDA device: the tests that want one, and the figures that wait for one; about ten minutes
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m benchmarks.blip_caption --device cuda
+	$(BIN)/python -m benchmarks.gpu_enrich --device cuda
 
 clean: ## remove the demo catalog and caches; keeps .venv
 	rm -rf demo-catalog .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

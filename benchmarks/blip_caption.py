@@ -55,7 +55,9 @@ def sides(model: Any, device: str, dtype: torch.dtype) -> dict[str, Caption]:
     inputs: dict[int, torch.Tensor] = {}
 
     def generate(pixels: torch.Tensor) -> torch.Tensor:
-        values = inputs.setdefault(len(pixels), normalize(pixels))
+        if len(pixels) not in inputs:
+            inputs[len(pixels)] = normalize(pixels)
+        values = inputs[len(pixels)]
         tokens: torch.Tensor = model.generate(
             pixel_values=values, do_sample=False, num_beams=1, min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS
         )

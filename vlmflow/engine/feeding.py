@@ -6,6 +6,7 @@ NOT YET RUN ON A GPU: tested on a processor; streams, pinned memory and nvJPEG a
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -17,6 +18,7 @@ import pyarrow.compute as pc
 import torch
 
 from vlmflow import schema
+from vlmflow.device_errors import is_out_of_memory
 from vlmflow.engine import columns
 from vlmflow.engine.decoding import PoolDecoding
 from vlmflow.engine.watchdog import at_most
@@ -68,18 +70,18 @@ class Feeder:
         self._device = torch.device(device)
         self._decoding = decoding
         self._decoder = None if decoding is None else DeviceDecoder(decoding.requests, device)
-        # Copies and decoding run beside the models' own work.
-        self._stream = torch.cuda.Stream() if self._device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._threads = threading.local()
 
     def __call__(self, batch: pa.Table) -> Fed:
         """Decodes what is left to decode, and moves the pixels of all rows to the device."""
         started = time.perf_counter()
-        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+        stream = self._stream()
+        with nullcontext() if stream is None else torch.cuda.stream(stream):
             batch, decoded = self._decode(batch)
             views = {key: self._views(batch, request, decoded) for key, request in self._own.items()}
             passed_on = {key: _passed_on(batch, request, decoded) for key, request in self._later.items()}
-        if self._stream is not None:
-            self._stream.synchronize()  # in the thread that feeds: the one that computes never waits for a copy
+        if stream is not None:
+            stream.synchronize()  # in the thread that feeds: the one that computes never waits for a copy
         batch = columns.drop_pixels(batch)
         held_row = pa.array(np.arange(batch.num_rows))
         seconds = time.perf_counter() - started
@@ -88,7 +90,7 @@ class Feeder:
     @contextmanager
     def lent(self, fed: Fed) -> Iterator[None]:
         """Lets the tasks of this thread use the pixels."""
-        if self._stream is not None:
+        if self._device.type == "cuda":
             for views in fed.views.values():  # not to be overwritten by the next batch before the tasks are done
                 if views.pixels.is_cuda:
                     views.pixels.record_stream(torch.cuda.current_stream())
@@ -101,6 +103,19 @@ class Feeder:
         for key, values in fed.passed_on.items():
             batch = batch.append_column(columns.PIXELS_PREFIX + key, values)
         return batch
+
+    def _stream(self) -> torch.cuda.Stream | None:
+        """Copies and decoding run beside the models' own work, and those of two threads beside each other.
+
+        On one stream for both, memory that one thread has given back, with its work on it still queued, would be the
+        other's at once; nvJPEG, which writes on a stream of its own, does not wait for that work.
+        """
+        if self._device.type != "cuda":
+            return None
+        if not hasattr(self._threads, "stream"):
+            self._threads.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream: torch.cuda.Stream = self._threads.stream
+        return stream
 
     def _decode(self, batch: pa.Table) -> tuple[pa.Table, dict[int, DeviceImage]]:
         """The batch with facts and errors of the JPEGs that were left encoded, and their pixels by row."""
@@ -158,12 +173,14 @@ class Feeder:
         try:
             moved = [self._moved(part) for part in parts]
             return moved[0] if len(moved) == 1 else torch.cat(moved)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             logger.warning("no memory left on the device for %d images at once", sum(len(part) for part in parts))
             return torch.cat([part.cpu() for part in parts])
 
     def _moved(self, part: torch.Tensor) -> torch.Tensor:
-        if self._stream is None or part.is_cuda:
+        if self._device.type != "cuda" or part.is_cuda:
             return part
         return part.pin_memory().to(self._device, non_blocking=True)
 

@@ -6,7 +6,6 @@ counter does; what it knows no formula for counts nothing, so that shares are ra
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import time
@@ -19,6 +18,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from vlmflow.config import Dtype
+from vlmflow.device_errors import is_device_broken, is_out_of_memory
 from vlmflow.models.blip_fast.linear import PackedLinear
 from vlmflow.models.pixels import model_dtype
 from vlmflow.tasks import Columns, Task
@@ -72,8 +72,11 @@ class Ceilings:
         if self._num_batches != self._AFTER_BATCHES:
             return
         for dtype in {self._dtype(name) for name, task in tasks.items() if task.flops}:
-            with contextlib.suppress(torch.OutOfMemoryError):  # the models have taken all there is
+            try:
                 self._found[dtype] = matmul_ceiling(self._device, dtype)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):  # the models have taken all there is
+                    raise
 
     def of(self, task: str) -> float | None:
         """FLOP/s; None: not measured yet."""
@@ -109,9 +112,9 @@ def _count(call: Callable[[], Columns]) -> tuple[Columns, float]:
     try:
         with counter:
             return call(), float(counter.get_total_flops())
-    except (torch.OutOfMemoryError, torch.AcceleratorError):
-        raise
-    except Exception as error:  # noqa: BLE001  the counter's fault or the batch's: without it we shall know
+    except Exception as error:  # the counter's fault or the batch's: without it we shall know
+        if is_out_of_memory(error) or is_device_broken(error):
+            raise
         logger.debug("operations could not be counted: %s", error)
     return call(), 0.0
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import os
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import pyarrow as pa
 
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
     from vlmflow.models import Metered
     from vlmflow.tasks.run import BatchLimit
 
+logger = logging.getLogger("vlmflow")
+
+_MAX_REASON_CHARS = 300
 # A task's outputs exist only where the task it reads succeeded.
 _READS = {"moderate": "embed"}
 
@@ -77,6 +82,16 @@ class PoolWorker:
         """
         if batch.num_rows == 0:
             return batch
+        try:
+            return self._process(batch)
+        except RuntimeError as error:
+            from vlmflow.device_errors import is_device_broken
+
+            if is_device_broken(error):
+                _end_process(error)
+            raise
+
+    def _process(self, batch: pa.Table) -> pa.Table:
         fed = self._feeder(batch)
         with self._turn:
             started = time.perf_counter()
@@ -113,6 +128,13 @@ class PoolWorker:
         fitting = [limit.rows for limit in self._limits.values() if limit.rows is not None]
         at_once = pa.scalar(min(fitting, default=None), pa.int64())
         return batch.append_column(columns.AT_ONCE_PREFIX + self._name, pa.repeat(at_once, batch.num_rows))
+
+
+def _end_process(error: Exception) -> NoReturn:
+    """Ray starts the worker anew on the device as it is then; one that stayed would fail every batch it is given."""
+    logger.error("the device is broken, and this worker ends: %s", " ".join(str(error).split())[:_MAX_REASON_CHARS])
+    logging.shutdown()
+    os._exit(1)  # nothing may still be asked of the device, as destructors would
 
 
 def _with_usage(batch: pa.Table, task: Task) -> pa.Table:

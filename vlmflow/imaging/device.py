@@ -9,17 +9,22 @@ NOT YET RUN ON A GPU: tested on a processor.
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BytesIO
 
 import torch
 from PIL import Image
-from torchvision.io import ImageReadMode, decode_jpeg
 
+from vlmflow.device_errors import is_device_broken
+from vlmflow.errors import ClusterError
 from vlmflow.imaging.decode import PixelRequest, hash_of_small, merge_requests
 from vlmflow.imaging.jpeg import EncodedJpeg
 from vlmflow.imaging.pixels import Box, boxes, names_of
+
+logger = logging.getLogger("vlmflow")
 
 # Of the images that are held in full size at once: on CUDA 200 MB as bytes and 400 MB as halves, on a processor an
 # eighth of that, in single precision.
@@ -54,6 +59,9 @@ class DeviceDecoder:
     Args:
         requests: what each image is to be shown as.
         dtype: of the products; None: half precision on CUDA, single on a processor.
+
+    Raises:
+        ClusterError: torchvision cannot decode JPEGs on this device.
     """
 
     def __init__(self, requests: Sequence[PixelRequest], device: str, dtype: torch.dtype | None = None) -> None:
@@ -62,6 +70,21 @@ class DeviceDecoder:
         is_cuda = self._device.type == "cuda"
         self._dtype = dtype or (torch.float16 if is_cuda else torch.float32)
         self._coefficients: OrderedDict[tuple[int, float, float, int, str], torch.Tensor] = OrderedDict()
+        self._has_told = False
+        try:
+            # Imported here: workers that leave no JPEG to their device do without what torchvision means to drop.
+            from torchvision.io import ImageReadMode, decode_jpeg
+
+            self._decode_jpeg, self._mode = decode_jpeg, ImageReadMode.RGB
+            self._decode_all([_a_jpeg()])
+        except (ImportError, RuntimeError) as error:
+            if is_device_broken(error):
+                raise
+            reason = " ".join(str(error).split())[:200]
+            raise ClusterError(
+                f"torchvision cannot decode JPEGs on {device}: {reason}",
+                remedy="Set `decode: cpu` in the job, or install a torchvision that was built with nvJPEG.",
+            ) from error
 
     def __call__(self, files: Sequence[EncodedJpeg]) -> list[DeviceImage | None]:
         """The images in order; None: refused, for whatever reason, and a processor must try it.
@@ -70,33 +93,34 @@ class DeviceDecoder:
             torch.AcceleratorError: the device is broken.
         """
         images: list[DeviceImage | None] = [None] * len(files)
-        for group in _groups(files, _PIXELS_AT_ONCE[self._device.type]):
+        for part in _parts(files, _PIXELS_AT_ONCE[self._device.type]):
             try:
-                found = self._decode_group([files[number] for number in group])
-            except torch.AcceleratorError:
-                raise
-            except (torch.OutOfMemoryError, RuntimeError):
-                continue
-            for number, image in zip(group, found, strict=True):
-                images[number] = image
+                decoded = dict(zip(part, self._decode([files[number].data for number in part]), strict=True))
+                for group in _alike(files, part):
+                    shown = self._show([(files[number], decoded[number]) for number in group])
+                    for number, image in zip(group, shown, strict=True):
+                        images[number] = image
+            except RuntimeError as error:
+                if is_device_broken(error):
+                    raise
+                self._tell(error, len(part))
         return images
 
-    def _decode_group(self, files: Sequence[EncodedJpeg]) -> list[DeviceImage | None]:
-        """Images of one size and orientation."""
-        decoded = self._decode([file.data for file in files])
-        width, height = files[0].facts.width, files[0].facts.height
-        turned = files[0].orientation >= 5
-        expected = (3, width, height) if turned else (3, height, width)
-        kept = [number for number, image in enumerate(decoded) if image is not None and image.shape == expected]
+    def _show(self, pairs: Sequence[tuple[EncodedJpeg, torch.Tensor | None]]) -> list[DeviceImage | None]:
+        """Images of one size and orientation, with what was decoded of them."""
+        file = pairs[0][0]
+        width, height = file.facts.width, file.facts.height
+        expected = (3, width, height) if file.orientation >= 5 else (3, height, width)
+        kept = [number for number, (_, image) in enumerate(pairs) if image is not None and image.shape == expected]
         if not kept:
-            return [None] * len(files)
-        stack = torch.stack([image for number in kept if (image := decoded[number]) is not None])
-        shown = oriented(stack, files[0].orientation).to(self._dtype)
+            return [None] * len(pairs)
+        stack = torch.stack([image for number in kept if (image := pairs[number][1]) is not None])
+        shown = oriented(stack, file.orientation).to(self._dtype)
         pixels, views = {}, {}
         for request in self._requests:
             views[request.key], pixels[request.key] = self._views(shown, request)
         thumbnails = self._views(shown, _THUMBNAIL)[1][:, 0].cpu().numpy()
-        images: list[DeviceImage | None] = [None] * len(files)
+        images: list[DeviceImage | None] = [None] * len(pairs)
         for place, number in enumerate(kept):
             phash = hash_of_small(Image.fromarray(thumbnails[place]))
             images[number] = DeviceImage({key: value[place] for key, value in pixels.items()}, views, phash)
@@ -104,14 +128,36 @@ class DeviceDecoder:
 
     def _decode(self, files: Sequence[bytes]) -> list[torch.Tensor | None]:
         """(3, H, W) uint8 each; of a batch of which one is refused, all are tried alone."""
-        buffers = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in files]
         try:
-            decoded: list[torch.Tensor | None] = list(decode_jpeg(buffers, ImageReadMode.RGB, device=self._device))
-        except torch.AcceleratorError:
-            raise
-        except RuntimeError:
-            return [None] if len(files) == 1 else [self._decode([data])[0] for data in files]
+            return list(self._decode_all(files))
+        except RuntimeError as error:
+            if is_device_broken(error):
+                raise
+            if len(files) > 1:
+                return [self._decode([data])[0] for data in files]
+            self._tell(error, 1)
+            return [None]
+
+    def _decode_all(self, files: Sequence[bytes]) -> list[torch.Tensor]:
+        """(3, H, W) uint8 each.
+
+        Raises:
+            RuntimeError: one of them cannot be decoded.
+        """
+        if self._device.type == "cuda":
+            # torchvision takes memory that belongs to this stream and writes to it on one of its own, which does not
+            # wait for what is still queued here.
+            torch.cuda.current_stream().synchronize()
+        buffers = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in files]
+        decoded: list[torch.Tensor] = self._decode_jpeg(buffers, self._mode, device=self._device)
         return decoded
+
+    def _tell(self, error: RuntimeError, num_images: int) -> None:
+        """Says once why images go to a processor: one is likely damaged, and many are a matter of this machine."""
+        level = logging.DEBUG if self._has_told else logging.WARNING
+        self._has_told = True
+        reason = " ".join(str(error).split())[:200]
+        logger.log(level, "%s left %d JPEGs to the processor: %s", self._device, num_images, reason)
 
     def _views(self, images: torch.Tensor, request: PixelRequest) -> tuple[list[str], torch.Tensor]:
         """(N, 3, H, W) of levels -> the views' names, and (N, V, S, S, 3) uint8."""
@@ -180,13 +226,33 @@ def _cubic(distance: torch.Tensor) -> torch.Tensor:
     return torch.where(distance < 1, near, torch.where(distance < 2, far, 0.0))
 
 
-def _groups(files: Sequence[EncodedJpeg], pixels_at_once: int) -> list[list[int]]:
-    """Numbers of files of equal size and orientation, so many at once as memory is meant to hold."""
-    alike: dict[tuple[int, int, int], list[int]] = {}
-    for number, file in enumerate(files):
-        alike.setdefault((file.facts.width, file.facts.height, file.orientation), []).append(number)
-    groups = []
-    for (width, height, _), numbers in alike.items():
-        at_once = max(1, pixels_at_once // (width * height))
-        groups += [numbers[start : start + at_once] for start in range(0, len(numbers), at_once)]
-    return groups
+def _shape(file: EncodedJpeg) -> tuple[int, int, int]:
+    return file.facts.width, file.facts.height, file.orientation
+
+
+def _parts(files: Sequence[EncodedJpeg], pixels_at_once: int) -> list[list[int]]:
+    """Numbers of files, those of one shape together, so many at once as memory is meant to hold."""
+    parts: list[list[int]] = []
+    left = 0
+    for number in sorted(range(len(files)), key=lambda number: _shape(files[number])):
+        width, height, _ = _shape(files[number])
+        if width * height > left or not parts:
+            parts.append([])
+            left = pixels_at_once
+        parts[-1].append(number)
+        left -= width * height
+    return parts
+
+
+def _alike(files: Sequence[EncodedJpeg], numbers: Sequence[int]) -> list[list[int]]:
+    """The same numbers by the size and orientation of their files."""
+    by_shape: dict[tuple[int, int, int], list[int]] = {}
+    for number in numbers:
+        by_shape.setdefault(_shape(files[number]), []).append(number)
+    return list(by_shape.values())
+
+
+def _a_jpeg() -> bytes:
+    sink = BytesIO()
+    Image.new("RGB", (16, 16), "red").save(sink, "JPEG")
+    return sink.getvalue()

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import torch
 
 from vlmflow import schema
+from vlmflow.device_errors import is_device_broken, is_out_of_memory, release_memory
 from vlmflow.errors import EndpointError, RowErrorClass
 from vlmflow.tasks import Columns, Task, check_columns
 
@@ -91,19 +91,19 @@ def run_contained(
 def _attempt(task: Task, batch: pa.Table) -> Columns | _Failure:
     try:
         return task(batch)
-    except torch.AcceleratorError:
-        raise
-    except Exception as error:  # noqa: BLE001  an image can fail in any way; it is recorded, never made a value
+    except Exception as error:  # an image can fail in any way; it is recorded, never made a value
+        if is_device_broken(error):
+            raise
         failure = _describe(error)
     # Past the handler, which kept the failed batch's tensors alive through the traceback.
-    if failure.error_class is RowErrorClass.OUT_OF_MEMORY and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.empty_cache()
+    if failure.error_class is RowErrorClass.OUT_OF_MEMORY:
+        release_memory()
     return failure
 
 
 def _describe(error: Exception) -> _Failure:
     """A failure in words that stay the same from run to run."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+    if is_out_of_memory(error):
         # The original tells how much was free at the time.
         return _Failure(RowErrorClass.OUT_OF_MEMORY, "out of memory with a batch of one image")
     if isinstance(error, EndpointError):

@@ -121,8 +121,9 @@ def test_what_the_device_refuses_is_decoded_by_a_processor_to_the_bit(
 
     before = read(folder, leaves_jpegs=False)
     left = read(folder, leaves_jpegs=True)
-    monkeypatch.setattr("vlmflow.imaging.device.decode_jpeg", refuse)
-    feeder, fed = feed(left, later=REQUESTS)
+    feeder = Feeder(REQUESTS, REQUESTS, "cpu", PoolDecoding(REQUESTS, LIMITS))
+    monkeypatch.setattr(feeder._decoder, "_decode_jpeg", refuse)
+    fed = feeder(left)
     passed = feeder.finish(fed.batch, fed)
     assert passed.select(before.column_names).drop_columns(_TIMES).equals(before.drop_columns(_TIMES))
 

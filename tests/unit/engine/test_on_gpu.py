@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from tests.images import with_orientation
+from tests.images import encode, with_orientation
 from tests.unit.engine.test_feeding import LARGE, LIMITS, REQUESTS, SMALL, read
 from tests.unit.imaging.test_device import REQUESTS as DEVICE_REQUESTS
 from tests.unit.imaging.test_device import greatest_difference, left
@@ -19,6 +19,7 @@ from vlmflow.engine.decoding import PoolDecoding
 from vlmflow.engine.feeding import Feeder
 from vlmflow.engine.flops import matmul_ceiling
 from vlmflow.imaging.device import DeviceDecoder, DeviceImage
+from vlmflow.imaging.jpeg import EncodedJpeg
 from vlmflow.tasks.pixels import all_views
 
 pytestmark = [
@@ -35,6 +36,20 @@ def test_nvjpeg_and_our_resize_give_pillows_pixels_to_a_few_levels(orientation: 
     on_processor = DeviceImage({key: value.cpu() for key, value in image.pixels.items()}, image.views, image.phash)
     # Decoders differ in how they spread colour over the pixels between its samples.
     assert greatest_difference(data, on_processor) <= 12
+
+
+def test_a_jpeg_whose_scan_was_cut_is_refused_and_never_shows_what_was_in_memory() -> None:
+    """Whole by its markers, which is all that is looked at before."""
+    good = photograph(400, 1)
+    whole = encode(good, "JPEG", quality=90)
+    decoder = DeviceDecoder(DEVICE_REQUESTS, "cuda")
+    decoder([left(whole)] * 8)
+    hollow = whole[: whole.index(b"\xff\xda") + 14] + b"\xff\xd9"
+    cut = EncodedJpeg(hollow, left(whole).facts, 1)
+    first, second, third = decoder([left(whole), cut, left(whole)])
+    assert second is None
+    assert first is not None
+    assert third is not None
 
 
 def test_batches_fed_by_two_threads_are_those_of_a_processor(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from vlmflow import schema
 from vlmflow.config import PoolConfig
 from vlmflow.engine import columns, loading, pools
 from vlmflow.engine.pools import PoolWorker, run_on_due_rows
+from vlmflow.tasks import Task
 from vlmflow.tasks.run import BatchLimit
 
 
@@ -108,12 +109,41 @@ class Greedy(Doubling):
         return super().__call__(batch)
 
 
-def test_a_pool_says_how_many_images_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def pool_with(task: Task, monkeypatch: pytest.MonkeyPatch) -> PoolWorker:
     monkeypatch.setattr(loading, "set_up_torch", lambda _: "cpu")
     monkeypatch.setattr(loading, "check_weights", lambda *_: None)
-    monkeypatch.setattr(pools, "load_task", lambda *_: Greedy())
+    monkeypatch.setattr(pools, "load_task", lambda *_: task)
     setup = SimpleNamespace(requests_of=lambda _: [], read_regions=lambda _: False, dtype="auto")
-    worker = PoolWorker(PoolConfig(tasks=("embed",)), setup, None)  # type: ignore[arg-type]
+    return PoolWorker(PoolConfig(tasks=("embed",)), setup, None)  # type: ignore[arg-type]
+
+
+class Ended(BaseException):
+    """In the place of the end of a process."""
+
+
+class Breaking(Doubling):
+    """Breaks the device."""
+
+    def __call__(self, batch: pa.Table) -> dict[str, pa.Array]:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+
+def test_a_worker_whose_device_is_broken_ends(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def end(code: int) -> None:
+        raise Ended(code)
+
+    monkeypatch.setattr(pools.os, "_exit", end)
+    monkeypatch.setattr(pools.logging, "shutdown", lambda: None)
+    worker = pool_with(Breaking(), monkeypatch)
+    with pytest.raises(Ended):
+        worker(make_batch([1, 2], [["embed"]] * 2))
+    assert "the device is broken" in caplog.text
+
+
+def test_a_pool_says_how_many_images_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = pool_with(Greedy(), monkeypatch)
     assert worker(make_batch([1, 2], [["embed"]] * 2))["at_once_embed"].to_pylist() == [None, None]
     out = worker(make_batch(list(range(20, 28)), [["embed"]] * 8))
     assert out["double"].to_pylist() == list(range(40, 56, 2))

@@ -12,7 +12,8 @@ from PIL import Image, ImageOps
 from tests.images import encode, scene, with_orientation
 from tests.unit.imaging.test_jpeg_draft import photograph
 from vlmflow.config import ImageLimits
-from vlmflow.imaging import PixelRequest, decode, hash_of
+from vlmflow.errors import ClusterError
+from vlmflow.imaging import PixelRequest, decode, device, hash_of
 from vlmflow.imaging.device import DeviceDecoder, DeviceImage
 from vlmflow.imaging.jpeg import EncodedJpeg, leave_encoded
 from vlmflow.imaging.pixels import VIEWS, render
@@ -99,9 +100,44 @@ def test_a_file_of_another_size_than_its_header_said_is_refused() -> None:
     assert DeviceDecoder(REQUESTS, "cpu")([EncodedJpeg(other.data, good.facts, 1)]) == [None]
 
 
-def test_out_of_memory_is_left_to_processors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_is_left_to_processors_and_told_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def run_out(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("9.75 GiB asked for")
 
-    monkeypatch.setattr("vlmflow.imaging.device.decode_jpeg", run_out)
-    assert DeviceDecoder(REQUESTS, "cpu")([left(encode(scene(), "JPEG"))]) == [None]
+    decoder = DeviceDecoder(REQUESTS, "cpu")
+    monkeypatch.setattr(decoder, "_decode_jpeg", run_out)
+    for _ in range(2):
+        assert decoder([left(encode(scene(), "JPEG"))]) == [None]
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "9.75 GiB" in caplog.text
+
+
+def test_a_torchvision_that_cannot_decode_here_is_told_before_any_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("decode_jpegs_cuda: torchvision not compiled with nvJPEG support")
+
+    monkeypatch.setattr("torchvision.io.decode_jpeg", refuse)
+    with pytest.raises(ClusterError, match="not compiled with nvJPEG") as raised:
+        DeviceDecoder(REQUESTS, "cpu")
+    assert "decode: cpu" in raised.value.remedy
+
+
+def test_images_of_all_sizes_are_decoded_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = DeviceDecoder(REQUESTS, "cpu")
+    calls: list[int] = []
+    decode_jpeg = decoder._decode_jpeg
+
+    def counting(buffers: list[torch.Tensor], *rest: object, **options: object) -> object:
+        calls.append(len(buffers))
+        return decode_jpeg(buffers, *rest, **options)
+
+    monkeypatch.setattr(decoder, "_decode_jpeg", counting)
+    files = [left(encode(scene(seed, 64 + 8 * seed, 64), "JPEG")) for seed in range(9)]
+    assert None not in decoder(files)
+    assert calls == [9]
+    monkeypatch.setitem(device._PIXELS_AT_ONCE, "cpu", 3 * 128 * 64)
+    assert None not in decoder(files)
+    assert sum(calls) == 18
+    assert len(calls) > 3, "no more at once than memory is meant to hold"

@@ -27,7 +27,7 @@ from vlmflow.models.blip_fast import (
     linear,
     vision,
 )
-from vlmflow.models.blip_fast.graph import FixedStep, round_up
+from vlmflow.models.blip_fast.graph import DecodeGraphs, FixedStep, round_up
 from vlmflow.models.pixels import PixelNormalizer, model_dtype
 from vlmflow.models.preprocessing import Preprocessing
 from vlmflow.models.towers import VisionTowers
@@ -127,6 +127,30 @@ def test_the_step_that_cuda_records_decodes_the_same_tokens(loaded: Loaded) -> N
     assert loaded.cut(step.decode(images)) == loaded.generated(images, 20, num_beams=1)
     fewer = loaded.features(3, seed=9)  # in the memory of the batch before
     assert loaded.cut(step.decode(fewer)) == loaded.generated(fewer, 20, num_beams=1)
+
+
+@pytest.mark.parametrize(("code", "goes_on"), [(901, True), (None, False), (2, False)])
+def test_what_cannot_be_captured_runs_without_a_graph(
+    loaded: Loaded, code: int | None, goes_on: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = torch.AcceleratorError("CUDA error")
+    if code is not None:
+        error.error_code = code  # as torch sets it: 901 is a capture that was invalidated, 2 a lack of memory
+
+    def fail(self: FixedStep) -> None:
+        raise error
+
+    monkeypatch.setattr(FixedStep, "capture", fail)
+    graphs = DecodeGraphs(loaded.decoder, loaded.special)
+    images = loaded.features(2)
+    with torch.inference_mode():
+        if goes_on:
+            assert graphs.decode(images, 4) is None
+            monkeypatch.undo()
+            assert graphs.decode(images, 4) is None, "it is not tried again"
+        else:
+            with pytest.raises(torch.AcceleratorError):
+                graphs.decode(images, 4)
 
 
 def test_sizes_of_graphs_are_few() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from vlmflow import schema
+from vlmflow.device_errors import is_device_broken, is_out_of_memory, release_on_demand
 from vlmflow.tasks import Columns
 from vlmflow.tasks.run import BatchLimit, run_contained
 
@@ -126,6 +127,42 @@ def test_another_failure_does_not_make_batches_smaller() -> None:
 def test_messages_hold_nothing_of_the_machine(error: Exception, message: str) -> None:
     _, errors = run_contained(FakeTask(raises_on(0, error=error)), numbers(1), BatchLimit())
     assert messages(errors) == [message]
+
+
+def accelerator_error(code: int) -> torch.AcceleratorError:
+    error = torch.AcceleratorError("CUDA error")
+    error.error_code = code  # as torch sets it
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "is_memory", "is_broken"),
+    [
+        (torch.OutOfMemoryError("9.75 GiB asked for"), True, False),
+        (accelerator_error(2), True, False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True, False),
+        (accelerator_error(901), False, False),  # a capture that was invalidated
+        (accelerator_error(700), False, True),  # an illegal address
+        (torch.AcceleratorError("without a code"), False, True),
+        (RuntimeError("shapes differ"), False, False),
+    ],
+)
+def test_what_an_error_of_the_device_means(error: Exception, is_memory: bool, is_broken: bool) -> None:
+    assert is_out_of_memory(error) == is_memory
+    assert is_device_broken(error) == is_broken
+
+
+def test_where_memory_runs_out_all_that_is_kept_for_speed_is_let_go() -> None:
+    class Keeper:
+        released = 0
+
+        def release(self) -> None:
+            self.released += 1
+
+    keeper = Keeper()
+    release_on_demand(keeper)
+    run_contained(FakeTask(raises_on(0, error=accelerator_error(2))), numbers(1), BatchLimit())
+    assert keeper.released == 1
 
 
 def test_a_broken_device_is_not_contained() -> None:

@@ -5,11 +5,13 @@ NOT YET RUN ON A GPU: what is tested is the step itself, on a processor, without
 
 from __future__ import annotations
 
+import contextlib
 import logging
 
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from vlmflow.device_errors import is_device_broken, is_out_of_memory, release_on_demand
 from vlmflow.models.blip_fast.cache import IndexedCache
 from vlmflow.models.blip_fast.special import SpecialTokens
 from vlmflow.models.blip_fast.text import TextTower
@@ -30,6 +32,11 @@ class DecodeGraphs:
         self._special = special
         self._steps: dict[tuple[int, ...], FixedStep] = {}
         self._works = True
+        release_on_demand(self)
+
+    def release(self) -> None:
+        """Gives the memory of all graphs back; they are captured anew when needed."""
+        self._steps.clear()
 
     def decode(self, images: torch.Tensor, max_tokens: int) -> torch.Tensor | None:
         """As :class:`GreedyDecoder`, on CUDA; None: the step cannot be captured here, and is not tried again."""
@@ -47,15 +54,12 @@ class DecodeGraphs:
                 step.capture()
             self._steps[key] = step  # the last used at the end
             return step.decode(images)
-        except torch.OutOfMemoryError:
-            self._steps.clear()  # the batch is tried again in halves, which need this memory
-            raise
-        except torch.AcceleratorError:
-            raise  # the device is broken: what comes after would fail as well
         except RuntimeError as error:
+            if is_out_of_memory(error) or is_device_broken(error):
+                raise
             logger.warning("CUDA cannot capture a decoding step, which runs without a graph: %s", error)
             self._works = False
-            self._steps.clear()
+            self.release()
             return None
 
 
@@ -89,10 +93,18 @@ class FixedStep:
                 self._step()
         torch.cuda.current_stream().wait_stream(stream)
         self._reset(0)
-        graph = torch.cuda.CUDAGraph()
-        # Another thread may be copying the next batch meanwhile, which would spoil a capture that watches all threads.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._step()
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+        # What fails leaves the thread on the stream that was captured: whoever goes on belongs on the one before.
+        with torch.cuda.stream(torch.cuda.current_stream()):
+            try:
+                # Another thread may be copying the next batch meanwhile, which would spoil a capture that watches all.
+                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                    self._step()
+            except RuntimeError:
+                # torch's allocator, which takes the capture for still going on, would free nothing any more.
+                with contextlib.suppress(RuntimeError, AttributeError):
+                    torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+                raise
         self._graph = graph
 
     def decode(self, images: torch.Tensor) -> torch.Tensor:
@@ -117,7 +129,7 @@ class FixedStep:
 
     def _step(self) -> None:
         best = self._tower.step(self._tokens, self._cache, self._memory)[:, 0].float().argmax(dim=-1)
-        best = torch.where(self._running, best, self._special.pad).unsqueeze(1)
+        best = best.masked_fill(~self._running, self._special.pad).unsqueeze(1)
         self._decoded.index_copy_(1, self._cache.position, best)
         self._running.logical_and_(best[:, 0] != self._special.end)
         self._tokens.copy_(best)

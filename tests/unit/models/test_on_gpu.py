@@ -1,0 +1,95 @@
+"""The models on CUDA: what graphs decode, and that captions, scores and vectors are those of a processor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.clip_cpu import demo_pixels, moderated
+from vlmflow.config import ModelConfig
+from vlmflow.device_errors import release_memory
+from vlmflow.models import load_captioner, load_embedder, load_matcher
+from vlmflow.models.blip import BlipCaptioner
+from vlmflow.models.blip_fast.graph import DecodeGraphs
+from vlmflow.moderation.decide import Moderator
+from vlmflow.moderation.policy import load_policy
+from vlmflow.moderation.prompts import encode_prompts
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+STARTER = Path(__file__).parents[3] / "vlmflow" / "starter"
+CAPTIONER = ModelConfig(family="blip_caption", path=str(STARTER / "captioner"))
+MATCHER = ModelConfig(family="blip_itm", path=str(STARTER / "matcher"))
+CLIP = ModelConfig(family="open_clip", path=str(STARTER / "clip"))
+
+
+@pytest.fixture(scope="module")
+def pixels() -> torch.Tensor:
+    return demo_pixels(64)
+
+
+@pytest.fixture(scope="module")
+def expected(pixels: torch.Tensor) -> list[str]:
+    return load_captioner(CAPTIONER, "cpu").caption(pixels, 20)
+
+
+def test_a_graph_decodes_what_a_processor_does(pixels: torch.Tensor, expected: list[str]) -> None:
+    captioner = load_captioner(CAPTIONER, "cuda", "float32")
+    assert isinstance(captioner, BlipCaptioner)
+    graphs = captioner._decode_greedily._graphs
+    # Batches that share a graph, that fill it in part, and more sizes than are kept.
+    found = [text for part in pixels.split([64, 40, 3, 1, 64, 33, 4]) for text in captioner.caption(part, 20)]
+    assert graphs._works, "no graph could be captured"
+    assert 1 <= len(graphs._steps) <= 2
+    assert np.mean([one == other for one, other in zip(found, expected, strict=True)]) >= 0.99
+
+
+def test_a_graph_decodes_what_the_steps_alone_do(pixels: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    captioner = load_captioner(CAPTIONER, "cuda")
+    with_graphs = captioner.caption(pixels[:64], 20)
+    monkeypatch.setattr(DecodeGraphs, "decode", lambda *_: None)
+    assert np.mean([a == b for a, b in zip(with_graphs, captioner.caption(pixels[:64], 20), strict=True)]) >= 0.98
+
+
+def test_captions_in_bfloat16_are_those_of_a_processor(pixels: torch.Tensor, expected: list[str]) -> None:
+    found = load_captioner(CAPTIONER, "cuda").caption(pixels, 20)
+    assert np.mean([one == other for one, other in zip(found, expected, strict=True)]) >= 0.99
+
+
+def test_graphs_are_let_go_when_memory_runs_out(pixels: torch.Tensor) -> None:
+    captioner = load_captioner(CAPTIONER, "cuda")
+    assert isinstance(captioner, BlipCaptioner)
+    first = captioner.caption(pixels[:8], 20)
+    held = torch.cuda.memory_allocated()
+    release_memory()
+    assert torch.cuda.memory_allocated() < held
+    assert captioner.caption(pixels[:8], 20) == first
+
+
+def test_match_scores_are_those_of_a_processor(pixels: torch.Tensor, expected: list[str]) -> None:
+    scores = []
+    for device in ("cpu", "cuda"):
+        matcher = load_matcher(MATCHER, device)
+        images = matcher.encode_images(pixels)
+        found = matcher.match_itm(images, expected), matcher.match_itc(images, expected)
+        assert found[0] is not None
+        assert found[1] is not None
+        scores.append(np.stack([found[0], found[1]]))
+    assert np.mean(np.abs(scores[0] - scores[1]) <= 0.01) >= 0.99
+
+
+def test_vectors_are_judged_as_those_of_a_processor(pixels: torch.Tensor) -> None:
+    exact, on_gpu = load_embedder(CLIP, "cpu"), load_embedder(CLIP, "cuda")
+    policy = load_policy("demo")
+    moderator = Moderator(policy, policy.bindings[0], encode_prompts(policy, exact))
+    (scores, decisions), (others, decided) = (
+        moderated(moderator, embedder.embed_images(pixels)) for embedder in (exact, on_gpu)
+    )
+    assert np.mean(np.abs(scores - others) <= 0.01) >= 0.99
+    assert np.mean([one == other for one, other in zip(decisions, decided, strict=True)]) >= 0.99

@@ -1,0 +1,62 @@
+"""What an error of the device means, and who lends memory back when there is none left.
+
+torch raises one class, ``torch.AcceleratorError``, for everything that CUDA answers: with code 2 there was no memory
+outside of torch's own allocator, from 900 to 908 something could not be captured into a graph, and nearly all others
+leave a device on which nothing works any more until the process has ended (the codes of ``cudaError_t`` in CUDA's
+runtime API).
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Protocol
+
+import torch
+
+_MEMORY_ALLOCATION = 2
+_CAPTURE = range(900, 909)
+# As cuBLAS and cuDNN say it, through a RuntimeError of no class of its own.
+_NO_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUDA out of memory")
+
+
+class Releasing(Protocol):
+    """Holds memory of the device that it can do without."""
+
+    def release(self) -> None:
+        """Lets go of it."""
+
+
+_releasing: weakref.WeakSet[Releasing] = weakref.WeakSet()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether less at once may do."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    if isinstance(error, torch.AcceleratorError) and _code(error) is not None:
+        return _code(error) == _MEMORY_ALLOCATION
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+
+
+def is_device_broken(error: BaseException) -> bool:
+    """Whether every later call on the device would fail as well: the process must end."""
+    if not isinstance(error, torch.AcceleratorError) or is_out_of_memory(error):
+        return False
+    return _code(error) not in _CAPTURE
+
+
+def release_on_demand(holder: Releasing) -> None:
+    """Has ``holder`` let go of what it can do without whenever memory runs out, for as long as it lives."""
+    _releasing.add(holder)
+
+
+def release_memory() -> None:
+    """Frees what is only kept to save time. To be called outside of handlers, whose tracebacks keep tensors."""
+    for holder in list(_releasing):
+        holder.release()
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()
+
+
+def _code(error: torch.AcceleratorError) -> int | None:
+    return getattr(error, "error_code", None)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from vlmflow.errors import WeightsError
 from vlmflow.models.pixels import model_dtype
-from vlmflow.models.vlm import chat_text, load_image_text_to_text
+from vlmflow.models.vlm import chat_inputs, chat_text, load_image_text_to_text
 
 _ANSWERS = ("Yes", "No")
 _INSTRUCTION = "Answer with one word, Yes or No."
@@ -48,13 +48,8 @@ class VlmJudge:
         return np.stack(columns, axis=1) if columns else np.empty((0, len(self._prompts)), np.float32)
 
     def _ask(self, images: list[NDArray[np.uint8]], prompt: str) -> NDArray[np.float32]:
-        inputs = self._processor(
-            images=images,
-            text=[prompt] * len(images),
-            padding=True,
-            return_tensors="pt",
-            input_data_format="channels_last",
-        ).to(self._device, model_dtype(self._device))
+        inputs = chat_inputs(self._processor, images, [prompt] * len(images))
+        inputs = inputs.to(self._device, model_dtype(self._device))
         # All prompts are equal, so there is no padding, and the last position is each prompt's own.
         logits = self._model(**inputs, logits_to_keep=1).logits[:, -1, self._answers].float()
         return cast("NDArray[np.float32]", logits.softmax(dim=-1)[:, 0].cpu().numpy())

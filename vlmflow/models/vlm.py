@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from vlmflow.config import Dtype
 from vlmflow.errors import WeightsError
@@ -63,13 +65,7 @@ class TransformersChat:
         return None
 
     def _write(self, images: list[Any], texts: list[str], max_tokens: int) -> list[Answer]:
-        inputs = self._processor(
-            images=[[image] for image in images],
-            text=texts,
-            padding=True,
-            return_tensors="pt",
-            input_data_format="channels_last",
-        ).to(self._device, self._dtype)
+        inputs = chat_inputs(self._processor, images, texts).to(self._device, self._dtype)
         pad = self._processor.tokenizer.pad_token_id
         out = self._model.generate(
             **inputs,
@@ -129,3 +125,24 @@ def chat_text(processor: Any, prompt: str) -> str:
         return str(processor.apply_chat_template(messages, add_generation_prompt=True))
     token = getattr(processor, "image_token", "<image>")
     return f"{token}\n{prompt}"
+
+
+def chat_inputs(processor: Any, images: Sequence[NDArray[np.uint8]], texts: Sequence[str]) -> Any:
+    """A batch for the model, as the processor makes it: images, tokens and the mask of the padding.
+
+    Args:
+        images: at least one; (S, S, 3) uint8 RGB each.
+        texts: of :func:`chat_text`, one for each image.
+    """
+    begin = processor.tokenizer.bos_token
+    # Where the chat template has written the token already, the tokenizer would put another before it.
+    options = {"add_special_tokens": False} if begin and texts[0].startswith(begin) else {}
+    return processor(
+        # Each in a list of its own: Gemma 3 takes a flat list for the images of one text.
+        images=[[image] for image in images],
+        text=list(texts),
+        padding=True,
+        return_tensors="pt",
+        input_data_format="channels_last",
+        **options,
+    )

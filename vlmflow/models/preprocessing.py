@@ -52,9 +52,9 @@ def read_preprocessing(folder: Path, config: ModelConfig) -> Preprocessing:
     """
     if config.family == "open_clip":
         return _read_open_clip(folder, config.architecture)
-    if config.family in ("image_classification", "vlm_judge", "vilt"):
+    if config.family in ("image_classification", "vilt"):
         return _read_processor(folder)
-    if config.family in ("vlm", "vllm"):
+    if config.family in ("vlm", "vllm", "vlm_judge"):
         return Preprocessing(_prompted_side(folder), "bicubic", _CLIP_MEAN, _CLIP_STD)
     if config.family == "align":
         return _read_align(folder)

@@ -40,6 +40,7 @@ _COMPANION_NAMES = {
     "vilbert": ("answers.json", "detector.safetensors", "regions.json", "regions.safetensors"),
     "vlm": (*_PROCESSOR_NAMES, "generation_config.json"),  # repetition penalties and the like
     "vllm": _PROCESSOR_NAMES,
+    "vlm_judge": _PROCESSOR_NAMES,
 }
 _TOKENIZER_NAMES = (
     "added_tokens.json",

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from tests.families import make_gemma
-from tests.models import make_classifier, make_judge
+from tests.models import make_classifier, make_judge, write_json
 from vlmflow.errors import DetectorError, WeightsError
 from vlmflow.imaging.pixels import render
 from vlmflow.models.detectors import load_detector, prepare_detectors
@@ -173,6 +173,21 @@ def test_a_judge_is_asked_each_question_and_answers_yes_or_no(judge: Path, photo
         with torch.inference_mode():
             logits = model(**inputs).logits[0, -1, [5, 6]]
         assert float(logits.softmax(-1)[0]) == pytest.approx(float(found), abs=1e-5)
+
+
+def test_what_the_processor_of_a_judge_does_is_read_and_is_part_of_its_identity(judge: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(judge, tmp_path / "judge")
+    outputs = {"gun": output(category="arms", label="gun", question=QUESTION)}
+    given = policy(family="vlm_judge", path=str(folder), outputs=outputs)
+    (before,) = prepare_detectors(given, ("squash",))
+    (folder / "chat_template.jinja").write_text("<image>{{ messages[0]['content'][1]['text'] }}", encoding="utf-8")
+    (worded,) = prepare_detectors(given, ("squash",))
+    assert worded.fingerprint != before.fingerprint
+    # Qwen's processors count the pixels of an image there, not those of its side.
+    write_json(folder / "preprocessor_config.json", {"size": {"shortest_edge": 65_536, "longest_edge": 16_777_216}})
+    (counted,) = prepare_detectors(given, ("squash",))
+    assert counted.request.size == 768
+    assert counted.fingerprint != worded.fingerprint
 
 
 def test_gemma_judges_several_views_as_each_alone(tmp_path: Path, photographs: list[Image.Image]) -> None:

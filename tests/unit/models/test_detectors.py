@@ -24,9 +24,14 @@ from transformers import (
     ViTImageProcessor,
 )
 
+from tests.catalog_samples import open_catalog
 from tests.families import make_gemma
 from tests.models import make_classifier, make_judge, write_json
+from vlmflow.config import CatalogConfig, Job, SourceConfig
+from vlmflow.engine.archive import archive_policy
 from vlmflow.errors import DetectorError, WeightsError
+from vlmflow.explain import EVIDENCE_COLUMNS, draw_heatmap, evidence_of
+from vlmflow.imaging import hash_of
 from vlmflow.imaging.pixels import render
 from vlmflow.models.detectors import load_detector, prepare_detectors
 from vlmflow.models.judge import VlmJudge
@@ -142,6 +147,39 @@ def test_a_pickled_classifier_is_refused(classifier: Path, tmp_path: Path) -> No
     outputs = {"hentai": output()}
     with pytest.raises(WeightsError, match="is a pickle"):
         prepare_detectors(policy(family="image_classification", path=str(tmp_path), outputs=outputs), ("squash",))
+
+
+@pytest.mark.parametrize("name", ["drawings", "neutral"])
+def test_a_map_is_of_the_output_whose_score_the_label_has(
+    name: str, classifier: Path, photographs: list[Image.Image], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = {"drawings": output(), "neutral": output(review=0.2)}  # of one label
+    given = policy(family="image_classification", path=str(classifier), outputs=both)
+    archive_policy(open_catalog(tmp_path / "catalog"), given, None, "0" * 64)
+    photographs[0].save(tmp_path / "photograph.png")
+    data = (tmp_path / "photograph.png").read_bytes()
+    shown = np.array(render(photographs[0], 32, "bicubic", ("squash",))[0][1])
+    pixels = torch.from_numpy(shown).permute(2, 0, 1)[None]
+    (setup,) = prepare_detectors(given, ("squash",))
+    scores = dict(zip(both, load_detector(setup, "cpu").score(pixels)[0].tolist(), strict=True))
+
+    seen = {"detector": "it", "view": "squash", "time_s": None}
+    label = {"label": "nudity", "decision": "review", "score": scores[name], "probability": None, **seen}
+    row = dict.fromkeys(EVIDENCE_COLUMNS) | {"image_id": "0", "status": "ok", "decision": "review", "run_id": "r"}
+    row |= {"uri": str(tmp_path / "photograph.png"), "content_hash": hash_of(data)}
+    row |= {"policy_digest": given.digest, "labels": [label]}
+    row |= {"detections": [{"output": other, "score": score, **seen} for other, score in scores.items()]}
+    drawn: list[float] = []
+
+    def occlusion_map(of: np.ndarray[Any, Any], score: Any) -> np.ndarray[Any, Any]:
+        drawn.append(float(score(torch.from_numpy(of).permute(2, 0, 1)[None])[0]))
+        return np.zeros(of.shape[:2], np.float32)
+
+    monkeypatch.setattr("vlmflow.moderation.heatmap.occlusion_map", occlusion_map)
+    job = Job(source=SourceConfig(uri="-"), catalog=CatalogConfig(uri=str(tmp_path / "catalog")), profile="starter")
+    draw_heatmap(job, evidence_of(row))
+    assert drawn == [pytest.approx(scores[name], abs=1e-3)]
+    assert abs(scores["drawings"] - scores["neutral"]) > 0.01
 
 
 @pytest.fixture(scope="module")

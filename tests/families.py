@@ -104,9 +104,10 @@ def make_gemma(folder: Path, *, seed: int = 0, shield: bool = False) -> Path:
     )
     if shield:
         config.yes_token_index, config.no_token_index = vocab["Yes"], vocab["No"]
-    _build(
-        ShieldGemma2ForImageClassification if shield else Gemma3ForConditionalGeneration, config, seed
-    ).save_pretrained(folder)
+    model = _build(ShieldGemma2ForImageClassification if shield else Gemma3ForConditionalGeneration, config, seed)
+    with torch.no_grad():  # as built it is zero, and all images look the same
+        (model.model if shield else model).model.multi_modal_projector.mm_input_projection_weight.normal_()
+    model.save_pretrained(folder)
     images = Gemma3ImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
     template = CHAT_TEMPLATE.replace("<image>", "<boi>") + (" violate?" if shield else "")
     processor_class = ShieldGemma2Processor if shield else Gemma3Processor

@@ -231,6 +231,7 @@ def test_what_the_processor_of_a_judge_does_is_read_and_is_part_of_its_identity(
 def test_gemma_judges_several_views_as_each_alone(tmp_path: Path, photographs: list[Image.Image]) -> None:
     folder, pixels = make_gemma(tmp_path), as_pixels(photographs, 32)
     scores = VlmJudge.load(folder, ["a gun"], "cpu").score(pixels)
+    assert len(set(scores[:, 0].tolist())) > 1, "the image counts"
     model, processor = Gemma3ForConditionalGeneration.from_pretrained(folder), Gemma3Processor.from_pretrained(folder)
     for image, found in zip(pixels, scores[:, 0], strict=True):
         text = "<bos><boi> a gun Answer with one word, Yes or No."
@@ -264,6 +265,7 @@ def test_shield_gemma_is_asked_whether_an_image_violates_the_policy_given(
         violates = model(**inputs).probabilities[:, 0].reshape(4, 2)
     np.testing.assert_allclose(scores, violates.numpy(), atol=1e-5)
     assert (scores[:, 0] != scores[:, 1]).all()
+    assert len(set(scores[:, 0].tolist())) > 1
 
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(WeightsError, match="has no chat template"):

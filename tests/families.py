@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.normalizers import Lowercase
-from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.pre_tokenizers import Whitespace, WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     AlignConfig,
@@ -21,12 +21,19 @@ from transformers import (
     FlavaConfig,
     FlavaForPreTraining,
     FlavaModel,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3ImageProcessor,
+    Gemma3Processor,
     GitConfig,
     GitForCausalLM,
     PreTrainedTokenizerFast,
+    ShieldGemma2Config,
+    ShieldGemma2ForImageClassification,
+    ShieldGemma2Processor,
 )
 
-from tests.models import CLIP_MEAN, CLIP_STD, IMAGE_SIZE, WORDS, write_json
+from tests.models import CHAT_TEMPLATE, CLIP_MEAN, CLIP_STD, IMAGE_SIZE, WORDS, write_json
 
 _SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "<image>")
@@ -68,6 +75,43 @@ def make_blip2_matcher(folder: Path, *, seed: int = 0, vision_of: Path | None = 
     model.save_pretrained(folder)
     _save_tokenizer(folder)
     write_json(folder / "preprocessor_config.json", _processor("BlipImageProcessor"))
+    return folder
+
+
+def make_gemma(folder: Path, *, seed: int = 0, shield: bool = False) -> Path:
+    """Writes a Gemma 3 folder, or one of ShieldGemma 2, with a chat template that begins as the tokenizer does."""
+    special = ["<pad>", "<bos>", "<eos>", "<unk>", "<boi>", "<img>", "<eoi>", "Yes", "No"]
+    vocab = {word: number for number, word in enumerate([*special, "violate?", *WORDS])}
+    tokenizer = Tokenizer(WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    names = {name: f"<{name}>" for name in ("pad", "bos", "eos", "unk")}
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        extra_special_tokens={"image_token": "<img>", "boi_token": "<boi>", "eoi_token": "<eoi>"},
+        **{f"{name}_token": token for name, token in names.items()},
+    )
+    fast.add_tokens(["<boi>", "<img>", "<eoi>"], special_tokens=True)
+    config = (ShieldGemma2Config if shield else Gemma3Config)(
+        text_config=_SIZES
+        | _RANGE
+        | {"model_type": "gemma3_text", "num_key_value_heads": 2, "head_dim": 16, "vocab_size": len(vocab)},
+        vision_config=_SIZES | {"model_type": "siglip_vision_model", "image_size": IMAGE_SIZE, "patch_size": 8},
+        mm_tokens_per_image=4,
+        boi_token_index=vocab["<boi>"],
+        image_token_index=vocab["<img>"],
+        eoi_token_index=vocab["<eoi>"],
+    )
+    if shield:
+        config.yes_token_index, config.no_token_index = vocab["Yes"], vocab["No"]
+    model = _build(ShieldGemma2ForImageClassification if shield else Gemma3ForConditionalGeneration, config, seed)
+    with torch.no_grad():  # as built it is zero, and all images look the same
+        (model.model if shield else model).model.multi_modal_projector.mm_input_projection_weight.normal_()
+    model.save_pretrained(folder)
+    images = Gemma3ImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
+    template = CHAT_TEMPLATE.replace("<image>", "<boi>") + (" violate?" if shield else "")
+    processor_class = ShieldGemma2Processor if shield else Gemma3Processor
+    processor_class(images, fast, image_seq_length=4, chat_template=template).save_pretrained(folder)
     return folder
 
 

@@ -41,6 +41,10 @@ apples banana car cars dog cat gun guns bottle wine shoe shirt chair table phone
 WORDS = tuple(_WORDS.split())
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% for part in m['content'] %}"
+    "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
+)
 _PREPROCESSOR = {
     "image_processor_type": "BlipImageProcessor",
     "do_resize": True,
@@ -153,8 +157,12 @@ def make_classifier(folder: Path, *, seed: int = 0) -> Path:
     return folder
 
 
-def make_judge(folder: Path, *, seed: int = 1) -> Path:
-    """Writes a LLaVA with word-level tokens, as transformers saves it."""
+def make_judge(folder: Path, *, seed: int = 1, chat: bool = False) -> Path:
+    """Writes a LLaVA with word-level tokens, as transformers saves it.
+
+    Args:
+        chat: with a chat template that begins with the token that the tokenizer puts first, as many do.
+    """
     words = [
         "<pad>",
         "<s>",
@@ -177,6 +185,9 @@ def make_judge(folder: Path, *, seed: int = 1) -> Path:
         tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     )
     fast.add_tokens(["<image>"], special_tokens=True)
+    if chat:
+        first = [("<s>", words.index("<s>"))]
+        fast.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=first)
     torch.manual_seed(seed)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = LlavaConfig(
@@ -191,6 +202,8 @@ def make_judge(folder: Path, *, seed: int = 1) -> Path:
     processor = LlavaProcessor(
         images, fast, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1
     )
+    if chat:
+        processor.chat_template = CHAT_TEMPLATE
     processor.save_pretrained(folder)
     return folder
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +20,9 @@ from vlmflow.imaging.frames import split_views
 from vlmflow.sources import normalise_uri
 from vlmflow.sources.reader import SourceReader
 
+if TYPE_CHECKING:
+    from vlmflow.models.detectors import DetectorSetup
+
 EVIDENCE_COLUMNS = (
     "image_id",
     "uri",
@@ -30,6 +33,7 @@ EVIDENCE_COLUMNS = (
     "decision_reason",
     "verdict",
     "labels",
+    "detections",
     "policy_name",
     "policy_version",
     "policy_digest",
@@ -48,6 +52,7 @@ class Evidence(Frozen):
 
     Attributes:
         labels: as in the images table, the gravest first.
+        detections: scores of the policy's detectors, as in the images table.
         verdict: of a person or of a list of known images; None: there is none.
         policy: name, version and the beginning of the digest; None: it was never moderated.
     """
@@ -61,6 +66,7 @@ class Evidence(Frozen):
     decision_reason: str | None
     verdict: dict[str, Any] | None
     labels: tuple[dict[str, Any], ...]
+    detections: tuple[dict[str, Any], ...]
     policy: str | None
     policy_digest: str | None
     embed_model: str | None
@@ -99,11 +105,9 @@ def evidence_of(row: dict[str, Any]) -> Evidence:
     digest = row["policy_digest"]
     policy = None if digest is None else f"{row['policy_name']} {row['policy_version']} ({digest[:12]})"
     return Evidence(
-        **{name: row[name] for name in Evidence.model_fields if name in row and name not in ("labels", "errors")}
-        | {"updated_at": str(row["updated_at"]), "verdict": row["verdict"]},
-        labels=tuple(labels),
-        errors=tuple(row["errors"] or ()),
-        policy=policy,
+        **{name: row[name] for name in Evidence.model_fields if name in row}
+        | {name: tuple(row[name] or ()) for name in ("errors", "detections")}
+        | {"updated_at": str(row["updated_at"]), "labels": tuple(labels), "policy": policy},
     )
 
 
@@ -193,8 +197,7 @@ def _scorer(job: Job, evidence: Evidence, label: dict[str, Any]) -> tuple[PixelR
     policy = archived_policy(catalog, evidence.policy_digest)
     if label["detector"] is not None:
         (setup,) = [one for one in prepare_detectors(policy, job.views) if one.name == label["detector"]]
-        outputs = setup.config.outputs
-        number = next(n for n, name in enumerate(outputs) if outputs[name].label == label["label"])
+        number = setup.outputs.index(_output_behind(evidence, label, setup))
         detector = load_detector(setup, "cpu")
         return setup.request, lambda pixels: detector.score(pixels)[:, number]
     config = resolve_models(job.model_copy(update={"tasks": ("embed", "moderate")}))["embed"]
@@ -211,6 +214,18 @@ def _scorer(job: Job, evidence: Evidence, label: dict[str, Any]) -> tuple[PixelR
     request = pixel_request("embed", config, job.views)
     assert request is not None  # every embedder wants pixels
     return request, lambda pixels: scorer.score(embedder.embed_images(pixels))[:, number]
+
+
+def _output_behind(evidence: Evidence, label: dict[str, Any], setup: DetectorSetup) -> str:
+    """The output whose score a label has: several of one detector may feed it."""
+    what = ("score", "view", "time_s")
+    feeding = [name for name, output in setup.config.outputs.items() if output.label == label["label"]]
+    scored = {
+        found["output"]
+        for found in evidence.detections
+        if found["detector"] == setup.name and all(found[name] == label[name] for name in what)
+    }
+    return next((name for name in feeding if name in scored), feeding[0])
 
 
 def _read(job: Job, evidence: Evidence) -> bytes:

@@ -27,14 +27,14 @@ from benchmarks.starter.scenes import COLOR_NAMES, Scene
 from vlmflow.config import ModelConfig
 from vlmflow.models.clip import load_tower
 from vlmflow.models.pixels import PixelNormalizer
-from vlmflow.models.preprocessing import read_open_clip_model, read_preprocessing
+from vlmflow.models.preprocessing import read_preprocessing
 from vlmflow.models.vilbert.config import VilbertConfig
 from vlmflow.models.vilbert.finders import BOX_HEAD_FILE, REGIONS_FILE, TowerRegionsSource
 from vlmflow.models.vilbert.model import Encoded, Text, Vilbert
 from vlmflow.models.vilbert.regions import Regions, with_whole_image
 from vlmflow.models.vilbert.tasks import QUESTION, REFERENCE, RETRIEVAL
 from vlmflow.models.vilbert.tower import BoxHead, TowerRegions, patch_centres
-from vlmflow.models.weights import weights_digest
+from vlmflow.models.weights import read_open_clip_model, weights_digest
 
 VILBERT_NAME = "vilbert"
 _HEAD_WIDTH = 64

@@ -15,7 +15,7 @@ from vlmflow.cli.options import JsonOption
 def convert(
     family: Annotated[str, typer.Argument(help="Whose checkpoint it is: vilbert.")],
     source: Annotated[Path, typer.Argument(help="The published pickle, or a folder with it and the other files.")],
-    folder: Annotated[Path, typer.Argument(metavar="DEST", help="A folder that does not exist yet.")],
+    folder: Annotated[Path, typer.Argument(metavar="DEST", help="A folder that is empty, or does not exist yet.")],
     config: Annotated[Path | None, typer.Option("--config", help="The published configuration, JSON.")] = None,
     vocabulary: Annotated[Path | None, typer.Option("--vocab", help="The model's vocab.txt.")] = None,
     answers: Annotated[

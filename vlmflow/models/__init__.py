@@ -183,7 +183,7 @@ def identify(role: str, config: ModelConfig) -> ModelIdentity:
     return ModelIdentity(
         id=config.repo or folder.name,
         revision=config.revision or "local",
-        weights_digest=weights_digest(folder, config.family),
+        weights_digest=weights_digest(folder, config.family, config.architecture),
         preprocessing=preprocessing.describe() if preprocessing else "regions of the source",
         code_version=CODE_VERSIONS[config.family],
     )

@@ -19,8 +19,8 @@ from vlmflow.config import Dtype, ModelConfig
 from vlmflow.errors import WeightsError
 from vlmflow.models.clip_packed import pack_image_tower
 from vlmflow.models.pixels import PixelNormalizer, model_dtype
-from vlmflow.models.preprocessing import read_open_clip_model, read_preprocessing
-from vlmflow.models.weights import check_keys, find_weights
+from vlmflow.models.preprocessing import read_preprocessing
+from vlmflow.models.weights import check_keys, find_weights, read_open_clip_model
 
 _TEXTS_AT_ONCE = 256
 

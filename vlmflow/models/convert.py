@@ -47,7 +47,7 @@ def convert_weights(
     Args:
         family: whose checkpoint it is; ``vilbert``.
         source: the pickle; or a folder with it, and with the files that ``inputs`` does not name.
-        folder: where to write; it must not hold weights yet.
+        folder: where to write; it must be empty, if it exists.
 
     Raises:
         ConfigError: there is no conversion for the family.
@@ -58,15 +58,19 @@ def convert_weights(
     if not source.exists():
         raise WeightsError(f"convert: {source} does not exist", remedy="Name the downloaded file or its folder.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise WeightsError(f"convert: {folder} is not empty", remedy="Name a folder that does not exist yet.")
-    partial = folder.with_name(f".{folder.name}.partial")
+        raise WeightsError(f"convert: {folder} is not empty", remedy="Name one that is empty, or does not exist yet.")
+    target = folder.resolve()  # "." has no name
+    partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         report = _CONVERTERS[family](source, partial, inputs or ConversionInputs())
-        if folder.exists():
-            folder.rmdir()
-        partial.rename(folder)
+        if target.exists():
+            # The folder itself stays: a shell may stand in it, or a disk be mounted there.
+            for path in sorted(partial.iterdir()):
+                shutil.move(path, target / path.name)
+        else:
+            partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return report.model_copy(update={"folder": folder})

@@ -1,7 +1,8 @@
 """A vision-language model as a judge: asked a question about an image, how likely is its answer `Yes`.
 
 As ShieldGemma 2 is used (Zeng et al. 2025, arXiv:2504.01081): the probability is that of `Yes` against `No` as the
-first token of the answer; nothing is generated.
+first token of the answer; nothing is generated. ShieldGemma 2 itself is asked as it was trained: its chat template asks
+whether the image violates a policy, and a question is the text of that policy.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from numpy.typing import NDArray
 
 from vlmflow.errors import WeightsError
 from vlmflow.models.pixels import model_dtype
-from vlmflow.models.vlm import chat_text, load_image_text_to_text
+from vlmflow.models.vlm import chat_inputs, chat_text, load_image_text_to_text
+from vlmflow.models.weights import read_json
 
 _ANSWERS = ("Yes", "No")
 _INSTRUCTION = "Answer with one word, Yes or No."
@@ -26,18 +28,24 @@ class VlmJudge:
     """Any image-text-to-text checkpoint of transformers. N: images, S: side of the pixels, Q: questions."""
 
     def __init__(self, model: Any, processor: Any, questions: Sequence[str], device: str) -> None:
+        """``questions``: as the model is to read them, within its chat template."""
         self._model, self._processor, self._device = model, processor, device
-        self._prompts = [self._prompt(question) for question in questions]
-        self._answers = [self._token(answer) for answer in _ANSWERS]
+        self._prompts = [chat_text(processor, question) for question in questions]
+        self._answers = _answer_tokens(processor.tokenizer)
 
     @classmethod
     def load(cls, folder: Path, questions: Sequence[str], device: str) -> Self:
         """Loads safetensors from a folder: bfloat16 on CUDA, float32 elsewhere.
 
         Raises:
-            WeightsError: the weights do not fit, the processor is absent, or either needs code of its own.
+            WeightsError: the weights do not fit, the processor is absent, either needs code of its own, or the
+                tokenizer does not tell the answers apart.
         """
-        model, processor = load_image_text_to_text(folder, model_dtype(device))
+        if read_json(folder / "config.json").get("model_type") == "shieldgemma2":
+            model, processor = _load_shield_gemma(folder, model_dtype(device))
+        else:
+            model, processor = load_image_text_to_text(folder, model_dtype(device))
+            questions = [f"{question} {_INSTRUCTION}" for question in questions]
         return cls(model.to(device), processor, questions, device)
 
     @torch.inference_mode()
@@ -48,22 +56,42 @@ class VlmJudge:
         return np.stack(columns, axis=1) if columns else np.empty((0, len(self._prompts)), np.float32)
 
     def _ask(self, images: list[NDArray[np.uint8]], prompt: str) -> NDArray[np.float32]:
-        inputs = self._processor(
-            images=images,
-            text=[prompt] * len(images),
-            padding=True,
-            return_tensors="pt",
-            input_data_format="channels_last",
-        ).to(self._device, model_dtype(self._device))
+        inputs = chat_inputs(self._processor, images, [prompt] * len(images))
+        inputs = inputs.to(self._device, model_dtype(self._device))
         # All prompts are equal, so there is no padding, and the last position is each prompt's own.
         logits = self._model(**inputs, logits_to_keep=1).logits[:, -1, self._answers].float()
         return cast("NDArray[np.float32]", logits.softmax(dim=-1)[:, 0].cpu().numpy())
 
-    def _prompt(self, question: str) -> str:
-        return chat_text(self._processor, f"{question} {_INSTRUCTION}")
 
-    def _token(self, answer: str) -> int:
-        tokens = self._processor.tokenizer(answer, add_special_tokens=False)["input_ids"]
-        if not tokens:
-            raise WeightsError(f"weights: the tokenizer has no token for {answer!r}", remedy="Use another judge.")
-        return int(tokens[0])
+def _answer_tokens(tokenizer: Any) -> list[int]:
+    """The first token of each answer."""
+    tokens = [tokenizer(answer, add_special_tokens=False)["input_ids"][:1] for answer in _ANSWERS]
+    yes, no = tokens
+    # Were they one token, or both unknown, every image would score 0.5.
+    if not yes or not no or yes == no or tokenizer.unk_token_id in (*yes, *no):
+        raise WeightsError(
+            f"weights: the tokenizer of {tokenizer.name_or_path} has no tokens that tell Yes from No",
+            remedy="Use a judge whose tokenizer knows the words Yes and No, capitals included.",
+        )
+    return [*yes, *no]
+
+
+def _load_shield_gemma(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The Gemma 3 within ShieldGemma 2, whose own class gives two numbers, and Gemma 3's processor.
+
+    ShieldGemma 2's own processor takes no text: it asks about the policies of its configuration.
+    """
+    from transformers import AutoModelForImageClassification, Gemma3Processor
+
+    model, processor = load_image_text_to_text(folder, dtype, AutoModelForImageClassification)
+    if not processor.chat_template:
+        raise WeightsError(
+            f"weights: {folder} has no chat template, in whose words ShieldGemma 2 is asked",
+            remedy="Copy the model's whole folder, chat_template.json or chat_template.jinja included.",
+        )
+    return model.model, Gemma3Processor(
+        processor.image_processor,
+        processor.tokenizer,
+        chat_template=processor.chat_template,
+        image_seq_length=processor.image_seq_length,
+    )

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from vlmflow.config import ModelConfig
 from vlmflow.errors import WeightsError
-from vlmflow.models.weights import read_json
+from vlmflow.models.weights import read_json, read_open_clip_model
 
 Interpolation = Literal["bicubic", "bilinear"]
 
@@ -52,9 +51,9 @@ def read_preprocessing(folder: Path, config: ModelConfig) -> Preprocessing:
     """
     if config.family == "open_clip":
         return _read_open_clip(folder, config.architecture)
-    if config.family in ("image_classification", "vlm_judge", "vilt"):
+    if config.family in ("image_classification", "vilt"):
         return _read_processor(folder)
-    if config.family in ("vlm", "vllm"):
+    if config.family in ("vlm", "vllm", "vlm_judge"):
         return Preprocessing(_prompted_side(folder), "bicubic", _CLIP_MEAN, _CLIP_STD)
     if config.family == "align":
         return _read_align(folder)
@@ -63,34 +62,6 @@ def read_preprocessing(folder: Path, config: ModelConfig) -> Preprocessing:
         _check_size(folder, _IMAGE_SECTIONS[config.family], preprocessing.size)
         return preprocessing
     return _read_blip(folder)
-
-
-def read_open_clip_model(folder: Path, architecture: str | None) -> dict[str, Any]:
-    """The model part of open_clip's configuration: the folder's own, else that of the architecture named.
-
-    Raises:
-        WeightsError: there is neither, or open_clip has no such architecture.
-    """
-    path = folder / "open_clip_config.json"
-    if path.is_file():
-        model = read_json(path).get("model_cfg")
-        if not isinstance(model, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= model.keys():
-            raise WeightsError(f"weights: {path} has no whole model_cfg", remedy="Copy open_clip's own file.")
-        return model
-    if architecture is None:
-        raise WeightsError(
-            f"weights: no {path.name} in {folder}", remedy="Put it there, or set `architecture` to open_clip's name."
-        )
-    spec = find_spec("open_clip")  # its own list of architectures; importing it would import torch
-    assert spec is not None
-    assert spec.origin is not None
-    known = Path(spec.origin).parent / "model_configs" / f"{architecture.replace('/', '-')}.json"
-    if not known.is_file():
-        raise WeightsError(
-            f"architecture {architecture}: open_clip knows none of this name",
-            remedy="See open_clip.list_models(), or put an open_clip_config.json into the folder.",
-        )
-    return read_json(known)
 
 
 def _read_open_clip(folder: Path, architecture: str | None) -> Preprocessing:

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from vlmflow.config import Dtype
 from vlmflow.errors import WeightsError
@@ -63,13 +65,7 @@ class TransformersChat:
         return None
 
     def _write(self, images: list[Any], texts: list[str], max_tokens: int) -> list[Answer]:
-        inputs = self._processor(
-            images=[[image] for image in images],
-            text=texts,
-            padding=True,
-            return_tensors="pt",
-            input_data_format="channels_last",
-        ).to(self._device, self._dtype)
+        inputs = chat_inputs(self._processor, images, texts).to(self._device, self._dtype)
         pad = self._processor.tokenizer.pad_token_id
         out = self._model.generate(
             **inputs,
@@ -95,8 +91,11 @@ class TransformersChat:
         return [Answer(text.strip(), math.exp(total)) for text, total in zip(written, totals.tolist(), strict=True)]
 
 
-def load_image_text_to_text(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+def load_image_text_to_text(folder: Path, dtype: torch.dtype, model_class: Any = None) -> tuple[Any, Any]:
     """Loads a model, ready to be asked, and its processor; from safetensors, and code of transformers alone.
+
+    Args:
+        model_class: of transformers, one of those that choose by the configuration; None: that for images and texts.
 
     Raises:
         WeightsError: the weights do not fit, the processor is absent, or either needs code of its own.
@@ -106,7 +105,7 @@ def load_image_text_to_text(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]
     try:
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with no_progress_bar():
-            model, info = AutoModelForImageTextToText.from_pretrained(
+            model, info = (model_class or AutoModelForImageTextToText).from_pretrained(
                 folder,
                 dtype=dtype,
                 use_safetensors=True,
@@ -129,3 +128,24 @@ def chat_text(processor: Any, prompt: str) -> str:
         return str(processor.apply_chat_template(messages, add_generation_prompt=True))
     token = getattr(processor, "image_token", "<image>")
     return f"{token}\n{prompt}"
+
+
+def chat_inputs(processor: Any, images: Sequence[NDArray[np.uint8]], texts: Sequence[str]) -> Any:
+    """A batch for the model, as the processor makes it: images, tokens and the mask of the padding.
+
+    Args:
+        images: at least one; (S, S, 3) uint8 RGB each.
+        texts: of :func:`chat_text`, one for each image.
+    """
+    begin = processor.tokenizer.bos_token
+    # Where the chat template has written the token already, the tokenizer would put another before it.
+    options = {"add_special_tokens": False} if begin and texts[0].startswith(begin) else {}
+    return processor(
+        # Each in a list of its own: Gemma 3 takes a flat list for the images of one text.
+        images=[[image] for image in images],
+        text=list(texts),
+        padding=True,
+        return_tensors="pt",
+        input_data_format="channels_last",
+        **options,
+    )

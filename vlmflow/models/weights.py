@@ -7,11 +7,13 @@ import json
 import re
 from collections.abc import Iterable
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from vlmflow.config import ModelConfig
 from vlmflow.errors import WeightsError
+from vlmflow.models.identity import short_digest
 
 # In the order of preference. A CLIP repository of the hub often holds the same weights twice: in open_clip's names,
 # and as `model.safetensors` in those of transformers, which open_clip does not read.
@@ -40,6 +42,7 @@ _COMPANION_NAMES = {
     "vilbert": ("answers.json", "detector.safetensors", "regions.json", "regions.safetensors"),
     "vlm": (*_PROCESSOR_NAMES, "generation_config.json"),  # repetition penalties and the like
     "vllm": _PROCESSOR_NAMES,
+    "vlm_judge": _PROCESSOR_NAMES,
 }
 _TOKENIZER_NAMES = (
     "added_tokens.json",
@@ -109,14 +112,24 @@ def find_weights(folder: Path, family: str) -> list[Path]:
     return []
 
 
-def weights_digest(folder: Path, family: str) -> str:
-    """SHA-256 over names and contents of the files that loading reads: weights, configuration, tokenizer."""
+def weights_digest(folder: Path, family: str, architecture: str | None = None) -> str:
+    """SHA-256 over names and contents of the files that loading reads: weights, configuration, tokenizer.
+
+    Args:
+        architecture: open_clip's name; its configuration counts where the folder has none of its own.
+
+    Raises:
+        WeightsError: open_clip has no such architecture.
+    """
     names = [_CONFIG_NAMES[family], *_TOKENIZER_NAMES, *_COMPANION_NAMES.get(family, ())]
     files = [*find_weights(folder, family), *(folder / name for name in names if (folder / name).is_file())]
     total = hashlib.sha256()
     for path in sorted(files):
         stat = path.stat()
         total.update(f"{path.name} {_file_digest(str(path), stat.st_size, stat.st_mtime_ns)}\n".encode())
+    if architecture is not None and family == "open_clip" and not (folder / _CONFIG_NAMES[family]).is_file():
+        # By its content: equal weights are another model with another activation, which no tensor tells.
+        total.update(f"architecture {short_digest(read_open_clip_model(folder, architecture))}\n".encode())
     return total.hexdigest()
 
 
@@ -135,6 +148,34 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise WeightsError(f"weights: {path} holds no JSON object", remedy="Copy the model's folder again.")
     return content
+
+
+def read_open_clip_model(folder: Path, architecture: str | None) -> dict[str, Any]:
+    """The model part of open_clip's configuration: the folder's own, else that of the architecture named.
+
+    Raises:
+        WeightsError: there is neither, or open_clip has no such architecture.
+    """
+    path = folder / "open_clip_config.json"
+    if path.is_file():
+        model = read_json(path).get("model_cfg")
+        if not isinstance(model, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= model.keys():
+            raise WeightsError(f"weights: {path} has no whole model_cfg", remedy="Copy open_clip's own file.")
+        return model
+    if architecture is None:
+        raise WeightsError(
+            f"weights: no {path.name} in {folder}", remedy="Put it there, or set `architecture` to open_clip's name."
+        )
+    spec = find_spec("open_clip")  # its own list of architectures; importing it would import torch
+    assert spec is not None
+    assert spec.origin is not None
+    known = Path(spec.origin).parent / "model_configs" / f"{architecture.replace('/', '-')}.json"
+    if not known.is_file():
+        raise WeightsError(
+            f"architecture {architecture}: open_clip knows none of this name",
+            remedy="See open_clip.list_models(), or put an open_clip_config.json into the folder.",
+        )
+    return read_json(known)
 
 
 def check_keys(folder: Path, missing: Iterable[str], unexpected: Iterable[str]) -> None:

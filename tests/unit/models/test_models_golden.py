@@ -65,7 +65,7 @@ def outputs(folder: Path) -> dict[str, Any]:
     pixels = formula_pixels(3)
     clip, captioner, matcher = make_clip(folder / "a"), make_captioner(folder / "b"), make_matcher(folder / "c")
     answerers = {"vilt": make_vilt(folder / "v"), "blip_vqa": make_blip_vqa(folder / "w")}
-    classifier, yes_or_no = make_classifier(folder / "d"), make_judge(folder / "e")
+    classifier, yes_or_no = make_classifier(folder / "d"), make_judge(folder / "e", chat=True)
     for path in folder.glob("*/*.safetensors"):
         fill_by_formula(path)
     embedder = load_embedder(ModelConfig(family="open_clip", path=str(clip)), "cpu")

@@ -150,6 +150,16 @@ def test_an_architecture_stands_in_for_the_configuration_file(clip: Path) -> Non
         identify("embed", config.model_copy(update={"architecture": "ViT-Z"}))
 
 
+def test_an_architecture_is_part_of_the_identity_where_it_counts(clip: Path) -> None:
+    names = ("ViT-B-32", "ViT-B-32-quickgelu")  # the same tensors under another activation
+    configs = [ModelConfig(family="open_clip", path=str(clip), architecture=name) for name in names]
+    assert identify("embed", configs[0]) == identify("embed", configs[1]), "the folder has a configuration of its own"
+    (clip / "open_clip_config.json").unlink()
+    plain, quick = (identify("embed", config) for config in configs)
+    assert plain.preprocessing == quick.preprocessing
+    assert plain.weights_digest != quick.weights_digest
+
+
 def test_the_digest_follows_what_loading_reads(clip: Path) -> None:
     digest = weights_digest(clip, "open_clip")
     (clip / "README.md").write_text("a model card")

@@ -19,6 +19,7 @@ from tests.models import make_judge, random_pixels
 from vlmflow.config import Job, ModelConfig
 from vlmflow.errors import ConfigError, QuestionError, WeightsError
 from vlmflow.models import identify, load_answerer, load_captioner, pixel_request
+from vlmflow.models.judge import VlmJudge
 from vlmflow.models.prompts import prompt_of
 from vlmflow.models.vllm import VllmChat, engine_arguments
 from vlmflow.models.vlm import TransformersChat, chat_text
@@ -105,6 +106,28 @@ def test_the_chat_template_of_the_checkpoint_words_the_prompt(folder: Path) -> N
         "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
     assert chat_text(processor, "the {braces}") == "[user]<image>the {braces}[assistant]"
+
+
+def test_a_chat_template_that_begins_as_the_tokenizer_does_begins_once(tmp_path: Path) -> None:
+    folder, pixels = make_judge(tmp_path, chat=True), random_pixels(2)
+    model, processor = AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+
+    def library(prompt: str) -> Any:
+        """As transformers makes it of a conversation."""
+        pictures = [Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()) for image in pixels]
+        contents = [[{"type": "image", "image": picture}, {"type": "text", "text": prompt}] for picture in pictures]
+        conversations = [[{"role": "user", "content": content}] for content in contents]
+        options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        return processor.apply_chat_template(conversations, add_generation_prompt=True, **options)
+
+    with torch.inference_mode():
+        logits = model(**library("the car Answer with one word, Yes or No.")).logits[:, -1, [5, 6]]
+        written = model.generate(**library("the car"), max_new_tokens=5, do_sample=False)
+    scores = VlmJudge.load(folder, ["the car"], "cpu").score(pixels)
+    np.testing.assert_allclose(scores[:, 0], logits.softmax(-1)[:, 0].numpy(), atol=1e-5)
+    texts = processor.batch_decode(written[:, library("the car")["input_ids"].shape[1] :], skip_special_tokens=True)
+    answers = TransformersChat.load(folder, "cpu").write(pixels, ["the car"] * 2, 5)
+    assert [answer.text for answer in answers] == [text.strip() for text in texts]
 
 
 def job(folder: Path, **model: Any) -> Job:

@@ -35,6 +35,15 @@ def test_a_multi_task_checkpoint_keeps_every_tensor(tmp_path: Path) -> None:
     assert len(json.loads((tmp_path / "out" / "answers.json").read_text())) == 3129
 
 
+def test_the_folder_may_be_the_one_stood_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_published(tmp_path / "published")
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    report = convert_weights("vilbert", Path("../published"), Path())
+    assert {path.name for path in Path().iterdir()} == set(report.files) > {"model.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "published"}
+
+
 def test_older_names_and_wrappers_are_understood(tmp_path: Path) -> None:
     source = make_published(tmp_path / "published")
     path = source / "multi_task_model.bin"

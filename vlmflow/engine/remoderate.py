@@ -142,13 +142,16 @@ def remoderate(
     Raises:
         ConfigError: the condition cannot be used, or no archived policy begins with ``rollback``.
         CatalogError: there is no catalog, or it does not hold the policy to go back to.
-        PolicyError: the policy cannot be used, or was not set for the model.
-        WeightsError: the embedder's weights are absent or do not fit.
+        PolicyError: the policy cannot be used, or it, or one to go back to, was not set for the model.
+        DetectorError: a detector of such a policy cannot run here.
+        WeightsError: weights of the embedder or of a detector are absent or do not fit.
     """
     display = progress or SilentProgress()
     display.stage("checking model and policy")
     scope = scope or Scope()
-    prepared = prepare(job.model_copy(update={"tasks": ("embed", "moderate")}))
+    # A rollback goes back to policies that the catalog holds: the job's own need neither exist nor fit the model.
+    tasks = ("embed", "moderate") if rollback is None else ("embed",)
+    prepared = prepare(job.model_copy(update={"tasks": tasks}))
     catalog = Catalog.open(job.catalog)
     if scope.where is not None:
         check_where(scope.where, catalog.images_schema)
@@ -227,14 +230,13 @@ class _Remoderation:
         self._display.stage("starting Ray")
         with ray_cluster(self._prepared.job.ray) as cluster:
             self._max_tasks = max(2, int(cluster.cpus) * _TASKS_PER_CPU)
-            for target in self._targets():
+            for target in list(self._targets()):  # all, before the first row moves: one may be refused
                 self._move(target)
 
     def _targets(self) -> Iterator[Target]:
         """The policies that rows come under: one, or, of a rollback, each that a row had before."""
-        if self._rollback is None:
-            policy = self._prepared.setup.policy
-            assert policy is not None
+        policy = self._prepared.setup.policy
+        if policy is not None:
             yield self._target(policy, None)
             return
         self._display.stage("looking for rows to roll back")
@@ -248,7 +250,7 @@ class _Remoderation:
         setup = self._prepared.setup
         identity = setup.identities["embed"]
         binding = check_binding(policy, identity, accept_unbound=self._prepared.job.accept_unbound)
-        fingerprints = self._prepared.fingerprints
+        fingerprints = setup.fingerprints(("embed", "moderate"))
         margins = prompts_digest(policy)
         archive = archived_policies(self._catalog)
         same = [digest for digest, other in archive.items() if prompts_digest(other) == margins]
@@ -399,8 +401,7 @@ class _Remoderation:
         return self._report(status).model_dump(mode="json") | {"operation": "remoderate", "state": status}
 
     def _report(self, status: str) -> RemoderateReport:
-        policy = self._prepared.setup.policy
-        assert policy is not None
+        policy = self._prepared.setup.policy  # None: of a rollback
         changes = self._totals.changes
         by_label: dict[str, dict[str, int]] = {}
         for (label, before, after), count in changes.labels.most_common():
@@ -412,8 +413,8 @@ class _Remoderation:
             run_id=self._run_id,
             dry_run=self._dry_run,
             catalog=self._catalog.uri,
-            policy=f"{policy.name} {policy.version}" if self._rollback is None else "the one before",
-            policy_digest=policy.digest if self._rollback is None else "",
+            policy=f"{policy.name} {policy.version}" if policy else "the one before",
+            policy_digest=policy.digest if policy else "",
             rollback_of=self._rollback,
             where=self._scope.where,
             status=status,
@@ -423,7 +424,7 @@ class _Remoderation:
             num_from_margins=changes.num_from_margins,
             num_other_model=changes.num_other_model,
             num_undetected=changes.num_undetected,
-            detectors=tuple(detector.name for detector in policy.detectors) if self._rollback is None else (),
+            detectors=tuple(detector.name for detector in policy.detectors) if policy else (),
             num_without_vectors=changes.num_without_vectors,
             num_first=self._totals.num_first,
             decisions=dict(after_counts.most_common()),

@@ -99,7 +99,7 @@ def test_thresholds_alone_load_no_model_and_come_back(
     digest = next(iter(before.values()))["policy_digest"]
     strict = write_policy("strict", version='"2"', gun="review: 0.0, block: 0.0")
     monkeypatch.setattr(module, "encode_policy", no_model)
-    monkeypatch.setattr(module, "_score_file", no_model)
+    monkeypatch.setattr(module, "score_file", no_model)
     version = Catalog.open(job.catalog).version
 
     would = remoderate(job.model_copy(update={"policy": strict}), dry_run=True)

@@ -215,7 +215,7 @@ class Searcher:
 
             job = self._job
             if job is None:
-                from vlmflow.engine.remoderate import last_profile
+                from vlmflow.engine.report import last_profile
 
                 job = search_job(self._config, last_profile(self._config))
             self._encoder = QueryEncoder(job)

@@ -100,6 +100,7 @@ def finish(
     problem: tuple[str, str] | None = None,
     run: Sequence[str] | None = None,
     version: str | None = None,
+    unseen: bool = False,
 ) -> pa.Table:
     """What the pipeline would hand over for planned rows: all due tasks run, unless said otherwise.
 
@@ -109,6 +110,7 @@ def finish(
         problem: stage and class of an error of the whole image.
         run: tasks that ran; default: as planned.
         version: as read; default: as listed.
+        unseen: some frames of every image were not looked at.
     """
     rows = planned.to_pylist()
     out = []
@@ -120,6 +122,8 @@ def finish(
         errors = [error(task, "task_failed") for task in missed]
         if problem:
             errors = [error(*problem)]
+        if unseen:
+            errors.append(error("frames", "frames_unseen"))
         row = dict(row, content_hash=content_hash, errors=errors, tasks_run=ran, tasks_failed=missed)
         row["object_version"] = version or row["object_version"]
         row |= {"format": None if problem else "png", "width": None if problem else 8, "height": None if problem else 8}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -35,7 +35,8 @@ class GoldenImage(Frozen):
 
     Attributes:
         name: the last part of its uri, for people.
-        margins: by label, margin over the neutral prompts; None: not scored.
+        margins: by label, margin over the neutral prompts; by ``label (detector)``, the detector's score, the highest
+            of its outputs that feed the label. None: not scored.
     """
 
     name: str
@@ -67,7 +68,8 @@ class GateLimits(Frozen):
 
     Attributes:
         min_equal_captions: fraction of captions that must equal the accepted ones, word for word.
-        max_margin_shift: of the label whose margins moved most, the mean over images of the absolute shift.
+        max_margin_shift: of the label whose margins, or detector's scores, moved most, the mean over images of the
+            absolute shift.
     """
 
     min_equal_captions: Annotated[float, Field(ge=0, le=1)] = 0.95
@@ -81,8 +83,9 @@ class GateReport(Frozen):
         problems: what makes it a regression, one sentence each; empty: the gate is open.
         notes: what differs and decides nothing.
         equal_captions: fraction of captions that are equal; None: none were accepted.
-        margin_shift: of the label whose margins moved most, the mean absolute shift; None: no margins were accepted.
-        shifts: that mean by label.
+        margin_shift: of the label whose margins, or detector's scores, moved most, the mean absolute shift; None: none
+            were accepted.
+        shifts: that mean by label, or by ``label (detector)``.
     """
 
     num_images: int
@@ -227,6 +230,9 @@ def compare(accepted: GoldenValues, observed: GoldenValues, limits: GateLimits |
     if moved:
         listed = _some([f"{label} {shifts[label]:.4f}" for label in moved])
         problems.append(f"margins moved by more than {limits.max_margin_shift:g} on average: {listed}")
+    unknown = sorted({label for old, new in common for label in new.margins.keys() - old.margins.keys()})
+    if unknown:
+        notes.append(f"{len(unknown)} labels have no accepted margins yet, such as {_some(unknown)}")
     return GateReport(
         num_images=len(common),
         problems=tuple(problems),
@@ -272,10 +278,23 @@ def _image_of(row: Mapping[str, Any]) -> GoldenImage:
         status=row["status"],
         caption=row["caption"],
         decision=row["decision"],
-        margins={label["label"]: _finite(label["margin"]) for label in row["labels"] or ()},
+        margins=_margins_of(row["labels"] or ()),
     )
 
 
-def _finite(margin: float | None) -> float | None:
-    """JSON has no NaN, and a margin that is none was not scored."""
-    return None if margin is None or not math.isfinite(margin) else round(margin, 6)
+def _margins_of(labels: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:
+    margins: dict[str, float | None] = {}
+    for label in labels:
+        name, value = label["label"], _finite(label["margin"])
+        if label["detector"] is not None:
+            name, value = f"{name} ({label['detector']})", _finite(label["score"])
+        if name in margins:  # by another output of the detector
+            held = margins[name]
+            value = None if value is None or held is None else max(value, held)
+        margins[name] = value
+    return margins
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no NaN, and what is none was not scored."""
+    return None if value is None or not math.isfinite(value) else round(value, 6)

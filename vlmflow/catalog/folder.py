@@ -108,8 +108,11 @@ class Folder:
         with self._in_our_words():
             retried(lambda: obstore.put(self._store, self._at(path), file))
 
-    def local_copy(self, path: str, folder: Path) -> Path:
-        """A file on the local disk: the catalog's own, or a copy of it in a local folder.
+    def local_copy(self, path: str, folder: Path, size_bytes: int) -> Path:
+        """A file that never changes, on the local disk: the catalog's own, or a copy of it in a local folder.
+
+        Args:
+            size_bytes: of the file; a copy of this size that is there already is taken as it is.
 
         Raises:
             CatalogError: the file is not there.
@@ -117,13 +120,25 @@ class Folder:
         address = parse_address(self.config.uri)
         if address.is_local:
             return Path(address.path) / path
-        target = folder / path.replace("/", "-")
+        target = folder / _copy_name(path)
+        if target.exists() and target.stat().st_size == size_bytes:
+            return target
         with self._in_our_words():
             try:
                 retried(lambda: self._download(path, target))
             except FileNotFoundError as error:
                 raise CatalogError(f"{self.config.uri}: {path} is gone", remedy="Run it again.") from error
         return target
+
+    def drop_copies(self, folder: Path, below: str) -> None:
+        """Removes from a local folder the copies of files, of those under a sub-folder, that are there no more."""
+        copies = list(folder.iterdir())
+        if not copies:
+            return
+        held = {_copy_name(file.path) for file in self.list(below)}
+        for copy in copies:
+            if copy.name not in held:
+                copy.unlink()
 
     def _download(self, path: str, target: Path) -> None:
         with target.open("wb") as file:
@@ -268,6 +283,10 @@ class Folder:
     def _at(self, path: str) -> str:
         prefix = self._opened[1].strip("/")
         return f"{prefix}/{path}" if prefix else path
+
+
+def _copy_name(path: str) -> str:
+    return path.replace("/", "-")
 
 
 def _whole_file(store: ObjectStore, path: str) -> pa.BufferReader:

@@ -23,6 +23,7 @@ from vlmflow.catalog.rows import (
     failed_tasks,
     rows_of_image_errors,
     status_of,
+    unseen_frames,
 )
 
 
@@ -170,7 +171,7 @@ def _judged(
 
 
 def _merged_errors(live: pa.Table, staged: pa.Table, verdict: _Verdict) -> pa.Array:
-    """Our errors, and the live ones of tasks that still stand as failed."""
+    """Our errors, and the live ones that still stand: of tasks that failed, and frames not looked at."""
     live_rows, live_items = explode(live["errors"])
     our_rows, our_items = explode(staged["errors"])
     stages = field_strings(live_items, "stage")
@@ -178,9 +179,13 @@ def _merged_errors(live: pa.Table, staged: pa.Table, verdict: _Verdict) -> pa.Ar
     for task in schema.TASKS:
         ours = verdict.ours & holds(staged["tasks_failed"], task)
         keep |= (stages == task) & (verdict.failed[task] & ~ours)[live_rows]
+    # Frames that nobody looked at, as long as vectors or labels stay that say nothing of them.
+    partial = verdict.kept["embed"] | (verdict.kept["moderate"] & is_valid(live["labels"]))
+    keep |= (stages == "frames") & (partial & ~unseen_frames(staged["errors"]))[live_rows]
     take = ~verdict.superseded[our_rows]
-    rows = np.concatenate([live_rows[keep], our_rows[take]])
-    items = pa.concat_arrays([live_items.filter(pa.array(keep)), our_items.filter(pa.array(take))])
+    # Ours first: the first error of a row is the one that is shown beside its status.
+    rows = np.concatenate([our_rows[take], live_rows[keep]])
+    items = pa.concat_arrays([our_items.filter(pa.array(take)), live_items.filter(pa.array(keep))])
     order = np.argsort(rows, kind="stable")
     offsets = np.searchsorted(rows[order], np.arange(live.num_rows + 1)).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), items.take(pa.array(order)), type=schema.ERRORS)

@@ -40,7 +40,7 @@ def explain(
 
     Example: `vlmflow explain catalog/ photos/1.jpg --heatmap why.png`
     """
-    from vlmflow.engine.remoderate import last_profile
+    from vlmflow.engine.report import last_profile
     from vlmflow.explain import find_evidence, write_heatmap
     from vlmflow.views_moderation import print_evidence
 

@@ -94,7 +94,8 @@ def check(
         float, typer.Option(min=0, max=1, help="Fraction of captions that must be equal, word for word.")
     ] = 0.95,
     max_margin_shift: Annotated[
-        float, typer.Option(min=0, help="How far a label's margins may move: mean of the absolute shift.")
+        float,
+        typer.Option(min=0, help="How far a label's margins or detector scores may move: mean of the absolute shift."),
     ] = 0.02,
     scratch: _Scratch = None,
     ray_address: AddressOption = None,

@@ -169,7 +169,7 @@ def calibrate(
     Example: `vlmflow calibrate catalog/ --labels verdicts.parquet --policy mine.yaml --report calibration.html`
     """
     from vlmflow.calibration import calibrate as run
-    from vlmflow.engine.remoderate import last_profile
+    from vlmflow.engine.report import last_profile
     from vlmflow.moderation.calibrate import Targets
     from vlmflow.moderation.calibration_report import calibration_html
     from vlmflow.views_policy import print_calibration

@@ -57,8 +57,9 @@ def remoderate(
 
     Example: `vlmflow remoderate catalog/ --policy stricter.yaml --dry-run`
     """
-    from vlmflow.engine.remoderate import Scope, last_profile
+    from vlmflow.engine.remoderate import Scope
     from vlmflow.engine.remoderate import remoderate as run
+    from vlmflow.engine.report import last_profile
     from vlmflow.views_moderation import print_remoderation
 
     if (policy is None) == (rollback is None) and config is None:

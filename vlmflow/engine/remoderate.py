@@ -15,39 +15,24 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-import pyarrow as pa
-import pyarrow.compute as pc
 import ray
 
 from vlmflow.catalog import Catalog
-from vlmflow.catalog.columns import conform
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.log import DataFile
-from vlmflow.catalog.masks import equal
-from vlmflow.catalog.read import read_rows
 from vlmflow.catalog.runs import new_run_id
-from vlmflow.catalog.where import check_where, mask_where
-from vlmflow.catalog.writer import write_file
-from vlmflow.config import CatalogConfig, Frozen, Job
+from vlmflow.catalog.where import check_where
+from vlmflow.config import Frozen, Job
 from vlmflow.engine.archive import archive_policy, archived_policies, archived_policy, archived_prompts, full_digest
 from vlmflow.engine.cluster import ray_cluster
 from vlmflow.engine.faults import get
 from vlmflow.engine.prepare import Prepared, encode_policy, prepare
 from vlmflow.engine.progress import ProgressDisplay, SilentProgress, Tally
-from vlmflow.errors import ConfigError
+from vlmflow.engine.relabel_files import Done, Scan, relabel_file, scan_file, score_file
 from vlmflow.models.detectors import prepare_detectors
 from vlmflow.moderation.decide import Moderator
 from vlmflow.moderation.policy import Policy, check_binding, prompts_digest
-from vlmflow.moderation.relabel import (
-    SCANNED,
-    VECTOR_COLUMNS,
-    Changes,
-    ScoredVectors,
-    Target,
-    relabel,
-    score_vectors,
-    wanted_rows,
-)
+from vlmflow.moderation.relabel import Changes, ScoredVectors, Target
 
 logger = logging.getLogger("vlmflow")
 
@@ -115,9 +100,7 @@ class Scope:
 
     def holds(self, file: DataFile) -> bool:
         """Whether a file's partition lies within."""
-        return (self.start is None or file.ingest_date >= self.start) and (
-            self.end is None or file.ingest_date <= self.end
-        )
+        return (self.start or dt.date.min) <= file.ingest_date <= (self.end or dt.date.max)
 
 
 def remoderate(
@@ -142,37 +125,20 @@ def remoderate(
     Raises:
         ConfigError: the condition cannot be used, or no archived policy begins with ``rollback``.
         CatalogError: there is no catalog, or it does not hold the policy to go back to.
-        PolicyError: the policy cannot be used, or was not set for the model.
-        WeightsError: the embedder's weights are absent or do not fit.
+        PolicyError: the policy cannot be used, or it, or one to go back to, was not set for the model.
+        DetectorError: a detector of such a policy cannot run here.
+        WeightsError: weights of the embedder or of a detector are absent or do not fit.
     """
     display = progress or SilentProgress()
     display.stage("checking model and policy")
     scope = scope or Scope()
-    prepared = prepare(job.model_copy(update={"tasks": ("embed", "moderate")}))
+    # A rollback goes back to policies that the catalog holds: the job's own need neither exist nor fit the model.
+    tasks = ("embed", "moderate") if rollback is None else ("embed",)
+    prepared = prepare(job.model_copy(update={"tasks": tasks}))
     catalog = Catalog.open(job.catalog)
     if scope.where is not None:
         check_where(scope.where, catalog.images_schema)
     return _Remoderation(prepared, catalog, scope, rollback, dry_run, display).execute()
-
-
-@dataclass(frozen=True)
-class _Scan:
-    """What a file holds for us."""
-
-    file: DataFile
-    num_wanted: int
-    num_computed: int  # of these, rows that need their vectors
-    previous: tuple[str, ...] = ()  # policies that rows to be rolled back had before
-    num_first: int = 0  # rows to be rolled back that had none
-
-
-@dataclass(frozen=True)
-class _Done:
-    """A file that was looked through; ``new`` is None if nothing was written."""
-
-    old: DataFile
-    new: DataFile | None
-    changes: Changes
 
 
 @dataclass
@@ -227,14 +193,13 @@ class _Remoderation:
         self._display.stage("starting Ray")
         with ray_cluster(self._prepared.job.ray) as cluster:
             self._max_tasks = max(2, int(cluster.cpus) * _TASKS_PER_CPU)
-            for target in self._targets():
+            for target in list(self._targets()):  # all, before the first row moves: one may be refused
                 self._move(target)
 
     def _targets(self) -> Iterator[Target]:
         """The policies that rows come under: one, or, of a rollback, each that a row had before."""
-        if self._rollback is None:
-            policy = self._prepared.setup.policy
-            assert policy is not None
+        policy = self._prepared.setup.policy
+        if policy is not None:
             yield self._target(policy, None)
             return
         self._display.stage("looking for rows to roll back")
@@ -248,7 +213,7 @@ class _Remoderation:
         setup = self._prepared.setup
         identity = setup.identities["embed"]
         binding = check_binding(policy, identity, accept_unbound=self._prepared.job.accept_unbound)
-        fingerprints = self._prepared.fingerprints
+        fingerprints = setup.fingerprints(("embed", "moderate"))
         margins = prompts_digest(policy)
         archive = archived_policies(self._catalog)
         same = [digest for digest, other in archive.items() if prompts_digest(other) == margins]
@@ -286,15 +251,15 @@ class _Remoderation:
             "images go on arriving under another policy than %s: another run writes them", target.policy.name
         )
 
-    def _round(self, scans: list[_Scan], target: Target, seen: set[str]) -> None:
+    def _round(self, scans: list[Scan], target: Target, seen: set[str]) -> None:
         """One pass over files, partition by partition. What others have moved meanwhile is left to the next."""
         shared = ray.put(target)
         for date in sorted({scan.file.ingest_date for scan in scans}):
             part = [scan for scan in scans if scan.file.ingest_date == date]
             scored = self._score(date, shared) if any(scan.num_computed for scan in part) else []
-            pending: list[_Done] = []
+            pending: list[Done] = []
             since = time.monotonic()
-            for done in self._in_order(_relabel_file, part, self._arguments_of(shared, scored)):
+            for done in self._in_order(relabel_file, part, self._arguments_of(shared, scored)):
                 self._count(done)
                 if done.new is not None:
                     pending.append(done)
@@ -305,8 +270,8 @@ class _Remoderation:
 
     def _arguments_of(
         self, target: ray.ObjectRef[Target], scored: list[ray.ObjectRef[ScoredVectors]]
-    ) -> Callable[[_Scan], tuple[Any, ...]]:
-        def arguments(scan: _Scan) -> tuple[Any, ...]:
+    ) -> Callable[[Scan], tuple[Any, ...]]:
+        def arguments(scan: Scan) -> tuple[Any, ...]:
             needed = scored if scan.num_computed else []
             return (self._folder, scan.file, self._columns, target, self._scope.where, self._dry_run, *needed)
 
@@ -314,7 +279,7 @@ class _Remoderation:
 
     def _score(self, date: dt.date, target: ray.ObjectRef[Target]) -> list[ray.ObjectRef[ScoredVectors]]:
         files = [file for file in self._catalog.live_files("embeddings").values() if file.ingest_date == date]
-        remote = ray.remote(num_cpus=1)(_score_file)
+        remote = ray.remote(num_cpus=1)(score_file)
         refs: list[ray.ObjectRef[ScoredVectors]] = []
         running: list[ray.ObjectRef[ScoredVectors]] = []
         for file in files:
@@ -324,10 +289,10 @@ class _Remoderation:
                 _, running = ray.wait(running, num_returns=1, fetch_local=False)
         return refs
 
-    def _scan(self, files: list[DataFile], target: Target | None) -> Iterator[_Scan]:
+    def _scan(self, files: list[DataFile], target: Target | None) -> Iterator[Scan]:
         shared = ray.put(target)
         return self._in_order(
-            _scan_file,
+            scan_file,
             files,
             lambda file: (self._folder, file, self._columns, shared, self._scope.where, self._rollback),
         )
@@ -345,7 +310,7 @@ class _Remoderation:
         while running:
             yield get(running.popleft())
 
-    def _swap(self, pending: list[_Done], seen: set[str]) -> None:
+    def _swap(self, pending: list[Done], seen: set[str]) -> None:
         if not pending:
             return
         operation = "remoderate" if self._rollback is None else "rollback"
@@ -364,12 +329,12 @@ class _Remoderation:
         self._totals.num_commits += 1
         self._display.update(self._tally)
 
-    def _book(self, done: _Done) -> None:
+    def _book(self, done: Done) -> None:
         self._totals.changes.add(done.changes)
         if done.changes.num_moved:
             self._totals.partitions[done.old.ingest_date.isoformat()] += done.changes.num_moved
 
-    def _count(self, done: _Done) -> None:
+    def _count(self, done: Done) -> None:
         self._tally.done += done.changes.num_moved
         self._tally.elapsed_s = time.monotonic() - self._clock
         if done.new is None:  # of a dry run, or nothing to move
@@ -399,8 +364,7 @@ class _Remoderation:
         return self._report(status).model_dump(mode="json") | {"operation": "remoderate", "state": status}
 
     def _report(self, status: str) -> RemoderateReport:
-        policy = self._prepared.setup.policy
-        assert policy is not None
+        policy = self._prepared.setup.policy  # None: of a rollback
         changes = self._totals.changes
         by_label: dict[str, dict[str, int]] = {}
         for (label, before, after), count in changes.labels.most_common():
@@ -412,8 +376,8 @@ class _Remoderation:
             run_id=self._run_id,
             dry_run=self._dry_run,
             catalog=self._catalog.uri,
-            policy=f"{policy.name} {policy.version}" if self._rollback is None else "the one before",
-            policy_digest=policy.digest if self._rollback is None else "",
+            policy=f"{policy.name} {policy.version}" if policy else "the one before",
+            policy_digest=policy.digest if policy else "",
             rollback_of=self._rollback,
             where=self._scope.where,
             status=status,
@@ -423,7 +387,7 @@ class _Remoderation:
             num_from_margins=changes.num_from_margins,
             num_other_model=changes.num_other_model,
             num_undetected=changes.num_undetected,
-            detectors=tuple(detector.name for detector in policy.detectors) if self._rollback is None else (),
+            detectors=tuple(detector.name for detector in policy.detectors) if policy else (),
             num_without_vectors=changes.num_without_vectors,
             num_first=self._totals.num_first,
             decisions=dict(after_counts.most_common()),
@@ -433,63 +397,3 @@ class _Remoderation:
             partitions=dict(sorted(self._totals.partitions.items())),
             num_commits=self._totals.num_commits,
         )
-
-
-def _scan_file(
-    folder: Folder, file: DataFile, columns: pa.Schema, target: Target | None, where: str | None, rollback: str | None
-) -> _Scan:
-    """Counts what a file holds for us. Runs as a Ray task."""
-    names = list(SCANNED) if where is None else columns.names
-    rows = _read(folder, file, columns, names)
-    within = None if where is None else mask_where(rows, where)
-    if target is None:  # of a rollback: which policies do its rows go back to?
-        move = equal(rows["policy_digest"], rollback or "")
-        move = move if within is None else move & within
-        previous = rows["previous_policy"].filter(pa.array(move))
-        digests = tuple(digest for digest in pc.unique(previous).to_pylist() if digest is not None)
-        return _Scan(file, int(move.sum()), 0, digests, previous.null_count)
-    wanted = wanted_rows(rows, target, within)
-    count = int(wanted.moved.sum() + wanted.other_model.sum() + wanted.undetected.sum())
-    return _Scan(file, count, int(wanted.computed.sum()))
-
-
-def _score_file(folder: Folder, file: DataFile, target: Target) -> ScoredVectors:
-    """Scores a file of vectors. Runs as a Ray task."""
-    return score_vectors(read_rows(folder, "embeddings", file, VECTOR_COLUMNS), target)
-
-
-def _relabel_file(
-    folder: Folder,
-    file: DataFile,
-    columns: pa.Schema,
-    target: Target,
-    where: str | None,
-    dry_run: bool,
-    *scored: ScoredVectors,
-) -> _Done:
-    """Moderates the rows of a file anew and writes them to another. Runs as a Ray task."""
-    rows = _read(folder, file, columns, columns.names)
-    within = None if where is None else mask_where(rows, where)
-    relabelled, changes = relabel(rows, wanted_rows(rows, target, within), target, scored)
-    if dry_run or not changes.num_moved:
-        return _Done(file, None, changes)
-    return _Done(file, write_file(folder, "images", relabelled, file.ingest_date, target.run_id), changes)
-
-
-def _read(folder: Folder, file: DataFile, columns: pa.Schema, names: list[str]) -> pa.Table:
-    held = read_rows(folder, "images", file, None if len(names) == len(columns) else names)
-    return conform(held, pa.schema([columns.field(name) for name in names]))
-
-
-def last_profile(config: CatalogConfig) -> str:
-    """The profile of the newest enrichment of a catalog.
-
-    Raises:
-        CatalogError: there is no catalog.
-        ConfigError: no record of a run names one.
-    """
-    for run in Catalog.open(config).runs.list():
-        profile = run.record.get("profile")
-        if isinstance(profile, str):
-            return profile
-    raise ConfigError(f"{config.uri}: no run names a profile", remedy="Give --profile.")

@@ -8,13 +8,14 @@ from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Literal
 
-from vlmflow.config import Frozen, Job
+from vlmflow.catalog import Catalog, Plan
+from vlmflow.config import CatalogConfig, Frozen, Job
 from vlmflow.engine import columns
 from vlmflow.engine.stages import PoolReport, StageReport, pool_reports, stage_reports
+from vlmflow.errors import ConfigError
 from vlmflow.sources import normalise_uri
 
 if TYPE_CHECKING:
-    from vlmflow.catalog import Plan
     from vlmflow.engine.collect import Collected
     from vlmflow.engine.prepare import Prepared
 
@@ -261,3 +262,17 @@ def installed_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return versions
+
+
+def last_profile(config: CatalogConfig) -> str:
+    """The profile of the newest enrichment of a catalog.
+
+    Raises:
+        CatalogError: there is no catalog.
+        ConfigError: no record of a run names one.
+    """
+    for run in Catalog.open(config).runs.list():
+        profile = run.record.get("profile")
+        if isinstance(profile, str):
+            return profile
+    raise ConfigError(f"{config.uri}: no run names a profile", remedy="Give --profile.")

@@ -190,7 +190,15 @@ def _moderate(run: Run, data: Dataset, _: Choices) -> Outcome:
     rows = run.column("decision", "labels")
     decisions = rows["decision"].to_pylist()
     flags = data.rows["flag"].to_numpy()
-    scored = score_moderation(decisions, rows["labels"].to_pylist(), data.rows["labels"].to_pylist(), flags)
+    setup = run.prepared.setup
+    replaced = {
+        (detector.name, output.label)
+        for detector in (setup.policy.detectors if setup.policy and setup.binding else ())
+        for output in detector.outputs.values()
+        if output.combine == "replace"
+    }
+    truth = data.rows["labels"].to_pylist()
+    scored = score_moderation(decisions, rows["labels"].to_pylist(), truth, flags, replaced)
     return Outcome(scored, decisions, decisions.count(None))
 
 

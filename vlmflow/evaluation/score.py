@@ -5,7 +5,7 @@ What is missing (None, or not finite) counts as wrong.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -147,26 +147,31 @@ def score_moderation(
     labels: Sequence[Sequence[Mapping[str, object]] | None],
     true_labels: Sequence[Sequence[str] | None],
     flags: NDArray[np.bool_],
+    replaced: Collection[tuple[str, str]] = (),
 ) -> Scored:
     """Precision and recall of what is flagged (review or block) and blocked, with Wilson's intervals; and AP.
 
-    Per label too, where the truth names labels: of its own scores and decisions.
+    Per label too, where the truth names labels: of the gravest decision and the highest score, be they of its prompts
+    or of detectors that feed it.
 
     Args:
         decisions: of each image; None: there is no row, and such an image is reviewed.
         labels: as in the images table; None: unscored.
         true_labels: those that are true of each image; None: only the flag is known.
+        replaced: pairs of a detector and a label whose prompts do not count where the detector gave a score.
     """
-    severity = np.array([{"allow": 0, "block": 2}.get(decision or "review", 1) for decision in decisions])
-    best = np.array([_highest(several) for several in labels])
+    severity = np.array([_severity(decision) for decision in decisions])
+    counted = [_that_count(several, replaced) for several in labels]
+    best = np.array([_highest(several) for several in counted])
     figures = _rates(best, severity, flags)
     by_label: dict[str, dict[str, Figure]] = {}
     if all(names is not None for names in true_labels):
         known = sorted({str(label["label"]) for several in labels for label in several or ()})
         for name in known:
-            own = [next((one for one in several or () if one["label"] == name), None) for several in labels]
-            scores = np.array([_score(one) for one in own])
-            decided = np.array([{"allow": 0, "block": 2}.get(str(one["decision"]) if one else "", 1) for one in own])
+            own = [[one for one in several or () if one["label"] == name] for several in counted]
+            scores = np.array([_highest(several) for several in own])
+            # Without an entry it is reviewed.
+            decided = np.array([max((_severity(one["decision"]) for one in several), default=1) for several in own])
             positive = np.array([name in (names or ()) for names in true_labels])
             by_label[name] = _rates(scores, decided, positive)
         unknown = sorted({name for names in true_labels for name in names or ()} - set(known))
@@ -206,15 +211,29 @@ def _rates(scores: NDArray[np.float64], severity: NDArray[np.int64], positive: N
     return figures
 
 
-def _highest(labels: Sequence[Mapping[str, object]] | None) -> float:
-    """The highest score of an image; what is unscored is reviewed, so it comes before all that is not."""
-    return max((_score(label) for label in labels), default=1.0) if labels else 1.0
+def _severity(decision: object) -> int:
+    """0: allow, 2: block; 1: review, and whatever is no decision."""
+    return {"allow": 0, "block": 2}.get(str(decision), 1)
 
 
-def _score(label: Mapping[str, object] | None) -> float:
+def _that_count(
+    labels: Sequence[Mapping[str, object]] | None, replaced: Collection[tuple[str, str]]
+) -> list[Mapping[str, object]]:
+    """What decides an image: its labels without those by prompts in whose place a detector's score counts."""
+    labels = labels or ()
+    by_detector = {
+        one["label"] for one in labels if (one["detector"], one["label"]) in replaced and one["score"] is not None
+    }
+    return [one for one in labels if one["detector"] is not None or one["label"] not in by_detector]
+
+
+def _highest(labels: Sequence[Mapping[str, object]]) -> float:
+    """The highest score of several labels; what is unscored is reviewed, so it comes before all that is not."""
+    return max((_score(label) for label in labels), default=1.0)
+
+
+def _score(label: Mapping[str, object]) -> float:
     """What thresholds are compared with; 1 where there is none, for it is reviewed."""
-    if label is None:
-        return 1.0
     value = label["probability"] if label["probability"] is not None else label["score"]
     return 1.0 if value is None else float(value)  # type: ignore[arg-type]
 

@@ -147,7 +147,8 @@ class Moderator:
             of_images = np.full((len(scored), len(self._policy.labels)), -1)
             of_images[scored] = decisions
             detected = self.rules.apply(detections, len(scored), of_images)
-            counted = np.where(self.rules.overruled(detected, len(self._policy.labels))[scored], 0, decisions)
+            if self._bound:  # else everything is `review`, which no detector lowers
+                counted = np.where(self.rules.overruled(detected, len(self._policy.labels))[scored], 0, decisions)
             labels, offsets = _interleaved(labels, offsets, detected.labels, len(self.rules))
         image_decisions = np.full(len(scored), _REVIEW)
         image_decisions[scored] = counted.max(axis=1)

@@ -141,7 +141,8 @@ class _Update:
     ) -> None:
         total = int(wanted.sum())
         if kept:
-            empty = ivf.emptied(self._folder.local_copy(kept[0].paths[0], workspace))
+            path = self._folder.local_copy(kept[0].paths[0], workspace, kept[0].info.num_bytes)
+            empty = ivf.emptied(path)
             num_trained = kept[0].info.num_trained
         else:
             empty = ivf.train(self._sample(live, embeddings, wanted), ivf.num_cells(total))

@@ -7,6 +7,7 @@ steps joins images that are unlike. The representative is the image with the mos
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, TypeAlias
 
@@ -37,6 +38,7 @@ _BANDS = (0, 13, 26, 39, 52, 64)
 ALL_PAIRS = 30_000
 _MAX_PAIRS = 50_000_000
 _BLOCK = 2_048
+_MAX_CELLS = 1 << 22  # hashes that are compared at a time, with each other: 32 MiB
 
 _COLUMNS = ("image_id", "uri", "decision", "status", "width", "height", "size_bytes", "content_hash")
 
@@ -121,7 +123,7 @@ def find_duplicates(
     ranks = np.full(len(live), len(live), np.int64)
     ranks[order] = np.arange(len(order))
     if "perceptual" in kinds:
-        alike = _grouped(list(_look_alikes(live, unlike)), ranks)
+        alike = _look_alikes(live, unlike, ranks)
         found += [("perceptual", *group) for group in alike]
         for members, _ in alike:
             unlike[members[1:]] = False
@@ -214,38 +216,76 @@ def _grouped(
     return sorted(groups, key=lambda group: (-len(group[0]), int(ranks[group[0][0]])))
 
 
-def _look_alikes(live: LiveRows, mask: Mask) -> Iterator[tuple[Positions, Positions, NDArray[np.float32]]]:
-    """Pairs of marked rows whose perceptual hashes differ in few bits, and the share of equal bits; both ways round."""
-    hashes = np.zeros(len(live), np.uint64)
-    known = mask.copy()
-    for start, rows in live.read(["phash"]):
-        here = slice(start, start + rows.num_rows)
-        texts = rows["phash"].to_pylist()
-        known[here] &= np.array([text is not None for text in texts], np.bool_)
-        hashes[here] = np.array([int(text or "0", 16) for text in texts], np.uint64)
-    positions = np.flatnonzero(known)
-    values = hashes[positions]
-    num_pairs = 0
+def _look_alikes(live: LiveRows, mask: Mask, ranks: NDArray[np.int64]) -> list[tuple[Positions, NDArray[np.float32]]]:
+    """Groups of marked rows whose perceptual hashes differ in few bits, by the share of equal bits.
+
+    Rows of equal hashes are alike in all that they are like, so they are in one group: it is hashes that are compared.
+    """
+    looks = _Looks.of(live, mask, ranks)
+    groups = _grouped(list(_near_looks(looks)), looks.ranks)
+    alone = np.ones(len(looks.values), np.bool_)
+    for members, _ in groups:
+        alone[members] = False
+    groups += [(np.array([look]), np.ones(1, np.float32)) for look in np.flatnonzero(alone & (looks.counts > 1))]
+    by_rows = [looks.rows_of(*group) for group in groups]
+    return sorted(by_rows, key=lambda group: (-len(group[0]), int(ranks[group[0][0]])))
+
+
+@dataclass(frozen=True, eq=False)
+class _Looks:
+    """Perceptual hashes, each once, and the rows that have them. U: hashes."""
+
+    values: NDArray[np.uint64]  # (U,)
+    rows: Positions  # those of each hash next to each other, the first by rank in front
+    starts: NDArray[np.int64]  # (U,) where those of each hash begin
+    counts: NDArray[np.int64]  # (U,) how many they are
+    ranks: NDArray[np.int64]  # (U,) of the first of them
+
+    @classmethod
+    def of(cls, live: LiveRows, mask: Mask, ranks: NDArray[np.int64]) -> _Looks:
+        hashes = np.zeros(len(live), np.uint64)
+        known = mask.copy()
+        for start, rows in live.read(["phash"]):
+            here = slice(start, start + rows.num_rows)
+            texts = rows["phash"].to_pylist()
+            known[here] &= np.array([text is not None for text in texts], np.bool_)
+            hashes[here] = np.array([int(text or "0", 16) for text in texts], np.uint64)
+        positions = np.flatnonzero(known)
+        positions = positions[np.lexsort((ranks[positions], hashes[positions]))]
+        values, starts, counts = np.unique(hashes[positions], return_index=True, return_counts=True)
+        return cls(values, positions, starts, counts, ranks[positions[starts]])
+
+    def rows_of(self, looks: Positions, scores: NDArray[np.float32]) -> tuple[Positions, NDArray[np.float32]]:
+        """The rows of a group of hashes, the head's first row in front, and the score of each."""
+        spans = zip(self.starts[looks].tolist(), self.counts[looks].tolist(), strict=True)
+        rows = np.concatenate([self.rows[start : start + count] for start, count in spans])
+        each = np.repeat(scores, self.counts[looks])
+        order = 1 + np.lexsort((rows[1:], -each[1:]))
+        return np.concatenate([rows[:1], rows[order]]), np.concatenate([each[:1], each[order]])
+
+
+def _near_looks(looks: _Looks) -> Iterator[tuple[Positions, Positions, NDArray[np.float32]]]:
+    """Pairs of hashes that differ in few bits, and the share of equal bits; both ways round."""
+    values, num_pairs = looks.values, 0
     for band, (low, high) in enumerate(pairwise(_BANDS)):
         keys = (values >> np.uint64(low)) & np.uint64((1 << (high - low)) - 1)
         order = np.argsort(keys, kind="stable")
         starts = np.flatnonzero(np.diff(keys[order], prepend=keys[order][:1] + np.uint64(1)))
         for first, last in pairwise([*starts.tolist(), len(order)]):
-            if last - first < 2:
-                continue
             some = order[first:last]
-            bits = np.bitwise_count(values[some][:, None] ^ values[some][None, :])
-            rows_at, columns_at = np.nonzero(np.triu(bits <= MAX_BITS, 1))
-            left, right = some[rows_at], some[columns_at]
-            left, right = _not_before(values, left, right, band)
-            num_pairs += len(left)
-            if num_pairs > _MAX_PAIRS:
-                raise SearchError(
-                    f"more than {_MAX_PAIRS:,} pairs of images look alike", remedy="Narrow the images with --where."
-                )
-            scores = (1 - np.bitwise_count(values[left] ^ values[right]) / 64).astype(np.float32)
-            one, other = positions[left], positions[right]
-            yield np.concatenate([one, other]), np.concatenate([other, one]), np.concatenate([scores, scores])
+            step = max(1, _MAX_CELLS // len(some))
+            for start in range(0, len(some) - 1, step):
+                block, later = some[start : start + step], some[start:]
+                bits = np.bitwise_count(values[block][:, None] ^ values[later][None, :])
+                rows_at, columns_at = np.nonzero(np.triu(bits <= MAX_BITS, 1))
+                left, right = _not_before(values, block[rows_at], later[columns_at], band)
+                num_pairs += len(left)
+                if num_pairs > _MAX_PAIRS:
+                    raise SearchError(
+                        f"more than {_MAX_PAIRS:,} pairs of images look alike", remedy="Narrow the images with --where."
+                    )
+                scores = (1 - np.bitwise_count(values[left] ^ values[right]) / 64).astype(np.float32)
+                yield np.concatenate([left, right]), np.concatenate([right, left]), np.concatenate([scores, scores])
 
 
 def _not_before(

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -19,7 +17,7 @@ from vlmflow.catalog.keys import index_of, to_binary, to_words
 from vlmflow.catalog.log import DataFile, Snapshot
 from vlmflow.catalog.masks import Mask
 from vlmflow.catalog.read import read_each, read_rows
-from vlmflow.catalog.where import check_where, mask_where
+from vlmflow.catalog.where import check_where, mask_where, nodes_of
 from vlmflow.schema import KEY, fingerprint_column
 
 Positions: TypeAlias = NDArray[np.int64]  # numbers of live rows; -1: none
@@ -110,7 +108,7 @@ class LiveRows:
         """(N,) rows of which a condition in SQL is true; only the columns that it names are read.
 
         Raises:
-            ConfigError: it is no condition, or names a column that is not there.
+            ConfigError: as :func:`vlmflow.catalog.where.check_where`.
         """
         check_where(where, self.columns)
         names = _columns_in(where, self.columns)
@@ -169,25 +167,8 @@ class _Codes:
 
 def _columns_in(where: str, columns: pa.Schema) -> list[str]:
     """The columns that a condition names, at least one; all, if that cannot be told."""
-    with duckdb.connect(config={"enable_external_access": "false", "threads": 1}) as connection:
-        try:
-            found = connection.execute("SELECT json_serialize_sql(?)", [f"SELECT 1 FROM images WHERE ({where})"])
-            tree = json.loads((found.fetchone() or ("{}",))[0])
-        except duckdb.Error:  # without its json extension
-            return list(columns.names)
-    words = {word.lower() for word in _words(tree)}
-    if tree.get("error", True) or any("star" in word for word in words):
+    words = {node.lower() for node in nodes_of(where) if isinstance(node, str)}
+    if any("star" in word for word in words):
         return list(columns.names)
     # An alias or a text may be spelled like a column, which costs no more than reading it.
     return [name for name in columns.names if name.lower() in words or name == "image_id"]
-
-
-def _words(tree: object) -> Iterator[str]:
-    if isinstance(tree, str):
-        yield tree
-    elif isinstance(tree, dict):
-        for value in tree.values():
-            yield from _words(value)
-    elif isinstance(tree, list):
-        for value in tree:
-            yield from _words(value)

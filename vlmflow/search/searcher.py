@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from vlmflow.catalog import Catalog
 from vlmflow.catalog.folder import Folder
+from vlmflow.catalog.indexes import INDEXES
 from vlmflow.catalog.keys import to_binary
 from vlmflow.catalog.log import Snapshot, TableLog
 from vlmflow.catalog.masks import Mask
@@ -74,7 +75,7 @@ class Searcher:
         self._indexes: dict[tuple[str, ...], tuple[Index, list[OpenSegment]]] = {}
         self._masks: dict[str, Mask] = {}
         self._kept: dict[tuple[str, ...], list[Block] | None] = {}
-        # Copies of index files, where the catalog is not on the local disk.
+        # Copies of index files, where the catalog is not on the local disk; each is downloaded once.
         self._workspace = tempfile.TemporaryDirectory(prefix="vlmflow-search-")
         weakref.finalize(self, self._workspace.cleanup)
 
@@ -120,6 +121,8 @@ class Searcher:
         if self._live is None or self._live.version != snapshot.version:
             self._live = LiveRows(self._folder, snapshot)
             self._indexes, self._masks, self._kept = {}, {}, {}
+            # What was erased from the catalog does not stay on this disk either.
+            self._folder.drop_copies(Path(self._workspace.name), INDEXES)
         # After the images: the vectors of the rows just read are there by then.
         self._snapshot = self._embeddings.refresh()
         return self._live
@@ -206,8 +209,11 @@ class Searcher:
     def _opened(self, live: LiveRows, models: tuple[str, ...]) -> tuple[Index, list[OpenSegment]]:
         index = read_index(self._folder, live, models)
         folder = Path(self._workspace.name)
-        paths = [self._folder.local_copy(segment.paths[0], folder) for segment in index.segments]
-        return index, [OpenSegment(segment, path) for segment, path in zip(index.segments, paths, strict=True)]
+        opened = []
+        for segment in index.segments:
+            path = self._folder.local_copy(segment.paths[0], folder, segment.info.num_bytes)
+            opened.append(OpenSegment(segment, path))
+        return index, opened
 
     def _encoder_of(self, live: LiveRows) -> QueryEncoder:
         if self._encoder is None:
@@ -215,7 +221,7 @@ class Searcher:
 
             job = self._job
             if job is None:
-                from vlmflow.engine.remoderate import last_profile
+                from vlmflow.engine.report import last_profile
 
                 job = search_job(self._config, last_profile(self._config))
             self._encoder = QueryEncoder(job)

@@ -178,7 +178,7 @@ class Actions:
     def _map_job(self) -> Job:
         if self._desk.job is not None:
             return self._desk.job
-        from vlmflow.engine.remoderate import last_profile
+        from vlmflow.engine.report import last_profile
         from vlmflow.search.query import search_job
 
         config = self._desk.shelf.config

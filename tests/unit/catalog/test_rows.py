@@ -167,6 +167,29 @@ def test_an_error_stays_until_its_task_has_run() -> None:
     assert (row["status"], row["errors"]) == ("ok", [])
 
 
+@pytest.mark.parametrize(
+    "result",
+    [
+        {"run": ["caption", "match"]},
+        {"failed": ["embed", "moderate"], "run": ["caption", "match"]},
+        {"problem": MISSING},
+        {"problem": UNREADABLE, "version": "v2"},
+        {"run": ["embed"]},  # the labels are those of the vectors before
+        {"run": ["caption"], "unseen": True},
+    ],
+)
+def test_frames_not_looked_at_are_told_while_values_stay_that_say_nothing_of_them(result: dict[str, Any]) -> None:
+    row = merged(first(unseen=True), **result)
+    assert [error["class"] for error in row["errors"]].count("frames_unseen") == 1
+    if "problem" in result:
+        assert row["errors"][0]["class"] == result["problem"][1]  # the one shown beside the status
+
+
+@pytest.mark.parametrize("result", [{}, {"run": ["embed", "moderate"]}, {"content": "other", "run": ["caption"]}])
+def test_frames_not_looked_at_are_forgotten_with_the_values(result: dict[str, Any]) -> None:
+    assert merged(first(unseen=True), **result)["errors"] == []
+
+
 def test_a_task_that_fails_again_keeps_the_old_values_of_equal_bytes() -> None:
     row = merged(first(), failed=["caption"], given_fingerprints=fingerprints(caption="caption-2"))
     assert (row["caption"], row["caption_fingerprint"], row["status"]) == ("a cat", "caption-1", "partial")
@@ -237,6 +260,7 @@ outcomes = st.fixed_dictionaries(
         "run": task_sets,
         "problem": st.sampled_from([None, None, UNREADABLE, MISSING, UNREAD]),
         "failed": st.sampled_from([(), (), ("caption",), ("moderate",), TASKS]),
+        "unseen": st.booleans(),
     }
 )
 

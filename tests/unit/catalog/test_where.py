@@ -28,3 +28,30 @@ def test_a_condition_that_never_ends_is_ended(monkeypatch: pytest.MonkeyPatch) -
 def test_what_reaches_beyond_the_rows_is_refused(condition: str) -> None:
     with pytest.raises(ConfigError):
         where.mask_where(ROWS, condition)
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        "width = (SELECT max(width) FROM images)",
+        "width IN (SELECT w FROM (SELECT min(width) AS w FROM images))",
+        "EXISTS (WITH t AS (FROM images) SELECT 1 UNION ALL SELECT 2 FROM t)",
+        "(SELECT count(*) FROM query_table('images')) > 2",
+        "row_number() OVER () = 1",
+        "width = max(width)",
+        "_row < 2",
+        "NOT " * 900 + "width = 1",
+    ],
+)
+def test_what_looks_at_other_rows_is_refused(condition: str) -> None:
+    """A table is read file by file: such a condition would mark other rows after a compaction."""
+    with pytest.raises(ConfigError):
+        where.check_where(condition, ROWS.schema)
+
+
+@pytest.mark.parametrize(
+    "condition",
+    ["width = ANY([1, 5])", "len([x FOR x IN [width] IF x > 2]) > 0", "NOT " * 300 + "width BETWEEN 1 AND 2"],
+)
+def test_what_looks_at_one_row_is_not(condition: str) -> None:
+    where.check_where(condition, ROWS.schema)

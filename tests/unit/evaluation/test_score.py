@@ -35,8 +35,8 @@ def question(number: int, answers: list[str], kind: str = "what") -> dict[str, o
     return asked | {"question_type": kind, "answer_type": "other"}
 
 
-def label(name: str, score: float | None, decision: str) -> dict[str, object]:
-    return {"label": name, "score": score, "probability": None, "decision": decision}
+def label(name: str, score: float | None, decision: str, detector: str | None = None) -> dict[str, object]:
+    return {"label": name, "score": score, "probability": None, "decision": decision, "detector": detector}
 
 
 @pytest.fixture
@@ -152,6 +152,22 @@ def test_moderation_by_label_with_intervals() -> None:
     assert low is not None
     assert high is not None
     assert low < 2 / 3 < high
+
+
+def test_labels_are_measured_with_their_detectors() -> None:
+    labels = [
+        [label("gun", 0.95, "block"), label("gun", 0.01, "allow", "arms")],
+        [label("gun", 0.05, "allow"), label("gun", 0.99, "block", "arms")],
+        [label("gun", 0.9, "block"), label("gun", None, "review", "arms")],
+    ]
+    decisions, truth, flags = ["allow", "block", "block"], [[], ["gun"], ["gun"]], np.array([False, True, True])
+    scored = score_moderation(decisions, labels, truth, flags, {("arms", "gun")})
+    for figures in (scored.figures, scored.groups["label"]["gun"]):
+        assert {name: figure.value for name, figure in figures.items()} == dict.fromkeys(figures, 1.0)
+    # Where the detector replaces nothing, the prompts count too, and they were wrong.
+    gun = score_moderation(["block"] * 3, labels, truth, flags).groups["label"]["gun"]
+    assert gun["precision, blocked"].value == pytest.approx(2 / 3)
+    assert gun["recall, blocked"].value == 1.0
 
 
 def test_predictions_from_a_file(tmp_path: Path) -> None:

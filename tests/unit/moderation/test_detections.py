@@ -138,9 +138,11 @@ def test_scores_of_another_model_do_not_count() -> None:
     assert moderate(LOW, found)[:2] == ("review", "unscored")
 
 
-def test_an_unbound_policy_reviews_everything() -> None:
-    found = [detection("nsfw", 0.95), detection("arms", 0.0)]
-    assert moderate(LOW, found, bound=False)[:2] == ("review", "unbound")
+@pytest.mark.parametrize("combine", ["any", "confirm", "replace"])
+def test_an_unbound_policy_reviews_everything(combine: str) -> None:
+    for score in (0.0, 0.95):
+        found = [detection("nsfw", 0.95), detection("arms", score)]
+        assert moderate(LOW, found, combine=combine, bound=False)[:2] == ("review", "unbound")
 
 
 def test_labels_and_detectors_must_fit() -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from tests.catalog_samples import config_of
@@ -14,6 +17,7 @@ from vlmflow.errors import ConfigError, SearchError
 from vlmflow.search import duplicates
 from vlmflow.search.build import update_index
 from vlmflow.search.duplicates import find_duplicates
+from vlmflow.search.live import LiveRows
 from vlmflow.search.titles import find_titles
 
 
@@ -137,3 +141,53 @@ def test_images_that_look_alike_are_one_group_by_few_bits(tmp_path: Path) -> Non
             assert member.similarity == pytest.approx(1 - bits / 64)
             assert bits <= duplicates.MAX_BITS
     assert len({uri for uris in found.values() for uri in uris}) == sum(len(uris) for uris in found.values())
+
+
+class Hashes:
+    """Live rows of which only the perceptual hashes are known."""
+
+    def __init__(self, hashes: np.ndarray[tuple[int], np.dtype[np.uint64]]) -> None:
+        self._rows = pa.table({"phash": [f"{value:016x}" for value in hashes.tolist()]})
+
+    def __len__(self) -> int:
+        return int(self._rows.num_rows)
+
+    def read(self, names: list[str]) -> Iterator[tuple[int, pa.Table]]:
+        yield 0, self._rows.select(names)
+
+
+def look_alikes(
+    hashes: np.ndarray[tuple[int], np.dtype[np.uint64]], ranks: np.ndarray[Any, Any]
+) -> list[tuple[list[int], list[float]]]:
+    live = cast(LiveRows, Hashes(hashes))
+    groups = duplicates._look_alikes(live, np.ones(len(hashes), np.bool_), ranks)
+    return [(rows.tolist(), scores.tolist()) for rows, scores in groups]
+
+
+@pytest.mark.parametrize("max_cells", [1, 100, 1 << 22])
+def test_hashes_compared_once_give_the_groups_of_all_pairs(max_cells: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(duplicates, "_MAX_CELLS", max_cells)
+    rng = np.random.default_rng(7)
+    # A few bits on either side of three hashes: many are equal, many near, and all that differ in the same bits.
+    hashes = rng.integers(0, 1 << 63, 3, np.uint64)[rng.integers(0, 3, 200)]
+    for _ in range(4):
+        hashes = hashes ^ (np.uint64(1) << rng.integers(0, 12, 200, np.uint64)) * rng.integers(0, 2, 200, np.uint64)
+    ranks = rng.permutation(200)
+    bits = np.bitwise_count(hashes[:, None] ^ hashes[None, :])
+    left, right = np.nonzero((bits <= duplicates.MAX_BITS) & ~np.eye(200, dtype=np.bool_))
+    every = [(left, right, (1 - bits[left, right] / 64).astype(np.float32))]
+
+    expected = duplicates._grouped(every, ranks)
+    assert len(expected) > 3
+    assert look_alikes(hashes, ranks) == [(rows.tolist(), scores.tolist()) for rows, scores in expected]
+
+
+def test_images_of_one_look_are_not_compared_with_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    hashes = np.full(300, 1 << 63, np.uint64)
+    hashes[290:] += np.arange(10, dtype=np.uint64)
+    ranks = np.arange(300)[::-1]
+    monkeypatch.setattr(duplicates, "_MAX_PAIRS", 45)  # of ten looks
+    assert [len(rows) for rows, _ in look_alikes(hashes, ranks)] == [300]
+    monkeypatch.setattr(duplicates, "_MAX_PAIRS", 40)
+    with pytest.raises(SearchError, match="more than 40 pairs of images look alike"):
+        look_alikes(hashes, ranks)

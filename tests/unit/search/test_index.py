@@ -22,7 +22,7 @@ from vlmflow.search import index as ivf
 from vlmflow.search.build import update_index
 from vlmflow.search.query import Query
 from vlmflow.search.results import SearchResult
-from vlmflow.search.searcher import search_images
+from vlmflow.search.searcher import Searcher, search_images
 
 COUNT = 2000
 
@@ -239,8 +239,17 @@ def test_on_a_store(s3_server: S3Server) -> None:
     assert update_index(config, min_rows=0).num_covered == 400
     put(config, names(10, 400), clustered(10, seed=1), run="r1")
     assert update_index(config, min_rows=0).num_added == 10
-    result = search_images(config, Query(like="mem://i00000"), top_k=5)
+    searcher, query = Searcher(config), Query(like="mem://i00000")
+    result = searcher.search(query, top_k=5)
     assert result.num_indexed == 409
     everything = np.concatenate([vectors, clustered(10, seed=1)])
     assert found(result) == nearest([*images, *names(10, 400)], everything, vectors[0], 6)[1:]
+    copies = {path: path.stat().st_mtime_ns for path in Path(searcher._workspace.name).iterdir()}
+    assert len(copies) == 2
+    put(config, names(1, 500), clustered(1, seed=2), run="r2")
+    assert searcher.search(query).num_rows == 411
+    assert {path: path.stat().st_mtime_ns for path in copies} == copies, "a segment was downloaded again"
     assert Catalog.open(config).erase(key("i00001")).num_index_files == 2
+    searcher.refresh()
+    assert [path.exists() for path in copies].count(True) == 1, "erased vectors are on this disk"
+    assert searcher.search(query).num_indexed == 10

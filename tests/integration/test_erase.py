@@ -246,7 +246,7 @@ def test_killed_anywhere_the_same_command_finishes(catalog: Catalog, root: Path,
 def test_a_file_of_ids_counts_whole_or_not_at_all(catalog: Catalog, tmp_path: Path) -> None:
     enrich(catalog, "r0", [references(NAMES)])
     ids = tmp_path / "ids.txt"
-    ids.write_text(f"# takedown 7\n{image_id('a')}\n\n{image_id('secret')}  # her request\n")
+    ids.write_text(f"# takedown 7\n{image_id('a')}\n\n{image_id('secret')}  # her request: a\u2028b.jpg\n")
     assert find_images(catalog, [], ids).num_rows == 2
     (tmp_path / "ids.csv").write_text(f"image_id,reason\n{image_id('a')},x\n")
     assert find_images(catalog, ["mem://b"], tmp_path / "ids.csv").num_rows == 2

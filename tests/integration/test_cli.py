@@ -11,12 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import ray
 import yaml
 
 from tests.pictures import write_broken, write_pictures
 from vlmflow.catalog import Catalog
 from vlmflow.cli import main
 from vlmflow.config import CatalogConfig, Job
+from vlmflow.doctor import doctor
+from vlmflow.engine.report import installed_versions
 
 
 def run(*arguments: str | Path) -> int:
@@ -205,3 +208,20 @@ def test_doctor_checks_storage_with_conditional_writes(tmp_path: Path, capfd: py
     assert checks["conditional writes"]["verdict"] == "ok"
     assert checks["ray workers"]["verdict"] == "ok"
     assert not list((tmp_path / "catalog").glob(".doctor*"))
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_doctor_asks_every_node_and_takes_builds_for_other_devices_as_equal(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = installed_versions()
+    module = sys.modules[doctor.__module__]
+    monkeypatch.setattr(module, "installed_versions", lambda: here | {"torch": f"{here['torch']}+cpu"})
+    *_, check = doctor()
+    assert (check.verdict, check.found) == ("ok", "start on 1 node(s), and import vlmflow in the driver's versions")
+    monkeypatch.setattr(module, "installed_versions", lambda: here | {"torch": "1.13.0"})
+    nodes = ray.nodes()
+    ghost = nodes[0] | {"NodeID": "a" * 56, "NodeManagerAddress": "10.9.8.7"}
+    monkeypatch.setattr(ray, "nodes", lambda: [*nodes, ghost, ghost | {"NodeID": "b" * 56, "Alive": False}])
+    *_, check = doctor()
+    assert check.verdict == "fail"
+    assert f"torch 1.13.0 here, {here['torch'].partition('+')[0]} there" in check.found
+    assert "10.9.8.7: " in check.found

@@ -83,6 +83,11 @@ def verify(
     from vlmflow.verification import verify as check
     from vlmflow.views_upkeep import print_verification, verification_as_json
 
+    if config is None and profile is None and (tasks is not None or policy is not None):
+        raise ConfigError(
+            "--tasks and --policy say which fingerprints rows should have only together with a profile",
+            remedy="Give --profile or --config too, or leave them out: the newest run tells then.",
+        )
     if config is None and profile is None and source is not None and catalog is not None:
         storage = StorageConfig(endpoint=endpoint)
         found = check(

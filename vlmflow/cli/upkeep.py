@@ -36,7 +36,7 @@ _DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would b
 def vacuum(
     catalog: CatalogOnly,
     retention_hours: Annotated[
-        float, typer.Option("--retention-hours", help="How long files of old versions stay, for time travel.")
+        float, typer.Option("--retention-hours", help="How long files of old versions stay, for time travel: 0 to 720.")
     ] = 168.0,
     dry_run: _DryRunOption = False,
     endpoint: EndpointOption = None,
@@ -48,8 +48,15 @@ def vacuum(
     of life for ten minutes is dead; it is shut out from committing before its files go.
     """
     from vlmflow.catalog import Catalog
+    from vlmflow.catalog.log import LONGEST_RETENTION
     from vlmflow.views_upkeep import print_vacuum
 
+    longest = LONGEST_RETENTION // dt.timedelta(hours=1)
+    if not 0 <= retention_hours <= longest:  # nan and inf are no timedelta, nan no number out of a range of Typer's
+        raise ConfigError(
+            f"--retention-hours {retention_hours:g} is not between 0 and {longest}",
+            remedy=f"Give at most {longest}: the log forgets removed files after that.",
+        )
     opened = Catalog.open(catalog_config(catalog, endpoint))
     result = opened.vacuum(retention=dt.timedelta(hours=retention_hours), dry_run=dry_run)
     if as_json:

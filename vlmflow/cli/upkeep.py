@@ -154,17 +154,18 @@ def erase(
 
     opened = Catalog.open(catalog_config(catalog, endpoint))
     images = find_images(opened, uri or [], ids)
+    num_images = len(images.keys)
+    told: dict[str, object] = {"dry_run": dry_run, "lift": lift, "num_images": num_images, "num_rows": images.num_rows}
     if dry_run:
-        typer.echo(f"would {'lift' if lift else 'erase'} {len(images.keys):,} images, {images.num_rows:,} rows now")
+        text = f"would {'lift' if lift else 'erase'} {num_images:,} images, {images.num_rows:,} rows now"
+        typer.echo(json.dumps(told) if as_json else text)
         return
-    if not yes and not (sys.stdin.isatty() and typer.confirm(f"erase {len(images.keys):,} images for good?")):
-        if sys.stdin.isatty():
-            raise typer.Exit(130)
-        raise ConfigError("nothing is erased without a yes", remedy="Give --yes where nobody can be asked.")
     if lift:
+        _agree(f"let {num_images:,} erased images come back with the next run?", yes)
         opened.lift(images.keys)
-        typer.echo(f"{len(images.keys):,} images may come back with the next run")
+        typer.echo(json.dumps(told) if as_json else f"{num_images:,} images may come back with the next run")
         return
+    _agree(f"erase {num_images:,} images for good?", yes)
     result = opened.erase(images.keys, images.uris)
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(result) | {"is_complete": result.is_complete}))
@@ -172,3 +173,13 @@ def erase(
         print_erasure(result, Console())
     if not result.is_complete:
         raise typer.Exit(3)
+
+
+def _agree(question: str, yes: bool) -> None:
+    """Asks, where nobody has said ``--yes``, and ends the command unless the answer is yes."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise ConfigError(f"{question} Nobody can be asked", remedy="Give --yes where that is meant.")
+    if not typer.confirm(question, err=True):  # standard output may be JSON
+        raise typer.Exit(130)

@@ -52,7 +52,7 @@ def vacuum(
     from vlmflow.views_upkeep import print_vacuum
 
     longest = LONGEST_RETENTION // dt.timedelta(hours=1)
-    if not 0 <= retention_hours <= longest:  # nan and inf are no timedelta, nan no number out of a range of Typer's
+    if not 0 <= retention_hours <= longest:  # here, because a range of Typer's lets nan through
         raise ConfigError(
             f"--retention-hours {retention_hours:g} is not between 0 and {longest}",
             remedy=f"Give at most {longest}: the log forgets removed files after that.",

@@ -84,11 +84,12 @@ def flagged_jump(report: RunReport, runs: Sequence[RunInfo], max_jump: float) ->
         The share and that median, if it jumped; None: it did not, or there is nothing to compare with.
     """
     share = flagged_share(report.decisions)
+    ids = [run.run_id for run in runs]
+    older = runs[ids.index(report.run_id) + 1 :] if report.run_id in ids else runs
     before = [
         found
-        for run in runs
-        if run.run_id != report.run_id
-        and run.state == "finished"
+        for run in older
+        if run.state == "finished"
         and run.record.get("policy") == report.policy
         and (found := flagged_share(run.record.get("decisions") or {})) is not None
     ][:_NIGHTS]

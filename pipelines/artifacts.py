@@ -1,12 +1,20 @@
-"""What the flows show in Prefect's interface. Strings from outside are text there, whatever they hold."""
+"""What the flows show in Prefect's interface. Strings from outside are text there, whatever they hold.
+
+What cannot be shown because Prefect's server is away is logged and fails nothing: the work is what matters.
+"""
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 from urllib.parse import quote
 
+import httpx
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
+from prefect.exceptions import PrefectException
 
 from vlmflow.catalog import Verification
 from vlmflow.catalog.verify import ERRORS, WARNINGS
@@ -19,6 +27,10 @@ from vlmflow.report.flagged import newly_flagged
 from vlmflow.report.rows import Row
 from vlmflow.search.thumbnails import Thumbnail, make_thumbnails
 
+logger = logging.getLogger("vlmflow")
+
+# What Prefect's client raises, after a minute of trying again, where its server is away, refuses or has forgotten.
+SERVER_ERRORS = (httpx.HTTPError, PrefectException, RuntimeError)
 MAX_EXAMPLES = 12
 _MAX_TEXT = 160
 _MAX_CELL = 400
@@ -53,6 +65,30 @@ def link(uri: str) -> str:
     return f"[{code(name)}]({quote(uri, safe=':/?&=%#+,;@~', errors='replace')})"
 
 
+def say_unshown(key: str, error: Exception) -> None:
+    """Logs that an artifact could not be made or changed."""
+    reason = _short(" ".join(str(error).split()), _MAX_CELL)
+    logger.warning("%s is not shown: Prefect's server cannot be told: %s: %s", key, type(error).__name__, reason)
+
+
+@contextmanager
+def _telling(key: str) -> Iterator[None]:
+    try:
+        yield
+    except SERVER_ERRORS as error:
+        say_unshown(key, error)
+
+
+def _show_table(rows: list[dict[str, Any]], key: str, description: str) -> None:
+    with _telling(key):
+        create_table_artifact(rows, key=key, description=description)
+
+
+def _show_markdown(text: str, key: str, description: str) -> None:
+    with _telling(key):
+        create_markdown_artifact(text, key=key, description=description)
+
+
 def show_checks(key: str, checks: Sequence[Check]) -> None:
     """What doctor found, as a table."""
     rows = [
@@ -64,7 +100,7 @@ def show_checks(key: str, checks: Sequence[Check]) -> None:
         }
         for check in checks
     ]
-    create_table_artifact(rows, key=key, description="What the run needs, and what of it is there.")
+    _show_table(rows, key, "What the run needs, and what of it is there.")
 
 
 def show_gate(key: str, report: GateReport) -> None:
@@ -82,7 +118,7 @@ def show_gate(key: str, report: GateReport) -> None:
         lines += [f"| {code(label)} | {shift:.4f} |" for label, shift in report.shifts.items()]
     if not report.passed:
         lines += ["", "Nothing was written. If the change is meant, accept the new values: `vlmflow gate accept`."]
-    create_markdown_artifact("\n".join(lines), key=key, description="Golden set against accepted values.")
+    _show_markdown("\n".join(lines), key, "Golden set against accepted values.")
 
 
 def show_plan(key: str, plan: PlanSummary) -> None:
@@ -96,7 +132,7 @@ def show_plan(key: str, plan: PlanSummary) -> None:
         for task, reasons in plan.due.items()
         for reason, count in reasons.items()
     ]
-    create_table_artifact(rows, key=key, description=f"{plan.num_planned:,} images are due.")
+    _show_table(rows, key, f"{plan.num_planned:,} images are due.")
 
 
 def show_verification(key: str, found: Verification) -> None:
@@ -115,7 +151,7 @@ def show_verification(key: str, found: Verification) -> None:
         for kind, finding in found.findings.items()
     ]
     sound = "is sound" if found.is_sound else "is not sound"
-    create_table_artifact(rows, key=key, description=f"The catalog {sound}.")
+    _show_table(rows, key, f"The catalog {sound}.")
 
 
 def show_counts(key: str, report: RunReport) -> None:
@@ -127,7 +163,7 @@ def show_counts(key: str, report: RunReport) -> None:
     for what, counts in (("status", report.statuses), ("decision", report.decisions), ("error", report.errors)):
         rows += [{"what": what, "value": value, "images": count} for value, count in counts.items()]
     rate = f"{report.images_per_s:g} images/s" if report.images_per_s else "one block"
-    create_table_artifact(rows, key=key, description=f"Run {report.run_id}, {report.status}, {rate}.")
+    _show_table(rows, key, f"Run {report.run_id}, {report.status}, {rate}.")
 
 
 def show_flagged(key: str, catalog: CatalogConfig, run_id: str) -> int:
@@ -142,7 +178,7 @@ def show_flagged(key: str, catalog: CatalogConfig, run_id: str) -> int:
     thumbnails = make_thumbnails([row.hit for row in rows], catalog)
     lines = [f"# {count:,} newly flagged", "", "| image | decision | because | blurred |", "| --- | --- | --- | --- |"]
     lines += [_flagged_line(row, thumbnail) for row, thumbnail in zip(rows, thumbnails, strict=True)]
-    create_markdown_artifact("\n".join(lines), key=key, description=f"{count:,} images were not flagged before.")
+    _show_markdown("\n".join(lines), key, f"{count:,} images were not flagged before.")
     return count
 
 
@@ -155,9 +191,10 @@ def _flagged_line(row: Row, thumbnail: Thumbnail) -> str:
 def show_report(key: str, place: str, url: str | None, description: str) -> None:
     """Where the report of a run lies."""
     if url is not None:
-        create_link_artifact(url, link_text="Report of the run", key=key, description=description)
+        with _telling(key):
+            create_link_artifact(url, link_text="Report of the run", key=key, description=description)
     else:
-        create_markdown_artifact(f"The report of the run is at {code(place)}.", key=key, description=description)
+        _show_markdown(f"The report of the run is at {code(place)}.", key, description)
 
 
 def show_partitions(key: str, reports: Mapping[str, RemoderateReport | None]) -> None:
@@ -173,7 +210,7 @@ def show_partitions(key: str, reports: Mapping[str, RemoderateReport | None]) ->
         for partition, report in reports.items()
     ]
     done = sum(report is not None for report in reports.values())
-    create_table_artifact(rows, key=key, description=f"{done} of {len(reports)} partitions.")
+    _show_table(rows, key, f"{done} of {len(reports)} partitions.")
 
 
 def show_diff(key: str, title: str, reports: Sequence[RemoderateReport]) -> None:
@@ -207,7 +244,7 @@ def show_diff(key: str, title: str, reports: Sequence[RemoderateReport]) -> None
         "had no policy before, and stay": sum(report.num_first for report in reports),
     }
     lines += ["", *(f"- {count:,} images {what}" for what, count in left.items() if count)]
-    create_markdown_artifact("\n".join(lines), key=key, description=title)
+    _show_markdown("\n".join(lines), key, title)
 
 
 def _sum(parts: Iterable[Mapping[str, int]]) -> dict[str, int]:

@@ -19,6 +19,7 @@ from prefect.logging.handlers import APILogHandler
 from prefect.logging.loggers import flow_run_logger
 from prefect.tasks import Task
 
+from pipelines.artifacts import SERVER_ERRORS, say_unshown
 from pipelines.ray_jobs import Command, RayJobs
 from pipelines.steps import InProcess, OnCluster, Steps
 from vlmflow.config import Job, load_job
@@ -32,6 +33,8 @@ RETRIES = 2
 RETRY_DELAYS_S = (30.0, 300.0)
 _PASSES = (TransientError, StoreLostError, ClusterError)
 _PROGRESS_INTERVAL_S = 10.0
+# Telling a server that is away takes more than a minute, in which the run waits.
+_SILENCE_S = 600.0
 
 
 def read_job(job_file: Path, overrides: Mapping[str, Any]) -> Job:
@@ -90,7 +93,7 @@ class RunProgress:
     def __init__(self, key: str, interval_s: float = _PROGRESS_INTERVAL_S) -> None:
         self._key, self._interval_s = key, interval_s
         self._artifact: UUID | None = None
-        self._last = float("-inf")
+        self._last = self._silent_until = float("-inf")
 
     def stage(self, text: str) -> None:
         """Logs the stage."""
@@ -103,20 +106,25 @@ class RunProgress:
             return
         self._last = now
         logger.info("%s", describe(tally))
-        percent = 100.0 * tally.committed / tally.total if tally.total else 0.0
-        self.show(percent, describe(tally))
+        if now >= self._silent_until:
+            percent = 100.0 * tally.committed / tally.total if tally.total else 0.0
+            self.show(percent, describe(tally))
 
     def done(self, report: RunReport) -> None:
         """Shows that the run is over."""
         self.show(100.0, f"{report.num_added:,} rows new, {report.num_replaced:,} replaced")
 
     def show(self, percent: float, description: str) -> None:
-        """Puts the artifact to a percentage."""
-        if self._artifact is None:
-            made = create_progress_artifact(percent, key=self._key, description=description)
-            self._artifact = made if isinstance(made, UUID) else None
-        else:
-            update_progress_artifact(self._artifact, percent, description=description)
+        """Puts the artifact to a percentage. Where Prefect's server is away that is logged, and the run goes on."""
+        try:
+            if self._artifact is None:
+                made = create_progress_artifact(percent, key=self._key, description=description)
+                self._artifact = made if isinstance(made, UUID) else None
+            else:
+                update_progress_artifact(self._artifact, percent, description=description)
+        except SERVER_ERRORS as error:
+            say_unshown(self._key, error)
+            self._silent_until = time.monotonic() + _SILENCE_S
 
     def close(self) -> None:
         """Does nothing."""

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import datetime as dt
 import logging
+from collections.abc import Sequence
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -109,22 +111,26 @@ def nightly_enrichment(
             pass_gate(steps, job, golden, f"gate-{name}")
         plan = make_plan(steps, job, f"plan-{name}")
         report = enrich_due(steps, job, name) if plan.num_planned else None
-    _check_catalog(steps, job, name)
-    # Nothing is due either if the flow was killed between the run and its report.
-    report = report or unreported(job.catalog, day, report_folder or default_folder(job.catalog))
-    if report is None:
+    late = _check_catalog(steps, job, name)
+    done = [run for run in (report, late) if run is not None and run.status == "done"]
+    # Nothing is due either if the flow was killed between a run and its report.
+    reports = done or unreported(job.catalog, day, report_folder or default_folder(job.catalog))
+    if not reports:
         return Completed(message=f"Nothing was due on {day}: {plan.num_listed:,} images listed, all up to date.")
-    publish(job, report, day, report_folder, report_url, keep_reports, name)
-    watch(job, report, max_flagged_jump, notify)
-    return Completed(message=_summary(report, day))
+    for key, run in zip(chain([name], repeat(f"late-{name}")), reports, strict=False):
+        publish(job, run, day, report_folder, report_url, keep_reports, key)
+        watch(job, run, max_flagged_jump, notify)
+    return Completed(message=_summary(reports, day))
 
 
-def _summary(report: RunReport, day: dt.date) -> str:
-    bad = sum(report.statuses.values()) - report.statuses.get("ok", 0)
-    flagged = sum(report.decisions.values()) - report.decisions.get("allow", 0)
+def _summary(reports: Sequence[RunReport], day: dt.date) -> str:
+    added, replaced = sum(run.num_added for run in reports), sum(run.num_replaced for run in reports)
+    bad = sum(count for run in reports for status, count in run.statuses.items() if status != "ok")
+    flagged = sum(count for run in reports for decision, count in run.decisions.items() if decision != "allow")
+    runs = ", ".join(run.run_id for run in reports)
     return (
-        f"{day}: {report.num_added:,} rows new, {report.num_replaced:,} replaced, {flagged:,} flagged, "
-        f"{bad:,} with errors; run {report.run_id}."
+        f"{day}: {added:,} rows new, {replaced:,} replaced, {flagged:,} flagged, {bad:,} with errors; "
+        f"run{'s' if len(reports) > 1 else ''} {runs}."
     )
 
 
@@ -218,20 +224,23 @@ def _in_both(before: Finding | None, now: Finding) -> list[str]:
     return [uri for uri in now.examples if uri in known]
 
 
-def _check_catalog(steps: Steps, job: Job, name: str) -> None:
+def _check_catalog(steps: Steps, job: Job, name: str) -> RunReport | None:
     """Verifies the catalog. Images that arrived since the listing are enriched first: they are no error.
+
+    Returns:
+        What the run over these did; None: there were none.
 
     Raises:
         VerificationError: an image has no row or two, or a file is lost.
     """
-    found = verify(job, f"verify-{name}")
+    found, late = verify(job, f"verify-{name}"), None
     if any(kind in found.findings for kind in _LATE):
         logger.info("images have arrived since the listing: one more round")
         with steps.session(job):
-            enrich_due(steps, job, f"late-{name}")
+            late = enrich_due(steps, job, f"late-{name}")
         found = verify(job, f"verify-{name}", found)
     if found.is_sound:
-        return
+        return late
     body = "; ".join(f"{finding.count:,} {ERRORS[kind]}" for kind, finding in found.findings.items() if kind in ERRORS)
     alerts.emit(alerts.UNRECONCILED, job.catalog.uri, "vlmflow: the catalog does not verify", body)
     raise VerificationError(f"catalog {job.catalog.uri}: {body}", remedy="`vlmflow verify` shows examples.")

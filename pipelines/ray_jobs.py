@@ -40,6 +40,8 @@ _OVERRIDING = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 _LIBRARY_ERRORS = (OSError, RuntimeError, ValueError, RayError)
 OWNER = "vlmflow_flow_run"  # key in a job's metadata: the flow run that submitted it
 _MAX_LABEL = 100
+# Not where `splitlines` does: JSON leaves U+2028 and its like raw in a line, and file names may hold them.
+_LINE_END = re.compile(r"\r\n|\r|\n")
 # The name of a command, and the number of an attempt at it.
 _ID = re.compile(r"(vlmflow-[a-z0-9-]+-[0-9a-f]{12})-(\d+)")
 
@@ -202,7 +204,7 @@ class RayJobs:
                 time.sleep(_POLL_S)
                 continue
             end = len(log) if not now.is_running else log.rfind("\n") + 1
-            for line in log[seen:end].splitlines():
+            for line in _LINE_END.split(log[seen:end].removesuffix("\n")) if end > seen else ():
                 on_line(line)
             seen = max(seen, end)
             if not now.is_running:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import re
 import tempfile
@@ -19,20 +20,21 @@ from vlmflow.report.write import WrittenReport, write_report
 _OURS = re.compile(r"\d{4}-\d\d-\d\d-\d{8}T\d{6}-[0-9a-f]{8}\.html")
 
 
-def unreported(catalog: CatalogConfig, date: dt.date, folder: str) -> RunReport | None:
-    """The newest enrichment of a date, if it changed rows and has no report yet."""
+def unreported(catalog: CatalogConfig, date: dt.date, folder: str) -> list[RunReport]:
+    """The enrichments of a date that changed rows, the oldest first, since the newest that has its report."""
+    place = Folder(CatalogConfig(uri=folder, storage=catalog.storage))
+    found: list[RunReport] = []
     for run in Catalog.open(catalog).runs.list():
-        if run.record.get("date") == str(date) and run.record.get("status") == "done":
-            place = Folder(CatalogConfig(uri=folder, storage=catalog.storage))
-            if place.stat(_name(date, run.run_id)) is not None:
-                return None
-            try:
-                known = {name: run.record[name] for name in RunReport.model_fields if name in run.record}
-                report = RunReport.model_validate(known)
-            except ValidationError:  # written by another version
-                return None
-            return report if report.num_added + report.num_replaced else None
-    return None
+        if run.record.get("date") != str(date) or run.record.get("status") != "done":
+            continue
+        if place.stat(_name(date, run.run_id)) is not None:
+            break
+        known = {name: run.record[name] for name in RunReport.model_fields if name in run.record}
+        with contextlib.suppress(ValidationError):  # written by another version
+            report = RunReport.model_validate(known)
+            if report.num_added + report.num_replaced:
+                found.append(report)
+    return found[::-1]
 
 
 def default_folder(catalog: CatalogConfig) -> str:

@@ -288,12 +288,16 @@ def load_job(path: str | Path | None, overrides: dict[str, Any]) -> Job:
         raise ConfigError(describe_validation(error, what=str(path or "job"))) from error
 
 
+# Of pydantic's, where its own words are for programmers.
+_REASONS = {"extra_forbidden": "unknown key", "model_type": "must hold keys of its own, {key: value}"}
+
+
 def describe_validation(error: ValidationError, *, what: str) -> str:
     """One line that names every key that does not fit, and why. Values are not repeated: they may be secret."""
     parts = []
     for item in error.errors(include_url=False, include_input=False):
         where = ".".join(str(step) for step in item["loc"])
-        reason = "unknown key" if item["type"] == "extra_forbidden" else item["msg"].removeprefix("Value error, ")
+        reason = _REASONS.get(item["type"]) or item["msg"].removeprefix("Value error, ")
         parts.append(f"{where}: {reason}" if where else reason)
     return f"{what}: " + "; ".join(parts)
 
@@ -328,8 +332,9 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         if value is None:
             continue
         if isinstance(value, dict):
-            below = merged.get(name)
-            merged[name] = _merge(below if isinstance(below, dict) else {}, value)
+            below = {} if merged.get(name) is None else merged[name]
+            # What holds no keys, such as `ray: auto`, stays for the check to name: replaced, it would mean the default.
+            merged[name] = _merge(below, value) if isinstance(below, dict) else below
         else:
             merged[name] = value
     return merged

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ from vlmflow.sources import open_source
 from vlmflow.storage import open_store
 
 Verdict = Literal["ok", "warn", "fail"]
+
+_WORKERS_S = 120.0  # for all nodes together: a worker imports torch first
+_MAX_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -179,22 +183,51 @@ def _ray(config: RayConfig) -> Iterator[Check]:
         with ray_cluster(config) as cluster:
             found = f"{cluster.num_nodes} node(s), {cluster.cpus:g} CPUs, {cluster.gpus:g} GPUs"
             yield Check(name, "ok", found)
-            probe = ray.remote(num_cpus=0)(_worker_versions)
-            there, here = ray.get(probe.remote(), timeout=120), installed_versions()
-            differing = {key: (here.get(key), there.get(key)) for key in here if here.get(key) != there.get(key)}
-            if differing:
-                found = ", ".join(f"{key} {left} here, {right} there" for key, (left, right) in differing.items())
-                yield Check("ray workers", "fail", found, "Install the same versions on the driver and on every node.")
-            else:
-                yield Check("ray workers", "ok", "start, and import vlmflow in the driver's versions")
+            yield _workers()
     except VlmflowError as error:
         yield Check(name, "fail", str(error), error.remedy)
-    except (ray.exceptions.RayError, TimeoutError) as error:
-        first_line = str(error).strip().splitlines()[-1]
-        yield Check("ray workers", "fail", first_line, "Install vlmflow on every node of the cluster.")
+    except ray.exceptions.RayError as error:
+        yield Check(name, "fail", _last_line(error), "Look at the cluster's dashboard.")
+
+
+def _workers() -> Check:
+    """Whether a worker starts on every node of the cluster, and has the driver's versions."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    probe, here = ray.remote(num_cpus=0)(_worker_versions), _worker_versions()
+    asked = []
+    for node in ray.nodes():
+        if node["Alive"]:
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            asked.append((node, probe.options(scheduling_strategy=there).remote()))
+    until = time.monotonic() + _WORKERS_S
+    problems: dict[str, list[str]] = {}
+    for node, answer in asked:
+        try:
+            problem = _difference(here, ray.get(answer, timeout=max(until - time.monotonic(), 1.0)))
+        except ray.exceptions.RayError as error:
+            gone = {other["NodeID"] for other in ray.nodes() if not other["Alive"]}
+            # A cluster that shrinks meanwhile has lost nothing that the job needs.
+            problem = "" if node["NodeID"] in gone else _last_line(error)
+        if problem:
+            problems.setdefault(problem, []).append(node["NodeManagerAddress"])
+    if not problems:
+        return Check("ray workers", "ok", f"start on {len(asked)} node(s), and import vlmflow in the driver's versions")
+    found = "; ".join(f"{', '.join(nodes[:_MAX_NAMED])}: {problem}" for problem, nodes in problems.items())
+    return Check("ray workers", "fail", found, "Install vlmflow on every node, in the versions that the driver has.")
+
+
+def _difference(here: dict[str, str], there: dict[str, str]) -> str:
+    """The packages of which two places have other versions; empty: there is none."""
+    other = [name for name in here if here[name] != there.get(name)]
+    return ", ".join(f"{name} {here[name]} here, {there.get(name, 'none')} there" for name in other)
 
 
 def _worker_versions() -> dict[str, str]:
-    from vlmflow.engine.report import installed_versions
+    """The versions of this process, without what only says for which device a package was built: 2.14.1+cpu."""
+    return {name: version.partition("+")[0] for name, version in installed_versions().items()}
 
-    return installed_versions()
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]

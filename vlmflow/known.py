@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -100,7 +101,8 @@ def read_hashes(path: Path, *, with_look: bool) -> tuple[list[str], list[str]]:
         return [facts.content_hash], [facts.phash] if with_look and facts.phash else []
     hashes: dict[str, None] = {}
     phashes: dict[str, None] = {}
-    for number, line in enumerate(data.decode("utf-8", "replace").splitlines(), start=1):
+    lines = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8", errors="replace")
+    for number, line in enumerate(lines, start=1):
         word = re.split(r"[\s,;]", line.partition("#")[0].strip().lower(), maxsplit=1)[0].strip('"')
         if _SHA256.fullmatch(word):
             hashes[word] = None

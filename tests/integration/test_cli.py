@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -11,12 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import ray
 import yaml
 
 from tests.pictures import write_broken, write_pictures
 from vlmflow.catalog import Catalog
 from vlmflow.cli import main
 from vlmflow.config import CatalogConfig, Job
+from vlmflow.doctor import Check, doctor
+from vlmflow.engine.report import installed_versions
+from vlmflow.errors import ConfigError
 
 
 def run(*arguments: str | Path) -> int:
@@ -198,6 +203,65 @@ def test_profiles_say_what_each_is_for(capfd: pytest.CaptureFixture[str]) -> Non
     assert "NOT for photographs" in described["starter"]["purpose"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "module", "function"),
+    [
+        (["serve", "{catalog}"], "vlmflow.web.server", "serve"),
+        (["search", "{catalog}", "a bag"], "vlmflow.search.searcher", "search_images"),
+        (["search", "{catalog}", "--build-index"], "vlmflow.search.build", "update_index"),
+        (["explain", "{catalog}", "a.jpg"], "vlmflow.explain", "find_evidence"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("given", "used"), [([], "http://store:1"), (["--endpoint", "http://other:2"], "http://other:2")]
+)
+def test_a_job_s_storage_is_used_unless_the_command_line_names_another(
+    arguments: list[str], module: str, function: str, given: list[str], used: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    job = tmp_path / "job.yaml"
+    job.write_text("source: {uri: x}\nprofile: starter\ncatalog: {uri: x, storage: {endpoint: 'http://store:1'}}\n")
+    opened: list[CatalogConfig] = []
+
+    def refuse(place: CatalogConfig, *_: object, **__: object) -> None:
+        opened.append(place)
+        raise ConfigError("opened")
+
+    monkeypatch.setattr(importlib.import_module(module), function, refuse)
+    assert run(*(part.format(catalog="s3://b/catalog") for part in arguments), "--config", job, *given) == 2
+    assert [(place.uri, place.storage.endpoint) for place in opened] == [("s3://b/catalog", used)]
+
+
+def test_doctor_of_a_job_takes_another_endpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "job.yaml").write_text("source: {uri: s3://a/b}\ncatalog: {uri: s3://a/c}\nprofile: starter\n")
+    looked_at: list[Job] = []
+
+    def look_at(job: Job) -> list[Check]:
+        looked_at.append(job)
+        return []
+
+    monkeypatch.setattr(sys.modules[doctor.__module__], "doctor_of", look_at)
+    assert run("doctor", "--config", tmp_path / "job.yaml", "--endpoint", "http://other:2") == 0
+    (job,) = looked_at
+    assert {part.storage.endpoint for part in (job.source, job.catalog)} == {"http://other:2"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["verify", "{tmp}", "{tmp}", "--policy", "demo"], "only together with a profile"),
+        (["verify", "{tmp}", "{tmp}", "--tasks", "embed"], "only together with a profile"),
+        (["remoderate", "{tmp}", "--config", "{tmp}/job.yaml", "--policy", "demo", "--rollback", "abc"],
+         "remoderate was given --policy demo and --rollback abc"),
+    ],
+)  # fmt: skip
+def test_options_that_would_be_dropped_are_refused(
+    arguments: list[str], named: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*(part.format(tmp=tmp_path) for part in arguments)) == 2
+    assert named in capfd.readouterr().err
+
+
 @pytest.mark.usefixtures("ray_session")
 def test_doctor_checks_storage_with_conditional_writes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run("doctor", "--catalog", tmp_path / "catalog", "--json")
@@ -205,3 +269,20 @@ def test_doctor_checks_storage_with_conditional_writes(tmp_path: Path, capfd: py
     assert checks["conditional writes"]["verdict"] == "ok"
     assert checks["ray workers"]["verdict"] == "ok"
     assert not list((tmp_path / "catalog").glob(".doctor*"))
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_doctor_asks_every_node_and_takes_builds_for_other_devices_as_equal(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = installed_versions()
+    module = sys.modules[doctor.__module__]
+    monkeypatch.setattr(module, "installed_versions", lambda: here | {"torch": f"{here['torch']}+cpu"})
+    *_, check = doctor()
+    assert (check.verdict, check.found) == ("ok", "start on 1 node(s), and import vlmflow in the driver's versions")
+    monkeypatch.setattr(module, "installed_versions", lambda: here | {"torch": "1.13.0"})
+    nodes = ray.nodes()
+    ghost = nodes[0] | {"NodeID": "a" * 56, "NodeManagerAddress": "10.9.8.7"}
+    monkeypatch.setattr(ray, "nodes", lambda: [*nodes, ghost, ghost | {"NodeID": "b" * 56, "Alive": False}])
+    *_, check = doctor()
+    assert check.verdict == "fail"
+    assert f"torch 1.13.0 here, {here['torch'].partition('+')[0]} there" in check.found
+    assert "10.9.8.7: " in check.found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -246,7 +247,7 @@ def test_killed_anywhere_the_same_command_finishes(catalog: Catalog, root: Path,
 def test_a_file_of_ids_counts_whole_or_not_at_all(catalog: Catalog, tmp_path: Path) -> None:
     enrich(catalog, "r0", [references(NAMES)])
     ids = tmp_path / "ids.txt"
-    ids.write_text(f"# takedown 7\n{image_id('a')}\n\n{image_id('secret')}  # her request\n")
+    ids.write_text(f"# takedown 7\n{image_id('a')}\n\n{image_id('secret')}  # her request: a\u2028b.jpg\n")
     assert find_images(catalog, [], ids).num_rows == 2
     (tmp_path / "ids.csv").write_text(f"image_id,reason\n{image_id('a')},x\n")
     assert find_images(catalog, ["mem://b"], tmp_path / "ids.csv").num_rows == 2
@@ -271,6 +272,9 @@ def test_the_command_line_asks_first(
     assert run([*command, "--dry-run"]) == 0
     # The row's own id, made up here, and the one that the address has without a key.
     assert "would erase 2 images, 1 rows now" in capsys.readouterr().out
+    assert run([*command, "--dry-run", "--json"]) == 0
+    told = {"dry_run": True, "lift": False, "num_images": 2, "num_rows": 1}
+    assert json.loads(capsys.readouterr().out) == told
     monkeypatch.undo()
     start(catalog, "live")
     assert run([*command, "--yes"]) == 3
@@ -281,8 +285,22 @@ def test_the_command_line_asks_first(
     assert sorted(rows_by_name(catalog)) == ["a", "b"]
     # Its rows are gone: by its address only the id that needs no key of the caller's is known.
     (root.parent / "ids.txt").write_text(image_id("secret"))
-    assert run([*command, "--ids", str(root.parent / "ids.txt"), "--lift", "--yes"]) == 0
+    command += ["--ids", str(root.parent / "ids.txt"), "--lift", "--json"]
+    monkeypatch.setattr("sys.stdin", Terminal("n\ny\n"))
+    assert run(command) == 130
+    asked = capsys.readouterr()
+    assert "let 2 erased images come back with the next run?" in asked.err
+    assert (asked.out.strip(), len(catalog.erased_keys)) == ("", 2)
+    assert run(command) == 0
+    assert json.loads(capsys.readouterr().out) == told | {"dry_run": False, "lift": True, "num_rows": 0}
     assert len(Catalog.open(config_of(root)).erased_keys) == 0
+
+
+class Terminal(io.StringIO):
+    """What somebody types."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 def run(arguments: list[str]) -> int:

@@ -169,7 +169,7 @@ def test_what_cannot_be_used_is_said(job: Job, tmp_path: Path, capsys: pytest.Ca
     with pytest.raises(KnownImagesError, match="'x' is not in the catalog"):
         remove_list(job.catalog, "x")
     path = tmp_path / "list.txt"
-    path.write_text(f"# banned\n{sha}  a.jpg\n\n{look.upper()};why\n{sha}\n")
+    path.write_text(f"# banned\n{sha}  a\u2028b.jpg\r\n\n{look.upper()};why\n{sha}\n")
     assert read_hashes(path, with_look=True) == ([sha], [look])
     path.write_text("not a hash\n")
     with pytest.raises(KnownImagesError, match="line 1: 'not' is no hash"):

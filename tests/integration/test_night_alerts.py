@@ -90,13 +90,14 @@ def messenger(prefect: Prefect) -> Iterator[Messenger]:
 def night(
     prefect: Prefect, config: CatalogConfig, messenger: Messenger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Any]:
-    """Runs a night over given steps and a given verification."""
+    """Runs a night over given steps and given verifications; without one the catalog is sound."""
     job_file = tmp_path / "job.yaml"
     job_file.write_text(f"source: {{uri: /images}}\ncatalog: {{uri: {config.uri}}}\nprofile: starter\n")
 
-    def run(steps: GivenSteps, found: Verification | None = None, **options: Any) -> Any:
+    def run(steps: GivenSteps, *found: Verification, **options: Any) -> Any:
+        left = list(found)
         monkeypatch.setattr(nightly, "make_steps", lambda *_, **__: steps)
-        monkeypatch.setattr(nightly, "verify_catalog", lambda *_, **__: found or Verification(3, 3))
+        monkeypatch.setattr(nightly, "verify_catalog", lambda *_, **__: left.pop(0) if left else Verification(3, 3))
         monkeypatch.setattr(nightly, "enrich_due", nightly.enrich_due.with_options(retry_delay_seconds=0))
         options = {"notify": "custom-webhook/moderation", "date": NIGHT} | options
         return nightly.nightly_enrichment(job_file, return_state=True, **options)
@@ -158,6 +159,26 @@ def test_a_jump_of_the_flagged_share_is_told_and_the_night_is_good(
     assert (Path(f"{config.uri}-reports") / "2026-03-01-tonight.html").is_file()
     assert "# 2 newly flagged" in shown["flagged"]["data"]
     assert "![" not in shown["flagged"]["data"]  # pictures that cannot be had
+
+
+def test_images_that_arrive_during_the_night_are_reported_and_watched_too(
+    prefect: Prefect, night: Callable[..., Any], config: CatalogConfig, messenger: Messenger
+) -> None:
+    put_rows(config, ["d", "e"], run="late", decision=["block", "allow"])
+    put_record(config, "late", decisions={"allow": 10, "block": 90}, num_added=2)
+    late = RunReport.model_validate(record("late", decisions={"allow": 10, "block": 90}, num_added=2))
+    arrived = Verification(5, 3, findings={"missing": Finding(2, ["d", "e"])})
+    state = night(GivenSteps(tonight(decisions={"allow": 95, "block": 5}), late), arrived)
+    assert state.message == "2026-03-01: 5 rows new, 0 replaced, 95 flagged, 2 with errors; runs tonight, late."
+    (message,) = messenger.received
+    assert "Run late of" in message["text"]
+    assert {path.name for path in Path(f"{config.uri}-reports").iterdir()} == {
+        "2026-03-01-tonight.html",
+        "2026-03-01-late.html",
+    }
+    shown = prefect.artifacts()
+    assert "# 2 newly flagged" in shown["flagged"]["data"]
+    assert "# 1 newly flagged" in shown["flagged-late"]["data"]
 
 
 def test_a_usual_night_tells_nobody(night: Callable[..., Any], messenger: Messenger) -> None:

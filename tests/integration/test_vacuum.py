@@ -151,6 +151,11 @@ def test_the_command_line_speaks_json_and_refuses_odd_retentions(
     for retention in (dt.timedelta(hours=-1), dt.timedelta(days=31)):
         with pytest.raises(ConfigError, match="is not between 0 and 720"):
             catalog.vacuum(retention=retention)
+    for hours in ("nan", "inf", "-inf", "1e300", "721"):
+        with pytest.raises(SystemExit) as ended:
+            main(["vacuum", str(root), "--retention-hours", hours])
+        assert ended.value.code == 2
+        assert "is not between 0 and 720" in capsys.readouterr().err
 
 
 def test_a_file_that_cannot_be_deleted_is_left_for_the_next(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,28 @@ def test_the_command_line_wins_and_leaves_the_rest(tmp_path: Path) -> None:
     text = "source: {uri: a, text_column: title}\ncatalog: {uri: b}\nprofile: base\n"
     job = load(tmp_path, text, source={"uri": "c", "text_column": None}, profile="large")
     assert (job.source.uri, job.source.text_column, job.profile) == ("c", "title", "large")
+
+
+@pytest.mark.parametrize(
+    ("line", "named"),
+    [
+        ("ray: auto", "ray: must hold keys of its own, {key: value}"),
+        ("ray: []", "ray: must hold keys"),
+        ("catalog: /photos", "catalog: must hold keys"),
+        ("source: {uri: a, storage: local}", "source.storage: must hold keys"),
+    ],
+)
+@pytest.mark.parametrize("given", [None, "c"])
+def test_a_part_without_keys_is_named_whatever_the_command_line_says(
+    tmp_path: Path, line: str, named: str, given: str | None
+) -> None:
+    over = {"source": {"storage": {"endpoint": given}}, "catalog": {"uri": given}, "ray": {"address": given}}
+    text = "source: {uri: a}\ncatalog: {uri: b}\nprofile: base\nray:\n"
+    key = line.partition(":")[0]
+    kept = "\n".join(row for row in text.splitlines() if not row.startswith(key))
+    assert load(tmp_path, text, **over).catalog.uri == (given or "b")
+    with pytest.raises(ConfigError, match=re.escape(f"job.yaml: {named}")):
+        load(tmp_path, f"{kept}\n{line}\n", **over)
 
 
 @pytest.mark.parametrize(

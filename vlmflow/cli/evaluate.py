@@ -20,7 +20,6 @@ from vlmflow.cli.options import (
     ProfileOption,
     UnboundOption,
     VerboseOption,
-    catalog_config,
     make_job,
     shown_progress,
 )
@@ -126,7 +125,7 @@ def evaluate(
     else:
         job = make_job(
             data,
-            "unused",  # a scratch catalog, or --catalog, takes its place
+            catalog or "unused",  # without --catalog a scratch catalog takes its place
             config,
             endpoint,
             profile=profile,
@@ -139,7 +138,7 @@ def evaluate(
             accept_unbound=accept_unbound,
         )
         choices = Choices(
-            catalog=None if catalog is None else catalog_config(catalog, endpoint),
+            catalog=None if catalog is None else job.catalog,
             scratch=scratch,
             class_names=None if classes is None else read_class_names(classes, dataset.classes),
             templates=templates,

@@ -16,6 +16,7 @@ from vlmflow.cli.options import (
     JsonOption,
     ProfileOption,
     catalog_config,
+    catalog_of,
     make_job,
 )
 
@@ -44,11 +45,10 @@ def explain(
     from vlmflow.explain import find_evidence, write_heatmap
     from vlmflow.views_moderation import print_evidence
 
-    evidence = find_evidence(catalog_config(catalog, endpoint), image)
-    drawn = None
-    if heatmap is not None:
-        if profile is None and config is None:
-            profile = last_profile(catalog_config(catalog, endpoint))
+    if heatmap is not None and profile is None and config is None:
+        profile = last_profile(catalog_config(catalog, endpoint))
+    job = None
+    if profile is not None or config is not None:
         job = make_job(
             catalog,  # in place of a source, which is not listed
             catalog,
@@ -63,6 +63,9 @@ def explain(
             allow_empty=False,
             accept_unbound=True,
         )
+    evidence = find_evidence(catalog_of(catalog, endpoint, job), image)
+    drawn = None
+    if heatmap is not None and job is not None:
         drawn = write_heatmap(job, evidence, heatmap, label=label, show_flagged=show_flagged)
     if as_json:
         typer.echo(evidence.model_dump_json())

@@ -146,6 +146,11 @@ def catalog_config(uri: str, endpoint: str | None) -> CatalogConfig:
     return CatalogConfig(uri=uri, storage=StorageConfig(endpoint=endpoint))
 
 
+def catalog_of(uri: str, endpoint: str | None, job: Job | None) -> CatalogConfig:
+    """The catalog that a command names; where there is a job, reached as the job says."""
+    return catalog_config(uri, endpoint) if job is None else job.catalog
+
+
 @contextlib.contextmanager
 def shown_progress(*, as_json: bool, verbose: bool) -> Iterator[ProgressDisplay]:
     """The display that fits where the output goes; also what an interrupted user is told."""

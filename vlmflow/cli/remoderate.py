@@ -62,7 +62,12 @@ def remoderate(
     from vlmflow.engine.report import last_profile
     from vlmflow.views_moderation import print_remoderation
 
-    if (policy is None) == (rollback is None) and config is None:
+    if policy is not None and rollback is not None:
+        raise ConfigError(
+            f"remoderate was given --policy {policy} and --rollback {rollback}",
+            remedy="Give one of them: a rollback goes to the policy that each row had before.",
+        )
+    if policy is None and rollback is None and config is None:
         raise ConfigError("remoderate takes --policy or --rollback, one of them", remedy="Name a policy to go to.")
     if profile is None and config is None:
         profile = last_profile(catalog_config(catalog, endpoint))

@@ -16,6 +16,7 @@ from vlmflow.cli.options import (
     JsonOption,
     ProfileOption,
     catalog_config,
+    catalog_of,
     make_job,
 )
 from vlmflow.errors import ConfigError
@@ -65,7 +66,8 @@ def search(
     from vlmflow.views_search import print_index, print_search, search_csv
 
     _check_files(html, csv)
-    place = catalog_config(catalog, endpoint)
+    job = query_job(catalog, profile, config, endpoint)
+    place = catalog_of(catalog, endpoint, job)
     console = Console(stderr=as_json)
     if build_index:
         from vlmflow.search.build import update_index
@@ -79,7 +81,6 @@ def search(
             return
         print_index(report, console)
     query = Query(text=text, image=image, like=like)
-    job = query_job(catalog, profile, config, endpoint)
     result = search_images(place, query, where=where, top_k=top_k, job=job, exact=exact)
     if html is not None:
         from vlmflow.search.page import search_html

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vlmflow.cli.app import app
-from vlmflow.cli.options import CatalogOnly, ConfigOption, EndpointOption, ProfileOption, catalog_config
+from vlmflow.cli.options import CatalogOnly, ConfigOption, EndpointOption, ProfileOption, catalog_of
 from vlmflow.cli.search import query_job
 from vlmflow.errors import ServeError
 
@@ -54,7 +54,8 @@ def serve(
     settings = ServeConfig(host=host, port=port, token=token, names=tuple(name or ()))
     job = query_job(catalog, profile, config, endpoint)
     typer.echo(f"Reading {catalog} ...", err=True)
-    serve_catalog(catalog_config(catalog, endpoint), settings, job=job, ready=lambda address: _tell(address, token))
+    place = catalog_of(catalog, endpoint, job)
+    serve_catalog(place, settings, job=job, ready=lambda address: _tell(address, token))
     typer.echo("Ended.", err=True)
 
 

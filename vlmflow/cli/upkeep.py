@@ -36,7 +36,7 @@ _DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would b
 def vacuum(
     catalog: CatalogOnly,
     retention_hours: Annotated[
-        float, typer.Option("--retention-hours", help="How long files of old versions stay, for time travel.")
+        float, typer.Option("--retention-hours", help="How long files of old versions stay, for time travel: 0 to 720.")
     ] = 168.0,
     dry_run: _DryRunOption = False,
     endpoint: EndpointOption = None,
@@ -48,8 +48,15 @@ def vacuum(
     of life for ten minutes is dead; it is shut out from committing before its files go.
     """
     from vlmflow.catalog import Catalog
+    from vlmflow.catalog.log import LONGEST_RETENTION
     from vlmflow.views_upkeep import print_vacuum
 
+    longest = LONGEST_RETENTION // dt.timedelta(hours=1)
+    if not 0 <= retention_hours <= longest:  # here, because a range of Typer's lets nan through
+        raise ConfigError(
+            f"--retention-hours {retention_hours:g} is not between 0 and {longest}",
+            remedy=f"Give at most {longest}: the log forgets removed files after that.",
+        )
     opened = Catalog.open(catalog_config(catalog, endpoint))
     result = opened.vacuum(retention=dt.timedelta(hours=retention_hours), dry_run=dry_run)
     if as_json:
@@ -83,6 +90,11 @@ def verify(
     from vlmflow.verification import verify as check
     from vlmflow.views_upkeep import print_verification, verification_as_json
 
+    if config is None and profile is None and (tasks is not None or policy is not None):
+        raise ConfigError(
+            "--tasks and --policy say which fingerprints rows should have only together with a profile",
+            remedy="Give --profile or --config too, or leave them out: the newest run tells then.",
+        )
     if config is None and profile is None and source is not None and catalog is not None:
         storage = StorageConfig(endpoint=endpoint)
         found = check(
@@ -142,17 +154,18 @@ def erase(
 
     opened = Catalog.open(catalog_config(catalog, endpoint))
     images = find_images(opened, uri or [], ids)
+    num_images = len(images.keys)
+    told: dict[str, object] = {"dry_run": dry_run, "lift": lift, "num_images": num_images, "num_rows": images.num_rows}
     if dry_run:
-        typer.echo(f"would {'lift' if lift else 'erase'} {len(images.keys):,} images, {images.num_rows:,} rows now")
+        text = f"would {'lift' if lift else 'erase'} {num_images:,} images, {images.num_rows:,} rows now"
+        typer.echo(json.dumps(told) if as_json else text)
         return
-    if not yes and not (sys.stdin.isatty() and typer.confirm(f"erase {len(images.keys):,} images for good?")):
-        if sys.stdin.isatty():
-            raise typer.Exit(130)
-        raise ConfigError("nothing is erased without a yes", remedy="Give --yes where nobody can be asked.")
     if lift:
+        _agree(f"let {num_images:,} erased images come back with the next run?", yes)
         opened.lift(images.keys)
-        typer.echo(f"{len(images.keys):,} images may come back with the next run")
+        typer.echo(json.dumps(told) if as_json else f"{num_images:,} images may come back with the next run")
         return
+    _agree(f"erase {num_images:,} images for good?", yes)
     result = opened.erase(images.keys, images.uris)
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(result) | {"is_complete": result.is_complete}))
@@ -160,3 +173,13 @@ def erase(
         print_erasure(result, Console())
     if not result.is_complete:
         raise typer.Exit(3)
+
+
+def _agree(question: str, yes: bool) -> None:
+    """Asks, where nobody has said ``--yes``, and ends the command unless the answer is yes."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise ConfigError(f"{question} Nobody can be asked", remedy="Give --yes where that is meant.")
+    if not typer.confirm(question, err=True):  # standard output may be JSON
+        raise typer.Exit(130)

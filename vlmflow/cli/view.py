@@ -97,7 +97,12 @@ def doctor(
             catalog_storage=storage,
         )
     else:
-        given = {"source": {"uri": source}, "catalog": {"uri": catalog}, "ray": {"address": ray_address}}
+        place = {"storage": {"endpoint": endpoint}}
+        given = {
+            "source": {"uri": source} | place,
+            "catalog": {"uri": catalog} | place,
+            "ray": {"address": ray_address},
+        }
         checks = doctor_of(load_job(config, given))
     for check in checks:
         failed = failed or check.verdict == "fail"

@@ -126,6 +126,14 @@ def test_files_that_are_mounted_are_there(name: str) -> None:
             assert source in COMPOSE["volumes"]
 
 
+def test_commands_of_the_readme_read_the_job_that_the_flows_read() -> None:
+    text = (DEPLOY / "README.md").read_text(encoding="utf-8")
+    readers = re.findall(r"compose\.yaml exec (\S+) .*--config (deploy/jobs/\S+)", text)
+    assert readers
+    for service in {"prefect-worker", "deployments", *(service for service, _ in readers)}:
+        assert "./jobs:/app/deploy/jobs:ro" in SERVICES[service]["volumes"], service
+
+
 def test_the_flows_are_deployed_on_the_cluster_of_the_file() -> None:
     command = SERVICES["deployments"]["command"][-1]
     (job_file,) = re.findall(r"job_file=(\S+)", command)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import datetime as dt
 import re
+from collections.abc import Collection, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import yaml
@@ -15,6 +19,12 @@ from prefect.cli.deploy._config import _load_deploy_configs_and_actions
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.events.schemas.automations import AutomationCore, EventTrigger
 from prefect.flows import load_flow_from_entrypoint
+from prefect.server.database import provide_database_interface
+from prefect.server.events import triggers
+from prefect.server.events.models.automations import create_automation
+from prefect.server.events.schemas.automations import Automation
+from prefect.server.events.schemas.events import ReceivedEvent
+from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL, temporary_settings
 from rich.console import Console
 
 from pipelines import alerts
@@ -84,16 +94,88 @@ def test_the_nightly_flow_has_a_schedule_and_never_runs_twice_at_once() -> None:
     assert not any(found.get("schedules") for found in others)
 
 
-def test_automations_listen_to_what_the_flows_tell() -> None:
+def automations() -> list[dict[str, Any]]:
     data = yaml.safe_load((DEPLOY / "automations.yaml").read_text(encoding="utf-8"))
-    found = [AutomationCore.model_validate(item) for item in data["automations"]]
-    triggers = [automation.trigger for automation in found]
-    assert all(isinstance(trigger, EventTrigger) for trigger in triggers)
-    assert triggers[0].expect == {alerts.FLAGGED_JUMP, alerts.UNRECONCILED, alerts.REGRESSION}
+    return list(data["automations"])
+
+
+def test_automations_listen_to_what_the_flows_tell() -> None:
+    found = [AutomationCore.model_validate(item).trigger for item in automations()]
+    assert all(isinstance(trigger, EventTrigger) for trigger in found)
+    assert found[0].expect == {alerts.FLAGGED_JUMP, alerts.UNRECONCILED, alerts.REGRESSION}
     nightly = load_flow_from_entrypoint(deployments()[0]["entrypoint"])
-    assert triggers[1].match_related["prefect.resource.name"] == [nightly.name]
+    assert found[1].match_related["prefect.resource.name"] == [nightly.name]
     # A day, and time for the run.
-    assert triggers[1].within.total_seconds() > 24 * 3600
+    assert found[1].within.total_seconds() > 24 * 3600
+
+
+MADE_AT = dt.datetime(2026, 11, 2, 9, tzinfo=dt.UTC)  # a Monday
+
+
+@pytest.fixture
+def prefect_database(tmp_path: Path) -> Iterator[None]:
+    """A database of Prefect's server, with what automations need of it."""
+
+    async def make_tables() -> None:
+        database = provide_database_interface()
+        tables = [table for table in database.Base.metadata.sorted_tables if table.name.startswith("automation")]
+        async with (await database.engine()).begin() as connection:
+            await connection.run_sync(lambda sync: database.Base.metadata.create_all(sync, tables=tables))
+
+    with temporary_settings({PREFECT_API_DATABASE_CONNECTION_URL: f"sqlite+aiosqlite:///{tmp_path}/prefect.db"}):
+        asyncio.run(make_tables())
+        yield
+    triggers.triggers.clear()
+    triggers.automations_by_id.clear()
+
+
+async def told_of_missing_nights(nights: Collection[int], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """When Prefect's server acts on the second automation in a week in which nights were completed at 03:00.
+
+    Args:
+        nights: days of the month on which one was.
+    """
+    automation = Automation(id=uuid4(), **automations()[1] | {"actions": [{"type": "do-nothing"}]})
+    fired: list[str] = []
+
+    async def fire(session: object, firing: object) -> None:
+        fired.append(f"{now:%a %H:%M}")
+
+    monkeypatch.setattr(triggers, "fire", fire)
+    async with provide_database_interface().session_context(begin_transaction=True) as session:
+        await create_automation(session, automation)
+    triggers.load_automation(automation)
+    (trigger,) = [one for one in triggers.triggers.values() if one.automation.id == automation.id]
+    due = MADE_AT
+    for hour in range(7 * 24):
+        now = MADE_AT + dt.timedelta(hours=hour)
+        if now.hour == 3 and now.day in nights:
+            flow = {"prefect.resource.role": "flow", "prefect.resource.name": "nightly-enrichment"}
+            completed = ReceivedEvent(
+                occurred=now, received=now, event="prefect.flow-run.Completed", id=uuid4(),
+                resource={"prefect.resource.id": f"prefect.flow-run.{uuid4()}"},
+                related=[flow | {"prefect.resource.id": f"prefect.flow.{uuid4()}"}],
+            )  # fmt: skip
+            await triggers.reactive_evaluation(completed)
+            await triggers.reset_events_clock()
+        if now >= due:
+            due = await triggers.proactive_evaluation(trigger, now)
+    triggers.forget_automation(automation.id)
+    return fired
+
+
+@pytest.mark.usefixtures("prefect_database")
+@pytest.mark.parametrize(
+    ("nights", "told"),
+    [
+        ({3, 4, 5, 6, 7, 8, 9}, []),
+        ({3, 4, 5, 7, 8, 9}, ["Fri 05:00"]),  # the night to Friday, the 6th
+        ({3, 4, 5, 8, 9}, ["Fri 05:00"]),
+        (set(), ["Tue 11:00", "Thu 15:00", "Sat 19:00"]),
+    ],
+)
+def test_one_missed_night_is_told_of(nights: set[int], told: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert asyncio.run(told_of_missing_nights(nights, monkeypatch)) == told
 
 
 def test_the_constraints_pin_what_the_image_installs() -> None:

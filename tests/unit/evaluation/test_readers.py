@@ -72,9 +72,9 @@ def test_coco_annotations_and_the_list_form(tmp_path: Path) -> None:
 
 def test_flickr_tokens_and_a_part_of_them(tmp_path: Path) -> None:
     tokens = tmp_path / "results_20130124.token"
-    tokens.write_text("1.jpg#0\tA man .\n1.jpg#1\tA person .\n2.jpg#0\tA dog .\n", encoding="utf-8")
+    tokens.write_text("1.jpg#0\tA\u2028man .\n1.jpg#1\tA person .\n2.jpg#0\tA dog .\n", encoding="utf-8")
     found = read_dataset("retrieval", str(tokens), ReadOptions())
-    assert found.rows["captions"].to_pylist() == [["A man .", "A person ."], ["A dog ."]]
+    assert found.rows["captions"].to_pylist() == [["A\u2028man .", "A person ."], ["A dog ."]]
     (tmp_path / "test.txt").write_text("2.jpg\n")
     part = read_dataset("caption", str(tokens), ReadOptions(split=str(tmp_path / "test.txt")))
     assert part.rows["uri"].to_pylist() == [str(tmp_path / "2.jpg")]

@@ -118,6 +118,9 @@ def test_a_jump_is_told_against_the_median_of_the_nights_before() -> None:
     assert alerts.flagged_jump(report(86, 14), usual, 0.1) is None
     assert alerts.flagged_jump(report(70, 30), [run(0, 0, 100), *usual], 0.1) == (0.3, 0.05)  # one bad night
     assert alerts.flagged_jump(report(70, 30), [*usual, *[run(9, 0, 100)] * 9], 0.1) == (0.3, 0.05)  # long ago
+    later = [run(8, 0, 100)] * 7  # such as over images that arrived during the night
+    tonight = RunInfo("now", "finished", {"policy": "p 1", "decisions": {"allow": 70, "block": 30}}, None)
+    assert alerts.flagged_jump(report(70, 30), [*later, tonight, *usual], 0.1) == (0.3, 0.05)
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import datetime as dt
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
+import httpx
 import pytest
 
 from pipelines import artifacts
@@ -202,3 +204,24 @@ def test_partitions_wait_or_are_done(shown: Shown) -> None:
     assert [row["state"] for row in shown.rows] == ["done", "waiting"]
     assert shown.rows[0]["images"] == 3
     assert shown.description == "1 of 2 partitions."
+
+
+@pytest.mark.parametrize(
+    "show",
+    [
+        lambda: artifacts.show_checks("c", []),
+        lambda: artifacts.show_gate("g", GateReport(num_images=4)),
+        lambda: artifacts.show_report("r", "s3://bucket/a.html", "https://reports/a.html", "Run r."),
+    ],
+    ids=["table", "markdown", "link"],
+)
+def test_finished_work_is_not_failed_by_a_server_that_is_away(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, show: Callable[[], None]
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise httpx.ConnectError("[Errno 111] Connection refused")
+
+    for kind in ("markdown", "table", "link"):
+        monkeypatch.setattr(artifacts, f"create_{kind}_artifact", refuse)
+    show()
+    assert "is not shown: Prefect's server cannot be told: ConnectError: [Errno 111]" in caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -198,6 +199,13 @@ def test_every_line_comes_once_and_whole(jobs: RayJobs, api: Api) -> None:
     attempt = jobs.start(COMMAND, "run 1")
     api.logs[attempt.submission_id] = ["", "one\ntw", "one\ntwo\n", "one\ntwo\nthree"]
     assert followed(jobs, attempt) == ["one", "two", "three"]
+
+
+def test_a_line_ends_where_it_ends_and_not_within_a_name(jobs: RayJobs, api: Api) -> None:
+    attempt = jobs.start(COMMAND, "run 1")
+    lines = ["10%", "100%", json.dumps({"uri": "/a\u2028b\u2029c\x85d.jpg"}, ensure_ascii=False), "", "over"]
+    api.logs[attempt.submission_id] = ["10%\r100%\n", "\r".join(lines[:2]) + "\n" + "\r\n".join(lines[2:]) + "\n"]
+    assert followed(jobs, attempt) == lines
 
 
 def test_a_cluster_that_fails_to_answer_for_a_while_is_waited_for(jobs: RayJobs, api: Api) -> None:

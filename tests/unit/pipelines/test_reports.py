@@ -44,24 +44,34 @@ def test_only_the_newest_of_ours_are_kept(config: CatalogConfig) -> None:
     assert left == {*others, "2026-03-01-20260301T020000-00000001.html"}
 
 
-def test_a_night_without_a_report_is_found_once(config: CatalogConfig) -> None:
+def test_runs_without_a_report_are_found_once(config: CatalogConfig) -> None:
     folder = default_folder(config)
-    found = unreported(config, NIGHT, folder)
-    assert found is not None
+    (found,) = unreported(config, NIGHT, folder)
     assert (found.run_id, found.num_added) == ("20260301T020000-00000001", 3)
-    assert unreported(config, dt.date(2026, 3, 2), folder) is None
+    assert unreported(config, dt.date(2026, 3, 2), folder) == []
     publish_report(config, found.run_id, NIGHT, folder, 30)
-    assert unreported(config, NIGHT, folder) is None
+    assert unreported(config, NIGHT, folder) == []
+
+
+def test_a_run_over_late_images_does_not_hide_the_one_before(config: CatalogConfig) -> None:
+    ids = ["20260301T020000-00000001", "20260301T030000-00000002", "20260301T040000-00000003"]
+    for late in ids[1:]:
+        put_record(config, late)
+    folder = default_folder(config)
+    assert [run.run_id for run in unreported(config, NIGHT, folder)] == ids
+    publish_report(config, ids[1], NIGHT, folder, 30)
+    assert [run.run_id for run in unreported(config, NIGHT, folder)] == ids[2:]
 
 
 def test_a_run_that_changed_nothing_or_is_of_another_kind_needs_no_report(config: CatalogConfig) -> None:
+    folder = default_folder(config)
+    publish_report(config, "20260301T020000-00000001", NIGHT, folder, 30)
     put_record(config, "20260301T030000-00000002", num_added=0, num_replaced=0)
-    assert unreported(config, NIGHT, default_folder(config)) is None
     with Catalog.open(config).runs.recorded("vacuum"):
         pass
-    assert unreported(config, NIGHT, default_folder(config)) is None
+    assert unreported(config, NIGHT, folder) == []
 
 
 def test_a_record_of_another_version_is_passed_over(config: CatalogConfig) -> None:
     put_record(config, "20260301T030000-00000002", tasks="embed", added_by_a_later_version=1)
-    assert unreported(config, NIGHT, default_folder(config)) is None
+    assert [run.run_id for run in unreported(config, NIGHT, default_folder(config))] == ["20260301T020000-00000001"]

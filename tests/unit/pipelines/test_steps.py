@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
+import httpx
 import pytest
 import yaml
+from prefect.exceptions import ObjectNotFound
 from prefect.states import Completed, Failed
 
 from pipelines import common, steps
@@ -230,6 +234,34 @@ def test_only_what_may_pass_is_tried_again(error: Exception, again: bool) -> Non
     nothing: Any = None
     assert common.may_pass(nothing, nothing, Failed(data=error)) is again
     assert common.may_pass(nothing, nothing, Completed(data=1)) is False
+
+
+@pytest.mark.parametrize(
+    "fault", [httpx.ConnectError("refused"), RuntimeError("Failed to reach API"), ObjectNotFound(KeyError("artifact"))]
+)
+def test_a_server_that_is_away_fails_no_run_and_is_told_again_later(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: Exception
+) -> None:
+    told: list[float] = []
+
+    def tell(*_: Any, **__: Any) -> None:
+        told.append(clock[0])
+        if clock[0] < 600:
+            raise fault
+
+    clock = [0.0]
+    monkeypatch.setattr(common.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(common, "create_progress_artifact", lambda *_, **__: uuid4())
+    monkeypatch.setattr(common, "update_progress_artifact", tell)
+    progress = common.RunProgress("enrich-x")
+    progress.show(0.0, "begins")
+    with caplog.at_level(logging.INFO, "vlmflow"):
+        for clock[0] in range(5, 1000, 5):
+            progress.update(Tally(total=1000, done=int(clock[0]), committed=int(clock[0])))
+    # Once, and when ten minutes are over, in which the run went on and logged where it is.
+    assert told[:3] == [5, 605, 615]
+    assert caplog.text.count("enrich-x is not shown: Prefect's server cannot be told") == 1
+    assert caplog.text.count("/1,000 images") > 90
 
 
 @pytest.mark.parametrize("uri", ["s3://Bucket/My Catalog/", "/", "", "ä" * 300, "a/../b", "x|y`z", "s3://b/---"])

@@ -131,6 +131,6 @@ def _dataset(
 
 def _lines(path: Path) -> Iterable[str]:
     try:
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise EvaluationError(f"{path} cannot be read as text", remedy="Save it as UTF-8.") from error

@@ -32,10 +32,16 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 class VerdictForm(Frozen):
-    """A judgement as a page sends it; see :class:`vlmflow.web.judging.Judgement`."""
+    """A judgement as a page sends it; see :class:`vlmflow.web.judging.Judgement`.
+
+    Attributes:
+        reviewer: whose name stands on the page.
+        labels: those alone that were pressed: what the page shows of the others may be what somebody else said.
+    """
 
     image_id: str
     content_hash: str
+    reviewer: str
     seen: str = ""
     decision: str | None = None
     labels: dict[str, bool | None] = {}
@@ -119,6 +125,10 @@ class Actions:
             raise ConfigError("there is no such image, or it was never read", remedy="Reload the page.")
         if row["content_hash"] != form.content_hash:
             return JSONResponse({"error": "The image has changed since you opened it. Reload the page."}, 409)
+        if form.reviewer.strip() != session.reviewer:  # another tab of this browser has set another name
+            who = f"{session.reviewer} reviews" if session.reviewer else "nobody has said who reviews"
+            text = f"The page shows another reviewer: in this browser {who} now. Nothing was written. Reload the page."
+            return JSONResponse({"error": text}, 409)
         judging = self._desk.judging
         held = judging.labels_of(form.image_id, session.reviewer, form.labels)
         labels = {name: value for name, value in form.labels.items() if held.get(name) != value}
@@ -138,6 +148,7 @@ class Actions:
                 "" if form.decision is None or said is None else said.mark,
                 None if before is None else before.decision,
                 "" if before is None else before.mark,
+                session.reviewer,
                 {name: held.get(name) for name in labels},
             )
         )
@@ -150,7 +161,7 @@ class Actions:
         last = session.given[-1]
         decision = (last.before or WITHDRAWN) if last.mark else None
         judgement = Judgement(
-            last.image_id, last.content_hash, last.mark, session.reviewer, decision, last.labels, "undone"
+            last.image_id, last.content_hash, last.mark, last.reviewer, decision, last.labels, "undone"
         )
         is_taken, said = self._desk.judging.judge(judgement)
         if not is_taken:

@@ -305,12 +305,14 @@ def test_ctrl_c_ends_it_and_writes_what_waits(tmp_path: Path) -> None:
     [
         (["{taken}"], {}, ["is taken", "--port"]),
         (["--host", "0.0.0.0"], {}, ["--expose"]),
+        (["--host", "0.0.0.0", "--expose"], {}, ["0.0.0.0", "--name"]),
+        (["--host", "nowhere"], {}, ["nowhere", "127.0.0.1"]),
         (["--host", "nowhere", "--expose"], {}, ["nowhere", "127.0.0.1"]),
         ([], {"VLMFLOW_SERVE_TOKEN": "short"}, ["5 characters", "16"]),
         (["--profile", "huge"], {}, ["huge"]),
         (["{none}"], {}, ["no catalog"]),
     ],
-    ids=["port", "exposed", "host", "token", "profile", "no catalog"],
+    ids=["port", "exposed", "nameless", "no host", "host", "token", "profile", "no catalog"],
 )
 def test_what_cannot_be_served_is_one_line_and_exit_2(
     tmp_path: Path,

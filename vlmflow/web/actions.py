@@ -66,25 +66,27 @@ class Actions:
         limits = limits or ImageLimits()
         self._max_upload = min(MAX_UPLOAD_BYTES, limits.max_bytes)
 
-    def picture(self, request: Request) -> Response:
+    async def picture(self, request: Request) -> Response:
         """A small picture of an image; of a flagged one a blurred one, unless it was asked for as it is."""
-        row = self._desk.image(request.path_params["image_id"], (*pictures.COLUMNS, "status", "verdict"))
+        columns = (*pictures.COLUMNS, "status", "verdict")
+        row = await run_sync(self._desk.image, request.path_params["image_id"], columns)
         size = request.query_params.get("size", "small")
         if row is None or size not in pictures.SIZES:
             return Response(status_code=404)
         blurred = row["decision"] != "allow" and request.query_params.get("show") != "1"
-        made = self._desk.pictures.small(row, size, blurred=blurred)
+        made = await self._desk.pictures.small(row, size, blurred=blurred)
         kept = _KEPT if made.media_type == "image/jpeg" else {}
         return Response(made.data, media_type=made.media_type, headers=kept)
 
-    def heat_map(self, request: Request) -> Response:
+    async def heat_map(self, request: Request) -> Response:
         """The regions of an image that raise the score of a label."""
-        row = self._desk.image(request.path_params["image_id"], EVIDENCE_COLUMNS)
+        row = await run_sync(self._desk.image, request.path_params["image_id"], EVIDENCE_COLUMNS)
         if row is None:
             return Response(status_code=404)
         blurred = row["decision"] != "allow" and request.query_params.get("show") != "1"
         label = request.query_params.get("label", "")
-        made = self._desk.pictures.map(self._map_job(), row, label, blurred=blurred)
+        job = await run_sync(self._map_job)
+        made = await self._desk.pictures.map(job, row, label, blurred=blurred)
         return Response(made.data, media_type=made.media_type, headers=_KEPT)
 
     async def verdict(self, request: Request) -> Response:

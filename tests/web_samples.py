@@ -27,6 +27,8 @@ DECISIONS = ("allow", "review", "block")
 class Browser(TestClient):
     """A browser that has entered. Its writes carry what those of our pages carry."""
 
+    reviewer = ""  # the name that its page shows
+
     def csrf(self) -> str:
         found = re.search(r'name="csrf" content="([^"]+)"', self.get("/").text)
         assert found is not None
@@ -38,10 +40,12 @@ class Browser(TestClient):
 
     def review_as(self, name: str) -> Browser:
         assert self.write("/reviewer", json={"name": name}).status_code == 200
+        self.reviewer = name
         return self
 
     def judge(self, row: dict[str, Any], decision: str | None, **given: Any) -> Any:
-        body = {"image_id": row["image_id"], "content_hash": row["content_hash"], "decision": decision, **given}
+        shown = {"image_id": row["image_id"], "content_hash": row["content_hash"], "reviewer": self.reviewer}
+        body = {**shown, "decision": decision, **given}
         return self.write("/verdict", json=body)
 
 

@@ -10,15 +10,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from vlmflow import schema
 from vlmflow.catalog import Catalog
-from vlmflow.catalog.columns import conform
-from vlmflow.config import CatalogConfig, Frozen, ImageLimits, Job, SourceConfig
+from vlmflow.config import CatalogConfig, Frozen, Job
 from vlmflow.errors import ExplainError, ImageError
 from vlmflow.imaging import PixelRequest, decode
 from vlmflow.imaging.frames import split_views
 from vlmflow.sources import normalise_uri
-from vlmflow.sources.reader import SourceReader
+from vlmflow.sources.again import RowReader
 
 if TYPE_CHECKING:
     from vlmflow.models.detectors import DetectorSetup
@@ -26,6 +24,7 @@ if TYPE_CHECKING:
 EVIDENCE_COLUMNS = (
     "image_id",
     "uri",
+    "object_version",
     "content_hash",
     "status",
     "errors",
@@ -59,6 +58,7 @@ class Evidence(Frozen):
 
     image_id: str
     uri: str
+    object_version: str | None
     content_hash: str | None
     status: str
     errors: tuple[dict[str, Any], ...]
@@ -231,12 +231,7 @@ def _output_behind(evidence: Evidence, label: dict[str, Any], setup: DetectorSet
 def _read(job: Job, evidence: Evidence) -> bytes:
     from vlmflow.imaging import hash_of
 
-    source = SourceConfig(uri=job.catalog.uri, storage=job.catalog.storage)
-    reader = SourceReader(source, ImageLimits(), job.catalog.uri)
-    row = conform(
-        pa.table({"image_id": [evidence.image_id], "uri": [evidence.uri], "locator": [evidence.uri]}), schema.REFERENCE
-    )
-    (fetched,) = reader.read(row)
+    (fetched,) = RowReader(job.catalog, job.limits).read([(evidence.uri, evidence.object_version)])
     if fetched.data is None:
         raise ExplainError(f"{evidence.uri}: {fetched.message}", remedy="The image itself is needed for a map.")
     if hash_of(fetched.data) != evidence.content_hash:

@@ -309,6 +309,29 @@ def test_labels_are_said_with_the_decision_and_feed_calibrate(served: Served) ->
     assert re.search(r'data-label="knife" data-said=""', served.browser().get(f"/image/{row['image_id']}").text)
 
 
+def test_a_verdict_goes_by_the_name_that_its_page_shows_or_is_refused(served: Served) -> None:
+    browser = served.browser().review_as("ada")
+    row = next(iter(by_id(served).values()))
+    browser.write("/reviewer", json={"name": "bob"})  # in another tab
+    refused = browser.judge(row, "block", labels={"gun": True})
+    assert refused.status_code == 409
+    assert "bob reviews now" in refused.json()["error"]
+    assert "seen" not in refused.json()  # the page offers no "decide as I did"
+    assert Catalog.open(served.config).reviews.events().num_rows == 0
+
+
+def test_undo_takes_back_what_was_said_by_whoever_said_it(served: Served) -> None:
+    browser = served.browser().review_as("ada")
+    row = next(row for row in by_id(served).values() if row["decision"] == "allow")
+    browser.judge(row, "block", labels={"gun": True})
+    browser.review_as("bob")
+    assert browser.write("/undo", json={}).status_code == 200
+    events = Catalog.open(served.config).reviews.events()
+    assert reviewed(events).verdicts == []
+    assert set(events["reviewer"].to_pylist()) == {"ada"}
+    assert served.desk.judging.labels_of(row["image_id"], "ada", ["gun"]) == {}
+
+
 @pytest.mark.parametrize(
     ("name", "problem"), [("", "name"), ("list:banned", "list:"), ("x" * 101, "100"), ("a\nb", "letters")]
 )
@@ -326,8 +349,9 @@ def test_a_verdict_needs_a_person_with_a_name(served: Served, name: str, problem
     "body",
     [
         b"{", b"[]", b'"x"', b"null", b"{}", b'{"image_id": 5, "content_hash": ""}', b"[" * 50_000,
-        b'{"image_id": "%s", "content_hash": "x", "decision": "block"}' % (b"0" * 32),
-        b'{"image_id": "x", "content_hash": "x", "decision": "block", "more": 1}',
+        b'{"image_id": "%s", "content_hash": "x", "reviewer": "ada", "decision": "block"}' % (b"0" * 32),
+        b'{"image_id": "x", "content_hash": "x", "decision": "block"}',
+        b'{"image_id": "x", "content_hash": "x", "reviewer": "ada", "decision": "block", "more": 1}',
     ],
 )  # fmt: skip
 def test_what_is_no_verdict_writes_nothing(served: Served, body: bytes) -> None:

@@ -157,6 +157,43 @@ def test_the_queue_is_worked_by_keys_alone(running: Running, window: Browser) ->
     assert_quiet(window, running)
 
 
+def test_a_label_that_nobody_pressed_is_not_said(running: Running, window: Browser) -> None:
+    one, path = next((key, f"/image/{key}") for key, row in running.rows().items() if row["decision"] == "allow")
+
+    def said(browser: Browser) -> str:
+        found: str = browser.run("return document.querySelector('[data-label=gun]').dataset.said")
+        return found
+
+    def events() -> list[tuple[str | None, ...]]:
+        rows = Catalog.open(running.config).reviews.events().to_pylist()
+        return [(row["reviewer"], row["decision"], row["label"]) for row in rows if row["image_id"] == one]
+
+    with open_browser() as other:
+        enter(other, running)
+        other.open(f"{running.base}{path}")
+        name = other.chrome.find_element("id", "reviewer-name")
+        name.send_keys("eve")
+        other.run("document.querySelector('[data-label=gun]').click()")
+        other.chrome.find_element("id", "labels-only").click()
+        until(other, lambda: shown(other, "#told").startswith("Labels noted:"))
+        assert events() == [("eve", None, "gun")]
+        other.chrome.delete_all_cookies()  # the next day: another session, in which the browser knows her name
+        enter(other, running)
+        other.open(f"{running.base}{path}")
+        until(other, lambda: shown(other, "#told") == "You review as eve.")
+        assert said(other) == "yes"
+        name = other.chrome.find_element("id", "reviewer-name")
+        name.clear()
+        name.send_keys("bob")  # takes over from her
+        other.chrome.find_element("css selector", "[data-decision=review]").click()
+        until(other, lambda: "Verdict review by bob" in shown(other, "main"))
+        assert said(other) == ""
+        assert events() == [("eve", None, "gun"), ("bob", "review", None)]
+        other.run("document.querySelector('#undo').click()")
+        until(other, lambda: shown(other, "#told").startswith("Undone:"))
+        assert_quiet(other, running)
+
+
 def test_two_people_at_once(running: Running, window: Browser) -> None:
     window.open(f"{running.base}/review?decision=review")
     mine = image_id(window)
@@ -250,6 +287,7 @@ def test_ctrl_c_ends_it_and_writes_what_waits(tmp_path: Path) -> None:
             client.post("/reviewer", json={"name": "ada"})
             row = next(iter(running.rows().values()))
             body = {"image_id": row["image_id"], "content_hash": row["content_hash"], "decision": "block"}
+            body["reviewer"] = "ada"
             assert client.post("/verdict", json=body).status_code == 200
         running.process.send_signal(signal.SIGINT)
         assert running.process.wait(60) == 0
@@ -267,12 +305,14 @@ def test_ctrl_c_ends_it_and_writes_what_waits(tmp_path: Path) -> None:
     [
         (["{taken}"], {}, ["is taken", "--port"]),
         (["--host", "0.0.0.0"], {}, ["--expose"]),
+        (["--host", "0.0.0.0", "--expose"], {}, ["0.0.0.0", "--name"]),
+        (["--host", "nowhere"], {}, ["nowhere", "127.0.0.1"]),
         (["--host", "nowhere", "--expose"], {}, ["nowhere", "127.0.0.1"]),
         ([], {"VLMFLOW_SERVE_TOKEN": "short"}, ["5 characters", "16"]),
         (["--profile", "huge"], {}, ["huge"]),
         (["{none}"], {}, ["no catalog"]),
     ],
-    ids=["port", "exposed", "host", "token", "profile", "no catalog"],
+    ids=["port", "exposed", "nameless", "no host", "host", "token", "profile", "no catalog"],
 )
 def test_what_cannot_be_served_is_one_line_and_exit_2(
     tmp_path: Path,

@@ -190,3 +190,30 @@ def test_cookies_of_other_apps_do_not_hide_ours(served: Served, other: str) -> N
 
 def test_an_origin_that_is_no_address_is_refused(served: Served) -> None:
     assert served.stranger().post("/verdict", json={}, headers={"Origin": "http://["}).status_code == 403
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "localhost"])
+def test_loopback_needs_no_leave(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vlmflow.cli import main
+    from vlmflow.web import server
+
+    served: list[str] = []
+    monkeypatch.setattr(server, "serve", lambda catalog, config, **_: served.append(config.host))
+    with pytest.raises(SystemExit) as stopped:
+        main(["serve", "catalog", "--host", host])
+    assert (stopped.value.code, served) == (0, [host])
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "::1", "0.0.0.0", "::", "192.0.2.1", "2001:db8::1"])
+@pytest.mark.parametrize("port", [8377, 80])
+def test_the_address_that_is_printed_leads_to_the_app(host: str, port: int) -> None:
+    from urllib.parse import urlsplit
+
+    from vlmflow.web.server import ServeConfig, _address, _hosts
+
+    hosts = _hosts(ServeConfig(host=host, names=("proxy.example",)), port)
+    printed = _address(host, port, TOKEN)
+    assert urlsplit(printed.url).netloc in hosts
+    assert {"proxy.example", f"proxy.example:{port}"} <= hosts
+    assert ("localhost:8377" in hosts) == (port == 8377 and host not in ("192.0.2.1", "2001:db8::1"))
+    assert printed.is_exposed == (host not in ("127.0.0.1", "127.0.0.2", "::1"))

@@ -21,7 +21,7 @@ from obstore.exceptions import AlreadyExistsError
 
 from tests.images import bad_images, good_images, write_corpus
 from tests.s3 import CREDENTIALS, S3Server
-from vlmflow.config import ImageLimits, SourceConfig, StorageConfig
+from vlmflow.config import CatalogConfig, ImageLimits, SourceConfig, StorageConfig
 from vlmflow.errors import (
     EmptySourceError,
     RowErrorClass,
@@ -32,6 +32,7 @@ from vlmflow.errors import (
 )
 from vlmflow.schema import REFERENCE, with_source
 from vlmflow.sources import open_source
+from vlmflow.sources.again import RowReader
 from vlmflow.storage import delta_storage_options, open_store, read_bytes
 
 LIMITS = ImageLimits()
@@ -196,6 +197,10 @@ def test_shards_and_parquet_files_are_read_by_ranges(s3_server: S3Server, tmp_pa
         items = read(stored, refs)
         assert [item.data for item in items] == list(images.values())
         assert [item.object_version for item in items] == refs["object_version"].to_pylist()
+        # Once more, by what rows of a catalog hold of them.
+        catalog = CatalogConfig(uri=f"s3://{bucket}/catalog", storage=s3_server.storage)
+        rows = list(zip(refs["uri"].to_pylist(), refs["object_version"].to_pylist(), strict=True))
+        assert [item.data for item in RowReader(catalog, LIMITS).read(rows)] == list(images.values())
     # The shard is replaced between listing and reading.
     refs = references(SourceConfig(uri=f"s3://{bucket}/p/a.tar", storage=s3_server.storage))
     s3_server.put(bucket, "p/a.tar", b"something else" * 100_000)

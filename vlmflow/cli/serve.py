@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from vlmflow.web.server import Address
 
 _TOKEN = "VLMFLOW_SERVE_TOKEN"
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 @app.command()
@@ -31,7 +30,10 @@ def serve(
     ] = False,
     name: Annotated[
         list[str] | None,
-        typer.Option("--name", help="A further name that browsers reach it by, such as that of a proxy in front."),
+        typer.Option(
+            "--name",
+            help="A further name that browsers reach it by, as of a proxy in front; --host 0.0.0.0 needs one.",
+        ),
     ] = None,
     profile: ProfileOption = None,
     config: ConfigOption = None,
@@ -45,10 +47,10 @@ def serve(
 
     Example: `vlmflow serve catalog/ --port 8377`
     """
-    from vlmflow.web.server import ServeConfig
+    from vlmflow.web.server import ServeConfig, is_loopback
     from vlmflow.web.server import serve as serve_catalog
 
-    if host not in _LOOPBACK and not expose:
+    if not is_loopback(host) and not expose:
         raise ServeError(f"--host {host} lets other machines in", remedy="Say so with --expose, or leave --host out.")
     token = os.environ.get(_TOKEN) or None
     settings = ServeConfig(host=host, port=port, token=token, names=tuple(name or ()))

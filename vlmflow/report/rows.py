@@ -14,7 +14,7 @@ from vlmflow.search.titles import scored_column
 
 COLUMNS = (
     "image_id", "uri", "key", "status", "errors", "decision", "decision_reason", "caption", "width", "height", "format",
-    "content_hash", "ingest_date", "caption_itm", "text_itm", "text_digest", "labels", "run_id",
+    "content_hash", "ingest_date", "object_version", "caption_itm", "text_itm", "text_digest", "labels", "run_id",
     "answers", "alt_text", "alt_text_rule",
 )  # fmt: skip
 

@@ -6,7 +6,7 @@ from vlmflow.config import Frozen
 
 HIT_COLUMNS = (
     "image_id", "uri", "key", "status", "decision", "decision_reason", "caption", "width", "height", "format",
-    "content_hash", "ingest_date",
+    "content_hash", "ingest_date", "object_version",
 )  # fmt: skip
 # An exact search of this many rows takes seconds: worth saying that an index would help.
 SLOW_ROWS = 200_000
@@ -29,6 +29,7 @@ class Hit(Frozen):
     format: str | None = None
     content_hash: str | None = None
     ingest_date: str
+    object_version: str | None = None
 
     @property
     def is_flagged(self) -> bool:

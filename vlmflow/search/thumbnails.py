@@ -7,17 +7,14 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import pyarrow as pa
 from PIL import Image, ImageFilter
 
-from vlmflow import schema
-from vlmflow.catalog.columns import conform
-from vlmflow.config import CatalogConfig, ImageLimits, SourceConfig
+from vlmflow.config import CatalogConfig, ImageLimits
 from vlmflow.errors import ImageError, StorageAccessError, TransientError
-from vlmflow.imaging import PixelRequest, decode
+from vlmflow.imaging import PixelRequest, decode, hash_of
 from vlmflow.search.results import Hit
+from vlmflow.sources.again import RowReader
 from vlmflow.sources.base import Fetched
-from vlmflow.sources.reader import SourceReader
 
 SIDE = 192
 _AT_ONCE = 32  # images in memory at once
@@ -46,8 +43,7 @@ def make_thumbnails(
         show_flagged: flagged images as they are, instead of blurred.
     """
     limits = limits or ImageLimits()
-    config = SourceConfig(uri=catalog.uri, storage=catalog.storage)
-    reader = SourceReader(config, limits, catalog.uri)
+    reader = RowReader(catalog, limits)
     out: list[Thumbnail] = []
     for start in range(0, len(hits), _AT_ONCE):
         some = hits[start : start + _AT_ONCE]
@@ -56,11 +52,9 @@ def make_thumbnails(
     return out
 
 
-def _fetch(reader: SourceReader, hits: Sequence[Hit]) -> list[Fetched]:
-    rows = pa.table({"image_id": [hit.image_id for hit in hits], "uri": [hit.uri for hit in hits]})
-    rows = conform(rows.append_column("locator", rows["uri"]), schema.REFERENCE)
+def _fetch(reader: RowReader, hits: Sequence[Hit]) -> list[Fetched]:
     try:
-        return reader.read(rows)
+        return reader.read([(hit.uri, hit.object_version) for hit in hits])
     except (StorageAccessError, TransientError) as error:
         return [Fetched(None, None, None, str(error))] * len(hits)
 
@@ -75,12 +69,12 @@ def picture_of(
     """
     if fetched.data is None:
         return fetched.message or "cannot be read"
+    if hash_of(fetched.data) != content_hash:  # of a file that was written anew it may be no image at all
+        return "the image has changed since it was enriched"
     try:
-        image = decode(fetched.data, [request], limits)
+        image = decode(fetched.data, [request], limits, content_hash)
     except ImageError as error:
         return str(error)
-    if image.facts.content_hash != content_hash:
-        return "the image has changed since it was enriched"
     ((_, pixels),) = image.pixels[request.key]
     return Image.fromarray(pixels)
 

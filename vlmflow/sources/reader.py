@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -66,16 +67,18 @@ class SourceReader:
 
     Args:
         home: uri of the folder that holds the source: while it is there, a missing file is no more than that.
+        is_known: the config is the job's. If not, see :func:`vlmflow.sources.parquet_rows.read_cells`.
     """
 
-    def __init__(self, config: SourceConfig, limits: ImageLimits, home: str) -> None:
+    def __init__(self, config: SourceConfig, limits: ImageLimits, home: str, *, is_known: bool = True) -> None:
         self._config = config
         self._limits = limits
         self._home = home
+        self._is_known = is_known
         self._stores = Stores(config.storage)
 
-    def __reduce__(self) -> tuple[type[SourceReader], tuple[SourceConfig, ImageLimits, str]]:
-        return (SourceReader, (self._config, self._limits, self._home))
+    def __reduce__(self) -> tuple[partial[SourceReader], tuple[SourceConfig, ImageLimits, str]]:
+        return (partial(SourceReader, is_known=self._is_known), (self._config, self._limits, self._home))
 
     def read(self, refs: pa.Table) -> list[Fetched]:
         """Reads one image for each reference, in order; see :class:`vlmflow.sources.base.Reader`."""
@@ -131,9 +134,14 @@ class SourceReader:
     def _read_parquet(self, uri: str, rows: Sequence[_Ref]) -> list[Fetched | Failure]:
         """Reads rows of one Parquet file."""
         try:
+            if _is_local(uri):
+                self._check_may_read_disk()
             file, head = self._stores.open_file(uri)
             with file:
-                cells = read_cells(file, self._config.bytes_column, [row["row"] or 0 for row in rows])
+                numbers = [row["row"] or 0 for row in rows]
+                cells = read_cells(file, self._config.bytes_column, numbers, is_known=self._is_known)
+        except ImageError as error:
+            return [Fetched(None, None, error.error_class, str(error))] * len(rows)
         except VlmflowError as error:
             if isinstance(error.__cause__, STORE_ERRORS):
                 return [Failure(fault_of(error.__cause__), error.__cause__)] * len(rows)

@@ -32,10 +32,16 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 class VerdictForm(Frozen):
-    """A judgement as a page sends it; see :class:`vlmflow.web.judging.Judgement`."""
+    """A judgement as a page sends it; see :class:`vlmflow.web.judging.Judgement`.
+
+    Attributes:
+        reviewer: whose name stands on the page.
+        labels: those alone that were pressed: what the page shows of the others may be what somebody else said.
+    """
 
     image_id: str
     content_hash: str
+    reviewer: str
     seen: str = ""
     decision: str | None = None
     labels: dict[str, bool | None] = {}
@@ -60,25 +66,27 @@ class Actions:
         limits = limits or ImageLimits()
         self._max_upload = min(MAX_UPLOAD_BYTES, limits.max_bytes)
 
-    def picture(self, request: Request) -> Response:
+    async def picture(self, request: Request) -> Response:
         """A small picture of an image; of a flagged one a blurred one, unless it was asked for as it is."""
-        row = self._desk.image(request.path_params["image_id"], (*pictures.COLUMNS, "status", "verdict"))
+        columns = (*pictures.COLUMNS, "status", "verdict")
+        row = await run_sync(self._desk.image, request.path_params["image_id"], columns)
         size = request.query_params.get("size", "small")
         if row is None or size not in pictures.SIZES:
             return Response(status_code=404)
         blurred = row["decision"] != "allow" and request.query_params.get("show") != "1"
-        made = self._desk.pictures.small(row, size, blurred=blurred)
+        made = await self._desk.pictures.small(row, size, blurred=blurred)
         kept = _KEPT if made.media_type == "image/jpeg" else {}
         return Response(made.data, media_type=made.media_type, headers=kept)
 
-    def heat_map(self, request: Request) -> Response:
+    async def heat_map(self, request: Request) -> Response:
         """The regions of an image that raise the score of a label."""
-        row = self._desk.image(request.path_params["image_id"], EVIDENCE_COLUMNS)
+        row = await run_sync(self._desk.image, request.path_params["image_id"], EVIDENCE_COLUMNS)
         if row is None:
             return Response(status_code=404)
         blurred = row["decision"] != "allow" and request.query_params.get("show") != "1"
         label = request.query_params.get("label", "")
-        made = self._desk.pictures.map(self._map_job(), row, label, blurred=blurred)
+        job = await run_sync(self._map_job)
+        made = await self._desk.pictures.map(job, row, label, blurred=blurred)
         return Response(made.data, media_type=made.media_type, headers=_KEPT)
 
     async def verdict(self, request: Request) -> Response:
@@ -119,6 +127,10 @@ class Actions:
             raise ConfigError("there is no such image, or it was never read", remedy="Reload the page.")
         if row["content_hash"] != form.content_hash:
             return JSONResponse({"error": "The image has changed since you opened it. Reload the page."}, 409)
+        if form.reviewer.strip() != session.reviewer:  # another tab of this browser has set another name
+            who = f"{session.reviewer} reviews" if session.reviewer else "nobody has said who reviews"
+            text = f"The page shows another reviewer: in this browser {who} now. Nothing was written. Reload the page."
+            return JSONResponse({"error": text}, 409)
         judging = self._desk.judging
         held = judging.labels_of(form.image_id, session.reviewer, form.labels)
         labels = {name: value for name, value in form.labels.items() if held.get(name) != value}
@@ -138,6 +150,7 @@ class Actions:
                 "" if form.decision is None or said is None else said.mark,
                 None if before is None else before.decision,
                 "" if before is None else before.mark,
+                session.reviewer,
                 {name: held.get(name) for name in labels},
             )
         )
@@ -150,7 +163,7 @@ class Actions:
         last = session.given[-1]
         decision = (last.before or WITHDRAWN) if last.mark else None
         judgement = Judgement(
-            last.image_id, last.content_hash, last.mark, session.reviewer, decision, last.labels, "undone"
+            last.image_id, last.content_hash, last.mark, last.reviewer, decision, last.labels, "undone"
         )
         is_taken, said = self._desk.judging.judge(judgement)
         if not is_taken:

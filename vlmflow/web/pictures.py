@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import io
-import threading
+import math
 from collections.abc import Mapping
 from html import escape
 from typing import Any, NamedTuple
 
-import pyarrow as pa
+from anyio import CapacityLimiter, move_on_after
+from anyio.to_thread import run_sync
 from PIL import Image
 
-from vlmflow import schema
-from vlmflow.catalog.columns import conform
-from vlmflow.config import CatalogConfig, ImageLimits, Job, SourceConfig
+from vlmflow.config import CatalogConfig, ImageLimits, Job
 from vlmflow.errors import StorageAccessError, TransientError
 from vlmflow.imaging import PixelRequest
 from vlmflow.search.thumbnails import blur, picture_of
-from vlmflow.sources.reader import SourceReader
+from vlmflow.sources.again import Place, RowReader, place_of
+from vlmflow.sources.base import Fetched
 from vlmflow.views_search import printable
 from vlmflow.web.cache import Cache
 
 SIZES = {"small": 256, "large": 768}  # longest side in pixels
-COLUMNS = ("image_id", "uri", "content_hash", "width", "height", "decision")
-_AT_ONCE = 2  # images decoded at a time: each may be a hundred million pixels
+COLUMNS = ("image_id", "uri", "object_version", "content_hash", "width", "height", "decision")
+_DECODED_AT_ONCE = 2  # each may be a hundred million pixels
+# Whoever reads holds a thread for as long as the host takes. These threads are none of those that pages and verdicts
+# run in, and no host has all of them: one that does not answer keeps waiting those alone who want its own images.
+_READ_AT_ONCE = 16
+_READ_OF_A_HOST = 4
+_READ_OF_PARQUET = 2  # a row group is read for each image
+_PATIENCE_S = 10.0  # so long a request waits for its turn to read
 _CACHED_BYTES = 64 * 1024 * 1024
 _MAX_SHARE = 8.0  # a longer strip is shown as if it were so long
 
@@ -44,37 +50,50 @@ class Pictures:
 
     def __init__(self, catalog: CatalogConfig, limits: ImageLimits | None = None) -> None:
         self._limits = limits or ImageLimits()
-        self._reader = SourceReader(SourceConfig(uri=catalog.uri, storage=catalog.storage), self._limits, catalog.uri)
+        self._reader = RowReader(catalog, self._limits)
         self._made: Cache[Picture] = Cache(_CACHED_BYTES, lambda picture: len(picture.data))
-        self._slots = threading.Semaphore(_AT_ONCE)
-        self._drawing = threading.Lock()
+        self._readers = CapacityLimiter(_READ_AT_ONCE)
+        self._hosts: Cache[CapacityLimiter] = Cache(1_000)
+        self._decoding = CapacityLimiter(_DECODED_AT_ONCE)
+        self._drawing = CapacityLimiter(1)
 
-    def small(self, row: Mapping[str, Any], size: str, *, blurred: bool) -> Picture:
+    async def small(self, row: Mapping[str, Any], size: str, *, blurred: bool) -> Picture:
         """A picture of a row with :data:`COLUMNS`; where there is none, one that says why."""
         key, side = (row["image_id"], row["content_hash"], size, blurred), SIZES[size]
         made = self._made.get(key)
         if made is not None:
             return made
-        with self._slots:
-            found = self._read(row, side)
+        place = place_of(row["uri"], row["object_version"])
+        host = self._hosts.get_or_make(_host_of(place), lambda: CapacityLimiter(_share_of(place)))
+        # A turn lasts until the picture is made: what was read lies in memory until then.
+        with move_on_after(_PATIENCE_S) as waiting:
+            async with host, self._readers:
+                waiting.deadline = math.inf
+                fetched = await run_sync(self._read, row, limiter=CapacityLimiter(1))  # the turn is what limits it
+                found = await run_sync(self._draw, row, fetched, side, blurred, limiter=self._decoding)
+                # What there is none of is not kept: the next time it may be there.
+                return placeholder(found) if isinstance(found, str) else self._made.put(key, found)
+        return placeholder("others wait for images of this host: reload the page later")
+
+    def _read(self, row: Mapping[str, Any]) -> Fetched:
+        try:
+            (fetched,) = self._reader.read([(row["uri"], row["object_version"])])
+        except (StorageAccessError, TransientError) as error:
+            return Fetched(None, None, None, str(error))
+        return fetched
+
+    def _draw(self, row: Mapping[str, Any], fetched: Fetched, side: int, blurred: bool) -> Picture | str:
+        request = PixelRequest(side, "bicubic", ("squash",))
+        found = picture_of(row["content_hash"], fetched, self._limits, request)
         if isinstance(found, str):
-            return placeholder(found)  # not kept: the next time it may be there
+            return found
         if blurred:
             found = blur(found, side)
         sink = io.BytesIO()
         found.resize(_fitted(row, side), Image.Resampling.BILINEAR).save(sink, "JPEG", quality=82)
-        return self._made.put(key, Picture(sink.getvalue(), "image/jpeg"))
+        return Picture(sink.getvalue(), "image/jpeg")
 
-    def _read(self, row: Mapping[str, Any], side: int) -> Image.Image | str:
-        reference = pa.table({"image_id": [row["image_id"]], "uri": [row["uri"]], "locator": [row["uri"]]})
-        try:
-            (fetched,) = self._reader.read(conform(reference, schema.REFERENCE))
-        except (StorageAccessError, TransientError) as error:
-            return str(error)
-        request = PixelRequest(side, "bicubic", ("squash",))
-        return picture_of(row["content_hash"], fetched, self._limits, request)
-
-    def map(self, job: Job, row: dict[str, Any], label: str, *, blurred: bool) -> Picture:
+    async def map(self, job: Job, row: dict[str, Any], label: str, *, blurred: bool) -> Picture:
         """A map of the regions that raise a label's score; one at a time, for it loads a model.
 
         Raises:
@@ -85,13 +104,25 @@ class Pictures:
         key = (row["image_id"], row["content_hash"], row["policy_digest"], label, blurred)
 
         def make() -> Picture:
-            with self._drawing:
-                _, picture = draw_heatmap(job, evidence_of(row), label=label, show_flagged=not blurred)
+            _, picture = draw_heatmap(job, evidence_of(row), label=label, show_flagged=not blurred)
             sink = io.BytesIO()
             picture.save(sink, "PNG")
             return Picture(sink.getvalue(), "image/png")
 
-        return self._made.get_or_make(key, make)
+        made = self._made.get(key)
+        if made is not None:
+            return made
+        return await run_sync(self._made.get_or_make, key, make, limiter=self._drawing)
+
+
+def _host_of(place: Place) -> tuple[str, bool]:
+    """Who is asked for an image: a host, a bucket, or the disk; apart from it, for rows of its Parquet files."""
+    host = "/".join(place.locator.split("/", 3)[:3]).lower() if "://" in place.locator else ""
+    return host, place.row is not None
+
+
+def _share_of(place: Place) -> int:
+    return _READ_OF_A_HOST if place.row is None else _READ_OF_PARQUET
 
 
 def placeholder(reason: str) -> Picture:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from vlmflow.web.desk import Desk
 
+_Ip = ipaddress.IPv4Address | ipaddress.IPv6Address
+
 PORT = 8377
 _MIN_TOKEN_CHARS = 16
 _MAX_REQUESTS = 64  # at a time; more are told to come again
@@ -32,7 +34,7 @@ class ServeConfig(Frozen):
         port: 0: any that is free.
         token: what lets browsers in; None: one is made.
         names: further names under which browsers reach it, such as that of a proxy in front; with a port if it is
-            not the one above.
+            not the one above. At an address that stands for all of the machine's (0.0.0.0) there must be one.
         verdicts_every_s: how long rows wait for verdicts, so that one commit brings many.
     """
 
@@ -69,7 +71,8 @@ def serve(
         ready: is told where to look, once requests are answered.
 
     Raises:
-        ServeError: the port is taken, the token is too short, or a package is absent.
+        ServeError: the host is no address or needs a name, the port is taken, the token is too short, or a package is
+            absent.
         CatalogError: there is no catalog.
         ConfigError, WeightsError: the job's profile is unknown, or its weights are absent.
     """
@@ -79,6 +82,11 @@ def serve(
         raise ServeError(
             f"the token has {len(token)} characters, or others than plain ones",
             remedy=f"Take at least {_MIN_TOKEN_CHARS}, or none for one that is made.",
+        )
+    if _ip(config.host).is_unspecified and not config.names:
+        raise ServeError(
+            f"host {config.host} is every address of this machine, and no name is given that browsers reach it by",
+            remedy="Name what other machines call it with --name, or the one address with --host.",
         )
     if job is not None:
         from vlmflow.models.profiles import resolve_models
@@ -144,21 +152,41 @@ def running_app(
         yield make_app(desk, Sessions(token), hosts, cookie), desk
 
 
+def is_loopback(host: str) -> bool:
+    """Whether this machine alone reaches an address.
+
+    Raises:
+        ServeError: it is none.
+    """
+    return _ip(host).is_loopback
+
+
+def _ip(host: str) -> _Ip:
+    try:
+        return ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
+    except ValueError as error:
+        raise ServeError(f"host {host!r} is no address", remedy="Give an address such as 127.0.0.1.") from error
+
+
+def _spelled(address: _Ip) -> str:
+    """As it stands in a url."""
+    return f"[{address}]" if address.version == 6 else str(address)
+
+
 def _address(host: str, port: int, token: str) -> Address:
     address = ipaddress.ip_address(host)
     is_exposed = not address.is_loopback
     if address.is_unspecified:
         address = ipaddress.ip_address("::1" if address.version == 6 else "127.0.0.1")
-    shown = f"[{address}]" if address.version == 6 else str(address)
-    return Address(url=f"http://{shown}:{port}/enter?token={quote(token, safe='')}", is_exposed=is_exposed)
+    return Address(url=f"http://{_spelled(address)}:{port}/enter?token={quote(token, safe='')}", is_exposed=is_exposed)
 
 
 def _hosts(config: ServeConfig, port: int) -> frozenset[str]:
     """What browsers may call us: by our address and our own names, and never by a name that leads here by chance."""
-    own = {"127.0.0.1", "localhost", "[::1]"}
-    address = ipaddress.ip_address(config.host) if config.host != "localhost" else ipaddress.ip_address("127.0.0.1")
-    if not address.is_loopback and not address.is_unspecified:
-        own = {f"[{address}]" if address.version == 6 else str(address)}
+    address = _ip(config.host)
+    own = {"127.0.0.1", "localhost", "[::1]"} if address.is_loopback or address.is_unspecified else set()
+    if not address.is_unspecified:
+        own.add(_spelled(address))
     named = {name.lower() for name in config.names}
     every = {f"{host}:{port}" for host in own} | named | {f"{name}:{port}" for name in named if ":" not in name}
     return frozenset(every | (own if port == 80 else set()))
@@ -170,10 +198,7 @@ def _socket(host: str, port: int) -> socket.socket:
     Raises:
         ServeError: it cannot be had.
     """
-    try:
-        address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
-    except ValueError as error:
-        raise ServeError(f"host {host!r} is no address", remedy="Give an address such as 127.0.0.1.") from error
+    address = _ip(host)
     family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

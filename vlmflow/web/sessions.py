@@ -21,6 +21,7 @@ class Undo:
         mark: of the decision as it was given: if another is there now, nothing is undone. Empty: labels alone.
         before: the decision before it; None: there was none.
         before_mark: of that.
+        reviewer: who gave it, and takes it back, whoever reviews by then.
         labels: what this person said of labels before; None: nothing.
     """
 
@@ -29,6 +30,7 @@ class Undo:
     mark: str
     before: str | None
     before_mark: str
+    reviewer: str
     labels: dict[str, bool | None]
 
 

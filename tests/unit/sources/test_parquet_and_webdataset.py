@@ -12,10 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from vlmflow.config import ImageLimits, SourceConfig
+from vlmflow.config import CatalogConfig, ImageLimits, SourceConfig
 from vlmflow.errors import EmptySourceError, RowErrorClass, SourceError
 from vlmflow.schema import REFERENCE, with_source
-from vlmflow.sources import open_source
+from vlmflow.sources import open_source, parquet_rows
+from vlmflow.sources.again import Place, RowReader, place_of
 
 BYTES = [b"one", b"two" * 50, b"", None, b"five"]
 
@@ -182,3 +183,42 @@ def test_a_file_that_has_changed_since_it_was_listed_is_not_read_by_row(tmp_path
     assert set(contents(path, refs)) == {RowErrorClass.READ_FAILED}
     path.unlink()
     assert set(contents(path, refs, kind="parquet")) == {RowErrorClass.MISSING}
+
+
+def again(refs: pa.Table, catalog: str) -> list[bytes | RowErrorClass | None]:
+    """Reads images by what rows of a catalog hold of them."""
+    rows = list(zip(refs["uri"].to_pylist(), refs["object_version"].to_pylist(), strict=True))
+    fetched = RowReader(CatalogConfig(uri=catalog), ImageLimits()).read(rows)
+    return [item.error_class if item.data is None else item.data for item in fetched]
+
+
+def test_a_row_of_a_catalog_is_enough_to_read_its_image_again(tmp_path: Path) -> None:
+    names = {"a#b.jpg": b"hash sign", "dir/c.tar#d.jpg": b"a name like ours", **SHARD}
+    for path in (write_tar(tmp_path / "A#1.TAR", names), write_parquet(tmp_path / "a#1.parquet", title=list("abcde"))):
+        refs = references(path)
+        assert again(refs, str(tmp_path / "catalog")) == contents(path, refs)
+        assert set(again(refs, "s3://bucket/catalog")) == {RowErrorClass.ADDRESS_REFUSED}, "of this disk"
+
+
+def test_a_name_that_only_looks_like_a_part_is_that_of_a_whole(tmp_path: Path) -> None:
+    assert place_of("/x/a.tar#b", "5-3-2") == Place("/x/a.tar", offset=3, length=2)
+    assert place_of("/x/a.parquet#17", "5-3-11") == Place("/x/a.parquet", row=17)
+    for uri, version in (("/x/a.tar#b", "5-3"), ("s3://x/a.parquet#17", "etag"), ("/x/a#17", "5-11"), ("/x/a", None)):
+        assert place_of(uri, version) == Place(uri)
+    path = tmp_path / "a.tar#b.jpg"
+    path.write_bytes(b"whole")
+    assert again(references(tmp_path), str(tmp_path)) == [b"whole"]
+
+
+def test_a_column_of_bytes_of_any_name_is_found_again_and_a_large_row_group_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"picture": BYTES, "title": list("abcde")}), path)
+    refs = references(path, bytes_column="picture")
+    assert again(refs, str(tmp_path)) == contents(path, refs, bytes_column="picture")
+    monkeypatch.setattr(parquet_rows, "_MAX_CELLS_MIB", 100 / 2**20)
+    assert set(again(refs, str(tmp_path))) == {RowErrorClass.READ_FAILED}
+    assert contents(path, refs, bytes_column="picture")[0] == b"one", "a run reads it whole"
+    pq.write_table(pa.table({"picture": BYTES, "mask": BYTES}), path)
+    assert set(again(references(path, bytes_column="mask"), str(tmp_path))) == {RowErrorClass.READ_FAILED}

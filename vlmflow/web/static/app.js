@@ -80,10 +80,25 @@
   let busy = false;
 
   const setReviewer = async () => {
-    const name = one("#reviewer-name").value;
-    const answer = await send("/reviewer", JSON.stringify({ name }));
-    if (answer.ok) { localStorage.setItem("reviewer", answer.reviewer); tell(answer.message); } else complain(answer.error);
-    return answer.ok;
+    const box = one("#reviewer-name");
+    const answer = await send("/reviewer", JSON.stringify({ name: box.value }));
+    if (!answer.ok) { complain(answer.error); return false; }
+    localStorage.setItem("reviewer", answer.reviewer);
+    box.value = box.defaultValue = answer.reviewer;
+    tell(answer.message);
+    return true;
+  };
+
+  // What a page shows of labels is what one reviewer said: for another it is loaded anew.
+  const changeReviewer = async () => {
+    if (busy) return;
+    busy = true;
+    const before = one("#reviewer-name").defaultValue;
+    try {
+      if (!(await setReviewer()) || one("#reviewer-name").value === before) return;
+      later(told.textContent);
+      location.reload();
+    } finally { busy = false; }
   };
 
   const decide = async (decision) => {
@@ -92,12 +107,12 @@
     try {
       const box = one("#reviewer-name");
       if (box.value !== box.defaultValue && !(await setReviewer())) { box.focus(); return; }
-      box.defaultValue = box.value;
       const value = { yes: true, no: false, "": null };
+      const pressed = labels.filter((button) => button.dataset.pressed !== undefined);
       const body = {
-        image_id: form.dataset.image, content_hash: form.dataset.hash, seen: form.dataset.seen, decision,
-        labels: Object.fromEntries(labels.map((button) => [button.dataset.label, value[button.dataset.said]])),
-        reason: one("#reason").value || null,
+        image_id: form.dataset.image, content_hash: form.dataset.hash, reviewer: box.value, seen: form.dataset.seen,
+        labels: Object.fromEntries(pressed.map((button) => [button.dataset.label, value[button.dataset.said]])),
+        decision, reason: one("#reason").value || null,
       };
       const answer = await send("/verdict", JSON.stringify(body));
       if (answer.ok) {
@@ -133,6 +148,7 @@
   const toggle = (button) => {
     const next = states[button.dataset.said][1];
     button.dataset.said = next;
+    button.dataset.pressed = "";
     one("b", button).textContent = states[next][0];
     tell(`${button.dataset.label}: ${states[next][0]}`);
   };
@@ -160,11 +176,12 @@
 
   if (reviewerForm !== null) {
     const box = one("#reviewer-name");
-    reviewerForm.addEventListener("submit", async (event) => {
+    reviewerForm.addEventListener("submit", (event) => {
       event.preventDefault();
-      if (await setReviewer()) box.defaultValue = box.value;
+      changeReviewer();
     });
-    if (box.value === "") box.value = localStorage.getItem("reviewer") || "";
+    const known = localStorage.getItem("reviewer");
+    if (box.value === "" && known) { box.value = known; changeReviewer(); }
   }
 
   // Single keys, where they are wanted and nothing is being written.

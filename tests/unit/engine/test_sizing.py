@@ -6,6 +6,7 @@ import pytest
 
 from vlmflow.config import PoolConfig
 from vlmflow.engine.cluster import Cluster
+from vlmflow.engine.pipeline import block_rows
 from vlmflow.engine.sizing import PoolPlan, _planned, _projected, _sized
 from vlmflow.engine.trials import Trial, choose
 
@@ -63,3 +64,22 @@ def test_the_projected_rate_is_that_of_the_narrowest_place() -> None:
     rate, limited_by = _projected([cpu], cluster, core_s=0.1)
     assert rate == pytest.approx(16 / 0.6)
     assert limited_by == "the processors, most of all pool embed"
+
+
+@pytest.mark.parametrize(
+    ("num_images", "batch_size", "max_rows", "expected"),
+    [
+        (12_000, 256, 5_000, 128),  # 187 would keep 16 cores busy: 32 of 65 batches had 118 rows
+        (100_000, 256, 5_000, 512),
+        (100_000, 200, 5_000, 400),
+        (100, 128, 5_000, 32),
+        (100_000, 1_000, 5_000, 500),
+        (100_000, 32, 20, 16),
+        (100_000, 509, 300, 300),  # has no such part
+    ],
+)
+def test_blocks_are_whole_batches_or_equal_parts_of_one(
+    num_images: int, batch_size: int, max_rows: int, expected: int
+) -> None:
+    cluster = Cluster(cpus=16, gpus=1, num_nodes=1, embedded=True)
+    assert block_rows(num_images, cluster, max_rows, batch_size) == expected

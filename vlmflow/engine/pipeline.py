@@ -29,6 +29,8 @@ from vlmflow.sources.regions import region_reader
 DECODE_CPUS = 0.45
 # Images that one decode call reads at once: their encoded bytes are in memory together.
 DECODE_BATCH = 64
+# Of an actor where it pays: it feeds one batch while it computes another.
+CALLS_AT_ONCE = 2
 _MIN_BLOCK_ROWS, _MAX_BLOCK_ROWS = 32, 512
 # A worker that dies by a signal is retried without limit unless told otherwise.
 TASK_LIMITS = {"max_retries": 2}
@@ -159,8 +161,8 @@ def build_pipeline(
 
 
 def _strategy(pool: PoolConfig, *, overlaps: bool) -> ActorPoolStrategy:
-    """Of a pool's actors; where it pays, two calls at a time in each: one feeds while the other computes."""
-    calls = {"max_concurrent_calls_per_actor": 2, "enable_true_multi_threading": True} if overlaps else {}
+    """Of a pool's actors; ``overlaps``: a call in each feeds while another computes."""
+    calls = {"max_concurrent_calls_per_actor": CALLS_AT_ONCE, "enable_true_multi_threading": True} if overlaps else {}
     return ActorPoolStrategy(min_size=pool.min_actors, max_size=pool.max_actors, **calls)
 
 

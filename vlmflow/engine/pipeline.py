@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, Dataset
 
-from vlmflow.catalog import KnownBytes, Plan
+from vlmflow.catalog import KnownBytes
 from vlmflow.config import Job, PoolConfig
 from vlmflow.engine.cluster import Cluster
 from vlmflow.engine.decoding import ReadAndDecode
@@ -29,6 +29,8 @@ from vlmflow.sources.regions import region_reader
 DECODE_CPUS = 0.45
 # Images that one decode call reads at once: their encoded bytes are in memory together.
 DECODE_BATCH = 64
+# Of an actor where it pays: it feeds one batch while it computes another.
+CALLS_AT_ONCE = 2
 _MIN_BLOCK_ROWS, _MAX_BLOCK_ROWS = 32, 512
 # A worker that dies by a signal is retried without limit unless told otherwise.
 TASK_LIMITS = {"max_retries": 2}
@@ -98,24 +100,31 @@ def stages_of(
     return Stages(decode, pools, setup, prompts)
 
 
-def planned_blocks(plan: Plan, cluster: Cluster, max_rows: int) -> Iterator[pa.Table]:
-    """Cuts the planned rows into blocks, in order: small enough to keep every core busy, and to be committed in time.
+def block_rows(num_images: int, cluster: Cluster, max_rows: int, batch_size: int) -> int:
+    """Rows of a block of planned images: few enough to keep every core busy, and to be committed in time.
+
+    An actor is given whole blocks at a call, and what is left of them beyond its batches is a small batch of its own;
+    so a block is some whole batches, or an equal part of one.
 
     Args:
         max_rows: after how many rows the job wants a commit; an unfinished block is in none.
+        batch_size: of the first pool. Where no part of it comes near, blocks do not fit it.
     """
-    per_core = plan.num_planned / max(1.0, 4 * cluster.cpus)
-    block_rows = int(min(_MAX_BLOCK_ROWS, max_rows, max(_MIN_BLOCK_ROWS, per_core)))
-    return plan.batches(max_rows=block_rows)
+    per_core = num_images / max(1.0, 4 * cluster.cpus)
+    rows = int(min(_MAX_BLOCK_ROWS, max_rows, max(_MIN_BLOCK_ROWS, per_core)))
+    if rows >= batch_size:
+        return rows - rows % batch_size
+    part = max(part for part in range(1, rows + 1) if batch_size % part == 0)
+    return part if 2 * part > rows else rows
 
 
 def build_pipeline(
-    blocks: list[ray.ObjectRef[pa.Table]], stages: Stages, max_rows: int, read_ahead: int | None = None
+    blocks: list[ray.ObjectRef[pa.Table]], stages: Stages, num_rows: int, read_ahead: int | None = None
 ) -> Dataset:
     """Chains decoding and the pools; nothing runs until the dataset is consumed.
 
     Args:
-        max_rows: as for :func:`planned_blocks`; Ray Data joins blocks that are smaller than a batch.
+        num_rows: of each block, see :func:`block_rows`.
         read_ahead: as in the job.
     """
     # Decoding tasks as Ray starts them: as many as their share of a processor allows.
@@ -128,7 +137,8 @@ def build_pipeline(
         dataset = dataset.map_batches(
             _as_function(stages.decode),
             batch_format="pyarrow",
-            batch_size=min(DECODE_BATCH, max_rows),
+            # At most a block: Ray Data joins smaller ones to a batch, and what it joins here may fit no pool's batch.
+            batch_size=min(DECODE_BATCH, num_rows),
             num_cpus=DECODE_CPUS,
             **TASK_LIMITS,
         )
@@ -151,8 +161,8 @@ def build_pipeline(
 
 
 def _strategy(pool: PoolConfig, *, overlaps: bool) -> ActorPoolStrategy:
-    """Of a pool's actors; where it pays, two calls at a time in each: one feeds while the other computes."""
-    calls = {"max_concurrent_calls_per_actor": 2, "enable_true_multi_threading": True} if overlaps else {}
+    """Of a pool's actors; ``overlaps``: a call in each feeds while another computes."""
+    calls = {"max_concurrent_calls_per_actor": CALLS_AT_ONCE, "enable_true_multi_threading": True} if overlaps else {}
     return ActorPoolStrategy(min_size=pool.min_actors, max_size=pool.max_actors, **calls)
 
 

@@ -19,7 +19,7 @@ from vlmflow.engine.cluster import Cluster, WorkerErrors, ray_cluster
 from vlmflow.engine.collect import Collected, Collector
 from vlmflow.engine.consume import Block, FinishedBlocks
 from vlmflow.engine.metrics import RunMetrics
-from vlmflow.engine.pipeline import build_pipeline, check_pools, default_pools, open_pools, planned_blocks, stages_of
+from vlmflow.engine.pipeline import block_rows, build_pipeline, check_pools, default_pools, open_pools, stages_of
 from vlmflow.engine.planning import OnCluster
 from vlmflow.engine.prepare import Prepared, encode_policy, prepare
 from vlmflow.engine.progress import ProgressDisplay, SilentProgress, Tally
@@ -173,8 +173,10 @@ class _Run:
             if self._job.preflight:
                 self._display.stage("trying batch sizes")
                 stages = dataclasses.replace(stages, pools=self._tried_pools(stages, cluster))
-            blocks = [ray.put(block) for block in planned_blocks(self._plan, cluster, self._job.commit.max_rows)]
-            dataset = build_pipeline(blocks, stages, self._job.commit.max_rows, self._job.read_ahead)
+            batch_size = stages.pools[0].batch_size
+            num_rows = block_rows(self._plan.num_planned, cluster, self._job.commit.max_rows, batch_size)
+            blocks = [ray.put(block) for block in self._plan.batches(num_rows)]
+            dataset = build_pipeline(blocks, stages, num_rows, self._job.read_ahead)
             with FinishedBlocks(dataset) as finished:
                 # Models that do not load end the run here, before anything is written.
                 first = self._first(finished)

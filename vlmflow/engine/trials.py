@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import resource
 import time
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import closing
 
 import numpy as np
 import pyarrow as pa
 
 from vlmflow.config import Frozen, PoolConfig
 from vlmflow.engine import columns
+from vlmflow.engine.pipeline import CALLS_AT_ONCE
 from vlmflow.engine.pools import PoolWorker
 from vlmflow.engine.quarantine import Stages
 
@@ -26,7 +30,9 @@ class Trial(Frozen):
     """One batch size.
 
     Attributes:
-        memory_bytes: the most that the worker held so far, of the GPU's memory where it has one.
+        images_per_s: of the worker, where it has a GPU with the next batch being fed meanwhile, as in a run.
+        memory_bytes: the most that the worker held so far. Where it has a GPU, of the GPU's memory, and with all that
+            other libraries and processes hold there.
         fits: False: memory ran out.
         tasks: images a second by task, alone.
     """
@@ -46,7 +52,10 @@ class TriedPool:
         later = tuple(task for pool in stages.pools[number + 1 :] for task in pool.tasks)
         decoding = stages.decoding if stages.decode.leaves_jpegs and number == 0 else None
         self._worker = PoolWorker(self._pool, stages.setup, stages.prompts, later=later, decoding=decoding)
-        self._num_calls = 0
+        # On processors calls are timed one by one: what one hides behind another would take another core.
+        self._calls_at_once = CALLS_AT_ONCE if self._pool.gpus else 1
+        self._threads = ThreadPoolExecutor(self._calls_at_once)
+        self._call_numbers = itertools.count()
 
     def run(self, sample: pa.Table, sizes: tuple[int, ...] | None) -> tuple[list[Trial], int]:
         """Tries batch sizes upward until more brings nothing, memory runs out, or the minute is over.
@@ -60,10 +69,11 @@ class TriedPool:
         """
         deadline = time.monotonic() + _MAX_S
         sizes = sizes or (_GPU_SIZES if self._pool.gpus else _CPU_SIZES)
-        self._call(sample, sizes[0])  # libraries set themselves up
+        self._threads.submit(self._call, sample, sizes[0]).result()  # libraries set themselves up
         trials: list[Trial] = []
+        num_calls = 3 * self._calls_at_once - 1  # of a trial, at least: before, while and after time is taken
         for size in sizes:
-            if trials and time.monotonic() + 2 * size / max(trials[-1].images_per_s, 1e-9) > deadline:
+            if trials and time.monotonic() + num_calls * size / max(trials[-1].images_per_s, 1e-9) > deadline:
                 break
             trials.append(self._try(sample, size))
             best = max(trial.images_per_s for trial in trials)
@@ -76,27 +86,44 @@ class TriedPool:
         return self._worker(sample)
 
     def _try(self, sample: pa.Table, size: int) -> Trial:
-        if self._pool.gpus:
-            self._call(sample, size)  # CUDA graphs are captured by batch size
-        started, num_images, fits = time.perf_counter(), 0, True
-        seconds = dict.fromkeys(self._pool.tasks, 0.0)
-        while num_images == 0 or (fits and time.perf_counter() - started < _ENOUGH_S):
-            out = self._call(sample, size)
-            num_images += size
-            least = pa.compute.min(out[columns.AT_ONCE_PREFIX + "+".join(self._pool.tasks)]).as_py()
-            fits = least is None or least >= size
-            for task in seconds:
-                seconds[task] += pa.compute.sum(out[columns.seconds_column(task)]).as_py() or 0.0
-        rate = num_images / (time.perf_counter() - started)
+        with closing(self._outputs(sample, size)) as outputs:
+            if self._calls_at_once > 1:
+                # CUDA graphs are captured by batch size, and the first batch is fed while there is none to compute.
+                self._round(outputs)
+            started, num_images, fits = time.perf_counter(), 0, True
+            seconds = dict.fromkeys(self._pool.tasks, 0.0)
+            while num_images == 0 or (fits and time.perf_counter() - started < _ENOUGH_S):
+                for out in self._round(outputs):
+                    num_images += size
+                    least = pa.compute.min(out[columns.AT_ONCE_PREFIX + "+".join(self._pool.tasks)]).as_py()
+                    fits = fits and (least is None or least >= size)
+                    for task in seconds:
+                        seconds[task] += pa.compute.sum(out[columns.seconds_column(task)]).as_py() or 0.0
+            rate = num_images / (time.perf_counter() - started)
         tasks = {task: round(num_images / spent, 2) for task, spent in seconds.items() if spent > 0}
         memory = _memory_used(is_gpu=self._pool.gpus > 0)
         return Trial(batch_size=size, images_per_s=round(rate, 4), memory_bytes=memory, fits=fits, tasks=tasks)
 
+    def _outputs(self, sample: pa.Table, size: int) -> Generator[pa.Table, None, None]:
+        """What the worker makes of batch after batch, with as many calls under way as a run has."""
+        started = {self._threads.submit(self._call, sample, size) for _ in range(self._calls_at_once)}
+        try:
+            while True:
+                done, started = wait(started, return_when=FIRST_COMPLETED)
+                yield from (call.result() for call in done)
+                started |= {self._threads.submit(self._call, sample, size) for _ in done}
+        finally:
+            wait(started)
+
+    def _round(self, outputs: Iterator[pa.Table]) -> list[pa.Table]:
+        """As many outputs as there are threads: these take turns, and not each turn is as long as the next."""
+        return list(itertools.islice(outputs, self._calls_at_once))
+
     def _call(self, sample: pa.Table, size: int) -> pa.Table:
         rows = np.arange(size) % sample.num_rows
-        self._num_calls += 1
+        number = next(self._call_numbers)
         # Equal bytes would be computed once.
-        names = pa.array([f"{self._num_calls}-{row}" for row in range(size)], pa.string())
+        names = pa.array([f"{number}-{row}" for row in range(size)], pa.string())
         return self._worker(columns.set_column(sample.take(pa.array(rows)), "content_hash", names))
 
 
@@ -122,7 +149,9 @@ def _memory_used(*, is_gpu: bool) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     import torch
 
-    return int(torch.cuda.max_memory_reserved())
+    # Not all is torch's: nvJPEG and the driver hold some, and keep it.
+    free, total = torch.cuda.mem_get_info()
+    return int(torch.cuda.max_memory_reserved() + total - free - torch.cuda.memory_reserved())
 
 
 def _memory_total(*, is_gpu: bool) -> int:

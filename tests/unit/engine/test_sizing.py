@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from types import SimpleNamespace
+
+import pyarrow as pa
 import pytest
+import torch
 
 from vlmflow.config import PoolConfig
+from vlmflow.engine import trials as trials_module
 from vlmflow.engine.cluster import Cluster
+from vlmflow.engine.pipeline import block_rows
 from vlmflow.engine.sizing import PoolPlan, _planned, _projected, _sized
-from vlmflow.engine.trials import Trial, choose
+from vlmflow.engine.trials import Trial, TriedPool, choose
 
 
 def trial(size: int, rate: float, *, fits: bool = True) -> Trial:
@@ -63,3 +71,82 @@ def test_the_projected_rate_is_that_of_the_narrowest_place() -> None:
     rate, limited_by = _projected([cpu], cluster, core_s=0.1)
     assert rate == pytest.approx(16 / 0.6)
     assert limited_by == "the processors, most of all pool embed"
+
+
+@pytest.mark.parametrize(
+    ("num_images", "batch_size", "max_rows", "expected"),
+    [
+        (12_000, 256, 5_000, 128),  # 187 would keep 16 cores busy: 32 of 65 batches had 118 rows
+        (100_000, 256, 5_000, 512),
+        (100_000, 200, 5_000, 400),
+        (100, 128, 5_000, 32),
+        (100_000, 1_000, 5_000, 500),
+        (100_000, 32, 20, 16),
+        (100_000, 509, 300, 300),  # has no such part
+    ],
+)
+def test_blocks_are_whole_batches_or_equal_parts_of_one(
+    num_images: int, batch_size: int, max_rows: int, expected: int
+) -> None:
+    cluster = Cluster(cpus=16, gpus=1, num_nodes=1, embedded=True)
+    assert block_rows(num_images, cluster, max_rows, batch_size) == expected
+
+
+class Sleeping:
+    """A worker that feeds for as long as it computes; of several calls, one computes at a time."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        self.turn, self.under_way, self.most, self.spent = threading.Lock(), 0, 0, [0.0]
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        self.under_way += 1
+        self.most = max(self.most, self.under_way)
+        spent = self._sleep()
+        with self.turn:
+            spent += self._sleep()
+            self.spent.append(spent)
+        self.under_way -= 1
+        columns = {"at_once_embed": pa.nulls(batch.num_rows, pa.int64()), "seconds_embed": [0.01] * batch.num_rows}
+        return pa.table(columns)
+
+    def _sleep(self) -> float:
+        started = time.perf_counter()
+        time.sleep(0.02)
+        return time.perf_counter() - started
+
+
+def tried(monkeypatch: pytest.MonkeyPatch, worker: object, **pool: float) -> tuple[list[Trial], int]:
+    """Trials of a pool whose worker is made up."""
+    monkeypatch.setattr(trials_module, "PoolWorker", lambda *_, **__: worker)
+    monkeypatch.setattr(trials_module, "_ENOUGH_S", 0.1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (60, 100))
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 30)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 25)
+    config = PoolConfig(tasks=("embed",), **pool)  # type: ignore[arg-type]
+    decode = SimpleNamespace(leaves_jpegs=False)
+    stages = SimpleNamespace(pools=(config,), setup=None, prompts=None, decode=decode)
+    sample = pa.table({"content_hash": ["a", "b", "c"]})
+    return TriedPool(stages, 0).run(sample, (4,))  # type: ignore[arg-type]
+
+
+def test_a_gpu_is_tried_as_the_run_uses_it_feeding_one_batch_while_it_computes_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    worker = Sleeping()
+    (found,), memory_total = tried(monkeypatch, worker, gpus=1.0)
+    alone = 4 * (len(worker.spent) - 1) / sum(worker.spent)
+    assert worker.most == 2
+    assert found.images_per_s > 1.4 * alone, "half of the time of a call is hidden behind another"
+    assert (found.memory_bytes, memory_total) == (45, 100), "15 are nvJPEG's and the driver's"
+
+    alone_on_processor = Sleeping()
+    tried(monkeypatch, alone_on_processor)
+    assert alone_on_processor.most == 1
+
+
+def test_a_worker_that_fails_ends_the_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: pa.Table) -> pa.Table:
+        raise torch.AcceleratorError("the device is broken")
+
+    with pytest.raises(torch.AcceleratorError, match="broken"):
+        tried(monkeypatch, fail, gpus=1.0)

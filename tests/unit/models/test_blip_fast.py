@@ -157,6 +157,22 @@ def test_sizes_of_graphs_are_few() -> None:
     assert [round_up(n) for n in (1, 2, 3, 33, 64, 65, 128, 250)] == [1, 2, 4, 64, 64, 128, 128, 256]
 
 
+def test_a_smaller_batch_replays_a_graph_of_at_most_twice_its_rows(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captured: list[int] = []
+    monkeypatch.setattr(FixedStep, "capture", lambda step: captured.append(len(step._tokens)))
+    graphs = DecodeGraphs(loaded.decoder, loaded.special)
+    for num_images in (7, 3, 8, 2, 1, 5):
+        images = loaded.features(num_images, seed=num_images)
+        tokens = graphs.decode(images, 20)
+        assert tokens is not None
+        assert loaded.cut(tokens) == loaded.generated(images, 20, num_beams=1)
+    assert captured == [8, 2]
+    graphs.decode(loaded.features(5), 10)  # of another length
+    assert captured == [8, 2, 8]
+
+
 def test_a_caption_ends_where_the_model_has_no_more_positions(loaded: Loaded) -> None:
     images = loaded.features(2)
     assert loaded.decoder.max_tokens == 40

@@ -18,7 +18,7 @@ from vlmflow.models.blip_fast.text import TextTower
 
 logger = logging.getLogger("vlmflow")
 
-# The batch size of the job and the smaller one at its end; each graph holds keys and values of all its images.
+# The job's batches, and what is left of a stage's output; each graph holds keys and values of all its images.
 _MAX_GRAPHS = 2
 # Asking whether all captions have ended waits for the device.
 _STEPS_BETWEEN_CHECKS = 4
@@ -43,14 +43,13 @@ class DecodeGraphs:
         # A graph is replayed behind the back of whoever counts or traces operations.
         if not self._works or _get_current_dispatch_mode() is not None:
             return None
-        num_rows = round_up(len(images))
-        key = (num_rows, *images.shape[1:], max_tokens)
+        key = self._key(images, max_tokens)
         try:
             step = self._steps.pop(key, None)
             if step is None:
                 while len(self._steps) >= _MAX_GRAPHS:
                     del self._steps[next(iter(self._steps))]
-                step = FixedStep(self._tower, self._special, images, num_rows, max_tokens)
+                step = FixedStep(self._tower, self._special, images, key[0], max_tokens)
                 step.capture()
             self._steps[key] = step  # the last used at the end
             return step.decode(images)
@@ -61,6 +60,15 @@ class DecodeGraphs:
             self._works = False
             self.release()
             return None
+
+    def _key(self, images: torch.Tensor, max_tokens: int) -> tuple[int, ...]:
+        """Of the smallest graph that is there and has at most twice the rows that are needed, else of a new one.
+
+        Rows that nobody reads cost less than a capture, which frees and allocates gigabytes.
+        """
+        num_rows, rest = round_up(len(images)), (*images.shape[1:], max_tokens)
+        fitting = [key for key in self._steps if key[1:] == rest and num_rows <= key[0] <= 2 * num_rows]
+        return min(fitting, default=(num_rows, *rest))
 
 
 class FixedStep:

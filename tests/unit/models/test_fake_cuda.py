@@ -1,0 +1,161 @@
+"""The ways that models take on a GPU, without one: nothing is left on the processor, and the host waits seldom."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from transformers import (
+    AutoTokenizer,
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipForImageTextRetrieval,
+    BlipForQuestionAnswering,
+    ViltConfig,
+    ViltForQuestionAnswering,
+)
+
+from tests.fake_cuda import HostReads, Operators, build, cast, fake_mode
+from tests.models import IMAGE_SIZE, make_captioner, make_clip, make_vilt
+from vlmflow.models.blip import BlipCaptioner, BlipMatcher
+from vlmflow.models.blip_fast import VisionTower
+from vlmflow.models.blip_fast.graph import FixedStep
+from vlmflow.models.blip_vqa import BlipAnswerer
+from vlmflow.models.clip import ClipEmbedder
+from vlmflow.models.pixels import PixelNormalizer
+from vlmflow.models.preprocessing import Preprocessing
+from vlmflow.models.towers import SharedTower
+from vlmflow.models.vilt import ViltAnswerer
+
+HALF = torch.bfloat16
+PREPROCESSING = Preprocessing(IMAGE_SIZE, "bicubic", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+QUESTIONS = [["a cat"], ["a red car"], [], ["two guns", "a"], ["a"]]
+
+
+@dataclass
+class Blip:
+    """Makes adapters."""
+
+    config: BlipConfig
+    tokenizer: Any
+
+    def adapter(self, adapter: Any, model_class: Any, dtype: torch.dtype = HALF) -> Any:
+        """As it is loaded: ``dtype`` is that of all but the vision tower."""
+        model = build(lambda: model_class(self.config), dtype)
+        cast(model.vision_model, HALF)
+        normalize = PixelNormalizer(PREPROCESSING, "cuda", HALF)
+        return adapter(model, self.tokenizer, SharedTower(VisionTower(model.vision_model, normalize)))
+
+    def step(self) -> tuple[FixedStep, torch.Tensor]:
+        """Of 8 images; and features of 5."""
+        captioner = self.adapter(BlipCaptioner, BlipForConditionalGeneration)
+        images = captioner._vision(pixels())
+        return FixedStep(captioner._decoder, captioner._special, images, 8, 20), images
+
+
+def pixels() -> torch.Tensor:
+    return torch.empty((5, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8, device="cuda")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_captioner(tmp_path_factory.mktemp("blip"))
+
+
+@pytest.fixture
+def blip(folder: Path) -> Iterator[Blip]:
+    tokenizer, config = AutoTokenizer.from_pretrained(folder), BlipConfig.from_pretrained(folder)
+    with fake_mode():
+        yield Blip(config, tokenizer)
+
+
+def operators(step: FixedStep) -> Operators:
+    with torch.no_grad(), Operators() as found:
+        step._step()
+    return found
+
+
+def test_the_step_that_cuda_records_stays_on_the_device_and_tells_the_host_nothing(blip: Blip) -> None:
+    step, images = blip.step()
+    found = operators(step)
+    assert found.not_for_a_graph == []
+    assert found.dtypes["aten.addmm.default"] == {HALF}
+    assert found.dtypes["aten.native_layer_norm.default"] == {torch.float32}
+
+    with torch.no_grad(), HostReads() as reads:
+        tokens = step.decode(images)
+    assert (tokens.shape, tokens.device.type) == ((5, 20), "cuda")
+    assert reads.found == {"graph.py:decode": 5}, "whether all have ended, at every fourth step"
+
+
+def test_what_a_recorded_step_must_not_do_is_seen(blip: Blip) -> None:
+    step, _ = blip.step()
+    on_device = step._tower._positions
+    step._tower._positions = torch.empty(on_device.shape, dtype=on_device.dtype)
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"two( different)? devices"):
+        step._step()
+    step._tower._positions = on_device
+
+    step._special = type("", (), {"end": 3, "pad": torch.zeros((), dtype=torch.int64)})()
+    assert operators(step).not_for_a_graph == [("aten.where.self", ("cpu", "cuda"))]
+
+
+def test_captions_wait_for_the_device_step_by_step_alone(blip: Blip) -> None:
+    captioner = blip.adapter(BlipCaptioner, BlipForConditionalGeneration)
+    with HostReads() as reads:
+        assert captioner._vision(pixels()).dtype == HALF
+        assert reads.found == {}
+        assert len(captioner.caption(pixels(), 8)) == 5
+        assert set(reads.found) == {"greedy.py:_decode", "blip.py:caption"}
+        reads.found.clear()
+        assert len(captioner.caption(pixels(), 8, num_beams=3)) == 5
+        assert set(reads.found) == {"beams.py:decode_beams", "blip.py:caption"}
+
+
+def test_a_match_waits_for_the_device_once(blip: Blip) -> None:
+    matcher = blip.adapter(BlipMatcher, BlipForImageTextRetrieval, torch.float32)
+    with HostReads() as reads:
+        images = matcher.encode_images(pixels())
+        assert images.embeds.dtype == HALF
+        assert reads.found == {}
+        assert matcher.match_itm(images, ["a cat", "a red car", "two guns", "a", "a"]).shape == (5,)
+        assert matcher.match_itm(images.take([1, 3]), ["a cat", "a"]).shape == (2,)
+        assert matcher.match_itc(images, ["a cat"] * 5).shape == (5,)
+    assert reads.found == {"blip.py:match_itm": 2, "blip.py:match_itc": 1}
+
+
+def test_answers_wait_for_the_device_step_by_step_alone(blip: Blip) -> None:
+    answerer = blip.adapter(BlipAnswerer, BlipForQuestionAnswering)
+    with HostReads() as reads:
+        answers = answerer.answer(pixels(), QUESTIONS)
+    assert [len(given) for given in answers] == [1, 1, 0, 2, 1]
+    assert set(reads.found) == {"blip_vqa.py:_decode"}
+
+
+def test_a_classifier_of_answers_waits_for_the_device_at_its_end(tmp_path: Path) -> None:
+    folder = make_vilt(tmp_path)
+    tokenizer, config = AutoTokenizer.from_pretrained(folder), ViltConfig.from_pretrained(folder)
+    with fake_mode(), HostReads() as reads:
+        model = build(lambda: ViltForQuestionAnswering(config), HALF)
+        answerer = ViltAnswerer(model, tokenizer, PixelNormalizer(PREPROCESSING, "cuda", HALF), IMAGE_SIZE)
+        answers = answerer.answer(pixels(), QUESTIONS)
+    assert [len(given) for given in answers] == [1, 1, 0, 2, 1]
+    assert set(reads.found) == {"vilt.py:_choose"}
+
+
+def test_an_embedding_waits_for_the_device_once(tmp_path: Path) -> None:
+    architecture = json.loads((make_clip(tmp_path) / "open_clip_config.json").read_text())["model_cfg"]
+    text = {name: value for name, value in architecture["text_cfg"].items() if not name.startswith("hf_")}
+    with fake_mode(), HostReads() as reads:
+        model = build(lambda: open_clip.CLIP(**architecture | {"text_cfg": text}))
+        tokenize = open_clip.SimpleTokenizer(context_length=16)
+        embedder = ClipEmbedder(model, tokenize, PixelNormalizer(PREPROCESSING, "cuda", torch.float32), 24)
+        assert embedder.embed_images(pixels()).shape == (5, 24)
+        assert embedder.embed_texts(["a cat", "a dog"]).shape == (2, 24)
+    assert reads.found == {"clip.py:_unit": 2}

@@ -103,7 +103,7 @@ def test_what_a_recorded_step_must_not_do_is_seen(blip: Blip) -> None:
     step._tower._positions = on_device
 
     step._special = type("", (), {"end": 3, "pad": torch.zeros((), dtype=torch.int64)})()
-    assert operators(step).not_for_a_graph == [("aten.where.self", ("cpu", "cuda"))]
+    assert operators(step).not_for_a_graph == [("aten.masked_fill.Tensor", ("cpu", "cuda"))]
 
 
 def test_captions_wait_for_the_device_step_by_step_alone(blip: Blip) -> None:

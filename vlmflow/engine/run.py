@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import pyarrow as pa
 import ray
@@ -268,7 +268,7 @@ class _Run:
         Raises:
             UnreconciledError: they are too many.
         """
-        lost = self._lost()
+        lost = lost_rows(self._plan.batches(), self._collected.keys)
         config = self._job.quarantine
         if not lost.num_rows:
             return
@@ -286,18 +286,9 @@ class _Run:
             quarantine.close()
         collector.finish()
         metrics.update(self._tally, self._collected)
-        lost = self._lost()
+        lost = lost_rows(self._plan.batches(), self._collected.keys)
         if lost.num_rows:
             raise self._unreconciled(lost)
-
-    def _lost(self) -> pa.Table:
-        """The planned rows whose key no committed file holds."""
-        out = pa.chunked_array(self._collected.keys, pa.binary(16))
-        absent = []
-        for block in self._plan.batches():
-            came_out = pa.compute.is_in(keys.to_binary(block["image_id"]), value_set=out)
-            absent.append(block.filter(pa.compute.invert(came_out)))
-        return pa.concat_tables(absent)
 
     def _unreconciled(self, lost: pa.Table) -> UnreconciledError:
         reason = self._worker_errors.first()
@@ -321,6 +312,21 @@ class _Run:
             num_first=self._tally.num_first,
             num_cpus=self._num_cpus,
         )
+
+
+def lost_rows(planned: Iterable[pa.Table], committed: Sequence[pa.Array]) -> pa.Table:
+    """The planned rows whose key no committed file holds.
+
+    Args:
+        planned: at least one table.
+        committed: keys, as ``schema.KEY``.
+    """
+    # One index for all tables: is_in would hash every committed key again for each of them.
+    index = keys.index_of(keys.concat(committed))
+    absent = [
+        rows.filter(pa.array(index.find(*keys.to_words(keys.to_binary(rows["image_id"]))) < 0)) for rows in planned
+    ]
+    return pa.concat_tables(absent)
 
 
 def _lost_in_mid_run(error: VlmflowError) -> StoreLostError:

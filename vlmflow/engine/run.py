@@ -15,6 +15,7 @@ from vlmflow.catalog import Catalog, KnownBytes, Plan, keys, plan_without_catalo
 from vlmflow.catalog.runs import new_run_id
 from vlmflow.config import Job, PoolConfig
 from vlmflow.engine.archive import archive_policy
+from vlmflow.engine.budget import ErrorBudget
 from vlmflow.engine.cluster import Cluster, WorkerErrors, ray_cluster
 from vlmflow.engine.collect import Collected, Collector
 from vlmflow.engine.consume import Block, FinishedBlocks
@@ -223,7 +224,7 @@ class _Run:
 
     def _collector(self, catalog: Catalog, cluster: Cluster) -> Collector:
         writer = catalog.writer(self._prepared.constants(self._run_id), self._plan.version)
-        commit, budget = self._job.commit, self._job.max_error_fraction
+        commit, budget = self._job.commit, ErrorBudget(self._job.max_error_fraction, self._plan.num_fresh)
         collector = Collector(catalog, writer, self._run_id, commit, self._tally, budget, cluster.cpus)
         self._collected = collector.collected
         return collector

@@ -118,6 +118,10 @@ class Collected:
 class Collector:
     """Groups finished blocks, has them written, and commits what was written.
 
+    Attributes:
+        collected: totals of what went through.
+        known: the lists of known images that the rows are looked up in.
+
     Args:
         budget: nothing is committed before it is kept.
         num_cpus: of the cluster.
@@ -134,7 +138,8 @@ class Collector:
         num_cpus: float,
     ) -> None:
         self._catalog, self._run_id, self._commit = catalog, run_id, commit
-        self._writer, self._known = ray.put(writer), ray.put(catalog.known_images.matcher())
+        self.known = catalog.known_images.matcher()
+        self._writer, self._known = ray.put(writer), ray.put(self.known)
         self._write = ray.remote(num_cpus=0, max_retries=3, scheduling_strategy="SPREAD")(write_blocks)
         self._max_writes = max(1, min(MAX_WRITES, int(num_cpus) // _CPUS_PER_WRITE))
         self._tally, self._budget = tally, budget

@@ -19,6 +19,7 @@ from vlmflow.engine.budget import ErrorBudget
 from vlmflow.engine.cluster import Cluster, WorkerErrors, ray_cluster
 from vlmflow.engine.collect import Collected, Collector
 from vlmflow.engine.consume import Block, FinishedBlocks
+from vlmflow.engine.late_verdicts import bring_in_late_verdicts
 from vlmflow.engine.metrics import RunMetrics
 from vlmflow.engine.pipeline import build_pipeline, check_pools, default_pools, open_pools, planned_blocks, stages_of
 from vlmflow.engine.planning import OnCluster
@@ -160,7 +161,9 @@ class _Run:
 
     def execute(self) -> RunReport:
         if self._plan.num_planned == 0:
-            if not Catalog.exists(self._job.catalog):
+            if Catalog.exists(self._job.catalog):
+                bring_in_late_verdicts(Catalog.open(self._job.catalog), self._run_id, None, [])
+            else:
                 Catalog.open_or_create(self._job.catalog, self._source.columns)
             return self._finished("nothing_due")
         self._display.stage("starting Ray")
@@ -184,8 +187,9 @@ class _Run:
                     self._archive_policy(catalog, prompts)
                     collector = self._collector(catalog, cluster)
                     metrics = RunMetrics(self._report.catalog, self._prepared.job.tasks)
-                    self._consume(first, finished, collector, metrics)
-                    self._run_lost(stages, collector, metrics)
+                    with self._with_late_verdicts(catalog, collector):
+                        self._consume(first, finished, collector, metrics)
+                        self._run_lost(stages, collector, metrics)
                     self._display.stage("compacting")
                     catalog.compact(self._run_id)
         return self._done
@@ -262,6 +266,24 @@ class _Run:
         collector.finish()
         self._display.update(self._tally)
         metrics.update(self._tally, self._collected)
+
+    @contextlib.contextmanager
+    def _with_late_verdicts(self, catalog: Catalog, collector: Collector) -> Iterator[None]:
+        """Brings in late verdicts after the block, however it ends: what it has committed stays."""
+        try:
+            yield
+        except BaseException:
+            try:
+                bring_in_late_verdicts(catalog, self._run_id, collector.known, self._collected.keys)
+            except VlmflowError as error:
+                # What ended the run is on its way to the user.
+                logger.warning(
+                    "verdicts and lists given during run %s may not be in its rows: %s; import or add them again",
+                    self._run_id,
+                    error,
+                )
+            raise
+        bring_in_late_verdicts(catalog, self._run_id, collector.known, self._collected.keys)
 
     def _run_lost(self, stages: Stages, collector: Collector, metrics: RunMetrics) -> None:
         """Runs the images that went in and did not come out, each alone.

@@ -81,6 +81,7 @@ PLANNED = pa.schema(
         ("previous_caption", pa.string()),  # for `match`, where `caption` itself is not due
         ("replaces", pa.bool_()),  # a live row exists
         ("attempts", pa.int32()),  # attempts before this one at this object version and these fingerprints
+        ("failed_before", pa.bool_()),  # the live row is not `ok`, and the object has not changed since
         ("ingest_date", pa.date32()),  # kept from the live row, else the run's logical date
         ("live_file", pa.string()),  # file of the images table that held the live row at planning
         ("previous_version", pa.string()),  # seen_version of the live row at planning

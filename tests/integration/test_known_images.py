@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime as dt
+import hashlib
 import shutil
 from collections.abc import Callable
 from importlib import resources
@@ -11,19 +13,24 @@ from typing import Any
 
 import imagehash
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image, ImageDraw
 
 from tests.pictures import write_broken, write_pictures
 from vlmflow.catalog import Catalog
+from vlmflow.catalog.reviews import EVENT
 from vlmflow.cli import main
 from vlmflow.config import ImageLimits, Job
 from vlmflow.engine import enrich
+from vlmflow.engine.progress import SilentProgress
 from vlmflow.engine.remoderate import remoderate
 from vlmflow.errors import ImageError, KnownImagesError
 from vlmflow.imaging import decode
 from vlmflow.known import add_list, read_hashes, remove_list
 from vlmflow.review import import_verdicts
+from vlmflow.sources import normalise_uri
+from vlmflow.sources.uris import ids_of_normalised
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -123,6 +130,41 @@ def test_a_known_image_is_blocked_though_its_model_failed(
     assert enrich(fresh).status == "nothing_due"
     others = [row["decision"] for name, row in rows_of(job).items() if name != path.name]
     assert others == ["review", "review"]
+
+
+class Meanwhile(SilentProgress):
+    """Does something once the workers of a run are at work."""
+
+    def __init__(self, act: Callable[[], Any]) -> None:
+        self._act = act
+
+    def stage(self, text: str) -> None:
+        if text == "enriching":
+            self._act()
+
+
+def test_what_lists_and_people_say_during_a_run_or_before_it_stands_in_its_rows(
+    make_job: Callable[..., Job], tmp_path: Path
+) -> None:
+    listed, judged, other = write_pictures(tmp_path / "images", 3)
+    job = make_job(tmp_path / "images", tasks=("embed",))
+    event = {
+        "image_id": ids_of_normalised([normalise_uri(str(judged))], None)[0],
+        "content_hash": hashlib.sha256(judged.read_bytes()).hexdigest(),
+        "decision": "block",
+        "reviewer": "ada",
+        "at": dt.datetime(2026, 11, 20, tzinfo=dt.UTC),
+    }
+    reviews = Catalog.open_or_create(job.catalog, pa.schema([])).reviews
+    reviews.add(pa.Table.from_pylist([event], schema=EVENT))
+
+    def add() -> None:
+        add_list(job.catalog, "banned", "block", [hashlib.sha256(listed.read_bytes()).hexdigest()])
+
+    enrich(job, progress=Meanwhile(add))
+
+    decisions = {name: row["decision"] for name, row in rows_of(job).items()}
+    assert decisions == {listed.name: "block", judged.name: "block", other.name: "review"}
 
 
 def test_our_hash_is_that_of_imagehash_within_a_few_bits() -> None:

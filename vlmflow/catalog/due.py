@@ -82,6 +82,7 @@ class Due:
     wanted: Mask  # the image goes into the pipeline
     if_same: dict[str, Mask]  # tasks to run should the bytes be those the live row was made of
     attempts: npt.NDArray[np.int32]  # before this run, at this version and these fingerprints
+    failed_before: Mask  # the live row is not `ok`, and the object has not changed since
     num_unchanged: int
     num_exhausted: int
     num_policy_differs: int
@@ -98,7 +99,8 @@ def decide(references: pa.Table, live: pa.Table, exists: Mask, request: PlanRequ
     """
     version = references["object_version"]
     changed = exists & is_valid(version) & ~equal(version, live["seen_version"])
-    state = _State.of(live, exists & ~changed, request)
+    same = exists & ~changed
+    state = _State.of(live, same, request)
     reasons = {task: _reasons(task, references, live, state, request) for task in request.tasks}
     _close(reasons, state)
     blank = np.zeros(len(exists), dtype=np.bool_)
@@ -121,6 +123,7 @@ def decide(references: pa.Table, live: pa.Table, exists: Mask, request: PlanRequ
         wanted=wanted,
         if_same=if_same,
         attempts=state.attempts,
+        failed_before=same & ~equal(live["status"], OK),
         num_unchanged=int((exists & ~wanted & ~exhausted).sum()),
         num_exhausted=int(exhausted.sum()),
         num_policy_differs=int(_policy_differs(live, exists, reasons, request).sum()),

@@ -113,13 +113,17 @@ class KnownStore:
 
 
 class KnownImages:
-    """Finds known images. Picklable. N: images."""
+    """Finds known images. Picklable. N: images.
+
+    Attributes:
+        lists: those that are looked through.
+    """
 
     def __init__(self, lists: Iterable[KnownList]) -> None:
-        self._lists = list(lists)
+        self.lists = list(lists)
 
     def __len__(self) -> int:
-        return sum(len(known.hashes) + len(known.phashes) for known in self._lists)
+        return sum(len(known.hashes) + len(known.phashes) for known in self.lists)
 
     def verdicts(self, content_hash: pa.ChunkedArray, phash: pa.ChunkedArray) -> pa.StructArray:
         """What the lists say of images.
@@ -143,7 +147,7 @@ class KnownImages:
             reasons = [f"looks like a listed image ({distance} of 64 bits differ)" for distance in distances[hit]]
             _put(columns, hit, known, reasons)
         for kind in ("allow", "block"):
-            for known in self._lists:
+            for known in self.lists:
                 if known.kind == kind and known.hashes:
                     hit = as_mask(pc.is_in(flat(content_hash), value_set=pa.array(known.hashes, pa.string())))
                     _put(columns, hit, known, ["equal bytes"] * int(hit.sum()))
@@ -159,7 +163,7 @@ class KnownImages:
 
     def _look_alikes(self, phash: pa.ChunkedArray) -> list[tuple[KnownList, NDArray[np.int64]]]:
         """Per list with perceptual hashes, (N,) the least distance to any of them; 65: there is no hash."""
-        looking = [known for known in self._lists if known.phashes]
+        looking = [known for known in self.lists if known.phashes]
         if not looking:
             return []
         values = flat(phash)

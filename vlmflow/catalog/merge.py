@@ -57,9 +57,10 @@ def merge(live: pa.Table, staged: pa.Table) -> tuple[pa.Table, Mask]:
 
     # The marks of this attempt: taken from us unless a newer version was met.
     marks = np.where(verdict.superseded, keep, ours)
-    for name in ("decoder", "run_id", "updated_at", "attempt_digest", "source"):
-        if name in live.column_names:
-            columns[name] = take(name, marks)
+    for name in ("decoder", "run_id", "updated_at", "attempt_digest"):
+        columns[name] = take(name, marks)
+    if "source" in live.column_names:
+        columns["source"] = _source(live, staged, verdict)
     seen = take("seen_version", marks)
     columns["seen_version"] = pc.if_else(pc.is_null(seen), live["seen_version"], seen)
     columns["errors"] = _merged_errors(live, staged, verdict)
@@ -168,6 +169,19 @@ def _judged(
     stays = verdict.superseded | (verdict.marked & verdict.image.missing)
     before = equal(decided["decision_reason"], BY_VERDICT)
     return with_verdicts(merged["decision"], merged["decision_reason"], said, holds, verdict.ours | (stays & before))
+
+
+def _source(live: pa.Table, staged: pa.Table, verdict: _Verdict) -> pa.StructArray:
+    """The caller's columns: ours as far as our source has them, null or not; the others as they were."""
+    kind = live.schema.field("source").type
+    theirs, ours = flat(live["source"]), flat(conform_column(staged, live.schema.field("source")))
+    has = {field.name: holds(staged["source_columns"], field.name) & ~verdict.superseded for field in kind}
+    fields = [
+        pc.if_else(pa.array(has[field.name]), pc.struct_field(ours, field.name), pc.struct_field(theirs, field.name))
+        for field in kind
+    ]
+    given = is_valid(theirs) | (np.logical_or.reduce(list(has.values())) & is_valid(ours))
+    return pa.StructArray.from_arrays(fields, fields=list(kind), mask=pa.array(~given))
 
 
 def _merged_errors(live: pa.Table, staged: pa.Table, verdict: _Verdict) -> pa.Array:

@@ -57,6 +57,7 @@ class Plan:
     num_due: int = 0
     num_new: int = 0  # of those due
     num_planned: int = 0  # due, and within the limit
+    num_fresh: int = 0  # of those planned, without those that failed the last time too
     num_unchanged: int = 0
     num_exhausted: int = 0  # failed too often to be tried again
     num_policy_differs: int = 0  # keep labels of another policy
@@ -223,6 +224,7 @@ class _Planner:
         for part, rows in zip(parts, filled, strict=True):
             ordered.append(rows.select(plan.schema.names), np.full(rows.num_rows, part))
             plan.num_planned += rows.num_rows
+            plan.num_fresh += rows.num_rows - (pc.sum(rows["failed_before"]).as_py() or 0)
         ordered.close()
         shutil.rmtree(self._workspace / f"{name}-unordered")
         return ordered

@@ -136,6 +136,7 @@ class Join:
             "due_if_same": _task_lists(due.if_same, count),
             "replaces": pa.array(~due.new),
             "attempts": pa.array(due.attempts),
+            "failed_before": pa.array(due.failed_before),
             "ingest_date": pa.array(dates, pa.date32()).take(lookup),
             "live_file": pa.array(paths, pa.string()).take(lookup),
             "previous_version": live["seen_version"],

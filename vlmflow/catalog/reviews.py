@@ -187,7 +187,10 @@ def apply_verdicts(
                 _count(result, flips)
         if late:  # their rows are elsewhere now, and have to be met again
             left = set(judged_images)
-    raise CatalogError("verdicts: other writers are always first", remedy="Import again when they are done.")
+    raise CatalogError(
+        "verdicts: other writers are always first",
+        remedy="Import the verdicts, or add the list, again when they are done.",
+    )
 
 
 def _judged(

@@ -45,6 +45,7 @@ STAGED = pa.schema(
         ("tasks_failed", pa.list_(pa.string())),
         ("live_file", pa.string()),
         ("previous_version", pa.string()),
+        ("source_columns", pa.list_(pa.string())),  # the caller's columns that this run's source has; null: none
     ]
 )
 
@@ -99,6 +100,7 @@ def stage_rows(rows: pa.Table, constants: RunConstants, columns: pa.Schema) -> p
         "decoder": _constant(constants.decoder, rows.num_rows),
         "run_id": _constant(constants.run_id, rows.num_rows),
         "updated_at": pa.repeat(pa.scalar(dt.datetime.now(dt.UTC), schema.TIMESTAMP), rows.num_rows),
+        "source_columns": pa.repeat(pa.scalar(_source_columns(rows), pa.list_(pa.string())), rows.num_rows),
     }
     for task in schema.TASKS:
         filled |= _task_columns(task, rows, constants, run[task])
@@ -111,11 +113,11 @@ def stage_rows(rows: pa.Table, constants: RunConstants, columns: pa.Schema) -> p
     said = flat(conform_column(rows, schema.WRITER_OPTIONAL.field("verdict")))
     known = is_valid(said)
     filled |= with_verdicts(filled["decision"], filled["decision_reason"], said, known, known)
-    out = []
-    for field in columns:
-        out.append(filled[field.name].cast(field.type) if field.name in filled else conform_column(rows, field))
-    out += [conform_column(rows, field) for field in STAGED]
-    return pa.table(out, schema=pa.schema([*columns, *STAGED]))
+    wanted = pa.schema([*columns, *STAGED])
+    out = [
+        filled[field.name].cast(field.type) if field.name in filled else conform_column(rows, field) for field in wanted
+    ]
+    return pa.table(out, schema=wanted)
 
 
 @dataclass(frozen=True)
@@ -188,6 +190,13 @@ def _task_columns(task: str, rows: pa.Table, constants: RunConstants, run: Mask)
             value = conform_column(rows, field)
         out[field.name] = pc.if_else(mask, value, pa.scalar(None, field.type))
     return out
+
+
+def _source_columns(rows: pa.Table) -> list[str] | None:
+    """The caller's columns that rows came with."""
+    if "source" not in rows.column_names:
+        return None
+    return [field.name for field in rows.schema.field("source").type]
 
 
 def _alt_texts(rows: pa.Table, captions: pa.Array, found_text_column: str | None) -> dict[str, pa.Array]:

@@ -38,7 +38,8 @@ def add_command(
     """Put a list of known images into the catalog, in place of one of its name, and apply it to the rows.
 
     Images are blocked by their bytes (sha256) or by how they look (pHash, within the distance); they are allowed by
-    their bytes alone. Later runs apply the lists to every image that they read. People's verdicts go before any list.
+    their bytes alone. Later runs apply the lists to every image that they read; a run that is at work does so when it
+    ends. People's verdicts go before any list.
 
     Example: `vlmflow known add catalog/ banned.txt --block --max-distance 6`
     """

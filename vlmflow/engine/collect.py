@@ -18,14 +18,13 @@ from vlmflow.catalog import Catalog, CatalogWriter
 from vlmflow.catalog.known_images import KnownImages
 from vlmflow.config import CommitConfig
 from vlmflow.engine import columns
+from vlmflow.engine.budget import ErrorBudget, FreshRows
 from vlmflow.engine.equal_bytes import put_copied
 from vlmflow.engine.faults import get
 from vlmflow.engine.progress import Tally
 from vlmflow.engine.report import CommitReport
-from vlmflow.errors import ErrorBudgetError, StoreLostError
+from vlmflow.errors import StoreLostError
 
-# The error budget looks at this many finished rows, and nothing is committed before.
-BUDGET_ROWS = 1_000
 # Writes under way at once: enough to hide the latency of a store. Each needs a worker process of its own beside the
 # decoding ones, so a small machine has one.
 MAX_WRITES = 4
@@ -44,6 +43,7 @@ class Written:
         at_once: by pool, the most images at once since memory ran out.
         num_copied: images with results of a row of the catalog with equal bytes.
         num_shared: images with results of another image of this run with equal bytes.
+        fresh: what counts for the error budget.
         fatal: why the run must end; then nothing was written.
     """
 
@@ -54,6 +54,7 @@ class Written:
     at_once: dict[str, int]
     num_copied: int
     num_shared: int
+    fresh: FreshRows
     fatal: str | None
 
 
@@ -66,7 +67,7 @@ def write_blocks(writer: CatalogWriter, known: KnownImages, *blocks: pa.Table) -
     rows = pa.concat_tables([block for block in blocks if block.num_rows], promote_options="permissive")
     fatal = next((reason for reason in rows[columns.FATAL].unique().to_pylist() if reason), None)
     if fatal is not None:
-        return Written(writer.write(rows.slice(0, 0)), {}, {}, {}, {}, 0, 0, fatal)
+        return Written(writer.write(rows.slice(0, 0)), {}, {}, {}, {}, 0, 0, FreshRows(), fatal)
     sums = {
         name: float(pa.compute.sum(rows[name]).as_py() or 0.0)
         for name in rows.column_names
@@ -89,7 +90,8 @@ def write_blocks(writer: CatalogWriter, known: KnownImages, *blocks: pa.Table) -
     if len(known):
         field = schema.WRITER_OPTIONAL.field("verdict")
         rows = rows.append_column(field, known.verdicts(rows["content_hash"], rows["phash"]))
-    return Written(writer.write(rows), sums, dict(worked), _decisions(rows), at_once, copied, shared, None)
+    decisions, fresh = _decisions(rows), FreshRows.of(rows)
+    return Written(writer.write(rows), sums, dict(worked), decisions, at_once, copied, shared, fresh, None)
 
 
 @dataclass
@@ -116,8 +118,12 @@ class Collected:
 class Collector:
     """Groups finished blocks, has them written, and commits what was written.
 
+    Attributes:
+        collected: totals of what went through.
+        known: the lists of known images that the rows are looked up in.
+
     Args:
-        max_error_fraction: of the first 1,000 finished rows; 1 turns the budget off. Shorter runs have none.
+        budget: nothing is committed before it is kept.
         num_cpus: of the cluster.
     """
 
@@ -128,21 +134,19 @@ class Collector:
         run_id: str,
         commit: CommitConfig,
         tally: Tally,
-        max_error_fraction: float,
+        budget: ErrorBudget,
         num_cpus: float,
     ) -> None:
         self._catalog, self._run_id, self._commit = catalog, run_id, commit
-        self._writer, self._known = ray.put(writer), ray.put(catalog.known_images.matcher())
+        self.known = catalog.known_images.matcher()
+        self._writer, self._known = ray.put(writer), ray.put(self.known)
         self._write = ray.remote(num_cpus=0, max_retries=3, scheduling_strategy="SPREAD")(write_blocks)
         self._max_writes = max(1, min(MAX_WRITES, int(num_cpus) // _CPUS_PER_WRITE))
-        self._tally = tally
-        self._max_error_fraction = max_error_fraction
-        self._within_budget = max_error_fraction >= 1 or tally.total < BUDGET_ROWS
+        self._tally, self._budget = tally, budget
         self._blocks: list[ray.ObjectRef[pa.Table]] = []
         self._num_buffered = 0
         self._writes: list[ray.ObjectRef[Written]] = []
         self._files: list[pa.Table] = []
-        self._written: Counter[str] = Counter()  # rows by status, committed or not
         self._started = self._last_flush = time.monotonic()
         self.collected = Collected()
 
@@ -177,7 +181,7 @@ class Collector:
         self._flush()
         while self._writes:
             self._reap(wait=True)
-        self._within_budget = True
+        self._budget.close()
         self._commit_files()
 
     def _flush(self) -> None:
@@ -194,8 +198,9 @@ class Collector:
         for ref in done:
             self._take(get(ref))
         if done:
-            self._check_budget()
-            self._commit_files()
+            self._budget.check()
+            if self._budget.is_kept:
+                self._commit_files()
 
     def _take(self, written: Written) -> None:
         if written.fatal is not None:
@@ -214,25 +219,10 @@ class Collector:
         self._tally.errors.update(errors)
         self.collected.errors.update(errors)
         self.collected.decisions.update(written.decisions)
-        self._written.update(_counts(written.files, "statuses"))
-
-    def _check_budget(self) -> None:
-        if self._within_budget:
-            return
-        finished = sum(self._written.values())
-        if finished < BUDGET_ROWS:
-            return
-        bad = finished - self._written["ok"]
-        if bad > self._max_error_fraction * finished:
-            classes = ", ".join(f"{name} {count:,}" for name, count in self._tally.errors.most_common(3))
-            raise ErrorBudgetError(
-                f"{bad:,} of the first {finished:,} images are bad ({classes}); nothing was committed",
-                remedy="Check the source, or raise max_error_fraction (1 turns the check off).",
-            )
-        self._within_budget = True
+        self._budget.add(written.fresh)
 
     def _commit_files(self) -> None:
-        if not self._within_budget or not self._files:
+        if not self._files:
             return
         files, self._files = pa.concat_tables(self._files), []
         if files.num_rows == 0:

@@ -14,13 +14,14 @@ from typing import Any
 import psutil
 import pyarrow as pa
 import ray
-from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from vlmflow.config import PoolConfig, QuarantineConfig, TaskName
 from vlmflow.engine import columns, watchdog
 from vlmflow.engine.decoding import PoolDecoding, ReadAndDecode
+from vlmflow.engine.faults import in_our_words
 from vlmflow.engine.pools import PoolWorker
-from vlmflow.errors import RowErrorClass
+from vlmflow.errors import ClusterError, RowErrorClass
 from vlmflow.moderation.prompts import PromptVectors
 from vlmflow.tasks.setup import TaskSetup
 
@@ -98,6 +99,10 @@ class Quarantine:
 
         Returns:
             Its finished row. Where a stage killed the process, never returned or raised, the row says so.
+
+        Raises:
+            ClusterError: the process cannot be started.
+            VlmflowError: an error of ours kept it from starting, as absent weights do.
         """
         decoded = self._call("decode", row)
         if isinstance(decoded, RowErrorClass):
@@ -127,13 +132,23 @@ class Quarantine:
             return RowErrorClass.OUT_OF_MEMORY if isinstance(error.cause, MemoryError) else RowErrorClass.TASK_FAILED
         except RayActorError:
             found = RowErrorClass.WORKER_DIED
+        except RayError as error:  # not of the image
+            raise in_our_words(error) from error
         self.close()
         return found
 
     def _started(self) -> Any:
         if self._actor is None:
             self._actor = self._remote.remote(self._stages, self._config.max_memory_bytes)
-            ray.get(self._actor.ready.remote(), timeout=_START_TIMEOUT_S)
+            try:
+                ray.get(self._actor.ready.remote(), timeout=_START_TIMEOUT_S)
+            except GetTimeoutError as error:
+                raise ClusterError(
+                    f"the process that runs images alone was not ready within {_START_TIMEOUT_S:.0f} s",
+                    remedy="What was committed stays. See that the cluster has room, then run the same command again.",
+                ) from error
+            except RayError as error:
+                raise in_our_words(error) from error
         return self._actor
 
 

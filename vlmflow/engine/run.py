@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import pyarrow as pa
 import ray
@@ -15,9 +15,11 @@ from vlmflow.catalog import Catalog, KnownBytes, Plan, keys, plan_without_catalo
 from vlmflow.catalog.runs import new_run_id
 from vlmflow.config import Job, PoolConfig
 from vlmflow.engine.archive import archive_policy
+from vlmflow.engine.budget import ErrorBudget
 from vlmflow.engine.cluster import Cluster, WorkerErrors, ray_cluster
 from vlmflow.engine.collect import Collected, Collector
 from vlmflow.engine.consume import Block, FinishedBlocks
+from vlmflow.engine.late_verdicts import bring_in_late_verdicts
 from vlmflow.engine.metrics import RunMetrics
 from vlmflow.engine.pipeline import block_rows, build_pipeline, check_pools, default_pools, open_pools, stages_of
 from vlmflow.engine.planning import OnCluster
@@ -159,7 +161,9 @@ class _Run:
 
     def execute(self) -> RunReport:
         if self._plan.num_planned == 0:
-            if not Catalog.exists(self._job.catalog):
+            if Catalog.exists(self._job.catalog):
+                bring_in_late_verdicts(Catalog.open(self._job.catalog), self._run_id, None, [])
+            else:
                 Catalog.open_or_create(self._job.catalog, self._source.columns)
             return self._finished("nothing_due")
         self._display.stage("starting Ray")
@@ -185,8 +189,9 @@ class _Run:
                     self._archive_policy(catalog, prompts)
                     collector = self._collector(catalog, cluster)
                     metrics = RunMetrics(self._report.catalog, self._prepared.job.tasks)
-                    self._consume(first, finished, collector, metrics)
-                    self._run_lost(stages, collector, metrics)
+                    with self._with_late_verdicts(catalog, collector):
+                        self._consume(first, finished, collector, metrics)
+                        self._run_lost(stages, collector, metrics)
                     self._display.stage("compacting")
                     catalog.compact(self._run_id)
         return self._done
@@ -225,7 +230,7 @@ class _Run:
 
     def _collector(self, catalog: Catalog, cluster: Cluster) -> Collector:
         writer = catalog.writer(self._prepared.constants(self._run_id), self._plan.version)
-        commit, budget = self._job.commit, self._job.max_error_fraction
+        commit, budget = self._job.commit, ErrorBudget(self._job.max_error_fraction, self._plan.num_fresh)
         collector = Collector(catalog, writer, self._run_id, commit, self._tally, budget, cluster.cpus)
         self._collected = collector.collected
         return collector
@@ -264,13 +269,31 @@ class _Run:
         self._display.update(self._tally)
         metrics.update(self._tally, self._collected)
 
+    @contextlib.contextmanager
+    def _with_late_verdicts(self, catalog: Catalog, collector: Collector) -> Iterator[None]:
+        """Brings in late verdicts after the block, however it ends: what it has committed stays."""
+        try:
+            yield
+        except BaseException:
+            try:
+                bring_in_late_verdicts(catalog, self._run_id, collector.known, self._collected.keys)
+            except VlmflowError as error:
+                # What ended the run is on its way to the user.
+                logger.warning(
+                    "verdicts and lists given during run %s may not be in its rows: %s; import or add them again",
+                    self._run_id,
+                    error,
+                )
+            raise
+        bring_in_late_verdicts(catalog, self._run_id, collector.known, self._collected.keys)
+
     def _run_lost(self, stages: Stages, collector: Collector, metrics: RunMetrics) -> None:
         """Runs the images that went in and did not come out, each alone.
 
         Raises:
             UnreconciledError: they are too many.
         """
-        lost = self._lost()
+        lost = lost_rows(self._plan.batches(), self._collected.keys)
         config = self._job.quarantine
         if not lost.num_rows:
             return
@@ -288,18 +311,9 @@ class _Run:
             quarantine.close()
         collector.finish()
         metrics.update(self._tally, self._collected)
-        lost = self._lost()
+        lost = lost_rows(self._plan.batches(), self._collected.keys)
         if lost.num_rows:
             raise self._unreconciled(lost)
-
-    def _lost(self) -> pa.Table:
-        """The planned rows whose key no committed file holds."""
-        out = pa.chunked_array(self._collected.keys, pa.binary(16))
-        absent = []
-        for block in self._plan.batches():
-            came_out = pa.compute.is_in(keys.to_binary(block["image_id"]), value_set=out)
-            absent.append(block.filter(pa.compute.invert(came_out)))
-        return pa.concat_tables(absent)
 
     def _unreconciled(self, lost: pa.Table) -> UnreconciledError:
         reason = self._worker_errors.first()
@@ -323,6 +337,21 @@ class _Run:
             num_first=self._tally.num_first,
             num_cpus=self._num_cpus,
         )
+
+
+def lost_rows(planned: Iterable[pa.Table], committed: Sequence[pa.Array]) -> pa.Table:
+    """The planned rows whose key no committed file holds.
+
+    Args:
+        planned: at least one table.
+        committed: keys, as ``schema.KEY``.
+    """
+    # One index for all tables: is_in would hash every committed key again for each of them.
+    index = keys.index_of(keys.concat(committed))
+    absent = [
+        rows.filter(pa.array(index.find(*keys.to_words(keys.to_binary(rows["image_id"]))) < 0)) for rows in planned
+    ]
+    return pa.concat_tables(absent)
 
 
 def _lost_in_mid_run(error: VlmflowError) -> StoreLostError:

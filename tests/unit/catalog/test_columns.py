@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pyarrow as pa
 import pytest
 
+from tests.catalog_samples import enrich, open_catalog, references, request, rows_by_name
 from vlmflow import schema
 from vlmflow.catalog.columns import conform, missing_columns, source_columns, storable
 from vlmflow.errors import CatalogError
@@ -73,3 +76,18 @@ def test_rows_get_nulls_for_what_they_lack_and_keep_null_structs() -> None:
     assert got.to_pylist() == [{"a": None, "source": {"x": 1, "y": None}}, {"a": None, "source": None}]
     sliced = conform(rows.slice(1), wanted)
     assert sliced["source"].to_pylist() == [None]
+
+
+def test_a_source_changes_the_columns_that_it_has_and_no_others(tmp_path: Path) -> None:
+    price, seller = pa.field("price", pa.float64()), pa.field("seller", pa.string())
+    catalog = open_catalog(tmp_path / "catalog", pa.schema([price, seller]))
+    first = {"price": 9.5, "seller": "ann"}
+    enrich(catalog, "r1", [references(["a", "b"], source=[first, first])])
+
+    # By their prefix, for another task; then from a list of one column, which is empty for one of the images.
+    enrich(catalog, "r2", [references(["a", "b"])], request(("detect",)))
+    assert {name: row["source"] for name, row in rows_by_name(catalog).items()} == {"a": first, "b": first}
+    narrow = [{"price": 8.0}, {"price": None}]
+    enrich(catalog, "r3", [references(["a", "b"], source=narrow, source_type=pa.struct([price]), version="v2")])
+    rows = {name: row["source"] for name, row in rows_by_name(catalog).items()}
+    assert rows == {"a": {"price": 8.0, "seller": "ann"}, "b": {"price": None, "seller": "ann"}}

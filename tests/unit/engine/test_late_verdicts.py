@@ -1,0 +1,80 @@
+"""What people and lists say of a run's images stands in its rows when it ends, though they said it before or during."""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from tests.catalog_samples import config_of, enrich, image_id, open_catalog, references, rows_by_name
+from vlmflow.catalog import Catalog, keys
+from vlmflow.catalog.known_images import KnownImages
+from vlmflow.catalog.reviews import EVENT
+from vlmflow.engine.late_verdicts import bring_in_late_verdicts
+from vlmflow.known import add_list, remove_list
+
+NAMES = ["a", "b", "c"]
+NO_LISTS = KnownImages([])
+
+
+@pytest.fixture
+def catalog(tmp_path: Path) -> Catalog:
+    made = open_catalog(tmp_path / "catalog")
+    enrich(made, "r1", [references(NAMES)])
+    return made
+
+
+def committed(names: Sequence[str] = NAMES) -> list[pa.Array]:
+    return [keys.to_binary(pa.array([image_id(name) for name in names]))]
+
+
+def block(catalog: Catalog, name: str) -> None:
+    said = {"image_id": image_id(name), "content_hash": f"bytes-mem://{name}", "decision": "block", "reviewer": "ada"}
+    events = [said | {"at": dt.datetime(2026, 11, 20, tzinfo=dt.UTC)}]
+    catalog.reviews.add(pa.Table.from_pylist(events, schema=EVENT))
+
+
+def blocked(catalog: Catalog) -> set[str]:
+    return {name for name, row in rows_by_name(catalog).items() if row["decision"] == "block"}
+
+
+def test_the_verdict_on_bytes_that_come_back_holds_again(catalog: Catalog) -> None:
+    block(catalog, "a")
+    catalog.apply_verdicts()
+    enrich(catalog, "r2", [references(["a"], version="v2")], content="others")
+    bring_in_late_verdicts(catalog, "r2", NO_LISTS, committed(["a"]))
+    assert blocked(catalog) == set()
+    block(catalog, "b")  # of a row that this run does not touch: whoever says it brings it in
+    enrich(catalog, "r3", [references(["a"], version="v3")])
+    bring_in_late_verdicts(catalog, "r3", NO_LISTS, committed(["a"]))
+    assert blocked(catalog) == {"a"}
+
+
+def test_a_list_that_is_changed_during_a_run_is_looked_up_at_its_end(catalog: Catalog) -> None:
+    before = catalog.known_images.matcher()
+    add_list(config_of(catalog.uri), "banned", "block", ["bytes-mem://d", "bytes-mem://a"])
+    during = catalog.known_images.matcher()
+    assert blocked(catalog) == {"a"}
+    enrich(catalog, "r2", [references(["d"])])  # by workers that do not know the list
+    version = catalog.version
+    bring_in_late_verdicts(catalog, "r2", during, committed(["d"]))
+    assert catalog.version == version, "the workers had that list"
+    bring_in_late_verdicts(catalog, "r2", before, committed(["d"]))
+    assert blocked(catalog) == {"a", "d"}
+    # Taken away, while a run still goes by it.
+    remove_list(config_of(catalog.uri), "banned")
+    assert blocked(catalog) == set()
+
+
+def test_the_run_after_one_that_was_killed_looks_at_every_row(catalog: Catalog) -> None:
+    catalog.runs.start("killed", {})
+    block(catalog, "b")
+    bring_in_late_verdicts(catalog, "r2", None, [])
+    assert blocked(catalog) == {"b"}
+    catalog.runs.finish("killed", {})
+    block(catalog, "c")
+    bring_in_late_verdicts(catalog, "r3", None, [])
+    assert blocked(catalog) == {"b"}

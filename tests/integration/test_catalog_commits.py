@@ -21,6 +21,8 @@ from vlmflow.catalog import commit as commit_module
 from vlmflow.catalog.commit import Change, CommitRequest, commit
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.log import APPLICATION_ID, COMMIT_ID, DataFile, Snapshot, TableLog
+from vlmflow.catalog.read import read_rows
+from vlmflow.catalog.writer import write_file
 from vlmflow.config import CatalogConfig
 from vlmflow.errors import CatalogError, CommitError, StorageAccessError, TransientError
 
@@ -239,6 +241,48 @@ def test_a_commit_whose_answer_was_lost_is_found_in_the_log(catalog: Catalog, mo
     assert len(rows_by_name(catalog)) == len(NAMES)
 
 
+@pytest.mark.parametrize("found", [True, False])
+@pytest.mark.parametrize("table", ["images", "embeddings", "swap"])
+def test_live_files_stay_when_another_run_commits_while_a_lost_answer_is_looked_for(
+    catalog: Catalog, config: CatalogConfig, monkeypatch: pytest.MonkeyPatch, table: str, found: bool
+) -> None:
+    """``found``: the log is asked and says so; otherwise it is wrong, and still nothing that is live is deleted."""
+    enrich(catalog, "r0", [references(NAMES[:2])])
+    other = Catalog.open(config)
+    theirs = write(other, "r2", [references(NAMES[4:])])
+    ours = write(catalog, "r1", [references(NAMES[2:4])])
+    (old,) = catalog.live_files("images").values()
+    rows = read_rows(Folder(config), "images", old)
+    new = write_file(Folder(config), "images", rows, old.ingest_date, "r1")
+    made, was_committed = commit_module._write, TableLog.was_committed
+    wanted = "embeddings" if table == "embeddings" else "images"
+
+    def lose_the_answer(handle: DeltaTable, *args: object) -> None:
+        made(handle, *args)  # type: ignore[arg-type]
+        if wanted in handle.table_uri:
+            monkeypatch.setattr(commit_module, "_write", made)
+            monkeypatch.setattr(TableLog, "was_committed", look)
+            raise OSError("connection reset")
+
+    def look(log: TableLog, commit_id: str, since: int) -> bool:
+        monkeypatch.setattr(TableLog, "was_committed", was_committed)
+        other.commit("r2", theirs)
+        return was_committed(log, commit_id, since) if found else False
+
+    monkeypatch.setattr(commit_module, "_write", lose_the_answer)
+    if table == "swap":
+        assert catalog.swap_images("r1", "test", [(old, new)]) == ([] if found else [old])
+    elif found or table == "images":
+        assert catalog.commit("r1", ours).num_added == (2 if found else 0)
+    else:  # the same file twice is refused
+        with pytest.raises(CommitError, match="is already in version"):
+            catalog.commit("r1", ours)
+    ours_are_in = table == "images" or (table == "embeddings" and found)
+    expected = NAMES if ours_are_in else NAMES[:2] + NAMES[4:]
+    assert sorted(rows_by_name(catalog)) == expected
+    assert catalog.embeddings().num_rows == 2 * len(expected)
+
+
 # Conflicts
 
 
@@ -313,6 +357,25 @@ def test_the_log_is_read_once_for_commit_ids(catalog: Catalog, config: CatalogCo
     assert log.was_committed(newest[COMMIT_ID], 3)
     assert log.was_committed(ids[-1], 0)
     assert not log.was_committed("other", 0)
+    catalog._images.table.create_checkpoint()
+    for number in range(3):  # as deltalake does after 30 days
+        Folder(config).delete(f"images/_delta_log/{number:020d}.json")
+    assert log.was_committed(ids[-1], 0)  # read before
+    anew = TableLog.open(Folder(config), "images")
+    assert anew.was_committed(newest[COMMIT_ID], 3)
+    with pytest.raises(CatalogError, match="the log of table images does not hold version 1 any more") as info:
+        anew.was_committed("other", 0)
+    assert info.value.remedy == "Run the same command again: it begins at the newest version."
+
+
+def test_versions_are_counted_up_to_the_handle_however_far_the_log_is(catalog: Catalog, config: CatalogConfig) -> None:
+    enrich(catalog, "r1", [references(NAMES[:1])])
+    log = TableLog.open(Folder(config), "images")
+    for number in range(1, 4):
+        enrich(catalog, f"r{number + 1}", [references(NAMES[number : number + 1])])
+    assert [log.first_commit_of(run) for run in ("r1", "r2", "r4")] == [1, None, None]
+    log.refresh()
+    assert [log.first_commit_of(run) for run in ("r1", "r2", "r4")] == [1, 2, 4]
 
 
 def test_a_place_that_cannot_hold_a_catalog_is_named(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ import pytest
 
 from tests.catalog_samples import DATE, enrich, open_catalog, references, request, rows_by_name, write
 from vlmflow.catalog import Catalog
+from vlmflow.catalog.compact import CompactResult
+from vlmflow.catalog.folder import Folder
 from vlmflow.errors import CatalogError
 
 NAMES = [f"image {number}" for number in range(9)]
@@ -31,6 +33,10 @@ def catalog(tmp_path: Path) -> Catalog:
     changed = references(NAMES[3:6], version="v2", source=titles[3:6])
     enrich(catalog, "r3", [changed], content="new", caption="a dog", decision="block")
     return catalog
+
+
+def days_ago(count: int) -> dt.date:
+    return dt.datetime.now(dt.UTC).date() - dt.timedelta(days=count)
 
 
 def expected(catalog: Catalog) -> set[tuple[str, str, str, dt.date, str]]:
@@ -137,3 +143,40 @@ def test_large_files_are_left_alone(catalog: Catalog) -> None:
     files = catalog.file_uris("images")
     assert catalog.compact("c1", target_bytes={"images": 1000, "embeddings": 1000}).num_files_before == 0
     assert catalog.file_uris("images") == files
+
+
+def test_compaction_with_nothing_to_do_reads_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    catalog = open_catalog(tmp_path / "dates")
+    for day in range(1, 4):
+        enrich(catalog, f"r{day}", [references([f"n{day}"])], request(date=days_ago(day)))
+    read: list[str] = []
+    monkeypatch.setattr(Folder, "read_parquet", lambda folder, path, columns=None: read.append(path))
+    assert catalog.compact("c1") == CompactResult()
+    assert read == []
+
+
+def test_large_files_are_written_anew_where_the_run_has_replaced_much(tmp_path: Path) -> None:
+    catalog, names = open_catalog(tmp_path / "large"), [f"n{number}" for number in range(200)]
+    asked = request(date=days_ago(1))
+    for run, some, version in (("r1", names, "v1"), ("r2", names[:100], "v2")):
+        catalog.runs.start(run, {})
+        enrich(catalog, run, [references(some, version=version)], asked, content=version)
+        catalog.runs.finish(run, {})
+    large = 2 * max(file.size_bytes for file in catalog.live_files("embeddings").values())
+    target = {"images": 1, "embeddings": large}
+    assert catalog.compact("other", target_bytes=target) == CompactResult()
+    # Half of the large file goes, which makes it small, and so it is joined with the new one.
+    assert catalog.compact("r2", target_bytes=target) == CompactResult(3, 2, 200)
+    assert catalog.embeddings().num_rows == 400
+
+
+def test_what_a_killed_run_left_on_another_date_goes_now_and_then(tmp_path: Path) -> None:
+    catalog = open_catalog(tmp_path / "killed")
+    for days in (29, 30):
+        run = f"r{days}"
+        catalog.runs.start(run, {})
+        files = write(catalog, run, [references([run])], request(date=days_ago(days)))
+        catalog._commit_embeddings(run, run, files.filter(pc.equal(files["table"], "embeddings")))
+        catalog.runs.finish(run, {})
+    assert catalog.compact("c1") == CompactResult(1, 0, 2)
+    assert [file.ingest_date for file in catalog.live_files("embeddings").values()] == [days_ago(29)]

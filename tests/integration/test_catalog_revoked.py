@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
+from deltalake import DeltaTable
 
-from tests.catalog_samples import config_of, enrich, open_catalog, references, rows_by_name, write
+from tests.catalog_samples import config_of, enrich, image_id, open_catalog, references, rows_by_name, write
 from vlmflow.catalog import Catalog
 from vlmflow.catalog.commit import Change, CommitRequest, commit
+from vlmflow.catalog.erase import erase
 from vlmflow.catalog.folder import Folder
+from vlmflow.catalog.keys import to_binary
 from vlmflow.catalog.log import TableLog
-from vlmflow.catalog.writer import writer_of
+from vlmflow.catalog.read import read_rows
+from vlmflow.catalog.tombstones import Tombstones
+from vlmflow.catalog.writer import write_file, writer_of
 from vlmflow.errors import RunRevokedError
 
 NAMES = ["a", "b", "c"]
@@ -39,6 +46,40 @@ def test_a_revoked_run_commits_no_more(catalog: Catalog, tmp_path: Path) -> None
     assert catalog.embeddings().num_rows == 0
     assert catalog.commit("r2", others).num_added == 1
     assert enrich(catalog, "r3", [references(NAMES)]).num_added == 3
+
+
+@pytest.mark.parametrize("how", ["swap", "compact", "erase"])
+def test_upkeep_of_a_revoked_run_commits_no_more(catalog: Catalog, tmp_path: Path, how: str) -> None:
+    """It plans on the newest version, which comes after the revocation."""
+    for name in NAMES:
+        enrich(catalog, f"r-{name}", [references([name])])
+    folder = Folder(config_of(tmp_path / "catalog"))
+    logs = (TableLog.open(folder, "images"), TableLog.open(folder, "embeddings"))
+    old = next(iter(catalog.live_files("images").values()))
+    new = write_file(folder, "images", read_rows(folder, "images", old), old.ingest_date, "r1")
+    revoke(tmp_path / "catalog", "r1")
+    before = catalog.live_files("images"), catalog.live_files("embeddings")
+    keys = to_binary(pa.array([image_id("a")]))
+    upkeep: dict[str, Callable[[], object]] = {
+        "swap": lambda: catalog.swap_images("r1", "remoderate", [(old, new)]),
+        "compact": lambda: catalog.compact("r1"),
+        "erase": lambda: erase(folder, logs, catalog.runs, Tombstones(folder), keys, "r1"),
+    }
+    with pytest.raises(RunRevokedError, match="run r1 gave no sign of life"):
+        upkeep[how]()
+    assert (catalog.live_files("images"), catalog.live_files("embeddings")) == before
+
+
+def test_upkeep_through_a_handle_of_long_ago_needs_no_log_of_long_ago(catalog: Catalog, tmp_path: Path) -> None:
+    """The app's, say: deltalake takes away entries that are older than 30 days, behind a checkpoint."""
+    for name in NAMES:
+        enrich(Catalog.open(config_of(tmp_path / "catalog")), f"r-{name}", [references([name])])
+    for table in ("images", "embeddings"):
+        DeltaTable(tmp_path / "catalog" / table).create_checkpoint()
+        for number in range(len(NAMES)):
+            (tmp_path / "catalog" / table / "_delta_log" / f"{number:020d}.json").unlink()
+    assert catalog.erase(to_binary(pa.array([image_id("a")]))).num_rows == 1
+    assert sorted(rows_by_name(catalog)) == ["b", "c"]
 
 
 def test_a_commit_made_before_stays_and_is_not_made_again(catalog: Catalog, tmp_path: Path) -> None:

@@ -7,12 +7,10 @@ import pyarrow.compute as pc
 from deltalake.exceptions import DeltaError
 
 from vlmflow.catalog.columns import flat
-from vlmflow.catalog.commit import RUN_ID
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.keys import concat, to_binary
 from vlmflow.catalog.log import TableLog
 from vlmflow.errors import VlmflowError
-from vlmflow.retry import retried
 from vlmflow.schema import KEY
 
 _GONE = (OSError, DeltaError)
@@ -24,11 +22,10 @@ def flagged_before(folder: Folder, images: TableLog, run_id: str) -> pa.Array | 
     """
     snapshot = images.refresh()
     try:
-        history = retried(images.table.history, _GONE)
-        versions = [int(entry["version"]) for entry in history if entry.get(RUN_ID) == run_id]
-        if not versions:
+        first = images.first_commit_of(run_id)
+        if first is None:
             return None
-        old = sorted(images.files_at(min(versions) - 1) - snapshot.files.keys())
+        old = sorted(images.files_at(first - 1) - snapshot.files.keys())
         tables = [folder.read_parquet(f"images/{path}", ["image_id", "decision"]) for path in old]
     except (VlmflowError, *_GONE):  # the log or a file of then has been cleaned away
         return None

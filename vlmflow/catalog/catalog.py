@@ -216,7 +216,7 @@ class Catalog:
 
     def vacuum(self, *, retention: dt.timedelta = RETENTION, dry_run: bool = False) -> VacuumResult:
         """Removes what nobody needs any more; see :func:`vlmflow.catalog.vacuum.vacuum`."""
-        logs = (self._images, self._embeddings)
+        logs = self._logs_from_now()
         if dry_run:
             return vacuum(self._folder, logs, self.runs, "", retention=retention, dry_run=True)
         with self.runs.recorded("vacuum") as run_id:
@@ -229,7 +229,7 @@ class Catalog:
             keys: as ``schema.KEY``.
             uris: further addresses that records of runs must not show any more.
         """
-        logs = (self._images, self._embeddings)
+        logs = self._logs_from_now()
         with self.runs.recorded("erase") as run_id:
             return erase(self._folder, logs, self.runs, self._tombstones, keys, run_id, tuple(uris))
 
@@ -247,6 +247,7 @@ class Catalog:
         newest, known = self.reviews.newest(), self.known_images.matcher()
         if only is not None:
             newest = newest.filter(pc.is_in(newest["image_id"], value_set=pa.array(list(only), pa.string())))
+        now = Catalog(self._folder, *self._logs_from_now())  # this one may be the app's, open for months
         with self.runs.recorded("review") as run_id:
             return apply_verdicts(
                 self._folder,
@@ -255,8 +256,8 @@ class Catalog:
                 known,
                 lists_changed,
                 run_id,
-                lambda: self.live_files("images"),
-                lambda swaps: self.swap_images(run_id, "review", swaps),
+                lambda: now.live_files("images"),
+                lambda swaps: now.swap_images(run_id, "review", swaps),
                 first,
             )
 
@@ -313,8 +314,7 @@ class Catalog:
         commit_id = digest_of(run_id, *(new.path for _, new in swaps))
         done = commit(self._images, CommitRequest(commit_id, run_id, operation, self.version), propose)
         if not done.repeated:
-            for _, new in late:
-                self._folder.delete(f"images/{new.path}")
+            self._images.delete_leftovers([f"images/{new.path}" for _, new in late])
         return [old for old, _ in late]
 
     def images(self, columns: Sequence[str] | None = None) -> pa.Table:
@@ -372,7 +372,8 @@ class Catalog:
         done = commit(self._embeddings, request, propose)
         if not done.repeated:
             committed = {file.path for file in change.add}
-            self._folder.delete_all([f"embeddings/{file.path}" for file, _ in written if file.path not in committed])
+            left = [f"embeddings/{file.path}" for file, _ in written if file.path not in committed]
+            self._embeddings.delete_leftovers(left)
         return done
 
     def _commit_images(self, run_id: str, commit_id: str, files: pa.Table) -> tuple[Outcome, Committed]:
@@ -382,8 +383,12 @@ class Catalog:
         changes = ImageChanges(self._folder, run_id, files, self._added_since(since), self._tombstones)
         done = commit(self._images, CommitRequest(commit_id, run_id, "enrich", since), changes.propose)
         if not done.repeated:
-            self._folder.delete_all(changes.leftovers())
+            self._images.delete_leftovers(changes.leftovers())
         return (Outcome() if done.repeated else changes.outcome), done
+
+    def _logs_from_now(self) -> tuple[TableLog, TableLog]:
+        """The tables' logs for a run of upkeep, to be taken before it begins: images first."""
+        return self._images.from_now(), self._embeddings.from_now()
 
     def _added_since(self, version: int) -> AddedKeys:
         if version not in self._added:

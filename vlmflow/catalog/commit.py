@@ -7,7 +7,8 @@ the newest snapshot, commits from that very snapshot or not at all, and is decid
 - all writers share one application id and take the next number, with no retries inside deltalake: of two commits
   from one snapshot the second fails, whatever they touch;
 - the commit's own id is in its metadata and is looked for in all versions since the change was planned, so that
-  a commit whose answer was lost is not made twice;
+  a commit whose answer was lost is not made twice; so is a revocation of its run, in all versions since the handle
+  was opened;
 - files to remove must be live, and files to add must exist and not be in the table.
 """
 
@@ -25,12 +26,11 @@ from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import AddAction, CommitProperties, RemoveAction, Transaction
 
 from vlmflow.catalog.folder import Folder
-from vlmflow.catalog.log import APPLICATION_ID, COMMIT_ID, REVOKED, DataFile, Snapshot, TableLog
+from vlmflow.catalog.log import APPLICATION_ID, COMMIT_ID, REVOKED, RUN_ID, DataFile, Snapshot, TableLog
 from vlmflow.catalog.runs import DEAD_AFTER
 from vlmflow.errors import CommitError, RunRevokedError
 from vlmflow.storage import access_error
 
-RUN_ID = "vlmflow.run_id"
 OPERATION = "vlmflow.operation"
 
 MAX_ATTEMPTS = 60  # at conflicts
@@ -81,6 +81,7 @@ def commit(log: TableLog, request: CommitRequest, propose: Callable[[Snapshot], 
     """Makes one change whole, or not at all.
 
     Args:
+        log: opened before the run of the request began.
         propose: decides on the newest snapshot what to do, anew after every conflict. An empty change commits nothing,
             unless the request says so.
 
@@ -88,6 +89,7 @@ def commit(log: TableLog, request: CommitRequest, propose: Callable[[Snapshot], 
         RunRevokedError: the run was taken for dead, and what it wrote is being removed.
         CommitError: the change does not fit the snapshot that it was decided on (a file to remove is not live, a
             file to add does not exist or is in the table), or other writers won every attempt.
+        CatalogError: the log does not go back to the version that the change was planned on any more.
         StorageAccessError: the store refuses to be written to, or is gone.
         TransientError: the store failed again and again.
     """
@@ -99,7 +101,8 @@ def commit(log: TableLog, request: CommitRequest, propose: Callable[[Snapshot], 
         # Also after a failed attempt: it may have been made all the same, its answer lost.
         if log.was_committed(request.commit_id, looked_up_to):
             return Committed(snapshot.version, attempt, repeated=attempt == 0)
-        if request.run_id in log.revoked(looked_up_to):
+        # Not only since the change was planned: upkeep plans on the newest version, which may come after.
+        if request.run_id in log.revoked(min(request.since, log.opened_at)):
             raise RunRevokedError(
                 f"run {request.run_id} gave no sign of life for {DEAD_AFTER} and was revoked by a vacuum",
                 remedy="What it committed stays. Run the same command again to go on.",

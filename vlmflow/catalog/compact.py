@@ -16,9 +16,10 @@ from vlmflow.catalog.commit import Change, CommitRequest, commit
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.log import DataFile, Snapshot, TableLog
 from vlmflow.catalog.read import References, files_by_date, read_rows
-from vlmflow.catalog.writer import write_file
+from vlmflow.catalog.writer import write_file, writer_of
 
 _WORTH_REWRITING = 0.25  # share of a large file's rows that nothing refers to
+_LOOK_EVERY_DAYS = 30  # at the files of a date that the run has written nothing to
 
 
 @dataclass(frozen=True)
@@ -77,15 +78,15 @@ def compact_table(log: TableLog, run_id: str, target_bytes: int, unreferenced: U
         unreferenced: of the embeddings table, what may go; None: every row stays.
     """
     result = CompactResult()
-    for date in files_by_date(log.refresh()):
-        while True:
-            step = _Step(log, run_id, date, target_bytes, unreferenced)
-            snapshot = log.refresh()
-            request = CommitRequest(uuid.uuid4().hex, run_id, "compact", snapshot.version)
-            commit(log, request, step.propose)
-            if step.result == CompactResult():
+    before = log.refresh()
+    for date, files in files_by_date(before).items():
+        step = _Step(log, run_id, date, target_bytes, unreferenced)
+        while step.choose(files):
+            commit(log, CommitRequest(uuid.uuid4().hex, run_id, "compact", before.version), step.propose)
+            if step.result == CompactResult():  # others have done it meanwhile
                 break
             result += step.result
+            files = step.left
     return result
 
 
@@ -103,10 +104,12 @@ class _Step:
         self._unreferenced = unreferenced
         self._written: dict[tuple[str, ...], tuple[DataFile | None, int]] = {}
         self.result = CompactResult()
+        self.left: list[DataFile] = []  # what the date holds after the commit
 
     def propose(self, snapshot: Snapshot) -> Change:
         self.result = CompactResult()
-        files = self._choose(files_by_date(snapshot).get(self._date, []))
+        there = files_by_date(snapshot).get(self._date, [])
+        files = self.choose(there)
         if not files:
             return Change()
         name = tuple(file.path for file in files)
@@ -115,9 +118,10 @@ class _Step:
         written, num_dropped = self._written[name]
         self.result = CompactResult(len(files), 0 if written is None else 1, num_dropped)
         add = () if written is None else (written,)
+        self.left = sorted({*there, *add} - {*files}, key=lambda file: file.path)
         return Change(add, tuple(files), data_change=num_dropped > 0)
 
-    def _choose(self, files: Sequence[DataFile]) -> list[DataFile]:
+    def choose(self, files: Sequence[DataFile]) -> list[DataFile]:
         """Small files up to the target size together; failing that, one with much that may go."""
         small = [file for file in files if file.size_bytes < self._target_bytes / 2]
         chosen: list[DataFile] = []
@@ -127,10 +131,17 @@ class _Step:
             chosen.append(file)
         if len(chosen) > 1:
             return chosen
-        # New vectors of a replaced image come as a small file: without one, nothing was superseded here.
-        if self._unreferenced is None or not small:
+        if self._unreferenced is None or not self._may_hold_superseded(small):
             return []
         return next(([file] for file in files if self._unreferenced.share(file) >= _WORTH_REWRITING), [])
+
+    def _may_hold_superseded(self, small: Sequence[DataFile]) -> bool:
+        """Whether it is worth reading the date's files: not for every date, night after night."""
+        # New vectors of a replaced image come as a small file: without one, nothing was superseded here.
+        if any(writer_of(f"{self._table}/{file.path}") == self._run_id for file in small):
+            return True
+        # What a killed run has left here may go once that run is buried, and no file tells: now and then, then.
+        return bool(small) and (dt.datetime.now(dt.UTC).date() - self._date).days % _LOOK_EVERY_DAYS == 0
 
     def _join(self, files: Sequence[DataFile], columns: pa.Schema) -> tuple[DataFile | None, int]:
         tables = [conform(read_rows(self._folder, self._table, file), columns) for file in files]

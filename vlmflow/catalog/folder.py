@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
-import io
 import json
 import logging
 from collections import OrderedDict
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vlmflow")
 
 _DELETED_AT_ONCE = 500
+_FOOTER_BYTES = 64 * 1024  # of a Parquet file, read with the first request; few are longer
 
 
 @dataclass(frozen=True)
@@ -207,18 +207,11 @@ class Folder:
         """Reads one Parquet file, whole columns of it.
 
         Raises:
-            CatalogError: the file is not there.
+            CatalogError: the file is not there, or damaged.
         """
-        with self._in_our_words():
-            try:
-                source = _whole_file(self._store, self._at(path)) if columns is None else self._ranges(path)
-            except FileNotFoundError as error:
-                raise CatalogError(
-                    f"{self.config.uri}: {path} is gone although the table refers to it",
-                    remedy="Restore the file, or roll the table back to a version that does not need it.",
-                ) from error
-            with pq.ParquetFile(source, pre_buffer=True) as file:
-                return file.read(columns=None if columns is None else list(columns))
+        with self._parquet(path):
+            file = _ParquetPieces(self._store, self._at(path), whole=columns is None)
+            return file.read(range(len(file.row_groups)), columns)
 
     def read_parquet_at(
         self,
@@ -236,34 +229,42 @@ class Folder:
                 caller keeps one for the same columns of a path.
 
         Raises:
-            CatalogError: the file is not there, or has fewer rows.
+            CatalogError: the file is not there, is damaged, or has fewer rows.
         """
-        with self._in_our_words():
-            try:
-                with pq.ParquetFile(self._ranges(path), pre_buffer=True) as file:
-                    meta = file.metadata
-                    sizes = [meta.row_group(number).num_rows for number in range(meta.num_row_groups)]
-                    ends = np.cumsum(sizes)
-                    if len(rows) and (not len(ends) or rows.max() >= ends[-1]):
-                        raise CatalogError(f"{self.config.uri}: {path} has fewer rows than it had")
-                    groups = np.searchsorted(ends, rows, side="right")
-                    parts, order = [], []
-                    for group in np.unique(groups).tolist():
-                        key = (path, group)
-                        if key not in cache:
-                            cache[key] = file.read_row_group(group, columns=list(columns))
-                        cache.move_to_end(key)
-                        mine = np.flatnonzero(groups == group)
-                        parts.append(cache[key].take(pa.array(rows[mine] - (ends[group] - sizes[group]))))
-                        order.append(mine)
-            except FileNotFoundError as error:
-                raise CatalogError(f"{self.config.uri}: {path} is gone") from error
+        with self._parquet(path):
+            file = _ParquetPieces(self._store, self._at(path))
+            ends = np.cumsum(file.row_groups)
+            if len(rows) and (not len(ends) or rows.max() >= ends[-1]):
+                raise CatalogError(f"{self.config.uri}: {path} has fewer rows than it had")
+            groups = np.searchsorted(ends, rows, side="right")
+            parts, order = [], []
+            for group in np.unique(groups).tolist():
+                key = (path, group)
+                if key not in cache:
+                    cache[key] = file.read([group], columns)
+                cache.move_to_end(key)
+                mine = np.flatnonzero(groups == group)
+                parts.append(cache[key].take(pa.array(rows[mine] - (ends[group] - file.row_groups[group]))))
+                order.append(mine)
         while len(cache) > max_cached:
             cache.popitem(last=False)
         return pa.concat_tables(parts).take(pa.array(np.argsort(np.concatenate(order), kind="stable")))
 
-    def _ranges(self, path: str) -> pa.PythonFile:
-        return pa.PythonFile(_RangeFile(self._store, self._at(path)), mode="r")
+    @contextlib.contextmanager
+    def _parquet(self, path: str) -> Iterator[None]:
+        """Says in our words what is wrong with one file, and what with the store."""
+        remedy = "Restore the file, or roll the table back to a version that does not need it."
+        with self._in_our_words():
+            try:
+                yield
+            except FileNotFoundError as error:
+                what = f"{self.config.uri}: {path} is gone although the table refers to it"
+                raise CatalogError(what, remedy=remedy) from error
+            except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError, OSError) as error:
+                # Arrow's words for bytes that it cannot decode; a plain OSError is never the store's.
+                if isinstance(error, OSError) and type(error) is not OSError:
+                    raise
+                raise CatalogError(f"{self.config.uri}: {path} is damaged", remedy=remedy) from error
 
     @contextlib.contextmanager
     def _in_our_words(self) -> Iterator[None]:
@@ -289,38 +290,55 @@ def _copy_name(path: str) -> str:
     return path.replace("/", "-")
 
 
-def _whole_file(store: ObjectStore, path: str) -> pa.BufferReader:
-    return pa.BufferReader(pa.py_buffer(retried(lambda: obstore.get(store, path).bytes())))
+class _ParquetPieces:
+    """A Parquet file of the store, read piece by piece: columns that nobody asked for stay where they are.
 
+    The pieces are copied into memory of Arrow's own. Memory of Python's would be freed by whichever of Arrow's threads
+    had it last, and only under the interpreter's lock: a program that ends meanwhile is aborted.
+    """
 
-class _RangeFile(io.RawIOBase):
-    """A file of the store read piece by piece, so that columns that nobody asked for stay where they are."""
+    def __init__(self, store: ObjectStore, path: str, *, whole: bool = False) -> None:
+        self._store, self._path, self._whole = store, path, whole
+        data = retried(lambda: obstore.get(store, path).bytes()) if whole else None
+        self._size: int = retried(lambda: obstore.head(store, path))["size"] if data is None else len(data)
+        memory = pa.allocate_buffer(self._size)  # of its pages, those that nothing is put into cost nothing
+        self._bytes = np.frombuffer(memory, np.uint8)
+        if data is None:
+            self._fetch_footer()
+        else:
+            self._bytes[:] = np.frombuffer(memoryview(data), np.uint8)
+        self._file = pq.ParquetFile(pa.BufferReader(memory))
+        meta = self._file.metadata
+        self.row_groups: list[int] = [meta.row_group(number).num_rows for number in range(meta.num_row_groups)]
 
-    def __init__(self, store: ObjectStore, path: str) -> None:
-        self._store = store
-        self._path = path
-        self._size = retried(lambda: obstore.head(store, path))["size"]
-        self._at = 0
+    def read(self, groups: Sequence[int], columns: Sequence[str] | None) -> pa.Table:
+        """Reads top-level columns of row groups; None: all."""
+        if not self._whole:
+            self._fetch([piece for group in groups for piece in self._pieces(group, columns)])
+        return self._file.read_row_groups(groups, columns=None if columns is None else list(columns))
 
-    def readable(self) -> bool:
-        return True
+    def _pieces(self, group: int, columns: Sequence[str] | None) -> Iterator[tuple[int, int]]:
+        meta = self._file.metadata.row_group(group)
+        for column in (meta.column(number) for number in range(meta.num_columns)):
+            if columns is None or any(f"{column.path_in_schema}.".startswith(f"{name}.") for name in columns):
+                start = column.dictionary_page_offset or column.data_page_offset
+                yield start, start + column.total_compressed_size
 
-    def seekable(self) -> bool:
-        return True
+    def _fetch_footer(self) -> None:
+        end = max(0, self._size - _FOOTER_BYTES)
+        self._fetch([(end, self._size)])
+        # Its size stands before the last four bytes.
+        footer = self._size - 8 - int.from_bytes(self._bytes[-8:-4].tobytes(), "little")
+        if 0 <= footer < end:
+            self._fetch([(footer, end)])
 
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        self._at = start + offset
-        return self._at
-
-    def read(self, size: int = -1) -> bytes:
-        end = self._size if size < 0 else min(self._at + size, self._size)
-        if end <= self._at:
-            return b""
-        start = self._at
-        data = retried(lambda: bytes(obstore.get_range(self._store, self._path, start=start, end=end)))
-        self._at = end
-        return data
+    def _fetch(self, pieces: Sequence[tuple[int, int]]) -> None:
+        pieces = [(start, end) for start, end in pieces if start < end]
+        if not pieces:
+            return
+        starts, ends = zip(*pieces, strict=True)
+        if min(starts) < 0 or max(ends) > self._size:
+            raise pa.ArrowInvalid(f"{self._path} is said to have columns outside it")
+        found = retried(lambda: obstore.get_ranges(self._store, self._path, starts=starts, ends=ends))
+        for start, end, data in zip(starts, ends, found, strict=True):
+            self._bytes[start:end] = np.frombuffer(memoryview(data), np.uint8)

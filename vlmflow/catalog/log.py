@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 from urllib.parse import unquote
@@ -23,8 +25,11 @@ TableName: TypeAlias = Literal["images", "embeddings"]
 APPLICATION_ID = "vlmflow"  # shared by all writers: each commit takes its next number
 # In the metadata of a commit:
 COMMIT_ID = "vlmflow.commit_id"
+RUN_ID = "vlmflow.run_id"
 REVOKED = "vlmflow.revoked"  # ids of runs that may commit no more, separated by commas
 _DELTA_ERRORS = (DeltaError, OSError)
+_READ_AT_ONCE = 8  # entries of the log
+_ENTRY = re.compile(r".*/(\d{20})\.json")
 
 LONGEST_RETENTION = dt.timedelta(days=30)  # of files of old versions
 SCHEMA_VERSION = "3"  # of IMAGES and EMBEDDINGS; raised together with a migration
@@ -65,22 +70,32 @@ class _Notes:
     """What a commit says of itself."""
 
     commit_id: str | None
+    run_id: str | None
     revoked: frozenset[str]
 
     @classmethod
-    def of(cls, entry: Mapping[str, Any]) -> _Notes:
-        runs = str(entry.get(REVOKED) or "")
-        return cls(entry.get(COMMIT_ID), frozenset(runs.split(",")) if runs else frozenset())
+    def of(cls, entry: bytes) -> _Notes:
+        """Reads an entry of the log, one action a line; one that another program made may say nothing."""
+        actions = (json.loads(line) for line in entry.splitlines() if b'"commitInfo"' in line)
+        info: dict[str, Any] = next((action["commitInfo"] for action in actions if "commitInfo" in action), {})
+        runs = str(info.get(REVOKED) or "")
+        return cls(info.get(COMMIT_ID), info.get(RUN_ID), frozenset(runs.split(",")) if runs else frozenset())
 
 
 class TableLog:
-    """A handle on one table, moved to its newest version before each use. Driver only: it must not cross a fork."""
+    """A handle on one table, moved to its newest version before each use. Driver only: it must not cross a fork.
+
+    Attributes:
+        opened_at: the version that was the newest when it was opened. It is to be opened before a run begins that
+            commits through it: so no earlier version has revoked that run.
+    """
 
     def __init__(self, folder: Folder, name: TableName, table: DeltaTable) -> None:
         self.folder = folder
         self.name: TableName = name
         self.table = table
-        self._notes: dict[int, _Notes] = {}  # by version; of the versions looked at, without gaps
+        self.opened_at: int = table.version()
+        self._notes: dict[int, _Notes] = {}  # by version; of those looked at, which never change
 
     @classmethod
     def open(cls, folder: Folder, name: TableName) -> TableLog:
@@ -109,6 +124,12 @@ class TableLog:
                 remedy="Use the vlmflow release that wrote the catalog, or write to a new one.",
             )
         return cls(folder, name, table)
+
+    def from_now(self) -> TableLog:
+        """The same handle, opened now: for a run that begins long after, because the log does not go back for ever."""
+        log = TableLog(self.folder, self.name, self.refreshed_table())
+        log._notes = self._notes
+        return log
 
     @property
     def schema_version(self) -> str | None:
@@ -174,21 +195,63 @@ class TableLog:
         )
 
     def was_committed(self, commit_id: str, since: int) -> bool:
-        """Whether a version after ``since``, up to the one that the handle is at, was made by this commit."""
+        """Whether a version after ``since``, up to the one that the handle is at, was made by this commit.
+
+        Raises:
+            CatalogError: the log does not go back so far any more.
+        """
         return any(notes.commit_id == commit_id for notes in self._notes_after(since))
 
     def revoked(self, since: int) -> frozenset[str]:
-        """The runs that were revoked after version ``since``, up to the one that the handle is at."""
+        """The runs that were revoked after version ``since``, up to the one that the handle is at.
+
+        Raises:
+            CatalogError: the log does not go back so far any more.
+        """
         return frozenset[str]().union(*(notes.revoked for notes in self._notes_after(since)))
 
+    def first_commit_of(self, run_id: str) -> int | None:
+        """The first version of those in the log, up to the one that the handle is at, that a run made; None: none."""
+        names = (_ENTRY.fullmatch(file.path) for file in self.folder.list(f"{self.name}/_delta_log"))
+        there = sorted(number for name in names if name and (number := int(name[1])) <= self.table.version())
+        self._read_notes(there)
+        return next((number for number in there if self._notes[number].run_id == run_id), None)
+
     def _notes_after(self, since: int) -> list[_Notes]:
-        """What commits say of themselves. It is remembered: a run asks before each of its commits."""
-        version = self.table.version()
-        known = self._notes
-        start = max(known, default=since) if since >= min(known, default=since + 1) - 1 else since
-        newer = retried(lambda: self.table.history(version - start), _DELTA_ERRORS) if version > start else []
-        known |= {entry["version"]: _Notes.of(entry) for entry in newer}
-        return [known[number] for number in range(since + 1, version + 1) if number in known]
+        numbers = range(since + 1, self.table.version() + 1)
+        self._read_notes(numbers)
+        return [self._notes[number] for number in numbers]
+
+    def _read_notes(self, numbers: Sequence[int]) -> None:
+        """Reads what commits say of themselves, once each: a run asks before each of its commits.
+
+        Each by its name: ``DeltaTable.history`` begins with the newest entry of the log, which others may have made
+        a moment ago, and calls it the version that the handle is at.
+        """
+        unread = [number for number in numbers if number not in self._notes]
+        if unread:
+            with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
+                self._notes.update(zip(unread, pool.map(self._notes_of, unread), strict=True))
+
+    def _notes_of(self, number: int) -> _Notes:
+        entry = self.folder.read(f"{self.name}/_delta_log/{number:020d}.json")
+        if entry is None:  # the log forgets what is older than 30 days, at a checkpoint
+            raise CatalogError(
+                f"{self.folder.config.uri}: the log of table {self.name} does not hold version {number} any more, so "
+                "it cannot be told whether the change was made before, or its run revoked",
+                remedy="Run the same command again: it begins at the newest version.",
+            )
+        return _Notes.of(entry)
+
+    def delete_leftovers(self, paths: Sequence[str]) -> None:
+        """Removes what a commit has left out; never a file that the table holds, whatever was made of the commit.
+
+        Args:
+            paths: relative to the catalog.
+        """
+        if paths:
+            live = {f"{self.name}/{path}" for path in self.refresh().files}
+            self.folder.delete_all([path for path in paths if path not in live])
 
     def removed_files(self, age: dt.timedelta) -> frozenset[str]:
         """The paths of files that were live once and that the log says were removed at least so long ago."""

@@ -150,6 +150,7 @@ def test_a_refused_connection_is_tried_again_and_named() -> None:
 @pytest.mark.parametrize(
     ("header", "at_least", "at_most"),
     [("3", 3.0, 3.0), ("0.25", 0.25, 0.25), (formatdate(usegmt=True), 0.0, 2.0), ("soon", 0.0, 0.5)],
+    ids=["seconds", "part of a second", "date", "no time"],  # of their own: two processes collect at different times
 )
 def test_retry_after_is_heeded(header: str, at_least: float, at_most: float) -> None:
     replies = iter([Reply(status=429, headers={"Retry-After": header})])

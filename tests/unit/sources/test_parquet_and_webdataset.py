@@ -102,6 +102,22 @@ def test_a_shard_that_is_not_whole_is_named(tmp_path: Path) -> None:
         references(tmp_path / "gone.tar")
 
 
+def test_no_damage_hides_the_images_behind_it(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", {f"{number}.jpg": b"x" * 600 for number in range(4)}, tarfile.USTAR_FORMAT)
+    whole, member, members = path.read_bytes(), 512 + 1024, 4 * (512 + 1024)
+    bits = bytearray(whole)
+    bits[2 * member + 5] ^= 0xFF
+    hole = whole[:member] + bytes(512) + whole[member + 512 :]
+    for damaged in (bytes(bits), hole, whole[: 3 * member + 200], whole[:members] + b"no header"):
+        path.write_bytes(damaged)
+        with pytest.raises(SourceError, match=r"a\.tar is not a whole tar file: no header at byte"):
+            references(path)
+    # GNU tar takes these for whole: without blocks of zeros, with one, or with more behind them.
+    for ended in (whole[:members], whole[: members + 512], whole[: members + 700], whole + whole):
+        path.write_bytes(ended)
+        assert references(path).num_rows == 4
+
+
 def test_a_shard_with_one_name_twice_is_named(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", {"0.jpg": b"x"})
     with tarfile.open(path, "a") as tar:

@@ -47,6 +47,7 @@ _LISTING = re.compile(r"Generic \w+ error: Error performing list request")
 _METADATA_SERVER = re.compile(r"Error performing \w+ http://(169\.254\.169\.254|metadata\.google)")
 _FULL = re.compile(r"No space left on device|Disk quota exceeded|os error (28|122)\b")
 _TIMEOUT = re.compile(r"TimedOut|timed out", re.IGNORECASE)
+_RETRIED = re.compile(r" in [\d.]+\w+, after \d+ retries, max_retries: ")
 
 _GONE_CODES = {"NoSuchBucket", "ContainerNotFound", "ContainerBeingDeleted", "FilesystemNotFound", "AccountIsDisabled"}
 _REGION_CODES = {"PermanentRedirect", "AuthorizationHeaderMalformed"}
@@ -202,11 +203,15 @@ def fault_of(error: Exception) -> Fault:
 
 
 def passes(error: Exception) -> bool:
-    """Whether a request that failed so may succeed when it is made again."""
+    """Whether a request that failed so may succeed when it is made again.
+
+    One that the client itself has made again until it gave up, always without an answer, has had minutes.
+    """
     text = str(error)
     if _FULL.search(text) or "LocalFileSystem" in text or isinstance(error, ImageError):
         return False
-    return fault_of(error) in (Fault.TIMEOUT, Fault.TRANSIENT)
+    fault = fault_of(error)
+    return fault is Fault.TRANSIENT or (fault is Fault.TIMEOUT and not _RETRIED.search(text))
 
 
 def access_error(error: Exception, uri: str) -> VlmflowError:

@@ -59,7 +59,7 @@ class ManifestSource:
 
     def reader(self, limits: ImageLimits) -> Reader:
         """Builds the reader of this source's references."""
-        return SourceReader(self._config, limits, str(self._address.parent))
+        return SourceReader(self._config, limits, str(self._address.parent), self._stores)
 
     @cached_property
     def _table(self) -> TableFile:
@@ -84,6 +84,7 @@ class ManifestSource:
             retried(copy)
         except STORE_ERRORS as error:
             raise access_error(error, self._config.uri) from error
+        self._stores.has_given(self._config.uri)
         return path
 
     def _references(self) -> Iterator[pa.RecordBatch]:

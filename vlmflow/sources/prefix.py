@@ -44,7 +44,7 @@ class PrefixSource:
 
     def reader(self, limits: ImageLimits) -> Reader:
         """Builds the reader of this source's references."""
-        return SourceReader(self._config, limits, str(self._address))
+        return SourceReader(self._config, limits, str(self._address), self._stores)
 
 
 def no_images(uri: str) -> EmptySourceError:

@@ -79,7 +79,7 @@ class WebDatasetSource:
 
     def reader(self, limits: ImageLimits) -> Reader:
         """Builds the reader of this source's references."""
-        return SourceReader(self._config, limits, str(self._address.parent))
+        return SourceReader(self._config, limits, str(self._address.parent), self._stores)
 
     @cached_property
     def _shards(self) -> Sequence[str]:

@@ -62,8 +62,18 @@ class Source(Protocol):
         """
         ...
 
+    @property
+    def version(self) -> str | None:
+        """Of the one file that the source is, as it was when :meth:`list` read it; None: it is no such file."""
+        ...
+
+    @property
+    def num_repeated(self) -> int:
+        """Listings of an image that :meth:`list` has left out, because it gave the image before."""
+        ...
+
     def list(self) -> Iterator[pa.RecordBatch]:
-        """Yields the image references in batches; opens no image.
+        """Yields the image references in batches, each image once; opens no image.
 
         Raises:
             SourceError: the source does not hold what was said of it.

@@ -19,9 +19,9 @@ from vlmflow.sources.prefix import no_images
 from vlmflow.sources.reader import SourceReader
 from vlmflow.sources.stores import ObjectHead, Stores
 from vlmflow.sources.tables import TableFile, open_table
-from vlmflow.sources.unique import unique_references
+from vlmflow.sources.unique import UniqueReferences
 from vlmflow.sources.uris import is_http, normalise_uri, resolve
-from vlmflow.storage import STORE_ERRORS, access_error, parse_address
+from vlmflow.storage import STORE_ERRORS, access_error, local_version, object_version, parse_address
 
 # A manifest may know the versions already, and spare a request for each image.
 _VERSION_COLUMNS = ("object_version", "etag")
@@ -35,6 +35,8 @@ class ManifestSource:
         self._config = config
         self._stores = Stores(config.storage)
         self._address = parse_address(config.uri)
+        self._unique = UniqueReferences(self._references)
+        self._version: str | None = None
 
     @property
     def columns(self) -> pa.Schema:
@@ -47,10 +49,20 @@ class ManifestSource:
         check_named(self._config, schema.names, self._config.uri)
         return pa.schema([field for field in schema if field.name != self._config.uri_column])
 
+    @property
+    def version(self) -> str | None:
+        """Of the manifest; see :class:`vlmflow.sources.base.Source`."""
+        return self._version
+
+    @property
+    def num_repeated(self) -> int:
+        """Further rows of images that have one; see :class:`vlmflow.sources.base.Source`."""
+        return self._unique.num_repeated
+
     def list(self) -> Iterator[pa.RecordBatch]:
         """Yields the references; see :class:`vlmflow.sources.base.Source`."""
         empty = True
-        for batch in unique_references(self._references):
+        for batch in self._unique:
             empty = empty and batch.num_rows == 0
             for start in range(0, batch.num_rows, _HEADS_AT_A_TIME):
                 yield with_versions(batch.slice(start, _HEADS_AT_A_TIME), self._stores)
@@ -66,6 +78,8 @@ class ManifestSource:
         if self._address.is_local:
             if not Path(self._address.path).is_file():
                 raise SourceError(f"{self._address.path} does not exist", remedy="Check the path.")
+            # It is opened more than once: a reader that is bound to its first version will not take a later one.
+            self._version = local_version(Path(self._address.path).stat())
             return open_table(Path(self._address.path), self._config.uri, self._config.regions_column)
         self._folder = tempfile.TemporaryDirectory(prefix="vlmflow-")
         path = self._download(Path(self._folder.name) / "manifest")
@@ -76,8 +90,10 @@ class ManifestSource:
         store, key = self._stores.locate(self._config.uri)
 
         def copy() -> None:
+            found = obstore.get(store, key)
+            self._version = object_version(found.meta)
             with path.open("wb") as file:
-                for chunk in obstore.get(store, key).stream():
+                for chunk in found.stream():
                     file.write(chunk)
 
         try:

@@ -19,7 +19,7 @@ from vlmflow.sources.reader import SourceReader, row_version
 from vlmflow.sources.regions import check_regions
 from vlmflow.sources.stores import Stores
 from vlmflow.sources.tables import portable_schema
-from vlmflow.sources.unique import unique_references
+from vlmflow.sources.unique import UniqueReferences
 from vlmflow.sources.uris import normalise_uri, resolve
 from vlmflow.storage import parse_address
 
@@ -34,16 +34,28 @@ class ParquetSource:
         self._config = config
         self._stores = Stores(config.storage)
         self._address = parse_address(config.uri)
+        self._unique = UniqueReferences(self._references)
+        self._version: str | None = None
 
     @property
     def columns(self) -> pa.Schema:
         """The columns besides bytes and uris, as the first file has them; see :class:`vlmflow.sources.base.Source`."""
         return self._columns
 
+    @property
+    def version(self) -> str | None:
+        """Of the file, where it is one; see :class:`vlmflow.sources.base.Source`."""
+        return self._version
+
+    @property
+    def num_repeated(self) -> int:
+        """Further rows of images that have one; see :class:`vlmflow.sources.base.Source`."""
+        return self._unique.num_repeated
+
     def list(self) -> Iterator[pa.RecordBatch]:
         """Yields the references; see :class:`vlmflow.sources.base.Source`."""
         empty = True
-        for batch in unique_references(self._references):
+        for batch in self._unique:
             empty = empty and batch.num_rows == 0
             yield batch
         if empty and not self._config.allow_empty:
@@ -80,6 +92,8 @@ class ParquetSource:
     def _references(self) -> Iterator[pa.RecordBatch]:
         for uri in self._files:
             file, head = self._stores.open_file(uri)
+            if uri == str(self._address):
+                self._version = head.object_version
             with file:
                 parquet = _open(file, uri)
                 self._check(parquet.schema_arrow, uri)

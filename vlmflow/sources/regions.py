@@ -70,7 +70,7 @@ class RegionReader:
     """Reads the regions of references in a worker; can be pickled.
 
     Args:
-        version: of the manifest when the run was planned; None: the references name the files themselves.
+        version: of the one file of the source, as it was listed; None: the references name the files themselves.
     """
 
     def __init__(self, config: SourceConfig, version: str | None) -> None:
@@ -121,17 +121,6 @@ class RegionReader:
             if isinstance(error, StoreLostError):
                 raise
             raise StoreLostError(f"regions: {error}", remedy=error.remedy or remedy) from error
-
-
-def region_reader(config: SourceConfig) -> RegionReader | None:
-    """The reader of a source's regions, bound to the file as it is now; None: the source names no column of them."""
-    if config.regions_column is None:
-        return None
-    if not config.uri.lower().endswith(".parquet"):
-        return RegionReader(config, None)  # a folder of Parquet files: each reference names its own, and its version
-    file, head = Stores(config.storage).open_file(config.uri)
-    file.close()
-    return RegionReader(config, head.object_version)
 
 
 def read_regions(file: BinaryIO, column: str, rows: Sequence[int]) -> dict[int, pa.Array]:

@@ -64,6 +64,16 @@ class WebDatasetSource:
             )
         return _COLUMNS
 
+    @property
+    def version(self) -> None:
+        """None: it is many files."""
+        return
+
+    @property
+    def num_repeated(self) -> int:
+        """Nothing is listed twice."""
+        return 0
+
     def list(self) -> Iterator[pa.RecordBatch]:
         """Yields the references; see :class:`vlmflow.sources.base.Source`."""
         empty = True

@@ -104,8 +104,12 @@ def test_equal_rows_are_one_image(tmp_path: Path) -> None:
         {"uri": "b.jpg", "title": "t"},
         {"uri": "https://h/a.jpg?X-Amz-Signature=2", "title": "t"},
     ]
-    refs = references(write_manifest(tmp_path, "jsonl", rows))
+    path = write_manifest(tmp_path, "jsonl", rows)
+    refs = references(path)
     assert refs["uri"].to_pylist() == ["https://h/a.jpg", str(tmp_path / "b.jpg")]
+    source = open_source(SourceConfig(uri=str(path)))
+    assert sum(batch.num_rows for batch in source.list()) == 2
+    assert source.num_repeated == 1
     assert refs["locator"].to_pylist()[0] == rows[0]["uri"], "the first row stands"
 
 

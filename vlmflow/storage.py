@@ -98,9 +98,12 @@ def parse_address(uri: str) -> Address:
     """Splits a uri into its store and the path in it; a local path becomes absolute, symbolic links stay.
 
     Raises:
-        ConfigError: no store goes by the scheme, or no bucket is named.
+        ConfigError: no store goes by the scheme, or no bucket or path is named.
     """
     match = _SCHEME.match(uri)
+    if not uri.strip() or uri.lower() == "file://":  # else it would be the folder that the process stands in
+        remedy = "Name a folder or a uri; the folder one stands in is `.`. A variable that is not set leaves it empty."
+        raise ConfigError(f"the uri {uri!r} names no place", remedy=remedy)
     if match is None:
         return Address("", os.path.abspath(uri))  # noqa: PTH100 (Path.resolve would follow symbolic links)
     scheme = match[1].lower()

@@ -95,15 +95,38 @@ def own_columns(rows: pa.Table, config: SourceConfig, name: str) -> dict[str, pa
         name: of the source, for messages.
 
     Raises:
-        SourceError: the column of questions holds something else.
+        SourceError: a column holds something else.
     """
     given: dict[str, pa.Array] = {}
     for own, column in (("key", config.key_column), ("text", config.text_column)):
         if column is not None:
-            given[own] = rows[column].cast(pa.string()).combine_chunks()
+            given[own] = texts(rows[column], f"{name}: column {column}")
     if config.questions_column is not None:
         given["questions"] = _questions(rows[config.questions_column], f"{name}: column {config.questions_column}")
     return given
+
+
+def flat(column: pa.ChunkedArray) -> pa.Array:
+    """One array of a column of one chunk or none."""
+    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
+
+
+def texts(column: pa.ChunkedArray, what: str) -> pa.Array:
+    """A column as strings: numbers and times are written out, bytes are taken for UTF-8.
+
+    Args:
+        what: names the column, for messages.
+
+    Raises:
+        SourceError: it holds lists, structs, or bytes that are not UTF-8.
+    """
+    try:
+        strings = flat(column).cast(pa.string())
+        strings.validate(full=True)  # Arrow takes strings of a Parquet file as they are
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        message = f"{what} ({column.type}) holds no texts in UTF-8"
+        raise SourceError(message, remedy="Store it as strings.") from error
+    return strings
 
 
 def check_named(config: SourceConfig, columns: Sequence[str], name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -14,7 +15,7 @@ import pyarrow.compute as pc
 from vlmflow.config import ImageLimits, SourceConfig
 from vlmflow.errors import SourceError
 from vlmflow.retry import retried
-from vlmflow.sources.base import Reader, check_named, own_columns, reference_batch
+from vlmflow.sources.base import Reader, check_named, flat, own_columns, reference_batch, texts
 from vlmflow.sources.prefix import no_images
 from vlmflow.sources.reader import SourceReader
 from vlmflow.sources.stores import ObjectHead, Stores
@@ -76,11 +77,9 @@ class ManifestSource:
     @cached_property
     def _table(self) -> TableFile:
         if self._address.is_local:
-            if not Path(self._address.path).is_file():
-                raise SourceError(f"{self._address.path} does not exist", remedy="Check the path.")
-            # It is opened more than once: a reader that is bound to its first version will not take a later one.
-            self._version = local_version(Path(self._address.path).stat())
-            return open_table(Path(self._address.path), self._config.uri, self._config.regions_column)
+            path = Path(self._address.path)
+            self._version = _checked_version(path)
+            return open_table(path, self._config.uri, self._config.regions_column)
         self._folder = tempfile.TemporaryDirectory(prefix="vlmflow-")
         path = self._download(Path(self._folder.name) / "manifest")
         return open_table(path, self._config.uri, self._config.regions_column)
@@ -122,23 +121,34 @@ class ManifestSource:
                 given["regions_row"] = pa.array(range(first_row - 1, first_row - 1 + rows.num_rows), pa.int64())
             version_column = next((name for name in _VERSION_COLUMNS if name in rows.column_names), None)
             if version_column is not None:
-                given["object_version"] = pc.utf8_trim(flat(rows[version_column]).cast(pa.string()), '"')
+                versions = texts(rows[version_column], f"{config.uri}: column {version_column}")
+                given["object_version"] = pc.utf8_trim(versions, '"')
             yield reference_batch(given, source_struct(rows, columns))
             first_row += rows.num_rows
 
     def _uris(self, rows: pa.Table, first_row: int) -> Sequence[str]:
-        uris: list[str | None] = flat(rows[self._config.uri_column]).cast(pa.string()).to_pylist()
+        column = self._config.uri_column
+        uris: list[str | None] = texts(rows[column], f"{self._config.uri}: column {column}").to_pylist()
         named = [uri for uri in uris if uri is not None and uri.strip()]
         if len(named) < len(uris):
             row = first_row + next(index for index, uri in enumerate(uris) if uri is None or not uri.strip())
-            message = f"{self._config.uri}: row {row} has no {self._config.uri_column}"
+            message = f"{self._config.uri}: row {row} has no {column}"
             raise SourceError(message, remedy="Fill it in, or leave the row out.")
         return named
 
 
-def flat(column: pa.ChunkedArray) -> pa.Array:
-    """One array of a column of one chunk or none."""
-    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
+def _checked_version(path: Path) -> str:
+    """The version of a local manifest, which may be read.
+
+    It is opened again, more than once: a reader that is bound to this version takes no later one.
+    """
+    try:
+        if not path.is_file():
+            raise SourceError(f"{path} does not exist", remedy="Check the path.")
+        with path.open("rb") as file:
+            return local_version(os.fstat(file.fileno()))
+    except OSError as error:
+        raise access_error(error, str(path)) from error
 
 
 def source_struct(rows: pa.Table, columns: pa.Schema) -> pa.StructArray | None:

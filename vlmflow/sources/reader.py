@@ -230,9 +230,7 @@ class SourceReader:
     def _raise_if_lost(self, rows: Sequence[_Ref], results: Sequence[Fetched | Failure]) -> None:
         """Ends the run where a store, and not an object of it, is what failed."""
         asked = [
-            (row["locator"], result)
-            for row, result in zip(rows, results, strict=True)
-            if _came_of_store(row, result)
+            (row["locator"], result) for row, result in zip(rows, results, strict=True) if _came_of_store(row, result)
         ]
         for uri, result in asked:
             if isinstance(result, Failure) and result.fault is Fault.MISSING and _is_local(uri):

@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 from vlmflow.config import SourceConfig
 from vlmflow.errors import SourceError, StoreLostError, VlmflowError
 from vlmflow.schema import REGIONS
+from vlmflow.sources.parquet_rows import is_damage
 from vlmflow.sources.stores import Stores
 from vlmflow.storage import STORE_ERRORS, access_error
 
@@ -145,7 +146,9 @@ def read_regions(file: BinaryIO, column: str, rows: Sequence[int]) -> dict[int, 
                 first += len(block)
                 if first > last:
                     break
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:
+        if not is_damage(error):
+            raise
         raise SourceError("the file is not Parquet, or is damaged", remedy="Write it again.") from error
     return found
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import io
 import json
+import random
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from obstore.exceptions import GenericError
 
 from vlmflow.config import CatalogConfig, ImageLimits, SourceConfig
-from vlmflow.errors import EmptySourceError, RowErrorClass, SourceError
+from vlmflow.errors import EmptySourceError, RowErrorClass, SourceError, TransientError
 from vlmflow.schema import REFERENCE, with_source
 from vlmflow.sources import open_source, parquet_rows
 from vlmflow.sources.again import Place, RowReader, place_of
+from vlmflow.sources.stores import ObjectHead, Stores
 
 BYTES = [b"one", b"two" * 50, b"", None, b"five"]
 
@@ -190,6 +194,40 @@ def test_a_file_without_its_column_of_bytes_is_named(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"has no column image of image bytes; it has image \(string\)"):
         references(path, kind="parquet")
     assert references(path)["uri"].to_pylist() == [f"{tmp_path}/a.jpg"], "told from its columns, it is a manifest"
+
+
+def test_a_file_with_another_type_of_column_is_named(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "0.parquet", price=[1, 2, 3, 4, 5], seen=[dt.datetime(2025, 1, 1)] * 5)
+    assert references(tmp_path, kind="parquet").num_rows == 5
+    times = pa.array([1_700_000_000_123_456_789] * 5, pa.timestamp("ns"))
+    write_parquet(tmp_path / "1.parquet", price=[6] * 5, seen=times)
+    assert references(tmp_path, kind="parquet").num_rows == 10, "times may be finer"
+    write_parquet(tmp_path / "2.parquet", price=["much"] * 5, seen=times)
+    with pytest.raises(SourceError, match=r"2\.parquet: column price \(string\) does not become int64"):
+        references(tmp_path, kind="parquet")
+
+
+def test_a_file_with_a_damaged_page_is_named_and_a_store_that_fails_is_not_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "0.parquet"
+    images = [random.Random(number).randbytes(300) for number in range(1000)]
+    table = pa.table({"price": [str(number) for number in range(1000)], "image": images})
+    pq.write_table(table, path, use_dictionary=False, compression="none")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:4] + b"\xff" * 60 + whole[64:])
+    with pytest.raises(SourceError, match=r"0\.parquet is not a Parquet file, or is damaged"):
+        references(path)
+
+    class Failing(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            if self.tell() < 64:  # the footer can be read
+                raise GenericError("Generic S3 error: HTTP error: request or response body error")
+            return super().read(size)
+
+    monkeypatch.setattr(Stores, "open_file", lambda *_: (Failing(whole), ObjectHead("v", len(whole))))
+    with pytest.raises(TransientError, match="out of reach"):
+        references(path)
 
 
 def test_a_file_that_has_changed_since_it_was_listed_is_not_read_by_row(tmp_path: Path) -> None:

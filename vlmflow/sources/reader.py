@@ -26,7 +26,7 @@ from vlmflow.errors import (
 from vlmflow.retry import retried_async
 from vlmflow.sources.base import Fetched
 from vlmflow.sources.http import HttpFetcher
-from vlmflow.sources.parquet_rows import read_cells
+from vlmflow.sources.parquet_rows import is_damage, read_cells
 from vlmflow.sources.stores import CONCURRENT_REQUESTS, Failure, Silence, Stores, run_in_loop
 from vlmflow.sources.uris import is_http
 from vlmflow.storage import (
@@ -165,8 +165,9 @@ class SourceReader:
         except ImageError as error:
             return [Fetched(None, None, error.error_class, str(error))] * len(rows)
         except VlmflowError as error:
-            if isinstance(error.__cause__, STORE_ERRORS):
-                return [Failure(fault_of(error.__cause__), error.__cause__)] * len(rows)
+            cause = error.__cause__
+            if isinstance(cause, STORE_ERRORS) and not is_damage(cause):
+                return [Failure(fault_of(cause), cause)] * len(rows)
             return [Fetched(None, None, RowErrorClass.READ_FAILED, str(error))] * len(rows)
         except STORE_ERRORS as error:
             return [Failure(fault_of(error), error)] * len(rows)

@@ -214,7 +214,11 @@ def test_a_file_with_a_damaged_page_is_named_and_a_store_that_fails_is_not_damag
     images = [random.Random(number).randbytes(300) for number in range(1000)]
     table = pa.table({"price": [str(number) for number in range(1000)], "image": images})
     pq.write_table(table, path, use_dictionary=False, compression="none")
-    whole = path.read_bytes()
+    whole, refs = path.read_bytes(), references(path)
+    start = pq.ParquetFile(path).metadata.row_group(0).column(1).data_page_offset
+    path.write_bytes(whole[:start] + b"\xff" * 60 + whole[start + 60 :])
+    (image,) = open_source(SourceConfig(uri=str(path))).reader(ImageLimits()).read(refs.slice(0, 1))
+    assert image.message == "the file is not Parquet, or is damaged"
     path.write_bytes(whole[:4] + b"\xff" * 60 + whole[64:])
     with pytest.raises(SourceError, match=r"0\.parquet is not a Parquet file, or is damaged"):
         references(path)

@@ -170,8 +170,8 @@ class PoolConfig(Frozen):
 class CommitConfig(Frozen):
     """How often finished rows become visible. A killed run loses at most this much work.
 
-    But a run of 1,000 images or more commits nothing before 1,000 rows are finished, those that
-    ``max_error_fraction`` is judged by, whatever stands here; with a ``max_error_fraction`` of 1 it does not wait.
+    But a run of 1,000 images that count for ``max_error_fraction``, or more, commits nothing before 1,000 of them are
+    finished, whatever stands here; with a ``max_error_fraction`` of 1 it does not wait.
     """
 
     max_rows: Annotated[int, Field(ge=1)] = 5_000

@@ -40,6 +40,8 @@ DecodePlace = Literal["auto", "cpu", "pool"]
 SourceKind = Literal["auto", "prefix", "manifest", "webdataset", "parquet"]
 
 MIB = 1024 * 1024
+# What sets timers takes no more than some decades; nothing of a run is worth waiting a day for.
+Seconds = Annotated[float, Field(gt=0, le=86_400)]
 # Within this a batch has had its answers from an endpoint, or has given up waiting for them.
 ENDPOINT_TIMEOUT_S = 600.0
 
@@ -56,14 +58,15 @@ class StorageConfig(Frozen):
     endpoint: str | None = None  # of an S3-compatible store, such as http://127.0.0.1:9000
     region: str | None = None
     anonymous: bool = False  # unsigned requests, for public buckets
-    timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    # Of one request. A store that has fallen silent is given up after two, and a worker must live to say so.
+    timeout_s: Annotated[float, Field(gt=0, le=600)] = 30.0
     max_retries: Annotated[int, Field(ge=0)] = 8
 
 
 class HttpConfig(Frozen):
     """Limits on http(s) urls, which anyone may have put into a manifest."""
 
-    timeout_s: Annotated[float, Field(gt=0)] = 20.0
+    timeout_s: Seconds = 20.0
     max_redirects: Annotated[int, Field(ge=0)] = 5
     allow_private_addresses: bool = False  # loopback, private and link-local hosts
 
@@ -97,7 +100,7 @@ class ImageLimits(Frozen):
 
     max_bytes: Annotated[int, Field(gt=0)] = 64 * MIB
     max_pixels: Annotated[int, Field(gt=0)] = 100_000_000  # width x height, from the header
-    max_seconds: Annotated[float, Field(gt=0)] = 60.0  # of decoding; what takes longer is taken to hang
+    max_seconds: Seconds = 60.0  # of decoding; what takes longer is taken to hang
 
 
 class EndpointConfig(Frozen):
@@ -107,7 +110,7 @@ class EndpointConfig(Frozen):
     model: str
     api_key_env: str | None = None  # the environment variable of the workers that holds the key; None: none is sent
     max_concurrency: Annotated[int, Field(ge=1, le=256)] = 8  # requests at once, per actor
-    timeout_s: Annotated[float, Field(gt=0)] = 60.0  # of one request
+    timeout_s: Seconds = 60.0  # of one request
     max_retries: Annotated[int, Field(ge=0, le=20)] = 4  # after 429, 5xx, and connections that fail
     max_side_px: Annotated[int, Field(ge=64, le=2048)] = 512  # of the square that is sent
     input_price: Annotated[float, Field(ge=0)] | None = None  # of a million tokens; None: costs are not counted
@@ -155,7 +158,7 @@ class PoolConfig(Frozen):
     max_actors: Annotated[int, Field(ge=1)] = 1
     batch_size: Annotated[int, Field(ge=1)] = 32
     # Of one task on one batch; what takes longer is taken to hang.
-    timeout_s: Annotated[float, Field(gt=0)] = ENDPOINT_TIMEOUT_S
+    timeout_s: Seconds = ENDPOINT_TIMEOUT_S
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:
@@ -165,7 +168,11 @@ class PoolConfig(Frozen):
 
 
 class CommitConfig(Frozen):
-    """How often finished rows become visible. A killed run loses at most this much work."""
+    """How often finished rows become visible. A killed run loses at most this much work.
+
+    But a run of 1,000 images that count for ``max_error_fraction``, or more, commits nothing before 1,000 of them are
+    finished, whatever stands here; with a ``max_error_fraction`` of 1 it does not wait.
+    """
 
     max_rows: Annotated[int, Field(ge=1)] = 5_000
     max_seconds: Annotated[float, Field(gt=0)] = 60.0
@@ -174,7 +181,7 @@ class CommitConfig(Frozen):
 class QuarantineConfig(Frozen):
     """Images that took their worker down are run once more, each alone."""
 
-    timeout_s: Annotated[float, Field(gt=0)] = 120.0  # per stage of one image
+    timeout_s: Seconds = 120.0  # per stage of one image
     max_memory_bytes: Annotated[int, Field(gt=0)] = 4096 * MIB  # beyond what the models need; not limited on GPUs
     max_images: Annotated[int, Field(ge=0)] = 2_000  # of more than these, something else is wrong
 

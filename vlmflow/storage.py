@@ -47,6 +47,7 @@ _LISTING = re.compile(r"Generic \w+ error: Error performing list request")
 _METADATA_SERVER = re.compile(r"Error performing \w+ http://(169\.254\.169\.254|metadata\.google)")
 _FULL = re.compile(r"No space left on device|Disk quota exceeded|os error (28|122)\b")
 _TIMEOUT = re.compile(r"TimedOut|timed out", re.IGNORECASE)
+_RETRIED = re.compile(r" in [\d.]+\w+, after \d+ retries, max_retries: ")
 
 _GONE_CODES = {"NoSuchBucket", "ContainerNotFound", "ContainerBeingDeleted", "FilesystemNotFound", "AccountIsDisabled"}
 _REGION_CODES = {"PermanentRedirect", "AuthorizationHeaderMalformed"}
@@ -97,9 +98,12 @@ def parse_address(uri: str) -> Address:
     """Splits a uri into its store and the path in it; a local path becomes absolute, symbolic links stay.
 
     Raises:
-        ConfigError: no store goes by the scheme, or no bucket is named.
+        ConfigError: no store goes by the scheme, or no bucket or path is named.
     """
     match = _SCHEME.match(uri)
+    if not uri.strip() or uri.lower() == "file://":  # else it would be the folder that the process stands in
+        remedy = "Name a folder or a uri; the folder one stands in is `.`. A variable that is not set leaves it empty."
+        raise ConfigError(f"the uri {uri!r} names no place", remedy=remedy)
     if match is None:
         return Address("", os.path.abspath(uri))  # noqa: PTH100 (Path.resolve would follow symbolic links)
     scheme = match[1].lower()
@@ -202,11 +206,15 @@ def fault_of(error: Exception) -> Fault:
 
 
 def passes(error: Exception) -> bool:
-    """Whether a request that failed so may succeed when it is made again."""
+    """Whether a request that failed so may succeed when it is made again.
+
+    One that the client itself has made again until it gave up, always without an answer, has had minutes.
+    """
     text = str(error)
     if _FULL.search(text) or "LocalFileSystem" in text or isinstance(error, ImageError):
         return False
-    return fault_of(error) in (Fault.TIMEOUT, Fault.TRANSIENT)
+    fault = fault_of(error)
+    return fault is Fault.TRANSIENT or (fault is Fault.TIMEOUT and not _RETRIED.search(text))
 
 
 def access_error(error: Exception, uri: str) -> VlmflowError:

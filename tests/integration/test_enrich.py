@@ -181,9 +181,10 @@ def test_the_callers_columns_and_text_come_along(make_job: Callable[..., Job], t
     assert rows["gone.jpg"]["status"] == "missing"
 
     listed[1]["title"] = "a blue car"
-    manifest.write_text("\n".join(json.dumps(entry) for entry in listed), encoding="utf-8")
+    manifest.write_text("\n".join(json.dumps(entry) for entry in [*listed, listed[0]]), encoding="utf-8")
     again = plan(job)
     assert again.due["match"] == {"text_changed": 1}
+    assert (again.num_listed, again.num_duplicates) == (3, 1)
 
     cheap = [entry | {"price": "cheap"} for entry in listed]
     manifest.write_text("\n".join(json.dumps(entry) for entry in cheap), encoding="utf-8")

@@ -58,6 +58,14 @@ class DeadlySource:
     def columns(self) -> pa.Schema:
         return self.source.columns
 
+    @property
+    def version(self) -> str | None:
+        return self.source.version
+
+    @property
+    def num_repeated(self) -> int:
+        return self.source.num_repeated
+
     def list(self) -> Iterator[pa.RecordBatch]:
         return self.source.list()
 

@@ -57,6 +57,11 @@ def test_a_part_without_keys_is_named_whatever_the_command_line_says(
         ({"tasks": ["moderate"]}, "add embed to tasks"),
         ({"tasks": ["match"]}, "match has nothing to score"),
         ({"tasks": []}, "tasks"),
+        (
+            {"source": {"uri": "a", "storage": {"timeout_s": float("inf")}}},
+            "source.storage.timeout_s: Input should be less",
+        ),
+        ({"limits": {"max_seconds": 1e10}}, "limits.max_seconds: Input should be less"),
         ({"views": ["center"]}, "views must include squash"),
         ({"limit": 0}, "limit"),
         ({"retry": ["gone"]}, "'failed', 'partial', 'missing' or 'unreadable'"),

@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from obstore.exceptions import GenericError, PermissionDeniedError
 
-from vlmflow.config import StorageConfig
-from vlmflow.errors import ConfigError, SourceError, StoreLostError
-from vlmflow.storage import Fault, access_error, delta_storage_options, fault_of, open_store, parse_address, read_bytes
+from vlmflow.catalog import Catalog
+from vlmflow.config import CatalogConfig, SourceConfig, StorageConfig
+from vlmflow.errors import ConfigError, SourceError, StorageAccessError, StoreLostError
+from vlmflow.sources import open_source
+from vlmflow.storage import (
+    Fault,
+    access_error,
+    delta_storage_options,
+    fault_of,
+    open_store,
+    parse_address,
+    passes,
+    read_bytes,
+)
 
 
 def test_an_address_is_its_store_and_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,7 +43,9 @@ def test_an_address_is_its_store_and_its_path(tmp_path: Path, monkeypatch: pytes
     assert str(parse_address("/p").parent) == "/"
 
 
-@pytest.mark.parametrize("uri", ["https://host/list.csv", "ftp://host", "s3://", "gs:///x", "s3://key:secret@bucket/x"])
+@pytest.mark.parametrize(
+    "uri", ["https://host/list.csv", "ftp://host", "s3://", "gs:///x", "s3://key:secret@bucket/x", "", " ", "file://"]
+)
 def test_an_address_that_is_none_is_a_configuration_error(uri: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_address(uri)
@@ -89,3 +104,51 @@ def test_a_full_disk_is_named_for_what_it_is() -> None:
     assert isinstance(error, StoreLostError)
     assert str(error) == "/data/catalog: no space is left on the disk"
     assert "run again" in error.remedy
+
+
+@pytest.mark.parametrize(
+    ("text", "again"),
+    [
+        ("Generic S3 error: HTTP error: request or response body error: TimedOut", True),
+        ("Error performing GET http://h/b/k in 5.1s - HTTP error: error sending request: TimedOut", True),
+        # The client has asked for minutes already.
+        (
+            "Error performing GET http://h/b/k in 190.7s, after 5 retries, max_retries: 8, retry_timeout: 180s  - "
+            "HTTP error: error sending request: TimedOut",
+            False,
+        ),
+        ("Error performing GET http://h/b/k in 16s, after 8 retries, max_retries: 8 - connection refused", True),
+    ],
+)
+def test_a_store_that_was_silent_through_all_retries_of_the_client_is_not_asked_again(text: str, again: bool) -> None:
+    assert passes(GenericError(text)) is again
+
+
+def test_what_is_in_a_folder_of_another_user_is_refused_in_our_words(tmp_path: Path) -> None:
+    for name in ("list.csv", "list.jsonl", "list.parquet"):
+        (tmp_path / name).write_bytes(b"uri\n")
+        (tmp_path / name).chmod(0)
+    (tmp_path / "closed").mkdir(mode=0)
+    (tmp_path / "open").mkdir()
+    with without_rights(tmp_path):
+        for name in ("list.csv", "list.jsonl", "list.parquet", "closed/list.csv"):
+            with pytest.raises(StorageAccessError, match=f"{name} refuses this user"):
+                list(open_source(SourceConfig(uri=str(tmp_path / name))).list())
+        with pytest.raises(StorageAccessError, match="catalog refuses this user"):
+            Catalog.exists(CatalogConfig(uri=str(tmp_path / "closed" / "catalog")))
+
+
+@contextmanager
+def without_rights(folder: Path) -> Iterator[None]:
+    """As a user who may do no more than the modes say, which root is not bound by."""
+    if os.geteuid() != 0:
+        yield
+        return
+    for above in (folder, *folder.parents[:-1]):
+        if not above.stat().st_mode & 1:
+            above.chmod(0o711)
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)

@@ -71,7 +71,8 @@ class Folder:
         """
         address = parse_address(self.config.uri)
         if address.is_local:
-            existing = next(path for path in (Path(address.path), *Path(address.path).parents) if path.exists())
+            with self._in_our_words():  # a folder on the way may be another user's
+                existing = next(path for path in (Path(address.path), *Path(address.path).parents) if path.exists())
             if not existing.is_dir():
                 raise CatalogError(f"{existing} is a file", remedy="Name a folder for the catalog.")
             return

@@ -23,7 +23,7 @@ from vlmflow.errors import ClusterError
 from vlmflow.imaging import merge_requests
 from vlmflow.moderation.prompts import PromptVectors
 from vlmflow.sources import Source
-from vlmflow.sources.regions import region_reader
+from vlmflow.sources.regions import RegionReader
 
 # Unequal to what a pool's actors ask for: Ray Data fuses a map into the actors behind it when both ask for the same.
 DECODE_CPUS = 0.45
@@ -95,7 +95,9 @@ def stages_of(
     setup, limits = prepared.setup, prepared.job.limits
     requests = tuple(merge_requests(setup.pixel_requests()))
     in_pool = decodes_in_pool(prepared.job, pools)
-    regions = region_reader(prepared.job.source) if setup.read_regions(prepared.job.tasks) else None
+    config, regions = prepared.job.source, None
+    if config.regions_column is not None and setup.read_regions(prepared.job.tasks):
+        regions = RegionReader(config, source.version)
     decode = ReadAndDecode(source.reader(limits), requests, limits, known, leaves_jpegs=in_pool, regions=regions)
     return Stages(decode, pools, setup, prompts)
 

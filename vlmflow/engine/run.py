@@ -126,6 +126,7 @@ def _planned(prepared: Prepared, source: Source) -> Iterator[Plan]:
             made = catalog.plan(source.list(), request, workers)
         else:
             made = plan_without_catalog(source.list(), request, workers)
+        made.num_duplicates += source.num_repeated
         with made:
             yield made
 

@@ -62,8 +62,18 @@ class Source(Protocol):
         """
         ...
 
+    @property
+    def version(self) -> str | None:
+        """Of the one file that the source is, as it was when :meth:`list` read it; None: it is no such file."""
+        ...
+
+    @property
+    def num_repeated(self) -> int:
+        """Listings of an image that :meth:`list` has left out, because it gave the image before."""
+        ...
+
     def list(self) -> Iterator[pa.RecordBatch]:
-        """Yields the image references in batches; opens no image.
+        """Yields the image references in batches, each image once; opens no image.
 
         Raises:
             SourceError: the source does not hold what was said of it.
@@ -85,15 +95,38 @@ def own_columns(rows: pa.Table, config: SourceConfig, name: str) -> dict[str, pa
         name: of the source, for messages.
 
     Raises:
-        SourceError: the column of questions holds something else.
+        SourceError: a column holds something else.
     """
     given: dict[str, pa.Array] = {}
     for own, column in (("key", config.key_column), ("text", config.text_column)):
         if column is not None:
-            given[own] = rows[column].cast(pa.string()).combine_chunks()
+            given[own] = texts(rows[column], f"{name}: column {column}")
     if config.questions_column is not None:
         given["questions"] = _questions(rows[config.questions_column], f"{name}: column {config.questions_column}")
     return given
+
+
+def flat(column: pa.ChunkedArray) -> pa.Array:
+    """One array of a column of one chunk or none."""
+    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
+
+
+def texts(column: pa.ChunkedArray, what: str) -> pa.Array:
+    """A column as strings: numbers and times are written out, bytes are taken for UTF-8.
+
+    Args:
+        what: names the column, for messages.
+
+    Raises:
+        SourceError: it holds lists, structs, or bytes that are not UTF-8.
+    """
+    try:
+        strings = flat(column).cast(pa.string())
+        strings.validate(full=True)  # Arrow takes strings of a Parquet file as they are
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        message = f"{what} ({column.type}) holds no texts in UTF-8"
+        raise SourceError(message, remedy="Store it as strings.") from error
+    return strings
 
 
 def check_named(config: SourceConfig, columns: Sequence[str], name: str) -> None:

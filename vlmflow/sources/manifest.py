@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -14,14 +15,14 @@ import pyarrow.compute as pc
 from vlmflow.config import ImageLimits, SourceConfig
 from vlmflow.errors import SourceError
 from vlmflow.retry import retried
-from vlmflow.sources.base import Reader, check_named, own_columns, reference_batch
+from vlmflow.sources.base import Reader, check_named, flat, own_columns, reference_batch, texts
 from vlmflow.sources.prefix import no_images
 from vlmflow.sources.reader import SourceReader
 from vlmflow.sources.stores import ObjectHead, Stores
 from vlmflow.sources.tables import TableFile, open_table
-from vlmflow.sources.unique import unique_references
+from vlmflow.sources.unique import UniqueReferences
 from vlmflow.sources.uris import is_http, normalise_uri, resolve
-from vlmflow.storage import STORE_ERRORS, access_error, parse_address
+from vlmflow.storage import STORE_ERRORS, access_error, local_version, object_version, parse_address
 
 # A manifest may know the versions already, and spare a request for each image.
 _VERSION_COLUMNS = ("object_version", "etag")
@@ -35,6 +36,8 @@ class ManifestSource:
         self._config = config
         self._stores = Stores(config.storage)
         self._address = parse_address(config.uri)
+        self._unique = UniqueReferences(self._references)
+        self._version: str | None = None
 
     @property
     def columns(self) -> pa.Schema:
@@ -47,10 +50,20 @@ class ManifestSource:
         check_named(self._config, schema.names, self._config.uri)
         return pa.schema([field for field in schema if field.name != self._config.uri_column])
 
+    @property
+    def version(self) -> str | None:
+        """Of the manifest; see :class:`vlmflow.sources.base.Source`."""
+        return self._version
+
+    @property
+    def num_repeated(self) -> int:
+        """Further rows of images that have one; see :class:`vlmflow.sources.base.Source`."""
+        return self._unique.num_repeated
+
     def list(self) -> Iterator[pa.RecordBatch]:
         """Yields the references; see :class:`vlmflow.sources.base.Source`."""
         empty = True
-        for batch in unique_references(self._references):
+        for batch in self._unique:
             empty = empty and batch.num_rows == 0
             for start in range(0, batch.num_rows, _HEADS_AT_A_TIME):
                 yield with_versions(batch.slice(start, _HEADS_AT_A_TIME), self._stores)
@@ -59,14 +72,14 @@ class ManifestSource:
 
     def reader(self, limits: ImageLimits) -> Reader:
         """Builds the reader of this source's references."""
-        return SourceReader(self._config, limits, str(self._address.parent))
+        return SourceReader(self._config, limits, str(self._address.parent), self._stores)
 
     @cached_property
     def _table(self) -> TableFile:
         if self._address.is_local:
-            if not Path(self._address.path).is_file():
-                raise SourceError(f"{self._address.path} does not exist", remedy="Check the path.")
-            return open_table(Path(self._address.path), self._config.uri, self._config.regions_column)
+            path = Path(self._address.path)
+            self._version = _checked_version(path)
+            return open_table(path, self._config.uri, self._config.regions_column)
         self._folder = tempfile.TemporaryDirectory(prefix="vlmflow-")
         path = self._download(Path(self._folder.name) / "manifest")
         return open_table(path, self._config.uri, self._config.regions_column)
@@ -76,14 +89,17 @@ class ManifestSource:
         store, key = self._stores.locate(self._config.uri)
 
         def copy() -> None:
+            found = obstore.get(store, key)
+            self._version = object_version(found.meta)
             with path.open("wb") as file:
-                for chunk in obstore.get(store, key).stream():
+                for chunk in found.stream():
                     file.write(chunk)
 
         try:
             retried(copy)
         except STORE_ERRORS as error:
             raise access_error(error, self._config.uri) from error
+        self._stores.has_given(self._config.uri)
         return path
 
     def _references(self) -> Iterator[pa.RecordBatch]:
@@ -105,23 +121,34 @@ class ManifestSource:
                 given["regions_row"] = pa.array(range(first_row - 1, first_row - 1 + rows.num_rows), pa.int64())
             version_column = next((name for name in _VERSION_COLUMNS if name in rows.column_names), None)
             if version_column is not None:
-                given["object_version"] = pc.utf8_trim(flat(rows[version_column]).cast(pa.string()), '"')
+                versions = texts(rows[version_column], f"{config.uri}: column {version_column}")
+                given["object_version"] = pc.utf8_trim(versions, '"')
             yield reference_batch(given, source_struct(rows, columns))
             first_row += rows.num_rows
 
     def _uris(self, rows: pa.Table, first_row: int) -> Sequence[str]:
-        uris: list[str | None] = flat(rows[self._config.uri_column]).cast(pa.string()).to_pylist()
+        column = self._config.uri_column
+        uris: list[str | None] = texts(rows[column], f"{self._config.uri}: column {column}").to_pylist()
         named = [uri for uri in uris if uri is not None and uri.strip()]
         if len(named) < len(uris):
             row = first_row + next(index for index, uri in enumerate(uris) if uri is None or not uri.strip())
-            message = f"{self._config.uri}: row {row} has no {self._config.uri_column}"
+            message = f"{self._config.uri}: row {row} has no {column}"
             raise SourceError(message, remedy="Fill it in, or leave the row out.")
         return named
 
 
-def flat(column: pa.ChunkedArray) -> pa.Array:
-    """One array of a column of one chunk or none."""
-    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
+def _checked_version(path: Path) -> str:
+    """The version of a local manifest, which may be read.
+
+    It is opened again, more than once: a reader that is bound to this version takes no later one.
+    """
+    try:
+        if not path.is_file():
+            raise SourceError(f"{path} does not exist", remedy="Check the path.")
+        with path.open("rb") as file:
+            return local_version(os.fstat(file.fileno()))
+    except OSError as error:
+        raise access_error(error, str(path)) from error
 
 
 def source_struct(rows: pa.Table, columns: pa.Schema) -> pa.StructArray | None:

@@ -10,18 +10,18 @@ import pyarrow.parquet as pq
 
 from vlmflow.config import ImageLimits, SourceConfig
 from vlmflow.errors import SourceError
-from vlmflow.sources.base import BATCH_ROWS, Reader, check_named, own_columns, reference_batch
+from vlmflow.sources.base import BATCH_ROWS, Reader, check_named, own_columns, reference_batch, texts
 from vlmflow.sources.listing import list_files
-from vlmflow.sources.manifest import flat, source_struct
+from vlmflow.sources.manifest import source_struct
 from vlmflow.sources.parquet_rows import bytes_field
 from vlmflow.sources.prefix import no_images
 from vlmflow.sources.reader import SourceReader, row_version
 from vlmflow.sources.regions import check_regions
 from vlmflow.sources.stores import Stores
-from vlmflow.sources.tables import portable_schema
-from vlmflow.sources.unique import unique_references
+from vlmflow.sources.tables import portable_schema, to_portable, unreadable
+from vlmflow.sources.unique import UniqueReferences
 from vlmflow.sources.uris import normalise_uri, resolve
-from vlmflow.storage import parse_address
+from vlmflow.storage import STORE_ERRORS, parse_address
 
 
 class ParquetSource:
@@ -34,16 +34,28 @@ class ParquetSource:
         self._config = config
         self._stores = Stores(config.storage)
         self._address = parse_address(config.uri)
+        self._unique = UniqueReferences(self._references)
+        self._version: str | None = None
 
     @property
     def columns(self) -> pa.Schema:
         """The columns besides bytes and uris, as the first file has them; see :class:`vlmflow.sources.base.Source`."""
         return self._columns
 
+    @property
+    def version(self) -> str | None:
+        """Of the file, where it is one; see :class:`vlmflow.sources.base.Source`."""
+        return self._version
+
+    @property
+    def num_repeated(self) -> int:
+        """Further rows of images that have one; see :class:`vlmflow.sources.base.Source`."""
+        return self._unique.num_repeated
+
     def list(self) -> Iterator[pa.RecordBatch]:
         """Yields the references; see :class:`vlmflow.sources.base.Source`."""
         empty = True
-        for batch in unique_references(self._references):
+        for batch in self._unique:
             empty = empty and batch.num_rows == 0
             yield batch
         if empty and not self._config.allow_empty:
@@ -51,7 +63,7 @@ class ParquetSource:
 
     def reader(self, limits: ImageLimits) -> Reader:
         """Builds the reader of this source's references."""
-        return SourceReader(self._config, limits, str(self._address.parent))
+        return SourceReader(self._config, limits, str(self._address.parent), self._stores)
 
     @cached_property
     def _files(self) -> Sequence[str]:
@@ -80,10 +92,15 @@ class ParquetSource:
     def _references(self) -> Iterator[pa.RecordBatch]:
         for uri in self._files:
             file, head = self._stores.open_file(uri)
+            if uri == str(self._address):
+                self._version = head.object_version
             with file:
                 parquet = _open(file, uri)
                 self._check(parquet.schema_arrow, uri)
-                yield from self._rows(parquet, uri, head.object_version)
+                try:
+                    yield from self._rows(parquet, uri, head.object_version)
+                except (pa.ArrowException, *STORE_ERRORS) as error:
+                    raise unreadable(error, uri) from error
 
     def _rows(self, parquet: pq.ParquetFile, uri: str, file_version: str) -> Iterator[pa.RecordBatch]:
         has_uris = self._config.uri_column in parquet.schema_arrow.names
@@ -115,12 +132,12 @@ class ParquetSource:
         if rows is None:
             return reference_batch(given)
         if self._config.uri_column in rows.column_names:
-            named = flat(rows[self._config.uri_column]).cast(pa.string()).to_pylist()
+            named = texts(rows[self._config.uri_column], f"{uri}: column {self._config.uri_column}").to_pylist()
             spelled = [name or f"{uri}#{number}" for name, number in zip(named, numbers, strict=True)]
             given["uri"] = pa.array(
                 [normalise_uri(name) for name in resolve(spelled, parse_address(uri).parent)], pa.string()
             )
-        own = rows.select(self.columns.names).cast(self.columns)
+        own = to_portable(rows, self.columns, uri)
         name = self._config.uri_column
         # The text or the key may be the column of the uris, which is none of the caller's.
         readable = {column: own[column] for column in own.column_names}
@@ -132,8 +149,8 @@ class ParquetSource:
 def _open(file: object, uri: str) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(file)
-    except pa.ArrowInvalid as error:
-        raise SourceError(f"{uri} is not a Parquet file, or is damaged", remedy="Write it again.") from error
+    except (pa.ArrowException, *STORE_ERRORS) as error:
+        raise unreadable(error, uri) from error
 
 
 def holds_image_bytes(config: SourceConfig) -> bool:

@@ -37,6 +37,12 @@ def _holds_bytes(kind: pa.DataType) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
 
 
+def is_damage(error: Exception) -> bool:
+    """Whether an error met in reading a Parquet file is of its bytes, and not of what they lie on."""
+    # What Arrow cannot decompress or parse it raises as a plain OSError; those of disks have a number.
+    return isinstance(error, pa.ArrowException) or (type(error) is OSError and error.errno is None)
+
+
 def read_cells(file: BinaryIO, column: str, rows: Sequence[int], *, is_known: bool = True) -> dict[int, bytes | None]:
     """Reads cells of a column of image bytes, in one pass over the row groups that hold them.
 
@@ -73,7 +79,9 @@ def read_cells(file: BinaryIO, column: str, rows: Sequence[int], *, is_known: bo
                         found[row] = block[row - first].as_py()
                 if first + len(block) > last:
                     break
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:
+        if not is_damage(error):
+            raise
         raise SourceError("the file is not Parquet, or is damaged", remedy="Write it again.") from error
     return found
 

@@ -32,6 +32,16 @@ class PrefixSource:
                 raise SourceError(message, remedy="List the images in a manifest, or leave it out.")
         return pa.schema([])
 
+    @property
+    def version(self) -> None:
+        """None: it is many files."""
+        return
+
+    @property
+    def num_repeated(self) -> int:
+        """Nothing is listed twice."""
+        return 0
+
     def list(self) -> Iterator[pa.RecordBatch]:
         """Yields the references; see :class:`vlmflow.sources.base.Source`."""
         empty = True
@@ -44,7 +54,7 @@ class PrefixSource:
 
     def reader(self, limits: ImageLimits) -> Reader:
         """Builds the reader of this source's references."""
-        return SourceReader(self._config, limits, str(self._address))
+        return SourceReader(self._config, limits, str(self._address), self._stores)
 
 
 def no_images(uri: str) -> EmptySourceError:

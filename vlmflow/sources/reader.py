@@ -26,8 +26,8 @@ from vlmflow.errors import (
 from vlmflow.retry import retried_async
 from vlmflow.sources.base import Fetched
 from vlmflow.sources.http import HttpFetcher
-from vlmflow.sources.parquet_rows import read_cells
-from vlmflow.sources.stores import CONCURRENT_REQUESTS, Failure, Stores, run_in_loop
+from vlmflow.sources.parquet_rows import is_damage, read_cells
+from vlmflow.sources.stores import CONCURRENT_REQUESTS, Failure, Silence, Stores, run_in_loop
 from vlmflow.sources.uris import is_http
 from vlmflow.storage import (
     STORE_ERRORS,
@@ -67,28 +67,45 @@ class SourceReader:
 
     Args:
         home: uri of the folder that holds the source: while it is there, a missing file is no more than that.
+        stores: those of the source, which know what they have given to planning; None: they have given nothing yet.
         is_known: the config is the job's. If not, see :func:`vlmflow.sources.parquet_rows.read_cells`.
     """
 
-    def __init__(self, config: SourceConfig, limits: ImageLimits, home: str, *, is_known: bool = True) -> None:
+    def __init__(
+        self,
+        config: SourceConfig,
+        limits: ImageLimits,
+        home: str,
+        stores: Stores | None = None,
+        *,
+        is_known: bool = True,
+    ) -> None:
         self._config = config
         self._limits = limits
         self._home = home
+        self._stores = stores or Stores(config.storage)
         self._is_known = is_known
-        self._stores = Stores(config.storage)
 
-    def __reduce__(self) -> tuple[partial[SourceReader], tuple[SourceConfig, ImageLimits, str]]:
-        return (partial(SourceReader, is_known=self._is_known), (self._config, self._limits, self._home))
+    def __reduce__(self) -> tuple[partial[SourceReader], tuple[SourceConfig, ImageLimits, str, Stores]]:
+        made = partial(SourceReader, is_known=self._is_known)
+        return (made, (self._config, self._limits, self._home, self._stores))
 
     def read(self, refs: pa.Table) -> list[Fetched]:
         """Reads one image for each reference, in order; see :class:`vlmflow.sources.base.Reader`."""
         rows: list[Any] = refs.select(_COLUMNS).to_pylist()
-        results = run_in_loop(self._read_all(rows))
-        self._raise_if_lost(rows, results)
+        try:
+            results = run_in_loop(self._read_all(rows))
+            self._raise_if_lost(rows, results)
+        except StoreLostError:
+            raise
+        except (StorageAccessError, TransientError) as error:
+            remedy = f"{error.remedy} What was committed stays; run again."
+            raise StoreLostError(f"lost in mid-run: {error}", remedy=remedy) from error
         return [self._recorded(result) for result in results]
 
     async def _read_all(self, rows: Sequence[_Ref]) -> list[Fetched | Failure]:
-        slots = asyncio.Semaphore(CONCURRENT_REQUESTS)
+        """Reads all rows; ends early, with an error, where a store has fallen silent."""
+        slots, silence = asyncio.Semaphore(CONCURRENT_REQUESTS), Silence(self._stores)
         results: dict[int, Fetched | Failure] = {}
         async with AsyncExitStack() as stack:
             http = None
@@ -97,10 +114,15 @@ class SourceReader:
 
             async def read(index: int) -> None:
                 async with slots:
-                    results[index] = await self._read_one(rows[index], http)
+                    result = await self._read_one(rows[index], http)
+                    if _came_of_store(rows[index], result):
+                        await silence.check(rows[index]["locator"], result)
+                results[index] = result
 
             async def read_parquet(uri: str, indices: Sequence[int]) -> None:
-                cells = await asyncio.to_thread(self._read_parquet, uri, [rows[index] for index in indices])
+                async with slots:
+                    cells = await asyncio.to_thread(self._read_parquet, uri, [rows[index] for index in indices])
+                    await silence.check(uri, cells[0])
                 results.update(zip(indices, cells, strict=True))
 
             files: dict[str, list[int]] = {}
@@ -143,8 +165,9 @@ class SourceReader:
         except ImageError as error:
             return [Fetched(None, None, error.error_class, str(error))] * len(rows)
         except VlmflowError as error:
-            if isinstance(error.__cause__, STORE_ERRORS):
-                return [Failure(fault_of(error.__cause__), error.__cause__)] * len(rows)
+            cause = error.__cause__
+            if isinstance(cause, STORE_ERRORS) and not is_damage(cause):
+                return [Failure(fault_of(cause), cause)] * len(rows)
             return [Fetched(None, None, RowErrorClass.READ_FAILED, str(error))] * len(rows)
         except STORE_ERRORS as error:
             return [Failure(fault_of(error), error)] * len(rows)
@@ -208,24 +231,23 @@ class SourceReader:
     def _raise_if_lost(self, rows: Sequence[_Ref], results: Sequence[Fetched | Failure]) -> None:
         """Ends the run where a store, and not an object of it, is what failed."""
         asked = [
-            (row["locator"], result)
-            for row, result in zip(rows, results, strict=True)
-            if isinstance(result, Failure) or (result.data is not None and not is_http(row["locator"]))
+            (row["locator"], result) for row, result in zip(rows, results, strict=True) if _came_of_store(row, result)
         ]
         for uri, result in asked:
             if isinstance(result, Failure) and result.fault is Fault.MISSING and _is_local(uri):
                 self._check_folder(result.error)
-        try:
-            self._stores.check_answered([uri for uri, _ in asked], [result for _, result in asked])
-        except (StorageAccessError, TransientError) as error:
-            remedy = f"{error.remedy} What was committed stays; run again."
-            raise StoreLostError(f"lost in mid-run: {error}", remedy=remedy) from error
+        self._stores.check_answered([uri for uri, _ in asked], [result for _, result in asked])
 
     def _check_folder(self, error: Exception) -> None:
         """A listed file that is gone is a row; a source folder that is gone (unmounted) is the end of the run."""
         if _is_local(self._home) and not Path(parse_address(self._home).path).exists():
             remedy = "Mount or restore it, and run again: what was committed stays."
             raise StoreLostError(f"{self._home} is gone", remedy=remedy) from error
+
+
+def _came_of_store(row: _Ref, result: Fetched | Failure) -> bool:
+    """Whether a result tells how the store is that holds the image; what was refused unread tells nothing."""
+    return isinstance(result, Failure) or (result.data is not None and not is_http(row["locator"]))
 
 
 def _is_local(uri: str) -> bool:

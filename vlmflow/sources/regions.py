@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 from vlmflow.config import SourceConfig
 from vlmflow.errors import SourceError, StoreLostError, VlmflowError
 from vlmflow.schema import REGIONS
+from vlmflow.sources.parquet_rows import is_damage
 from vlmflow.sources.stores import Stores
 from vlmflow.storage import STORE_ERRORS, access_error
 
@@ -70,7 +71,7 @@ class RegionReader:
     """Reads the regions of references in a worker; can be pickled.
 
     Args:
-        version: of the manifest when the run was planned; None: the references name the files themselves.
+        version: of the one file of the source, as it was listed; None: the references name the files themselves.
     """
 
     def __init__(self, config: SourceConfig, version: str | None) -> None:
@@ -123,17 +124,6 @@ class RegionReader:
             raise StoreLostError(f"regions: {error}", remedy=error.remedy or remedy) from error
 
 
-def region_reader(config: SourceConfig) -> RegionReader | None:
-    """The reader of a source's regions, bound to the file as it is now; None: the source names no column of them."""
-    if config.regions_column is None:
-        return None
-    if not config.uri.lower().endswith(".parquet"):
-        return RegionReader(config, None)  # a folder of Parquet files: each reference names its own, and its version
-    file, head = Stores(config.storage).open_file(config.uri)
-    file.close()
-    return RegionReader(config, head.object_version)
-
-
 def read_regions(file: BinaryIO, column: str, rows: Sequence[int]) -> dict[int, pa.Array]:
     """Reads rows of a column of regions, a few at a time: one value of ``schema.REGIONS`` each.
 
@@ -156,7 +146,9 @@ def read_regions(file: BinaryIO, column: str, rows: Sequence[int]) -> dict[int, 
                 first += len(block)
                 if first > last:
                     break
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:
+        if not is_damage(error):
+            raise
         raise SourceError("the file is not Parquet, or is damaged", remedy="Write it again.") from error
     return found
 

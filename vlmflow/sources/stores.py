@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import os
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,14 +62,19 @@ def run_in_loop(coroutine: Coroutine[object, object, Answer]) -> Answer:
 
 
 class Stores:
-    """Opens each store once; pickled, it forgets what it has opened."""
+    """Opens each store once; pickled, it forgets what it has opened.
 
-    def __init__(self, config: StorageConfig) -> None:
+    Args:
+        given: of each store that has given an object, by its root, the uri of one.
+    """
+
+    def __init__(self, config: StorageConfig, given: Mapping[str, str] | None = None) -> None:
         self._config = config
+        self._given = dict(given or {})
         self._opened: dict[str, ObjectStore] = {}
 
-    def __reduce__(self) -> tuple[type[Stores], tuple[StorageConfig]]:
-        return (Stores, (self._config,))
+    def __reduce__(self) -> tuple[type[Stores], tuple[StorageConfig, dict[str, str]]]:
+        return (Stores, (self._config, self._given))
 
     def locate(self, uri: str) -> tuple[ObjectStore, str]:
         """The store of a uri, and the path in it."""
@@ -78,27 +83,42 @@ class Stores:
             self._opened[address.root] = open_store(uri, self._config)[0]
         return self._opened[address.root], address.path.lstrip("/")
 
+    def has_given(self, uri: str) -> None:
+        """Remembers that a store has given an object: a refusal to list it says little then."""
+        address = parse_address(uri)
+        if not address.is_local:
+            self._given[address.root] = uri
+
     def heads(self, uris: Sequence[str]) -> list[ObjectHead | Failure]:
-        """Asks for the versions of many objects, several at a time."""
+        """Asks for the versions of many objects, several at a time.
+
+        Raises:
+            StorageAccessError, TransientError: a store has fallen silent; see :meth:`Silence.check`.
+        """
         return run_in_loop(self._heads(uris))
 
     async def _heads(self, uris: Sequence[str]) -> list[ObjectHead | Failure]:
-        slots = asyncio.Semaphore(_CONCURRENT_HEADS)
+        slots, silence = asyncio.Semaphore(_CONCURRENT_HEADS), Silence(self)
 
         async def head(uri: str) -> ObjectHead | Failure:
+            if parse_address(uri).is_local:
+                return _local_head(uri)
+            store, path = self.locate(uri)
+            async with slots:
+                meta = await retried_async(lambda: obstore.head_async(store, path))
+            return ObjectHead(object_version(meta), meta["size"])
+
+        async def answer(uri: str) -> ObjectHead | Failure:
             try:
-                if parse_address(uri).is_local:
-                    return _local_head(uri)
-                store, path = self.locate(uri)
-                async with slots:
-                    meta = await retried_async(lambda: obstore.head_async(store, path))
+                found: ObjectHead | Failure = await head(uri)
             except ConfigError as error:  # an address of a kind that cannot be read costs its row, not the run
                 return Failure(Fault.PATH, error)
             except STORE_ERRORS as error:
-                return Failure(fault_of(error), error)
-            return ObjectHead(object_version(meta), meta["size"])
+                found = Failure(fault_of(error), error)
+            await silence.check(uri, found)
+            return found
 
-        return list(await asyncio.gather(*(head(uri) for uri in uris)))
+        return list(await asyncio.gather(*(answer(uri) for uri in uris)))
 
     def check_answered(self, uris: Sequence[str], answers: Sequence[object | Failure]) -> None:
         """Tells a store that fails from objects that do; ``answers`` holds what came back for each uri.
@@ -114,20 +134,40 @@ class Stores:
         for uri, answer in zip(uris, answers, strict=True):
             if not isinstance(answer, Failure):
                 good.add(parse_address(uri).root)
+                self.has_given(uri)
             elif answer.fault in (Fault.GONE, Fault.NO_CREDENTIALS):
                 raise access_error(answer.error, uri) from answer.error
             elif answer.fault is not Fault.PATH and not parse_address(uri).is_local:
                 failed.setdefault(parse_address(uri).root, (uri, answer))
         for root, (uri, failure) in failed.items():
             if root not in good:
-                self._list_one(uri, failure)
+                self.check_listed(uri, failure)
 
-    def _list_one(self, uri: str, failure: Failure) -> None:
+    def check_listed(self, uri: str, failure: Failure) -> None:
+        """Lists one name of the store of an object that has failed.
+
+        Credentials that may read and not list are refused what is not there, in the words for what they may not read:
+        the store is then asked for an object that it has given before.
+
+        Raises:
+            StorageAccessError: the store refused, or is not there.
+            TransientError: the store is out of reach.
+        """
         store, path = self.locate(uri)
         try:
             next(iter(obstore.list(store, path.rpartition("/")[0] or None, chunk_size=1)), None)
         except STORE_ERRORS as error:
-            raise access_error(error, uri) from failure.error
+            given = self._given.get(parse_address(uri).root)
+            if given is None or fault_of(error) is not Fault.DENIED or not self._is_there(given):
+                raise access_error(error, uri) from failure.error
+
+    def _is_there(self, uri: str) -> bool:
+        store, path = self.locate(uri)
+        try:
+            retried(lambda: obstore.head(store, path))
+        except STORE_ERRORS:
+            return False
+        return True
 
     def head(self, uri: str) -> ObjectHead:
         """Asks for one object, without which the source is nothing.
@@ -144,6 +184,7 @@ class Stores:
             meta = retried(lambda: obstore.head(store, path))
         except STORE_ERRORS as error:
             raise access_error(error, uri) from error
+        self.has_given(uri)
         return ObjectHead(object_version(meta), meta["size"])
 
     def open_file(self, uri: str) -> tuple[BinaryIO, ObjectHead]:
@@ -162,7 +203,31 @@ class Stores:
             raw = RangedObject(store, path)
         except STORE_ERRORS as error:
             raise access_error(error, uri) from error
+        self.has_given(uri)
         return cast("BinaryIO", io.BufferedReader(raw, _BLOCK_BYTES)), raw.head
+
+
+class Silence:
+    """Ends a pass over many objects where their store has fallen silent, instead of waiting for each of them."""
+
+    def __init__(self, stores: Stores) -> None:
+        self._stores = stores
+        self._checked: set[str] = set()  # roots of those that have given something in this pass, or were listed
+
+    async def check(self, uri: str, answer: object | Failure) -> None:
+        """Takes note of what came back for an object; of a store that has not answered yet, one name is listed.
+
+        Raises:
+            StorageAccessError, TransientError: as :meth:`Stores.check_listed`.
+        """
+        if isinstance(answer, Failure) and answer.fault is not Fault.TIMEOUT:
+            return
+        address = parse_address(uri)
+        if address.is_local or address.root in self._checked:
+            return
+        self._checked.add(address.root)
+        if isinstance(answer, Failure):
+            await asyncio.to_thread(self._stores.check_listed, uri, answer)
 
 
 def _local_head(uri: str) -> ObjectHead:

@@ -14,12 +14,18 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from vlmflow.errors import SourceError
+from vlmflow.errors import SourceError, VlmflowError
 from vlmflow.sources.base import BATCH_ROWS
+from vlmflow.sources.parquet_rows import is_damage
 from vlmflow.sources.regions import check_regions
+from vlmflow.storage import access_error
+
+# What Arrow raises where values of JSON do not become a column.
+_MISFITS = (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError)
 
 
 class TableFile(Protocol):
@@ -110,6 +116,36 @@ def portable_schema(schema: pa.Schema, name: str) -> pa.Schema:
     return pa.schema(fields)
 
 
+def to_portable(rows: pa.Table, columns: pa.Schema, name: str) -> pa.Table:
+    """Rows with the given columns, cast to portable types; times lose what is below a microsecond.
+
+    Args:
+        name: of the file, for messages.
+
+    Raises:
+        SourceError: a column is of another type, or holds what its portable type cannot.
+    """
+    cast = []
+    for field in columns:
+        column = rows[field.name]
+        try:
+            column = column.cast(options=pc.CastOptions(field.type, allow_time_truncate=True))
+            column.validate(full=True)  # Arrow takes strings of a Parquet file as they are
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            found = rows.schema.field(field.name).type
+            message = f"{name}: column {field.name} ({found}) does not become {field.type}: {_line(error)}"
+            raise SourceError(message, remedy=f"Write all its values, in every file, as {field.type}.") from error
+        cast.append(column)
+    return pa.table(cast, schema=columns)
+
+
+def unreadable(error: Exception, name: str) -> VlmflowError:
+    """The error for a Parquet file that cannot be read: it is damaged, or its store or disk failed."""
+    if is_damage(error):
+        return SourceError(f"{name} is not a Parquet file, or is damaged: {_line(error)}", remedy="Write it again.")
+    return access_error(error, name)
+
+
 class ParquetTable:
     """A Parquet manifest."""
 
@@ -129,17 +165,15 @@ class ParquetTable:
         """Yields its rows."""
         try:
             for batch in self._open().iter_batches(batch_size=BATCH_ROWS, columns=self.schema.names):
-                yield pa.table(batch).cast(self.schema)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise SourceError(f"{self._name} is damaged: {_line(error)}", remedy="Write it again.") from error
+                yield to_portable(pa.table(batch), self.schema, self._name)
+        except (pa.ArrowException, OSError) as error:
+            raise unreadable(error, self._name) from error
 
     def _open(self) -> pq.ParquetFile:
         try:
             return pq.ParquetFile(self._path)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise SourceError(
-                f"{self._name} is not a Parquet file: {_line(error)}", remedy="Write it again."
-            ) from error
+        except (pa.ArrowException, OSError) as error:
+            raise unreadable(error, self._name) from error
 
 
 class CsvTable:
@@ -202,16 +236,25 @@ class JsonTable:
                 # Not Table.from_pylist: it takes its columns from the first row alone.
                 found = pa.RecordBatch.from_struct_array(pa.array(rows)).schema if rows else schema
                 schema = pa.unify_schemas([schema, found], promote_options="permissive")
-            except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
-                where = f"{self._name}, lines from {first_line}"
-                remedy = "Give each column values of one type."
-                raise SourceError(f"{where}: values do not fit together: {_line(error)}", remedy=remedy) from error
+            except _MISFITS as error:
+                raise self._misfit(error, first_line) from error
         return portable_schema(schema, self._name)
 
     def batches(self) -> Iterator[pa.Table]:
         """Yields its rows; what a row leaves out is null."""
-        for _, rows in self._rows():
-            yield pa.Table.from_pylist(rows, schema=self.schema)
+        for first_line, rows in self._rows():
+            try:
+                yield pa.Table.from_pylist(rows, schema=self.schema)
+            except _MISFITS as error:  # an integer, where a later one of the column is none
+                raise self._misfit(error, first_line) from error
+
+    def _misfit(self, error: Exception, first_line: int) -> SourceError:
+        where = f"{self._name}, lines from {first_line}"
+        if isinstance(error, UnicodeEncodeError):
+            message = f"{where}: a text holds half a character: {_line(error)}"
+            return SourceError(message, remedy="Write both halves of the \\u escape, or leave it out.")
+        remedy = "Give each column values of one type."
+        return SourceError(f"{where}: values do not fit together: {_line(error)}", remedy=remedy)
 
     def _rows(self) -> Iterator[tuple[int, list[dict[str, Any]]]]:
         with self._path.open(encoding="utf-8-sig") as file:
@@ -228,6 +271,9 @@ class JsonTable:
         except json.JSONDecodeError as error:
             message = f"{self._name}, line {number} is not JSON: {error.msg}"
             raise SourceError(message, remedy="Write one object a line.") from error
+        except RecursionError as error:
+            message = f"{self._name}, line {number} is nested too deep"
+            raise SourceError(message, remedy="Store what is nested as a string, or leave it out.") from error
         if not isinstance(row, dict):
             message = f"{self._name}, line {number} holds a {type(row).__name__}"
             raise SourceError(message, remedy="Write one object a line.")

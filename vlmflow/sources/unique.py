@@ -15,33 +15,45 @@ _EXAMPLES = 3
 _OWN = ("key", "text", "source")  # what may differ between rows of one image
 
 
-def unique_references(batches: Callable[[], Iterator[pa.RecordBatch]]) -> Iterator[pa.RecordBatch]:
-    """Yields references with each image once, its first row.
+class UniqueReferences:
+    """References with each image once, its first row.
 
     Args:
         batches: reads the references from the start, each time it is called. It is called again and again, so that
             only identities are kept in memory (some 36 bytes an image), not the rows.
 
-    Raises:
-        SourceError: rows of one image differ, before anything is yielded.
+    Attributes:
+        num_repeated: further rows of the images, known as soon as the first batch is there.
     """
-    ids = pa.chunked_array([batch["image_id"] for batch in batches()], pa.string())
-    counts = ids.value_counts()
-    repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
-    del ids, counts
-    if len(repeated) == 0:
-        yield from batches()
-        return
-    _refuse_conflicts(batches, repeated)
-    seen: set[str] = set()
-    for batch in batches():
-        keep = []
-        is_repeated = pc.is_in(batch["image_id"], repeated).to_pylist()
-        for image_id, again in zip(batch["image_id"].to_pylist(), is_repeated, strict=True):
-            keep.append(not again or image_id not in seen)
-            if again:
-                seen.add(image_id)
-        yield batch.filter(pa.array(keep, pa.bool_()))
+
+    def __init__(self, batches: Callable[[], Iterator[pa.RecordBatch]]) -> None:
+        self._batches = batches
+        self.num_repeated = 0
+
+    def __iter__(self) -> Iterator[pa.RecordBatch]:
+        """Yields them in batches.
+
+        Raises:
+            SourceError: rows of one image differ, before anything is yielded.
+        """
+        ids = pa.chunked_array([batch["image_id"] for batch in self._batches()], pa.string())
+        counts = ids.value_counts()
+        self.num_repeated = len(ids) - len(counts)
+        repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
+        del ids, counts
+        if len(repeated) == 0:
+            yield from self._batches()
+            return
+        _refuse_conflicts(self._batches, repeated)
+        seen: set[str] = set()
+        for batch in self._batches():
+            keep = []
+            is_repeated = pc.is_in(batch["image_id"], repeated).to_pylist()
+            for image_id, again in zip(batch["image_id"].to_pylist(), is_repeated, strict=True):
+                keep.append(not again or image_id not in seen)
+                if again:
+                    seen.add(image_id)
+            yield batch.filter(pa.array(keep, pa.bool_()))
 
 
 def _refuse_conflicts(batches: Callable[[], Iterator[pa.RecordBatch]], repeated: pa.Array) -> None:

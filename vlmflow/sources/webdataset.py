@@ -3,6 +3,9 @@
 Only headers and small texts are read to list a shard, through ranged reads. Members ``.txt``, ``.json`` and ``.cls``
 become columns of the images with the same key, unless they are larger than a megabyte; every other member is taken
 for an image.
+
+A shard ends where the file does, or with blocks of zeros, as for GNU tar: what follows those is not listed. Whatever
+else stands where a header is due is damage, and ends the run: the images behind it would be missing without a word.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from vlmflow.storage import STORE_ERRORS, access_error, parse_address
 SIDE_COLUMNS = ("txt", "json", "cls")
 _COLUMNS = pa.schema([(name, pa.string()) for name in SIDE_COLUMNS])
 _MAX_SIDE_BYTES = 1024 * 1024
+_END = 2 * tarfile.BLOCKSIZE  # of a tar file, in zeros
 _SHARDS_AT_A_TIME = 8
 
 
@@ -60,6 +64,16 @@ class WebDatasetSource:
             )
         return _COLUMNS
 
+    @property
+    def version(self) -> None:
+        """None: it is many files."""
+        return
+
+    @property
+    def num_repeated(self) -> int:
+        """Nothing is listed twice."""
+        return 0
+
     def list(self) -> Iterator[pa.RecordBatch]:
         """Yields the references; see :class:`vlmflow.sources.base.Source`."""
         empty = True
@@ -75,7 +89,7 @@ class WebDatasetSource:
 
     def reader(self, limits: ImageLimits) -> Reader:
         """Builds the reader of this source's references."""
-        return SourceReader(self._config, limits, str(self._address.parent))
+        return SourceReader(self._config, limits, str(self._address.parent), self._stores)
 
     @cached_property
     def _shards(self) -> Sequence[str]:
@@ -142,6 +156,10 @@ def _samples(file: BinaryIO, uri: str) -> Iterator[_Sample]:
                 sample.images.append(member)
             elif member.size <= _MAX_SIDE_BYTES:
                 sample.side[extension.lower()] = _text(tar, member)
+        # tarfile takes a header that it cannot read for the end. Zeros may be cut short, or be absent.
+        file.seek(tar.offset)  # of the header that ended the loop
+        if file.read(_END).strip(b"\0"):
+            raise tarfile.ReadError(f"no header at byte {tar.offset:,}")
     yield sample
 
 

@@ -195,6 +195,19 @@ def test_an_image_listed_twice_with_other_columns_stops_the_run(catalog: Catalog
         catalog.plan([references([NAMES[0]], text="a"), references([NAMES[0]], text="b")], request())
 
 
+def test_images_listed_twice_are_compared_however_their_rows_were_put_aside(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vlmflow.catalog.spill._BUFFERED_ROWS", 4)
+    names = [f"image {number}" for number in range(400)]  # several in each bucket, in batches of their own
+    batches = [references(names[start : start + 4]) for start in range(0, 400, 4)]
+    with catalog.plan([*batches, *batches[:50]], request()) as plan:
+        assert (plan.num_listed, plan.num_duplicates) == (400, 200)
+    other = references(names[8:9], text="another text")
+    with pytest.raises(SourceError, match=f"1 images are listed twice .*mem://{names[8]}"):
+        catalog.plan([*batches, *batches[:2], other], request())
+
+
 def test_a_limit_takes_the_first_due_images_of_the_listing(catalog: Catalog) -> None:
     enrich(catalog, "r1", [references([NAMES[1]])])
     with catalog.plan([references(NAMES)], request(limit=3)) as plan:

@@ -104,8 +104,12 @@ def test_equal_rows_are_one_image(tmp_path: Path) -> None:
         {"uri": "b.jpg", "title": "t"},
         {"uri": "https://h/a.jpg?X-Amz-Signature=2", "title": "t"},
     ]
-    refs = references(write_manifest(tmp_path, "jsonl", rows))
+    path = write_manifest(tmp_path, "jsonl", rows)
+    refs = references(path)
     assert refs["uri"].to_pylist() == ["https://h/a.jpg", str(tmp_path / "b.jpg")]
+    source = open_source(SourceConfig(uri=str(path)))
+    assert sum(batch.num_rows for batch in source.list()) == 2
+    assert source.num_repeated == 1
     assert refs["locator"].to_pylist()[0] == rows[0]["uri"], "the first row stands"
 
 
@@ -158,6 +162,10 @@ def test_a_row_without_a_uri_is_named(tmp_path: Path) -> None:
         ("list.jsonl", '["a.jpg"]\n', "line 1 holds a list"),
         ("list.jsonl", '{"uri": "a", "x": 1}\n{"uri": "b", "x": "one"}\n', "values do not fit together"),
         ("list.jsonl", '{"uri": "a", "x": {}}\n', "column x has the type struct<>"),
+        ("list.jsonl", '{"uri": "a\\ud800.jpg"}\n', "lines from 1: a text holds half a character"),
+        ("list.jsonl", f'{{"uri": "a", "x": {"[" * 5000}{"]" * 5000}}}\n', "line 1 is nested too deep"),
+        ("list.jsonl", '{"uri": ["a.jpg"]}\n', r"column uri \(list<.*>\) holds no texts"),
+        ("list.jsonl", '{"uri": "a.jpg", "etag": ["x"]}\n', r"column etag \(list<.*>\) holds no texts"),
         ("list.parquet", "PAR1 but no more", "is not a Parquet file"),
     ],
 )
@@ -167,6 +175,37 @@ def test_a_damaged_manifest_is_an_error_that_says_where(tmp_path: Path, name: st
     with pytest.raises(SourceError, match=message) as caught:
         references(path, kind="manifest")
     assert caught.value.remedy
+
+
+@pytest.mark.parametrize("setting", ["key_column", "text_column"])
+def test_a_key_or_a_text_that_is_none_is_named(tmp_path: Path, setting: str) -> None:
+    path = write_manifest(tmp_path, "jsonl", [{"uri": "a.jpg", "x": {"y": 1}}])
+    with pytest.raises(SourceError, match=r"column x \(struct<.*>\) holds no texts"):
+        references(path, **{setting: "x"})
+
+
+def test_numbers_that_no_type_holds_together_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlmflow.sources.tables.BATCH_ROWS", 1)
+    path = tmp_path / "list.jsonl"
+    path.write_text(f'{{"uri": "a.jpg", "x": {2**53 + 1}}}\n{{"uri": "b.jpg", "x": 1.5}}\n', encoding="utf-8")
+    with pytest.raises(SourceError, match="lines from 1: values do not fit together"):
+        references(path)
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        (pa.array([b"\xff\xfe"]), r"column uri \(binary\) holds no texts in UTF-8"),
+        (pa.array([b"\xff\xfe"]).view(pa.string()), r"column uri \(string\) does not become string: .*UTF8"),
+        (pa.array([2**64 - 1], pa.uint64()), r"column uri \(uint64\) does not become int64"),
+    ],
+)
+def test_values_of_a_parquet_manifest_that_cannot_be_kept_are_named(
+    tmp_path: Path, column: pa.Array, message: str
+) -> None:
+    pq.write_table(pa.table({"uri": column}), tmp_path / "list.parquet")
+    with pytest.raises(SourceError, match=message):
+        references(tmp_path / "list.parquet")
 
 
 def test_a_manifest_that_is_not_utf_8_is_an_error(tmp_path: Path) -> None:
@@ -212,7 +251,7 @@ def test_types_that_a_catalog_does_not_know_become_those_it_does(tmp_path: Path)
         "uri": pa.array(["a.jpg"], pa.large_string()),
         "category": pa.array(["x"]).dictionary_encode(),
         "count": pa.array([7], pa.uint32()),
-        "seen": pa.array([1_000], pa.timestamp("ns", "UTC")),
+        "seen": pa.array([1_700_000_000_123_456_789], pa.timestamp("ns", "UTC")),
         "tags": pa.array([["t"]], pa.large_list(pa.large_string())),
         "half": pa.array([0.5], pa.float16()),
         "nothing": pa.nulls(1),
@@ -228,7 +267,9 @@ def test_types_that_a_catalog_does_not_know_become_those_it_does(tmp_path: Path)
         "half": pa.float32(),
         "nothing": pa.string(),
     }
-    assert references(path)["source"].to_pylist()[0]["category"] == "x"
+    (row,) = references(path)["source"]
+    assert row["category"].as_py() == "x"
+    assert row["seen"].value == 1_700_000_000_123_456, "what is below a microsecond is dropped"
 
 
 def test_a_jsonl_column_is_wide_enough_for_all_its_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import io
 import json
+import random
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from obstore.exceptions import GenericError
 
 from vlmflow.config import CatalogConfig, ImageLimits, SourceConfig
-from vlmflow.errors import EmptySourceError, RowErrorClass, SourceError
+from vlmflow.errors import EmptySourceError, RowErrorClass, SourceError, TransientError
 from vlmflow.schema import REFERENCE, with_source
 from vlmflow.sources import open_source, parquet_rows
 from vlmflow.sources.again import Place, RowReader, place_of
+from vlmflow.sources.stores import ObjectHead, Stores
 
 BYTES = [b"one", b"two" * 50, b"", None, b"five"]
 
@@ -102,6 +106,22 @@ def test_a_shard_that_is_not_whole_is_named(tmp_path: Path) -> None:
         references(tmp_path / "gone.tar")
 
 
+def test_no_damage_hides_the_images_behind_it(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", {f"{number}.jpg": b"x" * 600 for number in range(4)}, tarfile.USTAR_FORMAT)
+    whole, member, members = path.read_bytes(), 512 + 1024, 4 * (512 + 1024)
+    bits = bytearray(whole)
+    bits[2 * member + 5] ^= 0xFF
+    hole = whole[:member] + bytes(512) + whole[member + 512 :]
+    for damaged in (bytes(bits), hole, whole[: 3 * member + 200], whole[:members] + b"no header"):
+        path.write_bytes(damaged)
+        with pytest.raises(SourceError, match=r"a\.tar is not a whole tar file: no header at byte"):
+            references(path)
+    # GNU tar takes these for whole: without blocks of zeros, with one, or with more behind them.
+    for ended in (whole[:members], whole[: members + 512], whole[: members + 700], whole + whole):
+        path.write_bytes(ended)
+        assert references(path).num_rows == 4
+
+
 def test_a_shard_with_one_name_twice_is_named(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", {"0.jpg": b"x"})
     with tarfile.open(path, "a") as tar:
@@ -174,6 +194,44 @@ def test_a_file_without_its_column_of_bytes_is_named(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"has no column image of image bytes; it has image \(string\)"):
         references(path, kind="parquet")
     assert references(path)["uri"].to_pylist() == [f"{tmp_path}/a.jpg"], "told from its columns, it is a manifest"
+
+
+def test_a_file_with_another_type_of_column_is_named(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "0.parquet", price=[1, 2, 3, 4, 5], seen=[dt.datetime(2025, 1, 1)] * 5)
+    assert references(tmp_path, kind="parquet").num_rows == 5
+    times = pa.array([1_700_000_000_123_456_789] * 5, pa.timestamp("ns"))
+    write_parquet(tmp_path / "1.parquet", price=[6] * 5, seen=times)
+    assert references(tmp_path, kind="parquet").num_rows == 10, "times may be finer"
+    write_parquet(tmp_path / "2.parquet", price=["much"] * 5, seen=times)
+    with pytest.raises(SourceError, match=r"2\.parquet: column price \(string\) does not become int64"):
+        references(tmp_path, kind="parquet")
+
+
+def test_a_file_with_a_damaged_page_is_named_and_a_store_that_fails_is_not_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "0.parquet"
+    images = [random.Random(number).randbytes(300) for number in range(1000)]
+    table = pa.table({"price": [str(number) for number in range(1000)], "image": images})
+    pq.write_table(table, path, use_dictionary=False, compression="none")
+    whole, refs = path.read_bytes(), references(path)
+    start = pq.ParquetFile(path).metadata.row_group(0).column(1).data_page_offset
+    path.write_bytes(whole[:start] + b"\xff" * 60 + whole[start + 60 :])
+    (image,) = open_source(SourceConfig(uri=str(path))).reader(ImageLimits()).read(refs.slice(0, 1))
+    assert image.message == "the file is not Parquet, or is damaged"
+    path.write_bytes(whole[:4] + b"\xff" * 60 + whole[64:])
+    with pytest.raises(SourceError, match=r"0\.parquet is not a Parquet file, or is damaged"):
+        references(path)
+
+    class Failing(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            if self.tell() < 64:  # the footer can be read
+                raise GenericError("Generic S3 error: HTTP error: request or response body error")
+            return super().read(size)
+
+    monkeypatch.setattr(Stores, "open_file", lambda *_: (Failing(whole), ObjectHead("v", len(whole))))
+    with pytest.raises(TransientError, match="out of reach"):
+        references(path)
 
 
 def test_a_file_that_has_changed_since_it_was_listed_is_not_read_by_row(tmp_path: Path) -> None:

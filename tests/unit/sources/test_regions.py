@@ -15,7 +15,7 @@ from vlmflow import schema
 from vlmflow.config import SourceConfig
 from vlmflow.errors import SourceError, StoreLostError
 from vlmflow.sources import open_source
-from vlmflow.sources.regions import region_reader
+from vlmflow.sources.regions import RegionReader
 from vlmflow.tasks.shown import REGIONS_COLUMN, shown
 
 # As a caller may have it: doubles, boxes of a fixed size, integers.
@@ -47,8 +47,11 @@ def write(path: Path, values: list[dict[str, Any] | None], kind: pa.DataType = C
     return path
 
 
-def listed(config: SourceConfig) -> pa.Table:
-    return pa.Table.from_batches(list(open_source(config).list()))
+def listed(config: SourceConfig) -> tuple[pa.Table, RegionReader]:
+    """The references, and the reader of their regions as a worker gets it."""
+    source = open_source(config)
+    refs = pa.Table.from_batches(list(source.list()))
+    return refs, pickle.loads(pickle.dumps(RegionReader(config, source.version)))
 
 
 def config(path: Path, **changes: Any) -> SourceConfig:
@@ -58,11 +61,10 @@ def config(path: Path, **changes: Any) -> SourceConfig:
 def test_listing_passes_them_over_and_the_reader_finds_them(tmp_path: Path) -> None:
     values = [value(number, count=1 + number % 3) if number != 4 else None for number in range(8)]
     source = config(write(tmp_path / "list.parquet", values))
-    refs = listed(source)
+    refs, reader = listed(source)
     assert refs.schema.field("source").type == pa.struct([("title", pa.string())])
     assert refs["regions_row"].to_pylist() == list(range(8))
 
-    reader = pickle.loads(pickle.dumps(region_reader(source)))
     mixed = refs.take([6, 4, 0, 6, 3])
     found = reader.read(mixed, [True, True, True, True, False])
     assert found.type == schema.REGIONS
@@ -83,18 +85,17 @@ def test_a_file_of_image_bytes_has_them_beside_the_bytes(tmp_path: Path) -> None
     (picture,) = write_pictures(tmp_path / "images", 1)
     path = write(tmp_path / "images.parquet", [value(0), value(1)], image=[picture.read_bytes()] * 2)
     source = config(path)
-    refs = listed(source)
+    refs, reader = listed(source)
     assert refs["row"].to_pylist() == [0, 1]
-    reader = region_reader(source)
-    assert reader is not None
     assert [row["features"][0][0] for row in reader.read(refs, [True, True]).to_pylist()] == [0.0, 1.0]
 
 
 def test_a_file_that_was_written_again_ends_the_run(tmp_path: Path) -> None:
     source = config(write(tmp_path / "list.parquet", [value(0)]))
-    refs, reader = listed(source), region_reader(source)
-    assert reader is not None
+    opened = open_source(source)
+    refs = pa.Table.from_batches(list(opened.list()))
     write(tmp_path / "list.parquet", [value(1), value(0)])
+    reader = RegionReader(source, opened.version)  # is made when the cluster has started
     with pytest.raises(StoreLostError, match="changed since it was listed"):
         reader.read(refs, [True])
     (tmp_path / "list.parquet").unlink()

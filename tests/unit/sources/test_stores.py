@@ -1,0 +1,118 @@
+"""Stores that say little, or nothing: which failures are of an object, and which of the store."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from tests.s3 import CREDENTIALS
+from vlmflow.config import ImageLimits, SourceConfig, StorageConfig
+from vlmflow.errors import RowErrorClass, StoreLostError, TransientError
+from vlmflow.schema import REFERENCE
+from vlmflow.sources import Source, open_source
+from vlmflow.sources.stores import CONCURRENT_REQUESTS
+
+
+class Store:
+    """Gives the objects whose names hold ``good``, and refuses everything else as one that must not be listed does."""
+
+    def __init__(self) -> None:
+        self.num_requests = 0
+        self.is_silent = threading.Event()
+        self.refuses_all = False
+        self.ended = threading.Event()
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        self.num_requests += 1
+        if self.is_silent.is_set():
+            self.ended.wait()
+            return
+        good = "good" in request.path and not self.refuses_all
+        data = b"image" if good else b"<Error><Code>AccessDenied</Code></Error>"
+        request.send_response(200 if good else 403)
+        request.send_header("ETag", '"e"')
+        request.send_header("Last-Modified", "Wed, 01 Jan 2025 00:00:00 GMT")
+        request.send_header("Content-Length", str(len(data)))
+        request.end_headers()
+        if request.command == "GET":
+            request.wfile.write(data)
+
+
+@pytest.fixture
+def store() -> Store:
+    return Store()
+
+
+@pytest.fixture
+def source(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[list[str]], Source]]:
+    """Makes the source of a manifest of objects in the store."""
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            store.answer(self)
+
+        do_HEAD = do_GET  # noqa: N815  a name of the library
+
+        def log_message(self, *_: object) -> None:
+            """Says nothing."""
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+        request_queue_size = 256
+
+    server = Server(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+
+    def make(names: list[str]) -> Source:
+        storage = StorageConfig(endpoint=endpoint, region="us-east-1", timeout_s=0.4, max_retries=1)
+        path = tmp_path / "images.csv"
+        path.write_text("uri\n" + "".join(f"s3://bucket/{name}\n" for name in names))
+        return open_source(SourceConfig(uri=str(path), storage=storage))
+
+    yield make
+    store.ended.set()
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def listed(source: Source) -> pa.Table:
+    return pa.Table.from_batches(list(source.list()), REFERENCE)
+
+
+def test_an_object_that_is_gone_costs_its_row_where_the_store_may_be_read_and_not_listed(
+    store: Store, source: Callable[[list[str]], Source]
+) -> None:
+    opened = source(["good.jpg", "gone.jpg"])
+    rows, reader = listed(opened), opened.reader(ImageLimits())
+    (gone,) = reader.read(rows.slice(1))
+    assert gone.error_class is RowErrorClass.ACCESS_DENIED
+    store.refuses_all = True
+    with pytest.raises(StoreLostError, match="refused the credentials"):
+        reader.read(rows.slice(1))
+
+
+def test_a_store_that_falls_silent_is_given_up_before_every_image_was_waited_for(
+    store: Store, source: Callable[[list[str]], Source]
+) -> None:
+    names = [f"good{number}.jpg" for number in range(8 * CONCURRENT_REQUESTS)]
+    opened = source(names)
+    rows = listed(opened)
+    store.is_silent.set()
+    store.num_requests = 0
+    with pytest.raises(StoreLostError, match="does not answer in time"):
+        opened.reader(ImageLimits()).read(rows)
+    assert store.num_requests <= len(names)  # asked twice each, and that seven times, they would be 14 times as many
+    with pytest.raises(TransientError, match="does not answer in time"):
+        listed(opened)

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, SupportsIndex
 
 import pyarrow as pa
 import pytest
@@ -23,10 +24,10 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 
 
 class Hanging(bytes):
-    """Bytes that hang whoever looks at them, in C code that holds the interpreter's lock."""
+    """Bytes that hang whoever looks into them, in C code that holds the interpreter's lock."""
 
-    def __len__(self) -> int:
-        return len(re.findall(r"(a+)+$", "a" * 60 + "b"))
+    def __getitem__(self, key: SupportsIndex | slice) -> Any:
+        return bytes(len(re.findall(r"(a+)+$", "a" * 60 + "b")))
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def test_labels_keep_the_order_of_the_file(tmp_path: Path) -> None:
         (label(review="0.5"), "categories.0.labels.0.review: "),
         (label(name="Big Gun"), "categories.0.labels.0.name: "),
         (content(categories=[content()["categories"][0]] * 2), "categories: named twice: weapons"),
-        ([1, 2], "policy.yaml: Input should be"),
+        ([1, 2], "policy.yaml: must hold keys of its own"),
         ("name: [", "is no YAML mapping"),
         ("name: a\nname: b", "key name twice"),
     ],

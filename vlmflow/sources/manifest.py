@@ -37,7 +37,7 @@ class ManifestSource:
         self._stores = Stores(config.storage)
         self._address = parse_address(config.uri)
         self._unique = UniqueReferences(self._references)
-        self._version: str | None = None
+        self.version: str | None = None
 
     @property
     def columns(self) -> pa.Schema:
@@ -49,11 +49,6 @@ class ManifestSource:
             raise SourceError(message, remedy="Name another with source.uri_column.")
         check_named(self._config, schema.names, self._config.uri)
         return pa.schema([field for field in schema if field.name != self._config.uri_column])
-
-    @property
-    def version(self) -> str | None:
-        """Of the manifest; see :class:`vlmflow.sources.base.Source`."""
-        return self._version
 
     @property
     def num_repeated(self) -> int:
@@ -78,7 +73,7 @@ class ManifestSource:
     def _table(self) -> TableFile:
         if self._address.is_local:
             path = Path(self._address.path)
-            self._version = _checked_version(path)
+            self.version = _checked_version(path)
             return open_table(path, self._config.uri, self._config.regions_column)
         self._folder = tempfile.TemporaryDirectory(prefix="vlmflow-")
         path = self._download(Path(self._folder.name) / "manifest")
@@ -90,7 +85,7 @@ class ManifestSource:
 
         def copy() -> None:
             found = obstore.get(store, key)
-            self._version = object_version(found.meta)
+            self.version = object_version(found.meta)
             with path.open("wb") as file:
                 for chunk in found.stream():
                     file.write(chunk)

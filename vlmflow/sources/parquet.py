@@ -35,17 +35,12 @@ class ParquetSource:
         self._stores = Stores(config.storage)
         self._address = parse_address(config.uri)
         self._unique = UniqueReferences(self._references)
-        self._version: str | None = None
+        self.version: str | None = None
 
     @property
     def columns(self) -> pa.Schema:
         """The columns besides bytes and uris, as the first file has them; see :class:`vlmflow.sources.base.Source`."""
         return self._columns
-
-    @property
-    def version(self) -> str | None:
-        """Of the file, where it is one; see :class:`vlmflow.sources.base.Source`."""
-        return self._version
 
     @property
     def num_repeated(self) -> int:
@@ -93,7 +88,7 @@ class ParquetSource:
         for uri in self._files:
             file, head = self._stores.open_file(uri)
             if uri == str(self._address):
-                self._version = head.object_version
+                self.version = head.object_version
             with file:
                 parquet = _open(file, uri)
                 self._check(parquet.schema_arrow, uri)

@@ -18,6 +18,9 @@ from vlmflow.storage import parse_address
 class PrefixSource:
     """Lists what lies under a prefix, as the store lists it."""
 
+    version: str | None = None  # it is many files
+    num_repeated = 0  # nothing is listed twice
+
     def __init__(self, config: SourceConfig) -> None:
         self._config = config
         self._stores = Stores(config.storage)
@@ -31,16 +34,6 @@ class PrefixSource:
                 message = f"source.{setting}: a folder of images has no columns"
                 raise SourceError(message, remedy="List the images in a manifest, or leave it out.")
         return pa.schema([])
-
-    @property
-    def version(self) -> None:
-        """None: it is many files."""
-        return
-
-    @property
-    def num_repeated(self) -> int:
-        """Nothing is listed twice."""
-        return 0
 
     def list(self) -> Iterator[pa.RecordBatch]:
         """Yields the references; see :class:`vlmflow.sources.base.Source`."""

@@ -48,6 +48,9 @@ class _Sample:
 class WebDatasetSource:
     """Lists the images in tar shards: one ``.tar``, or all under a prefix."""
 
+    version: str | None = None  # it is many files
+    num_repeated = 0  # nothing is listed twice
+
     def __init__(self, config: SourceConfig) -> None:
         self._config = config
         self._stores = Stores(config.storage)
@@ -63,16 +66,6 @@ class WebDatasetSource:
                 remedy="Use a Parquet manifest or leave it out.",
             )
         return _COLUMNS
-
-    @property
-    def version(self) -> None:
-        """None: it is many files."""
-        return
-
-    @property
-    def num_repeated(self) -> int:
-        """Nothing is listed twice."""
-        return 0
 
     def list(self) -> Iterator[pa.RecordBatch]:
         """Yields the references; see :class:`vlmflow.sources.base.Source`."""

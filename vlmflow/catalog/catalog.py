@@ -33,6 +33,7 @@ from vlmflow.catalog.read import embedding_batches, image_batches
 from vlmflow.catalog.reviews import JudgeResult, ReviewStore, apply_verdicts
 from vlmflow.catalog.rows import RunConstants
 from vlmflow.catalog.runs import RunStore
+from vlmflow.catalog.swap import swap_files
 from vlmflow.catalog.tombstones import Tombstones
 from vlmflow.catalog.upgrade import upgrade
 from vlmflow.catalog.vacuum import RETENTION, VacuumResult, vacuum
@@ -295,27 +296,13 @@ class Catalog:
         return log.refresh().files
 
     def swap_images(self, run_id: str, operation: str, swaps: Sequence[tuple[DataFile, DataFile]]) -> list[DataFile]:
-        """Puts rewritten files of the images table in place of live ones, in one commit.
-
-        Args:
-            swaps: the live file, and the one with the same images that takes its place; not empty.
+        """Puts rewritten files of the images table in place of live ones; see :func:`vlmflow.catalog.swap.swap_files`.
 
         Returns:
-            The files that were not live any more: another writer has moved their rows, and what was written for them
-            is deleted.
+            The files that were not live any more.
         """
-        late: list[tuple[DataFile, DataFile]] = []
-
-        def propose(snapshot: Snapshot) -> Change:
-            late[:] = [swap for swap in swaps if swap[0].path not in snapshot.files]
-            fitting = [swap for swap in swaps if swap[0].path in snapshot.files]
-            return Change(add=tuple(new for _, new in fitting), remove=tuple(old for old, _ in fitting))
-
         commit_id = digest_of(run_id, *(new.path for _, new in swaps))
-        done = commit(self._images, CommitRequest(commit_id, run_id, operation, self.version), propose)
-        if not done.repeated:
-            self._images.delete_leftovers([f"images/{new.path}" for _, new in late])
-        return [old for old, _ in late]
+        return swap_files(self._images, CommitRequest(commit_id, run_id, operation, self.version), swaps)
 
     def images(self, columns: Sequence[str] | None = None) -> pa.Table:
         """The live rows of the images table, one per image."""

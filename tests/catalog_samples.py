@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
+import pytest
 
 from vlmflow import schema
 from vlmflow.catalog import Catalog, CommitResult, PlanRequest, RunConstants
@@ -16,6 +17,9 @@ from vlmflow.config import CatalogConfig
 TASKS = ("embed", "moderate", "caption", "match")
 DATE = dt.date(2026, 3, 1)
 DIM = 4
+
+# What a store might do otherwise than a disk is always tried on both.
+on_both_stores = pytest.mark.parametrize("config", ["local", "s3"], indirect=True)
 
 
 def fingerprints(tasks: Sequence[str] = TASKS, **other: str) -> dict[str, str]:

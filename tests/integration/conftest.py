@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import ray
 
@@ -15,8 +16,9 @@ from tests.endpoint import KEY, KEY_VARIABLE
 from tests.flows import Prefect
 from tests.models import make_captioner, make_clip, make_matcher
 from tests.processes import RayNodes, prefect_server, ray_nodes
-from tests.s3 import CREDENTIALS
-from vlmflow.config import Job, ModelConfig
+from tests.s3 import CREDENTIALS, S3Server
+from vlmflow.catalog import Catalog
+from vlmflow.config import CatalogConfig, Job, ModelConfig
 from vlmflow.models import identify
 from vlmflow.moderation.policy import bind, load_policy, write_binding
 
@@ -116,3 +118,17 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayNodes]:
     """One Ray cluster of two nodes with its dashboard, for tests that leave it whole."""
     with ray_nodes(tmp_path_factory.mktemp("ray"), dashboard=True) as started:
         yield started
+
+
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.slow)])
+def config(request: pytest.FixtureRequest, tmp_path: Path) -> CatalogConfig:
+    """Where a catalog is to be: on the local disk, and in the slow tests on S3 over HTTP too."""
+    if request.param == "local":
+        return CatalogConfig(uri=str(tmp_path / "catalog"))
+    server: S3Server = request.getfixturevalue("s3_server")
+    return CatalogConfig(uri=f"s3://{server.make_bucket()}/some where/catalog", storage=server.storage)
+
+
+@pytest.fixture
+def catalog(config: CatalogConfig) -> Catalog:
+    return Catalog.open_or_create(config, pa.schema([]))

@@ -9,10 +9,8 @@ from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pyarrow as pa
-import pytest
 
 from tests.catalog_samples import constants, enrich, finish, open_catalog, references, request, rows_by_name
-from tests.s3 import S3Server
 from vlmflow import schema
 from vlmflow.catalog import Catalog
 from vlmflow.config import CatalogConfig
@@ -69,14 +67,6 @@ def check_every_image_is_there_once(catalog: Catalog, names: list[str]) -> None:
     vectors = Counter(zip(*catalog.embeddings(["image_id", "view"]).to_pydict().values(), strict=True))
     assert len(vectors) == 2 * len(names)
     assert set(vectors.values()) == {1}
-
-
-@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.slow)])
-def config(request: pytest.FixtureRequest, tmp_path: Path) -> CatalogConfig:
-    if request.param == "local":
-        return CatalogConfig(uri=str(tmp_path / "catalog"))
-    server: S3Server = request.getfixturevalue("s3_server")
-    return CatalogConfig(uri=f"s3://{server.make_bucket()}/catalog", storage=server.storage)
 
 
 def test_two_runs_and_a_compaction_leave_every_key_once(config: CatalogConfig) -> None:

@@ -136,7 +136,7 @@ def test_a_gpu_is_tried_as_the_run_uses_it_feeding_one_batch_while_it_computes_a
     (found,), memory_total = tried(monkeypatch, worker, gpus=1.0)
     alone = 4 * (len(worker.spent) - 1) / sum(worker.spent)
     assert worker.most == 2
-    assert found.images_per_s > 1.4 * alone, "half of the time of a call is hidden behind another"
+    assert found.images_per_s > 1.2 * alone, "half of the time of a call is hidden behind another"
     assert (found.memory_bytes, memory_total) == (45, 100), "15 are nvJPEG's and the driver's"
 
     alone_on_processor = Sleeping()

@@ -29,7 +29,7 @@ class EncodedJpeg:
         orientation: EXIF, 1 to 8, to be applied to the pixels.
     """
 
-    data: bytes
+    data: bytes | memoryview
     facts: ImageFacts
     orientation: int
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -60,9 +60,9 @@ def test_batches_fed_by_two_threads_are_those_of_a_processor(tmp_path: Path) -> 
     decoding = PoolDecoding(REQUESTS, LIMITS)
     expected = Feeder(REQUESTS, (), "cpu", decoding)(batch)
     feeder = Feeder(REQUESTS, (LARGE,), "cuda", decoding)
-    failures: list[str] = []
 
-    def use() -> None:
+    def use(_: int) -> list[str]:
+        failures = []
         for _ in range(5):
             fed = feeder(batch)
             with feeder.lent(fed):
@@ -76,13 +76,10 @@ def test_batches_fed_by_two_threads_are_those_of_a_processor(tmp_path: Path) -> 
             passed = feeder.finish(fed.batch, fed)["pixels_40_bicubic"]
             if passed.null_count or not isinstance(passed, pa.ChunkedArray):
                 failures.append("pixels for later pools are missing")
+        return failures
 
-    threads = [threading.Thread(target=use) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(use, range(2))) == [[], []]
 
 
 def test_the_ceiling_is_that_of_tensor_cores() -> None:

@@ -110,7 +110,7 @@ class Greedy(Doubling):
 
 
 def pool_with(task: Task, monkeypatch: pytest.MonkeyPatch) -> PoolWorker:
-    monkeypatch.setattr(loading, "set_up_torch", lambda _: "cpu")
+    monkeypatch.setattr(loading, "set_up_torch", lambda *_: "cpu")
     monkeypatch.setattr(loading, "check_weights", lambda *_: None)
     monkeypatch.setattr(pools, "load_task", lambda *_: task)
     setup = SimpleNamespace(requests_of=lambda _: [], read_regions=lambda _: False, dtype="auto")

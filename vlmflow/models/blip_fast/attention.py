@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # Up to here torch's fused kernel for processors costs more than two products and a softmax do.
 _FEW_QUERIES = 16
@@ -31,6 +34,20 @@ def attend(
     else:
         context = torch.nn.functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
     return context.transpose(1, 2).flatten(2)
+
+
+@contextmanager
+def growing(device: torch.device) -> Iterator[None]:
+    """Attention within the block is to shapes that change from call to call, as those of a cache do that grows.
+
+    On CUDA that rules cuDNN out, which torch prefers on Hopper, and which makes a plan for every shape, keeps it for
+    good, and takes longer for that than a step of decoding does.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        yield
 
 
 def _by_products(queries: torch.Tensor) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from vlmflow.models.blip_fast.attention import growing
 from vlmflow.models.blip_fast.cache import SlicedCache
 from vlmflow.models.blip_fast.graph import DecodeGraphs
 from vlmflow.models.blip_fast.special import SpecialTokens
@@ -34,7 +35,10 @@ class GreedyDecoder:
         """
         max_tokens = min(max_tokens, self._tower.max_tokens)
         decoded = self._graphs.decode(images, max_tokens) if images.is_cuda else None
-        return self._decode(images, max_tokens) if decoded is None else decoded
+        if decoded is not None:
+            return decoded
+        with growing(images.device):
+            return self._decode(images, max_tokens)
 
     def _decode(self, images: torch.Tensor, max_tokens: int) -> torch.Tensor:
         tower, special, device = self._tower, self._special, images.device

@@ -32,6 +32,7 @@ from vlmflow.sources.again import RowReader
 from vlmflow.sources.base import Fetched
 from vlmflow.web import pictures
 from vlmflow.web.pictures import COLUMNS, Picture, Pictures
+from vlmflow.web.shelf import CARD_COLUMNS
 
 JPEG = "image/jpeg"
 
@@ -148,3 +149,7 @@ def test_a_host_that_does_not_answer_holds_up_its_own_pictures_alone(
     told = [words(answer) for uri, answer in found.items() if uri.startswith("https")]
     assert sum("not read in time" in text for text in told) == hosts.num_held
     assert sum("reload the page" in text for text in told) == len(told) - hosts.num_held
+
+
+def test_a_picture_needs_no_more_of_a_row_than_a_card() -> None:
+    assert {*COLUMNS, "status", "verdict"} <= set(CARD_COLUMNS), "each picture would read all columns of a row group"

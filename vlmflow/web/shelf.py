@@ -210,9 +210,11 @@ class Shelf:
 
     def _read(self) -> Version:
         with self._searching:
-            live = self._searcher.refresh()
-            facts = self._facts.read(live.files)
-            version = Version(live, facts, _orders(live, facts))
+            newest = self._searcher.newest()
+            facts = self._facts.read(newest.live.files)
+            version = Version(newest.live, facts, _orders(newest.live, facts))
+            # Once all is read, and both at once: rows are numbers, which mean others in another version.
+            self._searcher.move_to(newest)
             self._version = version
             return version
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -12,6 +13,7 @@ from tests.models import make_captioner, random_pixels
 from vlmflow.config import ModelConfig
 from vlmflow.engine.flops import Ceilings, CountedTask, _count, matmul_ceiling
 from vlmflow.models import load_captioner
+from vlmflow.models.blip import BlipCaptioner
 from vlmflow.models.blip_fast.linear import PackedLinear
 
 LINEAR = torch.nn.Linear(64, 128)
@@ -83,6 +85,24 @@ def test_what_is_counted_runs_as_ever(tmp_path_factory: pytest.TempPathFactory) 
     captions, counted = _count(lambda: {"caption": pa.array(captioner.caption(pixels, 12))})
     assert captions["caption"].to_pylist() == expected
     assert counted > 0
+
+
+def test_each_beam_counts_as_much_as_a_greedy_caption(tmp_path: Path) -> None:
+    captioner = load_captioner(ModelConfig(family="blip_caption", path=str(make_captioner(tmp_path))), "cpu")
+    assert isinstance(captioner, BlipCaptioner)
+    pixels = random_pixels(4)
+
+    def counted(call: Callable[[], object]) -> float:
+        return _count(lambda: {"x": pa.array([str(call())])})[1]
+
+    with torch.inference_mode():
+        image = counted(lambda: captioner._decoder.remember(captioner._vision(pixels)))
+    greedy = counted(lambda: captioner.caption(pixels, 1)) - image
+    assert greedy > 0
+    assert counted(lambda: captioner.caption(pixels, 1, 3)) - image == 3 * greedy
+    # At the second step each beam sees one key and one value more in each of the 2 layers of 32 dimensions.
+    second = counted(lambda: captioner.caption(pixels, 2, 3)) - image - 3 * greedy
+    assert second == 3 * (greedy + 2 * 2 * len(pixels) * 32 * 2)
 
 
 def test_the_ceiling_is_measured_once_the_worker_has_settled() -> None:

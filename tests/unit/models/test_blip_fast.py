@@ -108,9 +108,9 @@ def test_beams_are_those_of_generate(loaded: Loaded, num_beams: int, max_tokens:
 def test_beams_find_other_captions_than_greed_does(tmp_path: Path) -> None:
     captioner = load_captioner(ModelConfig(family="blip_caption", path=str(make_captioner(tmp_path))), "cpu")
     pixels = random_pixels(33, seed=33)
-    assert captioner.caption(pixels, 20, num_beams=3) != captioner.caption(pixels, 20)  # type: ignore[call-arg]
+    assert captioner.caption(pixels, 20, num_beams=3) != captioner.caption(pixels, 20)
     with pytest.raises(ValueError, match="20 tokens by 0 beams"):
-        captioner.caption(pixels, 20, num_beams=0)  # type: ignore[call-arg]
+        captioner.caption(pixels, 20, num_beams=0)
 
 
 @pytest.mark.parametrize("share", [0.01, 0.5, 2.0], ids=["at once", "half", "never"])

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from vlmflow import schema
-from vlmflow.config import PoolConfig
+from vlmflow.config import Dtype, PoolConfig
 from vlmflow.engine import columns, loading, pools
 from vlmflow.engine.pools import PoolWorker, run_on_due_rows
 from vlmflow.tasks import Task
@@ -124,10 +124,12 @@ def pool_with(task: Task, monkeypatch: pytest.MonkeyPatch, pool: PoolConfig | No
 
 @pytest.fixture
 def _torch_as_before() -> Iterator[None]:
-    threads, with_tf32 = torch.get_num_threads(), torch.backends.cudnn.allow_tf32
+    threads, tf32 = torch.get_num_threads(), torch.backends.cudnn.allow_tf32
+    precision = torch.get_float32_matmul_precision()
     yield
     torch.set_num_threads(threads)
-    torch.backends.cudnn.allow_tf32 = with_tf32
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.cudnn.allow_tf32 = tf32
 
 
 class Threads(Doubling):
@@ -148,6 +150,18 @@ def test_tasks_of_a_worker_have_the_threads_that_its_pool_reserves(
     with ThreadPoolExecutor(2) as calls:  # as Ray calls it, from threads that have not set up torch
         found = [out["double"].to_pylist() for out in calls.map(worker, [batch, batch])]
     assert found == [[threads]] * 2
+
+
+@pytest.mark.usefixtures("_torch_as_before")
+@pytest.mark.parametrize(("dtype", "rounds"), [("float32", False), ("bfloat16", True), ("auto", True)])
+def test_float32_that_was_asked_for_is_not_rounded_to_tf32(
+    monkeypatch: pytest.MonkeyPatch, dtype: Dtype, rounds: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    loading.allow_tf32(not rounds)
+    assert loading.set_up_torch(PoolConfig(tasks=("embed",), gpus=1), dtype) == "cuda"
+    assert torch.backends.cudnn.allow_tf32 == rounds
+    assert torch.backends.cuda.matmul.allow_tf32 == rounds
 
 
 class Ended(BaseException):

@@ -7,20 +7,19 @@ through the same adapters as a job's.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
 from pathlib import Path
 
 import torch
 
+from benchmarks.machine import add_results_option, save_result
 from vlmflow.config import ModelConfig
 from vlmflow.models import load_captioner, load_embedder, load_matcher
 from vlmflow.moderation.policy import load_policy
 from vlmflow.moderation.prompts import encode_prompts
 from vlmflow.moderation.scoring import Scorer
 
-RESULTS = Path("benchmarks/results/starter-speed.json")
 _BATCH = 32
 _REPEATS = 5
 _MAX_TOKENS = 28
@@ -58,13 +57,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("vlmflow/starter"))
     parser.add_argument("--core", type=int, default=0)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    add_results_option(parser)
     options = parser.parse_args()
+    load_before = os.getloadavg()
     figures = measure(options.folder, options.core)
     for name, value in figures.items():
         print(f"{name:14} {value}")
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    options.results.write_text(json.dumps(figures, indent=2) + "\n")
+    loads = [[round(value, 2) for value in load] for load in (load_before, os.getloadavg())]
+    print(save_result("starter-speed", {**figures, "load_before_and_after": loads}, options.results))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from transformers import BlipConfig, BlipForConditionalGeneration
 
-from benchmarks.machine import save_result
+from benchmarks.machine import add_results_option, save_result
 from vlmflow.engine.flops import matmul_ceiling
 from vlmflow.models.blip_fast import GreedyDecoder, SpecialTokens, TextTower, VisionTower
 from vlmflow.models.pixels import PixelNormalizer
@@ -38,8 +38,8 @@ Place = tuple[str, torch.dtype]
 
 def build_model(device: str) -> Any:
     """The size of `blip-image-captioning-base`; pictures and words all count, and no caption ends."""
-    text = {"num_attention_heads": HEADS, "encoder_hidden_size": WIDTH, "initializer_range": 0.02}
-    config = BlipConfig(text_config=text, vision_config={"image_size": SIZE, "initializer_range": 0.02})
+    both = {"num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "initializer_range": 0.02}
+    config = BlipConfig(text_config=both | {"encoder_hidden_size": WIDTH}, vision_config=both | {"image_size": SIZE})
     torch.manual_seed(0)
     model = BlipForConditionalGeneration(config).eval().requires_grad_(False)
     model.text_decoder.cls.predictions.bias[config.text_config.sep_token_id] = -1e4
@@ -162,6 +162,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], action="append", help="default: both")
     parser.add_argument("--repeats", type=int, help="default: 3, with CUDA 10")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of a processor; default: all cores")
+    add_results_option(parser)
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device cuda: torch {torch.__version__} finds no GPU")
@@ -188,7 +189,7 @@ def main() -> None:
                 "ours_over_transformers": ratios(results),
                 "runs": results,
             }
-            path = save_result(f"blip_caption-{options.device}", result)  # what is measured is kept
+            path = save_result(f"blip_caption-{options.device}", result, options.results)  # what is measured is kept
     print(path)
 
 

@@ -25,7 +25,7 @@ import torch
 
 from benchmarks import straightforward
 from benchmarks.end_to_end import job_rate
-from benchmarks.machine import save_result
+from benchmarks.machine import add_results_option, save_result
 from benchmarks.photographs import write_jpegs
 from benchmarks.random_models import write_models
 from vlmflow.config import CatalogConfig, Job, ModelConfig, PoolConfig, RayConfig, SourceConfig
@@ -96,6 +96,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--images", type=int, help="default: 16000; with --tiny 120")
     parser.add_argument("--batch", type=int, default=256, help="of our pool, with CUDA; default: 256")
     parser.add_argument("--decode", choices=["auto", "cpu", "pool"], default="auto", help="as in a job; default: auto")
+    add_results_option(parser)
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device cuda: torch {torch.__version__} finds no GPU")
@@ -128,13 +129,13 @@ def main() -> None:
         name = f"gpu_enrich-{options.device}{'-tiny' if options.tiny else ''}"
         ours = measure_ours(root, models, options)
         print(f"ours {ours['images_per_s']} images/s; {ours['limited_by']}", flush=True)
-        save_result(name, result | {"ours": ours})
+        save_result(name, result | {"ours": ours}, options.results)
         other = measure_other(root, models, options)
     ratio = round(ours["images_per_s"] / other["images_per_s"], 2)
     loads = [[round(value, 2) for value in load] for load in (load_before, os.getloadavg())]
     print(f"straightforward {other['images_per_s']} images/s; ratio {ratio}")
     measured = {"ours": ours, "straightforward": other, "ratio": ratio, "load_before_and_after": loads}
-    print(save_result(name, result | measured))
+    print(save_result(name, result | measured, options.results))
     if ours["statuses"] != [{"ok": options.few}, {"ok": options.images}]:
         sys.exit(f"not every image was enriched: {ours['statuses']} {ours['errors']}")
 

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from benchmarks.machine import save_result
+from benchmarks.machine import add_results_option, save_result
 from benchmarks.photographs import write_jpegs
 from vlmflow.config import CatalogConfig, Job, PoolConfig, RayConfig, SourceConfig, TaskName
 from vlmflow.engine import enrich
@@ -162,6 +162,7 @@ def summary(few: int, runs: list[dict[str, Any]]) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=1_000, help="N; default: 1000")
+    add_results_option(parser)
     options = parser.parse_args()
     few, many, most = options.images, 10 * options.images, 100 * options.images
     load_before = os.getloadavg()
@@ -172,7 +173,7 @@ def main() -> None:
         runs += [measure(root, "images", many, ALL, 1)]
         runs += [measure(root, "images", count, ("embed",), 2) for count in (many, most)]
     loads = [[round(value, 2) for value in load] for load in (load_before, os.getloadavg())]
-    print(save_result("scaling", summary(few, runs) | {"load_before_and_after": loads}))
+    print(save_result("scaling", summary(few, runs) | {"load_before_and_after": loads}, options.results))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,9 @@ with both in one process, turn about, in float32 and bfloat16, from pixels on th
 given pixels that are normalised already. Of the repeats the best counts. The multiplications and additions of the model
 over the time are set against the best of a plain product of large matrices on the same device, measured between the
 repeats.
+
+The likeliest words of random weights are about as near to each other as bfloat16 rounds: in it few captions are equal
+on both sides. Trained weights say the same in it as in float32: tests/unit/models/test_blip_fast.py.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ Start-up is left out on both sides: ours runs over few images twice, of which th
 from the disk and is not counted, then over all, and its rate is the difference of the images by the difference of the
 times behind the first block; the other is warmed up by a batch. What has been measured is printed and saved at once.
 
-    python -m benchmarks.gpu_enrich --device cuda                # about 7 minutes and 12 GB of disk
+    python -m benchmarks.gpu_enrich --device cuda                # by estimate 7 minutes and 12 GB of disk
     python -m benchmarks.gpu_enrich --device cpu --tiny          # the same with tiny models: a test of the script
 """
 

@@ -110,7 +110,8 @@ def nightly_enrichment(
         if golden is not None:
             pass_gate(steps, job, golden, f"gate-{name}")
         plan = make_plan(steps, job, f"plan-{name}")
-        report = enrich_due(steps, job, name) if plan.num_planned else None
+        # With nothing due as well: it brings verdicts and lists into rows that a run left behind when it was ended.
+        report = enrich_due(steps, job, name)
     night.take(report, name)
     _check_catalog(steps, job, name, night)
     for key, run in night.runs:
@@ -130,15 +131,12 @@ class _Night:
         self.folder = folder
         self.runs: list[tuple[str, RunReport]] = []
 
-    def take(self, report: RunReport | None, name: str) -> None:
+    def take(self, report: RunReport, name: str) -> None:
         """Takes up what an enrichment did, and what else has no report: a try that failed has committed rows as well.
 
         People are told here and now of many flagged images: what follows may fail.
-
-        Args:
-            report: None: nothing was due.
         """
-        new = [] if report is None or report.status != "done" else [report]
+        new = [report] if report.status == "done" else []
         for run in new:  # before the folder of reports is looked at, which may be out of reach
             watch(self._job, run, self._max_jump, self._notify)
         known = {run.run_id for run in (*new, *(run for _, run in self.runs))}
@@ -219,15 +217,16 @@ def make_plan(steps: Steps, job: Job, key: str) -> PlanSummary:
 @task(name="enrich", cache_policy=NO_CACHE, retries=RETRIES, retry_delay_seconds=list(RETRY_DELAYS_S),
       retry_condition_fn=may_pass)  # fmt: skip
 def enrich_due(steps: Steps, job: Job, name: str) -> RunReport:
-    """Does what is due. A retry goes on where the try before it stopped: the catalog is what remembers."""
+    """Does what is due, if anything is. A retry goes on where the try before it stopped: the catalog is what remembers."""
     progress = RunProgress(f"enrich-{name}")
     try:
         report = steps.enrich(job, progress)
     except UnreconciledError as error:
         alerts.emit(alerts.UNRECONCILED, job.catalog.uri, "vlmflow: rows do not reconcile", str(error))
         raise
-    progress.done(report)
-    artifacts.show_counts(f"counts-{name}", report)
+    if report.status != "nothing_due":
+        progress.done(report)
+        artifacts.show_counts(f"counts-{name}", report)
     return report
 
 

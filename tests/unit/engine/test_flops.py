@@ -12,7 +12,7 @@ from tests.models import make_captioner, random_pixels
 from vlmflow.config import ModelConfig
 from vlmflow.engine.flops import Ceilings, CountedTask, _count, matmul_ceiling
 from vlmflow.models import load_captioner
-from vlmflow.models.blip_fast.linear import PackedLinear
+from vlmflow.models.linear import PackedLinear
 
 LINEAR = torch.nn.Linear(64, 128)
 ATTENTION = torch.nn.MultiheadAttention(64, 4, batch_first=True).eval()

@@ -11,7 +11,7 @@ import torch
 from benchmarks.clip_cpu import demo_pixels, moderated
 from vlmflow.config import ModelConfig
 from vlmflow.device_errors import release_memory
-from vlmflow.models import load_captioner, load_embedder, load_matcher
+from vlmflow.models import load_answerer, load_captioner, load_embedder, load_matcher
 from vlmflow.models.blip import BlipCaptioner
 from vlmflow.models.blip_fast.graph import DecodeGraphs
 from vlmflow.moderation.decide import Moderator
@@ -26,6 +26,7 @@ pytestmark = [
 STARTER = Path(__file__).parents[3] / "vlmflow" / "starter"
 CAPTIONER = ModelConfig(family="blip_caption", path=str(STARTER / "captioner"))
 MATCHER = ModelConfig(family="blip_itm", path=str(STARTER / "matcher"))
+VQA = ModelConfig(family="vilt", path=str(STARTER / "vqa"))
 CLIP = ModelConfig(family="open_clip", path=str(STARTER / "clip"))
 
 
@@ -82,6 +83,16 @@ def test_match_scores_are_those_of_a_processor(pixels: torch.Tensor, expected: l
         assert found[1] is not None
         scores.append(np.stack([found[0], found[1]]))
     assert np.mean(np.abs(scores[0] - scores[1]) <= 0.01) >= 0.99
+
+
+def test_answers_are_those_of_a_processor(pixels: torch.Tensor) -> None:
+    questions = [["what color is the background?", "how many dogs are there?", "is it a cat?"]] * len(pixels)
+    exact, found = (
+        [answer for of in load_answerer(VQA, device).answer(pixels, questions) for answer in of]
+        for device in ("cpu", "cuda")
+    )
+    assert np.mean([one.text == other.text for one, other in zip(exact, found, strict=True)]) >= 0.99
+    assert np.mean([abs(one.score - other.score) <= 0.01 for one, other in zip(exact, found, strict=True)]) >= 0.99
 
 
 def test_vectors_are_judged_as_those_of_a_processor(pixels: torch.Tensor) -> None:

@@ -18,6 +18,7 @@ from benchmarks.machine import save_result
 from vlmflow.engine.flops import matmul_ceiling
 
 Run = Callable[[torch.Tensor], torch.Tensor]
+Clock = Callable[[], float]  # seconds
 Place = tuple[str, torch.dtype]
 
 
@@ -35,26 +36,33 @@ class Workload:
     sides: Callable[[Any, Place], dict[str, Run]]
 
 
-def seconds_of(call: Callable[[], object], device: str) -> float:
+@dataclass(frozen=True)
+class Plan:
+    batches: list[int]
+    repeats: int
+    clock: Clock
+
+
+def seconds_of(call: Callable[[], object], device: str, clock: Clock) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
-    started = time.perf_counter()
+    started = clock()
     call()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return clock() - started
 
 
-def measure(workload: Workload, place: Place, batches: list[int], repeats: int) -> list[dict[str, object]]:
+def measure(workload: Workload, place: Place, plan: Plan) -> list[dict[str, object]]:
     """All sides at one dtype, for every batch size."""
     device, dtype = place
     by_side = workload.sides(workload.build(device).to(dtype), place)
     results: list[dict[str, object]] = []
-    for batch in batches:
+    for batch in plan.batches:
         generator = torch.Generator().manual_seed(batch)
         size = (batch, 3, workload.size_px, workload.size_px)
         pixels = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
-        seconds, ceilings, equal = take_turns(by_side, pixels, place, repeats)
+        seconds, ceilings, equal = take_turns(by_side, pixels, place, plan)
         ceiling = max(ceilings)
         for side, times in seconds.items():
             # What other work on the machine takes away only ever makes a call longer.
@@ -79,7 +87,7 @@ def measure(workload: Workload, place: Place, batches: list[int], repeats: int) 
 
 
 def take_turns(
-    by_side: dict[str, Run], pixels: torch.Tensor, place: Place, repeats: int
+    by_side: dict[str, Run], pixels: torch.Tensor, place: Place, plan: Plan
 ) -> tuple[dict[str, list[float]], list[float], float]:
     """All sides and the plain product, in turn.
 
@@ -90,10 +98,10 @@ def take_turns(
     seconds: dict[str, list[float]] = {side: [] for side in by_side}
     ceilings: list[float] = []
     given = {side: run(pixels) for side, run in by_side.items()}
-    for _ in range(repeats):
+    for _ in range(plan.repeats):
         ceilings.append(matmul_ceiling(*place))
         for side, run in by_side.items():
-            seconds[side].append(seconds_of(partial(run, pixels), place[0]))
+            seconds[side].append(seconds_of(partial(run, pixels), place[0], plan.clock))
     return seconds, ceilings, (given["ours"] == given["transformers"]).all(dim=1).float().mean().item()
 
 
@@ -120,18 +128,25 @@ def main(workload: Workload) -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], action="append", help="default: both")
     parser.add_argument("--repeats", type=int, help="default: 3, with CUDA 10")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of a processor; default: all cores")
+    shared = "on a machine with other work, one thread: count the time that the process was given, not what passed"
+    parser.add_argument("--shared", action="store_true", help=shared)
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device cuda: torch {torch.__version__} finds no GPU")
+    if options.shared and (options.device == "cuda" or options.threads != 1):
+        parser.error("--shared: on a processor, with --threads 1")
     torch.set_num_threads(options.threads)
     is_cuda = options.device == "cuda"
-    batches = options.batch or ([1, 8, 64, 256] if is_cuda else [1, 8])
-    repeats = options.repeats or (10 if is_cuda else 3)
+    plan = Plan(
+        options.batch or ([1, 8, 64, 256] if is_cuda else [1, 8]),
+        options.repeats or (10 if is_cuda else 3),
+        time.process_time if options.shared else time.perf_counter,
+    )
     load_before = os.getloadavg()
     results: list[dict[str, object]] = []
     with torch.inference_mode():
         for name in options.dtype or ["float32", "bfloat16"]:
-            results += measure(workload, (options.device, getattr(torch, name)), batches, repeats)
+            results += measure(workload, (options.device, getattr(torch, name)), plan)
             gc.collect()
             if is_cuda:
                 torch.cuda.empty_cache()
@@ -139,6 +154,7 @@ def main(workload: Workload) -> None:
         "workload": " ".join(workload.text.split("\n\n")[1].split()),
         "device": options.device,
         "threads": options.threads,
+        "clock": plan.clock.__name__,
         "load_before_and_after": [[round(value, 2) for value in load] for load in (load_before, os.getloadavg())],
         f"gflops_per_{workload.unit}": round(workload.flops / 1e9, 1),
         "ours_over_transformers": ratios(results, workload.unit),

@@ -43,7 +43,7 @@ test: lint types ## lint, types and the tests that take minutes, not more
 test-all: lint types ## every test, the slow ones too
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
-gpu: setup ## with a CUDA device: the tests that want one, and the figures that wait for one; about ten minutes
+gpu: setup ## with a CUDA device: the tests that want one, and the figures that wait for one; ten minutes by estimate
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/python -m benchmarks.blip_caption --device cuda
 	$(BIN)/python -m benchmarks.vilt_answer --device cuda

@@ -29,7 +29,7 @@ from PIL import Image
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2.functional import InterpolationMode, resize
 
-from benchmarks.machine import save_result
+from benchmarks.machine import add_results_option, save_result
 from benchmarks.photographs import encoded, scene
 from vlmflow.config import ImageLimits
 from vlmflow.imaging import PixelRequest, decode
@@ -124,6 +124,7 @@ def measure(image_format: str, size: tuple[int, int], repeats: int) -> list[dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=15)
+    add_results_option(parser)
     options = parser.parse_args()
     warnings.filterwarnings("ignore", category=DeprecationWarning)  # torchvision's, of its decoders
     torch.set_num_threads(1)
@@ -141,7 +142,7 @@ def main() -> None:
         "load_before_and_after": [[round(value, 2) for value in load] for load in (load_before, os.getloadavg())],
         "runs": runs,
     }
-    print(save_result("decode", result))
+    print(save_result("decode", result, options.results))
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -28,10 +30,15 @@ def describe_machine() -> dict[str, object]:
     }
 
 
-def save_result(name: str, result: dict[str, object]) -> Path:
-    """Writes a result as JSON under ``benchmarks/results/``; returns the file."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def add_results_option(parser: argparse.ArgumentParser) -> None:
+    """``--results FOLDER``, for :func:`save_result`."""
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write to; default: benchmarks/results")
+
+
+def save_result(name: str, result: Mapping[str, object], folder: Path = RESULTS) -> Path:
+    """Writes a result as JSON into a folder, with what it was measured on; returns the file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
     path.write_text(json.dumps({**result, "machine": describe_machine()}, indent=2) + "\n", encoding="utf-8")
     return path
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import save_result
+from benchmarks.machine import add_results_option, save_result
 from vlmflow.engine.flops import matmul_ceiling
 
 Run = Callable[[torch.Tensor], torch.Tensor]
@@ -61,7 +61,7 @@ def measure(workload: Workload, place: Place, plan: Plan) -> list[dict[str, obje
     for batch in plan.batches:
         generator = torch.Generator().manual_seed(batch)
         size = (batch, 3, workload.size_px, workload.size_px)
-        pixels = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
+        pixels = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator).to(device)
         seconds, ceilings, equal = take_turns(by_side, pixels, place, plan)
         ceiling = max(ceilings)
         for side, times in seconds.items():
@@ -120,7 +120,7 @@ def ratios(results: list[dict[str, Any]], unit: str) -> list[dict[str, object]]:
     return found
 
 
-def main(workload: Workload) -> None:
+def compare(workload: Workload) -> None:
     """The command line of a benchmark: measures, and saves the results."""
     parser = argparse.ArgumentParser(description=workload.text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cpu")
@@ -130,6 +130,7 @@ def main(workload: Workload) -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of a processor; default: all cores")
     shared = "on a machine with other work, one thread: count the time that the process was given, not what passed"
     parser.add_argument("--shared", action="store_true", help=shared)
+    add_results_option(parser)
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device cuda: torch {torch.__version__} finds no GPU")
@@ -150,14 +151,16 @@ def main(workload: Workload) -> None:
             gc.collect()
             if is_cuda:
                 torch.cuda.empty_cache()
-    result: dict[str, object] = {
-        "workload": " ".join(workload.text.split("\n\n")[1].split()),
-        "device": options.device,
-        "threads": options.threads,
-        "clock": plan.clock.__name__,
-        "load_before_and_after": [[round(value, 2) for value in load] for load in (load_before, os.getloadavg())],
-        f"gflops_per_{workload.unit}": round(workload.flops / 1e9, 1),
-        "ours_over_transformers": ratios(results, workload.unit),
-        "runs": results,
-    }
-    print(save_result(f"{workload.name}-{options.device}", result))
+            loads = [[round(value, 2) for value in load] for load in (load_before, os.getloadavg())]
+            result: dict[str, object] = {
+                "workload": " ".join(workload.text.split("\n\n")[1].split()),
+                "device": options.device,
+                "threads": options.threads,
+                "clock": plan.clock.__name__,
+                "load_before_and_after": loads,
+                f"gflops_per_{workload.unit}": round(workload.flops / 1e9, 1),
+                "ours_over_transformers": ratios(results, workload.unit),
+                "runs": results,
+            }
+            path = save_result(f"{workload.name}-{options.device}", result, options.results)  # what is measured is kept
+    print(path)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import ViltConfig, ViltForQuestionAnswering
 
-from benchmarks.side_by_side import Place, Run, Workload, main
+from benchmarks.side_by_side import Place, Run, Workload, compare
 from vlmflow.models.pixels import PixelNormalizer
 from vlmflow.models.preprocessing import Preprocessing
 from vlmflow.models.vilt_fast import ViltTower
@@ -29,7 +29,7 @@ _PREPROCESSING = Preprocessing(SIZE, "bicubic", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 def build_model(device: str) -> Any:
     """The size of `vilt-b32-finetuned-vqa`; as built all places would be alike."""
     torch.manual_seed(0)
-    model = ViltForQuestionAnswering(ViltConfig(num_labels=ANSWERS)).eval().requires_grad_(False)
+    model = ViltForQuestionAnswering(ViltConfig(num_hidden_layers=LAYERS, num_labels=ANSWERS)).eval().requires_grad_(False)
     model.vilt.embeddings.position_embeddings.normal_(std=0.02)
     model.vilt.embeddings.cls_token.normal_(std=0.02)
     return model.to(device)
@@ -101,5 +101,9 @@ def flops_per_answer() -> float:
     return 2.0 * (patches * 3 * PATCH * PATCH * WIDTH + before + last + head)
 
 
+def main() -> None:
+    compare(Workload("vilt_answer", "answer", __doc__ or "", SIZE, flops_per_answer(), build=build_model, sides=sides))
+
+
 if __name__ == "__main__":
-    main(Workload("vilt_answer", "answer", __doc__ or "", SIZE, flops_per_answer(), build=build_model, sides=sides))
+    main()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import datetime as dt
 import logging
 from collections.abc import Sequence
-from itertools import chain, repeat
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -105,22 +104,58 @@ def nightly_enrichment(
     job = read_job(job_file, {"date": day})
     name = slug(job.catalog.uri)
     steps = make_steps(ray_jobs_url, deadline_hours)
+    night = _Night(job, day, report_folder or default_folder(job.catalog), max_flagged_jump, notify)
     with steps.session(job):
         check(steps, job, f"doctor-{name}")
         if golden is not None:
             pass_gate(steps, job, golden, f"gate-{name}")
         plan = make_plan(steps, job, f"plan-{name}")
         report = enrich_due(steps, job, name) if plan.num_planned else None
-    late = _check_catalog(steps, job, name)
-    done = [run for run in (report, late) if run is not None and run.status == "done"]
-    # Nothing is due either if the flow was killed between a run and its report.
-    reports = done or unreported(job.catalog, day, report_folder or default_folder(job.catalog))
-    if not reports:
-        return Completed(message=f"Nothing was due on {day}: {plan.num_listed:,} images listed, all up to date.")
-    for key, run in zip(chain([name], repeat(f"late-{name}")), reports, strict=False):
-        publish(job, run, day, report_folder, report_url, keep_reports, key)
-        watch(job, run, max_flagged_jump, notify)
-    return Completed(message=_summary(reports, day))
+    night.take(report, name)
+    _check_catalog(steps, job, name, night)
+    for key, run in night.runs:
+        publish(job, run, night.folder, report_url, keep_reports, key)
+    return Completed(message=_summary([run for _, run in night.runs], day) if night.runs else _nothing(plan, day))
+
+
+class _Night:
+    """The runs that await their report: those of the night, and those that other tries and nights have left without.
+
+    Attributes:
+        runs: in the order in which they are reported, each with the name of its artifacts.
+    """
+
+    def __init__(self, job: Job, day: dt.date, folder: str, max_jump: float, notify: str | None) -> None:
+        self._job, self._day, self._max_jump, self._notify = job, day, max_jump, notify
+        self.folder = folder
+        self.runs: list[tuple[str, RunReport]] = []
+
+    def take(self, report: RunReport | None, name: str) -> None:
+        """Takes up what an enrichment did, and what else has no report: a try that failed has committed rows as well.
+
+        People are told here and now of many flagged images: what follows may fail.
+
+        Args:
+            report: None: nothing was due.
+        """
+        new = [] if report is None or report.status != "done" else [report]
+        for run in new:  # before the folder of reports is looked at, which may be out of reach
+            watch(self._job, run, self._max_jump, self._notify)
+        known = {run.run_id for run in (*new, *(run for _, run in self.runs))}
+        left = [run for run in look_back(self._job, self._day, self.folder) if run.run_id not in known]
+        for run in left:
+            watch(self._job, run, self._max_jump, self._notify)
+        runs = [*left, *new]
+        self.runs += [(f"earlier-{name}", run) for run in runs[:-1]] + [(name, run) for run in runs[-1:]]
+
+
+def _nothing(plan: PlanSummary, day: dt.date) -> str:
+    if not plan.num_planned:
+        return f"Nothing was due on {day}: {plan.num_listed:,} images listed, all up to date."
+    return (
+        f"{day}: no run to report. {plan.num_planned:,} images were due when it was planned and none afterwards: "
+        "another run has done them, or a try whose record was not completed."
+    )
 
 
 def _summary(reports: Sequence[RunReport], day: dt.date) -> str:
@@ -224,23 +259,21 @@ def _in_both(before: Finding | None, now: Finding) -> list[str]:
     return [uri for uri in now.examples if uri in known]
 
 
-def _check_catalog(steps: Steps, job: Job, name: str) -> RunReport | None:
+def _check_catalog(steps: Steps, job: Job, name: str, night: _Night) -> None:
     """Verifies the catalog. Images that arrived since the listing are enriched first: they are no error.
-
-    Returns:
-        What the run over these did; None: there were none.
 
     Raises:
         VerificationError: an image has no row or two, or a file is lost.
     """
-    found, late = verify(job, f"verify-{name}"), None
+    found = verify(job, f"verify-{name}")
     if any(kind in found.findings for kind in _LATE):
         logger.info("images have arrived since the listing: one more round")
         with steps.session(job):
             late = enrich_due(steps, job, f"late-{name}")
+        night.take(late, f"late-{name}")
         found = verify(job, f"verify-{name}", found)
     if found.is_sound:
-        return late
+        return
     body = "; ".join(f"{finding.count:,} {ERRORS[kind]}" for kind, finding in found.findings.items() if kind in ERRORS)
     alerts.emit(alerts.UNRECONCILED, job.catalog.uri, "vlmflow: the catalog does not verify", body)
     raise VerificationError(f"catalog {job.catalog.uri}: {body}", remedy="`vlmflow verify` shows examples.")
@@ -248,17 +281,23 @@ def _check_catalog(steps: Steps, job: Job, name: str) -> RunReport | None:
 
 @task(name="report", cache_policy=NO_CACHE, retries=RETRIES, retry_delay_seconds=list(RETRY_DELAYS_S),
       retry_condition_fn=may_pass)  # fmt: skip
-def publish(
-    job: Job, report: RunReport, day: dt.date, folder: str | None, url: str | None, keep: int, name: str
-) -> None:
+def publish(job: Job, report: RunReport, folder: str, url: str | None, keep: int, name: str) -> None:
     """Writes the report of the run, and shows where it lies and what was flagged anew."""
-    place, written = publish_report(job.catalog, report.run_id, day, folder or default_folder(job.catalog), keep)
+    place, written = publish_report(job.catalog, report.run_id, report.date, folder, keep)
     link = None if url is None else f"{url.rstrip('/')}/{place.rsplit('/', 1)[-1]}"
     artifacts.show_report(f"report-{name}", place, link, f"Run {report.run_id}, {written.num_images:,} images.")
     artifacts.show_flagged(f"flagged-{name}", job.catalog, report.run_id)
 
 
-@task(name="watch", cache_policy=NO_CACHE)
+@task(name="look back", cache_policy=NO_CACHE, retries=RETRIES, retry_delay_seconds=list(RETRY_DELAYS_S),
+      retry_condition_fn=may_pass)  # fmt: skip
+def look_back(job: Job, day: dt.date, folder: str) -> list[RunReport]:
+    """Finds the runs that have no report; see :func:`pipelines.reports.unreported`."""
+    return unreported(job, day, folder)
+
+
+@task(name="watch", cache_policy=NO_CACHE, retries=RETRIES, retry_delay_seconds=list(RETRY_DELAYS_S),
+      retry_condition_fn=may_pass)  # fmt: skip
 def watch(job: Job, report: RunReport, max_jump: float, notify: str | None) -> None:
     """Tells people if the run flagged many more images than those before it."""
     jump = alerts.flagged_jump(report, Catalog.open(job.catalog).runs.list(), max_jump)

@@ -11,30 +11,51 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from vlmflow.catalog import Catalog
-from vlmflow.catalog.folder import Folder
-from vlmflow.config import CatalogConfig
+from vlmflow.catalog.folder import FileInfo, Folder
+from vlmflow.config import CatalogConfig, Job
 from vlmflow.engine import RunReport
 from vlmflow.report.write import WrittenReport, write_report
+from vlmflow.sources import normalise_uri
 
 # A date and the id of a run. Other files in the folder are not ours to remove.
-_OURS = re.compile(r"\d{4}-\d\d-\d\d-\d{8}T\d{6}-[0-9a-f]{8}\.html")
+_OURS = re.compile(r"\d{4}-\d\d-\d\d-(?P<run>\d{8}T\d{6}-[0-9a-f]{8})\.html")
+_LOOK_BACK = dt.timedelta(days=7)
 
 
-def unreported(catalog: CatalogConfig, date: dt.date, folder: str) -> list[RunReport]:
-    """The enrichments of a date that changed rows, the oldest first, since the newest that has its report."""
-    place = Folder(CatalogConfig(uri=folder, storage=catalog.storage))
+def unreported(job: Job, day: dt.date, folder: str) -> list[RunReport]:
+    """The enrichments of nights that changed rows and have no report, the oldest first, however they ended.
+
+    Looked at are those of the seven days up to ``day``. A night's run is known by its source, and by a date that was
+    given to it, as nights do and who enriches by hand seldom does.
+
+    Args:
+        folder: where the reports are.
+
+    Raises:
+        CatalogError: there is no catalog.
+        StorageAccessError, TransientError: the catalog or the folder cannot be read.
+    """
+    source = normalise_uri(job.source.uri)
+    reported = _reported(Folder(CatalogConfig(uri=folder, storage=job.catalog.storage)))
+    # What is older than every report had its own, which was removed, or was there before reports were made.
+    oldest = min(reported, default="")
     found: list[RunReport] = []
-    for run in Catalog.open(catalog).runs.list():
-        if run.record.get("date") != str(date) or run.record.get("status") != "done":
+    for run in Catalog.open(job.catalog).runs.list():
+        if run.state == "running" or run.run_id in reported or run.run_id < oldest:
             continue
-        if place.stat(_name(date, run.run_id)) is not None:
-            break
         known = {name: run.record[name] for name in RunReport.model_fields if name in run.record}
-        with contextlib.suppress(ValidationError):  # written by another version
+        with contextlib.suppress(ValidationError):  # another kind of run, or written by another version
             report = RunReport.model_validate(known)
-            if report.num_added + report.num_replaced:
+            is_night = report.source == source and report.config.get("date") is not None
+            if is_night and day - _LOOK_BACK < report.date <= day and report.num_added + report.num_replaced:
                 found.append(report)
     return found[::-1]
+
+
+def _reported(folder: Folder) -> dict[str, FileInfo]:
+    """The reports in a folder, by the ids of their runs."""
+    found = ((_OURS.fullmatch(info.path), info) for info in folder.list(""))
+    return {match["run"]: info for match, info in found if match is not None}
 
 
 def default_folder(catalog: CatalogConfig) -> str:
@@ -45,7 +66,7 @@ def default_folder(catalog: CatalogConfig) -> str:
 def publish_report(
     catalog: CatalogConfig, run_id: str, date: dt.date, folder: str, keep: int
 ) -> tuple[str, WrittenReport]:
-    """Writes the report of a run to ``folder``, and removes all but the newest ``keep`` reports there.
+    """Writes the report of a run to ``folder``, and removes all but those of the newest ``keep`` runs there.
 
     The small pictures in a report outlive an erasure from the catalog; hence the limit.
 
@@ -58,7 +79,7 @@ def publish_report(
     Raises:
         VlmflowError: the report cannot be made, or the folder cannot be written.
     """
-    name = _name(date, run_id)
+    name = f"{date}-{run_id}.html"
     place = CatalogConfig(uri=folder, storage=catalog.storage)
     with tempfile.TemporaryDirectory(prefix="vlmflow-report-") as scratch:
         path = Path(scratch) / name
@@ -67,11 +88,7 @@ def publish_report(
     files = Folder(place)
     # A browser shows what says that it is a page; other files it saves.
     files.write(name, data, content_type="text/html; charset=utf-8")
-    ours = (info for info in files.list("") if _OURS.fullmatch(info.path))
-    old = sorted(ours, key=lambda info: info.modified_at, reverse=True)[keep:]
-    files.delete_all([info.path for info in old])
+    # By their runs, not by the time of writing: the oldest report that is kept tells how far back none is missing.
+    reported = _reported(files)
+    files.delete_all([reported[run].path for run in sorted(reported, reverse=True)[keep:]])
     return f"{folder.rstrip('/')}/{name}", written
-
-
-def _name(date: dt.date, run_id: str) -> str:
-    return f"{date}-{run_id}.html"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +79,6 @@ def make_clip(
         model["vision_cfg"]["no_ln_pre"] = True
     write_json(folder / "open_clip_config.json", {"model_cfg": model, "preprocess_cfg": pixels})
     torch.manual_seed(seed)
-    logging.getLogger().setLevel(logging.ERROR)  # "initialized randomly"
     built = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
     tensors = {name: value.half() if half else value for name, value in built.state_dict().items()}
     save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "open_clip_model.safetensors")

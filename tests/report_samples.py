@@ -80,7 +80,7 @@ def record(run: str, **given: Any) -> dict[str, Any]:
     }
 
 
-def put_record(config: CatalogConfig, run: str, **given: Any) -> None:
+def put_record(config: CatalogConfig, run: str, /, **given: Any) -> None:
     runs = Catalog.open(config).runs
     runs.start(run, record(run, **given))
     runs.finish(run, record(run, **given))

@@ -36,6 +36,7 @@ Family = Literal[
     "align",
 ]
 PROMPTED: tuple[Family, ...] = ("vlm", "vllm", "endpoint")  # what they are asked stands in a prompt
+WITHOUT_BEAMS: tuple[Family, ...] = ("vllm", "endpoint")  # captioners that decode greedily, whatever the job says
 DecodePlace = Literal["auto", "cpu", "pool"]
 SourceKind = Literal["auto", "prefix", "manifest", "webdataset", "parquet"]
 
@@ -217,6 +218,9 @@ class Job(Frozen):
     # ones, transparent ones on black, the frames of animations.
     views: tuple[ViewName, ...] = ("squash", "center", "tiles", "black", "frames")
     max_caption_tokens: Annotated[int, Field(ge=1, le=512)] = 20
+    # Of a caption: 1 takes the most probable token at every step; more search for the best caption among so many at a
+    # time, and take about as many times longer for the words (not for the image).
+    num_beams: Annotated[int, Field(ge=1, le=16)] = 1
     # Images between the start of reading and the end of the last pool: of those a kill loses all that no commit holds.
     # Default: as many as keep every actor at work.
     read_ahead: Annotated[int, Field(ge=1)] | None = None

@@ -15,6 +15,7 @@ from vlmflow.config import CatalogConfig, Frozen, Job
 from vlmflow.errors import ExplainError, ImageError
 from vlmflow.imaging import PixelRequest, decode
 from vlmflow.imaging.frames import split_views
+from vlmflow.moderation.detections import name_of
 from vlmflow.sources import normalise_uri
 from vlmflow.sources.again import RowReader
 
@@ -142,7 +143,7 @@ def draw_heatmap(
 
     Args:
         job: profile and catalog count; the policy is the one that the row was moderated under.
-        label: None: the one that decided, else the highest.
+        label: as its prompts scored it, or ``label (detector)``; None: the one that decided, else the highest.
 
     Returns:
         The label, as it stands in the row, and the picture.
@@ -175,11 +176,13 @@ def _chosen(evidence: Evidence, label: str | None) -> dict[str, Any]:
     if not evidence.labels:
         raise ExplainError(f"{evidence.uri} has no labels", remedy="Moderate it first: `vlmflow enrich`.")
     wanted = label or (evidence.decision_reason or "").rpartition("/")[2]
-    for found in evidence.labels:
-        if found["label"] == wanted:
-            return found
+    # A label by its prompts and by detectors are as many entries: a detector's by the label alone is the second choice.
+    found = [one for one in evidence.labels if name_of(one) == label]
+    found += [one for one in evidence.labels if one["label"] == wanted]
+    if found:
+        return found[0]
     if label is not None:
-        there = ", ".join(dict.fromkeys(found["label"] for found in evidence.labels))
+        there = ", ".join(dict.fromkeys(name_of(one) for one in evidence.labels))
         raise ExplainError(f"{evidence.uri} has no label {label}", remedy=f"Name one of {there}.")
     return evidence.labels[0]
 

@@ -23,6 +23,7 @@ from vlmflow.engine.report import policy_name
 from vlmflow.errors import ConfigError, GateError
 from vlmflow.evaluation.agreement import decision_flips, differing, score_shifts
 from vlmflow.evaluation.run import scratch_catalog, trial_job
+from vlmflow.moderation.detections import name_of
 
 _COLUMNS = ("content_hash", "uri", "status", "caption", "decision", "labels")
 _MAX_EXAMPLES = 5
@@ -285,9 +286,7 @@ def _image_of(row: Mapping[str, Any]) -> GoldenImage:
 def _margins_of(labels: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:
     margins: dict[str, float | None] = {}
     for label in labels:
-        name, value = label["label"], _finite(label["margin"])
-        if label["detector"] is not None:
-            name, value = f"{name} ({label['detector']})", _finite(label["score"])
+        name, value = name_of(label), _finite(label["margin" if label["detector"] is None else "score"])
         if name in margins:  # by another output of the detector
             held = margins[name]
             value = None if value is None or held is None else max(value, held)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from benchmarks.machine import add_results_option, save_result
 from benchmarks.starter import export
 from benchmarks.starter.data import Studio, open_studio
 from benchmarks.starter.evaluate import Evaluation, test_sets
@@ -23,7 +24,6 @@ from benchmarks.starter.models import Matcher, Sizes, Trunk, sizes_of
 from benchmarks.starter.objectives import MatcherLosses, TrunkLosses
 from benchmarks.starter.sources import WORK_FOLDER, build_drawings
 
-RESULTS = Path("benchmarks/results/starter-ablation.json")
 _MASKED_PATCHES = 0.5
 _BATCH = 64
 _NUM_SCENES = 300
@@ -104,12 +104,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=3, help="of each of the four arms")
     parser.add_argument("--work", type=Path, default=WORK_FOLDER)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    add_results_option(parser)
     options = parser.parse_args()
     results = run(options.work, options.minutes)
     print(json.dumps(results, indent=2))
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    options.results.write_text(json.dumps({"minutes of each arm": options.minutes, **results}, indent=2) + "\n")
+    print(save_result("starter-ablation", {"minutes of each arm": options.minutes, **results}, options.results))
 
 
 if __name__ == "__main__":

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from benchmarks.machine import save_result
 from benchmarks.starter.sources import ARTISTS, EMOJIBASE, HELD_OUT
 
 Results = dict[str, dict[str, float]]
 SETS = ("unseen scenes", "unseen artist", "unseen concepts")
+_FILE = "starter.json"
+_MACHINE, _EARLIER = "machine", "machine of all but ViLBERT"
 
 _NAMES = {
     "clip": ("Starter CLIP", "embeds pictures and sentences (open_clip format)"),
@@ -169,9 +172,19 @@ def notice() -> str:
     return "\n".join(lines)
 
 
-def read_results(path: Path) -> Results:
-    results: Results = json.loads(path.read_text())
-    return results
+def read_results(folder: Path) -> Results:
+    """The figures of a folder's file, without what it says of the machine."""
+    found = json.loads((folder / _FILE).read_text())
+    return {name: figures for name, figures in found.items() if name not in (_MACHINE, _EARLIER)}
+
+
+def write_results(results: Results, folder: Path, *, only_vilbert: bool) -> None:
+    """Writes the figures and the machine; where only some are new, also that of the others."""
+    earlier: dict[str, object] = {}
+    if only_vilbert:
+        found = json.loads((folder / _FILE).read_text())
+        earlier[_EARLIER] = found.get(_EARLIER) or found.get(_MACHINE) or "not recorded"
+    print(save_result(Path(_FILE).stem, {**results, **earlier}, folder))
 
 
 def _shown(name: str, value: float | None) -> str:

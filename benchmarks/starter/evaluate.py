@@ -7,7 +7,6 @@ shipped folders, the field's metrics. What is here is what is true of the pictur
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -20,8 +19,9 @@ import pyarrow as pa
 import torch
 from PIL import Image
 
+from benchmarks.machine import add_results_option
 from benchmarks.starter.captions import Writer
-from benchmarks.starter.cards import Results, misses, read_results, write_cards
+from benchmarks.starter.cards import Results, misses, read_results, write_cards, write_results
 from benchmarks.starter.concepts import World
 from benchmarks.starter.data import TRAINED_ARTISTS
 from benchmarks.starter.demo_figures import Demo
@@ -43,7 +43,6 @@ from vlmflow.evaluation.metrics.ptb import tokenize
 from vlmflow.evaluation.report import EvaluationReport
 from vlmflow.evaluation.run import Run
 
-RESULTS = Path("benchmarks/results/starter.json")
 STARTER = Path("vlmflow/starter")
 _CONSTANT_CAPTION = "a cat on a white background"
 _GALLERY = 1000
@@ -371,7 +370,7 @@ def main() -> None:
     parser.add_argument("--only-vilbert", action="store_true", help="keep the figures of the other models")
     parser.add_argument("--num", type=int, default=500, help="scenes per figure")
     parser.add_argument("--work", type=Path, default=WORK_FOLDER)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    add_results_option(parser)
     parser.add_argument("--policy", default="demo", help="of the demo catalog")
     options = parser.parse_args()
     world = load_world(options.world, options.work)
@@ -390,8 +389,7 @@ def main() -> None:
             print(f"{key:34} {value:.3f}")
     for model, part, name, value, bar in misses(results):
         print(f"missed: {model}, {part}, {name}: {value:.3f} under {bar}")
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    options.results.write_text(json.dumps(results, indent=2) + "\n")
+    write_results(results, options.results, only_vilbert=options.only_vilbert)
     write_cards(options.folder, results, side_px=world.side_px, num_concepts=len(world.concepts))
 
 

@@ -98,7 +98,8 @@ def night(
         left = list(found)
         monkeypatch.setattr(nightly, "make_steps", lambda *_, **__: steps)
         monkeypatch.setattr(nightly, "verify_catalog", lambda *_, **__: left.pop(0) if left else Verification(3, 3))
-        monkeypatch.setattr(nightly, "enrich_due", nightly.enrich_due.with_options(retry_delay_seconds=0))
+        for step in ("enrich_due", "publish"):
+            monkeypatch.setattr(nightly, step, getattr(nightly, step).with_options(retry_delay_seconds=0))
         options = {"notify": "custom-webhook/moderation", "date": NIGHT} | options
         return nightly.nightly_enrichment(job_file, return_state=True, **options)
 
@@ -134,9 +135,11 @@ def test_a_catalog_that_does_not_verify_is_told(
     prefect: Prefect, night: Callable[..., Any], config: CatalogConfig, messenger: Messenger
 ) -> None:
     found = Verification(3, 4, findings={"duplicate": Finding(1, ["a"])})
-    state = night(GivenSteps(tonight()), found)
+    state = night(GivenSteps(tonight(decisions={"allow": 50, "block": 50})), found)
     assert state.is_failed()
-    assert "images with more than one row" in messenger.received[0]["text"]
+    jump, failure = messenger.received
+    assert jump["title"] == "vlmflow: many more images are flagged"
+    assert "images with more than one row" in failure["text"]
     assert "not sound" in prefect.artifacts()["verify"]["description"]
     wait_for(lambda: bool(facts(prefect, "vlmflow.rows.unreconciled", config)), seconds=30)
 
@@ -179,6 +182,36 @@ def test_images_that_arrive_during_the_night_are_reported_and_watched_too(
     shown = prefect.artifacts()
     assert "# 2 newly flagged" in shown["flagged"]["data"]
     assert "# 1 newly flagged" in shown["flagged-late"]["data"]
+
+
+@pytest.mark.parametrize("second", ["nothing_due", "done"])
+def test_what_a_try_committed_before_it_failed_is_reported_and_watched(
+    night: Callable[..., Any], config: CatalogConfig, messenger: Messenger, second: str
+) -> None:
+    put_rows(config, ["d"], run="lost", decision=["block"])
+    given = {"source": "/images", "config": {"date": str(NIGHT)}, "decisions": {"allow": 10, "block": 90}}
+    put_record(config, "lost", status="failed", num_added=100, **given)
+    again = tonight(status=second, num_added=0 if second == "nothing_due" else 3)
+    state = night(GivenSteps(TransientError("busy"), again))
+    assert state.is_completed(), state.message
+    runs = ["lost"] if second == "nothing_due" else ["lost", "tonight"]
+    assert state.message.endswith(f" {', '.join(runs)}.")
+    assert state.message.startswith(f"2026-03-01: {100 + again.num_added} rows new")
+    assert [message["text"].split()[1] for message in messenger.received] == ["lost"]
+    assert {path.name for path in Path(f"{config.uri}-reports").iterdir()} == {f"2026-03-01-{run}.html" for run in runs}
+
+
+def test_a_night_whose_images_others_did_does_not_say_that_nothing_was_due(night: Callable[..., Any]) -> None:
+    state = night(GivenSteps(tonight(status="nothing_due", num_added=0)))
+    assert state.message.startswith("2026-03-01: no run to report. 3 images were due when it was planned")
+
+
+def test_a_folder_of_reports_out_of_reach_silences_no_alert(
+    night: Callable[..., Any], config: CatalogConfig, messenger: Messenger
+) -> None:
+    Path(f"{config.uri}-reports").write_text("a file in its place")
+    assert night(GivenSteps(tonight(decisions={"allow": 50, "block": 50}))).is_failed()
+    assert messenger.received[0]["title"] == "vlmflow: many more images are flagged"
 
 
 def test_a_usual_night_tells_nobody(night: Callable[..., Any], messenger: Messenger) -> None:

@@ -133,6 +133,16 @@ def test_a_page_behind_an_image_that_is_gone_is_the_first_and_says_so(read_only:
     assert "not in the catalog any more" in page
 
 
+def test_each_score_of_a_label_has_its_own_map(served: Served) -> None:
+    scored = [label("gun", 0.6, "review"), label("gun", 0.9, "block") | {"detector": "finder"}]
+    put_rows(served.config, ["new"], run="run-9", uri=["mem://new.jpg"], labels=labels_of([scored]))
+    served.desk.shelf.refresh()
+    row = served.rows()["new.jpg"]
+    page = served.browser().get(f"/image/{row['image_id']}").text
+    maps = re.findall(r'data-map="[^"?]*\?label=([^"]+)" aria-label="([^"]+)"', page)
+    assert maps == [("gun%20%28finder%29", "show the map of gun (finder)"), ("gun", "show the map of gun")]
+
+
 def test_new_rows_are_shown_when_the_table_has_them(served: Served) -> None:
     browser = served.browser()
     browser.get("/")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from benchmarks.starter.cards import SETS, misses
+from benchmarks.machine import RESULTS
+from benchmarks.starter.cards import SETS, misses, read_results
 from benchmarks.starter.concepts import World
-from benchmarks.starter.evaluate import RESULTS, STARTER, evaluate, evaluate_vilbert
+from benchmarks.starter.evaluate import STARTER, evaluate, evaluate_vilbert
 from benchmarks.starter.sources import WORK_FOLDER, DrawingSet, build_drawings, load_world
 
 # Of 500 scenes, on another kind of processor, a scene or two may fall otherwise.
@@ -33,7 +33,7 @@ def drawings(world: World) -> DrawingSet:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_the_cards_figures_come_out_again(world: World, drawings: DrawingSet, tmp_path: Path) -> None:
-    recorded = json.loads(RESULTS.read_text())
+    recorded = read_results(RESULTS)
 
     found = evaluate(STARTER, world, drawings, num=500, work=tmp_path)
     for name, figures in evaluate_vilbert(STARTER, world, drawings, num=500, work=tmp_path).items():

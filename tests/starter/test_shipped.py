@@ -21,7 +21,8 @@ from transformers import (
 )
 
 from benchmarks.clip_cpu import parity
-from benchmarks.starter.cards import BARS, SETS, figure_table, misses, notice
+from benchmarks.machine import RESULTS
+from benchmarks.starter.cards import BARS, SETS, figure_table, misses, notice, read_results, write_results
 from benchmarks.starter.sources import ARTISTS, HELD_OUT
 from vlmflow.config import ImageLimits, ModelConfig
 from vlmflow.grounding import ground_phrases
@@ -30,7 +31,6 @@ from vlmflow.models import load_answerer, load_matcher, pixel_request
 
 ROOT = Path(__file__).parents[2]
 STARTER = ROOT / "vlmflow" / "starter"
-RESULTS = ROOT / "benchmarks" / "results" / "starter.json"
 MAX_BYTES = 40_000_000
 MODELS = ("clip", "captioner", "matcher", "vqa", "vilbert")
 
@@ -125,7 +125,7 @@ def test_vilbert_answers_matches_and_points() -> None:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_cards_carry_the_measured_figures(model: str) -> None:
-    results = json.loads(RESULTS.read_text())
+    results = read_results(RESULTS)
     card = (STARTER / model / "README.md").read_text()
     assert figure_table(model, results) in card
     assert "drawings alone" in card
@@ -134,9 +134,27 @@ def test_cards_carry_the_measured_figures(model: str) -> None:
 
 
 def test_results_hold_every_bar() -> None:
-    results = json.loads(RESULTS.read_text())
+    results = read_results(RESULTS)
     assert set(SETS) <= set(results)
     assert all(name in results[part] for _, part, name, _ in BARS)
+
+
+def test_results_say_of_which_machine_they_are(tmp_path: Path) -> None:
+    def others() -> object:
+        return json.loads((tmp_path / "starter.json").read_text()).get("machine of all but ViLBERT")
+
+    (tmp_path / "starter.json").write_text(json.dumps({"unseen scenes": {"gallery": 1000.0}}))
+    figures = read_results(tmp_path)
+    write_results(figures, tmp_path, only_vilbert=True)
+    assert others() == "not recorded"
+    write_results(figures, tmp_path, only_vilbert=False)
+    assert others() is None
+    measured_on = json.loads((tmp_path / "starter.json").read_text())["machine"]
+    assert {"processor", "cores", "versions", "measured_at"} <= measured_on.keys()
+    for _ in range(2):
+        write_results(figures, tmp_path, only_vilbert=True)
+        assert others() == measured_on
+    assert read_results(tmp_path) == figures == {"unseen scenes": {"gallery": 1000.0}}
 
 
 def test_notice_names_every_source() -> None:

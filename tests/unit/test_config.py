@@ -64,6 +64,8 @@ def test_a_part_without_keys_is_named_whatever_the_command_line_says(
         ({"limits": {"max_seconds": 1e10}}, "limits.max_seconds: Input should be less"),
         ({"views": ["center"]}, "views must include squash"),
         ({"limit": 0}, "limit"),
+        ({"num_beams": 0}, "num_beams"),
+        ({"num_beams": 17}, "num_beams: Input should be less than or equal to 16"),
         ({"retry": ["gone"]}, "'failed', 'partial', 'missing' or 'unreadable'"),
         ({"pools": [{"tasks": ["embed"]}]}, "missing: caption, match, moderate"),
         ({"pools": [{"tasks": ["match", "caption"]}, {"tasks": ["embed", "moderate"]}]}, "list caption first"),

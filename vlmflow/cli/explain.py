@@ -28,7 +28,10 @@ def explain(
     heatmap: Annotated[
         Path | None, typer.Option("--heatmap", help="Draw the regions that raise the score into this .png file.")
     ] = None,
-    label: Annotated[str | None, typer.Option("--label", help="Of the map. Default: the one that decided.")] = None,
+    label: Annotated[
+        str | None,
+        typer.Option("--label", help="Of the map: `gun`, or `gun (DETECTOR)`. Default: the one that decided."),
+    ] = None,
     show_flagged: Annotated[
         bool, typer.Option("--show-flagged", help="Draw the map on the image itself; else a flagged one is blurred.")
     ] = False,
@@ -43,6 +46,7 @@ def explain(
     """
     from vlmflow.engine.report import last_profile
     from vlmflow.explain import find_evidence, write_heatmap
+    from vlmflow.moderation.detections import name_of
     from vlmflow.views_moderation import print_evidence
 
     if heatmap is not None and profile is None and config is None:
@@ -73,5 +77,5 @@ def explain(
     console = Console()
     print_evidence(evidence, console)
     if drawn is not None:
-        shown = f"{drawn['label']} on view {drawn['view']}"
+        shown = f"{name_of(drawn)} on view {drawn['view']}"
         console.print(f"{heatmap}: what raises {shown}, in red", markup=False, soft_wrap=True)

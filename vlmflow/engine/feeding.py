@@ -5,11 +5,11 @@ NOT YET RUN ON A GPU: tested on a processor; streams, pinned memory and nvJPEG a
 
 from __future__ import annotations
 
+import itertools
 import logging
-import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,7 @@ from vlmflow import schema
 from vlmflow.device_errors import is_out_of_memory
 from vlmflow.engine import columns
 from vlmflow.engine.decoding import PoolDecoding
+from vlmflow.engine.streams import ThreadStreams
 from vlmflow.engine.watchdog import at_most
 from vlmflow.errors import ImageError
 from vlmflow.imaging import ImageFacts, PixelRequest, decode
@@ -70,18 +71,16 @@ class Feeder:
         self._device = torch.device(device)
         self._decoding = decoding
         self._decoder = None if decoding is None else DeviceDecoder(decoding.requests, device)
-        self._threads = threading.local()
+        # Its kernels are few and small: they go before those of the models, which would hold up the next batch.
+        self._streams = ThreadStreams(device, priority=-1)
 
     def __call__(self, batch: pa.Table) -> Fed:
         """Decodes what is left to decode, and moves the pixels of all rows to the device."""
         started = time.perf_counter()
-        stream = self._stream()
-        with nullcontext() if stream is None else torch.cuda.stream(stream):
+        with self._streams():  # waits in the thread that feeds: the one that computes never waits for a copy
             batch, decoded = self._decode(batch)
             views = {key: self._views(batch, request, decoded) for key, request in self._own.items()}
             passed_on = {key: _passed_on(batch, request, decoded) for key, request in self._later.items()}
-        if stream is not None:
-            stream.synchronize()  # in the thread that feeds: the one that computes never waits for a copy
         batch = columns.drop_pixels(batch)
         held_row = pa.array(np.arange(batch.num_rows))
         seconds = time.perf_counter() - started
@@ -103,19 +102,6 @@ class Feeder:
         for key, values in fed.passed_on.items():
             batch = batch.append_column(columns.PIXELS_PREFIX + key, values)
         return batch
-
-    def _stream(self) -> torch.cuda.Stream | None:
-        """Copies and decoding run beside the models' own work, and those of two threads beside each other.
-
-        On one stream for both, memory that one thread has given back, with its work on it still queued, would be the
-        other's at once; nvJPEG, which writes on a stream of its own, does not wait for that work.
-        """
-        if self._device.type != "cuda":
-            return None
-        if not hasattr(self._threads, "stream"):
-            self._threads.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream: torch.cuda.Stream = self._threads.stream
-        return stream
 
     def _decode(self, batch: pa.Table) -> tuple[pa.Table, dict[int, DeviceImage]]:
         """The batch with facts and errors of the JPEGs that were left encoded, and their pixels by row."""
@@ -146,7 +132,7 @@ class Feeder:
         assert self._decoding is not None
         requests, limits = self._decoding.requests, self._decoding.limits
         with at_most(limits.max_seconds):
-            image = decode(file.data, requests, limits, file.facts.content_hash)
+            image = decode(bytes(file.data), requests, limits, file.facts.content_hash)
         stacks = {key: np.stack([pixels for _, pixels in views]) for key, views in image.pixels.items()}
         pixels = {key: torch.from_numpy(stack) for key, stack in stacks.items()}
         names = {key: [name for name, _ in views] for key, views in image.pixels.items()}
@@ -187,8 +173,17 @@ class Feeder:
 
 def _encoded(rows: pa.Table) -> list[EncodedJpeg]:
     facts = rows.select(schema.FACTS.names).to_pylist()
-    pairs = zip(rows[columns.ENCODED].to_pylist(), facts, rows[columns.ORIENTATION].to_pylist(), strict=True)
+    files = _without_copies(rows[columns.ENCODED].combine_chunks())
+    pairs = zip(files, facts, rows[columns.ORIENTATION].to_pylist(), strict=True)
     return [EncodedJpeg(data, ImageFacts(**values), orientation) for data, values, orientation in pairs]
+
+
+def _without_copies(values: pa.LargeBinaryArray) -> list[memoryview]:
+    """Views of the values in the array's own memory: copies of a batch's files would hold all other threads up."""
+    _, offsets, data = values.buffers()
+    ends = np.frombuffer(offsets, np.int64)[values.offset : values.offset + len(values) + 1].tolist()
+    whole = memoryview(data)
+    return [whole[start:end] for start, end in itertools.pairwise(ends)]
 
 
 def _passed_on(batch: pa.Table, request: PixelRequest, decoded: dict[int, DeviceImage]) -> pa.Array:

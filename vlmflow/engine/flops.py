@@ -6,6 +6,7 @@ counter does; what it knows no formula for counts nothing, so that shares are ra
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import time
@@ -44,6 +45,11 @@ class CountedTask:
         self._per_row: float | None = None
         self.flops = 0.0  # of all batches so far
 
+    @property
+    def is_to_count(self) -> bool:
+        """Whether the next batch is the one that is counted: no other thread may compute meanwhile."""
+        return self._per_row is None
+
     def __call__(self, batch: pa.Table) -> Columns:
         """Runs the task; the counter never costs an image its values."""
         if self._per_row is None:
@@ -63,14 +69,15 @@ class Ceilings:
 
     def __init__(self, device: str, dtype: Dtype) -> None:
         self._device, self._wanted = device, dtype
-        self._num_batches = 0
+        self._batches = itertools.count(1)
         self._found: dict[torch.dtype, float] = {}
 
-    def measure_once(self, tasks: Mapping[str, CountedTask]) -> None:
-        """To be called behind each batch: measures behind the third, for the tasks that compute anything."""
-        self._num_batches += 1
-        if self._num_batches != self._AFTER_BATCHES:
-            return
+    def are_due(self) -> bool:
+        """To be asked behind each batch, by any thread: once it is time to measure."""
+        return next(self._batches) == self._AFTER_BATCHES
+
+    def measure(self, tasks: Mapping[str, CountedTask]) -> None:
+        """Measures for the tasks that compute anything; nothing else may be at work on the device."""
         for dtype in {self._dtype(name) for name, task in tasks.items() if task.flops}:
             try:
                 self._found[dtype] = matmul_ceiling(self._device, dtype)

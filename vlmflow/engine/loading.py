@@ -6,14 +6,18 @@ import math
 
 import torch
 
-from vlmflow.config import PoolConfig
+from vlmflow.config import Dtype, PoolConfig
 from vlmflow.errors import ClusterError, WeightsError
 from vlmflow.models import identify
+from vlmflow.models.pixels import model_dtype
 from vlmflow.tasks.setup import TaskSetup
 
 
-def set_up_torch(pool: PoolConfig) -> str:
+def set_up_torch(pool: PoolConfig, dtype: Dtype = "auto") -> str:
     """Chooses the device that the pool asked for, and as many threads as it reserved, so that actors do not fight.
+
+    What is left in float32 where models run in bfloat16, such as texts that are matched, is multiplied in TF32 on CUDA:
+    ten bits of mantissa, where bfloat16 has seven. With float32 asked for, nothing is.
 
     Raises:
         ClusterError: the pool asked for a GPU and the node has none that torch can use.
@@ -26,7 +30,20 @@ def set_up_torch(pool: PoolConfig) -> str:
             f"pool {'+'.join(pool.tasks)} asks for {pool.gpus:g} GPU, but torch {torch.__version__} finds none",
             remedy="Install a CUDA build of torch on the GPU nodes; `vlmflow doctor` tells what it finds.",
         )
+    allow_tf32(model_dtype("cuda", dtype) != torch.float32)
     return "cuda"
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Whether products and convolutions of float32 may be done in TF32 on CUDA; torch's default allows the latter."""
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+def wait_for_device(device: str) -> None:
+    """Waits until all work that was queued on the device is done."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
 
 
 def check_weights(pool: PoolConfig, setup: TaskSetup) -> None:

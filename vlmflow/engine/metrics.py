@@ -7,6 +7,7 @@ Names stand here as they are given to Ray, which puts ``ray_`` before them and t
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -132,17 +133,19 @@ class PoolMetrics:
         self._pool, self._device = "+".join(pool.tasks), "cuda" if pool.gpus else "cpu"
         self._metrics = Metrics()
         self._busy_s = self._waiting_s = 0.0
+        self._lock = threading.Lock()
 
     def count_batch(self, num_images: int, busy_s: float, waited_s: float, num_retries: int) -> None:
-        """Counts a batch.
+        """Counts a batch, in whichever thread.
 
         Args:
             num_retries: batches that this actor tried again in halves, since it started.
         """
-        self._busy_s += busy_s
-        self._waiting_s += waited_s
         labels = {"pool": self._pool, "device": self._device}
-        self._metrics.observe("vlmflow_batch_images", num_images, pool=self._pool)
-        self._metrics.raise_to("vlmflow_pool_busy_seconds_total", self._busy_s, **labels)
-        self._metrics.raise_to("vlmflow_pool_waiting_seconds_total", self._waiting_s, **labels)
-        self._metrics.raise_to("vlmflow_retries_total", num_retries, kind="batch_in_halves")
+        with self._lock:
+            self._busy_s += busy_s
+            self._waiting_s += waited_s
+            self._metrics.observe("vlmflow_batch_images", num_images, pool=self._pool)
+            self._metrics.raise_to("vlmflow_pool_busy_seconds_total", self._busy_s, **labels)
+            self._metrics.raise_to("vlmflow_pool_waiting_seconds_total", self._waiting_s, **labels)
+            self._metrics.raise_to("vlmflow_retries_total", num_retries, kind="batch_in_halves")

@@ -29,8 +29,10 @@ from vlmflow.sources.regions import RegionReader
 DECODE_CPUS = 0.45
 # Images that one decode call reads at once: their encoded bytes are in memory together.
 DECODE_BATCH = 64
-# Of an actor where it pays: it feeds one batch while it computes another.
-CALLS_AT_ONCE = 2
+# Of an actor that decodes on a processor: it feeds one batch while it computes another.
+_CALLS_AT_ONCE = 2
+# Of an actor with a GPU: it feeds one batch while two are in its tasks.
+GPU_CALLS_AT_ONCE = 3
 _MIN_BLOCK_ROWS, _MAX_BLOCK_ROWS = 32, 512
 # A worker that dies by a signal is retried without limit unless told otherwise.
 TASK_LIMITS = {"max_retries": 2}
@@ -156,15 +158,17 @@ def build_pipeline(
                 num_cpus=pool.cpus,
                 num_gpus=pool.gpus,
                 # A fixed pool that reserves every CPU starves the reads and waits for ever (ray#44687).
-                compute=_strategy(pool, overlaps=pool.gpus > 0 or decodes),
+                compute=_strategy(pool, GPU_CALLS_AT_ONCE if pool.gpus > 0 else _CALLS_AT_ONCE if decodes else 1),
                 **ACTOR_LIMITS,
             )
     return dataset
 
 
-def _strategy(pool: PoolConfig, *, overlaps: bool) -> ActorPoolStrategy:
-    """Of a pool's actors; ``overlaps``: a call in each feeds while another computes."""
-    calls = {"max_concurrent_calls_per_actor": CALLS_AT_ONCE, "enable_true_multi_threading": True} if overlaps else {}
+def _strategy(pool: PoolConfig, calls_at_once: int) -> ActorPoolStrategy:
+    """Of a pool's actors, each of which is at so many batches at once."""
+    calls = {}
+    if calls_at_once > 1:
+        calls = {"max_concurrent_calls_per_actor": calls_at_once, "enable_true_multi_threading": True}
     return ActorPoolStrategy(min_size=pool.min_actors, max_size=pool.max_actors, **calls)
 
 

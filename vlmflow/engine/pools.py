@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import threading
 import time
 from typing import TYPE_CHECKING, NoReturn
 
@@ -15,6 +14,7 @@ from vlmflow.config import PoolConfig, TaskName
 from vlmflow.engine import columns
 from vlmflow.engine.equal_bytes import RecentResults
 from vlmflow.engine.metrics import PoolMetrics
+from vlmflow.engine.turns import Turns
 from vlmflow.engine.watchdog import at_most
 from vlmflow.moderation.prompts import PromptVectors
 from vlmflow.tasks import Columns, Task, add_columns
@@ -54,11 +54,12 @@ class PoolWorker:
         # The driver imports this module too and needs no torch.
         from vlmflow.engine.feeding import Feeder
         from vlmflow.engine.flops import Ceilings, CountedTask
-        from vlmflow.engine.loading import check_weights, set_up_torch
+        from vlmflow.engine.loading import check_weights, set_up_torch, wait_for_device
+        from vlmflow.engine.streams import ThreadStreams
         from vlmflow.models.towers import VisionTowers
         from vlmflow.tasks.run import BatchLimit
 
-        device = set_up_torch(pool)
+        device = set_up_torch(pool, setup.dtype)
         check_weights(pool, setup)
         towers = VisionTowers()
         self._tasks: dict[str, CountedTask] = {
@@ -70,15 +71,17 @@ class PoolWorker:
         self._timeout_s = pool.timeout_s
         self._feeder = Feeder(setup.requests_of(pool.tasks), setup.requests_of(later), device, decoding)
         self._passes_regions_on = setup.read_regions(later)
-        self._turn = threading.Lock()
+        # Threads of a processor's actor would only take its cores from each other.
+        self._turns = Turns(pool.tasks, side_by_side=device == "cuda")
+        self._streams = ThreadStreams(device)
         self._name = "+".join(pool.tasks)
-        self._idle_since: float | None = None
         self._metrics = PoolMetrics(pool)
+        wait_for_device(device)  # weights are copied on the stream of this thread, and read on those of others
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Adds the outputs of the pool's tasks, null on rows that do not need or cannot have them.
 
-        Two threads may call it: one batch is made ready while the tasks are at the one before.
+        Threads may call it side by side: a batch is made ready while the tasks are at those before.
         """
         if batch.num_rows == 0:
             return batch
@@ -93,22 +96,20 @@ class PoolWorker:
 
     def _process(self, batch: pa.Table) -> pa.Table:
         fed = self._feeder(batch)
-        with self._turn:
-            started = time.perf_counter()
-            waited = 0.0 if self._idle_since is None else started - self._idle_since
+        with self._turns.batch() as usage, self._streams():
             batch = self._run(fed)
-            busy = time.perf_counter() - started
-            self._ceilings.measure_once(self._tasks)
-            retries = sum(limit.num_retries for limit in self._limits.values())
-            self._metrics.count_batch(batch.num_rows, busy, waited, retries)
-            self._idle_since = time.perf_counter()
+            if self._ceilings.are_due():
+                with self._turns.alone():
+                    self._ceilings.measure(self._tasks)
+        retries = sum(limit.num_retries for limit in self._limits.values())
+        self._metrics.count_batch(batch.num_rows, usage.busy, usage.waited, retries)
         batch = self._feeder.finish(batch, fed)
         if not self._passes_regions_on:
             batch = columns.drop_regions(batch)
         for column, amount in (
             (columns.seconds_column(f"feed:{self._name}"), fed.seconds),
-            (columns.seconds_column(f"busy:{self._name}"), busy),
-            (columns.seconds_column(f"waiting:{self._name}"), waited),
+            (columns.seconds_column(f"busy:{self._name}"), usage.busy),
+            (columns.seconds_column(f"waiting:{self._name}"), usage.waited),
             (columns.BATCHES_PREFIX + self._name, 1.0),
         ):
             batch = batch.append_column(column, columns.spread(amount, batch.num_rows))
@@ -118,10 +119,12 @@ class PoolWorker:
         batch = fed.batch
         with self._feeder.lent(fed):
             for name, task in self._tasks.items():
-                before = task.flops
-                batch = run_on_due_rows(batch, task, self._limits[name], self._timeout_s, self._recent[name])
-                batch = _with_usage(batch, task.task)
-                done = columns.spread(task.flops - before, batch.num_rows)
+                # What counts operations counts those of other threads' modules as well.
+                with self._turns.alone() if task.is_to_count else self._turns.task(name):
+                    before = task.flops
+                    batch = run_on_due_rows(batch, task, self._limits[name], self._timeout_s, self._recent[name])
+                    batch = _with_usage(batch, task.task)
+                    done = columns.spread(task.flops - before, batch.num_rows)
                 batch = batch.append_column(columns.FLOPS_PREFIX + name, done)
                 ceiling = pa.scalar(self._ceilings.of(name), pa.float64())
                 batch = batch.append_column(columns.CEILING_PREFIX + name, pa.repeat(ceiling, batch.num_rows))

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from vlmflow.config import Frozen, PoolConfig
 from vlmflow.engine import columns
-from vlmflow.engine.pipeline import CALLS_AT_ONCE
+from vlmflow.engine.pipeline import GPU_CALLS_AT_ONCE
 from vlmflow.engine.pools import PoolWorker
 from vlmflow.engine.quarantine import Stages
 
@@ -53,7 +53,7 @@ class TriedPool:
         decoding = stages.decoding if stages.decode.leaves_jpegs and number == 0 else None
         self._worker = PoolWorker(self._pool, stages.setup, stages.prompts, later=later, decoding=decoding)
         # On processors calls are timed one by one: what one hides behind another would take another core.
-        self._calls_at_once = CALLS_AT_ONCE if self._pool.gpus else 1
+        self._calls_at_once = GPU_CALLS_AT_ONCE if self._pool.gpus else 1
         self._threads = ThreadPoolExecutor(self._calls_at_once)
         self._call_numbers = itertools.count()
 

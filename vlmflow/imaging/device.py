@@ -10,6 +10,8 @@ NOT YET RUN ON A GPU: tested on a processor.
 from __future__ import annotations
 
 import logging
+import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,6 +40,9 @@ _CUBIC = -0.5  # Pillow's
 _HIGH = 1.2
 
 
+_Key = tuple[int, float, float, int, str]  # the arguments of :func:`coefficients`
+
+
 @dataclass(frozen=True)
 class DeviceImage:
     """Views of an image on the device, by the key of their request.
@@ -54,7 +59,7 @@ class DeviceImage:
 
 
 class DeviceDecoder:
-    """Decodes on one device; one per worker.
+    """Decodes on one device; one per worker, for any number of threads.
 
     Args:
         requests: what each image is to be shown as.
@@ -69,7 +74,7 @@ class DeviceDecoder:
         self._device = torch.device(device)
         is_cuda = self._device.type == "cuda"
         self._dtype = dtype or (torch.float16 if is_cuda else torch.float32)
-        self._coefficients: OrderedDict[tuple[int, float, float, int, str], torch.Tensor] = OrderedDict()
+        self._threads = threading.local()
         self._has_told = False
         try:
             # Imported here: workers that leave no JPEG to their device do without what torchvision means to drop.
@@ -126,7 +131,7 @@ class DeviceDecoder:
             images[number] = DeviceImage({key: value[place] for key, value in pixels.items()}, views, phash)
         return images
 
-    def _decode(self, files: Sequence[bytes]) -> list[torch.Tensor | None]:
+    def _decode(self, files: Sequence[bytes | memoryview]) -> list[torch.Tensor | None]:
         """(3, H, W) uint8 each; of a batch of which one is refused, all are tried alone."""
         try:
             return list(self._decode_all(files))
@@ -138,7 +143,7 @@ class DeviceDecoder:
             self._tell(error, 1)
             return [None]
 
-    def _decode_all(self, files: Sequence[bytes]) -> list[torch.Tensor]:
+    def _decode_all(self, files: Sequence[bytes | memoryview]) -> list[torch.Tensor]:
         """(3, H, W) uint8 each.
 
         Raises:
@@ -148,7 +153,9 @@ class DeviceDecoder:
             # torchvision takes memory that belongs to this stream and writes to it on one of its own, which does not
             # wait for what is still queued here.
             torch.cuda.current_stream().synchronize()
-        buffers = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in files]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*not writable")  # nobody writes to it
+            buffers = [torch.frombuffer(data, dtype=torch.uint8) for data in files]
         decoded: list[torch.Tensor] = self._decode_jpeg(buffers, self._mode, device=self._device)
         return decoded
 
@@ -178,13 +185,18 @@ class DeviceDecoder:
         rows = torch.matmul(images, across.T).round_().clamp_(0, 255)
         return torch.matmul(down, rows).round_().clamp_(0, 255).to(torch.uint8)
 
-    def _matrix(self, key: tuple[int, float, float, int, str]) -> torch.Tensor:
-        matrix = self._coefficients.pop(key, None)
+    def _matrix(self, key: _Key) -> torch.Tensor:
+        # Each thread has its own: work of other streams neither waits for what this one's kernels write, nor is waited
+        # for when memory is given back.
+        if not hasattr(self._threads, "coefficients"):
+            self._threads.coefficients = OrderedDict()
+        kept: OrderedDict[_Key, torch.Tensor] = self._threads.coefficients
+        matrix = kept.pop(key, None)
         if matrix is None:
-            while len(self._coefficients) >= _MAX_COEFFICIENTS:
-                self._coefficients.popitem(last=False)
+            while len(kept) >= _MAX_COEFFICIENTS:
+                kept.popitem(last=False)
             matrix = coefficients(*key, self._device).to(self._dtype)
-        self._coefficients[key] = matrix
+        kept[key] = matrix
         return matrix
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ _MAX_PIXELS = 1 << 25
 _BASELINE = 0xC0
 _APP0, _APP14, _START_OF_SCAN = 0xE0, 0xEE, 0xDA
 _SAMPLING = {(1, 1), (2, 1), (2, 2), (1, 2)}
+# Of a block of 8 x 8: the shortest codes there are for "as the one before" and "nothing else".
+_LEAST_BITS = 2
 _YCBCR = 1  # Adobe's number of the colour transform
 
 
@@ -29,7 +32,7 @@ class EncodedJpeg:
         orientation: EXIF, 1 to 8, to be applied to the pixels.
     """
 
-    data: bytes
+    data: bytes | memoryview
     facts: ImageFacts
     orientation: int
 
@@ -60,7 +63,8 @@ def is_plain(data: bytes) -> bool:
     """Whether every decoder makes the same picture of it: baseline, 8 bits, YCbCr in one scan, whole to its end.
 
     Others are left to Pillow: grey, CMYK and RGB ones, whose colours decoders guess differently; progressive ones,
-    whose scans even nvJPEG reads on the processor; those cut short, of which nvJPEG may make half a picture.
+    whose scans even nvJPEG reads on the processor; those cut short, of which nvJPEG may make half a picture, as far as
+    that shows without decoding: they do not end as they should, or are shorter than any picture of their size.
     """
     if not data.startswith(b"\xff\xd8\xff") or not data.endswith(b"\xff\xd9"):
         return False
@@ -73,7 +77,9 @@ def is_plain(data: bytes) -> bool:
             continue
         if marker == _START_OF_SCAN:
             colours = _YCBCR if transform is None and (is_jfif or frame[6:15:3] == b"\1\2\3") else transform
-            return _is_plain_frame(frame) and content[:1] == b"\3" and colours == _YCBCR
+            if not _is_plain_frame(frame) or content[:1] != b"\3" or colours != _YCBCR:
+                return False
+            return 8 * (len(data) - at - 2 - length) >= _LEAST_BITS * _num_blocks(frame)
         if marker == _BASELINE:
             frame = content
         elif marker == _APP0:
@@ -90,3 +96,10 @@ def _is_plain_frame(frame: bytes) -> bool:
         return False
     sampling = [(frame[at] >> 4, frame[at] & 15) for at in (7, 10, 13)]
     return sampling[0] in _SAMPLING and sampling[1] == sampling[2] == (1, 1)
+
+
+def _num_blocks(frame: bytes) -> int:
+    """Of 8 x 8 values, in all three components of a plain frame."""
+    height, width = int.from_bytes(frame[1:3], "big"), int.from_bytes(frame[3:5], "big")
+    across, down = frame[7] >> 4, frame[7] & 15
+    return math.ceil(width / (8 * across)) * math.ceil(height / (8 * down)) * (across * down + 2)

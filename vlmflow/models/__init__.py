@@ -71,8 +71,12 @@ class ImageEmbedder(Protocol):
 class Captioner(Protocol):
     """One sentence for each image."""
 
-    def caption(self, pixels: torch.Tensor, max_tokens: int) -> list[str]:
-        """(N, 3, S, S) uint8 RGB -> N captions of at most ``max_tokens`` tokens, by greedy decoding."""
+    def caption(self, pixels: torch.Tensor, max_tokens: int, num_beams: int = 1) -> list[str]:
+        """(N, 3, S, S) uint8 RGB -> N captions of at most ``max_tokens`` tokens.
+
+        Args:
+            num_beams: 1: greedy decoding; more: beam search, the best of so many captions.
+        """
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # Up to here torch's fused kernel for processors costs more than two products and a softmax do.
 _FEW_QUERIES = 16
@@ -53,12 +56,26 @@ def split_heads(projected: torch.Tensor, num_heads: int, num_parts: int = 3) -> 
     return heads.permute(2, 0, 3, 1, 4).unbind(0)
 
 
+@contextmanager
+def growing(device: torch.device) -> Iterator[None]:
+    """Attention within the block is to shapes that change from call to call, as those of a cache do that grows.
+
+    On CUDA that rules cuDNN out, which torch prefers on Hopper, and which makes a plan for every shape, keeps it for
+    good, and takes longer for that than a step of decoding does.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        yield
+
+
 def _by_products(queries: torch.Tensor) -> bool:
     if queries.device.type != "cpu":
         return False
     if queries.shape[2] <= _FEW_QUERIES:
         return True
-    # Without AMX the fused kernel multiplies bfloat16 at the speed of float32, and oneDNN at twice that.
+    # Without AMX the fused kernel gains nothing from bfloat16, as the products of oneDNN do.
     return queries.dtype == torch.bfloat16 and not _has_amx()
 
 

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, BlipForConditionalGeneration, BlipForIma
 from vlmflow.config import Dtype, ModelConfig
 from vlmflow.errors import WeightsError
 from vlmflow.models import EncodedImages
+from vlmflow.models.attention import growing
 from vlmflow.models.blip_fast import CrossMemory, GreedyDecoder, SpecialTokens, TextTower, decode_beams
 from vlmflow.models.pixels import PixelNormalizer, model_dtype
 from vlmflow.models.preprocessing import read_preprocessing
@@ -67,7 +68,8 @@ class BlipCaptioner:
         if num_beams == 1:
             tokens = self._decode_greedily(images, max_tokens)
         else:
-            tokens = decode_beams(self._decoder, self._special, images, max_tokens, num_beams)
+            with growing(images.device):
+                tokens = decode_beams(self._decoder, self._special, images, max_tokens, num_beams)
         texts: list[str] = self._tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [text.strip() for text in texts]
 

@@ -61,16 +61,20 @@ class Blip2Captioner:
         return cls(model, load_tokenizer(folder), (towers or VisionTowers()).share(model.vision_model, normalizer))
 
     @torch.inference_mode()
-    def caption(self, pixels: torch.Tensor, max_tokens: int) -> list[str]:
-        """(N, 3, S, S) uint8 RGB -> N captions of at most ``max_tokens`` tokens, by greedy decoding.
+    def caption(self, pixels: torch.Tensor, max_tokens: int, num_beams: int = 1) -> list[str]:
+        """(N, 3, S, S) uint8 RGB -> N captions of at most ``max_tokens`` tokens.
 
         The language model is given the image and nothing else: no prompt.
 
+        Args:
+            pixels: of the model's size.
+            num_beams: 1: greedy decoding; more: beam search, the best of so many captions.
+
         Raises:
-            ValueError: the pixels are not of the model's size or dtype, or there is to be no token.
+            ValueError: the pixels are not of the model's size or dtype, or there is to be no token or no beam.
         """
-        if max_tokens < 1:
-            raise ValueError(f"captions of {max_tokens} tokens; at least 1 is needed")
+        if max_tokens < 1 or num_beams < 1:
+            raise ValueError(f"captions of {max_tokens} tokens by {num_beams} beams; both must be at least 1")
         if len(pixels) == 0:
             return []
         images = self._vision(pixels)
@@ -81,7 +85,7 @@ class Blip2Captioner:
             inputs_embeds=states,
             attention_mask=torch.ones(states.shape[:2], dtype=torch.int64, device=states.device),
             do_sample=False,
-            num_beams=1,
+            num_beams=num_beams,
             max_new_tokens=max_tokens,
         )
         # OPT ends a caption with a line feed, which is no special token.

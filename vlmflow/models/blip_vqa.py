@@ -12,6 +12,7 @@ from transformers import BlipForQuestionAnswering
 
 from vlmflow.config import Dtype, ModelConfig
 from vlmflow.models import Answer
+from vlmflow.models.attention import growing
 from vlmflow.models.blip import Target, load_parts
 from vlmflow.models.blip_fast import CrossMemory, SpecialTokens, TextTower
 from vlmflow.models.blip_fast.cache import SlicedCache
@@ -69,7 +70,9 @@ class BlipAnswerer:
             tokens = torch.tensor([ids[pair] for pair in pairs], device=images.device)
             asked_of = [rows[pair] for pair in pairs]
             states = self._encoder.encode(tokens, None, memory.of(asked_of))
-            for pair, answer in zip(pairs, self._decode(states.to(images.dtype)), strict=True):
+            with growing(images.device):
+                answers = self._decode(states.to(images.dtype))
+            for pair, answer in zip(pairs, answers, strict=True):
                 found[pair] = answer
         given = iter(found)
         return [[cast(Answer, next(given)) for _ in asked] for asked in questions]

@@ -97,6 +97,7 @@ def build(folder: Path, architecture: str | None, device: str, dtype: torch.dtyp
     """
     has_config = (folder / "open_clip_config.json").is_file()
     name = f"local-dir:{folder}" if has_config else str(architecture)
+    # Norms in float32: with "pure_bf16" scores of the starter moved by up to 0.0098, and by 0.0079 so (bar 0.01).
     precision = "bf16" if dtype == torch.bfloat16 else "fp32"
     # open_clip's own loading may pick a pickle beside the safetensors, so the weights are loaded here.
     previous = logging.root.manager.disable

@@ -47,12 +47,13 @@ class EndpointChat:
         self._lock = threading.Lock()
         self._tokens = [0, 0]
 
-    def write(self, pixels: torch.Tensor, prompts: Sequence[str], max_tokens: int) -> list[Answer]:
+    def write(self, pixels: torch.Tensor, prompts: Sequence[str], max_tokens: int, num_beams: int = 1) -> list[Answer]:
         """Writes about image i what ``prompts[i]`` asks for; see :class:`vlmflow.models.prompted.VisionChat`.
 
         Raises:
             EndpointError: a request failed.
         """
+        assert num_beams == 1, "jobs that want more are refused"
         images = pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
         keys = [
             (hashlib.sha256(image.data).digest(), prompt, max_tokens)

@@ -44,17 +44,21 @@ class GitCaptioner:
         return cls(model.to(device), load_tokenizer(folder), normalizer)
 
     @torch.inference_mode()
-    def caption(self, pixels: torch.Tensor, max_tokens: int) -> list[str]:
-        """(N, 3, S, S) uint8 RGB -> N captions of at most ``max_tokens`` tokens, by greedy decoding.
+    def caption(self, pixels: torch.Tensor, max_tokens: int, num_beams: int = 1) -> list[str]:
+        """(N, 3, S, S) uint8 RGB -> N captions of at most ``max_tokens`` tokens.
+
+        Args:
+            pixels: of the model's size.
+            num_beams: 1: greedy decoding; more: beam search, the best of so many captions.
 
         Raises:
-            ValueError: the pixels are not of the model's size or dtype, or there is to be no token.
+            ValueError: the pixels are not of the model's size or dtype, or there is to be no token or no beam.
         """
-        if max_tokens < 1:
-            raise ValueError(f"captions of {max_tokens} tokens; at least 1 is needed")
+        if max_tokens < 1 or num_beams < 1:
+            raise ValueError(f"captions of {max_tokens} tokens by {num_beams} beams; both must be at least 1")
         if len(pixels) == 0:
             return []
         tokens = self._model.generate(
-            pixel_values=self._normalize(pixels), do_sample=False, num_beams=1, max_new_tokens=max_tokens
+            pixel_values=self._normalize(pixels), do_sample=False, num_beams=num_beams, max_new_tokens=max_tokens
         )
         return [text.strip() for text in self._tokenizer.batch_decode(tokens, skip_special_tokens=True)]

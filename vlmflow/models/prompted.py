@@ -18,11 +18,13 @@ _MAX_QUESTION_CHARS = 2_000
 class VisionChat(Protocol):
     """A model that writes about an image what a prompt asks for. N: images, S: side of the pixels."""
 
-    def write(self, pixels: torch.Tensor, prompts: Sequence[str], max_tokens: int) -> list[Answer]:
+    def write(self, pixels: torch.Tensor, prompts: Sequence[str], max_tokens: int, num_beams: int = 1) -> list[Answer]:
         """Writes about image i what ``prompts[i]`` asks for: at most ``max_tokens`` tokens, the most probable ones.
 
         Args:
             pixels: (N, 3, S, S) uint8 RGB.
+            num_beams: 1: the most probable token at every step; more: the best of so many texts, which vLLM and
+                endpoints do not search for.
         """
 
     def take_usage(self) -> Usage | None:
@@ -35,11 +37,11 @@ class PromptedCaptioner:
     def __init__(self, chat: VisionChat, prompt: str) -> None:
         self._chat, self._prompt = chat, prompt
 
-    def caption(self, pixels: torch.Tensor, max_tokens: int) -> list[str]:
-        """(N, 3, S, S) uint8 RGB -> N captions, on one line each."""
+    def caption(self, pixels: torch.Tensor, max_tokens: int, num_beams: int = 1) -> list[str]:
+        """(N, 3, S, S) uint8 RGB -> N captions, on one line each; see :class:`VisionChat` for the rest."""
         if len(pixels) == 0:
             return []
-        written = self._chat.write(pixels, [self._prompt] * len(pixels), max_tokens)
+        written = self._chat.write(pixels, [self._prompt] * len(pixels), max_tokens, num_beams)
         return [" ".join(answer.text.split()) for answer in written]
 
     def take_usage(self) -> Usage | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from typing import Any
 
 import torch
@@ -12,11 +13,11 @@ from vlmflow.models.pixels import PixelNormalizer
 
 
 class SharedTower:
-    """A vision tower that keeps the features of its last batch, once more than one model uses it."""
+    """A vision tower that keeps the features of each thread's last batch, once more than one model uses it."""
 
     def __init__(self, tower: VisionTower) -> None:
         self._tower = tower
-        self._last: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._threads = threading.local()
         self.num_users = 0
         self.num_passes = 0
 
@@ -26,13 +27,14 @@ class SharedTower:
         Raises:
             ValueError: the pixels are not of the model's size or dtype.
         """
-        if self._last is not None and same_pixels(self._last[0], pixels):
-            return self._last[1]
-        self._last = None  # two batches are never held at once
+        last: tuple[torch.Tensor, torch.Tensor] | None = getattr(self._threads, "last", None)
+        if last is not None and same_pixels(last[0], pixels):
+            return last[1]
+        self._threads.last = last = None  # a thread never holds two batches at once
         features = self._tower(pixels)
         self.num_passes += 1
         if self.num_users > 1:
-            self._last = (pixels, features)
+            self._threads.last = (pixels, features)
         return features
 
 

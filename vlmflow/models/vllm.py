@@ -51,11 +51,12 @@ class VllmChat:
                 remedy="Check the folder and the GPU's memory, or use the family vlm.",
             ) from error
 
-    def write(self, pixels: torch.Tensor, prompts: Sequence[str], max_tokens: int) -> list[Answer]:
+    def write(self, pixels: torch.Tensor, prompts: Sequence[str], max_tokens: int, num_beams: int = 1) -> list[Answer]:
         """Writes about image i what ``prompts[i]`` asks for; see :class:`vlmflow.models.prompted.VisionChat`.
 
         The score is the probability of all tokens written.
         """
+        assert num_beams == 1, "jobs that want more are refused"
         images = [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
         conversations = [
             [

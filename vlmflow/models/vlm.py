@@ -23,7 +23,7 @@ _SEQUENCES_AT_ONCE = 16
 
 
 class TransformersChat:
-    """Writes greedily, a batch of prompts at a time. N: images, S: side of the pixels."""
+    """Writes for a batch of prompts at a time. N: images, S: side of the pixels."""
 
     def __init__(self, model: Any, processor: Any, device: str, dtype: torch.dtype) -> None:
         self._model, self._processor, self._device, self._dtype = model, processor, device, dtype
@@ -47,7 +47,7 @@ class TransformersChat:
         return cls(model.to(device), processor, device, kind)
 
     @torch.inference_mode()
-    def write(self, pixels: torch.Tensor, prompts: Sequence[str], max_tokens: int) -> list[Answer]:
+    def write(self, pixels: torch.Tensor, prompts: Sequence[str], max_tokens: int, num_beams: int = 1) -> list[Answer]:
         """Writes about image i what ``prompts[i]`` asks for; see :class:`vlmflow.models.prompted.VisionChat`.
 
         The score is the probability of all tokens written, the end included.
@@ -55,23 +55,24 @@ class TransformersChat:
         images = list(pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy())
         texts = [chat_text(self._processor, prompt) for prompt in prompts]
         answers: list[Answer] = []
-        for start in range(0, len(texts), _SEQUENCES_AT_ONCE):
-            part = slice(start, start + _SEQUENCES_AT_ONCE)
-            answers += self._write(images[part], texts[part], max_tokens)
+        at_once = max(1, _SEQUENCES_AT_ONCE // num_beams)
+        for start in range(0, len(texts), at_once):
+            part = slice(start, start + at_once)
+            answers += self._write(images[part], texts[part], max_tokens, num_beams)
         return answers
 
     def take_usage(self) -> Usage | None:
         """Nothing is paid for."""
         return None
 
-    def _write(self, images: list[Any], texts: list[str], max_tokens: int) -> list[Answer]:
+    def _write(self, images: list[Any], texts: list[str], max_tokens: int, num_beams: int) -> list[Answer]:
         inputs = chat_inputs(self._processor, images, texts).to(self._device, self._dtype)
         pad = self._processor.tokenizer.pad_token_id
         out = self._model.generate(
             **inputs,
             max_new_tokens=max_tokens,
             do_sample=False,
-            num_beams=1,
+            num_beams=num_beams,
             # Of the checkpoint's own defaults those that only sampling heeds.
             temperature=None,
             top_p=None,
@@ -83,6 +84,9 @@ class TransformersChat:
         )
         tokens = out.sequences[:, inputs["input_ids"].shape[1] :]
         logits = torch.stack(out.logits, dim=1).float()
+        if num_beams > 1:  # of all beams: at each step those of the beam that the text went on from
+            steps = torch.arange(tokens.shape[1], device=tokens.device)
+            logits = logits[out.beam_indices[:, : len(steps)].clamp(min=0), steps]
         logarithms = logits.log_softmax(dim=-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
         ended = torch.isin(tokens, torch.tensor(self._ends, device=tokens.device))
         after = ended.cumsum(dim=1) - ended.long() > 0

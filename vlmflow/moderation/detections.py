@@ -21,6 +21,12 @@ _ALLOW, _REVIEW, _BLOCK = 0, 1, 2
 DECISION_NAMES = ("allow", "review", "block")
 
 
+def name_of(label: Mapping[str, Any]) -> str:
+    """What an entry of a row's labels goes by: its label, or ``label (detector)`` where a detector gave the score."""
+    name: str = label["label"]
+    return name if label["detector"] is None else f"{name} ({label['detector']})"
+
+
 @dataclass(frozen=True)
 class _Rule:
     detector: str

@@ -55,6 +55,14 @@ class Asked:
     itself: int | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Newest:
+    """A version of the catalog that was read: the live rows, and the table of their vectors."""
+
+    live: LiveRows
+    embeddings: Snapshot
+
+
 class Searcher:
     """Answers queries over one catalog; follows its tables from version to version.
 
@@ -117,15 +125,25 @@ class Searcher:
 
     def refresh(self) -> LiveRows:
         """Moves to the newest version of the catalog; nothing is read if there is no newer one."""
-        snapshot = self._images.refresh()
-        if self._live is None or self._live.version != snapshot.version:
-            self._live = LiveRows(self._folder, snapshot)
-            self._indexes, self._masks, self._kept = {}, {}, {}
+        newest = self.newest()
+        self.move_to(newest)
+        return newest.live
+
+    def newest(self) -> Newest:
+        """Reads the newest version of the catalog, for :meth:`move_to`; what is held stays as it is."""
+        live, snapshot = self._live, self._images.refresh()
+        if live is None or live.version != snapshot.version:
+            live = LiveRows(self._folder, snapshot)
+        # After the images: the vectors of the rows just read are there by then.
+        return Newest(live, self._embeddings.refresh())
+
+    def move_to(self, newest: Newest) -> None:
+        """Answers from this version on; if that fails, from the one before as ever."""
+        if newest.live is not self._live:
             # What was erased from the catalog does not stay on this disk either.
             self._folder.drop_copies(Path(self._workspace.name), INDEXES)
-        # After the images: the vectors of the rows just read are there by then.
-        self._snapshot = self._embeddings.refresh()
-        return self._live
+            self._indexes, self._masks, self._kept = {}, {}, {}
+        self._live, self._snapshot = newest.live, newest.embeddings
 
     def nearest(
         self, vector: NDArray[np.float32], models: Sequence[str], wanted: Mask, top_k: int

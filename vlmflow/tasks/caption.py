@@ -16,14 +16,15 @@ class CaptionTask:
     name = "caption"
     writes = pa.schema([("caption", pa.string())])
 
-    def __init__(self, captioner: Captioner, request: PixelRequest, max_tokens: int) -> None:
+    def __init__(self, captioner: Captioner, request: PixelRequest, max_tokens: int, num_beams: int = 1) -> None:
         self._captioner = captioner
         self.meter = captioner if isinstance(captioner, Metered) else None
         self._request = request
-        self._max_tokens = max_tokens
+        self._max_tokens, self._num_beams = max_tokens, num_beams
         self.reads: tuple[str, ...] = (pixel_columns(request)[0],)
 
     def __call__(self, batch: pa.Table) -> Columns:
         """The captions, as the model words them."""
-        captions = self._captioner.caption(first_views(batch, self._request), self._max_tokens)
+        pixels = first_views(batch, self._request)
+        captions = self._captioner.caption(pixels, self._max_tokens, self._num_beams)
         return {"caption": pa.array(captions, pa.string())}

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, assert_never
 
-from vlmflow.config import Dtype, Job, ModelConfig, TaskName
+from vlmflow.config import WITHOUT_BEAMS, Dtype, Job, ModelConfig, TaskName
 from vlmflow.errors import ConfigError
 from vlmflow.imaging import PixelRequest, merge_requests
 from vlmflow.models import (
@@ -45,6 +45,7 @@ class TaskSetup:
     detectors: tuple[DetectorSetup, ...] = ()  # of the policy
     dtype: Dtype = "auto"
     questions: tuple[str, ...] = ()  # of the job
+    num_beams: int = 1  # of a caption
 
     def read_regions(self, tasks: Collection[TaskName]) -> bool:
         """Whether a model of the tasks reads regions that the source has a column of."""
@@ -77,6 +78,8 @@ class TaskSetup:
                 return short_digest({"detectors": parts})
             case "caption":
                 settings = {"max_tokens": self.max_caption_tokens} | self._asked("caption")
+                if self.num_beams > 1:  # left out of greedy captions, which rows held before there were beams
+                    settings["num_beams"] = self.num_beams
                 return short_digest({"model": self.identities["caption"].fingerprint(task)} | settings)
             case "match":
                 return self.identities["match"].fingerprint(task)
@@ -105,7 +108,8 @@ def prepare_tasks(job: Job) -> TaskSetup:
     """Settles models and policy from their files, so that what is wrong with them shows before anything is read.
 
     Raises:
-        ConfigError: unknown profile, `moderate` without a policy, or a prompt that does not fit its role.
+        ConfigError: unknown profile, `moderate` without a policy, a prompt that does not fit its role, or beams for a
+            captioner that has none.
         WeightsError: weights that are absent, or files that cannot be used.
         PolicyError: the policy cannot be used.
         UnboundPolicyError: it was not set for the job's embedder, and ``accept_unbound`` is off.
@@ -114,6 +118,7 @@ def prepare_tasks(job: Job) -> TaskSetup:
     models = resolve_models(job)
     for role, config in models.items():
         prompt_of(role, config)
+    _check_beams(job, models)
     identities = {role: identify(role, config) for role, config in models.items()}
     policy = binding = None
     if "moderate" in job.tasks:
@@ -132,7 +137,17 @@ def prepare_tasks(job: Job) -> TaskSetup:
         detectors=detectors,
         dtype=job.dtype,
         questions=job.questions,
+        num_beams=job.num_beams,
     )
+
+
+def _check_beams(job: Job, models: dict[str, ModelConfig]) -> None:
+    captioner = models.get("caption")
+    if job.num_beams > 1 and captioner is not None and captioner.family in WITHOUT_BEAMS:
+        raise ConfigError(
+            f"num_beams: {job.num_beams}, but captioners of the family {captioner.family} search with no beams",
+            remedy="Leave num_beams out, or caption with a model of another family.",
+        )
 
 
 def _requests(job: Job, models: dict[str, ModelConfig]) -> dict[str, PixelRequest]:
@@ -196,7 +211,7 @@ def load_task(
             from vlmflow.tasks.caption import CaptionTask
 
             captioner = load_captioner(setup.models["caption"], device, setup.dtype, towers)
-            return CaptionTask(captioner, setup.requests["caption"], setup.max_caption_tokens)
+            return CaptionTask(captioner, setup.requests["caption"], setup.max_caption_tokens, setup.num_beams)
         case "match":
             from vlmflow.tasks.match import MatchTask
 

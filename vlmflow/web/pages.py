@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 from vlmflow.errors import ConfigError, VlmflowError
+from vlmflow.moderation.detections import name_of
 from vlmflow.search.page import link
 from vlmflow.search.searcher import Asked
 from vlmflow.views_search import printable
@@ -205,7 +206,7 @@ class Pages:
         names = list(dict.fromkeys(label["label"] for label in labels if label["label"]))
         return {
             "row": row,
-            "labels": [label | {"value": _value(label)} for label in labels],
+            "labels": [label | {"value": _value(label), "name": name_of(label)} for label in labels],
             "names": names,
             "judged": self._desk.judging.labels_of(row["image_id"], session.reviewer, names),
             "seen": "" if said is None else said.mark,

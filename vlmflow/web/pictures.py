@@ -96,6 +96,9 @@ class Pictures:
     async def map(self, job: Job, row: dict[str, Any], label: str, *, blurred: bool) -> Picture:
         """A map of the regions that raise a label's score; one at a time, for it loads a model.
 
+        Args:
+            label: as :func:`vlmflow.explain.draw_heatmap` takes it.
+
         Raises:
             VlmflowError: there can be none.
         """

@@ -35,10 +35,11 @@ from vlmflow.web.filters import Filter
 logger = logging.getLogger("vlmflow")
 
 POLL_S = 5.0  # how often it is looked for a newer version
-# What is shown of many rows. Together with the columns of the whole row they are the two sets that are read.
+# What is shown of many rows, and what their pictures need. Together with the columns of the whole row they are the two
+# sets that are read.
 CARD_COLUMNS = (
-    "image_id", "uri", "content_hash", "caption", "decision", "decision_reason", "status", "width", "height",
-    "text_itm", "verdict",
+    "image_id", "uri", "object_version", "content_hash", "caption", "decision", "decision_reason", "status", "width",
+    "height", "text_itm", "verdict",
 )  # fmt: skip
 _CARD_GROUPS = 64  # row groups of 16,384 rows that stay in memory with these columns
 _WHOLE_GROUPS = 3  # and with all
@@ -209,9 +210,11 @@ class Shelf:
 
     def _read(self) -> Version:
         with self._searching:
-            live = self._searcher.refresh()
-            facts = self._facts.read(live.files)
-            version = Version(live, facts, _orders(live, facts))
+            newest = self._searcher.newest()
+            facts = self._facts.read(newest.live.files)
+            version = Version(newest.live, facts, _orders(newest.live, facts))
+            # Once all is read, and both at once: rows are numbers, which mean others in another version.
+            self._searcher.move_to(newest)
             self._version = version
             return version
 

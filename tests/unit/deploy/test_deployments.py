@@ -103,8 +103,11 @@ def test_automations_listen_to_what_the_flows_tell() -> None:
     found = [AutomationCore.model_validate(item).trigger for item in automations()]
     assert all(isinstance(trigger, EventTrigger) for trigger in found)
     assert found[0].expect == {alerts.FLAGGED_JUMP, alerts.UNRECONCILED, alerts.REGRESSION}
-    nightly = load_flow_from_entrypoint(deployments()[0]["entrypoint"])
-    assert found[1].match_related["prefect.resource.name"] == [nightly.name]
+    nightly = deployments()[0]
+    names = {"flow": load_flow_from_entrypoint(nightly["entrypoint"]).name, "deployment": nightly["name"]}
+    assert isinstance(found[1].match_related, list)
+    matched = {item["prefect.resource.role"][0]: item["prefect.resource.name"][0] for item in found[1].match_related}
+    assert matched == names
     # A day, and time for the run.
     assert found[1].within.total_seconds() > 24 * 3600
 
@@ -129,8 +132,27 @@ def prefect_database(tmp_path: Path) -> Iterator[None]:
     triggers.automations_by_id.clear()
 
 
+def run_completed(at: dt.datetime, deployment: str | None) -> ReceivedEvent:
+    """What Prefect's server says of a nightly run that a deployment, if any, has brought to its end."""
+    names = {"flow": "nightly-enrichment"} | ({} if deployment is None else {"deployment": deployment})
+    related = [
+        {
+            "prefect.resource.role": role,
+            "prefect.resource.name": name,
+            "prefect.resource.id": f"prefect.{role}.{uuid4()}",
+        }
+        for role, name in names.items()
+    ]
+    return ReceivedEvent(
+        occurred=at, received=at, event="prefect.flow-run.Completed", id=uuid4(), related=related,
+        resource={"prefect.resource.id": f"prefect.flow-run.{uuid4()}"},
+    )  # fmt: skip
+
+
 async def told_of_missing_nights(nights: Collection[int], monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """When Prefect's server acts on the second automation in a week in which nights were completed at 03:00.
+
+    Every night the flow is completed for another catalog too, by another deployment and by hand without one.
 
     Args:
         nights: days of the month on which one was.
@@ -149,14 +171,9 @@ async def told_of_missing_nights(nights: Collection[int], monkeypatch: pytest.Mo
     due = MADE_AT
     for hour in range(7 * 24):
         now = MADE_AT + dt.timedelta(hours=hour)
-        if now.hour == 3 and now.day in nights:
-            flow = {"prefect.resource.role": "flow", "prefect.resource.name": "nightly-enrichment"}
-            completed = ReceivedEvent(
-                occurred=now, received=now, event="prefect.flow-run.Completed", id=uuid4(),
-                resource={"prefect.resource.id": f"prefect.flow-run.{uuid4()}"},
-                related=[flow | {"prefect.resource.id": f"prefect.flow.{uuid4()}"}],
-            )  # fmt: skip
-            await triggers.reactive_evaluation(completed)
+        completed = ["other", None] + (["nightly"] if now.day in nights else []) if now.hour == 3 else []
+        for deployment in completed:
+            await triggers.reactive_evaluation(run_completed(now, deployment))
             await triggers.reset_events_clock()
         if now >= due:
             due = await triggers.proactive_evaluation(trigger, now)

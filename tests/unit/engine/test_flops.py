@@ -13,6 +13,7 @@ from tests.models import WORDS, make_captioner, make_vilt, random_pixels
 from vlmflow.config import ModelConfig
 from vlmflow.engine.flops import Ceilings, CountedTask, _count, matmul_ceiling
 from vlmflow.models import load_answerer, load_captioner
+from vlmflow.models.blip import BlipCaptioner
 from vlmflow.models.linear import PackedLinear
 
 LINEAR = torch.nn.Linear(64, 128)
@@ -101,14 +102,31 @@ def test_answers_cost_what_their_arithmetic_says(tmp_path: Path) -> None:
     assert counted == 2 * expected
 
 
+def test_each_beam_counts_as_much_as_a_greedy_caption(tmp_path: Path) -> None:
+    captioner = load_captioner(ModelConfig(family="blip_caption", path=str(make_captioner(tmp_path))), "cpu")
+    assert isinstance(captioner, BlipCaptioner)
+    pixels = random_pixels(4)
+
+    def counted(call: Callable[[], object]) -> float:
+        return _count(lambda: {"x": pa.array([str(call())])})[1]
+
+    with torch.inference_mode():
+        image = counted(lambda: captioner._decoder.remember(captioner._vision(pixels)))
+    greedy = counted(lambda: captioner.caption(pixels, 1)) - image
+    assert greedy > 0
+    assert counted(lambda: captioner.caption(pixels, 1, 3)) - image == 3 * greedy
+    # At the second step each beam sees one key and one value more in each of the 2 layers of 32 dimensions.
+    second = counted(lambda: captioner.caption(pixels, 2, 3)) - image - 3 * greedy
+    assert second == 3 * (greedy + 2 * 2 * len(pixels) * 32 * 2)
+
+
 def test_the_ceiling_is_measured_once_the_worker_has_settled() -> None:
     counted = CountedTask(Squaring())
     counted.flops = 1.0
     ceilings = Ceilings("cpu", "auto")
-    for _ in range(2):
-        ceilings.measure_once({"embed": counted})
-        assert ceilings.of("embed") is None
-    ceilings.measure_once({"embed": counted})
+    assert [ceilings.are_due() for _ in range(5)] == [False, False, True, False, False]
+    assert ceilings.of("embed") is None
+    ceilings.measure({"embed": counted})
     found = ceilings.of("embed")
     assert found is not None
     assert 1e8 < found < 1e14

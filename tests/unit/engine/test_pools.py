@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pyarrow as pa
@@ -9,7 +11,7 @@ import pytest
 import torch
 
 from vlmflow import schema
-from vlmflow.config import PoolConfig
+from vlmflow.config import Dtype, PoolConfig
 from vlmflow.engine import columns, loading, pools
 from vlmflow.engine.pools import PoolWorker, run_on_due_rows
 from vlmflow.tasks import Task
@@ -109,12 +111,57 @@ class Greedy(Doubling):
         return super().__call__(batch)
 
 
-def pool_with(task: Task, monkeypatch: pytest.MonkeyPatch) -> PoolWorker:
-    monkeypatch.setattr(loading, "set_up_torch", lambda _: "cpu")
+def pool_with(task: Task, monkeypatch: pytest.MonkeyPatch, pool: PoolConfig | None = None) -> PoolWorker:
+    """A worker with one task; ``pool``: None: one that leaves the threads of this process as they are."""
+    if pool is None:
+        pool = PoolConfig(tasks=("embed",))
+        monkeypatch.setattr(loading, "set_up_torch", lambda *_: "cpu")
     monkeypatch.setattr(loading, "check_weights", lambda *_: None)
     monkeypatch.setattr(pools, "load_task", lambda *_: task)
     setup = SimpleNamespace(requests_of=lambda _: [], read_regions=lambda _: False, dtype="auto")
-    return PoolWorker(PoolConfig(tasks=("embed",)), setup, None)  # type: ignore[arg-type]
+    return PoolWorker(pool, setup, None)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def _torch_as_before() -> Iterator[None]:
+    threads, tf32 = torch.get_num_threads(), torch.backends.cudnn.allow_tf32
+    precision = torch.get_float32_matmul_precision()
+    yield
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.cudnn.allow_tf32 = tf32
+
+
+class Threads(Doubling):
+    """Tells how many threads torch has where tasks run."""
+
+    def __call__(self, batch: pa.Table) -> dict[str, pa.Array]:
+        return {"double": pa.array([torch.get_num_threads()] * batch.num_rows, pa.int64())}
+
+
+@pytest.mark.usefixtures("_torch_as_before")
+@pytest.mark.parametrize(("cpus", "threads"), [(0.5, 1), (1.0, 1), (2.5, 2), (3.0, 3)])
+def test_tasks_of_a_worker_have_the_threads_that_its_pool_reserves(
+    monkeypatch: pytest.MonkeyPatch, cpus: float, threads: int
+) -> None:
+    torch.set_num_threads(5)
+    worker = pool_with(Threads(), monkeypatch, PoolConfig(tasks=("embed",), cpus=cpus))
+    batch = make_batch([1], [["embed"]])
+    with ThreadPoolExecutor(2) as calls:  # as Ray calls it, from threads that have not set up torch
+        found = [out["double"].to_pylist() for out in calls.map(worker, [batch, batch])]
+    assert found == [[threads]] * 2
+
+
+@pytest.mark.usefixtures("_torch_as_before")
+@pytest.mark.parametrize(("dtype", "rounds"), [("float32", False), ("bfloat16", True), ("auto", True)])
+def test_float32_that_was_asked_for_is_not_rounded_to_tf32(
+    monkeypatch: pytest.MonkeyPatch, dtype: Dtype, rounds: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    loading.allow_tf32(not rounds)
+    assert loading.set_up_torch(PoolConfig(tasks=("embed",), gpus=1), dtype) == "cuda"
+    assert torch.backends.cudnn.allow_tf32 == rounds
+    assert torch.backends.cuda.matmul.allow_tf32 == rounds
 
 
 class Ended(BaseException):

@@ -43,6 +43,16 @@ def test_what_does_not_end_with_its_end_is_left_to_processors(data: bytes) -> No
     assert not is_plain(data)
 
 
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+def test_a_scan_too_short_for_any_picture_of_its_size_is_left_to_processors(subsampling: int) -> None:
+    blank = encode(Image.new("RGB", (801, 603)), "JPEG", optimize=True, subsampling=subsampling)
+    assert is_plain(blank), "no picture takes fewer bytes"
+    whole = encode(scene(0, 320, 240), "JPEG", subsampling=subsampling)
+    start = whole.index(b"\xff\xda") + 14
+    assert not is_plain(whole[:start] + b"\xff\xd9")
+    assert not is_plain(whole[: start + 100] + b"\xff\xd9")
+
+
 def test_any_cut_or_change_of_the_header_is_survived() -> None:
     data = bytearray(good_images()["photo.jpg"])
     random = np.random.default_rng(0)

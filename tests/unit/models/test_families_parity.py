@@ -62,12 +62,12 @@ def processed(folder: Path, pixels: torch.Tensor, **options: Any) -> torch.Tenso
     return values
 
 
-def generated(model: Any, folder: Path, pixels: torch.Tensor, max_tokens: int, first: int = 0) -> list[str]:
+def generated(model: Any, folder: Path, pixels: torch.Tensor, max_tokens: int, num_beams: int = 1) -> list[str]:
     with torch.inference_mode():
         tokens = model.generate(
-            pixel_values=processed(folder, pixels), do_sample=False, num_beams=1, max_new_tokens=max_tokens
+            pixel_values=processed(folder, pixels), do_sample=False, num_beams=num_beams, max_new_tokens=max_tokens
         )
-    texts = AutoTokenizer.from_pretrained(folder).batch_decode(tokens[:, first:], skip_special_tokens=True)
+    texts = AutoTokenizer.from_pretrained(folder).batch_decode(tokens, skip_special_tokens=True)
     return [text.strip() for text in texts]
 
 
@@ -98,6 +98,24 @@ def test_captions_of_git_are_those_of_generate(folders: dict[str, Path]) -> None
     captions = captioner.caption(random_pixels(33, seed=33), 12)
     assert len(set(captions)) > 10
     assert len({len(caption.split()) for caption in captions}) > 1
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "model_class"),
+    [
+        ("blip2_caption", "opt", Blip2ForConditionalGeneration),
+        ("blip2_caption", "t5", Blip2ForConditionalGeneration),
+        ("git", "git", GitForCausalLM),
+    ],
+)
+def test_beams_are_those_of_generate(folders: dict[str, Path], family: Family, name: str, model_class: Any) -> None:
+    pixels = random_pixels(17, seed=17)
+    captioner = load_captioner(config_of(family, folders[name]), "cpu")
+    captions = captioner.caption(pixels, 8, 3)
+    assert captions == generated(model_class.from_pretrained(folders[name]).eval(), folders[name], pixels, 8, 3)
+    assert captions != captioner.caption(pixels, 8)
+    with pytest.raises(ValueError, match="captions of 8 tokens by 0 beams"):
+        captioner.caption(pixels, 8, 0)
 
 
 @pytest.mark.parametrize(("family", "name"), [("blip2_caption", "opt"), ("blip2_caption", "t5"), ("git", "git")])

@@ -34,7 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def alone(
-    folder: Path, image: torch.Tensor, prompt: str, max_tokens: int, end: int | None = None
+    folder: Path, image: torch.Tensor, prompt: str, max_tokens: int, end: int | None = None, num_beams: int = 1
 ) -> tuple[str, float, list[int]]:
     """As the library's documentation does it: one image, one prompt, no padding. Text, probability, tokens."""
     model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
@@ -46,11 +46,13 @@ def alone(
             **inputs,
             max_new_tokens=max_tokens,
             do_sample=False,
+            num_beams=num_beams,
             return_dict_in_generate=True,
-            output_scores=True,
+            output_logits=True,
             **ends,
         )
-    scores = model.compute_transition_scores(out.sequences, out.scores, normalize_logits=True)
+    beams = out.beam_indices if num_beams > 1 else None
+    scores = model.compute_transition_scores(out.sequences, out.logits, beams, normalize_logits=True)
     tokens = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
     return processor.decode(tokens, skip_special_tokens=True).strip(), float(scores[0].sum().exp()), tokens
 
@@ -63,6 +65,19 @@ def test_a_batch_of_mixed_prompts_is_written_as_each_alone(folder: Path) -> None
     assert [answer.text for answer in written] == [text for text, _, _ in expected]
     np.testing.assert_allclose([a.score for a in written], [score for _, score, _ in expected], rtol=1e-3)
     assert len({answer.text for answer in written}) > 2, "the texts must differ"
+
+
+@pytest.mark.parametrize("end", [2, 4], ids=["none ends early", "one ends early"])
+def test_beams_are_those_of_generate(folder: Path, end: int) -> None:
+    pixels, prompts = random_pixels(6), PROMPTS * 2
+    chat = TransformersChat.load(folder, "cpu")
+    chat._ends = [end]
+    expected = [alone(folder, image, prompt, 7, end, 3) for image, prompt in zip(pixels, prompts, strict=True)]
+    written = chat.write(pixels, prompts, 7, 3)  # more than are written at once
+    assert [answer.text for answer in written] == [text for text, _, _ in expected]
+    np.testing.assert_allclose([a.score for a in written], [score for _, score, _ in expected], rtol=1e-3)
+    assert {len(tokens) for _, _, tokens in expected} == ({7} if end == 2 else {5, 7})
+    assert [answer.text for answer in chat.write(pixels, prompts, 7)] != [text for text, _, _ in expected]
 
 
 def test_what_ends_early_is_cut_at_its_end_and_scored_up_to_it(folder: Path) -> None:

@@ -1,26 +1,42 @@
-"""Where reports of nights go, and which night has none yet."""
+"""Where reports of nights go, and which runs of nights have none yet."""
 
 from __future__ import annotations
 
 import datetime as dt
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipelines.reports import default_folder, publish_report, unreported
-from tests.report_samples import put_record, put_rows
+from tests.report_samples import put_record, put_rows, record
 from vlmflow.catalog import Catalog
-from vlmflow.config import CatalogConfig
+from vlmflow.config import CatalogConfig, Job, SourceConfig
 
 NIGHT = dt.date(2026, 3, 1)
+IDS = [f"2026030{day}T020000-0000000{day}" for day in range(1, 6)]
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> CatalogConfig:
     config = CatalogConfig(uri=str(tmp_path / "catalog"))
-    put_rows(config, ["a", "b"], run="20260301T020000-00000001")
-    put_record(config, "20260301T020000-00000001")
+    put_rows(config, ["a", "b"], run=IDS[0])
+    put_night(config, IDS[0])
     return config
+
+
+def put_night(catalog: CatalogConfig, run: str, **given: Any) -> None:
+    put_record(catalog, run, **{"source": "/photos", "config": {"date": str(NIGHT)}, **given})
+
+
+def found(config: CatalogConfig, day: dt.date = NIGHT) -> list[str]:
+    """The runs without a report, in the default folder."""
+    job = Job(source=SourceConfig(uri="/photos/../photos"), catalog=config, profile="starter")
+    return [run.run_id for run in unreported(job, day, default_folder(config))]
+
+
+def publish(config: CatalogConfig, run: str, keep: int = 30) -> None:
+    publish_report(config, run, NIGHT, default_folder(config), keep)
 
 
 def test_reports_lie_beside_the_catalog(config: CatalogConfig) -> None:
@@ -45,33 +61,48 @@ def test_only_the_newest_of_ours_are_kept(config: CatalogConfig) -> None:
 
 
 def test_runs_without_a_report_are_found_once(config: CatalogConfig) -> None:
-    folder = default_folder(config)
-    (found,) = unreported(config, NIGHT, folder)
-    assert (found.run_id, found.num_added) == ("20260301T020000-00000001", 3)
-    assert unreported(config, dt.date(2026, 3, 2), folder) == []
-    publish_report(config, found.run_id, NIGHT, folder, 30)
-    assert unreported(config, NIGHT, folder) == []
+    assert found(config) == IDS[:1]
+    publish(config, IDS[0])
+    assert found(config) == []
 
 
-def test_a_run_over_late_images_does_not_hide_the_one_before(config: CatalogConfig) -> None:
-    ids = ["20260301T020000-00000001", "20260301T030000-00000002", "20260301T040000-00000003"]
-    for late in ids[1:]:
-        put_record(config, late)
-    folder = default_folder(config)
-    assert [run.run_id for run in unreported(config, NIGHT, folder)] == ids
-    publish_report(config, ids[1], NIGHT, folder, 30)
-    assert [run.run_id for run in unreported(config, NIGHT, folder)] == ids[2:]
+def test_no_report_hides_another_run(config: CatalogConfig) -> None:
+    for run in IDS[1:4]:
+        put_night(config, run)
+    assert found(config) == IDS[:4]
+    publish(config, IDS[0])
+    publish(config, IDS[2])
+    assert found(config) == [IDS[1], IDS[3]]
 
 
-def test_a_run_that_changed_nothing_or_is_of_another_kind_needs_no_report(config: CatalogConfig) -> None:
-    folder = default_folder(config)
-    publish_report(config, "20260301T020000-00000001", NIGHT, folder, 30)
-    put_record(config, "20260301T030000-00000002", num_added=0, num_replaced=0)
-    with Catalog.open(config).runs.recorded("vacuum"):
+@pytest.mark.parametrize("status", ["failed", "interrupted", "unreconciled"])
+def test_a_run_that_did_not_come_to_its_end_is_reported_by_a_later_night(config: CatalogConfig, status: str) -> None:
+    publish(config, IDS[0])
+    put_night(config, IDS[1], status=status, message="the store is away", num_added=0, num_replaced=2)
+    for days, expected in ((-1, []), (0, IDS[1:2]), (6, IDS[1:2]), (7, [])):
+        assert found(config, NIGHT + dt.timedelta(days=days)) == expected, days
+
+
+def test_a_report_that_was_removed_is_not_made_again(config: CatalogConfig) -> None:
+    for run in IDS[1:]:
+        put_night(config, run)
+    for run in (IDS[1], IDS[3], IDS[2]):  # a run that ended late is reported late
+        publish(config, run, keep=2)
+    assert found(config) == IDS[4:]
+
+
+def test_a_run_that_changed_nothing_or_is_none_of_a_night_needs_no_report(config: CatalogConfig) -> None:
+    publish(config, IDS[0])
+    put_night(config, IDS[1], num_added=0, num_replaced=0)
+    put_night(config, IDS[2], config={})  # by hand, without a date
+    put_night(config, IDS[3], source="/other")
+    runs = Catalog.open(config).runs
+    runs.start(IDS[4], record(IDS[4], source="/photos", config={"date": str(NIGHT)}))  # and still runs
+    with runs.recorded("vacuum"):
         pass
-    assert unreported(config, NIGHT, folder) == []
+    assert found(config) == []
 
 
 def test_a_record_of_another_version_is_passed_over(config: CatalogConfig) -> None:
-    put_record(config, "20260301T030000-00000002", tasks="embed", added_by_a_later_version=1)
-    assert [run.run_id for run in unreported(config, NIGHT, default_folder(config))] == ["20260301T020000-00000001"]
+    put_night(config, IDS[1], tasks="embed", added_by_a_later_version=1)
+    assert found(config) == IDS[:1]

@@ -55,8 +55,8 @@ class FakeEmbedder:
 
 
 class FakeCaptioner:
-    def caption(self, pixels: torch.Tensor, max_tokens: int) -> list[str]:
-        return [f"image {red} in {max_tokens}" for red in reds(pixels)]
+    def caption(self, pixels: torch.Tensor, max_tokens: int, num_beams: int = 1) -> list[str]:
+        return [f"image {red} in {max_tokens} by {num_beams}" for red in reds(pixels)]
 
 
 class FakeMatcher:
@@ -128,7 +128,9 @@ def test_embed_refuses_a_vector_that_is_not_finite() -> None:
 
 def test_caption_describes_the_whole_image() -> None:
     out = run(CaptionTask(FakeCaptioner(), REQUEST, 7), batch_of([10, 20], [30]))
-    assert out["caption"].to_pylist() == ["image 10 in 7", "image 30 in 7"]
+    assert out["caption"].to_pylist() == ["image 10 in 7 by 1", "image 30 in 7 by 1"]
+    out = run(CaptionTask(FakeCaptioner(), REQUEST, 7, 3), batch_of([10]))
+    assert out["caption"].to_pylist() == ["image 10 in 7 by 3"]
 
 
 def test_match_scores_caption_and_text_after_one_pass_of_the_vision_tower() -> None:

@@ -13,7 +13,8 @@ import yaml
 from tests.models import IMAGE_SIZE, make_captioner, make_clip, make_matcher, random_pixels
 from vlmflow.config import Job
 from vlmflow.errors import ConfigError, UnboundPolicyError
-from vlmflow.models import identify
+from vlmflow.models import identify, load_captioner
+from vlmflow.models.identity import short_digest
 from vlmflow.moderation.policy import bind, load_policy, write_binding
 from vlmflow.tasks import add_columns
 from vlmflow.tasks.run import BatchLimit, run_contained
@@ -107,7 +108,40 @@ def test_fingerprints_follow_the_settings_that_move_outputs(folder: Path, policy
 
     assert moved(views=["squash"]) == {"embed", "moderate"}
     assert moved(max_caption_tokens=5) == {"caption"}
+    assert moved(num_beams=3) == {"caption"}
     assert moved(limit=1) == set()
+
+    model = identify("caption", job(folder, policy).models["caption"]).fingerprint("caption")
+    assert base["caption"] == short_digest({"model": model, "max_tokens": 20}), "greedy captions are not due anew"
+
+
+def test_beams_of_a_job_reach_its_captioner(folder: Path) -> None:
+    settings = job(folder, None, tasks=["caption"], num_beams=3)
+    setup = prepare_tasks(settings)
+    pixels = random_pixels(33, seed=33)
+    key = setup.requests["caption"].key
+    views = [[image.permute(1, 2, 0).numpy().tobytes()] for image in pixels]
+    batch = pa.table(
+        {
+            f"pixels_{key}": pa.array(views, pa.list_(pa.binary())),
+            f"views_{key}": pa.array([["squash"]] * 33, pa.list_(pa.string())),
+        }
+    )
+    captions = load_task("caption", setup, None, "cpu")(batch)["caption"].to_pylist()
+    captioner = load_captioner(settings.models["caption"], "cpu")
+    assert captions == captioner.caption(pixels, 20, 3)
+    assert captions != captioner.caption(pixels, 20)
+
+
+@pytest.mark.parametrize("family", ["vllm", "endpoint"])
+def test_beams_for_a_captioner_that_has_none_stop_the_job(folder: Path, family: str) -> None:
+    model = {"family": family, "path": str(folder / "captioner")}
+    if family == "endpoint":
+        model = {"family": family, "endpoint": {"url": "http://127.0.0.1:9/v1", "model": "some-vlm"}}
+    settings = job(folder, None, tasks=["caption"], num_beams=2, models={"caption": model})
+    with pytest.raises(ConfigError, match=f"num_beams: 2, but captioners of the family {family}"):
+        prepare_tasks(settings)
+    assert prepare_tasks(settings.model_copy(update={"num_beams": 1})).num_beams == 1
 
 
 def test_a_new_policy_does_not_move_the_fingerprint(folder: Path, policy: Path) -> None:

@@ -1,4 +1,4 @@
-"""Counts and masks against the plain ones, and that a new version costs its new files alone."""
+"""Counts and masks against the plain ones, what a new version costs, and one that cannot be read."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from tests.search_samples import names
 from vlmflow.catalog import Catalog
 from vlmflow.catalog.folder import Folder
 from vlmflow.config import CatalogConfig
+from vlmflow.errors import TransientError
 from vlmflow.search.searcher import Searcher
 from vlmflow.web.facts import FactReader, Facts
+from vlmflow.web.shelf import Shelf
 
 LABELS = ("gun", "knife", "beer")
 
@@ -96,6 +98,29 @@ def test_a_new_version_costs_the_reading_of_its_new_files(
     fresh = FactReader(Folder(config)).read(live.files)
     assert facts.counts("decision", None) == fresh.counts("decision", None)
     assert facts.counts("label", None) == fresh.counts("label", None)
+
+
+@pytest.mark.parametrize("broken", [(FactReader, "read"), (Folder, "drop_copies")])
+def test_a_version_that_is_not_read_to_its_end_is_not_searched_either(
+    config: CatalogConfig, monkeypatch: pytest.MonkeyPatch, broken: tuple[type, str]
+) -> None:
+    shelf = Shelf(config)
+    (row,) = shelf.rows(shelf.version, np.array([7]), ["image_id"])
+    before, found, *_ = shelf.nearest(row["image_id"], lambda _: None, 5)
+    put_rows(config, names(10, 500), run="run-9")
+
+    def fail(*_: object) -> None:
+        raise TransientError("the store is busy")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*broken, fail)
+        with pytest.raises(TransientError):
+            shelf.refresh()
+    version, again, *_ = shelf.nearest(row["image_id"], lambda _: None, 5)
+    assert version is before
+    assert again.positions.tolist() == found.positions.tolist()
+    assert len(shelf.refresh()) == 160
+    assert shelf.nearest(row["image_id"], lambda _: None, 5)[2] == 159
 
 
 def test_verdicts_are_laid_over_the_facts(config: CatalogConfig) -> None:

@@ -32,6 +32,7 @@ from vlmflow.sources.again import RowReader
 from vlmflow.sources.base import Fetched
 from vlmflow.web import pictures
 from vlmflow.web.pictures import COLUMNS, Picture, Pictures
+from vlmflow.web.shelf import CARD_COLUMNS
 
 JPEG = "image/jpeg"
 
@@ -148,3 +149,25 @@ def test_a_host_that_does_not_answer_holds_up_its_own_pictures_alone(
     told = [words(answer) for uri, answer in found.items() if uri.startswith("https")]
     assert sum("not read in time" in text for text in told) == hosts.num_held
     assert sum("reload the page" in text for text in told) == len(told) - hosts.num_held
+
+
+def test_a_label_is_explained_by_what_was_asked_for() -> None:
+    """Of a row whose label its prompts and a detector scored, the detector's the gravest; another only a detector."""
+    by_detector = {"label": "gun", "decision": "block", "score": 0.9, "detector": "finder"}
+    by_prompts = {"label": "gun", "decision": "review", "score": 0.6, "detector": None}
+    alone = {"label": "nude", "decision": "allow", "score": 0.1, "detector": "finder"}
+    row: dict[str, Any] = dict.fromkeys(explain.EVIDENCE_COLUMNS, "") | {"errors": None, "verdict": None}
+    row |= {"labels": [alone, by_prompts, by_detector], "detections": None, "policy_digest": None}
+    evidence = explain.evidence_of(
+        {**row, "decision_reason": "weapons/gun"} | {"labels": [one | {"probability": None} for one in row["labels"]]}
+    )
+    asked = {"gun": by_prompts, "gun (finder)": by_detector, "nude": alone, "nude (finder)": alone, None: by_detector}
+    for name, expected in asked.items():
+        assert explain._chosen(evidence, name) == expected | {"probability": None}, name
+    with pytest.raises(ExplainError, match=r"no label gun \(other\)") as refused:
+        explain._chosen(evidence, "gun (other)")
+    assert refused.value.remedy == "Name one of gun (finder), gun, nude (finder)."
+
+
+def test_a_picture_needs_no_more_of_a_row_than_a_card() -> None:
+    assert {*COLUMNS, "status", "verdict"} <= set(CARD_COLUMNS), "each picture would read all columns of a row group"

@@ -52,7 +52,11 @@ class DecodeGraphs:
                 step = FixedStep(self._tower, self._special, images, key[0], max_tokens)
                 step.capture()
             self._steps[key] = step  # the last used at the end
-            return step.decode(images)
+            tokens = step.decode(images)
+            # Another thread may have called for the memory of all graphs: it is free once this step is let go of.
+            if tokens.is_cuda:
+                torch.cuda.current_stream().synchronize()
+            return tokens
         except RuntimeError as error:
             if is_out_of_memory(error) or is_device_broken(error):
                 raise

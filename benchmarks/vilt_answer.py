@@ -29,7 +29,8 @@ _PREPROCESSING = Preprocessing(SIZE, "bicubic", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 def build_model(device: str) -> Any:
     """The size of `vilt-b32-finetuned-vqa`; as built all places would be alike."""
     torch.manual_seed(0)
-    model = ViltForQuestionAnswering(ViltConfig(num_hidden_layers=LAYERS, num_labels=ANSWERS)).eval().requires_grad_(False)
+    config = ViltConfig(num_hidden_layers=LAYERS, num_labels=ANSWERS)
+    model = ViltForQuestionAnswering(config).eval().requires_grad_(False)
     model.vilt.embeddings.position_embeddings.normal_(std=0.02)
     model.vilt.embeddings.cls_token.normal_(std=0.02)
     return model.to(device)

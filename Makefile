@@ -46,6 +46,7 @@ test-all: lint types ## every test, the slow ones too
 gpu: setup ## with a CUDA device: the tests that want one, and the figures that wait for one; ten minutes by estimate
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/python -m benchmarks.blip_caption --device cuda
+	$(BIN)/python -m benchmarks.vilt_answer --device cuda
 	$(BIN)/python -m benchmarks.gpu_enrich --device cuda
 
 clean: ## remove the demo catalog and caches; keeps .venv

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import blip_caption, decode, gpu_enrich, scaling
+from benchmarks import blip_caption, decode, gpu_enrich, scaling, vilt_answer
 from benchmarks.machine import RESULTS
 from vlmflow.config import TaskName
 
@@ -45,12 +45,14 @@ def test_decode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(run["mean_error"] for run in runs if run["side"] == "ours") < 1
 
 
-def test_blip_caption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blip_caption, "LAYERS", 1)
+@pytest.mark.parametrize("script", [blip_caption, vilt_answer])
+def test_ours_beside_transformers(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(script, "LAYERS", 1)
     options = ("--device", "cpu", "--dtype", "float32", "--batch", "1", "--repeats", "1", "--threads", "1")
-    found = run(blip_caption, tmp_path, monkeypatch, *options)
-    assert [one["side"] for one in found["runs"]] == ["ours", "transformers"]
-    assert all(one["captions_equal_on_both_sides"] == 1 for one in found["runs"])
+    found = run(script, tmp_path, monkeypatch, *options)
+    assert {"ours", "transformers"} <= {one["side"] for one in found["runs"]}
+    (unit,) = {key for one in found["runs"] for key in one if key.endswith("_equal_on_both_sides")}
+    assert all(one[unit] == 1 for one in found["runs"])
 
 
 @pytest.mark.slow

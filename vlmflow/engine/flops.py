@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vlmflow.config import Dtype
 from vlmflow.device_errors import is_device_broken, is_out_of_memory
-from vlmflow.models.blip_fast.linear import PackedLinear
+from vlmflow.models.linear import PackedLinear
 from vlmflow.models.pixels import model_dtype
 from vlmflow.tasks import Columns, Task
 

@@ -16,8 +16,8 @@ from transformers import AutoTokenizer, BlipForConditionalGeneration, BlipForIma
 from vlmflow.config import Dtype, ModelConfig
 from vlmflow.errors import WeightsError
 from vlmflow.models import EncodedImages
+from vlmflow.models.attention import growing
 from vlmflow.models.blip_fast import CrossMemory, GreedyDecoder, SpecialTokens, TextTower, decode_beams
-from vlmflow.models.blip_fast.attention import growing
 from vlmflow.models.pixels import PixelNormalizer, model_dtype
 from vlmflow.models.preprocessing import read_preprocessing
 from vlmflow.models.quiet import no_progress_bar

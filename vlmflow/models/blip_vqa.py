@@ -12,9 +12,9 @@ from transformers import BlipForQuestionAnswering
 
 from vlmflow.config import Dtype, ModelConfig
 from vlmflow.models import Answer
+from vlmflow.models.attention import growing
 from vlmflow.models.blip import Target, load_parts
 from vlmflow.models.blip_fast import CrossMemory, SpecialTokens, TextTower
-from vlmflow.models.blip_fast.attention import growing
 from vlmflow.models.blip_fast.cache import SlicedCache
 from vlmflow.models.questions import check_paired, tokenize
 from vlmflow.models.towers import SharedTower

@@ -11,8 +11,8 @@ import torch
 from open_clip.transformer import ResidualAttentionBlock
 from torch import nn
 
-from vlmflow.models.blip_fast.attention import attend
-from vlmflow.models.blip_fast.linear import PackedLinear
+from vlmflow.models.attention import attend, split_heads
+from vlmflow.models.linear import PackedLinear
 
 
 def pack_image_tower(model: Any, dtype: torch.dtype | None = None) -> bool:
@@ -57,8 +57,7 @@ class _PackedBlock(nn.Module):
     def forward(self, states: torch.Tensor, attn_mask: torch.Tensor | None = None) -> torch.Tensor:
         """(N, T, D) -> the same; an image tower has no mask."""
         assert attn_mask is None
-        qkv = self._qkv(self._norm1(states))
-        queries, keys, values = qkv.view(*qkv.shape[:2], 3, self._num_heads, -1).permute(2, 0, 3, 1, 4)
+        queries, keys, values = split_heads(self._qkv(self._norm1(states)), self._num_heads)
         states = states + self._scale1(self._projection(attend(queries, keys, values)))
         added: torch.Tensor = self._scale2(self._contract(self._activation(self._expand(self._norm2(states)))))
         return states + added

@@ -9,12 +9,12 @@ import pyarrow as pa
 import pytest
 import torch
 
-from tests.models import make_captioner, random_pixels
+from tests.models import WORDS, make_captioner, make_vilt, random_pixels
 from vlmflow.config import ModelConfig
 from vlmflow.engine.flops import Ceilings, CountedTask, _count, matmul_ceiling
-from vlmflow.models import load_captioner
+from vlmflow.models import load_answerer, load_captioner
 from vlmflow.models.blip import BlipCaptioner
-from vlmflow.models.blip_fast.linear import PackedLinear
+from vlmflow.models.linear import PackedLinear
 
 LINEAR = torch.nn.Linear(64, 128)
 ATTENTION = torch.nn.MultiheadAttention(64, 4, batch_first=True).eval()
@@ -85,6 +85,21 @@ def test_what_is_counted_runs_as_ever(tmp_path_factory: pytest.TempPathFactory) 
     captions, counted = _count(lambda: {"caption": pa.array(captioner.caption(pixels, 12))})
     assert captions["caption"].to_pylist() == expected
     assert counted > 0
+
+
+def test_answers_cost_what_their_arithmetic_says(tmp_path: Path) -> None:
+    answerer = load_answerer(ModelConfig(family="vilt", path=str(make_vilt(tmp_path))), "cpu")
+    pixels, questions = random_pixels(3), [["a red car", "two dogs"], [], ["a cat on the table"]]
+    _, counted = _count(lambda: {"answers": pa.array([len(of) for of in answerer.answer(pixels, questions)])})
+    width, patches = 32, 16
+    layer = 4 * width * width + 2 * width * 64  # of weights
+    expected = 3 * patches * 3 * 8 * 8 * width  # once an image, asked or not
+    for tokens in [7 + 1 + patches] * 3:  # the longest question has 5 words and 2 tokens around them
+        expected += tokens * layer + 2 * tokens * tokens * width
+        # Of the last layer keys and values of all tokens, and the first token's rest.
+        expected += tokens * 2 * width * width + layer - 2 * width * width + 2 * tokens * width
+        expected += width * width + width * 2 * width + 2 * width * len(WORDS)
+    assert counted == 2 * expected
 
 
 def test_each_beam_counts_as_much_as_a_greedy_caption(tmp_path: Path) -> None:

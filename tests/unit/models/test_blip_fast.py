@@ -14,17 +14,15 @@ from transformers import AutoTokenizer, BlipConfig, BlipForConditionalGeneration
 
 from tests.models import make_captioner, make_matcher, random_pixels
 from vlmflow.config import Dtype, ModelConfig
-from vlmflow.models import EncodedImages, load_captioner, load_matcher
+from vlmflow.models import EncodedImages, attention, linear, load_captioner, load_matcher
 from vlmflow.models import pixels as pixels_module
 from vlmflow.models.blip_fast import (
     GreedyDecoder,
     SpecialTokens,
     TextTower,
     VisionTower,
-    attention,
     decode_beams,
     greedy,
-    linear,
     vision,
 )
 from vlmflow.models.blip_fast.graph import DecodeGraphs, FixedStep, round_up
@@ -182,7 +180,7 @@ def test_a_caption_ends_where_the_model_has_no_more_positions(loaded: Loaded) ->
 
 @pytest.mark.parametrize("at_once", [1, 1024])
 def test_features_are_those_of_transformers(loaded: Loaded, monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
-    monkeypatch.setattr(vision, "_TOKENS_AT_ONCE", at_once)
+    monkeypatch.setattr(vision, "TOKENS_AT_ONCE", at_once)
     size = loaded.model.config.vision_config.image_size
     preprocessing = Preprocessing(size, "bicubic", PREPROCESSING.mean, PREPROCESSING.std)
     tower = VisionTower(loaded.model.vision_model, PixelNormalizer(preprocessing, "cpu", torch.float32))
@@ -204,7 +202,7 @@ def test_every_way_of_attending_gives_the_same(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("activation", [None, "gelu", "relu"])
 def test_packed_weights_give_what_ordinary_ones_do(monkeypatch: pytest.MonkeyPatch, activation: str | None) -> None:
     torch.manual_seed(0)
-    layers = [torch.nn.Linear(16, 8), torch.nn.Linear(16, 24)]
+    layers = [torch.nn.Linear(16, 8), torch.nn.Linear(16, 24, bias=False)]
     x = torch.randn(3, 5, 16)
     packed = linear.PackedLinear(layers, activation)(x)
     monkeypatch.setattr(linear, "_pack", lambda _: None)

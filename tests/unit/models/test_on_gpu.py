@@ -15,7 +15,7 @@ from benchmarks.clip_cpu import demo_pixels, moderated
 from vlmflow.config import Dtype, ModelConfig, PoolConfig
 from vlmflow.device_errors import release_memory
 from vlmflow.engine.loading import set_up_torch
-from vlmflow.models import load_captioner, load_embedder, load_matcher
+from vlmflow.models import load_answerer, load_captioner, load_embedder, load_matcher
 from vlmflow.models.blip import BlipCaptioner
 from vlmflow.models.blip_fast.graph import DecodeGraphs
 from vlmflow.moderation.decide import Moderator
@@ -30,6 +30,7 @@ pytestmark = [
 STARTER = Path(__file__).parents[3] / "vlmflow" / "starter"
 CAPTIONER = ModelConfig(family="blip_caption", path=str(STARTER / "captioner"))
 MATCHER = ModelConfig(family="blip_itm", path=str(STARTER / "matcher"))
+VQA = ModelConfig(family="vilt", path=str(STARTER / "vqa"))
 CLIP = ModelConfig(family="open_clip", path=str(STARTER / "clip"))
 # How far scores may be off, and the share that must be no further.
 TOLERANCES = pytest.mark.parametrize(("dtype", "most", "share"), [("float32", 1e-4, 1.0), ("bfloat16", 0.01, 0.99)])
@@ -107,6 +108,17 @@ def test_match_scores_are_those_of_a_processor(
         assert found[1] is not None
         scores.append(np.stack([found[0], found[1]]))
     assert np.mean(np.abs(scores[0] - scores[1]) <= most) >= share
+
+
+def test_answers_are_those_of_a_processor(pixels: torch.Tensor) -> None:
+    as_in_a_worker("auto")
+    questions = [["what color is the background?", "how many dogs are there?", "is it a cat?"]] * len(pixels)
+    exact, found = (
+        [answer for of in load_answerer(VQA, device).answer(pixels, questions) for answer in of]
+        for device in ("cpu", "cuda")
+    )
+    assert np.mean([one.text == other.text for one, other in zip(exact, found, strict=True)]) >= 0.99
+    assert np.mean([abs(one.score - other.score) <= 0.01 for one, other in zip(exact, found, strict=True)]) >= 0.99
 
 
 @TOLERANCES

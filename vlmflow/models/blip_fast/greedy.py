@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vlmflow.models.blip_fast.attention import growing
+from vlmflow.models.attention import growing
 from vlmflow.models.blip_fast.cache import SlicedCache
 from vlmflow.models.blip_fast.graph import DecodeGraphs
 from vlmflow.models.blip_fast.special import SpecialTokens

@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 import torch
 
-from vlmflow.models.blip_fast.attention import attend
-from vlmflow.models.blip_fast.linear import Norm, PackedLinear
+from vlmflow.models.attention import attend, split_heads
+from vlmflow.models.linear import Norm, PackedLinear
 
 
 class SelfCache(Protocol):
@@ -159,8 +159,7 @@ class _Layer:
 
     def project(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(N, L, D) -> queries, keys and values, (N, H, L, d) each."""
-        qkv = self._qkv(states)
-        queries, keys, values = qkv.view(*qkv.shape[:2], 3, self._num_heads, -1).permute(2, 0, 3, 1, 4)
+        queries, keys, values = split_heads(self._qkv(states), self._num_heads)
         return queries, keys, values
 
     def attended(self, states: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
@@ -170,8 +169,7 @@ class _Layer:
     def finish(self, states: torch.Tensor, memory: torch.Tensor | None) -> torch.Tensor:
         """Cross-attention and the two linear layers: (N, L, D) -> the same; ``memory``: (2, N, H, T, d)."""
         if memory is not None:
-            queries = self._cross_query(states)
-            queries = queries.view(*queries.shape[:2], self._num_heads, -1).transpose(1, 2)
+            (queries,) = split_heads(self._cross_query(states), self._num_heads, 1)
             states = self._cross_norm(self._cross_out(attend(queries.to(memory.dtype), memory[0], memory[1])) + states)
         return self._norm(self._contract(self._expand(states)) + states)
 

@@ -6,12 +6,9 @@ from typing import Any
 
 import torch
 
-from vlmflow.models.blip_fast.attention import attend
-from vlmflow.models.blip_fast.linear import PackedLinear
+from vlmflow.models.blocks import TOKENS_AT_ONCE, Block
+from vlmflow.models.linear import PackedLinear
 from vlmflow.models.pixels import PixelNormalizer
-
-# Of the images that pass all layers together on a processor: what lies between two layers should stay in the cache.
-_TOKENS_AT_ONCE = 1024
 
 
 class VisionTower:
@@ -21,10 +18,10 @@ class VisionTower:
         config = model.config
         self._normalize = normalize
         self._embed = model.embeddings
-        self._layers = [_Layer(layer, config.num_attention_heads) for layer in model.encoder.layers]
+        self._layers = [_block(layer, config.num_attention_heads) for layer in model.encoder.layers]
         self._norm = model.post_layernorm
         num_tokens = (config.image_size // config.patch_size) ** 2 + 1
-        self._images_at_once = max(1, _TOKENS_AT_ONCE // num_tokens)
+        self._images_at_once = max(1, TOKENS_AT_ONCE // num_tokens)
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         """(N, 3, S, S) uint8 RGB -> (N, T, D).
@@ -45,20 +42,13 @@ class VisionTower:
         return features
 
 
-class _Layer:
-    """Normalise, attend, add; normalise, expand, contract, add."""
-
-    def __init__(self, layer: Any, num_heads: int) -> None:
-        self._num_heads = num_heads
-        self._norm1, self._norm2 = layer.layer_norm1, layer.layer_norm2
-        self._qkv = PackedLinear([layer.self_attn.qkv])
-        self._projection = PackedLinear([layer.self_attn.projection])
-        self._expand = PackedLinear([layer.mlp.fc1], layer.mlp.config.hidden_act)
-        self._contract = PackedLinear([layer.mlp.fc2])
-
-    def __call__(self, states: torch.Tensor) -> torch.Tensor:
-        """(N, T, D) -> the same shape."""
-        qkv = self._qkv(self._norm1(states))
-        queries, keys, values = qkv.view(*qkv.shape[:2], 3, self._num_heads, -1).permute(2, 0, 3, 1, 4)
-        states = states + self._projection(attend(queries, keys, values))
-        return states + self._contract(self._expand(self._norm2(states)))
+def _block(layer: Any, num_heads: int) -> Block:
+    return Block(
+        num_heads,
+        layer.layer_norm1,
+        PackedLinear([layer.self_attn.qkv]),
+        PackedLinear([layer.self_attn.projection]),
+        layer.layer_norm2,
+        PackedLinear([layer.mlp.fc1], layer.mlp.config.hidden_act),
+        PackedLinear([layer.mlp.fc2]),
+    )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-# Exact GELU, as BLIP has it, can be done while the product is still in the cache.
+# Exact GELU can be done while the product is still in the cache.
 _FUSED = {"gelu": "gelu", None: "none"}
 
 
@@ -22,13 +22,13 @@ class PackedLinear:
     def __init__(
         self, layers: Sequence[nn.Linear], activation: str | None = None, dtype: torch.dtype | None = None
     ) -> None:
-        """``activation``: as named in BLIP's configuration; None: none. ``dtype``: None: that of the layers.
+        """``activation``: as transformers' configurations name it; None: none. ``dtype``: None: that of the layers.
 
         Raises:
             KeyError: torch's modules have no activation of this name.
         """
         weight = torch.cat([layer.weight.detach() for layer in layers]).to(dtype or layers[0].weight.dtype)
-        self._bias = torch.cat([layer.bias.detach() for layer in layers]).to(weight.dtype)
+        self._bias = torch.cat([_bias(layer) for layer in layers]).to(weight.dtype)
         self._fused = _FUSED.get(activation)
         self._packed = _pack(weight) if self._fused else None
         self._weight = None if self._packed is not None else weight
@@ -62,6 +62,10 @@ class Norm:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """(..., D) -> (..., D) float32."""
         return nn.functional.layer_norm(x.float(), self._shape, self._weight, self._bias, self._eps)
+
+
+def _bias(layer: nn.Linear) -> torch.Tensor:
+    return layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias.detach()
 
 
 def _pack(weight: torch.Tensor) -> torch.Tensor | None:

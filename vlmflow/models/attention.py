@@ -31,9 +31,29 @@ def attend(
         if mask is not None:
             scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
         context = torch.matmul(scores.softmax(dim=-1), values)
-    else:
-        context = torch.nn.functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+        return context.transpose(1, 2).flatten(2)
+    return attend_fused(queries, keys, values, mask)
+
+
+def attend_fused(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """As :func:`attend`, by torch's fused kernel whatever it costs: its scores are float32 whatever the dtype."""
+    context = torch.nn.functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
     return context.transpose(1, 2).flatten(2)
+
+
+def split_heads(projected: torch.Tensor, num_heads: int, num_parts: int = 3) -> tuple[torch.Tensor, ...]:
+    """Takes apart what one product gave: queries, keys and values side by side, or fewer of them.
+
+    Args:
+        projected: (N, T, parts * H * d).
+
+    Returns:
+        Of each part (N, H, T, d).
+    """
+    heads = projected.view(*projected.shape[:2], num_parts, num_heads, -1)
+    return heads.permute(2, 0, 3, 1, 4).unbind(0)
 
 
 @contextmanager

@@ -43,8 +43,9 @@ PLAN = PlanSummary(
 class GivenSteps:
     """Steps that give what they are told to, or raise it."""
 
-    def __init__(self, *outcomes: RunReport | VlmflowError) -> None:
+    def __init__(self, *outcomes: RunReport | VlmflowError, plan: PlanSummary = PLAN) -> None:
         self.outcomes = list(outcomes)
+        self.planned = plan
 
     def session(self, job: Any) -> Any:
         return nullcontext()
@@ -53,7 +54,7 @@ class GivenSteps:
         return [Check("python", "ok", "3.11")]
 
     def plan(self, job: Any) -> PlanSummary:
-        return PLAN
+        return self.planned
 
     def enrich(self, job: Any, progress: Any) -> RunReport:
         outcome = self.outcomes.pop(0)
@@ -204,6 +205,14 @@ def test_what_a_try_committed_before_it_failed_is_reported_and_watched(
 def test_a_night_whose_images_others_did_does_not_say_that_nothing_was_due(night: Callable[..., Any]) -> None:
     state = night(GivenSteps(tonight(status="nothing_due", num_added=0)))
     assert state.message.startswith("2026-03-01: no run to report. 3 images were due when it was planned")
+
+
+def test_a_night_with_nothing_due_still_looks_for_late_verdicts(night: Callable[..., Any]) -> None:
+    nothing = PLAN.model_copy(update={"num_new": 0, "num_unchanged": 3, "num_due": 0, "num_planned": 0, "due": {}})
+    steps = GivenSteps(tonight(status="nothing_due", num_added=0), plan=nothing)
+    state = night(steps)
+    assert state.message == "Nothing was due on 2026-03-01: 3 images listed, all up to date."
+    assert steps.outcomes == [], "what an ended run left behind is done by `enrich`"
 
 
 def test_a_folder_of_reports_out_of_reach_silences_no_alert(

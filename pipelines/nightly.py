@@ -217,7 +217,7 @@ def make_plan(steps: Steps, job: Job, key: str) -> PlanSummary:
 @task(name="enrich", cache_policy=NO_CACHE, retries=RETRIES, retry_delay_seconds=list(RETRY_DELAYS_S),
       retry_condition_fn=may_pass)  # fmt: skip
 def enrich_due(steps: Steps, job: Job, name: str) -> RunReport:
-    """Does what is due, if anything is. A retry goes on where the try before it stopped: the catalog is what remembers."""
+    """Does what is due. A retry goes on where the try before it stopped: the catalog is what remembers."""
     progress = RunProgress(f"enrich-{name}")
     try:
         report = steps.enrich(job, progress)

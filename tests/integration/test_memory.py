@@ -28,15 +28,18 @@ def peaks(command: list[str], catalog: Path) -> tuple[int, int]:
     """
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     log = catalog / "images" / "_delta_log"
-    stop, early, peak = threading.Event(), 0, 0
+    stop, early, peak, num_early = threading.Event(), 0, 0, 0
+
+    def num_versions() -> int:
+        return len(list(log.glob("*.json")))
 
     def watch() -> None:
-        nonlocal early, peak
+        nonlocal early, peak, num_early
         parent = psutil.Process(process.pid)
         while not stop.wait(0.5):
-            committed = len(list(log.glob("*.json"))) > 1  # the first makes the table
             peak = max(peak, sum(map(_anonymous, [parent, *_children(parent)])))
-            early = early if committed else peak
+            if num_early <= 1:  # the first makes the table
+                early, num_early = peak, num_versions()
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -45,6 +48,7 @@ def peaks(command: list[str], catalog: Path) -> tuple[int, int]:
     thread.join()
     assert process.returncode == 0, errors
     assert json.loads(out.splitlines()[-1])["status"] == "done"
+    assert num_early < num_versions(), "nothing was left to commit when the first commit was seen"
     return early, peak
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -187,7 +188,11 @@ def test_the_head_is_killed(images: Path, config: Path, undisturbed: Rows, tmp_p
 def running(*arguments: str) -> Iterator[subprocess.Popen[str]]:
     """A run under way."""
     child = [sys.executable, "-m", "vlmflow", *arguments]
-    driver = subprocess.Popen(child, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=kill.ROOT)
+    # Set by Ray for the cluster of this process; those of ray_nodes have no tokens.
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}
+    driver = subprocess.Popen(
+        child, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=kill.ROOT, env=environment
+    )
     try:
         yield driver
     finally:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 FAULTS = ("slowdown", "internal", "reset", "cut", "stall", "lost")
-STALL_S = 6.0
+STALL_S = 4.0
 _CONTROL = "/__proxy__/"
 _FATAL = {
     "denied": (403, "InvalidAccessKeyId", "The AWS Access Key Id you provided does not exist in our records."),

@@ -74,7 +74,6 @@ def _at_random(seed: int) -> None:
 
 
 POINTS: dict[str, Callable[[int], None]] = {
-    "never": lambda _: None,
     "before a file": lambda n: _at(CatalogWriter, "write", n, after=False),
     "between file and commit": lambda n: _at(CatalogWriter, "write", n, after=True),
     "rewriting a live file": lambda n: _at(apply_module, "write_file", n, after=True),

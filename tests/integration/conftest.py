@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,16 +78,16 @@ def policy(tmp_path_factory: pytest.TempPathFactory, models: dict[str, dict[str,
     return str(path)
 
 
-@pytest.fixture
-def make_job(models: dict[str, dict[str, Any]], policy: str, tmp_path: Path) -> Callable[..., Job]:
-    """Builds jobs over the tiny models; keyword arguments are those of :class:`Job`."""
+@pytest.fixture(scope="session")
+def make_job_in(models: dict[str, dict[str, Any]], policy: str) -> Callable[..., Job]:
+    """Builds jobs over the tiny models with their catalog in a folder; keyword arguments are those of :class:`Job`."""
 
-    def make(source: str | Path, **options: Any) -> Job:
+    def make(folder: Path, source: str | Path, **options: Any) -> Job:
         source_options = options.pop("source_options", {})
         return Job(
             **{
                 "source": {"uri": str(source), **source_options},
-                "catalog": {"uri": str(tmp_path / "catalog")},
+                "catalog": {"uri": str(folder / "catalog")},
                 "profile": "starter",
                 "models": models,
                 "policy": policy,
@@ -98,6 +99,12 @@ def make_job(models: dict[str, dict[str, Any]], policy: str, tmp_path: Path) -> 
         )
 
     return make
+
+
+@pytest.fixture
+def make_job(make_job_in: Callable[..., Job], tmp_path: Path) -> Callable[..., Job]:
+    """Builds jobs of this test: those of :func:`make_job_in` in its folder."""
+    return partial(make_job_in, tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -134,17 +134,24 @@ def test_plan_enrich_show_export(job_file: Path, tmp_path: Path, capfd: pytest.C
     assert run("export", tmp_path / "catalog", tmp_path / "parquet") == 2  # never into a folder that holds something
 
 
-def test_interrupted_it_goes_on_where_it_stopped(job_file: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("ray_session")
+def test_interrupted_it_goes_on_where_it_stopped(
+    job_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Ctrl-C in the middle of a run: exit 130, what was committed stays, the same command does the rest."""
     num_images = 900  # in many commits, of which most must be left when the first is seen
     write_pictures(tmp_path / "images", num_images)
-    config = yaml.safe_load(job_file.read_text()) | {"commit": {"max_rows": 20}, "tasks": ["embed"]}
+    config = yaml.safe_load(job_file.read_text()) | {"commit": {"max_rows": 60}, "tasks": ["embed"]}
     config["pools"] = [{"tasks": ["embed"], "cpus": 0.5, "batch_size": 4}]
     job_file.write_text(yaml.safe_dump(config))
-    command = [sys.executable, "-m", "vlmflow", "enrich", tmp_path / "images", tmp_path / "catalog"]
+    command = ["enrich", tmp_path / "images", tmp_path / "catalog"]
     command += ["--profile", "starter", "--config", job_file, "--json"]
     process = subprocess.Popen(
-        [str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
+        [sys.executable, "-m", "vlmflow", *(str(part) for part in command)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ,
     )
     log = tmp_path / "catalog" / "images" / "_delta_log"
     assert process.stdout is not None
@@ -161,8 +168,8 @@ def test_interrupted_it_goes_on_where_it_stopped(job_file: Path, tmp_path: Path)
     committed = Catalog.open(config_).images(["image_id"]).num_rows
     assert 0 < committed < num_images
 
-    finished = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=250, check=True)
-    report = json.loads(finished.stdout.splitlines()[-1])
+    assert run(*command) == 0
+    report = json.loads(capfd.readouterr().out.splitlines()[-1])
     assert report["num_added"] == num_images - committed
     rows = Catalog.open(config_).images(["image_id"])
     assert rows.num_rows == len(rows["image_id"].unique()) == num_images

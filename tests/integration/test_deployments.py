@@ -53,7 +53,8 @@ def test_a_deployed_night_runs_to_completion(
     prefect: Prefect, at_work: Path, make_job: Callable[..., Job], tmp_path: Path
 ) -> None:
     write_pictures(tmp_path / "images", 4)
-    job = make_job(tmp_path / "images", ray={"num_cpus": 2, "object_store_bytes": 200 * 1024 * 1024})
+    ray = {"num_cpus": 2, "object_store_bytes": 200 * 1024 * 1024}
+    job = make_job(tmp_path / "images", tasks=("embed", "moderate"), ray=ray)
     job_file = write_job(job, tmp_path / "job.yaml")
     before = kept_results(prefect)
 

@@ -6,6 +6,7 @@ import datetime as dt
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,8 +15,8 @@ import pytest
 
 from tests.pictures import picture, write_broken, write_pictures
 from vlmflow.catalog import Catalog
-from vlmflow.config import Job, ModelConfig, PoolConfig
-from vlmflow.engine import enrich, plan
+from vlmflow.config import CatalogConfig, Job, ModelConfig, PoolConfig
+from vlmflow.engine import RunReport, enrich, plan
 from vlmflow.engine.cluster import Cluster
 from vlmflow.engine.pipeline import check_pools
 from vlmflow.errors import (
@@ -34,6 +35,25 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 VOLATILE = ("run_id", "updated_at", "embed_run_id", "attempt_digest")
 
 
+@dataclass(frozen=True)
+class Enriched:
+    """A folder of images good and broken, enriched by one run of all tasks."""
+
+    job: Job
+    good: list[Path]
+    broken: dict[str, str]  # the error class by name
+    report: RunReport
+
+
+@pytest.fixture(scope="module")
+def enriched(make_job_in: Callable[..., Job], tmp_path_factory: pytest.TempPathFactory) -> Enriched:
+    """For tests that change nothing in it."""
+    folder = tmp_path_factory.mktemp("enriched")
+    good, broken = write_pictures(folder / "images", 14), write_broken(folder / "images")
+    job = make_job_in(folder, folder / "images", date=dt.date(2026, 11, 1))
+    return Enriched(job, good, broken, enrich(job))
+
+
 def rows_by_name(catalog: Catalog) -> dict[str, dict[str, object]]:
     rows = catalog.images().drop_columns(list(VOLATILE)).to_pylist()
     named = {str(row["uri"]).rsplit("/", 1)[-1]: row for row in rows}
@@ -46,23 +66,27 @@ def differences(
 ) -> dict[tuple[str, str], tuple[object, object]]:
     """What two sets of rows differ in, by name and column; scores to 1e-5, because batches are cut differently."""
     assert left.keys() == right.keys()
-    found = {}
-    for name, row in left.items():
-        for column, value in row.items():
-            other = right[name][column]
-            close = isinstance(value, float) and isinstance(other, float) and abs(value - other) < 1e-5
-            if value != other and not close:
-                found[name, column] = (value, other)
-    return found
+    return {
+        (name, column): (value, right[name][column])
+        for name, row in left.items()
+        for column, value in row.items()
+        if not are_close(value, right[name][column])
+    }
 
 
-def test_every_file_has_its_row_good_or_broken(make_job: Callable[..., Job], tmp_path: Path) -> None:
-    good = write_pictures(tmp_path / "images", 14)
-    broken = write_broken(tmp_path / "images")
-    job = make_job(tmp_path / "images", date=dt.date(2026, 11, 1))
+def are_close(left: object, right: object) -> bool:
+    """Equal, the floats in them to 1e-5."""
+    if isinstance(left, float) and isinstance(right, float):
+        return abs(left - right) < 1e-5
+    if isinstance(left, list) and isinstance(right, list):
+        return len(left) == len(right) and all(map(are_close, left, right))
+    if isinstance(left, dict) and isinstance(right, dict):
+        return left.keys() == right.keys() and all(are_close(value, right[key]) for key, value in left.items())
+    return left == right
 
-    report = enrich(job)
 
+def test_every_file_has_its_row_good_or_broken(enriched: Enriched) -> None:
+    job, good, broken, report = enriched.job, enriched.good, enriched.broken, enriched.report
     rows = rows_by_name(Catalog.open(job.catalog))
     assert set(rows) == {path.name for path in good} | set(broken)
     for path in good:
@@ -84,15 +108,11 @@ def test_every_file_has_its_row_good_or_broken(make_job: Callable[..., Job], tmp
     assert report.statuses == {"ok": len(good), "unreadable": len(broken)}
     assert report.errors == dict.fromkeys(broken.values(), 1)
     assert {stage.stage for stage in report.stages} == {"read", "decode", "feed", *job.tasks}
-    assert report.bytes_read == sum(path.stat().st_size for path in (tmp_path / "images").iterdir())
+    assert report.bytes_read == sum(path.stat().st_size for path in good[0].parent.iterdir())
 
 
-def test_one_vector_for_each_view_of_each_good_image(make_job: Callable[..., Job], tmp_path: Path) -> None:
-    write_pictures(tmp_path / "images", 6)
-    write_broken(tmp_path / "images")
-    job = make_job(tmp_path / "images", tasks=("embed",))
-    enrich(job)
-    catalog = Catalog.open(job.catalog)
+def test_one_vector_for_each_view_of_each_good_image(enriched: Enriched) -> None:
+    catalog = Catalog.open(enriched.job.catalog)
     images = {row["image_id"]: row for row in catalog.images().to_pylist()}
     views: dict[str, set[str]] = {}
     for row in catalog.embeddings().to_pylist():
@@ -107,60 +127,46 @@ def test_one_vector_for_each_view_of_each_good_image(make_job: Callable[..., Job
         assert names == expected
 
 
-def test_a_second_run_does_nothing_and_says_so(make_job: Callable[..., Job], tmp_path: Path) -> None:
-    write_pictures(tmp_path / "images", 5)
-    job = make_job(tmp_path / "images")
-    enrich(job)
-    version = Catalog.open(job.catalog).version
-    report = enrich(job)
+def test_a_second_run_does_nothing_and_says_so(enriched: Enriched) -> None:
+    version = Catalog.open(enriched.job.catalog).version
+    report = enrich(enriched.job)
     assert report.status == "nothing_due"
-    assert report.num_unchanged == 5
-    assert Catalog.open(job.catalog).version == version
+    assert report.num_unchanged == len(enriched.good) + len(enriched.broken)
+    assert Catalog.open(enriched.job.catalog).version == version
 
 
-def test_a_changed_image_replaces_its_row_and_no_other(make_job: Callable[..., Job], tmp_path: Path) -> None:
+def test_a_changed_image_replaces_its_row_and_a_touched_one_only_moves_its_version(
+    make_job: Callable[..., Job], tmp_path: Path
+) -> None:
     paths = write_pictures(tmp_path / "images", 6)
     job = make_job(tmp_path / "images")
     enrich(job)
     before = rows_by_name(Catalog.open(job.catalog))
-    picture(99).save(paths[2], "WEBP")
+    touched, changed = paths[0], paths[2]
+    data = touched.read_bytes()
+    touched.unlink()
+    touched.write_bytes(data)
+    picture(99).save(changed, "WEBP")
     picture(50).save(tmp_path / "images" / "new.png", "PNG")
 
     report = enrich(job)
 
     after = rows_by_name(Catalog.open(job.catalog))
-    assert (report.num_added, report.num_replaced) == (1, 1)
-    assert after[paths[2].name]["content_hash"] != before[paths[2].name]["content_hash"]
-    assert [name for name in before if before[name] != after[name]] == [paths[2].name]
+    assert (report.num_added, report.num_replaced) == (1, 2)
+    assert after[changed.name]["content_hash"] != before[changed.name]["content_hash"]
+    assert {name for name in before if before[name] != after[name]} == {touched.name, changed.name}
+    moved = {column for column, value in before[touched.name].items() if value != after[touched.name][column]}
+    assert "object_version" in moved
+    assert moved <= {"object_version", "seen_version", "attempts", "attempt_digest"}
+    worked = {stage.stage: stage.images for stage in report.stages if stage.stage not in {"read", "decode", "feed"}}
+    assert worked == dict.fromkeys(job.tasks, 2), "the changed and the new one, not the touched"
 
 
-def test_a_touched_file_with_equal_bytes_only_moves_its_version(make_job: Callable[..., Job], tmp_path: Path) -> None:
-    paths = write_pictures(tmp_path / "images", 3)
-    job = make_job(tmp_path / "images")
-    enrich(job)
-    before = rows_by_name(Catalog.open(job.catalog))[paths[0].name]
-    data = paths[0].read_bytes()
-    paths[0].unlink()
-    paths[0].write_bytes(data)
-
-    report = enrich(job)
-
-    after = rows_by_name(Catalog.open(job.catalog))[paths[0].name]
-    assert report.num_replaced == 1
-    assert sum(stage.images for stage in report.stages if stage.stage not in {"read", "decode", "feed"}) == 0
-    changed = {name for name in before if before[name] != after[name]}
-    assert "object_version" in changed
-    assert changed <= {"object_version", "seen_version", "attempts", "attempt_digest"}
-
-
-def test_tasks_added_later_fill_the_same_row(make_job: Callable[..., Job], tmp_path: Path) -> None:
-    write_pictures(tmp_path / "images", 5)
-    whole = make_job(tmp_path / "images", catalog={"uri": str(tmp_path / "whole")})
-    enrich(whole)
-    stepwise = make_job(tmp_path / "images", catalog={"uri": str(tmp_path / "stepwise")})
-    for tasks in (("embed",), ("embed", "moderate"), ("caption",), ("caption", "match")):
+def test_tasks_added_later_fill_the_same_row(enriched: Enriched, tmp_path: Path) -> None:
+    stepwise = enriched.job.model_copy(update={"catalog": CatalogConfig(uri=str(tmp_path / "catalog"))})
+    for tasks in (("embed",), ("embed", "moderate", "caption"), ("caption", "match")):
         enrich(stepwise.model_copy(update={"tasks": tasks}))
-    at_once = rows_by_name(Catalog.open(whole.catalog))
+    at_once = rows_by_name(Catalog.open(enriched.job.catalog))
     in_steps = rows_by_name(Catalog.open(stepwise.catalog))
     assert differences(in_steps, at_once) == {}
 
@@ -192,18 +198,16 @@ def test_the_callers_columns_and_text_come_along(make_job: Callable[..., Job], t
         plan(job)
 
 
-def test_two_pools_give_the_rows_of_one(make_job: Callable[..., Job], tmp_path: Path) -> None:
-    write_pictures(tmp_path / "images", 6)
-    one = make_job(tmp_path / "images", catalog={"uri": str(tmp_path / "one")})
+def test_two_pools_give_the_rows_of_one(enriched: Enriched, make_job: Callable[..., Job]) -> None:
     pools = (
         {"tasks": ("embed", "moderate"), "cpus": 0.5, "batch_size": 4},
         {"tasks": ("caption", "match"), "cpus": 0.5, "batch_size": 3},
     )
-    two = make_job(tmp_path / "images", catalog={"uri": str(tmp_path / "two")}, pools=pools)
-    enrich(one)
+    two = make_job(enriched.job.source.uri, pools=pools)
     report = enrich(two)
     assert {pool.tasks for pool in report.pools} == {("embed", "moderate"), ("caption", "match")}
-    first, second = rows_by_name(Catalog.open(one.catalog)), rows_by_name(Catalog.open(two.catalog))
+    first, second = rows_by_name(Catalog.open(enriched.job.catalog)), rows_by_name(Catalog.open(two.catalog))
+    assert first.keys() == second.keys()
     for name, row in first.items():
         assert row["caption"] == second[name]["caption"]
         assert row["decision"] == second[name]["decision"]
@@ -281,16 +285,14 @@ def test_a_wrong_prefix_stops_before_the_first_commit(make_job: Callable[..., Jo
     assert Catalog.open(job.catalog).images(["status"])["status"].unique().to_pylist() == ["missing"]
 
 
-def test_the_run_is_on_record_with_its_versions_and_its_policy(make_job: Callable[..., Job], tmp_path: Path) -> None:
-    write_pictures(tmp_path / "images", 4)
-    job = make_job(tmp_path / "images")
-    report = enrich(job)
+def test_the_run_is_on_record_with_its_versions_and_its_policy(enriched: Enriched) -> None:
+    job, report = enriched.job, enriched.report
     catalog = Catalog.open(job.catalog)
     (info,) = catalog.runs.list()
     assert (info.run_id, info.state) == (report.run_id, "finished")
     assert info.record["versions"]["ray"]
     assert info.record["config"]["profile"] == "starter"
-    digest = catalog.images(["policy_digest"])["policy_digest"][0].as_py()
+    (digest,) = catalog.images(["policy_digest"])["policy_digest"].drop_null().unique().to_pylist()
     weights = identify("embed", ModelConfig(**job.models["embed"].model_dump())).weights_digest
     assert set(catalog.policies.get(digest)) == {"policy.json", f"prompts-{weights[:16]}.safetensors"}
 

@@ -25,6 +25,16 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 OWN = ("image_id", "uri", "run_id", "embed_run_id", "updated_at", "object_version", "seen_version", "ingest_date")
 
 
+@pytest.fixture(scope="module")
+def old(make_job_in: Callable[..., Job], tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """A job over six images, done, for tests that change nothing in it."""
+    folder = tmp_path_factory.mktemp("enriched")
+    write_pictures(folder / "old", 6)
+    job = make_job_in(folder, folder / "old")
+    enrich(job)
+    return job
+
+
 def rows_below(catalog: Catalog, folder: str) -> dict[str, dict[str, Any]]:
     rows = catalog.images().to_pylist()
     return {row["uri"].rsplit("/", 1)[-1]: row for row in rows if f"/{folder}/" in row["uri"]}
@@ -95,7 +105,7 @@ def test_a_copy_with_another_text_is_matched_anew(make_job: Callable[..., Job], 
             writer.writerows([[str(tmp_path / folder / one), text] for one, text in zip(names, texts, strict=True)])
         return path
 
-    options: dict[str, Any] = {"source_options": {"text_column": "title"}}
+    options: dict[str, Any] = {"source_options": {"text_column": "title"}, "tasks": ("caption", "match")}
     enrich(make_job(manifest("a.csv", "old", ["a red car", "a dog", "a cup"]), **options))
     job = make_job(manifest("b.csv", "new", ["a red car", "a cat", "a cup"]), **options)
     report = enrich(job)
@@ -132,13 +142,12 @@ def test_equal_bytes_within_a_run_are_computed_once(make_job: Callable[..., Job]
 
 @pytest.mark.parametrize("change", ["fingerprint", "policy", "off", "too few"])
 def test_nothing_is_copied_where_results_would_differ_or_looking_costs_more(
-    change: str, make_job: Callable[..., Job], policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    change: str, old: Job, make_job: Callable[..., Job], policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if change == "too few":
         monkeypatch.setattr("vlmflow.engine.run.MAX_ROWS_PER_IMAGE", 0.5)
-    write_pictures(tmp_path / "old", 4)
-    enrich(make_job(tmp_path / "old"))
-    shutil.copytree(tmp_path / "old", tmp_path / "new")
+    shutil.copytree(old.catalog.uri, tmp_path / "catalog")
+    shutil.copytree(old.source.uri, tmp_path / "new")
     other = tmp_path / "other.yaml"
     other.write_text(Path(policy).read_text().replace("review: 0.45", "review: 0.4"))
     options: dict[str, dict[str, Any]] = {
@@ -150,18 +159,19 @@ def test_nothing_is_copied_where_results_would_differ_or_looking_costs_more(
 
     report = enrich(make_job(tmp_path / "new", **options[change]))
 
-    assert (report.num_copied, report.num_added) == (0, 4)
-    assert set(worked(report).values()) == {4}
+    assert (report.num_copied, report.num_added) == (0, 6)
+    assert set(worked(report).values()) == {6}
 
 
-def test_results_that_are_gone_or_of_others_are_computed_again(make_job: Callable[..., Job], tmp_path: Path) -> None:
-    paths = write_pictures(tmp_path / "images", 5)
-    job = make_job(tmp_path / "images")
-    enrich(job)
+def test_results_that_are_gone_or_of_others_are_computed_again(
+    old: Job, make_job: Callable[..., Job], tmp_path: Path
+) -> None:
+    shutil.copytree(old.catalog.uri, tmp_path / "catalog")
+    job = make_job(old.source.uri)
     catalog = Catalog.open(job.catalog)
     hashes = catalog.images(["content_hash"])["content_hash"].to_pylist()
     index = known(job)
-    assert len(index) == len(paths) == 5
+    assert len(index) == 6
 
     mask, rows = index.copies([hashes[3], None, "f" * 64, hashes[0], hashes[3]])
 
@@ -193,13 +203,10 @@ def test_results_that_are_gone_or_of_others_are_computed_again(make_job: Callabl
     assert not mask.any()
 
 
-def test_only_sizes_that_are_to_come_are_indexed(make_job: Callable[..., Job], tmp_path: Path) -> None:
-    write_pictures(tmp_path / "images", 6)
-    job = make_job(tmp_path / "images")
-    enrich(job)
-    catalog = Catalog.open(job.catalog)
+def test_only_sizes_that_are_to_come_are_indexed(old: Job) -> None:
+    catalog = Catalog.open(old.catalog)
     sizes = catalog.images(["size_bytes"])["size_bytes"].to_pylist()
-    request = prepare(job).plan_request()
+    request = prepare(old).plan_request()
 
     some = catalog.known_bytes(request, pa.array([sizes[0]]))
     assert some is not None

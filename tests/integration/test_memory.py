@@ -18,20 +18,28 @@ from tests.pictures import picture
 OBJECT_STORE_BYTES = 200 * 1024 * 1024
 
 
-def peak_memory(command: list[str]) -> int:
+def peaks(command: list[str], catalog: Path) -> tuple[int, int]:
     """Runs a command; the most anonymous memory that it and its children had together, in bytes.
+
+    The first of the two is that until the first commit, the second that of the whole run.
 
     Left out are the object store, which is of fixed size and fills up with time, and mapped files: how much of a
     library is a process's own depends on who else has it open.
     """
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    stop, peak = threading.Event(), 0
+    log = catalog / "images" / "_delta_log"
+    stop, early, peak, num_early = threading.Event(), 0, 0, 0
+
+    def num_versions() -> int:
+        return len(list(log.glob("*.json")))
 
     def watch() -> None:
-        nonlocal peak
+        nonlocal early, peak, num_early
         parent = psutil.Process(process.pid)
         while not stop.wait(0.5):
             peak = max(peak, sum(map(_anonymous, [parent, *_children(parent)])))
+            if num_early <= 1:  # the first makes the table
+                early, num_early = peak, num_versions()
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -40,7 +48,8 @@ def peak_memory(command: list[str]) -> int:
     thread.join()
     assert process.returncode == 0, errors
     assert json.loads(out.splitlines()[-1])["status"] == "done"
-    return peak
+    assert num_early < num_versions(), "nothing was left to commit when the first commit was seen"
+    return early, peak
 
 
 def _children(parent: psutil.Process) -> list[psutil.Process]:
@@ -58,29 +67,31 @@ def _anonymous(process: psutil.Process) -> int:
     return sum(int(line.split()[1]) * 1024 for line in rollup.splitlines() if line.startswith("Pss_Anon"))
 
 
-def embed_command(folder: Path, models: dict[str, dict[str, Any]], num_images: int) -> list[str]:
-    images = folder / f"images-{num_images}"
+def embed_command(folder: Path, models: dict[str, dict[str, Any]], num_images: int, max_rows: int) -> list[str]:
+    images = folder / "images"
     images.mkdir()
     for index in range(num_images):
         picture(index, 48, 48).save(images / f"{index:06d}.png", "PNG")
-    config = folder / f"job-{num_images}.yaml"
+    config = folder / "job.yaml"
     job = {
         "models": models,
         "ray": {"num_cpus": 2, "object_store_bytes": OBJECT_STORE_BYTES},
         "tasks": ["embed"],
         # One actor: of two, the second may come too late for few images, and is no growth.
         "pools": [{"tasks": ["embed"], "cpus": 0.5}],
-        "commit": {"max_rows": 1000},
+        "commit": {"max_rows": max_rows},
+        "max_error_fraction": 1.0,  # else the first commit would wait for a thousand rows
     }
     config.write_text(yaml.safe_dump(job))
-    arguments = [images, folder / f"catalog-{num_images}", "--profile", "starter", "--config", config, "--json"]
+    arguments = [images, folder / "catalog", "--profile", "starter", "--config", config, "--json"]
     return [sys.executable, "-m", "vlmflow", "enrich", *(str(argument) for argument in arguments)]
 
 
 def compare(folder: Path, models: dict[str, dict[str, Any]], few: int, many: int) -> float:
-    small, large = (peak_memory(embed_command(folder, models, number)) for number in (few, many))
-    print(f"peak anonymous memory: {small / 2**20:.0f} MiB at {few}, {large / 2**20:.0f} MiB at {many}")
-    return large / small
+    """What a run of many images needs at most, to what it has needed when the first few are committed."""
+    early, peak = peaks(embed_command(folder, models, many, few), folder / "catalog")
+    print(f"peak anonymous memory: {early / 2**20:.0f} MiB at {few}, {peak / 2**20:.0f} MiB at {many}")
+    return peak / early
 
 
 @pytest.mark.timeout(240)

@@ -16,7 +16,7 @@ import pytest
 from tests.pictures import write_pictures
 from vlmflow.catalog import Catalog
 from vlmflow.config import ImageLimits, Job
-from vlmflow.engine import enrich, run
+from vlmflow.engine import enrich, pipeline, run
 from vlmflow.errors import UnreconciledError
 from vlmflow.sources import Fetched, Reader, Source, open_source
 
@@ -83,6 +83,8 @@ def test_an_image_that_kills_or_hangs_is_recorded_and_the_others_go_on(
 ) -> None:
     paths = write_pictures(tmp_path / "images", 40)
     make_deadly(monkeypatch, kills=(paths[3].name,), hangs=(paths[35].name,))
+    # Each retry is a worker's death and the start of another; the next test has them.
+    monkeypatch.setattr(pipeline, "TASK_LIMITS", {"max_retries": 0})
     options = {"limits": {"max_seconds": 1.0}, "quarantine": {"timeout_s": 3.0}}
     job = make_job(tmp_path / "images", tasks=("embed",), **options)
 

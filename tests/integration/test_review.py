@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import datetime as dt
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pytest
 from tests.pictures import picture, write_broken, write_pictures
 from vlmflow.catalog import Catalog
 from vlmflow.cli import main
-from vlmflow.config import Job
+from vlmflow.config import CatalogConfig, Job
 from vlmflow.engine import enrich
 from vlmflow.engine.remoderate import remoderate
 from vlmflow.errors import ReviewError
@@ -40,13 +41,21 @@ def write_csv(path: Path, rows: list[Row]) -> Path:
     return path
 
 
-@pytest.fixture
-def job(make_job: Callable[..., Job], tmp_path: Path) -> Job:
-    write_pictures(tmp_path / "images", 8)
-    write_broken(tmp_path / "images")
-    made = make_job(tmp_path / "images", tasks=("embed", "moderate"))
+@pytest.fixture(scope="module")
+def enriched(make_job_in: Callable[..., Job], tmp_path_factory: pytest.TempPathFactory) -> Job:
+    folder = tmp_path_factory.mktemp("enriched")
+    write_pictures(folder / "images", 8)
+    write_broken(folder / "images")
+    made = make_job_in(folder, folder / "images", tasks=("embed", "moderate"))
     enrich(made)
     return made
+
+
+@pytest.fixture
+def job(enriched: Job, tmp_path: Path) -> Job:
+    """A catalog of the test's own. The images are those of all tests: only one reads, and changes, them."""
+    shutil.copytree(enriched.catalog.uri, tmp_path / "catalog")
+    return enriched.model_copy(update={"catalog": CatalogConfig(uri=str(tmp_path / "catalog"))})
 
 
 def opposite(row: Row) -> str:
@@ -119,22 +128,20 @@ def test_a_verdict_outlives_runs_policies_and_models_but_no_change_of_bytes(
     check((first, second, third), rows_of(job))
 
     # A swapped image loses its verdict; one whose object is touched alone keeps it.
-    image = tmp_path / "images" / first
-    picture(500).save(image, {"jpg": "JPEG"}.get(image.suffix[1:], image.suffix[1:].upper()))
-    (tmp_path / "images" / second).touch()
+    # Unreadable: nobody has a word on what is there now. The same bytes again: the verdict is back.
+    swapped, touched, emptied = (Path(job.source.uri) / name for name in (first, second, third))
+    picture(500).save(swapped, {"jpg": "JPEG"}.get(swapped.suffix[1:], swapped.suffix[1:].upper()))
+    touched.touch()
+    good = emptied.read_bytes()
+    emptied.write_bytes(b"")
     enrich(job)
     now = rows_of(job)
     assert now[first]["verdict"] is None
     assert now[first]["decision_reason"] != "verdict"
-    check((second, third), now)
-
-    # Unreadable: nobody has a word on what is there now. The same bytes again: the verdict is back.
-    good = (tmp_path / "images" / third).read_bytes()
-    (tmp_path / "images" / third).write_bytes(b"")
-    enrich(job)
-    assert (rows_of(job)[third]["status"], rows_of(job)[third]["decision"]) == ("unreadable", "review")
-    assert rows_of(job)[third]["decision_reason"] != "verdict"
-    (tmp_path / "images" / third).write_bytes(good)
+    check((second,), now)
+    assert (now[third]["status"], now[third]["decision"]) == ("unreadable", "review")
+    assert now[third]["decision_reason"] != "verdict"
+    emptied.write_bytes(good)
     enrich(job)
     check((third,), rows_of(job))
 

@@ -85,6 +85,8 @@ class _Notes:
 class TableLog:
     """A handle on one table, moved to its newest version before each use. Driver only: it must not cross a fork.
 
+    Threads may share it for reading alone: who commits needs one that nobody else moves; see :meth:`from_now`.
+
     Attributes:
         opened_at: the version that was the newest when it was opened. It is to be opened before a run begins that
             commits through it: so no earlier version has revoked that run.
@@ -102,7 +104,9 @@ class TableLog:
         """Opens the table.
 
         Raises:
-            CatalogError: there is none, or another version of vlmflow wrote it.
+            CatalogError: there is none, it cannot be read, or another version of vlmflow wrote it.
+            StorageAccessError: the store refuses, or is gone.
+            TransientError: the store is out of reach.
         """
         try:
             table = retried(
@@ -116,6 +120,7 @@ class TableLog:
                 remedy="Check the address, or create the catalog with `vlmflow enrich`.",
             ) from error
         except (DeltaError, OSError) as error:
+            folder.check_access()
             raise _unusable(folder, name, "cannot be read", error) from error
         found = table.metadata().configuration.get(_SCHEMA_VERSION_KEY)
         if found not in (SCHEMA_VERSION, *UPGRADABLE):
@@ -126,9 +131,16 @@ class TableLog:
         return cls(folder, name, table)
 
     def from_now(self) -> TableLog:
-        """The same handle, opened now: for a run that begins long after, because the log does not go back for ever."""
-        log = TableLog(self.folder, self.name, self.refreshed_table())
-        log._notes = self._notes
+        """A handle of its own on the same table, opened now: for a run that begins long after this one was.
+
+        The log does not go back for ever. And this handle may be moved by another thread at any moment: a commit
+        through it would be made from a version that it was not decided on.
+
+        Raises:
+            CatalogError, StorageAccessError, TransientError: as :meth:`open`.
+        """
+        log = TableLog.open(self.folder, self.name)
+        log._notes = self._notes  # of versions that do not change: what was read is not read again
         return log
 
     @property

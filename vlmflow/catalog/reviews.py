@@ -100,13 +100,15 @@ class ReviewStore:
 
     def files(self) -> dict[str, pa.Table]:
         """The files of verdicts by path, each as :data:`EVENT`. What was read stays in memory."""
+        held = self._read  # once: another thread may put what it has listed in its place
         paths = sorted(file.path for file in self._folder.list(REVIEWS) if file.path.endswith(".parquet"))
-        new = [path for path in paths if path not in self._read]
+        new = [path for path in paths if path not in held]
         with ThreadPoolExecutor(max_workers=_AT_ONCE) as pool:
             tables = pool.map(lambda path: conform(self._folder.read_parquet(path), EVENT), new)
-            read = self._read | dict(zip(new, tables, strict=True))
-        self._read = {path: read[path] for path in paths}
-        return self._read
+            read = held | dict(zip(new, tables, strict=True))
+        found = {path: read[path] for path in paths}
+        self._read = found
+        return found
 
     def newest(self) -> pa.Table:
         """The newest decision on each image and its bytes, those taken back included."""

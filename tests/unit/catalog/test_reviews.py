@@ -11,6 +11,7 @@ import pytest
 
 from tests.catalog_samples import enrich, fingerprints, image_id, open_catalog, references, request, rows_by_name, write
 from vlmflow.catalog import Catalog
+from vlmflow.catalog import commit as commit_module
 from vlmflow.catalog.due import PlanRequest
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.known_images import KnownList
@@ -81,6 +82,39 @@ def test_an_import_that_died_between_verdicts_and_rows_is_finished_by_the_next(c
     assert catalog.apply_verdicts().num_changed == 2
     again = catalog.apply_verdicts()
     assert (again.num_changed, again.flips) == (0, {})
+
+
+def test_verdicts_are_committed_though_another_thread_looks_for_a_newer_version(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the app: a night commits inside the verdicts' commit, and the poll moves the catalog's handle there."""
+    say(catalog, "a", "block")
+    check = commit_module._check
+
+    def a_night_and_a_poll(*args: Any) -> None:
+        monkeypatch.setattr(commit_module, "_check", check)
+        enrich(Catalog.open(CatalogConfig(uri=catalog.uri)), "r2", [references(NAMES, version="v2")])
+        assert catalog.version == 2
+        check(*args)
+
+    monkeypatch.setattr(commit_module, "_check", a_night_and_a_poll)
+    assert catalog.apply_verdicts().num_changed == 1
+    assert {name: row["seen_version"] for name, row in rows_by_name(catalog).items()} == dict.fromkeys(NAMES, "v2")
+    assert decided(catalog)["a"] == ("block", "verdict")
+
+
+def test_files_of_verdicts_are_read_by_two_threads_at_once(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    say(catalog, "a", "block")
+    assert len(catalog.reviews.files()) == 1
+    say(catalog, "b", "block")
+    original = Folder.read_parquet
+
+    def beside_one_that_listed_earlier(self: Folder, path: str, columns: object = None) -> pa.Table:
+        catalog.reviews._read = {}
+        return original(self, path, columns)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Folder, "read_parquet", beside_one_that_listed_earlier)
+    assert len(catalog.reviews.files()) == 2
 
 
 def test_lists_and_people(catalog: Catalog) -> None:

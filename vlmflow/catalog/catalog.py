@@ -221,7 +221,12 @@ class Catalog:
         if dry_run:
             return vacuum(self._folder, logs, self.runs, "", retention=retention, dry_run=True)
         with self.runs.recorded("vacuum") as run_id:
-            return vacuum(self._folder, logs, self.runs, run_id, retention=retention, dry_run=False)
+            result = vacuum(self._folder, logs, self.runs, run_id, retention=retention, dry_run=False)
+            if result.revoked:  # they may have died before they brought in late verdicts, and no run looks once buried
+                self.apply_verdicts(lists_changed=True)
+            for run in result.revoked:
+                self.runs.bury(run)
+            return result
 
     def erase(self, keys: pa.Array, uris: Sequence[str] = ()) -> EraseResult:
         """Erases images for good; see :func:`vlmflow.catalog.erase.erase`.

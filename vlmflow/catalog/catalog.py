@@ -132,9 +132,9 @@ class Catalog:
         return self._images.refreshed_table().version()
 
     @property
-    def images_schema(self) -> pa.Schema:
-        """The columns of the images table, the caller's included."""
-        return self._images.refresh().schema
+    def newest_images(self) -> Snapshot:
+        """The newest version of the images table: its files, and all columns that they hold, the caller's included."""
+        return self._images.refresh()
 
     @property
     def source_columns(self) -> pa.Schema:
@@ -257,12 +257,11 @@ class Catalog:
         with self.runs.recorded("review") as run_id:
             return apply_verdicts(
                 self._folder,
-                self.images_schema,
                 newest,
                 known,
                 lists_changed,
                 run_id,
-                lambda: now.live_files("images"),
+                now._images.refresh,
                 lambda swaps: now.swap_images(run_id, "review", swaps),
                 first,
             )

@@ -21,7 +21,7 @@ from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.judged import chosen, judge, of_list
 from vlmflow.catalog.keys import KeyIndex, index_of, to_binary, to_words
 from vlmflow.catalog.known_images import KnownImages
-from vlmflow.catalog.log import DataFile
+from vlmflow.catalog.log import DataFile, Snapshot
 from vlmflow.catalog.masks import Mask, equal, is_valid
 from vlmflow.catalog.read import read_each, read_rows
 from vlmflow.catalog.rows import rows_of_image_errors
@@ -125,23 +125,21 @@ class ReviewStore:
 
 def apply_verdicts(
     folder: Folder,
-    columns: pa.Schema,
     newest: pa.Table,
     known: KnownImages,
     lists_changed: bool,
     run_id: str,
-    live_files: Callable[[], dict[str, DataFile]],
+    look: Callable[[], Snapshot],
     swap: Callable[[Sequence[tuple[DataFile, DataFile]]], list[DataFile]],
     first: Sequence[str] = (),
 ) -> JudgeResult:
     """Brings verdicts into the rows that they are about; those that are there already change nothing.
 
     Args:
-        columns: the schema of the images table.
         newest: of :meth:`ReviewStore.newest`.
         known: says of images that nobody has judged whether a list has them.
         lists_changed: looks at every row, not only at those that people have judged.
-        live_files: gives the files of the newest version.
+        look: gives the newest version of the images table.
         swap: puts rewritten files in place of live ones, and gives back those that were not live any more.
         first: paths of files that are likely to hold the images: they are looked at before others, and these no more
             once all images have been met.
@@ -158,7 +156,9 @@ def apply_verdicts(
     judged_images = set(newest["image_id"].to_pylist())
     left, likely = set(judged_images), set(first)  # left: images not met yet
     for _ in range(_MAX_ROUNDS):
-        files = [file for path, file in live_files().items() if path not in seen]
+        images = look()
+        columns = images.schema  # of this very version: another writer may have added some, and files that hold them
+        files = [file for path, file in images.files.items() if path not in seen]
         files.sort(key=lambda file: file.path not in likely)
         if not files or not (left or lists_changed):
             result.num_waiting = newest.num_rows - len(matched)

@@ -87,19 +87,24 @@ def test_an_import_that_died_between_verdicts_and_rows_is_finished_by_the_next(c
 def test_verdicts_are_committed_though_another_thread_looks_for_a_newer_version(
     catalog: Catalog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in the app: a night commits inside the verdicts' commit, and the poll moves the catalog's handle there."""
+    """As in the app: a night commits inside the verdicts' commit, and the poll moves the catalog's handle there.
+
+    The night brings a column of the caller's, which stays in rows that are written anew for a verdict.
+    """
+    titles, columns = [{"title": name.upper()} for name in NAMES], pa.schema([("title", pa.string())])
     say(catalog, "a", "block")
     check = commit_module._check
 
     def a_night_and_a_poll(*args: Any) -> None:
         monkeypatch.setattr(commit_module, "_check", check)
-        enrich(Catalog.open(CatalogConfig(uri=catalog.uri)), "r2", [references(NAMES, version="v2")])
-        assert catalog.version == 2
+        enrich(open_catalog(catalog.uri, columns), "r2", [references(NAMES, version="v2", source=titles)])
+        assert catalog.version == 3
         check(*args)
 
     monkeypatch.setattr(commit_module, "_check", a_night_and_a_poll)
     assert catalog.apply_verdicts().num_changed == 1
-    assert {name: row["seen_version"] for name, row in rows_by_name(catalog).items()} == dict.fromkeys(NAMES, "v2")
+    rows = rows_by_name(catalog)
+    assert [(rows[name]["seen_version"], rows[name]["source"]) for name in NAMES] == [("v2", title) for title in titles]
     assert decided(catalog)["a"] == ("block", "verdict")
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import datetime as dt
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 from urllib.parse import unquote
 
 import pyarrow as pa
@@ -21,6 +21,7 @@ from vlmflow.retry import retried
 from vlmflow.storage import access_error
 
 TableName: TypeAlias = Literal["images", "embeddings"]
+Answer = TypeVar("Answer")
 
 APPLICATION_ID = "vlmflow"  # shared by all writers: each commit takes its next number
 # In the metadata of a commit:
@@ -161,16 +162,17 @@ class TableLog:
                 # In a property of our own deltalake sees nothing that it knows.
                 table.alter.set_table_properties({_SCHEMA_VERSION_KEY: SCHEMA_VERSION}, raise_if_not_exists=False)
 
-        try:
-            retried(mark, _DELTA_ERRORS)
-        except (DeltaError, OSError) as error:
-            raise access_error(error, self.folder.config.uri) from error
+        _answered(self.folder, mark)
 
     @classmethod
     def exists(cls, folder: Folder, name: TableName) -> bool:
-        """Whether the table is there."""
+        """Whether the table is there.
+
+        Raises:
+            StorageAccessError, TransientError: as :meth:`refreshed_table`.
+        """
         uri, options = folder.table_uri(name), folder.storage_options
-        return retried(lambda: DeltaTable.is_deltatable(uri, storage_options=options), _DELTA_ERRORS)
+        return _answered(folder, lambda: DeltaTable.is_deltatable(uri, storage_options=options))
 
     @classmethod
     def open_or_create(cls, folder: Folder, name: TableName, columns: pa.Schema) -> TableLog:
@@ -188,12 +190,13 @@ class TableLog:
         return cls.open(folder, name)
 
     def refreshed_table(self) -> DeltaTable:
-        """The handle, at the newest version."""
-        try:
-            retried(self.table.update_incremental, _DELTA_ERRORS)
-        except (DeltaError, OSError) as error:
-            self.folder.check_access()
-            raise access_error(error, self.folder.config.uri) from error
+        """The handle, at the newest version.
+
+        Raises:
+            StorageAccessError: the store refuses, or is gone.
+            TransientError: the store is out of reach.
+        """
+        _answered(self.folder, self.table.update_incremental)
         return self.table
 
     def refresh(self) -> Snapshot:
@@ -266,25 +269,28 @@ class TableLog:
             self.folder.delete_all([path for path in paths if path not in live])
 
     def removed_files(self, age: dt.timedelta) -> frozenset[str]:
-        """The paths of files that were live once and that the log says were removed at least so long ago."""
+        """The paths of files that were live once and that the log says were removed at least so long ago.
+
+        Raises:
+            StorageAccessError, TransientError: as :meth:`refreshed_table`.
+        """
         hours = -(-age // dt.timedelta(hours=1))  # whole ones, rounded up: rather kept than lost
         table = self.refreshed_table()
-        try:
-            found = retried(
-                lambda: table.vacuum(retention_hours=hours, dry_run=True, enforce_retention_duration=False),
-                _DELTA_ERRORS,
-            )
-        except (DeltaError, OSError) as error:
-            raise access_error(error, self.folder.config.uri) from error
+        found = _answered(
+            self.folder, lambda: table.vacuum(retention_hours=hours, dry_run=True, enforce_retention_duration=False)
+        )
         return frozenset(unquote(path) for path in found)
 
     def files_at(self, version: int) -> frozenset[str]:
-        """The paths of the files that were live at an earlier version; -1: before the table was there."""
+        """The paths of the files that were live at an earlier version; -1: before the table was there.
+
+        Raises:
+            StorageAccessError, TransientError: as :meth:`refreshed_table`.
+        """
         if version < 0:
             return frozenset()
         uri, options = self.folder.table_uri(self.name), self.folder.storage_options
-        table = retried(lambda: DeltaTable(uri, version, storage_options=options), _DELTA_ERRORS)
-        return frozenset(_live_files(table))
+        return _answered(self.folder, lambda: frozenset(_live_files(DeltaTable(uri, version, storage_options=options))))
 
 
 def file_stats(name: TableName, rows: pa.Table) -> str:
@@ -302,6 +308,15 @@ def file_stats(name: TableName, rows: pa.Table) -> str:
         {"numRecords": rows.num_rows, "minValues": lowest, "maxValues": highest, "nullCount": nulls},
         separators=(",", ":"),
     )
+
+
+def _answered(folder: Folder, ask: Callable[[], Answer]) -> Answer:
+    """What deltalake answers; where the store does not let it, that is said in our words."""
+    try:
+        return retried(ask, _DELTA_ERRORS)
+    except (DeltaError, OSError) as error:
+        folder.check_access()
+        raise access_error(error, folder.config.uri) from error
 
 
 def _create(folder: Folder, name: TableName, columns: pa.Schema) -> None:

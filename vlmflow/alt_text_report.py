@@ -62,7 +62,7 @@ def find_alt_texts(catalog: CatalogConfig, *, where: str | None = None) -> AltTe
     """
     opened = Catalog.open(catalog)
     if where is not None:
-        check_where(where, opened.images_schema)
+        check_where(where, opened.newest_images.schema)
     parts = []
     for rows in opened.image_batches(None if where else _COLUMNS):
         kept = rows if where is None or not rows.num_rows else rows.filter(pa.array(mask_where(rows, where)))

@@ -11,8 +11,10 @@ from deltalake import DeltaTable
 from deltalake.exceptions import CommitFailedError
 
 from tests.catalog_samples import enrich, on_both_stores, references, request, rows_by_name, write
+from vlmflow import retry as retry_module
 from vlmflow.catalog import Catalog
 from vlmflow.catalog import commit as commit_module
+from vlmflow.catalog import log as log_module
 from vlmflow.catalog.commit import Change, CommitRequest, commit
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.log import COMMIT_ID, Snapshot, TableLog
@@ -151,6 +153,26 @@ def test_a_store_that_fails_again_and_again_is_not_tried_for_ever(
     with pytest.raises(TransientError):
         catalog.commit("r1", files)
     assert len(tries) == commit_module.MAX_FAULTS
+    monkeypatch.undo()
+    assert catalog.commit("r1", files).num_added == len(NAMES)
+
+
+def test_a_store_that_is_lost_between_two_looks_at_a_table_is_told_in_our_words(
+    catalog: Catalog, config: CatalogConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Lost:
+        def __init__(self, *_: object, **__: object) -> None:
+            raise OSError("Generic S3 error: connection refused")
+
+        is_deltatable = __init__
+
+    files = write(catalog, "r1", [references(NAMES)])
+    monkeypatch.setattr(retry_module, "ATTEMPTS", 1)
+    monkeypatch.setattr(log_module, "DeltaTable", Lost)
+    with pytest.raises(TransientError, match="out of reach"):
+        catalog.commit("r1", files)
+    with pytest.raises(TransientError, match="out of reach"):
+        Catalog.exists(config)
     monkeypatch.undo()
     assert catalog.commit("r1", files).num_added == len(NAMES)
 

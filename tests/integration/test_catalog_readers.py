@@ -170,6 +170,18 @@ def test_large_files_are_written_anew_where_the_run_has_replaced_much(tmp_path: 
     assert catalog.embeddings().num_rows == 400
 
 
+def test_a_large_file_goes_when_the_new_vectors_come_in_a_large_one_too(tmp_path: Path) -> None:
+    catalog, names = open_catalog(tmp_path / "large"), [f"n{number}" for number in range(50)]
+    for run, version in (("r1", "v1"), ("r2", "v2")):
+        catalog.runs.start(run, {})
+        enrich(catalog, run, [references(names, version=version)], request(date=days_ago(1)), content=version)
+        catalog.runs.finish(run, {})
+    all_large = {"images": 1, "embeddings": 1}
+    assert catalog.compact("other", target_bytes=all_large) == CompactResult()
+    assert catalog.compact("r2", target_bytes=all_large) == CompactResult(1, 0, 100)
+    assert catalog.embeddings().num_rows == 100
+
+
 def test_what_a_killed_run_left_on_another_date_goes_now_and_then(tmp_path: Path) -> None:
     catalog = open_catalog(tmp_path / "killed")
     for days in (29, 30):
@@ -178,5 +190,6 @@ def test_what_a_killed_run_left_on_another_date_goes_now_and_then(tmp_path: Path
         files = write(catalog, run, [references([run])], request(date=days_ago(days)))
         catalog._commit_embeddings(run, run, files.filter(pc.equal(files["table"], "embeddings")))
         catalog.runs.finish(run, {})
-    assert catalog.compact("c1") == CompactResult(1, 0, 2)
+    all_large = {"images": 1, "embeddings": 1}
+    assert catalog.compact("c1", target_bytes=all_large) == CompactResult(1, 0, 2)
     assert [file.ingest_date for file in catalog.live_files("embeddings").values()] == [days_ago(29)]

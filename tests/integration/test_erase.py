@@ -21,6 +21,8 @@ from tests.s3 import S3Server
 from vlmflow.catalog import Catalog
 from vlmflow.catalog import catalog as catalog_module
 from vlmflow.catalog import commit as commit_module
+from vlmflow.catalog import erase as erase_module
+from vlmflow.catalog.files import Found
 from vlmflow.catalog.keys import to_binary
 from vlmflow.cli import main
 from vlmflow.config import CatalogConfig
@@ -99,6 +101,32 @@ def everything_of(path: Path) -> str:
     with pq.ParquetFile(path) as file:
         rows = file.read().to_pylist()
     return repr([[value.hex() if isinstance(value, bytes) else value for value in row.values()] for row in rows])
+
+
+@pytest.mark.parametrize("damage", ["emptied", "gone"])
+def test_a_file_that_nobody_can_read_and_no_version_has_stands_in_no_way(
+    catalog: Catalog, root: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    enrich(catalog, "r0", [references(NAMES)])
+    start(catalog, "over")
+    write(catalog, "over", [references(["d"])])
+    catalog.runs.finish("over", {})
+    (orphan,) = (root / path for path in files(root) if path.startswith("images/") and "/over-" in path)
+    orphan.write_bytes(b"")
+    look_through = erase_module.look_through
+
+    def beside_a_vacuum(*args: Any) -> list[Found]:
+        found = list(look_through(*args))
+        if damage == "gone":
+            orphan.unlink()
+        return found
+
+    monkeypatch.setattr(erase_module, "look_through", beside_a_vacuum)
+    result = catalog.erase(key("secret"))
+    assert (result.is_complete, result.num_rows) == (True, 1)
+    assert not orphan.exists()
+    left = [path for path in files(root) if image_id("secret") in everything_of(root / path)]
+    assert [path.split("/")[0] for path in left] == ["tombstones"]
 
 
 def test_it_does_not_come_back_until_that_is_asked_for(catalog: Catalog) -> None:

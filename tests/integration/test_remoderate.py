@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -165,10 +166,12 @@ def test_a_nightly_run_in_the_middle_loses_nothing(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Neither rows nor the values of a column that the night's manifest is the first to have."""
     paths = write_pictures(tmp_path / "images", 6)
     job = make_job(tmp_path / "images", tasks=("embed", "moderate"))
     enrich(job)
     new = job.model_copy(update={"policy": write_policy("new", version='"2"', gun="review: 0.3, block: 0.9")})
+    manifest = tmp_path / "list.jsonl"
     original = Catalog.swap_images
     nights: list[int] = []
 
@@ -176,17 +179,19 @@ def test_a_nightly_run_in_the_middle_loses_nothing(
         self: Catalog, run_id: str, operation: str, swaps: Sequence[tuple[DataFile, DataFile]]
     ) -> list[DataFile]:
         if not nights:
-            write_pictures(tmp_path / "images", 8)
+            listed = [{"uri": str(path), "price": 9.5} for path in write_pictures(tmp_path / "images", 8)]
+            manifest.write_text("\n".join(json.dumps(entry) for entry in listed), encoding="utf-8")
             picture(99, 70, 50).save(paths[0], "JPEG")
-            nights.append(enrich(job).num_added)
+            nights.append(enrich(make_job(manifest, tasks=("embed", "moderate"))).num_added)
         return original(self, run_id, operation, swaps)
 
     monkeypatch.setattr(Catalog, "swap_images", swap_after_a_night)
     report = remoderate(new)
 
     assert nights == [2]
-    rows = rows_of(job, ["policy_version", "width"])
+    rows = rows_of(job, ["policy_version", "width", "source"])
     assert len(rows) == 8
+    assert [row["source"] for row in rows.values()] == [{"price": 9.5}] * 8
     assert {row["policy_version"] for row in rows.values()} == {"2"}
     assert rows[paths[0].name]["width"] == 70
     assert report.num_moved == 8

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from deltalake.exceptions import DeltaError
 
 from vlmflow.catalog.columns import flat
 from vlmflow.catalog.folder import Folder
@@ -12,8 +11,6 @@ from vlmflow.catalog.keys import concat, to_binary
 from vlmflow.catalog.log import TableLog
 from vlmflow.errors import VlmflowError
 from vlmflow.schema import KEY
-
-_GONE = (OSError, DeltaError)
 
 
 def flagged_before(folder: Folder, images: TableLog, run_id: str) -> pa.Array | None:
@@ -27,7 +24,7 @@ def flagged_before(folder: Folder, images: TableLog, run_id: str) -> pa.Array | 
             return None
         old = sorted(images.files_at(first - 1) - snapshot.files.keys())
         tables = [folder.read_parquet(f"images/{path}", ["image_id", "decision"]) for path in old]
-    except (VlmflowError, *_GONE):  # the log or a file of then has been cleaned away
+    except VlmflowError:  # the log or a file of then has been cleaned away
         return None
     keys = [pa.array([], KEY)]
     for rows in tables:

@@ -132,9 +132,9 @@ class Catalog:
         return self._images.refreshed_table().version()
 
     @property
-    def images_schema(self) -> pa.Schema:
-        """The columns of the images table, the caller's included."""
-        return self._images.refresh().schema
+    def newest_images(self) -> Snapshot:
+        """The newest version of the images table: its files, and all columns that they hold, the caller's included."""
+        return self._images.refresh()
 
     @property
     def source_columns(self) -> pa.Schema:
@@ -221,7 +221,12 @@ class Catalog:
         if dry_run:
             return vacuum(self._folder, logs, self.runs, "", retention=retention, dry_run=True)
         with self.runs.recorded("vacuum") as run_id:
-            return vacuum(self._folder, logs, self.runs, run_id, retention=retention, dry_run=False)
+            result = vacuum(self._folder, logs, self.runs, run_id, retention=retention, dry_run=False)
+            if result.revoked:  # they may have died before they brought in late verdicts, and no run looks once buried
+                self.apply_verdicts(lists_changed=True)
+            for run in result.revoked:
+                self.runs.bury(run)
+            return result
 
     def erase(self, keys: pa.Array, uris: Sequence[str] = ()) -> EraseResult:
         """Erases images for good; see :func:`vlmflow.catalog.erase.erase`.
@@ -252,12 +257,11 @@ class Catalog:
         with self.runs.recorded("review") as run_id:
             return apply_verdicts(
                 self._folder,
-                self.images_schema,
                 newest,
                 known,
                 lists_changed,
                 run_id,
-                lambda: now.live_files("images"),
+                now._images.refresh,
                 lambda swaps: now.swap_images(run_id, "review", swaps),
                 first,
             )

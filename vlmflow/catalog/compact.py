@@ -131,17 +131,17 @@ class _Step:
             chosen.append(file)
         if len(chosen) > 1:
             return chosen
-        if self._unreferenced is None or not self._may_hold_superseded(small):
+        if self._unreferenced is None or not self._may_hold_superseded(files):
             return []
         return next(([file] for file in files if self._unreferenced.share(file) >= _WORTH_REWRITING), [])
 
-    def _may_hold_superseded(self, small: Sequence[DataFile]) -> bool:
+    def _may_hold_superseded(self, files: Sequence[DataFile]) -> bool:
         """Whether it is worth reading the date's files: not for every date, night after night."""
-        # New vectors of a replaced image come as a small file: without one, nothing was superseded here.
-        if any(writer_of(f"{self._table}/{file.path}") == self._run_id for file in small):
+        # New vectors of a replaced image come in files of the run: without one, it has superseded nothing here.
+        if any(writer_of(f"{self._table}/{file.path}") == self._run_id for file in files):
             return True
         # What a killed run has left here may go once that run is buried, and no file tells: now and then, then.
-        return bool(small) and (dt.datetime.now(dt.UTC).date() - self._date).days % _LOOK_EVERY_DAYS == 0
+        return (dt.datetime.now(dt.UTC).date() - self._date).days % _LOOK_EVERY_DAYS == 0
 
     def _join(self, files: Sequence[DataFile], columns: pa.Schema) -> tuple[DataFile | None, int]:
         tables = [conform(read_rows(self._folder, self._table, file), columns) for file in files]

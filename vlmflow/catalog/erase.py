@@ -31,6 +31,7 @@ from vlmflow.catalog.runs import RUNS, RunStore
 from vlmflow.catalog.tombstones import Tombstones
 from vlmflow.catalog.vacuum import RETENTION, revoke
 from vlmflow.catalog.writer import write_file
+from vlmflow.errors import CatalogError
 
 _REDACTED = "<erased>"
 _SHORTEST_URI = 6  # a shorter text might stand in a record by chance
@@ -43,7 +44,7 @@ class EraseResult:
     Attributes:
         num_images: asked for.
         num_rows, num_vectors: taken out of the newest versions.
-        num_files: older or never committed files that held the images, deleted.
+        num_files: older or never committed files that held the images, or could not be read, deleted.
         num_index_files: files of vector indexes, deleted whole; the next update of the index writes the others anew.
         num_records: records of runs in which an address was blotted out.
         live_runs: runs at work, which may still hold the images in files that they have not committed. They will not
@@ -182,13 +183,20 @@ def _mask(rows: pa.Table, wanted: KeyIndex) -> Mask:
 
 
 def _holds(folder: Folder, path: str, wanted: KeyIndex) -> bool:
-    return bool(_mask(folder.read_parquet(path, ["image_id"]), wanted).any())
+    """Whether a file that no version refers to holds an image; True if that cannot be told: it is of no use either."""
+    try:
+        return bool(_mask(folder.read_parquet(path, ["image_id"]), wanted).any())
+    except CatalogError:  # damaged, or a vacuum has removed it meanwhile
+        return True
 
 
 def _uris_in(folder: Folder, path: str, wanted: KeyIndex) -> set[str]:
     if path.startswith("embeddings/"):
         return set()
-    rows = folder.read_parquet(path, ["image_id", "uri"])
+    try:
+        rows = folder.read_parquet(path, ["image_id", "uri"])
+    except CatalogError:  # as above
+        return set()
     return set(rows["uri"].filter(pa.array(_mask(rows, wanted))).to_pylist())
 
 

@@ -29,7 +29,7 @@ KNOWN = "known"
 MAX_DISTANCE = 16  # of 64 bits; beyond it images share hardly more than chance gives
 Kind = Literal["block", "allow"]
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
-_CHUNK = 4_096  # rows compared with all perceptual hashes at once
+_CHUNK = 1_024  # rows that are compared at once, with as many hashes of a list: 8 MB, however long that is
 
 
 @dataclass(frozen=True)
@@ -175,8 +175,10 @@ class KnownImages:
             least = np.full(len(values), 65, np.int64)
             for start in range(0, len(given), _CHUNK):
                 some = given[start : start + _CHUNK]
-                bits = np.bitwise_count(some[:, None] ^ wanted[None, :])
-                least[known_at[start : start + len(some)]] = bits.min(axis=1)
+                places = known_at[start : start + len(some)]
+                for first in range(0, len(wanted), _CHUNK):
+                    bits = np.bitwise_count(some[:, None] ^ wanted[None, first : first + _CHUNK])
+                    least[places] = np.minimum(least[places], bits.min(axis=1))
             out.append((known, least))
         return out
 

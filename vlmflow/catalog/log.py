@@ -5,10 +5,10 @@ from __future__ import annotations
 import datetime as dt
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 from urllib.parse import unquote
 
 import pyarrow as pa
@@ -21,6 +21,7 @@ from vlmflow.retry import retried
 from vlmflow.storage import access_error
 
 TableName: TypeAlias = Literal["images", "embeddings"]
+Answer = TypeVar("Answer")
 
 APPLICATION_ID = "vlmflow"  # shared by all writers: each commit takes its next number
 # In the metadata of a commit:
@@ -85,6 +86,8 @@ class _Notes:
 class TableLog:
     """A handle on one table, moved to its newest version before each use. Driver only: it must not cross a fork.
 
+    Threads may share it for reading alone: who commits needs one that nobody else moves; see :meth:`from_now`.
+
     Attributes:
         opened_at: the version that was the newest when it was opened. It is to be opened before a run begins that
             commits through it: so no earlier version has revoked that run.
@@ -102,7 +105,9 @@ class TableLog:
         """Opens the table.
 
         Raises:
-            CatalogError: there is none, or another version of vlmflow wrote it.
+            CatalogError: there is none, it cannot be read, or another version of vlmflow wrote it.
+            StorageAccessError: the store refuses, or is gone.
+            TransientError: the store is out of reach.
         """
         try:
             table = retried(
@@ -116,6 +121,7 @@ class TableLog:
                 remedy="Check the address, or create the catalog with `vlmflow enrich`.",
             ) from error
         except (DeltaError, OSError) as error:
+            folder.check_access()
             raise _unusable(folder, name, "cannot be read", error) from error
         found = table.metadata().configuration.get(_SCHEMA_VERSION_KEY)
         if found not in (SCHEMA_VERSION, *UPGRADABLE):
@@ -126,9 +132,16 @@ class TableLog:
         return cls(folder, name, table)
 
     def from_now(self) -> TableLog:
-        """The same handle, opened now: for a run that begins long after, because the log does not go back for ever."""
-        log = TableLog(self.folder, self.name, self.refreshed_table())
-        log._notes = self._notes
+        """A handle of its own on the same table, opened now: for a run that begins long after this one was.
+
+        The log does not go back for ever. And this handle may be moved by another thread at any moment: a commit
+        through it would be made from a version that it was not decided on.
+
+        Raises:
+            CatalogError, StorageAccessError, TransientError: as :meth:`open`.
+        """
+        log = TableLog.open(self.folder, self.name)
+        log._notes = self._notes  # of versions that do not change: what was read is not read again
         return log
 
     @property
@@ -149,16 +162,17 @@ class TableLog:
                 # In a property of our own deltalake sees nothing that it knows.
                 table.alter.set_table_properties({_SCHEMA_VERSION_KEY: SCHEMA_VERSION}, raise_if_not_exists=False)
 
-        try:
-            retried(mark, _DELTA_ERRORS)
-        except (DeltaError, OSError) as error:
-            raise access_error(error, self.folder.config.uri) from error
+        _answered(self.folder, mark)
 
     @classmethod
     def exists(cls, folder: Folder, name: TableName) -> bool:
-        """Whether the table is there."""
+        """Whether the table is there.
+
+        Raises:
+            StorageAccessError, TransientError: as :meth:`refreshed_table`.
+        """
         uri, options = folder.table_uri(name), folder.storage_options
-        return retried(lambda: DeltaTable.is_deltatable(uri, storage_options=options), _DELTA_ERRORS)
+        return _answered(folder, lambda: DeltaTable.is_deltatable(uri, storage_options=options))
 
     @classmethod
     def open_or_create(cls, folder: Folder, name: TableName, columns: pa.Schema) -> TableLog:
@@ -176,12 +190,13 @@ class TableLog:
         return cls.open(folder, name)
 
     def refreshed_table(self) -> DeltaTable:
-        """The handle, at the newest version."""
-        try:
-            retried(self.table.update_incremental, _DELTA_ERRORS)
-        except (DeltaError, OSError) as error:
-            self.folder.check_access()
-            raise access_error(error, self.folder.config.uri) from error
+        """The handle, at the newest version.
+
+        Raises:
+            StorageAccessError: the store refuses, or is gone.
+            TransientError: the store is out of reach.
+        """
+        _answered(self.folder, self.table.update_incremental)
         return self.table
 
     def refresh(self) -> Snapshot:
@@ -254,25 +269,28 @@ class TableLog:
             self.folder.delete_all([path for path in paths if path not in live])
 
     def removed_files(self, age: dt.timedelta) -> frozenset[str]:
-        """The paths of files that were live once and that the log says were removed at least so long ago."""
+        """The paths of files that were live once and that the log says were removed at least so long ago.
+
+        Raises:
+            StorageAccessError, TransientError: as :meth:`refreshed_table`.
+        """
         hours = -(-age // dt.timedelta(hours=1))  # whole ones, rounded up: rather kept than lost
         table = self.refreshed_table()
-        try:
-            found = retried(
-                lambda: table.vacuum(retention_hours=hours, dry_run=True, enforce_retention_duration=False),
-                _DELTA_ERRORS,
-            )
-        except (DeltaError, OSError) as error:
-            raise access_error(error, self.folder.config.uri) from error
+        found = _answered(
+            self.folder, lambda: table.vacuum(retention_hours=hours, dry_run=True, enforce_retention_duration=False)
+        )
         return frozenset(unquote(path) for path in found)
 
     def files_at(self, version: int) -> frozenset[str]:
-        """The paths of the files that were live at an earlier version; -1: before the table was there."""
+        """The paths of the files that were live at an earlier version; -1: before the table was there.
+
+        Raises:
+            StorageAccessError, TransientError: as :meth:`refreshed_table`.
+        """
         if version < 0:
             return frozenset()
         uri, options = self.folder.table_uri(self.name), self.folder.storage_options
-        table = retried(lambda: DeltaTable(uri, version, storage_options=options), _DELTA_ERRORS)
-        return frozenset(_live_files(table))
+        return _answered(self.folder, lambda: frozenset(_live_files(DeltaTable(uri, version, storage_options=options))))
 
 
 def file_stats(name: TableName, rows: pa.Table) -> str:
@@ -290,6 +308,15 @@ def file_stats(name: TableName, rows: pa.Table) -> str:
         {"numRecords": rows.num_rows, "minValues": lowest, "maxValues": highest, "nullCount": nulls},
         separators=(",", ":"),
     )
+
+
+def _answered(folder: Folder, ask: Callable[[], Answer]) -> Answer:
+    """What deltalake answers; where the store does not let it, that is said in our words."""
+    try:
+        return retried(ask, _DELTA_ERRORS)
+    except (DeltaError, OSError) as error:
+        folder.check_access()
+        raise access_error(error, folder.config.uri) from error
 
 
 def _create(folder: Folder, name: TableName, columns: pa.Schema) -> None:

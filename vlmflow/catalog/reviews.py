@@ -21,7 +21,7 @@ from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.judged import chosen, judge, of_list
 from vlmflow.catalog.keys import KeyIndex, index_of, to_binary, to_words
 from vlmflow.catalog.known_images import KnownImages
-from vlmflow.catalog.log import DataFile
+from vlmflow.catalog.log import DataFile, Snapshot
 from vlmflow.catalog.masks import Mask, equal, is_valid
 from vlmflow.catalog.read import read_each, read_rows
 from vlmflow.catalog.rows import rows_of_image_errors
@@ -100,13 +100,15 @@ class ReviewStore:
 
     def files(self) -> dict[str, pa.Table]:
         """The files of verdicts by path, each as :data:`EVENT`. What was read stays in memory."""
+        held = self._read  # once: another thread may put what it has listed in its place
         paths = sorted(file.path for file in self._folder.list(REVIEWS) if file.path.endswith(".parquet"))
-        new = [path for path in paths if path not in self._read]
+        new = [path for path in paths if path not in held]
         with ThreadPoolExecutor(max_workers=_AT_ONCE) as pool:
             tables = pool.map(lambda path: conform(self._folder.read_parquet(path), EVENT), new)
-            read = self._read | dict(zip(new, tables, strict=True))
-        self._read = {path: read[path] for path in paths}
-        return self._read
+            read = held | dict(zip(new, tables, strict=True))
+        found = {path: read[path] for path in paths}
+        self._read = found
+        return found
 
     def newest(self) -> pa.Table:
         """The newest decision on each image and its bytes, those taken back included."""
@@ -123,23 +125,21 @@ class ReviewStore:
 
 def apply_verdicts(
     folder: Folder,
-    columns: pa.Schema,
     newest: pa.Table,
     known: KnownImages,
     lists_changed: bool,
     run_id: str,
-    live_files: Callable[[], dict[str, DataFile]],
+    look: Callable[[], Snapshot],
     swap: Callable[[Sequence[tuple[DataFile, DataFile]]], list[DataFile]],
     first: Sequence[str] = (),
 ) -> JudgeResult:
     """Brings verdicts into the rows that they are about; those that are there already change nothing.
 
     Args:
-        columns: the schema of the images table.
         newest: of :meth:`ReviewStore.newest`.
         known: says of images that nobody has judged whether a list has them.
         lists_changed: looks at every row, not only at those that people have judged.
-        live_files: gives the files of the newest version.
+        look: gives the newest version of the images table.
         swap: puts rewritten files in place of live ones, and gives back those that were not live any more.
         first: paths of files that are likely to hold the images: they are looked at before others, and these no more
             once all images have been met.
@@ -156,7 +156,9 @@ def apply_verdicts(
     judged_images = set(newest["image_id"].to_pylist())
     left, likely = set(judged_images), set(first)  # left: images not met yet
     for _ in range(_MAX_ROUNDS):
-        files = [file for path, file in live_files().items() if path not in seen]
+        images = look()
+        columns = images.schema  # of this very version: another writer may have added some, and files that hold them
+        files = [file for path, file in images.files.items() if path not in seen]
         files.sort(key=lambda file: file.path not in likely)
         if not files or not (left or lists_changed):
             result.num_waiting = newest.num_rows - len(matched)

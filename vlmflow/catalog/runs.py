@@ -110,10 +110,15 @@ class RunStore:
         finally:
             self.finish(run_id, record | {"status": status, "finished_at": dt.datetime.now(dt.UTC).isoformat()})
 
-    def finish(self, run_id: str, record: dict[str, Any]) -> None:
-        """Puts the final record in place and gives up the lease."""
+    def finish(self, run_id: str, record: dict[str, Any], *, keep_lease: bool = False) -> None:
+        """Puts the final record in place and gives up the lease.
+
+        Args:
+            keep_lease: the run has left something undone, and counts as one that died until a vacuum buries it.
+        """
         self._put(run_id, record)
-        self._folder.delete(_lease(run_id))
+        if not keep_lease:
+            self._folder.delete(_lease(run_id))
 
     def get(self, run_id: str) -> dict[str, Any] | None:
         """The record of a run; None: there is no such run."""
@@ -130,10 +135,15 @@ class RunStore:
         return {run: files.state for run, files in self._files().items()}
 
     def bury(self, run_id: str) -> None:
-        """Says in the record of a dead run that it is, and takes its lease away. It must have been revoked."""
+        """Says in the record of a dead run that it is, and takes its lease away. It must have been revoked.
+
+        Late verdicts must be in its rows too: the next run looks for them only where a run has a lease.
+        """
         record = self.get(run_id) or {}
-        message = "died: it gave no sign of life, and a vacuum has removed what it had not committed"
-        self.finish(run_id, record | {"status": "failed", "state": "dead", "message": message})
+        if record.get("status", "running") == "running":  # else it says itself how it ended
+            message = "died: it gave no sign of life, and a vacuum has removed what it had not committed"
+            record |= {"status": "failed", "state": "dead", "message": message}
+        self.finish(run_id, record)
 
     def over(self) -> set[str]:
         """The runs that commit no more: finished, or buried.

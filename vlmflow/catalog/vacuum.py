@@ -53,6 +53,8 @@ def vacuum(
     is listed: from then on they cannot commit, even if their process was only suspended. The folder is listed before
     the logs are read. So what a run has committed is seen as live, and what a run may still commit is never touched.
 
+    The runs that it has revoked are still to be buried: :meth:`vlmflow.catalog.runs.RunStore.bury`.
+
     Args:
         run_id: of this vacuum.
         retention: how long files of old versions stay for time travel and slow readers.
@@ -88,9 +90,6 @@ def vacuum(
             if found.kind == "foreign" and len(foreign) < _NUM_EXAMPLES:
                 foreign.append(found.file.path)
     failed = [] if dry_run else folder.delete_all(doomed)
-    if not dry_run:
-        for run in dead:
-            runs.bury(run)
     return VacuumResult(
         dry_run=dry_run,
         num_files={kind: kinds[kind] for kind in ("orphan", "staged", "old")},

@@ -19,7 +19,7 @@ import ray
 
 from vlmflow.catalog import Catalog
 from vlmflow.catalog.folder import Folder
-from vlmflow.catalog.log import DataFile
+from vlmflow.catalog.log import DataFile, Snapshot
 from vlmflow.catalog.runs import new_run_id
 from vlmflow.catalog.where import check_where
 from vlmflow.config import Frozen, Job
@@ -137,7 +137,7 @@ def remoderate(
     prepared = prepare(job.model_copy(update={"tasks": tasks}))
     catalog = Catalog.open(job.catalog)
     if scope.where is not None:
-        check_where(scope.where, catalog.images_schema)
+        check_where(scope.where, catalog.newest_images.schema)
     return _Remoderation(prepared, catalog, scope, rollback, dry_run, display).execute()
 
 
@@ -166,7 +166,6 @@ class _Remoderation:
         self._started_at = dt.datetime.now(dt.UTC)
         self._clock = time.monotonic()
         self._folder = Folder(prepared.job.catalog)
-        self._columns = catalog.images_schema
         self._totals = _Totals()
         self._tally = Tally()
         self._max_tasks = 1
@@ -203,8 +202,8 @@ class _Remoderation:
             yield self._target(policy, None)
             return
         self._display.stage("looking for rows to roll back")
-        files = [file for file in self._catalog.live_files("images").values() if self._scope.holds(file)]
-        scans = list(self._scan(files, None))
+        images = self._catalog.newest_images
+        scans = list(self._scan([file for file in images.files.values() if self._scope.holds(file)], images, None))
         self._totals.num_first = sum(scan.num_first for scan in scans)
         for digest in sorted({digest for scan in scans for digest in scan.previous}):
             yield self._target(archived_policy(self._catalog, digest), self._rollback)
@@ -231,10 +230,10 @@ class _Remoderation:
         """Rewrites files until no live one holds a row that should move."""
         seen: set[str] = set()
         for _ in range(_MAX_ROUNDS):
-            live = self._catalog.live_files("images")
-            files = [file for path, file in live.items() if path not in seen and self._scope.holds(file)]
+            images = self._catalog.newest_images
+            files = [file for path, file in images.files.items() if path not in seen and self._scope.holds(file)]
             self._display.stage(f"looking through {len(files):,} files")
-            scans = [scan for scan in self._scan(files, target) if scan.num_wanted]
+            scans = [scan for scan in self._scan(files, images, target) if scan.num_wanted]
             seen |= {file.path for file in files}
             if not scans:
                 return
@@ -244,22 +243,22 @@ class _Remoderation:
                 archive_policy(self._catalog, target.policy, None, "")
             self._tally.total += sum(scan.num_wanted for scan in scans)
             self._display.stage(f"moderating under {target.policy.name} {target.policy.version}")
-            self._round(scans, target, seen)
+            self._round(scans, images, target, seen)
             if self._dry_run:
                 return
         logger.warning(
             "images go on arriving under another policy than %s: another run writes them", target.policy.name
         )
 
-    def _round(self, scans: list[Scan], target: Target, seen: set[str]) -> None:
-        """One pass over files, partition by partition. What others have moved meanwhile is left to the next."""
+    def _round(self, scans: list[Scan], images: Snapshot, target: Target, seen: set[str]) -> None:
+        """One pass over files of a version, with its columns. What others have moved meanwhile is left to the next."""
         shared = ray.put(target)
         for date in sorted({scan.file.ingest_date for scan in scans}):
             part = [scan for scan in scans if scan.file.ingest_date == date]
             scored = self._score(date, shared) if any(scan.num_computed for scan in part) else []
             pending: list[Done] = []
             since = time.monotonic()
-            for done in self._in_order(relabel_file, part, self._arguments_of(shared, scored)):
+            for done in self._in_order(relabel_file, part, self._arguments_of(images, shared, scored)):
                 self._count(done)
                 if done.new is not None:
                     pending.append(done)
@@ -269,11 +268,11 @@ class _Remoderation:
             self._swap(pending, seen)
 
     def _arguments_of(
-        self, target: ray.ObjectRef[Target], scored: list[ray.ObjectRef[ScoredVectors]]
+        self, images: Snapshot, target: ray.ObjectRef[Target], scored: list[ray.ObjectRef[ScoredVectors]]
     ) -> Callable[[Scan], tuple[Any, ...]]:
         def arguments(scan: Scan) -> tuple[Any, ...]:
             needed = scored if scan.num_computed else []
-            return (self._folder, scan.file, self._columns, target, self._scope.where, self._dry_run, *needed)
+            return (self._folder, scan.file, images.schema, target, self._scope.where, self._dry_run, *needed)
 
         return arguments
 
@@ -289,12 +288,12 @@ class _Remoderation:
                 _, running = ray.wait(running, num_returns=1, fetch_local=False)
         return refs
 
-    def _scan(self, files: list[DataFile], target: Target | None) -> Iterator[Scan]:
+    def _scan(self, files: list[DataFile], images: Snapshot, target: Target | None) -> Iterator[Scan]:
         shared = ray.put(target)
         return self._in_order(
             scan_file,
             files,
-            lambda file: (self._folder, file, self._columns, shared, self._scope.where, self._rollback),
+            lambda file: (self._folder, file, images.schema, shared, self._scope.where, self._rollback),
         )
 
     def _in_order(

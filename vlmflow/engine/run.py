@@ -147,6 +147,7 @@ class _Run:
         self._clock = time.monotonic()
         self._startup_s = 0.0
         self._num_cpus = 0.0
+        self._verdicts_due = False  # late ones may be lacking in rows that it has committed
 
     def _tried_pools(self, stages: Stages, cluster: Cluster) -> tuple[PoolConfig, ...]:
         """The pools that a preflight chooses; the default ones where no image of the sample could be tried."""
@@ -224,7 +225,9 @@ class _Run:
 
     def _record_end(self, catalog: Catalog, report: RunReport) -> None:
         try:
-            catalog.runs.finish(self._run_id, report.model_dump(mode="json") | {"state": report.status})
+            record = report.model_dump(mode="json") | {"state": report.status}
+            # The next run looks at every row while another has a lease.
+            catalog.runs.finish(self._run_id, record, keep_lease=self._verdicts_due)
         except VlmflowError as error:
             # The rows are committed, or what ended the run is on its way to the user: the record matters less.
             logger.warning("the record of run %s could not be completed: %s", self._run_id, error)
@@ -273,20 +276,25 @@ class _Run:
     @contextlib.contextmanager
     def _with_late_verdicts(self, catalog: Catalog, collector: Collector) -> Iterator[None]:
         """Brings in late verdicts after the block, however it ends: what it has committed stays."""
+        self._verdicts_due = True
         try:
             yield
         except BaseException:
             try:
-                bring_in_late_verdicts(catalog, self._run_id, collector.known, self._collected.keys)
+                self._bring_in_verdicts(catalog, collector)
             except VlmflowError as error:
                 # What ended the run is on its way to the user.
                 logger.warning(
-                    "verdicts and lists given during run %s may not be in its rows: %s; import or add them again",
+                    "verdicts and lists given during run %s may not be in its rows: %s; the next run brings them in",
                     self._run_id,
                     error,
                 )
             raise
+        self._bring_in_verdicts(catalog, collector)
+
+    def _bring_in_verdicts(self, catalog: Catalog, collector: Collector) -> None:
         bring_in_late_verdicts(catalog, self._run_id, collector.known, self._collected.keys)
+        self._verdicts_due = False
 
     def _run_lost(self, stages: Stages, collector: Collector, metrics: RunMetrics) -> None:
         """Runs the images that went in and did not come out, each alone.

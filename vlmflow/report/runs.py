@@ -57,4 +57,6 @@ def _facts(run_id: str, state: str, record: dict[str, Any]) -> RunFacts:
         report = RunReport.model_validate(known)
     except ValidationError:
         report = None
+    if record.get("status", "running") != "running":  # it has its figures, though it may keep a lease
+        state = "finished"
     return RunFacts(run_id, state, record, report)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import datetime as dt
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from tests.catalog_samples import enrich, fingerprints, image_id, open_catalog, references, request, rows_by_name, write
 from vlmflow.catalog import Catalog
+from vlmflow.catalog import commit as commit_module
 from vlmflow.catalog.due import PlanRequest
 from vlmflow.catalog.folder import Folder
-from vlmflow.catalog.known_images import KnownList
+from vlmflow.catalog.known_images import KnownImages, KnownList
 from vlmflow.catalog.reviews import EVENT
 from vlmflow.config import CatalogConfig
 from vlmflow.moderation.verdicts import reviewed
@@ -83,6 +86,44 @@ def test_an_import_that_died_between_verdicts_and_rows_is_finished_by_the_next(c
     assert (again.num_changed, again.flips) == (0, {})
 
 
+def test_verdicts_are_committed_though_another_thread_looks_for_a_newer_version(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the app: a night commits inside the verdicts' commit, and the poll moves the catalog's handle there.
+
+    The night brings a column of the caller's, which stays in rows that are written anew for a verdict.
+    """
+    titles, columns = [{"title": name.upper()} for name in NAMES], pa.schema([("title", pa.string())])
+    say(catalog, "a", "block")
+    check = commit_module._check
+
+    def a_night_and_a_poll(*args: Any) -> None:
+        monkeypatch.setattr(commit_module, "_check", check)
+        enrich(open_catalog(catalog.uri, columns), "r2", [references(NAMES, version="v2", source=titles)])
+        assert catalog.version == 3
+        check(*args)
+
+    monkeypatch.setattr(commit_module, "_check", a_night_and_a_poll)
+    assert catalog.apply_verdicts().num_changed == 1
+    rows = rows_by_name(catalog)
+    assert [(rows[name]["seen_version"], rows[name]["source"]) for name in NAMES] == [("v2", title) for title in titles]
+    assert decided(catalog)["a"] == ("block", "verdict")
+
+
+def test_files_of_verdicts_are_read_by_two_threads_at_once(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    say(catalog, "a", "block")
+    assert len(catalog.reviews.files()) == 1
+    say(catalog, "b", "block")
+    original = Folder.read_parquet
+
+    def beside_one_that_listed_earlier(self: Folder, path: str, columns: object = None) -> pa.Table:
+        catalog.reviews._read = {}
+        return original(self, path, columns)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Folder, "read_parquet", beside_one_that_listed_earlier)
+    assert len(catalog.reviews.files()) == 2
+
+
 def test_lists_and_people(catalog: Catalog) -> None:
     hashes = tuple(f"bytes-mem://{name}" for name in NAMES)
     catalog.known_images.put(KnownList("banned", "block", hashes))
@@ -98,6 +139,24 @@ def test_lists_and_people(catalog: Catalog) -> None:
     catalog.known_images.remove("banned")
     catalog.apply_verdicts(lists_changed=True)
     assert decided(catalog) == dict.fromkeys(NAMES, ("allow", "cat"))
+
+
+def test_a_long_list_of_looks_is_matched_in_little_memory() -> None:
+    known = np.random.default_rng(0).integers(0, 2**63, 20_000, np.uint64)
+    looks = [f"{value:016x}" for value in known]
+    seen = [None, *(f"{value:016x}" for value in np.random.default_rng(1).integers(0, 2**63, 2_000, np.uint64))]
+    seen[5], seen[-1] = f"{known[7] ^ np.uint64(3):016x}", looks[-1]
+    matcher = KnownImages([KnownList("looks", "block", (), tuple(looks), max_distance=2)])
+    content_hash, phash = pa.chunked_array([pa.nulls(len(seen), pa.string())]), pa.chunked_array([seen], pa.string())
+    tracemalloc.start()
+    try:
+        found = matcher.verdicts(content_hash, phash)
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 32 * 2**20
+    assert np.flatnonzero(found.is_valid()).tolist() == [5, len(seen) - 1]
+    assert found[5].as_py()["reason"] == "looks like a listed image (2 of 64 bits differ)"
 
 
 def test_compaction_and_verdicts_go_together(catalog: Catalog, tmp_path: Path) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import datetime as dt
+import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
@@ -13,8 +16,12 @@ from tests.catalog_samples import config_of, enrich, image_id, open_catalog, ref
 from vlmflow.catalog import Catalog, keys
 from vlmflow.catalog.known_images import KnownImages
 from vlmflow.catalog.reviews import EVENT
+from vlmflow.catalog.runs import DEAD_AFTER
+from vlmflow.engine.collect import Collected
 from vlmflow.engine.late_verdicts import bring_in_late_verdicts
+from vlmflow.engine.run import _Run
 from vlmflow.known import add_list, remove_list
+from vlmflow.report.runs import find_run
 
 NAMES = ["a", "b", "c"]
 NO_LISTS = KnownImages([])
@@ -78,3 +85,68 @@ def test_the_run_after_one_that_was_killed_looks_at_every_row(catalog: Catalog) 
     block(catalog, "c")
     bring_in_late_verdicts(catalog, "r3", None, [])
     assert blocked(catalog) == {"b"}
+
+
+def test_a_vacuum_looks_at_every_row_before_it_buries_a_run(catalog: Catalog) -> None:
+    catalog.runs.start("killed", {})
+    add_list(config_of(catalog.uri), "banned", "block", ["bytes-mem://d"])
+    enrich(catalog, "killed", [references(["d"])])  # by workers that do not know the list
+    died_at = time.time() - DEAD_AFTER.total_seconds() - 5
+    os.utime(Path(catalog.uri) / "runs" / "killed.lease", (died_at, died_at))
+    assert catalog.vacuum().revoked == ("killed",)
+    assert catalog.runs.state("killed") == "finished"
+    assert blocked(catalog) == {"d"}
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_the_run_after_one_that_was_stopped_while_it_brought_them_in_looks_at_every_row(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch, early: bool
+) -> None:
+    """``early``: the run was on its way to its end with an error."""
+    with pytest.raises(KeyboardInterrupt):
+        _stop_a_run(catalog, monkeypatch, early)
+    monkeypatch.undo()
+    shown = find_run(catalog, "stopped")
+    assert shown is not None
+    assert (shown.state, shown.record["status"]) == ("finished", "interrupted")
+    assert blocked(catalog) == set()
+    bring_in_late_verdicts(catalog, "r3", catalog.known_images.matcher(), [])
+    assert blocked(catalog) == {"d"}
+    catalog.runs.bury("stopped")
+    assert (catalog.runs.get("stopped") or {})["status"] == "interrupted", "it says itself how it ended"
+
+
+def test_a_run_that_brought_them_in_is_finished(catalog: Catalog) -> None:
+    run = _run("done")
+    with run._recorded(catalog), run._with_late_verdicts(catalog, SimpleNamespace(known=NO_LISTS)):  # type: ignore[arg-type]
+        run._collected.keys += committed()
+    assert catalog.runs.state("done") == "finished"
+
+
+class _Report(SimpleNamespace):
+    def model_dump(self, mode: str) -> dict[str, str]:
+        return {"status": self.status}
+
+
+def _run(run_id: str) -> _Run:
+    run = _Run.__new__(_Run)
+    report = lambda status, message="": _Report(status=status)  # noqa: E731
+    run.__dict__ |= {"_run_id": run_id, "_report": _Report(status="running"), "_finished": report}
+    run._collected, run._verdicts_due = Collected(), False
+    return run
+
+
+def _stop_a_run(catalog: Catalog, monkeypatch: pytest.MonkeyPatch, early: bool) -> None:
+    run = _run("stopped")
+    before = SimpleNamespace(known=catalog.known_images.matcher())
+    with run._recorded(catalog), run._with_late_verdicts(catalog, before):  # type: ignore[arg-type]
+        add_list(config_of(catalog.uri), "banned", "block", ["bytes-mem://d"])
+        enrich(catalog, "stopped", [references(["d"])])
+        run._collected.keys += committed(["d"])
+        monkeypatch.setattr(Catalog, "apply_verdicts", _stopped)
+        if early:
+            raise ValueError
+
+
+def _stopped(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt

@@ -10,13 +10,14 @@ import pytest
 from deltalake import DeltaTable
 from deltalake.exceptions import CommitFailedError
 
-from tests.catalog_samples import enrich, on_both_stores, references, request, rows_by_name, write
+from tests.catalog_samples import enrich, image_id, on_both_stores, references, request, rows_by_name, write
 from vlmflow import retry as retry_module
 from vlmflow.catalog import Catalog
 from vlmflow.catalog import commit as commit_module
 from vlmflow.catalog import log as log_module
 from vlmflow.catalog.commit import Change, CommitRequest, commit
 from vlmflow.catalog.folder import Folder
+from vlmflow.catalog.keys import to_binary
 from vlmflow.catalog.log import COMMIT_ID, Snapshot, TableLog
 from vlmflow.catalog.read import read_rows
 from vlmflow.catalog.writer import write_file
@@ -40,6 +41,19 @@ def test_a_commit_made_twice_is_made_once(catalog: Catalog, config: CatalogConfi
     catalog.compact("r4")
     assert catalog.commit("r3", staged).repeated
     assert len(rows_by_name(catalog)) == len(NAMES) + 1
+
+
+def test_a_commit_of_which_nothing_was_left_is_made_once_too(catalog: Catalog, config: CatalogConfig) -> None:
+    """All its images were erased since: what it wrote of them is deleted, and cannot be decided on again."""
+    enrich(catalog, "r0", [references(NAMES)])
+    staged = write(catalog, "r1", [references(NAMES[:2], version="v2")], content="new")
+    erased = to_binary(pa.array([image_id(name) for name in NAMES[:2]], pa.string()))
+    catalog.erase(erased)
+    assert catalog.commit("r1", staged).num_erased == 2
+    catalog.lift(erased)
+    again = Catalog.open(config).commit("r1", staged)
+    assert (again.repeated, again.num_added, again.num_replaced) == (True, 0, 0)
+    assert sorted(rows_by_name(catalog)) == sorted(NAMES[2:])
 
 
 @on_both_stores

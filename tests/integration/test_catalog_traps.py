@@ -122,9 +122,9 @@ def test_ours_take_the_next_number_and_look_for_the_keys(catalog: Catalog, confi
     ours, theirs = (write(catalog, run, [references(NAMES)]) for run in ("r1", "r2"))
     catalog.commit("r1", ours)
     assert Catalog.open(config).commit("r2", theirs).num_dropped == len(NAMES)
-    assert TableLog.open(Folder(config), "images").refresh().number == 1  # nothing to add is no commit
+    assert TableLog.open(Folder(config), "images").refresh().number == 2  # nothing to add is a commit as well
     enrich(catalog, "r3", [references(["more"])])
-    assert TableLog.open(Folder(config), "images").refresh().number == 2
+    assert TableLog.open(Folder(config), "images").refresh().number == 3
 
 
 def test_a_file_removed_twice(catalog: Catalog, raw: Raw) -> None:

@@ -359,7 +359,8 @@ class Catalog:
             change = Change(add=tuple(without_erased(self._folder, self._embeddings, written, erased, run_id)))
             return change
 
-        request = CommitRequest(commit_id, run_id, "append", pc.min(files["plan_version"]).as_py())
+        # Though all were erased: whoever makes it again must find it, for what it left out is deleted then.
+        request = CommitRequest(commit_id, run_id, "append", pc.min(files["plan_version"]).as_py(), always=True)
         done = commit(self._embeddings, request, propose)
         if not done.repeated:
             committed = {file.path for file in change.add}
@@ -372,7 +373,7 @@ class Catalog:
             return Outcome(), Committed(self.version, 0, repeated=False)
         since: int = pc.min(files["plan_version"]).as_py()
         changes = ImageChanges(self._folder, run_id, files, self._added_since(since), self._tombstones)
-        done = commit(self._images, CommitRequest(commit_id, run_id, "enrich", since), changes.propose)
+        done = commit(self._images, CommitRequest(commit_id, run_id, "enrich", since, always=True), changes.propose)
         if not done.repeated:
             self._images.delete_leftovers(changes.leftovers())
         return (Outcome() if done.repeated else changes.outcome), done

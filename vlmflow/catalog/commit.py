@@ -50,7 +50,9 @@ class CommitRequest:
     operation: str  # append, replace, compact, add_columns, ...: for people who read the log
     since: int  # version of the table before the first attempt
     revokes: tuple[str, ...] = ()  # runs that may commit no more once this commit is made
-    always: bool = False  # commit even if nothing changes, so that whoever decided before decides anew
+    always: bool = (
+        False  # commit even if nothing changes: whoever decided before decides anew, and it is not made twice
+    )
 
 
 @dataclass(frozen=True)

@@ -44,10 +44,10 @@ test-all: lint types ## every test, the slow ones too
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 gpu: setup ## with a CUDA device: the tests that want one, and the figures that wait for one; ten minutes by estimate
-	$(BIN)/python -m pytest -m gpu
-	$(BIN)/python -m benchmarks.blip_caption --device cuda
-	$(BIN)/python -m benchmarks.vilt_answer --device cuda
-	$(BIN)/python -m benchmarks.gpu_enrich --device cuda
+	@$(BIN)/python -m pytest -m gpu; failed=$$?; \
+	for script in blip_caption vilt_answer gpu_enrich; do \
+		$(BIN)/python -m benchmarks.$$script --device cuda || failed=1; \
+	done; exit $$failed  # what fails does not keep the figures away
 
 clean: ## remove the demo catalog and caches; keeps .venv
 	rm -rf demo-catalog .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

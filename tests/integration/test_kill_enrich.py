@@ -66,7 +66,7 @@ def run_to_its_end(images: Path, root: Path, config: Path) -> RunReport:
     """The same run in this process, which no one kills."""
     places = {"source": {"uri": str(images)}, "catalog": {"uri": str(root)}}
     report = enrich(load_job(config, {**places, "date": DATE}))
-    assert report.status == "done"
+    assert report.status in ("done", "nothing_due")  # the latter if it was killed behind its last commit
     return report
 
 

@@ -150,7 +150,7 @@ def test_killed_after_two_of_five_and_resumed_beside_a_night(
         night = nightly_enrichment(job_file, date=NIGHT, return_state=True)
         assert resumed.wait(280) == 0, (tmp_path / "resumed.log").read_text()
     # With the runs of the 3rd to the 5th, which nobody has reported: they were given their dates, as nights are.
-    assert night.message.startswith("2026-11-09: 7 rows new, 1 replaced"), night.message
+    assert night.message.startswith("2026-11-09: 7 rows new, 19 replaced"), night.message
     # Images that the night replaced after their partition had moved carry the job's policy: once more.
     assert run(job_file, policy=strict, end=dates[-1]).is_completed()
 

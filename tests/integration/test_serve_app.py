@@ -215,6 +215,27 @@ def test_a_picture_that_cannot_be_had_says_why_and_is_not_kept(tmp_path: Path) -
             assert str(tmp_path) not in answer.text
 
 
+def test_an_image_that_was_never_read_says_why_and_offers_nothing_that_fails(served: Served) -> None:
+    errors = [[{"stage": "decode", "class": "not_an_image", "message": "a text"}]]
+    put_rows(
+        served.config, ["broken"], run="run-9", uri=["/broken.jpg"], content_hash=[None], status=["unreadable"],
+        decision=["review"], errors=errors, embed_run_id=[None], embed_fingerprint=[None],
+    )  # fmt: skip
+    served.desk.shelf.refresh()
+    browser, row = served.browser().review_as("ada"), served.rows()["broken.jpg"]
+    image_id = row["image_id"]
+    assert "not_an_image" in browser.get(f"/picture/{image_id}").text
+    page, queue = (browser.get(path).text for path in (f"/image/{image_id}", f"/review?at={image_id}"))
+    for shown in (page, queue):
+        assert "could not be read: not_an_image. So nobody can judge it" in shown
+        assert "data-decision" not in shown
+        assert "Flagged: show" not in shown
+    assert f"/review?at={image_id}" not in page
+    assert f"/?like={image_id}" not in page
+    assert 'id="skip"' in queue
+    assert "not_an_image" in browser.judge(row, "allow", content_hash="").json()["error"]
+
+
 # What comes from outside
 
 

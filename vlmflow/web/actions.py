@@ -123,8 +123,10 @@ class Actions:
 
     def _judge(self, session: Session, form: VerdictForm) -> Response:
         row = self._desk.image(form.image_id)
-        if row is None or row["content_hash"] is None:
-            raise ConfigError("there is no such image, or it was never read", remedy="Reload the page.")
+        if row is None:
+            raise ConfigError("there is no such image", remedy="Reload the page.")
+        if row["content_hash"] is None:
+            raise ConfigError(pictures.why_unread(row), remedy="Nobody can judge it.")
         if row["content_hash"] != form.content_hash:
             return JSONResponse({"error": "The image has changed since you opened it. Reload the page."}, 409)
         if form.reviewer.strip() != session.reviewer:  # another tab of this browser has set another name

@@ -19,6 +19,7 @@ from vlmflow.search.searcher import Asked
 from vlmflow.views_search import printable
 from vlmflow.web.desk import PAGE_SIZE, Desk, Listing
 from vlmflow.web.filters import ALL_FACETS, SORTS, Filter, url
+from vlmflow.web.pictures import why_unread
 from vlmflow.web.sessions import Session
 
 MAX_QUERY_CHARS = 2_000
@@ -212,7 +213,7 @@ class Pages:
             "seen": "" if said is None else said.mark,
             "columns": [(name, value) for name, value in row.items() if name not in _SHOWN_APART],
             "source": row.get("source") or {},
-            "can_judge": row["content_hash"] is not None,
+            "unread": why_unread(row) if row["content_hash"] is None else "",
         }
 
     def _page(self, request: Request, name: str, status: int = 200, **values: Any) -> Response:

@@ -136,11 +136,13 @@ class Actions:
         judging = self._desk.judging
         held = judging.labels_of(form.image_id, session.reviewer, form.labels)
         labels = {name: value for name, value in form.labels.items() if held.get(name) != value}
-        if form.decision is None and not labels:
-            return JSONResponse({"message": "Nothing has changed.", "seen": form.seen})
-        before = self._desk.said(row)
+        before, decision, nothing = self._desk.said(row), form.decision, "Nothing has changed."
+        if decision == WITHDRAWN and (before is None or not before.stands):  # of a page from before an undo
+            decision, nothing = None, "There is no verdict to take back."
+        if decision is None and not labels:
+            return JSONResponse({"message": nothing, "seen": form.seen})
         judgement = Judgement(
-            form.image_id, form.content_hash, form.seen, session.reviewer, form.decision, labels, form.reason
+            form.image_id, form.content_hash, form.seen, session.reviewer, decision, labels, form.reason
         )
         is_taken, said = judging.judge(judgement)
         if not is_taken:
@@ -149,7 +151,7 @@ class Actions:
             Undo(
                 form.image_id,
                 form.content_hash,
-                "" if form.decision is None or said is None else said.mark,
+                "" if decision is None or said is None else said.mark,
                 None if before is None else before.decision,
                 "" if before is None else before.mark,
                 session.reviewer,
@@ -157,7 +159,7 @@ class Actions:
             )
         )
         self._desk.claims.drop(session.key)
-        return self._said(form.image_id, form.decision or "labels", said)
+        return self._said(form.image_id, decision or "labels", said)
 
     def _undo(self, session: Session) -> Response:
         if not session.given:

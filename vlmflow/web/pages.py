@@ -210,7 +210,7 @@ class Pages:
             "labels": [label | {"value": _value(label), "name": name_of(label)} for label in labels],
             "names": names,
             "judged": self._desk.judging.labels_of(row["image_id"], session.reviewer, names),
-            "seen": "" if said is None else said.mark,
+            "newest": said,
             "columns": [(name, value) for name, value in row.items() if name not in _SHOWN_APART],
             "source": row.get("source") or {},
             "unread": why_unread(row) if row["content_hash"] is None else "",

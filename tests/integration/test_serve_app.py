@@ -143,6 +143,16 @@ def test_each_score_of_a_label_has_its_own_map(served: Served) -> None:
     assert maps == [("gun%20%28finder%29", "show the map of gun (finder)"), ("gun", "show the map of gun")]
 
 
+def test_answers_are_shown_with_their_questions_and_scores(served: Served) -> None:
+    answers = [{"question": "Is it a bag?", "answer": "yes", "score": 0.75}, {"question": "Whose?", "answer": None}]
+    put_rows(served.config, ["new"], run="run-9", uri=["mem://new.jpg"], answers=[answers])
+    served.desk.shelf.refresh()
+    page = served.browser().get(f"/image/{served.rows()['new.jpg']['image_id']}").text
+    cells = [re.findall(r"<t[hd][^>]*>([^<]*)<", line) for line in page.splitlines() if 'scope="row"' in line]
+    assert cells == [["Is it a bag?", "yes", "0.750"], ["Whose?", "–", "–"]]
+    assert "{&#39;question&#39;" not in page
+
+
 def test_new_rows_are_shown_when_the_table_has_them(served: Served) -> None:
     browser = served.browser()
     browser.get("/")
@@ -173,7 +183,7 @@ def test_the_page_of_an_image_holds_all_its_columns_and_evidence(read_only: Serv
     for name, value in row.items():
         if isinstance(value, str):
             assert value in shown, name
-    for name in row.keys() - {"labels", "detections", "errors", "verdict", "source"}:
+    for name in row.keys() - {"labels", "detections", "answers", "errors", "verdict", "source"}:
         assert f"<dt>{name}</dt>" in page
     gun = row["labels"][0]
     assert f"{gun['score']:.3f}" in shown

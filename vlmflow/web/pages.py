@@ -39,7 +39,7 @@ _VALUE_NAMES = {
     ("policy", ""): "not moderated",
 }
 # On the page of an image these have a place of their own.
-_SHOWN_APART = {"labels", "detections", "errors", "verdict", "source"}
+_SHOWN_APART = {"labels", "detections", "answers", "errors", "verdict", "source"}
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,7 @@ def test_what_cannot_be_filtered_by_is_said_in_a_sentence(read_only: Served, que
     answer = read_only.browser().get(f"/?{query}")
     assert answer.status_code == 400
     assert "That is not possible" in answer.text
+    assert query.startswith("sort") or "<p>Condition in SQL " in answer.text
     assert "Traceback" not in answer.text
 
 
@@ -349,6 +350,19 @@ def test_an_image_is_found_by_its_like_within_the_filters(starter: Served) -> No
     assert sorted(shown_ids(page)) == sorted(key for key, row in rows.items() if row["decision"] == "review")
     assert image_id not in shown_ids(browser.get(f"/?like={image_id}").text)
     assert "cosine" in page
+
+
+def test_what_cannot_be_had_is_said_in_sentences_without_options_of_the_command_line(served: Served) -> None:
+    put_rows(served.config, ["new"], run="run-9", uri=["mem://new.jpg"], embed_run_id=[None], embed_fingerprint=[None])
+    served.desk.shelf.refresh()
+    browser, image_id = served.browser(), served.rows()["new.jpg"]["image_id"]
+    unlike = text_of(browser.get(f"/?like={image_id}").text)
+    assert f"image '{image_id}' has no embedding" in unlike
+    absent = text_of(browser.get("/?like=" + "0" * 32).text)
+    assert f"\nImage '{'0' * 32}' is not in {served.config.uri}" in absent
+    assert "--" not in unlike + absent
+    nobody = browser.judge(served.rows()["0000.jpg"], "allow").json()["error"]
+    assert nobody.startswith("Nobody said who reviews. Write")
 
 
 def test_a_file_is_taken_as_a_query(starter: Served) -> None:

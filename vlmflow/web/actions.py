@@ -16,6 +16,7 @@ from vlmflow.catalog.reviews import WITHDRAWN
 from vlmflow.config import Frozen, ImageLimits, Job, describe_validation
 from vlmflow.errors import ConfigError, ImageError, TooLargeError, VlmflowError
 from vlmflow.explain import EVIDENCE_COLUMNS
+from vlmflow.views_search import sentence
 from vlmflow.web import pictures
 from vlmflow.web.desk import Desk
 from vlmflow.web.filters import url
@@ -205,7 +206,7 @@ class Actions:
 def refused(error: VlmflowError) -> Response:
     """An error as JSON, for the page to show."""
     status = 413 if isinstance(error, TooLargeError) else 422 if isinstance(error, ImageError) else 400
-    return JSONResponse({"error": " ".join(f"{error}. {error.remedy}".split())}, status)
+    return JSONResponse({"error": " ".join(f"{sentence(str(error))}. {error.remedy}".split())}, status)
 
 
 def _meanwhile(said: Said | None) -> Response:

@@ -16,7 +16,7 @@ from vlmflow.errors import ConfigError, VlmflowError
 from vlmflow.moderation.detections import name_of
 from vlmflow.search.page import link
 from vlmflow.search.searcher import Asked
-from vlmflow.views_search import printable
+from vlmflow.views_search import printable, sentence
 from vlmflow.web.desk import PAGE_SIZE, Desk, Listing
 from vlmflow.web.filters import ALL_FACETS, SORTS, Filter, url
 from vlmflow.web.pictures import why_unread
@@ -144,7 +144,7 @@ class Pages:
 
     def error(self, request: Request, message: str, remedy: str, status: int) -> Response:
         """What went wrong, in a sentence, and what to do."""
-        return self._page(request, "error.html", status, message=message, remedy=remedy)
+        return self._page(request, "error.html", status, message=sentence(message), remedy=remedy)
 
     def _asked(self, kind: str, value: str) -> Asked | str:
         """A query as the catalog sees it; an image by its id.

@@ -18,7 +18,7 @@ from vlmflow.imaging import PixelRequest
 from vlmflow.search.thumbnails import blur, picture_of
 from vlmflow.sources.again import Place, RowReader, place_of
 from vlmflow.sources.base import Fetched
-from vlmflow.views_search import printable
+from vlmflow.views_search import printable, sentence
 from vlmflow.web.cache import Cache
 
 SIZES = {"small": 256, "large": 768}  # longest side in pixels
@@ -138,7 +138,7 @@ def why_unread(row: Mapping[str, Any]) -> str:
 
 def placeholder(reason: str) -> Picture:
     """A grey square that says why there is no picture."""
-    words, lines = printable(reason).split()[:24], [""]
+    words, lines = printable(sentence(reason)).split()[:24], [""]
     for word in words:
         if len(lines[-1]) + len(word) > 26 and lines[-1]:
             lines.append("")

@@ -27,6 +27,7 @@ _MAX_SHOWN_MEMBERS = 5
 _INVISIBLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
 # What a spreadsheet takes for the beginning of a formula, full-width forms included.
 _FORMULA = re.compile("^[\\s\x00-\x1f\ufeff]*[=+\\-@|%＝＋－＠]")
+_WORD = re.compile(r"[a-z]+[:,]?(\s|$)")
 _COLOURS = {"allow": "green", "review": "yellow", "block": "red"}
 
 
@@ -35,6 +36,11 @@ def printable(text: str, max_chars: int | None = None) -> str:
     if max_chars is not None and len(text) > max_chars:
         text = f"{text[:max_chars]}… ({len(text):,} characters)"
     return _INVISIBLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def sentence(text: str) -> str:
+    """A text with a capital at its start; a name there, such as an address or a column, stays as it is written."""
+    return text[:1].upper() + text[1:] if _WORD.match(text) else text
 
 
 def as_csv(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

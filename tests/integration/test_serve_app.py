@@ -86,6 +86,7 @@ def test_what_cannot_be_filtered_by_is_said_in_a_sentence(read_only: Served, que
     answer = read_only.browser().get(f"/?{query}")
     assert answer.status_code == 400
     assert "That is not possible" in answer.text
+    assert query.startswith("sort") or "<p>Condition in SQL " in answer.text
     assert "Traceback" not in answer.text
 
 
@@ -143,6 +144,16 @@ def test_each_score_of_a_label_has_its_own_map(served: Served) -> None:
     assert maps == [("gun%20%28finder%29", "show the map of gun (finder)"), ("gun", "show the map of gun")]
 
 
+def test_answers_are_shown_with_their_questions_and_scores(served: Served) -> None:
+    answers = [{"question": "Is it a bag?", "answer": "yes", "score": 0.75}, {"question": "Whose?", "answer": None}]
+    put_rows(served.config, ["new"], run="run-9", uri=["mem://new.jpg"], answers=[answers])
+    served.desk.shelf.refresh()
+    page = served.browser().get(f"/image/{served.rows()['new.jpg']['image_id']}").text
+    cells = [re.findall(r"<t[hd][^>]*>([^<]*)<", line) for line in page.splitlines() if 'scope="row"' in line]
+    assert cells == [["Is it a bag?", "yes", "0.750"], ["Whose?", "–", "–"]]
+    assert "{&#39;question&#39;" not in page
+
+
 def test_new_rows_are_shown_when_the_table_has_them(served: Served) -> None:
     browser = served.browser()
     browser.get("/")
@@ -173,7 +184,7 @@ def test_the_page_of_an_image_holds_all_its_columns_and_evidence(read_only: Serv
     for name, value in row.items():
         if isinstance(value, str):
             assert value in shown, name
-    for name in row.keys() - {"labels", "detections", "errors", "verdict", "source"}:
+    for name in row.keys() - {"labels", "detections", "answers", "errors", "verdict", "source"}:
         assert f"<dt>{name}</dt>" in page
     gun = row["labels"][0]
     assert f"{gun['score']:.3f}" in shown
@@ -213,6 +224,27 @@ def test_a_picture_that_cannot_be_had_says_why_and_is_not_kept(tmp_path: Path) -
             assert answer.headers["content-type"].startswith("image/svg+xml")
             assert answer.headers["cache-control"] == "no-store"
             assert str(tmp_path) not in answer.text
+
+
+def test_an_image_that_was_never_read_says_why_and_offers_nothing_that_fails(served: Served) -> None:
+    errors = [[{"stage": "decode", "class": "not_an_image", "message": "a text"}]]
+    put_rows(
+        served.config, ["broken"], run="run-9", uri=["/broken.jpg"], content_hash=[None], status=["unreadable"],
+        decision=["review"], errors=errors, embed_run_id=[None], embed_fingerprint=[None],
+    )  # fmt: skip
+    served.desk.shelf.refresh()
+    browser, row = served.browser().review_as("ada"), served.rows()["broken.jpg"]
+    image_id = row["image_id"]
+    assert "not_an_image" in browser.get(f"/picture/{image_id}").text
+    page, queue = (browser.get(path).text for path in (f"/image/{image_id}", f"/review?at={image_id}"))
+    for shown in (page, queue):
+        assert "could not be read: not_an_image. So nobody can judge it" in shown
+        assert "data-decision" not in shown
+        assert "Flagged: show" not in shown
+    assert f"/review?at={image_id}" not in page
+    assert f"/?like={image_id}" not in page
+    assert 'id="skip"' in queue
+    assert "not_an_image" in browser.judge(row, "allow", content_hash="").json()["error"]
 
 
 # What comes from outside
@@ -318,6 +350,19 @@ def test_an_image_is_found_by_its_like_within_the_filters(starter: Served) -> No
     assert sorted(shown_ids(page)) == sorted(key for key, row in rows.items() if row["decision"] == "review")
     assert image_id not in shown_ids(browser.get(f"/?like={image_id}").text)
     assert "cosine" in page
+
+
+def test_what_cannot_be_had_is_said_in_sentences_without_options_of_the_command_line(served: Served) -> None:
+    put_rows(served.config, ["new"], run="run-9", uri=["mem://new.jpg"], embed_run_id=[None], embed_fingerprint=[None])
+    served.desk.shelf.refresh()
+    browser, image_id = served.browser(), served.rows()["new.jpg"]["image_id"]
+    unlike = text_of(browser.get(f"/?like={image_id}").text)
+    assert f"image '{image_id}' has no embedding" in unlike
+    absent = text_of(browser.get("/?like=" + "0" * 32).text)
+    assert f"\nImage '{'0' * 32}' is not in {served.config.uri}" in absent
+    assert "--" not in unlike + absent
+    nobody = browser.judge(served.rows()["0000.jpg"], "allow").json()["error"]
+    assert nobody.startswith("Nobody said who reviews. Write")
 
 
 def test_a_file_is_taken_as_a_query(starter: Served) -> None:

@@ -122,6 +122,21 @@ def test_undo_takes_back_to_what_was_before(served: Served) -> None:
     assert browser.write("/undo", json={}).status_code == 409
 
 
+def test_only_a_verdict_that_stands_can_be_taken_back(served: Served) -> None:
+    browser = served.browser().review_as("ada")
+    row = next(row for row in by_id(served).values() if row["decision"] == "review")
+    address, button = f"/image/{row['image_id']}", "Take the verdict back"
+    given = browser.judge(row, "block").json()["seen"]
+    assert button in browser.get(address).text
+    undone = browser.write("/undo", json={}).json()["seen"]
+    page = browser.get(address).text
+    assert button not in page
+    assert f'data-seen="{undone}"' in page
+    for seen in (given, undone):
+        assert "no verdict to take back" in browser.judge(row, "none", seen=seen).json()["message"]
+    assert Catalog.open(served.config).reviews.events()["decision"].to_pylist() == ["block", "none"]
+
+
 def test_labels_are_said_with_the_decision_and_feed_calibrate(served: Served) -> None:
     browser = served.browser().review_as("ada")
     row = next(iter(by_id(served).values()))

@@ -30,7 +30,7 @@ def check_where(where: str, columns: pa.Schema) -> None:
     # One reads the table that the condition is over. A list in `= ANY(...)` counts as a subquery that reads none.
     if sum(query["from_table"]["type"] != "EMPTY" for query in queries) > 1:
         raise ConfigError(
-            f"--where {where!r} has a subquery",
+            f"condition in SQL {where!r} has a subquery",
             remedy="Say what holds of a row alone; of a list, as in len([l FOR l IN labels IF l.score > 0.9]) > 0.",
         )
 
@@ -55,9 +55,9 @@ def nodes_of(where: str) -> Iterator[Any]:
     try:
         tree = json.loads((found or ("{}",))[0])
     except RecursionError as error:
-        raise ConfigError("--where nests its parts too deeply", remedy=_REMEDY) from error
+        raise ConfigError("condition in SQL nests its parts too deeply", remedy=_REMEDY) from error
     if tree.get("error", True):
-        raise ConfigError(f"--where {where!r}: {tree.get('error_message', 'no condition')}", remedy=_REMEDY)
+        raise ConfigError(f"condition in SQL {where!r}: {tree.get('error_message', 'no condition')}", remedy=_REMEDY)
     left: list[Any] = [tree]
     while left:
         node = left.pop()
@@ -86,7 +86,7 @@ def mask_where(rows: pa.Table, where: str) -> Mask:
 def _select(what: str, rows: pa.Table, where: str) -> npt.NDArray[Any]:
     """A value of each row of which a condition is true."""
     if where != where.encode("utf-8", "replace").decode("utf-8"):
-        raise ConfigError(f"--where {where!r} is not valid text", remedy=_REMEDY)
+        raise ConfigError(f"condition in SQL {where!r} is not valid text", remedy=_REMEDY)
     config: dict[str, str | bool | int | float | list[str]] = {
         "enable_external_access": "false",
         "threads": 1,
@@ -102,14 +102,15 @@ def _select(what: str, rows: pa.Table, where: str) -> npt.NDArray[Any]:
         try:
             statements = duckdb.extract_statements(f"SELECT {what} FROM images WHERE ({where})")
             if len(statements) != 1:
-                raise ConfigError(f"--where {where!r} is more than a condition", remedy=_REMEDY)
+                raise ConfigError(f"condition in SQL {where!r} is more than a condition", remedy=_REMEDY)
             duckdb.SQLExpression(where)  # refuses what closes the parenthesis above and goes on after it
             return next(iter(connection.execute(statements[0]).fetchnumpy().values()))
         except duckdb.InterruptException as error:
-            raise ConfigError(f"--where {where!r} took more than {_MAX_SECONDS:g} s", remedy=_REMEDY) from error
+            slow = f"condition in SQL {where!r} took more than {_MAX_SECONDS:g} s"
+            raise ConfigError(slow, remedy=_REMEDY) from error
         except duckdb.Error as error:
             reason = " ".join(str(error).split())[:200]
-            raise ConfigError(f"--where {where!r}: {reason}", remedy=_REMEDY) from error
+            raise ConfigError(f"condition in SQL {where!r}: {reason}", remedy=_REMEDY) from error
         finally:
             timer.cancel()
 

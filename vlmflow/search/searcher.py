@@ -263,16 +263,14 @@ class Searcher:
         assert self._snapshot is not None
         found = _rows_of(live, uri)
         if not len(found):
-            raise ConfigError(f"--like {uri!r}: no such image in {self._config.uri}", remedy="Name a uri of its rows.")
+            raise ConfigError(f"image {uri!r} is not in {self._config.uri}", remedy="Name a uri of its rows.")
         mask = np.zeros(len(live), np.bool_)
         mask[found] = True
         for positions, vectors in vector_blocks(self._folder, self._snapshot, live, mask):
             model = live.model_of(int(positions[0]))
             if model is not None:
                 return Asked(vectors[0], (model,), int(positions[0]))
-        raise SearchError(
-            f"--like {uri!r}: the image has no embedding", remedy="Run `vlmflow enrich` with the task embed."
-        )
+        raise SearchError(f"image {uri!r} has no embedding", remedy="Run `vlmflow enrich` with the task embed.")
 
     def _matching(self, live: LiveRows, models: Sequence[str], where: str | None) -> Mask:
         """A fresh mask of the rows that may be found."""

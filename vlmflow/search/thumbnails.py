@@ -65,8 +65,10 @@ def picture_of(
     """A small picture of what was read, squashed to a square; or why there is none.
 
     Args:
-        content_hash: of the bytes that the row was made of; of others no decision is known.
+        content_hash: of the bytes that the row was made of; of others no decision is known. None: of none.
     """
+    if content_hash is None:
+        return "it could not be read when it was enriched"
     if fetched.data is None:
         return fetched.message or "cannot be read"
     if hash_of(fetched.data) != content_hash:  # of a file that was written anew it may be no image at all

@@ -16,6 +16,7 @@ from vlmflow.catalog.reviews import WITHDRAWN
 from vlmflow.config import Frozen, ImageLimits, Job, describe_validation
 from vlmflow.errors import ConfigError, ImageError, TooLargeError, VlmflowError
 from vlmflow.explain import EVIDENCE_COLUMNS
+from vlmflow.views_search import sentence
 from vlmflow.web import pictures
 from vlmflow.web.desk import Desk
 from vlmflow.web.filters import url
@@ -123,8 +124,10 @@ class Actions:
 
     def _judge(self, session: Session, form: VerdictForm) -> Response:
         row = self._desk.image(form.image_id)
-        if row is None or row["content_hash"] is None:
-            raise ConfigError("there is no such image, or it was never read", remedy="Reload the page.")
+        if row is None:
+            raise ConfigError("there is no such image", remedy="Reload the page.")
+        if row["content_hash"] is None:
+            raise ConfigError(pictures.why_unread(row), remedy="Nobody can judge it.")
         if row["content_hash"] != form.content_hash:
             return JSONResponse({"error": "The image has changed since you opened it. Reload the page."}, 409)
         if form.reviewer.strip() != session.reviewer:  # another tab of this browser has set another name
@@ -134,11 +137,13 @@ class Actions:
         judging = self._desk.judging
         held = judging.labels_of(form.image_id, session.reviewer, form.labels)
         labels = {name: value for name, value in form.labels.items() if held.get(name) != value}
-        if form.decision is None and not labels:
-            return JSONResponse({"message": "Nothing has changed.", "seen": form.seen})
-        before = self._desk.said(row)
+        before, decision, nothing = self._desk.said(row), form.decision, "Nothing has changed."
+        if decision == WITHDRAWN and (before is None or not before.stands):  # of a page from before an undo
+            decision, nothing = None, "There is no verdict to take back."
+        if decision is None and not labels:
+            return JSONResponse({"message": nothing, "seen": form.seen})
         judgement = Judgement(
-            form.image_id, form.content_hash, form.seen, session.reviewer, form.decision, labels, form.reason
+            form.image_id, form.content_hash, form.seen, session.reviewer, decision, labels, form.reason
         )
         is_taken, said = judging.judge(judgement)
         if not is_taken:
@@ -147,7 +152,7 @@ class Actions:
             Undo(
                 form.image_id,
                 form.content_hash,
-                "" if form.decision is None or said is None else said.mark,
+                "" if decision is None or said is None else said.mark,
                 None if before is None else before.decision,
                 "" if before is None else before.mark,
                 session.reviewer,
@@ -155,7 +160,7 @@ class Actions:
             )
         )
         self._desk.claims.drop(session.key)
-        return self._said(form.image_id, form.decision or "labels", said)
+        return self._said(form.image_id, decision or "labels", said)
 
     def _undo(self, session: Session) -> Response:
         if not session.given:
@@ -201,7 +206,7 @@ class Actions:
 def refused(error: VlmflowError) -> Response:
     """An error as JSON, for the page to show."""
     status = 413 if isinstance(error, TooLargeError) else 422 if isinstance(error, ImageError) else 400
-    return JSONResponse({"error": " ".join(f"{error}. {error.remedy}".split())}, status)
+    return JSONResponse({"error": " ".join(f"{sentence(str(error))}. {error.remedy}".split())}, status)
 
 
 def _meanwhile(said: Said | None) -> Response:

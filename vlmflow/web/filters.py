@@ -16,6 +16,7 @@ SORTS = {
     "match": "text that fits its image least first",
     "random": "in random order",
 }
+_FIELDS = {"find": "Address contains", "where": "Condition in SQL"}  # as the page calls them
 _MAX_CHARS = 4_000
 _MAX_CHOICES = 50
 
@@ -51,7 +52,8 @@ class Filter:
         texts = {"find": "", "where": "", "sort": sort}
         for name, value in pairs:
             if len(value) > _MAX_CHARS:
-                raise ConfigError(f"{name} has {len(value):,} characters", remedy=f"Write at most {_MAX_CHARS:,}.")
+                field = _FIELDS.get(name, name)
+                raise ConfigError(f"{field} has {len(value):,} characters", remedy=f"Write at most {_MAX_CHARS:,}.")
             if name in ALL_FACETS and value not in chosen.setdefault(name, []):
                 chosen[name].append(value)
             elif name in texts and value.strip():

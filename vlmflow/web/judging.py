@@ -60,6 +60,11 @@ class Said:
         """See the class."""
         return digest_of(self.decision, self.reviewer, self.at.isoformat(), self.reason or "")
 
+    @property
+    def stands(self) -> bool:
+        """Whether there is a verdict: it was not taken back."""
+        return self.decision != WITHDRAWN
+
 
 @dataclass(frozen=True)
 class Judgement:

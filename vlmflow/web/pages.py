@@ -16,9 +16,10 @@ from vlmflow.errors import ConfigError, VlmflowError
 from vlmflow.moderation.detections import name_of
 from vlmflow.search.page import link
 from vlmflow.search.searcher import Asked
-from vlmflow.views_search import printable
+from vlmflow.views_search import printable, sentence
 from vlmflow.web.desk import PAGE_SIZE, Desk, Listing
 from vlmflow.web.filters import ALL_FACETS, SORTS, Filter, url
+from vlmflow.web.pictures import why_unread
 from vlmflow.web.sessions import Session
 
 MAX_QUERY_CHARS = 2_000
@@ -38,7 +39,7 @@ _VALUE_NAMES = {
     ("policy", ""): "not moderated",
 }
 # On the page of an image these have a place of their own.
-_SHOWN_APART = {"labels", "detections", "errors", "verdict", "source"}
+_SHOWN_APART = {"labels", "detections", "answers", "errors", "verdict", "source"}
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ class Pages:
 
     def error(self, request: Request, message: str, remedy: str, status: int) -> Response:
         """What went wrong, in a sentence, and what to do."""
-        return self._page(request, "error.html", status, message=message, remedy=remedy)
+        return self._page(request, "error.html", status, message=sentence(message), remedy=remedy)
 
     def _asked(self, kind: str, value: str) -> Asked | str:
         """A query as the catalog sees it; an image by its id.
@@ -209,10 +210,10 @@ class Pages:
             "labels": [label | {"value": _value(label), "name": name_of(label)} for label in labels],
             "names": names,
             "judged": self._desk.judging.labels_of(row["image_id"], session.reviewer, names),
-            "seen": "" if said is None else said.mark,
+            "newest": said,
             "columns": [(name, value) for name, value in row.items() if name not in _SHOWN_APART],
             "source": row.get("source") or {},
-            "can_judge": row["content_hash"] is not None,
+            "unread": why_unread(row) if row["content_hash"] is None else "",
         }
 
     def _page(self, request: Request, name: str, status: int = 200, **values: Any) -> Response:

@@ -18,11 +18,11 @@ from vlmflow.imaging import PixelRequest
 from vlmflow.search.thumbnails import blur, picture_of
 from vlmflow.sources.again import Place, RowReader, place_of
 from vlmflow.sources.base import Fetched
-from vlmflow.views_search import printable
+from vlmflow.views_search import printable, sentence
 from vlmflow.web.cache import Cache
 
 SIZES = {"small": 256, "large": 768}  # longest side in pixels
-COLUMNS = ("image_id", "uri", "object_version", "content_hash", "width", "height", "decision")
+COLUMNS = ("image_id", "uri", "object_version", "content_hash", "width", "height", "decision", "errors")
 _DECODED_AT_ONCE = 2  # each may be a hundred million pixels
 # Whoever reads holds a thread for as long as the host takes. These threads are none of those that pages and verdicts
 # run in, and no host has all of them: one that does not answer keeps waiting those alone who want its own images.
@@ -59,6 +59,8 @@ class Pictures:
 
     async def small(self, row: Mapping[str, Any], size: str, *, blurred: bool) -> Picture:
         """A picture of a row with :data:`COLUMNS`; where there is none, one that says why."""
+        if row["content_hash"] is None:  # whatever lies there now, no decision was made of it
+            return placeholder(why_unread(row))
         key, side = (row["image_id"], row["content_hash"], size, blurred), SIZES[size]
         made = self._made.get(key)
         if made is not None:
@@ -128,9 +130,15 @@ def _share_of(place: Place) -> int:
     return _READ_OF_A_HOST if place.row is None else _READ_OF_PARQUET
 
 
+def why_unread(row: Mapping[str, Any]) -> str:
+    """Why a row has no content: a sentence with the class of its first error, without a full stop."""
+    found = row["errors"] or []
+    return f"It could not be read: {found[0]['class']}" if found else "It could not be read"
+
+
 def placeholder(reason: str) -> Picture:
     """A grey square that says why there is no picture."""
-    words, lines = printable(reason).split()[:24], [""]
+    words, lines = printable(sentence(reason)).split()[:24], [""]
     for word in words:
         if len(lines[-1]) + len(word) > 26 and lines[-1]:
             lines.append("")

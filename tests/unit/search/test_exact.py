@@ -46,7 +46,7 @@ def test_a_condition_over_any_column(tmp_path: Path) -> None:
 )
 def test_a_condition_that_is_none_is_refused(tmp_path: Path, where: str) -> None:
     put(tmp_path, names(2), clustered(2))
-    with pytest.raises(ConfigError, match="--where"):
+    with pytest.raises(ConfigError, match="condition in SQL"):
         search_images(config_of(tmp_path), Query(like="mem://i00000"), where=where)
 
 

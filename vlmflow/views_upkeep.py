@@ -64,8 +64,13 @@ def counted(count: int, name: str) -> str:
 
 def print_erasure(result: EraseResult, images: Images, console: Console) -> None:
     """Prints what an erasure removed, what it was asked for and did not find, and what is left to do."""
-    others = ((result.num_vectors, "vector"), (result.num_reviews, "verdict"), (result.num_files, "older file"))
-    others += ((result.num_index_files, "index file"), (result.num_records, "record"))
+    others = (
+        (result.num_vectors, "vector"),
+        (result.num_reviews, "verdict"),
+        (result.num_files, "older file"),
+        (result.num_index_files, "index file"),
+        (result.num_records, "record"),
+    )
     console.print(
         f"[bold]{counted(result.num_rows, 'row')} erased[/bold], "
         + ", ".join(counted(count, name) for count, name in others)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import datetime as dt
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from vlmflow.errors import ConfigError
 
 TaskName = Literal["embed", "detect", "moderate", "caption", "match", "answer"]
+TASKS_TO_ASK_FOR = "embed, moderate, caption, match, answer (detect comes with a policy that has detectors)"
 RetriedStatus = Literal["failed", "partial", "missing", "unreadable"]
 ViewName = Literal["squash", "center", "tiles", "black", "frames"]
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -45,6 +46,20 @@ MIB = 1024 * 1024
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 # Within this a batch has had its answers from an endpoint, or has given up waiting for them.
 ENDPOINT_TIMEOUT_S = 600.0
+
+
+def _known_tasks(value: object) -> object:
+    """Refuses what is no task in one sentence; anything but a list of words is left to the check of types."""
+    if isinstance(value, (list, tuple)):
+        unknown = [name for name in value if isinstance(name, str) and name not in get_args(TaskName)]
+        if unknown:
+            raise ValueError(f"no task is called {', '.join(unknown)}; there are {TASKS_TO_ASK_FOR}")
+        if not value:
+            raise ValueError(f"names none; there are {TASKS_TO_ASK_FOR}")
+    return value
+
+
+Tasks = Annotated[tuple[TaskName, ...], BeforeValidator(_known_tasks), Field(min_length=1)]
 
 
 class Frozen(BaseModel):
@@ -152,7 +167,7 @@ class ModelConfig(Frozen):
 class PoolConfig(Frozen):
     """A group of equal actors that hold the models of one or more tasks."""
 
-    tasks: Annotated[tuple[TaskName, ...], Field(min_length=1)]
+    tasks: Tasks
     gpus: Annotated[float, Field(ge=0)] = 0.0  # per actor
     cpus: Annotated[float, Field(gt=0)] = 1.0  # per actor
     min_actors: Annotated[int, Field(ge=1)] = 1
@@ -201,7 +216,7 @@ class Job(Frozen):
     source: SourceConfig
     catalog: CatalogConfig
     profile: str
-    tasks: Annotated[tuple[TaskName, ...], Field(min_length=1)] = ("embed", "moderate", "caption", "match")
+    tasks: Tasks = ("embed", "moderate", "caption", "match")
     models: dict[Literal["embed", "caption", "match", "answer"], ModelConfig] = {}  # instead of the profile's
     models_dir: Path | None = None  # where profiles look for weights; default: $VLMFLOW_MODELS, else ~/.cache/vlmflow
     questions: tuple[str, ...] = ()  # that `answer` asks of every image

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet
 
+from vlmflow import schema
 from vlmflow.catalog import Catalog
 from vlmflow.catalog.keys import concat, duplicates, index_of, to_binary, to_words
 from vlmflow.errors import ConfigError
@@ -22,11 +23,22 @@ _ID = re.compile(r"[0-9a-f]{32}")
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Images by key, as ``schema.KEY``, each once."""
+    """Images by key, as ``schema.KEY``, each once.
+
+    Attributes:
+        uris: as they were given, normalised.
+        num_rows: of them in the newest version of the catalog.
+        num_named: addresses and ids that were given, each once.
+        erased: of these, those without a row because they were erased before.
+        absent: those without a row that were never erased either, such as mistyped ones.
+    """
 
     keys: pa.Array
-    uris: tuple[str, ...]  # as they were given, normalised
-    num_rows: int  # of them in the newest version of the catalog
+    uris: tuple[str, ...]
+    num_rows: int
+    num_named: int
+    erased: tuple[str, ...]
+    absent: tuple[str, ...]
 
 
 def find_images(catalog: Catalog, uris: Sequence[str], ids_file: Path | None) -> Images:
@@ -39,18 +51,23 @@ def find_images(catalog: Catalog, uris: Sequence[str], ids_file: Path | None) ->
     """
     if not uris and ids_file is None:
         raise ConfigError("no image is named", remedy="Give --uri or --ids.")
-    normal = tuple(normalise_uri(uri) for uri in uris)
-    parts = [] if ids_file is None else [_read_ids(ids_file)]
-    if normal:
-        parts += [to_binary(pa.array(image_ids(normal), pa.string())), catalog.find_uris(normal)]
-    keys = concat(parts)
+    normal = tuple(dict.fromkeys(normalise_uri(uri) for uri in uris))
+    ids = to_binary(pa.array([], pa.string())) if ids_file is None else _read_ids(ids_file)
+    own = to_binary(pa.array(image_ids(normal), pa.string()))
+    keys = concat([ids, own, catalog.find_uris(normal)] if normal else [ids])
     keys = keys.filter(pa.array(~duplicates(keys)))
-    wanted = index_of(keys)
-    num_rows = sum(
-        int((wanted.find(*to_words(to_binary(rows["image_id"]))) >= 0).sum())
-        for rows in catalog.image_batches(["image_id"])
-    )
-    return Images(keys, normal, num_rows)
+    wanted, num_rows = index_of(keys), 0
+    held: set[str] = set()  # addresses and ids of the rows
+    for rows in catalog.image_batches(["image_id", "uri"]):
+        hits = rows.filter(pa.array(wanted.find(*to_words(to_binary(rows["image_id"]))) >= 0))
+        num_rows += hits.num_rows
+        held |= {*hits["image_id"].to_pylist(), *hits["uri"].to_pylist()}
+    named = dict(zip(normal, own.to_pylist(), strict=True)) | {key.hex(): key for key in ids.to_pylist()}
+    without = {name: key for name, key in named.items() if name not in held}
+    before = index_of(catalog.erased_keys).find(*to_words(pa.array(without.values(), schema.KEY))) >= 0
+    erased = tuple(name for name, is_erased in zip(without, before, strict=True) if is_erased)
+    absent = tuple(name for name, is_erased in zip(without, before, strict=True) if not is_erased)
+    return Images(keys, normal, num_rows, len(named), erased, absent)
 
 
 def _read_ids(path: Path) -> pa.Array:

@@ -124,8 +124,10 @@ def write_heatmap(
         The label, as it stands in the row.
 
     Raises:
-        ExplainError: there can be no map, or the file cannot be written.
+        ExplainError: there can be no map, or the file is no .png file, or cannot be written.
     """
+    if output.suffix.lower() != ".png":
+        raise ExplainError(f"{output}: a map is written as PNG", remedy="Name a file that ends in .png.")
     chosen, picture = draw_heatmap(job, evidence, label=label, show_flagged=show_flagged)
     try:
         picture.save(output, "PNG")
@@ -143,7 +145,8 @@ def draw_heatmap(
 
     Args:
         job: profile and catalog count; the policy is the one that the row was moderated under.
-        label: as its prompts scored it, or ``label (detector)``; None: the one that decided, else the highest.
+        label: as its prompts scored it, or ``label (detector)``, with or without its category before a slash; None:
+            the one that decided, else the highest.
 
     Returns:
         The label, as it stands in the row, and the picture.
@@ -174,11 +177,17 @@ def draw_heatmap(
 
 def _chosen(evidence: Evidence, label: str | None) -> dict[str, Any]:
     if not evidence.labels:
+        if evidence.status in ("unreadable", "missing"):
+            classes = ", ".join(dict.fromkeys(str(error["class"]) for error in evidence.errors))
+            raise ExplainError(
+                f"{evidence.uri} could not be read: {classes or evidence.status}",
+                remedy="Only images that decode have labels, and can be explained.",
+            )
         raise ExplainError(f"{evidence.uri} has no labels", remedy="Moderate it first: `vlmflow enrich`.")
     wanted = label or (evidence.decision_reason or "").rpartition("/")[2]
     # A label by its prompts and by detectors are as many entries: a detector's by the label alone is the second choice.
-    found = [one for one in evidence.labels if name_of(one) == label]
-    found += [one for one in evidence.labels if one["label"] == wanted]
+    found = [one for one in evidence.labels if label in (name_of(one), f"{one['category']}/{name_of(one)}")]
+    found += [one for one in evidence.labels if wanted in (one["label"], f"{one['category']}/{one['label']}")]
     if found:
         return found[0]
     if label is not None:

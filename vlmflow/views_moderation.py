@@ -25,7 +25,7 @@ def print_remoderation(report: RemoderateReport, console: Console) -> None:
         f"[bold]{report.num_moved:,} images[/bold] {verb} under {what} in {duration(report.seconds)}, "
         f"{report.num_from_margins:,} of them by stored margins, the others by stored vectors"
     )
-    if not report.num_moved:
+    if not (report.num_moved or report.num_other_model or report.num_undetected or report.num_first):
         console.print("All images asked for are under it already, or none was asked for.")
     _print_counts("decisions", report.decisions, console)
     _print_counts("changed", report.flips, console)
@@ -81,7 +81,7 @@ def print_evidence(evidence: Evidence, console: Console) -> None:
             name = escape(f"{label['category']}/{label['label']}")
             table.add_row(name, label["decision"], *shown, escape(view), escape(label["detector"] or "prompts"))
         console.print(table)
-    names = f"policy {evidence.policy or '-'}, model {evidence.embed_model or '-'}, run {evidence.run_id}"
+    names = f"policy {evidence.policy or '-'}, model {evidence.embed_model or '-'}, last run {evidence.run_id}"
     console.print(printable(names), markup=False, highlight=False, soft_wrap=True)
 
 

@@ -17,8 +17,8 @@ _GIB = 1024**3
 def print_preflight(report: PreflightReport, console: Console) -> None:
     """Prints what was measured, what follows for the run, and the pools as a job file may say them."""
     console.print(
-        f"[bold]{report.num_due:,} images[/bold] to do: about {duration(report.hours * 3600)} at "
-        f"{report.images_per_s:,.1f} images/s, limited by {escape(report.limited_by)}"
+        f"[bold]{report.num_due:,} images[/bold] to do: about {duration(max(1.0, report.hours * 3600))} at "
+        f"{report.images_per_s:,.1f} images/s, limited by {escape(report.limited_by)}; start-up comes on top"
     )
     console.print(
         f"measured on {report.num_sampled} of them: reading {report.read_images_per_s:,.1f} images/s of one worker, "

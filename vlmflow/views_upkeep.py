@@ -9,9 +9,13 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.markup import escape
 
+from vlmflow.views_search import printable
+
 if TYPE_CHECKING:
     from vlmflow.catalog import EraseResult, VacuumResult, Verification
+    from vlmflow.erasure import Images
 
+_NUM_NAMES = 5  # of addresses that were not found
 _REMEDIES = {
     "missing": "vlmflow enrich",
     "stale": "vlmflow enrich",
@@ -53,13 +57,26 @@ def print_vacuum(result: VacuumResult, console: Console) -> None:
         console.print(f"[red]{len(result.failed):,} files could not be deleted; run it again[/red]")
 
 
-def print_erasure(result: EraseResult, console: Console) -> None:
-    """Prints what an erasure removed, and what is left to do."""
-    console.print(
-        f"[bold]{result.num_images:,} images erased[/bold]: {result.num_rows:,} rows, {result.num_vectors:,} vectors, "
-        f"{result.num_reviews:,} verdicts, {result.num_files:,} older files, {result.num_index_files:,} index files, "
-        f"{result.num_records:,} records"
+def counted(count: int, name: str) -> str:
+    """A number with what it counts: ``1 row``, ``1,000 rows``."""
+    return f"{count:,} {name}" + ("" if count == 1 else "s")
+
+
+def print_erasure(result: EraseResult, images: Images, console: Console) -> None:
+    """Prints what an erasure removed, what it was asked for and did not find, and what is left to do."""
+    others = (
+        (result.num_vectors, "vector"),
+        (result.num_reviews, "verdict"),
+        (result.num_files, "older file"),
+        (result.num_index_files, "index file"),
+        (result.num_records, "record"),
     )
+    console.print(
+        f"[bold]{counted(result.num_rows, 'row')} erased[/bold], "
+        + ", ".join(counted(count, name) for count, name in others)
+    )
+    for line in unfound(images):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     if result.live_runs:
         console.print(
             f"[yellow]not finished:[/yellow] {', '.join(result.live_runs)} at work may hold them in files not yet "
@@ -67,6 +84,24 @@ def print_erasure(result: EraseResult, console: Console) -> None:
         )
     if result.failed:
         console.print(f"[red]{len(result.failed):,} files could not be deleted; run the same command again[/red]")
+
+
+def unfound(images: Images) -> list[str]:
+    """What is to be said of addresses and ids without a row; nothing if all have one."""
+    num_found = images.num_named - len(images.erased) - len(images.absent)
+    if num_found == images.num_named:
+        return []
+    lines = [f"{num_found:,} of the {counted(images.num_named, 'image')} named had rows"]
+    if images.erased:
+        lines.append(f"erased before: {_some(images.erased)}")
+    if images.absent:
+        lines.append(f"no row has this address or id; kept from coming back all the same: {_some(images.absent)}")
+    return lines
+
+
+def _some(names: tuple[str, ...]) -> str:
+    more = len(names) - _NUM_NAMES
+    return ", ".join(printable(name) for name in names[:_NUM_NAMES]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def print_verification(found: Verification, console: Console) -> None:

@@ -299,9 +299,9 @@ def test_the_command_line_asks_first(
     assert "--yes" in capsys.readouterr().err
     assert run([*command, "--dry-run"]) == 0
     # The row's own id, made up here, and the one that the address has without a key.
-    assert "would erase 2 images, 1 rows now" in capsys.readouterr().out
+    assert "would erase 2 images, 1 row now" in capsys.readouterr().out
     assert run([*command, "--dry-run", "--json"]) == 0
-    told = {"dry_run": True, "lift": False, "num_images": 2, "num_rows": 1}
+    told = {"dry_run": True, "lift": False, "num_images": 2, "num_rows": 1, "erased_before": [], "absent": []}
     assert json.loads(capsys.readouterr().out) == told
     monkeypatch.undo()
     start(catalog, "live")
@@ -320,8 +320,29 @@ def test_the_command_line_asks_first(
     assert "let 2 erased images come back with the next run?" in asked.err
     assert (asked.out.strip(), len(catalog.erased_keys)) == ("", 2)
     assert run(command) == 0
-    assert json.loads(capsys.readouterr().out) == told | {"dry_run": False, "lift": True, "num_rows": 0}
+    assert json.loads(capsys.readouterr().out) == told | {
+        "dry_run": False,
+        "lift": True,
+        "num_rows": 0,
+        "erased_before": ["mem://secret", image_id("secret")],
+    }
     assert len(Catalog.open(config_of(root)).erased_keys) == 0
+
+
+def test_an_address_without_a_row_is_named(catalog: Catalog, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    enrich(catalog, "r0", [references(NAMES)])
+
+    def said(*names: str) -> str:
+        assert run(["erase", str(root), *(f"--uri=mem://{name}" for name in names), "--yes"]) == 0
+        return " ".join(capsys.readouterr().out.split())
+
+    assert "named had rows" not in said("secret")
+    mistyped = said("a", "secret", "not-there")
+    assert "1 row erased, 2 vectors, 0 verdicts" in mistyped
+    assert "1 of the 3 images named had rows erased before: mem://secret no row has this address" in mistyped
+    assert mistyped.endswith("kept from coming back all the same: mem://not-there")
+    assert "0 rows erased, 0 vectors" in said("not-there-either")
+    assert "address" not in said("not-there")
 
 
 class Terminal(io.StringIO):

@@ -56,7 +56,13 @@ def test_a_part_without_keys_is_named_whatever_the_command_line_says(
         ({"tasks": ["embed", "embed"]}, "tasks name one twice"),
         ({"tasks": ["moderate"]}, "add embed to tasks"),
         ({"tasks": ["match"]}, "match has nothing to score"),
-        ({"tasks": []}, "tasks"),
+        ({"tasks": []}, "tasks: names none; there are embed,"),
+        (
+            {"tasks": ["capt"]},
+            "job: tasks: no task is called capt; there are embed, moderate, caption, match, answer (d",
+        ),
+        ({"tasks": [3]}, "tasks.0: Input should be"),
+        ({"pools": [{"tasks": ["embed", "paint"]}]}, "pools.0.tasks: no task is called paint;"),
         (
             {"source": {"uri": "a", "storage": {"timeout_s": float("inf")}}},
             "source.storage.timeout_s: Input should be less",
@@ -77,6 +83,7 @@ def test_what_does_not_fit_is_named(change: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_job(None, {**PLACES, **change})
     assert named in str(caught.value)
+    assert "Tuple" not in str(caught.value)
     assert "hunter2" not in str(caught.value)
     assert "\n" not in str(caught.value)
 

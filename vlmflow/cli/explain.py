@@ -19,6 +19,7 @@ from vlmflow.cli.options import (
     catalog_of,
     make_job,
 )
+from vlmflow.errors import ConfigError
 
 
 @app.command()
@@ -30,7 +31,9 @@ def explain(
     ] = None,
     label: Annotated[
         str | None,
-        typer.Option("--label", help="Of the map: `gun`, or `gun (DETECTOR)`. Default: the one that decided."),
+        typer.Option(
+            "--label", help="Of the map: `gun`, `weapon/gun` or `gun (DETECTOR)`. Default: the one that decided."
+        ),
     ] = None,
     show_flagged: Annotated[
         bool, typer.Option("--show-flagged", help="Draw the map on the image itself; else a flagged one is blurred.")
@@ -49,6 +52,12 @@ def explain(
     from vlmflow.moderation.detections import name_of
     from vlmflow.views_moderation import print_evidence
 
+    if heatmap is None and (label is not None or show_flagged):
+        option = "--show-flagged" if label is None else f"--label {label}"
+        raise ConfigError(
+            f"{option} is of a map, and --heatmap was not given",
+            remedy="Give --heatmap FILE.png too, or leave it out: the table shows all labels.",
+        )
     if heatmap is not None and profile is None and config is None:
         profile = last_profile(catalog_config(catalog, endpoint))
     job = None

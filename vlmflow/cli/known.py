@@ -13,6 +13,7 @@ from rich.table import Table
 
 from vlmflow.cli.app import app
 from vlmflow.cli.options import CatalogOnly, EndpointOption, JsonOption, catalog_config
+from vlmflow.errors import KnownImagesError
 
 if TYPE_CHECKING:
     from vlmflow.catalog.known_images import Kind
@@ -29,7 +30,10 @@ def add_command(
     source: Annotated[
         Path, typer.Argument(help="A text file of hashes, one a line (sha256, or 16 digits of a pHash), or an image.")
     ],
-    block: Annotated[bool, typer.Option("--block/--allow", help="What the list means.")],
+    block: Annotated[
+        bool | None,
+        typer.Option("--block/--allow", help="What the list means; one of them is required.", show_default=False),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Of the list. Default: the file's name without its ending.")] = None,
     max_distance: Annotated[int, typer.Option(help="Of the 64 bits of a pHash that may differ, up to 16.")] = 4,
     endpoint: EndpointOption = None,
@@ -45,6 +49,10 @@ def add_command(
     """
     from vlmflow.known import add_list, read_hashes
 
+    if block is None:
+        raise KnownImagesError(
+            f"{source}: neither --block nor --allow was given", remedy="Give one of them: it says what the list means."
+        )
     hashes, phashes = read_hashes(source, with_look=block)
     config = catalog_config(catalog, endpoint)
     kind: Kind = "block" if block else "allow"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from vlmflow.config import CatalogConfig, Job, StorageConfig, load_job
+from vlmflow.config import TASKS_TO_ASK_FOR, CatalogConfig, Job, StorageConfig, load_job
 from vlmflow.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -38,9 +38,7 @@ ProfileOption = Annotated[
 ]
 TasksOption = Annotated[
     str | None,
-    typer.Option(
-        "--tasks", help="Comma-separated, of: embed, moderate, caption, match, answer. Default: all but answer."
-    ),
+    typer.Option("--tasks", help=f"Comma-separated, of: {TASKS_TO_ASK_FOR}. Default: all but answer."),
 ]
 PolicyOption = Annotated[
     str | None, typer.Option("--policy", help="Moderation policy: a YAML file, or the name of one that ships.")

@@ -142,7 +142,8 @@ def erase(
 ) -> None:
     """Erase images from CATALOG for good: rows, embeddings, verdicts, and every old file that holds them.
 
-    A tombstone (id and time) keeps each from coming back until `--lift`. Time travel ends at versions whose files
+    A tombstone (id and time) keeps each from coming back until `--lift`, also those that have no row yet: the answer
+    names them, for one may be mistyped. Time travel ends at versions whose files
     held one of them. The source itself, and exports made from the catalog, are not touched. While runs are at work
     the images are out of sight at once; ask again when the runs are over (exit code 3 says so).
 
@@ -150,27 +151,32 @@ def erase(
     """
     from vlmflow.catalog import Catalog
     from vlmflow.erasure import find_images
-    from vlmflow.views_upkeep import print_erasure
+    from vlmflow.views_upkeep import counted, print_erasure, unfound
 
     opened = Catalog.open(catalog_config(catalog, endpoint))
     images = find_images(opened, uri or [], ids)
     num_images = len(images.keys)
     told: dict[str, object] = {"dry_run": dry_run, "lift": lift, "num_images": num_images, "num_rows": images.num_rows}
+    without = {"erased_before": images.erased, "absent": images.absent}
     if dry_run:
-        text = f"would {'lift' if lift else 'erase'} {num_images:,} images, {images.num_rows:,} rows now"
-        typer.echo(json.dumps(told) if as_json else text)
+        verb = "lift" if lift else "erase"
+        lines = [f"would {verb} {counted(num_images, 'image')}, {counted(images.num_rows, 'row')} now"]
+        text = "\n".join(lines if lift else lines + unfound(images))
+        typer.echo(json.dumps(told | without) if as_json else text)
         return
     if lift:
-        _agree(f"let {num_images:,} erased images come back with the next run?", yes)
+        erased = counted(num_images, "erased image")
+        _agree(f"let {erased} come back with the next run?", yes)
         opened.lift(images.keys)
-        typer.echo(json.dumps(told) if as_json else f"{num_images:,} images may come back with the next run")
+        text = f"{counted(num_images, 'image')} may come back with the next run"
+        typer.echo(json.dumps(told | without) if as_json else text)
         return
-    _agree(f"erase {num_images:,} images for good?", yes)
+    _agree(f"erase {counted(num_images, 'image')} for good?", yes)
     result = opened.erase(images.keys, images.uris)
     if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(result) | {"is_complete": result.is_complete}))
+        typer.echo(json.dumps(dataclasses.asdict(result) | without | {"is_complete": result.is_complete}))
     else:
-        print_erasure(result, Console())
+        print_erasure(result, images, Console())
     if not result.is_complete:
         raise typer.Exit(3)
 

@@ -158,15 +158,30 @@ def test_a_label_is_explained_by_what_was_asked_for() -> None:
     alone = {"label": "nude", "decision": "allow", "score": 0.1, "detector": "finder"}
     row: dict[str, Any] = dict.fromkeys(explain.EVIDENCE_COLUMNS, "") | {"errors": None, "verdict": None}
     row |= {"labels": [alone, by_prompts, by_detector], "detections": None, "policy_digest": None}
+    more = {"category": "weapons", "probability": None}
     evidence = explain.evidence_of(
-        {**row, "decision_reason": "weapons/gun"} | {"labels": [one | {"probability": None} for one in row["labels"]]}
+        {**row, "decision_reason": "weapons/gun"} | {"labels": [one | more for one in row["labels"]]}
     )
-    asked = {"gun": by_prompts, "gun (finder)": by_detector, "nude": alone, "nude (finder)": alone, None: by_detector}
+    asked = {
+        "gun": by_prompts,
+        "weapons/gun": by_prompts,
+        "weapons/gun (finder)": by_detector,
+        "gun (finder)": by_detector,
+        "nude": alone,
+        "nude (finder)": alone,
+        None: by_detector,
+    }
     for name, expected in asked.items():
-        assert explain._chosen(evidence, name) == expected | {"probability": None}, name
+        assert explain._chosen(evidence, name) == expected | more, name
     with pytest.raises(ExplainError, match=r"no label gun \(other\)") as refused:
         explain._chosen(evidence, "gun (other)")
     assert refused.value.remedy == "Name one of gun (finder), gun, nude (finder)."
+    error = {"stage": "decode", "class": "truncated", "message": "ends early"}
+    unreadable = evidence.model_copy(update={"labels": (), "status": "unreadable", "errors": (error,)})
+    with pytest.raises(ExplainError, match="could not be read: truncated"):
+        explain._chosen(unreadable, None)
+    with pytest.raises(ExplainError, match="has no labels"):
+        explain._chosen(unreadable.model_copy(update={"status": "ok"}), None)
 
 
 def test_a_picture_needs_no_more_of_a_row_than_a_card() -> None:

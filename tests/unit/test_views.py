@@ -1,0 +1,69 @@
+"""What the command line says, and what it refuses before it opens a catalog."""
+
+from __future__ import annotations
+
+import datetime as dt
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from vlmflow.cli import main
+from vlmflow.engine.remoderate import RemoderateReport
+from vlmflow.engine.sizing import PreflightReport
+from vlmflow.errors import ExplainError
+from vlmflow.explain import write_heatmap
+from vlmflow.views_moderation import print_remoderation
+from vlmflow.views_preflight import print_preflight
+
+
+@pytest.mark.parametrize(("num_undetected", "is_all_done"), [(0, True), (209, False)])
+def test_a_remoderation_that_waits_for_images_does_not_say_that_all_is_done(
+    num_undetected: int, is_all_done: bool
+) -> None:
+    names = {"run_id": "r", "dry_run": True, "catalog": "c", "policy": "p 1", "policy_digest": "d"}
+    counts = {"num_undetected": num_undetected, "detectors": ("opennsfw",)}
+    report = RemoderateReport.model_validate(names | counts | {"started_at": dt.datetime.now(dt.UTC)})
+    console = Console(record=True, width=200)
+    print_remoderation(report, console)
+    assert ("under it already" in (said := console.export_text())) == is_all_done
+    assert ("opennsfw must see them first" in said) != is_all_done
+
+
+def test_a_preflight_says_that_start_up_comes_on_top() -> None:
+    report = PreflightReport(
+        num_due=215,
+        num_sampled=64,
+        read_images_per_s=1000,
+        decode_images_per_s=1000,
+        pools=(),
+        images_per_s=900,
+        hours=215 / 900 / 3600,
+        limited_by="pool embed",
+    )
+    console = Console(record=True, width=200)
+    print_preflight(report, console)
+    said = " ".join(console.export_text().split())
+    assert "215 images to do: about 1 s at 900.0 images/s, limited by pool embed; start-up comes on top" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["explain", "c", "a.jpg", "--label", "gun"], "--label gun is of a map, and --heatmap was not given"),
+        (["explain", "c", "a.jpg", "--show-flagged"], "--show-flagged is of a map"),
+        (["known", "add", "c", "list.txt", "--name", "x"], "neither --block nor --allow was given"),
+    ],
+)
+def test_an_option_that_another_needs_is_named(
+    arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert named in capsys.readouterr().err
+
+
+def test_a_map_is_png() -> None:
+    with pytest.raises(ExplainError, match=r"why\.jpg: a map is written as PNG"):
+        write_heatmap(None, None, Path("why.jpg"))  # type: ignore[arg-type]

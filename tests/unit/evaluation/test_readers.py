@@ -167,7 +167,7 @@ BROKEN: list[tuple[EvaluationTask, str, str, dict[str, Any], list[str]]] = [
     ("match", "x.csv", "uri,text,match\na.jpg,x,maybe\n", {}, ["row 1: match is neither true nor false: 'maybe'"]),
     ("match", "x.csv", "uri,text,match\na.jpg,x,true\na.jpg,x,false\n", {}, ["row 2", "contradicts"]),
     ("zeroshot", "x.csv", "uri,class\na.jpg,cat\na.jpg,dog\n", {}, ["row 2: class was 'cat' further up"]),
-    ("moderate", "x.csv", "uri,flag\na.jpg,true\n", {"where": "nothing = 1"}, ["--where", "uri, flag"]),
+    ("moderate", "x.csv", "uri,flag\na.jpg,true\n", {"where": "nothing = 1"}, ["condition in SQL", "uri, flag"]),
     ("moderate", "x.csv", "uri,flag\na.jpg,true\n", {"where": "flag = 'x'"}, ["x.csv holds no image"]),
     ("moderate", "x.csv", "uri,flag\na.jpg,true\n", {"columns": {"colour": "x"}}, ["--column colour", "labels"]),
     ("moderate", "x.csv", "uri,flag\na.jpg,true\n", {"columns": {"flag": "x"}}, ["no column x; it has uri, flag"]),

@@ -164,7 +164,14 @@ def test_a_map_is_of_the_output_whose_score_the_label_has(
     scores = dict(zip(both, load_detector(setup, "cpu").score(pixels)[0].tolist(), strict=True))
 
     seen = {"detector": "it", "view": "squash", "time_s": None}
-    label = {"label": "nudity", "decision": "review", "score": scores[name], "probability": None, **seen}
+    label = {
+        "category": "sexual",
+        "label": "nudity",
+        "decision": "review",
+        "score": scores[name],
+        "probability": None,
+        **seen,
+    }
     row = dict.fromkeys(EVIDENCE_COLUMNS) | {"image_id": "0", "status": "ok", "decision": "review", "run_id": "r"}
     row |= {"uri": str(tmp_path / "photograph.png"), "content_hash": hash_of(data)}
     row |= {"policy_digest": given.digest, "labels": [label]}

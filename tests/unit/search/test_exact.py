@@ -105,7 +105,7 @@ def test_an_absent_catalog_image_or_query_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CatalogError, match="no catalog"):
         search_images(config_of(tmp_path / "none"), Query(text="x"))
     put(tmp_path, names(2), clustered(2))
-    with pytest.raises(ConfigError, match="no such image"):
+    with pytest.raises(ConfigError, match="is not in"):
         search_images(config_of(tmp_path), Query(like="mem://other"))
     with pytest.raises(ConfigError, match="top_k 0"):
         search_images(config_of(tmp_path), Query(like="mem://i00000"), top_k=0)
@@ -116,7 +116,7 @@ def test_an_absent_catalog_image_or_query_is_refused(tmp_path: Path) -> None:
 
 def test_words_that_are_no_valid_text_are_no_bug(tmp_path: Path) -> None:
     put(tmp_path, names(2), clustered(2))
-    with pytest.raises(ConfigError, match="no such image"):
+    with pytest.raises(ConfigError, match="is not in"):
         search_images(config_of(tmp_path), Query(like="a\udcff"))
 
 
@@ -127,7 +127,7 @@ def test_a_catalog_without_rows_finds_nothing(tmp_path: Path) -> None:
     live = LiveRows(folder, TableLog.open(folder, "images").refresh())
     assert len(live) == 0
     assert live.num_by_model == {}
-    with pytest.raises(ConfigError, match="no such image"):
+    with pytest.raises(ConfigError, match="is not in"):
         search_images(config_of(tmp_path), Query(like="mem://i00000"))
 
 

@@ -131,3 +131,14 @@ def shown_ids(page: str) -> list[str]:
 def text_of(page: str) -> str:
     """What a page shows, without its tags."""
     return unescape(re.sub(r"<[^>]*>", "", page))
+
+
+def by_id(served: Served) -> dict[str, dict[str, Any]]:
+    """The rows of the catalog by their ids."""
+    return {row["image_id"]: row for row in served.rows().values()}
+
+
+def flush(served: Served) -> None:
+    """Writes the verdicts that wait, and has the app look at the rows anew."""
+    served.desk.judging.flush()
+    served.desk.shelf.refresh()

@@ -15,7 +15,16 @@ from PIL import Image
 from tests.hostile import HOSTILE
 from tests.images import png_bomb
 from tests.report_samples import label, labels_of, put_rows
-from tests.web_samples import DECISIONS, Served, serving, shown_ids, small_catalog, starter_catalog, text_of
+from tests.web_samples import (
+    DECISIONS,
+    Served,
+    by_id,
+    serving,
+    shown_ids,
+    small_catalog,
+    starter_catalog,
+    text_of,
+)
 from vlmflow.catalog import Catalog
 from vlmflow.config import CatalogConfig
 from vlmflow.views_search import printable
@@ -34,15 +43,6 @@ def read_only(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 def served(tmp_path: Path) -> Iterator[Served]:
     with serving(small_catalog(tmp_path, NUM)) as served:
         yield served
-
-
-def by_id(served: Served) -> dict[str, dict[str, Any]]:
-    return {row["image_id"]: row for row in served.rows().values()}
-
-
-def flush(served: Served) -> None:
-    served.desk.judging.flush()
-    served.desk.shelf.refresh()
 
 
 # Lists, filters, pages

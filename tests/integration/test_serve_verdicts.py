@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.web_samples import Served, serving, shown_ids, small_catalog
+from tests.web_samples import Served, by_id, flush, serving, shown_ids, small_catalog
 from vlmflow.catalog import Catalog
 from vlmflow.moderation.verdicts import reviewed
 
@@ -20,15 +20,6 @@ NUM = 24
 def served(tmp_path: Path) -> Iterator[Served]:
     with serving(small_catalog(tmp_path, NUM)) as served:
         yield served
-
-
-def by_id(served: Served) -> dict[str, dict[str, Any]]:
-    return {row["image_id"]: row for row in served.rows().values()}
-
-
-def flush(served: Served) -> None:
-    served.desk.judging.flush()
-    served.desk.shelf.refresh()
 
 
 # Verdicts

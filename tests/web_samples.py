@@ -21,6 +21,7 @@ from vlmflow.web.server import ServeConfig, running_app
 TOKEN = "a token of the tests, long enough"
 HOST = "127.0.0.1:8377"
 ORIGIN = f"http://{HOST}"
+NUM = 24  # images of the catalog that most tests of the app share
 DECISIONS = ("allow", "review", "block")
 
 

@@ -18,6 +18,7 @@ from tests.flows import Prefect
 from tests.models import make_captioner, make_clip, make_matcher
 from tests.processes import RayNodes, prefect_server, ray_nodes
 from tests.s3 import CREDENTIALS, S3Server
+from tests.web_samples import NUM, Served, serving, small_catalog
 from vlmflow.catalog import Catalog
 from vlmflow.config import CatalogConfig, Job, ModelConfig
 from vlmflow.models import identify
@@ -139,3 +140,10 @@ def config(request: pytest.FixtureRequest, tmp_path: Path) -> CatalogConfig:
 @pytest.fixture
 def catalog(config: CatalogConfig) -> Catalog:
     return Catalog.open_or_create(config, pa.schema([]))
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Served]:
+    """The app over a small catalog of the test's own."""
+    with serving(small_catalog(tmp_path, NUM)) as served:
+        yield served

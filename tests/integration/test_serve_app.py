@@ -17,6 +17,7 @@ from tests.images import png_bomb
 from tests.report_samples import label, labels_of, put_rows
 from tests.web_samples import (
     DECISIONS,
+    NUM,
     Served,
     by_id,
     serving,
@@ -30,18 +31,10 @@ from vlmflow.config import CatalogConfig
 from vlmflow.views_search import printable
 from vlmflow.web.desk import PAGE_SIZE
 
-NUM = 24
-
 
 @pytest.fixture(scope="module")
 def read_only(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     with serving(small_catalog(tmp_path_factory.mktemp("app"), NUM)) as served:
-        yield served
-
-
-@pytest.fixture
-def served(tmp_path: Path) -> Iterator[Served]:
-    with serving(small_catalog(tmp_path, NUM)) as served:
         yield served
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,6 @@ import pytest
 from tests.web_samples import Served, by_id, flush, serving, shown_ids, small_catalog
 from vlmflow.catalog import Catalog
 from vlmflow.moderation.verdicts import reviewed
-
-NUM = 24
-
-
-@pytest.fixture
-def served(tmp_path: Path) -> Iterator[Served]:
-    with serving(small_catalog(tmp_path, NUM)) as served:
-        yield served
-
 
 # Verdicts
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -52,23 +52,10 @@ def test_one_after_the_other_a_batch_goes_through_all_tasks() -> None:
 
 def test_alone_means_that_no_task_is_at_work() -> None:
     turns = Turns(TASKS, side_by_side=True)
-    inside, seen = threading.Event(), []
-
-    def alone() -> None:
-        with turns.batch(), turns.alone():
-            inside.set()
-            seen.append("alone")
-            time.sleep(0.05)  # what the others would take to get in, if they could
-            seen.append("alone")
-
-    def work(task: str) -> None:
-        assert inside.wait(PATIENCE_S)
-        with turns.batch(), turns.task(task):
-            seen.append(task)
-
-    in_threads(alone, lambda: work("embed"), lambda: work("caption"))
-    assert seen[:2] == ["alone", "alone"]
-    assert sorted(seen[2:]) == ["caption", "embed"]
+    with turns.batch(), turns.alone():
+        assert in_threads(*(partial(lock.acquire, blocking=False) for lock in turns._tasks.values())) == [False, False]
+    with turns.batch(), turns.task("embed"):
+        assert in_threads(partial(turns._tasks["caption"].acquire, blocking=False)) == [True]
 
 
 def test_threads_that_want_to_be_alone_do_not_wait_for_each_other() -> None:

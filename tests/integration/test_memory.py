@@ -13,42 +13,45 @@ import psutil
 import pytest
 import yaml
 
-from tests.pictures import picture
+from tests.flows import HeldImages, held_images
 
 OBJECT_STORE_BYTES = 200 * 1024 * 1024
 
 
-def peaks(command: list[str], catalog: Path) -> tuple[int, int]:
+def peaks(command: list[str], catalog: Path, held: HeldImages) -> tuple[int, int]:
     """Runs a command; the most anonymous memory that it and its children had together, in bytes.
 
-    The first of the two is that until the first commit, the second that of the whole run.
+    The first of the two is that until the first commit, after which the images that were held are released; the
+    second that of the whole run.
 
     Left out are the object store, which is of fixed size and fills up with time, and mapped files: how much of a
     library is a process's own depends on who else has it open.
     """
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     log = catalog / "images" / "_delta_log"
-    stop, early, peak, num_early = threading.Event(), 0, 0, 0
-
-    def num_versions() -> int:
-        return len(list(log.glob("*.json")))
+    stop, early, peak = threading.Event(), 0, 0
 
     def watch() -> None:
-        nonlocal early, peak, num_early
+        nonlocal early, peak
         parent = psutil.Process(process.pid)
         while not stop.wait(0.5):
+            committed = len(list(log.glob("*.json"))) > 1  # the first makes the table
             peak = max(peak, sum(map(_anonymous, [parent, *_children(parent)])))
-            if num_early <= 1:  # the first makes the table
-                early, num_early = peak, num_versions()
+            if committed and not held.released.is_set():
+                early = peak
+                held.released.set()
 
     thread = threading.Thread(target=watch)
     thread.start()
-    out, errors = process.communicate(timeout=1500)
-    stop.set()
-    thread.join()
+    try:
+        out, errors = process.communicate()
+    finally:  # where its time is over it is in the middle of it
+        process.kill()
+        stop.set()
+        thread.join()
     assert process.returncode == 0, errors
     assert json.loads(out.splitlines()[-1])["status"] == "done"
-    assert num_early < num_versions(), "nothing was left to commit when the first commit was seen"
+    assert early, "the images that were held were waited for before the first commit"
     return early, peak
 
 
@@ -67,15 +70,13 @@ def _anonymous(process: psutil.Process) -> int:
     return sum(int(line.split()[1]) * 1024 for line in rollup.splitlines() if line.startswith("Pss_Anon"))
 
 
-def embed_command(folder: Path, models: dict[str, dict[str, Any]], num_images: int, max_rows: int) -> list[str]:
-    images = folder / "images"
-    images.mkdir()
-    for index in range(num_images):
-        picture(index, 48, 48).save(images / f"{index:06d}.png", "PNG")
+def embed_command(folder: Path, models: dict[str, dict[str, Any]], manifest: Path, max_rows: int) -> list[str]:
     config = folder / "job.yaml"
     job = {
         "models": models,
         "ray": {"num_cpus": 2, "object_store_bytes": OBJECT_STORE_BYTES},
+        "source": {"uri": str(manifest), "http": {"allow_private_addresses": True, "timeout_s": 250}},
+        "catalog": {"uri": str(folder / "catalog")},
         "tasks": ["embed"],
         # One actor: of two, the second may come too late for few images, and is no growth.
         "pools": [{"tasks": ["embed"], "cpus": 0.5}],
@@ -83,13 +84,14 @@ def embed_command(folder: Path, models: dict[str, dict[str, Any]], num_images: i
         "max_error_fraction": 1.0,  # else the first commit would wait for a thousand rows
     }
     config.write_text(yaml.safe_dump(job))
-    arguments = [images, folder / "catalog", "--profile", "starter", "--config", config, "--json"]
-    return [sys.executable, "-m", "vlmflow", "enrich", *(str(argument) for argument in arguments)]
+    return [sys.executable, "-m", "vlmflow", "enrich", "--profile", "starter", "--config", str(config), "--json"]
 
 
 def compare(folder: Path, models: dict[str, dict[str, Any]], few: int, many: int) -> float:
     """What a run of many images needs at most, to what it has needed when the first few are committed."""
-    early, peak = peaks(embed_command(folder, models, many, few), folder / "catalog")
+    with held_images(2 * few) as held:  # reading ahead must not have to wait for the first commit
+        command = embed_command(folder, models, held.manifest(folder / "images.csv", many), few)
+        early, peak = peaks(command, folder / "catalog", held)
     print(f"peak anonymous memory: {early / 2**20:.0f} MiB at {few}, {peak / 2**20:.0f} MiB at {many}")
     return peak / early
 

@@ -11,7 +11,7 @@ import ray
 from ray.data import ActorPoolStrategy, Dataset
 
 from vlmflow.catalog import KnownBytes
-from vlmflow.config import Job, PoolConfig
+from vlmflow.config import Family, Job, PoolConfig
 from vlmflow.engine.cluster import Cluster
 from vlmflow.engine.decoding import ReadAndDecode
 from vlmflow.engine.pools import PoolWorker
@@ -24,6 +24,7 @@ from vlmflow.imaging import merge_requests
 from vlmflow.moderation.prompts import PromptVectors
 from vlmflow.sources import Source
 from vlmflow.sources.regions import RegionReader
+from vlmflow.tasks.setup import TaskSetup
 
 # Unequal to what a pool's actors ask for: Ray Data fuses a map into the actors behind it when both ask for the same.
 DECODE_CPUS = 0.45
@@ -34,20 +35,26 @@ _CALLS_AT_ONCE = 2
 # Of an actor with a GPU: it feeds one batch while two are in its tasks.
 GPU_CALLS_AT_ONCE = 3
 _MIN_BLOCK_ROWS, _MAX_BLOCK_ROWS = 32, 512
+# Of a pool with a GPU for which neither job nor preflight says a size. Models of a few hundred MB need large ones to be
+# fast; others, and beams, take the memory of many images for each.
+_GPU_BATCH, _GPU_BATCH_OF_LARGE = 256, 64
+_SMALL_FAMILIES: frozenset[Family] = frozenset({"open_clip", "blip_caption", "blip_itm", "blip_vqa", "vilt"})
 # A worker that dies by a signal is retried without limit unless told otherwise.
 TASK_LIMITS = {"max_retries": 2}
 ACTOR_LIMITS = {"max_restarts": -1, "max_task_retries": 2}
 
 
-def default_pools(job: Job, cluster: Cluster) -> tuple[PoolConfig, ...]:
+def default_pools(prepared: Prepared, cluster: Cluster) -> tuple[PoolConfig, ...]:
     """All tasks in one pool: on each GPU, or on the CPUs, of which decoding keeps a share."""
+    job = prepared.job
     if job.pools:
         wanted = set(job.tasks)
         kept = [(pool, tuple(task for task in pool.tasks if task in wanted)) for pool in job.pools]
         return tuple(pool.model_copy(update={"tasks": tasks}) for pool, tasks in kept if tasks)
     if cluster.gpus >= 1:
         num_gpus = int(cluster.gpus)
-        return (PoolConfig(tasks=job.tasks, gpus=1, cpus=1, max_actors=num_gpus, batch_size=64),)
+        size = _gpu_batch(prepared.setup)
+        return (PoolConfig(tasks=job.tasks, gpus=1, cpus=1, max_actors=num_gpus, batch_size=size),)
     cores = max(1, int(cluster.cpus))
     if cores <= 4:
         # One thread each: for small batches, actors side by side do more than threads inside one.
@@ -56,10 +63,15 @@ def default_pools(job: Job, cluster: Cluster) -> tuple[PoolConfig, ...]:
     return (PoolConfig(tasks=job.tasks, cpus=3, min_actors=1, max_actors=num_actors),)
 
 
-def open_pools(job: Job, cluster: Cluster) -> tuple[PoolConfig, ...]:
+def _gpu_batch(setup: TaskSetup) -> int:
+    is_small = all(model.family in _SMALL_FAMILIES for model in setup.models.values())
+    return _GPU_BATCH if is_small and not setup.detectors and setup.num_beams == 1 else _GPU_BATCH_OF_LARGE
+
+
+def open_pools(prepared: Prepared, cluster: Cluster) -> tuple[PoolConfig, ...]:
     """The pools of which a preflight is to find batch sizes and numbers of actors, where the job does not say them."""
-    pools = default_pools(job, cluster)
-    if job.pools:
+    pools = default_pools(prepared, cluster)
+    if prepared.job.pools:
         return pools
     sizes = {"batch_size", "min_actors", "max_actors"}
     return tuple(PoolConfig(**pool.model_dump(exclude=sizes, exclude_unset=True)) for pool in pools)

@@ -102,7 +102,7 @@ def preflight(job: Job, *, progress: ProgressDisplay | None = None) -> Preflight
             raise ConfigError("preflight: nothing is due, so nothing can be tried", remedy="`vlmflow plan` says why.")
         display.stage("starting Ray")
         with ray_cluster(prepared.job.ray) as cluster, cluster.worker_errors():
-            pools = open_pools(prepared.job, cluster)
+            pools = open_pools(prepared, cluster)
             check_pools(pools, cluster)
             stages = stages_of(prepared, source, pools, encode_policy(prepared.setup), None)
             display.stage("trying batch sizes")
@@ -157,7 +157,7 @@ class _Run:
             tried = measure(self._plan, plain, cluster)
         except (SourceError, ClusterError) as error:  # every image gets its row all the same
             logger.warning("preflight: nothing could be tried: %s", error)
-            return default_pools(self._job, cluster)
+            return default_pools(self._prepared, cluster)
         logger.info("preflight: %s", tried.model_dump_json(exclude={"pools": {"__all__": {"trials"}}}))
         return tried.chosen
 
@@ -172,7 +172,7 @@ class _Run:
         with ray_cluster(self._job.ray) as cluster, cluster.worker_errors() as self._worker_errors:
             self._num_cpus = cluster.cpus
             self._display.stage("loading models")
-            pools = (open_pools if self._job.preflight else default_pools)(self._job, cluster)
+            pools = (open_pools if self._job.preflight else default_pools)(self._prepared, cluster)
             check_pools(pools, cluster)
             prompts = encode_policy(self._prepared.setup)
             stages = stages_of(self._prepared, self._source, pools, prompts, self._known_bytes())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import threading
 import time
 from types import SimpleNamespace
@@ -10,10 +11,11 @@ import pyarrow as pa
 import pytest
 import torch
 
-from vlmflow.config import PoolConfig
+from vlmflow.config import Job, ModelConfig, PoolConfig
 from vlmflow.engine import trials as trials_module
 from vlmflow.engine.cluster import Cluster
-from vlmflow.engine.pipeline import block_rows
+from vlmflow.engine.pipeline import block_rows, default_pools
+from vlmflow.engine.prepare import Prepared
 from vlmflow.engine.sizing import PoolPlan, _planned, _projected, _sized
 from vlmflow.engine.trials import Trial, TriedPool, choose
 
@@ -48,6 +50,30 @@ def test_each_gpu_gets_an_actor_and_what_the_job_says_stays() -> None:
     assert _sized(said, [said], cluster, 0.001).pool.max_actors == 2
     shared = [plan(500.0, gpus=0.5), plan(300.0, gpus=0.5)]
     assert [_sized(each, shared, cluster, 0.001).pool.max_actors for each in shared] == [4, 4]
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "size"),
+    [
+        ("blip_caption", {}, 256),
+        ("blip_caption", {"num_beams": 3}, 64),
+        ("blip_caption", {"detectors": ("nsfw",)}, 64),
+        ("vlm", {}, 64),
+        ("blip2_caption", {}, 64),
+    ],
+    ids=["small", "beams", "detectors", "prompted", "large"],
+)
+def test_a_gpu_is_given_as_many_images_as_its_models_leave_room_for(
+    family: str, changes: dict[str, object], size: int
+) -> None:
+    models = {"embed": ModelConfig(family="open_clip", path="a"), "caption": ModelConfig(family=family, path="b")}  # type: ignore[arg-type]
+    setup = SimpleNamespace(models=models, **({"detectors": (), "num_beams": 1} | changes))
+    job = Job.model_construct(pools=(), tasks=("embed", "caption"))
+    prepared = Prepared(job, dt.date(2026, 1, 1), setup, {})  # type: ignore[arg-type]
+    (pool,) = default_pools(prepared, Cluster(cpus=16, gpus=2, num_nodes=1, embedded=True))
+    assert (pool.batch_size, pool.max_actors) == (size, 2)
+    (pool,) = default_pools(prepared, Cluster(cpus=16, gpus=0, num_nodes=1, embedded=True))
+    assert pool.batch_size == 32, "on processors it is small for any"
 
 
 def test_processors_are_split_by_what_an_image_takes_in_each_place() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 from types import TracebackType
@@ -18,8 +19,18 @@ from vlmflow.engine.faults import in_our_words
 _MAX_WAITING = 64
 _POLL_S = 0.2
 _JOIN_S = 2.0
+_THREAD = "vlmflow-consume"
 
 Block = tuple["ray.ObjectRef[pa.Table]", int]  # a reference and the number of rows behind it
+
+
+def _is_of_others(record: logging.LogRecord) -> bool:
+    return record.threadName != _THREAD
+
+
+# What ends the thread below is told by `next`. Ray Data prints its trace as well, as a defect of its own: also of a run
+# that was interrupted, whose thread still waits for a block when Ray stops.
+logging.getLogger("ray.data.exceptions").addFilter(_is_of_others)
 
 
 class FinishedBlocks:
@@ -29,7 +40,7 @@ class FinishedBlocks:
         self._dataset = dataset
         self._queue: queue.Queue[list[Block] | BaseException | None] = queue.Queue(maxsize=_MAX_WAITING)
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._consume, name="vlmflow-consume", daemon=True)
+        self._thread = threading.Thread(target=self._consume, name=_THREAD, daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()

@@ -30,6 +30,7 @@ from benchmarks.random_models import VIT_B_32, VIT_L_14, write_clip
 from vlmflow.config import ModelConfig
 from vlmflow.models import clip_packed, load_embedder
 from vlmflow.models.clip import ClipEmbedder, build
+from vlmflow.models.pixels import PixelNormalizer
 from vlmflow.models.preprocessing import read_preprocessing
 from vlmflow.moderation.decide import Moderator
 from vlmflow.moderation.policy import load_policy
@@ -104,21 +105,26 @@ def speeds(architecture: dict[str, Any], batch: int, repeats: int) -> dict[str, 
 
 
 def parity() -> dict[str, Any]:
-    """What bfloat16 and int8 change of the demo's vectors, scores and decisions."""
+    """What bfloat16 and int8 change of the demo's vectors, scores and decisions.
+
+    On a processor what is carried from layer to layer stays float32; on CUDA it is bfloat16 as well.
+    """
     folder = _STARTER / "clip"
     config = ModelConfig(family="open_clip", path=str(folder))
     exact, half = (load_embedder(config, "cpu", dtype) for dtype in ("float32", "bfloat16"))
     assert isinstance(exact, ClipEmbedder)
     assert isinstance(half, ClipEmbedder)
-    bytewise = copy.copy(exact)
+    bytewise, carried = copy.copy(exact), copy.copy(half)
     bytewise._model = int8(build(folder, None, "cpu", torch.float32))
+    carried._model = build(folder, None, "cpu", torch.bfloat16, packed=True)
+    carried._normalize = PixelNormalizer(read_preprocessing(folder, config), "cpu", torch.bfloat16)
     pixels = demo_pixels(read_preprocessing(folder, config).size)
     policy = load_policy("demo")
     moderator = Moderator(policy, policy.bindings[0], encode_prompts(policy, exact))
     expected = exact.embed_images(pixels)
     scores, decisions = moderated(moderator, expected)
     found: dict[str, Any] = {"images": len(pixels), "labels": scores.shape[1]}
-    for name, embedder in (("bfloat16", half), ("int8", bytewise)):
+    for name, embedder in (("bfloat16", half), ("bfloat16_as_on_cuda", carried), ("int8", bytewise)):
         vectors = embedder.embed_images(pixels)
         others, decided = moderated(moderator, vectors)
         moved = np.abs(others - scores)

@@ -12,12 +12,13 @@ import open_clip
 import torch
 from numpy.typing import NDArray
 from open_clip.factory import load_checkpoint
+from open_clip.model import convert_weights_to_lp
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from safetensors import SafetensorError
 
 from vlmflow.config import Dtype, ModelConfig
 from vlmflow.errors import WeightsError
-from vlmflow.models.clip_packed import pack_image_tower
+from vlmflow.models.clip_packed import can_pack, pack_image_tower
 from vlmflow.models.pixels import PixelNormalizer, model_dtype
 from vlmflow.models.preprocessing import read_preprocessing
 from vlmflow.models.weights import check_keys, find_weights, read_open_clip_model
@@ -49,11 +50,14 @@ class ClipEmbedder:
         preprocessing = read_preprocessing(folder, config)
         wanted = model_dtype(device, dtype)
         on_processor = torch.device(device).type == "cpu"
-        model = build(folder, config.architecture, device, torch.float32 if on_processor else wanted)
-        if on_processor and pack_image_tower(model, wanted):
-            wanted = torch.float32  # of all of the packed tower but its products
-        elif on_processor and wanted != torch.float32:
-            model = build(folder, config.architecture, device, wanted)
+        if not on_processor:
+            model = build(folder, config.architecture, device, wanted, packed=True)
+        else:
+            model = build(folder, config.architecture, device, torch.float32)
+            if pack_image_tower(model, wanted):
+                wanted = torch.float32  # of all of the packed tower but its products
+            elif wanted != torch.float32:
+                model = build(folder, config.architecture, device, wanted)
         normalize = PixelNormalizer(preprocessing, device, wanted)
         return cls(model, _load_tokenizer(folder, architecture["text_cfg"]), normalize, architecture["embed_dim"])
 
@@ -89,8 +93,13 @@ def load_tower(folder: Path, config: ModelConfig, device: str, dtype: torch.dtyp
     return tower.to(dtype)
 
 
-def build(folder: Path, architecture: str | None, device: str, dtype: torch.dtype) -> torch.nn.Module:
+def build(
+    folder: Path, architecture: str | None, device: str, dtype: torch.dtype, *, packed: bool = False
+) -> torch.nn.Module:
     """The model as open_clip has it, with the weights of the folder.
+
+    Args:
+        packed: with packed layers in its image tower, where they can be.
 
     Raises:
         WeightsError: they do not fit.
@@ -108,6 +117,9 @@ def build(folder: Path, architecture: str | None, device: str, dtype: torch.dtyp
         )
     finally:
         logging.disable(previous)
+    packed = packed and can_pack(model)
+    if packed:
+        model.float()  # so that what is packed is rounded once
     (weights,) = find_weights(folder, "open_clip")
     try:
         keys = load_checkpoint(model, str(weights), strict=False)
@@ -118,6 +130,10 @@ def build(folder: Path, architecture: str | None, device: str, dtype: torch.dtyp
             remedy="Use the configuration file that belongs to these weights.",
         ) from error
     check_keys(folder, keys.missing_keys, keys.unexpected_keys)
+    if packed:
+        pack_image_tower(model, dtype, carried=dtype)
+        if dtype != torch.float32:
+            convert_weights_to_lp(model, dtype)
     return model.eval().requires_grad_(False)
 
 

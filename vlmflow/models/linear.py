@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-# Exact GELU can be done while the product is still in the cache.
-_FUSED = {"gelu": "gelu", None: "none"}
+# What can be done while the product is still in the cache, by oneDNN's names; GELU is the exact one.
+_FUSED = {"gelu": "gelu", "silu": "swish", None: "none"}
 
 
 class PackedLinear:

@@ -23,6 +23,7 @@ from transformers import (
 
 from tests.fake_cuda import HostReads, Operators, build, cast, fake_mode
 from tests.models import IMAGE_SIZE, make_captioner, make_clip, make_vilt
+from vlmflow.models import clip_packed
 from vlmflow.models.blip import BlipCaptioner, BlipMatcher
 from vlmflow.models.blip_fast import VisionTower
 from vlmflow.models.blip_fast.graph import FixedStep
@@ -149,11 +150,32 @@ def test_a_classifier_of_answers_waits_for_the_device_at_its_end(tmp_path: Path)
     assert set(reads.found) == {"vilt.py:_choose"}
 
 
-def test_an_embedding_waits_for_the_device_once(tmp_path: Path) -> None:
-    architecture = json.loads((make_clip(tmp_path) / "open_clip_config.json").read_text())["model_cfg"]
+def clip_architecture(folder: Path) -> dict[str, Any]:
+    architecture = json.loads((make_clip(folder) / "open_clip_config.json").read_text())["model_cfg"]
     text = {name: value for name, value in architecture["text_cfg"].items() if not name.startswith("hf_")}
+    return architecture | {"text_cfg": text}
+
+
+def test_layers_of_clip_copy_nothing_to_another_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Attention without values takes a way that no GPU does.
+    monkeypatch.setattr(clip_packed, "attend", lambda q, k, v: v.new_empty((len(v), v.shape[2], v[0, :, 0].numel())))
+    architecture = clip_architecture(tmp_path)
+    with fake_mode():
+        model = build(lambda: open_clip.CLIP(**architecture), HALF)
+        assert clip_packed.pack_image_tower(model)
+        states = torch.empty((5, 17, model.visual.conv1.out_channels), dtype=HALF, device="cuda")
+        with torch.no_grad(), Operators() as found:
+            assert model.visual.transformer(states).dtype == HALF
+    assert "aten.native_layer_norm.default" in found.dtypes
+    assert not {"aten._to_copy.default", "aten.clone.default", "aten.copy_.default"} & set(found.dtypes)
+    assert found.not_for_a_graph == []
+
+
+def test_an_embedding_waits_for_the_device_once(tmp_path: Path) -> None:
+    architecture = clip_architecture(tmp_path)
     with fake_mode(), HostReads() as reads:
-        model = build(lambda: open_clip.CLIP(**architecture | {"text_cfg": text}))
+        model = build(lambda: open_clip.CLIP(**architecture))
+        assert clip_packed.pack_image_tower(model)
         tokenize = open_clip.SimpleTokenizer(context_length=16)
         embedder = ClipEmbedder(model, tokenize, PixelNormalizer(PREPROCESSING, "cuda", torch.float32), 24)
         assert embedder.embed_images(pixels()).shape == (5, 24)

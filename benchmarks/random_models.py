@@ -30,7 +30,7 @@ VIT_L_14: dict[str, Any] = {
     "vision_cfg": {"image_size": 224, "layers": 24, "width": 1024, "patch_size": 14},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 768, "heads": 12, "layers": 12},
 }
-_TINY_CLIP: dict[str, Any] = {
+TINY_CLIP: dict[str, Any] = {
     "embed_dim": 32,
     "vision_cfg": {"image_size": 64, "layers": 2, "width": 64, "head_width": 32, "patch_size": 16},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
@@ -44,7 +44,7 @@ def write_models(folder: Path, *, tiny: bool) -> dict[str, ModelConfig]:
     """
     return {
         "embed": ModelConfig(
-            family="open_clip", path=str(write_clip(folder / "clip", _TINY_CLIP if tiny else VIT_L_14))
+            family="open_clip", path=str(write_clip(folder / "clip", TINY_CLIP if tiny else VIT_L_14))
         ),
         "caption": ModelConfig(
             family="blip_caption", path=str(_write_blip(BlipForConditionalGeneration, folder / "captioner", 0, tiny))

@@ -32,8 +32,9 @@ class Workload:
     size_px: int  # side of the pixels
     flops: float  # of one unit
     build: Callable[[str], Any]  # of a device
-    # "ours", "transformers" and others: (N, 3, S, S) uint8 -> (N, K) numbers, which should be the same for all.
+    # "ours", the other and more: (N, 3, S, S) uint8 -> (N, K) numbers, which should be the same for all.
     sides: Callable[[Any, Place], dict[str, Run]]
+    other: str = "transformers"  # what ours is set against
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def measure(workload: Workload, place: Place, plan: Plan) -> list[dict[str, obje
         generator = torch.Generator().manual_seed(batch)
         size = (batch, 3, workload.size_px, workload.size_px)
         pixels = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator).to(device)
-        seconds, ceilings, equal = take_turns(by_side, pixels, place, plan)
+        seconds, ceilings, equal = take_turns(by_side, workload.other, pixels, place, plan)
         ceiling = max(ceilings)
         for side, times in seconds.items():
             # What other work on the machine takes away only ever makes a call longer.
@@ -87,13 +88,13 @@ def measure(workload: Workload, place: Place, plan: Plan) -> list[dict[str, obje
 
 
 def take_turns(
-    by_side: dict[str, Run], pixels: torch.Tensor, place: Place, plan: Plan
+    by_side: dict[str, Run], other: str, pixels: torch.Tensor, place: Place, plan: Plan
 ) -> tuple[dict[str, list[float]], list[float], float]:
     """All sides and the plain product, in turn.
 
     Returns:
         Seconds of each repeat by side, the first call left out; FLOP/s of the product; the share of images for which
-        ours and transformers gave the same.
+        ours and the other gave the same.
     """
     seconds: dict[str, list[float]] = {side: [] for side in by_side}
     ceilings: list[float] = []
@@ -102,20 +103,20 @@ def take_turns(
         ceilings.append(matmul_ceiling(*place))
         for side, run in by_side.items():
             seconds[side].append(seconds_of(partial(run, pixels), place[0], plan.clock))
-    return seconds, ceilings, (given["ours"] == given["transformers"]).all(dim=1).float().mean().item()
+    return seconds, ceilings, (given["ours"] == given[other]).all(dim=1).float().mean().item()
 
 
-def ratios(results: list[dict[str, Any]], unit: str) -> list[dict[str, object]]:
-    """Ours over transformers at equal dtype, and over its float32."""
+def ratios(results: list[dict[str, Any]], unit: str, other: str) -> list[dict[str, object]]:
+    """Ours over the other at equal dtype, and over its float32."""
     rates = {(row["side"], row["dtype"], row["batch"]): row[f"{unit}s_per_s"] for row in results}
     found: list[dict[str, object]] = []
     for (side, dtype, batch), rate in rates.items():
         if side != "ours":
             continue
         ratio: dict[str, object] = {"dtype": dtype, "batch": batch}
-        for name, other in (("over_equal_dtype", dtype), ("over_float32", "float32")):
-            if ("transformers", other, batch) in rates:
-                ratio[name] = round(rate / rates["transformers", other, batch], 2)
+        for name, of_other in (("over_equal_dtype", dtype), ("over_float32", "float32")):
+            if (other, of_other, batch) in rates:
+                ratio[name] = round(rate / rates[other, of_other, batch], 2)
         found.append(ratio)
     return found
 
@@ -159,7 +160,7 @@ def compare(workload: Workload) -> None:
                 "clock": plan.clock.__name__,
                 "load_before_and_after": loads,
                 f"gflops_per_{workload.unit}": round(workload.flops / 1e9, 1),
-                "ours_over_transformers": ratios(results, workload.unit),
+                f"ours_over_{workload.other}": ratios(results, workload.unit, workload.other),
                 "runs": results,
             }
             path = save_result(f"{workload.name}-{options.device}", result, options.results)  # what is measured is kept

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import blip_caption, decode, gpu_enrich, scaling, vilt_answer
+from benchmarks import blip_caption, clip_embed, decode, gpu_enrich, random_models, scaling, vilt_answer
 from benchmarks.machine import RESULTS
 from vlmflow.config import TaskName
 
@@ -53,6 +53,18 @@ def test_ours_beside_transformers(script: ModuleType, tmp_path: Path, monkeypatc
     assert {"ours", "transformers"} <= {one["side"] for one in found["runs"]}
     (unit,) = {key for one in found["runs"] for key in one if key.endswith("_equal_on_both_sides")}
     assert all(one[unit] == 1 for one in found["runs"])
+
+
+def test_ours_beside_open_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clip_embed, "ARCHITECTURE", random_models.TINY_CLIP)
+    options = ("--device", "cpu", "--batch", "2", "--repeats", "1", "--threads", "1")
+    found = run(clip_embed, tmp_path, monkeypatch, *options)
+    sides = {"ours", "open_clip", "ours_quick_gelu", "open_clip_quick_gelu"}
+    assert {(one["side"], one["dtype"]) for one in found["runs"]} == {
+        (side, dtype) for side in sides for dtype in ("float32", "bfloat16")
+    }
+    assert all(one["images_equal_on_both_sides"] == 1 for one in found["runs"] if one["dtype"] == "float32")
+    assert {one["dtype"] for one in found["ours_over_open_clip"]} == {"float32", "bfloat16"}
 
 
 @pytest.mark.slow

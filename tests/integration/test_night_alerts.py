@@ -69,7 +69,8 @@ def config(tmp_path: Path) -> CatalogConfig:
     config = CatalogConfig(uri=str(tmp_path / "catalog"))
     put_rows(config, ["a", "b", "c"], run="tonight", decision=["allow", "review", "block"])
     for number in range(3):
-        put_record(config, f"night-{number}", decisions={"allow": 95, "review": 5}, date="2026-02-01")
+        given = {"date": f"2026-02-0{number + 1}", "started_at": f"2026-02-0{number + 1}T02:00:00Z"}
+        put_record(config, f"night-{number}", decisions={"allow": 95, "review": 5}, **given)
     put_record(config, "tonight", decisions={"allow": 50, "block": 50})
     return config
 
@@ -169,8 +170,9 @@ def test_images_that_arrive_during_the_night_are_reported_and_watched_too(
     prefect: Prefect, night: Callable[..., Any], config: CatalogConfig, messenger: Messenger
 ) -> None:
     put_rows(config, ["d", "e"], run="late", decision=["block", "allow"])
-    put_record(config, "late", decisions={"allow": 10, "block": 90}, num_added=2)
-    late = RunReport.model_validate(record("late", decisions={"allow": 10, "block": 90}, num_added=2))
+    given = {"decisions": {"allow": 10, "block": 90}, "num_added": 2, "started_at": "2026-03-01T03:00:00Z"}
+    put_record(config, "late", **given)
+    late = RunReport.model_validate(record("late", **given))
     arrived = Verification(5, 3, findings={"missing": Finding(2, ["d", "e"])})
     state = night(GivenSteps(tonight(decisions={"allow": 95, "block": 5}), late), arrived)
     assert state.message == "2026-03-01: 5 rows new, 0 replaced, 95 flagged, 2 with errors; runs tonight, late."
@@ -191,7 +193,7 @@ def test_what_a_try_committed_before_it_failed_is_reported_and_watched(
 ) -> None:
     put_rows(config, ["d"], run="lost", decision=["block"])
     given = {"source": "/images", "config": {"date": str(NIGHT)}, "decisions": {"allow": 10, "block": 90}}
-    put_record(config, "lost", status="failed", num_added=100, **given)
+    put_record(config, "lost", status="failed", num_added=100, started_at="2026-03-01T01:00:00Z", **given)
     again = tonight(status=second, num_added=0 if second == "nothing_due" else 3)
     state = night(GivenSteps(TransientError("busy"), again))
     assert state.is_completed(), state.message

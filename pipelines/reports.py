@@ -41,7 +41,8 @@ def unreported(job: Job, day: dt.date, folder: str) -> list[RunReport]:
     oldest = min(reported, default="")
     found: list[RunReport] = []
     for run in Catalog.open(job.catalog).runs.list():
-        if run.state == "running" or run.run_id in reported or run.run_id < oldest:
+        at_work = run.state == "running" and not run.has_ended
+        if at_work or run.run_id in reported or run.run_id < oldest:
             continue
         known = {name: run.record[name] for name in RunReport.model_fields if name in run.record}
         with contextlib.suppress(ValidationError):  # another kind of run, or written by another version

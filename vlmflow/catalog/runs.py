@@ -40,6 +40,11 @@ class RunInfo:
     record: dict[str, Any]
     seen_at: dt.datetime | None  # last heartbeat; None for a finished run
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether its record says how it ended. It may keep a lease all the same; see :meth:`RunStore.finish`."""
+        return self.state == "finished" or _says_its_end(self.record)
+
 
 class RunStore:
     """Reads and writes run records. A lease is a file whose time of modification is the last heartbeat."""
@@ -132,7 +137,7 @@ class RunStore:
         Late verdicts must be in its rows too: the next run looks for them only where a run has a lease.
         """
         record = self.get(run_id) or {}
-        if record.get("status", "running") == "running":  # else it says itself how it ended
+        if not _says_its_end(record):
             message = "died: it gave no sign of life, and a vacuum has removed what it had not committed"
             record |= {"status": "failed", "state": "dead", "message": message}
         self.finish(run_id, record)
@@ -178,6 +183,10 @@ def _record(run_id: str) -> str:
 
 def _lease(run_id: str) -> str:
     return f"{RUNS}/{run_id}.lease"
+
+
+def _says_its_end(record: dict[str, Any]) -> bool:
+    return bool(record.get("status", "running") != "running")
 
 
 def _started_at(record: dict[str, Any]) -> dt.datetime:

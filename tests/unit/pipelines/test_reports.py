@@ -83,6 +83,15 @@ def test_a_run_that_did_not_come_to_its_end_is_reported_by_a_later_night(config:
         assert found(config, NIGHT + dt.timedelta(days=days)) == expected, days
 
 
+def test_a_run_that_has_ended_is_reported_though_it_keeps_its_lease(config: CatalogConfig) -> None:
+    publish(config, IDS[0])
+    runs = Catalog.open(config).runs
+    given = record(IDS[1], source="/photos", config={"date": str(NIGHT)})
+    runs.start(IDS[1], given | {"status": "running"})
+    runs.finish(IDS[1], given | {"status": "failed"}, keep_lease=True)
+    assert found(config) == IDS[1:2]
+
+
 def test_a_report_that_was_removed_is_not_made_again(config: CatalogConfig) -> None:
     for run in IDS[1:]:
         put_night(config, run)
@@ -97,7 +106,8 @@ def test_a_run_that_changed_nothing_or_is_none_of_a_night_needs_no_report(config
     put_night(config, IDS[2], config={})  # by hand, without a date
     put_night(config, IDS[3], source="/other")
     runs = Catalog.open(config).runs
-    runs.start(IDS[4], record(IDS[4], source="/photos", config={"date": str(NIGHT)}))  # and still runs
+    given = {"source": "/photos", "config": {"date": str(NIGHT)}}
+    runs.start(IDS[4], record(IDS[4], status="running", **given))  # and still runs
     with runs.recorded("vacuum"):
         pass
     assert found(config) == []

@@ -152,7 +152,7 @@ def _nothing(plan: PlanSummary, day: dt.date) -> str:
         return f"Nothing was due on {day}: {plan.num_listed:,} images listed, all up to date."
     return (
         f"{day}: no run to report. {plan.num_planned:,} images were due when it was planned and none afterwards: "
-        "another run has done them, or a try whose record was not completed."
+        "another run has done them, or a try that was killed. Its report comes with the next night."
     )
 
 

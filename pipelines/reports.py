@@ -14,6 +14,7 @@ from vlmflow.catalog import Catalog
 from vlmflow.catalog.folder import FileInfo, Folder
 from vlmflow.config import CatalogConfig, Job
 from vlmflow.engine import RunReport
+from vlmflow.report.killed import with_counts
 from vlmflow.report.write import WrittenReport, write_report
 from vlmflow.sources import normalise_uri
 
@@ -26,7 +27,8 @@ def unreported(job: Job, day: dt.date, folder: str) -> list[RunReport]:
     """The enrichments of nights that changed rows and have no report, the oldest first, however they ended.
 
     Looked at are those of the seven days up to ``day``. A night's run is known by its source, and by a date that was
-    given to it, as nights do and who enriches by hand seldom does.
+    given to it, as nights do and who enriches by hand seldom does. Of a run that was killed the table tells what it
+    changed: see :func:`vlmflow.report.killed.with_counts`.
 
     Args:
         folder: where the reports are.
@@ -40,7 +42,8 @@ def unreported(job: Job, day: dt.date, folder: str) -> list[RunReport]:
     # What is older than every report had its own, which was removed, or was there before reports were made.
     oldest = min(reported, default="")
     found: list[RunReport] = []
-    for run in Catalog.open(job.catalog).runs.list():
+    catalog = Catalog.open(job.catalog)
+    for run in catalog.runs.list():
         at_work = run.state == "running" and not run.has_ended
         if at_work or run.run_id in reported or run.run_id < oldest:
             continue
@@ -48,9 +51,9 @@ def unreported(job: Job, day: dt.date, folder: str) -> list[RunReport]:
         with contextlib.suppress(ValidationError):  # another kind of run, or written by another version
             report = RunReport.model_validate(known)
             is_night = report.source == source and report.config.get("date") is not None
-            if is_night and day - _LOOK_BACK < report.date <= day and report.num_added + report.num_replaced:
+            if is_night and day - _LOOK_BACK < report.date <= day:
                 found.append(report)
-    return found[::-1]
+    return [report for report in with_counts(catalog, found[::-1]) if report.num_added + report.num_replaced]
 
 
 def _reported(folder: Folder) -> dict[str, FileInfo]:

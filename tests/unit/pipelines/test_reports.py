@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from pipelines.reports import default_folder, publish_report, unreported
 from tests.report_samples import put_record, put_rows, record
 from vlmflow.catalog import Catalog
 from vlmflow.config import CatalogConfig, Job, SourceConfig
+from vlmflow.engine import RunReport
 
 NIGHT = dt.date(2026, 3, 1)
+NEXT = NIGHT + dt.timedelta(days=1)
 IDS = [f"2026030{day}T020000-0000000{day}" for day in range(1, 6)]
 
 
@@ -29,10 +32,14 @@ def put_night(catalog: CatalogConfig, run: str, **given: Any) -> None:
     put_record(catalog, run, **{"source": "/photos", "config": {"date": str(NIGHT)}, **given})
 
 
-def found(config: CatalogConfig, day: dt.date = NIGHT) -> list[str]:
+def left(config: CatalogConfig, day: dt.date = NIGHT) -> list[RunReport]:
     """The runs without a report, in the default folder."""
     job = Job(source=SourceConfig(uri="/photos/../photos"), catalog=config, profile="starter")
-    return [run.run_id for run in unreported(job, day, default_folder(config))]
+    return unreported(job, day, default_folder(config))
+
+
+def found(config: CatalogConfig, day: dt.date = NIGHT) -> list[str]:
+    return [run.run_id for run in left(config, day)]
 
 
 def publish(config: CatalogConfig, run: str, keep: int = 30) -> None:
@@ -90,6 +97,37 @@ def test_a_run_that_has_ended_is_reported_though_it_keeps_its_lease(config: Cata
     runs.start(IDS[1], given | {"status": "running"})
     runs.finish(IDS[1], given | {"status": "failed"}, keep_lease=True)
     assert found(config) == IDS[1:2]
+
+
+@pytest.mark.parametrize("is_buried", [False, True])
+def test_what_a_killed_run_committed_is_counted_and_reported_once_it_is_dead(
+    config: CatalogConfig, is_buried: bool
+) -> None:
+    publish(config, IDS[0])
+    runs = Catalog.open(config).runs
+    given = {"source": "/photos", "status": "running", "finished_at": None, "num_added": 0}
+    given |= {"statuses": {}, "decisions": {}, "errors": {}}
+    for run, date in ((IDS[1], NIGHT), (IDS[2], NEXT), (IDS[3], NEXT)):  # the last committed nothing
+        runs.start(run, record(run, config={"date": str(date)}, date=str(date), **given))
+    put_rows(config, ["c", "d", "e"], run=IDS[1], decision=["allow", "block", "review"], status=["ok", "ok", "failed"])
+    put_rows(config, ["f"], run=IDS[2])  # an image that the night before saw first
+    assert found(config, NEXT) == [], "they may go on"
+    for run in IDS[1:4]:
+        os.utime(Path(config.uri) / "runs" / f"{run}.lease", (1000, 1000))
+        if is_buried:
+            runs.bury(run)
+    first, second = left(config, NEXT)
+    assert (first.run_id, first.num_added, first.num_replaced) == (IDS[1], 3, 0)
+    assert (second.run_id, second.num_added, second.num_replaced) == (IDS[2], 0, 1)
+    assert first.decisions == {"allow": 1, "block": 1, "review": 1}
+    assert first.statuses == {"ok": 2, "failed": 1}
+    publish(config, IDS[1])
+    page = Path(f"{default_folder(config)}/{NIGHT}-{IDS[1]}.html").read_text(encoding="utf-8")
+    assert "is counted here from the table" in page
+    assert ("gave no sign of life for ten minutes" in page) == (not is_buried)
+    assert found(config, NEXT) == IDS[2:3]
+    put_rows(config, ["f"], run=IDS[4], replace=True)
+    assert found(config, NEXT) == [], "another run has written its row since"
 
 
 def test_a_report_that_was_removed_is_not_made_again(config: CatalogConfig) -> None:

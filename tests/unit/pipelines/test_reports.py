@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.reports import default_folder, publish_report, unreported
+from pipelines.reports import default_folder, is_told, note_told, publish_report, unreported
 from tests.report_samples import put_record, put_rows, record
 from vlmflow.catalog import Catalog
 from vlmflow.config import CatalogConfig, Job, SourceConfig
@@ -32,14 +32,14 @@ def put_night(catalog: CatalogConfig, run: str, **given: Any) -> None:
     put_record(catalog, run, **{"source": "/photos", "config": {"date": str(NIGHT)}, **given})
 
 
-def left(config: CatalogConfig, day: dt.date = NIGHT) -> list[RunReport]:
+def left(config: CatalogConfig, day: dt.date = NIGHT, keep: int = 30) -> list[RunReport]:
     """The runs without a report, in the default folder."""
     job = Job(source=SourceConfig(uri="/photos/../photos"), catalog=config, profile="starter")
-    return unreported(job, day, default_folder(config))
+    return unreported(job, day, default_folder(config), keep)
 
 
-def found(config: CatalogConfig, day: dt.date = NIGHT) -> list[str]:
-    return [run.run_id for run in left(config, day)]
+def found(config: CatalogConfig, day: dt.date = NIGHT, keep: int = 30) -> list[str]:
+    return [run.run_id for run in left(config, day, keep)]
 
 
 def publish(config: CatalogConfig, run: str, keep: int = 30) -> None:
@@ -135,7 +135,34 @@ def test_a_report_that_was_removed_is_not_made_again(config: CatalogConfig) -> N
         put_night(config, run)
     for run in (IDS[1], IDS[3], IDS[2]):  # a run that ended late is reported late
         publish(config, run, keep=2)
-    assert found(config) == IDS[4:]
+    assert found(config, keep=2) == IDS[4:]
+
+
+def test_a_run_is_reported_though_every_report_is_of_a_later_one(config: CatalogConfig) -> None:
+    """Such as the first of all tries: it was killed, and the next try came through while its lease was fresh."""
+    put_night(config, IDS[1])
+    publish(config, IDS[1])
+    assert found(config) == IDS[:1]
+
+
+def test_people_were_told_until_the_report_is_there(config: CatalogConfig, tmp_path: Path) -> None:
+    folder = default_folder(config)
+    put_night(config, IDS[1])
+    first, second = left(config)
+    assert not is_told(config, first, folder)
+    for run in (first, second):
+        note_told(config, run, folder)
+    assert is_told(config, first, folder)
+    assert found(config) == IDS[:2], "a note is no report"
+    notes = Path(folder).glob("*.told")
+    publish(config, IDS[0])
+    assert [note.name for note in notes] == [f"{NIGHT}-{IDS[1]}.told"]
+    publish_report(config, IDS[0], NIGHT + dt.timedelta(days=7), folder, 30)
+    assert not is_told(config, second, folder), "no night looks for its report any more"
+    for away in ("foo://reports", str(tmp_path / "a file")):
+        (tmp_path / "a file").touch()
+        note_told(config, first, away)
+        assert not is_told(config, first, away), "better told twice than never"
 
 
 def test_a_run_that_changed_nothing_or_is_none_of_a_night_needs_no_report(config: CatalogConfig) -> None:

@@ -39,19 +39,22 @@ def emit(event: str, catalog: str, subject: str, body: str, facts: Mapping[str, 
     emit_event(event, resource=resource, payload={"subject": subject, "body": body, **(facts or {})})
 
 
-def send(notify: str | None, subject: str, body: str) -> None:
+def send(notify: str | None, subject: str, body: str) -> bool:
     """Sends a message through a notification block. A message that cannot be sent is logged and fails nothing.
 
     Args:
         notify: the block, as ``type/name``, such as ``slack-webhook/moderation``; None: no message.
+
+    Returns:
+        False: there was a message to be sent, and it could not be.
     """
     if notify is None:
-        return
+        return True
     try:
         block = Block.load(notify)
         if not isinstance(block, NotificationBlock):
             logger.error("%s is no notification block: nobody was told of: %s", notify, subject)
-            return
+            return False
         with block.raise_on_failure():  # most blocks would say nothing
             sent: Any = block.notify(body, subject)
             if inspect.iscoroutine(sent):  # within a running event loop
@@ -59,6 +62,8 @@ def send(notify: str | None, subject: str, body: str) -> None:
     except Exception as error:  # noqa: BLE001 - whatever a messenger raises, the run is what matters
         # Its text may hold the address with its token.
         logger.error("nobody was told of %r: block %s failed with %s", subject, notify, type(error).__name__)
+        return False
+    return True
 
 
 def tell_failure(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:

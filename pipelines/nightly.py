@@ -31,7 +31,7 @@ from pipelines.common import (
     stop_jobs_of,
 )
 from pipelines.ray_jobs import Command
-from pipelines.reports import default_folder, publish_report, unreported
+from pipelines.reports import default_folder, is_told, note_told, publish_report, unreported
 from pipelines.steps import Golden, Steps, doctor_command, enrich_command, gate_command, plan_command
 from vlmflow.catalog import Catalog, Verification
 from vlmflow.catalog.verify import ERRORS, Finding
@@ -104,7 +104,8 @@ def nightly_enrichment(
     job = read_job(job_file, {"date": day})
     name = slug(job.catalog.uri)
     steps = make_steps(ray_jobs_url, deadline_hours)
-    night = _Night(job, day, report_folder or default_folder(job.catalog), max_flagged_jump, notify)
+    folder = report_folder or default_folder(job.catalog)
+    night = _Night(job, day, folder, keep_reports, max_flagged_jump, notify)
     with steps.session(job):
         check(steps, job, f"doctor-{name}")
         if golden is not None:
@@ -115,7 +116,7 @@ def nightly_enrichment(
     night.take(report, name)
     _check_catalog(steps, job, name, night)
     for key, run in night.runs:
-        publish(job, run, night.folder, report_url, keep_reports, key)
+        publish(job, run, folder, report_url, keep_reports, key)
     return Completed(message=_summary([run for _, run in night.runs], day) if night.runs else _nothing(plan, day))
 
 
@@ -126,9 +127,9 @@ class _Night:
         runs: in the order in which they are reported, each with the name of its artifacts.
     """
 
-    def __init__(self, job: Job, day: dt.date, folder: str, max_jump: float, notify: str | None) -> None:
-        self._job, self._day, self._max_jump, self._notify = job, day, max_jump, notify
-        self.folder = folder
+    def __init__(self, job: Job, day: dt.date, folder: str, keep: int, max_jump: float, notify: str | None) -> None:
+        self._job, self._day, self._folder, self._keep = job, day, folder, keep
+        self._max_jump, self._notify = max_jump, notify
         self.runs: list[tuple[str, RunReport]] = []
 
     def take(self, report: RunReport, name: str) -> None:
@@ -138,11 +139,13 @@ class _Night:
         """
         new = [report] if report.status == "done" else []
         for run in new:  # before the folder of reports is looked at, which may be out of reach
-            watch(self._job, run, self._max_jump, self._notify)
+            watch(self._job, run, self._folder, self._max_jump, self._notify)
         known = {run.run_id for run in (*new, *(run for _, run in self.runs))}
-        left = [run for run in look_back(self._job, self._day, self.folder) if run.run_id not in known]
+        left = look_back(self._job, self._day, self._folder, self._keep)
+        left = [run for run in left if run.run_id not in known]
         for run in left:
-            watch(self._job, run, self._max_jump, self._notify)
+            if not is_told(self._job.catalog, run, self._folder):
+                watch(self._job, run, self._folder, self._max_jump, self._notify)
         runs = [*left, *new]
         self.runs += [(f"earlier-{name}", run) for run in runs[:-1]] + [(name, run) for run in runs[-1:]]
 
@@ -152,7 +155,7 @@ def _nothing(plan: PlanSummary, day: dt.date) -> str:
         return f"Nothing was due on {day}: {plan.num_listed:,} images listed, all up to date."
     return (
         f"{day}: no run to report. {plan.num_planned:,} images were due when it was planned and none afterwards: "
-        "another run has done them, or a try whose record was not completed."
+        "another run has done them, or a try that was killed, which the next night reports."
     )
 
 
@@ -290,15 +293,15 @@ def publish(job: Job, report: RunReport, folder: str, url: str | None, keep: int
 
 @task(name="look back", cache_policy=NO_CACHE, retries=RETRIES, retry_delay_seconds=list(RETRY_DELAYS_S),
       retry_condition_fn=may_pass)  # fmt: skip
-def look_back(job: Job, day: dt.date, folder: str) -> list[RunReport]:
+def look_back(job: Job, day: dt.date, folder: str, keep: int) -> list[RunReport]:
     """Finds the runs that have no report; see :func:`pipelines.reports.unreported`."""
-    return unreported(job, day, folder)
+    return unreported(job, day, folder, keep)
 
 
 @task(name="watch", cache_policy=NO_CACHE, retries=RETRIES, retry_delay_seconds=list(RETRY_DELAYS_S),
       retry_condition_fn=may_pass)  # fmt: skip
-def watch(job: Job, report: RunReport, max_jump: float, notify: str | None) -> None:
-    """Tells people if the run flagged many more images than those before it."""
+def watch(job: Job, report: RunReport, folder: str, max_jump: float, notify: str | None) -> None:
+    """Tells people if the run flagged many more images than those before it, and notes that they know."""
     jump = alerts.flagged_jump(report, Catalog.open(job.catalog).runs.list(), max_jump)
     if jump is not None:
         share, usual = jump
@@ -306,7 +309,8 @@ def watch(job: Job, report: RunReport, max_jump: float, notify: str | None) -> N
         body = f"Run {report.run_id} of {job.catalog.uri}: {share:.1%} of its images; of the runs before, {usual:.1%}."
         facts = {"share": share, "usual": usual, "run_id": report.run_id}
         alerts.emit(alerts.FLAGGED_JUMP, job.catalog.uri, subject, body, facts)
-        alerts.send(notify, subject, body)
+        if alerts.send(notify, subject, body):
+            note_told(job.catalog, report, folder)
 
 
 if __name__ == "__main__":

@@ -64,6 +64,7 @@ def record(run: str, **given: Any) -> dict[str, Any]:
         "tasks": ["embed", "match"],
         "date": "2026-03-01",
         "started_at": dt.datetime(2026, 3, 1, 2, tzinfo=dt.UTC).isoformat(),
+        "finished_at": dt.datetime(2026, 3, 1, 2, 2, tzinfo=dt.UTC).isoformat(),
         "seconds": 100.0,
         "startup_s": 10.0,
         "num_added": 3,

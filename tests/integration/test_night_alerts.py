@@ -16,14 +16,15 @@ from tests.flows import Prefect
 from tests.messenger import Messenger, running_messenger
 from tests.processes import wait_for
 from tests.report_samples import put_record, put_rows, record
-from vlmflow.catalog import Verification
+from vlmflow.catalog import Catalog, Verification
 from vlmflow.catalog.verify import Finding
 from vlmflow.config import CatalogConfig
 from vlmflow.doctor import Check
 from vlmflow.engine import PlanSummary, RunReport
-from vlmflow.errors import TransientError, UnreconciledError, VlmflowError
+from vlmflow.errors import StorageAccessError, TransientError, UnreconciledError, VlmflowError
 
 NIGHT = dt.date(2026, 3, 1)
+NEXT = NIGHT + dt.timedelta(days=1)
 TOKEN = "t0ps3cr3t-token"
 PLAN = PlanSummary(
     num_listed=3,
@@ -69,7 +70,8 @@ def config(tmp_path: Path) -> CatalogConfig:
     config = CatalogConfig(uri=str(tmp_path / "catalog"))
     put_rows(config, ["a", "b", "c"], run="tonight", decision=["allow", "review", "block"])
     for number in range(3):
-        put_record(config, f"night-{number}", decisions={"allow": 95, "review": 5}, date="2026-02-01")
+        given = {"date": f"2026-02-0{number + 1}", "started_at": f"2026-02-0{number + 1}T02:00:00Z"}
+        put_record(config, f"night-{number}", decisions={"allow": 95, "review": 5}, **given)
     put_record(config, "tonight", decisions={"allow": 50, "block": 50})
     return config
 
@@ -136,13 +138,18 @@ def test_a_catalog_that_does_not_verify_is_told(
     prefect: Prefect, night: Callable[..., Any], config: CatalogConfig, messenger: Messenger
 ) -> None:
     found = Verification(3, 4, findings={"duplicate": Finding(1, ["a"])})
-    state = night(GivenSteps(tonight(decisions={"allow": 50, "block": 50})), found)
-    assert state.is_failed()
-    jump, failure = messenger.received
+    report = tonight(decisions={"allow": 50, "block": 50}, source="/images", config={"date": str(NIGHT)})
+    Catalog.open(config).runs.finish("tonight", report.model_dump(mode="json"))
+    assert night(GivenSteps(report), found).is_failed()
+    (jump, failure), messenger.received[:] = messenger.received, []
     assert jump["title"] == "vlmflow: many more images are flagged"
     assert "images with more than one row" in failure["text"]
     assert "not sound" in prefect.artifacts()["verify"]["description"]
     wait_for(lambda: bool(facts(prefect, "vlmflow.rows.unreconciled", config)), seconds=30)
+
+    # The jump is known: the nights after it look at the same run for as long as they fail.
+    assert night(GivenSteps(tonight(status="nothing_due", num_added=0)), found, date=NEXT).is_failed()
+    assert [message["title"] for message in messenger.received] == ["nightly-enrichment nightly 2026-03-02 Failed"]
 
 
 def test_a_jump_of_the_flagged_share_is_told_and_the_night_is_good(
@@ -169,8 +176,9 @@ def test_images_that_arrive_during_the_night_are_reported_and_watched_too(
     prefect: Prefect, night: Callable[..., Any], config: CatalogConfig, messenger: Messenger
 ) -> None:
     put_rows(config, ["d", "e"], run="late", decision=["block", "allow"])
-    put_record(config, "late", decisions={"allow": 10, "block": 90}, num_added=2)
-    late = RunReport.model_validate(record("late", decisions={"allow": 10, "block": 90}, num_added=2))
+    given = {"decisions": {"allow": 10, "block": 90}, "num_added": 2, "started_at": "2026-03-01T03:00:00Z"}
+    put_record(config, "late", **given)
+    late = RunReport.model_validate(record("late", **given))
     arrived = Verification(5, 3, findings={"missing": Finding(2, ["d", "e"])})
     state = night(GivenSteps(tonight(decisions={"allow": 95, "block": 5}), late), arrived)
     assert state.message == "2026-03-01: 5 rows new, 0 replaced, 95 flagged, 2 with errors; runs tonight, late."
@@ -191,7 +199,7 @@ def test_what_a_try_committed_before_it_failed_is_reported_and_watched(
 ) -> None:
     put_rows(config, ["d"], run="lost", decision=["block"])
     given = {"source": "/images", "config": {"date": str(NIGHT)}, "decisions": {"allow": 10, "block": 90}}
-    put_record(config, "lost", status="failed", num_added=100, **given)
+    put_record(config, "lost", status="failed", num_added=100, started_at="2026-03-01T01:00:00Z", **given)
     again = tonight(status=second, num_added=0 if second == "nothing_due" else 3)
     state = night(GivenSteps(TransientError("busy"), again))
     assert state.is_completed(), state.message
@@ -216,11 +224,16 @@ def test_a_night_with_nothing_due_still_looks_for_late_verdicts(night: Callable[
 
 
 def test_a_folder_of_reports_out_of_reach_silences_no_alert(
-    night: Callable[..., Any], config: CatalogConfig, messenger: Messenger
+    night: Callable[..., Any], messenger: Messenger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Path(f"{config.uri}-reports").write_text("a file in its place")
+    def refuse(*_: Any) -> None:
+        raise StorageAccessError("s3://reports refuses access")
+
+    monkeypatch.setattr(nightly, "unreported", refuse)
     assert night(GivenSteps(tonight(decisions={"allow": 50, "block": 50}))).is_failed()
-    assert messenger.received[0]["title"] == "vlmflow: many more images are flagged"
+    jump, failure = messenger.received
+    assert jump["title"] == "vlmflow: many more images are flagged"
+    assert "s3://reports refuses access" in failure["text"]
 
 
 def test_a_usual_night_tells_nobody(night: Callable[..., Any], messenger: Messenger) -> None:

@@ -85,7 +85,8 @@ def test_an_image_that_kills_or_hangs_is_recorded_and_the_others_go_on(
     make_deadly(monkeypatch, kills=(paths[3].name,), hangs=(paths[35].name,))
     # Each retry is a worker's death and the start of another; the next test has them.
     monkeypatch.setattr(pipeline, "TASK_LIMITS", {"max_retries": 0})
-    options = {"limits": {"max_seconds": 1.0}, "quarantine": {"timeout_s": 3.0}}
+    # Only the image that hangs waits for so long; the first of each fresh process takes up to a second.
+    options = {"limits": {"max_seconds": 1.0}, "quarantine": {"timeout_s": 6.0}}
     job = make_job(tmp_path / "images", tasks=("embed",), **options)
 
     report = enrich(job)

@@ -9,7 +9,7 @@ import logging
 import secrets
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from vlmflow.catalog.folder import Folder
@@ -40,15 +40,10 @@ class RunInfo:
     record: dict[str, Any]
     seen_at: dt.datetime | None  # last heartbeat; None for a finished run
 
-
-@dataclass(frozen=True)
-class _Files:
-    record: dt.datetime | None = None
-    lease: dt.datetime | None = None
-
     @property
-    def state(self) -> RunState:
-        return _state(self.lease)
+    def has_ended(self) -> bool:
+        """Whether its record says how it ended. It may keep a lease all the same; see :meth:`RunStore.finish`."""
+        return self.state == "finished" or _says_its_end(self.record)
 
 
 class RunStore:
@@ -125,14 +120,16 @@ class RunStore:
         return self._folder.read_json(_record(run_id))
 
     def list(self) -> list[RunInfo]:
-        """All runs, the newest first (by the time of their record)."""
-        found = self._files()
-        runs = sorted(found, key=lambda run: found[run].record or found[run].lease or _NEVER, reverse=True)
-        return [RunInfo(run, found[run].state, self.get(run) or {}, found[run].lease) for run in runs]
+        """All runs, the newest first: by when they started, as their records say, and of equal ones by id.
+
+        Not by the time of the record's file: a vacuum and an erasure write old records anew.
+        """
+        runs = [RunInfo(run, _state(seen_at), self.get(run) or {}, seen_at) for run, seen_at in self._leases().items()]
+        return sorted(runs, key=lambda run: (_started_at(run.record), run.run_id), reverse=True)
 
     def states(self) -> dict[str, RunState]:
         """How every run is doing."""
-        return {run: files.state for run, files in self._files().items()}
+        return {run: _state(seen_at) for run, seen_at in self._leases().items()}
 
     def bury(self, run_id: str) -> None:
         """Says in the record of a dead run that it is, and takes its lease away. It must have been revoked.
@@ -140,7 +137,7 @@ class RunStore:
         Late verdicts must be in its rows too: the next run looks for them only where a run has a lease.
         """
         record = self.get(run_id) or {}
-        if record.get("status", "running") == "running":  # else it says itself how it ended
+        if not _says_its_end(record):
             message = "died: it gave no sign of life, and a vacuum has removed what it had not committed"
             record |= {"status": "failed", "state": "dead", "message": message}
         self.finish(run_id, record)
@@ -151,7 +148,7 @@ class RunStore:
         A dead run is not among them: its process may only be suspended, between the commits of the two tables too, and
         goes on where it was until a vacuum has revoked it.
         """
-        return {run for run, files in self._files().items() if files.state == "finished"}
+        return {run for run, seen_at in self._leases().items() if seen_at is None}
 
     def state(self, run_id: str) -> RunState | None:
         """How the run is doing; None: there is no such run."""
@@ -164,16 +161,15 @@ class RunStore:
         """Whether the run may still write."""
         return self.state(run_id) == "running"
 
-    def _files(self) -> dict[str, _Files]:
-        """Times of the files of each run."""
-        found: dict[str, _Files] = {}
+    def _leases(self) -> dict[str, dt.datetime | None]:
+        """The last heartbeat of each run; None: it has no lease."""
+        found: dict[str, dt.datetime | None] = {}
         for file in self._folder.list(RUNS):
             run_id, _, kind = file.path.removeprefix(f"{RUNS}/").rpartition(".")
-            held = found.get(run_id, _Files())
             if kind == "lease":
-                found[run_id] = replace(held, lease=file.modified_at)
+                found[run_id] = file.modified_at
             elif kind == "json":
-                found[run_id] = replace(held, record=file.modified_at)
+                found.setdefault(run_id, None)
         return found
 
     def _put(self, run_id: str, record: dict[str, Any]) -> None:
@@ -187,6 +183,19 @@ def _record(run_id: str) -> str:
 
 def _lease(run_id: str) -> str:
     return f"{RUNS}/{run_id}.lease"
+
+
+def _says_its_end(record: dict[str, Any]) -> bool:
+    return bool(record.get("status", "running") != "running")
+
+
+def _started_at(record: dict[str, Any]) -> dt.datetime:
+    """When the run started; before all others where the record does not say."""
+    try:
+        found = dt.datetime.fromisoformat(str(record.get("started_at")))
+    except ValueError:
+        return _NEVER
+    return found if found.tzinfo else found.replace(tzinfo=dt.UTC)
 
 
 def _state(seen_at: dt.datetime | None) -> RunState:

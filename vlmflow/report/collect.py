@@ -111,19 +111,20 @@ def collect(
 
 def _count(facts: Facts, rows: pa.Table) -> None:
     facts.num_images += rows.num_rows
-    _add(facts.statuses, rows["status"])
-    _add(facts.decisions, rows["decision"])
+    add_counts(facts.statuses, rows["status"])
+    add_counts(facts.decisions, rows["decision"])
     flagged = rows.filter(pa.array(as_mask(pc.not_equal(rows["decision"], "allow"))))
-    _add(facts.reasons, pc.fill_null(flagged["decision_reason"], "no reason given"))
-    _add(facts.errors, pc.struct_field(pc.list_flatten(rows["errors"]), "class"))
-    _add(facts.policies, pc.binary_join_element_wise(rows["policy_name"], rows["policy_version"], " "))
+    add_counts(facts.reasons, pc.fill_null(flagged["decision_reason"], "no reason given"))
+    add_counts(facts.errors, pc.struct_field(pc.list_flatten(rows["errors"]), "class"))
+    add_counts(facts.policies, pc.binary_join_element_wise(rows["policy_name"], rows["policy_version"], " "))
     for name in MATCHES:
         scores = rows[name].drop_null().to_numpy()
         if len(scores):
             facts.matches[name] = facts.matches.get(name, 0) + histogram(scores.astype(np.float64))
 
 
-def _add(counter: Counter[str], values: pa.ChunkedArray | pa.Array) -> None:
+def add_counts(counter: Counter[str], values: pa.ChunkedArray | pa.Array) -> None:
+    """Adds how often each value occurs; nulls are left out."""
     for entry in values.drop_null().value_counts().to_pylist():
         counter[entry["values"]] += entry["counts"]
 

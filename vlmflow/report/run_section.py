@@ -25,7 +25,7 @@ def run_section(run: RunFacts | None) -> Html:
         "run",
         "The run",
         paragraph(text(report.message, 2_000), kind="warn") if report.message else NOTHING,
-        _unfinished(run),
+        _unfinished(report, run.state),
         _overview(report, run.state),
         _counts(report),
         _speed(report),
@@ -33,13 +33,18 @@ def run_section(run: RunFacts | None) -> Html:
     )
 
 
-def _unfinished(run: RunFacts) -> Html:
-    if run.state == "running":
+def _unfinished(report: RunReport, state: str) -> Html:
+    if state == "running":
         return paragraph(Html("The run is still going on: its figures come when it has finished."), kind="warn")
-    if run.state == "dead":
-        words = "The run gave no sign of life for ten minutes and has no figures; what it committed stays."
-        return paragraph(Html(words), kind="warn")
-    return NOTHING
+    if report.finished_at is not None:
+        return NOTHING
+    words = (
+        "The run did not come to complete its record. What it committed stays, and is counted here from the table, "
+        "without the rows that other runs have written since; what else it did is not known."
+    )
+    if state == "dead":
+        words = f"The run gave no sign of life for ten minutes. {words}"
+    return paragraph(Html(words), kind="warn")
 
 
 def _overview(report: RunReport, state: str) -> Html:

@@ -8,9 +8,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from vlmflow.catalog import Catalog
+from vlmflow.catalog import Catalog, RunInfo
 from vlmflow.engine.report import RunReport
 from vlmflow.errors import ConfigError
+from vlmflow.report.killed import with_counts
 
 _RUN_ID = re.compile("[A-Za-z0-9_-]{1,100}")
 
@@ -20,8 +21,8 @@ class RunFacts:
     """A run.
 
     Attributes:
-        enrichment: None: the run was another kind of work, such as a remoderation, or a version of vlmflow wrote its
-            record that we do not understand.
+        enrichment: with what the table holds of a run that was killed. None: the run was another kind of work, such as
+            a remoderation, or a version of vlmflow wrote its record that we do not understand.
     """
 
     run_id: str
@@ -42,21 +43,22 @@ def find_run(catalog: Catalog, run_id: str | None) -> RunFacts | None:
         if record is None:
             newest = ", ".join(run.run_id for run in catalog.runs.list()[:3]) or "none"
             raise ConfigError(f"--run {run_id[:100]}: no such run", remedy=f"The newest runs are: {newest}.")
-        return _facts(run_id, catalog.runs.state(run_id) or "finished", record)
+        return _facts(catalog, RunInfo(run_id, catalog.runs.state(run_id) or "finished", record, None))
     for run in catalog.runs.list():
         if "tasks" in run.record and run.record.get("status") != "nothing_due":
-            return _facts(run.run_id, run.state, run.record)
+            return _facts(catalog, run)
         if run.record.get("num_moved") and not run.record.get("dry_run"):
-            return _facts(run.run_id, run.state, run.record)
+            return _facts(catalog, run)
     return None
 
 
-def _facts(run_id: str, state: str, record: dict[str, Any]) -> RunFacts:
-    known = {name: value for name, value in record.items() if name in RunReport.model_fields}
+def _facts(catalog: Catalog, run: RunInfo) -> RunFacts:
+    known = {name: value for name, value in run.record.items() if name in RunReport.model_fields}
     try:
         report = RunReport.model_validate(known)
     except ValidationError:
         report = None
-    if record.get("status", "running") != "running":  # it has its figures, though it may keep a lease
-        state = "finished"
-    return RunFacts(run_id, state, record, report)
+    state = "finished" if run.has_ended else run.state  # it has its figures then, though it may keep a lease
+    if report is not None and state != "running":
+        (report,) = with_counts(catalog, [report])
+    return RunFacts(run.run_id, state, run.record, report)

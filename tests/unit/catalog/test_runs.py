@@ -44,18 +44,21 @@ def test_a_run_without_a_heartbeat_for_ten_minutes_is_dead(runs: RunStore, tmp_p
 
 
 def test_runs_are_listed_newest_first(runs: RunStore, tmp_path: Path) -> None:
-    for number in range(3):
-        runs.start(f"r{number}", {})
-        os.utime(tmp_path / "runs" / f"r{number}.json", (1000 + number, 1000 + number))
-    runs.finish("r0", {"rows": 1})
-    os.utime(tmp_path / "runs" / "r0.json", (999, 999))
-    assert [(run.run_id, run.state) for run in runs.list()] == [
-        ("r2", "running"),
-        ("r1", "running"),
-        ("r0", "finished"),
-    ]
-    assert isinstance(runs.list()[0].seen_at, dt.datetime)
-    assert runs.list()[2].seen_at is None
+    """By when they started, in whatever form: a vacuum buries an old one, and a disk may know whole seconds alone."""
+    runs.start("without", {})
+    for run, started_at in (("r9", "2026-03-01T02:00:00Z"), ("r2", "2026-03-02T02:00:00.5+00:00"), ("odd", "soon")):
+        runs.start(run, {"started_at": started_at})
+    for run in ("r0", "r1"):
+        runs.start(run, {"started_at": "2026-03-02T02:00:00"})
+    runs.finish("r1", {"started_at": "2026-03-02T02:00:00"})
+    runs.bury("r9")
+    for run in ("r9", "r2", "r1", "r0"):
+        os.utime(tmp_path / "runs" / f"{run}.json", (1000, 1000))
+    listed = {run.run_id: run for run in runs.list()}
+    assert list(listed) == ["r2", "r1", "r0", "r9", "without", "odd"]
+    assert (listed["r2"].state, listed["r1"].state) == ("running", "finished")
+    assert isinstance(listed["r2"].seen_at, dt.datetime)
+    assert listed["r1"].seen_at is None
 
 
 def test_an_id_is_used_once(runs: RunStore) -> None:

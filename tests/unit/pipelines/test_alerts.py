@@ -53,7 +53,7 @@ def block(request: pytest.FixtureRequest, messenger: Messenger, monkeypatch: pyt
 
 
 def test_a_message_arrives(block: str, messenger: Messenger) -> None:
-    alerts.send(block, "many more", "Run r flagged 50.0% of its images.")
+    assert alerts.send(block, "many more", "Run r flagged 50.0% of its images.")
     (message,) = messenger.received
     assert TOKEN in message["path"]
     assert "many more" in json.dumps(message)
@@ -69,7 +69,7 @@ def test_a_message_that_cannot_be_sent_fails_nothing_and_tells_no_secret(
     else:
         messenger.server_close()
     with caplog.at_level(logging.INFO, "vlmflow"):
-        alerts.send(block, "many more", "Run r.")
+        assert not alerts.send(block, "many more", "Run r.")
     assert f"nobody was told of 'many more': block {block} failed with " in caplog.text
     assert TOKEN not in caplog.text
     assert TOKEN not in "".join(capfd.readouterr())
@@ -79,7 +79,7 @@ def test_a_block_that_is_absent_or_no_messenger_is_named(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(Block, "load", classmethod(lambda cls, name: {"secret/x": Secret(value=TOKEN)}[name]))
-    alerts.send("secret/x", "many more", "Run r.")
+    assert not alerts.send("secret/x", "many more", "Run r.")
     assert "secret/x is no notification block: nobody was told of: many more" in caplog.text
     alerts.send("slack-webhook/absent", "many more", "Run r.")
     assert "block slack-webhook/absent failed with KeyError" in caplog.text
@@ -88,7 +88,7 @@ def test_a_block_that_is_absent_or_no_messenger_is_named(
 
 def test_nobody_is_told_where_nobody_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Block, "load", classmethod(lambda cls, name: pytest.fail("a block was loaded")))
-    alerts.send(None, "many more", "Run r.")
+    assert alerts.send(None, "many more", "Run r.")
 
 
 def test_a_failed_flow_says_what_it_failed_with(block: str, messenger: Messenger) -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import datetime as dt
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipelines.reports import default_folder, publish_report, unreported
+from pipelines.reports import default_folder, is_told, note_told, publish_report, unreported
 from tests.report_samples import put_record, put_rows, record
 from vlmflow.catalog import Catalog
 from vlmflow.config import CatalogConfig, Job, SourceConfig
+from vlmflow.engine import RunReport
 
 NIGHT = dt.date(2026, 3, 1)
+NEXT = NIGHT + dt.timedelta(days=1)
 IDS = [f"2026030{day}T020000-0000000{day}" for day in range(1, 6)]
 
 
@@ -29,10 +32,14 @@ def put_night(catalog: CatalogConfig, run: str, **given: Any) -> None:
     put_record(catalog, run, **{"source": "/photos", "config": {"date": str(NIGHT)}, **given})
 
 
-def found(config: CatalogConfig, day: dt.date = NIGHT) -> list[str]:
+def left(config: CatalogConfig, day: dt.date = NIGHT, keep: int = 30) -> list[RunReport]:
     """The runs without a report, in the default folder."""
     job = Job(source=SourceConfig(uri="/photos/../photos"), catalog=config, profile="starter")
-    return [run.run_id for run in unreported(job, day, default_folder(config))]
+    return unreported(job, day, default_folder(config), keep)
+
+
+def found(config: CatalogConfig, day: dt.date = NIGHT, keep: int = 30) -> list[str]:
+    return [run.run_id for run in left(config, day, keep)]
 
 
 def publish(config: CatalogConfig, run: str, keep: int = 30) -> None:
@@ -83,12 +90,79 @@ def test_a_run_that_did_not_come_to_its_end_is_reported_by_a_later_night(config:
         assert found(config, NIGHT + dt.timedelta(days=days)) == expected, days
 
 
+def test_a_run_that_has_ended_is_reported_though_it_keeps_its_lease(config: CatalogConfig) -> None:
+    publish(config, IDS[0])
+    runs = Catalog.open(config).runs
+    given = record(IDS[1], source="/photos", config={"date": str(NIGHT)})
+    runs.start(IDS[1], given | {"status": "running"})
+    runs.finish(IDS[1], given | {"status": "failed"}, keep_lease=True)
+    assert found(config) == IDS[1:2]
+
+
+@pytest.mark.parametrize("is_buried", [False, True])
+def test_what_a_killed_run_committed_is_counted_and_reported_once_it_is_dead(
+    config: CatalogConfig, is_buried: bool
+) -> None:
+    publish(config, IDS[0])
+    runs = Catalog.open(config).runs
+    given = {"source": "/photos", "status": "running", "finished_at": None, "num_added": 0}
+    given |= {"statuses": {}, "decisions": {}, "errors": {}}
+    for run, date in ((IDS[1], NIGHT), (IDS[2], NEXT), (IDS[3], NEXT)):  # the last committed nothing
+        runs.start(run, record(run, config={"date": str(date)}, date=str(date), **given))
+    put_rows(config, ["c", "d", "e"], run=IDS[1], decision=["allow", "block", "review"], status=["ok", "ok", "failed"])
+    put_rows(config, ["f"], run=IDS[2])  # an image that the night before saw first
+    assert found(config, NEXT) == [], "they may go on"
+    for run in IDS[1:4]:
+        os.utime(Path(config.uri) / "runs" / f"{run}.lease", (1000, 1000))
+        if is_buried:
+            runs.bury(run)
+    first, second = left(config, NEXT)
+    assert (first.run_id, first.num_added, first.num_replaced) == (IDS[1], 3, 0)
+    assert (second.run_id, second.num_added, second.num_replaced) == (IDS[2], 0, 1)
+    assert first.decisions == {"allow": 1, "block": 1, "review": 1}
+    assert first.statuses == {"ok": 2, "failed": 1}
+    publish(config, IDS[1])
+    page = Path(f"{default_folder(config)}/{NIGHT}-{IDS[1]}.html").read_text(encoding="utf-8")
+    assert "is counted here from the table" in page
+    assert ("gave no sign of life for ten minutes" in page) == (not is_buried)
+    assert found(config, NEXT) == IDS[2:3]
+    put_rows(config, ["f"], run=IDS[4], replace=True)
+    assert found(config, NEXT) == [], "another run has written its row since"
+
+
 def test_a_report_that_was_removed_is_not_made_again(config: CatalogConfig) -> None:
     for run in IDS[1:]:
         put_night(config, run)
     for run in (IDS[1], IDS[3], IDS[2]):  # a run that ended late is reported late
         publish(config, run, keep=2)
-    assert found(config) == IDS[4:]
+    assert found(config, keep=2) == IDS[4:]
+
+
+def test_a_run_is_reported_though_every_report_is_of_a_later_one(config: CatalogConfig) -> None:
+    """Such as the first of all tries: it was killed, and the next try came through while its lease was fresh."""
+    put_night(config, IDS[1])
+    publish(config, IDS[1])
+    assert found(config) == IDS[:1]
+
+
+def test_people_were_told_until_the_report_is_there(config: CatalogConfig, tmp_path: Path) -> None:
+    folder = default_folder(config)
+    put_night(config, IDS[1])
+    first, second = left(config)
+    assert not is_told(config, first, folder)
+    for run in (first, second):
+        note_told(config, run, folder)
+    assert is_told(config, first, folder)
+    assert found(config) == IDS[:2], "a note is no report"
+    notes = Path(folder).glob("*.told")
+    publish(config, IDS[0])
+    assert [note.name for note in notes] == [f"{NIGHT}-{IDS[1]}.told"]
+    publish_report(config, IDS[0], NIGHT + dt.timedelta(days=7), folder, 30)
+    assert not is_told(config, second, folder), "no night looks for its report any more"
+    for away in ("foo://reports", str(tmp_path / "a file")):
+        (tmp_path / "a file").touch()
+        note_told(config, first, away)
+        assert not is_told(config, first, away), "better told twice than never"
 
 
 def test_a_run_that_changed_nothing_or_is_none_of_a_night_needs_no_report(config: CatalogConfig) -> None:
@@ -97,7 +171,8 @@ def test_a_run_that_changed_nothing_or_is_none_of_a_night_needs_no_report(config
     put_night(config, IDS[2], config={})  # by hand, without a date
     put_night(config, IDS[3], source="/other")
     runs = Catalog.open(config).runs
-    runs.start(IDS[4], record(IDS[4], source="/photos", config={"date": str(NIGHT)}))  # and still runs
+    given = {"source": "/photos", "config": {"date": str(NIGHT)}}
+    runs.start(IDS[4], record(IDS[4], status="running", **given))  # and still runs
     with runs.recorded("vacuum"):
         pass
     assert found(config) == []

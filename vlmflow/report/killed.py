@@ -1,0 +1,64 @@
+"""Runs that never completed their record, because they were killed: the table tells what they committed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from vlmflow.catalog import Catalog
+from vlmflow.catalog.masks import equal
+from vlmflow.engine.report import RunReport
+from vlmflow.report.collect import add_counts
+
+
+@dataclass
+class _Counts:
+    num_rows: int = 0
+    num_new: int = 0
+    statuses: Counter[str] = field(default_factory=Counter)
+    decisions: Counter[str] = field(default_factory=Counter)
+    errors: Counter[str] = field(default_factory=Counter)
+
+
+def with_counts(catalog: Catalog, reports: Sequence[RunReport]) -> list[RunReport]:
+    """Fills in what killed runs committed, from the rows that they were the last to write; others stay as they are.
+
+    Rows that another run has written since count as that run's. A row whose image was first seen on the run's own date
+    counts as new, others as replaced. One pass over a few columns of the images table, and none without a killed run.
+
+    Args:
+        reports: of runs that commit no more.
+
+    Raises:
+        CatalogError: a file of the table is gone or damaged.
+        StorageAccessError, TransientError: the store cannot be read.
+    """
+    killed = {report.run_id: (report, _Counts()) for report in reports if report.finished_at is None}
+    if not killed:
+        return list(reports)
+    for rows in catalog.image_batches(["run_id", "ingest_date", "status", "decision", "errors"]):
+        for run_id in set(rows["run_id"].unique().to_pylist()) & killed.keys():
+            report, counts = killed[run_id]
+            of_run = rows.filter(pa.array(equal(rows["run_id"], run_id)))
+            counts.num_rows += of_run.num_rows
+            counts.num_new += int(equal(of_run["ingest_date"], pa.scalar(report.date, pa.date32())).sum())
+            add_counts(counts.statuses, of_run["status"])
+            add_counts(counts.decisions, of_run["decision"])
+            add_counts(counts.errors, pc.struct_field(pc.list_flatten(of_run["errors"]), "class"))
+    return [_filled(*killed[report.run_id]) if report.run_id in killed else report for report in reports]
+
+
+def _filled(report: RunReport, counts: _Counts) -> RunReport:
+    return report.model_copy(
+        update={
+            "num_added": counts.num_new,
+            "num_replaced": counts.num_rows - counts.num_new,
+            "statuses": dict(counts.statuses),
+            "decisions": dict(counts.decisions),
+            "errors": dict(counts.errors),
+        }
+    )

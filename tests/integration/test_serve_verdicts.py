@@ -103,6 +103,39 @@ def test_undo_takes_back_to_what_was_before(served: Served) -> None:
     assert browser.write("/undo", json={}).status_code == 409
 
 
+def test_undo_leaves_the_verdict_of_another_person_theirs(served: Served) -> None:
+    ada, bob = served.browser().review_as("ada"), served.browser().review_as("bob")
+    row = next(row for row in by_id(served).values() if row["decision"] == "block")
+    seen = bob.judge(row, "allow", reason="a toy").json()["seen"]
+    for _ in range(2):  # the note is not put twice
+        seen = ada.judge(row, "block", labels={"gun": True}, seen=seen).json()["seen"]
+        seen = ada.write("/undo", json={}).json()["seen"]
+        flush(served)
+        verdict = by_id(served)[row["image_id"]]["verdict"]
+        said = (verdict["decision"], verdict["reviewer"], verdict["reason"])
+        assert said == ("allow", "bob", "a toy (restored by ada)")
+    assert served.desk.judging.labels_of(row["image_id"], "ada", ["gun"]) == {}
+    # It is the verdict that bob gave: he can take it back.
+    assert bob.write("/undo", json={}).status_code == 200
+    flush(served)
+    assert by_id(served)[row["image_id"]]["verdict"] is None
+    assert Catalog.open(served.config).reviews.newest()["reviewer"].to_pylist() == ["bob"]
+
+
+def test_undo_of_taking_back_leaves_the_verdict_theirs_too(served: Served) -> None:
+    ada, bob = served.browser().review_as("ada"), served.browser().review_as("bob")
+    row = next(row for row in by_id(served).values() if row["decision"] == "block")
+    seen = bob.judge(row, "allow").json()["seen"]
+    ada.judge(row, "none", seen=seen)
+    ada.write("/undo", json={})
+    newest = Catalog.open(served.config).reviews.newest().to_pylist()[0]
+    assert (newest["decision"], newest["reviewer"], newest["reason"]) == ("allow", "bob", "(restored by ada)")
+    # Whoever has bob's verdict on their page has seen what stands now.
+    assert served.browser().review_as("eva").judge(row, "review", seen=seen).status_code == 200
+    assert ada.write("/undo", json={}).status_code == 409
+    assert bob.write("/undo", json={}).status_code == 409, "it is eva's now"
+
+
 def test_only_a_verdict_that_stands_can_be_taken_back(served: Served) -> None:
     browser = served.browser().review_as("ada")
     row = next(row for row in by_id(served).values() if row["decision"] == "review")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.web_samples import Served, by_id, flush, serving, shown_ids, small_catalog
+from tests.web_samples import Served, by_id, flush, serving, shown_ids, small_catalog, text_of
 from vlmflow.catalog import Catalog
 from vlmflow.moderation.verdicts import reviewed
 
@@ -284,6 +284,28 @@ def test_a_queue_is_worked_from_end_to_end_by_two(served: Served) -> None:
     assert "Nothing is left" in people["ada"].get("/review?decision=review").text
     flush(served)
     assert {by_id(served)[image_id]["decision"] for image_id in expected} == {"allow"}
+
+
+def test_the_end_of_the_queue_says_what_is_left(served: Served) -> None:
+    ada, bob = served.browser().review_as("ada"), served.browser().review_as("bob")
+    found = by_id(served).values()
+    rows = sorted((row for row in found if row["decision"] == "review"), key=lambda row: str(row["image_id"]))
+    queue = "/review?decision=review&sort=random"  # by their ids
+
+    def end() -> str:
+        return text_of(ada.get(f"{queue}&after={rows[-1]['image_id']}").text)
+
+    assert _queued(bob.get(queue)) == rows[0]["image_id"]
+    assert f"{len(rows) - 1} images were passed over. Begin again with them." in end()
+    for row in rows[1:]:
+        assert ada.judge(row, "allow").status_code == 200
+    for left in (end(), text_of(ada.get(queue).text)):
+        assert "Nothing is left to decide here" in left
+        assert "Somebody else is looking at 1 image." in left
+        assert not re.search("passed over|has a verdict", left)
+    bob.judge(rows[0], "block")
+    assert "Every image that fits has a verdict." in end()
+    assert not re.search("passed over|else is looking|could not be read", end())
 
 
 def test_the_queue_goes_forth_and_back(served: Served) -> None:

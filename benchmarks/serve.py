@@ -46,7 +46,7 @@ from vlmflow.catalog.writer import write_file
 FILE_ROWS = 50_000
 NUM_LABELS = 16
 DIM = 192
-TOKEN = "the token of the benchmark"
+TOKEN = "the-token-of-the-benchmark"
 DEMO = Path("vlmflow/starter/demo").resolve()
 ADJECTIVES = ("red", "blue", "small", "wooden", "shiny", "old", "striped", "green")
 THINGS = ("dog", "bag", "chair", "bottle", "house", "car", "shoe", "lamp", "hat", "clock", "boat", "tree")

@@ -4,3 +4,9 @@
 in the flow's own process, or on a Ray cluster through its Jobs API (``ray_jobs``). ``artifacts`` shows what came out,
 ``alerts`` tells people.
 """
+
+import os
+
+# Prefect reports its use to its makers unless it is told not to, from its import on. What the caller has set stays.
+os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")  # by the temporary server of a flow run by hand
+os.environ.setdefault("DO_NOT_TRACK", "1")  # by the process of the flow

@@ -18,7 +18,7 @@ from vlmflow.catalog import Catalog
 from vlmflow.config import CatalogConfig
 from vlmflow.web.server import ServeConfig, running_app
 
-TOKEN = "a token of the tests, long enough"
+TOKEN = "a+token/of:the=tests+long==enough"  # base64 has such marks, and worse ones are refused
 HOST = "127.0.0.1:8377"
 ORIGIN = f"http://{HOST}"
 NUM = 24  # images of the catalog that most tests of the app share

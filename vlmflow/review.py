@@ -6,7 +6,7 @@ import datetime as dt
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -15,9 +15,11 @@ from vlmflow.catalog import Catalog
 from vlmflow.catalog.reviews import EVENT
 from vlmflow.config import CatalogConfig, Frozen
 from vlmflow.moderation.queue import COLUMNS, QueueSizes, make_queue
-from vlmflow.moderation.review_files import Word, check_suffix, read_words, write_queue
+from vlmflow.moderation.review_files import Word, changed_at, check_suffix, read_words, write_queue
 
 _ROW = ("image_id", "uri", "content_hash")
+_Event: TypeAlias = dict[str, Any]  # a row of EVENT; ``at`` may be null yet
+_SAID_BEFORE = "said before, and somebody has decided otherwise since: fill in `at` to say it again"
 
 
 class QueueReport(Frozen):
@@ -75,7 +77,8 @@ def import_verdicts(config: CatalogConfig, source: Path, *, reviewer: str | None
 
     A verdict is bound to the bytes that were judged: those of ``content_hash``, else those that the catalog holds now.
     It is the row's decision until the bytes change, whatever models and policies say meanwhile. Of several on the same
-    bytes the newest counts. Importing a file again changes nothing.
+    bytes the newest counts. One without a time is of the time when the file was last changed, unless the same person
+    has said the very same before: then it is that, and importing a file again, or a copy of it, changes nothing.
 
     Args:
         reviewer: of rows that name none.
@@ -84,12 +87,17 @@ def import_verdicts(config: CatalogConfig, source: Path, *, reviewer: str | None
         ReviewError: the file cannot be used; nothing was taken.
         CatalogError: there is no catalog, or other writers are always first.
     """
-    words = read_words(source, reviewer, dt.datetime.now(dt.UTC))
+    now = dt.datetime.now(dt.UTC)
+    words = read_words(source, reviewer, now)
     catalog = Catalog.open(config)
-    events, left_out = _events(words, catalog.image_batches(_ROW))
-    before = catalog.reviews.events().num_rows
+    given, left_out = _events(words, catalog.image_batches(_ROW))
+    before = catalog.reviews.events()
+    timed, num_overruled = _with_times(given, before, changed_at(source, now))
+    if num_overruled:
+        left_out[_SAID_BEFORE] = num_overruled
+    events = pa.Table.from_pylist(timed, schema=EVENT)
     catalog.reviews.add(events)
-    num_new = catalog.reviews.events().num_rows - before
+    num_new = catalog.reviews.events().num_rows - before.num_rows
     result = catalog.apply_verdicts()
     return ReviewReport(
         catalog=catalog.uri,
@@ -103,7 +111,7 @@ def import_verdicts(config: CatalogConfig, source: Path, *, reviewer: str | None
     )
 
 
-def _events(words: list[Word], batches: Iterable[pa.Table]) -> tuple[pa.Table, Counter[str]]:
+def _events(words: list[Word], batches: Iterable[pa.Table]) -> tuple[list[_Event], Counter[str]]:
     """The words on images of the catalog as they are, bound to their bytes; and why others do not count."""
     wanted = pa.array(sorted({word.image for word in words}), pa.string())
     found: dict[str, list[dict[str, Any]]] = {}
@@ -113,7 +121,7 @@ def _events(words: list[Word], batches: Iterable[pa.Table]) -> tuple[pa.Table, C
             for name in {row["image_id"], row["uri"]}:
                 found.setdefault(name, []).append(row)
     left_out: Counter[str] = Counter()
-    events: list[dict[str, Any]] = []
+    events: list[_Event] = []
     for word in words:
         rows = found.get(word.image, [])
         reason = _reason_to_leave_out(word, rows)
@@ -127,7 +135,43 @@ def _events(words: list[Word], batches: Iterable[pa.Table]) -> tuple[pa.Table, C
                 **{name: getattr(word, name) for name in EVENT.names if name not in ("image_id", "content_hash")},
             }
         )
-    return pa.Table.from_pylist(events, schema=EVENT), left_out
+    return events, left_out
+
+
+def _with_times(events: list[_Event], held: pa.Table, file_time: dt.datetime) -> tuple[list[_Event], int]:
+    """The events, each with a time; and how many were left out because they repeat what has been overruled since.
+
+    Files come again: to be on the safe side, or with a few more rows filled in, or as copies whose time is that of the
+    copying. A verdict that was given before must not come back with them over one that followed it.
+
+    Args:
+        held: what was said before, the oldest first.
+        file_time: of what is said for the first time.
+    """
+    images = pa.array(sorted({event["image_id"] for event in events if event["at"] is None}), pa.string())
+    before: dict[tuple[Any, ...], dt.datetime] = {}
+    newest: dict[tuple[Any, ...], _Event] = {}
+    for event in held.filter(pc.is_in(held["image_id"], value_set=images)).to_pylist():
+        before[tuple(event[name] for name in EVENT.names if name != "at")] = event["at"]
+        newest[_subject(event)] = event
+    timed, num_overruled = [], 0
+    for event in events:
+        if event["at"] is not None:
+            timed.append(event)
+            continue
+        at = before.get(tuple(event[name] for name in EVENT.names if name != "at"))
+        what = "value" if event["decision"] is None else "decision"
+        if at is not None and newest[_subject(event)][what] != event[what]:
+            num_overruled += 1
+        else:
+            timed.append(event | {"at": at or file_time})
+    return timed, num_overruled
+
+
+def _subject(event: _Event) -> tuple[Any, ...]:
+    """What only the newest word counts on: the decision on an image's bytes; a person's word on a label of them."""
+    of_label = () if event["decision"] is not None else (event["label"], event["reviewer"])
+    return (event["image_id"], event["content_hash"], *of_label)
 
 
 def _reason_to_leave_out(word: Word, rows: list[dict[str, Any]]) -> str | None:

@@ -238,6 +238,11 @@ def test_an_image_that_was_never_read_says_why_and_offers_nothing_that_fails(ser
     assert f"/?like={image_id}" not in page
     assert 'id="skip"' in queue
     assert "not_an_image" in browser.judge(row, "allow", content_hash="").json()["error"]
+    for at in ("", f"&after={image_id}"):  # nobody has judged it, nobody looks at it, and it was not passed over
+        end = text_of(browser.get(f"/review?status=unreadable{at}").text)
+        assert "Nothing is left to decide here" in end
+        assert "1 image could not be read: nobody can judge it." in end
+        assert not re.search("Every image|else is looking|passed over|Begin again", end)
 
 
 # What comes from outside
@@ -343,6 +348,8 @@ def test_an_image_is_found_by_its_like_within_the_filters(starter: Served) -> No
     assert sorted(shown_ids(page)) == sorted(key for key, row in rows.items() if row["decision"] == "review")
     assert image_id not in shown_ids(browser.get(f"/?like={image_id}").text)
     assert "cosine" in page
+    assert "Review these" not in page, "the queue knows no query"
+    assert "Review these" in browser.get("/?decision=review").text
 
 
 def test_what_cannot_be_had_is_said_in_sentences_without_options_of_the_command_line(served: Served) -> None:

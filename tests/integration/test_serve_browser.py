@@ -309,10 +309,11 @@ def test_ctrl_c_ends_it_and_writes_what_waits(tmp_path: Path) -> None:
         (["--host", "nowhere"], {}, ["nowhere", "127.0.0.1"]),
         (["--host", "nowhere", "--expose"], {}, ["nowhere", "127.0.0.1"]),
         ([], {"VLMFLOW_SERVE_TOKEN": "short"}, ["5 characters", "16"]),
+        ([], {"VLMFLOW_SERVE_TOKEN": "long enough&that#is%41"}, ["' ', '#', '%', '&'", "openssl"]),
         (["--profile", "huge"], {}, ["huge"]),
         (["{none}"], {}, ["no catalog"]),
     ],
-    ids=["port", "exposed", "nameless", "no host", "host", "token", "profile", "no catalog"],
+    ids=["port", "exposed", "nameless", "no host", "host", "token", "marks", "profile", "no catalog"],
 )
 def test_what_cannot_be_served_is_one_line_and_exit_2(
     tmp_path: Path,

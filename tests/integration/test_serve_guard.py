@@ -46,6 +46,14 @@ def test_nothing_is_written_without_the_token(served: Served, path: str) -> None
     assert answer.status_code == 401
 
 
+def test_the_token_lets_in_as_people_write_it_into_the_address(served: Served) -> None:
+    quoted = "".join(f"%{ord(character):02X}" for character in TOKEN)
+    for query in (f"token={TOKEN}", f"a=b&token={TOKEN}&c", f"token={quoted}"):
+        assert served.stranger().get(f"/enter?{query}").status_code == 303, query
+    for query in ("", "token", f"tokens={TOKEN}", f"token={TOKEN.replace('+', ' ')}", f"token=x&token={TOKEN}"):
+        assert served.stranger().get(f"/enter?{query}").status_code == 401, query
+
+
 @pytest.mark.parametrize("token", ["", "wrong", TOKEN[:-1], TOKEN + "x", "\udc80", "%00"])
 def test_no_other_token_lets_in(served: Served, token: str) -> None:
     raw = token.encode("utf-8", "surrogateescape")

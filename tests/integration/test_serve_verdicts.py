@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.web_samples import Served, by_id, flush, serving, shown_ids, small_catalog
+from tests.web_samples import Served, by_id, flush, serving, shown_ids, small_catalog, text_of
 from vlmflow.catalog import Catalog
 from vlmflow.moderation.verdicts import reviewed
 
@@ -101,6 +101,39 @@ def test_undo_takes_back_to_what_was_before(served: Served) -> None:
     assert events["decision"].drop_null().to_pylist() == ["block", "review", "block", "none"]
     assert reviewed(events).verdicts == []  # the word on the label is taken back too
     assert browser.write("/undo", json={}).status_code == 409
+
+
+def test_undo_leaves_the_verdict_of_another_person_theirs(served: Served) -> None:
+    ada, bob = served.browser().review_as("ada"), served.browser().review_as("bob")
+    row = next(row for row in by_id(served).values() if row["decision"] == "block")
+    seen = bob.judge(row, "allow", reason="a toy").json()["seen"]
+    for _ in range(2):  # the note is not put twice
+        seen = ada.judge(row, "block", labels={"gun": True}, seen=seen).json()["seen"]
+        seen = ada.write("/undo", json={}).json()["seen"]
+        flush(served)
+        verdict = by_id(served)[row["image_id"]]["verdict"]
+        said = (verdict["decision"], verdict["reviewer"], verdict["reason"])
+        assert said == ("allow", "bob", "a toy (restored by ada)")
+    assert served.desk.judging.labels_of(row["image_id"], "ada", ["gun"]) == {}
+    # It is the verdict that bob gave: he can take it back.
+    assert bob.write("/undo", json={}).status_code == 200
+    flush(served)
+    assert by_id(served)[row["image_id"]]["verdict"] is None
+    assert Catalog.open(served.config).reviews.newest()["reviewer"].to_pylist() == ["bob"]
+
+
+def test_undo_of_taking_back_leaves_the_verdict_theirs_too(served: Served) -> None:
+    ada, bob = served.browser().review_as("ada"), served.browser().review_as("bob")
+    row = next(row for row in by_id(served).values() if row["decision"] == "block")
+    seen = bob.judge(row, "allow").json()["seen"]
+    ada.judge(row, "none", seen=seen)
+    ada.write("/undo", json={})
+    newest = Catalog.open(served.config).reviews.newest().to_pylist()[0]
+    assert (newest["decision"], newest["reviewer"], newest["reason"]) == ("allow", "bob", "(restored by ada)")
+    # Whoever has bob's verdict on their page has seen what stands now.
+    assert served.browser().review_as("eva").judge(row, "review", seen=seen).status_code == 200
+    assert ada.write("/undo", json={}).status_code == 409
+    assert bob.write("/undo", json={}).status_code == 409, "it is eva's now"
 
 
 def test_only_a_verdict_that_stands_can_be_taken_back(served: Served) -> None:
@@ -251,6 +284,28 @@ def test_a_queue_is_worked_from_end_to_end_by_two(served: Served) -> None:
     assert "Nothing is left" in people["ada"].get("/review?decision=review").text
     flush(served)
     assert {by_id(served)[image_id]["decision"] for image_id in expected} == {"allow"}
+
+
+def test_the_end_of_the_queue_says_what_is_left(served: Served) -> None:
+    ada, bob = served.browser().review_as("ada"), served.browser().review_as("bob")
+    found = by_id(served).values()
+    rows = sorted((row for row in found if row["decision"] == "review"), key=lambda row: str(row["image_id"]))
+    queue = "/review?decision=review&sort=random"  # by their ids
+
+    def end() -> str:
+        return text_of(ada.get(f"{queue}&after={rows[-1]['image_id']}").text)
+
+    assert _queued(bob.get(queue)) == rows[0]["image_id"]
+    assert f"{len(rows) - 1} images were passed over. Begin again with them." in end()
+    for row in rows[1:]:
+        assert ada.judge(row, "allow").status_code == 200
+    for left in (end(), text_of(ada.get(queue).text)):
+        assert "Nothing is left to decide here" in left
+        assert "Somebody else is looking at 1 image." in left
+        assert not re.search("passed over|has a verdict", left)
+    bob.judge(rows[0], "block")
+    assert "Every image that fits has a verdict." in end()
+    assert not re.search("passed over|else is looking|could not be read", end())
 
 
 def test_the_queue_goes_forth_and_back(served: Served) -> None:

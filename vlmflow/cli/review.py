@@ -61,8 +61,10 @@ def import_command(
 ) -> None:
     """Take people's verdicts into the catalog. They win over models and policies until an image's bytes change.
 
-    Of several verdicts on one image the newest counts. Importing a file twice changes nothing; verdicts on images that
-    have changed since the export are left out and counted.
+    Of several verdicts on one image the newest counts: by its time in the column `at`, or without one by the time when
+    the file was last changed. Importing a file twice, or a copy of it, changes nothing: a row without a time that
+    repeats what the same person said before keeps the time of then. To say it again after somebody decided otherwise,
+    fill in `at`. Verdicts on images that have changed since the export are left out and counted.
 
     Example: `vlmflow review import catalog/ queue.csv --reviewer ada`
     """

@@ -16,6 +16,8 @@ import ray
 from vlmflow import schema
 from vlmflow.catalog import Catalog, CatalogWriter
 from vlmflow.catalog.known_images import KnownImages
+from vlmflow.catalog.masks import Mask, as_mask, holds
+from vlmflow.catalog.rows import rows_of_image_errors
 from vlmflow.config import CommitConfig
 from vlmflow.engine import columns
 from vlmflow.engine.budget import ErrorBudget, FreshRows
@@ -39,7 +41,7 @@ class Written:
         files: descriptors of the files (schema.DESCRIPTOR); they carry the keys.
         sums: totals of the blocks' numeric columns: seconds, batches and operations per stage, bytes read.
         worked: images on which each task ran, failed ones included.
-        decisions: images by moderation decision.
+        decisions: images by the decision that the run gave them.
         at_once: by pool, the most images at once since memory ran out.
         num_copied: images with results of a row of the catalog with equal bytes.
         num_shared: images with results of another image of this run with equal bytes.
@@ -90,7 +92,7 @@ def write_blocks(writer: CatalogWriter, known: KnownImages, *blocks: pa.Table) -
     if len(known):
         field = schema.WRITER_OPTIONAL.field("verdict")
         rows = rows.append_column(field, known.verdicts(rows["content_hash"], rows["phash"]))
-    decisions, fresh = _decisions(rows), FreshRows.of(rows)
+    decisions, fresh = decisions_given(rows), FreshRows.of(rows)
     return Written(writer.write(rows), sums, dict(worked), decisions, at_once, copied, shared, fresh, None)
 
 
@@ -248,15 +250,30 @@ def _num_filled(lists: pa.ChunkedArray) -> int:
     return int(pa.compute.sum(pa.compute.greater(pa.compute.list_value_length(lists), 0)).as_py() or 0)
 
 
-def _decisions(rows: pa.Table) -> dict[str, int]:
-    if "decision" not in rows.column_names:
-        return {"review": rows.num_rows}
-    decision = rows["decision"].fill_null("review")  # the writer does the same
+def decisions_given(rows: pa.Table) -> dict[str, int]:
+    """Images by the decision that the run gave them. Those that keep the one of their live row do not count.
+
+    Args:
+        rows: ready to be written, what was copied in its place.
+    """
+    rows = rows.filter(pa.array(_decided(rows)))
+    decision = pa.repeat("review", rows.num_rows)  # where nothing was scored: the writer does the same
+    if "decision" in rows.column_names:
+        decision = pa.compute.coalesce(rows["decision"], decision)
     if "verdict" in rows.column_names:
-        said = pa.compute.struct_field(rows["verdict"], "decision")
-        decision = pa.compute.coalesce(said, decision)
-    decisions = decision.value_counts().to_pylist()
-    return {entry["values"]: entry["counts"] for entry in decisions}
+        decision = pa.compute.coalesce(pa.compute.struct_field(rows["verdict"], "decision"), decision)
+    return {entry["values"]: entry["counts"] for entry in decision.value_counts().to_pylist()}
+
+
+def _decided(rows: pa.Table) -> Mask:
+    """Rows that are new, were moderated, or whose image is another now, or cannot be read any more."""
+    image = rows_of_image_errors(rows["errors"])
+    new = ~as_mask(pa.compute.fill_null(rows["replaces"], False))
+    moderated = holds(rows[columns.TASKS_RUN], "moderate") | holds(rows[columns.TASKS_FAILED], "moderate")
+    other = as_mask(pa.compute.fill_null(pa.compute.not_equal(rows["content_hash"], rows["previous_hash"]), False))
+    # An image that is gone keeps its decision, and one that could not be read before has it already.
+    lost = (image.unreadable | image.failed) & ~as_mask(pa.compute.fill_null(rows["failed_before"], False))
+    return new | moderated | (other & ~image.any) | lost
 
 
 def _counts(files: pa.Table, column: str) -> Counter[str]:

@@ -26,7 +26,7 @@ _BATCH_SIZES = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024]
 # Name -> what it says, and its labels.
 COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = {
     "vlmflow_images_total": ("Image rows committed.", ("catalog", "status")),
-    "vlmflow_decisions_total": ("Image rows written, by moderation decision.", ("catalog", "decision")),
+    "vlmflow_decisions_total": ("Image rows that a run decided on, by decision.", ("catalog", "decision")),
     "vlmflow_errors_total": ("Errors that rows record.", ("catalog", "error_class")),
     "vlmflow_read_bytes_total": ("Encoded bytes read from the source.", ("catalog",)),
     "vlmflow_stage_images_total": ("Images that a stage worked on.", ("catalog", "stage")),

@@ -64,6 +64,7 @@ class RunReport(Frozen):
         num_by_others: rows dropped because another run had committed them meanwhile.
         num_copied: images with results taken from a row of the catalog with equal bytes.
         num_shared: images with results taken from another image with equal bytes that the same actor had.
+        decisions: images by the decision that the run gave them; those that keep the one they had do not count.
         startup_s: seconds until the first block of images was finished: processes started, models loaded.
         images_per_s: the images after that block by the time after it; 0 where there was only one block.
         bytes_read: encoded bytes read from the source.

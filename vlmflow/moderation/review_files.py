@@ -26,7 +26,12 @@ _SUFFIXES = (".parquet", ".csv", ".json")
 
 @dataclass(frozen=True)
 class Word:
-    """What one person said of one image. ``image``: an image_id, or a normalised uri."""
+    """What one person said of one image.
+
+    Attributes:
+        image: an image_id, or a normalised uri.
+        at: None: the file does not say.
+    """
 
     image: str
     decision: str | None
@@ -34,7 +39,7 @@ class Word:
     value: bool | None
     weight: float | None
     reviewer: str
-    at: dt.datetime
+    at: dt.datetime | None
     reason: str | None
     content_hash: str | None
 
@@ -78,7 +83,7 @@ def read_words(path: Path, reviewer: str | None, now: dt.datetime) -> list[Word]
 
     Args:
         reviewer: of rows that name none.
-        now: time of rows that have none.
+        now: rows may not be of a later time.
 
     Raises:
         ReviewError: the file cannot be read, lacks a column, or holds a value that cannot be taken.
@@ -91,6 +96,11 @@ def read_words(path: Path, reviewer: str | None, now: dt.datetime) -> list[Word]
         if word is not None:
             words.append(word)
     return words
+
+
+def changed_at(path: Path, now: dt.datetime) -> dt.datetime:
+    """When a file was last changed; not after ``now``, whatever the clock of its disk says."""
+    return min(now, dt.datetime.fromtimestamp(path.stat().st_mtime, dt.UTC))
 
 
 def _filled(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -195,9 +205,9 @@ def _text(value: object) -> str | None:
     return text or None
 
 
-def _time(where: str, value: object, now: dt.datetime) -> dt.datetime:
+def _time(where: str, value: object, now: dt.datetime) -> dt.datetime | None:
     if value is None or value == "":
-        return now
+        return None
     if isinstance(value, dt.datetime):
         found = value
     else:

@@ -70,10 +70,12 @@ def _overview(report: RunReport, state: str) -> Html:
 
 
 def _counts(report: RunReport) -> Html:
-    rows = report.num_added + report.num_replaced
+    rows, decided = report.num_added + report.num_replaced, sum(report.decisions.values())
     parts = [
         count_table("Rows of the run by status", "status", report.statuses, rows),
-        count_table("Rows of the run by decision", "decision", report.decisions, rows),
+        count_table("Rows that the run decided on, by decision", "decision", report.decisions, decided)
+        if decided
+        else NOTHING,
         count_table("Errors of the run by class", "class", report.errors, rows)
         if report.errors
         else paragraph(Html("No image had an error.")),

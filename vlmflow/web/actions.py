@@ -153,8 +153,7 @@ class Actions:
                 form.image_id,
                 form.content_hash,
                 "" if decision is None or said is None else said.mark,
-                None if before is None else before.decision,
-                "" if before is None else before.mark,
+                before,
                 session.reviewer,
                 {name: held.get(name) for name in labels},
             )
@@ -166,15 +165,14 @@ class Actions:
         if not session.given:
             return JSONResponse({"error": "There is nothing to undo in this session."}, 409)
         last = session.given[-1]
-        decision = (last.before or WITHDRAWN) if last.mark else None
+        decision = None if not last.mark else WITHDRAWN if last.before is None else last.before.decision
         judgement = Judgement(
-            last.image_id, last.content_hash, last.mark, last.reviewer, decision, last.labels, "undone"
+            last.image_id, last.content_hash, last.mark, last.reviewer, decision, last.labels, "undone", last.before
         )
         is_taken, said = self._desk.judging.judge(judgement)
+        session.forget()
         if not is_taken:
-            session.given = session.given[:-1]
             return _meanwhile(said)
-        session.undone("" if said is None else said.mark)
         return self._said(last.image_id, "undone", said)
 
     def _said(self, image_id: str, what: str, said: Said | None) -> Response:

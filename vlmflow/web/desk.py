@@ -51,12 +51,20 @@ class Listing:
 
 
 @dataclass(frozen=True)
-class QueueItem:
-    """An image to review. ``row`` has all columns; ``next_id``: the image after it; None: it is the last."""
+class Queue:
+    """What is left to review of the rows that a filter leaves.
 
-    row: dict[str, Any]
-    next_id: str | None
+    Attributes:
+        row: the image to look at, with all its columns; None: there is none from here on.
+        num_open: images that nobody has judged and that can be judged.
+        num_elsewhere: of these, images that others are looking at.
+        num_unread: images that were never read: nobody can judge them.
+    """
+
+    row: dict[str, Any] | None
     num_open: int
+    num_elsewhere: int
+    num_unread: int
 
 
 class Desk:
@@ -155,8 +163,8 @@ class Desk:
         key = (version.number, self.judging.changes, wanted.rows)
         return self._counts.get_or_make(key, lambda: self._count(version, facts, wanted))
 
-    def queue(self, session: str, wanted: Filter, *, at: str = "", after: str = "") -> QueueItem | None:
-        """An image that nobody has judged, and claims it; None: there is none left.
+    def queue(self, session: str, wanted: Filter, *, at: str = "", after: str = "") -> Queue:
+        """An image that nobody has judged, which is claimed, and what else is left.
 
         Args:
             at: id of the image to show, judged or not; empty: the first that nobody else looks at.
@@ -164,11 +172,11 @@ class Desk:
         """
         version = self.shelf.version
         facts = self.facts(version)
-        wait = (facts.codes["verdict"] == 0) & facts.is_judgeable
         mask = self.mask(version, facts, wanted)
-        if mask is not None:
-            wait &= mask
-        num_open = int(wait.sum())
+        fitting = np.ones(len(facts), np.bool_) if mask is None else mask
+        is_new = fitting & (facts.codes["verdict"] == 0)
+        wait = is_new & facts.is_judgeable
+        num_open, num_unread = int(wait.sum()), int((is_new & ~facts.is_judgeable).sum())
         for image_id in self.claims.of_others(session):
             position = self.shelf.find(version, image_id)
             if position is not None:
@@ -179,19 +187,15 @@ class Desk:
             edge, _ = self._edge(version, places, after)
             found = _on(order, wait, edge + 1, 1)
             position = int(found[0]) if len(found) else None
+        row = None
         if position is None:
             self.claims.drop(session)
-            return None
-        following = _on(order, wait, int(places[position]) + 1, 1)
-        (row,) = self.shelf.rows(version, np.array([position]), version.live.columns.names)
-        if self.claims.take(session, row["image_id"]) is not None and not at:
-            return self.queue(session, wanted, after=after)  # somebody took it this very moment
-        next_rows = self.shelf.rows(version, following, ("image_id",))
-        return QueueItem(
-            _up_to_date(row, self.judging.fresh(version.number)),
-            next_rows[0]["image_id"] if next_rows else None,
-            num_open,
-        )
+        else:
+            (row,) = self.shelf.rows(version, np.array([position]), version.live.columns.names)
+            if self.claims.take(session, row["image_id"]) is not None and not at:
+                return self.queue(session, wanted, after=after)  # somebody took it this very moment
+            row = _up_to_date(row, self.judging.fresh(version.number))
+        return Queue(row, num_open, num_open - int(wait.sum()), num_unread)
 
     def _count(self, version: Version, facts: Facts, wanted: Filter) -> tuple[int, dict[str, dict[str, int]]]:
         masks = {facet: facts.mask(facet, values) for facet, values in wanted.chosen}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hmac
-from urllib.parse import parse_qs
+from urllib.parse import unquote
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import cookie_parser
@@ -82,8 +82,8 @@ class Guard:
         """Exchanges the token for a cookie, and takes it out of the address."""
         if scope["path"] != ENTER:
             return None
-        given = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])
-        session = self._sessions.enter(given[0]) if scope["method"] == "GET" else None
+        given = _token(scope["query_string"].decode("latin-1"))
+        session = self._sessions.enter(given) if scope["method"] == "GET" else None
         if session is None:
             return PlainTextResponse(_NO_TOKEN, 401)
         answer = RedirectResponse("/", 303)
@@ -94,6 +94,12 @@ class Guard:
         # Other apps of this host set cookies too, in any form: one that cannot be read must not hide ours.
         held = cookie_parser(headers.get("cookie", "")).get(self._cookie)
         return None if held is None else self._sessions.find(held)
+
+
+def _token(query: str) -> str:
+    """The token of an address as people write it there: a plus is a plus, as in base64, and not the space of a form."""
+    values = (part.removeprefix("token=") for part in query.split("&") if part.startswith("token="))
+    return unquote(next(values, ""))
 
 
 def _may_write(method: str, headers: Headers, session: Session) -> bool:

@@ -74,6 +74,7 @@ class Judgement:
         seen: mark of the verdict that they saw; empty: they saw none.
         decision: None: they say something of labels alone.
         labels: whether each holds; None: what this person said of it is taken back.
+        restores: the verdict that an undo puts back; it stays its reviewer's, with their reason.
     """
 
     image_id: str
@@ -83,6 +84,7 @@ class Judgement:
     decision: str | None = None
     labels: Mapping[str, bool | None] = field(default_factory=dict)
     reason: str | None = None
+    restores: Said | None = None
 
     def check(self) -> None:
         """Makes sure that it can be taken.
@@ -145,6 +147,7 @@ class Judging:
         self._lock = threading.Lock()
         self._said: dict[tuple[str, str], Said] = {}  # by image and bytes
         self._labels: dict[tuple[str, str, str], _Label] = {}  # by image, label and reviewer
+        self._restored: dict[str, str] = {}  # by mark of a verdict: the mark it has since an undo put it back
         self._files: frozenset[str] = frozenset()  # of verdicts, that these were read from
         self._waiting: dict[str, int] = {}  # images whose rows are to follow, with the number of the change
         # What was said here, and the version whose rows show it; None: none does yet.
@@ -210,7 +213,10 @@ class Judging:
         with self._lock:
             self._update()
             held = self._said.get(key)
-            if judgement.decision is not None and judgement.seen != ("" if held is None else held.mark):
+            seen, restores = judgement.seen, judgement.restores
+            while seen in self._restored:  # whoever saw it before has seen it
+                seen = self._restored[seen]
+            if judgement.decision is not None and seen != ("" if held is None else held.mark):
                 return Outcome(False, held)
             now = dt.datetime.now(dt.UTC)
             if held is not None:  # of a clock that is ahead of ours
@@ -221,7 +227,10 @@ class Judging:
                 self._waiting[judgement.image_id] = self.changes
                 self._fresh[key] = None
                 self._wake.set()
-            return Outcome(True, self._said.get(key))
+            said = self._said.get(key)
+            if restores is not None and said is not None and said.at == now:
+                self._restored[restores.mark] = said.mark
+            return Outcome(True, said)
 
     def flush(self) -> int:
         """Brings what waits into the rows; returns the number of rows that changed.
@@ -327,5 +336,16 @@ def _events(judgement: Judgement, at: dt.datetime) -> pa.Table:
     }
     rows = [common | {"label": name, "value": value} for name, value in judgement.labels.items()]
     if judgement.decision is not None:
-        rows.append(common | {"decision": judgement.decision})
+        rows.append(common | {"decision": judgement.decision} | _theirs(judgement))
     return pa.Table.from_pylist(rows, schema=EVENT)
+
+
+def _theirs(judgement: Judgement) -> dict[str, Any]:
+    """Whose decision it is that an undo puts back, and why: not that of whoever undoes."""
+    said, note = judgement.restores, f"(restored by {judgement.reviewer.strip()})"
+    if said is None or not said.stands:
+        return {}
+    reason = said.reason or ""
+    if said.reviewer != judgement.reviewer.strip() and not reason.endswith(note):
+        reason = f"{reason} {note}".strip()
+    return {"reviewer": said.reviewer, "reason": reason or None}

@@ -122,11 +122,11 @@ class Pages:
         """One image after the other, to be judged."""
         query, session = request.query_params, _session(request)
         wanted = Filter.of(query.multi_items(), sort="near")
-        item = self._desk.queue(session.key, wanted, at=query.get("at", ""), after=query.get("after", ""))
+        queue = self._desk.queue(session.key, wanted, at=query.get("at", ""), after=query.get("after", ""))
         home = url("/review", wanted.pairs())
-        if item is None:
-            return self._page(request, "done.html", wanted=wanted, home=home, has_skipped=bool(query.get("after")))
-        image_id = item.row["image_id"]
+        if queue.row is None:
+            return self._page(request, "done.html", wanted=wanted, home=home, queue=queue)
+        image_id = queue.row["image_id"]
         before = session.visit(image_id)
         following = url("/review", [*wanted.pairs(), ("after", image_id)])
         back = "" if before is None else url("/review", [*wanted.pairs(), ("at", before)])
@@ -134,12 +134,12 @@ class Pages:
             request,
             "review.html",
             wanted=wanted,
-            item=item,
+            queue=queue,
             following=following,
             back=back,
             home=home,
             here=url("/review", [*wanted.pairs(), ("at", image_id)]),
-            **self._evidence(request, item.row),
+            **self._evidence(request, queue.row),
         )
 
     def error(self, request: Request, message: str, remedy: str, status: int) -> Response:

@@ -7,6 +7,7 @@ import errno
 import ipaddress
 import secrets
 import socket
+import string
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -23,6 +24,8 @@ _Ip = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 PORT = 8377
 _MIN_TOKEN_CHARS = 16
+# What stands for itself in the query of an address (RFC 3986), without the `&` that would end the token there.
+_IN_TOKENS = frozenset(string.ascii_letters + string.digits + "-._~!$'()*+,;=:@/?")
 _MAX_REQUESTS = 64  # at a time; more are told to come again
 
 
@@ -32,7 +35,8 @@ class ServeConfig(Frozen):
     Attributes:
         host: address to listen at; beyond the machine itself it must be given on purpose.
         port: 0: any that is free.
-        token: what lets browsers in; None: one is made.
+        token: what lets browsers in; None: one is made. It stands in the address: letters, digits, and what an address
+            may hold, as base64 does.
         names: further names under which browsers reach it, such as that of a proxy in front; with a port if it is
             not the one above. At an address that stands for all of the machine's (0.0.0.0) there must be one.
         verdicts_every_s: how long rows wait for verdicts, so that one commit brings many.
@@ -71,18 +75,14 @@ def serve(
         ready: is told where to look, once requests are answered.
 
     Raises:
-        ServeError: the host is no address or needs a name, the port is taken, the token is too short, or a package is
-            absent.
+        ServeError: the host is no address or needs a name, the port is taken, the token is too short or cannot stand in
+            an address, or a package is absent.
         CatalogError: there is no catalog.
         ConfigError, WeightsError: the job's profile is unknown, or its weights are absent.
     """
     config = config or ServeConfig()
     token = config.token or secrets.token_urlsafe(32)
-    if len(token) < _MIN_TOKEN_CHARS or not token.isascii() or not token.isprintable():
-        raise ServeError(
-            f"the token has {len(token)} characters, or others than plain ones",
-            remedy=f"Take at least {_MIN_TOKEN_CHARS}, or none for one that is made.",
-        )
+    _check_token(token)
     if _ip(config.host).is_unspecified and not config.names:
         raise ServeError(
             f"host {config.host} is every address of this machine, and no name is given that browsers reach it by",
@@ -159,6 +159,25 @@ def is_loopback(host: str) -> bool:
         ServeError: it is none.
     """
     return _ip(host).is_loopback
+
+
+def _check_token(token: str) -> None:
+    """Makes sure that a token is long enough, and lets in whoever writes it into the address.
+
+    Raises:
+        ServeError: it does not.
+    """
+    if len(token) < _MIN_TOKEN_CHARS:
+        raise ServeError(
+            f"the token has {len(token)} characters",
+            remedy=f"Take at least {_MIN_TOKEN_CHARS}, or none for one that is made.",
+        )
+    wrong = sorted(set(token) - _IN_TOKENS)
+    if wrong:
+        raise ServeError(
+            f"the token holds what cannot stand in an address: {', '.join(map(repr, wrong[:10]))}",
+            remedy="Take letters and digits, such as `openssl rand -hex 24` makes, or none for one that is made.",
+        )
 
 
 def _ip(host: str) -> _Ip:

@@ -7,7 +7,9 @@ import hmac
 import secrets
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+
+from vlmflow.web.judging import Said
 
 _MAX_SESSIONS = 1_000
 _MAX_UNDO = 200
@@ -19,8 +21,7 @@ class Undo:
 
     Attributes:
         mark: of the decision as it was given: if another is there now, nothing is undone. Empty: labels alone.
-        before: the decision before it; None: there was none.
-        before_mark: of that.
+        before: the decision before it, whoever gave that; None: there was none.
         reviewer: who gave it, and takes it back, whoever reviews by then.
         labels: what this person said of labels before; None: nothing.
     """
@@ -28,8 +29,7 @@ class Undo:
     image_id: str
     content_hash: str
     mark: str
-    before: str | None
-    before_mark: str
+    before: Said | None
     reviewer: str
     labels: dict[str, bool | None]
 
@@ -55,16 +55,9 @@ class Session:
         """Keeps a judgement to be undone."""
         self.given = [*self.given, undo][-_MAX_UNDO:]
 
-    def undone(self, mark: str) -> None:
-        """Lets go of the last judgement, which was taken back; what was before it goes by another mark now."""
-        if not self.given:
-            return
-        last = self.given[-1]
-        same = (last.image_id, last.content_hash, last.before_mark)
-        self.given = [
-            replace(undo, mark=mark) if (undo.image_id, undo.content_hash, undo.mark) == same and last.mark else undo
-            for undo in self.given[:-1]
-        ]
+    def forget(self) -> None:
+        """Lets go of the last judgement: it was taken back, or cannot be any more."""
+        self.given = self.given[:-1]
 
     def visit(self, image_id: str) -> str | None:
         """Notes that an image is shown; returns the one that was shown before it."""

@@ -1,18 +1,24 @@
-"""Queues as CSV: no cell starts a formula, and nobody judges in the name of a list."""
+"""Queues as CSV: no cell starts a formula, nobody judges in the name of a list, and a file counts from its own time."""
 
 from __future__ import annotations
 
 import csv
 import datetime as dt
+import os
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
 from tests.hostile import HOSTILE
+from tests.web_samples import small_catalog
+from vlmflow.catalog import Catalog
+from vlmflow.config import CatalogConfig
 from vlmflow.errors import ReviewError
 from vlmflow.moderation.queue import QUEUE
 from vlmflow.moderation.review_files import read_words, write_queue
+from vlmflow.review import import_verdicts
 
 
 @pytest.mark.parametrize("start", ["=1+1", "+1", "-1", "@sum(1)", "|x", "\t=1", "\n=1", "＝1", HOSTILE["formula"]])
@@ -30,3 +36,77 @@ def test_nobody_judges_in_the_name_of_a_list(tmp_path: Path) -> None:
     file.write_text(f"image_id,verdict,reviewer\n{'0' * 32},allow,list:banned\n")
     with pytest.raises(ReviewError, match="list of known images"):
         read_words(file, None, dt.datetime.now(dt.UTC))
+
+
+MONDAY, TUESDAY, WEDNESDAY = (dt.datetime(2026, 3, day, 10, tzinfo=dt.UTC) for day in (2, 3, 4))
+
+
+@pytest.fixture
+def catalog(tmp_path: Path) -> CatalogConfig:
+    return small_catalog(tmp_path, 3)
+
+
+def filled_in(folder: Path, when: dt.datetime, row: dict[str, str], *more: dict[str, str]) -> Path:
+    """A queue as people send it back: without times of its own."""
+    path = folder / f"{when:%A}.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, row)
+        writer.writeheader()
+        writer.writerows([row, *more])
+    os.utime(path, (when.timestamp(), when.timestamp()))
+    return path
+
+
+def row_of(catalog: CatalogConfig, number: int = 0) -> dict[str, str]:
+    return Catalog.open(catalog).images(["image_id", "content_hash", "decision"]).slice(number, 1).to_pylist()[0]
+
+
+def said(catalog: CatalogConfig, verdict: str, reviewer: str = "ada", number: int = 0) -> dict[str, str]:
+    row = row_of(catalog, number)
+    return {name: row[name] for name in ("image_id", "content_hash")} | {"verdict": verdict, "reviewer": reviewer}
+
+
+def test_a_file_that_comes_again_brings_no_older_verdict_back(catalog: CatalogConfig, tmp_path: Path) -> None:
+    monday = filled_in(tmp_path, MONDAY, said(catalog, "allow"))
+    tuesday = filled_in(tmp_path, TUESDAY, said(catalog, "block", "bob"))
+    for file in (monday, tuesday):
+        assert import_verdicts(catalog, file).num_new == 1
+    copy = shutil.copyfile(monday, tmp_path / "copy.csv")  # of now
+    more = filled_in(tmp_path, WEDNESDAY, said(catalog, "allow"), said(catalog, "allow", number=1))
+    overruled = {"said before, and somebody has decided otherwise since: fill in `at` to say it again": 1}
+    for file, num_new in ((monday, 0), (copy, 0), (more, 1), (more, 0)):
+        report = import_verdicts(catalog, file)
+        assert (report.num_new, report.left_out) == (num_new, overruled)
+        assert row_of(catalog)["decision"] == "block"
+    assert import_verdicts(catalog, tuesday).left_out == {}, "what still counts is no news"
+    again = said(catalog, "allow") | {"at": WEDNESDAY.isoformat()}
+    assert import_verdicts(catalog, filled_in(tmp_path, WEDNESDAY, again)).num_new == 1
+    assert row_of(catalog)["decision"] == "allow"
+
+
+def test_files_count_by_when_they_were_changed_not_by_when_they_are_imported(
+    catalog: CatalogConfig, tmp_path: Path
+) -> None:
+    import_verdicts(catalog, filled_in(tmp_path, TUESDAY, said(catalog, "block")))
+    import_verdicts(catalog, filled_in(tmp_path, MONDAY, said(catalog, "allow")))
+    assert row_of(catalog)["decision"] == "block"
+    events = Catalog.open(catalog).reviews.events()
+    assert events["at"].to_pylist() == [MONDAY, TUESDAY]
+
+
+def test_a_file_of_a_clock_that_is_ahead_is_of_now(catalog: CatalogConfig, tmp_path: Path) -> None:
+    ahead = filled_in(tmp_path, dt.datetime(2999, 1, 1, tzinfo=dt.UTC), said(catalog, "block"))
+    assert import_verdicts(catalog, ahead).num_new == 1
+    assert import_verdicts(catalog, ahead).num_new == 0
+    (at,) = Catalog.open(catalog).reviews.events()["at"].to_pylist()
+    assert at <= dt.datetime.now(dt.UTC)
+
+
+def test_a_label_that_was_taken_back_does_not_return_with_an_old_file(catalog: CatalogConfig, tmp_path: Path) -> None:
+    base = {name: said(catalog, "allow")[name] for name in ("image_id", "content_hash", "reviewer")}
+    old = filled_in(tmp_path, MONDAY, base | {"label": "gun", "value": "true"})
+    import_verdicts(catalog, old)
+    import_verdicts(catalog, filled_in(tmp_path, TUESDAY, base | {"label": "gun", "value": "false"}))
+    copy = shutil.copyfile(old, tmp_path / "copy.csv")
+    assert sum(import_verdicts(catalog, copy).left_out.values()) == 1
+    assert Catalog.open(catalog).reviews.events()["value"].to_pylist() == [True, False]

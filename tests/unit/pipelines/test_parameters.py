@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
 import pytest
 from prefect import Flow
+from prefect.settings import Settings
 from prefect.states import Completed, Failed
 
+import pipelines
 from pipelines import command_line
 from pipelines.adhoc import adhoc_job
 from pipelines.backfill import moderation_backfill
@@ -31,6 +35,20 @@ def fields(schema: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any], 
     for name, about in schema["properties"].items():
         branches = [part for part in about.get("anyOf", [about]) if part.get("type") != "null"]
         yield name, about, branches[0]
+
+
+def test_prefect_reports_nothing_to_its_makers_unless_it_is_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("PREFECT_SERVER_ANALYTICS_ENABLED", "DO_NOT_TRACK")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    importlib.reload(pipelines)
+    assert not Settings().server.analytics_enabled
+    assert os.environ["DO_NOT_TRACK"] == "1"
+    for name, value in zip(names, ("true", "0"), strict=True):
+        monkeypatch.setenv(name, value)
+    importlib.reload(pipelines)
+    assert Settings().server.analytics_enabled
+    assert os.environ["DO_NOT_TRACK"] == "0"
 
 
 def test_every_parameter_is_described_and_typed(flow: Flow[..., Any]) -> None:

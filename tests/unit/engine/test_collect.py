@@ -1,0 +1,95 @@
+"""What the driver counts of finished rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from tests.catalog_samples import enrich, fingerprints, finish, open_catalog, references, request
+from tests.report_samples import record
+from vlmflow.catalog import Catalog, PlanRequest
+from vlmflow.engine.collect import decisions_given
+from vlmflow.engine.report import RunReport
+from vlmflow.report.run_section import run_section
+from vlmflow.report.runs import RunFacts
+
+NAMES = ("a", "b", "c")
+FIRST = ("embed", "moderate")
+GONE = ("read", "missing")
+BROKEN = ("decode", "corrupt")
+
+
+@pytest.fixture
+def catalog(tmp_path: Path) -> Catalog:
+    """Three images that were embedded and moderated; all are allowed."""
+    made = open_catalog(tmp_path / "catalog")
+    enrich(made, "r1", [references(NAMES)], request(FIRST))
+    return made
+
+
+def finished(
+    catalog: Catalog, asked: PlanRequest, names: Sequence[str] = NAMES, version: str = "v1", **given: Any
+) -> pa.Table:
+    with catalog.plan([references(names, version=version)], asked) as plan:
+        return pa.concat_tables([finish(planned, **given) for planned in plan.batches()])
+
+
+def without_moderation(rows: pa.Table) -> pa.Table:
+    """As the pools hand it over where `moderate` is no task of the run."""
+    return rows.drop_columns(["labels", "decision", "decision_reason", "verdict"])
+
+
+@pytest.mark.parametrize("task", ["caption", "embed"])
+def test_rows_that_keep_their_decision_are_not_counted_as_flagged(catalog: Catalog, task: str) -> None:
+    """A night in which captions alone are due would otherwise look as if every image was flagged."""
+    asked = request((task,), fingerprints={task: f"{task}-2"})
+    rows = finished(catalog, asked)
+    assert rows.num_rows == len(NAMES)
+    assert decisions_given(rows) == {}
+    assert decisions_given(without_moderation(rows)) == {}
+    # Beside images that are new: these have no decision but `review`.
+    assert decisions_given(without_moderation(finished(catalog, asked, [*NAMES, "new"]))) == {"review": 1}
+
+
+def test_what_was_moderated_counts_by_its_decision_and_what_failed_as_review(catalog: Catalog) -> None:
+    again = request(FIRST, fingerprints=fingerprints(FIRST, moderate="moderate-2"))
+    assert decisions_given(finished(catalog, again, decision="block")) == {"block": 3}
+    assert decisions_given(finished(catalog, again, failed=["moderate"])) == {"review": 3}
+    assert decisions_given(finished(catalog, again, ["a", "new"], decision="allow")) == {"allow": 2}
+
+
+def test_a_list_of_known_images_has_the_last_word(catalog: Catalog) -> None:
+    rows = finished(catalog, request(), ["new 1", "new 2"])
+    index = rows.schema.get_field_index("verdict")
+    said = pa.array([{"decision": "block"}, None], rows.schema.field(index).type)
+    assert decisions_given(rows.set_column(index, rows.schema.field(index), said)) == {"block": 1, "allow": 1}
+
+
+@pytest.mark.parametrize("problem", [GONE, BROKEN, ("read", "read_failed")])
+def test_new_images_that_cannot_be_read_are_for_review(catalog: Catalog, problem: tuple[str, str]) -> None:
+    rows = finished(catalog, request(), ["new 1", "new 2"], problem=problem)
+    assert decisions_given(without_moderation(rows)) == {"review": 2}
+
+
+def test_images_that_are_other_ones_or_were_lost_count_once(catalog: Catalog) -> None:
+    """Their decision falls to `review`, whatever was due; one that is gone keeps it."""
+    caption = request(("caption",))
+    rows = finished(catalog, caption, version="v2", content="others")
+    assert decisions_given(without_moderation(rows)) == {"review": 3}
+    assert decisions_given(finished(catalog, caption, version="v2", problem=GONE)) == {}
+    assert decisions_given(finished(catalog, request(), version="v2", problem=BROKEN)) == {"review": 3}
+    enrich(catalog, "r2", [references(NAMES, version="v2")], request(), problem=BROKEN)
+    again = finished(catalog, request(retry=("unreadable",)), version="v2", problem=BROKEN)
+    assert again.num_rows == 3
+    assert decisions_given(again) == {}
+
+
+@pytest.mark.parametrize(("decisions", "is_shown"), [({"allow": 2, "review": 1}, True), ({}, False)])
+def test_a_run_that_decided_nothing_shows_no_table_of_decisions(decisions: dict[str, int], is_shown: bool) -> None:
+    given = record("r", decisions=decisions)
+    page = run_section(RunFacts("r", "finished", given, RunReport.model_validate(given)))
+    assert ("Rows that the run decided on" in page) == is_shown

@@ -30,7 +30,7 @@ from vlmflow.catalog.plan import Plan, plan
 from vlmflow.catalog.plan_parts import Workers
 from vlmflow.catalog.policies import PolicyStore
 from vlmflow.catalog.read import embedding_batches, image_batches
-from vlmflow.catalog.reviews import JudgeResult, ReviewStore, apply_verdicts
+from vlmflow.catalog.reviews import JudgeResult, ReviewStore, Said, apply_verdicts
 from vlmflow.catalog.rows import RunConstants
 from vlmflow.catalog.runs import RunStore
 from vlmflow.catalog.swap import swap_files
@@ -250,15 +250,18 @@ class Catalog:
             only: ids of the images whose verdicts are brought in; None: of all.
             first: paths of files of the table that are likely to hold them.
         """
-        newest, known = self.reviews.newest(), self.known_images.matcher()
-        if only is not None:
-            newest = newest.filter(pc.is_in(newest["image_id"], value_set=pa.array(list(only), pa.string())))
+
+        def read() -> Said:
+            newest = self.reviews.newest()
+            if only is not None:
+                newest = newest.filter(pc.is_in(newest["image_id"], value_set=pa.array(list(only), pa.string())))
+            return Said(newest, self.known_images.matcher())
+
         now = Catalog(self._folder, *self._logs_from_now())  # this one may be the app's, open for months
         with self.runs.recorded("review") as run_id:
             return apply_verdicts(
                 self._folder,
-                newest,
-                known,
+                read,
                 lists_changed,
                 run_id,
                 now._images.refresh,

@@ -198,7 +198,7 @@ class _Planner:
     def _order(self, plan: Plan, joined: Spill) -> None:
         """Puts the planned rows into the order of the pipeline, within the limit."""
         last = self._last_position(joined)
-        total = plan.num_listed + plan.num_duplicates
+        total = plan.num_listed + plan.num_duplicates + plan.num_erased  # as many as there are positions
         new = Spill(self._workspace / "new-unordered", joined.columns, _num_groups(total))
         again = Spill(self._workspace / "again-unordered", joined.columns, _num_groups(self._num_live_rows()))
         groups = self._groups_of_files(again.num_parts)

@@ -131,7 +131,7 @@ def test_compaction_drops_vectors_only_of_runs_that_are_over(catalog: Catalog) -
     catalog.runs.start("live", {})
     asked = request(date=DATE)
     uncommitted = write(catalog, "live", [references(["later"])], asked)
-    catalog._commit_embeddings("live", "c", uncommitted.filter(pc.equal(uncommitted["table"], "embeddings")))
+    catalog.commit("live", uncommitted.filter(pc.equal(uncommitted["table"], "embeddings")))
     before = catalog.embeddings().sort_by([("image_id", "ascending"), ("view", "ascending")])
     assert catalog.compact("c1").num_embeddings_dropped == 6
     assert catalog.embeddings().sort_by([("image_id", "ascending"), ("view", "ascending")]).equals(before)
@@ -188,7 +188,7 @@ def test_what_a_killed_run_left_on_another_date_goes_now_and_then(tmp_path: Path
         run = f"r{days}"
         catalog.runs.start(run, {})
         files = write(catalog, run, [references([run])], request(date=days_ago(days)))
-        catalog._commit_embeddings(run, run, files.filter(pc.equal(files["table"], "embeddings")))
+        catalog.commit(run, files.filter(pc.equal(files["table"], "embeddings")))
         catalog.runs.finish(run, {})
     all_large = {"images": 1, "embeddings": 1}
     assert catalog.compact("c1", target_bytes=all_large) == CompactResult(1, 0, 2)

@@ -53,13 +53,13 @@ def constants(run_id: str, asked: PlanRequest) -> RunConstants:
     )
 
 
-def image_id(name: str) -> str:
-    return digest_of(f"mem://{name}")
+def image_id(name: str, *key: str) -> str:
+    return digest_of(f"mem://{name}", *key)
 
 
 def references(
     names: Iterable[str],
-    *,
+    *key: str,
     version: str | Mapping[str, str | None] | None = "v1",
     text: str | None = None,
     questions: Sequence[str] | None = None,
@@ -69,9 +69,9 @@ def references(
     names = list(names)
     versions = [version[name] if isinstance(version, Mapping) else version for name in names]
     columns: dict[str, Any] = {
-        "image_id": [image_id(name) for name in names],
+        "image_id": [image_id(name, *key) for name in names],
         "uri": [f"mem://{name}" for name in names],
-        "key": None,
+        "key": [*key] * len(names),
         "object_version": versions,
         "size_bytes": [10] * len(names),
         "locator": names,

@@ -23,10 +23,13 @@ _ID = re.compile(r"[0-9a-f]{32}")
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """Images by key, as ``schema.KEY``, each once.
+    """What an erasure names.
 
     Attributes:
-        uris: as they were given, normalised.
+        keys: the ids that were given, and of each address the id that its image has without a key of the caller's, as
+            ``schema.KEY``, each once.
+        uris: the addresses that were given, normalised.
+        num_images: these, and the images of rows that have one of the addresses, each once.
         num_rows: of them in the newest version of the catalog.
         num_named: addresses and ids that were given, each once.
         erased: of these, those without a row because they were erased before.
@@ -35,6 +38,7 @@ class Images:
 
     keys: pa.Array
     uris: tuple[str, ...]
+    num_images: int
     num_rows: int
     num_named: int
     erased: tuple[str, ...]
@@ -44,7 +48,7 @@ class Images:
 def find_images(catalog: Catalog, uris: Sequence[str], ids_file: Path | None) -> Images:
     """The images of these addresses and ids, whether or not the catalog holds them.
 
-    An address stands for all rows that have it, and for the image that it is without a key of the caller's.
+    An address stands for all images that have it, whatever the caller's keys.
 
     Raises:
         ConfigError: neither was given, or the file cannot be read or holds what is no id.
@@ -54,12 +58,15 @@ def find_images(catalog: Catalog, uris: Sequence[str], ids_file: Path | None) ->
     normal = tuple(dict.fromkeys(normalise_uri(uri) for uri in uris))
     ids = to_binary(pa.array([], pa.string())) if ids_file is None else _read_ids(ids_file)
     own = to_binary(pa.array(image_ids(normal), pa.string()))
-    keys = concat([ids, own, catalog.find_uris(normal)] if normal else [ids])
-    keys = keys.filter(pa.array(~duplicates(keys)))
-    wanted, num_rows = index_of(keys), 0
+    keys = _once(concat([ids, own]))
+    wanted, addresses = index_of(keys), pa.array(normal, pa.string())
+    found = [keys]
+    num_rows = 0
     held: set[str] = set()  # addresses and ids of the rows
     for rows in catalog.image_batches(["image_id", "uri"]):
-        hits = rows.filter(pa.array(wanted.find(*to_words(to_binary(rows["image_id"]))) >= 0))
+        by_id = wanted.find(*to_words(to_binary(rows["image_id"]))) >= 0
+        hits = rows.filter(pc.or_(pa.array(by_id), pc.is_in(rows["uri"], value_set=addresses)))
+        found.append(to_binary(hits["image_id"]))
         num_rows += hits.num_rows
         held |= {*hits["image_id"].to_pylist(), *hits["uri"].to_pylist()}
     named = dict(zip(normal, own.to_pylist(), strict=True)) | {key.hex(): key for key in ids.to_pylist()}
@@ -67,7 +74,19 @@ def find_images(catalog: Catalog, uris: Sequence[str], ids_file: Path | None) ->
     before = index_of(catalog.erased_keys).find(*to_words(pa.array(without.values(), schema.KEY))) >= 0
     erased = tuple(name for name, is_erased in zip(without, before, strict=True) if is_erased)
     absent = tuple(name for name, is_erased in zip(without, before, strict=True) if not is_erased)
-    return Images(keys, normal, num_rows, len(named), erased, absent)
+    return Images(
+        keys=keys,
+        uris=normal,
+        num_images=len(_once(concat(found))),
+        num_rows=num_rows,
+        num_named=len(named),
+        erased=erased,
+        absent=absent,
+    )
+
+
+def _once(keys: pa.Array) -> pa.Array:
+    return keys.filter(pa.array(~duplicates(keys)))
 
 
 def _read_ids(path: Path) -> pa.Array:

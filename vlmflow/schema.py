@@ -246,6 +246,7 @@ DESCRIPTOR = pa.schema(
         ("stats", pa.string()),  # JSON for the Delta log; null for staged rows
         ("plan_version", pa.int64()),  # of the file's table, when the run was planned
         ("keys", pa.list_(KEY)),  # of every row, in the file's order
+        ("addresses", pa.list_(KEY)),  # of every row; null: without a key of the caller's; empty: no row has one
         ("statuses", COUNTS),  # rows by status; images only
         ("errors", COUNTS),  # rows' errors by class; images only
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -99,7 +100,21 @@ def unfound(images: Images) -> list[str]:
     return lines
 
 
-def _some(names: tuple[str, ...]) -> str:
+def lifted(images: Images, kept_out: Sequence[str]) -> list[str]:
+    """What is to be said of a lifting.
+
+    Args:
+        kept_out: ids of the images named that stay away, because their address is erased.
+    """
+    lines = [f"{counted(len(images.erased) - len(kept_out), 'image')} may come back with the next run"]
+    if images.absent:
+        lines.append(f"was not erased by this address or id: {_some(images.absent)}")
+    if kept_out:
+        lines.append(f"stays away until its address is lifted, by --uri: {_some(kept_out)}")
+    return lines
+
+
+def _some(names: Sequence[str]) -> str:
     more = len(names) - _NUM_NAMES
     return ", ".join(printable(name) for name in names[:_NUM_NAMES]) + (f" and {more:,} more" if more > 0 else "")
 

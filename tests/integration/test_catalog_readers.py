@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 from pathlib import Path
+from types import SimpleNamespace
 
 import duckdb
 import polars
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.catalog_samples import DATE, enrich, open_catalog, references, request, rows_by_name, write
-from vlmflow.catalog import Catalog
+from vlmflow.catalog import Catalog, compact
 from vlmflow.catalog.compact import CompactResult
 from vlmflow.catalog.folder import Folder
 from vlmflow.errors import CatalogError
@@ -131,7 +132,7 @@ def test_compaction_drops_vectors_only_of_runs_that_are_over(catalog: Catalog) -
     catalog.runs.start("live", {})
     asked = request(date=DATE)
     uncommitted = write(catalog, "live", [references(["later"])], asked)
-    catalog._commit_embeddings("live", "c", uncommitted.filter(pc.equal(uncommitted["table"], "embeddings")))
+    catalog.commit("live", uncommitted.filter(pc.equal(uncommitted["table"], "embeddings")))
     before = catalog.embeddings().sort_by([("image_id", "ascending"), ("view", "ascending")])
     assert catalog.compact("c1").num_embeddings_dropped == 6
     assert catalog.embeddings().sort_by([("image_id", "ascending"), ("view", "ascending")]).equals(before)
@@ -182,14 +183,18 @@ def test_a_large_file_goes_when_the_new_vectors_come_in_a_large_one_too(tmp_path
     assert catalog.embeddings().num_rows == 100
 
 
-def test_what_a_killed_run_left_on_another_date_goes_now_and_then(tmp_path: Path) -> None:
+def test_what_a_killed_run_left_on_another_date_goes_now_and_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = dt.datetime.combine(DATE + dt.timedelta(days=30), dt.time(), dt.UTC)
+    clock = SimpleNamespace(now=lambda zone: now)
+    monkeypatch.setattr(compact, "dt", SimpleNamespace(datetime=clock, UTC=dt.UTC))
     catalog = open_catalog(tmp_path / "killed")
-    for days in (29, 30):
-        run = f"r{days}"
+    for run, date in (("r30", DATE), ("r29", NEXT_DAY)):
         catalog.runs.start(run, {})
-        files = write(catalog, run, [references([run])], request(date=days_ago(days)))
-        catalog._commit_embeddings(run, run, files.filter(pc.equal(files["table"], "embeddings")))
+        files = write(catalog, run, [references([run])], request(date=date))
+        catalog.commit(run, files.filter(pc.equal(files["table"], "embeddings")))
         catalog.runs.finish(run, {})
     all_large = {"images": 1, "embeddings": 1}
     assert catalog.compact("c1", target_bytes=all_large) == CompactResult(1, 0, 2)
-    assert [file.ingest_date for file in catalog.live_files("embeddings").values()] == [days_ago(29)]
+    assert [file.ingest_date for file in catalog.live_files("embeddings").values()] == [NEXT_DAY]

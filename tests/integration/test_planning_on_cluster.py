@@ -14,6 +14,7 @@ from vlmflow.catalog import Catalog, PlanRequest, plan_without_catalog
 from vlmflow.catalog.keys import to_binary
 from vlmflow.catalog.plan import plan
 from vlmflow.catalog.plan_parts import InProcess, Workers
+from vlmflow.catalog.tombstones import Erased
 from vlmflow.engine.planning import OnCluster
 from vlmflow.errors import CatalogError, SourceError
 
@@ -73,7 +74,7 @@ def test_both_plans_are_equal(kind: str, catalog: Catalog) -> None:
 def test_erased_images_are_left_out(catalog: Catalog) -> None:
     erased = to_binary(pa.concat_tables([pa.Table.from_batches([references(NAMES[:20])])])["image_id"])
     snapshot = catalog._images.refresh()
-    with plan(listing(), request(), catalog._folder, snapshot, erased, OnCluster(2)) as made:
+    with plan(listing(), request(), catalog._folder, snapshot, Erased.of(erased), OnCluster(2)) as made:
         assert made.num_erased == 20
 
 

@@ -147,8 +147,9 @@ def test_a_store_that_is_lost_in_mid_run_ends_it(
     how: str,
     said: str,
 ) -> None:
-    # A part of the images is held back, so that the store is lost while the run waits for them.
-    config = job_file(proxy, buckets)
+    # A part of the images is held back, so that the store is lost while the run waits for them. No request may give up
+    # before that, and on more CPUs all blocks would be under way at once, none of them whole.
+    config = job_file(proxy, buckets, timeout_s=300, ray={"num_cpus": 2})
     catalog = direct(s3_server, buckets)
     proxy.hold(buckets[0], 72)  # more than four blocks of 16 under way, so that one is whole
     run = start(config)

@@ -21,7 +21,7 @@ from vlmflow.catalog.keys import concat, digest_of, duplicates, index_of, to_bin
 from vlmflow.catalog.log import DataFile, Snapshot
 from vlmflow.catalog.merge import merge
 from vlmflow.catalog.read import read_rows
-from vlmflow.catalog.tombstones import Tombstones
+from vlmflow.catalog.tombstones import ErasedOf
 from vlmflow.catalog.writer import write_file
 from vlmflow.errors import CatalogError
 
@@ -54,11 +54,11 @@ class ImageChanges:
     Args:
         files: rows of :data:`schema.DESCRIPTOR`, of the images table.
         added: the keys that the table has got since planning.
-        tombstones: the images that were erased, since planning too; their rows are left out.
+        erased: of the run's images, since planning too; their rows are left out.
     """
 
-    def __init__(self, folder: Folder, run_id: str, files: pa.Table, added: AddedKeys, tombstones: Tombstones) -> None:
-        self._tombstones = tombstones
+    def __init__(self, folder: Folder, run_id: str, files: pa.Table, added: AddedKeys, erased: ErasedOf) -> None:
+        self._erased_now = erased.index
         self._folder = folder
         self._run_id = run_id
         self._added = added
@@ -73,7 +73,7 @@ class ImageChanges:
     def propose(self, snapshot: Snapshot) -> Change:
         """The change that brings all rows in; see :func:`vlmflow.catalog.commit.commit`."""
         self._added.refresh(snapshot)
-        self._erased = self._tombstones.index()
+        self._erased = self._erased_now()
         self.outcome = Outcome()
         groups, vanished = self._groups(snapshot)
         add = self._add_new(vanished, snapshot)
@@ -204,7 +204,7 @@ class ImageChanges:
 
 def _new_files(files: pa.Table) -> list[_Written]:
     """The descriptors of files that go in as they are."""
-    rows: list[dict[str, Any]] = files.drop_columns(["keys"]).to_pylist()
+    rows: list[dict[str, Any]] = files.drop_columns(["keys", "addresses"]).to_pylist()
     return [
         _Written(
             data_file(row), files["keys"][number].values, Counter({c["name"]: c["count"] for c in row["statuses"]})

@@ -19,7 +19,7 @@ from vlmflow.catalog.columns import missing_columns, source_columns, storable
 from vlmflow.catalog.commit import Change, CommitRequest, Committed, commit
 from vlmflow.catalog.compact import CompactResult, Unreferenced, compact_table
 from vlmflow.catalog.due import PlanRequest
-from vlmflow.catalog.erase import EraseResult, erase, keys_of_uris, without_erased
+from vlmflow.catalog.erase import EraseResult, erase, without_erased
 from vlmflow.catalog.export import ExportResult, export
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.keys import digest_of, to_binary
@@ -30,11 +30,11 @@ from vlmflow.catalog.plan import Plan, plan
 from vlmflow.catalog.plan_parts import Workers
 from vlmflow.catalog.policies import PolicyStore
 from vlmflow.catalog.read import embedding_batches, image_batches
-from vlmflow.catalog.reviews import JudgeResult, ReviewStore, apply_verdicts
+from vlmflow.catalog.reviews import JudgeResult, ReviewStore, Said, apply_verdicts
 from vlmflow.catalog.rows import RunConstants
 from vlmflow.catalog.runs import RunStore
 from vlmflow.catalog.swap import swap_files
-from vlmflow.catalog.tombstones import Tombstones
+from vlmflow.catalog.tombstones import ErasedOf, Tombstones
 from vlmflow.catalog.upgrade import upgrade
 from vlmflow.catalog.vacuum import RETENTION, VacuumResult, vacuum
 from vlmflow.catalog.verify import Verification, verify
@@ -153,7 +153,7 @@ class Catalog:
         """Finds out what is due; see :func:`vlmflow.catalog.plan.plan`."""
         # The tombstones after the version: an erasure of a later one is seen by the commit.
         snapshot = self._images.refresh()
-        return plan(references, request, self._folder, snapshot, self._tombstones.keys(), workers)
+        return plan(references, request, self._folder, snapshot, self._tombstones.erased(), workers)
 
     def known_bytes(self, request: PlanRequest, sizes: pa.Array | None) -> KnownBytes | None:
         """Indexes results by the bytes that they are of; see :func:`vlmflow.catalog.known.known_bytes`."""
@@ -184,10 +184,11 @@ class Catalog:
                 row refers to them, and compaction removes them.
         """
         commit_id = digest_of(run_id, *sorted(files["path"].to_pylist()))
+        erased = ErasedOf(self._tombstones, files)
         of_embeddings = files.filter(pc.equal(files["table"], "embeddings"))
-        embedded = self._commit_embeddings(run_id, commit_id, of_embeddings)
+        embedded = self._commit_embeddings(run_id, commit_id, of_embeddings, erased)
         of_images = files.filter(pc.equal(files["table"], "images"))
-        outcome, done = self._commit_images(run_id, commit_id, of_images)
+        outcome, done = self._commit_images(run_id, commit_id, of_images, erased)
         return CommitResult(
             images_version=done.version,
             embeddings_version=embedded.version,
@@ -229,12 +230,7 @@ class Catalog:
             return result
 
     def erase(self, keys: pa.Array, uris: Sequence[str] = ()) -> EraseResult:
-        """Erases images for good; see :func:`vlmflow.catalog.erase.erase`.
-
-        Args:
-            keys: as ``schema.KEY``.
-            uris: further addresses that records of runs must not show any more.
-        """
+        """Erases images for good; see :func:`vlmflow.catalog.erase.erase`."""
         logs = self._logs_from_now()
         with self.runs.recorded("erase") as run_id:
             return erase(self._folder, logs, self.runs, self._tombstones, keys, run_id, tuple(uris))
@@ -250,15 +246,18 @@ class Catalog:
             only: ids of the images whose verdicts are brought in; None: of all.
             first: paths of files of the table that are likely to hold them.
         """
-        newest, known = self.reviews.newest(), self.known_images.matcher()
-        if only is not None:
-            newest = newest.filter(pc.is_in(newest["image_id"], value_set=pa.array(list(only), pa.string())))
+
+        def read() -> Said:
+            newest = self.reviews.newest()
+            if only is not None:
+                newest = newest.filter(pc.is_in(newest["image_id"], value_set=pa.array(list(only), pa.string())))
+            return Said(newest, self.known_images.matcher())
+
         now = Catalog(self._folder, *self._logs_from_now())  # this one may be the app's, open for months
         with self.runs.recorded("review") as run_id:
             return apply_verdicts(
                 self._folder,
-                newest,
-                known,
+                read,
                 lists_changed,
                 run_id,
                 now._images.refresh,
@@ -266,18 +265,14 @@ class Catalog:
                 first,
             )
 
-    def lift(self, keys: pa.Array) -> None:
-        """Lets erased images come back with the next run that finds them in its source."""
-        self._tombstones.put(keys, lifted=True)
+    def lift(self, keys: pa.Array, uris: Sequence[str] = ()) -> pa.Array:
+        """Lets erased images come back; see :meth:`vlmflow.catalog.tombstones.Tombstones.lift`."""
+        return self._tombstones.lift(keys, uris)
 
     @property
     def erased_keys(self) -> pa.Array:
-        """The images that must not come back, as ``schema.KEY``."""
+        """The images that are erased by id, as ``schema.KEY``."""
         return self._tombstones.keys()
-
-    def find_uris(self, uris: Sequence[str]) -> pa.Array:
-        """The keys of the rows with these normalised addresses, as ``schema.KEY``."""
-        return keys_of_uris(self.image_batches(["image_id", "uri"]), set(uris))
 
     def verify(
         self, references: Iterable[pa.RecordBatch], fingerprints: Mapping[str, str], num_examples: int = 5
@@ -346,7 +341,7 @@ class Catalog:
             upgrade(log)
         return self
 
-    def _commit_embeddings(self, run_id: str, commit_id: str, files: pa.Table) -> Committed:
+    def _commit_embeddings(self, run_id: str, commit_id: str, files: pa.Table, erased: ErasedOf) -> Committed:
         if not files.num_rows:
             return Committed(self._embeddings.refreshed_table().version(), 0, repeated=False)
         descriptors = files.drop_columns(["keys"]).to_pylist()
@@ -355,8 +350,8 @@ class Catalog:
 
         def propose(_: Snapshot) -> Change:
             nonlocal change
-            erased = self._tombstones.index()
-            change = Change(add=tuple(without_erased(self._folder, self._embeddings, written, erased, run_id)))
+            kept = without_erased(self._folder, self._embeddings, written, erased.index(), run_id)
+            change = Change(add=tuple(kept))
             return change
 
         # Though all were erased: whoever makes it again must find it, for what it left out is deleted then.
@@ -368,11 +363,13 @@ class Catalog:
             self._embeddings.delete_leftovers(left)
         return done
 
-    def _commit_images(self, run_id: str, commit_id: str, files: pa.Table) -> tuple[Outcome, Committed]:
+    def _commit_images(
+        self, run_id: str, commit_id: str, files: pa.Table, erased: ErasedOf
+    ) -> tuple[Outcome, Committed]:
         if not files.num_rows:
             return Outcome(), Committed(self.version, 0, repeated=False)
         since: int = pc.min(files["plan_version"]).as_py()
-        changes = ImageChanges(self._folder, run_id, files, self._added_since(since), self._tombstones)
+        changes = ImageChanges(self._folder, run_id, files, self._added_since(since), erased)
         done = commit(self._images, CommitRequest(commit_id, run_id, "enrich", since, always=True), changes.propose)
         if not done.repeated:
             self._images.delete_leftovers(changes.leftovers())

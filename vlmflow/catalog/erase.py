@@ -4,13 +4,16 @@ The tombstone comes first. Then each table gets a commit that takes the rows out
 are none: whoever decided on a version before it has to decide anew, and looks at the tombstones then. So a run in
 flight either commits first, and its rows are found here, or afterwards, and leaves them out. Only then are files
 removed: all that are in no version any more and hold one of the images, whatever their age.
+
+An address stands for whatever images have it, under any key of the caller's. Vectors, verdicts and indexes know ids
+alone, so each image that is found by its address becomes erased by its id too before they are looked through.
 """
 
 from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,19 +21,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.json as pj
 
+from vlmflow.catalog.columns import conform
 from vlmflow.catalog.commit import Change, CommitRequest, commit
 from vlmflow.catalog.files import look_through
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.indexes import files_holding
-from vlmflow.catalog.keys import KeyIndex, index_of, to_binary, to_words
+from vlmflow.catalog.keys import KeyIndex, concat, duplicates, index_of, to_binary, to_words
 from vlmflow.catalog.log import DataFile, Snapshot, TableLog
-from vlmflow.catalog.masks import Mask
+from vlmflow.catalog.masks import Mask, as_mask
 from vlmflow.catalog.read import read_each, read_rows
 from vlmflow.catalog.reviews import REVIEWS
-from vlmflow.catalog.runs import RUNS, RunStore
-from vlmflow.catalog.tombstones import Tombstones
+from vlmflow.catalog.runs import RUNS, RunState, RunStore
+from vlmflow.catalog.tombstones import Tombstones, address_keys
 from vlmflow.catalog.vacuum import RETENTION, revoke
-from vlmflow.catalog.writer import write_file
+from vlmflow.catalog.writer import STAGING, write_file
 from vlmflow.errors import CatalogError
 
 _REDACTED = "<erased>"
@@ -42,7 +46,7 @@ class EraseResult:
     """What an erasure removed.
 
     Attributes:
-        num_images: asked for.
+        num_images: asked for, and found by the addresses asked for.
         num_rows, num_vectors: taken out of the newest versions.
         num_files: older or never committed files that held the images, or could not be read, deleted.
         num_index_files: files of vector indexes, deleted whole; the next update of the index writes the others anew.
@@ -81,62 +85,89 @@ def erase(
 
     Args:
         logs: images first.
-        keys: the images, as ``schema.KEY``.
+        keys: images, as ``schema.KEY``.
         run_id: of this erasure.
-        uris: further addresses to blot out of records, beside those of the rows.
+        uris: normalised addresses, of which all images are erased; they are blotted out of records as those of the
+            rows are.
     """
-    wanted = index_of(keys)
-    result = EraseResult(num_images=len(keys))
-    tombstones.put(keys)
+    tombstones.put(keys, uris)
     states = runs.states()
     states.pop(run_id, None)
     dead = tuple(sorted(run for run, state in states.items() if state == "dead"))
     if dead:
         revoke(logs, run_id, dead)
-    removals = []
-    for log in logs:
-        removal = _Removal(log, wanted, run_id)
-        request = CommitRequest(uuid.uuid4().hex, run_id, "erase", log.refresh().version, always=True)
-        commit(log, request, removal.propose)
-        removals.append(removal)
-    result.num_rows, result.num_vectors = (removal.num_rows for removal in removals)
-    texts = {*uris, *removals[0].uris}
-    doomed = [found.file.path for found in look_through(folder, logs, states, RETENTION) if found.kind in _GONE]
-    holding = [path for path in doomed if _holds(folder, path, wanted)]
+    images, embeddings = logs
+    of_images = _Removal(images, concat([keys, tombstones.found_by(uris)]), uris, run_id)
+    of_images.commit()
+    holding = of_images.holding(states)
     # An address may stand in a version that is no longer the newest, and nowhere else.
-    texts |= {uri for path in holding for uri in _uris_in(folder, path, wanted)}
+    rows = pa.concat_tables([_ROWS.empty_table(), *of_images.removed, *holding.values()])
+    keys = concat([keys, _found_by_address(rows, tombstones, uris)])
+    keys = keys.filter(pa.array(~duplicates(keys)))
+    of_embeddings = _Removal(embeddings, keys, (), run_id)
+    of_embeddings.commit()
+    result = EraseResult(len(keys), of_images.num_rows, of_embeddings.num_rows)
+    doomed = [*holding, *of_embeddings.holding(states)]
+    wanted = index_of(keys)
     result.num_reviews = _erase_reviews(folder, wanted)
-    failed = folder.delete_all(holding)
-    result.num_files = len(holding) - len(failed)
+    failed = folder.delete_all(doomed)
+    result.num_files = len(doomed) - len(failed)
     of_indexes = files_holding(folder, wanted)
     kept = folder.delete_all(of_indexes)
     result.num_index_files = len(of_indexes) - len(kept)
-    failed += kept
-    result.num_records = _redact(folder, states, texts)
-    result.failed = tuple(failed)
+    result.failed = (*failed, *kept)
+    result.num_records = _redact(folder, states, {*uris, *rows["uri"].to_pylist()})
     result.live_runs = tuple(sorted(run for run, state in states.items() if state == "running"))
     return result
 
 
 _GONE = ("old", "orphan", "staged")
+_ROWS = pa.schema([("image_id", pa.string()), ("uri", pa.string())])
+_FOLDERS = {"images": ("images/", f"{STAGING}/"), "embeddings": ("embeddings/",)}  # by table: where its files lie
+
+
+def _found_by_address(rows: pa.Table, tombstones: Tombstones, uris: Sequence[str]) -> pa.Array:
+    """The images that have one of these addresses, by id, whenever they were found; they are erased by id from now on.
+
+    Args:
+        rows: ``_ROWS``, of images that are being erased.
+    """
+    rows = rows.filter(pc.is_in(rows["uri"], value_set=pa.array(uris, pa.string())))
+    keys = to_binary(rows["image_id"])
+    unknown = ~duplicates(keys) & (tombstones.erased().ids.find(*to_words(keys)) < 0)
+    if unknown.any():
+        marks = pa.array(unknown)
+        tombstones.put_found(keys.filter(marks), address_keys(rows["uri"].filter(marks).to_pylist()))
+    return concat([keys, tombstones.found_by(uris)])
 
 
 class _Removal:
-    """Takes images out of a table: the files that hold one are written anew without it."""
+    """Takes images out of a table: the files that hold one are written anew without it.
 
-    def __init__(self, log: TableLog, wanted: KeyIndex, run_id: str) -> None:
-        self._log, self._wanted, self._run_id = log, wanted, run_id
+    Args:
+        keys, uris: the images by id, and by address.
+    """
+
+    def __init__(self, log: TableLog, keys: pa.Array, uris: Sequence[str], run_id: str) -> None:
+        self._log, self._run_id = log, run_id
+        self._ids, self._uris = index_of(keys), pa.array(uris, pa.string())
         self._clean: set[str] = set()  # files known to hold none
         self._written: dict[str, DataFile | None] = {}  # by the path of the file in whose place it comes
         self._rows: dict[str, int] = {}
-        self.uris: set[str] = set()
+        self.removed: list[pa.Table] = []  # of the images, `_ROWS`
         self.num_rows = 0
+
+    def commit(self) -> None:
+        """Takes them out of the newest version, by a commit that is made though there are none."""
+        request = CommitRequest(uuid.uuid4().hex, self._run_id, "erase", self._log.refresh().version, always=True)
+        commit(self._log, request, self.propose)
 
     def propose(self, snapshot: Snapshot) -> Change:
         """Decides on a snapshot; see :func:`vlmflow.catalog.commit.commit`."""
         unknown = [file for path, file in snapshot.files.items() if path not in self._clean | self._written.keys()]
-        for file, rows in read_each(self._log.folder, self._log.name, unknown, ["image_id"], ahead=8):
-            if _mask(rows, self._wanted).any():
+        names = _ROWS.names if len(self._uris) else ["image_id"]
+        for file, rows in read_each(self._log.folder, self._log.name, unknown, names, ahead=8):
+            if self._mask(rows).any():
                 self._written[file.path] = self._without(file)
             else:
                 self._clean.add(file.path)
@@ -145,16 +176,43 @@ class _Removal:
         self.num_rows = sum(self._rows[file.path] for file in removed)
         return Change(add=tuple(file for file in added if file is not None), remove=tuple(removed))
 
+    def holding(self, states: dict[str, RunState]) -> dict[str, pa.Table]:
+        """The files that no version refers to any more and that hold one, by path, with these rows (of images).
+
+        One that cannot be read is among them: it is of no use either.
+        """
+        held: dict[str, pa.Table] = {}
+        names = _ROWS.names if self._log.name == "images" else ["image_id"]
+        for found in look_through(self._log.folder, (self._log,), states, RETENTION):
+            path = found.file.path
+            if found.kind not in _GONE or not path.startswith(_FOLDERS[self._log.name]):
+                continue
+            try:
+                rows = self._log.folder.read_parquet(path, names)
+            except CatalogError:  # damaged, or a vacuum has removed it meanwhile
+                held[path] = _ROWS.empty_table()
+                continue
+            marks = self._mask(rows)
+            if marks.any():
+                held[path] = conform(rows.filter(pa.array(marks)), _ROWS)
+        return held
+
     def _without(self, file: DataFile) -> DataFile | None:
         rows = read_rows(self._log.folder, self._log.name, file)
-        marks = _mask(rows, self._wanted)
+        marks = self._mask(rows)
         self._rows[file.path] = int(marks.sum())
-        if "uri" in rows.column_names:
-            self.uris |= set(rows["uri"].filter(pa.array(marks)).to_pylist())
+        if self._log.name == "images":
+            self.removed.append(conform(rows.filter(pa.array(marks)), _ROWS))
         kept = rows.filter(pa.array(~marks))
         if not kept.num_rows:
             return None
         return write_file(self._log.folder, self._log.name, kept, file.ingest_date, self._run_id)
+
+    def _mask(self, rows: pa.Table) -> Mask:
+        marks = _mask(rows, self._ids)
+        if len(self._uris):
+            marks |= as_mask(pc.is_in(rows["uri"], value_set=self._uris))
+        return marks
 
 
 def without_erased(
@@ -180,24 +238,6 @@ def without_erased(
 def _mask(rows: pa.Table, wanted: KeyIndex) -> Mask:
     found: Mask = wanted.find(*to_words(to_binary(rows["image_id"]))) >= 0
     return found
-
-
-def _holds(folder: Folder, path: str, wanted: KeyIndex) -> bool:
-    """Whether a file that no version refers to holds an image; True if that cannot be told: it is of no use either."""
-    try:
-        return bool(_mask(folder.read_parquet(path, ["image_id"]), wanted).any())
-    except CatalogError:  # damaged, or a vacuum has removed it meanwhile
-        return True
-
-
-def _uris_in(folder: Folder, path: str, wanted: KeyIndex) -> set[str]:
-    if path.startswith("embeddings/"):
-        return set()
-    try:
-        rows = folder.read_parquet(path, ["image_id", "uri"])
-    except CatalogError:  # as above
-        return set()
-    return set(rows["uri"].filter(pa.array(_mask(rows, wanted))).to_pylist())
 
 
 def _erase_reviews(folder: Folder, wanted: KeyIndex) -> int:
@@ -250,10 +290,3 @@ def _records(folder: Folder, states: Mapping[str, str]) -> Iterator[str]:
         run_id = file.path.removeprefix(f"{RUNS}/").rpartition(".")[0]
         if file.path.endswith(".json") and states.get(run_id) != "running":
             yield file.path
-
-
-def keys_of_uris(images: Iterator[pa.Table], uris: set[str]) -> pa.Array:
-    """The keys of the rows with these normalised addresses: several, where the caller gave keys of their own."""
-    value_set = pa.array(sorted(uris), pa.string())
-    found = [rows["image_id"].filter(pc.is_in(rows["uri"], value_set=value_set)) for rows in images]
-    return to_binary(pa.chunked_array([chunk for column in found for chunk in column.chunks], pa.string()))

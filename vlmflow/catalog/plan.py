@@ -23,7 +23,6 @@ import pyarrow.compute as pc
 from vlmflow import schema
 from vlmflow.catalog.due import PlanRequest
 from vlmflow.catalog.folder import Folder
-from vlmflow.catalog.keys import index_of
 from vlmflow.catalog.log import DataFile, Snapshot
 from vlmflow.catalog.plan_parts import (
     JOINED,
@@ -41,6 +40,7 @@ from vlmflow.catalog.plan_parts import (
     buckets_of,
 )
 from vlmflow.catalog.spill import Spill
+from vlmflow.catalog.tombstones import Erased
 
 _ROWS_PER_GROUP = 100_000  # of planned rows that are ordered at a time
 
@@ -106,7 +106,7 @@ def plan(
     request: PlanRequest,
     folder: Folder | None,
     snapshot: Snapshot | None,
-    erased: pa.Array | None = None,
+    erased: Erased | None = None,
     workers: Workers | None = None,
 ) -> Plan:
     """Finds out which images and tasks are due.
@@ -114,7 +114,7 @@ def plan(
     Args:
         references: batches of REFERENCE, with the caller's columns where there are any.
         folder, snapshot: the catalog and the version of its images table; None: there is no catalog yet.
-        erased: keys of images that must not come back: they are left out as if they were not listed.
+        erased: images that must not come back: they are left out as if they were not listed.
         workers: where the parts run; None: in this process.
 
     Raises:
@@ -143,7 +143,7 @@ class _Planner:
         request: PlanRequest,
         folder: Folder | None,
         snapshot: Snapshot | None,
-        erased: pa.Array | None,
+        erased: Erased | None,
         workers: Workers,
     ) -> None:
         self._workspace = workspace
@@ -152,7 +152,7 @@ class _Planner:
         self._files: list[DataFile] = list(snapshot.files.values()) if snapshot else []
         self._version = snapshot.version if snapshot else -1
         self._workers = workers
-        self._erased = index_of(pa.array([], schema.KEY) if erased is None else erased)
+        self._erased = erased or Erased.of(pa.array([], schema.KEY))
 
     def run(self, references: Iterable[pa.RecordBatch]) -> Plan:
         listed = self._spread_references(references)
@@ -198,7 +198,7 @@ class _Planner:
     def _order(self, plan: Plan, joined: Spill) -> None:
         """Puts the planned rows into the order of the pipeline, within the limit."""
         last = self._last_position(joined)
-        total = plan.num_listed + plan.num_duplicates
+        total = plan.num_listed + plan.num_duplicates + plan.num_erased  # as many as there are positions
         new = Spill(self._workspace / "new-unordered", joined.columns, _num_groups(total))
         again = Spill(self._workspace / "again-unordered", joined.columns, _num_groups(self._num_live_rows()))
         groups = self._groups_of_files(again.num_parts)

@@ -19,11 +19,12 @@ from vlmflow import schema
 from vlmflow.catalog.columns import conform
 from vlmflow.catalog.due import LEDGER, Due, PlanRequest, decide
 from vlmflow.catalog.folder import Folder
-from vlmflow.catalog.keys import KeyIndex, duplicates, index_of, to_binary, to_words
+from vlmflow.catalog.keys import duplicates, index_of, to_binary, to_words
 from vlmflow.catalog.log import DataFile
 from vlmflow.catalog.masks import Mask
 from vlmflow.catalog.read import read_rows
 from vlmflow.catalog.spill import Spill
+from vlmflow.catalog.tombstones import Erased
 from vlmflow.errors import SourceError
 
 NUM_BUCKETS = 64  # at 50 million images one holds 800,000 of them
@@ -92,7 +93,7 @@ class Join:
     request: PlanRequest
     columns: pa.Schema
     files: tuple[DataFile, ...]
-    erased: KeyIndex
+    erased: Erased
 
     def __call__(self, listed: pa.Table, *ledger: pa.Table) -> Joined:
         """Joins what is listed in a bucket with what the ledger has there, in any number of pieces.
@@ -120,7 +121,7 @@ class Join:
         )
 
     def _without_erased(self, listed: pa.Table) -> pa.Table:
-        gone = self.erased.find(*to_words(to_binary(listed["image_id"]))) >= 0
+        gone = self.erased.mask(listed)
         return listed.filter(pa.array(~gone)) if gone.any() else listed
 
     def _planned(self, listed: pa.Table, live: pa.Table, due: Due) -> pa.Table:

@@ -1,7 +1,8 @@
 """The verdicts that people gave on images: kept for good under ``reviews/``, and brought into the rows they are about.
 
 The folder is append-only, and the newest verdict on an image and its bytes counts. Rows follow by rewriting the live
-files that hold them; a file that another writer has moved meanwhile is looked at again in the newest version.
+files that hold them; a file that another writer has moved meanwhile is looked at again in the newest version, by what
+is said then.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -117,16 +119,53 @@ class ReviewStore:
         position = pa.array(np.arange(decided.num_rows))
         last = (
             decided.append_column("position", position)
-            .group_by(["image_id", "content_hash"])
+            .group_by(["image_id", "content_hash"], use_threads=False)
             .aggregate([("position", "max")])
         )
         return decided.take(last["position_max"])
 
 
+@dataclass(frozen=True)
+class Said:
+    """What people and lists say of images, as it was at one time.
+
+    Attributes:
+        newest: of :meth:`ReviewStore.newest`.
+        known: says of images that nobody has judged whether a list has them.
+    """
+
+    newest: pa.Table
+    known: KnownImages
+
+    def equals(self, other: Said) -> bool:
+        """Whether the same is said, in the same order."""
+        return self.newest.equals(other.newest) and self.known.lists == other.known.lists
+
+    @cached_property
+    def images(self) -> KeyIndex:
+        """The images that people have judged."""
+        return index_of(to_binary(self.newest["image_id"]))
+
+    @cached_property
+    def keys(self) -> pa.Array:
+        """Of each verdict the image and its bytes, as one text."""
+        return _with_bytes(self.newest, "")
+
+    def places(self, rows: pa.Table) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        """For each row the verdict on it and its present bytes; -1: there is none.
+
+        An image may have verdicts on several versions of its bytes: keys are looked up as often as there can be.
+        """
+        some = self.images.find(*to_words(to_binary(rows["image_id"]))) >= 0
+        places = np.full(rows.num_rows, -1, dtype=np.int64)
+        found = pc.index_in(_with_bytes(rows, "-").filter(pa.array(some)), value_set=self.keys)
+        places[some] = np.asarray(pc.fill_null(found, -1), np.int64)
+        return places
+
+
 def apply_verdicts(
     folder: Folder,
-    newest: pa.Table,
-    known: KnownImages,
+    read: Callable[[], Said],
     lists_changed: bool,
     run_id: str,
     look: Callable[[], Snapshot],
@@ -136,8 +175,7 @@ def apply_verdicts(
     """Brings verdicts into the rows that they are about; those that are there already change nothing.
 
     Args:
-        newest: of :meth:`ReviewStore.newest`.
-        known: says of images that nobody has judged whether a list has them.
+        read: gives what is said now.
         lists_changed: looks at every row, not only at those that people have judged.
         look: gives the newest version of the images table.
         swap: puts rewritten files in place of live ones, and gives back those that were not live any more.
@@ -148,34 +186,34 @@ def apply_verdicts(
         CatalogError: other writers are always first.
     """
     result = JudgeResult()
-    index = index_of(to_binary(newest["image_id"]))
-    if not newest.num_rows and not lists_changed:
-        return result
+    images = look()
+    said = read()
+    asked = said.keys
+    left, likely = set(said.newest["image_id"].to_pylist()), set(first)  # left: images not met yet
     seen: set[str] = set()
-    matched: set[int] = set()
-    judged_images = set(newest["image_id"].to_pylist())
-    left, likely = set(judged_images), set(first)  # left: images not met yet
+    matched: set[str] = set()  # of `asked`, and of what was said since
     for _ in range(_MAX_ROUNDS):
-        images = look()
         columns = images.schema  # of this very version: another writer may have added some, and files that hold them
         files = [file for path, file in images.files.items() if path not in seen]
         files.sort(key=lambda file: file.path not in likely)
         if not files or not (left or lists_changed):
-            result.num_waiting = newest.num_rows - len(matched)
+            result.num_waiting = pc.sum(pc.invert(pc.is_in(asked, pa.array(matched, pa.string())))).as_py() or 0
             return result
+        if seen:  # always after the version: its rows may show what was said since the one before
+            said = read()
         swaps: list[tuple[DataFile, DataFile, pa.Table]] = []
         for file, keys in read_each(folder, "images", files, _LOOKED_AT, ahead=4):
             seen.add(file.path)
             keys = conform(keys, pa.schema([columns.field(name) for name in _LOOKED_AT]))
-            concerned = index.find(*to_words(to_binary(keys["image_id"]))) >= 0
+            concerned = said.images.find(*to_words(to_binary(keys["image_id"]))) >= 0
             if lists_changed:
-                listed = known.verdicts(keys["content_hash"], keys["phash"])
+                listed = said.known.verdicts(keys["content_hash"], keys["phash"])
                 concerned |= is_valid(listed) | of_list(flat(keys["verdict"]))
             if not concerned.any():
                 continue
             left.difference_update(keys["image_id"].filter(pa.array(concerned)).to_pylist())
             rows = conform(read_rows(folder, "images", file), columns)
-            judged, changed = _judged(rows, newest, index, known, concerned, matched)
+            judged, changed = _judged(rows, said, concerned, matched)
             if changed.any():
                 new = write_file(folder, "images", judged, file.ingest_date, run_id)
                 flips = pa.table({"before": rows["decision"], "after": judged["decision"]}).filter(pa.array(changed))
@@ -183,25 +221,27 @@ def apply_verdicts(
             if not (left or lists_changed):
                 break
         late = {file.path for file in swap([(old, new) for old, new, _ in swaps])} if swaps else set()
+        # Who has said more while we were at it may have looked before our files were there, and have found their
+        # rows as they should be. Who says it from now on finds ours.
+        stale = bool(swaps) and not read().equals(said)
         for old, new, flips in swaps:
             if old.path not in late:
-                seen.add(new.path)
+                (likely if stale else seen).add(new.path)
                 _count(result, flips)
-        if late:  # their rows are elsewhere now, and have to be met again
-            left = set(judged_images)
+        if late or stale:  # rows that are elsewhere now, or that hold what was said before, have to be met again
+            left = set(said.newest["image_id"].to_pylist())
+        images = look()
     raise CatalogError(
         "verdicts: other writers are always first",
         remedy="Import the verdicts, or add the list, again when they are done.",
     )
 
 
-def _judged(
-    rows: pa.Table, newest: pa.Table, index: KeyIndex, known: KnownImages, concerned: Mask, matched: set[int]
-) -> tuple[pa.Table, Mask]:
+def _judged(rows: pa.Table, by: Said, concerned: Mask, matched: set[str]) -> tuple[pa.Table, Mask]:
     """The rows under their verdicts, and which of them changed."""
-    places = _places(rows, newest, index)
-    matched.update(int(place) for place in places[places >= 0])
-    said = newest.take(pa.array(places, mask=places < 0))
+    places = by.places(rows)
+    matched.update(by.keys.take(pa.array(places[places >= 0])).to_pylist())
+    said = by.newest.take(pa.array(places, mask=places < 0))
     given = is_valid(said["decision"])
     withdrawn = equal(said["decision"], WITHDRAWN)
     fields = {name: flat(said[name]) for name in ("decision", "content_hash", "reviewer", "at", "reason")}
@@ -212,25 +252,16 @@ def _judged(
         mask=pa.array(~given | withdrawn),
     )
     by_person = given & ~withdrawn
-    struct = chosen(by_person, struct, known.verdicts(rows["content_hash"], rows["phash"]))
+    struct = chosen(by_person, struct, by.known.verdicts(rows["content_hash"], rows["phash"]))
     held = flat(rows["verdict"])
     changed = concerned & (given | is_valid(struct) | of_list(held)) & ~_same(held, struct)
     image = rows_of_image_errors(rows["errors"])
     return judge(rows, struct, changed, image.unreadable | image.failed), changed
 
 
-def _places(rows: pa.Table, newest: pa.Table, index: KeyIndex) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """For each row the verdict on it and its present bytes; -1: there is none.
-
-    An image may have verdicts on several versions of its bytes: keys are looked up as often as there can be.
-    """
-    keys = pc.binary_join_element_wise(newest["image_id"], pc.fill_null(newest["content_hash"], ""), "/")
-    wanted = pc.binary_join_element_wise(rows["image_id"], pc.fill_null(rows["content_hash"], "-"), "/")
-    some = index.find(*to_words(to_binary(rows["image_id"]))) >= 0
-    places = np.full(rows.num_rows, -1, dtype=np.int64)
-    found = pc.index_in(wanted.filter(pa.array(some)), value_set=flat(keys))
-    places[some] = np.asarray(pc.fill_null(found, -1), np.int64)
-    return places
+def _with_bytes(rows: pa.Table, unknown: str) -> pa.Array:
+    """The image and its bytes of each row, as one text; ``unknown`` stands for bytes that were never read."""
+    return flat(pc.binary_join_element_wise(rows["image_id"], pc.fill_null(rows["content_hash"], unknown), "/"))
 
 
 def _same(held: pa.StructArray, given: pa.StructArray) -> Mask:

@@ -31,6 +31,7 @@ class Spill:
 
     def append(self, rows: pa.Table, parts: npt.NDArray[np.int64]) -> None:
         """Adds rows; ``parts[i]`` is the file of row i."""
+        assert not len(parts) or (parts.min() >= 0 and parts.max() < self.num_parts), "rows of no part would be lost"
         order = np.argsort(parts, kind="stable")
         sorted_rows = rows.take(pa.array(order))
         bounds = np.searchsorted(parts[order], np.arange(self.num_parts + 1))

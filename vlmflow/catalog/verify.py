@@ -19,14 +19,14 @@ from vlmflow.catalog.columns import conform
 from vlmflow.catalog.due import MAX_ATTEMPTS
 from vlmflow.catalog.files import look_through
 from vlmflow.catalog.folder import Folder
-from vlmflow.catalog.keys import KeyIndex, duplicates, index_of, to_binary, to_words
+from vlmflow.catalog.keys import duplicates, index_of, to_binary, to_words
 from vlmflow.catalog.log import TableLog
 from vlmflow.catalog.masks import equal, is_valid
 from vlmflow.catalog.read import References, files_by_date, read_each, read_rows
 from vlmflow.catalog.rows import OK, UNREADABLE
 from vlmflow.catalog.runs import RunStore
 from vlmflow.catalog.spill import Spill
-from vlmflow.catalog.tombstones import Tombstones
+from vlmflow.catalog.tombstones import Erased, Tombstones
 
 NUM_BUCKETS = 64
 
@@ -46,7 +46,7 @@ WARNINGS = {
     "old_fingerprint": "rows whose values come from another model, or other settings, than are asked for",
 }
 
-_LISTED = pa.schema([("image_id", pa.string()), ("uri", pa.string()), ("object_version", pa.string())])
+_LISTED = pa.schema([(name, pa.string()) for name in ("image_id", "uri", "key", "object_version")])
 _ROW_COLUMNS = ("image_id", "uri", "seen_version", "status", "attempts")
 _FINGERPRINTS = tuple(schema.fingerprint_column(task) for task in schema.TASKS)
 _ROWS = pa.schema([schema.IMAGES.field(name) for name in (*_ROW_COLUMNS, *_FINGERPRINTS)]).remove_metadata()
@@ -181,13 +181,13 @@ class _Check:
         for _, rows in read_each(self._folder, "images", files, _ROWS.names, ahead=8):
             held.append(conform(rows, _ROWS), _buckets(rows))
         held.close()
-        erased = tombstones.index()
+        erased = tombstones.erased()
         for bucket in range(NUM_BUCKETS):
             self._bucket(listed.read(bucket), held.read(bucket), erased)
 
-    def _bucket(self, listed: pa.Table, rows: pa.Table, erased: KeyIndex) -> None:
+    def _bucket(self, listed: pa.Table, rows: pa.Table, erased: Erased) -> None:
         listed = listed.filter(pa.array(~duplicates(to_binary(listed["image_id"]))))
-        gone = erased.find(*to_words(to_binary(listed["image_id"]))) >= 0
+        gone = erased.mask(listed)
         self.result.num_erased += int(gone.sum())
         listed = listed.filter(pa.array(~gone))
         again = duplicates(to_binary(rows["image_id"]))

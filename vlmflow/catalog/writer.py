@@ -17,6 +17,7 @@ from vlmflow.catalog.keys import to_binary
 from vlmflow.catalog.log import DataFile, TableName, file_stats
 from vlmflow.catalog.masks import holds
 from vlmflow.catalog.rows import RunConstants, stage_rows
+from vlmflow.catalog.tombstones import keyed_addresses
 from vlmflow.errors import CatalogError
 from vlmflow.imaging.frames import split_views
 
@@ -114,10 +115,14 @@ class CatalogWriter:
             "statuses": _counts(rows["status"]) if images else [],
             "errors": _counts(pc.struct_field(pc.list_flatten(rows["errors"]), "class")) if images else [],
         }
-        keys = to_binary(rows["image_id"])
+        keyed = images and rows["key"].null_count < rows.num_rows
+        lists = {
+            "keys": to_binary(rows["image_id"]),
+            "addresses": keyed_addresses(rows) if keyed else pa.array([], schema.KEY),
+        }
         columns = [
-            pa.ListArray.from_arrays(pa.array([0, len(keys)], pa.int32()), keys, type=field.type)
-            if field.name == "keys"
+            pa.ListArray.from_arrays(pa.array([0, len(held)], pa.int32()), held, type=field.type)
+            if (held := lists.get(field.name)) is not None
             else pa.array([values[field.name]], field.type)
             for field in schema.DESCRIPTOR
         ]

@@ -133,7 +133,10 @@ def erase(
         typer.Option("--ids", help="File with an image_id a line, or a CSV or Parquet file with a column image_id."),
     ] = None,
     lift: Annotated[
-        bool, typer.Option("--lift", help="Let erased images come back with the next run; ones with keys by --ids.")
+        bool,
+        typer.Option(
+            "--lift", help="Let erased images come back with the next run, named by --uri or --ids as they were then."
+        ),
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     dry_run: _DryRunOption = False,
@@ -142,20 +145,21 @@ def erase(
 ) -> None:
     """Erase images from CATALOG for good: rows, embeddings, verdicts, and every old file that holds them.
 
-    A tombstone (id and time) keeps each from coming back until `--lift`, also those that have no row yet: the answer
-    names them, for one may be mistyped. Time travel ends at versions whose files
-    held one of them. The source itself, and exports made from the catalog, are not touched. While runs are at work
-    the images are out of sight at once; ask again when the runs are over (exit code 3 says so).
+    An address stands for every image that has it, whatever its key (source.key_column). A tombstone (the id, or a hash
+    of the address, and the time) keeps each from coming back until `--lift`, also those that have no row yet: the
+    answer names them, for one may be mistyped. Time travel ends at versions whose files held one of them. The source
+    itself, and exports made from the catalog, are not touched. While runs are at work the images are out of sight at
+    once; ask again when the runs are over (exit code 3 says so).
 
     Example: `vlmflow erase catalog/ --uri s3://shop/photos/1.jpg`
     """
     from vlmflow.catalog import Catalog
     from vlmflow.erasure import find_images
-    from vlmflow.views_upkeep import counted, print_erasure, unfound
+    from vlmflow.views_upkeep import counted, lifted, print_erasure, unfound
 
     opened = Catalog.open(catalog_config(catalog, endpoint))
     images = find_images(opened, uri or [], ids)
-    num_images = len(images.keys)
+    num_images = images.num_images
     told: dict[str, object] = {"dry_run": dry_run, "lift": lift, "num_images": num_images, "num_rows": images.num_rows}
     without = {"erased_before": images.erased, "absent": images.absent}
     if dry_run:
@@ -167,9 +171,9 @@ def erase(
     if lift:
         erased = counted(num_images, "erased image")
         _agree(f"let {erased} come back with the next run?", yes)
-        opened.lift(images.keys)
-        text = f"{counted(num_images, 'image')} may come back with the next run"
-        typer.echo(json.dumps(told | without) if as_json else text)
+        kept_out = [key.hex() for key in opened.lift(images.keys, images.uris).to_pylist()]
+        text = "\n".join(lifted(images, kept_out))
+        typer.echo(json.dumps(told | without | {"kept_out": kept_out}) if as_json else text)
         return
     _agree(f"erase {counted(num_images, 'image')} for good?", yes)
     result = opened.erase(images.keys, images.uris)

@@ -29,6 +29,7 @@ from vlmflow import schema
 from vlmflow.catalog import Catalog, PlanRequest, plan_without_catalog
 from vlmflow.catalog.keys import to_binary
 from vlmflow.catalog.plan import plan
+from vlmflow.catalog.tombstones import Erased
 from vlmflow.errors import SourceError
 
 NAMES = [f"image {number}" for number in range(8)]
@@ -289,7 +290,7 @@ def test_retrying_is_due_however_often_it_failed(catalog: Catalog) -> None:
 
 def test_erased_images_are_left_out(tmp_path: Path) -> None:
     erased = to_binary(pa.array([image_id(NAMES[1]), image_id("other")], pa.string()))
-    with plan([references([*NAMES, NAMES[1]])], request(), None, None, erased) as made:
+    with plan([references([NAMES[1], *NAMES])], request(), None, None, Erased.of(erased)) as made:
         names = [name for rows in made.batches() for name in rows["uri"].to_pylist()]
         assert (made.num_erased, made.num_listed, made.num_duplicates) == (1, 7, 1)
-    assert names == [f"mem://{name}" for name in NAMES if name != NAMES[1]]
+    assert names == [f"mem://{name}" for name in NAMES if name != NAMES[1]], "those listed last too"

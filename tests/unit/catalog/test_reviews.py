@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from vlmflow.catalog import commit as commit_module
 from vlmflow.catalog.due import PlanRequest
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.known_images import KnownImages, KnownList
-from vlmflow.catalog.reviews import EVENT
+from vlmflow.catalog.reviews import EVENT, ReviewStore
 from vlmflow.config import CatalogConfig
 from vlmflow.moderation.verdicts import reviewed
 
@@ -108,6 +109,65 @@ def test_verdicts_are_committed_though_another_thread_looks_for_a_newer_version(
     rows = rows_by_name(catalog)
     assert [(rows[name]["seen_version"], rows[name]["source"]) for name in NAMES] == [("v2", title) for title in titles]
     assert decided(catalog)["a"] == ("block", "verdict")
+
+
+def meanwhile(
+    monkeypatch: pytest.MonkeyPatch, when: str, action: Callable[[Catalog], object], catalog: Catalog
+) -> None:
+    """Has another process do something once, when verdicts have been read, or when rows are put in place."""
+    owner, name = {"read": (ReviewStore, "newest"), "swapped": (Catalog, "swap_images")}[when]
+    original = getattr(owner, name)
+
+    def beside(*args: Any) -> Any:
+        out = original(*args) if when == "read" else None
+        monkeypatch.setattr(owner, name, original)
+        action(open_catalog(catalog.uri))
+        return original(*args) if out is None else out
+
+    monkeypatch.setattr(owner, name, beside)
+
+
+@pytest.mark.parametrize("when", ["read", "swapped"])
+def test_what_another_says_and_brings_in_meanwhile_stays(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    def other(of: Catalog) -> None:
+        say(of, "a", "block", hours=1)
+        of.known_images.put(KnownList("two", "block", ("bytes-mem://b",)))
+        assert of.apply_verdicts(lists_changed=True).num_changed == 3
+
+    say(catalog, "a", "allow")
+    catalog.known_images.put(KnownList("one", "block", ("bytes-mem://c",)))
+    meanwhile(monkeypatch, when, other, catalog)
+    result = catalog.apply_verdicts(lists_changed=True)
+    assert (result.num_changed, result.num_waiting) == (0, 0)
+    assert {name: row["verdict"]["reviewer"] for name, row in rows_by_name(catalog).items()} == {
+        "a": "ada",
+        "b": "list:two",
+        "c": "list:one",
+    }
+    assert {decision for decision, _ in decided(catalog).values()} == {"block"}
+
+
+@pytest.mark.parametrize("when", ["read", "swapped"])
+def test_what_is_taken_back_before_rows_show_it_is_not_in_them(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """Who takes it back finds the rows as they should be, and changes nothing."""
+
+    def taken_back(of: Catalog) -> None:
+        say(of, "a", "none", hours=1)
+        of.known_images.put(banned)
+        assert of.apply_verdicts(lists_changed=True).num_changed == 0
+
+    banned = KnownList("banned", "block", ("bytes-mem://b",))
+    catalog.known_images.put(banned)
+    catalog.apply_verdicts(lists_changed=True)
+    catalog.known_images.remove("banned")
+    say(catalog, "a", "review")
+    meanwhile(monkeypatch, when, taken_back, catalog)
+    catalog.apply_verdicts(lists_changed=True)
+    assert decided(catalog) == {"a": ("allow", "cat"), "b": ("block", "verdict"), "c": ("allow", "cat")}
 
 
 def test_files_of_verdicts_are_read_by_two_threads_at_once(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:

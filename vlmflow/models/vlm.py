@@ -12,10 +12,9 @@ import torch
 from numpy.typing import NDArray
 
 from vlmflow.config import Dtype
-from vlmflow.errors import WeightsError
 from vlmflow.models import Answer, Usage
 from vlmflow.models.pixels import model_dtype
-from vlmflow.models.quiet import no_progress_bar
+from vlmflow.models.pretrained import load_model, load_processor
 from vlmflow.models.weights import check_keys
 
 # An image is hundreds of tokens, and each of them is kept while an answer is written.
@@ -104,24 +103,12 @@ def load_image_text_to_text(folder: Path, dtype: torch.dtype, model_class: Any =
     Raises:
         WeightsError: the weights do not fit, the processor is absent, or either needs code of its own.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
 
-    try:
-        processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        with no_progress_bar():
-            model, info = (model_class or AutoModelForImageTextToText).from_pretrained(
-                folder,
-                dtype=dtype,
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise WeightsError(f"weights: {folder} cannot be loaded: {reason}", remedy="Check the folder.") from error
-    check_keys(folder, info["missing_keys"], info["unexpected_keys"])
-    return model.eval(), processor
+    processor = load_processor(folder)
+    model, missing, unexpected = load_model(model_class or AutoModelForImageTextToText, folder, dtype)
+    check_keys(folder, missing, unexpected)
+    return model, processor
 
 
 def chat_text(processor: Any, prompt: str) -> str:

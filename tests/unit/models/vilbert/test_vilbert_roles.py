@@ -201,6 +201,8 @@ def broken(folder: Path, what: str) -> None:
         write_json(folder / "regions.json", {"kind": "magic", "max_regions": 3})
     elif what == "vocabulary":
         (folder / "vocab.txt").write_text("\n".join(f"word{number}" for number in range(200)))
+    elif what == "tokenizer":
+        (folder / "tokenizer_config.json").write_text("[]")
     elif what == "config":
         values: dict[str, Any] = {"hidden_size": 24}
         write_json(folder / "config.json", values)
@@ -214,6 +216,7 @@ def broken(folder: Path, what: str) -> None:
         ("answers", "lists 1 answers, the model has 5"),
         ("kind", "kind"),
         ("vocabulary", "a vocabulary of"),
+        ("tokenizer", "cannot be loaded as BertTokenizer"),
         ("config", "vocab_size"),
     ],
 )

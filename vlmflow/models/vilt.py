@@ -18,7 +18,7 @@ from vlmflow.models import Answer
 from vlmflow.models.pixels import PixelNormalizer, model_dtype
 from vlmflow.models.preprocessing import read_preprocessing
 from vlmflow.models.pretrained import load_model, load_tokenizer
-from vlmflow.models.questions import check_paired, tokenize
+from vlmflow.models.questions import check_paired, check_scores, tokenize
 from vlmflow.models.vilt_fast import ViltTower
 from vlmflow.models.weights import check_keys
 
@@ -73,7 +73,6 @@ class ViltAnswerer:
         """(M, C) -> M answers."""
         scores = logits.sigmoid() if self._is_multi_label else logits.softmax(dim=-1)
         best = scores.max(dim=-1)
-        return [
-            Answer(self._answers[number], score)
-            for number, score in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        ]
+        numbers, values = best.indices.tolist(), best.values.tolist()
+        check_scores(values)
+        return [Answer(self._answers[number], value) for number, value in zip(numbers, values, strict=True)]

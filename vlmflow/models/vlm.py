@@ -15,6 +15,7 @@ from vlmflow.config import Dtype
 from vlmflow.models import Answer, Usage
 from vlmflow.models.pixels import model_dtype
 from vlmflow.models.pretrained import load_model, load_processor
+from vlmflow.models.questions import check_scores
 from vlmflow.models.weights import check_keys
 
 # An image is hundreds of tokens, and each of them is kept while an answer is written.
@@ -50,6 +51,9 @@ class TransformersChat:
         """Writes about image i what ``prompts[i]`` asks for; see :class:`vlmflow.models.prompted.VisionChat`.
 
         The score is the probability of all tokens written, the end included.
+
+        Raises:
+            ValueError: a score is not finite.
         """
         images = list(pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy())
         texts = [chat_text(self._processor, prompt) for prompt in prompts]
@@ -91,7 +95,9 @@ class TransformersChat:
         after = ended.cumsum(dim=1) - ended.long() > 0
         totals = logarithms.masked_fill(after, 0.0).sum(dim=1)
         written = self._processor.tokenizer.batch_decode(tokens.masked_fill(after, pad), skip_special_tokens=True)
-        return [Answer(text.strip(), math.exp(total)) for text, total in zip(written, totals.tolist(), strict=True)]
+        scores = [math.exp(total) for total in totals.tolist()]
+        check_scores(scores)
+        return [Answer(text.strip(), score) for text, score in zip(written, scores, strict=True)]
 
 
 def load_image_text_to_text(folder: Path, dtype: torch.dtype, model_class: Any = None) -> tuple[Any, Any]:

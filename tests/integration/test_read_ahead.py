@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,9 +37,12 @@ class Counts:
 
 
 class Model:
-    """Waits for the count of what it has done, so that reading could run ahead."""
+    """Is loaded a while after reading should stop, and waits for the count of what it has done: it could run ahead."""
 
-    def __init__(self, counts: Any) -> None:
+    def __init__(self, counts: Any, max_rows: int) -> None:
+        while ray.get(counts.totals.remote())[0] < max_rows:
+            time.sleep(0.05)
+        time.sleep(1.0)
         self._counts = counts
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -62,7 +66,7 @@ def run(counts: Any, max_rows: int, *, fails_on: int = -1) -> int:
         dataset = dataset.map_batches(read_and_decode, batch_format="pyarrow", num_cpus=0.2, **TASK_LIMITS)
         dataset = dataset.map_batches(
             Model,
-            fn_constructor_args=(counts,),
+            fn_constructor_args=(counts, max_rows),
             batch_format="pyarrow",
             batch_size=32,
             num_cpus=0.5,
@@ -96,7 +100,7 @@ def test_lost_blocks_leave_room_for_others() -> None:
         return SimpleNamespace(name=name, metrics=SimpleNamespace(**metrics), output_dependencies=behind)
 
     context = SimpleNamespace(get_config=lambda _: 100)
-    policy = ReadAhead(context, None, None)
+    policy = ReadAhead(context, (), None)
     for failed, expected in ((0, False), (1, True)):
         last = stage("MapBatches(PoolWorker)", 200, 100, failed, [])
         assert policy.can_add_input(stage("MapBatches(read_and_decode)", 220, 220, 0, [last])) is expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -23,6 +24,7 @@ from vlmflow.tasks.setup import TaskSetup, load_task
 if TYPE_CHECKING:
     from vlmflow.engine.decoding import PoolDecoding
     from vlmflow.engine.feeding import Fed
+    from vlmflow.engine.flops import CountedTask
     from vlmflow.models import Metered
     from vlmflow.tasks.run import BatchLimit
 
@@ -119,18 +121,23 @@ class PoolWorker:
         batch = fed.batch
         with self._feeder.lent(fed):
             for name, task in self._tasks.items():
-                # What counts operations counts those of other threads' modules as well.
-                with self._turns.alone() if task.is_to_count else self._turns.task(name):
+                # What is due on no row has no need to wait for the batches of other threads.
+                is_due = bool(pa.compute.any(due_on(batch, name)).as_py())
+                with self._turn(task) if is_due else contextlib.nullcontext():
                     before = task.flops
                     batch = run_on_due_rows(batch, task, self._limits[name], self._timeout_s, self._recent[name])
                     batch = _with_usage(batch, task.task)
-                    done = columns.spread(task.flops - before, batch.num_rows)
-                batch = batch.append_column(columns.FLOPS_PREFIX + name, done)
+                    done = task.flops - before if is_due else 0.0  # without a turn: another thread's
+                batch = batch.append_column(columns.FLOPS_PREFIX + name, columns.spread(done, batch.num_rows))
                 ceiling = pa.scalar(self._ceilings.of(name), pa.float64())
                 batch = batch.append_column(columns.CEILING_PREFIX + name, pa.repeat(ceiling, batch.num_rows))
         fitting = [limit.rows for limit in self._limits.values() if limit.rows is not None]
         at_once = pa.scalar(min(fitting, default=None), pa.int64())
         return batch.append_column(columns.AT_ONCE_PREFIX + self._name, pa.repeat(at_once, batch.num_rows))
+
+    def _turn(self, task: CountedTask) -> contextlib.AbstractContextManager[object]:
+        # What counts operations counts those of other threads' modules as well.
+        return self._turns.alone() if task.is_to_count else self._turns.task(task.name)
 
 
 def _end_process(error: Exception) -> NoReturn:
@@ -153,6 +160,14 @@ def _with_usage(batch: pa.Table, task: Task) -> pa.Table:
     return batch
 
 
+def due_on(batch: pa.Table, name: str) -> pa.Array:
+    """Tells row by row whether the task is due, and what it reads is there; bool, no nulls."""
+    due = columns.has_task(batch, columns.RUN_TASKS, name)
+    if name in _READS and columns.TASKS_FAILED in batch.column_names:
+        due = pa.compute.and_not(due, columns.has_task(batch, columns.TASKS_FAILED, _READS[name]))
+    return due
+
+
 def run_on_due_rows(
     batch: pa.Table, task: Task, limit: BatchLimit, timeout_s: float, recent: RecentResults | None = None
 ) -> pa.Table:
@@ -167,10 +182,7 @@ def run_on_due_rows(
     """
     started = time.perf_counter()
     name = task.name
-    due = columns.has_task(batch, columns.RUN_TASKS, name)
-    if name in _READS and columns.TASKS_FAILED in batch.column_names:
-        due = pa.compute.and_not(due, columns.has_task(batch, columns.TASKS_FAILED, _READS[name]))
-    rows = pa.compute.indices_nonzero(due)
+    rows = pa.compute.indices_nonzero(due_on(batch, name))
     marks: dict[str, list[list[object]]] = {
         column: [[] for _ in range(batch.num_rows)]
         for column in (columns.TASKS_RUN, columns.TASKS_FAILED, columns.TASKS_SHARED, "errors")

@@ -5,6 +5,8 @@ Ray Data bounds that by bytes alone, a share of its object store: small images w
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from ray.data import DataContext
@@ -27,17 +29,35 @@ _MAX_ROWS_PER_TASK = 2_048  # more than any block or batch has
 class ReadAhead(BackpressurePolicy):  # type: ignore[misc]
     """Starts no more decoding while as many rows as are wanted are between it and the end of the last pool."""
 
+    def __init__(self, context: DataContext, topology: Iterable[Any], resources: Any) -> None:
+        super().__init__(context, topology, resources)
+        for op in topology:
+            if STAGE in op.name:
+                # While nothing is at work Ray Data overrules its policies, lest it wait for ever. While models load
+                # that would read one block after the other; what an operator itself refuses is not overruled.
+                op.can_add_input = partial(self._may_start, op)
+
+    def _may_start(self, op: Any) -> bool:
+        """Whether another decoding task may start although Ray Data overrules this policy."""
+        behind = (stage.get_actor_info() for stage in _with_stages_behind(op)[1:])
+        return self.can_add_input(op) or not any(pool.pending and not pool.running for pool in behind)
+
     def can_add_input(self, op: Any) -> bool:
         """Whether another task of the operator may start."""
         if STAGE not in op.name:
             return True
-        stages = [op]
-        while stages[-1].output_dependencies:
-            stages.append(stages[-1].output_dependencies[0])
+        stages = _with_stages_behind(op)
         taken, given = op.metrics.rows_inputs_of_submitted_tasks, stages[-1].metrics.rows_task_outputs_generated
         # Blocks that were given up went in and never come out; to take too many for lost only lets more be read.
         lost = _MAX_ROWS_PER_TASK * sum(stage.metrics.num_tasks_failed for stage in stages)
         return bool(taken - given - lost < self._data_context.get_config(_MAX_ROWS))
+
+
+def _with_stages_behind(op: Any) -> list[Any]:
+    stages = [op]
+    while stages[-1].output_dependencies:
+        stages.append(stages[-1].output_dependencies[0])
+    return stages
 
 
 def read_ahead_rows(wanted: int | None, pools: tuple[PoolConfig, ...], decoded_at_once: int) -> int:

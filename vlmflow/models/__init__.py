@@ -161,7 +161,8 @@ class Answerer(Protocol):
 
         Raises:
             QuestionError: a question is longer than the model can take.
-            ValueError: there are not as many lists of questions as images.
+            ValueError: there are not as many lists of questions as images, or a score that the model gives is not
+                finite.
         """
 
     def check_questions(self, questions: Sequence[str]) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # Up to here torch's fused kernel for processors costs more than two products and a softmax do.
 _FEW_QUERIES = 16
@@ -56,18 +55,38 @@ def split_heads(projected: torch.Tensor, num_heads: int, num_parts: int = 3) -> 
     return heads.permute(2, 0, 3, 1, 4).unbind(0)
 
 
-@contextmanager
-def growing(device: torch.device) -> Iterator[None]:
+def growing(device: torch.device) -> AbstractContextManager[None]:
     """Attention within the block is to shapes that change from call to call, as those of a cache do that grows.
 
     On CUDA that rules cuDNN out, which torch prefers on Hopper, and which makes a plan for every shape, keeps it for
-    good, and takes longer for that than a step of decoding does.
+    good, and takes longer for that than a step of decoding does. Other threads do without it meanwhile.
     """
-    if device.type != "cuda":
-        yield
-        return
-    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
-        yield
+    return _without_cudnn if device.type == "cuda" else nullcontext()
+
+
+class _WithoutCudnn(AbstractContextManager[None]):
+    """Attention without cuDNN while any thread is within: torch's switch is the process's, not the thread's."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_within = 0
+        self._was_on = False
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._num_within == 0:
+                self._was_on = torch.backends.cuda.cudnn_sdp_enabled()
+                torch.backends.cuda.enable_cudnn_sdp(False)
+            self._num_within += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._num_within -= 1
+            if self._num_within == 0:
+                torch.backends.cuda.enable_cudnn_sdp(self._was_on)
+
+
+_without_cudnn = _WithoutCudnn()
 
 
 def _by_products(queries: torch.Tensor) -> bool:

@@ -10,17 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from transformers import AutoTokenizer, BlipForConditionalGeneration, BlipForImageTextRetrieval
+from transformers import BlipForConditionalGeneration, BlipForImageTextRetrieval
 
 from vlmflow.config import Dtype, ModelConfig
-from vlmflow.errors import WeightsError
 from vlmflow.models import EncodedImages
 from vlmflow.models.attention import growing
 from vlmflow.models.blip_fast import CrossMemory, GreedyDecoder, SpecialTokens, TextTower, decode_beams
 from vlmflow.models.pixels import PixelNormalizer, model_dtype
 from vlmflow.models.preprocessing import read_preprocessing
-from vlmflow.models.quiet import no_progress_bar
+from vlmflow.models.pretrained import load_model, load_tokenizer
 from vlmflow.models.towers import SharedTower, VisionTowers
 from vlmflow.models.weights import check_keys
 
@@ -167,26 +165,10 @@ def load_parts(model_class: Any, folder: Path, config: ModelConfig, target: Targ
         WeightsError: the weights are absent or do not fit.
     """
     dtype = model_dtype(target.device, target.dtype)
-    try:
-        with no_progress_bar():
-            model, found = model_class.from_pretrained(
-                folder,
-                dtype=target.text_dtype or dtype,
-                use_safetensors=True,
-                local_files_only=True,
-                output_loading_info=True,
-            )
-        # trust_remote_code must be given: left out, transformers asks on the terminal.
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # RuntimeError: shapes that differ
-        reason = " ".join(str(error).split())[:200]
-        raise WeightsError(
-            f"weights: {folder} cannot be loaded as {model_class.__name__}: {reason}",
-            remedy="Copy the model's whole folder: configuration, safetensors and tokenizer that belong together.",
-        ) from error
-    check_keys(folder, found["missing_keys"], found["unexpected_keys"])
+    model, missing, unexpected = load_model(model_class, folder, target.text_dtype or dtype)
+    check_keys(folder, missing, unexpected)
     normalize = PixelNormalizer(read_preprocessing(folder, config), target.device, dtype)
     model.vision_model.to(dtype)
-    model = model.to(target.device).eval().requires_grad_(False)
+    model = model.to(target.device)
     towers = target.towers or VisionTowers()
-    return model, tokenizer, towers.share(model.vision_model, normalize)
+    return model, load_tokenizer(folder), towers.share(model.vision_model, normalize)

@@ -16,7 +16,7 @@ from vlmflow.models.attention import growing
 from vlmflow.models.blip import Target, load_parts
 from vlmflow.models.blip_fast import CrossMemory, SpecialTokens, TextTower
 from vlmflow.models.blip_fast.cache import SlicedCache
-from vlmflow.models.questions import check_paired, tokenize
+from vlmflow.models.questions import check_paired, check_scores, tokenize
 from vlmflow.models.towers import SharedTower
 
 _MAX_ANSWER_TOKENS = 20  # the end counted
@@ -98,9 +98,9 @@ class BlipAnswerer:
             if not bool(running.any()):
                 break
         texts = self._tokenizer.batch_decode(torch.stack(decoded, dim=1), skip_special_tokens=True)
-        return [
-            Answer(text.strip(), math.exp(logarithm)) for text, logarithm in zip(texts, total.tolist(), strict=True)
-        ]
+        scores = [math.exp(logarithm) for logarithm in total.tolist()]
+        check_scores(scores)
+        return [Answer(text.strip(), score) for text, score in zip(texts, scores, strict=True)]
 
 
 def _of_one_length(ids: Sequence[Sequence[int]]) -> list[list[int]]:

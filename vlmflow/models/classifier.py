@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 
 from vlmflow.config import ModelConfig
-from vlmflow.errors import WeightsError
 from vlmflow.models.pixels import PixelNormalizer, model_dtype
 from vlmflow.models.preprocessing import read_preprocessing
+from vlmflow.models.pretrained import load_model
 from vlmflow.models.weights import check_keys
 
 
@@ -36,21 +36,10 @@ class ImageClassifier:
         from transformers import AutoModelForImageClassification
 
         dtype = model_dtype(device)
-        try:
-            model, info = AutoModelForImageClassification.from_pretrained(
-                folder,
-                dtype=dtype,
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-        except (ValueError, OSError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise WeightsError(f"weights: {folder} cannot be loaded: {reason}", remedy="Check the folder.") from error
-        check_keys(folder, info["missing_keys"], info["unexpected_keys"])
+        model, missing, unexpected = load_model(AutoModelForImageClassification, folder, dtype)
+        check_keys(folder, missing, unexpected)
         normalize = PixelNormalizer(read_preprocessing(folder, config), device, dtype)
-        return cls(model.eval().to(device), normalize, outputs)
+        return cls(model.to(device), normalize, outputs)
 
     @torch.inference_mode()
     def score(self, pixels: torch.Tensor) -> NDArray[np.float32]:

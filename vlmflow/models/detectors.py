@@ -14,7 +14,7 @@ from vlmflow.errors import DetectorError, PolicyError
 from vlmflow.imaging import PixelRequest
 from vlmflow.models.identity import CODE_VERSIONS, ModelIdentity
 from vlmflow.models.preprocessing import read_preprocessing
-from vlmflow.models.weights import locate, read_json, weights_digest
+from vlmflow.models.weights import locate, read_json, section_of, weights_digest
 from vlmflow.moderation.policy import Detector, Policy
 
 if TYPE_CHECKING:
@@ -82,7 +82,8 @@ def _prepare(detector: Detector, policy: Policy, views: tuple[str, ...]) -> Dete
         )
         request = PixelRequest(preprocessing.size, preprocessing.interpolation, shown)
         if detector.family == "image_classification":
-            _check_outputs(detector, tuple(read_json(folder / "config.json").get("id2label", {}).values()))
+            path = folder / "config.json"
+            _check_outputs(detector, tuple(section_of(read_json(path), "id2label", path).values()))
     if detector.weights is not None and detector.weights != identity.weights_digest:
         raise DetectorError(
             f"policy {policy.name} {policy.version}: detector {detector.name} has weights "

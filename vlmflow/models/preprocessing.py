@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 
 from vlmflow.config import ModelConfig
 from vlmflow.errors import WeightsError
-from vlmflow.models.weights import read_json, read_open_clip_model
+from vlmflow.models.weights import read_json, read_open_clip_model, section_of
 
 Interpolation = Literal["bicubic", "bilinear"]
 
@@ -68,10 +68,10 @@ def _read_open_clip(folder: Path, architecture: str | None) -> Preprocessing:
     model = read_open_clip_model(folder, architecture)
     path = folder / "open_clip_config.json"
     if path.is_file():
-        values = read_json(path).get("preprocess_cfg") or {}
+        values = section_of(read_json(path), "preprocess_cfg", path)
     else:
         values = _pretrained_preprocessing(architecture or "")
-    size = _square(model.get("vision_cfg", {}).get("image_size", 224), path)
+    size = _square(section_of(model, "vision_cfg", path).get("image_size", 224), path)
     # open_clip takes "random" as bicubic outside training.
     interpolation: Interpolation = "bilinear" if values.get("interpolation") == "bilinear" else "bicubic"
     mean, std = values.get("mean") or _CLIP_MEAN, values.get("std") or _CLIP_STD
@@ -96,8 +96,8 @@ def _pretrained_preprocessing(architecture: str) -> dict[str, Any]:
 
 def _read_blip(folder: Path) -> Preprocessing:
     path = folder / "preprocessor_config.json"
-    values = read_json(path)
-    image_size = read_json(folder / "config.json").get("vision_config", {}).get("image_size", 384)
+    values, config = read_json(path), folder / "config.json"
+    image_size = section_of(read_json(config), "vision_config", config).get("image_size", 384)
     size = values.get("size", 384)
     side = _square([size.get("height"), size.get("width")] if isinstance(size, dict) else size, path)
     if side != image_size:
@@ -141,12 +141,13 @@ def _processor_values(folder: Path) -> tuple[dict[str, Any], Path]:
     if not path.is_file():  # newer checkpoints keep it with the rest of the processor's
         path = folder / "processor_config.json"
     values = read_json(path)
-    return values.get("image_processor", values), path
+    return section_of(values, "image_processor", path) or values, path
 
 
 def _check_size(folder: Path, section: str, side: int) -> None:
     # All these families take 224 pixels where the configuration does not say.
-    expected = (read_json(folder / "config.json").get(section) or {}).get("image_size", 224)
+    path = folder / "config.json"
+    expected = section_of(read_json(path), section, path).get("image_size", 224)
     if side != expected:
         raise WeightsError(
             f"weights: {folder} shows its model {side} pixels, but config.json says {expected}",
@@ -168,9 +169,7 @@ def _prompted_side(folder: Path) -> int:
 
     Normalisation is the processor's alone: the digest of the weights covers its file.
     """
-    path = folder / "preprocessor_config.json"
-    values = read_json(path if path.is_file() else folder / "processor_config.json")
-    values = values.get("image_processor", values)
+    values, _ = _processor_values(folder)
     size = values.get("crop_size") if values.get("do_center_crop") else None
     size = size or values.get("size")
     if isinstance(size, dict):

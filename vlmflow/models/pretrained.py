@@ -9,14 +9,11 @@ from typing import Any
 
 import torch
 import transformers.utils.logging
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
-from transformers import AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer
 
 from vlmflow.errors import WeightsError
 
-# StrictDataclassError: a value of the configuration that is of another type.
-_LOADING_ERRORS = (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError, StrictDataclassError)
+_REMEDY = "Copy the model's whole folder: configuration, safetensors and tokenizer that belong together."
 
 
 def load_model(
@@ -25,7 +22,7 @@ def load_model(
     """Builds a model and fills in its weights; on the CPU, for inference.
 
     Args:
-        model_class: of transformers.
+        model_class: of transformers; one that chooses by the configuration too.
         config: instead of the folder's.
 
     Returns:
@@ -35,12 +32,13 @@ def load_model(
         WeightsError: the weights are absent or do not fit.
     """
     options = {} if config is None else {"config": config}
-    with _in_our_words(folder, model_class.__name__), _quietly():
+    with in_our_words(folder, model_class.__name__), _quietly():
         model, found = model_class.from_pretrained(
             folder,
             dtype=dtype,
             use_safetensors=True,
             local_files_only=True,
+            trust_remote_code=False,  # left out, classes that choose would ask on the terminal
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # else an error that names none of them
             **options,
@@ -55,7 +53,7 @@ def load_config(config_class: Any, folder: Path) -> Any:
     Raises:
         WeightsError: it does not fit.
     """
-    with _in_our_words(folder, config_class.__name__), _quietly():
+    with in_our_words(folder, config_class.__name__), _quietly():
         return config_class.from_pretrained(folder, local_files_only=True)
 
 
@@ -65,9 +63,19 @@ def load_tokenizer(folder: Path) -> Any:
     Raises:
         WeightsError: it is absent, or needs code of its own.
     """
-    with _in_our_words(folder, "a tokenizer"):
+    with in_our_words(folder, "a tokenizer"):
         # trust_remote_code must be given: left out, transformers asks on the terminal.
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def load_processor(folder: Path) -> Any:
+    """What the folder's model makes of images and texts.
+
+    Raises:
+        WeightsError: it is absent, or needs code of its own.
+    """
+    with in_our_words(folder, "a processor"), _quietly():
+        return AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], max_tokens: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,15 +97,19 @@ def _check_shapes(folder: Path, different: Iterable[tuple[str, tuple[int, ...], 
 
 
 @contextmanager
-def _in_our_words(folder: Path, what: str) -> Iterator[None]:
+def in_our_words(folder: Path, what: str, remedy: str = _REMEDY) -> Iterator[None]:
+    """Within the block a library reads files of the folder, and whatever it raises is about those.
+
+    Raises:
+        WeightsError: the library raised something.
+    """
     try:
         yield
-    except _LOADING_ERRORS as error:
-        reason = " ".join(str(error).split())[:200]
-        raise WeightsError(
-            f"weights: {folder} cannot be loaded as {what}: {reason}",
-            remedy="Copy the model's whole folder: configuration, safetensors and tokenizer that belong together.",
-        ) from error
+    # A file of the wrong shape can fail in any way (AttributeError, KeyError, classes of safetensors and of
+    # huggingface_hub that derive from Exception), and tokenizers raises Exception itself.
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise WeightsError(f"weights: {folder} cannot be loaded as {what}: {reason}", remedy=remedy) from error
 
 
 @contextmanager

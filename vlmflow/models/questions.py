@@ -1,7 +1,8 @@
-"""Questions on their way into a model."""
+"""Questions on their way into a model, and the scores that come out of it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,16 @@ def check_paired(num_images: int, questions: Sequence[Sequence[str]]) -> None:
     """
     if len(questions) != num_images:
         raise ValueError(f"{num_images} images but {len(questions)} lists of questions")
+
+
+def check_scores(scores: Sequence[float]) -> None:
+    """Makes sure that the model gave numbers: an answer whose score is none would pass for one of a model without.
+
+    Raises:
+        ValueError: one is not finite.
+    """
+    if not all(map(math.isfinite, scores)):
+        raise ValueError("the model gave a score that is not finite")
 
 
 def tokenize(tokenizer: Any, questions: Sequence[str], max_tokens: int) -> list[list[int]]:

@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from transformers import AutoTokenizer, ViltForQuestionAnswering
+from transformers import ViltForQuestionAnswering
 
 from vlmflow.config import Dtype, ModelConfig
-from vlmflow.errors import WeightsError
 from vlmflow.models import Answer
 from vlmflow.models.pixels import PixelNormalizer, model_dtype
 from vlmflow.models.preprocessing import read_preprocessing
-from vlmflow.models.questions import check_paired, tokenize
-from vlmflow.models.quiet import no_progress_bar
+from vlmflow.models.pretrained import load_model, load_tokenizer
+from vlmflow.models.questions import check_paired, check_scores, tokenize
 from vlmflow.models.vilt_fast import ViltTower
 from vlmflow.models.weights import check_keys
 
@@ -46,23 +45,11 @@ class ViltAnswerer:
             WeightsError: the weights are absent or do not fit.
         """
         kind = model_dtype(device, dtype)
-        try:
-            with no_progress_bar():
-                model, found = ViltForQuestionAnswering.from_pretrained(
-                    folder, dtype=kind, use_safetensors=True, local_files_only=True, output_loading_info=True
-                )
-            # trust_remote_code must be given: left out, transformers asks on the terminal.
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: shapes that differ
-            reason = " ".join(str(error).split())[:200]
-            raise WeightsError(
-                f"weights: {folder} cannot be loaded as ViltForQuestionAnswering: {reason}",
-                remedy="Copy the model's whole folder: configuration, safetensors and tokenizer that belong together.",
-            ) from error
-        check_keys(folder, found["missing_keys"], found["unexpected_keys"])
+        model, missing, unexpected = load_model(ViltForQuestionAnswering, folder, kind)
+        check_keys(folder, missing, unexpected)
         preprocessing = read_preprocessing(folder, config)
-        model = model.to(device).eval().requires_grad_(False)
-        return cls(model, tokenizer, PixelNormalizer(preprocessing, device, kind), preprocessing.size)
+        normalize = PixelNormalizer(preprocessing, device, kind)
+        return cls(model.to(device), load_tokenizer(folder), normalize, preprocessing.size)
 
     def check_questions(self, questions: Sequence[str]) -> None:
         """See :class:`vlmflow.models.Answerer`."""
@@ -86,7 +73,6 @@ class ViltAnswerer:
         """(M, C) -> M answers."""
         scores = logits.sigmoid() if self._is_multi_label else logits.softmax(dim=-1)
         best = scores.max(dim=-1)
-        return [
-            Answer(self._answers[number], score)
-            for number, score in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        ]
+        numbers, values = best.indices.tolist(), best.values.tolist()
+        check_scores(values)
+        return [Answer(self._answers[number], value) for number, value in zip(numbers, values, strict=True)]

@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 
 from vlmflow.config import Dtype
-from vlmflow.errors import WeightsError
 from vlmflow.models import Answer, Usage
 from vlmflow.models.pixels import model_dtype
-from vlmflow.models.quiet import no_progress_bar
+from vlmflow.models.pretrained import load_model, load_processor
+from vlmflow.models.questions import check_scores
 from vlmflow.models.weights import check_keys
 
 # An image is hundreds of tokens, and each of them is kept while an answer is written.
@@ -51,6 +51,9 @@ class TransformersChat:
         """Writes about image i what ``prompts[i]`` asks for; see :class:`vlmflow.models.prompted.VisionChat`.
 
         The score is the probability of all tokens written, the end included.
+
+        Raises:
+            ValueError: a score is not finite.
         """
         images = list(pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy())
         texts = [chat_text(self._processor, prompt) for prompt in prompts]
@@ -92,7 +95,9 @@ class TransformersChat:
         after = ended.cumsum(dim=1) - ended.long() > 0
         totals = logarithms.masked_fill(after, 0.0).sum(dim=1)
         written = self._processor.tokenizer.batch_decode(tokens.masked_fill(after, pad), skip_special_tokens=True)
-        return [Answer(text.strip(), math.exp(total)) for text, total in zip(written, totals.tolist(), strict=True)]
+        scores = [math.exp(total) for total in totals.tolist()]
+        check_scores(scores)
+        return [Answer(text.strip(), score) for text, score in zip(written, scores, strict=True)]
 
 
 def load_image_text_to_text(folder: Path, dtype: torch.dtype, model_class: Any = None) -> tuple[Any, Any]:
@@ -104,24 +109,12 @@ def load_image_text_to_text(folder: Path, dtype: torch.dtype, model_class: Any =
     Raises:
         WeightsError: the weights do not fit, the processor is absent, or either needs code of its own.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
 
-    try:
-        processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        with no_progress_bar():
-            model, info = (model_class or AutoModelForImageTextToText).from_pretrained(
-                folder,
-                dtype=dtype,
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise WeightsError(f"weights: {folder} cannot be loaded: {reason}", remedy="Check the folder.") from error
-    check_keys(folder, info["missing_keys"], info["unexpected_keys"])
-    return model.eval(), processor
+    processor = load_processor(folder)
+    model, missing, unexpected = load_model(model_class or AutoModelForImageTextToText, folder, dtype)
+    check_keys(folder, missing, unexpected)
+    return model, processor
 
 
 def chat_text(processor: Any, prompt: str) -> str:

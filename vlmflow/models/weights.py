@@ -150,6 +150,21 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def section_of(values: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
+    """A part of a configuration file; empty: it has none of this name, or null.
+
+    Args:
+        path: the file that ``values`` were read from.
+
+    Raises:
+        WeightsError: it is no JSON object.
+    """
+    found = values.get(name) or {}
+    if not isinstance(found, dict):
+        raise WeightsError(f"weights: {path}: {name} is no JSON object", remedy="Copy the model's folder again.")
+    return found
+
+
 def read_open_clip_model(folder: Path, architecture: str | None) -> dict[str, Any]:
     """The model part of open_clip's configuration: the folder's own, else that of the architecture named.
 

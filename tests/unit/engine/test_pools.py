@@ -164,6 +164,25 @@ def test_float32_that_was_asked_for_is_not_rounded_to_tf32(
     assert torch.backends.cuda.matmul.allow_tf32 == rounds
 
 
+def test_a_task_that_is_due_on_no_row_waits_for_no_other_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = pool_with(Doubling(), monkeypatch)
+
+    def with_work_of_another_thread(batch: pa.Table, _: Task) -> pa.Table:
+        worker._tasks["embed"].flops += 8.0
+        return batch
+
+    monkeypatch.setattr(pools, "_with_usage", with_work_of_another_thread)
+    with ThreadPoolExecutor(2) as calls:
+        with worker._turns.alone():
+            out = calls.submit(worker, make_batch([1, 2], [["caption"], []])).result(20.0)
+            due = calls.submit(worker, make_batch([1, 2], [[], ["embed"]]))
+            with pytest.raises(TimeoutError):
+                due.result(0.2)
+        assert due.result(20.0)["double"].to_pylist() == [None, 4]
+    assert out["double"].to_pylist() == [None, None]
+    assert out["flops_embed"].to_pylist() == [0.0, 0.0]
+
+
 class Ended(BaseException):
     """In the place of the end of a process."""
 

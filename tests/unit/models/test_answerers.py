@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torchvision.transforms.functional import to_pil_image
 from transformers import (
     AutoTokenizer,
@@ -21,15 +24,18 @@ from transformers import (
 )
 
 from benchmarks.clip_cpu import demo_pixels
-from tests.models import IMAGE_SIZE, make_blip_vqa, make_captioner, make_vilt, random_pixels, write_json
+from tests.models import IMAGE_SIZE, make_blip_vqa, make_captioner, make_judge, make_vilt, random_pixels, write_json
 from vlmflow.config import Dtype, ModelConfig
 from vlmflow.errors import QuestionError
+from vlmflow.imaging import PixelRequest
 from vlmflow.models import Answer, Answerer, load_answerer, load_captioner, vilt_fast
 from vlmflow.models.pixels import PixelNormalizer
 from vlmflow.models.preprocessing import Preprocessing
 from vlmflow.models.profiles import PROFILES
 from vlmflow.models.towers import VisionTowers
 from vlmflow.models.vilt_fast import ViltTower
+from vlmflow.tasks.answer import AnswerTask
+from vlmflow.tasks.run import BatchLimit, run_contained
 
 STARTER = Path(__file__).parents[3] / "vlmflow" / "starter"
 QUESTIONS = ["a red car", "two dogs and a cat on the table", "a", "four yellow apples"]
@@ -190,6 +196,36 @@ def test_each_image_has_its_own_questions(family: str, make: object, tmp_path: P
     assert answerer.answer(pixels[:2], [[], []]) == [[], []]
     with pytest.raises(ValueError, match="3 images but 1 lists of questions"):
         answerer.answer(pixels, [QUESTIONS])
+
+
+@pytest.mark.parametrize(
+    ("family", "make", "words", "good", "bad"),
+    [
+        ("vilt", make_vilt, "word_embeddings.weight", "a red car", "two dogs and a dog"),
+        ("blip_vqa", make_blip_vqa, "text_encoder.embeddings.word_embeddings.weight", "a red car", "a dog"),
+        ("vlm", make_judge, "embed_tokens.weight", "a car", "a gun"),
+    ],
+)
+def test_a_score_that_is_no_number_costs_its_image(
+    family: str, make: object, words: str, good: str, bad: str, tmp_path: Path
+) -> None:
+    assert callable(make)
+    weights = make(tmp_path) / "model.safetensors"
+    tensors = load_file(weights)
+    (name,) = [name for name in tensors if name.endswith(words)]
+    word = AutoTokenizer.from_pretrained(tmp_path)(bad.split()[-1], add_special_tokens=False)["input_ids"]
+    tensors[name][word] = math.nan
+    save_file(tensors, weights, {"format": "pt"})
+    request = PixelRequest(IMAGE_SIZE, "bicubic", ("squash",))
+    pixels = [[image.permute(1, 2, 0).numpy().tobytes()] for image in random_pixels(3)]
+    batch = pa.table({f"pixels_{request.key}": pixels, "questions": [[good], [good, bad], [good]]})
+    columns, errors = run_contained(AnswerTask(load(family, tmp_path), request, []), batch, BatchLimit())
+    assert [error and error["message"] for error in errors.to_pylist()] == [
+        None,
+        "ValueError: the model gave a score that is not finite",
+        None,
+    ]
+    assert [row and 0 < row[0]["score"] <= 1 for row in columns["answers"].to_pylist()] == [True, None, True]
 
 
 @pytest.mark.parametrize(("family", "make"), [("vilt", make_vilt), ("blip_vqa", make_blip_vqa)])

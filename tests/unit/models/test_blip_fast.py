@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -344,6 +346,32 @@ def test_bfloat16_says_and_scores_what_float32_does() -> None:
     assert itm.max() <= 0.02
     theirs = np.abs(np.subtract(*(itm_of_transformers(pixels, texts, dtype) for dtype in dtypes)))
     assert itm.mean() < theirs.mean()
+
+
+@pytest.mark.parametrize("was_on", [True, False])
+def test_attention_to_what_grows_is_without_cudnn_until_the_last_thread_is_done(was_on: bool) -> None:
+    is_on = torch.backends.cuda.cudnn_sdp_enabled  # works without CUDA, as does the switch
+    before = is_on()
+    torch.backends.cuda.enable_cudnn_sdp(was_on)
+    entered, done = [threading.Event(), threading.Event()], [threading.Event(), threading.Event()]
+
+    def decode(number: int) -> bool:
+        with attention.growing(torch.device("cuda")):
+            entered[number].set()
+            assert done[number].wait(20.0)
+            return is_on()
+
+    try:
+        with ThreadPoolExecutor(2) as threads:
+            decoding = [threads.submit(decode, number) for number in (0, 1)]
+            assert all(event.wait(20.0) for event in entered)
+            for number in (0, 1):
+                assert not is_on()
+                done[number].set()
+                assert not decoding[number].result(20.0)
+        assert is_on() == was_on
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def test_lacking_bfloat16_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -27,6 +27,7 @@ from transformers import (
 from tests.catalog_samples import open_catalog
 from tests.families import make_gemma
 from tests.models import make_classifier, make_judge, write_json
+from tests.unit.models.test_models_weights import edit_json
 from vlmflow.config import CatalogConfig, Job, SourceConfig
 from vlmflow.engine.archive import archive_policy
 from vlmflow.errors import DetectorError, WeightsError
@@ -147,6 +148,13 @@ def test_a_pickled_classifier_is_refused(classifier: Path, tmp_path: Path) -> No
     outputs = {"hentai": output()}
     with pytest.raises(WeightsError, match="is a pickle"):
         prepare_detectors(policy(family="image_classification", path=str(tmp_path), outputs=outputs), ("squash",))
+
+
+def test_names_of_classes_that_are_a_list_are_refused(tmp_path: Path) -> None:
+    edit_json(make_classifier(tmp_path) / "config.json", {"id2label": ["drawings", "hentai", "neutral"]})
+    given = policy(family="image_classification", path=str(tmp_path), outputs={"hentai": output()})
+    with pytest.raises(WeightsError, match="id2label is no JSON object"):
+        prepare_detectors(given, ("squash",))
 
 
 @pytest.mark.parametrize("name", ["drawings", "neutral"])

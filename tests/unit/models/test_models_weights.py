@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,58 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.models import make_captioner, make_clip, random_pixels
-from vlmflow.config import ModelConfig
+from tests.models import (
+    make_blip_vqa,
+    make_captioner,
+    make_classifier,
+    make_clip,
+    make_judge,
+    make_matcher,
+    make_vilt,
+    random_pixels,
+)
+from tests.vilbert import make_vilbert
+from vlmflow.config import Family, ModelConfig
 from vlmflow.errors import WeightsError
-from vlmflow.models import identify, load_captioner, load_embedder, pixel_request
-from vlmflow.models.weights import locate, weights_digest
+from vlmflow.models import (
+    identify,
+    load_answerer,
+    load_captioner,
+    load_embedder,
+    load_matcher,
+    pixel_request,
+)
+from vlmflow.models.classifier import ImageClassifier
+from vlmflow.models.judge import VlmJudge
+from vlmflow.models.weights import find_weights, locate, weights_digest
+
+# The families of tests/families.py have tests of their own.
+MAKERS: dict[Family, Callable[[Path], Path]] = {
+    "open_clip": make_clip,
+    "blip_caption": make_captioner,
+    "blip_itm": make_matcher,
+    "blip_vqa": make_blip_vqa,
+    "vilt": make_vilt,
+    "vilbert": lambda folder: make_vilbert(folder, {"kind": "columns", "max_regions": 4}),
+    "vlm": make_judge,
+    "vlm_judge": make_judge,
+    "image_classification": make_classifier,
+}
+BAD_SETTINGS = {"hidden_size": "many", "hidden_act": "none"}
+
+
+def load(family: Family, folder: Path) -> None:
+    config = ModelConfig(family=family, path=str(folder))
+    if family == "vlm_judge":
+        VlmJudge.load(folder, ["Does the picture show a gun?"], "cpu")
+    elif family == "image_classification":
+        ImageClassifier.load(folder, config, ["hentai"], "cpu")
+    elif family == "open_clip":
+        load_embedder(config, "cpu")
+    elif family == "blip_itm":
+        load_matcher(config, "cpu")
+    else:
+        (load_captioner if family in ("blip_caption", "vlm") else load_answerer)(config, "cpu")
 
 
 @pytest.fixture
@@ -103,11 +151,42 @@ def test_tensors_of_another_shape_are_refused(tmp_path: Path, family: str) -> No
         load(ModelConfig(family=family, path=str(folder)), "cpu")
 
 
-def test_a_truncated_file_is_refused(clip: Path) -> None:
-    path = clip / "open_clip_model.safetensors"
+@pytest.mark.parametrize("family", MAKERS)
+def test_a_truncated_file_is_refused(tmp_path: Path, family: Family) -> None:
+    folder = MAKERS[family](tmp_path)
+    (path,) = find_weights(folder, family)
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(WeightsError, match="does not fit"):
-        load_embedder(clip_config(clip), "cpu")
+    with pytest.raises(WeightsError, match=f"weights: {folder}.*deserializing header") as caught:
+        load(family, folder)
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize("family", ["blip_vqa", "vilt", "vlm", "vlm_judge", "image_classification"])
+def test_mistakes_in_files_beside_the_weights_are_told_in_our_words(tmp_path: Path, family: Family) -> None:
+    folder = MAKERS[family](tmp_path)
+    load(family, folder)
+    inner = "text_config." if family in ("blip_vqa", "vlm", "vlm_judge") else ""
+    mistakes: list[tuple[str, dict[str, Any] | None]] = [("tokenizer_config.json", None), ("config.json", None)]
+    mistakes += [("config.json", {f"{inner}{name}": value}) for name, value in BAD_SETTINGS.items()]
+    for name, change in mistakes:
+        path = folder / name
+        if not path.is_file():
+            continue
+        text = path.read_text()
+        if change is None:
+            path.write_text("[]")
+        else:
+            edit_json(path, change)
+        with pytest.raises(WeightsError, match=f"weights: {folder}"):
+            load(family, folder)
+        path.write_text(text)
+
+
+def test_a_tokenizer_of_an_unknown_kind_is_told_in_our_words(tmp_path: Path) -> None:
+    folder = make_vilt(tmp_path)
+    edit_json(folder / "tokenizer.json", {"model": {"type": "none"}})
+    with pytest.raises(WeightsError, match="cannot be loaded as a tokenizer"):  # tokenizers raises Exception itself
+        load("vilt", folder)
 
 
 def test_the_folder_cannot_switch_remote_code_on(clip: Path, tmp_path: Path) -> None:
@@ -176,6 +255,24 @@ def test_blip_that_asks_for_another_preprocessing_is_refused(tmp_path: Path) -> 
     edit_json(folder / "preprocessor_config.json", {"resample": 2, "size": {"height": 64, "width": 64}})
     with pytest.raises(WeightsError, match=r"size 64, but config\.json says 32"):
         pixel_request("caption", ModelConfig(family="blip_caption", path=str(folder)), ("squash",))
+
+
+@pytest.mark.parametrize(
+    ("family", "path", "change", "told"),
+    [
+        ("blip_caption", "config.json", {"vision_config": None}, r"config\.json says 384"),
+        ("blip_caption", "config.json", {"vision_config": [1]}, "vision_config is no JSON object"),
+        ("vilt", "preprocessor_config.json", {"image_processor": None, "size": None}, "image size None is no square"),
+        ("vlm", "processor_config.json", {"image_processor": "tiles"}, "image_processor is no JSON object"),
+    ],
+)
+def test_parts_of_a_configuration_that_are_none_are_refused(
+    tmp_path: Path, family: Family, path: str, change: dict[str, Any], told: str
+) -> None:
+    folder = MAKERS[family](tmp_path)
+    edit_json(folder / path, change)
+    with pytest.raises(WeightsError, match=told):
+        pixel_request("answer", ModelConfig(family=family, path=str(folder)), ("squash",))
 
 
 def test_an_index_that_names_a_pickle_or_a_shard_that_is_not_there_is_refused(tmp_path: Path) -> None:

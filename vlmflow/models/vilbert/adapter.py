@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from vlmflow.config import Dtype
 from vlmflow.errors import WeightsError
 from vlmflow.models import Answer, EncodedImages
-from vlmflow.models.questions import check_paired, tokenize
+from vlmflow.models.questions import check_paired, check_scores, tokenize
 from vlmflow.models.vilbert.layers import Stream
 from vlmflow.models.vilbert.load import Parts, load_parts, read_answers
 from vlmflow.models.vilbert.model import Encoded
@@ -149,8 +149,9 @@ class VilbertAnswerer:
             encoded = self._parts.encode(regions.take(rows[part]), ids[part], QUESTION)
             logits = self._parts.model.get_submodule("vil_prediction")(encoded.pair)
             best = logits.float().sigmoid().max(dim=-1)
-            pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-            found += [Answer(self._answers[number], score) for number, score in pairs]
+            numbers, scores = best.indices.tolist(), best.values.tolist()
+            check_scores(scores)
+            found += [Answer(self._answers[number], score) for number, score in zip(numbers, scores, strict=True)]
         given = iter(found)
         return [[next(given) for _ in asked] for asked in questions]
 

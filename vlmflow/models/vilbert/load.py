@@ -16,6 +16,7 @@ from transformers import BertTokenizer
 from vlmflow.config import Dtype
 from vlmflow.errors import WeightsError
 from vlmflow.models.pixels import model_dtype
+from vlmflow.models.pretrained import in_our_words
 from vlmflow.models.vilbert.config import Head, read_config
 from vlmflow.models.vilbert.finders import REGIONS_FILE, load_finder, read_region_source
 from vlmflow.models.vilbert.layers import Stream
@@ -88,14 +89,8 @@ def load_parts(folder: Path, device: str, dtype: Dtype, heads: Sequence[Head]) -
     model = load_vilbert(folder)
     for name in set(model.config.heads) - set(heads):
         delattr(model, name)
-    try:
+    with in_our_words(folder, "BertTokenizer", "Put the vocab.txt of bert-base-uncased there, or the model's own."):
         tokenizer = BertTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise WeightsError(
-            f"weights: the vocabulary of {folder} cannot be loaded: {reason}",
-            remedy="Put the vocab.txt of bert-base-uncased there, or the model's own.",
-        ) from error
     if len(tokenizer) > model.config.vocab_size:
         raise WeightsError(
             f"weights: {folder} has a vocabulary of {len(tokenizer)}, the model one of {model.config.vocab_size}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,9 @@ def test_each_question_gets_an_answer_of_the_list(folder: Path) -> None:
     assert answerer.answer(regions(), [[], [], []]) == [[], [], []]  # type: ignore[arg-type]
     with pytest.raises(QuestionError, match="tokens, the model takes 20"):
         answerer.check_questions(["a " * 30])
+    answerer._parts.model.bert.embeddings.word_embeddings.weight.fill_(math.nan)  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="a score that is not finite"):
+        answerer.answer(regions(), asked)  # type: ignore[arg-type]
 
 
 def test_a_phrase_ranks_the_regions_of_its_image(folder: Path) -> None:
@@ -201,6 +205,8 @@ def broken(folder: Path, what: str) -> None:
         write_json(folder / "regions.json", {"kind": "magic", "max_regions": 3})
     elif what == "vocabulary":
         (folder / "vocab.txt").write_text("\n".join(f"word{number}" for number in range(200)))
+    elif what == "tokenizer":
+        (folder / "tokenizer_config.json").write_text("[]")
     elif what == "config":
         values: dict[str, Any] = {"hidden_size": 24}
         write_json(folder / "config.json", values)
@@ -214,6 +220,7 @@ def broken(folder: Path, what: str) -> None:
         ("answers", "lists 1 answers, the model has 5"),
         ("kind", "kind"),
         ("vocabulary", "a vocabulary of"),
+        ("tokenizer", "cannot be loaded as BertTokenizer"),
         ("config", "vocab_size"),
     ],
 )

@@ -75,7 +75,7 @@ class _WithoutCudnn(AbstractContextManager[None]):
     def __enter__(self) -> None:
         with self._lock:
             if self._num_within == 0:
-                self._was_on = torch.backends.cuda.cudnn_sdp_enabled()
+                self._was_on = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
                 torch.backends.cuda.enable_cudnn_sdp(False)
             self._num_within += 1
 

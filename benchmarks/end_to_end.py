@@ -3,8 +3,11 @@
 Workload: drawings of the demo catalog, re-encoded as JPEG, PNG and WebP of 400 to 1600 pixels so that no two files are
 equal; tasks embed, moderate, caption, match with one view (`squash`). The loops are one process, torch at its default
 threads, batch 1 and batch 32: read, decode, then the same task objects; they write nothing. The job commits its tables.
-Start-up (processes, imports, weights) is left out on both sides: the loops warm up on one batch; the job runs twice,
-over a few images and over all, and its rate is the difference of the images by the difference of the times.
+Start-up (processes, imports, weights) is left out on both sides: the loops warm up on one batch; the job runs over some
+of the images and over all, and its rate is the difference of the images by the difference of the times behind the first
+block. What is ready by then is as much in both: neither may read as far ahead as the smaller has images (900 of 2,400,
+about the default on two cores), and their blocks are equal, for which they commit more often than by default. A run
+over few images before them reads models and libraries from the disk, and is not counted.
 
     python -m benchmarks.end_to_end [--images 2400]
 """
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -22,8 +26,8 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from benchmarks.machine import save_result
-from vlmflow.config import CatalogConfig, Job, RayConfig, SourceConfig
+from benchmarks.machine import add_results_option, save_result
+from vlmflow.config import CatalogConfig, CommitConfig, Job, RayConfig, SourceConfig
 from vlmflow.demo import demo_job
 from vlmflow.engine import RunReport, enrich
 from vlmflow.engine.cluster import ray_cluster
@@ -42,14 +46,16 @@ SIDES = (400, 800, 1200, 1600)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=2400)
+    add_results_option(parser)
     options = parser.parse_args()
+    few, read_ahead = smaller_run(options.images)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         num_bytes = write_images(root / "images", options.images)
-        few = write_few(root / "images", root / "few", options.images // 6)
-        loops = {f"loop_batch_{size}": measure_loop(_job(root, "images"), size) for size in BATCH_SIZES}
+        job = _job(root, few, read_ahead)
+        loops = {f"loop_batch_{size}": measure_loop(job, size) for size in BATCH_SIZES}
         with ray_cluster(RayConfig()):
-            small, large = enrich(_job(root, "few")), enrich(_job(root, "images"))
+            _, small, large = (enrich(_over(job, count)) for count in (max(1, few // 8), few, options.images))
     rates = {
         "job": job_rate(few, small, options.images, large),
         **{name: loop["images_per_s"] for name, loop in loops.items()},
@@ -61,39 +67,56 @@ def main() -> None:
         "ratio_to_loop_batch_1": round(rates["job"] / rates["loop_batch_1"], 2),
         "loops": loops,
         "job": large.model_dump(mode="json", include={"seconds", "startup_s", "stages", "pools", "commits"}),
+        "smaller_job": {"images": few} | small.model_dump(include={"seconds", "startup_s"}),
     }
-    path = save_result("end_to_end", result)
+    path = save_result("end_to_end", result, options.results)
     for name, rate in rates.items():
         print(f"{name:>14}: {rate:7.1f} images/s")
     print(f"job / loop_batch_32 = {result['ratio_to_loop_batch_32']}  ({path})")
 
 
-def job_rate(num_small: int, small: RunReport, num_large: int, large: RunReport) -> float:
-    """Images per second behind the first block, of those that the larger run has more.
+def smaller_run(num_images: int) -> tuple[int, int]:
+    """Of how many images the smaller run is, and how many of them it and the larger may read ahead.
 
-    The start-up of both is left out: it differs by seconds from run to run. What was got ready meanwhile both have.
+    That is less by more than a block: what is decoded while the models load is as much in both, and none of it is among
+    the images that the larger run has more.
     """
-    seconds = (large.seconds - large.startup_s) - (small.seconds - small.startup_s)
+    return max(1, num_images * 7 // 16), max(1, num_images * 3 // 8)
+
+
+def job_rate(num_small: int, small: RunReport, num_large: int, large: RunReport) -> float:
+    """Images per second behind the first block, of those that the larger run has more; see :func:`smaller_run`.
+
+    The start-up of both is left out: it differs by seconds from run to run. Ends the process where there is no telling.
+    """
+    behind_first = [run.seconds - run.startup_s for run in (small, large)]
+    seconds = behind_first[1] - behind_first[0]
+    if seconds <= 0:
+        sys.exit(
+            f"no rate: behind the first block {num_large} images took {behind_first[1]:.2f} s, and {num_small} of them "
+            f"{behind_first[0]:.2f} s; give more --images"
+        )
     return round((num_large - num_small) / seconds, 2)
 
 
-def _job(root: Path, name: str) -> Job:
+def _job(root: Path, few: int, read_ahead: int) -> Job:
+    per_core = few // (4 * (os.cpu_count() or 1))
     return Job(
-        source=SourceConfig(uri=str(root / name)),
-        catalog=CatalogConfig(uri=str(root / f"catalog-{name}")),
+        source=SourceConfig(uri=str(root / "images")),
+        catalog=CatalogConfig(uri=str(root / "catalog")),
         profile="starter",
         policy="demo",
         views=("squash",),
+        read_ahead=read_ahead,
+        # The larger run would have larger blocks, and more of it would be done when the first is.
+        commit=CommitConfig(max_rows=max(32, per_core)),
     )
 
 
-def write_few(images: Path, folder: Path, num_images: int) -> int:
-    """Links every sixth image or so into another folder; returns how many."""
-    folder.mkdir()
-    paths = sorted(images.iterdir())
-    for path in paths[:: len(paths) // num_images][:num_images]:
-        os.link(path, folder / path.name)
-    return num_images
+def _over(job: Job, num_images: int) -> Job:
+    """The job over so many of its images, into a catalog of its own."""
+    catalog = CatalogConfig(uri=f"{job.catalog.uri}-{num_images}")
+    return job.model_copy(update={"limit": num_images, "catalog": catalog})
 
 
 def write_images(folder: Path, num_images: int) -> int:

@@ -6,11 +6,12 @@ over 10 N and 100 N; for each images a second in each quarter of the run, and th
 process and its workers held (the object store is of fixed size; how much of a mapped library is a process's own depends
 on who else has it open). Where time is linear, the last quarter is as fast as the second (the first is the fastest:
 its first blocks were decoded while the models loaded), and the images between the smaller and the larger run take as
-long as the others of the larger. A run of few blocks has no rate of its own: they finish at nearly the same time.
-What is not measured but follows from a rate is marked as extrapolated.
+long as the others of the larger: no run reads further ahead than the smallest has images. A run of few blocks has no
+rate of its own: they finish at nearly the same time. What is not measured but follows from a rate is marked as
+extrapolated.
 
     python -m benchmarks.scaling                       # N = 1,000: a quarter of an hour on two cores
-    python -m benchmarks.scaling --images 200          # smaller, and said so in the result
+    python -m benchmarks.scaling --images 600          # smaller, and said so in the result
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ from vlmflow.engine.progress import SilentProgress, Tally
 
 ALL: tuple[TaskName, ...] = ("embed", "moderate", "caption", "match")
 _BETWEEN_SAMPLES_S = 1.0
-# Few: what is decoded while the models load would make the smaller run the faster one.
-_READ_AHEAD = 128
+# Of the smallest run: what is decoded while the models load is as much in all. From 600 images on it is more than a
+# block of the larger runs; were it less, one worker would always wait for the other.
+_READ_AHEAD = 0.9
 
 
 class Times(SilentProgress):
@@ -87,18 +89,22 @@ def _held(process: psutil.Process) -> int:
     return sum(int(line.split()[1]) * 1024 for line in rollup.splitlines() if line.startswith("Pss_Anon"))
 
 
-def measure(root: Path, folder: str, num_images: int, tasks: tuple[TaskName, ...], num_workers: int) -> dict[str, Any]:
-    """One run with its own cluster of as many processors as workers, and as many cores."""
-    name = f"{folder}-{'-'.join(tasks)}-{num_images}-{num_workers}"
+def measure(root: Path, few: int, num_images: int, tasks: tuple[TaskName, ...], num_workers: int) -> dict[str, Any]:
+    """One run with its own cluster of as many processors as workers, and as many cores.
+
+    Args:
+        few: images of the smallest run.
+    """
+    name = f"{'-'.join(tasks)}-{num_images}-{num_workers}"
     job = Job(
-        source=SourceConfig(uri=str(root / folder)),
+        source=SourceConfig(uri=str(root / "images")),
         catalog=CatalogConfig(uri=str(root / f"catalog-{name}")),
         profile="starter",
         policy="demo" if "moderate" in tasks else None,
         views=("squash",),
         tasks=tasks,
         limit=num_images,
-        read_ahead=_READ_AHEAD,
+        read_ahead=max(1, int(_READ_AHEAD * few)),
         pools=(PoolConfig(tasks=tasks, cpus=0.5, min_actors=num_workers, max_actors=num_workers),),
         ray=RayConfig(num_cpus=num_workers, object_store_bytes=512 * 1024 * 1024),
     )
@@ -169,9 +175,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_jpegs(root / "images", most, 320, 240)
-        runs = [measure(root, "images", count, ALL, 2) for count in (few, many)]
-        runs += [measure(root, "images", many, ALL, 1)]
-        runs += [measure(root, "images", count, ("embed",), 2) for count in (many, most)]
+        runs = [measure(root, few, count, ALL, 2) for count in (few, many)]
+        runs += [measure(root, few, many, ALL, 1)]
+        runs += [measure(root, few, count, ("embed",), 2) for count in (many, most)]
     loads = [[round(value, 2) for value in load] for load in (load_before, os.getloadavg())]
     print(save_result("scaling", summary(few, runs) | {"load_before_and_after": loads}, options.results))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -13,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import blip_caption, clip_embed, decode, gpu_enrich, random_models, scaling, vilt_answer
+from benchmarks import blip_caption, clip_embed, decode, end_to_end, gpu_enrich, random_models, scaling, vilt_answer
 from benchmarks.machine import RESULTS
 from vlmflow.config import TaskName
+from vlmflow.engine import RunReport
 
 
 @pytest.fixture(autouse=True)
@@ -67,13 +69,41 @@ def test_ours_beside_open_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert {one["dtype"] for one in found["ours_over_open_clip"]} == {"float32", "bfloat16"}
 
 
+def report(seconds: float, startup_s: float) -> RunReport:
+    values = {"run_id": "a", "status": "done", "source": "b", "catalog": "c", "profile": "starter", "tasks": ()}
+    times = {"date": "2026-11-26", "started_at": "2026-11-26T00:00:00Z", "seconds": seconds, "startup_s": startup_s}
+    return RunReport.model_validate(values | times)
+
+
+def test_a_rate_is_of_what_the_larger_run_has_more_and_none_where_it_took_no_longer() -> None:
+    assert end_to_end.job_rate(100, report(30.0, 20.0), 400, report(36.0, 21.0)) == 60.0
+    with pytest.raises(SystemExit, match=r"no rate: .* 400 images took 10\.00 s, and 100 of them 10\.00 s"):
+        end_to_end.job_rate(100, report(30.0, 20.0), 400, report(36.0, 26.0))
+
+
+@pytest.mark.parametrize("num_images", [2_400, 16_000])  # the sizes that are documented
+def test_less_is_read_ahead_than_the_smaller_run_has_by_more_than_a_block(num_images: int) -> None:
+    few, read_ahead = end_to_end.smaller_run(num_images)
+    assert read_ahead + num_images // 16 <= few <= num_images // 2
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_gpu_enrich(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = run(gpu_enrich, tmp_path, monkeypatch, "--device", "cpu", "--tiny", "--images", "16")
-    assert found["ratio"] == pytest.approx(
-        found["ours"]["images_per_s"] / found["straightforward"]["images_per_s"], 0.1
-    )
+    """With a rate of the larger run alone: so few images take no longer than chance has it."""
+    runs = list[tuple[int, RunReport]]()
+
+    def rate(num_small: int, small: RunReport, num_large: int, large: RunReport) -> float:
+        runs.extend([(num_small, small), (num_large, large)])
+        return large.images_per_s
+
+    monkeypatch.setattr(gpu_enrich, "job_rate", rate)
+    found = run(gpu_enrich, tmp_path, monkeypatch, "--device", "cpu", "--tiny", "--images", "96")
+    assert [(count, run.statuses) for count, run in runs] == [(42, {"ok": 42}), (96, {"ok": 96})]
+    ours, other = found["ours"], found["straightforward"]
+    assert all(0 < side["images_per_s"] < math.inf for side in (ours, other))
+    assert found["ratio"] == pytest.approx(ours["images_per_s"] / other["images_per_s"], abs=0.006)
+    assert ours["smaller_run"] == {"images": 42, "seconds": runs[0][1].seconds, "startup_s": runs[0][1].startup_s}
 
 
 @pytest.mark.slow
@@ -82,11 +112,11 @@ def test_scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One of its five runs; the figures of the others are made up of that one's."""
     cores, runs, measure = os.sched_getaffinity(0), list[dict[str, Any]](), scaling.measure
 
-    def measured(root: Path, folder: str, num_images: int, tasks: tuple[TaskName, ...], workers: int) -> dict[str, Any]:
+    def measured(root: Path, few: int, num_images: int, tasks: tuple[TaskName, ...], workers: int) -> dict[str, Any]:
         runs.append(
             {**runs[0], "images": num_images, "wall_s": 10.0 * len(runs)}
             if runs
-            else measure(root, folder, num_images, tasks, workers)
+            else measure(root, few, num_images, tasks, workers)
         )
         return runs[-1]
 

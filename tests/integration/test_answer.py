@@ -104,7 +104,7 @@ def write_flat(folder: Path, num_images: int) -> None:
 
 
 def remote_job(folder: Path, url: str, **changes: Any) -> Job:
-    settings = {"url": url, "model": "tiny-vlm", "api_key_env": KEY_VARIABLE, "max_retries": 1, "timeout_s": 2}
+    settings = {"url": url, "model": "tiny-vlm", "api_key_env": KEY_VARIABLE, "max_retries": 1, "timeout_s": 6}
     settings |= {"input_price": 1.0, "output_price": 10.0, "max_side_px": 64}
     return Job.model_validate(
         {

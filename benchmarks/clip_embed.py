@@ -10,7 +10,6 @@ are set against the best of a plain product of large matrices on the same device
 
 from __future__ import annotations
 
-import copy
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -96,7 +95,7 @@ def _nearest(features: torch.Tensor, probes: torch.Tensor) -> torch.Tensor:
 
 def flops_per_image() -> float:
     """Twice the multiplications of all products of the image tower."""
-    vision = copy.copy(ARCHITECTURE["vision_cfg"])
+    vision = ARCHITECTURE["vision_cfg"]
     patches, width = (vision["image_size"] // vision["patch_size"]) ** 2, vision["width"]
     tokens = patches + 1
     layer = tokens * 12 * width * width + 2 * tokens * tokens * width

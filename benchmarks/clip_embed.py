@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.random_models import VIT_L_14, write_clip
 from benchmarks.side_by_side import Place, Run, Workload, compare
-from vlmflow.models.clip import build
+from vlmflow.models.clip import build, image_features
 from vlmflow.models.clip_packed import pack_image_tower
 from vlmflow.models.pixels import PixelNormalizer
 from vlmflow.models.preprocessing import Preprocessing
@@ -64,7 +64,8 @@ def _ours_of(folder: Path, place: Place) -> tuple[torch.nn.Module, PixelNormaliz
     """As :class:`vlmflow.models.clip.ClipEmbedder` is loaded."""
     device, dtype = place
     if device == "cuda":
-        return build(folder, None, device, dtype, packed=True), _normalizer(device, dtype)
+        normalize = _normalizer(device, dtype)
+        return build(folder, None, device, dtype, packed_for=normalize), normalize
     model = build(folder, None, device, torch.float32)
     assert pack_image_tower(model, dtype)
     return model, _normalizer(device, torch.float32)
@@ -73,7 +74,7 @@ def _ours_of(folder: Path, place: Place) -> tuple[torch.nn.Module, PixelNormaliz
 def _ours(
     model: torch.nn.Module, normalize: PixelNormalizer, probes: torch.Tensor, pixels: torch.Tensor
 ) -> torch.Tensor:
-    return _nearest(model.encode_image(normalize(pixels)), probes)  # type: ignore[operator]
+    return _nearest(image_features(model, normalize, pixels), probes)
 
 
 class _Theirs:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -27,9 +26,10 @@ import pyarrow as pa
 from PIL import Image
 
 from benchmarks.machine import add_results_option, save_result
+from benchmarks.rates import job_rate, smaller_run
 from vlmflow.config import CatalogConfig, CommitConfig, Job, RayConfig, SourceConfig
 from vlmflow.demo import demo_job
-from vlmflow.engine import RunReport, enrich
+from vlmflow.engine import enrich
 from vlmflow.engine.cluster import ray_cluster
 from vlmflow.engine.decoding import ReadAndDecode
 from vlmflow.engine.prepare import prepare
@@ -73,30 +73,6 @@ def main() -> None:
     for name, rate in rates.items():
         print(f"{name:>14}: {rate:7.1f} images/s")
     print(f"job / loop_batch_32 = {result['ratio_to_loop_batch_32']}  ({path})")
-
-
-def smaller_run(num_images: int) -> tuple[int, int]:
-    """Of how many images the smaller run is, and how many of them it and the larger may read ahead.
-
-    That is less by more than a block: what is decoded while the models load is as much in both, and none of it is among
-    the images that the larger run has more.
-    """
-    return max(1, num_images * 7 // 16), max(1, num_images * 3 // 8)
-
-
-def job_rate(num_small: int, small: RunReport, num_large: int, large: RunReport) -> float:
-    """Images per second behind the first block, of those that the larger run has more; see :func:`smaller_run`.
-
-    The start-up of both is left out: it differs by seconds from run to run. Ends the process where there is no telling.
-    """
-    behind_first = [run.seconds - run.startup_s for run in (small, large)]
-    seconds = behind_first[1] - behind_first[0]
-    if seconds <= 0:
-        sys.exit(
-            f"no rate: behind the first block {num_large} images took {behind_first[1]:.2f} s, and {num_small} of them "
-            f"{behind_first[0]:.2f} s; give more --images"
-        )
-    return round((num_large - num_small) / seconds, 2)
 
 
 def _job(root: Path, few: int, read_ahead: int) -> Job:

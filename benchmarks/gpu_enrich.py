@@ -26,10 +26,10 @@ from typing import Any
 import torch
 
 from benchmarks import straightforward
-from benchmarks.end_to_end import job_rate, smaller_run
 from benchmarks.machine import add_results_option, save_result
 from benchmarks.photographs import write_jpegs
 from benchmarks.random_models import write_models
+from benchmarks.rates import job_rate, smaller_run
 from vlmflow.config import CatalogConfig, Job, ModelConfig, PoolConfig, RayConfig, SourceConfig
 from vlmflow.engine import RunReport, enrich
 from vlmflow.engine.cluster import ray_cluster

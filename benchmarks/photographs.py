@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
 from io import BytesIO
 from pathlib import Path
 
@@ -43,17 +44,26 @@ def encoded(image: Image.Image, image_format: str) -> bytes:
 
 
 def write_jpegs(folder: Path, num_images: int, width: int = 1600, height: int = 1200) -> int:
-    """Writes photographs of which no two are equal, nor look alike to a model; returns the mean of their bytes."""
+    """Writes photographs of which no two are equal, nor look alike to a model; returns the mean of their bytes.
+
+    In processes beside this one, which should have nothing at work yet: they are forked.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    scenes = [np.asarray(scene(width, height, seed)) for seed in range(min(_NUM_SCENES, num_images))]
+    numbers = [range(first, num_images, _NUM_SCENES) for first in range(min(_NUM_SCENES, num_images))]
+    write = partial(_write_of_scene, folder, (width, height))
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as processes:
+        return sum(processes.map(write, numbers)) // max(1, num_images)
 
-    def write(number: int) -> int:
+
+def _write_of_scene(folder: Path, size: tuple[int, int], numbers: range) -> int:
+    """The photographs of one scene, whose number is that of the first; returns their bytes."""
+    pixels = np.asarray(scene(*size, numbers[0]))
+    num_bytes = 0
+    for number in numbers:
         random = np.random.default_rng(1_000_000 + number)
-        shift = tuple(int(random.integers(0, side)) for side in (height, width))
-        pixels = np.roll(scenes[number % len(scenes)], shift, (0, 1))[:, :, random.permutation(3)]
-        data = encoded(Image.fromarray(pixels), "JPEG")
+        shift = tuple(int(random.integers(0, side)) for side in reversed(size))
+        shown = np.roll(pixels, shift, (0, 1))[:, :, random.permutation(3)]
+        data = encoded(Image.fromarray(shown), "JPEG")
         (folder / f"{number:07d}.jpg").write_bytes(data)
-        return len(data)
-
-    with ThreadPoolExecutor() as threads:
-        return sum(threads.map(write, range(num_images))) // max(1, num_images)
+        num_bytes += len(data)
+    return num_bytes

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import blip_caption, clip_embed, decode, end_to_end, gpu_enrich, random_models, scaling, vilt_answer
+from benchmarks import blip_caption, clip_embed, decode, gpu_enrich, random_models, rates, scaling, vilt_answer
 from benchmarks.machine import RESULTS
 from vlmflow.config import TaskName
 from vlmflow.engine import RunReport
@@ -76,14 +76,14 @@ def report(seconds: float, startup_s: float) -> RunReport:
 
 
 def test_a_rate_is_of_what_the_larger_run_has_more_and_none_where_it_took_no_longer() -> None:
-    assert end_to_end.job_rate(100, report(30.0, 20.0), 400, report(36.0, 21.0)) == 60.0
+    assert rates.job_rate(100, report(30.0, 20.0), 400, report(36.0, 21.0)) == 60.0
     with pytest.raises(SystemExit, match=r"no rate: .* 400 images took 10\.00 s, and 100 of them 10\.00 s"):
-        end_to_end.job_rate(100, report(30.0, 20.0), 400, report(36.0, 26.0))
+        rates.job_rate(100, report(30.0, 20.0), 400, report(36.0, 26.0))
 
 
 @pytest.mark.parametrize("num_images", [2_400, 16_000])  # the sizes that are documented
 def test_less_is_read_ahead_than_the_smaller_run_has_by_more_than_a_block(num_images: int) -> None:
-    few, read_ahead = end_to_end.smaller_run(num_images)
+    few, read_ahead = rates.smaller_run(num_images)
     assert read_ahead + num_images // 16 <= few <= num_images // 2
 
 

@@ -132,6 +132,7 @@ def _formulas() -> dict[Any, Callable[..., int]]:
     found: dict[Any, Callable[..., int]] = {
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
         torch.ops.aten._native_multi_head_attention: _multi_head_attention,
+        torch.ops.aten._addmm_activation: _product,
     }
     if torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         found[torch.ops.mkldnn._linear_pointwise] = _linear
@@ -141,6 +142,11 @@ def _formulas() -> dict[Any, Callable[..., int]]:
 def _linear(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
     """(..., D) and (E, D)."""
     return 2 * math.prod(x) * weight[0]
+
+
+def _product(bias: Shape, x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+    """(E,), (N, D) and (D, E)."""
+    return 2 * math.prod(x) * weight[1]
 
 
 def _attention(queries: Shape, keys: Shape, values: Shape, *_: Any, **__: Any) -> int:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 
 from vlmflow.config import Dtype, ModelConfig
 from vlmflow.errors import WeightsError
-from vlmflow.models.clip_packed import can_pack, pack_image_tower
+from vlmflow.models.clip_packed import can_pack, pack_image_tower, take_pixels, takes_pixels
 from vlmflow.models.pixels import PixelNormalizer, model_dtype
 from vlmflow.models.preprocessing import read_preprocessing
 from vlmflow.models.weights import check_keys, find_weights, read_open_clip_model
@@ -49,23 +49,22 @@ class ClipEmbedder:
         _refuse_remote_parts(folder, architecture)
         preprocessing = read_preprocessing(folder, config)
         wanted = model_dtype(device, dtype)
-        on_processor = torch.device(device).type == "cpu"
-        if not on_processor:
-            model = build(folder, config.architecture, device, wanted, packed=True)
+        if torch.device(device).type != "cpu":
+            normalize = PixelNormalizer(preprocessing, device, wanted)
+            model = build(folder, config.architecture, device, wanted, packed_for=normalize)
         else:
             model = build(folder, config.architecture, device, torch.float32)
             if pack_image_tower(model, wanted):
                 wanted = torch.float32  # of all of the packed tower but its products
             elif wanted != torch.float32:
                 model = build(folder, config.architecture, device, wanted)
-        normalize = PixelNormalizer(preprocessing, device, wanted)
+            normalize = PixelNormalizer(preprocessing, device, wanted)
         return cls(model, _load_tokenizer(folder, architecture["text_cfg"]), normalize, architecture["embed_dim"])
 
     @torch.inference_mode()
     def embed_images(self, pixels: torch.Tensor) -> NDArray[np.float32]:
         """(N, 3, S, S) uint8 RGB -> (N, D) unit vectors."""
-        features = self._model.encode_image(self._normalize(pixels))  # type: ignore[operator]
-        return _unit(features)
+        return _unit(image_features(self._model, self._normalize, pixels))
 
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
@@ -81,6 +80,12 @@ class ClipEmbedder:
         return np.concatenate(parts)
 
 
+def image_features(model: Any, normalize: PixelNormalizer, pixels: torch.Tensor) -> torch.Tensor:
+    """(N, 3, S, S) uint8 RGB -> (N, D) of any length, in the model's dtype."""
+    features: torch.Tensor = model.encode_image(pixels if takes_pixels(model) else normalize(pixels))
+    return features
+
+
 def load_tower(folder: Path, config: ModelConfig, device: str, dtype: torch.dtype) -> torch.nn.Module:
     """The vision tower alone, for a model that stands on its patches.
 
@@ -94,12 +99,18 @@ def load_tower(folder: Path, config: ModelConfig, device: str, dtype: torch.dtyp
 
 
 def build(
-    folder: Path, architecture: str | None, device: str, dtype: torch.dtype, *, packed: bool = False
+    folder: Path,
+    architecture: str | None,
+    device: str,
+    dtype: torch.dtype,
+    *,
+    packed_for: PixelNormalizer | None = None,
 ) -> torch.nn.Module:
     """The model as open_clip has it, with the weights of the folder.
 
     Args:
-        packed: with packed layers in its image tower, where they can be.
+        packed_for: with packed layers in its image tower, where they can be, which then takes pixels as they are and
+            normalises them so; None: as open_clip has it.
 
     Raises:
         WeightsError: they do not fit.
@@ -117,8 +128,8 @@ def build(
         )
     finally:
         logging.disable(previous)
-    packed = packed and can_pack(model)
-    if packed:
+    is_packed = packed_for is not None and can_pack(model)
+    if is_packed:
         model.float()  # so that what is packed is rounded once
     (weights,) = find_weights(folder, "open_clip")
     try:
@@ -130,8 +141,9 @@ def build(
             remedy="Use the configuration file that belongs to these weights.",
         ) from error
     check_keys(folder, keys.missing_keys, keys.unexpected_keys)
-    if packed:
+    if packed_for is not None and is_packed:
         pack_image_tower(model, dtype, carried=dtype)
+        take_pixels(model, packed_for, dtype)
         if dtype != torch.float32:
             convert_weights_to_lp(model, dtype)
     return model.eval().requires_grad_(False)

@@ -13,22 +13,28 @@ logger = logging.getLogger("vlmflow")
 
 
 class PixelNormalizer:
-    """Turns uint8 pixels into a model's input, a whole batch at once, on the model's device."""
+    """Turns uint8 pixels into a model's input, a whole batch at once, on the model's device.
+
+    Attributes:
+        scale: (1, 3, 1, 1) float32 on the device; of a level of a pixel.
+        shift: likewise, what is added then.
+        device: of the model.
+    """
 
     def __init__(self, preprocessing: Preprocessing, device: str, dtype: torch.dtype) -> None:
         std = torch.tensor(preprocessing.std).view(1, 3, 1, 1)
         mean = torch.tensor(preprocessing.mean).view(1, 3, 1, 1)
         # (x / 255 - mean) / std as one multiplication and one addition.
-        self._scale = (1 / (255 * std)).to(device)
-        self._shift = (-mean / std).to(device)
+        self.scale = (1 / (255 * std)).to(device)
+        self.shift = (-mean / std).to(device)
         self._shape = (3, preprocessing.size, preprocessing.size)
-        self._device = device
+        self.device = device
         self._dtype = dtype
         self._logical = preprocessing.describe()
 
     def describe(self) -> str:
         """One line, equal for normalisers that give equal inputs for equal pixels."""
-        return f"{self._logical} {self._device} {self._dtype}"
+        return f"{self._logical} {self.device} {self._dtype}"
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         """(N, 3, S, S) uint8 -> the same shape, normalised in float32, then in the model's dtype.
@@ -36,9 +42,17 @@ class PixelNormalizer:
         Raises:
             ValueError: another dtype or another size than the model's.
         """
+        self.check(pixels)
+        return pixels.to(self.device).to(torch.float32).mul_(self.scale).add_(self.shift).to(self._dtype)
+
+    def check(self, pixels: torch.Tensor) -> None:
+        """Makes sure that the pixels are (N, 3, S, S) uint8, S the model's size.
+
+        Raises:
+            ValueError: they are not.
+        """
         if pixels.dtype != torch.uint8 or pixels.shape[1:] != self._shape:
             raise ValueError(f"pixels of {tuple(pixels.shape)} {pixels.dtype}, not (N, {self._shape}) uint8")
-        return pixels.to(self._device).to(torch.float32).mul_(self._scale).add_(self._shift).to(self._dtype)
 
 
 def model_dtype(device: str, wanted: Dtype = "auto") -> torch.dtype:

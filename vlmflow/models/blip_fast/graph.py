@@ -1,7 +1,4 @@
-"""Greedy decoding with a step whose shapes never change, so that CUDA can replay it as one graph.
-
-NOT YET RUN ON A GPU: what is tested is the step itself, on a processor, without a graph.
-"""
+"""Greedy decoding with a step whose shapes never change, so that CUDA can replay it as one graph."""
 
 from __future__ import annotations
 
@@ -86,8 +83,8 @@ class FixedStep:
         self._special = special
         self._max_tokens = max_tokens
         head_dim = tower.width // tower.num_heads
-        shape = (2, num_rows, tower.num_heads, images.shape[1], head_dim)
-        self._memory = [images.new_zeros(shape) for _ in tower.layers]
+        self._projected = [images.new_zeros((num_rows, images.shape[1], 2 * tower.width)) for _ in tower.layers]
+        self._memory = [tower.as_memory(kept) for kept in self._projected]
         self._cache = IndexedCache(len(tower.layers), (num_rows, tower.num_heads, max_tokens, head_dim), images)
         device = images.device
         self._tokens = torch.empty((num_rows, 1), dtype=torch.int64, device=device)
@@ -121,7 +118,7 @@ class FixedStep:
 
     def decode(self, images: torch.Tensor) -> torch.Tensor:
         """(N, T, D) -> (N, at most ``max_tokens``) token ids."""
-        self._tower.remember(images, out=[kept[:, : len(images)] for kept in self._memory])
+        self._tower.remember(images, out=[kept[: len(images)] for kept in self._projected])
         self._reset(len(images))
         for done in range(1, self._max_tokens + 1):
             if self._graph is None:

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 import torch
 
 from vlmflow.models.attention import attend, split_heads
-from vlmflow.models.linear import Norm, PackedLinear
+from vlmflow.models.linear import PackedLinear
+from vlmflow.models.norm import Norm
 
 
 class SelfCache(Protocol):
@@ -98,23 +99,29 @@ class TextTower:
 
         Args:
             images: (N, T, D) features of the vision tower.
-            out: of each layer (2, N, H, T, d), where to write; None: into new memory.
+            out: of each layer (N, T, 2 D), where to write; None: into new memory.
 
         Returns:
             Of each layer (2, N, H, T, d).
         """
+        if out is not None:
+            for layer, kept in zip(self.layers, out, strict=True):
+                layer.remember.into(kept, images)
+            return [self.as_memory(kept) for kept in out]
+        if images.is_cuda:  # attention takes them as they come
+            return [self.as_memory(layer.remember(images)) for layer in self.layers]
         num_images, num_tokens = images.shape[:2]
         memory: list[torch.Tensor] = []
-        for index, layer in enumerate(self.layers):
-            shape = (2, num_images, self.num_heads, num_tokens, self.width // self.num_heads)
-            kept = images.new_empty(shape) if out is None else out[index]
-            # On a processor image by image, so that what is to be put in order is still in the cache.
-            for start in range(0, num_images, num_images if images.is_cuda else 1):
-                part = slice(start, num_images if images.is_cuda else start + 1)
-                both = layer.remember(images[part])
-                kept[:, part] = both.view(*both.shape[:2], 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        for layer in self.layers:
+            kept = images.new_empty((2, num_images, self.num_heads, num_tokens, self.width // self.num_heads))
+            for row in range(num_images):  # one by one, so that what is to be put in order is still in the cache
+                kept[:, row] = self.as_memory(layer.remember(images[row : row + 1]))[:, 0]
             memory.append(kept)
         return memory
+
+    def as_memory(self, projected: torch.Tensor) -> torch.Tensor:
+        """(N, T, 2 D) -> (2, N, H, T, d) of the same memory."""
+        return projected.view(*projected.shape[:2], 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)
 
 
 class CrossMemory:
@@ -164,14 +171,15 @@ class _Layer:
 
     def attended(self, states: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         """What follows self-attention, on (N, L, D) both."""
-        return self._out_norm(self._out(context) + states)
+        return self._out_norm.of_sum(states, self._out(context))
 
     def finish(self, states: torch.Tensor, memory: torch.Tensor | None) -> torch.Tensor:
         """Cross-attention and the two linear layers: (N, L, D) -> the same; ``memory``: (2, N, H, T, d)."""
         if memory is not None:
             (queries,) = split_heads(self._cross_query(states), self._num_heads, 1)
-            states = self._cross_norm(self._cross_out(attend(queries.to(memory.dtype), memory[0], memory[1])) + states)
-        return self._norm(self._contract(self._expand(states)) + states)
+            context = attend(queries.to(memory.dtype), memory[0], memory[1])
+            states = self._cross_norm.of_sum(states, self._cross_out(context))
+        return self._norm.of_sum(states, self._contract(self._expand(states)))
 
 
 class _Head:

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 
-from vlmflow.models.blocks import TOKENS_AT_ONCE, Block
+from vlmflow.models.blocks import TOKENS_AT_ONCE, Block, run_blocks
 from vlmflow.models.linear import PackedLinear
+from vlmflow.models.norm import Norm
+from vlmflow.models.patches import PixelPatches
 from vlmflow.models.pixels import PixelNormalizer
 
 
@@ -18,8 +20,10 @@ class VisionTower:
         config = model.config
         self._normalize = normalize
         self._embed = model.embeddings
+        is_on_gpu = model.embeddings.patch_embedding.weight.is_cuda
+        self._embed_pixels = _PixelEmbeddings(model.embeddings, normalize) if is_on_gpu else None
         self._layers = [_block(layer, config.num_attention_heads) for layer in model.encoder.layers]
-        self._norm = model.post_layernorm
+        self._norm = Norm(model.post_layernorm, model.post_layernorm.weight.dtype)
         num_tokens = (config.image_size // config.patch_size) ** 2 + 1
         self._images_at_once = max(1, TOKENS_AT_ONCE // num_tokens)
 
@@ -29,26 +33,42 @@ class VisionTower:
         Raises:
             ValueError: the pixels are not of the model's size or dtype.
         """
-        inputs = self._normalize(pixels)
-        if inputs.is_cuda or len(inputs) <= self._images_at_once:
-            return self._encode(inputs)
-        return torch.cat([self._encode(part) for part in torch.split(inputs, self._images_at_once)])
+        if self._embed_pixels is not None:
+            return self._encode(self._embed_pixels(pixels))
+        parts = torch.split(self._normalize(pixels), self._images_at_once)
+        features = [self._encode(self._embed(part)) for part in parts]
+        return features[0] if len(features) == 1 else torch.cat(features)
 
-    def _encode(self, inputs: torch.Tensor) -> torch.Tensor:
-        states: torch.Tensor = self._embed(inputs)
-        for layer in self._layers:
-            states = layer(states)
-        features: torch.Tensor = self._norm(states)
-        return features
+    def _encode(self, states: torch.Tensor) -> torch.Tensor:
+        return run_blocks(self._layers, states, self._norm)[1]
+
+
+class _PixelEmbeddings:
+    """A ``BlipVisionEmbeddings`` that takes pixels as they are."""
+
+    def __init__(self, embeddings: Any, normalize: PixelNormalizer) -> None:
+        self._patches = PixelPatches(embeddings.patch_embedding, normalize)
+        positions = embeddings.position_embedding.detach()[0]
+        self._begin = embeddings.class_embedding.detach()[0, 0] + positions[0]
+        self._positions = positions[1:]
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(N, 3, S, S) uint8 -> (N, T, D)."""
+        patches = self._patches(pixels)
+        states = patches.new_empty((len(patches), 1 + patches.shape[1], patches.shape[2]))
+        states[:, 0] = self._begin
+        torch.add(patches, self._positions, out=states[:, 1:])
+        return states
 
 
 def _block(layer: Any, num_heads: int) -> Block:
+    norms = [Norm(norm, norm.weight.dtype) for norm in (layer.layer_norm1, layer.layer_norm2)]
     return Block(
         num_heads,
-        layer.layer_norm1,
+        norms[0],
         PackedLinear([layer.self_attn.qkv]),
         PackedLinear([layer.self_attn.projection]),
-        layer.layer_norm2,
+        norms[1],
         PackedLinear([layer.mlp.fc1], layer.mlp.config.hidden_act),
         PackedLinear([layer.mlp.fc2]),
     )

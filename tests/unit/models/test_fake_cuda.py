@@ -158,7 +158,10 @@ def clip_architecture(folder: Path) -> dict[str, Any]:
 
 def test_layers_of_clip_copy_nothing_to_another_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Attention without values takes a way that no GPU does.
-    monkeypatch.setattr(clip_packed, "attend", lambda q, k, v, *_: v.new_empty((len(v), v.shape[2], v[0, :, 0].numel())))
+    def attend(queries: torch.Tensor, *_: torch.Tensor | None) -> torch.Tensor:
+        return queries.new_empty((len(queries), queries.shape[2], queries[0, :, 0].numel()))
+
+    monkeypatch.setattr(clip_packed, "attend", attend)
     architecture = clip_architecture(tmp_path)
     with fake_mode():
         model = build(lambda: open_clip.CLIP(**architecture), HALF)

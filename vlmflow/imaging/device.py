@@ -22,7 +22,7 @@ from PIL import Image
 
 from vlmflow.device_errors import is_device_broken
 from vlmflow.errors import ClusterError
-from vlmflow.imaging.decode import PixelRequest, hash_of_small, merge_requests
+from vlmflow.imaging.decode import PixelRequest, merge_requests
 from vlmflow.imaging.jpeg import EncodedJpeg
 from vlmflow.imaging.pixels import Box, boxes, names_of
 
@@ -33,7 +33,6 @@ logger = logging.getLogger("vlmflow")
 _PIXELS_AT_ONCE = {"cuda": 1 << 26, "cpu": 1 << 22}
 # Products are cheap beside building their coefficients; each set takes about a megabyte.
 _MAX_COEFFICIENTS = 64
-_THUMBNAIL = PixelRequest(64, "bilinear", ("squash",))
 _CUBIC = -0.5  # Pillow's
 # Which of the two products comes first decides how the levels between them round. Pillow 13 begins with the columns of
 # images that are this much higher than wide; found by trying.
@@ -50,12 +49,10 @@ class DeviceImage:
     Attributes:
         pixels: (V, S, S, 3) uint8.
         views: their V names.
-        phash: perceptual hash, as :func:`vlmflow.imaging.decode.perceptual_hash` but for a few bits.
     """
 
     pixels: dict[str, torch.Tensor]
     views: dict[str, list[str]]
-    phash: str
 
 
 class DeviceDecoder:
@@ -124,11 +121,9 @@ class DeviceDecoder:
         pixels, views = {}, {}
         for request in self._requests:
             views[request.key], pixels[request.key] = self._views(shown, request)
-        thumbnails = self._views(shown, _THUMBNAIL)[1][:, 0].cpu().numpy()
         images: list[DeviceImage | None] = [None] * len(pairs)
         for place, number in enumerate(kept):
-            phash = hash_of_small(Image.fromarray(thumbnails[place]))
-            images[number] = DeviceImage({key: value[place] for key, value in pixels.items()}, views, phash)
+            images[number] = DeviceImage({key: value[place] for key, value in pixels.items()}, views)
         return images
 
     def _decode(self, files: Sequence[bytes | memoryview]) -> list[torch.Tensor | None]:

@@ -65,6 +65,20 @@ def test_every_orientation_is_applied(orientation: int) -> None:
     assert greatest_difference(data, image) <= 2
 
 
+@pytest.mark.parametrize("size", [(300, 200), (50, 80), (90, 290)])
+def test_requests_that_share_a_product_get_what_each_gets_alone(size: tuple[int, int]) -> None:
+    """Of 50 x 80 the requests want their products in different order, and so do not share all."""
+    jpeg = left(encode(photograph(max(size), 3).resize(size), "JPEG", quality=90))
+    (together,) = DeviceDecoder(REQUESTS, "cpu")([jpeg])
+    assert together is not None
+    for request in REQUESTS:
+        (alone,) = DeviceDecoder([request], "cpu")([jpeg])
+        assert alone is not None
+        assert together.views[request.key] == alone.views[request.key]
+        difference = together.pixels[request.key].int() - alone.pixels[request.key].int()
+        assert difference.abs().max() <= 1  # sums in another order
+
+
 def test_half_precision_moves_levels_by_two_at_most() -> None:
     data = encode(photograph(260, 5), "JPEG", quality=90)
     (image,) = decode_here(data, dtype=torch.float16)

@@ -110,6 +110,20 @@ def gif(num_frames: int = 30) -> bytes:
 
 
 @cache
+def damaged_jpegs() -> dict[str, bytes]:
+    """JPEGs that are whole by their markers, whose scans were cut or changed; Pillow makes a picture of each."""
+    whole = encode(scene(5, 320, 240), "JPEG", quality=90)
+    start = whole.index(b"\xff\xda") + 14
+    scan = whole[start:-2]
+    middle, noise = len(scan) // 2, bytes(np.random.default_rng(0).integers(0, 255, 500).astype(np.uint8))
+    changed = {f"cut-{kept}.jpg": scan[: int(kept * len(scan))] for kept in (0.02, 0.5, 0.98, 0.999)}
+    changed["noise.jpg"] = scan[:middle] + noise + scan[middle + len(noise) :]
+    changed["gap.jpg"] = scan[:middle] + scan[middle + len(noise) :]
+    changed["longer.jpg"] = scan + noise
+    return {name: whole[:start] + scan + b"\xff\xd9" for name, scan in changed.items()}
+
+
+@cache
 def good_images() -> dict[str, bytes]:
     """One file for each format and mode that is decoded, by name; each shows :func:`scene`."""
     image = scene()

@@ -240,7 +240,8 @@ class Job(Frozen):
     # Default: as many as keep every actor at work.
     read_ahead: Annotated[int, Field(ge=1)] | None = None
     # Where JPEGs are decoded: by processors before the pools, or in the first pool on its device (nvJPEG on a GPU);
-    # auto: there if it has a GPU. Other formats, and JPEGs of which decoders differ, always by processors.
+    # auto: there if it has a GPU. Other formats, and JPEGs that are damaged or of which decoders differ, always by
+    # processors.
     decode: DecodePlace = "auto"
     # What the models multiply in; auto: bfloat16 on GPUs, float32 on processors, of which those with instructions for
     # bfloat16 do about twice as much in it. Detectors, whose scores must not move, always as with auto.

@@ -44,7 +44,8 @@ class ReadAndDecode:
     Attributes:
         regions: of the caller; None: no model reads them.
         known: results that the catalog holds for equal bytes; such images are not decoded. None: none are looked for.
-        leaves_jpegs: of JPEGs only the header is read here; the first pool decodes them on its device.
+        leaves_jpegs: of JPEGs the facts are found here, and whether they are whole; the first pool decodes them on its
+            device.
     """
 
     reader: Reader

@@ -104,7 +104,7 @@ class Feeder:
         return batch
 
     def _decode(self, batch: pa.Table) -> tuple[pa.Table, dict[int, DeviceImage]]:
-        """The batch with facts and errors of the JPEGs that were left encoded, and their pixels by row."""
+        """The batch with views and errors of the JPEGs that were left encoded, and their pixels by row."""
         if self._decoder is None or self._decoding is None or columns.ENCODED not in batch.column_names:
             return batch, {}
         rows = pc.indices_nonzero(pc.is_valid(batch[columns.ENCODED])).to_pylist()
@@ -118,7 +118,6 @@ class Feeder:
                 found[row] = image or self._decode_on_processor(file)
             except ImageError as error:
                 failed[row] = error
-        batch = _with_hashes(batch, found)
         for key in {request.key for request in self._decoding.requests}:
             batch = _with_views(batch, key, found)
         return (_without_failed(batch, failed) if failed else batch), found
@@ -136,7 +135,7 @@ class Feeder:
         stacks = {key: np.stack([pixels for _, pixels in views]) for key, views in image.pixels.items()}
         pixels = {key: torch.from_numpy(stack) for key, stack in stacks.items()}
         names = {key: [name for name, _ in views] for key, views in image.pixels.items()}
-        return DeviceImage(pixels, names, image.facts.phash or "")
+        return DeviceImage(pixels, names)
 
     def _views(self, batch: pa.Table, request: PixelRequest, decoded: dict[int, DeviceImage]) -> HeldViews:
         column = batch[columns.PIXELS_PREFIX + request.key].combine_chunks()
@@ -201,13 +200,6 @@ def _passed_on(batch: pa.Table, request: PixelRequest, decoded: dict[int, Device
     places = np.arange(batch.num_rows)
     places[list(decoded)] = batch.num_rows + np.arange(len(decoded))
     return pa.concat_arrays([column, ours]).take(pa.array(places))
-
-
-def _with_hashes(batch: pa.Table, decoded: dict[int, DeviceImage]) -> pa.Table:
-    values = batch["phash"].to_pylist()
-    for row, image in decoded.items():
-        values[row] = image.phash
-    return columns.set_column(batch, "phash", pa.array(values, pa.string()))
 
 
 def _with_views(batch: pa.Table, key: str, decoded: dict[int, DeviceImage]) -> pa.Table:

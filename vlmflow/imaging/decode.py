@@ -121,12 +121,7 @@ def perceptual_hash(image: Image.Image) -> str:
 
     Taken of the image squashed to 64 x 64 first, which makes it quick on large ones and moves a bit or two.
     """
-    return hash_of_small(image.resize((64, 64), Image.Resampling.BILINEAR, reducing_gap=2.0))
-
-
-def hash_of_small(small: Image.Image) -> str:
-    """The perceptual hash of an image squashed to 64 x 64 already."""
-    return str(imagehash.phash(small))
+    return str(imagehash.phash(image.resize((64, 64), Image.Resampling.BILINEAR, reducing_gap=2.0)))
 
 
 def _shown(image: Image.Image, orientation: int, ground: Literal["white", "black"]) -> Image.Image:

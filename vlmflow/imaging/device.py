@@ -22,7 +22,7 @@ from PIL import Image
 
 from vlmflow.device_errors import is_device_broken
 from vlmflow.errors import ClusterError
-from vlmflow.imaging.decode import PixelRequest, hash_of_small, merge_requests
+from vlmflow.imaging.decode import PixelRequest, merge_requests
 from vlmflow.imaging.jpeg import EncodedJpeg
 from vlmflow.imaging.pixels import Box, boxes, names_of
 
@@ -33,7 +33,6 @@ logger = logging.getLogger("vlmflow")
 _PIXELS_AT_ONCE = {"cuda": 1 << 26, "cpu": 1 << 22}
 # Products are cheap beside building their coefficients; each set takes about a megabyte.
 _MAX_COEFFICIENTS = 64
-_THUMBNAIL = PixelRequest(64, "bilinear", ("squash",))
 _CUBIC = -0.5  # Pillow's
 # Which of the two products comes first decides how the levels between them round. Pillow 13 begins with the columns of
 # images that are this much higher than wide; found by trying.
@@ -50,12 +49,10 @@ class DeviceImage:
     Attributes:
         pixels: (V, S, S, 3) uint8.
         views: their V names.
-        phash: perceptual hash, as :func:`vlmflow.imaging.decode.perceptual_hash` but for a few bits.
     """
 
     pixels: dict[str, torch.Tensor]
     views: dict[str, list[str]]
-    phash: str
 
 
 class DeviceDecoder:
@@ -116,19 +113,18 @@ class DeviceDecoder:
         file = pairs[0][0]
         width, height = file.facts.width, file.facts.height
         expected = (3, width, height) if file.orientation >= 5 else (3, height, width)
-        kept = [number for number, (_, image) in enumerate(pairs) if image is not None and image.shape == expected]
-        if not kept:
-            return [None] * len(pairs)
-        stack = torch.stack([image for number in kept if (image := pairs[number][1]) is not None])
-        shown = oriented(stack, file.orientation).to(self._dtype)
-        pixels, views = {}, {}
-        for request in self._requests:
-            views[request.key], pixels[request.key] = self._views(shown, request)
-        thumbnails = self._views(shown, _THUMBNAIL)[1][:, 0].cpu().numpy()
+        kept = {
+            number: image for number, (_, image) in enumerate(pairs) if image is not None and image.shape == expected
+        }
         images: list[DeviceImage | None] = [None] * len(pairs)
-        for place, number in enumerate(kept):
-            phash = hash_of_small(Image.fromarray(thumbnails[place]))
-            images[number] = DeviceImage({key: value[place] for key, value in pixels.items()}, views, phash)
+        if not kept:
+            return images
+        stack = torch.empty((len(kept), *expected), dtype=self._dtype, device=self._device)
+        for place, image in zip(stack, kept.values(), strict=True):
+            place.copy_(image)  # converted on its way: bytes stacked first would be one more pass over all pixels
+        pixels, views = self._views(oriented(stack, file.orientation))
+        for at, number in enumerate(kept):
+            images[number] = DeviceImage({key: value[at] for key, value in pixels.items()}, views)
         return images
 
     def _decode(self, files: Sequence[bytes | memoryview]) -> list[torch.Tensor | None]:
@@ -166,24 +162,40 @@ class DeviceDecoder:
         reason = " ".join(str(error).split())[:200]
         logger.log(level, "%s left %d JPEGs to the processor: %s", self._device, num_images, reason)
 
-    def _views(self, images: torch.Tensor, request: PixelRequest) -> tuple[list[str], torch.Tensor]:
-        """(N, 3, H, W) of levels -> the views' names, and (N, V, S, S, 3) uint8."""
-        size = (images.shape[3], images.shape[2])
-        wanted = [pair for view in names_of(request.views) for pair in boxes(view, size, request.size)]
-        views = [self._resize(images, box, request) for _, box in wanted]
-        return [name for name, _ in wanted], torch.stack(views, dim=1).permute(0, 1, 3, 4, 2).contiguous()
+    def _views(self, images: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, list[str]]]:
+        """(N, 3, H, W) of levels -> by the key of each request (N, V, S, S, 3) uint8, and the names of the V views."""
+        height, width = images.shape[2:]
+        pixels, names = {}, {}
+        # By what is shown and which product comes first: requests with the numbers of their views, which share it.
+        groups: dict[tuple[Box | None, bool], list[tuple[PixelRequest, int]]] = {}
+        for request in self._requests:
+            size, is_high = request.size, height > _HIGH * width and height > request.size
+            wanted = [pair for view in names_of(request.views) for pair in boxes(view, (width, height), size)]
+            names[request.key] = [name for name, _ in wanted]
+            shape = (len(images), len(wanted), size, size, 3)
+            pixels[request.key] = torch.empty(shape, dtype=torch.uint8, device=self._device)
+            for number, (_, box) in enumerate(wanted):
+                groups.setdefault((box, is_high), []).append((request, number))
+        for (box, is_high), members in groups.items():
+            resized = self._resize(images, box, [request for request, _ in members], is_high)
+            for (request, number), levels in zip(members, resized, strict=True):
+                pixels[request.key][:, number].copy_(levels.permute(0, 2, 3, 1))
+        return pixels, names
 
-    def _resize(self, images: torch.Tensor, box: Box | None, request: PixelRequest) -> torch.Tensor:
-        """(N, 3, H, W) of levels -> (N, 3, S, S) uint8."""
+    def _resize(
+        self, images: torch.Tensor, box: Box | None, requests: Sequence[PixelRequest], is_high: bool
+    ) -> list[torch.Tensor]:
+        """(N, 3, H, W) of levels -> for each request (N, 3, S, S) of levels; full-size pixels are read once for all."""
         height, width = images.shape[2:]
         left, top, right, bottom = box or (0, 0, width, height)
-        across = self._matrix((width, left, right, request.size, request.interpolation))
-        down = self._matrix((height, top, bottom, request.size, request.interpolation))
-        if height > _HIGH * width and height > request.size:
-            columns = torch.matmul(down, images).round_().clamp_(0, 255)
-            return torch.matmul(columns, across.T).round_().clamp_(0, 255).to(torch.uint8)
-        rows = torch.matmul(images, across.T).round_().clamp_(0, 255)
-        return torch.matmul(down, rows).round_().clamp_(0, 255).to(torch.uint8)
+        across = [self._matrix((width, left, right, request.size, request.interpolation)) for request in requests]
+        down = [self._matrix((height, top, bottom, request.size, request.interpolation)) for request in requests]
+        sizes = [request.size for request in requests]
+        if is_high:
+            columns = torch.split(_as_levels(torch.matmul(torch.cat(down), images)), sizes, dim=2)
+            return [_as_levels(torch.matmul(part, matrix.T)) for part, matrix in zip(columns, across, strict=True)]
+        rows = torch.split(_as_levels(torch.matmul(images, torch.cat(across).T)), sizes, dim=3)
+        return [_as_levels(torch.matmul(matrix, part)) for matrix, part in zip(down, rows, strict=True)]
 
     def _matrix(self, key: _Key) -> torch.Tensor:
         # Each thread has its own: work of other streams neither waits for what this one's kernels write, nor is waited
@@ -230,6 +242,10 @@ def oriented(images: torch.Tensor, orientation: int) -> torch.Tensor:
         images = images.transpose(2, 3)
     flips = {2: (3,), 3: (2, 3), 4: (2,), 6: (3,), 7: (2, 3), 8: (2,)}.get(orientation)
     return images.flip(flips) if flips else images
+
+
+def _as_levels(values: torch.Tensor) -> torch.Tensor:
+    return values.round_().clamp_(0, 255)
 
 
 def _cubic(distance: torch.Tensor) -> torch.Tensor:

@@ -1,14 +1,16 @@
-"""Which JPEGs a pool may decode on its device, told from their headers alone."""
+"""Which JPEGs a pool may decode on its device: told from their headers, and by a quick look through all their bits."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import simplejpeg
+from PIL import Image
 
 from vlmflow.config import ImageLimits
-from vlmflow.imaging.decode import PixelRequest
-from vlmflow.imaging.opening import ImageFacts, open_image
+from vlmflow.imaging.decode import PixelRequest, perceptual_hash
+from vlmflow.imaging.opening import TRANSPOSE, ImageFacts, open_image
 from vlmflow.imaging.pixels import REDUCING_GAP
 
 # Larger ones go to the processors, which decode them at reduced scale: on a device they would take too much memory.
@@ -18,9 +20,8 @@ _MAX_PIXELS = 1 << 25
 _BASELINE = 0xC0
 _APP0, _APP14, _START_OF_SCAN = 0xE0, 0xEE, 0xDA
 _SAMPLING = {(1, 1), (2, 1), (2, 2), (1, 2)}
-# Of a block of 8 x 8: the shortest codes there are for "as the one before" and "nothing else".
-_LEAST_BITS = 2
 _YCBCR = 1  # Adobe's number of the colour transform
+_HASHED_SIDE = 128  # twice that of what a perceptual hash is taken of, as where Pillow makes that small
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class EncodedJpeg:
     """A JPEG within the limits that is not decoded yet.
 
     Attributes:
-        facts: without the perceptual hash, which needs the pixels.
+        facts: the perceptual hash is that of the decoded image but for a few bits.
         orientation: EXIF, 1 to 8, to be applied to the pixels.
     """
 
@@ -43,7 +44,7 @@ def leave_encoded(
     """Checks a JPEG as :func:`vlmflow.imaging.decode` does, and leaves its pixels to a device.
 
     Returns:
-        None: it is no JPEG, or one that processors decode more faithfully, or in less time.
+        None: it is no JPEG, or a damaged one, or one that processors decode more faithfully, or in less time.
 
     Raises:
         ImageError: the header is damaged, or exceeds the limits.
@@ -56,15 +57,31 @@ def leave_encoded(
     # Pillow averages longer ones down before it resizes them, which the device's resize does not.
     if width * height > _MAX_PIXELS or max(width, height) >= 2 * REDUCING_GAP * smallest:
         return None
-    return EncodedJpeg(data, opened.facts, opened.orientation)
+    grey = _in_grey(data)
+    if grey is None:
+        return None
+    shown = grey.transpose(TRANSPOSE[opened.orientation]) if opened.orientation in TRANSPOSE else grey
+    return EncodedJpeg(data, replace(opened.facts, phash=perceptual_hash(shown)), opened.orientation)
+
+
+def _in_grey(data: bytes) -> Image.Image | None:
+    """The luminance of a JPEG at the least scale that its hash can be taken of; None: libjpeg warns of it.
+
+    A scan that ends too early is no error to nvJPEG: it shows what was in memory, pixels of other images. Here all the
+    codes of a scan are read, those of the colours too, and little else is done: a sixth of the time of a decode.
+    """
+    try:
+        pixels = simplejpeg.decode_jpeg(data, "GRAY", min_height=_HASHED_SIDE, min_width=_HASHED_SIDE, strict=True)
+    except (ValueError, RuntimeError, MemoryError):  # Pillow tries it then, and says what is wrong
+        return None
+    return Image.fromarray(pixels[:, :, 0])
 
 
 def is_plain(data: bytes) -> bool:
-    """Whether every decoder makes the same picture of it: baseline, 8 bits, YCbCr in one scan, whole to its end.
+    """Whether by its header every decoder makes the same picture of it: baseline, 8 bits, YCbCr in one scan.
 
     Others are left to Pillow: grey, CMYK and RGB ones, whose colours decoders guess differently; progressive ones,
-    whose scans even nvJPEG reads on the processor; those cut short, of which nvJPEG may make half a picture, as far as
-    that shows without decoding: they do not end as they should, or are shorter than any picture of their size.
+    whose scans even nvJPEG reads on the processor; those that do not end as they should.
     """
     if not data.startswith(b"\xff\xd8\xff") or not data.endswith(b"\xff\xd9"):
         return False
@@ -77,9 +94,7 @@ def is_plain(data: bytes) -> bool:
             continue
         if marker == _START_OF_SCAN:
             colours = _YCBCR if transform is None and (is_jfif or frame[6:15:3] == b"\1\2\3") else transform
-            if not _is_plain_frame(frame) or content[:1] != b"\3" or colours != _YCBCR:
-                return False
-            return 8 * (len(data) - at - 2 - length) >= _LEAST_BITS * _num_blocks(frame)
+            return _is_plain_frame(frame) and content[:1] == b"\3" and colours == _YCBCR
         if marker == _BASELINE:
             frame = content
         elif marker == _APP0:
@@ -96,10 +111,3 @@ def _is_plain_frame(frame: bytes) -> bool:
         return False
     sampling = [(frame[at] >> 4, frame[at] & 15) for at in (7, 10, 13)]
     return sampling[0] in _SAMPLING and sampling[1] == sampling[2] == (1, 1)
-
-
-def _num_blocks(frame: bytes) -> int:
-    """Of 8 x 8 values, in all three components of a plain frame."""
-    height, width = int.from_bytes(frame[1:3], "big"), int.from_bytes(frame[3:5], "big")
-    across, down = frame[7] >> 4, frame[7] & 15
-    return math.ceil(width / (8 * across)) * math.ceil(height / (8 * down)) * (across * down + 2)

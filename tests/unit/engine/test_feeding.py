@@ -7,15 +7,17 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import torch
 
-from tests.images import bad_images, encode, good_images, scene
+from tests.images import bad_images, damaged_jpegs, encode, good_images, scene
 from vlmflow import schema
 from vlmflow.config import ImageLimits, SourceConfig
-from vlmflow.engine import columns
+from vlmflow.engine import columns, feeding
 from vlmflow.engine.decoding import PoolDecoding, ReadAndDecode
 from vlmflow.engine.feeding import Fed, Feeder, _without_copies
+from vlmflow.errors import ImageError, RowErrorClass
 from vlmflow.imaging import PixelRequest
 from vlmflow.sources import open_source
 from vlmflow.tasks.pixels import all_views, first_views
@@ -31,9 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("images")
     files = dict(good_images()) | {name: data for name, (data, _) in bad_images().items()}
     files |= {f"jpeg-{seed}.jpg": encode(scene(seed, 90 + 60 * seed, 64), "JPEG") for seed in range(4)}
-    # Whole to its end by the looks of it: what is wrong shows in the pixels alone.
-    photo = good_images()["photo.jpg"]
-    files["hollow.jpg"] = photo[: len(photo) // 2] + b"\xff\xd9"
+    files |= damaged_jpegs()
     for name, data in files.items():
         (folder / name).write_bytes(data)
     return folder
@@ -63,7 +63,7 @@ def names(batch: pa.Table) -> list[str]:
 def test_rows_are_those_of_the_ordinary_path(folder: Path) -> None:
     before, left = read(folder, leaves_jpegs=False), read(folder, leaves_jpegs=True)
     num_left = left.num_rows - left[columns.ENCODED].null_count
-    assert num_left == 7, "photo, rotated, four of our own, and the hollow one"
+    assert num_left == 6, "photo, rotated, and four of our own"
     after = feed(left)[1].batch
     compared = [*schema.FACTS.names, "errors", columns.RUN_TASKS, columns.TASKS_COPIED]
     compared += ["views_24_bicubic", "views_40_bicubic", "bytes_read"]
@@ -75,6 +75,14 @@ def test_rows_are_those_of_the_ordinary_path(folder: Path) -> None:
         assert (hashes[0] is None) == (hashes[1] is None), name
         if hashes[0] is not None:
             assert (int(hashes[0], 16) ^ int(hashes[1], 16)).bit_count() <= 4, name
+
+
+def test_damaged_jpegs_are_what_pillow_makes_of_them(folder: Path) -> None:
+    before, left = read(folder, leaves_jpegs=False), read(folder, leaves_jpegs=True)
+    rows = pa.array([row for row, name in enumerate(names(left)) if name in damaged_jpegs()])
+    assert left[columns.ENCODED].take(rows).null_count == len(rows) == len(damaged_jpegs())
+    ours, theirs = left.take(rows).select(before.column_names), before.take(rows)
+    assert ours.drop_columns(_TIMES).equals(theirs.drop_columns(_TIMES))
 
 
 def test_tasks_find_the_pixels_of_the_ordinary_path(folder: Path) -> None:
@@ -113,19 +121,43 @@ def test_later_pools_get_pixels_and_views_as_if_all_had_been_decoded_before(fold
     assert (pixels.int() - expected.int()).abs().float().mean() < 0.5
 
 
+def refuse(*_: Any, **__: Any) -> None:
+    raise RuntimeError("nvjpeg: not supported")
+
+
 def test_what_the_device_refuses_is_decoded_by_a_processor_to_the_bit(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise RuntimeError("nvjpeg: not supported")
-
     before = read(folder, leaves_jpegs=False)
     left = read(folder, leaves_jpegs=True)
     feeder = Feeder(REQUESTS, REQUESTS, "cpu", PoolDecoding(REQUESTS, LIMITS))
     monkeypatch.setattr(feeder._decoder, "_decode_jpeg", refuse)
     fed = feeder(left)
     passed = feeder.finish(fed.batch, fed)
-    assert passed.select(before.column_names).drop_columns(_TIMES).equals(before.drop_columns(_TIMES))
+    apart = [*_TIMES, "phash"]  # the hash was taken before
+    assert passed.select(before.column_names).drop_columns(apart).equals(before.drop_columns(apart))
+
+
+def test_what_neither_device_nor_processor_decodes_is_an_error_of_its_row(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ImageError("not enough memory", error_class=RowErrorClass.OUT_OF_MEMORY)
+
+    left = read(folder, leaves_jpegs=True)
+    feeder = Feeder(REQUESTS, (), "cpu", PoolDecoding(REQUESTS, LIMITS))
+    monkeypatch.setattr(feeder._decoder, "_decode_jpeg", refuse)
+    monkeypatch.setattr(feeding, "decode", fail)
+    was_left = pc.is_valid(left[columns.ENCODED])
+    after = feeder(left).batch
+    failed = after.filter(was_left)
+    assert all(failed[name].null_count == len(failed) for name in schema.FACTS.names)
+    assert failed[columns.RUN_TASKS].to_pylist() == [[]] * 6
+    error = {"stage": "decode", "class": "out_of_memory", "message": "not enough memory"}
+    assert failed["errors"].to_pylist() == [[error]] * 6
+    compared = [*schema.FACTS.names, "errors", columns.RUN_TASKS]
+    others = pc.invert(was_left)
+    assert after.filter(others).select(compared).equals(left.filter(others).select(compared))
 
 
 def test_where_the_device_has_no_memory_left_the_pixels_wait_on_the_processor(

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from tests.images import encode, with_orientation
+from tests.images import with_orientation
 from tests.unit.engine.test_feeding import LARGE, LIMITS, REQUESTS, SMALL, read
 from tests.unit.imaging.test_device import REQUESTS as DEVICE_REQUESTS
 from tests.unit.imaging.test_device import greatest_difference, left
@@ -19,7 +19,6 @@ from vlmflow.engine.decoding import PoolDecoding
 from vlmflow.engine.feeding import Feeder
 from vlmflow.engine.flops import matmul_ceiling
 from vlmflow.imaging.device import DeviceDecoder, DeviceImage
-from vlmflow.imaging.jpeg import EncodedJpeg
 from vlmflow.tasks.pixels import all_views
 
 pytestmark = [
@@ -33,31 +32,9 @@ def test_nvjpeg_and_our_resize_give_pillows_pixels_to_a_few_levels(orientation: 
     data = with_orientation(photograph(400, 1).resize((400, 300)), orientation, quality=90)
     (image,) = DeviceDecoder(DEVICE_REQUESTS, "cuda")([left(data)])
     assert image is not None, "nvJPEG must not refuse an ordinary JPEG"
-    on_processor = DeviceImage({key: value.cpu() for key, value in image.pixels.items()}, image.views, image.phash)
+    on_processor = DeviceImage({key: value.cpu() for key, value in image.pixels.items()}, image.views)
     # Decoders differ in how they spread colour over the pixels between its samples.
     assert greatest_difference(data, on_processor) <= 12
-
-
-@pytest.mark.parametrize("kept", [0.02, 0.5, 0.98])
-def test_a_jpeg_whose_scan_was_cut_never_shows_what_was_in_memory(kept: float) -> None:
-    """Whole by its markers, which is all that is looked at before: refused, or always the same picture."""
-    whole = encode(photograph(400, 1), "JPEG", quality=90)
-    scan = whole.index(b"\xff\xda") + 14
-    cut = EncodedJpeg(whole[: scan + int(kept * (len(whole) - scan))] + b"\xff\xd9", left(whole).facts, 1)
-    decoder = DeviceDecoder(DEVICE_REQUESTS, "cuda")
-    found = []
-    for seed in range(4):
-        before = left(encode(photograph(400, 10 + seed), "JPEG", quality=90))
-        first, *_ = decoder([before] * 8)
-        assert first is not None
-        ahead, image, behind = decoder([before, cut, before])
-        assert ahead is not None
-        assert behind is not None
-        found.append(None if image is None else {key: value.cpu().numpy() for key, value in image.pixels.items()})
-    for other in found[1:]:
-        assert (other is None) == (found[0] is None)
-        for key in found[0] or {}:
-            np.testing.assert_array_equal(other[key], found[0][key])
 
 
 def test_batches_fed_by_two_threads_are_those_of_a_processor(tmp_path: Path) -> None:

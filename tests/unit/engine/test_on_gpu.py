@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from tests.images import with_orientation
+from tests.images import encode, with_orientation
 from tests.unit.engine.test_feeding import LARGE, LIMITS, REQUESTS, SMALL, read
 from tests.unit.imaging.test_device import REQUESTS as DEVICE_REQUESTS
 from tests.unit.imaging.test_device import greatest_difference, left
@@ -19,6 +19,7 @@ from vlmflow.engine.decoding import PoolDecoding
 from vlmflow.engine.feeding import Feeder
 from vlmflow.engine.flops import matmul_ceiling
 from vlmflow.imaging.device import DeviceDecoder, DeviceImage
+from vlmflow.imaging.jpeg import leave_encoded
 from vlmflow.tasks.pixels import all_views
 
 pytestmark = [
@@ -35,6 +36,37 @@ def test_nvjpeg_and_our_resize_give_pillows_pixels_to_a_few_levels(orientation: 
     on_processor = DeviceImage({key: value.cpu() for key, value in image.pixels.items()}, image.views)
     # Decoders differ in how they spread colour over the pixels between its samples.
     assert greatest_difference(data, on_processor) <= 12
+
+
+def test_a_damaged_scan_that_libjpeg_accepts_shows_nothing_of_other_images() -> None:
+    """Whatever picture the device makes of it, or that it refuses it, does not depend on what was decoded before."""
+    random, damaged = np.random.default_rng(0), []
+    # libjpeg notices noise at once unless every code means something, as those made for one picture do.
+    for whole, width in (
+        (encode(photograph(400, 1), "JPEG", quality=90, optimize=of_its_own), width)
+        for of_its_own, width in [(False, 1), (True, 64)]
+        for _ in range(60)
+    ):
+        data = bytearray(whole)
+        at = int(random.integers(whole.index(b"\xff\xda") + 14, len(whole) - 70))
+        data[at : at + width] = bytes(value ^ int(random.integers(1, 255)) for value in data[at : at + width])
+        file = leave_encoded(bytes(data), DEVICE_REQUESTS, LIMITS, "")
+        if file is not None:
+            damaged.append(file)
+    assert len(damaged) > 24
+    decoder = DeviceDecoder(DEVICE_REQUESTS, "cuda")
+    found = []
+    for seed in range(4):
+        others = [left(encode(photograph(400, 10 * seed + number), "JPEG", quality=90)) for number in range(25)]
+        others = [others[number % 25] for number in range(len(damaged))]
+        assert all(decoder(others))
+        images = decoder([file for pair in zip(others, damaged, strict=True) for file in pair])[1::2]
+        found.append([image and {key: value.cpu().numpy() for key, value in image.pixels.items()} for image in images])
+    for images in found[1:]:
+        for number, (image, first) in enumerate(zip(images, found[0], strict=True)):
+            assert (image is None) == (first is None), number
+            for key in first or {}:
+                np.testing.assert_array_equal(image[key], first[key], err_msg=str(number))
 
 
 def test_batches_fed_by_two_threads_are_those_of_a_processor(tmp_path: Path) -> None:

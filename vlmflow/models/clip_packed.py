@@ -16,7 +16,7 @@ from open_clip.transformer import LayerScale, QuickGELU, ResidualAttentionBlock
 from torch import nn
 
 from vlmflow.models.attention import attend, split_heads
-from vlmflow.models.blocks import Block, run_blocks
+from vlmflow.models.blocks import Block, Blocks
 from vlmflow.models.linear import PackedLinear
 from vlmflow.models.norm import Norm
 from vlmflow.models.patches import PixelPatches
@@ -76,18 +76,16 @@ class _PackedTower(nn.Module):
     ) -> None:
         super().__init__()
         *packed, last = (_packed(block, dtype, carried) for block in blocks)
-        self._blocks, self._last = packed, last
+        self._blocks, self._last = Blocks(packed, last.norm1), last
         self._of_token_alone = of_token_alone
 
     def forward(self, states: torch.Tensor, attn_mask: torch.Tensor | None = None) -> torch.Tensor:
         """(N, T, D) -> the same, or (N, 1, D) of the first token; an image tower has no mask."""
         assert attn_mask is None
-        last = self._last
-        states, normed = run_blocks(self._blocks, states, last.norm1)
+        last, num_kept = self._last, 1 if self._of_token_alone else None
+        states, normed = self._blocks(states, num_kept=num_kept)
         queries, keys, values = split_heads(last.project(normed), last.num_heads)
-        if self._of_token_alone:
-            states, queries = states[:, :1], queries[:, :, :1]
-        states, added = last.finish(states, last.attention(queries, keys, values))
+        states, added = last.finish(states, last.attention(queries[:, :, :num_kept], keys, values))
         return states + added
 
 

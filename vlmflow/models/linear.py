@@ -17,6 +17,9 @@ class PackedLinear:
     On a processor the weights are packed once for oneDNN: torch packs those of ``nn.Linear`` at every call in bfloat16,
     and in float32 calls MKL, which knows no AVX-512 on processors of AMD. What packs and multiplies are the operators
     of torch's own compiler; where a build lacks them, the ordinary ones are called.
+
+    Attributes:
+        bias: (E,) in the weights' dtype.
     """
 
     def __init__(
@@ -28,7 +31,7 @@ class PackedLinear:
             KeyError: torch's modules have no activation of this name.
         """
         weight = torch.cat([layer.weight.detach() for layer in layers]).to(dtype or layers[0].weight.dtype)
-        self._bias = torch.cat([_bias(layer) for layer in layers]).to(weight.dtype)
+        self.bias = torch.cat([_bias(layer) for layer in layers]).to(weight.dtype)
         self._fused = _FUSED.get(activation)
         self._packed = _pack(weight) if self._fused else None
         self._weight = None if self._packed is not None else weight
@@ -38,27 +41,36 @@ class PackedLinear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """(..., D) in the weights' dtype or float32 -> (..., E) in that of the weights, E the outputs of all layers."""
-        x = x.to(self._bias.dtype)
+        x = x.to(self.bias.dtype)
         if self._packed is not None:
             product: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
-                x, self._packed, self._bias, self._fused, [], "none" if self._fused == "gelu" else ""
+                x, self._packed, self.bias, self._fused, [], "none" if self._fused == "gelu" else ""
             )
             return product
         assert self._weight is not None
         if self._has_gelu:
             # In the product's epilogue: as a pass of its own it takes half as long as the product.
-            rows = torch._addmm_activation(self._bias, x.flatten(0, -2), self._weight.t(), use_gelu=True)
+            rows = torch._addmm_activation(self.bias, x.flatten(0, -2), self._weight.t(), use_gelu=True)
             return rows.view(*x.shape[:-1], -1)
-        product = nn.functional.linear(x, self._weight, self._bias)
+        product = nn.functional.linear(x, self._weight, self.bias)
         return product if self._activation is None else self._activation(product)
+
+    def onto(self, states: torch.Tensor, x: torch.Tensor) -> None:
+        """Adds the product of (..., D) to contiguous (..., E) on a GPU, in the weights' dtype; the bias is left out.
+
+        The sum costs no pass of its own, and the product is not rounded before it.
+        """
+        assert self._weight is not None
+        rows = states.flatten(0, -2)
+        torch.addmm(rows, x.to(self._weight.dtype).flatten(0, -2), self._weight.t(), out=rows)
 
     def into(self, out: torch.Tensor, x: torch.Tensor) -> None:
         """Writes the product of (..., D), without an activation, into contiguous (..., E) of the weights' dtype."""
         if self._weight is None:
             out.copy_(self(x))
             return
-        rows = x.to(self._bias.dtype).flatten(0, -2)
-        torch.addmm(self._bias, rows, self._weight.t(), out=out.flatten(0, -2))
+        rows = x.to(self.bias.dtype).flatten(0, -2)
+        torch.addmm(self.bias, rows, self._weight.t(), out=out.flatten(0, -2))
 
 
 def _bias(layer: nn.Linear) -> torch.Tensor:

@@ -19,7 +19,7 @@ from torch import nn
 
 from vlmflow.errors import WeightsError
 from vlmflow.models.attention import attend_fused, split_heads
-from vlmflow.models.blocks import TOKENS_AT_ONCE, Block, run_blocks
+from vlmflow.models.blocks import TOKENS_AT_ONCE, Block, Blocks
 from vlmflow.models.linear import PackedLinear
 from vlmflow.models.norm import Norm
 from vlmflow.models.patches import Patches
@@ -54,8 +54,8 @@ class ViltTower:
         positions = _positions(_floats(embeddings.position_embeddings), config, size) + kinds[1]
         self._begin, self._positions = _floats(embeddings.cls_token) + positions[:, :1], positions[:, 1:]
         *layers, last = model.vilt.encoder.layer
-        self._layers = [_block(layer, config, ["query", "key", "value"]) for layer in layers]
         self._last = _LastLayer(last, config)
+        self._layers = Blocks([_block(layer, config, ["query", "key", "value"]) for layer in layers], self._last.norm)
         self._head = _Head(model)
 
     def embed(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -100,7 +100,7 @@ class ViltTower:
             lengths = torch.tensor([len(asked) for asked in ids], device=device)
             is_word = torch.arange(length, device=device) < lengths.unsqueeze(1)
             visible = torch.cat([is_word, is_word.new_ones(images.shape[:2])], dim=1)[:, None, None]
-        states, normed = run_blocks(self._layers, states, self._last.norm, visible)
+        states, normed = self._layers(states, visible, num_kept=1)
         return self._head(*self._last(states, normed, visible))
 
 
@@ -115,11 +115,11 @@ class _LastLayer:
     def __call__(
         self, states: torch.Tensor, normed: torch.Tensor, visible: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(M, L + T, D), and the norm of it -> (M, 1, D) twice, to be added."""
+        """(M, 1, D) of the first token, and (M, L + T, D), the norm of all -> (M, 1, D) twice, to be added."""
         block = self._block
         keys, values = split_heads(block.project(normed), block.num_heads, 2)
         (queries,) = split_heads(self._query(normed[:, :1]), block.num_heads, 1)
-        return block.finish(states[:, :1], block.attention(queries, keys, values, visible))
+        return block.finish(states, block.attention(queries, keys, values, visible))
 
 
 class _Head:

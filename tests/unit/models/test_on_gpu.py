@@ -15,7 +15,7 @@ from benchmarks.clip_cpu import demo_pixels, moderated
 from vlmflow.config import Dtype, ModelConfig, PoolConfig
 from vlmflow.device_errors import release_memory
 from vlmflow.engine.loading import set_up_torch
-from vlmflow.models import load_answerer, load_captioner, load_embedder, load_matcher, norm
+from vlmflow.models import fused, load_answerer, load_captioner, load_embedder, load_matcher, norm
 from vlmflow.models.blip import BlipCaptioner
 from vlmflow.models.blip_fast.graph import DecodeGraphs
 from vlmflow.moderation.decide import Moderator
@@ -56,7 +56,7 @@ def expected(pixels: torch.Tensor) -> list[str]:
 @pytest.mark.parametrize("carried", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
 def test_a_sum_and_its_norm_in_one_pass_are_those_of_two(carried: torch.dtype, given: torch.dtype) -> None:
-    assert norm._works(), "no kernel of Triton can be made here"
+    assert fused._works(), "no kernel of Triton can be made here"
     plain = torch.nn.LayerNorm(768, device="cuda").requires_grad_(False)
     plain.weight.uniform_(0.5, 2.0)
     states = torch.randn(5, 33, 768, device="cuda").to(carried)

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import torch
 
+from vlmflow.models.attention import attend, split_heads
+from vlmflow.models.fused import can_fuse
+
+# The kernel holds the keys of a head in registers.
+_MAX_FUSED_TOKENS = 128
+
 
 class SlicedCache:
     """Shows no more than it holds; for decoding step by step."""
-
-    mask: torch.Tensor | None = None
 
     def __init__(self, num_layers: int, max_tokens: int) -> None:
         self.position: int = 0
         self._max_tokens = max_tokens
         self._kept: list[torch.Tensor | None] = [None] * num_layers
 
-    def update(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keeps (N, H, 1, d) of the token at ``position``; returns (N, H, position + 1, d)."""
+    def attend(self, layer: int, projected: torch.Tensor, num_heads: int) -> torch.Tensor:
+        """As :meth:`vlmflow.models.blip_fast.text.SelfCache.attend`."""
+        queries, keys, values = split_heads(projected, num_heads)
         kept = self._kept[layer]
         if kept is None:
             kept = self._kept[layer] = keys.new_empty((2, *keys.shape[:2], self._max_tokens, keys.shape[-1]))
         kept[0, :, :, self.position] = keys[:, :, 0]
         kept[1, :, :, self.position] = values[:, :, 0]
-        return kept[0, :, :, : self.position + 1], kept[1, :, :, : self.position + 1]
+        keys, values = kept[:, :, :, : self.position + 1].unbind(0)
+        return attend(queries, keys, values)
 
     def take(self, rows: torch.Tensor) -> None:
         """Row i becomes what row ``rows[i]`` was; there are as many rows after as ``rows`` names."""
@@ -44,14 +50,14 @@ class IndexedCache:
         self._positions = torch.arange(shape[2], device=like.device)
         self.position: torch.Tensor = torch.zeros(1, dtype=torch.int64, device=like.device)
 
-    @property
-    def mask(self) -> torch.Tensor:
-        """(1, 1, 1, L) bool: the tokens up to the position."""
-        return (self._positions <= self.position).view(1, 1, 1, -1)
-
-    def update(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keeps (N, H, 1, d) of the token at ``position``; returns (N, H, L, d), of which the mask hides a part."""
+    def attend(self, layer: int, projected: torch.Tensor, num_heads: int) -> torch.Tensor:
+        """As :meth:`vlmflow.models.blip_fast.text.SelfCache.attend`."""
         kept = self._kept[layer]
+        if len(self._positions) <= _MAX_FUSED_TOKENS and can_fuse(projected, kept):
+            from vlmflow.models.triton_kernels import attend_step
+
+            return attend_step(projected, kept[0], kept[1], self.position)
+        queries, keys, values = split_heads(projected, num_heads)
         kept[0].index_copy_(2, self.position, keys)
         kept[1].index_copy_(2, self.position, values)
-        return kept[0], kept[1]
+        return attend(queries, kept[0], kept[1], (self._positions <= self.position).view(1, 1, 1, -1))

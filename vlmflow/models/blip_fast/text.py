@@ -19,12 +19,15 @@ class SelfCache(Protocol):
     def position(self) -> int | torch.Tensor:
         """Of the token that is being decoded."""
 
-    @property
-    def mask(self) -> torch.Tensor | None:
-        """Which of the keys below may be seen; None: all."""
+    def attend(self, layer: int, projected: torch.Tensor, num_heads: int) -> torch.Tensor:
+        """Keeps the keys and values of the token, and has it attend to all so far.
 
-    def update(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keeps (N, H, 1, d) of the token; returns (N, H, L, d) of those so far."""
+        Args:
+            projected: (N, 1, 3 H d): its queries, keys and values.
+
+        Returns:
+            (N, 1, H d).
+        """
 
 
 class TextTower:
@@ -67,7 +70,7 @@ class TextTower:
         states = self._norm(self._words(ids) + self._positions[: ids.shape[1]])
         visible = None if mask is None else mask[:, None, None, :]
         for index, layer in enumerate(self.layers):
-            queries, keys, values = layer.project(states)
+            queries, keys, values = split_heads(layer.project(states), self.num_heads)
             states = layer.attended(states, attend(queries, keys, values, visible))
             states = layer.finish(states, None if memory is None else memory[index])
         return states
@@ -87,9 +90,7 @@ class TextTower:
         states = self._norm(self._words(tokens) + self._positions[cache.position])
         num_images, num_beams = tokens.shape
         for index, layer in enumerate(self.layers):
-            queries, keys, values = layer.project(states.flatten(0, 1).unsqueeze(1))
-            keys, values = cache.update(index, keys, values)
-            context = attend(queries, keys, values, cache.mask)
+            context = cache.attend(index, layer.project(states.flatten(0, 1).unsqueeze(1)), self.num_heads)
             states = layer.attended(states, context.view(num_images, num_beams, -1))
             states = layer.finish(states, memory[index])
         return self._head(states)
@@ -154,7 +155,7 @@ class _Layer:
 
     def __init__(self, layer: Any, config: Any, image_dtype: torch.dtype | None) -> None:
         attention, self._num_heads = layer.attention, config.num_attention_heads
-        self._qkv = PackedLinear([attention.self.query, attention.self.key, attention.self.value])
+        self.project = PackedLinear([attention.self.query, attention.self.key, attention.self.value])
         self._out, self._out_norm = PackedLinear([attention.output.dense]), Norm(attention.output.LayerNorm)
         cross = getattr(layer, "crossattention", None)
         if cross is not None:
@@ -163,11 +164,6 @@ class _Layer:
             self._cross_out, self._cross_norm = PackedLinear([cross.output.dense]), Norm(cross.output.LayerNorm)
         self._expand = PackedLinear([layer.intermediate.dense], config.hidden_act)
         self._contract, self._norm = PackedLinear([layer.output.dense]), Norm(layer.output.LayerNorm)
-
-    def project(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(N, L, D) -> queries, keys and values, (N, H, L, d) each."""
-        queries, keys, values = split_heads(self._qkv(states), self._num_heads)
-        return queries, keys, values
 
     def attended(self, states: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         """What follows self-attention, on (N, L, D) both."""

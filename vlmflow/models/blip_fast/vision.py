@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from vlmflow.models.blocks import TOKENS_AT_ONCE, Block, run_blocks
+from vlmflow.models.blocks import TOKENS_AT_ONCE, Block, Blocks
 from vlmflow.models.linear import PackedLinear
 from vlmflow.models.norm import Norm
 from vlmflow.models.patches import PixelPatches
@@ -22,8 +22,8 @@ class VisionTower:
         self._embed = model.embeddings
         is_on_gpu = model.embeddings.patch_embedding.weight.is_cuda
         self._embed_pixels = _PixelEmbeddings(model.embeddings, normalize) if is_on_gpu else None
-        self._layers = [_block(layer, config.num_attention_heads) for layer in model.encoder.layers]
-        self._norm = Norm(model.post_layernorm, model.post_layernorm.weight.dtype)
+        layers = [_block(layer, config.num_attention_heads) for layer in model.encoder.layers]
+        self._layers = Blocks(layers, Norm(model.post_layernorm, model.post_layernorm.weight.dtype))
         num_tokens = (config.image_size // config.patch_size) ** 2 + 1
         self._images_at_once = max(1, TOKENS_AT_ONCE // num_tokens)
 
@@ -40,7 +40,7 @@ class VisionTower:
         return features[0] if len(features) == 1 else torch.cat(features)
 
     def _encode(self, states: torch.Tensor) -> torch.Tensor:
-        return run_blocks(self._layers, states, self._norm)[1]
+        return self._layers(states, num_kept=0)[1]
 
 
 class _PixelEmbeddings:

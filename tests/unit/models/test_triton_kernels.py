@@ -1,0 +1,127 @@
+"""The kernels for CUDA, as Triton's interpreter runs them on a processor; tests marked `gpu` run them for good."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+
+from vlmflow.models import fused
+
+HALF = torch.bfloat16
+
+
+def norm_arguments(width: int, affine: bool, carried: torch.dtype, given: torch.dtype) -> dict[str, Any]:
+    torch.manual_seed(width)
+    states, added = 3 * torch.randn(2, 3, width).to(carried) + 5, torch.randn(2, 3, width).to(HALF)
+    scale = (1 + torch.rand(width), torch.randn(width)) if affine else None
+    return {"scale": scale, "dtype": given, "states": states, "added": added, "offset": torch.randn(width)}
+
+
+def attention_arguments(dtype: torch.dtype, length: int, dim: int, position: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(length)
+    kept = torch.randn(2, 3, 2, length, dim).to(dtype)
+    kept[:, :, :, position:] = torch.nan  # what was there before, and must not be seen
+    projected = torch.randn(3, 1, 3 * 2 * dim).to(dtype)
+    return {
+        "projected": projected,
+        "keys": kept[0].clone(),
+        "values": kept[1].clone(),
+        "position": torch.tensor([position]),
+    }
+
+
+NORMS = [
+    norm_arguments(width, affine, carried, given)
+    for width in (24, 768, 1000)
+    for affine in (True, False)
+    for carried, given in [(torch.float32, torch.float32), (torch.float32, HALF), (HALF, HALF), (HALF, torch.float32)]
+]
+STEPS = [
+    attention_arguments(dtype, length, dim, position)
+    for dtype in (torch.float32, HALF)
+    for length, dim in [(20, 64), (5, 24)]
+    for position in (0, 3, length - 1)
+]
+# Triton's own functions are made for its interpreter when it is imported: in another process.
+INTERPRETED = """
+import sys, torch
+from vlmflow.models.triton_kernels import NormOf, attend_step, norm
+
+def norms(scale, dtype, states, added, offset):
+    of = NormOf(scale, 1e-5, dtype)
+    alone, shifted = norm(of, states), norm(of, states, offset=offset)
+    return [*norm(of, states, added), *alone, *shifted, *norm(of, states, added, keeps_sum=False)]
+
+def steps(**given):
+    return [attend_step(**given), given["keys"], given["values"]]
+
+given = torch.load(sys.argv[1], weights_only=True)
+torch.save([[norms(**case) for case in given[0]], [steps(**case) for case in given[1]]], sys.argv[2])
+"""
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory: pytest.TempPathFactory) -> list[list[list[torch.Tensor]]]:
+    """What the kernels give for NORMS, and for STEPS."""
+    pytest.importorskip("triton")
+    folder = tmp_path_factory.mktemp("triton")
+    torch.save([NORMS, STEPS], folder / "given.pt")
+    command = [sys.executable, "-c", INTERPRETED, str(folder / "given.pt"), str(folder / "found.pt")]
+    subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, check=True)
+    found: list[list[list[torch.Tensor]]] = torch.load(folder / "found.pt", weights_only=True)
+    return found
+
+
+def close_in(dtype: torch.dtype) -> Any:
+    # The interpreter cuts to bfloat16, where a GPU rounds.
+    return partial(torch.testing.assert_close, **dict.fromkeys(("rtol", "atol"), 2e-5 if dtype != HALF else 0.02))
+
+
+def test_a_sum_and_its_norm(interpreted: list[list[list[torch.Tensor]]]) -> None:
+    for case, found in zip(NORMS, interpreted[0], strict=True):
+        states, added, given = case["states"], case["added"], case["dtype"]
+        summed, normed, same, alone, also, shifted, _, of_sum = found
+        weight, bias = case["scale"] or (None, None)
+        norm = partial(torch.nn.functional.layer_norm, normalized_shape=states.shape[-1:], eps=1e-5)
+        norm = partial(norm, weight=weight, bias=bias)
+        close = close_in(given)
+        torch.testing.assert_close(summed, states + added, rtol=0 if states.dtype != HALF else 2**-7, atol=0)
+        assert torch.equal(same, states)
+        assert torch.equal(also, states)
+        assert normed.dtype == alone.dtype == shifted.dtype == of_sum.dtype == given
+        close(normed.float(), norm(summed.float()))
+        close(alone.float(), norm(states.float()))
+        close(shifted.float(), norm(states.float() + case["offset"]))
+        close(of_sum.float(), norm(states.float() + added.float()))
+
+
+def test_a_token_attends_to_those_up_to_it(interpreted: list[list[list[torch.Tensor]]]) -> None:
+    for case, (found, keys, values) in zip(STEPS, interpreted[1], strict=True):
+        position = int(case["position"])
+        query, key, value = case["projected"].view(3, 3, 2, 1, -1).unbind(1)
+        for kept, before, own in ((keys, case["keys"], key), (values, case["values"], value)):
+            assert torch.equal(kept[:, :, :position], before[:, :, :position])
+            assert torch.equal(kept[:, :, position], own[:, :, 0])
+            assert kept[:, :, position + 1 :].isnan().all()
+        seen = [kept[:, :, : position + 1].float() for kept in (keys, values)]
+        expected = torch.nn.functional.scaled_dot_product_attention(query.float(), *seen)
+        close_in(found.dtype)(found.float(), expected.transpose(1, 2).flatten(2))
+
+
+def test_without_triton_a_warning_says_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def fails() -> None:
+        raise RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable.")
+
+    monkeypatch.setattr(fused, "_try", fails)
+    fused._works.cache_clear()
+    try:
+        assert not fused._works()
+    finally:
+        fused._works.cache_clear()
+    assert "Failed to find C compiler. Please specify via CC" in caplog.text

@@ -1,0 +1,38 @@
+"""Whether the kernels of :mod:`vlmflow.models.triton_kernels` can be used."""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+
+import torch
+
+logger = logging.getLogger("vlmflow")
+
+
+def can_fuse(*tensors: torch.Tensor) -> bool:
+    """Whether the tensors lie on CUDA as the kernels read them, and Triton works there."""
+    # Fake tensors, of another type, have no memory to give to a kernel.
+    return all(type(x) is torch.Tensor and x.is_cuda and x.is_contiguous() for x in tensors) and _works()
+
+
+@cache
+def _works() -> bool:
+    """Whether Triton is here, and what it needs: a compiler of C, and a folder to write to."""
+    try:
+        _try()
+    except Exception as error:  # noqa: BLE001  Triton's, the compiler's, the system's: all mean the same here
+        reason = " ".join(str(error).split())[:200]
+        logger.warning(
+            "Triton does not work here, and models run a tenth slower without: %s: %s", type(error).__name__, reason
+        )
+        return False
+    return True
+
+
+def _try() -> None:
+    from vlmflow.models.triton_kernels import NormOf, norm
+
+    x = torch.ones((2, 8), device="cuda")
+    norm(NormOf(None, 1e-5, torch.float32), x, x)
+    torch.cuda.current_stream().synchronize()

@@ -108,7 +108,7 @@ class Feeder:
         if self._decoder is None or self._decoding is None or columns.ENCODED not in batch.column_names:
             return batch, {}
         rows = pc.indices_nonzero(pc.is_valid(batch[columns.ENCODED])).to_pylist()
-        files = _encoded(batch.take(pa.array(rows, pa.int64()))) if rows else []
+        files = _encoded(batch, rows)
         with at_most(self._decoding.limits.max_seconds * max(1, len(files))):
             images = self._decoder(files)
         found: dict[int, DeviceImage] = {}
@@ -170,18 +170,19 @@ class Feeder:
         return part.pin_memory().to(self._device, non_blocking=True)
 
 
-def _encoded(rows: pa.Table) -> list[EncodedJpeg]:
-    facts = rows.select(schema.FACTS.names).to_pylist()
-    files = _without_copies(rows[columns.ENCODED].combine_chunks())
-    pairs = zip(files, facts, rows[columns.ORIENTATION].to_pylist(), strict=True)
-    return [EncodedJpeg(data, ImageFacts(**values), orientation) for data, values, orientation in pairs]
+def _encoded(batch: pa.Table, rows: Sequence[int]) -> list[EncodedJpeg]:
+    facts = batch.select(schema.FACTS.names).take(pa.array(rows, pa.int64())).to_pylist()
+    orientations = batch[columns.ORIENTATION].to_pylist()
+    files = [data for chunk in batch[columns.ENCODED].chunks for data in _without_copies(chunk)]
+    pairs = zip(rows, facts, strict=True)
+    return [EncodedJpeg(files[row], ImageFacts(**values), orientations[row]) for row, values in pairs]
 
 
 def _without_copies(values: pa.LargeBinaryArray) -> list[memoryview]:
-    """Views of the values in the array's own memory: copies of a batch's files would hold all other threads up."""
+    """Views of the values in the array's own memory, of nothing for nulls: copies would hold all other threads up."""
     _, offsets, data = values.buffers()
     ends = np.frombuffer(offsets, np.int64)[values.offset : values.offset + len(values) + 1].tolist()
-    whole = memoryview(data)
+    whole = memoryview(data if data is not None else b"")
     return [whole[start:end] for start, end in itertools.pairwise(ends)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +82,7 @@ class BlipMatcher:
         self._vision = vision
         self._encoder = TextTower(model.text_encoder, image_dtype=model.vision_model.dtype)
         self._itm_head = model.itm_head
+        self._threads = threading.local()
         self._vision_proj, self._text_proj = model.vision_proj, model.text_proj
 
     @classmethod
@@ -139,13 +141,21 @@ class BlipMatcher:
         return torch.nn.functional.cosine_similarity(image_features, text_features, dim=-1).cpu().numpy()
 
     def _encode(self, texts: Sequence[str], images: EncodedImages, memory: list[torch.Tensor] | None) -> torch.Tensor:
+        last: tuple[list[str], tuple[torch.Tensor, torch.Tensor | None]] | None = getattr(self._threads, "last", None)
+        if last is None or last[0] != list(texts):  # both heads are asked about the same
+            self._threads.last = last = (list(texts), self._tokens(texts))
+        ids, mask = last[1]
+        return self._encoder.encode(ids, mask, memory)
+
+    def _tokens(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(N, L) int64, and (N, L) bool, False on padding; None: there is none."""
+        device = self._itm_head.weight.device
         batch = self._tokenizer(
             list(texts), padding=True, truncation=True, max_length=self._encoder.max_tokens, return_tensors="pt"
         )
-        device = images.embeds.device
         is_padded = not bool(batch["attention_mask"].all())
         mask = batch["attention_mask"].to(device).bool() if is_padded else None
-        return self._encoder.encode(batch["input_ids"].to(device), mask, memory)
+        return batch["input_ids"].to(device), mask
 
 
 @dataclass(frozen=True)

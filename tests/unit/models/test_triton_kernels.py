@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -66,6 +67,30 @@ torch.save([[norms(**case) for case in given[0]], [steps(**case) for case in giv
 """
 
 
+COMPILED = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from vlmflow.models import triton_kernels
+
+def compiled(kernel, **given):
+    constants = {name: value for name, value in given.items() if isinstance(value, (bool, list))}
+    constants = {name: value[0] if isinstance(value, list) else value for name, value in constants.items()}
+    signature = {name: "constexpr" if name in constants else kind for name, kind in given.items()}
+    source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+
+for half in ("*bf16", "*fp32"):
+    for flag in (True, False):
+        flags = dict(adds=flag, keeps=flag, shifts=not flag, scales=flag)
+        pointers = dict(states=half, added="*bf16", offset="*fp32", weight="*fp32", bias="*fp32")
+        pointers |= dict(summed=half, normed=half)
+        compiled(triton_kernels._norm, **pointers, width="i32", eps="fp32", **flags, block=[1024])
+    pointers = dict(projected=half, keys=half, values=half, position="*i64", out=half)
+    sizes = dict(heads="i32", length="i32", dim="i32", scale="fp32", tokens=[32], block=[64])
+    compiled(triton_kernels._attend_step, **pointers, **sizes)
+"""
+
+
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> list[list[list[torch.Tensor]]]:
     """What the kernels give for NORMS, and for STEPS."""
@@ -112,6 +137,11 @@ def test_a_token_attends_to_those_up_to_it(interpreted: list[list[list[torch.Ten
         seen = [kept[:, :, : position + 1].float() for kept in (keys, values)]
         expected = torch.nn.functional.scaled_dot_product_attention(query.float(), *seen)
         close_in(found.dtype)(found.float(), expected.transpose(1, 2).flatten(2))
+
+
+def test_the_kernels_compile_for_a_gpu_that_is_not_there(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    subprocess.run([sys.executable, "-c", COMPILED], env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}, check=True)
 
 
 def test_without_triton_a_warning_says_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -14,7 +14,7 @@ import torch
 from vlmflow.config import Job, ModelConfig, PoolConfig
 from vlmflow.engine import trials as trials_module
 from vlmflow.engine.cluster import Cluster
-from vlmflow.engine.pipeline import block_rows, default_pools
+from vlmflow.engine.pipeline import GPU_CALLS_AT_ONCE, block_rows, default_pools
 from vlmflow.engine.prepare import Prepared
 from vlmflow.engine.sizing import PoolPlan, _planned, _projected, _sized
 from vlmflow.engine.trials import Trial, TriedPool, choose
@@ -161,7 +161,7 @@ def test_a_gpu_is_tried_as_the_run_uses_it_feeding_batches_while_it_computes_oth
     worker = Sleeping()
     (found,), memory_total = tried(monkeypatch, worker, gpus=1.0)
     alone = 4 * (len(worker.spent) - 1) / sum(worker.spent)
-    assert worker.most == 3
+    assert worker.most == GPU_CALLS_AT_ONCE
     assert found.images_per_s > 1.2 * alone, "half of the time of a call is hidden behind another"
     assert (found.memory_bytes, memory_total) == (45, 100), "15 are nvJPEG's and the driver's"
 

@@ -17,6 +17,7 @@ from tests.pictures import picture, write_broken, write_pictures
 from vlmflow.catalog import Catalog
 from vlmflow.config import CatalogConfig, Job, ModelConfig, PoolConfig
 from vlmflow.engine import RunReport, enrich, plan
+from vlmflow.engine import run as run_module
 from vlmflow.engine.cluster import Cluster
 from vlmflow.engine.pipeline import check_pools
 from vlmflow.errors import (
@@ -28,6 +29,8 @@ from vlmflow.errors import (
     WeightsError,
 )
 from vlmflow.models import identify
+from vlmflow.moderation.prompts import PromptVectors
+from vlmflow.tasks.setup import TaskSetup
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -228,6 +231,24 @@ def test_a_limit_takes_so_many_and_the_next_run_the_others(make_job: Callable[..
     job = make_job(tmp_path / "images", tasks=("embed",))
     assert enrich(job.model_copy(update={"limit": 3})).num_added == 3
     assert enrich(job).num_added == 4
+
+
+def test_prompts_are_encoded_once_for_a_catalog(
+    make_job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_pictures(tmp_path / "images", 6)
+    encoded: list[TaskSetup] = []
+    encode = run_module.encode_policy
+
+    def counted(setup: TaskSetup) -> PromptVectors | None:
+        encoded.append(setup)
+        return encode(setup)
+
+    monkeypatch.setattr(run_module, "encode_policy", counted)
+    for policy, num_encoded in (("demo", 1), ("demo", 1), ("marketplace", 2)):
+        job = make_job(tmp_path / "images", limit=2, tasks=("embed", "moderate"), policy=policy, accept_unbound=True)
+        assert enrich(job).num_added == 2
+        assert len(encoded) == num_encoded
 
 
 def test_an_empty_source_writes_nothing(make_job: Callable[..., Job], tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import ray
 from vlmflow.catalog import Catalog, KnownBytes, Plan, keys, plan_without_catalog
 from vlmflow.catalog.runs import new_run_id
 from vlmflow.config import Job, PoolConfig
-from vlmflow.engine.archive import archive_policy
+from vlmflow.engine.archive import archive_policy, archived_prompts
 from vlmflow.engine.budget import ErrorBudget
 from vlmflow.engine.cluster import Cluster, WorkerErrors, ray_cluster
 from vlmflow.engine.collect import Collected, Collector
@@ -174,7 +174,7 @@ class _Run:
             self._display.stage("loading models")
             pools = (open_pools if self._job.preflight else default_pools)(self._prepared, cluster)
             check_pools(pools, cluster)
-            prompts = encode_policy(self._prepared.setup)
+            prompts = self._prompts()
             stages = stages_of(self._prepared, self._source, pools, prompts, self._known_bytes())
             if self._job.preflight:
                 self._display.stage("trying batch sizes")
@@ -238,6 +238,16 @@ class _Run:
         collector = Collector(catalog, writer, self._run_id, commit, self._tally, budget, cluster.cpus)
         self._collected = collector.collected
         return collector
+
+    def _prompts(self) -> PromptVectors | None:
+        """Vectors of the policy's prompts: those that the catalog keeps, else encoded now."""
+        setup = self._prepared.setup
+        if setup.policy is not None and Catalog.exists(self._job.catalog):
+            catalog = Catalog.open(self._job.catalog)
+            kept = archived_prompts(catalog, setup.policy, setup.identities["embed"].weights_digest)
+            if kept is not None:
+                return kept
+        return encode_policy(setup)
 
     def _archive_policy(self, catalog: Catalog, prompts: PromptVectors | None) -> None:
         setup = self._prepared.setup

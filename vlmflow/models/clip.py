@@ -15,6 +15,7 @@ from open_clip.factory import load_checkpoint
 from open_clip.model import convert_weights_to_lp
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from safetensors import SafetensorError
+from transformers.initialization import no_init_weights
 
 from vlmflow.config import Dtype, ModelConfig
 from vlmflow.errors import WeightsError
@@ -38,8 +39,13 @@ class ClipEmbedder:
         self.dim = dim
 
     @classmethod
-    def load(cls, folder: Path, config: ModelConfig, device: str, dtype: Dtype = "auto") -> ClipEmbedder:
+    def load(
+        cls, folder: Path, config: ModelConfig, device: str, dtype: Dtype = "auto", *, packs: bool = True
+    ) -> ClipEmbedder:
         """Builds the model from its configuration and fills in the safetensors.
+
+        Args:
+            packs: the weights of the image tower, for speed.
 
         Raises:
             WeightsError: the weights are absent or do not fit, or the configuration names what open_clip would
@@ -51,10 +57,10 @@ class ClipEmbedder:
         wanted = model_dtype(device, dtype)
         if torch.device(device).type != "cpu":
             normalize = PixelNormalizer(preprocessing, device, wanted)
-            model = build(folder, config.architecture, device, wanted, packed_for=normalize)
+            model = build(folder, config.architecture, device, wanted, packed_for=normalize if packs else None)
         else:
             model = build(folder, config.architecture, device, torch.float32)
-            if pack_image_tower(model, wanted):
+            if packs and pack_image_tower(model, wanted):
                 wanted = torch.float32  # of all of the packed tower but its products
             elif wanted != torch.float32:
                 model = build(folder, config.architecture, device, wanted)
@@ -123,9 +129,11 @@ def build(
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)  # "initialized randomly"
     try:
-        model: torch.nn.Module = open_clip.create_model(
-            name, load_weights=False, pretrained_text=False, precision=precision, device=device
-        )
+        # Random numbers for weights that are all loaded below would take seconds.
+        with no_init_weights():
+            model: torch.nn.Module = open_clip.create_model(
+                name, load_weights=False, pretrained_text=False, precision=precision, device=device
+            )
     finally:
         logging.disable(previous)
     is_packed = packed_for is not None and can_pack(model)

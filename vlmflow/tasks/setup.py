@@ -16,6 +16,7 @@ from vlmflow.models import (
     load_captioner,
     load_embedder,
     load_matcher,
+    load_text_embedder,
     pixel_request,
     resolve_models,
 )
@@ -176,7 +177,7 @@ def prepare_prompts(setup: TaskSetup) -> PromptVectors | None:
     """
     if setup.policy is None:
         return None
-    return encode_prompts(setup.policy, load_embedder(setup.models["embed"], "cpu"))
+    return encode_prompts(setup.policy, load_text_embedder(setup.models["embed"]))
 
 
 def load_task(

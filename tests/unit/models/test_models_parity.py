@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, BlipForConditionalGeneration, BlipForIma
 
 from tests.models import IMAGE_SIZE, WORDS, make_captioner, make_clip, make_matcher, random_pixels
 from vlmflow.config import ModelConfig
-from vlmflow.models import Captioner, load_captioner, load_embedder, load_matcher
+from vlmflow.models import Captioner, load_captioner, load_embedder, load_matcher, load_text_embedder
 
 TEXTS = ["a red car", "", "four yellow apples and a house on the table", "a zebra"]
 
@@ -69,6 +69,10 @@ def test_text_embeddings_equal_those_of_open_clip(clip_folder: Path) -> None:
 
     np.testing.assert_allclose(embedder.embed_texts(TEXTS), expected, atol=1e-4)
     assert embedder.embed_texts([]).shape == (0, embedder.dim)
+    of_texts = load_text_embedder(ModelConfig(family="open_clip", path=str(clip_folder)))
+    np.testing.assert_array_equal(of_texts.embed_texts(TEXTS), embedder.embed_texts(TEXTS))
+    images = random_pixels(3)
+    np.testing.assert_allclose(of_texts.embed_images(images), embedder.embed_images(images), atol=1e-5)
 
 
 @pytest.mark.parametrize(("num_images", "max_tokens"), [(1, 20), (7, 5), (33, 1), (33, 20)])

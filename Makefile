@@ -45,7 +45,7 @@ test-all: lint types ## every test, the slow ones too
 
 gpu: setup ## with a CUDA device: the tests that want one, and the figures that wait for one; ten minutes by estimate
 	@$(BIN)/python -m pytest -m gpu; failed=$$?; \
-	for script in blip_caption vilt_answer clip_embed gpu_enrich; do \
+	for script in blip_caption vilt_answer clip_embed gpu_pool gpu_enrich; do \
 		$(BIN)/python -m benchmarks.$$script --device cuda || failed=1; \
 	done; exit $$failed  # what fails does not keep the figures away
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
-from functools import cache, partial
+import os
+import subprocess
+import sys
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 
@@ -12,7 +13,6 @@ import numpy as np
 from PIL import Image
 
 _NUM_SCENES = 24
-_PARTS_OF_SCENE = 4  # each written by a process at a time
 # Together about 520 KB at 1600 x 1200. Amplitudes of natural images fall with the frequency to a power of 0.8 to 1.5
 # (Tolhurst, Tadmor and Chao 1992, Ophthalmic and Physiological Optics 12:229).
 QUALITY, _SLOPE = 85, 1.2
@@ -47,25 +47,37 @@ def encoded(image: Image.Image, image_format: str) -> bytes:
 def write_jpegs(folder: Path, num_images: int, width: int = 1600, height: int = 1200) -> int:
     """Writes photographs of which no two are equal, nor look alike to a model; returns the mean of their bytes.
 
-    In processes beside this one, which should have nothing at work yet: they are forked.
+    In a process per core: the arithmetic is Python's and Pillow's in turn.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    stride = _NUM_SCENES * _PARTS_OF_SCENE
-    numbers = [range(first, num_images, stride) for first in range(min(stride, num_images))]
-    write = partial(_write_of_scene, folder, (width, height))
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as processes:
-        return sum(processes.map(write, numbers)) // max(1, num_images)
+    num_processes = os.cpu_count() or 1
+    command = [sys.executable, "-m", "benchmarks.photographs", folder, num_images, width, height, num_processes]
+    processes = [
+        subprocess.Popen([*map(str, command), str(number)], stdout=subprocess.PIPE, cwd=Path(__file__).parents[1])
+        for number in range(num_processes)
+    ]
+    written = [process.communicate()[0] for process in processes]
+    if any(process.returncode for process in processes):
+        sys.exit(f"the photographs could not be written to {folder}")
+    return sum(map(int, written)) // max(1, num_images)
 
 
-def _write_of_scene(folder: Path, size: tuple[int, int], numbers: range) -> int:
-    """Some photographs of one scene; returns their bytes."""
-    pixels = np.asarray(scene(*size, numbers[0] % _NUM_SCENES))
+def _write(folder: Path, num_images: int, size: tuple[int, int], num_processes: int, process: int) -> int:
+    """What one process writes: photographs that lie together when all are sorted by scene; returns their bytes."""
+    by_scene = sorted(range(num_images), key=lambda number: number % _NUM_SCENES)
+    share = slice(process * num_images // num_processes, (process + 1) * num_images // num_processes)
     num_bytes = 0
-    for number in numbers:
+    for number in by_scene[share]:
         random = np.random.default_rng(1_000_000 + number)
         shift = tuple(int(random.integers(0, side)) for side in reversed(size))
+        pixels = np.asarray(scene(*size, number % _NUM_SCENES))
         shown = np.roll(pixels, shift, (0, 1))[:, :, random.permutation(3)]
         data = encoded(Image.fromarray(shown), "JPEG")
         (folder / f"{number:07d}.jpg").write_bytes(data)
         num_bytes += len(data)
     return num_bytes
+
+
+if __name__ == "__main__":
+    num_images, width, height, num_processes, process = map(int, sys.argv[2:])
+    print(_write(Path(sys.argv[1]), num_images, (width, height), num_processes, process))

@@ -14,7 +14,17 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import blip_caption, clip_embed, decode, gpu_enrich, random_models, rates, scaling, vilt_answer
+from benchmarks import (
+    blip_caption,
+    clip_embed,
+    decode,
+    gpu_enrich,
+    gpu_pool,
+    random_models,
+    rates,
+    scaling,
+    vilt_answer,
+)
 from benchmarks.machine import RESULTS
 from vlmflow.config import TaskName
 from vlmflow.engine import RunReport
@@ -67,6 +77,13 @@ def test_ours_beside_open_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     }
     assert all(one["images_equal_on_both_sides"] == 1 for one in found["runs"] if one["dtype"] == "float32")
     assert {one["dtype"] for one in found["ours_over_open_clip"]} == {"float32", "bfloat16"}
+
+
+def test_a_pool_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ("--device", "cpu", "--tiny", "--calls", "1", "--calls", "3", "--batches", "6")
+    runs = run(gpu_pool, tmp_path, monkeypatch, *options)["runs"]
+    assert [(one["calls_at_once"], one["errors"]) for one in runs] == [(1, 0), (3, 0)]
+    assert all(0 < one["images_per_s"] < math.inf for one in runs)
 
 
 def report(seconds: float, startup_s: float) -> RunReport:

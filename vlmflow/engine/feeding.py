@@ -1,7 +1,4 @@
-"""A batch's pixels on their way to a pool's device, made ready while the batch before it is still computed.
-
-NOT YET RUN ON A GPU: tested on a processor; streams, pinned memory and nvJPEG are what is left.
-"""
+"""A batch's pixels on their way to a pool's device, made ready while the batch before it is still computed."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""CUDA streams by thread: what two threads of a worker give the device to do, it may do side by side.
-
-NOT YET RUN ON A GPU.
-"""
+"""CUDA streams by thread: what two threads of a worker give the device to do, it may do side by side."""
 
 from __future__ import annotations
 

@@ -120,6 +120,11 @@ def _torch() -> Iterator[Check]:
         yield Check("gpu", "ok", f"{torch.cuda.device_count()} x {name}, bf16")
     else:
         yield Check("gpu", "warn", f"{name} without bf16", "Use a GPU of the Ampere generation or later.")
+    from vlmflow.models.fused import why_not
+
+    reason = why_not()
+    remedy = "Install gcc and Python's headers, or models run slower."
+    yield Check("triton", "ok", "works") if reason is None else Check("triton", "warn", reason, remedy)
 
 
 def _weights(models_dir: Path | None) -> Iterator[Check]:

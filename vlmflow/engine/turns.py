@@ -27,9 +27,10 @@ class Turns:
 
     Args:
         tasks: their names.
-        side_by_side: a task is at one batch at a time, and two tasks may be at two batches: for devices on which the
-            one fills what the other leaves, as the products of an embedder do while captions are decoded, which
-            memory holds up. Else one batch goes through all tasks before the next.
+        side_by_side: a task is at one batch at a time, and two tasks may be at two batches: for devices that compute
+            beside this process, so that what a task does in Python hides behind what another computes. Their kernels
+            gain nothing from each other: on an H100 a vision tower and decoding took 947 ms together, and 953 in turn.
+            Else one batch goes through all tasks before the next.
     """
 
     def __init__(self, tasks: Sequence[str], *, side_by_side: bool) -> None:

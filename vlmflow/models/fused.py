@@ -13,21 +13,22 @@ logger = logging.getLogger("vlmflow")
 def can_fuse(*tensors: torch.Tensor) -> bool:
     """Whether the tensors lie on CUDA as the kernels read them, and Triton works there."""
     # Fake tensors, of another type, have no memory to give to a kernel.
-    return all(type(x) is torch.Tensor and x.is_cuda and x.is_contiguous() for x in tensors) and _works()
+    return all(type(x) is torch.Tensor and x.is_cuda and x.is_contiguous() for x in tensors) and why_not() is None
 
 
 @cache
-def _works() -> bool:
-    """Whether Triton is here, and what it needs: a compiler of C, and a folder to write to."""
+def why_not() -> str | None:
+    """Why Triton cannot be used on this machine's GPU, which is told once in the log; None: it can.
+
+    It needs a C compiler, Python's headers, and a folder to write to.
+    """
     try:
         _try()
     except Exception as error:  # noqa: BLE001  Triton's, the compiler's, the system's: all mean the same here
-        reason = " ".join(str(error).split())[:200]
-        logger.warning(
-            "Triton does not work here, and models run a tenth slower without: %s: %s", type(error).__name__, reason
-        )
-        return False
-    return True
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        logger.warning("Triton does not work here, and models run slower without (`vlmflow doctor`): %s", reason)
+        return reason
+    return None
 
 
 def _try() -> None:

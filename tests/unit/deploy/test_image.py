@@ -42,6 +42,9 @@ def test_both_variants_have_their_stage() -> None:
     stages = set(re.findall(r"^FROM \S+ AS (\S+)$", DOCKERFILE, re.MULTILINE))
     assert {"torch-cpu", "torch-cuda"} <= stages
     assert re.search(r"^ARG VARIANT=cpu$", DOCKERFILE, re.MULTILINE)
+    run = DOCKERFILE.partition("FROM base AS run")[2]
+    # Without its own ARG the stage would know no variant, and Triton would find no compiler.
+    assert run.index("ARG VARIANT\n") < run.index('if [ "$VARIANT" = cuda ]; then apt-get install')
 
 
 def test_all_that_is_copied_is_there_and_reaches_the_build() -> None:

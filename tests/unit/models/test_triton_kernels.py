@@ -149,9 +149,10 @@ def test_without_triton_a_warning_says_so(monkeypatch: pytest.MonkeyPatch, caplo
         raise RuntimeError("Failed to find C compiler.\nPlease specify via CC environment variable.")
 
     monkeypatch.setattr(fused, "_try", fails)
-    fused._works.cache_clear()
+    fused.why_not.cache_clear()
     try:
-        assert not fused._works()
+        reason = fused.why_not()
     finally:
-        fused._works.cache_clear()
+        fused.why_not.cache_clear()
+    assert reason == "RuntimeError: Failed to find C compiler. Please specify via CC environment variable."
     assert "Failed to find C compiler. Please specify via CC" in caplog.text

@@ -1,0 +1,24 @@
+"""What `doctor` says of a GPU, which is not there."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from vlmflow import doctor
+from vlmflow.models import fused
+
+
+@pytest.mark.parametrize("reason", [None, "RuntimeError: Failed to find C compiler."])
+def test_a_gpu_wants_a_compiler_for_its_kernels(monkeypatch: pytest.MonkeyPatch, reason: str | None) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(fused, "why_not", lambda: reason)
+    _, gpu, triton = sys.modules[doctor.__module__]._torch()
+    assert (gpu.verdict, gpu.found) == ("ok", "2 x NVIDIA H100, bf16")
+    assert (triton.verdict, triton.found) == (("ok", "works") if reason is None else ("warn", reason))
+    assert ("gcc" in triton.remedy) == (reason is not None)

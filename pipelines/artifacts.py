@@ -18,8 +18,8 @@ from prefect.exceptions import PrefectException
 
 from vlmflow.catalog import Verification
 from vlmflow.catalog.verify import ERRORS, WARNINGS
+from vlmflow.checks import Check
 from vlmflow.config import CatalogConfig
-from vlmflow.doctor import Check
 from vlmflow.engine import PlanSummary, RunReport
 from vlmflow.engine.remoderate import RemoderateReport
 from vlmflow.gate import GateReport

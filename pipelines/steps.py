@@ -17,8 +17,8 @@ from pydantic import Field, ValidationError
 
 from pipelines.ray_jobs import Attempt, Command, RayJobs, read_files
 from vlmflow import errors
+from vlmflow.checks import Check, doctor_of
 from vlmflow.config import Frozen, Job, describe_validation
-from vlmflow.doctor import Check, doctor_of
 from vlmflow.engine import PlanSummary, RunReport, enrich, plan
 from vlmflow.engine.cluster import ray_cluster
 from vlmflow.engine.progress import ProgressDisplay, Tally

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from vlmflow.alt_text_report import AltTextReport, find_alt_texts
     from vlmflow.calibration import calibrate
     from vlmflow.catalog import Catalog
-    from vlmflow.doctor import Check, doctor
+    from vlmflow.checks import Check, doctor
     from vlmflow.engine import PlanSummary, PreflightReport, RunReport, enrich, plan, preflight
     from vlmflow.engine.remoderate import RemoderateReport, Scope, remoderate
     from vlmflow.evaluation import EvaluationReport, evaluate, read_dataset
@@ -107,7 +107,7 @@ _HOMES = {
     "CalibrationReport": "vlmflow.moderation.calibrate",
     "Catalog": "vlmflow.catalog",
     "CatalogSummary": "vlmflow.summary",
-    "Check": "vlmflow.doctor",
+    "Check": "vlmflow.checks",
     "ConversionInputs": "vlmflow.models.convert",
     "ConversionReport": "vlmflow.models.convert",
     "DuplicateReport": "vlmflow.search.duplicates",
@@ -135,7 +135,7 @@ _HOMES = {
     "convert_weights": "vlmflow.models.convert",
     "describe_image": "vlmflow.search.describe",
     "describe_profiles": "vlmflow.models.profiles",
-    "doctor": "vlmflow.doctor",
+    "doctor": "vlmflow.checks",
     "enrich": "vlmflow.engine",
     "evaluate": "vlmflow.evaluation",
     "export_queue": "vlmflow.review",

@@ -18,7 +18,7 @@ from vlmflow.engine.stages import StageReport
 from vlmflow.summary import CatalogSummary, Example, summarize
 
 if TYPE_CHECKING:
-    from vlmflow.doctor import Check
+    from vlmflow.checks import Check
     from vlmflow.models.profiles import ProfileStatus
 
 __all__ = [

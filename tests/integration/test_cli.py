@@ -17,9 +17,9 @@ import yaml
 
 from tests.pictures import write_broken, write_pictures
 from vlmflow.catalog import Catalog
+from vlmflow.checks import Check, doctor
 from vlmflow.cli import main
 from vlmflow.config import CatalogConfig, Job
-from vlmflow.doctor import Check, doctor
 from vlmflow.engine.report import installed_versions
 from vlmflow.errors import ConfigError
 

@@ -18,8 +18,8 @@ from tests.processes import wait_for
 from tests.report_samples import put_record, put_rows, record
 from vlmflow.catalog import Catalog, Verification
 from vlmflow.catalog.verify import Finding
+from vlmflow.checks import Check
 from vlmflow.config import CatalogConfig
-from vlmflow.doctor import Check
 from vlmflow.engine import PlanSummary, RunReport
 from vlmflow.errors import StorageAccessError, TransientError, UnreconciledError, VlmflowError
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.util import find_spec
+from types import ModuleType
 
 import vlmflow
 
@@ -11,6 +13,12 @@ import vlmflow
 def test_every_public_name_is_there() -> None:
     for name in vlmflow.__all__:
         assert getattr(vlmflow, name) is not None
+
+
+def test_no_public_name_is_that_of_a_module_which_would_take_its_place_once_imported() -> None:
+    for name in vlmflow.__all__:
+        assert not isinstance(getattr(vlmflow, name), ModuleType), name
+        assert find_spec(f"vlmflow.{name}") is None, name
 
 
 def test_importing_loads_neither_torch_nor_ray() -> None:

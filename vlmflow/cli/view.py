@@ -82,8 +82,8 @@ def doctor(
 
     With --config, for that job: its source, its catalog, its models, its cluster.
     """
-    from vlmflow.doctor import doctor as diagnose
-    from vlmflow.doctor import doctor_of
+    from vlmflow.checks import doctor as diagnose
+    from vlmflow.checks import doctor_of
     from vlmflow.views import check_as_json, print_check
 
     storage = StorageConfig(endpoint=endpoint)

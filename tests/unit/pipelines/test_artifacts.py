@@ -16,8 +16,8 @@ from pipelines.artifacts import MAX_EXAMPLES, code, link, plain
 from tests.hostile import HOSTILE
 from vlmflow.catalog import Verification
 from vlmflow.catalog.verify import Finding
+from vlmflow.checks import Check
 from vlmflow.config import CatalogConfig
-from vlmflow.doctor import Check
 from vlmflow.engine import PlanSummary, RunReport
 from vlmflow.engine.remoderate import RemoderateReport
 from vlmflow.gate import GateReport

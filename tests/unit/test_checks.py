@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 
-from vlmflow import doctor
+from vlmflow import checks
 from vlmflow.models import fused
 
 
@@ -18,7 +16,7 @@ def test_a_gpu_wants_a_compiler_for_its_kernels(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(fused, "why_not", lambda: reason)
-    _, gpu, triton = sys.modules[doctor.__module__]._torch()
+    _, gpu, triton = checks._torch()
     assert (gpu.verdict, gpu.found) == ("ok", "2 x NVIDIA H100, bf16")
     assert (triton.verdict, triton.found) == (("ok", "works") if reason is None else ("warn", reason))
     assert ("gcc" in triton.remedy) == (reason is not None)

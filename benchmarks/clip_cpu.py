@@ -46,11 +46,11 @@ class Int8Linear:
 
     def __init__(self, layers: Any, activation: str | None = None, dtype: torch.dtype | None = None) -> None:
         weight = torch.cat([layer.weight.detach() for layer in layers])
-        bias = torch.cat([layer.bias.detach() for layer in layers])
+        self.bias = torch.cat([layer.bias.detach() for layer in layers])
         scales = (weight.abs().amax(dim=1).clamp_min(1e-12) / 127).double()
         zeros = torch.zeros(len(weight), dtype=torch.int64)
         levels = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
-        self._packed = torch.ops.quantized.linear_prepack(levels, bias)
+        self._packed = torch.ops.quantized.linear_prepack(levels, self.bias)
         self._is_gelu = activation == "gelu"
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

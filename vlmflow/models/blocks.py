@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 
@@ -59,6 +58,11 @@ class Blocks:
     def __init__(self, blocks: Sequence[Block], last: Norm) -> None:
         self._blocks = blocks
         self._norms = [*(block.norm1 for block in blocks), last]
+        # Of each block the biases, (D,) float32, of all that is added up to its middle, and up to its end.
+        self._offsets: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for block in blocks:
+            middle = block.merge.bias.float() + (self._offsets[-1][1] if self._offsets else 0.0)
+            self._offsets.append((middle, middle + block.contract.bias.float()))
 
     def __call__(
         self, states: torch.Tensor, visible: torch.Tensor | None = None, num_kept: int | None = None
@@ -93,12 +97,3 @@ class Blocks:
             block.contract.onto(states, block.expand(normed))
             normed = following(states, offset)
         return (states[:, :num_kept] + offset).to(states.dtype), normed
-
-    @cached_property
-    def _offsets(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Of each block the biases, (D,) float32, of all that was added up to its middle, and up to its end."""
-        offsets: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for block in self._blocks:
-            middle = block.merge.bias.float() + (offsets[-1][1] if offsets else 0.0)
-            offsets.append((middle, middle + block.contract.bias.float()))
-        return offsets

@@ -51,7 +51,7 @@ def cast(model: Any, dtype: torch.dtype) -> Any:
 class HostReads(TorchFunctionMode):
     """Answers what would be read from the device, and notes where; makes the constants that fake mode would run.
 
-    All values are zero. Yet a count is one, something is true of any and nothing of all: what decodes goes on.
+    All values are zero, and finite. Yet a count is one, something is true of any, nothing of all: decoding goes on.
 
     ``found``: how often by ``file:function`` of the library.
     """
@@ -83,7 +83,7 @@ class HostReads(TorchFunctionMode):
         if name == "__getitem__" and not tensor.is_cuda:  # which fake mode lets pass
             assert not any(isinstance(leaf, torch.Tensor) and leaf.is_cuda for leaf in tree_leaves(args[1]))
         out = func(*args, **kwargs)
-        if name == "any":
+        if name in ("any", "isfinite"):
             out.is_true = True
         if name in ("cpu", "to") and out.device.type == "cpu":
             self._note(tensor)

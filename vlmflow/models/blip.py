@@ -57,18 +57,22 @@ class BlipCaptioner:
             num_beams: 1: greedy decoding; more: beam search, the best of so many captions.
 
         Raises:
-            ValueError: the pixels are not of the model's size or dtype, or there is to be no token or no beam.
+            ValueError: the pixels are not of the model's size or dtype, there is to be no token or no beam, or the
+                model makes of an image what is no number.
         """
         if max_tokens < 1 or num_beams < 1:
             raise ValueError(f"captions of {max_tokens} tokens by {num_beams} beams; both must be at least 1")
         if len(pixels) == 0:
             return []
         images = self._vision(pixels)
+        is_finite = images.sum(dtype=torch.float32).isfinite()  # read behind the captions: until then nothing waits
         if num_beams == 1:
             tokens = self._decode_greedily(images, max_tokens)
         else:
             with growing(images.device):
                 tokens = decode_beams(self._decoder, self._special, images, max_tokens, num_beams)
+        if not is_finite:  # whose caption would be some word, or none
+            raise ValueError("the model gave features that are not finite")
         texts: list[str] = self._tokenizer.batch_decode(tokens, skip_special_tokens=True)
         return [text.strip() for text in texts]
 

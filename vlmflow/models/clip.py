@@ -22,6 +22,7 @@ from vlmflow.errors import WeightsError
 from vlmflow.models.clip_packed import can_pack, pack_image_tower, take_pixels, takes_pixels
 from vlmflow.models.pixels import PixelNormalizer, model_dtype
 from vlmflow.models.preprocessing import read_preprocessing
+from vlmflow.models.pretrained import in_our_words
 from vlmflow.models.weights import check_keys, find_weights, read_open_clip_model
 
 _TEXTS_AT_ONCE = 256
@@ -177,16 +178,10 @@ def _load_tokenizer(folder: Path, text_config: dict[str, Any]) -> Tokenize:
         return tokenize
     # The options come from the folder: they must not switch remote code on.
     options |= {"trust_remote_code": False, "local_files_only": True}
-    try:
-        tokenize = HFTokenizer(
-            str(folder), context_length=context_length, tokenizer_mode=text_config.get("tokenizer_mode"), **options
-        )
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise WeightsError(
-            f"weights: the tokenizer of {folder} cannot be loaded: {reason}", remedy="Copy the model's tokenizer files."
-        ) from error
-    return tokenize
+    with in_our_words(folder, "a tokenizer", "Copy the model's tokenizer files."):
+        mode = text_config.get("tokenizer_mode")
+        of_folder: Tokenize = HFTokenizer(str(folder), context_length=context_length, tokenizer_mode=mode, **options)
+        return of_folder
 
 
 def _unit(features: torch.Tensor) -> NDArray[np.float32]:

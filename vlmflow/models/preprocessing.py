@@ -124,7 +124,7 @@ def _read_align(folder: Path) -> Preprocessing:
     Its processor resizes to 346 and cuts 289 out of the middle; here 289 show the whole image.
     """
     values, path = _processor_values(folder)
-    scale = values.get("rescale_factor", 1 / 255)
+    scale = _rescale_factor(values, path)
     if values.get("rescale_offset") and not values.get("do_normalize", True) and abs(scale * 127.5 - 1) < 1e-6:
         values |= {"rescale_factor": 1 / 255, "do_normalize": True, "image_mean": 0.5, "image_std": 0.5}
         values |= {"rescale_offset": False}
@@ -180,7 +180,7 @@ def _prompted_side(folder: Path) -> int:
 
 def _plain(values: dict[str, Any], side: int, path: Path) -> Preprocessing:
     interpolation = _PILLOW_FILTERS.get(values.get("resample", 3))
-    rescale = values.get("rescale_factor", 1 / 255)
+    rescale = _rescale_factor(values, path)
     plain = all(values.get(key, True) for key in ("do_resize", "do_rescale", "do_normalize"))
     if interpolation is None or abs(rescale * 255 - 1) > 1e-6 or not plain:
         raise WeightsError(
@@ -196,6 +196,15 @@ def _square(size: object, path: Path) -> int:
     if len(sides) == 2 and sides[0] == sides[1] and isinstance(sides[0], int):
         return sides[0]
     raise WeightsError(f"weights: {path}: image size {size} is no square", remedy="Use a model of square images.")
+
+
+def _rescale_factor(values: dict[str, Any], path: Path) -> float:
+    factor = values.get("rescale_factor", 1 / 255)
+    if not isinstance(factor, int | float):
+        raise WeightsError(
+            f"weights: {path}: rescale_factor {factor!r} is no number", remedy="Write 1/255: 0.00392157."
+        )
+    return factor
 
 
 def _triple(values: object, path: Path) -> tuple[float, float, float]:

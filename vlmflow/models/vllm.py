@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 
 from vlmflow.config import Dtype
-from vlmflow.errors import ConfigError, WeightsError
+from vlmflow.errors import ConfigError
 from vlmflow.models import Answer, Usage
+from vlmflow.models.pretrained import in_our_words
 
 
 class VllmChat:
@@ -42,14 +43,9 @@ class VllmChat:
                 "family vllm: the package vllm is not installed where the model is to run",
                 remedy="Install it on the GPU nodes, or use the family vlm.",
             ) from error
-        try:
+        remedy = "Check the folder and the GPU's memory, or use the family vlm."
+        with in_our_words(folder, f"a model of vLLM on {device}", remedy):
             return cls(LLM(**engine_arguments(folder, dtype)), SamplingParams)
-        except (ValueError, OSError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise WeightsError(
-                f"weights: {folder} cannot be served by vLLM on {device}: {reason}",
-                remedy="Check the folder and the GPU's memory, or use the family vlm.",
-            ) from error
 
     def write(self, pixels: torch.Tensor, prompts: Sequence[str], max_tokens: int, num_beams: int = 1) -> list[Answer]:
         """Writes about image i what ``prompts[i]`` asks for; see :class:`vlmflow.models.prompted.VisionChat`.

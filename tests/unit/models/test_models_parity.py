@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, BlipForConditionalGeneration, BlipForIma
 from tests.models import IMAGE_SIZE, WORDS, make_captioner, make_clip, make_matcher, random_pixels
 from vlmflow.config import ModelConfig
 from vlmflow.models import Captioner, load_captioner, load_embedder, load_matcher, load_text_embedder
+from vlmflow.models.blip import BlipCaptioner
 
 TEXTS = ["a red car", "", "four yellow apples and a house on the table", "a zebra"]
 
@@ -100,6 +101,19 @@ def test_a_caption_does_not_depend_on_its_batch(captioner_folder: Path) -> None:
     captioner = load_captioner_from(captioner_folder)
     pixels = random_pixels(12)
     assert captioner.caption(pixels, 20) == [captioner.caption(pixels[i : i + 1], 20)[0] for i in range(12)]
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_what_is_no_number_gets_no_caption(
+    captioner_folder: Path, monkeypatch: pytest.MonkeyPatch, num_beams: int
+) -> None:
+    captioner = load_captioner_from(captioner_folder)
+    assert isinstance(captioner, BlipCaptioner)
+    features = captioner._vision(random_pixels(3))
+    features[1, 2, 3] = torch.nan
+    monkeypatch.setattr(captioner, "_vision", lambda _: features)
+    with pytest.raises(ValueError, match="features that are not finite"):
+        captioner.caption(random_pixels(3), 20, num_beams)
 
 
 def test_matches_equal_those_of_transformers(matcher_folder: Path) -> None:

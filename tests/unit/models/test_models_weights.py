@@ -252,7 +252,10 @@ def test_blip_that_asks_for_another_preprocessing_is_refused(tmp_path: Path) -> 
     edit_json(folder / "preprocessor_config.json", {"resample": 1})
     with pytest.raises(WeightsError, match="asks for preprocessing other than"):
         pixel_request("caption", ModelConfig(family="blip_caption", path=str(folder)), ("squash",))
-    edit_json(folder / "preprocessor_config.json", {"resample": 2, "size": {"height": 64, "width": 64}})
+    edit_json(folder / "preprocessor_config.json", {"resample": 2, "rescale_factor": "1/255"})
+    with pytest.raises(WeightsError, match="rescale_factor '1/255' is no number"):
+        pixel_request("caption", ModelConfig(family="blip_caption", path=str(folder)), ("squash",))
+    edit_json(folder / "preprocessor_config.json", {"rescale_factor": 1 / 255, "size": {"height": 64, "width": 64}})
     with pytest.raises(WeightsError, match=r"size 64, but config\.json says 32"):
         pixel_request("caption", ModelConfig(family="blip_caption", path=str(folder)), ("squash",))
 

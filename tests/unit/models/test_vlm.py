@@ -223,7 +223,7 @@ def test_vllm_is_given_images_and_prompts_and_gives_texts_and_scores(
     answers = VllmChat.load(folder, "cuda").write(pixels, ["a", "unscored"], 9)
     assert answers[0].score == pytest.approx(0.25)
     assert math.isnan(answers[1].score)
-    with pytest.raises(WeightsError, match="cannot be served by vLLM on cuda: no such architecture"):
+    with pytest.raises(WeightsError, match="as a model of vLLM on cuda: ValueError: no such architecture"):
         VllmChat.load(folder / "broken", "cuda")
 
 

@@ -15,8 +15,14 @@ import torch
 
 _MEMORY_ALLOCATION = 2
 _CAPTURE = range(900, 909)
-# As cuBLAS and cuDNN say it, through a RuntimeError of no class of its own.
-_NO_MEMORY = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUDA out of memory")
+# As cuBLAS, cuDNN and Triton say it, through a RuntimeError of no class of its own.
+_NO_MEMORY = (
+    "can't allocate memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDA out of memory",
+    "Triton Error [CUDA]: out of memory",
+)
 
 
 class Releasing(Protocol):

@@ -220,7 +220,7 @@ def _scorer(job: Job, evidence: Evidence, label: dict[str, Any]) -> tuple[PixelR
             remedy="Give the --profile that the catalog was enriched with.",
         )
     embedder = load_embedder(config, "cpu")
-    prompts = archived_prompts(catalog, policy, identity.weights_digest) or encode_prompts(policy, embedder)
+    prompts = archived_prompts(catalog, policy, identity) or encode_prompts(policy, embedder)
     scorer = Scorer(prompts)
     number = [ref.label for ref in policy.labels].index(label["label"])
     request = pixel_request("embed", config, job.views)

@@ -72,7 +72,7 @@ def test_policies_of_files_names_and_catalogs_are_compared(
 ) -> None:
     catalog = open_catalog(tmp_path / "catalog")
     archived = load_policy(policy)
-    archive_policy(catalog, archived, None, "a" * 64)
+    archive_policy(catalog, archived)
     stricter = tmp_path / "stricter.yaml"
     stricter.write_text(Path(policy).read_text(encoding="utf-8").replace("review: 0.45", "review: 0.3"))
     assert run("diff", f"{catalog.uri}@{archived.digest[:8]}", stricter, "--json") == 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from vlmflow.catalog.folder import Folder
 from vlmflow.errors import CatalogError
@@ -16,9 +16,9 @@ class PolicyStore:
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
 
-    def put(self, digest: str, files: Mapping[str, bytes]) -> None:
-        """Archives a policy; what is there already stays as it is."""
-        held = set(self._names(digest))
+    def put(self, digest: str, files: Mapping[str, bytes], replaced: Collection[str] = ()) -> None:
+        """Archives a policy; what is there already stays as it is, but for the files that are to be replaced."""
+        held = set(self._names(digest)).difference(replaced)
         for name, data in files.items():
             if name not in held:
                 self._folder.write(f"{POLICIES}/{digest}/{name}", data)
@@ -40,9 +40,14 @@ class PolicyStore:
             )
         return found
 
+    def read(self, digest: str, name: str) -> bytes | None:
+        """One file of a policy; None: it is not there."""
+        return self._folder.read(f"{POLICIES}/{digest}/{name}")
+
     def digests(self) -> list[str]:
-        """The digests of the policies here."""
-        return sorted({file.path.split("/")[1] for file in self._folder.list(POLICIES)})
+        """The digests of the policies here; files that lie beside their folders are nobody's."""
+        parts = (file.path.split("/") for file in self._folder.list(POLICIES))
+        return sorted({digest for _, digest, *names in parts if names})
 
     def _names(self, digest: str) -> list[str]:
         below = f"{POLICIES}/{digest}/"

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
+
 from vlmflow.catalog import Catalog
-from vlmflow.errors import ConfigError
+from vlmflow.errors import ConfigError, PolicyError
+from vlmflow.models import ModelIdentity
 from vlmflow.moderation.policy import Policy, prompts_digest
 from vlmflow.moderation.prompts import PromptVectors
+
+logger = logging.getLogger("vlmflow")
 
 _POLICY = "policy.json"
 
 
-def archive_policy(catalog: Catalog, policy: Policy, prompts: PromptVectors | None, weights_digest: str) -> None:
-    """Keeps a policy under its digest, and the vectors of its prompts under that of the model that made them."""
+def archive_policy(
+    catalog: Catalog, policy: Policy, prompts: PromptVectors | None = None, identity: ModelIdentity | None = None
+) -> None:
+    """Keeps a policy under its digest, and the vectors of its prompts under the model that made them."""
     files = {_POLICY: policy.model_dump_json(indent=2).encode()}
-    if prompts is not None:
-        files[_prompts_name(weights_digest)] = prompts.to_bytes()
-    catalog.policies.put(policy.digest, files)
+    damaged: set[str] = set()
+    if prompts is not None and identity is not None:
+        name = _prompts_name(identity)
+        files[name] = prompts.to_bytes()
+        kept = catalog.policies.read(policy.digest, name)
+        if kept is not None and _vectors(kept, policy.digest) is None:
+            damaged.add(name)
+    catalog.policies.put(policy.digest, files, replaced=damaged)
 
 
 def archived_policy(catalog: Catalog, digest: str) -> Policy:
@@ -32,14 +45,24 @@ def archived_policies(catalog: Catalog) -> dict[str, Policy]:
     return {digest: archived_policy(catalog, digest) for digest in catalog.policies.digests()}
 
 
-def archived_prompts(catalog: Catalog, policy: Policy, weights_digest: str) -> PromptVectors | None:
-    """Vectors of these prompts by this model, kept with any policy that has the same; None: there are none."""
-    wanted = prompts_digest(policy)
-    for digest, other in archived_policies(catalog).items():
-        data = catalog.policies.get(digest).get(_prompts_name(weights_digest))
-        if data is not None and prompts_digest(other) == wanted:
-            return PromptVectors.from_bytes(data)
+def archived_prompts(catalog: Catalog, policy: Policy, identity: ModelIdentity) -> PromptVectors | None:
+    """Vectors of these prompts by this model, kept with any policy that has the same; None: none can be read."""
+    name = _prompts_name(identity)
+    others = (digest for digest in catalog.policies.digests() if digest != policy.digest)
+    for digest in itertools.chain([policy.digest], others):
+        data = catalog.policies.read(digest, name)
+        vectors = None if data is None else _vectors(data, digest)
+        if vectors is not None and vectors.digest == prompts_digest(policy):
+            return vectors
     return None
+
+
+def _vectors(data: bytes, digest: str) -> PromptVectors | None:
+    try:
+        return PromptVectors.from_bytes(data)
+    except PolicyError as error:
+        logger.warning("policy %s: %s; its prompts are encoded anew", digest[:12], error)
+        return None
 
 
 def full_digest(catalog: Catalog, beginning: str) -> str:
@@ -58,5 +81,7 @@ def full_digest(catalog: Catalog, beginning: str) -> str:
     )
 
 
-def _prompts_name(weights_digest: str) -> str:
-    return f"prompts-{weights_digest[:16]}.safetensors"
+def _prompts_name(identity: ModelIdentity) -> str:
+    # The first version's files have no number.
+    version = "" if identity.code_version == 1 else f"-v{identity.code_version}"
+    return f"prompts-{identity.weights_digest[:16]}{version}.safetensors"

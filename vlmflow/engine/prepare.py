@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
-import math
+import os
 from dataclasses import dataclass
 
 import ray
@@ -18,8 +18,8 @@ from vlmflow.tasks.setup import TaskSetup, prepare_prompts, prepare_tasks
 # Without --policy: the policy whose thresholds were set for the profile, else the general one.
 _DEFAULT_POLICIES = {"starter": "demo"}
 _GENERAL_POLICY = "marketplace"
-# Of the task that encodes prompts, where a node has as many: half a minute on one, with a large model.
-_ENCODING_CPUS = 4
+# Of the task that encodes prompts, which takes half a minute with one and a large model.
+_ENCODING_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,17 @@ def encode_policy(setup: TaskSetup) -> PromptVectors | None:
     """Encodes the policy's prompts in a worker, so that the driver loads no model; None without a policy."""
     if setup.policy is None:
         return None
-    of_nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
-    num_cpus = max(1, min(_ENCODING_CPUS, math.floor(max(of_nodes, default=1.0))))
-    vectors: PromptVectors = get(ray.remote(num_cpus=num_cpus)(prepare_prompts).remote(setup))
+    vectors: PromptVectors = get(ray.remote(num_cpus=1)(_encode).remote(setup))
     return vectors
+
+
+def _encode(setup: TaskSetup) -> PromptVectors | None:
+    import torch
+
+    # More than was asked for, for a few seconds: who asks for so many at once waits until so many are free at once.
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(_ENCODING_THREADS, os.cpu_count() or 1))
+    try:
+        return prepare_prompts(setup)
+    finally:
+        torch.set_num_threads(before)

@@ -240,7 +240,7 @@ class _Remoderation:
             if target.moderator.dim == 0 and any(scan.num_computed for scan in scans):
                 target = self._with_vectors(target)
             if not self._dry_run:
-                archive_policy(self._catalog, target.policy, None, "")
+                archive_policy(self._catalog, target.policy)
             self._tally.total += sum(scan.num_wanted for scan in scans)
             self._display.stage(f"moderating under {target.policy.name} {target.policy.version}")
             self._round(scans, images, target, seen)
@@ -346,11 +346,11 @@ class _Remoderation:
         setup = self._prepared.setup
         identity = setup.identities["embed"]
         binding = check_binding(target.policy, identity, accept_unbound=self._prepared.job.accept_unbound)
-        prompts = archived_prompts(self._catalog, target.policy, identity.weights_digest)
+        prompts = archived_prompts(self._catalog, target.policy, identity)
         if prompts is None:
             prompts = encode_policy(replace(setup, policy=target.policy, binding=binding))
         if not self._dry_run:
-            archive_policy(self._catalog, target.policy, prompts, identity.weights_digest)
+            archive_policy(self._catalog, target.policy, prompts, identity)
         moderator = Moderator(target.policy, binding, prompts, self._detectors_of(target.policy))
         return replace(target, moderator=moderator)
 

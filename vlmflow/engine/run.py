@@ -244,7 +244,7 @@ class _Run:
         setup = self._prepared.setup
         if setup.policy is not None and Catalog.exists(self._job.catalog):
             catalog = Catalog.open(self._job.catalog)
-            kept = archived_prompts(catalog, setup.policy, setup.identities["embed"].weights_digest)
+            kept = archived_prompts(catalog, setup.policy, setup.identities["embed"])
             if kept is not None:
                 return kept
         return encode_policy(setup)
@@ -252,7 +252,7 @@ class _Run:
     def _archive_policy(self, catalog: Catalog, prompts: PromptVectors | None) -> None:
         setup = self._prepared.setup
         if setup.policy is not None:
-            archive_policy(catalog, setup.policy, prompts, setup.identities["embed"].weights_digest)
+            archive_policy(catalog, setup.policy, prompts, setup.identities["embed"])
 
     def _known_bytes(self) -> Stored[KnownBytes] | None:
         """What the catalog holds for bytes that the planned images may have; None: nothing, or it is not wanted."""

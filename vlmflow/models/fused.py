@@ -7,6 +7,8 @@ from functools import cache
 
 import torch
 
+from vlmflow.device_errors import is_device_broken, is_out_of_memory
+
 logger = logging.getLogger("vlmflow")
 
 
@@ -21,10 +23,15 @@ def why_not() -> str | None:
     """Why Triton cannot be used on this machine's GPU, which is told once in the log; None: it can.
 
     It needs a C compiler, Python's headers, and a folder to write to.
+
+    Raises:
+        RuntimeError: there is no memory left for it, or the device is broken; neither says anything of Triton.
     """
     try:
         _try()
-    except Exception as error:  # noqa: BLE001  Triton's, the compiler's, the system's: all mean the same here
+    except Exception as error:  # Triton's, the compiler's, the system's: all mean the same here
+        if is_out_of_memory(error) or is_device_broken(error):
+            raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         logger.warning("Triton does not work here, and models run slower without (`vlmflow doctor`): %s", reason)
         return reason

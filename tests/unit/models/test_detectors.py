@@ -163,7 +163,7 @@ def test_a_map_is_of_the_output_whose_score_the_label_has(
 ) -> None:
     both = {"drawings": output(), "neutral": output(review=0.2)}  # of one label
     given = policy(family="image_classification", path=str(classifier), outputs=both)
-    archive_policy(open_catalog(tmp_path / "catalog"), given, None, "0" * 64)
+    archive_policy(open_catalog(tmp_path / "catalog"), given)
     photographs[0].save(tmp_path / "photograph.png")
     data = (tmp_path / "photograph.png").read_bytes()
     shown = np.array(render(photographs[0], 32, "bicubic", ("squash",))[0][1])

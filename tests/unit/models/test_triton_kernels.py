@@ -156,3 +156,18 @@ def test_without_triton_a_warning_says_so(monkeypatch: pytest.MonkeyPatch, caplo
         fused.why_not.cache_clear()
     assert reason == "RuntimeError: Failed to find C compiler. Please specify via CC environment variable."
     assert "Failed to find C compiler. Please specify via CC" in caplog.text
+
+
+def test_want_of_memory_says_nothing_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> None:
+        raise RuntimeError("Triton Error [CUDA]: out of memory")
+
+    fused.why_not.cache_clear()
+    monkeypatch.setattr(fused, "_try", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fused.why_not()
+    monkeypatch.setattr(fused, "_try", lambda: None)
+    try:
+        assert fused.why_not() is None
+    finally:
+        fused.why_not.cache_clear()

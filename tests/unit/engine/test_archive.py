@@ -1,0 +1,87 @@
+"""Prompt vectors that a catalog keeps: found by prompts and model, and nothing beside them stands in the way."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.catalog_samples import open_catalog
+from vlmflow.catalog import Catalog
+from vlmflow.engine.archive import archive_policy, archived_prompts
+from vlmflow.models import ModelIdentity
+from vlmflow.moderation.policy import Policy, load_policy, prompts_digest
+from vlmflow.moderation.prompts import PromptVectors
+
+MODEL = ModelIdentity("model", "local", "a" * 64, "squash 224", 1)
+
+
+def vectors_of(policy: Policy) -> PromptVectors:
+    random = np.random.default_rng(0)
+    labels, neutral = (random.normal(size=(count, 4)).astype(np.float32) for count in (len(policy.labels), 3))
+    return PromptVectors(labels, neutral, policy.temperature, prompts_digest(policy))
+
+
+@pytest.fixture
+def policy() -> Policy:
+    return load_policy("demo")
+
+
+@pytest.fixture
+def catalog(tmp_path: Path, policy: Policy) -> Catalog:
+    catalog = open_catalog(tmp_path / "catalog")
+    archive_policy(catalog, policy, vectors_of(policy), MODEL)
+    return catalog
+
+
+def next_version(policy: Policy) -> Policy:
+    """With the same prompts."""
+    return Policy.model_validate(policy.model_dump() | {"version": policy.version + "-next"})
+
+
+def is_found(catalog: Catalog, policy: Policy, identity: ModelIdentity = MODEL) -> bool:
+    found = archived_prompts(catalog, policy, identity)
+    return found is not None and np.array_equal(found.labels, vectors_of(policy).labels)
+
+
+def test_vectors_are_those_of_the_prompts_and_the_model_whatever_the_thresholds(
+    catalog: Catalog, policy: Policy
+) -> None:
+    assert is_found(catalog, policy)
+    renamed = next_version(policy)
+    assert renamed.digest != policy.digest
+    assert is_found(catalog, renamed)
+    assert archived_prompts(catalog, load_policy("marketplace"), MODEL) is None
+    for other in ({"weights_digest": "b" * 64}, {"code_version": 2}):
+        assert archived_prompts(catalog, policy, dataclasses.replace(MODEL, **other)) is None
+
+
+def test_what_else_lies_there_is_in_nobodys_way(catalog: Catalog, policy: Policy, tmp_path: Path) -> None:
+    folder = tmp_path / "catalog" / "policies"
+    (folder / ".DS_Store").write_bytes(b"x")
+    for name, text in (("0" * 64, "{"), ("1" * 64, '{"from": "a later version"}')):
+        (folder / name).mkdir()
+        (folder / name / "policy.json").write_text(text)
+    (folder / ("2" * 64)).mkdir()
+    (folder / ("2" * 64) / f"prompts-{'a' * 16}.safetensors").write_bytes(b"cut")
+    renamed = next_version(policy)
+    assert is_found(catalog, policy)
+    assert is_found(catalog, renamed)
+    assert archived_prompts(catalog, load_policy("marketplace"), MODEL) is None
+
+
+def test_damaged_vectors_are_told_of_and_replaced(
+    catalog: Catalog, policy: Policy, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (path,) = (tmp_path / "catalog" / "policies").rglob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:100])
+    assert archived_prompts(catalog, policy, MODEL) is None
+    assert f"policy {policy.digest[:12]}: archived prompt vectors cannot be read" in caplog.text
+    archive_policy(catalog, policy, vectors_of(policy), MODEL)
+    assert is_found(catalog, policy)
+
+    whole = path.read_bytes()
+    archive_policy(catalog, policy, dataclasses.replace(vectors_of(policy), temperature=0.5), MODEL)
+    assert path.read_bytes() == whole, "what can be read is never changed"

@@ -43,7 +43,7 @@ test: lint types ## lint, types and the tests that take minutes, not more
 test-all: lint types ## every test, the slow ones too
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
-gpu: setup ## with a CUDA device: the tests that want one, and the figures that wait for one; ten minutes by estimate
+gpu: setup ## with a CUDA device: the tests that want one, and the figures that wait for one; a quarter of an hour by estimate
 	@$(BIN)/python -m pytest -m gpu; failed=$$?; \
 	for script in blip_caption vilt_answer clip_embed gpu_pool gpu_enrich; do \
 		$(BIN)/python -m benchmarks.$$script --device cuda || failed=1; \

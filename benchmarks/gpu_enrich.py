@@ -22,10 +22,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks import straightforward
-from benchmarks.machine import add_results_option, save_result
+from benchmarks.machine import add_gpu_options, parse_gpu_options, save_result
 from benchmarks.photographs import write_jpegs
 from benchmarks.random_models import write_models
 from benchmarks.rates import job_rate, smaller_run
@@ -97,22 +95,15 @@ def measure_other(root: Path, models: dict[str, ModelConfig], options: argparse.
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="tiny models and images: a test of the script")
     parser.add_argument("--images", type=int, help="default: 16000; with --tiny 1000")
     parser.add_argument("--batch", type=int, default=256, help="of our pool, with CUDA; default: 256")
     parser.add_argument("--decode", choices=["auto", "cpu", "pool"], default="auto", help="as in a job; default: auto")
-    add_results_option(parser)
-    options = parser.parse_args()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error(f"--device cuda: torch {torch.__version__} finds no GPU")
-    if options.device == "cpu" and not options.tiny:
-        parser.error("--device cpu: only with --tiny")
+    add_gpu_options(parser)
+    options = parse_gpu_options(parser)
     options.images = options.images or (1_000 if options.tiny else 16_000)
     options.few, options.read_ahead = smaller_run(options.images)
     options.other_images = min(options.images, 120 if options.tiny else 2_000)
     options.other_batch = 16 if options.tiny else 64
-    options.size = (320, 240) if options.tiny else (1600, 1200)
     return options
 
 

@@ -26,7 +26,7 @@ import pyarrow as pa
 import torch
 
 from benchmarks.gpu_enrich import NUM_TOKENS, TASKS
-from benchmarks.machine import add_results_option, save_result
+from benchmarks.machine import add_gpu_options, parse_gpu_options, save_result
 from benchmarks.photographs import write_jpegs
 from benchmarks.random_models import write_models
 from vlmflow.config import CatalogConfig, Job, PoolConfig, SourceConfig
@@ -131,19 +131,12 @@ def profile(worker: PoolWorker, batches: Sequence[pa.Table]) -> dict[str, Any]:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="tiny models and images: a test of the script")
     parser.add_argument("--calls", type=int, action="append", help="batches at once; default: 1, 3 and 5")
     parser.add_argument("--batches", type=int, default=24, help="of each measurement; default: 24")
-    add_results_option(parser)
-    options = parser.parse_args()
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error(f"--device cuda: torch {torch.__version__} finds no GPU")
-    if options.device == "cpu" and not options.tiny:
-        parser.error("--device cpu: only with --tiny")
+    add_gpu_options(parser)
+    options = parse_gpu_options(parser)
     options.calls = options.calls or [1, 3, GPU_CALLS_AT_ONCE]
     options.batch, options.images = (16, 48) if options.tiny else (256, 1024)
-    options.size = (320, 240) if options.tiny else (1600, 1200)
     return options
 
 

@@ -35,6 +35,26 @@ def add_results_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write to; default: benchmarks/results")
 
 
+def add_gpu_options(parser: argparse.ArgumentParser) -> None:
+    """``--device``, ``--tiny`` and ``--results``, for :func:`parse_gpu_options`."""
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="tiny models and images: a test of the script")
+    add_results_option(parser)
+
+
+def parse_gpu_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options, with ``size`` of the images; ends the process where they ask for a GPU that is not there."""
+    import torch
+
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device cuda: torch {torch.__version__} finds no GPU")
+    if options.device == "cpu" and not options.tiny:
+        parser.error("--device cpu: only with --tiny")
+    options.size = (320, 240) if options.tiny else (1600, 1200)
+    return options
+
+
 def save_result(name: str, result: Mapping[str, object], folder: Path = RESULTS) -> Path:
     """Writes a result as JSON into a folder, with what it was measured on; returns the file."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -120,11 +120,19 @@ def _torch() -> Iterator[Check]:
         yield Check("gpu", "ok", f"{torch.cuda.device_count()} x {name}, bf16")
     else:
         yield Check("gpu", "warn", f"{name} without bf16", "Use a GPU of the Ampere generation or later.")
+    yield _triton()
+
+
+def _triton() -> Check:
     from vlmflow.models.fused import why_not
 
-    reason = why_not()
-    remedy = "Install gcc and Python's headers, or models run slower."
-    yield Check("triton", "ok", "works") if reason is None else Check("triton", "warn", reason, remedy)
+    try:
+        reason = why_not()
+    except RuntimeError as error:
+        return Check("triton", "fail", _last_line(error), "Free the GPU: another process holds it, or it is broken.")
+    if reason is None:
+        return Check("triton", "ok", "works")
+    return Check("triton", "warn", reason, "Install gcc and Python's headers, or models run slower.")
 
 
 def _weights(models_dir: Path | None) -> Iterator[Check]:

@@ -20,3 +20,12 @@ def test_a_gpu_wants_a_compiler_for_its_kernels(monkeypatch: pytest.MonkeyPatch,
     assert (gpu.verdict, gpu.found) == ("ok", "2 x NVIDIA H100, bf16")
     assert (triton.verdict, triton.found) == (("ok", "works") if reason is None else ("warn", reason))
     assert ("gcc" in triton.remedy) == (reason is not None)
+
+
+def test_a_gpu_without_memory_is_told_of_and_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
+
+    monkeypatch.setattr(fused, "why_not", full)
+    check = checks._triton()
+    assert (check.verdict, check.found) == ("fail", "CUDA out of memory. Tried to allocate 2.00 MiB.")

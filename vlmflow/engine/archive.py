@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import logging
 
+import numpy as np
+
 from vlmflow.catalog import Catalog
 from vlmflow.errors import ConfigError, PolicyError
 from vlmflow.models import ModelIdentity
@@ -26,7 +28,7 @@ def archive_policy(
         name = _prompts_name(identity)
         files[name] = prompts.to_bytes()
         kept = catalog.policies.read(policy.digest, name)
-        if kept is not None and _vectors(kept, policy.digest) is None:
+        if kept is not None and _vectors(kept, policy) is None:
             damaged.add(name)
     catalog.policies.put(policy.digest, files, replaced=damaged)
 
@@ -51,18 +53,23 @@ def archived_prompts(catalog: Catalog, policy: Policy, identity: ModelIdentity) 
     others = (digest for digest in catalog.policies.digests() if digest != policy.digest)
     for digest in itertools.chain([policy.digest], others):
         data = catalog.policies.read(digest, name)
-        vectors = None if data is None else _vectors(data, digest)
-        if vectors is not None and vectors.digest == prompts_digest(policy):
+        vectors = None if data is None else _vectors(data, policy)
+        if vectors is not None:
             return vectors
+        if data is not None and digest == policy.digest:
+            logger.warning("policy %s: its archived prompt vectors are damaged, and replaced", digest[:12])
     return None
 
 
-def _vectors(data: bytes, digest: str) -> PromptVectors | None:
+def _vectors(data: bytes, policy: Policy) -> PromptVectors | None:
+    """Vectors of the policy's prompts; None: of another's, or damaged, which must decide nothing."""
     try:
-        return PromptVectors.from_bytes(data)
-    except PolicyError as error:
-        logger.warning("policy %s: %s; its prompts are encoded anew", digest[:12], error)
+        vectors = PromptVectors.from_bytes(data)
+    except PolicyError:
         return None
+    counts = len(list(policy.each_label())), len(policy.neutral)
+    fits = vectors.digest == prompts_digest(policy) and (len(vectors.labels), len(vectors.neutral)) == counts
+    return vectors if fits and np.isfinite(vectors.labels).all() and np.isfinite(vectors.neutral).all() else None
 
 
 def full_digest(catalog: Catalog, beginning: str) -> str:

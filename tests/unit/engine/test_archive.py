@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,10 @@ MODEL = ModelIdentity("model", "local", "a" * 64, "squash 224", 1)
 
 def vectors_of(policy: Policy) -> PromptVectors:
     random = np.random.default_rng(0)
-    labels, neutral = (random.normal(size=(count, 4)).astype(np.float32) for count in (len(policy.labels), 3))
+    labels, neutral = (
+        random.normal(size=(count, 4)).astype(np.float32)
+        for count in (len(list(policy.each_label())), len(policy.neutral))
+    )
     return PromptVectors(labels, neutral, policy.temperature, prompts_digest(policy))
 
 
@@ -72,13 +76,30 @@ def test_what_else_lies_there_is_in_nobodys_way(catalog: Catalog, policy: Policy
     assert archived_prompts(catalog, load_policy("marketplace"), MODEL) is None
 
 
+def cut(vectors: PromptVectors) -> bytes:
+    return vectors.to_bytes()[:100]
+
+
+def without_a_label(vectors: PromptVectors) -> bytes:
+    return dataclasses.replace(vectors, labels=vectors.labels[1:]).to_bytes()
+
+
+def not_a_number(vectors: PromptVectors) -> bytes:
+    return dataclasses.replace(vectors, neutral=vectors.neutral * np.float32(np.nan)).to_bytes()
+
+
+@pytest.mark.parametrize("damage", [cut, without_a_label, not_a_number])
 def test_damaged_vectors_are_told_of_and_replaced(
-    catalog: Catalog, policy: Policy, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    catalog: Catalog,
+    policy: Policy,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    damage: Callable[[PromptVectors], bytes],
 ) -> None:
     (path,) = (tmp_path / "catalog" / "policies").rglob("*.safetensors")
-    path.write_bytes(path.read_bytes()[:100])
+    path.write_bytes(damage(vectors_of(policy)))
     assert archived_prompts(catalog, policy, MODEL) is None
-    assert f"policy {policy.digest[:12]}: archived prompt vectors cannot be read" in caplog.text
+    assert f"policy {policy.digest[:12]}: its archived prompt vectors are damaged" in caplog.text
     archive_policy(catalog, policy, vectors_of(policy), MODEL)
     assert is_found(catalog, policy)
 

@@ -1,0 +1,63 @@
+"""Which rows are due because a policy reads scores of detectors that they lack, or because a detector failed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.catalog_samples import enrich, open_catalog, references, request, rows_by_name
+from vlmflow.catalog import Catalog, PlanRequest
+from vlmflow.catalog.detections import Detection
+
+NAMES = ["a", "b"]
+TASKS = ("embed", "detect", "moderate")
+PORN, HENTAI = Detection("nsfw", "model-1", "porn"), Detection("nsfw", "model-1", "hentai")
+
+
+@pytest.fixture
+def catalog(tmp_path: Path) -> Catalog:
+    return open_catalog(tmp_path)
+
+
+def asked(*detections: Detection, **given: object) -> PlanRequest:
+    return request(TASKS, detections=detections, **given)
+
+
+def run(catalog: Catalog, run_id: str, wanted: PlanRequest, **given: object) -> None:
+    enrich(catalog, run_id, [references(NAMES)], wanted, detections=wanted.detections, **given)
+
+
+def reasons(catalog: Catalog, wanted: PlanRequest) -> dict[str, str]:
+    """Why the tasks are due, all on both images."""
+    with catalog.plan([references(NAMES)], wanted) as plan:
+        assert set(plan.counts.values()) <= {2}
+        return dict(plan.counts)
+
+
+DUE = {("detect", "undetected"), ("moderate", "needed"), ("embed", "needed")}
+
+
+def test_a_policy_that_reads_what_rows_hold_makes_nothing_due(catalog: Catalog) -> None:
+    run(catalog, "r1", asked(PORN, HENTAI))
+    assert reasons(catalog, asked(PORN, HENTAI)) == {}
+    assert reasons(catalog, asked(HENTAI, policy="policy-2")) == {}, "less than they hold"
+    assert reasons(catalog, request(("embed", "moderate"), policy="policy-2")) == {}, "no detector"
+
+
+def test_another_output_of_a_detector_makes_its_rows_due_once(catalog: Catalog) -> None:
+    run(catalog, "r1", asked(PORN))
+    both = asked(PORN, HENTAI, policy="policy-2")
+    assert reasons(catalog, both).keys() == DUE
+    run(catalog, "r2", both)
+    assert {row["policy_digest"] for row in rows_by_name(catalog).values()} == {"policy-2"}
+    assert reasons(catalog, both) == {}
+
+
+def test_another_name_of_a_detector_makes_its_rows_due(catalog: Catalog) -> None:
+    run(catalog, "r1", asked(PORN))
+    assert reasons(catalog, asked(PORN._replace(detector="adult"))).keys() == DUE
+    other = Detection("other", "model-2", "porn")
+    run(catalog, "r2", asked(PORN, other))
+    swapped = (PORN._replace(detector="other"), other._replace(detector="nsfw"))
+    assert reasons(catalog, asked(*swapped)).keys() == DUE

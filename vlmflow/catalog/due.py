@@ -196,7 +196,8 @@ def _reasons(task: str, references: pa.Table, live: pa.Table, state: _State, req
         lacks = as_mask(pc.fill_null(live[LACKS_DETECTIONS], False))
         reasons[is_valid(column) & lacks] = UNDETECTED
     reasons[is_valid(column) & ~equal(column, request.fingerprints[task])] = FINGERPRINT
-    reasons[(reasons != NOT_DUE) & state.failed[task]] = RETRY
+    # Whatever its fingerprint: results of an earlier run on equal bytes stay, and it fits them when a later one failed.
+    reasons[state.failed[task]] = RETRY
     reasons[state.exhausted[task]] = NOT_DUE
     return reasons
 

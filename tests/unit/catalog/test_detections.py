@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
-from tests.catalog_samples import enrich, open_catalog, references, request, rows_by_name
+from tests.catalog_samples import enrich, fingerprints, open_catalog, references, request, rows_by_name
 from vlmflow.catalog import Catalog, PlanRequest
 from vlmflow.catalog.detections import Detection
 
@@ -61,3 +62,20 @@ def test_another_name_of_a_detector_makes_its_rows_due(catalog: Catalog) -> None
     run(catalog, "r2", asked(PORN, other))
     swapped = (PORN._replace(detector="other"), other._replace(detector="nsfw"))
     assert reasons(catalog, asked(*swapped)).keys() == DUE
+
+
+def test_a_detector_that_failed_is_tried_again_though_its_earlier_scores_stay(catalog: Catalog) -> None:
+    run(catalog, "r1", asked(PORN))
+    rescored = asked(PORN, fingerprints=fingerprints(TASKS, moderate="moderate-2"))
+    for attempt in range(1, 4):
+        run(catalog, f"r{attempt + 1}", rescored, failed=["detect"], decision="review")
+        (row, _) = rows_by_name(catalog).values()
+        assert (row["status"], row["decision"], row["attempts"]) == ("partial", "review", attempt)
+        assert row["detections"] is not None
+        retried = {("detect", "retry"), ("moderate", "needed"), ("embed", "needed")}
+        assert reasons(catalog, rescored).keys() == (retried if attempt < 3 else set())
+    asked_for = dataclasses.replace(rescored, retry=("partial",))
+    assert reasons(catalog, asked_for).keys() == retried
+    run(catalog, "r5", asked_for)
+    assert {row["status"] for row in rows_by_name(catalog).values()} == {"ok"}
+    assert reasons(catalog, rescored) == {}

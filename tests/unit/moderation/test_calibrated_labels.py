@@ -129,6 +129,26 @@ def test_verdicts_of_very_different_weight_are_worth_less_than_their_number() ->
         calibrate(lopsided, margins)
 
 
+def near_and_random(random_weight: float, num_random: int) -> tuple[Matched, NDArray[np.float32]]:
+    """A review queue: near a threshold half of the images have the label, of those drawn at random none."""
+    rng = np.random.default_rng(0)
+    margins = np.append(rng.normal(0.1, 0.01, 200), rng.normal(0.0, 0.01, num_random)).astype(np.float32)
+    values = np.append(margins[:200] > np.median(margins[:200]) + rng.normal(0, 0.005, 200), np.zeros(num_random))
+    weights = np.append(np.ones(200), np.full(num_random, random_weight))
+    both = (np.repeat(column[:, None], 2, axis=1) for column in (values.astype(np.int8), weights))
+    ids = [f"{number:032x}" for number in range(len(margins))]
+    return Matched(ids, *both, True, Counter(), (0.5, 0.1)), margins[:, None].repeat(2, axis=1)
+
+
+def test_a_label_that_no_heavy_verdict_was_positive_of_is_refused_or_warned_of() -> None:
+    with pytest.raises(CalibrationError, match="none of the 50 heaviest verdicts is positive, so up to 100% of"):
+        calibrate(*near_and_random(20_000, 50))
+    known = calibrate(*near_and_random(10, 500))
+    assert any("none of the 500 heaviest verdicts is positive: up to" in text for text in known.labels[0].warnings)
+    many = calibrate(*near_and_random(2, 2000))
+    assert not any("heaviest" in text for text in many.labels[0].warnings)
+
+
 def test_images_without_a_vector_count_for_nothing() -> None:
     matched, margins = verdicts()
     fewer = margins.copy()

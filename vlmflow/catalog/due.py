@@ -100,7 +100,8 @@ def decide(references: pa.Table, live: pa.Table, exists: Mask, request: PlanRequ
 
     Args:
         references: REFERENCE columns; of them `object_version`, `text` and `questions` count.
-        live: the columns :data:`LEDGER`, and :data:`LACKS_DETECTIONS` where the request has detections, of the live row of each reference; nulls where there is none.
+        live: the columns :data:`LEDGER` of the live row of each reference, and :data:`LACKS_DETECTIONS` if the request
+            has detections; nulls where there is no row.
         exists: whether there is a live row.
     """
     version = references["object_version"]

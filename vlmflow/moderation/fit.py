@@ -1,8 +1,8 @@
 """Calibration of one label: from margins and verdicts to probabilities and thresholds. NumPy alone, in float64.
 
 The curve is Platt's (Platt 1999, "Probabilistic outputs for support vector machines"; Lin, Lin and Weng 2007, Machine
-Learning 68): a logistic fitted by maximum likelihood to smoothed targets, so that separable labels have a finite fit. Where weights
-differ, what smooths is one verdict of the lighter kind.
+Learning 68): a logistic fitted by maximum likelihood to smoothed targets, so that separable labels have a finite fit.
+Where weights differ, what smooths is one verdict of the lighter kind.
 
 Thresholds are those at which precision and recall *expected under the curve* reach their targets: with the mean
 probability of the images above a cut as its precision. The cut at which the counted precision last reaches a high

@@ -174,10 +174,15 @@ def test_models_are_told_apart_by_their_weights_whatever_they_are_called(tmp_pat
     namesake, elsewhere = (
         dataclasses.replace(CLIP, **other) for other in ({"weights_digest": "c" * 64}, {"id": "clip-folder"})
     )
-    for identity in (CLIP, namesake, elsewhere):
+
+    def written(identity: ModelIdentity) -> list[tuple[str, str]]:
         write_binding(path, bind(policy, identity))
-    written = load_policy(str(path)).bindings
-    assert [(b.model, b.weights[0]) for b in written] == [("org/clip", "c"), ("clip-folder", "a")]
+        return [(binding.model, binding.weights[0]) for binding in load_policy(str(path)).bindings]
+
+    assert written(CLIP) == [("org/clip", "a")]
+    assert written(elsewhere) == [("clip-folder", "a")]
+    assert written(CLIP) == [("org/clip", "a")]
+    assert written(namesake) == [("org/clip", "a"), ("org/clip", "c")]
 
 
 def test_a_binding_is_not_written_where_it_would_cut_the_file(tmp_path: Path) -> None:

@@ -120,8 +120,8 @@ def test_every_verdict_counts_once_or_is_left_out_with_a_reason(tmp_path: Path) 
 
 def test_what_reviewers_decided_does_not_make_the_sample_one_that_the_model_flags(tmp_path: Path) -> None:
     file = file_of(tmp_path, ("mem://a", "gun", True, None), ("mem://b", "gun", False, None))
-    batch = images(a="allow: block", b="review: allow", c="allow", d="allow: allow")
-    assert match_verdicts(file, [batch], LABELS).flagged == (0.5, 0.25)
+    batch = images(a="allow: block", b="allow: block", c="allow", d="review: allow")
+    assert match_verdicts(file, [batch], LABELS).flagged == (0.0, 0.25)
 
 
 def event(name: str, value: bool | None, weight: float | None = None, **more: str | None) -> dict[str, Any]:

@@ -56,7 +56,7 @@ class Wanted:
 
     stored: Mask  # from the margins in the row
     computed: Mask  # from stored vectors
-    undetected: Mask  # would move, but a detector of the policy has not seen the image: left as they are
+    undetected: Mask  # would move, but a detector of the policy has not seen the image, or failed: left as they are
     other_model: Mask  # would move, but their vectors are another model's: left as they are
 
     @property
@@ -86,12 +86,22 @@ def wanted_rows(rows: pa.Table, target: Target, within: Mask | None = None) -> W
     other = move & ~stored & ~computed & (has_vectors | is_valid(digest))
     undetected = np.zeros(rows.num_rows, np.bool_)
     if len(target.moderator.rules):
-        undetected = (stored | computed) & ~target.moderator.rules.held(rows["detections"])
+        # Scores may be of an earlier run, in other views, where a later one failed.
+        seen = target.moderator.rules.held(rows["detections"]) & ~failed_tasks(rows["errors"])["detect"]
+        undetected = (stored | computed) & ~seen
     return Wanted(stored & ~undetected, computed & ~undetected, undetected, other)
 
 
 # What :func:`wanted_rows` reads.
-SCANNED = ("policy_digest", "previous_policy", "embed_run_id", "embed_fingerprint", "detections", _FINGERPRINT)
+SCANNED = (
+    "policy_digest",
+    "previous_policy",
+    "embed_run_id",
+    "embed_fingerprint",
+    "detections",
+    "errors",
+    _FINGERPRINT,
+)
 
 
 @dataclass(frozen=True, eq=False)

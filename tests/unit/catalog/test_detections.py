@@ -79,3 +79,20 @@ def test_a_detector_that_failed_is_tried_again_though_its_earlier_scores_stay(ca
     run(catalog, "r5", asked_for)
     assert {row["status"] for row in rows_by_name(catalog).values()} == {"ok"}
     assert reasons(catalog, rescored) == {}
+
+
+def test_scores_of_fewer_views_do_not_stay_beside_vectors_of_more(catalog: Catalog) -> None:
+    run(catalog, "r1", asked(PORN))
+    without = ("embed", "moderate")
+    run(catalog, "r2", request(without, fingerprints=fingerprints(without, moderate="moderate-2"), policy="policy-2"))
+    (row, _) = rows_by_name(catalog).values()
+    assert (len(row["detections"]), row["detect_fingerprint"]) == (1, "detect-1"), "equal vectors"
+    wider = {"embed": "embed-2", "moderate": "moderate-3"}
+    run(catalog, "r3", request(without, fingerprints=fingerprints(without, **wider), policy="policy-2"))
+    (row, _) = rows_by_name(catalog).values()
+    assert (row["detections"], row["detect_fingerprint"], row["status"]) == (None, None, "ok")
+
+    run(catalog, "r4", asked(PORN))
+    run(catalog, "r5", asked(PORN, fingerprints=fingerprints(TASKS, **wider)), failed=["detect"], decision="review")
+    (row, _) = rows_by_name(catalog).values()
+    assert (row["detections"], row["detect_fingerprint"], row["status"]) == (None, None, "partial")

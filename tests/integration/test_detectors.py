@@ -110,7 +110,7 @@ def test_a_detector_runs_in_the_pools_and_its_scores_serve_later_policies(
         assert nudity(after[name])["decision"] == expected
     assert sum(nudity(after[name])["decision"] == "review" for name in good) == 3
     back = remoderate(other, rollback=moved.policy_digest[:12])
-    assert back.num_moved == 6
+    assert (back.num_moved, back.detectors) == (6, ("opennsfw",))
     moderated = ["labels", "decision", "decision_reason", "policy_digest"]
     for name, row in rows_of(job).items():
         assert [row[column] for column in moderated] == [rows[name][column] for column in moderated]

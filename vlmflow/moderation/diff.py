@@ -19,8 +19,8 @@ _EFFECTS: dict[Effect, str] = {
         "embeddings; no image is read."
     ),
     "pixels": (
-        "A detector is new or another one: `vlmflow enrich` with the new policy shows it the images and moderates "
-        "them; `vlmflow remoderate` leaves rows alone that it has not seen."
+        "A detector, or an output of one, is new or another one: `vlmflow enrich` with the new policy shows it the "
+        "images and moderates them; `vlmflow remoderate` leaves rows alone that it has not seen."
     ),
 }
 

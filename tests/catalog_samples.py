@@ -11,6 +11,7 @@ import pytest
 
 from vlmflow import schema
 from vlmflow.catalog import Catalog, CommitResult, PlanRequest, RunConstants
+from vlmflow.catalog.detections import Detection
 from vlmflow.catalog.keys import digest_of
 from vlmflow.config import CatalogConfig
 
@@ -37,6 +38,7 @@ def request(
         date=date,
         limit=limit,
         retry=given.get("retry", ()),
+        detections=given.get("detections", ()),
     )
 
 
@@ -105,6 +107,7 @@ def finish(
     run: Sequence[str] | None = None,
     version: str | None = None,
     unseen: bool = False,
+    detections: Sequence[Detection] = (),
 ) -> pa.Table:
     """What the pipeline would hand over for planned rows: all due tasks run, unless said otherwise.
 
@@ -115,6 +118,7 @@ def finish(
         run: tasks that ran; default: as planned.
         version: as read; default: as listed.
         unseen: some frames of every image were not looked at.
+        detections: that `detect` stores of every image.
     """
     rows = planned.to_pylist()
     out = []
@@ -133,6 +137,9 @@ def finish(
         row |= {"format": None if problem else "png", "width": None if problem else 8, "height": None if problem else 8}
         row |= {"mode": None, "num_frames": None}
         row |= results(ran, caption, decision)
+        if "detect" in ran:
+            seen = {"score": 0.1, "view": "squash", "time_s": None}
+            row["detections"] = [detection._asdict() | seen for detection in detections]
         out.append(row)
     columns = pa.schema([*planned.schema, *schema.FACTS, *schema.OUTCOME, *schema.WRITER_OPTIONAL])
     return pa.Table.from_pylist(out, schema=columns)

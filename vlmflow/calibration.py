@@ -8,7 +8,7 @@ import numpy as np
 
 from vlmflow.catalog import Catalog
 from vlmflow.config import Job
-from vlmflow.errors import CalibrationError
+from vlmflow.errors import CalibrationError, PolicyError
 from vlmflow.moderation.calibrate import CalibrationReport, Targets, calibrate_labels
 from vlmflow.moderation.policy import find_binding, next_version, shipped_policies, write_version
 from vlmflow.moderation.scoring import Scorer
@@ -59,6 +59,11 @@ def calibrate(
     assert job.policy is not None
     source = shipped_policies().get(job.policy, Path(job.policy))
     identity, fingerprint = setup.identities["embed"], setup.fingerprints(("embed",))["embed"]
+    if output is None:
+        folder = Path() if job.policy in shipped_policies() else source.parent
+        output = folder / f"{policy.name}-v{next_version(policy.version)}.yaml"
+    if output.exists():  # before all else: it would be in vain
+        raise PolicyError(f"policy {output}: is there already", remedy="Name another file with --output.")
     catalog = Catalog.open(job.catalog)
     labels = tuple(ref.label for ref in policy.labels)
     source_name = str(verdicts) if verdicts is not None else f"reviews of {catalog.uri}"
@@ -83,9 +88,6 @@ def calibrate(
         seed=seed,
     )
     unscored = int(((matched.values >= 0) & ~np.isfinite(margins)).sum())
-    if output is None:
-        folder = Path() if job.policy in shipped_policies() else source.parent
-        output = folder / f"{policy.name}-v{next_version(policy.version)}.yaml"
     written = write_version(source, output, done.binding)
     return CalibrationReport(
         catalog=job.catalog.uri,

@@ -94,7 +94,8 @@ def _read_ids(path: Path) -> pa.Array:
         if path.suffix == ".parquet":
             return _checked(path, _column(path, pyarrow.parquet.read_table(path, partitioning=None)).to_pylist())
         if path.suffix == ".csv":
-            return _checked(path, _column(path, pyarrow.csv.read_csv(path)).to_pylist())
+            several_lines = pyarrow.csv.ParseOptions(newlines_in_values=True)
+            return _checked(path, _column(path, pyarrow.csv.read_csv(path, parse_options=several_lines)).to_pylist())
         lines = path.read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise ConfigError(f"--ids {path}: {error.strerror or error}", remedy="Name an existing file.") from error

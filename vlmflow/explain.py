@@ -209,7 +209,9 @@ def _scorer(job: Job, evidence: Evidence, label: dict[str, Any]) -> tuple[PixelR
     policy = archived_policy(catalog, evidence.policy_digest)
     if label["detector"] is not None:
         (setup,) = [one for one in prepare_detectors(policy, job.views) if one.name == label["detector"]]
-        number = setup.outputs.index(_output_behind(evidence, label, setup))
+        output = _output_behind(evidence, label, setup)
+        _check_detector(evidence, setup, output)
+        number = setup.outputs.index(output)
         detector = load_detector(setup, "cpu")
         return setup.request, lambda pixels: detector.score(pixels)[:, number]
     config = resolve_models(job.model_copy(update={"tasks": ("embed", "moderate")}))["embed"]
@@ -238,6 +240,16 @@ def _output_behind(evidence: Evidence, label: dict[str, Any], setup: DetectorSet
         if found["detector"] == setup.name and all(found[name] == label[name] for name in what)
     }
     return next((name for name in feeding if name in scored), feeding[0])
+
+
+def _check_detector(evidence: Evidence, setup: DetectorSetup, output: str) -> None:
+    wanted = (setup.name, output)
+    models = [found["model"] for found in evidence.detections if (found["detector"], found["output"]) == wanted]
+    if models and models[0] != setup.fingerprint:
+        raise ExplainError(
+            f"{evidence.uri} was scored by another model than the {setup.name} that is here ({setup.identity.id})",
+            remedy="Put its weights back as they were, or run `vlmflow enrich` with the policy first.",
+        )
 
 
 def _read(job: Job, evidence: Evidence) -> bytes:

@@ -46,9 +46,10 @@ def print_remoderation(report: RemoderateReport, console: Console) -> None:
             "`vlmflow enrich --tasks embed,moderate` computes them anew."
         )
     if report.num_undetected:
+        policy = "the new --policy" if report.rollback_of is None else "the policy that they go back to as --policy"
         console.print(
             f"[yellow]{report.num_undetected:,} images keep theirs: {escape(', '.join(report.detectors))} must see "
-            "them first.[/yellow] `vlmflow enrich` with the new --policy does that, and moderates them."
+            f"them first.[/yellow] `vlmflow enrich` with {policy} does that, and moderates them."
         )
     if report.num_without_vectors:
         console.print(f"[yellow]{report.num_without_vectors:,} images have lost their vectors and are review.[/yellow]")

@@ -126,15 +126,19 @@ def test_a_calibration_writes_a_policy_that_decides_as_its_report_says(
         assert 8 < label["fit"]["scale"]["value"] < 18  # of the curve that the verdicts were drawn from: 12
 
 
-def test_the_next_version_lies_beside_the_old_one_and_is_not_overwritten(scene: Scene, tmp_path: Path) -> None:
+def test_the_next_version_lies_beside_the_old_one_and_is_not_overwritten(
+    scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mine = tmp_path / "mine.yaml"
     mine.write_text("# what we agreed on\n" + Path(scene.job.policy or "").read_text())
     job = scene.job.model_copy(update={"policy": str(mine)})
     report = vlmflow.calibrate(job, scene.verdicts)
     assert report.output == str(tmp_path / "test-v2.yaml")
     assert (tmp_path / "test-v2.yaml").read_text().startswith("# what we agreed on\n")
-    with pytest.raises(PolicyError, match=r"test-v2\.yaml: is there already"):
-        vlmflow.calibrate(job, scene.verdicts)
+    with monkeypatch.context() as patched:
+        patched.setattr("vlmflow.calibration.read_verdicts", None)  # it is known before anything is read
+        with pytest.raises(PolicyError, match=r"test-v2\.yaml: is there already"):
+            vlmflow.calibrate(job, scene.verdicts)
     job = job.model_copy(update={"policy": report.output})
     assert vlmflow.calibrate(job, scene.verdicts).output == str(tmp_path / "test-v3.yaml")
 

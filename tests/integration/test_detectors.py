@@ -35,11 +35,12 @@ detectors:
 def write_policy(models: dict[str, dict[str, Any]], policy: str, tmp_path: Path) -> Callable[..., str]:
     """The policy of conftest with a detector."""
 
-    def write(name: str, review: float, *, version: str = "2") -> str:
+    def write(name: str, review: float, *, version: str = "2", detector: str = "opennsfw") -> str:
         text = Path(policy).read_text(encoding="utf-8").partition("\nbindings:")[0]
         text = text.replace('version: "1"', f'version: "{version}"')
         path = tmp_path / f"{name}.yaml"
-        path.write_text(text + DETECTORS.replace("REVIEW", str(review)) + "bindings: []\n", encoding="utf-8")
+        detectors = DETECTORS.replace("REVIEW", str(review)).replace("name: opennsfw", f"name: {detector}")
+        path.write_text(f"{text}{detectors}bindings: []\n", encoding="utf-8")
         write_binding(path, bind(load_policy(str(path)), identify("embed", ModelConfig(**models["embed"]))))
         return str(path)
 
@@ -109,7 +110,7 @@ def test_a_detector_runs_in_the_pools_and_its_scores_serve_later_policies(
         assert nudity(after[name])["decision"] == expected
     assert sum(nudity(after[name])["decision"] == "review" for name in good) == 3
     back = remoderate(other, rollback=moved.policy_digest[:12])
-    assert back.num_moved == 6
+    assert (back.num_moved, back.detectors) == (6, ("opennsfw",))
     moderated = ["labels", "decision", "decision_reason", "policy_digest"]
     for name, row in rows_of(job).items():
         assert [row[column] for column in moderated] == [rows[name][column] for column in moderated]
@@ -139,6 +140,21 @@ def test_a_policy_with_a_new_detector_waits_for_the_images(
         mine = rows_of(job)[name]
         for column in ("labels", "decision", "decision_reason", "detections"):
             assert mine[column] == row[column], (name, column)
+
+
+def test_a_policy_that_renames_a_detector_is_applied_by_the_next_run(
+    make_job: Callable[..., Job], write_policy: Callable[..., str], photographs: Path
+) -> None:
+    job = make_job(photographs, policy=write_policy("old", 0.4), tasks=("embed", "moderate"))
+    enrich(job)
+    renamed = job.model_copy(update={"policy": write_policy("renamed", 0.4, version="3", detector="adult")})
+    assert remoderate(renamed).num_undetected == 6
+    assert plan(renamed).due["detect"] == {"undetected": 6}
+    enrich(renamed)
+    after = [row for row in rows_of(job).values() if row["status"] == "ok"]
+    assert {row["policy_version"] for row in after} == {"3"}
+    assert {label["detector"] for row in after for label in row["labels"]} == {None, "adult"}
+    assert enrich(renamed).status == "nothing_due"
 
 
 def test_a_detector_that_fails_leaves_no_image_allowed(

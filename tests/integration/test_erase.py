@@ -281,6 +281,9 @@ def test_a_file_of_ids_counts_whole_or_not_at_all(catalog: Catalog, tmp_path: Pa
     assert find_images(catalog, [], ids).num_rows == 2
     (tmp_path / "ids.csv").write_text(f"image_id,reason\n{image_id('a')},x\n")
     assert find_images(catalog, ["mem://b"], tmp_path / "ids.csv").num_rows == 2
+    long = "".join(f'{image_id("a")},"{"a reason " * 8}\nof two lines"\n' for _ in range(20_000))  # more than a block
+    (tmp_path / "long.csv").write_text(f"image_id,reason\n{long}")
+    assert find_images(catalog, [], tmp_path / "long.csv").num_rows == 1
     ids.write_text(f"{image_id('a')}\nnot-an-id\n")
     with pytest.raises(ConfigError, match=r"line 2: 'not-an-id' is no image_id"):
         find_images(catalog, [], ids)

@@ -89,6 +89,9 @@ def test_backfilled_and_online_moderation_are_equal_to_the_bit(
     enrich(job)
     before = Catalog.open(job.catalog).images()
     other = write_policy("other", version='"2"', gun="review: 0.2, block: 0.5", prompt="a red car and a tree")
+    damaged = tmp_path / "catalog" / "policies" / ("0" * 64)
+    damaged.mkdir()
+    (damaged / "policy.json").write_text("{")  # of no row: in nobody's way
 
     report = remoderate(job.model_copy(update={"policy": other}))
 

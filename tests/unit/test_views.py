@@ -30,6 +30,17 @@ def test_a_remoderation_that_waits_for_images_does_not_say_that_all_is_done(
     assert ("opennsfw must see them first" in said) != is_all_done
 
 
+def test_a_rollback_that_waits_for_images_names_the_policy_that_they_go_back_to() -> None:
+    names = {"run_id": "r", "dry_run": True, "catalog": "c", "policy": "the one before", "policy_digest": ""}
+    counts = {"num_undetected": 2, "detectors": ("opennsfw", "arms"), "rollback_of": "d"}
+    report = RemoderateReport.model_validate(names | counts | {"started_at": dt.datetime.now(dt.UTC)})
+    console = Console(record=True, width=200)
+    print_remoderation(report, console)
+    said = " ".join(console.export_text().split())
+    assert "2 images keep theirs: opennsfw, arms must see them first" in said
+    assert "`vlmflow enrich` with the policy that they go back to as --policy does that" in said
+
+
 def test_a_preflight_says_that_start_up_comes_on_top() -> None:
     report = PreflightReport(
         num_due=215,

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vlmflow import schema
+from vlmflow.catalog.detections import Detection
 from vlmflow.catalog.keys import questions_digests, text_digests
 from vlmflow.catalog.masks import Mask, as_mask, equal, is_valid
 from vlmflow.catalog.rows import FAILED, MISSING, OK, UNREADABLE, attempt_digest, failed_tasks, rows_of_image_errors
@@ -35,11 +36,12 @@ REASONS = (
     "task_added",
     "text_changed",
     "questions_changed",
+    "undetected",
     "fingerprint",
     "needed",
 )
-NOT_DUE, NEW, CHANGED, DECODER, RETRY, TASK_ADDED, TEXT_CHANGED, QUESTIONS_CHANGED, FINGERPRINT, NEEDED = range(
-    len(REASONS)
+NOT_DUE, NEW, CHANGED, DECODER, RETRY, TASK_ADDED, TEXT_CHANGED, QUESTIONS_CHANGED, UNDETECTED, FINGERPRINT, NEEDED = (
+    range(len(REASONS))
 )
 
 Reasons: TypeAlias = npt.NDArray[np.int8]
@@ -59,6 +61,9 @@ LEDGER = (
     *(schema.fingerprint_column(task) for task in schema.TASKS),
 )
 
+# Beside them, null where nothing is asked of detectors: the row lacks a score that the run would store.
+LACKS_DETECTIONS = "_lacks_detections"
+
 
 @dataclass(frozen=True)
 class PlanRequest:
@@ -72,6 +77,7 @@ class PlanRequest:
     limit: int | None = None  # at most this many of the images due, in listing order; all are listed
     retry: tuple[str, ...] = ()  # rows of these statuses are due again, however often they were tried
     questions: tuple[str, ...] = ()  # that `answer` asks of every image, besides the image's own
+    detections: tuple[Detection, ...] = ()  # that `detect` stores of every image
 
 
 @dataclass
@@ -94,7 +100,8 @@ def decide(references: pa.Table, live: pa.Table, exists: Mask, request: PlanRequ
 
     Args:
         references: REFERENCE columns; of them `object_version`, `text` and `questions` count.
-        live: the columns :data:`LEDGER` of the live row of each reference; nulls where there is none.
+        live: the columns :data:`LEDGER` of the live row of each reference, and :data:`LACKS_DETECTIONS` if the request
+            has detections; nulls where there is no row.
         exists: whether there is a live row.
     """
     version = references["object_version"]
@@ -185,8 +192,13 @@ def _reasons(task: str, references: pa.Table, live: pa.Table, state: _State, req
     if task == "answer":
         asked = questions_digests(references["questions"], request.questions)
         reasons[is_valid(column) & ~equal(asked, live["questions_digest"])] = QUESTIONS_CHANGED
+    if task == "detect" and request.detections:
+        # The fingerprint says which models looked, not what the policy then called them or took of them.
+        lacks = as_mask(pc.fill_null(live[LACKS_DETECTIONS], False))
+        reasons[is_valid(column) & lacks] = UNDETECTED
     reasons[is_valid(column) & ~equal(column, request.fingerprints[task])] = FINGERPRINT
-    reasons[(reasons != NOT_DUE) & state.failed[task]] = RETRY
+    # Whatever its fingerprint: results of an earlier run on equal bytes stay, and it fits them when a later one failed.
+    reasons[state.failed[task]] = RETRY
     reasons[state.exhausted[task]] = NOT_DUE
     return reasons
 

@@ -102,6 +102,10 @@ class _Verdict:
         # A match of the old caption says nothing of the new one.
         recaptioned = run["caption"] & ~equal(live["caption"], staged["caption"])
         kept["match"] = kept["match"] & ~recaptioned
+        # Nor what detectors found in fewer views of what was scored in more: of the two, embeddings tell the views.
+        embedding = schema.fingerprint_column("embed")
+        viewed = run["embed"] & ~equal(live[embedding], staged[embedding])
+        kept["detect"] = kept["detect"] & ~viewed
         before = failed_tasks(live["errors"])
         failed = {
             task: (ours & holds(staged["tasks_failed"], task))

@@ -192,7 +192,7 @@ class _Planner:
 
     def _spread_ledger(self) -> Ledger:
         numbers = list(range(len(self._files)))
-        read = ReadLedger(self._folder, tuple(self._files))
+        read = ReadLedger(self._folder, tuple(self._files), self._request.detections)
         return self._workers.spread(read, numbers, self._workspace / "ledger", LEDGER_COLUMNS)
 
     def _order(self, plan: Plan, joined: Spill) -> None:

@@ -16,8 +16,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vlmflow import schema
-from vlmflow.catalog.columns import conform
-from vlmflow.catalog.due import LEDGER, Due, PlanRequest, decide
+from vlmflow.catalog.columns import conform, conform_column
+from vlmflow.catalog.detections import Detection, holds_all
+from vlmflow.catalog.due import LACKS_DETECTIONS, LEDGER, Due, PlanRequest, decide
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.keys import duplicates, index_of, to_binary, to_words
 from vlmflow.catalog.log import DataFile
@@ -33,7 +34,9 @@ NO_FILE = -1
 # Columns that travel with the references and the ledger while they are joined.
 POSITION = pa.field("_position", pa.int64())  # in the listing
 _FILE = pa.field("_file", pa.int32())  # number of the live file
-LEDGER_COLUMNS = pa.schema([*(schema.IMAGES.field(name) for name in LEDGER), _FILE]).remove_metadata()
+LEDGER_COLUMNS = pa.schema(
+    [*(schema.IMAGES.field(name) for name in LEDGER), (LACKS_DETECTIONS, pa.bool_()), _FILE]
+).remove_metadata()
 JOINED = pa.schema([POSITION, _FILE])
 
 _FILES_AHEAD = 8  # a store answers late, but many at once
@@ -47,10 +50,15 @@ def buckets_of(rows: pa.Table) -> npt.NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class ReadLedger:
-    """Reads what the ledger says in one file of the images table."""
+    """Reads what the ledger says in one file of the images table.
+
+    Attributes:
+        detections: that a row must hold; none: nothing of them is read.
+    """
 
     folder: Folder | None
     files: tuple[DataFile, ...]
+    detections: tuple[Detection, ...] = ()
 
     def __call__(self, number: int) -> pa.Table:
         """The rows of a file, given by its number, as LEDGER_COLUMNS.
@@ -59,7 +67,11 @@ class ReadLedger:
             CatalogError: the file cannot be read.
         """
         assert self.folder is not None
-        rows = read_rows(self.folder, "images", self.files[number], LEDGER)
+        columns = (*LEDGER, "detections") if self.detections else LEDGER
+        rows = read_rows(self.folder, "images", self.files[number], columns)
+        if self.detections:
+            held = conform_column(rows, schema.IMAGES.field("detections"))  # null in files older than the column
+            rows = rows.append_column(LACKS_DETECTIONS, pa.array(~holds_all(held, self.detections)))
         rows = rows.append_column(_FILE, pa.repeat(pa.scalar(number, pa.int32()), rows.num_rows))
         return conform(rows, LEDGER_COLUMNS)
 

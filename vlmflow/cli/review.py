@@ -26,7 +26,10 @@ def export_command(
         int, typer.Option(min=0, help="Images whose labels, caption, match scores or detectors contradict each other.")
     ] = 50,
     random: Annotated[
-        int, typer.Option(min=0, help="An audit sample, with weights that `calibrate` takes into account.")
+        int,
+        typer.Option(
+            min=0, help="An audit sample, with weights that `calibrate` takes into account; for rare labels thousands."
+        ),
     ] = 50,
     seed: Annotated[int, typer.Option(help="Of the audit sample.")] = 0,
     endpoint: EndpointOption = None,

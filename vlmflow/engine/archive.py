@@ -6,9 +6,10 @@ import itertools
 import logging
 
 import numpy as np
+from pydantic import ValidationError
 
 from vlmflow.catalog import Catalog
-from vlmflow.errors import ConfigError, PolicyError
+from vlmflow.errors import CatalogError, ConfigError, PolicyError
 from vlmflow.models import ModelIdentity
 from vlmflow.moderation.policy import Policy, prompts_digest
 from vlmflow.moderation.prompts import PromptVectors
@@ -24,11 +25,14 @@ def archive_policy(
     """Keeps a policy under its digest, and the vectors of its prompts under the model that made them."""
     files = {_POLICY: policy.model_dump_json(indent=2).encode()}
     damaged: set[str] = set()
+    kept = catalog.policies.read(policy.digest, _POLICY)
+    if kept is not None and _policy(kept, policy.digest) is None:
+        damaged.add(_POLICY)
     if prompts is not None and identity is not None:
         name = _prompts_name(identity)
         files[name] = prompts.to_bytes()
-        kept = catalog.policies.read(policy.digest, name)
-        if kept is not None and _vectors(kept, policy) is None:
+        vectors = catalog.policies.read(policy.digest, name)
+        if vectors is not None and _vectors(vectors, policy) is None:
             damaged.add(name)
     catalog.policies.put(policy.digest, files, replaced=damaged)
 
@@ -37,14 +41,35 @@ def archived_policy(catalog: Catalog, digest: str) -> Policy:
     """A policy of the archive.
 
     Raises:
-        CatalogError: none of this digest is archived.
+        CatalogError: none of this digest is archived, or what is there is damaged, or of a later version.
     """
-    return Policy.model_validate_json(catalog.policies.get(digest)[_POLICY], strict=False)
+    policy = _policy(catalog.policies.get(digest).get(_POLICY, b""), digest)
+    if policy is None:
+        raise CatalogError(
+            f"{catalog.uri}: the archived policy {digest} cannot be read",
+            remedy=f"Put policies/{digest}/{_POLICY} back as it was, or use the version of vlmflow that wrote it.",
+        )
+    return policy
 
 
 def archived_policies(catalog: Catalog) -> dict[str, Policy]:
-    """All of them, by digest."""
-    return {digest: archived_policy(catalog, digest) for digest in catalog.policies.digests()}
+    """All that can be read, by digest; of the others it is said that they are left out."""
+    found = {}
+    for digest in catalog.policies.digests():
+        try:
+            found[digest] = archived_policy(catalog, digest)
+        except CatalogError as error:
+            logger.warning("%s: margins stored under it are not used", error)
+    return found
+
+
+def _policy(data: bytes, digest: str) -> Policy | None:
+    """The policy of this digest; None: another, or none at all, which must decide nothing."""
+    try:
+        policy = Policy.model_validate_json(data, strict=False)
+    except ValidationError:
+        return None
+    return policy if policy.digest == digest else None
 
 
 def archived_prompts(catalog: Catalog, policy: Policy, identity: ModelIdentity) -> PromptVectors | None:

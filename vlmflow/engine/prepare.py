@@ -48,6 +48,7 @@ class Prepared:
             limit=self.job.limit,
             retry=self.job.retry,
             questions=self.job.questions,
+            detections=self.setup.detections if "detect" in self.job.tasks else (),
         )
 
     def constants(self, run_id: str) -> RunConstants:

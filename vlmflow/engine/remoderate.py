@@ -54,9 +54,9 @@ class RemoderateReport(Frozen):
         num_moved: rows that came under the policy.
         num_from_margins: of these, rows decided by stored margins; the others by stored vectors.
         num_other_model: rows left as they are, because their vectors are another model's.
-        num_undetected: rows left as they are, because a detector of the policy has not seen their images yet;
-            `enrich` with the policy runs it.
-        detectors: of the policy.
+        num_undetected: rows left as they are, because a detector of the policy has not seen their images yet, or
+            failed; `enrich` with the policy runs it.
+        detectors: of the policy, or of those gone back to.
         num_first: of a rollback, rows that stay, because they had no policy before.
         num_without_vectors: rows whose vectors are gone: they are `review`, as unscored.
         flips: rows by change of decision, such as ``allow -> block``.
@@ -147,6 +147,7 @@ class _Totals:
     num_first: int = 0
     partitions: Counter[str] = field(default_factory=Counter)
     num_commits: int = 0
+    detectors: dict[str, None] = field(default_factory=dict)  # a set in their order
 
 
 class _Remoderation:
@@ -193,6 +194,7 @@ class _Remoderation:
         with ray_cluster(self._prepared.job.ray) as cluster:
             self._max_tasks = max(2, int(cluster.cpus) * _TASKS_PER_CPU)
             for target in list(self._targets()):  # all, before the first row moves: one may be refused
+                self._totals.detectors |= dict.fromkeys(detector.name for detector in target.policy.detectors)
                 self._move(target)
 
     def _targets(self) -> Iterator[Target]:
@@ -213,9 +215,8 @@ class _Remoderation:
         identity = setup.identities["embed"]
         binding = check_binding(policy, identity, accept_unbound=self._prepared.job.accept_unbound)
         fingerprints = setup.fingerprints(("embed", "moderate"))
-        margins = prompts_digest(policy)
         archive = archived_policies(self._catalog)
-        same = [digest for digest, other in archive.items() if prompts_digest(other) == margins]
+        same = [digest for digest, other in archive.items() if prompts_digest(other) == prompts_digest(policy)]
         return Target(
             policy=policy,
             moderator=Moderator(policy, binding, None, self._detectors_of(policy)),
@@ -386,7 +387,7 @@ class _Remoderation:
             num_from_margins=changes.num_from_margins,
             num_other_model=changes.num_other_model,
             num_undetected=changes.num_undetected,
-            detectors=tuple(detector.name for detector in policy.detectors) if policy else (),
+            detectors=tuple(self._totals.detectors),
             num_without_vectors=changes.num_without_vectors,
             num_first=self._totals.num_first,
             decisions=dict(after_counts.most_common()),

@@ -20,6 +20,7 @@ from vlmflow.moderation.verdicts import Matched
 MIN_VERDICTS = 20  # of each kind; fewer say next to nothing of a curve
 _FEW_VERDICTS = 100
 _WIDE = 0.2
+_MAX_UNSEEN = 0.5  # of a label's images: where most may be unseen, thresholds are those of the few that are not
 _SHIFTED = 0.1
 _NUM_BINS = 10
 _NUM_BARS = 24
@@ -190,6 +191,28 @@ def _check_enough(sample: Sample) -> None:
                 f" (worth {effective:.1f}: weights differ)" if effective < num - 0.5 else ""
             )
             raise CalibrationError(f"{counted}, at least {MIN_VERDICTS} are needed")
+    num, unseen = _unseen(sample)
+    if unseen > _MAX_UNSEEN:
+        raise CalibrationError(
+            f"none of the {num} heaviest verdicts is positive, so up to {unseen:.0%} of the images with the label may "
+            "be ones of which nobody has seen any: more images drawn at random are needed"
+        )
+
+
+def _unseen(sample: Sample) -> tuple[int, float]:
+    """How many images weigh more than any positive one, and what share of all positives may be among such images.
+
+    In a queue of images near a threshold, with a few drawn at random that stand for the whole catalog, these few may
+    hold no positive one: the label may still hold for thousands, wherever nobody looked, and recall counts without
+    them. The share is the upper end of its 95% interval.
+    """
+    known = sample.weights[sample.positive]
+    heavier = sample.weights[sample.weights > known.max()]
+    if not len(heavier):
+        return 0, 0.0
+    total = heavier.sum()
+    unseen = total * wilson(0.0, float(total**2 / (heavier**2).sum()))[1]
+    return len(heavier), float(unseen / (unseen + known.sum()))
 
 
 def _thresholds(fit: Fit) -> Thresholds:
@@ -256,7 +279,7 @@ def _report(
             "histogram": _histogram(sample),
         }
     )
-    return filled.model_copy(update={"warnings": tuple(_label_warnings(filled, fit))})
+    return filled.model_copy(update={"warnings": tuple(_label_warnings(filled, fit, sample))})
 
 
 def _rates(sample: Sample, decisions: NDArray[np.int64]) -> dict[str, Rates]:
@@ -291,7 +314,7 @@ def _histogram(sample: Sample) -> tuple[tuple[float, ...], tuple[int, ...], tupl
     return tuple(map(float, edges)), tuple(map(int, positive)), tuple(map(int, negative))
 
 
-def _label_warnings(report: LabelReport, fit: Fit) -> list[str]:
+def _label_warnings(report: LabelReport, fit: Fit, sample: Sample) -> list[str]:
     found = []
     fewest = min(report.num_positive, report.num_negative)
     if fewest < _FEW_VERDICTS:
@@ -311,6 +334,12 @@ def _label_warnings(report: LabelReport, fit: Fit) -> list[str]:
             )
         if interval[1] - interval[0] > _WIDE:
             found.append(f"{kind} at {name} is known only to within {interval[0]:.2f} to {interval[1]:.2f}")
+    num, unseen = _unseen(sample)
+    if unseen > _WIDE:
+        found.append(
+            f"none of the {num} heaviest verdicts is positive: up to {unseen:.0%} of the images with the label may be "
+            "such, and recall counts without them"
+        )
     if _strays(report.reliability):
         found.append("probabilities stray from the shares counted in the reliability diagram")
     if fit.block.value < fit.review.value:

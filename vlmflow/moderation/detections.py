@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from vlmflow import schema
+from vlmflow.catalog.detections import Detection, holds_all, places_of
 from vlmflow.moderation.policy import DetectorOutput, Policy
 
 _ALLOW, _REVIEW, _BLOCK = 0, 1, 2
@@ -29,9 +30,7 @@ def name_of(label: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class _Rule:
-    detector: str
-    model: str
-    output: str
+    reads: Detection
     means: DetectorOutput
     label: int | None  # number of the label with prompts that it goes with
 
@@ -56,10 +55,11 @@ class DetectorRules:
     def __init__(self, policy: Policy, models: Mapping[str, str]) -> None:
         numbers = {ref.label: number for number, ref in enumerate(policy.labels)}
         self.rules = tuple(
-            _Rule(detector.name, models[detector.name], output, means, numbers.get(means.label))
+            _Rule(Detection(detector.name, models[detector.name], output), means, numbers.get(means.label))
             for detector in policy.detectors
             for output, means in detector.outputs.items()
         )
+        self._reads = tuple(rule.reads for rule in self.rules)
         self.names = tuple(f"{rule.means.category}/{rule.means.label}" for rule in self.rules)
 
     def __len__(self) -> int:
@@ -67,8 +67,7 @@ class DetectorRules:
 
     def held(self, detections: pa.Array | pa.ChunkedArray) -> NDArray[np.bool_]:
         """(N,) the rows that have a score for every rule."""
-        _, _, place = self._places(detections)
-        return np.asarray((place >= 0).all(axis=1), np.bool_)
+        return holds_all(detections, self._reads)
 
     def apply(
         self, detections: pa.Array | pa.ChunkedArray | None, num_images: int, prompts: NDArray[np.int64]
@@ -81,7 +80,7 @@ class DetectorRules:
         """
         if detections is None:
             detections = pa.nulls(num_images, pa.list_(schema.DETECTION))
-        _, items, place = self._places(detections)
+        items, place = places_of(detections, self._reads)
         taken = items.take(pa.array(place.ravel(), mask=place.ravel() < 0))
         values = np.asarray(pc.fill_null(pc.struct_field(taken, "score"), np.nan), np.float32).reshape(place.shape)
         scored = ~np.isnan(values)
@@ -97,22 +96,6 @@ class DetectorRules:
             if rule.means.combine == "replace" and rule.label is not None:
                 marks[:, rule.label] |= detected.scored[:, number]
         return marks
-
-    def _places(
-        self, detections: pa.Array | pa.ChunkedArray
-    ) -> tuple[NDArray[np.int64], pa.StructArray, NDArray[np.int64]]:
-        """Rows of the items, the items, and (N, R) the item of each image and rule; -1: it has none."""
-        lists = detections.combine_chunks() if isinstance(detections, pa.ChunkedArray) else detections
-        rows = pc.list_parent_indices(lists).to_numpy(zero_copy_only=False).astype(np.int64)
-        items: pa.StructArray = pc.list_flatten(lists)
-        place = np.full((len(lists), len(self.rules)), -1, dtype=np.int64)
-        for number, rule in enumerate(self.rules):
-            hit = pa.scalar(True)
-            for name in ("detector", "model", "output"):
-                hit = pc.and_(hit, pc.equal(pc.struct_field(items, name), getattr(rule, name)))
-            at = np.flatnonzero(np.asarray(pc.fill_null(hit, False)))
-            place[rows[at], number] = at
-        return rows, items, place
 
     def _structs(
         self, values: NDArray[np.float32], decisions: NDArray[np.int64], taken: pa.StructArray, num_images: int
@@ -134,7 +117,7 @@ class DetectorRules:
             "decision": pa.array(DECISION_NAMES, pa.string()).take(pa.array(decisions.ravel())),
             "view": pc.struct_field(taken, "view"),
             "time_s": pc.struct_field(taken, "time_s"),
-            "detector": repeated([rule.detector for rule in self.rules], pa.string()),
+            "detector": repeated([rule.reads.detector for rule in self.rules], pa.string()),
         }
         return pa.StructArray.from_arrays([columns[field.name] for field in schema.LABEL], fields=list(schema.LABEL))
 

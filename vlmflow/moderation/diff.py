@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from vlmflow.config import Frozen
@@ -19,8 +19,8 @@ _EFFECTS: dict[Effect, str] = {
         "embeddings; no image is read."
     ),
     "pixels": (
-        "A detector is new or another one: `vlmflow enrich` with the new policy shows it the images and moderates "
-        "them; `vlmflow remoderate` leaves rows alone that it has not seen."
+        "A detector, or an output of one, is new or another one: `vlmflow enrich` with the new policy shows it the "
+        "images and moderates them; `vlmflow remoderate` leaves rows alone that it has not seen."
     ),
 }
 
@@ -78,7 +78,7 @@ def diff_policies(before: Policy, after: Policy) -> PolicyDiff:
     effect: Effect = "margins" if _decides(before) != _decides(after) else "none"
     if prompts_digest(before) != prompts_digest(after):
         effect = "text"
-    if not _detecting(after) <= _detecting(before):
+    if _detects_anew(before, after):
         effect = "pixels"
     return PolicyDiff(
         before=_title(before),
@@ -144,6 +144,9 @@ def _settings(policy: Policy) -> dict[str, Value]:
     values: dict[str, Value] = {"temperature": policy.temperature, "scale": logistic.scale, "offset": logistic.offset}
     for detector in policy.detectors:
         values[f"detector {detector.name}"] = detector.path or detector.repo or detector.family
+        values[f"{detector.name} family"] = detector.family
+        values[f"{detector.name} revision"] = detector.revision
+        values[f"{detector.name} weights"] = detector.weights and detector.weights[:12]
         for name, output in detector.outputs.items():
             where = f"{detector.name}.{name}"
             values |= {f"{where} label": f"{output.category}/{output.label}", f"{where} combine": output.combine}
@@ -152,28 +155,56 @@ def _settings(policy: Policy) -> dict[str, Value]:
     return values
 
 
-def _detecting(policy: Policy) -> set[tuple[str | None, ...]]:
-    """What is asked of which detectors."""
+def _detects_anew(before: Policy, after: Policy) -> bool:
+    """Whether a detector gives scores after that rows under the policy before do not hold."""
+    held = _detecting(before)
+    for asked, weights in _detecting(after).items():
+        # Weights that only one of the policies names may be those that the other meant.
+        if asked not in held or (weights and held[asked] and weights != held[asked]):
+            return True
+    return False
+
+
+def _detecting(policy: Policy) -> dict[tuple[str | None, ...], str | None]:
+    """What is asked of which detectors, and the weights that each is to have."""
     return {
-        (detector.name, detector.family, detector.path, detector.repo, detector.revision, name, output.question)
-        for detector in policy.detectors
-        for name, output in detector.outputs.items()
+        (d.name, d.family, d.path, d.repo, d.revision, name, output.question): d.weights
+        for d in policy.detectors
+        for name, output in d.outputs.items()
     }
 
 
 def _binding_changes(before: Policy, after: Policy) -> list[Change]:
-    old, new = ({(b.model, b.weights): b for b in policy.bindings} for policy in (before, after))
     changes: list[Change] = []
-    for key in [*old, *(key for key in new if key not in old)]:
-        where = f"binding of {key[0]} ({key[1][:12]})"
-        changes += _changes(where, _bound(old.get(key)), _bound(new.get(key)))
+    several = any(len({b.weights for b in policy.bindings}) < len(policy.bindings) for policy in (before, after))
+    for old, new in _binding_pairs(before, after):
+        one = old or new
+        assert one is not None
+        where = f"binding of {one.model} ({one.weights[:12]}" + (f", prompts {one.prompts[:12]})" if several else ")")
+        changes += _changes(where, _bound(old), _bound(new))
     return changes
+
+
+def _binding_pairs(before: Policy, after: Policy) -> Iterator[tuple[Binding | None, Binding | None]]:
+    """Bindings that belong together: for the same weights and prompts, then for the same weights."""
+    new = list(after.bindings)
+    pairs: dict[int, Binding] = {}
+    for same in ((lambda b: (b.weights, b.prompts)), (lambda b: b.weights)):
+        for number, old in enumerate(before.bindings):
+            found = next((other for other in new if same(other) == same(old)), None)
+            if number not in pairs and found is not None:
+                pairs[number] = found
+                new.remove(found)
+    for number, old in enumerate(before.bindings):
+        yield old, pairs.get(number)
+    for other in new:
+        yield None, other
 
 
 def _bound(binding: Binding | None) -> dict[str, Value]:
     if binding is None:
         return {}
-    values: dict[str, Value] = {"prompts": binding.prompts[:12]}
+    values: dict[str, Value] = {"model": binding.model, "prompts": binding.prompts[:12]}
     if binding.logistic:
         values |= {"scale": binding.logistic.scale, "offset": binding.logistic.offset}
     for label, limits in binding.thresholds.items():

@@ -2,6 +2,7 @@
 
 The curve is Platt's (Platt 1999, "Probabilistic outputs for support vector machines"; Lin, Lin and Weng 2007, Machine
 Learning 68): a logistic fitted by maximum likelihood to smoothed targets, so that separable labels have a finite fit.
+Where weights differ, what smooths is one verdict of the lighter kind.
 
 Thresholds are those at which precision and recall *expected under the curve* reach their targets: with the mean
 probability of the images above a cut as its precision. The cut at which the counted precision last reaches a high
@@ -123,6 +124,7 @@ def fit_curves(sample: Sample, weights: Floats, *, start: tuple[float, float] | 
     """
     center, width = sample.margins.mean(), sample.margins.std() or 1.0
     x = (sample.margins - center) / width
+    weights = weights / _one_verdict(sample, weights)
     positives = (weights * sample.positive).sum(axis=1, keepdims=True)
     negatives = weights.sum(axis=1, keepdims=True) - positives
     targets = np.where(sample.positive, (positives + 1) / (positives + 2), 1 / (negatives + 2))
@@ -146,6 +148,21 @@ def fit_curves(sample: Sample, weights: Floats, *, start: tuple[float, float] | 
         loss = np.where(short, loss, tried)
     with np.errstate(divide="ignore", invalid="ignore"):
         return slope / width, center - shift / slope * width
+
+
+def _one_verdict(sample: Sample, weights: Floats) -> Floats:
+    """(B, 1) the weight of the one verdict of either kind that Platt adds to the counts.
+
+    Where positive images stand for themselves and negative ones for thousands each, as in a queue of images near a
+    threshold with a few drawn at random, a verdict of the mean weight would outweigh all positives, and the curve
+    would be that of the added one. So it weighs as much as verdicts of the lighter kind do: Kish's mean weight.
+    """
+    of_kind = [sample.positive, ~sample.positive]
+    totals = np.stack([(weights * kind).sum(axis=1) for kind in of_kind])
+    squares = np.stack([(weights * sample.weights * kind).sum(axis=1) for kind in of_kind])
+    means = np.divide(squares, totals, out=np.full_like(totals, np.inf), where=totals > 0)  # draws may lack a kind
+    lighter: Floats = means.min(axis=0)[:, None]
+    return lighter
 
 
 def _loss(slope: Floats, shift: Floats, x: Floats, weights: Floats, targets: Floats) -> Floats:

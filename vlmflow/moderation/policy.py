@@ -282,7 +282,7 @@ def bind(
 
 
 def write_binding(path: Path, binding: Binding) -> None:
-    """Writes a binding into a policy file, in place of any other of the same model; the rest stays as it is.
+    """Writes a binding into a policy file, in place of any other of the same weights; the rest stays as it is.
 
     Raises:
         PolicyError: ``bindings`` is not the last key of the file, or the result is no valid policy.
@@ -326,12 +326,12 @@ def _with_binding(path: Path, binding: Binding) -> str:
     head, found, _ = text.partition("\nbindings:")
     if not found or not isinstance(data, dict) or list(data)[-1] != "bindings":
         raise PolicyError(f"policy {path}: bindings is not its last key", remedy="End the file with `bindings: []`.")
-    kept = [old for old in data["bindings"] or [] if old.get("model") != binding.model]
+    kept = [old for old in data["bindings"] or [] if old.get("weights") != binding.weights]
     new = binding.model_dump(mode="json", exclude_defaults=True)
     try:
         Policy.model_validate({**data, "bindings": [*kept, new]})
     except ValidationError as error:
-        raise PolicyError(describe_validation(error, what=f"policy {path}")) from error
+        raise PolicyError(describe_validation(error, what=f"policy {path}"), remedy="Fix the keys named.") from error
     tail = yaml.safe_dump({"bindings": [*kept, new]}, sort_keys=False, allow_unicode=True, width=120)
     return f"{head}\n{tail}"
 

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from vlmflow.catalog.columns import flat
 from vlmflow.catalog.judged import equal_reason
 from vlmflow.catalog.keys import digest_of
-from vlmflow.catalog.masks import is_valid
+from vlmflow.catalog.masks import equal, is_valid
+from vlmflow.catalog.rows import MISSING, UNREADABLE
 
 # What the queue reads of a row.
 COLUMNS = (
@@ -105,7 +106,9 @@ def make_queue(batches: Iterable[pa.Table], sizes: QueueSizes, seed: int = 0) ->
     near = _Kept(sizes.near and sizes.near + sizes.disagreement + sizes.random)
     num_images = 0
     for batch in batches:
-        open_rows = batch.filter(pa.array(~equal_reason(batch) & is_valid(batch["content_hash"])))
+        # Rows that were good before keep their hash.
+        gone = equal(batch["status"], MISSING) | equal(batch["status"], UNREADABLE)
+        open_rows = batch.filter(pa.array(~equal_reason(batch) & is_valid(batch["content_hash"]) & ~gone))
         num_images += open_rows.num_rows
         distances = threshold_gaps(open_rows)
         signs = _signs(open_rows)

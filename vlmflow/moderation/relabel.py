@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime as dt
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,13 +21,14 @@ from vlmflow.catalog.judged import BY_VERDICT, by_model, with_verdicts
 from vlmflow.catalog.keys import KeyIndex, Words, digest_of, to_binary, to_words
 from vlmflow.catalog.masks import Mask, equal, is_valid
 from vlmflow.catalog.rows import OK, PARTIAL, failed_tasks, rows_of_image_errors, unseen_frames
-from vlmflow.moderation.decide import Moderation, Moderator
+from vlmflow.moderation.decide import DECISIONS, Moderation, Moderator
 from vlmflow.moderation.policy import Policy
 
 VECTOR_COLUMNS = ("image_id", "embed_run_id", "embed_fingerprint", "view", "time_s", "vector")
 NUM_EXAMPLES = 5  # of each way in which decisions change
 
 _FINGERPRINT = schema.fingerprint_column("moderate")
+_DECISIONS = ("none", *DECISIONS)  # of a label, in order of gravity; none: the row does not have it
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +56,7 @@ class Wanted:
 
     stored: Mask  # from the margins in the row
     computed: Mask  # from stored vectors
-    undetected: Mask  # would move, but a detector of the policy has not seen the image: left as they are
+    undetected: Mask  # would move, but a detector of the policy has not seen the image, or failed: left as they are
     other_model: Mask  # would move, but their vectors are another model's: left as they are
 
     @property
@@ -84,12 +86,22 @@ def wanted_rows(rows: pa.Table, target: Target, within: Mask | None = None) -> W
     other = move & ~stored & ~computed & (has_vectors | is_valid(digest))
     undetected = np.zeros(rows.num_rows, np.bool_)
     if len(target.moderator.rules):
-        undetected = (stored | computed) & ~target.moderator.rules.held(rows["detections"])
+        # Scores may be of an earlier run, in other views, where a later one failed.
+        seen = target.moderator.rules.held(rows["detections"]) & ~failed_tasks(rows["errors"])["detect"]
+        undetected = (stored | computed) & ~seen
     return Wanted(stored & ~undetected, computed & ~undetected, undetected, other)
 
 
 # What :func:`wanted_rows` reads.
-SCANNED = ("policy_digest", "previous_policy", "embed_run_id", "embed_fingerprint", "detections", _FINGERPRINT)
+SCANNED = (
+    "policy_digest",
+    "previous_policy",
+    "embed_run_id",
+    "embed_fingerprint",
+    "detections",
+    "errors",
+    _FINGERPRINT,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -298,29 +310,33 @@ def _count(changes: Changes, old: pa.Table, new: pa.Table) -> None:
 
 
 def _label_changes(old: pa.Table, new: pa.Table) -> Counter[tuple[str, str, str]]:
-    before, after = _label_decisions(old), _label_decisions(new)
-    if before.num_rows == after.num_rows and before.select(["row", "label"]).equals(after.select(["row", "label"])):
-        joined = before.append_column("after", after["decision"])
-    else:
-        joined = before.join(after.rename_columns(["row", "label", "after"]), ["row", "label"], join_type="full outer")
-    same = pc.equal(pc.fill_null(joined["decision"], "none"), pc.fill_null(joined["after"], "none"))
-    changed = joined.filter(pc.invert(same))
-    counted = changed.group_by(["label", "decision", "after"]).aggregate([([], "count_all")]).to_pylist()
+    both = pa.concat_arrays([flat(old["labels"]), flat(new["labels"])])
+    names, gravest = _gravest(both)
+    shape = (max(1, len(names)), len(_DECISIONS), len(_DECISIONS))
+    label = np.broadcast_to(np.arange(len(names)), (old.num_rows, len(names)))
+    found = np.ravel_multi_index((label, gravest[: old.num_rows], gravest[old.num_rows :]), shape)
+    counts = np.bincount(found.ravel(), minlength=int(np.prod(shape))).reshape(shape)
     return Counter(
-        {(row["label"], row["decision"] or "none", row["after"] or "none"): row["count_all"] for row in counted}
-    )
-
-
-def _label_decisions(rows: pa.Table) -> pa.Table:
-    labels = flat(rows["labels"])
-    items = pc.list_flatten(labels)
-    return pa.table(
         {
-            "row": pc.list_parent_indices(labels),
-            "label": _label_names(items),
-            "decision": pc.struct_field(items, "decision"),
+            (names[number], _DECISIONS[one], _DECISIONS[other]): int(counts[number, one, other])
+            for number, one, other in np.argwhere(counts).tolist()
+            if one != other
         }
     )
+
+
+def _gravest(labels: pa.ListArray[Any]) -> tuple[list[str], NDArray[np.int8]]:
+    """The labels of N rows, and (N, labels) the gravest decision on each: several outputs of a detector may feed one.
+
+    Decisions are numbers of _DECISIONS.
+    """
+    items = pc.list_flatten(labels)
+    names = pc.dictionary_encode(_label_names(items))
+    decisions = pc.index_in(pc.struct_field(items, "decision"), value_set=pa.array(_DECISIONS))
+    gravest = np.zeros((len(labels), len(names.dictionary)), np.int8)
+    at = np.asarray(pc.list_parent_indices(labels)), np.asarray(names.indices)
+    np.maximum.at(gravest, at, np.asarray(pc.fill_null(decisions, 0), np.int8))
+    return names.dictionary.to_pylist(), gravest
 
 
 def _label_names(items: pa.StructArray) -> pa.Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +114,11 @@ def _table(path: Path) -> pa.Table:
             table = pq.read_table(path)
         else:
             types = dict.fromkeys(_TEXTS, pa.string())
-            table = pyarrow.csv.read_csv(path, convert_options=pyarrow.csv.ConvertOptions(column_types=types))
+            table = pyarrow.csv.read_csv(
+                path,
+                parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
+                convert_options=pyarrow.csv.ConvertOptions(column_types=types),
+            )
     except (OSError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())[:200]
         raise ReviewError(f"{path} cannot be read: {reason}", remedy="Name a Parquet, CSV or JSON file.") from error
@@ -186,13 +191,12 @@ def _word(where: str, row: Mapping[str, Any], reviewer: str | None, now: dt.date
             image = normalise_uri(texts["uri"])
         except SourceError as error:
             raise ReviewError(f"{where}: {error}", remedy=error.remedy) from error
-    weight = row.get("weight")
     return Word(
         image=image,
         decision=decision and decision.lower(),
         label=texts["label"] and texts["label"].rpartition("/")[2] if value is not None else None,
         value=None if value is None else _YES_NO[value.lower()],
-        weight=float(weight) if isinstance(weight, int | float) and weight > 0 else None,
+        weight=_weight(where, row.get("weight")),
         reviewer=who,
         at=_time(where, row.get("at"), now),
         reason=texts["reason"],
@@ -203,6 +207,19 @@ def _word(where: str, row: Mapping[str, Any], reviewer: str | None, now: dt.date
 def _text(value: object) -> str | None:
     text = "" if value is None else str(value).strip()
     return text or None
+
+
+def _weight(where: str, value: object) -> float | None:
+    text = _text(value)
+    if text is None:
+        return None
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = math.nan
+    if not 0 < weight < math.inf:
+        raise ReviewError(f"{where}: weight {value!r}", remedy="Write a number above 0, or nothing.")
+    return weight
 
 
 def _time(where: str, value: object, now: dt.datetime) -> dt.datetime | None:

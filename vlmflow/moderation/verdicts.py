@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from vlmflow.catalog.columns import flat
+from vlmflow.catalog.judged import by_model
 from vlmflow.catalog.keys import KeyIndex, index_of, to_binary, to_words
 from vlmflow.errors import CalibrationError, SourceError
 from vlmflow.moderation.scoring import Scorer
@@ -24,7 +25,7 @@ from vlmflow.sources.uris import normalise_uri
 _VALUES = {"true": True, "1": True, "1.0": True, "yes": True, "false": False, "0": False, "0.0": False, "no": False}
 _OPTIONAL = ("weight", "content_hash")
 
-IMAGE_COLUMNS = ("image_id", "uri", "content_hash", "decision")
+IMAGE_COLUMNS = ("image_id", "uri", "content_hash", "decision", "decision_reason", "verdict")
 VECTOR_COLUMNS = ("image_id", "embed_fingerprint", "vector")
 
 
@@ -57,7 +58,7 @@ class Matched:
         values: (N, L) 1 the label holds, 0 it does not, -1 nobody said.
         weights: (N, L).
         left_out: verdicts that do not count, by reason.
-        flagged: share of the labelled images, and of the catalog's, that are not allowed at present.
+        flagged: share of the labelled images, and of the catalog's, that the model does not allow at present.
     """
 
     ids: list[str]
@@ -92,17 +93,24 @@ def read_verdicts(path: Path) -> VerdictFile:
 def reviewed(events: pa.Table) -> VerdictFile:
     """The verdicts on labels among those that a catalog keeps; of several on one label by one person the newest.
 
+    A weight belongs to the draw of the image, not to one word on it: whoever corrects or confirms what was said of
+    these bytes, in the browser or elsewhere, need not repeat it.
+
     Args:
         events: as ``vlmflow.catalog.reviews.EVENT``, the oldest first. A label without a value was taken back.
     """
+    weighted = events.filter(pc.is_valid(events["weight"])).select(["image_id", "content_hash", "weight"]).to_pylist()
+    weights = {(row["image_id"], row["content_hash"]): row["weight"] for row in weighted}
     newest: dict[tuple[str, str, str], dict[str, Any]] = {}
     for row in events.filter(pc.is_valid(events["label"])).to_pylist():
         newest[row["image_id"], row["label"], row["reviewer"]] = row
     rows = [row for row in newest.values() if row["value"] is not None]
+    given = [weights.get((row["image_id"], row["content_hash"])) for row in rows]
     verdicts = [
-        Verdict(row["image_id"], row["label"], row["value"], row["weight"] or 1.0, row["content_hash"]) for row in rows
+        Verdict(row["image_id"], row["label"], row["value"], weight or 1.0, row["content_hash"])
+        for row, weight in zip(rows, given, strict=True)
     ]
-    return VerdictFile("image_id", verdicts, any(row["weight"] is not None for row in rows))
+    return VerdictFile("image_id", verdicts, any(weight is not None for weight in given))
 
 
 def _read_table(path: Path) -> pa.Table:
@@ -111,7 +119,11 @@ def _read_table(path: Path) -> pa.Table:
             return pq.read_table(path)
         if path.suffix == ".csv":
             as_text = dict.fromkeys(("image_id", "uri", "label", "value", "content_hash"), pa.string())
-            return pyarrow.csv.read_csv(path, convert_options=pyarrow.csv.ConvertOptions(column_types=as_text))
+            return pyarrow.csv.read_csv(
+                path,
+                parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
+                convert_options=pyarrow.csv.ConvertOptions(column_types=as_text),
+            )
     except (OSError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())[:200]
         raise CalibrationError(f"{path} cannot be read: {reason}", remedy="Name a Parquet or CSV file.") from error
@@ -142,6 +154,8 @@ def _verdict(path: Path, number: int, row: dict[str, Any], key: str) -> Verdict:
 def match_verdicts(file: VerdictFile, images: Iterable[pa.Table], labels: tuple[str, ...]) -> Matched:
     """Finds the images of verdicts; two verdicts on one label of an image count once, or not at all if they differ.
 
+    Of the weights of those that count once the greatest does: one may be left at 1 by who did not draw the image.
+
     Args:
         images: live rows of the catalog, with :data:`IMAGE_COLUMNS`.
         labels: of the policy, in its order.
@@ -149,7 +163,7 @@ def match_verdicts(file: VerdictFile, images: Iterable[pa.Table], labels: tuple[
     wanted = pa.array(sorted({verdict.image for verdict in file.verdicts}), pa.string())
     found: dict[str, list[dict[str, Any]]] = {}
     counts = np.zeros(2)  # images, and those not allowed
-    for batch in images:
+    for batch in map(by_model, images):  # what reviewers decided says nothing of how they came to look
         counts += [batch.num_rows, pc.sum(pc.not_equal(batch["decision"], "allow")).as_py() or 0]
         for row in batch.filter(pc.is_in(batch[file.key], value_set=wanted)).to_pylist():
             found.setdefault(row[file.key], []).append(row)
@@ -172,7 +186,7 @@ def match_verdicts(file: VerdictFile, images: Iterable[pa.Table], labels: tuple[
             continue
         left_out["said before"] += len(verdicts) - 1
         values[at[image], label] = verdicts[0].value
-        weights[at[image], label] = verdicts[0].weight
+        weights[at[image], label] = max(verdict.weight for verdict in verdicts)
     decisions = {row["image_id"]: row["decision"] for rows in found.values() for row in rows}
     flagged = float(np.mean([decisions[image] != "allow" for image in ids])) if ids else 0.0
     overall = float(counts[1] / counts[0]) if counts[0] else 0.0

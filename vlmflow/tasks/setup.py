@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, assert_never
 
+from vlmflow.catalog.detections import Detection
 from vlmflow.config import WITHOUT_BEAMS, Dtype, Job, ModelConfig, TaskName
 from vlmflow.errors import ConfigError
 from vlmflow.imaging import PixelRequest, merge_requests
@@ -66,6 +67,15 @@ class TaskSetup:
         if "detect" in tasks:
             found += [detector.request for detector in self.detectors]
         return merge_requests(found)
+
+    @property
+    def detections(self) -> tuple[Detection, ...]:
+        """What the detectors store of every image."""
+        return tuple(
+            Detection(detector.name, detector.fingerprint, output)
+            for detector in self.detectors
+            for output in detector.outputs
+        )
 
     def _fingerprint(self, task: TaskName) -> str:
         match task:

@@ -124,14 +124,19 @@ class FactReader:
         name = pc.binary_join_element_wise(
             pc.fill_null(pc.struct_field(items, "category"), ""), pc.fill_null(pc.struct_field(items, "label"), ""), "/"
         )
+        # Prompts and detectors may flag a row for the same label: it counts once.
+        flag_rows = np.asarray(pc.list_parent_indices(labels).filter(flags), np.int64)
+        flag_codes = self._names["label"].of(name.filter(flags))
+        num_labels = max(1, len(self._names["label"]))
+        pairs = np.unique(flag_rows * num_labels + flag_codes)
         match = pc.fill_null(flat(rows["text_itm"]).cast(pa.float32()), np.inf)
         return FileFacts(
             codes=codes,
             is_judgeable=is_valid(rows["content_hash"]),
             gap=threshold_gaps(rows).astype(np.float32),
             match=np.nan_to_num(match.to_numpy(zero_copy_only=False), nan=np.inf, posinf=np.inf),
-            flag_rows=np.asarray(pc.list_parent_indices(labels).filter(flags), np.int64),
-            flag_codes=self._names["label"].of(name.filter(flags)),
+            flag_rows=pairs // num_labels,
+            flag_codes=(pairs % num_labels).astype(np.int32),
         )
 
 

@@ -11,7 +11,8 @@ import pytest
 
 from tests.catalog_samples import open_catalog
 from vlmflow.catalog import Catalog
-from vlmflow.engine.archive import archive_policy, archived_prompts
+from vlmflow.engine.archive import archive_policy, archived_policies, archived_policy, archived_prompts
+from vlmflow.errors import CatalogError
 from vlmflow.models import ModelIdentity
 from vlmflow.moderation.policy import Policy, load_policy, prompts_digest
 from vlmflow.moderation.prompts import PromptVectors
@@ -106,3 +107,28 @@ def test_damaged_vectors_are_told_of_and_replaced(
     whole = path.read_bytes()
     archive_policy(catalog, policy, dataclasses.replace(vectors_of(policy), temperature=0.5), MODEL)
     assert path.read_bytes() == whole, "what can be read is never changed"
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"\xff", b'{"from": "a later version"}', None], ids=str)
+def test_a_policy_that_cannot_be_read_is_named_and_the_others_count(
+    catalog: Catalog, policy: Policy, tmp_path: Path, caplog: pytest.LogCaptureFixture, data: bytes | None
+) -> None:
+    other = next_version(policy)
+    archive_policy(catalog, other, vectors_of(other), MODEL)
+    path = tmp_path / "catalog" / "policies" / other.digest / "policy.json"
+    path.unlink() if data is None else path.write_bytes(data)
+    with pytest.raises(CatalogError, match=f"the archived policy {other.digest} cannot be read") as caught:
+        archived_policy(catalog, other.digest)
+    assert "policy.json" in caught.value.remedy
+    assert archived_policies(catalog) == {policy.digest: policy}
+    assert f"the archived policy {other.digest} cannot be read: margins stored under it are not used" in caplog.text
+    archive_policy(catalog, other)
+    assert archived_policy(catalog, other.digest) == other, "whoever has it puts it back"
+
+
+def test_a_policy_under_the_digest_of_another_decides_nothing(catalog: Catalog, policy: Policy, tmp_path: Path) -> None:
+    folder = tmp_path / "catalog" / "policies"
+    (folder / ("3" * 64)).mkdir()
+    (folder / ("3" * 64) / "policy.json").write_bytes((folder / policy.digest / "policy.json").read_bytes())
+    with pytest.raises(CatalogError, match="cannot be read"):
+        archived_policy(catalog, "3" * 64)

@@ -30,7 +30,7 @@ from tests.models import make_classifier, make_judge, write_json
 from tests.unit.models.test_models_weights import edit_json
 from vlmflow.config import CatalogConfig, Job, SourceConfig
 from vlmflow.engine.archive import archive_policy
-from vlmflow.errors import DetectorError, WeightsError
+from vlmflow.errors import DetectorError, ExplainError, WeightsError
 from vlmflow.explain import EVIDENCE_COLUMNS, draw_heatmap, evidence_of
 from vlmflow.imaging import hash_of
 from vlmflow.imaging.pixels import render
@@ -183,7 +183,10 @@ def test_a_map_is_of_the_output_whose_score_the_label_has(
     row = dict.fromkeys(EVIDENCE_COLUMNS) | {"image_id": "0", "status": "ok", "decision": "review", "run_id": "r"}
     row |= {"uri": str(tmp_path / "photograph.png"), "content_hash": hash_of(data)}
     row |= {"policy_digest": given.digest, "labels": [label]}
-    row |= {"detections": [{"output": other, "score": score, **seen} for other, score in scores.items()]}
+    detections = [
+        {"output": other, "score": score, "model": setup.fingerprint, **seen} for other, score in scores.items()
+    ]
+    row |= {"detections": detections}
     drawn: list[float] = []
 
     def occlusion_map(of: np.ndarray[Any, Any], score: Any) -> np.ndarray[Any, Any]:
@@ -195,6 +198,11 @@ def test_a_map_is_of_the_output_whose_score_the_label_has(
     draw_heatmap(job, evidence_of(row))
     assert drawn == [pytest.approx(scores[name], abs=1e-3)]
     assert abs(scores["drawings"] - scores["neutral"]) > 0.01
+
+    row |= {"detections": [detection | {"model": "another"} for detection in detections]}
+    with pytest.raises(ExplainError, match="was scored by another model than the it that is here"):
+        draw_heatmap(job, evidence_of(row))
+    assert len(drawn) == 1
 
 
 @pytest.fixture(scope="module")

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 
-from tests.catalog_samples import image_id
 from vlmflow.errors import CalibrationError
 from vlmflow.models import ModelIdentity
 from vlmflow.moderation.calibrate import Calibration, CalibrationReport, Targets, calibrate_labels
@@ -20,16 +16,7 @@ from vlmflow.moderation.calibration_report import calibration_html
 from vlmflow.moderation.decide import Moderator
 from vlmflow.moderation.fit import logistic
 from vlmflow.moderation.policy import Logistic, Policy, Thresholds, bind
-from vlmflow.moderation.prompts import PromptVectors
-from vlmflow.moderation.scoring import Scorer
-from vlmflow.moderation.verdicts import (
-    IMAGE_COLUMNS,
-    Matched,
-    VerdictFile,
-    match_verdicts,
-    read_verdicts,
-    worst_margins,
-)
+from vlmflow.moderation.verdicts import Matched
 
 CLIP = ModelIdentity("org/clip", "local", "a" * 64, "[32]", 1)
 GUN = {"name": "gun", "prompts": ["a gun"], "review": 0.5, "block": 0.8}
@@ -43,7 +30,6 @@ POLICY = Policy.model_validate(
         "logistic": {"scale": 40.0, "offset": 0.1},
     }
 )
-LABELS = ("gun", "wine")
 
 
 def verdicts(num: int = 400, *, wine: int = 400, seed: int = 0) -> tuple[Matched, NDArray[np.float32]]:
@@ -129,6 +115,26 @@ def test_verdicts_of_very_different_weight_are_worth_less_than_their_number() ->
         calibrate(lopsided, margins)
 
 
+def near_and_random(random_weight: float, num_random: int) -> tuple[Matched, NDArray[np.float32]]:
+    """A review queue: near a threshold half of the images have the label, of those drawn at random none."""
+    rng = np.random.default_rng(0)
+    margins = np.append(rng.normal(0.1, 0.01, 200), rng.normal(0.0, 0.01, num_random)).astype(np.float32)
+    values = np.append(margins[:200] > np.median(margins[:200]) + rng.normal(0, 0.005, 200), np.zeros(num_random))
+    weights = np.append(np.ones(200), np.full(num_random, random_weight))
+    both = (np.repeat(column[:, None], 2, axis=1) for column in (values.astype(np.int8), weights))
+    ids = [f"{number:032x}" for number in range(len(margins))]
+    return Matched(ids, *both, True, Counter(), (0.5, 0.1)), margins[:, None].repeat(2, axis=1)
+
+
+def test_a_label_that_no_heavy_verdict_was_positive_of_is_refused_or_warned_of() -> None:
+    with pytest.raises(CalibrationError, match="none of the 50 heaviest verdicts is positive, so up to 100% of"):
+        calibrate(*near_and_random(20_000, 50))
+    known = calibrate(*near_and_random(10, 500))
+    assert any("none of the 500 heaviest verdicts is positive: up to" in text for text in known.labels[0].warnings)
+    many = calibrate(*near_and_random(2, 2000))
+    assert not any("heaviest" in text for text in many.labels[0].warnings)
+
+
 def test_images_without_a_vector_count_for_nothing() -> None:
     matched, margins = verdicts()
     fewer = margins.copy()
@@ -203,132 +209,3 @@ def test_the_json_of_a_report_can_be_read_even_where_a_label_never_blocks() -> N
     shown = done.labels[0].model_dump(mode="json")
     assert shown["thresholds"]["block"] is None
     assert "never" in page(done)
-
-
-ROWS = {"image_id": ["a", "b"], "label": ["gun", "weapons/wine"], "value": [True, False]}
-
-
-@pytest.mark.parametrize(
-    "values", [[True, False], [1, 0], [1.0, 0.0], ["yes", "No"], ["TRUE", "false"], ["1", "0"]], ids=str
-)
-@pytest.mark.parametrize("suffix", [".parquet", ".csv"])
-def test_verdicts_are_read_from_parquet_and_csv(tmp_path: Path, values: list[Any], suffix: str) -> None:
-    table = pa.table({**ROWS, "value": values})
-    path = tmp_path / f"verdicts{suffix}"
-    pq.write_table(table, path) if suffix == ".parquet" else pa.csv.write_csv(table, path)
-    file = read_verdicts(path)
-    assert [(v.image, v.label, v.value) for v in file.verdicts] == [("a", "gun", True), ("b", "wine", False)]
-    assert (file.key, file.is_weighted) == ("image_id", False)
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("image_id,label\na,gun\n", "no column value among image_id, label"),
-        ("label,value\ngun,1\n", "no column image_id or uri among label, value"),
-        ("image_id,label,value\na,gun,1\nb,gun,perhaps\n", "row 2: value 'perhaps'"),
-        ("image_id,label,value\na,gun,\n", "row 1: value"),
-        ("image_id,label,value\n,gun,1\n", "row 1: no image_id"),
-        ("image_id,label,value,weight\na,gun,1,0\n", "row 1: weight 0"),
-        ("image_id,label,value,weight\na,gun,1,much\n", "row 1: weight 'much'"),
-        ("", "cannot be read"),
-    ],
-)
-def test_verdicts_that_cannot_be_used_name_file_row_and_value(tmp_path: Path, text: str, words: str) -> None:
-    path = tmp_path / "verdicts.csv"
-    path.write_text(text)
-    with pytest.raises(CalibrationError, match=words) as caught:
-        read_verdicts(path)
-    assert str(path) in str(caught.value)
-    assert caught.value.remedy
-
-
-def test_a_file_that_is_absent_or_of_another_kind_is_named(tmp_path: Path) -> None:
-    for name in ("absent.csv", "absent.parquet", "verdicts.xlsx"):
-        with pytest.raises(CalibrationError, match=name):
-            read_verdicts(tmp_path / name)
-
-
-def images(**decisions: str) -> pa.Table:
-    return pa.table(
-        {
-            "image_id": [image_id(name) for name in decisions],
-            "uri": [f"mem://{name}" for name in decisions],
-            "content_hash": [f"hash-{name}" for name in decisions],
-            "decision": list(decisions.values()),
-        },
-        pa.schema([(name, pa.string()) for name in IMAGE_COLUMNS]),
-    )
-
-
-def file_of(tmp_path: Path, *rows: tuple[str, str, bool, str | None]) -> VerdictFile:
-    names = ("uri", "label", "value", "content_hash")
-    path = tmp_path / "verdicts.parquet"
-    pq.write_table(pa.Table.from_pylist([dict(zip(names, row, strict=True)) for row in rows]), path)
-    return read_verdicts(path)
-
-
-def test_every_verdict_counts_once_or_is_left_out_with_a_reason(tmp_path: Path) -> None:
-    file = file_of(
-        tmp_path,
-        ("mem://a", "gun", True, "hash-a"),
-        ("mem://a", "gun", True, None),
-        ("mem://a", "wine", True, None),
-        ("mem://b", "gun", False, None),
-        ("mem://b", "wine", True, None),
-        ("mem://b", "wine", False, None),
-        ("mem://c", "gun", True, "hash-before"),
-        ("mem://gone", "gun", True, None),
-        ("mem://a", "rifle", True, None),
-    )
-    batches = [images().slice(0, 0), images(a="allow", b="review"), images(c="block", d="allow")]
-    matched = match_verdicts(file, batches, LABELS)
-    found = dict(zip(matched.ids, matched.values.tolist(), strict=True))
-    assert found == {image_id("a"): [1, 1], image_id("b"): [0, -1]}
-    assert matched.left_out == {
-        "said before": 1,
-        "contradicted by another verdict": 2,
-        "image has changed since (content_hash differs)": 1,
-        "image is not in the catalog": 1,
-        "label rifle is not in the policy": 1,
-    }
-    assert matched.flagged == (0.5, 0.5)
-
-
-def test_a_uri_that_stands_for_two_images_counts_for_neither(tmp_path: Path) -> None:
-    twice = pa.concat_tables([images(a="allow"), images(a="allow").set_column(0, "image_id", [[image_id("key")]])])
-    matched = match_verdicts(file_of(tmp_path, ("mem://a", "gun", True, None)), [twice], LABELS)
-    assert matched.ids == []
-    assert matched.left_out == {"uri stands for several images": 1}
-
-
-def vector_rows(*rows: tuple[str, list[float]], fingerprint: str = "fp") -> pa.Table:
-    return pa.table(
-        {
-            "image_id": [image_id(name) for name, _ in rows],
-            "embed_fingerprint": [fingerprint] * len(rows),
-            "vector": pa.array([vector for _, vector in rows], pa.list_(pa.float32())),
-        }
-    )
-
-
-# One axis a label, the last for the neutral prompt: the margin of a label is the entry of the vector.
-AXES = Scorer(PromptVectors(np.eye(2, 3, dtype=np.float32), np.eye(1, 3, 2, dtype=np.float32), 1.0, "digest"))
-
-
-def test_margins_are_those_of_the_worst_view_wherever_the_views_are_stored() -> None:
-    ids = sorted(image_id(name) for name in "abcd")
-    batches = [
-        vector_rows(("a", [0.1, 0.5, 0.0]), ("b", [0.3, 0.2, 0.0]), ("other", [1.0, 1.0, 0.0])),
-        vector_rows(("c", [0.9, 0.9, 0.0]), fingerprint="old"),
-        vector_rows(("a", [0.4, 0.2, 0.0]), ("b", [float("nan"), 0.1, 0.0])),
-    ]
-    margins = worst_margins(ids, batches, "fp", AXES, 2)
-    by_name = {name: margins[ids.index(image_id(name))].tolist() for name in "abcd"}
-    assert by_name["a"] == [pytest.approx(0.4), pytest.approx(0.5)]
-    assert np.isnan([by_name["b"], by_name["c"], by_name["d"]]).all()  # no number, another model's, none
-
-
-def test_embeddings_of_another_model_alone_are_an_error_that_names_both() -> None:
-    with pytest.raises(CalibrationError, match=r"fingerprint new.*\(old\)"):
-        worst_margins([image_id("a")], [vector_rows(("a", [0.1, 0.2, 0.3]), fingerprint="old")], "new", AXES, 2)

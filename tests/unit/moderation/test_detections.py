@@ -13,6 +13,7 @@ from vlmflow.models import ModelIdentity
 from vlmflow.moderation.decide import Moderation, Moderator
 from vlmflow.moderation.policy import Policy, bind
 from vlmflow.moderation.prompts import PromptVectors
+from vlmflow.moderation.relabel import SCANNED, Target, wanted_rows
 
 IDENTITY = ModelIdentity("org/clip", "local", "a" * 64, "[32]", 1)
 # Prompts that make the margin of an image equal to the first entry of its vector.
@@ -155,3 +156,17 @@ def test_labels_and_detectors_must_fit() -> None:
         good["detectors"][1]["outputs"]["gun"] = {"review": 0.5, "block": 0.7, **change}
         with pytest.raises(ValueError, match=message):
             Policy.model_validate(good)
+
+
+def test_scores_that_a_later_attempt_did_not_confirm_decide_nothing_anew() -> None:
+    given = policy("any")
+    target = Target(given, Moderator(given, bind(given, IDENTITY), AXES, MODELS), "e", "m", "run-2")
+    harmless = [detection("nsfw", 0.0), detection("arms", 0.0)]
+    failures = ([], [{"stage": "detect", "class": "task_failed", "message": ""}], None)
+    row = {"policy_digest": "before", "embed_run_id": "run-1", "embed_fingerprint": "e", "detections": harmless}
+    rows = pa.Table.from_pylist(
+        [row | {"errors": errors} for errors in failures], pa.schema([schema.IMAGES.field(name) for name in SCANNED])
+    )
+    wanted = wanted_rows(rows, target)
+    assert wanted.computed.tolist() == [True, False, True]
+    assert wanted.undetected.tolist() == [False, True, False]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,23 @@ def test_a_binding_is_written_into_the_file_in_place_of_the_model_s_old_one(tmp_
     assert [binding.model for binding in written.bindings] == ["org/other", "org/clip"]
     assert find_binding(written, CLIP) == bind(policy, CLIP, logistic=Logistic(scale=2.0, offset=0.0))
     assert prompts_digest(written) == prompts_digest(policy)
+
+
+def test_models_are_told_apart_by_their_weights_whatever_they_are_called(tmp_path: Path) -> None:
+    data = content(bindings=[])
+    path, policy = Path(write(tmp_path, data)), Policy.model_validate(data)
+    namesake, elsewhere = (
+        dataclasses.replace(CLIP, **other) for other in ({"weights_digest": "c" * 64}, {"id": "clip-folder"})
+    )
+
+    def written(identity: ModelIdentity) -> list[tuple[str, str]]:
+        write_binding(path, bind(policy, identity))
+        return [(binding.model, binding.weights[0]) for binding in load_policy(str(path)).bindings]
+
+    assert written(CLIP) == [("org/clip", "a")]
+    assert written(elsewhere) == [("clip-folder", "a")]
+    assert written(CLIP) == [("org/clip", "a")]
+    assert written(namesake) == [("org/clip", "a"), ("org/clip", "c")]
 
 
 def test_a_binding_is_not_written_where_it_would_cut_the_file(tmp_path: Path) -> None:

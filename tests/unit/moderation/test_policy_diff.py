@@ -134,3 +134,33 @@ def test_a_new_detector_needs_the_images_and_its_thresholds_do_not() -> None:
     assert (lower.effect, moved(lower)) == ("margins", {("policy", "opennsfw.nsfw review", 0.4, 0.2)})
     other = policy(detectors=[detector(family="image_classification", path="models/nsfw")])
     assert diff_policies(having, other).effect == "pixels"
+
+
+def test_a_detector_of_other_weights_needs_the_images() -> None:
+    one, other = (policy(detectors=[detector(weights=digit * 64)]) for digit in "ab")
+    found = diff_policies(one, other)
+    assert (found.effect, moved(found)) == ("pixels", {("policy", "opennsfw weights", "a" * 12, "b" * 12)})
+    pinned = diff_policies(policy(detectors=[detector()]), one)
+    assert (pinned.effect, moved(pinned)) == ("margins", {("policy", "opennsfw weights", None, "a" * 12)})
+    hub = {"family": "image_classification", "repo": "org/nsfw"}
+    one, other = (policy(detectors=[detector(revision=commit, **hub)]) for commit in ("c1", "c2"))
+    found = diff_policies(one, other)
+    assert (found.effect, moved(found)) == ("pixels", {("policy", "opennsfw revision", "c1", "c2")})
+
+
+def test_bindings_of_the_same_weights_for_other_prompts_are_compared_each_with_its_own() -> None:
+    base, asked = policy(), policy(gun={"prompts": ["a rifle"]})
+    now, old = bind(base, CLIP), bind(asked, CLIP)
+    stricter = bind(base, CLIP, thresholds={"gun": Thresholds(review=0.2, block=0.9)})
+    before, after = (base.model_copy(update={"bindings": found}) for found in ((now, old), (stricter, old)))
+    where = f"binding of org/clip ({'a' * 12}, prompts {now.prompts[:12]})"
+    assert moved(diff_policies(before, after)) == {(where, "gun review", None, 0.2), (where, "gun block", None, 0.9)}
+    gone = diff_policies(before, base.model_copy(update={"bindings": (now,)}))
+    where = where.replace(now.prompts[:12], old.prompts[:12])
+    assert moved(gone) == {(where, "model", "org/clip", None), (where, "prompts", old.prompts[:12], None)}
+    # The prompts of the one binding changed, and its model goes by another name.
+    local = now.model_copy(update={"model": "clip", "prompts": old.prompts})
+    one, other = (base.model_copy(update={"bindings": (found,)}) for found in (now, local))
+    where = f"binding of org/clip ({'a' * 12})"
+    changed = {(where, "model", "org/clip", "clip"), (where, "prompts", now.prompts[:12], old.prompts[:12])}
+    assert moved(diff_policies(one, other)) == changed

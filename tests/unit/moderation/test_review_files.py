@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.hostile import HOSTILE
@@ -17,7 +18,7 @@ from vlmflow.catalog import Catalog
 from vlmflow.config import CatalogConfig
 from vlmflow.errors import ReviewError
 from vlmflow.moderation.queue import QUEUE
-from vlmflow.moderation.review_files import read_words, write_queue
+from vlmflow.moderation.review_files import Word, read_words, write_queue
 from vlmflow.review import import_verdicts
 
 
@@ -36,6 +37,35 @@ def test_nobody_judges_in_the_name_of_a_list(tmp_path: Path) -> None:
     file.write_text(f"image_id,verdict,reviewer\n{'0' * 32},allow,list:banned\n")
     with pytest.raises(ReviewError, match="list of known images"):
         read_words(file, None, dt.datetime.now(dt.UTC))
+
+
+def words_of(path: Path, text: str) -> list[Word]:
+    path.write_text(text, encoding="utf-8")
+    return read_words(path, "ada", dt.datetime.now(dt.UTC))
+
+
+def test_weights_are_numbers_whatever_they_are_written_as(tmp_path: Path) -> None:
+    table = pa.table({"image_id": ["a", "b", "c"], "verdict": ["allow"] * 3, "weight": ["1234.5", " ", None]})
+    pq.write_table(table, tmp_path / "verdicts.parquet")
+    words = read_words(tmp_path / "verdicts.parquet", "ada", dt.datetime.now(dt.UTC))
+    assert [word.weight for word in words] == [1234.5, None, None]
+    words = words_of(tmp_path / "verdicts.csv", 'image_id,verdict,weight\na,allow,"1234.5"\nb,allow,\n')
+    assert [word.weight for word in words] == [1234.5, None]
+
+
+@pytest.mark.parametrize("weight", ["-1", "0", "inf", "1e999", "many", '"1.234,5"'])
+def test_a_weight_that_is_no_number_above_0_is_refused(tmp_path: Path, weight: str) -> None:
+    with pytest.raises(ReviewError, match=r"verdicts.csv, row 2: weight ") as caught:
+        words_of(tmp_path / "verdicts.csv", f"image_id,verdict,weight\na,,{weight}\nb,allow,{weight}\n")
+    assert caught.value.remedy == "Write a number above 0, or nothing."
+
+
+def test_a_large_file_may_have_line_breaks_in_its_cells(tmp_path: Path) -> None:
+    rows = "".join(f'{number:032x},allow,"{"a reason " * 8}\nof two lines"\n' for number in range(20_000))
+    words = words_of(tmp_path / "verdicts.csv", f"image_id,verdict,reason\n{rows}")
+    assert (tmp_path / "verdicts.csv").stat().st_size > 1 << 20
+    assert len(words) == 20_000
+    assert (words[-1].reason or "").endswith("\nof two lines")
 
 
 MONDAY, TUESDAY, WEDNESDAY = (dt.datetime(2026, 3, day, 10, tzinfo=dt.UTC) for day in (2, 3, 4))

@@ -77,6 +77,17 @@ def test_a_row_counts_for_each_label_that_flags_it(config: CatalogConfig) -> Non
     assert (either == (facts.mask("label", ["weapons/gun"]) | facts.mask("label", ["weapons/beer"]))).all()
 
 
+def test_a_row_that_prompts_and_detectors_flag_for_one_label_counts_once(tmp_path: Path) -> None:
+    config = CatalogConfig(uri=str(tmp_path / "catalog"))
+    by_detectors = [label("gun", 0.9, "block") | {"detector": name} for name in ("one", "two")]
+    flags = [[label("gun", 0.6, "review"), *by_detectors], [label("gun", 0.1, "allow"), by_detectors[0]], []]
+    put_rows(config, names(3), decision=["block", "block", "allow"], labels=labels_of(flags))
+    facts, _ = read(config)
+    assert facts.counts("label", None) == {"weapons/gun": 2}
+    assert facts.counts("label", np.array([True, False, True])) == {"weapons/gun": 1}
+    assert facts.mask("label", ["weapons/gun"]).tolist() == [True, True, False]
+
+
 def test_a_new_version_costs_the_reading_of_its_new_files(
     config: CatalogConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,7 +30,7 @@ class PixelNormalizer:
         self._shape = (3, preprocessing.size, preprocessing.size)
         self.device = device
         self._dtype = dtype
-        self._logical = preprocessing.describe()
+        self._logical, self._is_bgr = preprocessing.describe(), preprocessing.is_bgr
 
     def describe(self) -> str:
         """One line, equal for normalisers that give equal inputs for equal pixels."""
@@ -43,6 +43,8 @@ class PixelNormalizer:
             ValueError: another dtype or another size than the model's.
         """
         self.check(pixels)
+        if self._is_bgr:
+            pixels = pixels.flip(1)
         return pixels.to(self.device).to(torch.float32).mul_(self.scale).add_(self.shift).to(self._dtype)
 
     def check(self, pixels: torch.Tensor) -> None:

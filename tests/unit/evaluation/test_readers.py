@@ -137,6 +137,35 @@ def test_a_table_joined_with_its_truth(tmp_path: Path) -> None:
     assert [(row["labels"], row["flag"]) for row in rows] == [(["gun", "bomb"], True), ([], False)]
 
 
+def test_numbers_in_a_list_and_nothing_in_a_column_are_texts(tmp_path: Path) -> None:
+    path = tmp_path / "q.csv"
+    path.write_text('uri,question,answers,question_type\na.jpg,how many?,"[2, null, ""two""]",\n')
+    (question,) = read_dataset("answer", str(path), ReadOptions()).rows["questions"][0].as_py()
+    assert question["answers"] == ["2", "two"]
+
+
+@pytest.mark.parametrize(
+    ("data", "truth"),
+    [
+        ("numbers.parquet", "ids.csv"),
+        ("ids.csv", "numbers.parquet"),
+        ("lists.jsonl", "ids.csv"),
+        ("ids.csv", "lists.jsonl"),
+    ],
+)
+def test_a_truth_is_joined_whatever_the_types_of_its_columns(tmp_path: Path, data: str, truth: str) -> None:
+    captions, ids = [["x", "y"], ["z"], ["w"]], [3, 1, 2]
+    said = pa.table({"id": ids, "uri": ["3.png", "1.png", "2.png"], "captions": captions})
+    pq.write_table(said, tmp_path / "numbers.parquet")
+    lines = [json.dumps({**row, "id": str(row["id"])}) for row in said.to_pylist()]
+    (tmp_path / "lists.jsonl").write_text("\n".join(lines))
+    (tmp_path / "ids.csv").write_text("id,more\n1,a\n2,b\n3,c\n")
+    options = ReadOptions(truth=tmp_path / truth, where="more <> 'b'")
+    rows = read_dataset("caption", str(tmp_path / data), options).rows.to_pylist()
+    expected = [("3.png", ["x", "y"]), ("1.png", ["z"])]  # in the order of the data
+    assert [(Path(row["uri"]).name, row["captions"]) for row in rows] == expected[:: -1 if data == "ids.csv" else 1]
+
+
 def test_a_parquet_table_of_questions_and_one_of_captions(tmp_path: Path) -> None:
     table = pa.table({"uri": ["a.jpg", "a.jpg"], "question": ["q1", "q2"], "answers": [["yes", "no"], ["2"]]})
     pq.write_table(table, tmp_path / "q.parquet")
@@ -172,6 +201,11 @@ BROKEN: list[tuple[EvaluationTask, str, str, dict[str, Any], list[str]]] = [
     ("moderate", "x.csv", "uri,flag\na.jpg,true\n", {"columns": {"colour": "x"}}, ["--column colour", "labels"]),
     ("moderate", "x.csv", "uri,flag\na.jpg,true\n", {"columns": {"flag": "x"}}, ["no column x; it has uri, flag"]),
     ("answer", "x.csv", "uri,question,answers\na.jpg,q,\n", {}, ["row 1: answers is empty"]),
+    ("answer", "x.jsonl", '{"uri":"a","question":"q","answers":[{"answer":"x"}]}', {}, ["row 1: answers holds no texts"]),
+    ("answer", "x.jsonl", '{"uri":"a","question":"q","answers":{"answer":"x"}}', {}, ["row 1: answers holds no texts"]),
+    ("answer", "x.jsonl", '{"uri":"a","question":{"en":"q"},"answers":"x"}', {}, ["row 1: question is no text"]),
+    ("caption", "x.jsonl", '{"uri":"a","captions":[["x"]]}', {}, ["row 1: captions holds no texts"]),
+    ("caption", "x.csv", 'uri,captions\na,"[true]"\n', {}, ["row 1: captions holds no texts"]),
     ("caption", "x.pdf", "", {}, [".pdf is none of the files"]),
 ]
 

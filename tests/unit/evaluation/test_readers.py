@@ -80,6 +80,31 @@ def test_flickr_tokens_and_a_part_of_them(tmp_path: Path) -> None:
     assert part.rows["uri"].to_pylist() == [str(tmp_path / "2.jpg")]
 
 
+@pytest.mark.parametrize(
+    ("whole", "part", "benchmark"),
+    [
+        (31_783, "flickr30k_test.txt", "flickr30k"),
+        (31_783, "flickr30k_val.txt", None),
+        (8_092, "Flickr_8k.testImages.txt", None),
+    ],
+)
+def test_only_flickr30ks_own_test_images_are_its_benchmark(
+    tmp_path: Path, whole: int, part: str, benchmark: str | None
+) -> None:
+    tokens, split = tmp_path / "captions.token", tmp_path / part
+    tokens.write_text("".join(f"{number}.jpg#0\ta dog\n" for number in range(whole)))
+    split.write_text("".join(f"{number}.jpg\n" for number in range(1_000)))
+    assert read_dataset("retrieval", str(tokens), ReadOptions(split=str(split))).benchmark == benchmark
+
+
+@pytest.mark.parametrize(
+    ("name", "benchmark"), [("flickr30k_test.json", "flickr30k"), ("flickr30k_val.json", None), ("f8k_test.json", None)]
+)
+def test_a_list_is_a_benchmark_by_its_name(tmp_path: Path, name: str, benchmark: str | None) -> None:
+    listed = [{"image": f"{number}.jpg", "caption": "a dog"} for number in range(1_000)]
+    assert read_dataset("retrieval", write_json(tmp_path / name, listed), ReadOptions()).benchmark == benchmark
+
+
 def vqa_files(folder: Path) -> str:
     questions = [
         {"question_id": 10, "image_id": 1, "question": "What is it?"},
@@ -109,6 +134,14 @@ def test_vqa_finds_its_annotations_and_groups_by_image(tmp_path: Path) -> None:
     assert rows[0]["questions"][0]["answers"] == ["a10"] * 10
     assert rows[1]["questions"][0]["question_type"] == "how many"
     assert found.benchmark == "vqav2"
+
+
+@pytest.mark.parametrize(("version", "benchmark"), [("2.0", "vqav2"), ("1.0", None)])
+def test_the_first_version_of_vqa_is_another_benchmark(tmp_path: Path, version: str, benchmark: str | None) -> None:
+    path = Path(vqa_files(tmp_path)).rename(tmp_path / "questions.json")
+    write_json(path, json.loads(path.read_text()) | {"info": {"version": version}})
+    options = ReadOptions(annotations=tmp_path / "v2_mscoco_val2014_annotations.json")
+    assert read_dataset("answer", str(path), options).benchmark == benchmark
 
 
 def test_a_folder_per_class(tmp_path: Path) -> None:
@@ -184,7 +217,15 @@ BROKEN: list[tuple[EvaluationTask, str, str, dict[str, Any], list[str]]] = [
     ("caption", "x.json", json.dumps(karpathy()), {"split": "dev"}, ["no split dev", "restval, test"]),
     ("caption", "x.json", '{"images": [{"split": "test", "sentences": []}]}', {}, ["image 0: filename is absent"]),
     ("caption", "x.json", '[{"image": "a.jpg", "caption": 3}]', {}, ["entry 0: caption is '3'"]),
+    ("caption", "x.json", '[{"image": "a.jpg", "caption": [{"raw": "x"}]}]', {}, ["entry 0: caption is"]),
     ("caption", "x.json", '[{"image": "a.jpg", "caption": []}]', {}, ["a.jpg has no caption"]),
+    (
+        "caption",
+        "x.json",
+        '{"images": [{"split": "test", "filename": "a.jpg", "filepath": 5, "sentences": [{"raw": "x"}]}]}',
+        {},
+        ["image 0: filepath is '5'"],
+    ),
     ("zeroshot", "x.json", "[]", {}, ["holds captions, and zeroshot cannot be measured"]),
     ("retrieval", "x.json", "[]", {}, ["x.json holds no image"]),
     ("answer", "x.json", '{"questions": []}', {}, ["no annotations at", "--annotations"]),
@@ -201,7 +242,13 @@ BROKEN: list[tuple[EvaluationTask, str, str, dict[str, Any], list[str]]] = [
     ("moderate", "x.csv", "uri,flag\na.jpg,true\n", {"columns": {"colour": "x"}}, ["--column colour", "labels"]),
     ("moderate", "x.csv", "uri,flag\na.jpg,true\n", {"columns": {"flag": "x"}}, ["no column x; it has uri, flag"]),
     ("answer", "x.csv", "uri,question,answers\na.jpg,q,\n", {}, ["row 1: answers is empty"]),
-    ("answer", "x.jsonl", '{"uri":"a","question":"q","answers":[{"answer":"x"}]}', {}, ["row 1: answers holds no texts"]),
+    (
+        "answer",
+        "x.jsonl",
+        '{"uri":"a","question":"q","answers":[{"answer":"x"}]}',
+        {},
+        ["row 1: answers holds no texts"],
+    ),
     ("answer", "x.jsonl", '{"uri":"a","question":"q","answers":{"answer":"x"}}', {}, ["row 1: answers holds no texts"]),
     ("answer", "x.jsonl", '{"uri":"a","question":{"en":"q"},"answers":"x"}', {}, ["row 1: question is no text"]),
     ("caption", "x.jsonl", '{"uri":"a","captions":[["x"]]}', {}, ["row 1: captions holds no texts"]),

@@ -111,15 +111,18 @@ def _python() -> Check:
 def _torch() -> Iterator[Check]:
     import torch
 
+    from vlmflow.models.pixels import gpu_has_bfloat16
+
     yield Check("torch", "ok", f"{torch.__version__}, {torch.get_num_threads()} threads")
     if not torch.cuda.is_available():
         yield Check("gpu", "warn", "none", "Fine for the starter profile; base and large want a CUDA GPU.")
         return
     name = torch.cuda.get_device_name(0)
-    if torch.cuda.is_bf16_supported():
+    if gpu_has_bfloat16():
         yield Check("gpu", "ok", f"{torch.cuda.device_count()} x {name}, bf16")
     else:
-        yield Check("gpu", "warn", f"{name} without bf16", "Use a GPU of the Ampere generation or later.")
+        remedy = "Models multiply in float32 there; use a GPU of the Ampere generation or later."
+        yield Check("gpu", "warn", f"{name} without bf16", remedy)
     yield _triton()
 
 

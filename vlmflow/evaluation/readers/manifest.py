@@ -14,6 +14,7 @@ from vlmflow.catalog.keys import digest_of
 from vlmflow.catalog.where import mask_where
 from vlmflow.errors import ConfigError, EvaluationError
 from vlmflow.evaluation.dataset import Dataset, EvaluationTask, table_of
+from vlmflow.evaluation.metrics.vqa import normalize_answer
 from vlmflow.evaluation.readers.options import ReadOptions
 from vlmflow.sources.base import texts
 from vlmflow.sources.tables import open_table
@@ -158,7 +159,7 @@ def _answers(rows: _Rows, name: str) -> Dataset:
         question = {
             "question_id": number,
             "question": rows.text("question", row),
-            "answers": answers,
+            "answers": [normalize_answer(answer) for answer in answers],
             "question_type": rows.optional("question_type", row),
             "answer_type": rows.optional("answer_type", row),
         }

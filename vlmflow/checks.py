@@ -145,7 +145,9 @@ def _weights(models_dir: Path | None) -> Iterator[Check]:
             yield Check(f"profile {profile.name}", "ok", "weights present")
             continue
         remedy = "`vlmflow profiles` says which weights belong in which folder."
-        yield Check(f"profile {profile.name}", "warn", f"no weights for {', '.join(absent)}", remedy)
+        problems = [model.problem for model in profile.models if model.problem]
+        found = "; ".join([f"no weights for {', '.join(absent)}", *problems])
+        yield Check(f"profile {profile.name}", "warn", found, remedy)
 
 
 def _detector() -> Check:

@@ -41,7 +41,7 @@ _PROCESSOR_NAMES = ("chat_template.jinja", "chat_template.json", "preprocessor_c
 _COMPANION_NAMES = {
     "vilbert": ("answers.json", "detector.safetensors", "regions.json", "regions.safetensors"),
     "vlm": (*_PROCESSOR_NAMES, "generation_config.json"),  # repetition penalties and the like
-    "vllm": _PROCESSOR_NAMES,
+    "vllm": (*_PROCESSOR_NAMES, "generation_config.json"),  # tokens that end a text
     "vlm_judge": _PROCESSOR_NAMES,
 }
 _TOKENIZER_NAMES = (

@@ -15,7 +15,7 @@ from PIL import Image
 from ray.data.llm import vLLMEngineProcessorConfig
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from tests.models import make_judge, random_pixels
+from tests.models import make_judge, random_pixels, write_json
 from vlmflow.config import Job, ModelConfig
 from vlmflow.errors import ConfigError, QuestionError, WeightsError
 from vlmflow.models import Answer, identify, load_answerer, load_captioner, pixel_request
@@ -261,6 +261,14 @@ def test_vllm_is_given_images_and_prompts_and_gives_texts_and_scores(
     assert math.isnan(answers[1].score)
     with pytest.raises(WeightsError, match="as a model of vLLM on cuda: ValueError: no such architecture"):
         VllmChat.load(folder / "broken", "cuda")
+
+
+def test_what_ends_a_text_is_part_of_the_identity(tmp_path: Path) -> None:
+    """vLLM reads further tokens that end a text from this file, whatever the sampling says."""
+    config = ModelConfig(family="vllm", path=str(make_judge(tmp_path)), prompt="a")
+    before = identify("caption", config)
+    write_json(tmp_path / "generation_config.json", {"eos_token_id": [1, 2]})
+    assert identify("caption", config).weights_digest != before.weights_digest
 
 
 def test_the_engine_runs_no_code_and_loads_no_pickles(folder: Path) -> None:

@@ -1,13 +1,18 @@
-"""What `doctor` says of a GPU, which is not there."""
+"""What `doctor` says of a GPU, which is not there, and of stores that do not do what they should."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import obstore
 import pytest
 import torch
+from obstore.exceptions import AlreadyExistsError, GenericError, PermissionDeniedError
 
 from vlmflow import checks
+from vlmflow.config import StorageConfig
 from vlmflow.models import fused
 from vlmflow.models.pixels import model_dtype
 
@@ -23,6 +28,46 @@ def test_a_gpu_wants_a_compiler_for_its_kernels(monkeypatch: pytest.MonkeyPatch,
     assert (gpu.verdict, gpu.found) == ("ok", "2 x NVIDIA H100, bf16")
     assert (triton.verdict, triton.found) == (("ok", "works") if reason is None else ("warn", reason))
     assert ("gcc" in triton.remedy) == (reason is not None)
+
+
+@pytest.mark.parametrize(
+    ("error", "found"),
+    [
+        (AlreadyExistsError("it exists"), ["ok can be written", "ok a second writer of one file is refused"]),
+        (None, ["ok can be written", "fail a second writer of one file is accepted"]),
+        (
+            GenericError("not implemented\nhere"),
+            ["ok can be written", "fail whether there is a file already is not told"],
+        ),
+    ],
+)
+def test_nothing_is_left_in_the_catalog_whatever_the_second_write_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception | None, found: list[str]
+) -> None:
+    put = obstore.put
+
+    def second(store: Any, path: str, data: bytes, **options: Any) -> None:
+        if data == b"again":
+            if error is not None:
+                raise error
+            return
+        put(store, path, data, **options)
+
+    monkeypatch.setattr(obstore, "put", second)
+    told = [f"{check.verdict} {check.found}" for check in checks._catalog(str(tmp_path), StorageConfig())]
+    assert len(told) == len(found)
+    assert all(one.startswith(start) for one, start in zip(told, found, strict=True))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_catalog_in_which_nothing_can_be_deleted_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise PermissionDeniedError("no")
+
+    monkeypatch.setattr(obstore, "delete", refuse)
+    *_, last = checks._catalog(str(tmp_path), StorageConfig())
+    assert last.verdict == "fail"
+    assert "cannot be deleted: no" in last.found
 
 
 def test_bf16_that_is_emulated_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -154,6 +154,18 @@ def test_a_folder_per_class(tmp_path: Path) -> None:
     assert found.rows["class"].to_pylist() == ["cat", "cat", "dog"]
 
 
+def test_a_part_of_classes_is_spread_over_them(tmp_path: Path) -> None:
+    path = tmp_path / "c.csv"
+    path.write_text("uri,class\n" + "".join(f"{name}{at}.png,{name}\n" for name in "abcde" for at in range(4)))
+    whole = read_dataset("zeroshot", str(path), ReadOptions())
+    part, one, few = (whole.first(num) for num in (12, 5, 2))
+    assert sorted(part.rows["class"].to_pylist().count(name) for name in "abcde") == [2, 2, 2, 3, 3]
+    assert one.rows["class"].to_pylist() == list("abcde")
+    assert set(few.rows["uri"].to_pylist()) < set(one.rows["uri"].to_pylist()) < set(part.rows["uri"].to_pylist())
+    assert few.rows["class"].to_pylist() != ["a", "b"]
+    assert part.classes == whole.classes, "the others are to be told apart all the same"
+
+
 def test_a_table_joined_with_its_truth(tmp_path: Path) -> None:
     (tmp_path / "m.csv").write_text("id,uri,title\n1,a.jpg,A cat\n2,s3://b/b.jpg,A dog\n3,a.jpg,A cow\n")
     (tmp_path / "t.csv").write_text("id,bad,labels\n3,true,\n1,false,gun;bomb\n2,no,\n")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from pathlib import PurePosixPath
+from urllib.parse import unquote, urlsplit
 
 MIN_CHARS, MAX_CHARS = 10, 150  # of the whole text; screen readers read much more in one breath badly
 
@@ -19,10 +20,13 @@ _PICTURE = r"(?:photo|photograph|picture|image|pic|snapshot)s?"
 _LEAD = r"(?:(?:this|there|here|it) is |it's )?(?:an? |the |one )?(?:close[- ]?up |stock |black and white |colou?r )*"
 _SHOWS = r"(?:\s+(?:of|with|shows|showing|depicts|depicting|that\s+shows|that\s+depicts):?|:)"
 _OPENING = re.compile(rf"{_LEAD}{_PICTURE}{_SHOWS}\s+", re.I)
-_STILL_OPENS = re.compile(rf"{_LEAD}{_PICTURE}\b", re.I)
+# Things that are called by their pictures: not the picture that the text stands for.
+_THINGS = r"(?:frame|book|album|booth|window|wall|shoot|studio|editor|tube|postcard|card)s?|galler(?:y|ies)"
+_STILL_OPENS = re.compile(rf"{_LEAD}{_PICTURE}\b(?![ -](?:{_THINGS})\b)", re.I)
 _FILE_NAME = re.compile(
     r"\b[\w%+-]+\.(?:jpe?g|png|gif|webp|bmp|tiff?|avif|heic)\b|\b(?:img|dscn?|dscf|pict|pxl|mvimg)[-_ ]?\d{3,}", re.I
 )
+_HTTP = re.compile(r"https?://", re.I)
 _ENDED = re.compile(r"[.!?\u2026][\"'\u201d\u2019)]*$")
 # Words after which a sentence goes on: a caption that stops there was cut at its last token.
 _GOES_ON = re.compile(
@@ -79,8 +83,9 @@ def _broken(described: str, text: str, uri: str) -> str | None:
 
 
 def _stem(uri: str) -> str:
-    """The name of the file, or of the member of an archive, without its extension."""
-    return PurePosixPath(uri.rsplit("#", 1)[-1]).stem
+    """The name of the file, or of the member of an archive, without its extension; as people read it."""
+    name = uri.rsplit("#", 1)[-1]
+    return unquote(PurePosixPath(urlsplit(name).path).stem) if _HTTP.match(name) else PurePosixPath(name).stem
 
 
 def _plain(text: str) -> str:

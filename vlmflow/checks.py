@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
@@ -22,6 +22,9 @@ from vlmflow.errors import VlmflowError
 from vlmflow.models.profiles import describe_profiles
 from vlmflow.sources import open_source
 from vlmflow.storage import open_store
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore
 
 Verdict = Literal["ok", "warn", "fail"]
 
@@ -111,15 +114,18 @@ def _python() -> Check:
 def _torch() -> Iterator[Check]:
     import torch
 
+    from vlmflow.models.pixels import gpu_has_bfloat16
+
     yield Check("torch", "ok", f"{torch.__version__}, {torch.get_num_threads()} threads")
     if not torch.cuda.is_available():
         yield Check("gpu", "warn", "none", "Fine for the starter profile; base and large want a CUDA GPU.")
         return
     name = torch.cuda.get_device_name(0)
-    if torch.cuda.is_bf16_supported():
+    if gpu_has_bfloat16():
         yield Check("gpu", "ok", f"{torch.cuda.device_count()} x {name}, bf16")
     else:
-        yield Check("gpu", "warn", f"{name} without bf16", "Use a GPU of the Ampere generation or later.")
+        remedy = "Models multiply in float32 there; use a GPU of the Ampere generation or later."
+        yield Check("gpu", "warn", f"{name} without bf16", remedy)
     yield _triton()
 
 
@@ -142,7 +148,9 @@ def _weights(models_dir: Path | None) -> Iterator[Check]:
             yield Check(f"profile {profile.name}", "ok", "weights present")
             continue
         remedy = "`vlmflow profiles` says which weights belong in which folder."
-        yield Check(f"profile {profile.name}", "warn", f"no weights for {', '.join(absent)}", remedy)
+        problems = [model.problem for model in profile.models if model.problem]
+        found = "; ".join([f"no weights for {', '.join(absent)}", *problems])
+        yield Check(f"profile {profile.name}", "warn", found, remedy)
 
 
 def _detector() -> Check:
@@ -168,24 +176,32 @@ def _catalog(uri: str, storage: StorageConfig) -> Iterator[Check]:
         yield Check(name, "fail", str(error), error.remedy)
         return
     path = f"{prefix.rstrip('/')}/.doctor-{uuid.uuid4().hex}".lstrip("/")
+    remedy = "Check the bucket, the credentials, the rights."
     try:
         obstore.put(store, path, b"vlmflow", mode="create")
-        yield Check(name, "ok", "can be written")
-        try:
-            obstore.put(store, path, b"again", mode="create")
-        except AlreadyExistsError:
-            yield Check("conditional writes", "ok", "a second writer of one file is refused")
-        else:
-            yield Check(
-                "conditional writes",
-                "fail",
-                "a second writer of one file is accepted, so two runs could overwrite each other's commits",
-                "Use a store that honours If-None-Match (S3, GCS, Azure, MinIO, R2, Ceph from Squid on).",
-            )
+    except (BaseError, OSError) as error:
+        yield Check(name, "fail", f"cannot be written: {_first_line(error)}", remedy)
+        return
+    # Told only when the object is gone: whoever listens may stop doing so.
+    found = [Check(name, "ok", "can be written"), _conditional_writes(store, path)]
+    try:
         obstore.delete(store, path)
     except (BaseError, OSError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        yield Check(name, "fail", f"cannot be written: {first_line}", "Check the bucket, the credentials, the rights.")
+        found.append(Check(name, "fail", f"{path} cannot be deleted: {_first_line(error)}", remedy))
+    yield from found
+
+
+def _conditional_writes(store: ObjectStore, path: str) -> Check:
+    name = "conditional writes"
+    remedy = "Use a store that honours If-None-Match (S3, GCS, Azure, MinIO, R2, Ceph from Squid on)."
+    try:
+        obstore.put(store, path, b"again", mode="create")
+    except AlreadyExistsError:
+        return Check(name, "ok", "a second writer of one file is refused")
+    except (BaseError, OSError) as error:
+        return Check(name, "fail", f"whether there is a file already is not told: {_first_line(error)}", remedy)
+    two = "a second writer of one file is accepted, so two runs could overwrite each other's commits"
+    return Check(name, "fail", two, remedy)
 
 
 def _ray(config: RayConfig) -> Iterator[Check]:
@@ -240,6 +256,10 @@ def _difference(here: dict[str, str], there: dict[str, str]) -> str:
 def _worker_versions() -> dict[str, str]:
     """The versions of this process, without what only says for which device a package was built: 2.14.1+cpu."""
     return {name: version.partition("+")[0] for name, version in installed_versions().items()}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _last_line(error: Exception) -> str:

@@ -243,8 +243,8 @@ class Job(Frozen):
     # auto: there if it has a GPU. Other formats, and JPEGs that are damaged or of which decoders differ, always by
     # processors.
     decode: DecodePlace = "auto"
-    # What the models multiply in; auto: bfloat16 on GPUs, float32 on processors, of which those with instructions for
-    # bfloat16 do about twice as much in it. Detectors, whose scores must not move, always as with auto.
+    # What the models multiply in; auto: bfloat16 on GPUs with instructions for it, else float32. Processors that have
+    # them do about twice as much in it. Detectors, whose scores must not move, always as with auto.
     dtype: Dtype = "auto"
     limits: ImageLimits = ImageLimits()
     commit: CommitConfig = CommitConfig()

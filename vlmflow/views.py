@@ -154,9 +154,12 @@ def print_profiles(profiles: Sequence[ProfileStatus], console: Console) -> None:
         table = _table("role", "model", "licence", "size", "weights")
         for model in profile.models:
             size = f"{model.size_bytes / 1e6:,.0f} MB"
-            found = "[green]present[/green]" if model.present else "[yellow]absent[/yellow]"
+            found = "[red]damaged[/red]" if model.problem else "[yellow]absent[/yellow]"
+            found = "[green]present[/green]" if model.present else found
             table.add_row(model.role, model.repo, model.licence, size, found)
         console.print(table)
+        for problem in (model.problem for model in profile.models if model.problem):
+            console.print(problem, style="red", soft_wrap=True, markup=False)
         # A path is copied more often than it is read: on a line of its own, never folded.
         for folder in dict.fromkeys(model.folder.parent for model in profile.models):
             console.print(f"in {folder}/<name of the model>\n", style="dim", soft_wrap=True, markup=False)

@@ -26,6 +26,9 @@ URI = "s3://shop/img/sku-0042.jpg"
         ("The image shows: a red car, parked,", "A red car, parked."),
         ("a close up photo of a hummingbird!", "A hummingbird!"),
         ("a painting of the sea", "A painting of the sea."),  # says more than that there is a picture
+        ("the picture frame hangs on a wall", "The picture frame hangs on a wall."),
+        ("a photo-booth in a mall", "A photo-booth in a mall."),
+        ("photo albums on a table", "Photo albums on a table."),
         ("a red car \N{EN DASH}", "A red car."),
         ('a sign that says "stop."', 'A sign that says "stop."'),
         ("\u00e9t\u00e9 \u00e0 la plage", "\u00c9t\u00e9 \u00e0 la plage."),
@@ -68,6 +71,20 @@ def test_text_found_in_the_image_is_quoted_once() -> None:
     assert alt_text("a sign that reads sale 50% today", URI, "SALE 50%")[0] == "A sign that reads sale 50% today."
     assert alt_text("a red sign", URI, "  ")[0] == "A red sign."
     assert alt_text("a red sign", URI, "x" * MAX_CHARS)[1] == "too_long"
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "https://shop.example/a%20man%20riding%20a%20horse.jpg",
+        "https://shop.example/img%2Fa-man-riding-a-horse.jpg?v=1.2",
+        "/shop/a man riding a horse.jpg",
+    ],
+)
+def test_a_file_name_is_known_as_people_read_it(uri: str) -> None:
+    caption = "img a man riding a horse" if "%2F" in uri else "a man riding a horse"
+    assert alt_text(caption, uri)[1] == "file_name"
+    assert alt_text("100%25", "/shop/100%.jpg")[1] == "too_short", "percent signs of a file are its own"
 
 
 def test_the_name_of_an_archive_member_is_a_file_name_too() -> None:

@@ -1,25 +1,91 @@
-"""What `doctor` says of a GPU, which is not there."""
+"""What `doctor` says of a GPU, which is not there, and of stores that do not do what they should."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import obstore
 import pytest
 import torch
+from obstore.exceptions import AlreadyExistsError, GenericError, PermissionDeniedError
 
 from vlmflow import checks
+from vlmflow.config import StorageConfig
 from vlmflow.models import fused
+from vlmflow.models.pixels import model_dtype
 
 
 @pytest.mark.parametrize("reason", [None, "RuntimeError: Failed to find C compiler."])
 def test_a_gpu_wants_a_compiler_for_its_kernels(monkeypatch: pytest.MonkeyPatch, reason: str | None) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100")
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(fused, "why_not", lambda: reason)
     _, gpu, triton = checks._torch()
     assert (gpu.verdict, gpu.found) == ("ok", "2 x NVIDIA H100, bf16")
     assert (triton.verdict, triton.found) == (("ok", "works") if reason is None else ("warn", reason))
     assert ("gcc" in triton.remedy) == (reason is not None)
+
+
+@pytest.mark.parametrize(
+    ("error", "found"),
+    [
+        (AlreadyExistsError("it exists"), ["ok can be written", "ok a second writer of one file is refused"]),
+        (None, ["ok can be written", "fail a second writer of one file is accepted"]),
+        (
+            GenericError("not implemented\nhere"),
+            ["ok can be written", "fail whether there is a file already is not told"],
+        ),
+    ],
+)
+def test_nothing_is_left_in_the_catalog_whatever_the_second_write_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception | None, found: list[str]
+) -> None:
+    put = obstore.put
+
+    def second(store: Any, path: str, data: bytes, **options: Any) -> None:
+        if data == b"again":
+            if error is not None:
+                raise error
+            return
+        put(store, path, data, **options)
+
+    monkeypatch.setattr(obstore, "put", second)
+    told = [f"{check.verdict} {check.found}" for check in checks._catalog(str(tmp_path), StorageConfig())]
+    assert len(told) == len(found)
+    assert all(one.startswith(start) for one, start in zip(told, found, strict=True))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_catalog_in_which_nothing_can_be_deleted_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise PermissionDeniedError("no")
+
+    monkeypatch.setattr(obstore, "delete", refuse)
+    *_, last = checks._catalog(str(tmp_path), StorageConfig())
+    assert last.verdict == "fail"
+    assert "cannot be deleted: no" in last.found
+
+
+def test_bf16_that_is_emulated_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    turing = SimpleNamespace(major=7, minor=5)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: turing)
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda _: True)  # as CUDA emulates it
+    monkeypatch.setattr(fused, "why_not", lambda: None)
+    gpu = list(checks._torch())[1]
+    assert (gpu.verdict, gpu.found) == ("warn", "Tesla T4 without bf16")
+    assert model_dtype("cuda") == torch.float32
+    assert model_dtype("cuda", "bfloat16") == torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    turing.major = 8
+    assert next(check for check in checks._torch() if check.name == "gpu").verdict == "ok"
+    assert model_dtype("cuda:0") == torch.bfloat16
 
 
 def test_a_gpu_without_memory_is_told_of_and_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

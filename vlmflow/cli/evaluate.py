@@ -94,7 +94,8 @@ def evaluate(
     - **moderate**: precision, recall and AP of what is flagged, by label where DATA has labels
 
     An image without a result counts as wrong, in moderation as `review`. Nothing is kept unless `--catalog` says where;
-    with it, an interrupted evaluation goes on, and one that is done runs no model again.
+    with it, an interrupted evaluation goes on, and one that is done runs no model again. `--limit` takes the first
+    images; of zeroshot the first of each class in turn.
 
     Try it on the demo's images, from a checkout:
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import pyarrow as pa
 
+from vlmflow.catalog.keys import digest_of
 from vlmflow.errors import EvaluationError
 
 EvaluationTask = Literal["retrieval", "caption", "answer", "zeroshot", "match", "moderate"]
@@ -60,11 +62,25 @@ class Dataset:
             raise EvaluationError(f"{self.name} holds no image", remedy="Check the split, or --where.")
 
     def first(self, num: int | None) -> Dataset:
-        """The first ``num`` rows; no published figure compares with a part."""
+        """The first ``num`` rows; no published figure compares with a part.
+
+        Of classes the first rows of each in turn: files sorted by class would show a few of them alone.
+        """
         if num is None or num >= self.rows.num_rows:
             return self
+        if self.classes:
+            return replace(self, rows=self.rows.take(self._spread(num)), benchmark=None)
         ids = self.image_ids and {name: row for name, row in self.image_ids.items() if row < num}
         return replace(self, rows=self.rows.slice(0, num), benchmark=None, image_ids=ids)
+
+    def _spread(self, num: int) -> list[int]:
+        """Rows with as many of each class; which classes have one more, or any, follows from no order of theirs."""
+        seen: Counter[str] = Counter()
+        turns = []
+        for row, name in enumerate(self.rows["class"].to_pylist()):
+            turns.append((seen[name], digest_of(name), row))
+            seen[name] += 1
+        return sorted(row for *_, row in sorted(turns)[:num])
 
 
 def table_of(task: EvaluationTask, columns: Mapping[str, Sequence[object]]) -> pa.Table:

@@ -110,10 +110,11 @@ def evaluate_predictions(data: Dataset, path: Path) -> EvaluationReport:
     """Measures predictions that are there already, in the field's result format; runs no model.
 
     Args:
-        path: of caption, ``[{image_id, caption}]``; of answer, ``[{question_id, answer}]``.
+        path: of caption, ``[{image_id, caption}]``, where an image without a number of the benchmark is called by the
+            end of its path; of answer, ``[{question_id, answer}]``.
 
     Raises:
-        EvaluationError: they cannot be read, or the task has no such format.
+        EvaluationError: they cannot be read, the task has no such format, or a name is that of two images.
     """
     start = time.monotonic()
     if data.task not in ("caption", "answer"):
@@ -137,14 +138,35 @@ def evaluate_predictions(data: Dataset, path: Path) -> EvaluationReport:
 
 
 def _given_captions(data: Dataset, said: Mapping[str, str | None], path: Path) -> tuple[Scored, int]:
-    """By the benchmark's number of an image where it has one, else by its file name."""
-    by_name = {uri.rpartition("/")[2]: row for row, uri in enumerate(data.rows["uri"].to_pylist())}
-    places = data.image_ids or by_name
+    """By the benchmark's number of an image where it has one, else by as much of the end of its path as is given."""
+    uris = data.rows["uri"].to_pylist()
+    places = data.image_ids or _by_path(uris, said, path)
     _some_known(said, list(places), path, "image_id")
     captions: list[str | None] = [None] * data.rows.num_rows
     for name, row in places.items():
-        captions[row] = said.get(name)
+        if name in said:
+            captions[row] = said[name]
     return score_captions(captions, data.rows["captions"].to_pylist()), captions.count(None)
+
+
+def _by_path(uris: Sequence[str], said: Mapping[str, object], path: Path) -> dict[str, int]:
+    """By file name, by the ends of the path, and by uri: the row.
+
+    Raises:
+        EvaluationError: a name that is asked for is that of two images.
+    """
+    places: dict[str, int] = {}
+    for row, uri in enumerate(uris):
+        parts = uri.split("/")
+        for start in range(len(parts)):
+            name = "/".join(parts[len(parts) - 1 - start :])
+            other = places.setdefault(name, row)
+            if other != row and name in said:
+                raise EvaluationError(
+                    f"{path}: image_id {name} is that of {uris[other]} and of {uri}",
+                    remedy="Write more of their paths, or their whole uris.",
+                )
+    return places
 
 
 def _some_known(said: Mapping[str, object], known: Sequence[str], path: Path, name: str) -> None:

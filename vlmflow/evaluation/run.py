@@ -34,6 +34,7 @@ from vlmflow.engine.prepare import Prepared, prepare
 from vlmflow.engine.progress import ProgressDisplay
 from vlmflow.errors import ConfigError, EvaluationError
 from vlmflow.evaluation.dataset import Dataset, EvaluationTask
+from vlmflow.models import pixel_request, resolve_models
 from vlmflow.moderation.policy import Policy
 from vlmflow.schema import fingerprint_column
 from vlmflow.sources.uris import image_ids
@@ -215,22 +216,35 @@ def _job_for(job: Job, data: Dataset, catalog: CatalogConfig) -> Job:
         "limit": None,
         "retry": (),
         "pools": _pools(job, tasks),
+        "questions": (),  # the data's own alone
         "max_error_fraction": 1.0,  # what cannot be read counts as wrong
     }
     if data.task in _WHOLE_IMAGE:
         changes["views"] = (VIEW,)
-    return trial_job(job, f"evaluate {data.task}", **changes)
+    trial = trial_job(job, f"evaluate {data.task}", **changes)
+    for role, config in resolve_models(trial).items():
+        if pixel_request(role, config, trial.views) is None:
+            raise EvaluationError(
+                f"evaluate {data.task}: models.{role} reads regions from a column of the source, and {data.name} is "
+                "evaluated without",
+                remedy="Evaluate a model that finds its regions itself, or one of pixels.",
+            )
+    return trial
 
 
 def _pools(job: Job, tasks: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The job's pools with these tasks alone; one that holds none of them is left out."""
+    """The job's pools with these tasks alone; one that holds none of them is left out.
+
+    Whether `detect` belongs to `moderate` only the policy says: where the job has a place for it, it keeps that.
+    """
+    wanted = {*tasks, "detect"} if "moderate" in tasks else set(tasks)
     pools = []
     for pool in job.pools:
-        own = tuple(task for task in pool.tasks if task in tasks)
+        own = tuple(task for task in pool.tasks if task in wanted)
         if own:
             pools.append(pool.model_dump() | {"tasks": own})
     pooled = {task for pool in pools for task in pool["tasks"]}
-    return pools if pooled == set(tasks) else []
+    return pools if pooled - {"detect"} == set(tasks) else []
 
 
 def _manifest(data: Dataset) -> pa.Table:

@@ -20,6 +20,7 @@ from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2ForIma
 from vlmflow.config import Dtype, ModelConfig
 from vlmflow.errors import WeightsError
 from vlmflow.models import EncodedImages
+from vlmflow.models.logits import NumberCheck
 from vlmflow.models.pixels import PixelNormalizer, model_dtype
 from vlmflow.models.preprocessing import read_preprocessing
 from vlmflow.models.pretrained import load_config, load_model, load_tokenizer, tokenize
@@ -71,7 +72,8 @@ class Blip2Captioner:
             num_beams: 1: greedy decoding; more: beam search, the best of so many captions.
 
         Raises:
-            ValueError: the pixels are not of the model's size or dtype, or there is to be no token or no beam.
+            ValueError: the pixels are not of the model's size or dtype, there is to be no token or no beam, or the
+                model gave logits that are not numbers.
         """
         if max_tokens < 1 or num_beams < 1:
             raise ValueError(f"captions of {max_tokens} tokens by {num_beams} beams; both must be at least 1")
@@ -81,13 +83,16 @@ class Blip2Captioner:
         seen = self._projection(look(self._qformer, self._queries, images).to(images.dtype))
         begin = torch.full((len(images), 1), self._begin, device=images.device)
         states = torch.cat([seen, self._language.get_input_embeddings()(begin)], dim=1)
+        numbers = NumberCheck()
         tokens = self._language.generate(
             inputs_embeds=states,
             attention_mask=torch.ones(states.shape[:2], dtype=torch.int64, device=states.device),
             do_sample=False,
             num_beams=num_beams,
             max_new_tokens=max_tokens,
+            logits_processor=numbers.as_list(),
         )
+        numbers.check()
         # OPT ends a caption with a line feed, which is no special token.
         return [text.strip() for text in self._tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 

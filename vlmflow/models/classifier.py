@@ -28,7 +28,7 @@ class ImageClassifier:
 
     @classmethod
     def load(cls, folder: Path, config: ModelConfig, outputs: Sequence[str], device: str) -> Self:
-        """Loads safetensors from a folder: bfloat16 on CUDA, float32 elsewhere.
+        """Loads safetensors from a folder: bfloat16 on a GPU that has it, float32 elsewhere.
 
         Raises:
             WeightsError: the weights do not fit the configuration, or need code that transformers does not have.

@@ -80,7 +80,7 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a pickled state dict, by name.
 
     Raises:
-        WeightsError: it holds anything but tensors in plain containers, or no state dict.
+        WeightsError: it cannot be read, holds anything but tensors in plain containers, or no state dict.
     """
     import torch
 
@@ -91,8 +91,9 @@ def read_pickle(path: Path) -> dict[str, torch.Tensor]:
             f"convert: {path} holds more than tensors, or is damaged; it was not run",
             remedy="Download it again from where it was published.",
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
+    # What is no pickle, or half of one, can fail in any way: IndexError, KeyError, struct.error.
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise WeightsError(f"convert: {path} cannot be read: {reason}", remedy="Download it again.") from error
     for wrapper in _WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):

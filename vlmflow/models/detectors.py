@@ -7,6 +7,7 @@ pixels, O: outputs.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, assert_never
 
 from vlmflow.config import ModelConfig
@@ -55,8 +56,8 @@ def prepare_detectors(policy: Policy, views: tuple[str, ...]) -> tuple[DetectorS
     """Settles a policy's detectors from their files.
 
     Raises:
-        DetectorError: a package that a detector needs is not installed, it has no such output, or its weights are
-            not those that the policy was set for.
+        DetectorError: a package that a detector needs is not installed, it has no such output or no scores, or its
+            weights are not those that the policy was set for.
         WeightsError: weights that are absent or cannot be used.
     """
     return tuple(_prepare(detector, policy, views) for detector in policy.detectors)
@@ -82,8 +83,7 @@ def _prepare(detector: Detector, policy: Policy, views: tuple[str, ...]) -> Dete
         )
         request = PixelRequest(preprocessing.size, preprocessing.interpolation, shown)
         if detector.family == "image_classification":
-            path = folder / "config.json"
-            _check_outputs(detector, tuple(section_of(read_json(path), "id2label", path).values()))
+            _check_outputs(detector, _classes(folder / "config.json", detector))
     if detector.weights is not None and detector.weights != identity.weights_digest:
         raise DetectorError(
             f"policy {policy.name} {policy.version}: detector {detector.name} has weights "
@@ -128,6 +128,18 @@ def load_detector(setup: DetectorSetup, device: str) -> PixelDetector:
             return VlmJudge.load(locate(model_config(setup.config)), questions, device)
         case _:
             assert_never(setup.config.family)
+
+
+def _classes(path: Path, detector: Detector) -> tuple[str, ...]:
+    """The names of a classifier's classes, which must be such that they can be told apart."""
+    values = read_json(path)
+    names = tuple(section_of(values, "id2label", path).values())
+    if len(names) == 1 and values.get("problem_type") != "multi_label_classification":
+        raise DetectorError(
+            f"detector {detector.name}: {path} has one class, whose softmax is 1 for every image",
+            remedy="If its score is a sigmoid, set problem_type to multi_label_classification there.",
+        )
+    return names
 
 
 def _check_outputs(detector: Detector, there: tuple[str, ...]) -> None:

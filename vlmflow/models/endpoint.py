@@ -20,6 +20,7 @@ from vlmflow.config import ENDPOINT_TIMEOUT_S, EndpointConfig
 from vlmflow.errors import EndpointError, RowErrorClass
 from vlmflow.models import Answer, Usage
 from vlmflow.models.endpoint_http import EndpointHttp
+from vlmflow.models.prompted import rows_of
 
 _JPEG_QUALITY = 90
 # All requests of a batch; its worker would be taken to hang not long after.
@@ -47,21 +48,28 @@ class EndpointChat:
         self._lock = threading.Lock()
         self._tokens = [0, 0]
 
-    def write(self, pixels: torch.Tensor, prompts: Sequence[str], max_tokens: int, num_beams: int = 1) -> list[Answer]:
-        """Writes about image i what ``prompts[i]`` asks for; see :class:`vlmflow.models.prompted.VisionChat`.
+    def write(
+        self,
+        pixels: torch.Tensor,
+        prompts: Sequence[str],
+        max_tokens: int,
+        num_beams: int = 1,
+        *,
+        rows: Sequence[int] | None = None,
+    ) -> list[Answer]:
+        """Writes what each prompt asks for of its image; see :class:`vlmflow.models.prompted.VisionChat`.
 
         Raises:
             EndpointError: a request failed.
         """
         assert num_beams == 1, "jobs that want more are refused"
         images = pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
-        keys = [
-            (hashlib.sha256(image.data).digest(), prompt, max_tokens)
-            for image, prompt in zip(images, prompts, strict=True)
-        ]
+        digests = [hashlib.sha256(image.data).digest() for image in images]
+        shown = rows_of(pixels, prompts, rows)
+        keys = [(digests[row], prompt, max_tokens) for row, prompt in zip(shown, prompts, strict=True)]
         if any(key not in self._outcomes for key in keys):
             deadline = time.monotonic() + _MAX_BATCH_S
-            asked = dict(zip(keys, images, strict=True))
+            asked = {key: images[row] for key, row in zip(keys, shown, strict=True)}
             pending = {
                 key: self._threads.submit(self._ask, image, key[1], max_tokens, deadline)
                 for key, image in asked.items()

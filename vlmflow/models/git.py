@@ -10,6 +10,7 @@ from transformers import GenerationConfig, GitForCausalLM
 
 from vlmflow.config import Dtype, ModelConfig
 from vlmflow.errors import WeightsError
+from vlmflow.models.logits import NumberCheck
 from vlmflow.models.pixels import PixelNormalizer, model_dtype
 from vlmflow.models.preprocessing import read_preprocessing
 from vlmflow.models.pretrained import load_model, load_tokenizer
@@ -52,13 +53,20 @@ class GitCaptioner:
             num_beams: 1: greedy decoding; more: beam search, the best of so many captions.
 
         Raises:
-            ValueError: the pixels are not of the model's size or dtype, or there is to be no token or no beam.
+            ValueError: the pixels are not of the model's size or dtype, there is to be no token or no beam, or the
+                model gave logits that are not numbers.
         """
         if max_tokens < 1 or num_beams < 1:
             raise ValueError(f"captions of {max_tokens} tokens by {num_beams} beams; both must be at least 1")
         if len(pixels) == 0:
             return []
+        numbers = NumberCheck()
         tokens = self._model.generate(
-            pixel_values=self._normalize(pixels), do_sample=False, num_beams=num_beams, max_new_tokens=max_tokens
+            pixel_values=self._normalize(pixels),
+            do_sample=False,
+            num_beams=num_beams,
+            max_new_tokens=max_tokens,
+            logits_processor=numbers.as_list(),
         )
+        numbers.check()
         return [text.strip() for text in self._tokenizer.batch_decode(tokens, skip_special_tokens=True)]

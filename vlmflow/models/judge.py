@@ -35,7 +35,7 @@ class VlmJudge:
 
     @classmethod
     def load(cls, folder: Path, questions: Sequence[str], device: str) -> Self:
-        """Loads safetensors from a folder: bfloat16 on CUDA, float32 elsewhere.
+        """Loads safetensors from a folder: bfloat16 on a GPU that has it, float32 elsewhere.
 
         Raises:
             WeightsError: the weights do not fit, the processor is absent, either needs code of its own, or the

@@ -30,7 +30,7 @@ class PixelNormalizer:
         self._shape = (3, preprocessing.size, preprocessing.size)
         self.device = device
         self._dtype = dtype
-        self._logical = preprocessing.describe()
+        self._logical, self._is_bgr = preprocessing.describe(), preprocessing.is_bgr
 
     def describe(self) -> str:
         """One line, equal for normalisers that give equal inputs for equal pixels."""
@@ -43,6 +43,8 @@ class PixelNormalizer:
             ValueError: another dtype or another size than the model's.
         """
         self.check(pixels)
+        if self._is_bgr:
+            pixels = pixels.flip(1)
         return pixels.to(self.device).to(torch.float32).mul_(self.scale).add_(self.shift).to(self._dtype)
 
     def check(self, pixels: torch.Tensor) -> None:
@@ -56,13 +58,20 @@ class PixelNormalizer:
 
 
 def model_dtype(device: str, wanted: Dtype = "auto") -> torch.dtype:
-    """The dtype wanted; `auto`: bfloat16 on CUDA, float32 elsewhere."""
+    """The dtype wanted; `auto`: bfloat16 on a GPU that multiplies in it, float32 elsewhere."""
+    on_gpu = torch.device(device).type == "cuda"
     if wanted == "auto":
-        return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+        return torch.bfloat16 if on_gpu and gpu_has_bfloat16() else torch.float32
     dtype: torch.dtype = getattr(torch, wanted)
-    if dtype == torch.bfloat16 and torch.device(device).type == "cpu" and not has_bfloat16():
-        logger.warning("this processor has no bfloat16 instructions: bfloat16 is emulated, and slower than float32")
+    if dtype == torch.bfloat16 and not (gpu_has_bfloat16() if on_gpu else has_bfloat16()):
+        what = "GPU" if on_gpu else "processor"
+        logger.warning("this %s has no bfloat16 instructions: bfloat16 is emulated, and slower than float32", what)
     return dtype
+
+
+def gpu_has_bfloat16() -> bool:
+    """Whether the current GPU multiplies bfloat16 by itself, as those of the Ampere generation and later do."""
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def has_bfloat16() -> bool:

@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from vlmflow.config import ModelConfig
+from vlmflow.config import Family, ModelConfig
 from vlmflow.errors import WeightsError
+from vlmflow.models.processors import CLIP_MEAN, CLIP_STD, with_defaults
 from vlmflow.models.weights import read_json, read_open_clip_model, section_of
 
 Interpolation = Literal["bicubic", "bilinear"]
 
-# OpenAI's CLIP and every model trained in its succession; the libraries' default too.
-_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # Of vision-language models without a size of their own: two tiles of the usual 384 each way.
 _PROMPTED_SIDE, _MAX_PROMPTED_SIDE = 768, 1024
 # Where config.json says which pixels the vision tower takes, for families whose processors are transformers' own.
@@ -26,21 +24,38 @@ _IMAGE_SECTIONS = {
     "git": "vision_config",
     "flava": "image_config",
 }
+# The image processor of a family, for files that name none.
+_PROCESSORS: dict[Family, str] = {
+    "blip_caption": "BlipImageProcessor",
+    "blip_itm": "BlipImageProcessor",
+    "blip_vqa": "BlipImageProcessor",
+    "blip2_caption": "BlipImageProcessor",
+    "blip2_itm": "BlipImageProcessor",
+    "git": "CLIPImageProcessor",
+    "flava": "FlavaImageProcessor",
+    "vilt": "ViltImageProcessor",
+    "align": "EfficientNetImageProcessor",
+}
 _PILLOW_FILTERS: dict[object, Interpolation] = {2: "bilinear", 3: "bicubic"}
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Pixels to the model's input: resized to a square, scaled to [0, 1], mean taken off, divided by std."""
+    """Pixels to the model's input: resized to a square, scaled to [0, 1], mean taken off, divided by std.
+
+    ``is_bgr``: the channels are turned round first, to blue, green, red.
+    """
 
     size: int
     interpolation: Interpolation
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    is_bgr: bool = False
 
     def describe(self) -> str:
         """One line, equal for equal preprocessing."""
-        return json.dumps([self.size, self.interpolation, self.mean, self.std])
+        parts = [self.size, self.interpolation, self.mean, self.std]
+        return json.dumps([*parts, "bgr"] if self.is_bgr else parts)
 
 
 def read_preprocessing(folder: Path, config: ModelConfig) -> Preprocessing:
@@ -49,19 +64,29 @@ def read_preprocessing(folder: Path, config: ModelConfig) -> Preprocessing:
     Raises:
         WeightsError: a configuration file is absent, or asks for what vlmflow does not do.
     """
+    preprocessing = _read(folder, config)
+    if preprocessing.is_bgr and config.family != "image_classification":
+        raise WeightsError(
+            f"weights: {folder} asks for channels in the order blue, green, red, which is for classifiers alone",
+            remedy="Set do_flip_channel_order to false.",
+        )
+    return preprocessing
+
+
+def _read(folder: Path, config: ModelConfig) -> Preprocessing:
     if config.family == "open_clip":
         return _read_open_clip(folder, config.architecture)
     if config.family in ("image_classification", "vilt"):
-        return _read_processor(folder)
+        return _read_processor(folder, config.family)
     if config.family in ("vlm", "vllm", "vlm_judge"):
-        return Preprocessing(_prompted_side(folder), "bicubic", _CLIP_MEAN, _CLIP_STD)
+        return Preprocessing(_prompted_side(folder), "bicubic", CLIP_MEAN, CLIP_STD)
     if config.family == "align":
-        return _read_align(folder)
+        return _read_align(folder, config.family)
     if config.family in _IMAGE_SECTIONS:
-        preprocessing = _read_processor(folder)
+        preprocessing = _read_processor(folder, config.family)
         _check_size(folder, _IMAGE_SECTIONS[config.family], preprocessing.size)
         return preprocessing
-    return _read_blip(folder)
+    return _read_blip(folder, config.family)
 
 
 def _read_open_clip(folder: Path, architecture: str | None) -> Preprocessing:
@@ -74,7 +99,7 @@ def _read_open_clip(folder: Path, architecture: str | None) -> Preprocessing:
     size = _square(section_of(model, "vision_cfg", path).get("image_size", 224), path)
     # open_clip takes "random" as bicubic outside training.
     interpolation: Interpolation = "bilinear" if values.get("interpolation") == "bilinear" else "bicubic"
-    mean, std = values.get("mean") or _CLIP_MEAN, values.get("std") or _CLIP_STD
+    mean, std = values.get("mean") or CLIP_MEAN, values.get("std") or CLIP_STD
     return Preprocessing(size, interpolation, _triple(mean, path), _triple(std, path))
 
 
@@ -94,41 +119,42 @@ def _pretrained_preprocessing(architecture: str) -> dict[str, Any]:
     return {key: configs[0].get(key) for key in keys}
 
 
-def _read_blip(folder: Path) -> Preprocessing:
+def _read_blip(folder: Path, family: Family) -> Preprocessing:
     path = folder / "preprocessor_config.json"
-    values, config = read_json(path), folder / "config.json"
+    values, config = with_defaults(read_json(path), _PROCESSORS[family], path), folder / "config.json"
     image_size = section_of(read_json(config), "vision_config", config).get("image_size", 384)
-    size = values.get("size", 384)
+    size = values["size"]
     side = _square([size.get("height"), size.get("width")] if isinstance(size, dict) else size, path)
     if side != image_size:
         raise WeightsError(
             f"weights: {path} says size {side}, but config.json says {image_size}", remedy="Make the two agree."
         )
-    if values.get("do_center_crop"):
+    if values["do_center_crop"]:
         raise WeightsError(f"weights: {path} asks for a centre crop", remedy="Set do_center_crop to false.")
     return _plain(values, side, path)
 
 
-def _read_processor(folder: Path) -> Preprocessing:
+def _read_processor(folder: Path, family: Family) -> Preprocessing:
     """That of transformers' image processors: a square; of a crop of the shortest side its side.
 
     The whole image is squashed to it where they would show its middle: moderation must not overlook the ends.
     """
     values, path = _processor_values(folder)
-    return _squashed(values, path)
+    return _squashed(with_defaults(values, _PROCESSORS.get(family), path), path)
 
 
-def _read_align(folder: Path) -> Preprocessing:
+def _read_align(folder: Path, family: Family) -> Preprocessing:
     """That of ALIGN: the side of its crop; [0, 255] becomes [-1, 1] by an offset, which is a mean and std of 0.5.
 
     Its processor resizes to 346 and cuts 289 out of the middle; here 289 show the whole image.
     """
     values, path = _processor_values(folder)
+    values = with_defaults(values, _PROCESSORS[family], path)
     scale = _rescale_factor(values, path)
-    if values.get("rescale_offset") and not values.get("do_normalize", True) and abs(scale * 127.5 - 1) < 1e-6:
+    if values["rescale_offset"] and not values["do_normalize"] and abs(scale * 127.5 - 1) < 1e-6:
         values |= {"rescale_factor": 1 / 255, "do_normalize": True, "image_mean": 0.5, "image_std": 0.5}
         values |= {"rescale_offset": False}
-    if values.get("rescale_offset") or values.get("include_top", True):
+    if values["rescale_offset"] or values["include_top"]:
         raise WeightsError(
             f"weights: {path} asks for more than an offset to [-1, 1]",
             remedy="Use rescale_factor 1/127.5, rescale_offset true, do_normalize false, include_top false.",
@@ -156,8 +182,8 @@ def _check_size(folder: Path, section: str, side: int) -> None:
 
 
 def _squashed(values: dict[str, Any], path: Path) -> Preprocessing:
-    size = values.get("crop_size") if values.get("do_center_crop") else None
-    size = size or values.get("size", 224)
+    size = values.get("crop_size") if values["do_center_crop"] else None
+    size = size or values["size"]
     if isinstance(size, dict):
         short = size.get("shortest_edge")
         size = short if short is not None else [size.get("height"), size.get("width")]
@@ -179,16 +205,17 @@ def _prompted_side(folder: Path) -> int:
 
 
 def _plain(values: dict[str, Any], side: int, path: Path) -> Preprocessing:
-    interpolation = _PILLOW_FILTERS.get(values.get("resample", 3))
+    interpolation = _PILLOW_FILTERS.get(values["resample"])
     rescale = _rescale_factor(values, path)
-    plain = all(values.get(key, True) for key in ("do_resize", "do_rescale", "do_normalize"))
+    plain = values["do_resize"] and values["do_rescale"] and not values["rescale_offset"] and not values["include_top"]
     if interpolation is None or abs(rescale * 255 - 1) > 1e-6 or not plain:
         raise WeightsError(
             f"weights: {path} asks for preprocessing other than resize, 1/255, mean and std",
-            remedy="Use resample 2 or 3 and rescale_factor 1/255.",
+            remedy="Use resample 2 or 3, rescale_factor 1/255, rescale_offset false and include_top false.",
         )
-    mean, std = values.get("image_mean") or _CLIP_MEAN, values.get("image_std") or _CLIP_STD
-    return Preprocessing(side, interpolation, _triple(mean, path), _triple(std, path))
+    mean, std = (values["image_mean"], values["image_std"]) if values["do_normalize"] else (0.0, 1.0)
+    is_bgr = bool(values["do_flip_channel_order"])
+    return Preprocessing(side, interpolation, _triple(mean, path), _triple(std, path), is_bgr)
 
 
 def _square(size: object, path: Path) -> int:
@@ -199,7 +226,7 @@ def _square(size: object, path: Path) -> int:
 
 
 def _rescale_factor(values: dict[str, Any], path: Path) -> float:
-    factor = values.get("rescale_factor", 1 / 255)
+    factor = values["rescale_factor"]
     if not isinstance(factor, int | float):
         raise WeightsError(
             f"weights: {path}: rescale_factor {factor!r} is no number", remedy="Write 1/255: 0.00392157."

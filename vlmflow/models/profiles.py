@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, cast
 
 from vlmflow.config import PROMPTED, Family, Job, ModelConfig, default_models_dir
-from vlmflow.errors import ConfigError
+from vlmflow.errors import ConfigError, WeightsError
 from vlmflow.models.weights import find_weights, require_folder
 
 Role = Literal["embed", "caption", "match", "answer"]
@@ -136,6 +136,7 @@ class ModelStatus:
     size_bytes: int  # of the weights present, else of float32 weights
     folder: Path  # where the weights are expected
     present: bool
+    problem: str = ""  # what is wrong with files that are there
 
 
 @dataclass(frozen=True)
@@ -191,9 +192,13 @@ def describe_profiles(models_dir: Path | None = None) -> list[ProfileStatus]:
 def _describe(profile: str, role: Role, models_dir: Path | None) -> ModelStatus:
     model = PROFILES[profile].models[role]
     folder = Path(_profile_config(profile, role, models_dir).path or "")
-    files = find_weights(folder, model.family_as(role))
+    files, problem = [], ""
+    try:
+        files = find_weights(folder, model.family_as(role))
+    except WeightsError as error:  # half-copied: the other models are told of all the same
+        problem = str(error)
     size_bytes = sum(file.stat().st_size for file in files) if files else 4 * model.num_parameters
-    return ModelStatus(role, model.repo, model.licence, model.num_parameters, size_bytes, folder, bool(files))
+    return ModelStatus(role, model.repo, model.licence, model.num_parameters, size_bytes, folder, bool(files), problem)
 
 
 def _profile_config(profile: str, role: Role, models_dir: Path | None) -> ModelConfig:

@@ -18,11 +18,20 @@ _MAX_QUESTION_CHARS = 2_000
 class VisionChat(Protocol):
     """A model that writes about an image what a prompt asks for. N: images, S: side of the pixels."""
 
-    def write(self, pixels: torch.Tensor, prompts: Sequence[str], max_tokens: int, num_beams: int = 1) -> list[Answer]:
-        """Writes about image i what ``prompts[i]`` asks for: at most ``max_tokens`` tokens, the most probable ones.
+    def write(
+        self,
+        pixels: torch.Tensor,
+        prompts: Sequence[str],
+        max_tokens: int,
+        num_beams: int = 1,
+        *,
+        rows: Sequence[int] | None = None,
+    ) -> list[Answer]:
+        """Writes what each prompt asks for of its image: at most ``max_tokens`` tokens, the most probable ones.
 
         Args:
             pixels: (N, 3, S, S) uint8 RGB.
+            rows: of each prompt, the image that it is about; None: prompt i is about image i.
             num_beams: 1: the most probable token at every step; more: the best of so many texts, which vLLM and
                 endpoints do not search for.
         """
@@ -73,12 +82,25 @@ class PromptedAnswerer:
         if not flat:
             return [[] for _ in questions]
         prompts = [self._prompt.replace(QUESTION, question) for question in flat]
-        written = iter(self._chat.write(pixels[rows], prompts, self._max_tokens))
+        # An image is not copied for each of its questions: a batch of large ones would not fit many times.
+        written = iter(self._chat.write(pixels, prompts, self._max_tokens, rows=rows))
         return [[_on_one_line(next(written)) for _ in asked] for asked in questions]
 
     def take_usage(self) -> Usage | None:
         """See :class:`VisionChat`."""
         return self._chat.take_usage()
+
+
+def rows_of(pixels: torch.Tensor, prompts: Sequence[str], rows: Sequence[int] | None) -> list[int]:
+    """The image of each prompt.
+
+    Raises:
+        ValueError: there is not one for each.
+    """
+    found = list(range(len(pixels)) if rows is None else rows)
+    if len(found) != len(prompts):
+        raise ValueError(f"{len(found)} images but {len(prompts)} prompts")
+    return found
 
 
 def _on_one_line(answer: Answer) -> Answer:

@@ -19,6 +19,7 @@ from vlmflow.config import Dtype
 from vlmflow.errors import ConfigError
 from vlmflow.models import Answer, Usage
 from vlmflow.models.pretrained import in_our_words
+from vlmflow.models.prompted import rows_of
 
 
 class VllmChat:
@@ -47,8 +48,16 @@ class VllmChat:
         with in_our_words(folder, f"a model of vLLM on {device}", remedy):
             return cls(LLM(**engine_arguments(folder, dtype)), SamplingParams)
 
-    def write(self, pixels: torch.Tensor, prompts: Sequence[str], max_tokens: int, num_beams: int = 1) -> list[Answer]:
-        """Writes about image i what ``prompts[i]`` asks for; see :class:`vlmflow.models.prompted.VisionChat`.
+    def write(
+        self,
+        pixels: torch.Tensor,
+        prompts: Sequence[str],
+        max_tokens: int,
+        num_beams: int = 1,
+        *,
+        rows: Sequence[int] | None = None,
+    ) -> list[Answer]:
+        """Writes what each prompt asks for of its image; see :class:`vlmflow.models.prompted.VisionChat`.
 
         The score is the probability of all tokens written.
         """
@@ -58,10 +67,10 @@ class VllmChat:
             [
                 {
                     "role": "user",
-                    "content": [{"type": "image_pil", "image_pil": image}, {"type": "text", "text": prompt}],
+                    "content": [{"type": "image_pil", "image_pil": images[row]}, {"type": "text", "text": prompt}],
                 }
             ]
-            for image, prompt in zip(images, prompts, strict=True)
+            for row, prompt in zip(rows_of(pixels, prompts, rows), prompts, strict=True)
         ]
         sampling = self._sampling(temperature=0.0, max_tokens=max_tokens, logprobs=1)
         outputs = self._engine.chat(conversations, sampling_params=sampling, use_tqdm=False)

@@ -15,6 +15,7 @@ from vlmflow.config import Dtype
 from vlmflow.models import Answer, Usage
 from vlmflow.models.pixels import model_dtype
 from vlmflow.models.pretrained import load_model, load_processor
+from vlmflow.models.prompted import rows_of
 from vlmflow.models.questions import check_scores
 from vlmflow.models.weights import check_keys
 
@@ -47,21 +48,30 @@ class TransformersChat:
         return cls(model.to(device), processor, device, kind)
 
     @torch.inference_mode()
-    def write(self, pixels: torch.Tensor, prompts: Sequence[str], max_tokens: int, num_beams: int = 1) -> list[Answer]:
-        """Writes about image i what ``prompts[i]`` asks for; see :class:`vlmflow.models.prompted.VisionChat`.
+    def write(
+        self,
+        pixels: torch.Tensor,
+        prompts: Sequence[str],
+        max_tokens: int,
+        num_beams: int = 1,
+        *,
+        rows: Sequence[int] | None = None,
+    ) -> list[Answer]:
+        """Writes what each prompt asks for of its image; see :class:`vlmflow.models.prompted.VisionChat`.
 
         The score is the probability of all tokens written, the end included.
 
         Raises:
             ValueError: a score is not finite.
         """
-        images = list(pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy())
+        shown = rows_of(pixels, prompts, rows)
         texts = [chat_text(self._processor, prompt) for prompt in prompts]
         answers: list[Answer] = []
         at_once = max(1, _SEQUENCES_AT_ONCE // num_beams)
         for start in range(0, len(texts), at_once):
             part = slice(start, start + at_once)
-            answers += self._write(images[part], texts[part], max_tokens, num_beams)
+            images = list(pixels[shown[part]].permute(0, 2, 3, 1).contiguous().cpu().numpy())
+            answers += self._write(images, texts[part], max_tokens, num_beams)
         return answers
 
     def take_usage(self) -> Usage | None:

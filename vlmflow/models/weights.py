@@ -41,7 +41,7 @@ _PROCESSOR_NAMES = ("chat_template.jinja", "chat_template.json", "preprocessor_c
 _COMPANION_NAMES = {
     "vilbert": ("answers.json", "detector.safetensors", "regions.json", "regions.safetensors"),
     "vlm": (*_PROCESSOR_NAMES, "generation_config.json"),  # repetition penalties and the like
-    "vllm": _PROCESSOR_NAMES,
+    "vllm": (*_PROCESSOR_NAMES, "generation_config.json"),  # tokens that end a text
     "vlm_judge": _PROCESSOR_NAMES,
 }
 _TOKENIZER_NAMES = (
@@ -99,13 +99,22 @@ def require_folder(config: ModelConfig, *, licence: str | None = None) -> Path:
 
 
 def find_weights(folder: Path, family: str) -> list[Path]:
-    """The safetensors files that loading would read; empty: there are none."""
+    """The safetensors files that loading would read; empty: there are none.
+
+    Raises:
+        WeightsError: the list of the shards is damaged.
+    """
     for name in _WEIGHT_NAMES[family]:
         path = folder / name
         if not path.is_file():
             continue
         if path.suffix == ".json":
-            shards = sorted({folder / shard for shard in read_json(path).get("weight_map", {}).values()})
+            names = section_of(read_json(path), "weight_map", path).values()
+            if not all(isinstance(name, str) for name in names):
+                raise WeightsError(
+                    f"weights: {path}: weight_map names no files", remedy="Copy the model's folder again."
+                )
+            shards = sorted({folder / name for name in names})
             # The index could name a pickle, or a shard that was not copied.
             return shards if all(s.suffix == ".safetensors" and s.is_file() for s in shards) else []
         return [path]

@@ -80,6 +80,31 @@ def test_flickr_tokens_and_a_part_of_them(tmp_path: Path) -> None:
     assert part.rows["uri"].to_pylist() == [str(tmp_path / "2.jpg")]
 
 
+@pytest.mark.parametrize(
+    ("whole", "part", "benchmark"),
+    [
+        (31_783, "flickr30k_test.txt", "flickr30k"),
+        (31_783, "flickr30k_val.txt", None),
+        (8_092, "Flickr_8k.testImages.txt", None),
+    ],
+)
+def test_only_flickr30ks_own_test_images_are_its_benchmark(
+    tmp_path: Path, whole: int, part: str, benchmark: str | None
+) -> None:
+    tokens, split = tmp_path / "captions.token", tmp_path / part
+    tokens.write_text("".join(f"{number}.jpg#0\ta dog\n" for number in range(whole)))
+    split.write_text("".join(f"{number}.jpg\n" for number in range(1_000)))
+    assert read_dataset("retrieval", str(tokens), ReadOptions(split=str(split))).benchmark == benchmark
+
+
+@pytest.mark.parametrize(
+    ("name", "benchmark"), [("flickr30k_test.json", "flickr30k"), ("flickr30k_val.json", None), ("f8k_test.json", None)]
+)
+def test_a_list_is_a_benchmark_by_its_name(tmp_path: Path, name: str, benchmark: str | None) -> None:
+    listed = [{"image": f"{number}.jpg", "caption": "a dog"} for number in range(1_000)]
+    assert read_dataset("retrieval", write_json(tmp_path / name, listed), ReadOptions()).benchmark == benchmark
+
+
 def vqa_files(folder: Path) -> str:
     questions = [
         {"question_id": 10, "image_id": 1, "question": "What is it?"},
@@ -111,6 +136,14 @@ def test_vqa_finds_its_annotations_and_groups_by_image(tmp_path: Path) -> None:
     assert found.benchmark == "vqav2"
 
 
+@pytest.mark.parametrize(("version", "benchmark"), [("2.0", "vqav2"), ("1.0", None)])
+def test_the_first_version_of_vqa_is_another_benchmark(tmp_path: Path, version: str, benchmark: str | None) -> None:
+    path = Path(vqa_files(tmp_path)).rename(tmp_path / "questions.json")
+    write_json(path, json.loads(path.read_text()) | {"info": {"version": version}})
+    options = ReadOptions(annotations=tmp_path / "v2_mscoco_val2014_annotations.json")
+    assert read_dataset("answer", str(path), options).benchmark == benchmark
+
+
 def test_a_folder_per_class(tmp_path: Path) -> None:
     for name in ("cat/1.png", "cat/deep/2.png", "dog/1.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -119,6 +152,18 @@ def test_a_folder_per_class(tmp_path: Path) -> None:
     found = read_dataset("zeroshot", str(tmp_path), ReadOptions())
     assert found.classes == ("cat", "dog")
     assert found.rows["class"].to_pylist() == ["cat", "cat", "dog"]
+
+
+def test_a_part_of_classes_is_spread_over_them(tmp_path: Path) -> None:
+    path = tmp_path / "c.csv"
+    path.write_text("uri,class\n" + "".join(f"{name}{at}.png,{name}\n" for name in "abcde" for at in range(4)))
+    whole = read_dataset("zeroshot", str(path), ReadOptions())
+    part, one, few = (whole.first(num) for num in (12, 5, 2))
+    assert sorted(part.rows["class"].to_pylist().count(name) for name in "abcde") == [2, 2, 2, 3, 3]
+    assert one.rows["class"].to_pylist() == list("abcde")
+    assert set(few.rows["uri"].to_pylist()) < set(one.rows["uri"].to_pylist()) < set(part.rows["uri"].to_pylist())
+    assert few.rows["class"].to_pylist() != ["a", "b"]
+    assert part.classes == whole.classes, "the others are to be told apart all the same"
 
 
 def test_a_table_joined_with_its_truth(tmp_path: Path) -> None:
@@ -135,6 +180,35 @@ def test_a_table_joined_with_its_truth(tmp_path: Path) -> None:
     options = ReadOptions(truth=tmp_path / "t.csv", where="title <> 'A cow'")
     rows = read_dataset("moderate", str(tmp_path / "m.csv"), options).rows.to_pylist()
     assert [(row["labels"], row["flag"]) for row in rows] == [(["gun", "bomb"], True), ([], False)]
+
+
+def test_numbers_in_a_list_and_nothing_in_a_column_are_texts(tmp_path: Path) -> None:
+    path = tmp_path / "q.csv"
+    path.write_text('uri,question,answers,question_type\na.jpg,how many?,"[2, null, ""two""]",\n')
+    (question,) = read_dataset("answer", str(path), ReadOptions()).rows["questions"][0].as_py()
+    assert question["answers"] == ["2", "2"], "as the challenge spells them"
+
+
+@pytest.mark.parametrize(
+    ("data", "truth"),
+    [
+        ("numbers.parquet", "ids.csv"),
+        ("ids.csv", "numbers.parquet"),
+        ("lists.jsonl", "ids.csv"),
+        ("ids.csv", "lists.jsonl"),
+    ],
+)
+def test_a_truth_is_joined_whatever_the_types_of_its_columns(tmp_path: Path, data: str, truth: str) -> None:
+    captions, ids = [["x", "y"], ["z"], ["w"]], [3, 1, 2]
+    said = pa.table({"id": ids, "uri": ["3.png", "1.png", "2.png"], "captions": captions})
+    pq.write_table(said, tmp_path / "numbers.parquet")
+    lines = [json.dumps({**row, "id": str(row["id"])}) for row in said.to_pylist()]
+    (tmp_path / "lists.jsonl").write_text("\n".join(lines))
+    (tmp_path / "ids.csv").write_text("id,more\n1,a\n2,b\n3,c\n")
+    options = ReadOptions(truth=tmp_path / truth, where="more <> 'b'")
+    rows = read_dataset("caption", str(tmp_path / data), options).rows.to_pylist()
+    expected = [("3.png", ["x", "y"]), ("1.png", ["z"])]  # in the order of the data
+    assert [(Path(row["uri"]).name, row["captions"]) for row in rows] == expected[:: -1 if data == "ids.csv" else 1]
 
 
 def test_a_parquet_table_of_questions_and_one_of_captions(tmp_path: Path) -> None:
@@ -155,7 +229,15 @@ BROKEN: list[tuple[EvaluationTask, str, str, dict[str, Any], list[str]]] = [
     ("caption", "x.json", json.dumps(karpathy()), {"split": "dev"}, ["no split dev", "restval, test"]),
     ("caption", "x.json", '{"images": [{"split": "test", "sentences": []}]}', {}, ["image 0: filename is absent"]),
     ("caption", "x.json", '[{"image": "a.jpg", "caption": 3}]', {}, ["entry 0: caption is '3'"]),
+    ("caption", "x.json", '[{"image": "a.jpg", "caption": [{"raw": "x"}]}]', {}, ["entry 0: caption is"]),
     ("caption", "x.json", '[{"image": "a.jpg", "caption": []}]', {}, ["a.jpg has no caption"]),
+    (
+        "caption",
+        "x.json",
+        '{"images": [{"split": "test", "filename": "a.jpg", "filepath": 5, "sentences": [{"raw": "x"}]}]}',
+        {},
+        ["image 0: filepath is '5'"],
+    ),
     ("zeroshot", "x.json", "[]", {}, ["holds captions, and zeroshot cannot be measured"]),
     ("retrieval", "x.json", "[]", {}, ["x.json holds no image"]),
     ("answer", "x.json", '{"questions": []}', {}, ["no annotations at", "--annotations"]),
@@ -172,6 +254,17 @@ BROKEN: list[tuple[EvaluationTask, str, str, dict[str, Any], list[str]]] = [
     ("moderate", "x.csv", "uri,flag\na.jpg,true\n", {"columns": {"colour": "x"}}, ["--column colour", "labels"]),
     ("moderate", "x.csv", "uri,flag\na.jpg,true\n", {"columns": {"flag": "x"}}, ["no column x; it has uri, flag"]),
     ("answer", "x.csv", "uri,question,answers\na.jpg,q,\n", {}, ["row 1: answers is empty"]),
+    (
+        "answer",
+        "x.jsonl",
+        '{"uri":"a","question":"q","answers":[{"answer":"x"}]}',
+        {},
+        ["row 1: answers holds no texts"],
+    ),
+    ("answer", "x.jsonl", '{"uri":"a","question":"q","answers":{"answer":"x"}}', {}, ["row 1: answers holds no texts"]),
+    ("answer", "x.jsonl", '{"uri":"a","question":{"en":"q"},"answers":"x"}', {}, ["row 1: question is no text"]),
+    ("caption", "x.jsonl", '{"uri":"a","captions":[["x"]]}', {}, ["row 1: captions holds no texts"]),
+    ("caption", "x.csv", 'uri,captions\na,"[true]"\n', {}, ["row 1: captions holds no texts"]),
     ("caption", "x.pdf", "", {}, [".pdf is none of the files"]),
 ]
 

@@ -202,6 +202,22 @@ def test_captions_from_a_file_by_number_or_name(tmp_path: Path) -> None:
         evaluate_predictions(Dataset("match", "m", match), path)
 
 
+@pytest.mark.usefixtures("no_java")
+def test_equal_file_names_are_told_apart_by_their_paths_or_refused(tmp_path: Path) -> None:
+    uris, texts = ["/x/a/1.jpg", "/x/b/1.jpg", "/x/b/2.jpg"], ["a cat on a mat", "two dogs in a car", "a cow"]
+    data = Dataset("caption", "c", table_of("caption", {"uri": uris, "captions": [[text] for text in texts]}))
+    path = tmp_path / "results.json"
+    names = ["a/1.jpg", "/x/b/1.jpg", "2.jpg"]
+    said = [{"image_id": name, "caption": text} for name, text in zip(names, texts, strict=True)]
+    path.write_text(json.dumps(said))
+    report = evaluate_predictions(data, path)
+    assert (report.num_missing, report.figures["ROUGE-L"].value) == (0, pytest.approx(1.0))
+    path.write_text(json.dumps([*said[1:], {"image_id": "1.jpg", "caption": texts[0]}]))
+    with pytest.raises(EvaluationError, match=r"image_id 1\.jpg is that of /x/a/1\.jpg and of /x/b/1\.jpg") as caught:
+        evaluate_predictions(data, path)
+    assert "more of their paths" in caught.value.remedy
+
+
 def test_every_published_row_names_a_source_and_plausible_figures() -> None:
     ours = {f"{way} R@{k}" for way in ("image-to-text", "text-to-image") for k in (1, 5, 10)}
     ours |= {"BLEU-4", "CIDEr", "METEOR", "SPICE", "accuracy", "top-1", "top-5", "mean per class"}

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from vlmflow.evaluation.metrics.vqa import normalize_answer, vqa_accuracy
+from vlmflow.evaluation.readers import ReadOptions, read_dataset
+from vlmflow.evaluation.score import score_answers
 
 # [answer, ten people's answers, accuracy]: 600 generated cases, as `VQAEval` of the challenge counted them, in the copy
 # that salesforce-lavis 1.0.2 ships.
@@ -51,6 +53,26 @@ def test_an_answer_counts_by_how_many_gave_it() -> None:
     assert vqa_accuracy("no", given) == 1.0
     assert vqa_accuracy("maybe", given) == 0.0
     assert vqa_accuracy(None, given) == 0.0
+
+
+@pytest.mark.parametrize("num", range(1, 11))
+def test_what_all_answered_is_right_however_few_they_are(num: int) -> None:
+    assert vqa_accuracy("red", ["red"] * num) == 1.0
+    assert vqa_accuracy("blue", ["red"] * num) == 0.0
+
+
+def test_of_few_answers_one_counts_by_how_many_of_the_others_gave_it() -> None:
+    assert vqa_accuracy("red", ["red", "blue"]) == pytest.approx(1 / 2)
+    # Leaving out a red one, one of two is left, twice; leaving out the blue one, both.
+    assert vqa_accuracy("red", ["red", "red", "blue"]) == pytest.approx((1 / 2 + 1 / 2 + 1) / 3)
+
+
+@pytest.mark.parametrize(("answers", "said"), [("Two;Two;Two;Two", "two"), ("The dog;a dog", "dog"), ("Yes", "yes!")])
+def test_a_tables_answers_are_spelled_as_what_is_judged(tmp_path: Path, answers: str, said: str) -> None:
+    (tmp_path / "q.csv").write_text(f"uri,question,answers\na.png,what?,{answers}\n")
+    data = read_dataset("answer", str(tmp_path / "q.csv"), ReadOptions())
+    scored = score_answers({"1": said}, data.rows["questions"][0].as_py())
+    assert scored.figures["accuracy"].value == 1.0
 
 
 def test_one_reference_must_be_met() -> None:

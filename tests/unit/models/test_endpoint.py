@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import logging
 import math
@@ -10,6 +11,7 @@ import socket
 import threading
 from collections.abc import Callable
 from email.utils import formatdate
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -22,6 +24,7 @@ from tests.endpoint import KEY, Asked, Reply, completion, endpoint
 from vlmflow.config import EndpointConfig, ModelConfig
 from vlmflow.errors import ConfigError, EndpointError
 from vlmflow.imaging import PixelRequest
+from vlmflow.models import endpoint as endpoint_module
 from vlmflow.models import endpoint_http, identify, load_answerer, load_captioner, pixel_request
 from vlmflow.models.endpoint import EndpointChat
 from vlmflow.tasks.caption import CaptionTask
@@ -91,6 +94,20 @@ def test_each_question_is_asked_with_its_image() -> None:
     assert [[answer.text for answer in answers] for answers in given] == [["0: a {b}?!", "0: c!"], [], ["2: a {b}?!"]]
     assert all(math.isnan(answer.score) for answers in given for answer in answers)
     assert len(server.asked) == 3
+
+
+def test_an_image_is_digested_once_for_all_its_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+    digested = []
+
+    def sha256(data: Any) -> Any:
+        digested.append(len(data))
+        return hashlib.sha256(data)
+
+    monkeypatch.setattr(endpoint_module, "hashlib", SimpleNamespace(sha256=sha256))
+    with endpoint(say_number) as server:
+        answers = EndpointChat(config(server.url)).write(flat_pixels(3), list("abcd"), 20, rows=[2, 2, 0, 0])
+    assert [answer.text.split()[-1] for answer in answers] == ["2", "2", "0", "0"]
+    assert len(digested) == 3
 
 
 HUGE = b'{"choices": [{"message": {"content": "' + b"x" * 2_000_000 + b'"}}]}'

@@ -118,6 +118,26 @@ def test_beams_are_those_of_generate(folders: dict[str, Path], family: Family, n
         captioner.caption(pixels, 8, 0)
 
 
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize(
+    ("family", "name", "broken"),
+    [
+        ("blip2_caption", "opt", "_projection"),
+        ("blip2_caption", "opt", "_language"),
+        ("blip2_caption", "t5", "_language"),
+        ("git", "git", "_model"),
+    ],
+)
+def test_what_is_no_number_gets_no_caption(
+    folders: dict[str, Path], family: Family, name: str, broken: str, num_beams: int
+) -> None:
+    captioner = load_captioner(config_of(family, folders[name]), "cpu")
+    with torch.no_grad():
+        list(getattr(captioner, broken).parameters())[-1].fill_(torch.nan)
+    with pytest.raises(ValueError, match="logits that are not numbers"):
+        captioner.caption(random_pixels(2), 5, num_beams)
+
+
 @pytest.mark.parametrize(("family", "name"), [("blip2_caption", "opt"), ("blip2_caption", "t5"), ("git", "git")])
 def test_a_caption_does_not_depend_on_its_batch(folders: dict[str, Path], family: Family, name: str) -> None:
     captioner = load_captioner(config_of(family, folders[name]), "cpu")

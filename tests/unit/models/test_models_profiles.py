@@ -5,14 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from tests.models import make_captioner, make_clip, make_matcher
+from tests.models import make_captioner, make_clip, make_matcher, write_json
+from vlmflow.checks import _weights
 from vlmflow.config import CatalogConfig, Job, ModelConfig, SourceConfig
 from vlmflow.errors import ConfigError, WeightsError
 from vlmflow.models import describe_profiles, identify, resolve_models
 from vlmflow.models.identity import CODE_VERSIONS
 from vlmflow.models.profiles import FAMILIES, PROFILES, Profile
 from vlmflow.models.weights import locate
+from vlmflow.views import print_profiles
 
 NAMES = {
     "embed": "CLIP-ViT-B-32-laion2B-s34B-b79K",
@@ -68,6 +71,46 @@ def test_profiles_say_what_is_present(tmp_path: Path) -> None:
     present = {model.role: model.present for model in base.models}
     assert present == {"embed": False, "caption": True, "match": False, "answer": False}
     assert all(model.licence and model.num_parameters > 0 and model.size_bytes > 0 for model in base.models)
+
+
+@pytest.mark.parametrize(
+    ("index", "told"),
+    [
+        ("{", "is not JSON"),
+        ('{"weight_map": ["a.safetensors"]}', "weight_map is no JSON object"),
+        ('{"weight_map": "a.safetensors"}', "weight_map is no JSON object"),
+        ('{"weight_map": {"a": 1}}', "weight_map names no files"),
+    ],
+)
+def test_a_damaged_folder_is_told_of_and_ends_nothing(
+    tmp_path: Path, index: str, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_captioner(tmp_path / NAMES["caption"])
+    folder = tmp_path / NAMES["match"]
+    folder.mkdir()
+    (folder / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(WeightsError, match=told):
+        locate(ModelConfig(family="blip_itm", path=str(folder)))
+    profiles = describe_profiles(tmp_path)
+    (base,) = (profile for profile in profiles if profile.name == "base")
+    models = {model.role: model for model in base.models}
+    assert models["caption"].present
+    assert not models["match"].present
+    assert told in models["match"].problem
+    (check,) = (check for check in _weights(tmp_path) if check.name == "profile base")
+    assert check.verdict == "warn"
+    assert told in check.found
+    print_profiles(profiles, Console(width=200))
+    shown = capsys.readouterr().out
+    assert "damaged" in shown
+    assert told in shown
+
+
+@pytest.mark.parametrize("weight_map", [None, {}, []])
+def test_an_index_of_nothing_is_no_weights(tmp_path: Path, weight_map: object) -> None:
+    write_json(tmp_path / "model.safetensors.index.json", {"weight_map": weight_map})
+    with pytest.raises(WeightsError, match="no safetensors file"):
+        locate(ModelConfig(family="blip_itm", path=str(tmp_path)))
 
 
 @pytest.mark.parametrize("profile", PROFILES)

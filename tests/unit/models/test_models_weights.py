@@ -265,7 +265,7 @@ def test_blip_that_asks_for_another_preprocessing_is_refused(tmp_path: Path) -> 
     [
         ("blip_caption", "config.json", {"vision_config": None}, r"config\.json says 384"),
         ("blip_caption", "config.json", {"vision_config": [1]}, "vision_config is no JSON object"),
-        ("vilt", "preprocessor_config.json", {"image_processor": None, "size": None}, "image size None is no square"),
+        ("vilt", "preprocessor_config.json", {"image_processor": None, "size": None}, "says nothing of size"),
         ("vlm", "processor_config.json", {"image_processor": "tiles"}, "image_processor is no JSON object"),
     ],
 )

@@ -15,11 +15,12 @@ from PIL import Image
 from ray.data.llm import vLLMEngineProcessorConfig
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from tests.models import make_judge, random_pixels
+from tests.models import make_judge, random_pixels, write_json
 from vlmflow.config import Job, ModelConfig
 from vlmflow.errors import ConfigError, QuestionError, WeightsError
-from vlmflow.models import identify, load_answerer, load_captioner, pixel_request
+from vlmflow.models import Answer, identify, load_answerer, load_captioner, pixel_request
 from vlmflow.models.judge import VlmJudge
+from vlmflow.models.prompted import PromptedAnswerer
 from vlmflow.models.prompts import prompt_of
 from vlmflow.models.vllm import VllmChat, engine_arguments
 from vlmflow.models.vlm import TransformersChat, chat_text
@@ -93,6 +94,38 @@ def test_what_ends_early_is_cut_at_its_end_and_scored_up_to_it(folder: Path) -> 
     assert first.text == text
     assert first.score == pytest.approx(score, rel=1e-3)
     assert second.text == alone(folder, image, PROMPTS[1], 7, end)[0]
+
+
+def test_images_are_not_copied_for_each_of_their_questions() -> None:
+    pixels, seen = random_pixels(2), []
+
+    class Chat:
+        def write(self, pixels: torch.Tensor, prompts: Any, max_tokens: int, *, rows: Any) -> list[Answer]:
+            seen.append((pixels.data_ptr(), len(pixels)))
+            return [Answer(f"{row} {prompt}", 1.0) for row, prompt in zip(rows, prompts, strict=True)]
+
+    given = PromptedAnswerer(Chat(), "{question}!", 7).answer(pixels, [["a", "b"], ["c"]])  # type: ignore[arg-type]
+    assert [[answer.text for answer in answers] for answers in given] == [["0 a!", "0 b!"], ["1 c!"]]
+    assert seen == [(pixels.data_ptr(), 2)]
+
+
+def test_no_more_images_are_gathered_than_are_written_of_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels, rows = random_pixels(3), [0] * 20 + [2]
+    chat = TransformersChat.load(folder, "cpu")
+    gathered = []
+    whole = TransformersChat._write
+
+    def count(chat: TransformersChat, images: list[Any], *arguments: Any) -> list[Answer]:
+        gathered.append(len(images))
+        return whole(chat, images, *arguments)
+
+    monkeypatch.setattr(TransformersChat, "_write", count)
+    first, *_, last = chat.write(pixels, [PROMPTS[0]] * 21, 3, rows=rows)
+    assert gathered == [16, 5]
+    expected = chat.write(pixels, [PROMPTS[0]] * 3, 3)
+    assert [first.text, last.text] == [expected[0].text, expected[2].text]
+    with pytest.raises(ValueError, match="3 images but 2 prompts"):
+        chat.write(pixels, PROMPTS[:2], 3)
 
 
 def test_it_captions_and_answers_through_the_roles(folder: Path) -> None:
@@ -222,9 +255,20 @@ def test_vllm_is_given_images_and_prompts_and_gives_texts_and_scores(
     assert FakeEngine.made == engine_arguments(folder, "bfloat16")
     answers = VllmChat.load(folder, "cuda").write(pixels, ["a", "unscored"], 9)
     assert answers[0].score == pytest.approx(0.25)
+    reds = [int(image[0, 0, 0]) for image in pixels]
+    texts = [answer.text for answer in VllmChat.load(folder, "cuda").write(pixels, ["a", "b", "c"], 9, rows=[1, 1, 0])]
+    assert texts == [f"{reds[1]} a", f"{reds[1]} b", f"{reds[0]} c"]
     assert math.isnan(answers[1].score)
     with pytest.raises(WeightsError, match="as a model of vLLM on cuda: ValueError: no such architecture"):
         VllmChat.load(folder / "broken", "cuda")
+
+
+def test_what_ends_a_text_is_part_of_the_identity(tmp_path: Path) -> None:
+    """vLLM reads further tokens that end a text from this file, whatever the sampling says."""
+    config = ModelConfig(family="vllm", path=str(make_judge(tmp_path)), prompt="a")
+    before = identify("caption", config)
+    write_json(tmp_path / "generation_config.json", {"eos_token_id": [1, 2]})
+    assert identify("caption", config).weights_digest != before.weights_digest
 
 
 def test_the_engine_runs_no_code_and_loads_no_pickles(folder: Path) -> None:

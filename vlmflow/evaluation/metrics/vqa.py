@@ -3,7 +3,8 @@
 An answer counts by how many of the ten people gave it: fully from three on, averaged over leaving each of them out.
 Spelling is evened out first, by the rules of the challenge's own script, its oddities included: the answer that is
 judged loses punctuation and articles, and its number words become digits; people's answers lose their punctuation
-alone, and where all of them agree, nothing.
+alone, and where all of them agree, nothing. Readers of other files than the challenge's normalise people's answers
+likewise. Where fewer than four people answered, it counts fully from as many on as are left.
 """
 
 from __future__ import annotations
@@ -76,7 +77,8 @@ def vqa_accuracy(answer: str | None, given: Sequence[str]) -> float:
         return float(own == normalize_answer(given[0]))
     compared = [strip_punctuation(other) for other in given] if len(set(given)) > 1 else given
     same = [other == own for other in compared]
-    return sum(min(1.0, (sum(same) - mine) / 3) for mine in same) / len(same)
+    enough = min(3, len(same) - 1)
+    return sum(min(1.0, (sum(same) - mine) / enough) for mine in same) / len(same)
 
 
 def _one_line(answer: str) -> str:

@@ -12,6 +12,7 @@ from vlmflow.evaluation.readers.files import entries, image_uri, value
 
 # Images of the test splits whose figures are published.
 _TEST_SIZES = {5_000: "coco", 1_000: "flickr30k"}
+_FLICKR_IMAGES = 31_783  # of Flickr30k's token file; Flickr8k comes in the same form
 _SPLITS = {"train": ("train", "restval")}  # COCO's training takes both
 
 
@@ -44,6 +45,7 @@ def read_caption_tokens(task: EvaluationTask, path: Path, images: str | None, sp
                 remedy="Is it Flickr30k's results_20130124.token?",
             )
         captions.setdefault(name.rpartition("#")[0], []).append(caption.strip())
+    is_flickr30k = len(captions) == _FLICKR_IMAGES
     if Path(split).is_file():
         wanted = [line.strip() for line in _lines(Path(split))]
         unknown = [name for name in wanted if name not in captions]
@@ -53,7 +55,8 @@ def read_caption_tokens(task: EvaluationTask, path: Path, images: str | None, sp
     elif split != "test":
         raise EvaluationError(f"--split {split}: no such file", remedy="Name a text file with one image name a line.")
     found = {image_uri(images, path, name): texts for name, texts in captions.items()}
-    return _dataset(task, path, found, "flickr30k" if len(found) == 1_000 else None)
+    is_test = _TEST_SIZES.get(len(found)) == "flickr30k" and "test" in Path(split).name.lower()
+    return _dataset(task, path, found, "flickr30k" if is_flickr30k and is_test else None)
 
 
 def _read_karpathy(
@@ -68,15 +71,16 @@ def _read_karpathy(
             continue
         name = value(item, "filename", str, where)
         sentences = [value(each, "raw", str, where) for each in value(item, "sentences", list, where)]
-        captions[image_uri(images, path, item.get("filepath", ""), name)] = sentences
+        folder = value(item, "filepath", str, where) if item.get("filepath") is not None else ""
+        captions[image_uri(images, path, folder, name)] = sentences
         numbers.append(None if item.get("cocoid") is None else str(item["cocoid"]))
     if not captions:
         there = ", ".join(sorted({str(item.get("split")) for item in listed}))
         raise EvaluationError(f"{path} has no split {split}; it has {there}", remedy="Name one of these with --split.")
-    known = str(content.get("dataset", "")) if isinstance(content, Mapping) else ""
+    known = str(content.get("dataset") or path.stem) if isinstance(content, Mapping) else path.stem
     sized = _TEST_SIZES.get(len(captions)) if split == "test" else None
     ids = None if None in numbers else {str(number): row for row, number in enumerate(numbers)}
-    return _dataset(task, path, captions, sized if sized and known in ("", sized) else None, ids)
+    return _dataset(task, path, captions, sized if sized and sized in known.lower() else None, ids)
 
 
 def _read_list(task: EvaluationTask, path: Path, content: list[Any], images: str | None) -> Dataset:
@@ -87,8 +91,10 @@ def _read_list(task: EvaluationTask, path: Path, content: list[Any], images: str
             raise EvaluationError(f"{where} is no object", remedy="Write {image, caption} for each image.")
         texts = value(item, "caption", (str, list), where)
         uri = image_uri(images, path, value(item, "image", str, where))
-        captions.setdefault(uri, []).extend([texts] if isinstance(texts, str) else map(str, texts))
-    return _dataset(task, path, captions, _TEST_SIZES.get(len(captions)) if "test" in path.stem else None)
+        said = [texts] if isinstance(texts, str) else [value({"caption": one}, "caption", str, where) for one in texts]
+        captions.setdefault(uri, []).extend(said)
+    sized, name = _TEST_SIZES.get(len(captions)), path.stem.lower()
+    return _dataset(task, path, captions, sized if sized and sized in name and "test" in name else None)
 
 
 def _read_coco(

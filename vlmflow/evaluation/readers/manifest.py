@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from vlmflow.catalog.keys import digest_of
 from vlmflow.catalog.where import mask_where
 from vlmflow.errors import ConfigError, EvaluationError
 from vlmflow.evaluation.dataset import Dataset, EvaluationTask, table_of
+from vlmflow.evaluation.metrics.vqa import normalize_answer
 from vlmflow.evaluation.readers.options import ReadOptions
+from vlmflow.sources.base import texts
 from vlmflow.sources.tables import open_table
 from vlmflow.sources.uris import normalise_uri, resolve
 from vlmflow.storage import parse_address
@@ -42,6 +45,7 @@ _NEEDED: dict[EvaluationTask, tuple[tuple[str, ...], ...]] = {
     "match": (("text",), ("match", "mismatch")),
     "moderate": (("labels", "flag"),),
 }
+_NO_TEXT = (dict, list, bytes)
 _FLAGS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
@@ -83,11 +87,11 @@ class _Rows:
         found = self.values[role][row]
         if found is None or not str(found).strip():
             raise self.wrong(role, row, "is empty")
-        return str(found)
+        return self._written(role, row)
 
     def optional(self, role: str, row: int) -> str | None:
         found = self.values[role][row] if self.has(role) else None
-        return None if found is None else str(found)
+        return None if found is None else self._written(role, row)
 
     def flag(self, role: str, row: int) -> bool:
         found = self.values[role][row]
@@ -109,8 +113,16 @@ class _Rows:
         elif found is None:
             found = []
         elif not isinstance(found, list):
-            found = str(found).split(separator) if separator else [found]
+            found = found.split(separator) if separator and isinstance(found, str) else [found]
+        if any(isinstance(item, (*_NO_TEXT, bool)) for item in found):
+            raise self.wrong(role, row, "holds no texts")
         return [text for text in (str(item).strip() for item in found if item is not None) if text]
+
+    def _written(self, role: str, row: int) -> str:
+        found = self.values[role][row]
+        if isinstance(found, _NO_TEXT):
+            raise self.wrong(role, row, "is no text")
+        return str(found)
 
     def wrong(self, role: str, row: int, what: str) -> EvaluationError:
         shown = str(self.values[role][row])[:60]
@@ -124,10 +136,10 @@ def _captions(task: EvaluationTask) -> Callable[[_Rows, str], Dataset]:
     def build(rows: _Rows, name: str) -> Dataset:
         grouped: dict[str, list[str]] = {}
         for row, uri in enumerate(rows.values["uri"]):
-            texts = rows.several("captions", row, None)
-            if not texts:
+            said = rows.several("captions", row, None)
+            if not said:
                 raise rows.wrong("captions", row, "is empty")
-            grouped.setdefault(uri, []).extend(texts)
+            grouped.setdefault(uri, []).extend(said)
         return Dataset(task, name, table_of(task, {"uri": list(grouped), "captions": list(grouped.values())}))
 
     return build
@@ -147,7 +159,7 @@ def _answers(rows: _Rows, name: str) -> Dataset:
         question = {
             "question_id": number,
             "question": rows.text("question", row),
-            "answers": answers,
+            "answers": [normalize_answer(answer) for answer in answers],
             "question_type": rows.optional("question_type", row),
             "answer_type": rows.optional("answer_type", row),
         }
@@ -242,17 +254,22 @@ def _joined(table: pa.Table, path: Path, truth: pa.Table, truth_path: Path, on: 
     by = on or shared[0]
     if by not in shared:
         raise EvaluationError(f"--on {by}: not a column of both tables", remedy=f"They share: {', '.join(shared)}.")
-    if len(truth[by].unique()) < truth.num_rows:
+    # As texts: of the two files one may know numbers, and the other, such as CSV, texts alone.
+    keys, known = texts(table[by], f"{path}: column {by}"), texts(truth[by], f"{truth_path}: column {by}")
+    if len(known.unique()) < len(known):
         raise EvaluationError(f"{truth_path} holds one value of {by} twice", remedy="Keep one row for each.")
-    kept = truth.select([name for name in truth.column_names if name == by or name not in shared])
-    joined = table.join(kept, keys=by, join_type="inner", use_threads=False)
-    if joined.num_rows < table.num_rows:
-        missing = sorted(set(map(str, table[by].to_pylist())) - set(map(str, truth[by].to_pylist())))
+    rows = pc.index_in(keys, value_set=known, skip_nulls=True)
+    if rows.null_count:
+        missing = sorted(str(key) for key in keys.filter(rows.is_null()).to_pylist())
         raise EvaluationError(
-            f"{truth_path} says nothing of {by} {missing[0]} and {table.num_rows - joined.num_rows - 1:,} more rows",
+            f"{truth_path} says nothing of {by} {missing[0]} and {len(missing) - 1:,} more rows",
             remedy=f"Add them, or leave the rows out of {path.name}.",
         )
-    return joined
+    # Not Arrow's own join, which takes no lists.
+    for name in truth.column_names:
+        if name not in shared:
+            table = table.append_column(truth.schema.field(name), truth[name].take(rows))
+    return table
 
 
 def _filtered(table: pa.Table, where: str, path: Path) -> pa.Table:

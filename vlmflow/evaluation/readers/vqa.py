@@ -38,7 +38,11 @@ def read_vqa(path: Path, content: Mapping[str, Any], annotations: Path | None, i
         uri = image_uri(images, path, _file_name(item, subtype, where))
         grouped.setdefault(uri, []).append(_question(item, answers[number], number, where, f"{place}, {number}"))
     rows = table_of("answer", {"uri": list(grouped), "questions": list(grouped.values())})
-    return Dataset("answer", path.name, rows, "vqav2" if "val" in subtype else None)
+    info = content.get("info")
+    version = str(info.get("version") or "") if isinstance(info, Mapping) else ""
+    # The first version of the questions comes in the same form.
+    is_second = version.startswith("2") or path.name.startswith("v2_")
+    return Dataset("answer", path.name, rows, "vqav2" if is_second and "val" in subtype else None)
 
 
 def _question(
@@ -51,9 +55,12 @@ def _question(
         "question_id": str(number),
         "question": value(item, "question", str, where),
         "answers": given,
-        "question_type": annotation.get("question_type"),
-        "answer_type": annotation.get("answer_type"),
+        **{name: _kind(annotation.get(name)) for name in ("question_type", "answer_type")},
     }
+
+
+def _kind(found: object) -> str | None:
+    return None if found is None else str(found)
 
 
 def _file_name(item: Mapping[str, Any], subtype: str, where: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 from tests.vilbert import NUM_TASK_TOKENS, make_published
 from vlmflow.cli import app
 from vlmflow.errors import ConfigError, WeightsError
-from vlmflow.models.convert import ConversionInputs, convert_weights
+from vlmflow.models.convert import ConversionInputs, convert_weights, read_pickle
 from vlmflow.models.vilbert.load import load_vilbert
 from vlmflow.models.vilbert.model import TIED
 
@@ -80,6 +81,25 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path, monkeypatch: 
         convert_weights("vilbert", source, tmp_path / "out")
     assert not (tmp_path / "ran").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"published"}, "nothing is left half-written"
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"hello world",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 10\n",
+        b"Rar!\x1a\x07",
+        b"a" * 40,
+        pickle.dumps({"a": list(range(100))}, 2)[:40],
+        b"PK\x03\x04" + b"\0" * 60,
+    ],
+    ids=["empty", "text", "lfs", "rar", "letters", "cut", "zip"],
+)
+def test_what_is_no_whole_pickle_is_refused(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "model.bin").write_bytes(data)
+    with pytest.raises(WeightsError, match=r"model\.bin"):
+        read_pickle(tmp_path / "model.bin")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,64 @@
+"""The job that an evaluation runs, made of the caller's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.vilbert import make_vilbert
+from vlmflow.config import CatalogConfig, Job
+from vlmflow.errors import EvaluationError
+from vlmflow.evaluation.dataset import Dataset, EvaluationTask, table_of
+from vlmflow.evaluation.run import _job_for
+
+CATALOG = CatalogConfig(uri="kept")
+QUESTION = {"question_id": "1", "question": "what is it?", "answers": ["a dog"]}
+COLUMNS: dict[EvaluationTask, dict[str, list[Any]]] = {
+    "moderate": {"labels": [None], "flag": [True]},
+    "answer": {"questions": [[QUESTION]]},
+    "match": {"key": ["k"], "text": ["a dog"], "match": [True]},
+}
+
+
+def data(task: EvaluationTask) -> Dataset:
+    return Dataset(task, "data.csv", table_of(task, {"uri": ["/a.png"], **COLUMNS[task]}))
+
+
+def job(**changes: Any) -> Job:
+    source = {"uri": "x.csv", "text_column": "title"}
+    return Job.model_validate({"source": source, "catalog": {"uri": "y"}, "profile": "starter", **changes})
+
+
+def test_detectors_keep_the_pool_that_the_job_gives_them() -> None:
+    pools = [
+        {"tasks": ["detect"], "gpus": 1},
+        {"tasks": ["embed", "moderate", "caption"], "gpus": 0, "batch_size": 7},
+    ]
+    given = job(tasks=["embed", "moderate", "caption"], policy="demo", pools=pools)
+    found = _job_for(given, data("moderate"), CATALOG).pools
+    assert [(pool.tasks, pool.gpus) for pool in found] == [(("detect",), 1.0), (("embed", "moderate"), 0.0)]
+    assert found[1].batch_size == 7
+
+
+def test_detectors_have_no_place_where_nothing_is_moderated() -> None:
+    pools = [{"tasks": ["detect"], "gpus": 1}, {"tasks": ["embed", "moderate", "match"]}]
+    given = job(tasks=["embed", "moderate", "match"], policy="demo", pools=pools)
+    assert [pool.tasks for pool in _job_for(given, data("match"), CATALOG).pools] == [("match",)]
+
+
+def test_a_benchmark_is_asked_its_own_questions_alone() -> None:
+    given = job(tasks=["answer"], questions=["is there a car?"])
+    found = _job_for(given, data("answer"), CATALOG)
+    assert found.questions == ()
+    assert found.source.questions_column == "questions"
+
+
+def test_models_of_regions_from_a_column_are_refused_by_name(tmp_path: Path) -> None:
+    make_vilbert(tmp_path, {"kind": "columns", "max_regions": 6})
+    source = {"uri": "x.parquet", "text_column": "title", "regions_column": "regions"}
+    given = job(source=source, tasks=["match"], models={"match": {"family": "vilbert", "path": str(tmp_path)}})
+    with pytest.raises(EvaluationError, match=r"models\.match reads regions from a column") as caught:
+        _job_for(given, data("match"), CATALOG)
+    assert "finds its regions itself" in caught.value.remedy

@@ -61,7 +61,10 @@ def sides(model: Any, place: Place) -> dict[str, Run]:
 
 
 def flops_per_caption() -> float:
-    """Twice the multiplications of all products: vision tower, keys and values of the images, 20 steps of a token."""
+    """Twice the multiplications of all products: vision tower, keys and values of the images, 20 steps of a token.
+
+    As the model is published, on both sides: ours makes no keys and values of the images.
+    """
     tokens = (SIZE // PATCH) ** 2 + 1
     layer = 12 * WIDTH * WIDTH  # of weights: four projections, and two of four times the width
     patches = (tokens - 1) * 3 * PATCH * PATCH * WIDTH

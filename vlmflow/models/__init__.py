@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from vlmflow.models.blip_fast.text import CrossMemory
     from vlmflow.models.prompted import VisionChat
     from vlmflow.models.towers import VisionTowers
 
@@ -84,16 +83,13 @@ class EncodedImages:
     """Images after the vision tower, so that several lists of texts share one pass of it."""
 
     embeds: torch.Tensor  # (N, T, D): T patches and the class token, D dimensions; of ALIGN (N, D)
-    memory: CrossMemory | None = None  # keys and values of all images that were encoded together
-    rows: tuple[int, ...] | None = None  # which of those these are; None: all
 
     def __len__(self) -> int:
         return len(self.embeds)
 
     def take(self, rows: Sequence[int]) -> EncodedImages:
         """Those of the given rows."""
-        among = tuple(rows) if self.rows is None else tuple(self.rows[row] for row in rows)
-        return EncodedImages(self.embeds[list(rows)], self.memory, among)
+        return EncodedImages(self.embeds[list(rows)])
 
     def pairs_with(self, texts: Sequence[str]) -> bool:
         """Whether there is any pair of an image and a text.

@@ -16,7 +16,7 @@ from transformers import BlipForConditionalGeneration, BlipForImageTextRetrieval
 from vlmflow.config import Dtype, ModelConfig
 from vlmflow.models import EncodedImages
 from vlmflow.models.attention import growing
-from vlmflow.models.blip_fast import CrossMemory, GreedyDecoder, SpecialTokens, TextTower, decode_beams
+from vlmflow.models.blip_fast import GreedyDecoder, SpecialTokens, TextTower, decode_beams
 from vlmflow.models.pixels import PixelNormalizer, model_dtype
 from vlmflow.models.preprocessing import read_preprocessing
 from vlmflow.models.pretrained import load_model, load_tokenizer
@@ -104,14 +104,11 @@ class BlipMatcher:
     @torch.inference_mode()
     def encode_images(self, pixels: torch.Tensor) -> EncodedImages:
         """(N, 3, S, S) uint8 RGB -> N images for the two heads."""
-        embeds = self._vision(pixels)
-        return EncodedImages(embeds, CrossMemory(self._encoder, embeds))
+        return EncodedImages(self._vision(pixels))
 
     @torch.inference_mode()
     def match_itm(self, images: EncodedImages, texts: Sequence[str]) -> NDArray[np.float32]:
         """Scores ``texts[i]`` against image i with the matching head, which attends to the patches.
-
-        The images' part of that attention is computed once, and kept with the images for the texts of later calls.
 
         Returns:
             (N,) the probability of a match.
@@ -121,8 +118,7 @@ class BlipMatcher:
         """
         if not images.pairs_with(texts):
             return np.empty(0, np.float32)
-        memory = images.memory or CrossMemory(self._encoder, images.embeds)
-        states = self._encode(texts, images, memory.of(images.rows))
+        states = self._encode(texts, images.embeds)
         logits = self._itm_head(states[:, 0])
         probabilities: NDArray[np.float32] = logits.softmax(dim=1)[:, 1].cpu().numpy()  # column 1 is "match"
         return probabilities
@@ -139,17 +135,17 @@ class BlipMatcher:
         """
         if not images.pairs_with(texts):
             return np.empty(0, np.float32)
-        states = self._encode(texts, images, None)
+        states = self._encode(texts, None)
         text_features = self._text_proj(states[:, 0])
         image_features = self._vision_proj(images.embeds[:, 0].float())
         return torch.nn.functional.cosine_similarity(image_features, text_features, dim=-1).cpu().numpy()
 
-    def _encode(self, texts: Sequence[str], images: EncodedImages, memory: list[torch.Tensor] | None) -> torch.Tensor:
+    def _encode(self, texts: Sequence[str], features: torch.Tensor | None) -> torch.Tensor:
         last: tuple[list[str], tuple[torch.Tensor, torch.Tensor | None]] | None = getattr(self._threads, "last", None)
         if last is None or last[0] != list(texts):  # both heads are asked about the same
             self._threads.last = last = (list(texts), self._tokens(texts))
         ids, mask = last[1]
-        return self._encoder.encode(ids, mask, memory)
+        return self._encoder.encode(ids, mask, features)
 
     def _tokens(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(N, L) int64, and (N, L) bool, False on padding; None: there is none."""

@@ -14,7 +14,7 @@ from vlmflow.config import Dtype, ModelConfig
 from vlmflow.models import Answer
 from vlmflow.models.attention import growing
 from vlmflow.models.blip import Target, load_parts
-from vlmflow.models.blip_fast import CrossMemory, SpecialTokens, TextTower
+from vlmflow.models.blip_fast import SpecialTokens, TextTower
 from vlmflow.models.blip_fast.cache import SlicedCache
 from vlmflow.models.questions import check_paired, check_scores, tokenize
 from vlmflow.models.towers import SharedTower
@@ -64,12 +64,11 @@ class BlipAnswerer:
         if not rows:
             return [[] for _ in questions]
         images = self._vision(pixels)
-        memory = CrossMemory(self._encoder, images)
         found: list[Answer | None] = [None] * len(rows)
         for pairs in _of_one_length(ids):
             tokens = torch.tensor([ids[pair] for pair in pairs], device=images.device)
             asked_of = [rows[pair] for pair in pairs]
-            states = self._encoder.encode(tokens, None, memory.of(asked_of))
+            states = self._encoder.encode(tokens, None, images[asked_of])
             with growing(images.device):
                 answers = self._decode(states.to(images.dtype))
             for pair, answer in zip(pairs, answers, strict=True):
@@ -81,7 +80,6 @@ class BlipAnswerer:
         """(M, L, D) of the encoder -> M answers: the most probable token at every step."""
         special = self._special
         steps = min(_MAX_ANSWER_TOKENS, self._decoder.max_tokens)
-        memory = self._decoder.remember(states)
         cache = SlicedCache(len(self._decoder.layers), steps)
         tokens = torch.full((len(states),), special.begin, device=states.device)
         running = torch.ones(len(states), dtype=torch.bool, device=states.device)
@@ -89,7 +87,7 @@ class BlipAnswerer:
         decoded = []
         for step in range(steps):
             cache.position = step
-            logits = self._decoder.step(tokens.unsqueeze(1), cache, memory)[:, 0].float()
+            logits = self._decoder.step(tokens.unsqueeze(1), cache, states)[:, 0].float()
             best = logits.log_softmax(dim=-1).max(dim=-1)
             total += torch.where(running, best.values, 0.0)
             tokens = torch.where(running, best.indices, special.pad)

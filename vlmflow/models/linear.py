@@ -23,15 +23,29 @@ class PackedLinear:
     """
 
     def __init__(
-        self, layers: Sequence[nn.Linear], activation: str | None = None, dtype: torch.dtype | None = None
+        self,
+        layers: Sequence[nn.Linear],
+        activation: str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        shift: torch.Tensor | None = None,
     ) -> None:
-        """``activation``: as transformers' configurations name it; None: none. ``dtype``: None: that of the layers.
+        """Takes over the weights.
+
+        Args:
+            layers: of equal inputs.
+            activation: as transformers' configurations name it; None: none.
+            dtype: None: that of the layers.
+            shift: (D,) what is to be added to every input: the bias takes it over. None: nothing is.
 
         Raises:
             KeyError: torch's modules have no activation of this name.
         """
         weight = torch.cat([layer.weight.detach() for layer in layers]).to(dtype or layers[0].weight.dtype)
-        self.bias = torch.cat([_bias(layer) for layer in layers]).to(weight.dtype)
+        bias = torch.cat([_bias(layer) for layer in layers])
+        if shift is not None:
+            bias = bias.float() + weight.float() @ shift.detach().float()
+        self.bias = bias.to(weight.dtype)
         self._fused = _FUSED.get(activation)
         self._packed = _pack(weight) if self._fused else None
         self._weight = None if self._packed is not None else weight

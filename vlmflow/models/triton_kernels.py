@@ -182,3 +182,149 @@ def attend_step(
                 num_warps=2,
             )
     return out
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _attend_to_features(  # type: ignore[no-untyped-def]
+    queries,
+    features,
+    out,
+    heads,
+    texts,
+    length,
+    tokens,
+    width,
+    rows: tl.constexpr,
+    tile: tl.constexpr,
+    block: tl.constexpr,
+    parts: tl.constexpr,
+):
+    # Rows are the heads of an image's texts; a part is a block of the features' width, and there are up to four.
+    image = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * rows + tl.arange(0, rows)
+    is_row = row < heads * texts
+    column = tl.arange(0, block)
+    at = ((row % heads).to(tl.int64) * length + image * texts + row // heads)[:, None] * width + column[None, :]
+    highest = tl.full([rows], float("-inf"), tl.float32)
+    total = tl.zeros([rows], tl.float32)
+    mean_0 = tl.zeros([rows, block], tl.float32)
+    if parts > 1:
+        mean_1 = tl.zeros([rows, block], tl.float32)
+    if parts > 2:
+        mean_2 = tl.zeros([rows, block], tl.float32)
+    if parts > 3:
+        mean_3 = tl.zeros([rows, block], tl.float32)
+    for start in range(0, tokens, tile):
+        token = start + tl.arange(0, tile)
+        is_token = token < tokens
+        seen = (image * tokens + token)[:, None] * width + column[None, :]
+        # Queries are read anew each time, from the cache: kept, they would take all registers. Sums of scores are apart
+        # by parts: a chain of products waits for each.
+        x_0 = tl.load(features + seen, mask=is_token[:, None] & (column < width)[None, :], other=0.0)
+        q_0 = tl.load(queries + at, mask=is_row[:, None] & (column < width)[None, :], other=0.0)
+        scores = tl.dot(q_0, tl.trans(x_0))
+        if parts > 1:
+            inside = (column + block < width)[None, :]
+            x_1 = tl.load(features + seen + block, mask=is_token[:, None] & inside, other=0.0)
+            q_1 = tl.load(queries + at + block, mask=is_row[:, None] & inside, other=0.0)
+            scores += tl.dot(q_1, tl.trans(x_1))
+        if parts > 2:
+            inside = (column + 2 * block < width)[None, :]
+            x_2 = tl.load(features + seen + 2 * block, mask=is_token[:, None] & inside, other=0.0)
+            q_2 = tl.load(queries + at + 2 * block, mask=is_row[:, None] & inside, other=0.0)
+            scores += tl.dot(q_2, tl.trans(x_2))
+        if parts > 3:
+            inside = (column + 3 * block < width)[None, :]
+            x_3 = tl.load(features + seen + 3 * block, mask=is_token[:, None] & inside, other=0.0)
+            q_3 = tl.load(queries + at + 3 * block, mask=is_row[:, None] & inside, other=0.0)
+            scores += tl.dot(q_3, tl.trans(x_3))
+        scores = tl.where(is_token[None, :], scores, float("-inf"))
+        now = tl.maximum(highest, tl.max(scores, axis=1))
+        weights = tl.exp(scores - now[:, None])
+        shrunk = tl.exp(highest - now)
+        highest = now
+        total = total * shrunk + tl.sum(weights, axis=1)
+        weights = weights.to(x_0.dtype)
+        mean_0 = tl.dot(weights, x_0, mean_0 * shrunk[:, None])
+        if parts > 1:
+            mean_1 = tl.dot(weights, x_1, mean_1 * shrunk[:, None])
+        if parts > 2:
+            mean_2 = tl.dot(weights, x_2, mean_2 * shrunk[:, None])
+        if parts > 3:
+            mean_3 = tl.dot(weights, x_3, mean_3 * shrunk[:, None])
+    share = (1.0 / total)[:, None]
+    kind = out.dtype.element_ty
+    tl.store(out + at, (mean_0 * share).to(kind), mask=is_row[:, None] & (column < width)[None, :])
+    if parts > 1:
+        inside = is_row[:, None] & (column + block < width)[None, :]
+        tl.store(out + at + block, (mean_1 * share).to(kind), mask=inside)
+    if parts > 2:
+        inside = is_row[:, None] & (column + 2 * block < width)[None, :]
+        tl.store(out + at + 2 * block, (mean_2 * share).to(kind), mask=inside)
+    if parts > 3:
+        inside = is_row[:, None] & (column + 3 * block < width)[None, :]
+        tl.store(out + at + 3 * block, (mean_3 * share).to(kind), mask=inside)
+
+
+@dataclass(frozen=True)
+class CrossSizes:
+    """Of a program: at these it spills no register, and has no more shared memory than GPUs for consumers give.
+
+    Attributes:
+        rows: queries that it takes; so many of an image read the image's tokens once.
+        tile: tokens at a time.
+        block: of the features' width, in ``parts``.
+    """
+
+    rows: int
+    tile: int
+    block: int
+    parts: int
+    num_warps: int
+
+    @classmethod
+    def of(cls, num_rows: int, width: int) -> CrossSizes:
+        """For so many queries of an image, one of each head of each text, in so many dimensions."""
+        few, narrow = num_rows <= 16, width <= 768
+        block = max(16, min(256, triton.next_power_of_2(width)))
+        return cls(
+            16 if few else 32, 32 if narrow else 16, block, triton.cdiv(width, block), 4 if few and narrow else 8
+        )
+
+
+def attend_to_features(queries: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """Means of an image's tokens, weighed by the softmax of their products with the queries.
+
+    Each tile of tokens is read once, for its scores and for its share of the means; sums are float32.
+
+    Args:
+        queries: (H, N L, E), contiguous: L of each of N images, image by image; E at most 1024.
+        features: (N, T, E), contiguous, of the same dtype, which products are made of: bfloat16 or float16.
+
+    Returns:
+        (H, N L, E).
+    """
+    num_heads, num_texts, width = queries.shape
+    num_images, num_tokens, _ = features.shape
+    out = torch.empty_like(queries)
+    if queries.numel() == 0:
+        return out
+    sizes = CrossSizes.of(num_heads * num_texts // num_images, width)
+    with torch.cuda.device_of(features):  # type: ignore[no-untyped-call]
+        _attend_to_features[(triton.cdiv(num_heads * num_texts // num_images, sizes.rows), num_images)](
+            queries,
+            features,
+            out,
+            num_heads,
+            num_texts // num_images,
+            num_texts,
+            num_tokens,
+            width,
+            rows=sizes.rows,
+            tile=sizes.tile,
+            block=sizes.block,
+            parts=sizes.parts,
+            num_warps=sizes.num_warps,
+            num_stages=2,
+        )
+    return out

@@ -17,6 +17,7 @@ from vlmflow.device_errors import release_memory
 from vlmflow.engine.loading import set_up_torch
 from vlmflow.models import fused, load_answerer, load_captioner, load_embedder, load_matcher, norm
 from vlmflow.models.blip import BlipCaptioner
+from vlmflow.models.blip_fast import cross
 from vlmflow.models.blip_fast.graph import DecodeGraphs
 from vlmflow.moderation.decide import Moderator
 from vlmflow.moderation.policy import load_policy
@@ -65,6 +66,16 @@ def test_a_sum_and_its_norm_in_one_pass_are_those_of_two(carried: torch.dtype, g
     assert torch.equal(summed, states + added)
     tolerance = 1e-5 if given == torch.float32 else 2**-7
     torch.testing.assert_close(normed.float(), plain((states + added).float()), rtol=tolerance, atol=1e-5)
+
+
+@pytest.mark.parametrize(("texts", "width"), [(1, 768), (3, 768), (12, 768), (1, 1024), (3, 1024), (2, 64)])
+def test_texts_attend_to_features_as_by_products(texts: int, width: int) -> None:
+    queries = torch.randn(12, 5 * texts, width, device="cuda") * 3 / width**0.5
+    features = torch.randn(5, 577, width, device="cuda")
+    expected = cross.attend_to_features(queries, features)  # in float32: no kernel
+    found = cross.attend_to_features(queries.bfloat16(), features.bfloat16())
+    assert not fused._unfit
+    torch.testing.assert_close(found.float(), expected, atol=0.03, rtol=0.02)
 
 
 def test_a_graph_decodes_what_a_processor_does(pixels: torch.Tensor, expected: list[str]) -> None:

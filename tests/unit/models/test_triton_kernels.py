@@ -49,10 +49,24 @@ STEPS = [
     for length, dim in [(20, 64), (5, 24)]
     for position in (0, 3, length - 1)
 ]
+
+
+def cross_arguments(dtype: torch.dtype, heads: int, images: int, texts: int, tokens: int, width: int) -> Any:
+    torch.manual_seed(width)
+    queries, features = torch.randn(heads, images * texts, width) / width**0.5, torch.randn(images, tokens, width)
+    return {"queries": (3 * queries).to(dtype), "features": features.to(dtype)}
+
+
+# Triton's interpreter computes products in bfloat16 from its bits.
+CROSSES = [
+    cross_arguments(dtype, *sizes)
+    for dtype in (torch.float32, torch.float16)
+    for sizes in [(2, 3, 1, 17, 24), (12, 2, 1, 577, 768), (3, 2, 7, 64, 520), (12, 1, 3, 33, 1024), (4, 2, 2, 5, 256)]
+]
 # Triton's own functions are made for its interpreter when it is imported: in another process.
 INTERPRETED = """
 import sys, torch
-from vlmflow.models.triton_kernels import NormOf, attend_step, norm
+from vlmflow.models.triton_kernels import NormOf, attend_step, attend_to_features, norm
 
 def norms(scale, dtype, states, added, offset):
     of = NormOf(scale, 1e-5, dtype)
@@ -63,7 +77,8 @@ def steps(**given):
     return [attend_step(**given), given["keys"], given["values"]]
 
 given = torch.load(sys.argv[1], weights_only=True)
-torch.save([[norms(**case) for case in given[0]], [steps(**case) for case in given[1]]], sys.argv[2])
+crosses = [[attend_to_features(**case)] for case in given[2]]
+torch.save([[norms(**case) for case in given[0]], [steps(**case) for case in given[1]], crosses], sys.argv[2])
 """
 
 
@@ -72,12 +87,15 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from vlmflow.models import triton_kernels
 
-def compiled(kernel, **given):
+def compiled(kernel, options=None, aligned=(), **given):
     constants = {name: value for name, value in given.items() if isinstance(value, (bool, list))}
     constants = {name: value[0] if isinstance(value, list) else value for name, value in constants.items()}
     signature = {name: "constexpr" if name in constants else kind for name, kind in given.items()}
-    source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+    attrs = {(list(given).index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
+    found = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert found.asm["cubin"]
+    return found
 
 for half in ("*bf16", "*fp32"):
     for flag in (True, False):
@@ -88,15 +106,28 @@ for half in ("*bf16", "*fp32"):
     pointers = dict(projected=half, keys=half, values=half, position="*i64", out=half)
     sizes = dict(heads="i32", length="i32", dim="i32", scale="fp32", tokens=[32], block=[64])
     compiled(triton_kernels._attend_step, **pointers, **sizes)
+
+pointers = dict(queries="*bf16", features="*bf16", out="*bf16")
+numbers = dict.fromkeys(("heads", "texts", "length", "tokens", "width"), "i32")
+for rows in (12, 36):
+    for width in (24, 768, 1024):
+        sizes = triton_kernels.CrossSizes.of(rows, width)
+        constants = {name: [getattr(sizes, name)] for name in ("rows", "tile", "block", "parts")}
+        options = dict(num_warps=sizes.num_warps, num_stages=2)
+        aligned = [*pointers, "width"] if width % 16 == 0 else pointers
+        found = compiled(triton_kernels._attend_to_features, options, aligned, **pointers, **numbers, **constants)
+        assert found.metadata.shared <= 99 << 10, (rows, width, "more than GPUs for consumers give a program")
+        if (rows, width) == (12, 768):
+            assert found.metadata.shared <= 113 << 10, "two programs are to share a multiprocessor"
 """
 
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> list[list[list[torch.Tensor]]]:
-    """What the kernels give for NORMS, and for STEPS."""
+    """What the kernels give for NORMS, for STEPS and for CROSSES."""
     pytest.importorskip("triton")
     folder = tmp_path_factory.mktemp("triton")
-    torch.save([NORMS, STEPS], folder / "given.pt")
+    torch.save([NORMS, STEPS, CROSSES], folder / "given.pt")
     command = [sys.executable, "-c", INTERPRETED, str(folder / "given.pt"), str(folder / "found.pt")]
     subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, check=True)
     found: list[list[list[torch.Tensor]]] = torch.load(folder / "found.pt", weights_only=True)
@@ -137,6 +168,40 @@ def test_a_token_attends_to_those_up_to_it(interpreted: list[list[list[torch.Ten
         seen = [kept[:, :, : position + 1].float() for kept in (keys, values)]
         expected = torch.nn.functional.scaled_dot_product_attention(query.float(), *seen)
         close_in(found.dtype)(found.float(), expected.transpose(1, 2).flatten(2))
+
+
+def test_texts_attend_to_the_features_of_their_images(interpreted: list[list[list[torch.Tensor]]]) -> None:
+    for case, (found,) in zip(CROSSES, interpreted[2], strict=True):
+        queries, features = case["queries"].float(), case["features"].float()
+        by_image = queries.view(len(queries), len(features), -1, queries.shape[-1]).transpose(0, 1)
+        weights = torch.einsum("nhle,nte->nhlt", by_image, features).softmax(dim=-1)
+        assert weights.max() > 0.05  # not all alike
+        expected = torch.einsum("nhlt,nte->hnle", weights, features).flatten(1, 2)
+        assert found.dtype == case["queries"].dtype
+        bound = 1e-5 if found.dtype == torch.float32 else 2e-3
+        torch.testing.assert_close(found.float(), expected, atol=bound, rtol=bound)
+
+
+def test_a_kernel_that_cannot_run_is_left_out_and_told_of_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(fused, "_unfit", set())
+    calls: list[int] = []
+
+    def too_large(x: torch.Tensor) -> torch.Tensor:
+        calls.append(len(x))
+        raise RuntimeError("out of resource: shared memory, Required: 131072, Hardware limit: 101376")
+
+    assert [fused.attempt(too_large, torch.zeros(n)) for n in (1, 2)] == [None, None]
+    assert calls == [1]
+    assert caplog.text.count("too_large: RuntimeError: out of resource: shared memory") == 1
+    assert fused.attempt(torch.neg, torch.ones(1)) == -1
+
+    def no_memory(x: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        fused.attempt(no_memory, torch.zeros(1))
 
 
 def test_the_kernels_compile_for_a_gpu_that_is_not_there(tmp_path: Path) -> None:

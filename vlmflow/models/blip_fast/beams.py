@@ -41,7 +41,6 @@ def decode_beams(
         (N, at most ``max_tokens``) int64, padded after the end of each caption.
     """
     max_tokens = min(max_tokens, tower.max_tokens)
-    memory = tower.remember(images)
     cache = SlicedCache(len(tower.layers), max_tokens)
     shape, device = (len(images), num_beams), images.device
     none_yet = torch.full((*shape, max_tokens), special.pad, device=device)
@@ -54,7 +53,7 @@ def decode_beams(
     first_row = torch.arange(len(images), device=device).unsqueeze(1) * num_beams
     for step in range(max_tokens):
         cache.position = step
-        log_probabilities = tower.step(last, cache, memory).float().log_softmax(dim=-1)
+        log_probabilities = tower.step(last, cache, images).float().log_softmax(dim=-1)
         candidates, parents = _extend(running, log_probabilities, step)
         stops = (candidates.tokens[:, :, step] == special.end) | (step + 1 == max_tokens)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from vlmflow.models.attention import attend, split_heads
-from vlmflow.models.fused import can_fuse
+from vlmflow.models.fused import attempt, can_fuse
 
 # The kernel holds the keys of a head in registers.
 _MAX_FUSED_TOKENS = 128
@@ -56,7 +56,9 @@ class IndexedCache:
         if len(self._positions) <= _MAX_FUSED_TOKENS and can_fuse(projected, kept):
             from vlmflow.models.triton_kernels import attend_step
 
-            return attend_step(projected, kept[0], kept[1], self.position)
+            context = attempt(attend_step, projected, kept[0], kept[1], self.position)
+            if context is not None:
+                return context
         queries, keys, values = split_heads(projected, num_heads)
         kept[0].index_copy_(2, self.position, keys)
         kept[1].index_copy_(2, self.position, values)

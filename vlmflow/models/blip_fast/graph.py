@@ -15,7 +15,7 @@ from vlmflow.models.blip_fast.text import TextTower
 
 logger = logging.getLogger("vlmflow")
 
-# The job's batches, and what is left of a stage's output; each graph holds keys and values of all its images.
+# The job's batches, and what is left of a stage's output; each graph holds the features of all its images.
 _MAX_GRAPHS = 2
 # Asking whether all captions have ended waits for the device.
 _STEPS_BETWEEN_CHECKS = 4
@@ -65,7 +65,7 @@ class DecodeGraphs:
     def _key(self, images: torch.Tensor, max_tokens: int) -> tuple[int, ...]:
         """Of the smallest graph that is there and has at most twice the rows that are needed, else of a new one.
 
-        Rows that nobody reads cost less than a capture, which frees and allocates gigabytes.
+        Rows that nobody reads cost less than a capture.
         """
         num_rows, rest = round_up(len(images)), (*images.shape[1:], max_tokens)
         fitting = [key for key in self._steps if key[1:] == rest and num_rows <= key[0] <= 2 * num_rows]
@@ -83,8 +83,7 @@ class FixedStep:
         self._special = special
         self._max_tokens = max_tokens
         head_dim = tower.width // tower.num_heads
-        self._projected = [images.new_zeros((num_rows, images.shape[1], 2 * tower.width)) for _ in tower.layers]
-        self._memory = [tower.as_memory(kept) for kept in self._projected]
+        self._images = images.new_zeros((num_rows, *images.shape[1:]))
         self._cache = IndexedCache(len(tower.layers), (num_rows, tower.num_heads, max_tokens, head_dim), images)
         device = images.device
         self._tokens = torch.empty((num_rows, 1), dtype=torch.int64, device=device)
@@ -118,7 +117,7 @@ class FixedStep:
 
     def decode(self, images: torch.Tensor) -> torch.Tensor:
         """(N, T, D) -> (N, at most ``max_tokens``) token ids."""
-        self._tower.remember(images, out=[kept[: len(images)] for kept in self._projected])
+        self._images[: len(images)] = images
         self._reset(len(images))
         for done in range(1, self._max_tokens + 1):
             if self._graph is None:
@@ -137,7 +136,7 @@ class FixedStep:
         self._running[:num_images] = True
 
     def _step(self) -> None:
-        best = self._tower.step(self._tokens, self._cache, self._memory)[:, 0].float().argmax(dim=-1)
+        best = self._tower.step(self._tokens, self._cache, self._images)[:, 0].float().argmax(dim=-1)
         best = best.masked_fill(~self._running, self._special.pad).unsqueeze(1)
         self._decoded.index_copy_(1, self._cache.position, best)
         self._running.logical_and_(best[:, 0] != self._special.end)

@@ -10,8 +10,8 @@ from vlmflow.models.blip_fast.graph import DecodeGraphs
 from vlmflow.models.blip_fast.special import SpecialTokens
 from vlmflow.models.blip_fast.text import TextTower
 
-# Rows that have ended are dropped once they are this share, which costs a copy of the others' keys and values: dropped
-# earlier, those are copied too often, and later, too much is decoded for nothing.
+# Rows that have ended are dropped once they are this share, which costs a copy of the others' features and caches:
+# dropped earlier, those are copied too often, and later, too much is decoded for nothing.
 _ENDED_SHARE = 0.5
 
 
@@ -42,7 +42,6 @@ class GreedyDecoder:
 
     def _decode(self, images: torch.Tensor, max_tokens: int) -> torch.Tensor:
         tower, special, device = self._tower, self._special, images.device
-        memory = tower.remember(images)
         cache = SlicedCache(len(tower.layers), max_tokens)
         decoded = torch.full((len(images), max_tokens), special.pad, device=device)
         rows = torch.arange(len(images), device=device)  # those still decoded, among all
@@ -50,7 +49,7 @@ class GreedyDecoder:
         tokens = torch.full((len(images),), special.begin, device=device)
         for step in range(max_tokens):
             cache.position = step
-            best = tower.step(tokens.unsqueeze(1), cache, memory)[:, 0].float().argmax(dim=-1)
+            best = tower.step(tokens.unsqueeze(1), cache, images)[:, 0].float().argmax(dim=-1)
             tokens = torch.where(running, best, special.pad)
             decoded[rows, step] = tokens
             running &= tokens != special.end
@@ -59,7 +58,7 @@ class GreedyDecoder:
                 return decoded[:, : step + 1]
             if num_running <= (1 - _ENDED_SHARE) * len(rows):
                 going = running.nonzero()[:, 0]
-                memory = [kept.index_select(1, going) for kept in memory]
+                images = images.index_select(0, going)
                 cache.take(going)
                 rows, tokens, running = rows[going], tokens[going], running[going]
         return decoded

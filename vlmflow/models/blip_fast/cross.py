@@ -1,0 +1,84 @@
+"""Attention of texts to images that makes no keys and values of the images.
+
+A head's score of a token is ``q . (W_k x)``, which is ``(W_k^T q) . x``; and what it gives is ``W_v`` of a mean of the
+tokens, weighed by the scores (the weights are absorbed into the queries, as in DeepSeek-V2, arXiv:2405.04434, section
+2.1). So queries are taken to the features' space, and their means back; a key's bias is the same for all tokens, and
+softmax does not see it; a value's bias comes out whole.
+
+What that saves in BLIP-base, for an image: 16 GFLOP of keys and values in each tower of texts (that of images has
+110), and the 21 MB in bfloat16 to keep them in, all of which every token that is decoded reads; features are 0.9 MB,
+read once a layer. What it costs: a query of a head attends in 768 dimensions where it had 64, so that from 64 tokens
+on, beams counted, keys and values would take fewer operations.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vlmflow.models.fused import attempt, can_fuse
+from vlmflow.models.linear import PackedLinear
+from vlmflow.models.norm import Norm
+
+# The kernel holds the means of some queries in registers.
+_MAX_FUSED_WIDTH = 1024
+# Of a text at once: the scores of 256 tokens would take 7 MB an image.
+_TOKENS_AT_ONCE = 32
+
+
+class CrossAttention:
+    """Of N texts of L tokens and D dimensions, with H heads of d, to the T tokens of E dimensions of an image each."""
+
+    def __init__(self, layer: Any, num_heads: int, image_dtype: torch.dtype | None) -> None:
+        """Takes over the weights.
+
+        Args:
+            layer: a ``BlipTextAttention`` to images.
+            num_heads: H.
+            image_dtype: of the features, and of the products with them; None: that of the weights.
+        """
+        query, key, value = layer.self.query, layer.self.key, layer.self.value
+        dtype = image_dtype or query.weight.dtype
+        heads = (num_heads, query.out_features // num_heads, key.in_features)
+        self._query = PackedLinear([query])
+        self._to_features = (key.weight.detach().float().view(heads) * heads[1] ** -0.5).to(dtype)  # (H, d, E)
+        self._from_features = value.weight.detach().view(heads).transpose(1, 2).to(dtype)  # (H, E, d)
+        self._out = PackedLinear([layer.output.dense], shift=value.bias)
+        self._norm = Norm(layer.output.LayerNorm)
+
+    def __call__(self, states: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """(N, L, D) and (N, T, E) in the images' dtype -> (N, L, D), the normalised sum."""
+        parts = [self._attend(part, features) for part in self._query(states).split(_TOKENS_AT_ONCE, dim=1)]
+        context = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return self._norm.of_sum(states, self._out(context))
+
+    def _attend(self, queries: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """(N, L, H d) -> the same, without the values' bias."""
+        num_heads, head_dim = self._to_features.shape[:2]
+        by_head = queries.to(features.dtype).reshape(-1, num_heads, head_dim).transpose(0, 1)
+        means = attend_to_features(torch.bmm(by_head, self._to_features), features)
+        return torch.bmm(means, self._from_features).transpose(0, 1).reshape(queries.shape)
+
+
+def attend_to_features(queries: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """Means of an image's tokens, weighed by the softmax of their products with the queries.
+
+    Args:
+        queries: (H, N L, E): L of each of N images, image by image; scaled.
+        features: (N, T, E), of the same dtype.
+
+    Returns:
+        (H, N L, E).
+    """
+    if queries.dtype == torch.bfloat16 and queries.shape[-1] <= _MAX_FUSED_WIDTH and can_fuse(queries, features):
+        from vlmflow.models import triton_kernels
+
+        means = attempt(triton_kernels.attend_to_features, queries, features)
+        if means is not None:
+            return means
+    num_heads, num_images = len(queries), len(features)
+    by_image = queries.view(num_heads, num_images, -1, queries.shape[-1]).transpose(0, 1)
+    weights = torch.bmm(by_image.flatten(1, 2), features.transpose(1, 2)).softmax(dim=-1)
+    by_image = torch.bmm(weights, features).view_as(by_image)
+    return by_image.transpose(0, 1).reshape(queries.shape)

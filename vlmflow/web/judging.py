@@ -261,11 +261,11 @@ class Judging:
         return result.num_changed
 
     def _write(self) -> None:
-        pause_s, has_caught_up = self._every_s, self._has_caught_up()
+        pause_s, has_caught_up = self._every_s, self._catch_up_now()
         while not self._stop.is_set():
             self._wake.wait(None if has_caught_up else pause_s)
             self._wake.clear()
-            has_caught_up = has_caught_up or self._has_caught_up()
+            has_caught_up = has_caught_up or self._catch_up_now()
             if not self._waiting or self._stop.wait(pause_s):
                 continue
             started = time.monotonic()
@@ -276,7 +276,7 @@ class Judging:
                 self._wake.set()
             pause_s = max(self._every_s, min(_LONGEST_REST_S, _REST * (time.monotonic() - started)))
 
-    def _has_caught_up(self) -> bool:
+    def _catch_up_now(self) -> bool:
         try:
             self._catch_up()
         except Exception as error:  # noqa: BLE001 - as in `_write`; it is tried again

@@ -123,21 +123,38 @@ def test_a_kill_between_writing_and_removing_doubles_nothing(root: Path, monkeyp
     assert said(root) == everything
 
 
-def test_readers_that_have_listed_what_goes_read_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    say(root, *"abcdefgh")
-    everything = said(root)
+def merge_before_the_first_is_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the files go that were merged, when the folder has been listed."""
     merge(root)
     make_old(root)
-    original, goes = Folder.read_parquet, [True]
+    original = Folder.read_parquet
 
     def beside_a_merge(self: Folder, path: str, columns: object = None) -> pa.Table:
-        if goes.pop() if goes else False:
+        if path.startswith("reviews/"):
             monkeypatch.setattr(Folder, "read_parquet", original)
             merge(root)
         return original(self, path, columns)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Folder, "read_parquet", beside_a_merge)
+
+
+def test_readers_that_have_listed_what_goes_read_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    say(root, *"abcdefgh")
+    everything = said(root)
+    merge_before_the_first_is_read(root, monkeypatch)
     assert said(root) == everything
+    assert len(files(root)) == 1
+
+
+def test_an_erasure_that_has_listed_what_goes_finds_it_where_it_is_now(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    say(root, *"abcdefgh")
+    merge_before_the_first_is_read(root, monkeypatch)
+    result = Catalog.open(config_of(root)).erase(to_binary(pa.array([image_id("c")])))
+    assert (result.is_complete, result.num_reviews) == (True, 1)
+    assert image_id("c") not in said(root)
+    assert len(said(root)) == MANY - 1
 
 
 def test_readers_beside_writers_and_merges_miss_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -242,7 +242,7 @@ def _mask(rows: pa.Table, wanted: KeyIndex) -> Mask:
 
 def _erase_reviews(folder: Folder, wanted: KeyIndex) -> int:
     """Takes the images out of whatever lies under ``reviews/``; returns the number of verdicts."""
-    erased: set[str] = set()  # a verdict may stand in two files
+    erased: set[tuple[str, str]] = set()  # by kind of file: a verdict may stand in two, where many became one
     done: set[str] = set()
     # Until there is none that was not looked into: what another has just removed, it has put into a new one before.
     while new := [file.path for file in folder.list(REVIEWS) if file.path not in done]:
@@ -254,7 +254,7 @@ def _erase_reviews(folder: Folder, wanted: KeyIndex) -> int:
             marks = np.asarray(_mask(rows, wanted))
             if not marks.any():
                 continue
-            erased |= {str(row) for row in rows.filter(pa.array(marks)).to_pylist()}
+            erased |= {(path.rpartition(".")[2], str(row)) for row in rows.filter(pa.array(marks)).to_pylist()}
             kept = rows.filter(pa.array(~marks))
             if kept.num_rows:  # under another name first: a kill in between doubles verdicts, and loses none
                 folder.write_parquet(f"{REVIEWS}/{uuid.uuid4().hex}.parquet", kept)

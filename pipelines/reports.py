@@ -50,7 +50,7 @@ def unreported(job: Job, day: dt.date, folder: str, keep: int) -> list[RunReport
     oldest = min(reported) if len(reported) >= keep else ""
     found: list[RunReport] = []
     catalog = Catalog.open(job.catalog)
-    for run in catalog.runs.list():
+    for run in catalog.runs.newest():
         at_work = run.state == "running" and not run.has_ended
         if at_work or run.run_id in reported or run.run_id < oldest:
             continue

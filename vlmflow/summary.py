@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -116,7 +117,7 @@ def summarize(config: CatalogConfig) -> CatalogSummary:
         alt_texts=dict(counts["alt"].most_common()),
         flagged=tuple(flagged),
         examples=tuple(examples),
-        runs=tuple(_run_line(info.run_id, info.state, info.record) for info in catalog.runs.list()[:_NUM_RUNS]),
+        runs=tuple(_run_line(run.run_id, run.state, run.record) for run in islice(catalog.runs.newest(), _NUM_RUNS)),
     )
 
 

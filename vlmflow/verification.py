@@ -34,7 +34,7 @@ def verify(
 
 
 def _last_fingerprints(catalog: Catalog) -> Mapping[str, str]:
-    for run in catalog.runs.list():
+    for run in catalog.runs.newest():
         found = run.record.get("fingerprints")
         if run.state == "finished" and isinstance(found, dict) and found:
             return found

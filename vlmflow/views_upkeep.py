@@ -42,6 +42,8 @@ def print_vacuum(result: VacuumResult, console: Console) -> None:
     for kind, text in _KINDS.items():
         if result.num_files[kind]:
             console.print(f"  {result.num_files[kind]:,} {text}, {result.num_bytes[kind] / 1e6:,.1f} MB")
+    if result.num_records:
+        console.print(f"{verb} {counted(result.num_records, 'record')} of verdicts that were brought into rows")
     if result.revoked:
         verb = "would be" if result.dry_run else "are"
         console.print(f"{len(result.revoked)} dead runs {verb} shut out from committing: {', '.join(result.revoked)}")

@@ -133,7 +133,7 @@ def test_each_score_of_a_label_has_its_own_map(served: Served) -> None:
     served.desk.shelf.refresh()
     row = served.rows()["new.jpg"]
     page = served.browser().get(f"/image/{row['image_id']}").text
-    maps = re.findall(r'data-map="[^"?]*\?label=([^"]+)" aria-label="([^"]+)"', page)
+    maps = re.findall(r'data-map="[^"?]*\?label=([^"&]+)&amp;v=hash%20of%20new[^"]*" aria-label="([^"]+)"', page)
     assert maps == [("gun%20%28finder%29", "show the map of gun (finder)"), ("gun", "show the map of gun")]
 
 

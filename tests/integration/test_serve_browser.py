@@ -8,7 +8,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +91,57 @@ def press(browser: Browser, *keys: str) -> None:
     ActionChains(browser.chrome).send_keys(*keys).perform()
 
 
+@contextmanager
+def page_elsewhere(body: str) -> Iterator[str]:
+    """A page of another site, and its address."""
+
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *_: object) -> None:
+            """Says nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://localhost:{server.server_port}/"  # another name: 127.0.0.1 would be the same site
+        server.shutdown()
+        thread.join()
+
+
 def assert_quiet(browser: Browser, running: Running) -> None:
     """Nothing was logged, an error of the policy included, and nothing was asked of anybody else."""
     assert browser.console() == []
     assert all(url.startswith(running.base) for url in browser.requests())
+
+
+def test_a_link_of_another_page_leads_in(running: Running) -> None:
+    with (
+        open_browser() as browser,
+        page_elsewhere(f'<a id="enter" href="{running.base}/enter?token={TOKEN}">app</a>'
+                       f'<a id="image" href="{running.base}/?decision=review">app</a>') as elsewhere,
+    ):  # fmt: skip
+        for link, place in (("enter", "/"), ("image", "/?decision=review")):
+            browser.open(elsewhere)
+            browser.chrome.find_element("id", link).click()
+            until(browser, lambda place=place: browser.chrome.current_url == f"{running.base}{place}")
+            assert "images" in shown(browser, "#rows-h")
+        browser.chrome.refresh()
+        assert "images" in shown(browser, "#rows-h")
+
+
+def test_connections_that_ask_for_nothing_keep_nobody_out(running: Running) -> None:
+    with ExitStack() as stack:
+        for _ in range(100):
+            stack.enter_context(socket.create_connection(("127.0.0.1", running.port)))
+        asking = HTTPConnection("127.0.0.1", running.port, timeout=60)
+        asking.request("GET", f"/enter?token={TOKEN}")
+        assert asking.getresponse().status == 303
+        asking.close()
 
 
 def test_search_filter_open_decide_undo_and_reload(running: Running, window: Browser) -> None:

@@ -7,9 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
+from starlette.responses import PlainTextResponse
 
 from tests.web_samples import HOST, ORIGIN, TOKEN, Served, serving, small_catalog
+from vlmflow.web import guard
+from vlmflow.web.sessions import Sessions
 
 READS = (
     "/", "/?q=dog", "/?decision=block", "/image/{id}", "/review", "/review?decision=review", "/picture/{id}",
@@ -68,7 +72,7 @@ def test_the_token_becomes_a_cookie_that_scripts_and_other_sites_never_see(serve
     assert (answer.status_code, answer.headers["location"]) == (303, "/")
     cookie = answer.headers["set-cookie"]
     assert "HttpOnly" in cookie
-    assert "SameSite=strict" in cookie
+    assert "SameSite=lax" in cookie  # a link of another page leads in; its forms and scripts write nothing
     assert TOKEN not in cookie
     assert answer.headers["referrer-policy"] == "no-referrer"
 
@@ -174,9 +178,49 @@ def test_the_token_stays_out_of_logs_and_pages(served: Served, caplog: pytest.Lo
     assert not any(TOKEN in message for message in ours)
 
 
-def test_many_sessions_do_not_pile_up() -> None:
-    from vlmflow.web.sessions import Sessions
+def test_beyond_so_many_requests_others_come_again_and_verdicts_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "MAX_REQUESTS", 3)
+    sessions = Sessions(TOKEN)
+    session = sessions.enter(TOKEN)
+    assert session is not None
+    names = {"host": HOST, "origin": ORIGIN, "x-vlmflow-csrf": session.csrf, "cookie": f"vlmflow={session.key}"}
+    own = [(name.encode(), value.encode()) for name, value in names.items()]
 
+    async def asked() -> None:
+        go_on = anyio.Event()
+
+        async def inside(scope: Any, receive: Any, send: Any) -> None:
+            if scope["path"] == "/slow":
+                await go_on.wait()
+                raise RuntimeError("it broke")
+            await PlainTextResponse("")(scope, receive, send)
+
+        app = guard.Guard(inside, sessions, frozenset({HOST}), "vlmflow")
+
+        async def ask(path: str, method: str = "GET", headers: Any = own) -> int | None:
+            statuses: list[int] = []
+
+            async def send(message: Any) -> None:
+                statuses.append(message.get("status"))
+
+            scope = {"type": "http", "method": method, "path": path, "query_string": b"", "headers": headers}
+            await app(scope, anyio.sleep_forever, send)
+            return statuses[0] if statuses else None
+
+        async with anyio.create_task_group() as group:
+            for expected in (200, 200, 503):
+                group.start_soon(ask, "/slow")
+                await anyio.wait_all_tasks_blocked()
+                assert await ask("/") == expected
+            assert (await ask("/verdict", "POST"), await ask("/undo", "POST")) == (200, 200)
+            assert await ask("/", headers=own[:1]) == 401, "strangers take no place, and learn nothing"
+            go_on.set()
+        assert await ask("/") == 200
+
+    anyio.run(asked)
+
+
+def test_many_sessions_do_not_pile_up() -> None:
     sessions = Sessions(TOKEN)
     opened = [sessions.enter(TOKEN) for _ in range(1_100)]
     alive = [session for session in opened if session is not None and sessions.find(session.key) is session]

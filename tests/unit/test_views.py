@@ -64,6 +64,9 @@ def test_a_preflight_says_that_start_up_comes_on_top() -> None:
         (["explain", "c", "a.jpg", "--label", "gun"], "--label gun is of a map, and --heatmap was not given"),
         (["explain", "c", "a.jpg", "--show-flagged"], "--show-flagged is of a map"),
         (["known", "add", "c", "list.txt", "--name", "x"], "neither --block nor --allow was given"),
+        (["search", "c", "--build-index", "--where", "true", "--csv", "a.csv"], "--where, --csv without a query"),
+        (["search", "c", "--build-index", "--html", "a.html"], "--html without a query"),
+        (["search", "c", "a dog", "--show-flagged"], "--show-flagged without a page"),
     ],
 )
 def test_an_option_that_another_needs_is_named(

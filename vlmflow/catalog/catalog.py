@@ -227,6 +227,7 @@ class Catalog:
                 self.apply_verdicts(lists_changed=True)
             for run in result.revoked:
                 self.runs.bury(run)
+            self.reviews.merge(self._tombstones)
             return result
 
     def erase(self, keys: pa.Array, uris: Sequence[str] = ()) -> EraseResult:
@@ -241,8 +242,7 @@ class Catalog:
         """Brings verdicts into the rows; see :func:`vlmflow.catalog.reviews.apply_verdicts`.
 
         Args:
-            lists_changed: what lists of known images say is looked up for every row, not only for those that people
-                have judged.
+            lists_changed: every row is looked up in the lists of known images, not only those that people have judged.
             only: ids of the images whose verdicts are brought in; None: of all.
             first: paths of files of the table that are likely to hold them.
         """
@@ -254,8 +254,9 @@ class Catalog:
             return Said(newest, self.known_images.matcher())
 
         now = Catalog(self._folder, *self._logs_from_now())  # this one may be the app's, open for months
-        with self.runs.recorded("review") as run_id:
-            return apply_verdicts(
+        # Of some images: the app does so every few seconds, and nobody would read thousands of records of it.
+        with self.runs.recorded("review", is_kept=only is None) as run_id:
+            result = apply_verdicts(
                 self._folder,
                 read,
                 lists_changed,
@@ -264,6 +265,8 @@ class Catalog:
                 lambda swaps: now.swap_images(run_id, "review", swaps),
                 first,
             )
+            self.reviews.merge(self._tombstones)
+            return result
 
     def lift(self, keys: pa.Array, uris: Sequence[str] = ()) -> pa.Array:
         """Lets erased images come back; see :meth:`vlmflow.catalog.tombstones.Tombstones.lift`."""

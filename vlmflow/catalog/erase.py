@@ -242,21 +242,35 @@ def _mask(rows: pa.Table, wanted: KeyIndex) -> Mask:
 
 def _erase_reviews(folder: Folder, wanted: KeyIndex) -> int:
     """Takes the images out of whatever lies under ``reviews/``; returns the number of verdicts."""
-    count = 0
-    for file in list(folder.list(REVIEWS)):
-        reader = _REVIEW_READERS.get(file.path.rpartition(".")[2])
-        rows = reader(folder, file.path) if reader else None
-        if rows is None or "image_id" not in rows.column_names:
-            continue
-        marks = np.asarray(_mask(rows, wanted))
-        if not marks.any():
-            continue
-        count += int(marks.sum())
-        kept = rows.filter(pa.array(~marks))
-        if kept.num_rows:  # under another name first: a kill in between doubles verdicts, and loses none
-            folder.write_parquet(f"{REVIEWS}/{uuid.uuid4().hex}.parquet", kept)
-        folder.delete(file.path)
-    return count
+    erased: set[tuple[str, str]] = set()  # by kind of file: a verdict may stand in two, where many became one
+    done: set[str] = set()
+    # Until there is none that was not looked into: what another has just removed, it has put into a new one before.
+    while new := [file.path for file in folder.list(REVIEWS) if file.path not in done]:
+        done.update(new)
+        for path in new:
+            rows = _read_review(folder, path)
+            if rows is None or "image_id" not in rows.column_names:
+                continue
+            marks = np.asarray(_mask(rows, wanted))
+            if not marks.any():
+                continue
+            erased |= {(path.rpartition(".")[2], str(row)) for row in rows.filter(pa.array(marks)).to_pylist()}
+            kept = rows.filter(pa.array(~marks))
+            if kept.num_rows:  # under another name first: a kill in between doubles verdicts, and loses none
+                folder.write_parquet(f"{REVIEWS}/{uuid.uuid4().hex}.parquet", kept)
+            folder.delete(path)
+    return len(erased)
+
+
+def _read_review(folder: Folder, path: str) -> pa.Table | None:
+    """What a file under ``reviews/`` holds; None: another has removed it, or it is of no kind that we know."""
+    reader = _REVIEW_READERS.get(path.rpartition(".")[2])
+    try:
+        return reader(folder, path) if reader else None
+    except CatalogError:
+        if folder.stat(path) is not None:
+            raise
+        return None
 
 
 def _read_json_lines(folder: Folder, path: str) -> pa.Table:

@@ -1,14 +1,17 @@
 """The verdicts that people gave on images: kept for good under ``reviews/``, and brought into the rows they are about.
 
-The folder is append-only, and the newest verdict on an image and its bytes counts. Rows follow by rewriting the live
-files that hold them; a file that another writer has moved meanwhile is looked at again in the newest version, by what
-is said then.
+What was said is never changed, and the newest verdict on an image and its bytes counts; many small files of verdicts
+become one that holds what they held. Rows follow by rewriting the live files that hold them; a file that another writer
+has moved meanwhile is looked at again in the newest version, by what is said then.
 """
 
 from __future__ import annotations
 
+import datetime as dt
 import hashlib
-from collections.abc import Callable, Sequence
+import json
+import uuid
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,7 +22,7 @@ import pyarrow.compute as pc
 
 from vlmflow import schema
 from vlmflow.catalog.columns import conform, flat
-from vlmflow.catalog.folder import Folder
+from vlmflow.catalog.folder import FileInfo, Folder
 from vlmflow.catalog.judged import chosen, judge, of_list
 from vlmflow.catalog.keys import KeyIndex, index_of, to_binary, to_words
 from vlmflow.catalog.known_images import KnownImages
@@ -27,6 +30,7 @@ from vlmflow.catalog.log import DataFile, Snapshot
 from vlmflow.catalog.masks import Mask, equal, is_valid
 from vlmflow.catalog.read import read_each, read_rows
 from vlmflow.catalog.rows import rows_of_image_errors
+from vlmflow.catalog.tombstones import Erased, Tombstones
 from vlmflow.catalog.writer import write_file
 from vlmflow.errors import CatalogError
 
@@ -34,6 +38,11 @@ REVIEWS = "reviews"
 WITHDRAWN = "none"  # a decision that takes an earlier one back
 _MAX_ROUNDS = 20
 _AT_ONCE = 8  # files of verdicts that are read at a time: the app adds many small ones
+_TRIES = 10  # of reading them, beside those who remove some
+# So many files with fewer rows are put into one, up to so many at a time.
+_MANY, _SMALL_ROWS, _MOST = 64, 10_000, 5_000
+_SETTLED = dt.timedelta(minutes=10)  # no listing takes longer, and clocks of stores differ by less
+_SOURCES = b"vlmflow.verdicts_of"  # in the metadata of such a file: the paths of those that it was made of
 _LOOKED_AT = ("image_id", "content_hash", "phash", "verdict")
 
 # One row per word on an image: a decision on the whole, or the value of one label, or both.
@@ -72,16 +81,15 @@ class ReviewStore:
 
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
-        self._read: dict[str, pa.Table] = {}  # by path: a file of verdicts never changes
+        # By path: a file of verdicts never changes. Threads share them: they are put in place whole.
+        self._read: dict[str, pa.Table] = {}
+        self._sources: dict[str, frozenset[str]] = {}  # by path of one that holds what others did: their paths
 
-    def add(self, events: pa.Table) -> bool:
-        """Adds verdicts; the same once more are not added again.
+    def add(self, events: pa.Table) -> str:
+        """Adds verdicts; returns the path of their file. The same once more change nothing.
 
         Args:
             events: as :data:`EVENT`.
-
-        Returns:
-            Whether they were new.
         """
         events = conform(events, EVENT).sort_by(
             [("at", "ascending"), ("image_id", "ascending"), ("label", "ascending")]
@@ -90,27 +98,67 @@ class ReviewStore:
         for batch in events.combine_chunks().to_batches():
             digest.update(batch.serialize())
         path = f"{REVIEWS}/{digest.hexdigest()[:32]}.parquet"
-        if self._folder.stat(path) is not None:
-            return False
-        self._folder.write_parquet(path, events)
-        return True
+        if self._folder.stat(path) is None:
+            self._folder.write_parquet(path, events)
+        self._read = self._read | {path: events}
+        return path
 
     def events(self) -> pa.Table:
         """All verdicts, the oldest first; equal ones that stand in two files once."""
-        every = pa.concat_tables([EVENT.empty_table(), *self.files().values()])
-        return every.group_by(EVENT.names, use_threads=False).aggregate([]).select(EVENT.names).sort_by("at")
+        return _distinct(self.files().values())
 
     def files(self) -> dict[str, pa.Table]:
         """The files of verdicts by path, each as :data:`EVENT`. What was read stays in memory."""
-        held = self._read  # once: another thread may put what it has listed in its place
-        paths = sorted(file.path for file in self._folder.list(REVIEWS) if file.path.endswith(".parquet"))
-        new = [path for path in paths if path not in held]
-        with ThreadPoolExecutor(max_workers=_AT_ONCE) as pool:
-            tables = pool.map(lambda path: conform(self._folder.read_parquet(path), EVENT), new)
-            read = held | dict(zip(new, tables, strict=True))
-        found = {path: read[path] for path in paths}
-        self._read = found
-        return found
+        return {path: rows for path, (_, rows) in self._look().items()}
+
+    @property
+    def merged(self) -> frozenset[str]:
+        """Files whose verdicts stand in another too, of those that were read: they may go, and nothing is lost."""
+        return frozenset().union(*self._sources.values())
+
+    def merge(self, tombstones: Tombstones) -> None:
+        """Puts what many small files hold into one, and removes those of which one was made a while ago.
+
+        Not at once: whoever is listing the folder meanwhile may miss the new file, and must find those that it was
+        made of. Who is killed in between leaves verdicts twice, which :meth:`events` takes for once.
+
+        To be called with the lease of a run: an erasure of this time knows then that it has to be asked for again.
+        """
+        files = self._look()
+        done = self.merged
+        small = [path for path, (_, rows) in files.items() if rows.num_rows < _SMALL_ROWS and path not in done]
+        if len(small) >= _MANY:
+            some = small[:_MOST]
+            rows = _without(_distinct(files[path][1] for path in some), tombstones.erased())
+            path = f"{REVIEWS}/{uuid.uuid4().hex}.parquet"
+            self._folder.write_parquet(path, rows.replace_schema_metadata({_SOURCES: json.dumps(some)}))
+            # An erasure that looked through the folder before this file was there has not looked into it.
+            if _without(rows, tombstones.erased()).num_rows < rows.num_rows:
+                self._folder.delete(path)
+        since = dt.datetime.now(dt.UTC) - _SETTLED
+        settled = (self._sources.get(path, ()) for path, (file, _) in files.items() if file.modified_at < since)
+        self._folder.delete_all(sorted(files.keys() & frozenset().union(*settled)))
+
+    def _look(self) -> dict[str, tuple[FileInfo, pa.Table]]:
+        """The files by path, and what they hold."""
+        for attempt in range(1, _TRIES + 1):
+            held, sources = self._read, self._sources  # once: another thread may put what it has listed in their place
+            listed = {file.path: file for file in self._folder.list(REVIEWS) if file.path.endswith(".parquet")}
+            new = sorted(listed.keys() - held.keys())
+            try:
+                with ThreadPoolExecutor(max_workers=_AT_ONCE) as pool:
+                    tables = dict(zip(new, pool.map(self._folder.read_parquet, new), strict=True))
+            except CatalogError:
+                # One that is gone was merged, or written anew by an erasure: in another, which may not be listed here.
+                if attempt == _TRIES or all(self._folder.stat(path) is not None for path in new):
+                    raise
+                continue
+            sources = sources | {path: _sources_of(rows) for path, rows in tables.items()}
+            held = held | {path: conform(rows, EVENT) for path, rows in tables.items()}
+            self._sources = {path: sources.get(path, frozenset()) for path in listed}
+            self._read = {path: held[path] for path in listed}
+            return {path: (listed[path], held[path]) for path in sorted(listed)}
+        raise AssertionError("unreachable")
 
     def newest(self) -> pa.Table:
         """The newest decision on each image and its bytes, those taken back included."""
@@ -123,6 +171,21 @@ class ReviewStore:
             .aggregate([("position", "max")])
         )
         return decided.take(last["position_max"])
+
+
+def _distinct(tables: Iterable[pa.Table]) -> pa.Table:
+    """Their verdicts, each once, the oldest first."""
+    every = pa.concat_tables([EVENT.empty_table(), *tables])
+    return every.group_by(EVENT.names, use_threads=False).aggregate([]).select(EVENT.names).sort_by("at")
+
+
+def _without(events: pa.Table, erased: Erased) -> pa.Table:
+    return events.filter(pa.array(erased.ids.find(*to_words(to_binary(events["image_id"]))) < 0))
+
+
+def _sources_of(rows: pa.Table) -> frozenset[str]:
+    """The files that a file of verdicts was made of; none of most."""
+    return frozenset(json.loads((rows.schema.metadata or {}).get(_SOURCES, b"[]")))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import json
 import logging
 import secrets
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -20,6 +21,8 @@ logger = logging.getLogger("vlmflow")
 RUNS = "runs"
 DEAD_AFTER = dt.timedelta(minutes=10)
 _HEARTBEAT_S = 30.0
+_STAMP = "%Y%m%dT%H%M%S"
+_READ_AT_ONCE = 16  # records
 
 _NEVER = dt.datetime.min.replace(tzinfo=dt.UTC)
 
@@ -28,7 +31,7 @@ RunState: TypeAlias = Literal["running", "dead", "finished"]
 
 def new_run_id() -> str:
     """An id for a run: when it started, and something that no other has."""
-    return f"{dt.datetime.now(dt.UTC):%Y%m%dT%H%M%S}-{secrets.token_hex(4)}"
+    return f"{dt.datetime.now(dt.UTC):{_STAMP}}-{secrets.token_hex(4)}"
 
 
 @dataclass(frozen=True)
@@ -89,10 +92,13 @@ class RunStore:
             thread.join()
 
     @contextlib.contextmanager
-    def recorded(self, operation: str) -> Iterator[str]:
+    def recorded(self, operation: str, *, is_kept: bool = True) -> Iterator[str]:
         """A run of upkeep (vacuum, erase, ...): gives its id, and keeps its lease while the block runs.
 
         What it did is in the log of the tables; its record says no more than when it ran and how it ended.
+
+        Args:
+            is_kept: False: the record goes at the end, as of what is done every few seconds.
         """
         run_id = new_run_id()
         record = {"operation": operation, "started_at": dt.datetime.now(dt.UTC).isoformat()}
@@ -103,7 +109,11 @@ class RunStore:
                 yield run_id
             status = "done"
         finally:
-            self.finish(run_id, record | {"status": status, "finished_at": dt.datetime.now(dt.UTC).isoformat()})
+            if is_kept:
+                self.finish(run_id, record | {"status": status, "finished_at": dt.datetime.now(dt.UTC).isoformat()})
+            else:
+                self._folder.delete_all([_record(run_id)])  # first: without a lease it would be one of a finished run
+                self._folder.delete(_lease(run_id))
 
     def finish(self, run_id: str, record: dict[str, Any], *, keep_lease: bool = False) -> None:
         """Puts the final record in place and gives up the lease.
@@ -120,12 +130,42 @@ class RunStore:
         return self._folder.read_json(_record(run_id))
 
     def list(self) -> list[RunInfo]:
-        """All runs, the newest first: by when they started, as their records say, and of equal ones by id.
+        """All runs, the newest first; see :meth:`newest`, which reads no more records than are asked for."""
+        return [*self.newest()]
 
-        Not by the time of the record's file: a vacuum and an erasure write old records anew.
+    def newest(self) -> Iterator[RunInfo]:
+        """The runs, the newest first; their records are read as they come, some at a time.
+
+        They come by when they started: to the second as their ids say, which begin with it, then as their records say,
+        and of equal ones by id. An id that does not begin so is placed by its record. Not by the time of the record's
+        file: a vacuum and an erasure write old records anew.
         """
-        runs = [RunInfo(run, _state(seen_at), self.get(run) or {}, seen_at) for run, seen_at in self._leases().items()]
-        return sorted(runs, key=lambda run: (_started_at(run.record), run.run_id), reverse=True)
+        leases = self._leases()
+        seconds = {run: _second_of(run) for run in leases}
+        records = self._read([run for run, second in seconds.items() if second is None])
+        starts = {run: second or _started_at(records[run]).replace(microsecond=0) for run, second in seconds.items()}
+        order = sorted(leases, key=starts.__getitem__, reverse=True)
+        while order:
+            count = min(_READ_AT_ONCE, len(order))
+            while count < len(order) and starts[order[count]] == starts[order[count - 1]]:
+                count += 1
+            some, order = order[:count], order[count:]
+            records |= self._read([run for run in some if run not in records])
+            infos = [RunInfo(run, _state(leases[run]), records[run], leases[run]) for run in some]
+            yield from sorted(
+                infos, key=lambda run: (starts[run.run_id], _started_at(run.record), run.run_id), reverse=True
+            )
+
+    def spent(self, operation: str, age: dt.timedelta) -> Sequence[str]:
+        """Runs of upkeep of one kind that have ended, and began longer ago than that."""
+        since = dt.datetime.now(dt.UTC) - age
+        seconds = {run: _second_of(run) for run, seen_at in self._leases().items() if seen_at is None}
+        records = self._read([run for run, second in seconds.items() if second is not None and second < since])
+        return [run for run, record in records.items() if record.get("operation") == operation]
+
+    def forget(self, run_ids: Sequence[str]) -> None:
+        """Removes the records of runs that are over."""
+        self._folder.delete_all([_record(run) for run in run_ids])
 
     def states(self) -> dict[str, RunState]:
         """How every run is doing."""
@@ -172,6 +212,11 @@ class RunStore:
                 found.setdefault(run_id, None)
         return found
 
+    def _read(self, run_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Records by id; empty ones of runs that have none."""
+        with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
+            return dict(zip(run_ids, (record or {} for record in pool.map(self.get, run_ids)), strict=True))
+
     def _put(self, run_id: str, record: dict[str, Any]) -> None:
         data = json.dumps({**record, "run_id": run_id}, indent=2, default=str, ensure_ascii=False)
         self._folder.write(_record(run_id), data.encode("utf-8"))
@@ -187,6 +232,14 @@ def _lease(run_id: str) -> str:
 
 def _says_its_end(record: dict[str, Any]) -> bool:
     return bool(record.get("status", "running") != "running")
+
+
+def _second_of(run_id: str) -> dt.datetime | None:
+    """When the run started, by an id that :func:`new_run_id` made; None: another made it."""
+    try:
+        return dt.datetime.strptime(run_id.partition("-")[0], _STAMP).replace(tzinfo=dt.UTC)
+    except ValueError:
+        return None
 
 
 def _started_at(record: dict[str, Any]) -> dt.datetime:

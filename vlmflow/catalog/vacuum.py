@@ -30,6 +30,8 @@ class VacuumResult:
         revoked: dead runs that may commit no more.
         live_runs: runs that write at the moment.
         failed: paths that could not be deleted; another vacuum tries again.
+        num_records: records of bringing verdicts in, past the retention, that were removed too: they say no more than
+            when that was.
     """
 
     dry_run: bool
@@ -42,6 +44,7 @@ class VacuumResult:
     revoked: tuple[str, ...]
     live_runs: tuple[str, ...]
     failed: tuple[str, ...]
+    num_records: int = 0
 
 
 def vacuum(
@@ -90,6 +93,9 @@ def vacuum(
             if found.kind == "foreign" and len(foreign) < _NUM_EXAMPLES:
                 foreign.append(found.file.path)
     failed = [] if dry_run else folder.delete_all(doomed)
+    spent = runs.spent("review", retention)
+    if not dry_run:
+        runs.forget(spent)
     return VacuumResult(
         dry_run=dry_run,
         num_files={kind: kinds[kind] for kind in ("orphan", "staged", "old")},
@@ -101,6 +107,7 @@ def vacuum(
         revoked=dead,
         live_runs=tuple(sorted(run for run, state in states.items() if state == "running")),
         failed=tuple(failed),
+        num_records=len(spent),
     )
 
 

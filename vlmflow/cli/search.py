@@ -66,6 +66,15 @@ def search(
     from vlmflow.views_search import print_index, print_search, search_csv
 
     _check_files(html, csv)
+    is_asked = text is not None or image is not None or like is not None
+    of_queries = {"--where": where, "--html": html, "--csv": csv, "--exact": exact or None}
+    left_out = [name for name, value in of_queries.items() if value is not None]
+    if left_out and not is_asked:
+        raise ConfigError(
+            f"{', '.join(left_out)} without a query", remedy="Say what to search for: a text, --image or --like."
+        )
+    if show_flagged and html is None:
+        raise ConfigError("--show-flagged without a page", remedy="Write one with --html.")
     job = query_job(catalog, profile, config, endpoint)
     place = catalog_of(catalog, endpoint, job)
     console = Console(stderr=as_json)
@@ -73,7 +82,7 @@ def search(
         from vlmflow.search.build import update_index
 
         report = update_index(place)
-        if text is None and image is None and like is None:
+        if not is_asked:
             if as_json:
                 typer.echo(report.model_dump_json())
             else:

@@ -66,8 +66,9 @@ def _tell(address: Address, token: str | None) -> None:
     typer.echo(f"Open {shown}")
     if address.is_exposed:
         warning = (
-            "Warning: other machines can reach this. Nothing is encrypted: put a proxy with TLS in front of it, and "
-            "name that with --name. Whoever has the token sees every image and can decide on it."
+            "Warning: other machines can reach this. Nothing is encrypted, and idle connections are not closed: put a "
+            "proxy with TLS in front of it, and name that with --name. Whoever has the token sees every image and can "
+            "decide on it."
         )
         typer.secho(warning, fg="yellow", err=True)
     typer.echo("Ctrl-C ends it.", err=True)

@@ -272,7 +272,7 @@ def last_profile(config: CatalogConfig) -> str:
         CatalogError: there is no catalog.
         ConfigError: no record of a run names one.
     """
-    for run in Catalog.open(config).runs.list():
+    for run in Catalog.open(config).runs.newest():
         profile = run.record.get("profile")
         if isinstance(profile, str):
             return profile

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from pydantic import ValidationError
@@ -41,10 +42,10 @@ def find_run(catalog: Catalog, run_id: str | None) -> RunFacts | None:
         # An id becomes part of a path: what no run is called is not looked for.
         record = catalog.runs.get(run_id) if _RUN_ID.fullmatch(run_id) else None
         if record is None:
-            newest = ", ".join(run.run_id for run in catalog.runs.list()[:3]) or "none"
+            newest = ", ".join(run.run_id for run in islice(catalog.runs.newest(), 3)) or "none"
             raise ConfigError(f"--run {run_id[:100]}: no such run", remedy=f"The newest runs are: {newest}.")
         return _facts(catalog, RunInfo(run_id, catalog.runs.state(run_id) or "finished", record, None))
-    for run in catalog.runs.list():
+    for run in catalog.runs.newest():
         if "tasks" in run.record and run.record.get("status") != "nothing_due":
             return _facts(catalog, run)
         if run.record.get("num_moved") and not run.record.get("dry_run"):

@@ -31,6 +31,7 @@ FEWEST_ROWS = 50_000
 # Vectors of one segment: half a GiB of memory while it is made, at 512 dimensions.
 SEGMENT_MAX_ROWS = 500_000
 _MAX_SMALL_SEGMENTS = 8
+_OPERATION = "index"  # of runs
 _GROWTH = 4  # cells are found anew when the catalog has grown by this factor
 
 
@@ -82,7 +83,7 @@ def update_index(
     ivf.load_faiss()
     catalog = Catalog.open(config)
     started = time.monotonic()
-    with catalog.runs.recorded("index"):
+    with catalog.runs.recorded(_OPERATION):
         # A lease is held: an erasure of this time knows that it has to be asked for again.
         return _Update(catalog, Folder(config), min_rows, segment_rows).execute(started)
 
@@ -98,7 +99,9 @@ class _Update:
         # Embeddings last: those of the rows just read are there by then.
         live = LiveRows(self._folder, TableLog.open(self._folder, "images").refresh())
         embeddings = TableLog.open(self._folder, "embeddings").refresh()
-        self._remove(read_index(self._folder, live, ()).useless)
+        useless = read_index(self._folder, live, ()).useless
+        if self._is_alone():  # asked after the listing: else it may be half of what another is writing
+            self._remove(useless)
         with tempfile.TemporaryDirectory(prefix="vlmflow-index-") as workspace:
             for fingerprint, count in live.num_by_model.items():
                 if count >= self._min_rows:
@@ -175,6 +178,12 @@ class _Update:
         chosen = np.zeros(len(wanted), np.bool_)
         chosen[np.random.default_rng(0).choice(rows, size, replace=False)] = True
         return np.concatenate([vectors for _, vectors in vector_blocks(self._folder, embeddings, live, chosen)])
+
+    def _is_alone(self) -> bool:
+        runs = self._catalog.runs
+        at_work = [runs.get(run) or {} for run, state in runs.states().items() if state == "running"]
+        updates = [record for record in at_work if record.get("operation") == _OPERATION]
+        return len(updates) <= 1  # this one
 
     def _remove_erased(self) -> None:
         erased = self._catalog.erased_keys

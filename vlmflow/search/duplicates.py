@@ -20,6 +20,7 @@ from vlmflow.catalog.keys import to_binary, to_words
 from vlmflow.catalog.masks import Mask
 from vlmflow.config import CatalogConfig, Frozen
 from vlmflow.errors import ConfigError, SearchError
+from vlmflow.search.build import FEWEST_ROWS
 from vlmflow.search.live import LiveRows, Positions
 from vlmflow.search.searcher import Searcher
 
@@ -34,10 +35,10 @@ THRESHOLD = 0.95
 # equal, so only images that share a band are compared.
 MAX_BITS = 4
 _BANDS = (0, 13, 26, 39, 52, 64)
-# Up to so many images each is compared with each; beyond, the index proposes whom to compare.
-ALL_PAIRS = 30_000
+# Up to so many images each is compared with each; beyond, the index proposes whom to compare. Of fewer there is none.
+ALL_PAIRS = FEWEST_ROWS
 _MAX_PAIRS = 50_000_000
-_BLOCK = 2_048
+_BLOCK = 1_024  # with 50,000 others at a time: 200 MiB of cosines
 _MAX_CELLS = 1 << 22  # hashes that are compared at a time, with each other: 32 MiB
 
 _COLUMNS = ("image_id", "uri", "decision", "status", "width", "height", "size_bytes", "content_hash")

@@ -11,6 +11,7 @@ Vectors are kept in half precision, which moves a cosine by less than 1e-3.
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,8 +96,19 @@ def emptied(path: Path) -> Any:
 
 
 def save(index: Any, path: Path) -> None:
-    """Writes an index to a local file."""
-    load_faiss().write_index(index, str(path))
+    """Writes an index to a local file.
+
+    Raises:
+        ConfigError: the disk is full, or refuses.
+    """
+    try:
+        load_faiss().write_index(index, str(path))
+    except RuntimeError as error:  # its text names lines of the library, and at the end the system's reason
+        reason = re.search(r"\(([^()]*)\)\s*$", str(error))
+        raise ConfigError(
+            f"the index cannot be written to {path.parent}: {reason[1] if reason else 'the library gave up'}",
+            remedy="Free space there, or set TMPDIR to a folder with more.",
+        ) from error
 
 
 def _empty(centres: NDArray[np.float32]) -> Any:

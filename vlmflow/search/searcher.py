@@ -57,10 +57,11 @@ class Asked:
 
 @dataclass(frozen=True, eq=False)
 class Newest:
-    """A version of the catalog that was read: the live rows, and the table of their vectors."""
+    """A version of the catalog that was read: the live rows, the table of their vectors, and files of the index."""
 
     live: LiveRows
     embeddings: Snapshot
+    index_files: frozenset[str]
 
 
 class Searcher:
@@ -78,8 +79,10 @@ class Searcher:
         self._images = TableLog.open(self._folder, "images")
         self._embeddings = TableLog.open(self._folder, "embeddings")
         self._encoder: QueryEncoder | None = None
+        self._most: str | None = None  # the model of most vectors when that was chosen
         self._live: LiveRows | None = None
         self._snapshot: Snapshot | None = None
+        self._index_files: frozenset[str] = frozenset()
         self._indexes: dict[tuple[str, ...], tuple[Index, list[OpenSegment]]] = {}
         self._masks: dict[str, Mask] = {}
         self._kept: dict[tuple[str, ...], list[Block] | None] = {}
@@ -123,8 +126,15 @@ class Searcher:
         encoder = self._encoder_of(live)
         return Asked(encoder.encode(query), encoder.fingerprints)
 
+    def is_current(self, asked: Asked) -> bool:
+        """Whether a query's vector is one that the same query would get now, and that vectors can be compared with."""
+        live, encoder = self._live, self._encoder
+        assert live is not None
+        is_same = encoder is not None and asked.models == encoder.fingerprints
+        return is_same and any(name in live.num_by_model for name in asked.models)
+
     def refresh(self) -> LiveRows:
-        """Moves to the newest version of the catalog; nothing is read if there is no newer one."""
+        """Moves to the newest version of the catalog; no rows are read if there is no newer one."""
         newest = self.newest()
         self.move_to(newest)
         return newest.live
@@ -135,15 +145,21 @@ class Searcher:
         if live is None or live.version != snapshot.version:
             live = LiveRows(self._folder, snapshot)
         # After the images: the vectors of the rows just read are there by then.
-        return Newest(live, self._embeddings.refresh())
+        return Newest(live, self._embeddings.refresh(), self._list_index())
+
+    def has_new_index(self) -> bool:
+        """Whether files of the index have come or gone: an update of it leaves the tables as they are."""
+        return self._list_index() != self._index_files
 
     def move_to(self, newest: Newest) -> None:
         """Answers from this version on; if that fails, from the one before as ever."""
-        if newest.live is not self._live:
+        if newest.live is not self._live or newest.index_files != self._index_files:
             # What was erased from the catalog does not stay on this disk either.
             self._folder.drop_copies(Path(self._workspace.name), INDEXES)
             self._indexes, self._masks, self._kept = {}, {}, {}
-        self._live, self._snapshot = newest.live, newest.embeddings
+        self._live, self._snapshot, self._index_files = newest.live, newest.embeddings, newest.index_files
+        if self._encoder is not None and self._job is None and self._is_left_behind(self._encoder, newest.live):
+            self._encoder = None  # the newest run names another profile, or other weights of this one
 
     def nearest(
         self, vector: NDArray[np.float32], models: Sequence[str], wanted: Mask, top_k: int
@@ -216,6 +232,9 @@ class Searcher:
             marks = wanted[positions]
             yield positions[marks], vectors[marks]
 
+    def _list_index(self) -> frozenset[str]:
+        return frozenset() if self._exact else frozenset(file.path for file in self._folder.list(INDEXES))
+
     def _index(self, live: LiveRows, models: tuple[str, ...]) -> tuple[Index, list[OpenSegment]]:
         if models not in self._indexes:
             try:
@@ -242,7 +261,7 @@ class Searcher:
                 from vlmflow.engine.report import last_profile
 
                 job = search_job(self._config, last_profile(self._config))
-            self._encoder = QueryEncoder(job)
+            self._encoder, self._most = QueryEncoder(job), next(iter(live.num_by_model), None)
         held = live.num_by_model
         if not held:
             raise SearchError(
@@ -254,9 +273,17 @@ class Searcher:
             raise SearchError(
                 f"the embeddings of {self._config.uri} were made by {made_by}, the query would be by "
                 f"{self._encoder.model} with other weights or settings",
-                remedy="Name the profile that made them with --profile, or embed the catalog anew with this one.",
+                remedy="Name the profile that made them with --profile, or the job with --config, or embed the catalog "
+                "anew with this one.",
             )
         return self._encoder
+
+    def _is_left_behind(self, encoder: QueryEncoder, live: LiveRows) -> bool:
+        """Whether vectors are of other models than when the encoder was chosen: of none of its own, or most of them."""
+        held = live.num_by_model
+        most = next(iter(held), None)
+        is_most_other = most != self._most and most not in encoder.fingerprints
+        return is_most_other or not any(name in held for name in encoder.fingerprints)
 
     def _stored(self, live: LiveRows, uri: str) -> Asked:
         """The vector of an image of the catalog, what made it, and its row."""

@@ -5,12 +5,13 @@ N: rows of the version.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from vlmflow.catalog.judged import LIST_PREFIX
 from vlmflow.catalog.masks import Mask
 from vlmflow.catalog.reviews import WITHDRAWN
 from vlmflow.config import Job
@@ -18,13 +19,14 @@ from vlmflow.search.live import Positions
 from vlmflow.search.searcher import Asked
 from vlmflow.web.cache import Cache
 from vlmflow.web.claims import Claims
-from vlmflow.web.facts import Facts
+from vlmflow.web.facts import DECISIONS, Facts
 from vlmflow.web.filters import ALL_FACETS, Filter
 from vlmflow.web.judging import Judging, Said
 from vlmflow.web.pictures import Pictures
 from vlmflow.web.shelf import CARD_COLUMNS, Shelf, Version
 
 PAGE_SIZE = 48
+_MAX_SAID_SINCE = 100_000
 _DOUBTFUL = ("unreadable", "failed")  # a verdict on what cannot be read any more waits
 
 
@@ -78,6 +80,8 @@ class Desk:
         self.shelf, self.judging, self.pictures, self.job = shelf, judging, pictures, job
         self.claims = Claims()
         self._facts: Cache[Facts] = Cache(2)
+        # Of what was said since, by version, image, bytes and verdict: each row is read once, however many wait.
+        self._said_since: Cache[tuple[str, str]] = Cache(_MAX_SAID_SINCE)
         self._counts: Cache[tuple[int, dict[str, dict[str, int]]]] = Cache(256)
 
     def facts(self, version: Version) -> Facts:
@@ -221,12 +225,22 @@ class Desk:
 
     def _changes(self, version: Version) -> dict[int, tuple[str, str]]:
         """Rows whose decision another one was given for since: that, and whose it is."""
-        found = ((self.shelf.find(version, image_id), image_id) for image_id in self.judging.fresh(version.number))
-        positions = np.array([position for position, _ in found if position is not None], np.int64)
-        changes = {}
-        for position, row in zip(positions.tolist(), self.cards(version, positions), strict=True):
-            changes[position] = (row["decision"], "nobody" if row["verdict"] is None else "person")
-        return {position: change for position, change in changes.items() if change[0] in ("allow", "review", "block")}
+        changes: dict[int, tuple[str, str]] = {}
+        unread: dict[int, tuple[Hashable, tuple[str, Said]]] = {}
+        for image_id, said in self.judging.fresh(version.number).items():
+            position = self.shelf.find(version, image_id)
+            key: Hashable = (version.number, image_id, *said)
+            if position is not None:
+                held = self._said_since.get(key)
+                if held is None:
+                    unread[position] = (key, said)
+                else:
+                    changes[position] = held
+        rows = self.shelf.rows(version, np.array(list(unread), np.int64), CARD_COLUMNS)
+        for (position, (key, said)), row in zip(unread.items(), rows, strict=True):
+            row = _up_to_date(row, {row["image_id"]: said})
+            changes[position] = self._said_since.put(key, (row["decision"], _whose(row["verdict"])))
+        return {position: change for position, change in changes.items() if change[0] in DECISIONS}
 
 
 def _up_to_date(row: dict[str, Any], fresh: Mapping[str, tuple[str, Said]]) -> dict[str, Any]:
@@ -239,11 +253,22 @@ def _up_to_date(row: dict[str, Any], fresh: Mapping[str, tuple[str, Said]]) -> d
     if held is not None:
         model = (held["model_decision"], held["model_reason"])
     if said.decision == WITHDRAWN:
+        if _whose(held) != "person":  # the row is as it was before the verdict, and a list may have decided it
+            return row
+        if model[0] == "allow":  # as the model says, unless a list knows the image: its row will tell
+            model = ("review", "verdict taken back")
         return row | {"decision": model[0], "decision_reason": model[1], "verdict": None}
     verdict = {**vars(said), "content_hash": content_hash, "model_decision": model[0], "model_reason": model[1]}
     if row.get("status") in _DOUBTFUL:
         return row | {"verdict": verdict}
     return row | {"decision": said.decision, "decision_reason": "verdict", "verdict": verdict}
+
+
+def _whose(verdict: Mapping[str, Any] | None) -> str:
+    """Nobody's, a person's or a list's: as the facet of verdicts names them."""
+    if verdict is None:
+        return "nobody"
+    return "list" if verdict["reviewer"].startswith(LIST_PREFIX) else "person"
 
 
 def _on(order: Positions, mask: Mask | None, start: int, count: int) -> Positions:

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from vlmflow import schema
 from vlmflow.catalog.columns import flat
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.judged import of_list
@@ -48,6 +49,7 @@ _COLUMNS = [
     "text_itm",
     *(f"labels.list.element.{name}" for name in _LABEL_FIELDS),
 ]
+_FIELDS = [schema.IMAGES.field(name) for name in dict.fromkeys(name.partition(".")[0] for name in _COLUMNS)]
 
 Codes = NDArray[np.int32]
 
@@ -111,6 +113,9 @@ class FactReader:
 
     def _of(self, rows: pa.Table, file: DataFile) -> FileFacts:
         count = rows.num_rows
+        for field in _FIELDS:
+            if field.name not in rows.column_names:  # of a file older than the column
+                rows = rows.append_column(field, pa.nulls(count, field.type))
         policy = pc.binary_join_element_wise(rows["policy_name"], rows["policy_version"], " ")
         date = pa.repeat(file.ingest_date.isoformat(), count)
         values = {"decision": rows["decision"], "status": rows["status"], "policy": policy, "date": date}

@@ -20,6 +20,8 @@ from vlmflow.web.sessions import Session, Sessions
 
 ENTER = "/enter"
 CSRF_HEADER = "x-vlmflow-csrf"
+MAX_REQUESTS = 256  # of sessions, at a time; more are told to come again
+_ALWAYS = ("/verdict", "/undo")  # but these: nobody's word is turned away
 # Scripts, styles and pictures of our own, nothing inline, nothing from elsewhere, and in nobody's frame.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; form-action 'self'; "
@@ -48,6 +50,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, sessions: Sessions, hosts: frozenset[str], cookie: str) -> None:
         self._app, self._sessions, self._hosts, self._cookie = app, sessions, hosts, cookie
+        self._num_at_work = 0  # requests, not connections: those that ask for nothing keep nobody out
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Lets a request through, or answers it."""
@@ -64,9 +67,15 @@ class Guard:
             answer = PlainTextResponse(_NO_TOKEN, 401)
         if answer is None and session is not None and not _may_write(scope["method"], headers, session):
             answer = PlainTextResponse("This did not come from a page of this app. Reload the page.\n", 403)
+        if answer is None and self._num_at_work >= MAX_REQUESTS and scope["path"] not in _ALWAYS:
+            answer = PlainTextResponse("Too much is asked for at once. Reload the page.\n", 503, {"Retry-After": "2"})
         scope["session"] = session
-        with contextlib.suppress(Exception):  # answered and logged by the app; the server would write its text down
-            await (answer or self._app)(scope, receive, _with_headers(send))
+        self._num_at_work += answer is None
+        try:
+            with contextlib.suppress(Exception):  # answered and logged by the app; the server would write its text down
+                await (answer or self._app)(scope, receive, _with_headers(send))
+        finally:
+            self._num_at_work -= answer is None
 
     def _refusal(self, scope: Scope, headers: Headers) -> Response | None:
         if headers.get("host", "").lower() not in self._hosts or len(headers.getlist("host")) != 1:
@@ -87,7 +96,8 @@ class Guard:
         if session is None:
             return PlainTextResponse(_NO_TOKEN, 401)
         answer = RedirectResponse("/", 303)
-        answer.set_cookie(self._cookie, session.key, path="/", httponly=True, samesite="strict")
+        # Lax: a link to the app from any other page leads in. What writes is no GET, and must come from our own pages.
+        answer.set_cookie(self._cookie, session.key, path="/", httponly=True, samesite="lax")
         return answer
 
     def _session(self, headers: Headers) -> Session | None:

@@ -27,7 +27,7 @@ from vlmflow.catalog.keys import digest_of
 from vlmflow.catalog.reviews import EVENT, WITHDRAWN
 from vlmflow.errors import ConfigError, VlmflowError
 from vlmflow.moderation.decide import DECISIONS
-from vlmflow.web.shelf import Shelf
+from vlmflow.web.shelf import Shelf, in_words
 
 logger = logging.getLogger("vlmflow")
 
@@ -221,8 +221,12 @@ class Judging:
             now = dt.datetime.now(dt.UTC)
             if held is not None:  # of a clock that is ahead of ours
                 now = max(now, held.at + dt.timedelta(microseconds=1))
-            self._shelf.catalog.reviews.add(_events(judgement, now))
-            self._update()
+            events = _events(judgement, now)
+            path = self._shelf.catalog.reviews.add(events)
+            for row in events.to_pylist():
+                self._add(row)
+            self._files |= {path}
+            self.changes += 1
             if judgement.decision is not None:
                 self._waiting[judgement.image_id] = self.changes
                 self._fresh[key] = None
@@ -257,23 +261,28 @@ class Judging:
         return result.num_changed
 
     def _write(self) -> None:
-        try:
-            self._catch_up()
-        except VlmflowError as error:
-            logger.warning("it could not be told whether all rows show their verdicts: %s", error)
-        pause_s = self._every_s
+        pause_s, has_caught_up = self._every_s, self._catch_up_now()
         while not self._stop.is_set():
-            self._wake.wait()
+            self._wake.wait(None if has_caught_up else pause_s)
             self._wake.clear()
+            has_caught_up = has_caught_up or self._catch_up_now()
             if not self._waiting or self._stop.wait(pause_s):
                 continue
             started = time.monotonic()
             try:
                 self.flush()
-            except VlmflowError as error:
-                logger.warning("verdicts are kept, and not in their rows yet: %s", error)
+            except Exception as error:  # noqa: BLE001 - whatever it is, verdicts given later must not wait for good
+                logger.warning("verdicts are kept, and not in their rows yet: %s", in_words(error))
                 self._wake.set()
             pause_s = max(self._every_s, min(_LONGEST_REST_S, _REST * (time.monotonic() - started)))
+
+    def _catch_up_now(self) -> bool:
+        try:
+            self._catch_up()
+        except Exception as error:  # noqa: BLE001 - as in `_write`; it is tried again
+            logger.warning("it could not be told yet whether all rows show their verdicts: %s", in_words(error))
+            return False
+        return True
 
     def _catch_up(self) -> None:
         """Finds images whose rows do not show their verdict: of a process that was killed before it wrote them."""
@@ -295,10 +304,11 @@ class Judging:
 
     def _update(self) -> None:
         """Looks for verdicts that others have added. With the lock held."""
-        files = self._shelf.catalog.reviews.files()
+        reviews = self._shelf.catalog.reviews
+        files = reviews.files()
         if files.keys() == self._files:
             return
-        if not self._files <= files.keys():  # an erasure has taken some away
+        if not self._files <= files.keys() | reviews.merged:  # an erasure has taken some away
             self._said, self._labels, self._files = {}, {}, frozenset()
         for path in files.keys() - self._files:
             for row in files[path].to_pylist():

@@ -165,9 +165,7 @@ class Pages:
                 raise ConfigError(
                     f"the text has {len(value):,} characters", remedy=f"Write at most {MAX_QUERY_CHARS:,}."
                 )
-            self._desk.shelf.ask(key, Query(text=value))
-            found = self._desk.shelf.asked(key)
-        assert found is not None
+            found = self._desk.shelf.ask(key, Query(text=value))
         return found
 
     def _facets(

@@ -26,7 +26,6 @@ PORT = 8377
 _MIN_TOKEN_CHARS = 16
 # What stands for itself in the query of an address (RFC 3986), without the `&` that would end the token there.
 _IN_TOKENS = frozenset(string.ascii_letters + string.digits + "-._~!$'()*+,;=:@/?")
-_MAX_REQUESTS = 64  # at a time; more are told to come again
 
 
 class ServeConfig(Frozen):
@@ -106,7 +105,6 @@ def serve(
                 server_header=False,
                 proxy_headers=False,
                 lifespan="off",
-                limit_concurrency=_MAX_REQUESTS,
                 timeout_graceful_shutdown=5,
             )
             if ready is not None:  # the socket listens: whoever asks now is answered in a moment

@@ -82,13 +82,14 @@ class Shelf:
         self._folder = Folder(catalog)
         self._searcher = Searcher(catalog, job=job)
         self._facts = FactReader(self._folder)
+        self._loading = threading.Lock()  # of a version: one at a time, and beside requests
         self._searching = threading.Lock()  # the searcher, and the version that it is at
         self._reading = threading.Lock()
         self._cards: OrderedDict[tuple[str, int], pa.Table] = OrderedDict()
         self._whole: OrderedDict[tuple[str, int], pa.Table] = OrderedDict()
         self._masks: Cache[Mask] = Cache(16)
         self._asked: Cache[Asked] = Cache(256)
-        self._version = self._read()
+        self._version = self._read(None)
         self._stop = threading.Event()
         self._wake = threading.Event()
         self._poller: threading.Thread | None = None
@@ -115,9 +116,9 @@ class Shelf:
         self._wake.set()
 
     def refresh(self) -> Version:
-        """Moves to the newest version here and now."""
-        if self.catalog.version != self._version.number:
-            self._version = self._read()
+        """Moves to the newest version here and now, and to the index as it is now."""
+        if self.catalog.version != self._version.number or self._searcher.has_new_index():
+            self._read(self._version)
         return self._version
 
     def rows(self, version: Version, positions: Positions, columns: Sequence[str]) -> list[dict[str, Any]]:
@@ -162,18 +163,19 @@ class Shelf:
             masks.append(self._masks.get_or_make(key, lambda: _holding(version.live, wanted.find)))
         return None if not masks else np.logical_and.reduce(masks)
 
-    def ask(self, key: str, query: Any) -> None:
+    def ask(self, key: str, query: Any) -> Asked:
         """Makes a query's vector, and keeps it under a key.
 
         Raises:
             WeightsError, SearchError, ImageError, ConfigError: as :meth:`vlmflow.search.searcher.Searcher.search`.
         """
         with self._searching:
-            self._asked.put(key, self._searcher.ask(query))
+            return self._asked.put(key, self._searcher.ask(query))
 
     def asked(self, key: str) -> Asked | None:
-        """A query's vector that was kept."""
-        return self._asked.get(key)
+        """A query's vector that was kept; None: none was, or the catalog has been embedded by another model since."""
+        found = self._asked.get(key)
+        return found if found is not None and self._searcher.is_current(found) else None
 
     def nearest(
         self, asked: Asked | str, among: Callable[[Version], Mask | None], top_k: int
@@ -208,15 +210,19 @@ class Shelf:
         num_other = sum(counts.values()) - sum(counts.get(name, 0) for name in asked.models)
         return version, found, num_matching, notes_of(num_matching, num_indexed, num_other, exact=False)
 
-    def _read(self) -> Version:
-        with self._searching:
+    def _read(self, held: Version | None) -> Version:
+        with self._loading:
             newest = self._searcher.newest()
-            facts = self._facts.read(newest.live.files)
-            version = Version(newest.live, facts, _orders(newest.live, facts))
+            if held is not None and newest.live is held.live:
+                version = held
+            else:
+                facts = self._facts.read(newest.live.files)
+                version = Version(newest.live, facts, _orders(newest.live, facts))
             # Once all is read, and both at once: rows are numbers, which mean others in another version.
-            self._searcher.move_to(newest)
-            self._version = version
-            return version
+            with self._searching:
+                self._searcher.move_to(newest)
+                self._version = version
+        return version
 
     def _poll(self) -> None:
         while not self._stop.is_set():
@@ -225,9 +231,13 @@ class Shelf:
             try:
                 if not self._stop.is_set():
                     self.refresh()
-            except VlmflowError as error:
-                # What is held stays good; the next look may find the store again.
-                logger.warning("the catalog could not be looked at: %s", error)
+            except Exception as error:  # noqa: BLE001 - what is held stays good, and the next look may succeed
+                logger.warning("the catalog could not be looked at: %s", in_words(error))
+
+
+def in_words(error: Exception) -> str:
+    """An error for the log: of one that we do not know the class too, which its text may not tell."""
+    return str(error) if isinstance(error, VlmflowError) else f"{type(error).__name__}: {error}"
 
 
 def _orders(live: LiveRows, facts: Facts) -> dict[str, tuple[Positions, Positions]]:

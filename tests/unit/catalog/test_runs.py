@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.catalog_samples import config_of
+from vlmflow.catalog import runs as runs_module
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.policies import PolicyStore
 from vlmflow.catalog.runs import DEAD_AFTER, RunStore
@@ -61,6 +62,29 @@ def test_runs_are_listed_newest_first(runs: RunStore, tmp_path: Path) -> None:
     assert listed["r1"].seen_at is None
 
 
+def test_records_are_read_as_they_are_asked_for(runs: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An id begins with when its run started; runs of one second come as their records say, on whatever page."""
+    monkeypatch.setattr(runs_module, "_READ_AT_ONCE", 2)
+    for number in range(20):
+        run = f"2026030{1 + number // 10}T0200{number % 10:02}-{(7 * number) % 20:08x}"
+        runs.start(run, {"number": number, "started_at": "2020-01-01T00:00:00Z"})
+    for run, second in (("20260302T020009-f", "09.1"), ("20260302T020009-0", "09.2"), ("flight", "08.5")):
+        runs.start(run, {"started_at": f"2026-03-02T02:00:{second}Z"})
+    read: list[str] = []
+    original = RunStore.get
+
+    def noted(self: RunStore, run_id: str) -> dict[str, object] | None:
+        read.append(run_id)
+        return original(self, run_id)
+
+    monkeypatch.setattr(RunStore, "get", noted)
+    newest = runs.newest()
+    assert [next(newest).run_id for _ in range(2)] == ["20260302T020009-0", "20260302T020009-f"]
+    assert len(read) <= 4
+    assert [run.record.get("number") for run in newest] == [19, None, *range(18, -1, -1)]
+    assert len(read) == len(set(read)) == 23
+
+
 def test_an_id_is_used_once(runs: RunStore) -> None:
     runs.start("r1", {})
     with pytest.raises(CatalogError, match="run r1 exists"):
@@ -87,3 +111,25 @@ def test_upkeep_has_a_lease_while_it_works_and_a_record_afterwards(runs: RunStor
     with pytest.raises(KeyError), runs.recorded("erase") as failed:
         raise KeyError
     assert (runs.get(failed) or {})["status"] == "failed"
+
+
+def test_what_is_done_every_few_seconds_leaves_no_record(runs: RunStore, tmp_path: Path) -> None:
+    with runs.recorded("review", is_kept=False) as run_id:
+        assert runs.is_live(run_id)
+        assert (runs.get(run_id) or {})["operation"] == "review"
+    with pytest.raises(KeyError), runs.recorded("review", is_kept=False):
+        raise KeyError
+    assert runs.states() == {}
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_runs_that_are_spent_are_those_of_one_kind_that_have_ended(runs: RunStore) -> None:
+    for run, operation in (("20260301T020000-a", "review"), ("20260301T020000-b", "erase"), ("odd", "review")):
+        runs.start(run, {"operation": operation})
+        runs.finish(run, {"operation": operation, "status": "done"})
+    runs.start("20260301T020000-c", {"operation": "review"})
+    with runs.recorded("review"):
+        pass
+    assert runs.spent("review", dt.timedelta(days=1)) == ["20260301T020000-a"]
+    runs.forget(["20260301T020000-a"])
+    assert runs.get("20260301T020000-a") is None

@@ -15,7 +15,7 @@ from tests.search_samples import clustered, names, put, unit
 from vlmflow.catalog.keys import digest_of
 from vlmflow.errors import ConfigError, SearchError
 from vlmflow.search import duplicates
-from vlmflow.search.build import update_index
+from vlmflow.search.build import FEWEST_ROWS, update_index
 from vlmflow.search.duplicates import find_duplicates
 from vlmflow.search.live import LiveRows
 from vlmflow.search.titles import find_titles
@@ -83,6 +83,10 @@ def test_the_index_finds_the_groups_that_comparing_all_finds(tmp_path: Path, mon
     update_index(config_of(tmp_path), min_rows=0)
     found = groups_of(tmp_path)
     assert len({tuple(sorted(m)) for _, m in found} & {tuple(sorted(m)) for _, m in expected}) >= 0.97 * len(expected)
+
+
+def test_as_many_images_as_get_no_index_are_compared_each_with_each() -> None:
+    assert duplicates.ALL_PAIRS >= FEWEST_ROWS - 1, "else the remedy, to make an index, would do nothing"
 
 
 def test_too_many_pairs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from tests.catalog_samples import config_of, image_id
 from tests.s3 import S3Server
-from tests.search_samples import clustered, found, names, nearest, put, recall
+from tests.search_samples import MODEL, clustered, found, names, nearest, put, recall
 from vlmflow.catalog import Catalog
 from vlmflow.catalog.keys import to_binary
 from vlmflow.config import CatalogConfig
@@ -124,6 +124,36 @@ def test_cells_are_found_anew_when_the_catalog_has_grown(root: Path) -> None:
     put(root, names(COUNT), clustered(COUNT), run="r0", replace=True)
     report = update_index(config_of(root), min_rows=0)
     assert (report.num_added, report.num_segments) == (COUNT, 1)
+
+
+def test_an_open_searcher_uses_an_index_that_is_made_meanwhile(root: Path) -> None:
+    searcher, query = Searcher(config_of(root)), Query(like="mem://i00001")
+    assert searcher.search(query).num_indexed == 0
+    update_index(config_of(root), min_rows=0)
+    assert searcher.search(query).num_indexed == COUNT - 1
+    for path in index_files(root):
+        path.unlink()
+    assert searcher.search(query).num_indexed == 0
+
+
+def test_what_another_update_is_writing_stays_until_it_has_ended(root: Path) -> None:
+    half = root / "indexes" / MODEL / "half.parquet"  # its rows: the vectors come last
+    half.parent.mkdir(parents=True)
+    half.write_bytes(b"begun")
+    with Catalog.open(config_of(root)).runs.recorded("index"):
+        assert update_index(config_of(root), min_rows=0).num_covered == COUNT
+    assert half.exists()
+    assert update_index(config_of(root), min_rows=0).num_removed >= 1
+    assert not half.exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_said() -> None:
+    index = ivf.train(clustered(600), 8)
+    index.add(clustered(600))
+    with pytest.raises(ConfigError, match="cannot be written to /dev: No space left on device") as refused:
+        ivf.save(index, Path("/dev/full"))
+    assert "TMPDIR" in refused.value.remedy
 
 
 def test_small_catalogs_get_none(root: Path) -> None:

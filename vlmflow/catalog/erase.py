@@ -11,6 +11,7 @@ alone, so each image that is found by its address becomes erased by its id too b
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,15 +24,15 @@ import pyarrow.json as pj
 
 from vlmflow.catalog.columns import conform
 from vlmflow.catalog.commit import Change, CommitRequest, commit
-from vlmflow.catalog.files import look_through
+from vlmflow.catalog.files import is_being_written, look_through
 from vlmflow.catalog.folder import Folder
-from vlmflow.catalog.indexes import files_holding
+from vlmflow.catalog.indexes import INDEXES, files_holding
 from vlmflow.catalog.keys import KeyIndex, concat, duplicates, index_of, to_binary, to_words
 from vlmflow.catalog.log import DataFile, Snapshot, TableLog
 from vlmflow.catalog.masks import Mask, as_mask
 from vlmflow.catalog.read import read_each, read_rows
 from vlmflow.catalog.reviews import REVIEWS
-from vlmflow.catalog.runs import RUNS, RunState, RunStore
+from vlmflow.catalog.runs import LEASE_SUFFIX, RUNS, RunState, RunStore
 from vlmflow.catalog.tombstones import Tombstones, address_keys
 from vlmflow.catalog.vacuum import RETENTION, revoke
 from vlmflow.catalog.writer import STAGING, write_file
@@ -48,12 +49,13 @@ class EraseResult:
     Attributes:
         num_images: asked for, and found by the addresses asked for.
         num_rows, num_vectors: taken out of the newest versions.
-        num_files: older or never committed files that held the images, or could not be read, deleted.
+        num_files: older or never committed files that held the images, or could not be read, deleted. What a process
+            left half written when it was killed is among them, whatever it holds.
         num_index_files: files of vector indexes, deleted whole; the next update of the index writes the others anew.
         num_records: records of runs in which an address was blotted out.
         live_runs: runs at work, which may still hold the images in files that they have not committed. They will not
             commit them; the erasure is complete when it has been asked for again after their end.
-        failed: files that could not be deleted.
+        failed: files that could not be deleted, or that somebody may be writing at the moment.
     """
 
     num_images: int
@@ -110,8 +112,8 @@ def erase(
     doomed = [*holding, *of_embeddings.holding(states)]
     wanted = index_of(keys)
     result.num_reviews = _erase_reviews(folder, wanted)
-    failed = folder.delete_all(doomed)
-    result.num_files = len(doomed) - len(failed)
+    failed = [*folder.delete_all(doomed), *_being_written(folder)]
+    result.num_files = len(set(doomed) - set(failed))
     of_indexes = files_holding(folder, wanted)
     kept = folder.delete_all(of_indexes)
     result.num_index_files = len(of_indexes) - len(kept)
@@ -123,7 +125,12 @@ def erase(
 
 _GONE = ("old", "orphan", "staged")
 _ROWS = pa.schema([("image_id", pa.string()), ("uri", pa.string())])
-_FOLDERS = {"images": ("images/", f"{STAGING}/"), "embeddings": ("embeddings/",)}  # by table: where its files lie
+_OTHERS = (REVIEWS, INDEXES, RUNS)  # folders whose files name images too
+# By table: where its files lie, and those that are nobody's.
+_FOLDERS = {
+    "images": ("images/", f"{STAGING}/", *(f"{name}/" for name in _OTHERS)),
+    "embeddings": ("embeddings/",),
+}
 
 
 def _found_by_address(rows: pa.Table, tombstones: Tombstones, uris: Sequence[str]) -> pa.Array:
@@ -179,7 +186,7 @@ class _Removal:
     def holding(self, states: dict[str, RunState]) -> dict[str, pa.Table]:
         """The files that no version refers to any more and that hold one, by path, with these rows (of images).
 
-        One that cannot be read is among them: it is of no use either.
+        One that cannot be read, or was never finished, is among them: it is of no use either.
         """
         held: dict[str, pa.Table] = {}
         names = _ROWS.names if self._log.name == "images" else ["image_id"]
@@ -187,15 +194,20 @@ class _Removal:
             path = found.file.path
             if found.kind not in _GONE or not path.startswith(_FOLDERS[self._log.name]):
                 continue
-            try:
-                rows = self._log.folder.read_parquet(path, names)
-            except CatalogError:  # damaged, or a vacuum has removed it meanwhile
+            rows = None if found.file.is_unfinished else self._read(path, names)
+            if rows is None:
                 held[path] = _ROWS.empty_table()
                 continue
             marks = self._mask(rows)
             if marks.any():
                 held[path] = conform(rows.filter(pa.array(marks)), _ROWS)
         return held
+
+    def _read(self, path: str, names: Sequence[str]) -> pa.Table | None:
+        try:
+            return self._log.folder.read_parquet(path, names)
+        except CatalogError:  # damaged, or a vacuum has removed it meanwhile
+            return None
 
     def _without(self, file: DataFile) -> DataFile | None:
         rows = read_rows(self._log.folder, self._log.name, file)
@@ -238,6 +250,15 @@ def without_erased(
 def _mask(rows: pa.Table, wanted: KeyIndex) -> Mask:
     found: Mask = wanted.find(*to_words(to_binary(rows["image_id"]))) >= 0
     return found
+
+
+def _being_written(folder: Folder) -> list[str]:
+    """Unfinished files that are no run's, and whose writer may be alive. Leases name no image."""
+    now = dt.datetime.now(dt.UTC)
+    files = (file for name in _OTHERS for file in folder.unfinished(name))
+    return [
+        file.path for file in files if is_being_written(file, now) and not file.finished_path.endswith(LEASE_SUFFIX)
+    ]
 
 
 def _erase_reviews(folder: Folder, wanted: KeyIndex) -> int:

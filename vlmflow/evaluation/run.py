@@ -74,7 +74,7 @@ def scratch_catalog(job: Job, scratch: str | None, prefix: str) -> Iterator[Cata
         yield config
     finally:
         files = Folder(config)
-        left = files.delete_all([info.path for info in files.list("")])
+        left = files.delete_all([info.path for info in (*files.list(""), *files.unfinished(""))])
         if left:
             logger.warning("%d files of the scratch catalog %s could not be removed", len(left), config.uri)
 

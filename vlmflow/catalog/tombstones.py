@@ -116,11 +116,18 @@ class Tombstones:
         return self._erased
 
     def _add(self, keys: pa.Array, addresses: pa.Array, *, lifted: bool = False) -> None:
-        now = dt.datetime.now(dt.UTC)
         count = len(keys)
-        at, lifts = pa.repeat(pa.scalar(now, schema.TIMESTAMP), count), pa.repeat(pa.scalar(lifted), count)
-        name = f"{now:%Y%m%dT%H%M%S%f}-{secrets.token_hex(4)}.parquet"
-        self._folder.write_parquet(f"{TOMBSTONES}/{name}", pa.table([keys, at, lifts, addresses], schema=_EVENT))
+        at = self._after_all_others()
+        ats, lifts = pa.repeat(pa.scalar(at, schema.TIMESTAMP), count), pa.repeat(pa.scalar(lifted), count)
+        name = f"{at:%Y%m%dT%H%M%S%f}-{secrets.token_hex(4)}.parquet"
+        self._folder.write_parquet(f"{TOMBSTONES}/{name}", pa.table([keys, ats, lifts, addresses], schema=_EVENT))
+
+    def _after_all_others(self) -> dt.datetime:
+        """The time; of a clock that is behind that of whoever came before, a moment after his."""
+        self._now()
+        now = dt.datetime.now(dt.UTC)
+        newest = [pc.max(events["at"]).as_py() for events in self._files.values() if events.num_rows]
+        return max([now, *(at + dt.timedelta(microseconds=1) for at in newest)])
 
     def _now(self) -> pa.Table:
         """The images that are erased now by id, with the address by which they were."""

@@ -13,8 +13,8 @@ from ray.exceptions import ActorDiedError, GetTimeoutError, RayError
 
 from vlmflow.catalog import keys
 from vlmflow.engine import quarantine
+from vlmflow.engine.lost import lost_rows
 from vlmflow.engine.quarantine import Quarantine
-from vlmflow.engine.run import lost_rows
 from vlmflow.errors import ClusterError
 
 

@@ -9,11 +9,9 @@ workers of a cluster; the listing comes through this process either way.
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +39,7 @@ from vlmflow.catalog.plan_parts import (
 )
 from vlmflow.catalog.spill import Spill
 from vlmflow.catalog.tombstones import Erased
+from vlmflow.catalog.workspace import Workspace
 
 _ROWS_PER_GROUP = 100_000  # of planned rows that are ordered at a time
 
@@ -62,7 +61,7 @@ class Plan:
     num_exhausted: int = 0  # failed too often to be tried again
     num_policy_differs: int = 0  # keep labels of another policy
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)  # (task, reason) -> images due
-    _folder: Path | None = None
+    _workspace: Workspace | None = None
     _groups: list[Spill] = field(default_factory=list)
 
     def batches(self, max_rows: int = 1024) -> Iterator[pa.Table]:
@@ -89,9 +88,9 @@ class Plan:
 
     def close(self) -> None:
         """Removes the folder."""
-        if self._folder is not None:
-            shutil.rmtree(self._folder)
-            self._folder = None
+        if self._workspace is not None:
+            self._workspace.close()
+            self._workspace = None
             self._groups = []
 
     def __enter__(self) -> Plan:
@@ -120,12 +119,13 @@ def plan(
     Raises:
         SourceError: an image is listed twice with different columns.
         CatalogError: a file of the table cannot be read.
+        WorkspaceError: the temporary folder is full, or cannot be used.
     """
-    workspace = Path(tempfile.mkdtemp(prefix="vlmflow-plan-"))
+    workspace = Workspace()
     try:
         return _Planner(workspace, request, folder, snapshot, erased, workers or InProcess()).run(references)
     except BaseException:
-        shutil.rmtree(workspace)
+        workspace.close()
         raise
 
 
@@ -139,7 +139,7 @@ def plan_without_catalog(
 class _Planner:
     def __init__(
         self,
-        workspace: Path,
+        workspace: Workspace,
         request: PlanRequest,
         folder: Folder | None,
         snapshot: Snapshot | None,
@@ -147,6 +147,7 @@ class _Planner:
         workers: Workers,
     ) -> None:
         self._workspace = workspace
+        self._path = workspace.path
         self._request = request
         self._folder = folder
         self._files: list[DataFile] = list(snapshot.files.values()) if snapshot else []
@@ -158,17 +159,17 @@ class _Planner:
         listed = self._spread_references(references)
         ledger = self._spread_ledger()
         columns = pa.schema([*listed.columns.remove(len(listed.columns) - 1), *schema.PLANNED])
-        plan = Plan(self._version, columns, _folder=self._workspace)
-        joined = Spill(self._workspace / "joined", pa.schema([*columns, *JOINED]), NUM_BUCKETS)
+        plan = Plan(self._version, columns, _workspace=self._workspace)
+        joined = Spill(self._path / "joined", pa.schema([*columns, *JOINED]), NUM_BUCKETS)
         join = Join(self._request, joined.columns, tuple(self._files), self._erased)
         for bucket in self._join(join, listed, ledger):
             plan.add(bucket)
             joined.append(bucket.rows, buckets_of(bucket.rows))
         joined.close()
         ledger.close()
-        shutil.rmtree(self._workspace / "listed")
+        shutil.rmtree(self._path / "listed")
         self._order(plan, joined)
-        shutil.rmtree(self._workspace / "joined")
+        shutil.rmtree(self._path / "joined")
         return plan
 
     def _join(self, join: Join, listed: Spill, ledger: Ledger) -> Iterator[Joined]:
@@ -181,26 +182,26 @@ class _Planner:
         for batch in references:
             rows = pa.Table.from_batches([batch])
             if spill is None:
-                spill = Spill(self._workspace / "listed", rows.schema.append(POSITION), NUM_BUCKETS)
+                spill = Spill(self._path / "listed", rows.schema.append(POSITION), NUM_BUCKETS)
             positions = np.arange(position, position + rows.num_rows)
             position += rows.num_rows
             spill.append(rows.append_column(POSITION, pa.array(positions)), buckets_of(rows))
         if spill is None:
-            spill = Spill(self._workspace / "listed", schema.REFERENCE.append(POSITION), NUM_BUCKETS)
+            spill = Spill(self._path / "listed", schema.REFERENCE.append(POSITION), NUM_BUCKETS)
         spill.close()
         return spill
 
     def _spread_ledger(self) -> Ledger:
         numbers = list(range(len(self._files)))
         read = ReadLedger(self._folder, tuple(self._files))
-        return self._workers.spread(read, numbers, self._workspace / "ledger", LEDGER_COLUMNS)
+        return self._workers.spread(read, numbers, self._path / "ledger", LEDGER_COLUMNS)
 
     def _order(self, plan: Plan, joined: Spill) -> None:
         """Puts the planned rows into the order of the pipeline, within the limit."""
         last = self._last_position(joined)
         total = plan.num_listed + plan.num_duplicates + plan.num_erased  # as many as there are positions
-        new = Spill(self._workspace / "new-unordered", joined.columns, _num_groups(total))
-        again = Spill(self._workspace / "again-unordered", joined.columns, _num_groups(self._num_live_rows()))
+        new = Spill(self._path / "new-unordered", joined.columns, _num_groups(total))
+        again = Spill(self._path / "again-unordered", joined.columns, _num_groups(self._num_live_rows()))
         groups = self._groups_of_files(again.num_parts)
         for rows in joined.tables():
             rows = rows.filter(pc.less_equal(rows["_position"], last))
@@ -216,7 +217,7 @@ class _Planner:
 
     def _sorted(self, unordered: Spill, plan: Plan, name: str, by: list[str]) -> Spill:
         unordered.close()
-        ordered = Spill(self._workspace / name, plan.schema, unordered.num_parts)
+        ordered = Spill(self._path / name, plan.schema, unordered.num_parts)
         fill = FillPrevious(self._folder, tuple(self._files)) if name == "again" else None
         parts = range(unordered.num_parts)
         tables = (unordered.read(part).sort_by([(column, "ascending") for column in by]) for part in parts)
@@ -226,7 +227,7 @@ class _Planner:
             plan.num_planned += rows.num_rows
             plan.num_fresh += rows.num_rows - (pc.sum(rows["failed_before"]).as_py() or 0)
         ordered.close()
-        shutil.rmtree(self._workspace / f"{name}-unordered")
+        shutil.rmtree(self._path / f"{name}-unordered")
         return ordered
 
     def _last_position(self, joined: Spill) -> int:

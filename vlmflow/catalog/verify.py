@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +25,7 @@ from vlmflow.catalog.rows import OK, UNREADABLE
 from vlmflow.catalog.runs import RunStore
 from vlmflow.catalog.spill import Spill
 from vlmflow.catalog.tombstones import Erased, Tombstones
+from vlmflow.catalog.workspace import Workspace
 
 NUM_BUCKETS = 64
 
@@ -121,16 +120,14 @@ def verify(
 
     Raises:
         SourceError, StorageAccessError: the source cannot be listed, or a store refuses.
+        WorkspaceError: the temporary folder is full, or cannot be used.
     """
-    workspace = Path(tempfile.mkdtemp(prefix="vlmflow-verify-"))
-    try:
-        check = _Check(workspace, folder, fingerprints, num_examples)
+    with Workspace() as workspace:
+        check = _Check(workspace.path, folder, fingerprints, num_examples)
         lost = check.files(images, embeddings, runs)
         check.rows(references, images, tombstones, lost)
         check.vectors(images, embeddings, lost)
         return check.result
-    finally:
-        shutil.rmtree(workspace)
 
 
 class _Check:

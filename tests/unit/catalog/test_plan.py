@@ -234,11 +234,11 @@ def test_rows_of_one_live_file_are_planned_next_to_each_other(catalog: Catalog) 
 def test_the_plan_leaves_no_folder_behind(catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with catalog.plan([references(NAMES)], request()) as plan:
-        assert list(tmp_path.glob("vlmflow-plan-*"))
+        assert list(tmp_path.glob("vlmflow-*"))
     plan.close()
     with pytest.raises(SourceError):
         catalog.plan([references(["a"], text="a"), references(["a"], text="b")], request())
-    assert not list(tmp_path.glob("vlmflow-plan-*"))
+    assert not list(tmp_path.glob("vlmflow-*"))
 
 
 def test_the_plan_finds_rows_in_every_bucket(catalog: Catalog) -> None:

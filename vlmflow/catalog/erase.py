@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import os
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -39,6 +41,7 @@ from vlmflow.catalog.writer import STAGING, write_file
 from vlmflow.errors import CatalogError
 
 _REDACTED = "<erased>"
+_AT_ONCE = 16  # small files that are read and written at a time; each run and each verdict has one
 _SHORTEST_URI = 6  # a shorter text might stand in a record by chance
 
 
@@ -263,21 +266,22 @@ def _being_written(folder: Folder) -> list[str]:
 
 def _erase_reviews(folder: Folder, wanted: KeyIndex) -> int:
     """Takes the images out of whatever lies under ``reviews/``; returns the number of verdicts."""
-    count = 0
-    for file in list(folder.list(REVIEWS)):
-        reader = _REVIEW_READERS.get(file.path.rpartition(".")[2])
-        rows = reader(folder, file.path) if reader else None
+
+    def erase_from(path: str) -> int:
+        reader = _REVIEW_READERS.get(path.rpartition(".")[2])
+        rows = reader(folder, path) if reader else None
         if rows is None or "image_id" not in rows.column_names:
-            continue
+            return 0
         marks = np.asarray(_mask(rows, wanted))
-        if not marks.any():
-            continue
-        count += int(marks.sum())
-        kept = rows.filter(pa.array(~marks))
-        if kept.num_rows:  # under another name first: a kill in between doubles verdicts, and loses none
-            folder.write_parquet(f"{REVIEWS}/{uuid.uuid4().hex}.parquet", kept)
-        folder.delete(file.path)
-    return count
+        if marks.any():
+            kept = rows.filter(pa.array(~marks))
+            if kept.num_rows:  # under another name first: a kill in between doubles verdicts, and loses none
+                folder.write_parquet(f"{REVIEWS}/{uuid.uuid4().hex}.parquet", kept)
+            folder.delete(path)
+        return int(marks.sum())
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return sum(pool.map(erase_from, [file.path for file in folder.list(REVIEWS)]))
 
 
 def _read_json_lines(folder: Folder, path: str) -> pa.Table:
@@ -292,18 +296,41 @@ _REVIEW_READERS: dict[str, Callable[[Folder, str], pa.Table]] = {
 
 def _redact(folder: Folder, states: Mapping[str, str], texts: set[str]) -> int:
     """Blots addresses out of the records of runs that are over."""
-    written = [json.dumps(text, ensure_ascii=False)[1:-1] for text in texts if len(text) >= _SHORTEST_URI]
-    count = 0
-    for path in _records(folder, states):
+    blotted = _blotter(json.dumps(text, ensure_ascii=False)[1:-1] for text in texts if len(text) >= _SHORTEST_URI)
+
+    def redact(path: str) -> bool:
         before = (folder.read(path) or b"").decode("utf-8")
-        after = before
-        # The longest first: one address may begin another.
-        for text in sorted(written, key=len, reverse=True):
-            after = after.replace(text, _REDACTED)
+        after = blotted(before)
         if after != before:
             folder.write(path, after.encode("utf-8"))
-            count += 1
-    return count
+        return after != before
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return sum(pool.map(redact, _records(folder, states)))
+
+
+def _blotter(texts: Iterable[str]) -> Callable[[str], str]:
+    """What replaces each of the texts in another, the longest of those that begin at a place: one may begin another.
+
+    A million of them take hardly longer than one.
+    """
+    wanted = set(texts)
+    prefix = os.path.commonprefix(list(wanted))  # noqa: RUF071 (of texts, not of paths)
+    lengths = sorted({len(text) for text in wanted}, reverse=True)
+    starts = {text[: lengths[-1]] for text in wanted}
+
+    def blotted(text: str) -> str:
+        parts, done, at = [], 0, 0
+        while lengths and (at := text.find(prefix, at)) >= 0 and at + lengths[-1] <= len(text):
+            begins = text[at : at + lengths[-1]] in starts
+            length = next((length for length in lengths if text[at : at + length] in wanted), 0) if begins else 0
+            if length:
+                parts += [text[done:at], _REDACTED]
+                done = at + length
+            at += length or 1
+        return "".join([*parts, text[done:]])
+
+    return blotted
 
 
 def _records(folder: Folder, states: Mapping[str, str]) -> Iterator[str]:

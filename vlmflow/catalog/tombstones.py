@@ -128,7 +128,7 @@ class Tombstones:
         """The time; of a clock that is behind that of whoever came before, a moment after his."""
         self._now()
         now = dt.datetime.now(dt.UTC)
-        newest = [pc.max(events["at"]).as_py() for events in self._files.values() if events.num_rows]
+        newest: list[dt.datetime] = [pc.max(events["at"]).as_py() for events in self._files.values() if events.num_rows]
         return max([now, *(at + dt.timedelta(microseconds=1) for at in newest)])
 
     def _now(self) -> pa.Table:

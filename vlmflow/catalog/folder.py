@@ -21,6 +21,7 @@ import obstore
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vlmflow.catalog.workspace import in_our_words
 from vlmflow.config import CatalogConfig
 from vlmflow.errors import CatalogError, VlmflowError
 from vlmflow.retry import retried
@@ -132,6 +133,7 @@ class Folder:
 
         Raises:
             CatalogError: the file is not there.
+            WorkspaceError: there is no room for the copy.
         """
         address = parse_address(self.config.uri)
         if address.is_local:
@@ -157,8 +159,9 @@ class Folder:
                 copy.unlink()
 
     def _download(self, path: str, target: Path) -> None:
-        with target.open("wb") as file:
-            for chunk in obstore.get(self._store, self._at(path)).stream(min_chunk_size=8 * 1024 * 1024):
+        chunks = obstore.get(self._store, self._at(path)).stream(min_chunk_size=8 * 1024 * 1024)
+        with in_our_words(), target.open("wb") as file:
+            for chunk in chunks:
                 file.write(chunk)
 
     def delete(self, path: str) -> None:

@@ -51,7 +51,7 @@ class Workspace:
 
 @contextlib.contextmanager
 def in_our_words() -> Iterator[None]:
-    """Says what is wrong with the temporary folder where something cannot be put aside.
+    """Says what is wrong with the temporary folder where it cannot be written to.
 
     Raises:
         WorkspaceError: as the system says.
@@ -59,9 +59,9 @@ def in_our_words() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        place = tempfile.tempdir or "the temporary folder"  # None: there is no usable one
+        place = tempfile.tempdir or "(none)"
         raise WorkspaceError(
-            f"{place}: rows of the source and the catalog cannot be put aside: {' '.join(str(error).split())}",
+            f"the temporary folder {place} cannot be used: {' '.join(str(error).split())}",
             remedy="Free some space there, or set TMPDIR to a folder with more.",
         ) from error
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.catalog_samples import open_catalog, references, request
+from tests.catalog_samples import config_of, open_catalog, references, request
+from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.workspace import Workspace
 from vlmflow.cli import main
 from vlmflow.errors import WorkspaceError
@@ -93,11 +94,18 @@ def test_a_full_disk_is_named_with_its_remedy(tmp_path: Path, place: Path) -> No
     )
     told = " ".join(done.stderr.split())
     assert done.returncode == 2, told
-    assert f"{place}: rows of the source and the catalog cannot be put aside" in told
+    assert f"the temporary folder {place} cannot be used" in told
     assert "File too large" in told
     assert "set TMPDIR" in told
     assert "Traceback" not in told
     assert list(place.iterdir()) == []
+
+
+def test_a_copy_that_there_is_no_room_for_is_no_fault_of_the_store(tmp_path: Path) -> None:
+    folder = Folder(config_of(tmp_path))
+    folder.write("indexes/a.faiss", bytes(100))
+    with pytest.raises(WorkspaceError, match="No space left on device"):
+        folder._download("indexes/a.faiss", Path("/dev/full"))
 
 
 def test_a_temporary_folder_that_cannot_be_used_is_an_error_of_ours(
@@ -110,4 +118,4 @@ def test_a_temporary_folder_that_cannot_be_used_is_an_error_of_ours(
     with pytest.raises(SystemExit) as ended:
         main(["verify", str(tmp_path), str(tmp_path / "catalog")])
     assert ended.value.code == 2
-    assert "cannot be put aside" in " ".join(capsys.readouterr().err.split())
+    assert "the temporary folder" in " ".join(capsys.readouterr().err.split())

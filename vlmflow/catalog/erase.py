@@ -268,8 +268,7 @@ def _erase_reviews(folder: Folder, wanted: KeyIndex) -> int:
     """Takes the images out of whatever lies under ``reviews/``; returns the number of verdicts."""
 
     def erase_from(path: str) -> int:
-        reader = _REVIEW_READERS.get(path.rpartition(".")[2])
-        rows = reader(folder, path) if reader else None
+        rows = _read_review(folder, path)
         if rows is None or "image_id" not in rows.column_names:
             return 0
         marks = np.asarray(_mask(rows, wanted))
@@ -280,8 +279,25 @@ def _erase_reviews(folder: Folder, wanted: KeyIndex) -> int:
             folder.delete(path)
         return int(marks.sum())
 
+    count = 0
+    done: set[str] = set()
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        return sum(pool.map(erase_from, [file.path for file in folder.list(REVIEWS)]))
+        # Until there is none that was not looked into: what another has just removed, it has put into a new one before.
+        while new := [file.path for file in folder.list(REVIEWS) if file.path not in done]:
+            done.update(new)
+            count += sum(pool.map(erase_from, new))
+    return count
+
+
+def _read_review(folder: Folder, path: str) -> pa.Table | None:
+    """What a file under ``reviews/`` holds; None: another has removed it, or it is of no kind that we know."""
+    reader = _REVIEW_READERS.get(path.rpartition(".")[2])
+    try:
+        return reader(folder, path) if reader else None
+    except CatalogError:
+        if folder.stat(path) is not None:
+            raise
+        return None
 
 
 def _read_json_lines(folder: Folder, path: str) -> pa.Table:

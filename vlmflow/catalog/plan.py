@@ -146,8 +146,7 @@ class _Planner:
         erased: Erased | None,
         workers: Workers,
     ) -> None:
-        self._workspace = workspace
-        self._path = workspace.path
+        self._owned, self._workspace = workspace, workspace.path
         self._request = request
         self._folder = folder
         self._files: list[DataFile] = list(snapshot.files.values()) if snapshot else []
@@ -159,17 +158,17 @@ class _Planner:
         listed = self._spread_references(references)
         ledger = self._spread_ledger()
         columns = pa.schema([*listed.columns.remove(len(listed.columns) - 1), *schema.PLANNED])
-        plan = Plan(self._version, columns, _workspace=self._workspace)
-        joined = Spill(self._path / "joined", pa.schema([*columns, *JOINED]), NUM_BUCKETS)
+        plan = Plan(self._version, columns, _workspace=self._owned)
+        joined = Spill(self._workspace / "joined", pa.schema([*columns, *JOINED]), NUM_BUCKETS)
         join = Join(self._request, joined.columns, tuple(self._files), self._erased)
         for bucket in self._join(join, listed, ledger):
             plan.add(bucket)
             joined.append(bucket.rows, buckets_of(bucket.rows))
         joined.close()
         ledger.close()
-        shutil.rmtree(self._path / "listed")
+        shutil.rmtree(self._workspace / "listed")
         self._order(plan, joined)
-        shutil.rmtree(self._path / "joined")
+        shutil.rmtree(self._workspace / "joined")
         return plan
 
     def _join(self, join: Join, listed: Spill, ledger: Ledger) -> Iterator[Joined]:
@@ -182,26 +181,26 @@ class _Planner:
         for batch in references:
             rows = pa.Table.from_batches([batch])
             if spill is None:
-                spill = Spill(self._path / "listed", rows.schema.append(POSITION), NUM_BUCKETS)
+                spill = Spill(self._workspace / "listed", rows.schema.append(POSITION), NUM_BUCKETS)
             positions = np.arange(position, position + rows.num_rows)
             position += rows.num_rows
             spill.append(rows.append_column(POSITION, pa.array(positions)), buckets_of(rows))
         if spill is None:
-            spill = Spill(self._path / "listed", schema.REFERENCE.append(POSITION), NUM_BUCKETS)
+            spill = Spill(self._workspace / "listed", schema.REFERENCE.append(POSITION), NUM_BUCKETS)
         spill.close()
         return spill
 
     def _spread_ledger(self) -> Ledger:
         numbers = list(range(len(self._files)))
         read = ReadLedger(self._folder, tuple(self._files))
-        return self._workers.spread(read, numbers, self._path / "ledger", LEDGER_COLUMNS)
+        return self._workers.spread(read, numbers, self._workspace / "ledger", LEDGER_COLUMNS)
 
     def _order(self, plan: Plan, joined: Spill) -> None:
         """Puts the planned rows into the order of the pipeline, within the limit."""
         last = self._last_position(joined)
         total = plan.num_listed + plan.num_duplicates + plan.num_erased  # as many as there are positions
-        new = Spill(self._path / "new-unordered", joined.columns, _num_groups(total))
-        again = Spill(self._path / "again-unordered", joined.columns, _num_groups(self._num_live_rows()))
+        new = Spill(self._workspace / "new-unordered", joined.columns, _num_groups(total))
+        again = Spill(self._workspace / "again-unordered", joined.columns, _num_groups(self._num_live_rows()))
         groups = self._groups_of_files(again.num_parts)
         for rows in joined.tables():
             rows = rows.filter(pc.less_equal(rows["_position"], last))
@@ -217,7 +216,7 @@ class _Planner:
 
     def _sorted(self, unordered: Spill, plan: Plan, name: str, by: list[str]) -> Spill:
         unordered.close()
-        ordered = Spill(self._path / name, plan.schema, unordered.num_parts)
+        ordered = Spill(self._workspace / name, plan.schema, unordered.num_parts)
         fill = FillPrevious(self._folder, tuple(self._files)) if name == "again" else None
         parts = range(unordered.num_parts)
         tables = (unordered.read(part).sort_by([(column, "ascending") for column in by]) for part in parts)
@@ -227,7 +226,7 @@ class _Planner:
             plan.num_planned += rows.num_rows
             plan.num_fresh += rows.num_rows - (pc.sum(rows["failed_before"]).as_py() or 0)
         ordered.close()
-        shutil.rmtree(self._path / f"{name}-unordered")
+        shutil.rmtree(self._workspace / f"{name}-unordered")
         return ordered
 
     def _last_position(self, joined: Spill) -> int:

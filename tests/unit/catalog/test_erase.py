@@ -77,6 +77,27 @@ def test_many_verdicts_and_records_are_looked_through_at_once(catalog: Catalog, 
     assert [record["message"] for record in records].count("such as <erased>") == 1
 
 
+def test_verdicts_that_are_moved_to_another_file_meanwhile_are_found(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, rows = catalog._folder, pa.table({"image_id": [image_id("secret"), image_id("a")]})
+    folder.write_parquet(f"{REVIEWS}/small.parquet", rows)
+    read = Folder.read_parquet
+
+    def moved(self: Folder, path: str, *given: Sequence[str]) -> pa.Table:
+        if path == f"{REVIEWS}/small.parquet":
+            self.write_parquet(f"{REVIEWS}/joined.parquet", rows)
+            self.delete(path)
+        return read(self, path, *given)
+
+    monkeypatch.setattr(Folder, "read_parquet", moved)
+    result = catalog.erase(to_binary(pa.array([image_id("secret")])))
+    assert (result.num_reviews, result.is_complete) == (1, True)
+    monkeypatch.undo()
+    left = [folder.read_parquet(file.path)["image_id"].to_pylist() for file in folder.list(REVIEWS)]
+    assert left == [[image_id("a")]]
+
+
 def test_of_texts_that_begin_alike_the_longest_is_blotted_out() -> None:
     blotted = _blotter(["s3://b/a", "s3://b/a.jpg", "s3://b/other"])
     assert blotted("s3://b/a.jpg, s3://b/a; s3://b/b s3://b/a.jp") == "<erased>, <erased>; s3://b/b <erased>.jp"

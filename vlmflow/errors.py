@@ -100,6 +100,10 @@ class CalibrationError(PolicyError):
     """Verdicts that cannot be used, or that do not suffice to set thresholds."""
 
 
+class WorkspaceError(VlmflowError):
+    """The temporary folder is full, or cannot be written to."""
+
+
 class SearchError(VlmflowError):
     """The catalog holds no embeddings that the query can be compared with."""
 

@@ -104,6 +104,12 @@ def print_plan(summary: PlanSummary, console: Console) -> None:
         f"{summary.num_listed:,} images listed, {summary.num_unchanged:,} up to date, "
         f"[bold]{summary.num_planned:,} to do[/bold] ({summary.num_new:,} of those due are new)"
     )
+    if summary.num_unchanged and summary.source_columns:
+        console.print(
+            f"those up to date keep the values that they have of {escape(', '.join(summary.source_columns))}: new ones "
+            "come with the next task that is due on an image",
+            highlight=False,
+        )
     if summary.num_planned < summary.num_due:
         console.print(f"{summary.num_due:,} are due, the limit leaves {summary.num_planned:,}")
     if summary.num_duplicates:

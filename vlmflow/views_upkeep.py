@@ -86,7 +86,10 @@ def print_erasure(result: EraseResult, images: Images, console: Console) -> None
             "committed, and will not commit them; run the same command again when they are over"
         )
     if result.failed:
-        console.print(f"[red]{len(result.failed):,} files could not be deleted; run the same command again[/red]")
+        console.print(
+            f"[red]{len(result.failed):,} files could not be deleted, or somebody may be writing them; run the same "
+            "command again, in ten minutes[/red]"
+        )
 
 
 def unfound(images: Images) -> list[str]:

@@ -102,14 +102,30 @@ def test_an_image_that_kills_or_hangs_is_recorded_and_the_others_go_on(
     assert report.errors == {"worker_died": 1, "timed_out": 1}
 
 
+def test_where_blocks_of_lost_images_are_too_many_smaller_ones_find_the_image(
+    make_job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = write_pictures(tmp_path / "images", 120)  # in blocks of 32
+    make_deadly(monkeypatch, kills=(paths[3].name,))
+    monkeypatch.setattr(pipeline, "TASK_LIMITS", {"max_retries": 0})
+
+    report = enrich(make_job(tmp_path / "images", tasks=("embed",), quarantine={"max_images": 5}))
+
+    assert (report.status, report.num_added) == ("done", 120)
+    assert report.statuses == {"ok": 119, "failed": 1}
+    assert report.errors == {"worker_died": 1}
+
+
 def test_too_many_of_them_stop_the_run_and_name_what_failed(
     make_job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paths = write_pictures(tmp_path / "images", 120)  # more than one task decodes
     make_deadly(monkeypatch, kills=(paths[3].name,))
+    monkeypatch.setattr(run, "SMALL_BLOCKS", (16,))  # the test before has them all
     job = make_job(tmp_path / "images", tasks=("embed",), quarantine={"max_images": 5})
-    with pytest.raises(UnreconciledError, match="did not come out of the run"):
+    with pytest.raises(UnreconciledError, match="16 of 120 images did not come out of the run") as raised:
         enrich(job)
+    assert "set quarantine.max_images (now 5) to at least 16" in raised.value.remedy
     catalog = Catalog.open(job.catalog)
     committed = catalog.images(["uri"]).num_rows
     assert 0 < committed < 120

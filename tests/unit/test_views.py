@@ -10,9 +10,11 @@ from rich.console import Console
 
 from vlmflow.cli import main
 from vlmflow.engine.remoderate import RemoderateReport
+from vlmflow.engine.report import PlanSummary
 from vlmflow.engine.sizing import PreflightReport
 from vlmflow.errors import ExplainError
 from vlmflow.explain import write_heatmap
+from vlmflow.views import print_plan
 from vlmflow.views_moderation import print_remoderation
 from vlmflow.views_preflight import print_preflight
 
@@ -56,6 +58,18 @@ def test_a_preflight_says_that_start_up_comes_on_top() -> None:
     print_preflight(report, console)
     said = " ".join(console.export_text().split())
     assert "215 images to do: about 1 s at 900.0 images/s, limited by pool embed; start-up comes on top" in said
+
+
+@pytest.mark.parametrize(("num_unchanged", "columns"), [(5, ("price", "title")), (5, ()), (0, ("price", "title"))])
+def test_a_plan_says_that_columns_of_images_that_are_up_to_date_stay(
+    num_unchanged: int, columns: tuple[str, ...]
+) -> None:
+    counts = {"num_listed": 9, "num_duplicates": 0, "num_new": 4, "num_due": 4, "num_planned": 4, "num_exhausted": 0}
+    counts |= {"num_erased": 0, "num_policy_differs": 0, "num_unchanged": num_unchanged}
+    console = Console(record=True, width=200)
+    print_plan(PlanSummary(**counts, due={}, policy=None, source_columns=columns), console)
+    said = "those up to date keep the values that they have of price, title" in console.export_text()
+    assert said == bool(num_unchanged and columns)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from vlmflow.catalog.log import DataFile, Snapshot, TableLog, TableName
 from vlmflow.catalog.plan import Plan, plan
 from vlmflow.catalog.plan_parts import Workers
 from vlmflow.catalog.policies import PolicyStore
-from vlmflow.catalog.read import embedding_batches, image_batches
+from vlmflow.catalog.read import embedding_batches, image_batches, of_one_time
 from vlmflow.catalog.reviews import JudgeResult, ReviewStore, Said, apply_verdicts
 from vlmflow.catalog.rows import RunConstants
 from vlmflow.catalog.runs import RunStore
@@ -320,9 +320,7 @@ class Catalog:
 
     def embedding_batches(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """The embeddings that live rows refer to, file by file."""
-        # Embeddings last: those of the rows just read are there by then.
-        images = self._images.refresh()
-        return embedding_batches(self._folder, images, self._embeddings.refresh(), columns)
+        return embedding_batches(self._folder, *of_one_time(self._images, self._embeddings), columns)
 
     def flagged_before(self, run_id: str) -> pa.Array | None:
         """The images that a run found flagged; see :func:`vlmflow.catalog.before.flagged_before`."""
@@ -330,9 +328,8 @@ class Catalog:
 
     def export(self, folder: str | Path, *, with_embeddings: bool) -> ExportResult:
         """Writes the current rows as plain Parquet; see :func:`vlmflow.catalog.export.export`."""
-        images = self._images.refresh()
-        embeddings = self._embeddings.refresh() if with_embeddings else None
-        return export(self._folder, images, embeddings, Path(folder))
+        images, embeddings = of_one_time(self._images, self._embeddings)
+        return export(self._folder, images, embeddings if with_embeddings else None, Path(folder))
 
     def file_uris(self, table: TableName) -> list[str]:
         """Addresses of the table's live files, for readers of plain Parquet."""

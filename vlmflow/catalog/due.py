@@ -17,7 +17,16 @@ from vlmflow import schema
 from vlmflow.catalog.detections import Detection
 from vlmflow.catalog.keys import questions_digests, text_digests
 from vlmflow.catalog.masks import Mask, as_mask, equal, is_valid
-from vlmflow.catalog.rows import FAILED, MISSING, OK, UNREADABLE, attempt_digest, failed_tasks, rows_of_image_errors
+from vlmflow.catalog.rows import (
+    FAILED,
+    MISSING,
+    OK,
+    UNREADABLE,
+    attempt_digest,
+    failed_tasks,
+    image_attempt_digest,
+    rows_of_image_errors,
+)
 
 MAX_ATTEMPTS = 3  # per object version and fingerprints
 
@@ -152,8 +161,9 @@ class _State:
 
     @classmethod
     def of(cls, live: pa.Table, same: Mask, request: PlanRequest) -> _State:
-        digest = attempt_digest(request.fingerprints, request.questions)
-        again = same & equal(live["attempt_digest"], digest) & ~equal(live["status"], OK)
+        # Older rows have the first also where the whole image failed.
+        digests = attempt_digest(request.fingerprints, request.questions), image_attempt_digest(request.decoder)
+        again = same & as_mask(pc.is_in(live["attempt_digest"], pa.array(digests))) & ~equal(live["status"], OK)
         stored = pc.fill_null(live["attempts"], 0).to_numpy().astype(np.int32)
         attempts = np.where(again, stored, 0).astype(np.int32)
         asked = same & as_mask(pc.fill_null(pc.is_in(live["status"], pa.array(request.retry, pa.string())), False))

@@ -11,9 +11,12 @@ alone, so each image that is found by its address becomes erased by its id too b
 
 from __future__ import annotations
 
+import datetime as dt
 import json
+import os
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,21 +26,22 @@ import pyarrow.json as pj
 
 from vlmflow.catalog.columns import conform
 from vlmflow.catalog.commit import Change, CommitRequest, commit
-from vlmflow.catalog.files import look_through
+from vlmflow.catalog.files import is_being_written, look_through
 from vlmflow.catalog.folder import Folder
-from vlmflow.catalog.indexes import files_holding
+from vlmflow.catalog.indexes import INDEXES, files_holding
 from vlmflow.catalog.keys import KeyIndex, concat, duplicates, index_of, to_binary, to_words
 from vlmflow.catalog.log import DataFile, Snapshot, TableLog
 from vlmflow.catalog.masks import Mask, as_mask
 from vlmflow.catalog.read import read_each, read_rows
 from vlmflow.catalog.reviews import REVIEWS
-from vlmflow.catalog.runs import RUNS, RunState, RunStore
+from vlmflow.catalog.runs import LEASE_SUFFIX, RUNS, RunState, RunStore
 from vlmflow.catalog.tombstones import Tombstones, address_keys
 from vlmflow.catalog.vacuum import RETENTION, revoke
 from vlmflow.catalog.writer import STAGING, write_file
 from vlmflow.errors import CatalogError
 
 _REDACTED = "<erased>"
+_AT_ONCE = 16  # small files that are read and written at a time; each run and each verdict has one
 _SHORTEST_URI = 6  # a shorter text might stand in a record by chance
 
 
@@ -48,12 +52,13 @@ class EraseResult:
     Attributes:
         num_images: asked for, and found by the addresses asked for.
         num_rows, num_vectors: taken out of the newest versions.
-        num_files: older or never committed files that held the images, or could not be read, deleted.
+        num_files: older or never committed files that held the images, or could not be read, deleted. What a process
+            left half written when it was killed is among them, whatever it holds.
         num_index_files: files of vector indexes, deleted whole; the next update of the index writes the others anew.
         num_records: records of runs in which an address was blotted out.
         live_runs: runs at work, which may still hold the images in files that they have not committed. They will not
             commit them; the erasure is complete when it has been asked for again after their end.
-        failed: files that could not be deleted.
+        failed: files that could not be deleted, or that somebody may be writing at the moment.
     """
 
     num_images: int
@@ -110,8 +115,8 @@ def erase(
     doomed = [*holding, *of_embeddings.holding(states)]
     wanted = index_of(keys)
     result.num_reviews = _erase_reviews(folder, wanted)
-    failed = folder.delete_all(doomed)
-    result.num_files = len(doomed) - len(failed)
+    failed = [*folder.delete_all(doomed), *_being_written(folder)]
+    result.num_files = len(set(doomed) - set(failed))
     of_indexes = files_holding(folder, wanted)
     kept = folder.delete_all(of_indexes)
     result.num_index_files = len(of_indexes) - len(kept)
@@ -123,7 +128,12 @@ def erase(
 
 _GONE = ("old", "orphan", "staged")
 _ROWS = pa.schema([("image_id", pa.string()), ("uri", pa.string())])
-_FOLDERS = {"images": ("images/", f"{STAGING}/"), "embeddings": ("embeddings/",)}  # by table: where its files lie
+_OTHERS = (REVIEWS, INDEXES, RUNS)  # folders whose files name images too
+# By table: where its files lie, and those that are nobody's.
+_FOLDERS = {
+    "images": ("images/", f"{STAGING}/", *(f"{name}/" for name in _OTHERS)),
+    "embeddings": ("embeddings/",),
+}
 
 
 def _found_by_address(rows: pa.Table, tombstones: Tombstones, uris: Sequence[str]) -> pa.Array:
@@ -179,7 +189,7 @@ class _Removal:
     def holding(self, states: dict[str, RunState]) -> dict[str, pa.Table]:
         """The files that no version refers to any more and that hold one, by path, with these rows (of images).
 
-        One that cannot be read is among them: it is of no use either.
+        One that cannot be read, or was never finished, is among them: it is of no use either.
         """
         held: dict[str, pa.Table] = {}
         names = _ROWS.names if self._log.name == "images" else ["image_id"]
@@ -187,15 +197,20 @@ class _Removal:
             path = found.file.path
             if found.kind not in _GONE or not path.startswith(_FOLDERS[self._log.name]):
                 continue
-            try:
-                rows = self._log.folder.read_parquet(path, names)
-            except CatalogError:  # damaged, or a vacuum has removed it meanwhile
+            rows = None if found.file.is_unfinished else self._read(path, names)
+            if rows is None:
                 held[path] = _ROWS.empty_table()
                 continue
             marks = self._mask(rows)
             if marks.any():
                 held[path] = conform(rows.filter(pa.array(marks)), _ROWS)
         return held
+
+    def _read(self, path: str, names: Sequence[str]) -> pa.Table | None:
+        try:
+            return self._log.folder.read_parquet(path, names)
+        except CatalogError:  # damaged, or a vacuum has removed it meanwhile
+            return None
 
     def _without(self, file: DataFile) -> DataFile | None:
         rows = read_rows(self._log.folder, self._log.name, file)
@@ -240,25 +255,38 @@ def _mask(rows: pa.Table, wanted: KeyIndex) -> Mask:
     return found
 
 
+def _being_written(folder: Folder) -> list[str]:
+    """Unfinished files that are no run's, and whose writer may be alive. Leases name no image."""
+    now = dt.datetime.now(dt.UTC)
+    files = (file for name in _OTHERS for file in folder.unfinished(name))
+    return [
+        file.path for file in files if is_being_written(file, now) and not file.finished_path.endswith(LEASE_SUFFIX)
+    ]
+
+
 def _erase_reviews(folder: Folder, wanted: KeyIndex) -> int:
     """Takes the images out of whatever lies under ``reviews/``; returns the number of verdicts."""
-    erased: set[tuple[str, str]] = set()  # by kind of file: a verdict may stand in two, where many became one
-    done: set[str] = set()
-    # Until there is none that was not looked into: what another has just removed, it has put into a new one before.
-    while new := [file.path for file in folder.list(REVIEWS) if file.path not in done]:
-        done.update(new)
-        for path in new:
-            rows = _read_review(folder, path)
-            if rows is None or "image_id" not in rows.column_names:
-                continue
-            marks = np.asarray(_mask(rows, wanted))
-            if not marks.any():
-                continue
-            erased |= {(path.rpartition(".")[2], str(row)) for row in rows.filter(pa.array(marks)).to_pylist()}
+
+    def erase_from(path: str) -> set[tuple[str, str]]:
+        """Those erased, by kind of file: a verdict may stand in two, where many became one."""
+        rows = _read_review(folder, path)
+        if rows is None or "image_id" not in rows.column_names:
+            return set()
+        marks = np.asarray(_mask(rows, wanted))
+        if marks.any():
             kept = rows.filter(pa.array(~marks))
             if kept.num_rows:  # under another name first: a kill in between doubles verdicts, and loses none
                 folder.write_parquet(f"{REVIEWS}/{uuid.uuid4().hex}.parquet", kept)
             folder.delete(path)
+        return {(path.rpartition(".")[2], str(row)) for row in rows.filter(pa.array(marks)).to_pylist()}
+
+    erased: set[tuple[str, str]] = set()
+    done: set[str] = set()
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        # Until there is none that was not looked into: what another has just removed, it has put into a new one before.
+        while new := [file.path for file in folder.list(REVIEWS) if file.path not in done]:
+            done.update(new)
+            erased.update(*pool.map(erase_from, new))
     return len(erased)
 
 
@@ -285,18 +313,41 @@ _REVIEW_READERS: dict[str, Callable[[Folder, str], pa.Table]] = {
 
 def _redact(folder: Folder, states: Mapping[str, str], texts: set[str]) -> int:
     """Blots addresses out of the records of runs that are over."""
-    written = [json.dumps(text, ensure_ascii=False)[1:-1] for text in texts if len(text) >= _SHORTEST_URI]
-    count = 0
-    for path in _records(folder, states):
+    blotted = _blotter(json.dumps(text, ensure_ascii=False)[1:-1] for text in texts if len(text) >= _SHORTEST_URI)
+
+    def redact(path: str) -> bool:
         before = (folder.read(path) or b"").decode("utf-8")
-        after = before
-        # The longest first: one address may begin another.
-        for text in sorted(written, key=len, reverse=True):
-            after = after.replace(text, _REDACTED)
+        after = blotted(before)
         if after != before:
             folder.write(path, after.encode("utf-8"))
-            count += 1
-    return count
+        return after != before
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return sum(pool.map(redact, _records(folder, states)))
+
+
+def _blotter(texts: Iterable[str]) -> Callable[[str], str]:
+    """What replaces each of the texts in another, the longest of those that begin at a place: one may begin another.
+
+    A million of them take hardly longer than one.
+    """
+    wanted = set(texts)
+    prefix = os.path.commonprefix(list(wanted))  # noqa: RUF071 (of texts, not of paths)
+    lengths = sorted({len(text) for text in wanted}, reverse=True)
+    starts = {text[: lengths[-1]] for text in wanted}
+
+    def blotted(text: str) -> str:
+        parts, done, at = [], 0, 0
+        while lengths and (at := text.find(prefix, at)) >= 0 and at + lengths[-1] <= len(text):
+            begins = text[at : at + lengths[-1]] in starts
+            length = next((length for length in lengths if text[at : at + length] in wanted), 0) if begins else 0
+            if length:
+                parts += [text[done:at], _REDACTED]
+                done = at + length
+            at += length or 1
+        return "".join([*parts, text[done:]])
+
+    return blotted
 
 
 def _records(folder: Folder, states: Mapping[str, str]) -> Iterator[str]:

@@ -8,20 +8,27 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from vlmflow.catalog.folder import FileInfo, Folder
+from vlmflow.catalog.indexes import INDEXES
+from vlmflow.catalog.known_images import KNOWN
 from vlmflow.catalog.log import TableLog
-from vlmflow.catalog.runs import RunState
+from vlmflow.catalog.policies import POLICIES
+from vlmflow.catalog.reviews import REVIEWS
+from vlmflow.catalog.runs import DEAD_AFTER, RUNS, RunState
+from vlmflow.catalog.tombstones import TOMBSTONES
 from vlmflow.catalog.writer import STAGING, writer_of
 
 # A file of a run without a record is an orphan only after this time: a record is written before any file, but a
 # store may show the two in another order.
 UNKNOWN_RUN_AGE = dt.timedelta(hours=24)
 
+_OTHERS = (REVIEWS, RUNS, INDEXES, POLICIES, KNOWN, TOMBSTONES)  # folders whose files stand in no log
+
 FileKind: TypeAlias = Literal[
     "live",  # in the newest version of its table
     "old",  # of an earlier version: the log says when it was removed
-    "orphan",  # no version has it, and its run will not bring it into one any more
+    "orphan",  # no version has it, and its run will not bring it into one any more; or its writer died writing it
     "staged",  # rows to be merged, of a run that will not merge them any more
-    "pending",  # of a run that may still commit it
+    "pending",  # of a run that may still commit it, or of somebody who may still be writing it
     "foreign",  # none of ours, by its name
 ]
 
@@ -38,7 +45,7 @@ class Found:
 def look_through(
     folder: Folder, logs: tuple[TableLog, ...], states: dict[str, RunState], retention: dt.timedelta
 ) -> Iterator[Found]:
-    """Tells what each file of the tables and each staged file is.
+    """Tells what each file of the tables, each staged file, and each unfinished one of the other folders is.
 
     The folder is listed before the logs are read. So a file that is listed and in no version is either of a run that
     may still commit, or an orphan for good.
@@ -53,14 +60,18 @@ def look_through(
             return states[run_id] != "running"
         return now - file.modified_at > UNKNOWN_RUN_AGE
 
-    listed = {log.name: [file for file in folder.list(log.name) if "/_delta_log/" not in file.path] for log in logs}
-    staged = list(folder.list(STAGING))
+    def all_below(name: str) -> list[FileInfo]:
+        files = [*folder.list(name), *folder.unfinished(name)]
+        return [file for file in files if "/_delta_log/" not in file.path]
+
+    listed = {log.name: all_below(log.name) for log in logs}
+    staged = all_below(STAGING)
     for log in logs:
         live = log.refresh().files.keys()
         removed, expired = log.removed_files(dt.timedelta()), log.removed_files(retention)
         for file in listed[log.name]:
             path = file.path.removeprefix(f"{log.name}/")
-            run_id = writer_of(file.path)
+            run_id = writer_of(file.finished_path)
             if path in live:
                 yield Found(file, "live")
             elif run_id is None:
@@ -70,8 +81,16 @@ def look_through(
             else:
                 yield Found(file, "orphan" if is_over(file, run_id) else "pending")
     for file in staged:
-        run_id = writer_of(file.path)
+        run_id = writer_of(file.finished_path)
         if run_id is None:
             yield Found(file, "foreign")
         else:
             yield Found(file, "staged" if is_over(file, run_id) else "pending")
+    for name in _OTHERS:
+        for file in folder.unfinished(name):
+            yield Found(file, "pending" if is_being_written(file, now) else "orphan")
+
+
+def is_being_written(file: FileInfo, now: dt.datetime) -> bool:
+    """Whether somebody may still be at an unfinished file: no run tells, as of a table's."""
+    return now - file.modified_at <= DEAD_AFTER

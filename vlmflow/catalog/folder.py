@@ -6,6 +6,8 @@ import contextlib
 import datetime as dt
 import json
 import logging
+import os
+import re
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ import obstore
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vlmflow.catalog.workspace import in_our_words
 from vlmflow.config import CatalogConfig
 from vlmflow.errors import CatalogError, VlmflowError
 from vlmflow.retry import retried
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vlmflow")
 
 _DELETED_AT_ONCE = 500
+# How obstore calls a file of a local disk until it is whole: listings leave such names out, and it takes none.
+_UNFINISHED = re.compile(r"(.+)#\d+")
 _FOOTER_BYTES = 64 * 1024  # of a Parquet file, read with the first request; few are longer
 
 
@@ -41,6 +46,17 @@ class FileInfo:
     path: str  # relative to the folder
     size_bytes: int
     modified_at: dt.datetime
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether somebody was writing it, and may be at it still."""
+        return _UNFINISHED.fullmatch(self.path) is not None
+
+    @property
+    def finished_path(self) -> str:
+        """Its path, or what that would have become."""
+        match = _UNFINISHED.fullmatch(self.path)
+        return match[1] if match else self.path
 
 
 class Folder:
@@ -117,6 +133,7 @@ class Folder:
 
         Raises:
             CatalogError: the file is not there.
+            WorkspaceError: there is no room for the copy.
         """
         address = parse_address(self.config.uri)
         if address.is_local:
@@ -142,19 +159,24 @@ class Folder:
                 copy.unlink()
 
     def _download(self, path: str, target: Path) -> None:
-        with target.open("wb") as file:
-            for chunk in obstore.get(self._store, self._at(path)).stream(min_chunk_size=8 * 1024 * 1024):
+        chunks = obstore.get(self._store, self._at(path)).stream(min_chunk_size=8 * 1024 * 1024)
+        with in_our_words(), target.open("wb") as file:
+            for chunk in chunks:
                 file.write(chunk)
 
     def delete(self, path: str) -> None:
         """Removes a file; one that is not there is no error."""
         # Object stores say nothing of a missing object, a local disk does.
         with self._in_our_words(), contextlib.suppress(FileNotFoundError):
-            retried(lambda: obstore.delete(self._store, self._at(path)))
+            if self._is_unfinished(path):
+                Path(parse_address(self.config.uri).path, path).unlink()
+            else:
+                retried(lambda: obstore.delete(self._store, self._at(path)))
 
     def delete_all(self, paths: Sequence[str]) -> list[str]:
         """Removes many files; returns those that could not be removed. One that is not there is no error."""
-        failed: list[str] = []
+        failed = [path for path in paths if self._is_unfinished(path) and not self._deleted(path)]
+        paths = [path for path in paths if not self._is_unfinished(path)]
         for start in range(0, len(paths), _DELETED_AT_ONCE):
             some = paths[start : start + _DELETED_AT_ONCE]
             try:
@@ -190,6 +212,24 @@ class Folder:
         for page in pages:
             for meta in page:
                 yield FileInfo(meta["path"][skip:], meta["size"], meta["last_modified"])
+
+    def unfinished(self, below: str) -> Iterator[FileInfo]:
+        """The files under a sub-folder, at any depth, that somebody is writing or was when he died.
+
+        Object stores show nothing of a file before it is whole: there are none.
+        """
+        address = parse_address(self.config.uri)
+        if not address.is_local:
+            return
+        root, found = Path(address.path), []
+        with self._in_our_words():
+            for place, _, names in os.walk(root / below, onerror=_unless_absent):
+                for file in (Path(place, name) for name in names if _UNFINISHED.fullmatch(name)):
+                    with contextlib.suppress(FileNotFoundError):  # finished meanwhile
+                        status = file.stat()
+                        changed = dt.datetime.fromtimestamp(status.st_mtime, dt.UTC)
+                        found.append(FileInfo(file.relative_to(root).as_posix(), status.st_size, changed))
+        yield from found
 
     def write_parquet(self, path: str, rows: pa.Table, **options: Any) -> int:
         """Writes rows as one Parquet file in one step; returns its size in bytes.
@@ -267,6 +307,9 @@ class Folder:
                     raise
                 raise CatalogError(f"{self.config.uri}: {path} is damaged", remedy=remedy) from error
 
+    def _is_unfinished(self, path: str) -> bool:
+        return parse_address(self.config.uri).is_local and _UNFINISHED.fullmatch(path) is not None
+
     @contextlib.contextmanager
     def _in_our_words(self) -> Iterator[None]:
         try:
@@ -285,6 +328,11 @@ class Folder:
     def _at(self, path: str) -> str:
         prefix = self._opened[1].strip("/")
         return f"{prefix}/{path}" if prefix else path
+
+
+def _unless_absent(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def _copy_name(path: str) -> str:

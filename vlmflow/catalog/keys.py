@@ -77,7 +77,6 @@ class KeyIndex:
     def __init__(self, high: Words, low: Words, values: npt.NDArray[np.int64]) -> None:
         order = np.lexsort((low, high))
         self._high, self._low, self.values = high[order], low[order], values[order]
-        self._longest_run = _longest_run(self._high)
 
     def __len__(self) -> int:
         return len(self._high)
@@ -85,21 +84,23 @@ class KeyIndex:
     def find(self, high: Words, low: Words) -> npt.NDArray[np.int64]:
         """The value of each key; -1 where it is not here. Equal keys: the value of one of them."""
         found = np.full(len(high), -1, dtype=np.int64)
-        if not len(self) or not len(high):
-            return found
-        first = np.searchsorted(self._high, high)
-        # Two different keys with the same high half are next to each other: look at each in turn.
-        for step in range(self._longest_run):
-            at = np.minimum(first + step, len(self) - 1)
-            hit = (self._high[at] == high) & (self._low[at] == low) & (found < 0)
-            found[hit] = self.values[at[hit]]
-        return found
+        rows, at = np.arange(len(high)), np.searchsorted(self._high, high)
+        # Different keys with the same high half are next to each other: for each of those asked for, until its own
+        # comes or another half. So a key that is here a thousand times costs those alone that begin as it does.
+        while True:
+            alike = at < len(self)
+            alike[alike] = self._high[at[alike]] == high[rows[alike]]
+            rows, at = rows[alike], at[alike]
+            if not len(rows):
+                return found
+            hit = self._low[at] == low[rows]
+            found[rows[hit]] = self.values[at[hit]]
+            rows, at = rows[~hit], at[~hit] + 1
 
     def kept(self, mask: npt.NDArray[np.bool_]) -> KeyIndex:
         """The index without the entries where ``mask`` is false; ``mask`` goes with ``values``."""
         index = KeyIndex.__new__(KeyIndex)
         index._high, index._low, index.values = self._high[mask], self._low[mask], self.values[mask]
-        index._longest_run = _longest_run(index._high)
         return index
 
     def merged(self, others: Sequence[KeyIndex]) -> KeyIndex:
@@ -168,11 +169,3 @@ def _hex_to_bytes(characters: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         bad = characters[int(np.argmax(wrong))].tobytes().decode("utf-8", "replace")
         raise CatalogError(f"image_id {bad!r} is not {_HEX_DIGITS} hexadecimal digits")
     return np.left_shift(nibbles[:, 0::2], 4, dtype=np.uint8) | nibbles[:, 1::2]
-
-
-def _longest_run(ordered: Words) -> int:
-    """Length of the longest run of equal values; 0 for an empty array."""
-    if not len(ordered):
-        return 0
-    starts = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1])))
-    return int(np.diff(np.append(starts, len(ordered))).max())

@@ -22,7 +22,7 @@ from vlmflow.catalog.columns import conform, flat
 from vlmflow.catalog.due import PlanRequest
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.judged import by_model
-from vlmflow.catalog.keys import KeyIndex, concat, index_of, to_binary, to_words
+from vlmflow.catalog.keys import KeyIndex, concat, duplicates, index_of, to_binary, to_words
 from vlmflow.catalog.log import DataFile, Snapshot, TableName
 from vlmflow.catalog.masks import Mask, as_mask, equal
 from vlmflow.catalog.read import read_each
@@ -193,17 +193,20 @@ def known_bytes(
         has_vectors = vectors.file >= 0
         rows = rows.filter(pa.array(has_vectors))
         places, vectors = _where(places, has_vectors), _where(vectors, has_vectors)
-    high, low = to_words(_hash_keys(rows["content_hash"]))
-    if not len(high):
+    if not rows.num_rows:
         return None
-    index = KeyIndex(high, low, np.arange(len(high), dtype=np.int64))
+    # Of equal bytes one row, the newest: there may be a hundred thousand of them.
+    hashes = _hash_keys(rows["content_hash"])
+    once = ~duplicates(hashes)
+    places, vectors = _where(places, once), vectors and _where(vectors, once)
+    index = index_of(hashes.filter(pa.array(once)))
     return KnownBytes(folder, request.tasks, index, places, vectors, request.questions)
 
 
 def _candidates(
     folder: Folder, images: Snapshot, request: PlanRequest, sizes: pa.Array | None, max_rows: int
 ) -> tuple[pa.Table, _Places] | None:
-    """Rows with all results of the request; which, and where."""
+    """Rows with all results of the request, the newest files first; which, and where."""
     fingerprints = [schema.fingerprint_column(task) for task in request.tasks]
     decisive = ["status", "errors", "decoder", "policy_digest", "size_bytes", *fingerprints]
     newest_first = sorted(images.files.values(), key=lambda file: (file.ingest_date, file.path), reverse=True)

@@ -9,11 +9,9 @@ workers of a cluster; the listing comes through this process either way.
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +39,7 @@ from vlmflow.catalog.plan_parts import (
 )
 from vlmflow.catalog.spill import Spill
 from vlmflow.catalog.tombstones import Erased
+from vlmflow.catalog.workspace import Workspace
 
 _ROWS_PER_GROUP = 100_000  # of planned rows that are ordered at a time
 
@@ -62,7 +61,7 @@ class Plan:
     num_exhausted: int = 0  # failed too often to be tried again
     num_policy_differs: int = 0  # keep labels of another policy
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)  # (task, reason) -> images due
-    _folder: Path | None = None
+    _workspace: Workspace | None = None
     _groups: list[Spill] = field(default_factory=list)
 
     def batches(self, max_rows: int = 1024) -> Iterator[pa.Table]:
@@ -89,9 +88,9 @@ class Plan:
 
     def close(self) -> None:
         """Removes the folder."""
-        if self._folder is not None:
-            shutil.rmtree(self._folder)
-            self._folder = None
+        if self._workspace is not None:
+            self._workspace.close()
+            self._workspace = None
             self._groups = []
 
     def __enter__(self) -> Plan:
@@ -120,12 +119,13 @@ def plan(
     Raises:
         SourceError: an image is listed twice with different columns.
         CatalogError: a file of the table cannot be read.
+        WorkspaceError: the temporary folder is full, or cannot be used.
     """
-    workspace = Path(tempfile.mkdtemp(prefix="vlmflow-plan-"))
+    workspace = Workspace()
     try:
         return _Planner(workspace, request, folder, snapshot, erased, workers or InProcess()).run(references)
     except BaseException:
-        shutil.rmtree(workspace)
+        workspace.close()
         raise
 
 
@@ -139,14 +139,14 @@ def plan_without_catalog(
 class _Planner:
     def __init__(
         self,
-        workspace: Path,
+        workspace: Workspace,
         request: PlanRequest,
         folder: Folder | None,
         snapshot: Snapshot | None,
         erased: Erased | None,
         workers: Workers,
     ) -> None:
-        self._workspace = workspace
+        self._owned, self._workspace = workspace, workspace.path
         self._request = request
         self._folder = folder
         self._files: list[DataFile] = list(snapshot.files.values()) if snapshot else []
@@ -158,7 +158,7 @@ class _Planner:
         listed = self._spread_references(references)
         ledger = self._spread_ledger()
         columns = pa.schema([*listed.columns.remove(len(listed.columns) - 1), *schema.PLANNED])
-        plan = Plan(self._version, columns, _folder=self._workspace)
+        plan = Plan(self._version, columns, _workspace=self._owned)
         joined = Spill(self._workspace / "joined", pa.schema([*columns, *JOINED]), NUM_BUCKETS)
         join = Join(self._request, joined.columns, tuple(self._files), self._erased)
         for bucket in self._join(join, listed, ledger):

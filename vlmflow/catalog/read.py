@@ -16,7 +16,9 @@ from vlmflow import schema
 from vlmflow.catalog.columns import conform, flat
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.keys import concat, index_of, to_binary, to_words
-from vlmflow.catalog.log import DataFile, Snapshot, TableName
+from vlmflow.catalog.log import DataFile, Snapshot, TableLog, TableName
+
+_CLAIMED_BY = ("image_id", "embed_run_id", "view")  # what :meth:`References.claim` reads
 
 
 def read_rows(folder: Folder, table: TableName, file: DataFile, columns: Sequence[str] | None = None) -> pa.Table:
@@ -64,14 +66,33 @@ def embedding_batches(
     """The embeddings that live image rows refer to, one per image and view; first an empty table.
 
     A run that was killed may have left vectors that nothing refers to, or the same ones twice: they are passed over.
+
+    Args:
+        columns: names of top-level columns; None: all. Others are read as far as they tell which rows count.
     """
     wanted = _select(embeddings.schema, columns)
     yield wanted.empty_table()
+    read = list(dict.fromkeys([*wanted.names, *_CLAIMED_BY]))
+    ahead = 1 if "vector" in read else 8  # vectors are large
     for date, files in files_by_date(embeddings).items():
         references = References(folder, images, date)
-        for file in files:
-            rows = read_rows(folder, "embeddings", file)
+        for _, rows in read_each(folder, "embeddings", files, read, ahead=ahead):
             yield conform(rows.filter(pa.array(references.claim(rows))), wanted)
+
+
+def of_one_time(images: TableLog, embeddings: TableLog) -> tuple[Snapshot, Snapshot]:
+    """Versions of both tables that were the newest at one time.
+
+    Vectors that rows of the one refer to are in the other. Read one after the other they may not: in between a run may
+    have put rows with vectors of its own in the place of these, and a compaction have dropped those that they had.
+    """
+    rows = images.refresh()
+    while True:
+        vectors = embeddings.refresh()
+        newest = images.refresh()
+        if newest.version == rows.version:
+            return rows, vectors
+        rows = newest
 
 
 def files_by_date(snapshot: Snapshot) -> dict[dt.date, list[DataFile]]:

@@ -77,6 +77,14 @@ def attempt_digest(fingerprints: dict[str, str], questions: Sequence[str] = ()) 
     return digest_of(*(f"{task}={fingerprints[task]}" for task in sorted(fingerprints)), *asked)
 
 
+def image_attempt_digest(decoder: str) -> str:
+    """What stands for :func:`attempt_digest` where the whole image failed: no task has seen it.
+
+    Runs with other tasks count on then, where each would begin anew after the other, and try it for ever.
+    """
+    return digest_of("image", decoder)
+
+
 def stage_rows(rows: pa.Table, constants: RunConstants, columns: pa.Schema) -> pa.Table:
     """Turns the pipeline's rows into rows of the images table, as they stand without a live row.
 
@@ -96,7 +104,9 @@ def stage_rows(rows: pa.Table, constants: RunConstants, columns: pa.Schema) -> p
         "seen_version": rows["object_version"],
         "status": status_of(images, any_run, any_failed),
         "attempts": pc.add(pc.fill_null(rows["attempts"], 0), 1),
-        "attempt_digest": _constant(constants.attempt_digest, rows.num_rows),
+        "attempt_digest": pc.if_else(
+            pa.array(images.any), image_attempt_digest(constants.decoder), constants.attempt_digest
+        ),
         "decoder": _constant(constants.decoder, rows.num_rows),
         "run_id": _constant(constants.run_id, rows.num_rows),
         "updated_at": pa.repeat(pa.scalar(dt.datetime.now(dt.UTC), schema.TIMESTAMP), rows.num_rows),

@@ -19,6 +19,7 @@ from vlmflow.errors import CatalogError, VlmflowError
 logger = logging.getLogger("vlmflow")
 
 RUNS = "runs"
+LEASE_SUFFIX = ".lease"
 DEAD_AFTER = dt.timedelta(minutes=10)
 _HEARTBEAT_S = 30.0
 _STAMP = "%Y%m%dT%H%M%S"
@@ -227,7 +228,7 @@ def _record(run_id: str) -> str:
 
 
 def _lease(run_id: str) -> str:
-    return f"{RUNS}/{run_id}.lease"
+    return f"{RUNS}/{run_id}{LEASE_SUFFIX}"
 
 
 def _says_its_end(record: dict[str, Any]) -> bool:

@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from vlmflow.catalog.workspace import in_our_words
+
 _BUFFERED_ROWS = 1 << 18
 
 
@@ -18,10 +20,14 @@ class Spill:
     Args:
         folder: an empty folder of its own.
         columns: the schema of all rows.
+
+    Raises:
+        WorkspaceError: the disk is full, or the folder cannot be made; so does whatever writes to it.
     """
 
     def __init__(self, folder: Path, columns: pa.Schema, num_parts: int) -> None:
-        folder.mkdir()
+        with in_our_words():
+            folder.mkdir()
         self._folder = folder
         self.columns = columns
         self.num_parts = num_parts
@@ -45,8 +51,9 @@ class Spill:
     def close(self) -> None:
         """Ends writing; the files can be read from here on."""
         self._flush()
-        for writer in self._writers.values():
-            writer.close()
+        with in_our_words():
+            for writer in self._writers.values():
+                writer.close()
 
     def holds(self, part: int) -> bool:
         """Whether the file has rows."""
@@ -56,7 +63,7 @@ class Spill:
         """All rows of one file, in the order in which they came."""
         if part not in self._writers:
             return self.columns.empty_table()
-        with pa.memory_map(str(self._path(part))) as source:
+        with in_our_words(), pa.memory_map(self._path(part)) as source:
             return pa.ipc.open_file(source).read_all()
 
     def tables(self) -> Iterator[pa.Table]:
@@ -68,10 +75,11 @@ class Spill:
         for part, tables in enumerate(self._pending):
             if not tables:
                 continue
-            if part not in self._writers:
-                self._writers[part] = pa.ipc.new_file(self._path(part), self.columns)
-            # One batch a flush: many small ones would cost more to read than their rows.
-            self._writers[part].write_table(pa.concat_tables(tables).combine_chunks())
+            with in_our_words():
+                if part not in self._writers:
+                    self._writers[part] = pa.ipc.new_file(self._path(part), self.columns)
+                # One batch a flush: many small ones would cost more to read than their rows.
+                self._writers[part].write_table(pa.concat_tables(tables).combine_chunks())
             tables.clear()
         self._num_pending = 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import secrets
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -18,6 +19,7 @@ from vlmflow.catalog.keys import KEY_BYTES, KeyIndex, concat, from_bytes, index_
 from vlmflow.catalog.masks import Mask, is_valid
 
 TOMBSTONES = "tombstones"
+_READ_AT_ONCE = 16  # files; each erasure adds one
 
 # One row per image and erasure, or its lifting; an address that was erased whatever its images are is one too, and
 # stands in both columns. Files are added and never changed; old ones lack the last column.
@@ -116,19 +118,25 @@ class Tombstones:
         return self._erased
 
     def _add(self, keys: pa.Array, addresses: pa.Array, *, lifted: bool = False) -> None:
-        now = dt.datetime.now(dt.UTC)
         count = len(keys)
-        at, lifts = pa.repeat(pa.scalar(now, schema.TIMESTAMP), count), pa.repeat(pa.scalar(lifted), count)
-        name = f"{now:%Y%m%dT%H%M%S%f}-{secrets.token_hex(4)}.parquet"
-        self._folder.write_parquet(f"{TOMBSTONES}/{name}", pa.table([keys, at, lifts, addresses], schema=_EVENT))
+        at = self._after_all_others()
+        ats, lifts = pa.repeat(pa.scalar(at, schema.TIMESTAMP), count), pa.repeat(pa.scalar(lifted), count)
+        name = f"{at:%Y%m%dT%H%M%S%f}-{secrets.token_hex(4)}.parquet"
+        self._folder.write_parquet(f"{TOMBSTONES}/{name}", pa.table([keys, ats, lifts, addresses], schema=_EVENT))
+
+    def _after_all_others(self) -> dt.datetime:
+        """The time; of a clock that is behind that of whoever came before, a moment after his."""
+        self._now()
+        now = dt.datetime.now(dt.UTC)
+        newest: list[dt.datetime] = [pc.max(events["at"]).as_py() for events in self._files.values() if events.num_rows]
+        return max([now, *(at + dt.timedelta(microseconds=1) for at in newest)])
 
     def _now(self) -> pa.Table:
         """The images that are erased now by id, with the address by which they were."""
-        names = {file.path for file in self._folder.list(TOMBSTONES)}
-        fresh = names - self._files.keys()
-        if fresh or self._images is None:
-            for name in fresh:
-                self._files[name] = self._folder.read_parquet(name)
+        new = [file.path for file in self._folder.list(TOMBSTONES) if file.path not in self._files]
+        if new or self._images is None:
+            with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
+                self._files |= dict(zip(new, pool.map(self._folder.read_parquet, new), strict=True))
             every = pa.concat_tables([_EVENT.empty_table(), *self._files.values()], promote_options="default")
             erased = _newest(every)
             of_address = pc.fill_null(pc.equal(erased["image_id"], erased["address"]), False)

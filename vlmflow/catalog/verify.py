@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,11 +20,12 @@ from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.keys import duplicates, index_of, to_binary, to_words
 from vlmflow.catalog.log import TableLog
 from vlmflow.catalog.masks import equal, is_valid
-from vlmflow.catalog.read import References, files_by_date, read_each, read_rows
+from vlmflow.catalog.read import References, files_by_date, of_one_time, read_each
 from vlmflow.catalog.rows import OK, UNREADABLE
 from vlmflow.catalog.runs import RunStore
 from vlmflow.catalog.spill import Spill
 from vlmflow.catalog.tombstones import Erased, Tombstones
+from vlmflow.catalog.workspace import Workspace
 
 NUM_BUCKETS = 64
 
@@ -121,16 +120,14 @@ def verify(
 
     Raises:
         SourceError, StorageAccessError: the source cannot be listed, or a store refuses.
+        WorkspaceError: the temporary folder is full, or cannot be used.
     """
-    workspace = Path(tempfile.mkdtemp(prefix="vlmflow-verify-"))
-    try:
-        check = _Check(workspace, folder, fingerprints, num_examples)
+    with Workspace() as workspace:
+        check = _Check(workspace.path, folder, fingerprints, num_examples)
         lost = check.files(images, embeddings, runs)
         check.rows(references, images, tombstones, lost)
         check.vectors(images, embeddings, lost)
         return check.result
-    finally:
-        shutil.rmtree(workspace)
 
 
 class _Check:
@@ -225,18 +222,17 @@ class _Check:
 
     def vectors(self, images: TableLog, embeddings: TableLog, lost: set[str]) -> None:
         """Makes sure that the vectors are there which rows refer to, date by date."""
-        snapshot = images.refresh()
-        by_date = files_by_date(embeddings.refresh())
+        snapshot, vectors = of_one_time(images, embeddings)
+        by_date = files_by_date(vectors)
         for date, files in files_by_date(snapshot).items():
             if any(f"images/{file.path}" in lost for file in files):
                 continue  # told already
             references = References(self._folder, snapshot, date)
             found = np.zeros(len(references), dtype=np.bool_)
-            for file in by_date.get(date, []):
-                if f"embeddings/{file.path}" not in lost:
-                    rows = read_rows(self._folder, "embeddings", file, ["image_id", "embed_run_id"])
-                    at = references.find(rows)
-                    found[at[at >= 0]] = True
+            there = [file for file in by_date.get(date, []) if f"embeddings/{file.path}" not in lost]
+            for _, rows in read_each(self._folder, "embeddings", there, ["image_id", "embed_run_id"], ahead=8):
+                at = references.find(rows)
+                found[at[at >= 0]] = True
             absent = np.flatnonzero(~found)
             if len(absent):
                 self.result.note("lost_vectors", len(absent), references.ids(absent), self._num_examples)

@@ -154,6 +154,9 @@ def _connect(config: RayConfig) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    # A task whose worker is killed for want of memory is not retried by the count for other deaths but without end; one
+    # image that takes too much would hold the run up for ever. Over a minute: it may have been the fault of others.
+    os.environ.setdefault("RAY_task_oom_retries", "6")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if config.address is None:
         options |= {"num_cpus": config.num_cpus, "object_store_memory": config.object_store_bytes}

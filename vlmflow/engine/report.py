@@ -121,6 +121,7 @@ class PlanSummary(Frozen):
         num_exhausted: images that failed three times and are not tried again.
         num_erased: images listed that were erased from the catalog; they are left out.
         due: images due by task and reason.
+        source_columns: the caller's columns, of which images that are up to date keep the values that they have.
     """
 
     num_listed: int
@@ -134,6 +135,7 @@ class PlanSummary(Frozen):
     num_policy_differs: int
     due: dict[str, dict[str, int]]
     policy: str | None
+    source_columns: tuple[str, ...] = ()
 
 
 def plan_summary(prepared: Prepared, plan: Plan) -> PlanSummary:
@@ -150,7 +152,13 @@ def plan_summary(prepared: Prepared, plan: Plan) -> PlanSummary:
         num_policy_differs=plan.num_policy_differs,
         due=due_by_task(prepared.job.tasks, plan),
         policy=policy_name(prepared),
+        source_columns=_source_columns(plan),
     )
+
+
+def _source_columns(plan: Plan) -> tuple[str, ...]:
+    at = plan.schema.get_field_index("source")
+    return () if at < 0 else tuple(field.name for field in plan.schema.field(at).type)
 
 
 def due_by_task(tasks: Iterable[str], plan: Plan) -> dict[str, dict[str, int]]:

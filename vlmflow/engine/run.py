@@ -6,12 +6,12 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 
 import pyarrow as pa
 import ray
 
-from vlmflow.catalog import Catalog, KnownBytes, Plan, keys, plan_without_catalog
+from vlmflow.catalog import Catalog, KnownBytes, Plan, plan_without_catalog
 from vlmflow.catalog.runs import new_run_id
 from vlmflow.config import Job, PoolConfig
 from vlmflow.engine.archive import archive_policy, archived_prompts
@@ -20,6 +20,7 @@ from vlmflow.engine.cluster import Cluster, WorkerErrors, ray_cluster
 from vlmflow.engine.collect import Collected, Collector
 from vlmflow.engine.consume import Block, FinishedBlocks
 from vlmflow.engine.late_verdicts import bring_in_late_verdicts
+from vlmflow.engine.lost import NOT_OF_IMAGES, SMALL_BLOCKS, in_small_batches, lost_rows, unreconciled
 from vlmflow.engine.metrics import RunMetrics
 from vlmflow.engine.pipeline import block_rows, build_pipeline, check_pools, default_pools, open_pools, stages_of
 from vlmflow.engine.planning import OnCluster
@@ -192,6 +193,7 @@ class _Run:
                     collector = self._collector(catalog, cluster)
                     metrics = RunMetrics(self._report.catalog, self._prepared.job.tasks)
                     with self._with_late_verdicts(catalog, collector):
+                        self._display.stage("enriching")
                         self._consume(first, finished, collector, metrics)
                         self._run_lost(stages, collector, metrics)
                     self._display.stage("compacting")
@@ -269,8 +271,7 @@ class _Run:
     def _consume(
         self, blocks: list[Block] | None, finished: FinishedBlocks, collector: Collector, metrics: RunMetrics
     ) -> None:
-        self._display.stage("enriching")
-        started = time.monotonic()
+        started = time.monotonic() - self._tally.elapsed_s
         while blocks is not None:
             collector.add(blocks)
             collector.tick()
@@ -307,19 +308,40 @@ class _Run:
         self._verdicts_due = False
 
     def _run_lost(self, stages: Stages, collector: Collector, metrics: RunMetrics) -> None:
-        """Runs the images that went in and did not come out, each alone.
+        """Runs the images that went in and did not come out: in smaller blocks while they are too many, then alone.
 
         Raises:
-            UnreconciledError: they are too many.
+            UnreconciledError: they remain too many.
         """
-        lost = lost_rows(self._plan.batches(), self._collected.keys)
-        config = self._job.quarantine
-        if not lost.num_rows:
-            return
-        if lost.num_rows > config.max_images:
+        max_images = self._job.quarantine.max_images
+        sent, lost = self._plan.num_planned, self._lost()
+        for num_rows in SMALL_BLOCKS:
+            if lost.num_rows <= max_images or lost.num_rows > NOT_OF_IMAGES * sent:
+                break
+            self._display.stage(f"running {lost.num_rows:,} images in small blocks that came back from no worker")
+            self._run_in_blocks(lost, in_small_batches(stages, num_rows), num_rows, collector, metrics)
+            sent, lost = lost.num_rows, self._lost()
+        if lost.num_rows > max_images:
             raise self._unreconciled(lost)
+        if lost.num_rows:
+            self._run_alone(lost, stages, collector, metrics)
+            lost = self._lost()
+        if lost.num_rows:
+            raise self._unreconciled(lost)
+
+    def _lost(self) -> pa.Table:
+        return lost_rows(self._plan.batches(), self._collected.keys)
+
+    def _run_in_blocks(
+        self, rows: pa.Table, stages: Stages, num_rows: int, collector: Collector, metrics: RunMetrics
+    ) -> None:
+        blocks = [ray.put(rows.slice(start, num_rows)) for start in range(0, rows.num_rows, num_rows)]
+        with FinishedBlocks(build_pipeline(blocks, stages, num_rows, self._job.read_ahead)) as finished:
+            self._consume([], finished, collector, metrics)
+
+    def _run_alone(self, lost: pa.Table, stages: Stages, collector: Collector, metrics: RunMetrics) -> None:
         self._display.stage(f"running {lost.num_rows:,} images alone that came back from no worker")
-        quarantine = Quarantine(stages, config)
+        quarantine = Quarantine(stages, self._job.quarantine)
         try:
             for index in range(lost.num_rows):
                 collector.add([(ray.put(quarantine.run(lost.slice(index, 1))), 1)])
@@ -330,19 +352,9 @@ class _Run:
             quarantine.close()
         collector.finish()
         metrics.update(self._tally, self._collected)
-        lost = lost_rows(self._plan.batches(), self._collected.keys)
-        if lost.num_rows:
-            raise self._unreconciled(lost)
 
     def _unreconciled(self, lost: pa.Table) -> UnreconciledError:
-        reason = self._worker_errors.first()
-        because = f"; a worker failed with: {reason}" if reason else ""
-        examples = ", ".join(lost["uri"].slice(0, 3).to_pylist())
-        return UnreconciledError(
-            f"{lost.num_rows:,} of {self._plan.num_planned:,} images did not come out of the run, such as "
-            f"{examples}{because}",
-            remedy="The others are committed. Run the same command again: only these are due.",
-        )
+        return unreconciled(lost, self._plan.num_planned, self._job.quarantine.max_images, self._worker_errors.first())
 
     def _finished(self, status: RunStatus, message: str = "") -> RunReport:
         seconds = time.monotonic() - self._clock
@@ -356,21 +368,6 @@ class _Run:
             num_first=self._tally.num_first,
             num_cpus=self._num_cpus,
         )
-
-
-def lost_rows(planned: Iterable[pa.Table], committed: Sequence[pa.Array]) -> pa.Table:
-    """The planned rows whose key no committed file holds.
-
-    Args:
-        planned: at least one table.
-        committed: keys, as ``schema.KEY``.
-    """
-    # One index for all tables: is_in would hash every committed key again for each of them.
-    index = keys.index_of(keys.concat(committed))
-    absent = [
-        rows.filter(pa.array(index.find(*keys.to_words(keys.to_binary(rows["image_id"]))) < 0)) for rows in planned
-    ]
-    return pa.concat_tables(absent)
 
 
 def _lost_in_mid_run(error: VlmflowError) -> StoreLostError:

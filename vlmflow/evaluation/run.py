@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +23,7 @@ from vlmflow.catalog import Catalog
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.keys import index_of, to_binary, to_words
 from vlmflow.catalog.runs import new_run_id
+from vlmflow.catalog.workspace import Workspace
 from vlmflow.config import CatalogConfig, Job, ModelConfig, SourceConfig, describe_validation
 from vlmflow.engine import enrich
 from vlmflow.engine.cluster import ray_cluster
@@ -64,18 +62,15 @@ def scratch_catalog(job: Job, scratch: str | None, prefix: str) -> Iterator[Cata
         scratch: where it is made, in a folder of its own; None: a temporary folder of this machine.
     """
     if scratch is None:
-        folder = tempfile.mkdtemp(prefix=f"vlmflow-{prefix}-")
-        try:
-            yield CatalogConfig(uri=str(Path(folder) / "catalog"))
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        with Workspace() as workspace:
+            yield CatalogConfig(uri=str(workspace.path / "catalog"))
         return
     config = CatalogConfig(uri=f"{scratch.rstrip('/')}/{prefix}-{new_run_id()}", storage=job.catalog.storage)
     try:
         yield config
     finally:
         files = Folder(config)
-        left = files.delete_all([info.path for info in files.list("")])
+        left = files.delete_all([info.path for info in (*files.list(""), *files.unfinished(""))])
         if left:
             logger.warning("%d files of the scratch catalog %s could not be removed", len(left), config.uri)
 
@@ -103,8 +98,8 @@ class Run:
     def __init__(self, job: Job, data: Dataset, keep: CatalogConfig, progress: ProgressDisplay | None) -> None:
         self._data = data
         self._job = _job_for(job, data, keep)
-        with tempfile.TemporaryDirectory(prefix="vlmflow-data-") as folder:
-            manifest = Path(folder) / "data.parquet"
+        with Workspace() as workspace:
+            manifest = workspace.path / "data.parquet"
             columns = _manifest(data)
             pq.write_table(columns, manifest)
             source = self._job.source.model_dump() | {"uri": str(manifest)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -56,6 +58,17 @@ def test_keys_that_share_their_first_half_are_told_apart() -> None:
     index = index_of(pa.array(held, pa.binary(16)))
     asked = pa.array([*held, b"\0" * 8 + b"\7" * 8], pa.binary(16))
     assert index.find(*to_words(asked)).tolist() == [0, 1, 2, -1]
+
+
+def test_a_key_that_is_there_a_hundred_thousand_times_costs_a_search_for_others_nothing() -> None:
+    same = np.full((100_000, 16), 7, np.uint8)
+    others = np.random.default_rng(0).integers(0, 256, (64, 16), np.uint8)
+    index = index_of(from_bytes(np.concatenate([others[:32], same])))
+    asked = to_words(from_bytes(np.concatenate([others, same[:1]])))
+    started = time.process_time()
+    found = index.find(*asked)
+    assert time.process_time() - started < 0.1  # it took 0.4 s
+    assert found.tolist() == [*range(32), *[-1] * 32, 32]
 
 
 def test_indexes_merge_and_forget() -> None:

@@ -154,6 +154,18 @@ def test_an_image_that_was_not_read_is_tried_three_times(catalog: Catalog, probl
         assert (plan.num_due, plan.num_exhausted) == (0, 1)
 
 
+def test_an_image_that_was_not_read_is_tried_three_times_by_jobs_with_other_tasks_together(catalog: Catalog) -> None:
+    jobs = [request(["embed"]), request(["caption"])]
+    for attempt in range(3):
+        asked = jobs[attempt % 2]
+        assert planned(catalog, [references(NAMES[:1])], asked)[0][NAMES[0]]["attempts"] == attempt
+        enrich(catalog, f"r{attempt}", [references(NAMES[:1])], asked, problem=("read", "missing"))
+    for asked in jobs:
+        with catalog.plan([references(NAMES[:1])], asked) as plan:
+            assert (plan.num_due, plan.num_exhausted) == (0, 1)
+    assert list(planned(catalog, [references(NAMES[:1])], request(decoder="decoder-2"))[0]) == NAMES[:1]
+
+
 def test_an_unreadable_image_waits_for_another_decoder(catalog: Catalog) -> None:
     enrich(catalog, "r1", [references(NAMES[:1])], problem=("decode", "truncated"))
     other_model = request(fingerprints=fingerprints(caption="caption-2"))
@@ -234,11 +246,11 @@ def test_rows_of_one_live_file_are_planned_next_to_each_other(catalog: Catalog) 
 def test_the_plan_leaves_no_folder_behind(catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with catalog.plan([references(NAMES)], request()) as plan:
-        assert list(tmp_path.glob("vlmflow-plan-*"))
+        assert list(tmp_path.glob("vlmflow-*"))
     plan.close()
     with pytest.raises(SourceError):
         catalog.plan([references(["a"], text="a"), references(["a"], text="b")], request())
-    assert not list(tmp_path.glob("vlmflow-plan-*"))
+    assert not list(tmp_path.glob("vlmflow-*"))
 
 
 def test_the_plan_finds_rows_in_every_bucket(catalog: Catalog) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import hashlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -134,6 +135,18 @@ def test_answers_are_copied_for_equal_bytes_and_equal_questions_alone(tmp_path: 
     other = catalog.known_bytes(ask("what"), None)
     assert other is not None
     assert look_up(other, batch, [hash_of("bytes of mem://a")] * 3, [["answer"]] * 3).tasks == [(), (), ()]  # type: ignore[union-attr]
+
+
+def test_of_equal_bytes_the_newest_row_alone_is_looked_up(tmp_path: Path) -> None:
+    catalog = open_catalog(tmp_path)
+    for number, day in enumerate((1, 3, 2)):  # one address and its bytes, under several keys
+        answered(catalog, f"r{number}", [references(["a"], str(number))], ask("who", date=dt.date(2026, 3, day)))
+    known = catalog.known_bytes(ask("who"), None)
+    assert known is not None
+    assert len(known) == 1
+    assert known.images.paths[known.images.file[0]].startswith("ingest_date=2026-03-03/")
+    mask, rows = known.copies([hash_of("bytes of mem://a"), hash_of("others")])
+    assert (mask.tolist(), rows["answers"].to_pylist()) == ([True, False], [ANSWERS])
 
 
 class Counting:

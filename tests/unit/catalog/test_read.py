@@ -1,0 +1,77 @@
+"""What is read of the tables: no more than was asked for, and both of one time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from tests.catalog_samples import config_of, enrich, open_catalog, references
+from vlmflow.catalog import Catalog
+from vlmflow.catalog.folder import Folder
+from vlmflow.summary import summarize
+
+NAMES = ["a", "b", "c"]
+
+
+@pytest.fixture
+def catalog(tmp_path: Path) -> Catalog:
+    catalog = open_catalog(tmp_path)
+    catalog.runs.start("r0", {})
+    enrich(catalog, "r0", [references(NAMES)])
+    catalog.runs.finish("r0", {})
+    return catalog
+
+
+def test_vectors_are_counted_without_being_read(
+    catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = catalog.embeddings()
+    read = Folder.read_parquet
+    asked: list[Sequence[str] | None] = []
+
+    def watched(self: Folder, path: str, columns: Sequence[str] | None = None) -> pa.Table:
+        if path.startswith("embeddings/"):
+            asked.append(columns)
+        return read(self, path, columns)
+
+    monkeypatch.setattr(Folder, "read_parquet", watched)
+    assert summarize(config_of(tmp_path)).num_vectors == 6
+    assert all(columns is not None and "vector" not in columns for columns in asked)
+    assert len(asked) == 1
+    some = catalog.embeddings(["vector", "ingest_date", "image_id"])
+    assert some.equals(whole.select(["vector", "ingest_date", "image_id"]))
+
+
+def replace_vectors(catalog: Catalog, monkeypatch: pytest.MonkeyPatch, *, at_look: int) -> None:
+    """Before a look at the embeddings gives all rows other vectors, and drops those that they had."""
+    refresh = catalog._embeddings.refresh
+    looks: list[int] = []
+
+    def late() -> Any:
+        looks.append(1)
+        if len(looks) == at_look:
+            other = Catalog.open(catalog._folder.config)
+            enrich(other, "r1", [references(NAMES, version="v2")], content="others")
+            other.compact("r2")
+        return refresh()
+
+    monkeypatch.setattr(catalog._embeddings, "refresh", late)
+
+
+def test_vectors_of_rows_are_read_though_they_are_replaced_meanwhile(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace_vectors(catalog, monkeypatch, at_look=1)
+    assert catalog.embeddings(["embed_run_id"])["embed_run_id"].to_pylist() == ["r1"] * 6
+
+
+def test_vectors_that_are_replaced_meanwhile_are_not_called_lost(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace_vectors(catalog, monkeypatch, at_look=3)  # two are for the files
+    assert "lost_vectors" not in catalog.verify([references(NAMES)], {}).findings
+    assert catalog.embeddings(["embed_run_id"])["embed_run_id"].to_pylist() == ["r1"] * 6

@@ -12,8 +12,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import prefect
 import pytest
 import yaml
+from prefect.server.api.server import create_ui_app
+from prefect.settings import PREFECT_UI_STATIC_DIRECTORY, temporary_settings
+from starlette.testclient import TestClient
 
 DEPLOY = Path(__file__).parents[3] / "deploy"
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text(encoding="utf-8"))
@@ -145,3 +149,21 @@ def test_the_flows_are_deployed_on_the_cluster_of_the_file() -> None:
     assert job["catalog"]["storage"]["endpoint"] == settings("ray-head")["AWS_ENDPOINT_URL"]
     bucket = re.findall(r"-name (\S+)'", SERVICES["bucket"]["entrypoint"][-1])
     assert {job["catalog"]["uri"].split("/")[2], job["source"]["uri"].split("/")[2]} == set(bucket)
+
+
+def test_prefect_shows_its_pages_to_a_server_that_may_not_write_its_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Path(settings("prefect-server")["PREFECT_UI_STATIC_DIRECTORY"])
+    assert place.is_relative_to("/tmp"), "which every user may write"
+    (tmp_path / "package").touch()
+    for name in ("__ui_static_subpath__", "__ui_v2_static_subpath__"):
+        monkeypatch.setattr(prefect, name, tmp_path / "package" / name)  # cannot be made, whoever tries
+
+    def front_page(static_directory: Path | None) -> int:
+        with temporary_settings({PREFECT_UI_STATIC_DIRECTORY: static_directory and str(static_directory)}):
+            pages = TestClient(create_ui_app(ephemeral=False))
+        return pages.get("/", headers={"accept": "text/html"}).status_code
+
+    assert front_page(None) == 404
+    assert front_page(tmp_path / place.name) == 200

@@ -37,7 +37,7 @@ from vlmflow.catalog import Catalog, Verification
 from vlmflow.catalog.verify import ERRORS, Finding
 from vlmflow.config import Job
 from vlmflow.engine import PlanSummary, RunReport
-from vlmflow.errors import ConfigError, RegressionError, UnreconciledError, VerificationError
+from vlmflow.errors import ConfigError, RegressionError, TransientError, UnreconciledError, VerificationError
 from vlmflow.verification import verify as verify_catalog
 
 logger = logging.getLogger("vlmflow")
@@ -176,13 +176,15 @@ def check(steps: Steps, job: Job, key: str) -> None:
     """Looks at what the run needs, and stops it if something is missing.
 
     Raises:
-        ConfigError: something is missing.
+        TransientError: something is missing that may be there again in a while.
+        ConfigError: something else is missing.
     """
     checks = steps.doctor(job)
     artifacts.show_checks(key, checks)
     failed = [found for found in checks if found.verdict == "fail"]
     if failed:
-        raise ConfigError(
+        error_class = TransientError if all(found.may_pass for found in failed) else ConfigError
+        raise error_class(
             "; ".join(f"{found.name}: {found.found}" for found in failed),
             remedy=" ".join(found.remedy for found in failed if found.remedy),
         )

@@ -18,10 +18,10 @@ from vlmflow.config import Job, RayConfig, SourceConfig, StorageConfig
 from vlmflow.engine.cluster import ray_cluster
 from vlmflow.engine.prepare import prepare
 from vlmflow.engine.report import installed_versions, policy_name
-from vlmflow.errors import VlmflowError
+from vlmflow.errors import MAY_PASS, VlmflowError
 from vlmflow.models.profiles import describe_profiles
 from vlmflow.sources import open_source
-from vlmflow.storage import open_store
+from vlmflow.storage import access_error, open_store, parse_address
 
 Verdict = Literal["ok", "warn", "fail"]
 
@@ -36,12 +36,14 @@ class Check:
     Attributes:
         found: what there is, in a few words.
         remedy: what to do, where something is missing.
+        may_pass: of a failure, whether it may be over in a while, such as a store that is throttling.
     """
 
     name: str
     verdict: Verdict
     found: str
     remedy: str = ""
+    may_pass: bool = False
 
 
 def doctor(
@@ -98,7 +100,11 @@ def _guarded(name: str, check: Callable[[], Check]) -> Check:
     try:
         return check()
     except VlmflowError as error:
-        return Check(name, "fail", str(error), error.remedy)
+        return _failed(name, error)
+
+
+def _failed(name: str, error: VlmflowError) -> Check:
+    return Check(name, "fail", str(error), error.remedy, may_pass=isinstance(error, MAY_PASS))
 
 
 def _python() -> Check:
@@ -165,7 +171,7 @@ def _catalog(uri: str, storage: StorageConfig) -> Iterator[Check]:
     try:
         store, prefix = open_store(uri, storage)
     except VlmflowError as error:
-        yield Check(name, "fail", str(error), error.remedy)
+        yield _failed(name, error)
         return
     path = f"{prefix.rstrip('/')}/.doctor-{uuid.uuid4().hex}".lstrip("/")
     try:
@@ -185,7 +191,9 @@ def _catalog(uri: str, storage: StorageConfig) -> Iterator[Check]:
         obstore.delete(store, path)
     except (BaseError, OSError) as error:
         first_line = str(error).strip().splitlines()[0]
-        yield Check(name, "fail", f"cannot be written: {first_line}", "Check the bucket, the credentials, the rights.")
+        remedy = "Check the bucket, the credentials, the rights."
+        may_pass = not parse_address(uri).is_local and isinstance(access_error(error, uri), MAY_PASS)
+        yield Check(name, "fail", f"cannot be written: {first_line}", remedy, may_pass)
 
 
 def _ray(config: RayConfig) -> Iterator[Check]:
@@ -198,9 +206,9 @@ def _ray(config: RayConfig) -> Iterator[Check]:
             yield Check(name, "ok", found)
             yield _workers()
     except VlmflowError as error:
-        yield Check(name, "fail", str(error), error.remedy)
+        yield _failed(name, error)
     except ray.exceptions.RayError as error:
-        yield Check(name, "fail", _last_line(error), "Look at the cluster's dashboard.")
+        yield Check(name, "fail", _last_line(error), "Look at the cluster's dashboard.", may_pass=True)
 
 
 def _workers() -> Check:

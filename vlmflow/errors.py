@@ -134,6 +134,10 @@ class ClusterError(VlmflowError):
     """The Ray cluster cannot be reached or lacks what the job needs."""
 
 
+# Errors of what may be there again in a while: worth another try, where bad input is not.
+MAY_PASS = (TransientError, StoreLostError, ClusterError)
+
+
 class GateError(VlmflowError):
     """The golden set, or the accepted values of it, cannot be used."""
 

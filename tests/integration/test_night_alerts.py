@@ -21,7 +21,7 @@ from vlmflow.catalog.verify import Finding
 from vlmflow.checks import Check
 from vlmflow.config import CatalogConfig
 from vlmflow.engine import PlanSummary, RunReport
-from vlmflow.errors import StorageAccessError, TransientError, UnreconciledError, VlmflowError
+from vlmflow.errors import ConfigError, StorageAccessError, TransientError, UnreconciledError, VlmflowError
 
 NIGHT = dt.date(2026, 3, 1)
 NEXT = NIGHT + dt.timedelta(days=1)
@@ -47,12 +47,13 @@ class GivenSteps:
     def __init__(self, *outcomes: RunReport | VlmflowError, plan: PlanSummary = PLAN) -> None:
         self.outcomes = list(outcomes)
         self.planned = plan
+        self.failures: list[Check] = []
 
     def session(self, job: Any) -> Any:
         return nullcontext()
 
     def doctor(self, job: Any) -> list[Check]:
-        return [Check("python", "ok", "3.11")]
+        return [self.failures.pop(0) if self.failures else Check("python", "ok", "3.11")]
 
     def plan(self, job: Any) -> PlanSummary:
         return self.planned
@@ -101,7 +102,7 @@ def night(
         left = list(found)
         monkeypatch.setattr(nightly, "make_steps", lambda *_, **__: steps)
         monkeypatch.setattr(nightly, "verify_catalog", lambda *_, **__: left.pop(0) if left else Verification(3, 3))
-        for step in ("enrich_due", "publish"):
+        for step in ("check", "enrich_due", "publish"):
             monkeypatch.setattr(nightly, step, getattr(nightly, step).with_options(retry_delay_seconds=0))
         options = {"notify": "custom-webhook/moderation", "date": NIGHT} | options
         return nightly.nightly_enrichment(job_file, return_state=True, **options)
@@ -250,3 +251,15 @@ def test_a_store_out_of_reach_is_tried_again_and_bad_input_is_not(
     steps = GivenSteps(UnreconciledError("lost"), tonight())
     assert night(steps).is_failed()
     assert len(steps.outcomes) == 1
+
+
+def test_a_store_that_throttles_while_doctor_looks_is_tried_again(night: Callable[..., Any]) -> None:
+    steps = GivenSteps(tonight())
+    steps.failures = [Check("source s3://shop", "fail", "is throttling", may_pass=True)] * 2
+    assert night(steps).is_completed()
+    assert steps.failures == []
+    steps.failures = [Check("source s3://shop", "fail", "does not exist", "Check the name.")] * 2
+    with pytest.raises(ConfigError, match="source s3://shop: does not exist") as caught:
+        night(steps).result()
+    assert caught.value.remedy == "Check the name."
+    assert len(steps.failures) == 1, "it was not tried again"

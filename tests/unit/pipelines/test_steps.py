@@ -30,6 +30,7 @@ from pipelines.steps import (
     plan_command,
     remoderate_command,
 )
+from vlmflow.checks import Check
 from vlmflow.cli import app
 from vlmflow.config import Job
 from vlmflow.engine.progress import ProgressDisplay, Tally
@@ -45,6 +46,7 @@ from vlmflow.errors import (
     VlmflowError,
 )
 from vlmflow.gate import GateLimits
+from vlmflow.views import check_as_json
 
 POLICY = """
 name: test
@@ -246,9 +248,9 @@ def test_a_report_of_another_version_is_named(monkeypatch: pytest.MonkeyPatch, j
 
 
 def test_checks_that_fail_are_shown_although_the_job_failed(monkeypatch: pytest.MonkeyPatch, job: Job) -> None:
-    lines = [json.dumps({"name": "gpu", "verdict": "fail", "found": "none", "remedy": "Get one."})]
-    (check,) = on_cluster(monkeypatch, FakeJobs(lines, JobStatus.FAILED)).doctor(job)
-    assert (check.name, check.verdict) == ("gpu", "fail")
+    found = [Check("gpu", "fail", "none", "Get one."), Check("source", "fail", "throttling", may_pass=True)]
+    lines = [check_as_json(check) for check in found]
+    assert on_cluster(monkeypatch, FakeJobs(lines, JobStatus.FAILED)).doctor(job) == found
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,9 @@ class Steps(Protocol):
     def plan(self, job: Job) -> PlanSummary:
         """Says what is due."""
 
+    def follows(self, job: Job) -> bool:
+        """Whether this very enrichment is at work already, and :meth:`enrich` would wait for its end."""
+
     def enrich(self, job: Job, progress: ProgressDisplay) -> RunReport:
         """Does what is due."""
 
@@ -89,6 +92,10 @@ class InProcess:
     def plan(self, job: Job) -> PlanSummary:
         """Says what is due."""
         return plan(job)
+
+    def follows(self, job: Job) -> bool:
+        """Never: what this process does ends with it."""
+        return False
 
     def enrich(self, job: Job, progress: ProgressDisplay) -> RunReport:
         """Does what is due."""
@@ -138,6 +145,11 @@ class OnCluster:
         """Says what is due."""
         attempt, lines = self._run(plan_command(job))
         return _report(PlanSummary, attempt, lines)
+
+    def follows(self, job: Job) -> bool:
+        """Whether this very enrichment is at work already, and :meth:`enrich` would wait for its end."""
+        last = self._jobs.last(enrich_command(job))
+        return last is not None and last.is_running
 
     def enrich(self, job: Job, progress: ProgressDisplay) -> RunReport:
         """Does what is due."""

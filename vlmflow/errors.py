@@ -112,6 +112,10 @@ class CommitError(CatalogError):
     """A commit that could not be made whole; nothing of it is in the table."""
 
 
+class BackfillError(CatalogError):
+    """A backfill cannot begin: another one, to another policy, is at work on the catalog."""
+
+
 class RunRevokedError(CommitError):
     """The run was taken for dead by a vacuum; what it had not committed is gone."""
 

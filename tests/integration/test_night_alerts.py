@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
 
-from pipelines import nightly
+from pipelines import at_work, nightly
 from tests.flows import Prefect
 from tests.messenger import Messenger, running_messenger
 from tests.processes import wait_for
 from tests.report_samples import put_record, put_rows, record
-from vlmflow.catalog import Catalog, Verification
+from vlmflow.catalog import Catalog, Verification, runs
 from vlmflow.catalog.verify import Finding
 from vlmflow.checks import Check
 from vlmflow.config import CatalogConfig
@@ -48,6 +48,8 @@ class GivenSteps:
         self.outcomes = list(outcomes)
         self.planned = plan
         self.failures: list[Check] = []
+        self.is_followed = False
+        self.while_planning: Callable[[], None] = lambda: None
 
     def session(self, job: Any) -> Any:
         return nullcontext()
@@ -55,7 +57,11 @@ class GivenSteps:
     def doctor(self, job: Any) -> list[Check]:
         return [self.failures.pop(0) if self.failures else Check("python", "ok", "3.11")]
 
+    def follows(self, job: Any) -> bool:
+        return self.is_followed
+
     def plan(self, job: Any) -> PlanSummary:
+        self.while_planning()
         return self.planned
 
     def enrich(self, job: Any, progress: Any) -> RunReport:
@@ -263,3 +269,48 @@ def test_a_store_that_throttles_while_doctor_looks_is_tried_again(night: Callabl
         night(steps).result()
     assert caught.value.remedy == "Check the name."
     assert len(steps.failures) == 1, "it was not tried again"
+
+
+@pytest.fixture
+def other_night(config: CatalogConfig, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    """Begins another night over the same source."""
+    monkeypatch.setattr(runs, "HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(at_work, "_POLL_S", 0.1)
+    given = {"source": "/images", "config": {"date": str(NEXT)}, "status": "running"}
+    store = Catalog.open(config).runs
+    with ExitStack() as stack:
+
+        def begin() -> None:
+            store.start("other", record("other", **given))
+            stack.enter_context(store.keep_alive("other"))
+
+        yield begin
+
+
+@pytest.mark.parametrize("begins", ["before", "while it is planned"])
+def test_while_another_night_is_at_work_nothing_is_done(
+    night: Callable[..., Any], messenger: Messenger, other_night: Callable[[], None], begins: str
+) -> None:
+    steps = GivenSteps(tonight())
+    if begins == "before":
+        other_night()
+    else:
+        steps.while_planning = other_night
+    state = night(steps)
+    assert (state.name, state.message) == (
+        "Skipped",
+        "2026-03-01: nothing was done, for another night is at work: run other.",
+    )
+    assert state.is_completed()
+    assert len(steps.outcomes) == 1
+    assert messenger.received == []
+
+
+def test_a_flow_that_was_started_again_follows_its_own_job(
+    night: Callable[..., Any], other_night: Callable[[], None]
+) -> None:
+    other_night()
+    steps = GivenSteps(tonight())
+    steps.is_followed = True
+    assert night(steps).name == "Completed"
+    assert steps.outcomes == []

@@ -19,7 +19,7 @@ logger = logging.getLogger("vlmflow")
 
 RUNS = "runs"
 DEAD_AFTER = dt.timedelta(minutes=10)
-_HEARTBEAT_S = 30.0
+HEARTBEAT_S = 30.0
 
 _NEVER = dt.datetime.min.replace(tzinfo=dt.UTC)
 
@@ -73,7 +73,7 @@ class RunStore:
         stop = threading.Event()
 
         def beat() -> None:
-            while not stop.wait(_HEARTBEAT_S):
+            while not stop.wait(HEARTBEAT_S):
                 try:
                     self.heartbeat(run_id)
                 except VlmflowError as error:
@@ -156,6 +156,11 @@ class RunStore:
         if lease is None and self._folder.stat(_record(run_id)) is None:
             return None
         return _state(lease.modified_at if lease else None)
+
+    def seen_at(self, run_id: str) -> dt.datetime | None:
+        """The last heartbeat of a run; None: it has no lease."""
+        lease = self._folder.stat(_lease(run_id))
+        return lease.modified_at if lease else None
 
     def is_live(self, run_id: str) -> bool:
         """Whether the run may still write."""

@@ -26,6 +26,9 @@ _BACKFILL = "backfill: "
 def night_at_work(job: Job) -> RunInfo | None:
     """The run of another night over the job's source that is at work on its catalog.
 
+    Runs have a lease from their first images on. One that has not come so far is not seen: then both compute, and the
+    commits see to it that each image is there once.
+
     Raises:
         StorageAccessError, TransientError: the catalog cannot be looked at.
     """

@@ -112,6 +112,8 @@ def moderation_backfill(
 ) -> State[Any]:
     """Puts the rows of a range of partitions under another moderation policy, or back under the one before.
 
+    Refused while a backfill to another policy is at work on the catalog.
+
     Args:
         job_file: The job (YAML) of the catalog: its profile and its storage count, its source is not read.
         policy: The policy to go to: a YAML file where the flow runs, or the name of one that ships.

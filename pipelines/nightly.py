@@ -87,6 +87,8 @@ def nightly_enrichment(
 ) -> State[Any]:
     """Enriches whatever is due of a job's source, after a gate that keeps broken models away from the table.
 
+    While another night is at work over the same source, nothing is done.
+
     Args:
         job_file: The job (YAML): source, catalog, profile, policy. A file where the flow runs.
         date: Logical date of new rows. Default: the day for which the run was scheduled, UTC.

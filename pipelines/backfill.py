@@ -50,7 +50,8 @@ logger = logging.getLogger("vlmflow")
 _MAX_AT_ONCE = 16
 # Its own type parameter does not fit what `flow` asks for.
 _RUNNER: Any = ThreadPoolTaskRunner(max_workers=_MAX_AT_ONCE)
-# `prefect concurrency-limit create vlmflow-backfill N` bounds partitions at work over all backfills.
+# `prefect concurrency-limit create vlmflow-backfill N` bounds partitions at work over all backfills. A server that is
+# started again may keep slots of tasks that are over: `prefect concurrency-limit reset vlmflow-backfill`.
 TAG = "vlmflow-backfill"
 
 

@@ -1,7 +1,8 @@
 """Moderation backfill: the rows of a range of partitions come under another policy, partition by partition.
 
 No image is read. The table is the progress: a partition whose rows carry the policy is passed over, so a backfill that
-was killed is simply run again. Rolled back by an inverse backfill, which touches only rows that still carry the policy.
+was killed is simply run again. While one is at work, none to another policy begins. Rolled back by an inverse backfill,
+which touches only rows that still carry the policy.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import datetime as dt
 import logging
 from collections import deque
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +24,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
 
 from pipelines import alerts, artifacts
+from pipelines.at_work import backfill_at_work
 from pipelines.common import (
     RETRIES,
     RETRY_DELAYS_S,
@@ -40,13 +43,15 @@ from vlmflow.config import CatalogConfig, Job
 from vlmflow.engine.progress import SilentProgress
 from vlmflow.engine.remoderate import RemoderateReport, Scope
 from vlmflow.errors import ConfigError
+from vlmflow.moderation.policy import load_policy
 
 logger = logging.getLogger("vlmflow")
 
 _MAX_AT_ONCE = 16
 # Its own type parameter does not fit what `flow` asks for.
 _RUNNER: Any = ThreadPoolTaskRunner(max_workers=_MAX_AT_ONCE)
-# `prefect concurrency-limit create vlmflow-backfill N` bounds partitions at work over all backfills.
+# `prefect concurrency-limit create vlmflow-backfill N` bounds partitions at work over all backfills. A server that is
+# started again may keep slots of tasks that are over: `prefect concurrency-limit reset vlmflow-backfill`.
 TAG = "vlmflow-backfill"
 
 
@@ -108,6 +113,8 @@ def moderation_backfill(
 ) -> State[Any]:
     """Puts the rows of a range of partitions under another moderation policy, or back under the one before.
 
+    Refused while a backfill to another policy is at work on the catalog.
+
     Args:
         job_file: The job (YAML) of the catalog: its profile and its storage count, its source is not read.
         policy: The policy to go to: a YAML file where the flow runs, or the name of one that ships.
@@ -134,10 +141,19 @@ def moderation_backfill(
         span = f"{start or 'the first'} to {end or 'the last'}"
         return Completed(message=f"Nothing to do: catalog {job.catalog.uri} holds no partition from {span}.")
     steps = make_steps(ray_jobs_url, deadline_hours)
-    with steps.session(job), tags(TAG):
+    alone = nullcontext() if dry_run else backfill_at_work(job.catalog, _target(job, rollback))
+    with alone, steps.session(job), tags(TAG):
         reports = _all_partitions(steps, job, dates, where, rollback, dry_run, partitions_at_once)
     title, moved = _title(reports, rollback, dry_run), sum(report.num_moved for report in reports)
     return Completed(message=f"{title}: {moved:,} rows, {len(dates)} partitions.")
+
+
+def _target(job: Job, rollback: str | None) -> str:
+    """Where a backfill leads, in words that are equal for equal targets."""
+    if job.policy is None or rollback is not None:
+        return f"rollback of policy {rollback}"
+    policy = load_policy(job.policy)
+    return f"policy {policy.name} {policy.version} ({policy.digest[:12]})"
 
 
 def _title(reports: list[RemoderateReport], rollback: str | None, dry_run: bool) -> str:

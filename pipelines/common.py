@@ -25,13 +25,12 @@ from pipelines.steps import InProcess, OnCluster, Steps
 from vlmflow.config import Job, load_job
 from vlmflow.engine import RunReport
 from vlmflow.engine.progress import Tally, describe
-from vlmflow.errors import ClusterError, StoreLostError, TransientError, VlmflowError
+from vlmflow.errors import MAY_PASS, VlmflowError
 
 logger = logging.getLogger("vlmflow")
 
 RETRIES = 2
 RETRY_DELAYS_S = (30.0, 300.0)
-_PASSES = (TransientError, StoreLostError, ClusterError)
 _PROGRESS_INTERVAL_S = 10.0
 # Telling a server that is away takes more than a minute, in which the run waits.
 _SILENCE_S = 600.0
@@ -80,7 +79,7 @@ def may_pass(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool
     """Whether a failed task is worth another try: a store or cluster out of reach is, bad input is not."""
     try:
         state.result()
-    except _PASSES:
+    except MAY_PASS:
         return True
     except Exception:  # noqa: BLE001 - any other error is final, whatever its class
         return False

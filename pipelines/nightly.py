@@ -1,6 +1,7 @@
 """Nightly enrichment: doctor, quality gate, plan, enrich, verify, report.
 
-Incremental, and idempotent for its logical date: run again, it does what is due and says so if nothing is.
+Incremental, and idempotent for its logical date: run again, it does what is due and says so if nothing is. While
+another night is at work over the same source, it does nothing.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from prefect.states import Completed
 from pydantic import Field
 
 from pipelines import alerts, artifacts
+from pipelines.at_work import night_at_work
 from pipelines.common import (
     RETRIES,
     RETRY_DELAYS_S,
@@ -37,7 +39,7 @@ from vlmflow.catalog import Catalog, Verification
 from vlmflow.catalog.verify import ERRORS, Finding
 from vlmflow.config import Job
 from vlmflow.engine import PlanSummary, RunReport
-from vlmflow.errors import ConfigError, RegressionError, UnreconciledError, VerificationError
+from vlmflow.errors import ConfigError, RegressionError, TransientError, UnreconciledError, VerificationError
 from vlmflow.verification import verify as verify_catalog
 
 logger = logging.getLogger("vlmflow")
@@ -85,6 +87,8 @@ def nightly_enrichment(
 ) -> State[Any]:
     """Enriches whatever is due of a job's source, after a gate that keeps broken models away from the table.
 
+    While another night is at work over the same source, nothing is done.
+
     Args:
         job_file: The job (YAML): source, catalog, profile, policy. A file where the flow runs.
         date: Logical date of new rows. Default: the day for which the run was scheduled, UTC.
@@ -92,7 +96,8 @@ def nightly_enrichment(
         ray_jobs_url: Dashboard of a Ray cluster, such as http://ray-head:8265, to which the work is submitted.
             Default: the flow's own process does it.
         deadline_hours: A submitted job that runs longer is stopped; what it committed stays.
-        report_folder: Folder or prefix for the report. Default: beside the catalog, with "-reports" at its end.
+        report_folder: Folder or prefix for the reports of this catalog and of no other, for older ones are removed.
+            Default: beside the catalog, with "-reports" at its end.
         report_url: Where people reach that folder in a browser; makes the report a link.
         keep_reports: Older reports are removed: their thumbnails outlive an erasure.
         max_flagged_jump: How much the share of flagged images may exceed the median of the last seven runs before
@@ -106,11 +111,15 @@ def nightly_enrichment(
     steps = make_steps(ray_jobs_url, deadline_hours)
     folder = report_folder or default_folder(job.catalog)
     night = _Night(job, day, folder, keep_reports, max_flagged_jump, notify)
+    if (other := look_around(steps, job)) is not None:
+        return _skipped(other, day)
     with steps.session(job):
         check(steps, job, f"doctor-{name}")
         if golden is not None:
             pass_gate(steps, job, golden, f"gate-{name}")
         plan = make_plan(steps, job, f"plan-{name}")
+        if (other := look_around(steps, job)) is not None:  # one that has begun since
+            return _skipped(other, day)
         # With nothing due as well: it brings verdicts and lists into rows that a run left behind when it was ended.
         report = enrich_due(steps, job, name)
     night.take(report, name)
@@ -150,6 +159,11 @@ class _Night:
         self.runs += [(f"earlier-{name}", run) for run in runs[:-1]] + [(name, run) for run in runs[-1:]]
 
 
+def _skipped(other: str, day: dt.date) -> State[Any]:
+    """The other night does what is due. By its name no automation takes this one for a night that was completed."""
+    return Completed(name="Skipped", message=f"{day}: nothing was done, for another night is at work: run {other}.")
+
+
 def _nothing(plan: PlanSummary, day: dt.date) -> str:
     if not plan.num_planned:
         return f"Nothing was due on {day}: {plan.num_listed:,} images listed, all up to date."
@@ -170,19 +184,29 @@ def _summary(reports: Sequence[RunReport], day: dt.date) -> str:
     )
 
 
+@task(name="look around", cache_policy=NO_CACHE, retries=RETRIES, retry_delay_seconds=list(RETRY_DELAYS_S),
+      retry_condition_fn=may_pass)  # fmt: skip
+def look_around(steps: Steps, job: Job) -> str | None:
+    """The run of another night that is at work; see :func:`pipelines.at_work.night_at_work`."""
+    other = night_at_work(job)
+    return None if other is None or steps.follows(job) else other.run_id
+
+
 @task(name="doctor", cache_policy=NO_CACHE, retries=RETRIES, retry_delay_seconds=list(RETRY_DELAYS_S),
       retry_condition_fn=may_pass, timeout_seconds=1800)  # fmt: skip
 def check(steps: Steps, job: Job, key: str) -> None:
     """Looks at what the run needs, and stops it if something is missing.
 
     Raises:
-        ConfigError: something is missing.
+        TransientError: something is missing that may be there again in a while.
+        ConfigError: something else is missing.
     """
     checks = steps.doctor(job)
     artifacts.show_checks(key, checks)
     failed = [found for found in checks if found.verdict == "fail"]
     if failed:
-        raise ConfigError(
+        error_class = TransientError if all(found.may_pass for found in failed) else ConfigError
+        raise error_class(
             "; ".join(f"{found.name}: {found.found}" for found in failed),
             remedy=" ".join(found.remedy for found in failed if found.remedy),
         )

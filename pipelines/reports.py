@@ -7,8 +7,10 @@ import datetime as dt
 import logging
 import re
 import tempfile
+from collections.abc import Mapping
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -29,12 +31,21 @@ _OURS = re.compile(r"(?P<date>\d{4}-\d\d-\d\d)-(?P<run>\d{8}T\d{6}-[0-9a-f]{8})\
 _LOOK_BACK = dt.timedelta(days=7)
 
 
+def is_night(record: Mapping[str, Any], job: Job) -> bool:
+    """Whether a run's record is that of a night over the job's source.
+
+    A night is known by its source, and by a date that was given to it, as nights do and who enriches by hand seldom
+    does.
+    """
+    is_ours = record.get("source") == normalise_uri(job.source.uri)
+    return is_ours and (record.get("config") or {}).get("date") is not None
+
+
 def unreported(job: Job, day: dt.date, folder: str, keep: int) -> list[RunReport]:
     """The enrichments of nights that changed rows and have no report, the oldest first, however they ended.
 
-    Looked at are those of the seven days up to ``day``. A night's run is known by its source, and by a date that was
-    given to it, as nights do and who enriches by hand seldom does. Of a run that was killed the table tells what it
-    changed: see :func:`vlmflow.report.killed.with_counts`.
+    Looked at are those of the seven days up to ``day``. Of a run that was killed the table tells what it changed: see
+    :func:`vlmflow.report.killed.with_counts`.
 
     Args:
         folder: where the reports are.
@@ -44,7 +55,6 @@ def unreported(job: Job, day: dt.date, folder: str, keep: int) -> list[RunReport
         CatalogError: there is no catalog.
         StorageAccessError, TransientError: the catalog or the folder cannot be read.
     """
-    source = normalise_uri(job.source.uri)
     reported = {name["run"] for name in _ours(_folder(job.catalog, folder)) if name["kind"] == "html"}
     # Where no more are kept, what is older than every report had its own, which was removed.
     oldest = min(reported) if len(reported) >= keep else ""
@@ -57,8 +67,7 @@ def unreported(job: Job, day: dt.date, folder: str, keep: int) -> list[RunReport
         known = {name: run.record[name] for name in RunReport.model_fields if name in run.record}
         with contextlib.suppress(ValidationError):  # another kind of run, or written by another version
             report = RunReport.model_validate(known)
-            is_night = report.source == source and report.config.get("date") is not None
-            if is_night and day - _LOOK_BACK < report.date <= day:
+            if is_night(known, job) and day - _LOOK_BACK < report.date <= day:
                 found.append(report)
     return [report for report in with_counts(catalog, found[::-1]) if report.num_added + report.num_replaced]
 

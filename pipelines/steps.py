@@ -23,8 +23,9 @@ from vlmflow.engine import PlanSummary, RunReport, enrich, plan
 from vlmflow.engine.cluster import ray_cluster
 from vlmflow.engine.progress import ProgressDisplay, Tally
 from vlmflow.engine.remoderate import RemoderateReport, Scope, remoderate
-from vlmflow.errors import SubmittedJobError, VlmflowError
+from vlmflow.errors import ConfigError, SubmittedJobError, VlmflowError
 from vlmflow.gate import GateLimits, GateReport, compare, golden_values, read_accepted
+from vlmflow.moderation.policy import load_policy
 from vlmflow.storage import parse_address
 
 JOB_FILE = "job.yaml"
@@ -59,6 +60,9 @@ class Steps(Protocol):
     def plan(self, job: Job) -> PlanSummary:
         """Says what is due."""
 
+    def follows(self, job: Job) -> bool:
+        """Whether this very enrichment is at work already, and :meth:`enrich` would wait for its end."""
+
     def enrich(self, job: Job, progress: ProgressDisplay) -> RunReport:
         """Does what is due."""
 
@@ -88,6 +92,10 @@ class InProcess:
     def plan(self, job: Job) -> PlanSummary:
         """Says what is due."""
         return plan(job)
+
+    def follows(self, job: Job) -> bool:
+        """Never: what this process does ends with it."""
+        return False
 
     def enrich(self, job: Job, progress: ProgressDisplay) -> RunReport:
         """Does what is due."""
@@ -138,6 +146,11 @@ class OnCluster:
         attempt, lines = self._run(plan_command(job))
         return _report(PlanSummary, attempt, lines)
 
+    def follows(self, job: Job) -> bool:
+        """Whether this very enrichment is at work already, and :meth:`enrich` would wait for its end."""
+        last = self._jobs.last(enrich_command(job))
+        return last is not None and last.is_running
+
     def enrich(self, job: Job, progress: ProgressDisplay) -> RunReport:
         """Does what is due."""
         attempt, lines = self._run(enrich_command(job), progress)
@@ -184,7 +197,12 @@ class Output:
 
 
 def job_files(job: Job) -> dict[str, str]:
-    """The files that a job needs beside its images: its own, and its policy if that is no name of one that ships."""
+    """The files that a job needs beside its images: its own, and its policy if that is no name of one that ships.
+
+    Raises:
+        ConfigError: the policy cannot be read, or names a folder that nobody finds from where the job runs.
+        PolicyError: the policy cannot be used.
+    """
     files: dict[str, str] = {}
     data = job.model_dump(mode="json", exclude_defaults=True)
     for part in ("source", "catalog"):
@@ -195,10 +213,29 @@ def job_files(job: Job) -> dict[str, str]:
         if model.get("path") is not None:
             model["path"] = str(Path(model["path"]).absolute())
     if job.policy is not None and (path := Path(job.policy)).is_file():
-        files |= read_files([path])
-        data["policy"] = path.name
+        _check_detectors(path)
+        data["policy"] = path.name if path.name != JOB_FILE else f"policy-{path.name}"
+        files[data["policy"]] = read_files([path])[path.name]
     data["ray"] = {"address": "auto"}
     return {JOB_FILE: yaml.safe_dump(data, sort_keys=True)} | files
+
+
+def _check_detectors(policy: Path) -> None:
+    """Refuses folders of detectors that are relative: a submitted job runs in a temporary folder of the cluster.
+
+    They are not rewritten on the way, as those of the job are: rows carry the digest of the policy as it stands.
+
+    Raises:
+        ConfigError: there is one.
+        PolicyError: the policy cannot be used.
+    """
+    for detector in load_policy(str(policy)).detectors:
+        if detector.path is not None and not Path(detector.path).is_absolute():
+            raise ConfigError(
+                f"policy {policy}: detector {detector.name}: path {detector.path} is relative, and a job on a cluster "
+                "runs in another folder",
+                remedy="Write the path whole, as every node of the cluster has it.",
+            )
 
 
 def absolute(uri: str) -> str:

@@ -116,9 +116,9 @@ def _num_nodes(address: str) -> int:
 
 
 @contextmanager
-def prefect_server(folder: Path) -> Iterator[str]:
-    """A Prefect server with a database of its own; gives the address of its API."""
-    port = free_port()
+def prefect_server(folder: Path, port: int | None = None) -> Iterator[str]:
+    """A Prefect server with the database that is in the folder, or a new one; gives the address of its API."""
+    port = port or free_port()
     url = f"http://127.0.0.1:{port}/api"
     environment = os.environ | prefect_environment(folder, url)
     log = (folder / "prefect-server.log").open("wb")

@@ -18,10 +18,10 @@ from vlmflow.config import Job, RayConfig, SourceConfig, StorageConfig
 from vlmflow.engine.cluster import ray_cluster
 from vlmflow.engine.prepare import prepare
 from vlmflow.engine.report import installed_versions, policy_name
-from vlmflow.errors import VlmflowError
+from vlmflow.errors import MAY_PASS, VlmflowError
 from vlmflow.models.profiles import describe_profiles
 from vlmflow.sources import open_source
-from vlmflow.storage import open_store
+from vlmflow.storage import access_error, open_store, parse_address
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -39,12 +39,14 @@ class Check:
     Attributes:
         found: what there is, in a few words.
         remedy: what to do, where something is missing.
+        may_pass: of a failure, whether it may be over in a while, such as a store that is throttling.
     """
 
     name: str
     verdict: Verdict
     found: str
     remedy: str = ""
+    may_pass: bool = False
 
 
 def doctor(
@@ -101,7 +103,11 @@ def _guarded(name: str, check: Callable[[], Check]) -> Check:
     try:
         return check()
     except VlmflowError as error:
-        return Check(name, "fail", str(error), error.remedy)
+        return _failed(name, error)
+
+
+def _failed(name: str, error: VlmflowError) -> Check:
+    return Check(name, "fail", str(error), error.remedy, may_pass=isinstance(error, MAY_PASS))
 
 
 def _python() -> Check:
@@ -173,25 +179,30 @@ def _catalog(uri: str, storage: StorageConfig) -> Iterator[Check]:
     try:
         store, prefix = open_store(uri, storage)
     except VlmflowError as error:
-        yield Check(name, "fail", str(error), error.remedy)
+        yield _failed(name, error)
         return
     path = f"{prefix.rstrip('/')}/.doctor-{uuid.uuid4().hex}".lstrip("/")
     remedy = "Check the bucket, the credentials, the rights."
     try:
         obstore.put(store, path, b"vlmflow", mode="create")
     except (BaseError, OSError) as error:
-        yield Check(name, "fail", f"cannot be written: {_first_line(error)}", remedy)
+        yield Check(name, "fail", f"cannot be written: {_first_line(error)}", remedy, _may_pass(error, uri))
         return
     # Told only when the object is gone: whoever listens may stop doing so.
-    found = [Check(name, "ok", "can be written"), _conditional_writes(store, path)]
+    found = [Check(name, "ok", "can be written"), _conditional_writes(store, path, uri)]
     try:
         obstore.delete(store, path)
     except (BaseError, OSError) as error:
-        found.append(Check(name, "fail", f"{path} cannot be deleted: {_first_line(error)}", remedy))
+        detail = f"{path} cannot be deleted: {_first_line(error)}"
+        found.append(Check(name, "fail", detail, remedy, _may_pass(error, uri)))
     yield from found
 
 
-def _conditional_writes(store: ObjectStore, path: str) -> Check:
+def _may_pass(error: Exception, uri: str) -> bool:
+    return not parse_address(uri).is_local and isinstance(access_error(error, uri), MAY_PASS)
+
+
+def _conditional_writes(store: ObjectStore, path: str, uri: str) -> Check:
     name = "conditional writes"
     remedy = "Use a store that honours If-None-Match (S3, GCS, Azure, MinIO, R2, Ceph from Squid on)."
     try:
@@ -199,7 +210,8 @@ def _conditional_writes(store: ObjectStore, path: str) -> Check:
     except AlreadyExistsError:
         return Check(name, "ok", "a second writer of one file is refused")
     except (BaseError, OSError) as error:
-        return Check(name, "fail", f"whether there is a file already is not told: {_first_line(error)}", remedy)
+        detail = f"whether there is a file already is not told: {_first_line(error)}"
+        return Check(name, "fail", detail, remedy, _may_pass(error, uri))
     two = "a second writer of one file is accepted, so two runs could overwrite each other's commits"
     return Check(name, "fail", two, remedy)
 
@@ -214,9 +226,9 @@ def _ray(config: RayConfig) -> Iterator[Check]:
             yield Check(name, "ok", found)
             yield _workers()
     except VlmflowError as error:
-        yield Check(name, "fail", str(error), error.remedy)
+        yield _failed(name, error)
     except ray.exceptions.RayError as error:
-        yield Check(name, "fail", _last_line(error), "Look at the cluster's dashboard.")
+        yield Check(name, "fail", _last_line(error), "Look at the cluster's dashboard.", may_pass=True)
 
 
 def _workers() -> Check:

@@ -116,6 +116,10 @@ class CommitError(CatalogError):
     """A commit that could not be made whole; nothing of it is in the table."""
 
 
+class BackfillError(CatalogError):
+    """A backfill cannot begin: another one, to another policy, is at work on the catalog."""
+
+
 class RunRevokedError(CommitError):
     """The run was taken for dead by a vacuum; what it had not committed is gone."""
 
@@ -136,6 +140,10 @@ class ErrorBudgetError(VlmflowError):
 
 class ClusterError(VlmflowError):
     """The Ray cluster cannot be reached or lacks what the job needs."""
+
+
+# Errors of what may be there again in a while: worth another try, where bad input is not.
+MAY_PASS = (TransientError, StoreLostError, ClusterError)
 
 
 class GateError(VlmflowError):

@@ -121,6 +121,20 @@ def parse_address(uri: str) -> Address:
     return Address(f"{'s3' if scheme == 's3a' else scheme}://{bucket}", path.strip("/"))
 
 
+def check_on_disk(path: Path) -> None:
+    """Refuses what was meant as a uri where a path of this machine is wanted.
+
+    :class:`Path` makes ``s3:/bucket`` of ``s3://bucket``, a folder like any other.
+
+    Raises:
+        ConfigError: the path begins as a uri does.
+    """
+    scheme, begins_so, rest = path.as_posix().partition(":/")
+    if begins_so and _SCHEME.match(f"{scheme}://"):
+        remedy = "Name a path of this machine, and copy what it holds from or to the store."
+        raise ConfigError(f"{scheme}://{rest}: only a path of this machine can be used here", remedy=remedy)
+
+
 def open_store(uri: str, config: StorageConfig) -> tuple[ObjectStore, str]:
     """Opens the store of a uri; nothing is sent yet. Credentials come from the environment or the machine's role.
 

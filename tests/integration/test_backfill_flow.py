@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 import yaml
 
+from pipelines import at_work
 from pipelines.backfill import moderation_backfill
 from pipelines.nightly import nightly_enrichment
 from tests.flows import Prefect, process, write_job
 from tests.pictures import picture, write_pictures
-from vlmflow.catalog import Catalog
+from vlmflow.catalog import Catalog, runs
 from vlmflow.config import Job, ModelConfig
 from vlmflow.engine import enrich
-from vlmflow.errors import ConfigError
+from vlmflow.errors import BackfillError, ConfigError
 from vlmflow.models import identify
 from vlmflow.moderation.policy import bind, load_policy, write_binding
 
@@ -111,9 +112,10 @@ def test_dry_then_done_then_rolled_back(
 
 
 def test_what_cannot_be_asked_for_is_named(
-    prefect: Prefect, make_job: Callable[..., Job], strict: str, tmp_path: Path
+    prefect: Prefect, make_job: Callable[..., Job], strict: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job_file = write_job(job_of(make_job, tmp_path, [NIGHT]), tmp_path / "job.yaml")
+    job = job_of(make_job, tmp_path, [NIGHT])
+    job_file = write_job(job, tmp_path / "job.yaml")
     with pytest.raises(ConfigError, match="names both a policy and a rollback"):
         run(job_file, policy=strict, rollback="abc").result()
     with pytest.raises(ConfigError, match="no_such_column"):
@@ -122,6 +124,13 @@ def test_what_cannot_be_asked_for_is_named(
         run(job_file, rollback="abcabc").result()
     nothing = run(job_file, policy=strict, start=dt.date(2030, 1, 1))
     assert nothing.message.startswith("Nothing to do: ")
+    monkeypatch.setattr(runs, "HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(at_work, "_POLL_S", 0.1)
+    with Catalog.open(job.catalog).runs.recorded("backfill: policy lax 3"):
+        with pytest.raises(BackfillError, match="is at work, backfill: policy lax 3"):
+            run(job_file, policy=strict).result()
+        assert run(job_file, policy=strict, dry_run=True).is_completed()
+    assert moved_dates(job) == set()
 
 
 @pytest.mark.slow

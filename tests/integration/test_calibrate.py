@@ -212,12 +212,16 @@ def test_under_a_calibrated_policy_stored_margins_decide_as_a_fresh_run_does_to_
         (["--recall", "rifle=0.5"], ["rifle"]),
         (["--report", "report.pdf"], ["report.pdf"]),
         (["--report", "absent/report.html"], ["absent"]),
+        (["--report", "{tmp}/folder.html"], ["folder.html", "is a folder"]),
+        (["--report", "s3://bucket/report.html"], ["s3://bucket/report.html", "only a path of this machine"]),
         (["--labels", "absent.parquet"], ["absent.parquet"]),
     ],
 )
 def test_what_cannot_be_used_is_one_line_and_writes_nothing(
     scene: Scene, more: list[str], words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "folder.html").mkdir()
+    more = [word.format(tmp=tmp_path) for word in more]
     assert run(*command(scene, "-o", tmp_path / "new.yaml", *more)) == 2
     lines = [line for line in capfd.readouterr().err.splitlines() if line.strip()]
     assert len(lines) == 1

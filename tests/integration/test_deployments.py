@@ -6,6 +6,7 @@ import datetime as dt
 import json
 import re
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ray.job_submission import JobSubmissionClient
 
 from tests.flows import Prefect, held_images, held_job, worker, write_job
 from tests.pictures import write_pictures
-from tests.processes import ROOT, RayNodes, wait_for
+from tests.processes import ROOT, RayNodes, free_port, prefect_server, wait_for
 from vlmflow.catalog import Catalog
 from vlmflow.config import Job
 
@@ -103,10 +104,52 @@ def test_what_is_deployed_is_what_the_file_says(prefect: Prefect, at_work: Path)
     (schedule,) = found["nightly"]["schedules"]
     assert (schedule["active"], schedule["schedule"]["cron"]) == (True, "0 2 * * *")
     assert found["backfill"]["schedules"] == found["adhoc"]["schedules"] == []
-    assert found["nightly"]["concurrency_options"]["collision_strategy"] == "CANCEL_NEW"
     for deployment in found.values():
         assert deployment["work_pool_name"] == "vlmflow"
+        assert deployment["global_concurrency_limit"] is None
         assert deployment["enforce_parameter_schema"]
         described = deployment["parameter_openapi_schema"]["properties"]
         assert all(about.get("description") for about in described.values()), described
         assert deployment["parameters"].keys() <= described.keys()
+
+
+def test_a_paused_schedule_stays_so_when_the_file_is_deployed_again(prefect: Prefect, at_work: Path) -> None:
+    def the_schedule() -> dict[str, Any]:
+        (found,) = (schedule for deployment in prefect.deployments() for schedule in deployment["schedules"])
+        return dict(found)
+
+    before = the_schedule()
+    paused = prefect.command("deployment", "schedule", "pause", "nightly-enrichment/nightly", before["id"])
+    assert paused.returncode == 0, paused.stdout + paused.stderr
+    again = prefect.command("deploy", "--prefect-file", "deploy/prefect.yaml", "--name", "nightly")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert (the_schedule()["id"], the_schedule()["active"]) == (before["id"], False)
+    resumed = prefect.command("deployment", "schedule", "resume", "nightly-enrichment/nightly", before["id"])
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+
+
+@pytest.mark.slow
+def test_a_server_that_is_started_again_ends_no_night_and_keeps_none_away(
+    make_job: Callable[..., Job], tmp_path: Path
+) -> None:
+    home, port = tmp_path / "prefect", free_port()
+    home.mkdir()
+    with held_images() as held, ExitStack() as stack:
+        job_file = held_job(held, make_job, tmp_path, 4)
+        server = stack.enter_context(ExitStack())
+        prefect = Prefect(server.enter_context(prefect_server(home, port)), home)
+        stack.enter_context(worker(prefect, tmp_path / "worker.log"))
+
+        first = trigger(prefect, "nightly-enrichment/nightly", job_file=str(job_file), date=str(NIGHT))
+        wait_for(held.asked.is_set)
+        server.close()
+        server.enter_context(prefect_server(home, port))
+        # A lease would end the flow run some minutes later, when it cannot be renewed.
+        assert prefect.run(first)["state"]["state_details"]["deployment_concurrency_lease_id"] is None
+        held.released.set()
+        wait_for(lambda: prefect.run(first)["end_time"] is not None)
+        assert prefect.run(first)["state"]["message"].startswith("2026-11-01: 4 rows new"), prefect.log(first)
+
+        second = trigger(prefect, "nightly-enrichment/nightly", job_file=str(job_file), date=str(NIGHT))
+        wait_for(lambda: prefect.run(second)["end_time"] is not None)
+        assert prefect.run(second)["state"]["message"].startswith("Nothing was due"), prefect.log(second)

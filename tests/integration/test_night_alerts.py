@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
 
-from pipelines import nightly
+from pipelines import at_work, nightly
 from tests.flows import Prefect
 from tests.messenger import Messenger, running_messenger
 from tests.processes import wait_for
 from tests.report_samples import put_record, put_rows, record
-from vlmflow.catalog import Catalog, Verification
+from vlmflow.catalog import Catalog, Verification, runs
 from vlmflow.catalog.verify import Finding
 from vlmflow.checks import Check
 from vlmflow.config import CatalogConfig
 from vlmflow.engine import PlanSummary, RunReport
-from vlmflow.errors import StorageAccessError, TransientError, UnreconciledError, VlmflowError
+from vlmflow.errors import ConfigError, StorageAccessError, TransientError, UnreconciledError, VlmflowError
 
 NIGHT = dt.date(2026, 3, 1)
 NEXT = NIGHT + dt.timedelta(days=1)
@@ -47,14 +47,21 @@ class GivenSteps:
     def __init__(self, *outcomes: RunReport | VlmflowError, plan: PlanSummary = PLAN) -> None:
         self.outcomes = list(outcomes)
         self.planned = plan
+        self.failures: list[Check] = []
+        self.is_followed = False
+        self.while_planning: Callable[[], None] = lambda: None
 
     def session(self, job: Any) -> Any:
         return nullcontext()
 
     def doctor(self, job: Any) -> list[Check]:
-        return [Check("python", "ok", "3.11")]
+        return [self.failures.pop(0) if self.failures else Check("python", "ok", "3.11")]
+
+    def follows(self, job: Any) -> bool:
+        return self.is_followed
 
     def plan(self, job: Any) -> PlanSummary:
+        self.while_planning()
         return self.planned
 
     def enrich(self, job: Any, progress: Any) -> RunReport:
@@ -101,7 +108,7 @@ def night(
         left = list(found)
         monkeypatch.setattr(nightly, "make_steps", lambda *_, **__: steps)
         monkeypatch.setattr(nightly, "verify_catalog", lambda *_, **__: left.pop(0) if left else Verification(3, 3))
-        for step in ("enrich_due", "publish"):
+        for step in ("check", "enrich_due", "publish"):
             monkeypatch.setattr(nightly, step, getattr(nightly, step).with_options(retry_delay_seconds=0))
         options = {"notify": "custom-webhook/moderation", "date": NIGHT} | options
         return nightly.nightly_enrichment(job_file, return_state=True, **options)
@@ -250,3 +257,60 @@ def test_a_store_out_of_reach_is_tried_again_and_bad_input_is_not(
     steps = GivenSteps(UnreconciledError("lost"), tonight())
     assert night(steps).is_failed()
     assert len(steps.outcomes) == 1
+
+
+def test_a_store_that_throttles_while_doctor_looks_is_tried_again(night: Callable[..., Any]) -> None:
+    steps = GivenSteps(tonight())
+    steps.failures = [Check("source s3://shop", "fail", "is throttling", may_pass=True)] * 2
+    assert night(steps).is_completed()
+    assert steps.failures == []
+    steps.failures = [Check("source s3://shop", "fail", "does not exist", "Check the name.")] * 2
+    with pytest.raises(ConfigError, match="source s3://shop: does not exist") as caught:
+        night(steps).result()
+    assert caught.value.remedy == "Check the name."
+    assert len(steps.failures) == 1, "it was not tried again"
+
+
+@pytest.fixture
+def other_night(config: CatalogConfig, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    """Begins another night over the same source."""
+    monkeypatch.setattr(runs, "HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(at_work, "_POLL_S", 0.1)
+    given = {"source": "/images", "config": {"date": str(NEXT)}, "status": "running"}
+    store = Catalog.open(config).runs
+    with ExitStack() as stack:
+
+        def begin() -> None:
+            store.start("other", record("other", **given))
+            stack.enter_context(store.keep_alive("other"))
+
+        yield begin
+
+
+@pytest.mark.parametrize("begins", ["before", "while it is planned"])
+def test_while_another_night_is_at_work_nothing_is_done(
+    night: Callable[..., Any], messenger: Messenger, other_night: Callable[[], None], begins: str
+) -> None:
+    steps = GivenSteps(tonight())
+    if begins == "before":
+        other_night()
+    else:
+        steps.while_planning = other_night
+    state = night(steps)
+    assert (state.name, state.message) == (
+        "Skipped",
+        "2026-03-01: nothing was done, for another night is at work: run other.",
+    )
+    assert state.is_completed()
+    assert len(steps.outcomes) == 1
+    assert messenger.received == []
+
+
+def test_a_flow_that_was_started_again_follows_its_own_job(
+    night: Callable[..., Any], other_night: Callable[[], None]
+) -> None:
+    other_night()
+    steps = GivenSteps(tonight())
+    steps.is_followed = True
+    assert night(steps).name == "Completed"
+    assert steps.outcomes == []

@@ -1,4 +1,4 @@
-"""What `doctor` says of a GPU, which is not there, and of stores that do not do what they should."""
+"""What `doctor` says of a GPU, which is not there, of stores that fail, and of what may be there again in a while."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from obstore.exceptions import AlreadyExistsError, GenericError, PermissionDenie
 
 from vlmflow import checks
 from vlmflow.config import StorageConfig
+from vlmflow.errors import ClusterError, ConfigError, SourceError, StorageAccessError, TransientError, VlmflowError
 from vlmflow.models import fused
 from vlmflow.models.pixels import model_dtype
 
@@ -95,3 +96,33 @@ def test_a_gpu_without_memory_is_told_of_and_ends_nothing(monkeypatch: pytest.Mo
     monkeypatch.setattr(fused, "why_not", full)
     check = checks._triton()
     assert (check.verdict, check.found) == ("fail", "CUDA out of memory. Tried to allocate 2.00 MiB.")
+
+
+@pytest.mark.parametrize(
+    ("error", "may_pass"),
+    [
+        (TransientError("s3://shop is throttling"), True),
+        (ClusterError("Ray at head:6379 does not answer"), True),
+        (SourceError("photos does not exist"), False),
+        (StorageAccessError("s3://shop refused the credentials"), False),
+        (ConfigError("unknown key"), False),
+    ],
+)
+def test_a_failure_says_whether_it_may_pass(error: VlmflowError, may_pass: bool) -> None:
+    def fail() -> checks.Check:
+        raise error
+
+    assert checks._guarded("source", fail) == checks.Check("source", "fail", str(error), "", may_pass)
+
+
+def test_a_store_out_of_reach_may_pass_and_a_file_in_the_way_may_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "any")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "any")
+    nobody = StorageConfig(endpoint="http://127.0.0.1:9", region="us-east-1", max_retries=0)
+    (away,) = checks._catalog("s3://shop/catalog", nobody)
+    assert (away.verdict, away.may_pass) == ("fail", True)
+    (tmp_path / "file").touch()
+    (in_the_way,) = checks._catalog(str(tmp_path / "file" / "catalog"), StorageConfig())
+    assert (in_the_way.verdict, in_the_way.may_pass) == ("fail", False)

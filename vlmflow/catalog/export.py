@@ -13,6 +13,7 @@ from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.log import Snapshot
 from vlmflow.catalog.read import embedding_batches, image_batches
 from vlmflow.errors import CatalogError
+from vlmflow.storage import check_on_disk
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,9 @@ def export(folder: Folder, images: Snapshot, embeddings: Snapshot | None, target
 
     Raises:
         CatalogError: ``target`` holds something, or cannot be written.
+        ConfigError: ``target`` is in a store.
     """
+    check_on_disk(target)
     try:
         target.mkdir(parents=True, exist_ok=True)
         if any(target.iterdir()):

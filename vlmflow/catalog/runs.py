@@ -21,7 +21,7 @@ logger = logging.getLogger("vlmflow")
 RUNS = "runs"
 LEASE_SUFFIX = ".lease"
 DEAD_AFTER = dt.timedelta(minutes=10)
-_HEARTBEAT_S = 30.0
+HEARTBEAT_S = 30.0
 _STAMP = "%Y%m%dT%H%M%S"
 _READ_AT_ONCE = 16  # records
 
@@ -77,7 +77,7 @@ class RunStore:
         stop = threading.Event()
 
         def beat() -> None:
-            while not stop.wait(_HEARTBEAT_S):
+            while not stop.wait(HEARTBEAT_S):
                 try:
                     self.heartbeat(run_id)
                 except VlmflowError as error:
@@ -197,6 +197,11 @@ class RunStore:
         if lease is None and self._folder.stat(_record(run_id)) is None:
             return None
         return _state(lease.modified_at if lease else None)
+
+    def seen_at(self, run_id: str) -> dt.datetime | None:
+        """The last heartbeat of a run; None: it has no lease."""
+        lease = self._folder.stat(_lease(run_id))
+        return lease.modified_at if lease else None
 
     def is_live(self, run_id: str) -> bool:
         """Whether the run may still write."""

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from vlmflow.cli.app import app
+from vlmflow.cli.files import check_outputs
 from vlmflow.cli.options import (
     CatalogOnly,
     ConfigOption,
@@ -58,6 +59,7 @@ def explain(
             f"{option} is of a map, and --heatmap was not given",
             remedy="Give --heatmap FILE.png too, or leave it out: the table shows all labels.",
         )
+    check_outputs(heatmap)
     if heatmap is not None and profile is None and config is None:
         profile = last_profile(catalog_config(catalog, endpoint))
     job = None

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from vlmflow.cli.app import app
+from vlmflow.cli.files import check_outputs
 from vlmflow.cli.options import (
     AddressOption,
     EndpointOption,
@@ -72,6 +73,7 @@ def accept(
     from vlmflow.gate import golden_values, write_accepted
     from vlmflow.views_gate import print_values
 
+    check_outputs(accepted)
     job, source = _job(golden, config, profile, tasks, policy, ray_address, endpoint, accept_unbound)
     with shown_progress(as_json=as_json, verbose=verbose) as display:
         values = golden_values(job, source, scratch=scratch, progress=display)

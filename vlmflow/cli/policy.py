@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from vlmflow.cli.app import app
+from vlmflow.cli.files import check_outputs, write_output
 from vlmflow.cli.options import (
     CatalogOnly,
     ConfigOption,
@@ -176,8 +177,7 @@ def calibrate(
 
     if report is not None and report.suffix not in (".html", ".json"):
         raise ConfigError(f"--report {report}: neither .html nor .json", remedy="Name an .html or .json file.")
-    if report is not None and not report.parent.is_dir():
-        raise ConfigError(f"--report {report}: no folder {report.parent}", remedy="Make the folder first.")
+    check_outputs(report)  # once the policy is written it is too late: the next version is there then
     if profile is None and config is None:
         profile = last_profile(catalog_config(catalog, endpoint))
     job = make_job(
@@ -198,8 +198,7 @@ def calibrate(
     targets = Targets(precision=precisions.pop(""), recall=recalls.pop(""), precisions=precisions, recalls=recalls)
     done = run(job, labels, output=output, targets=targets, accept_uncalibrated=accept_uncalibrated)
     if report is not None:
-        page = calibration_html(done) if report.suffix == ".html" else done.model_dump_json(indent=2)
-        report.write_text(page, encoding="utf-8")
+        write_output(report, calibration_html(done) if report.suffix == ".html" else done.model_dump_json(indent=2))
     if as_json:
         typer.echo(done.model_dump_json())
     else:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from vlmflow.cli.app import app
+from vlmflow.cli.files import check_outputs
 from vlmflow.cli.options import CatalogOnly, EndpointOption, JsonOption, catalog_config
 
 
@@ -27,6 +28,7 @@ def report(
     """
     from vlmflow.report.write import write_report
 
+    check_outputs(output)
     written = write_report(catalog_config(catalog, endpoint), output, run=run)
     if as_json:
         typer.echo(written.model_dump_json())

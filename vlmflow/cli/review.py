@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from vlmflow.cli.app import app
+from vlmflow.cli.files import check_outputs
 from vlmflow.cli.options import CatalogOnly, EndpointOption, JsonOption, catalog_config
 
 review_app = typer.Typer(
@@ -46,6 +47,7 @@ def export_command(
     from vlmflow.review import export_queue
     from vlmflow.views_moderation import print_queue
 
+    check_outputs(output)
     sizes = QueueSizes(near, disagreement, random)
     report = export_queue(catalog_config(catalog, endpoint), output, sizes=sizes, seed=seed)
     if as_json:

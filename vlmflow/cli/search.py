@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from vlmflow.cli.app import app
+from vlmflow.cli.files import check_outputs, write_output
 from vlmflow.cli.options import (
     CatalogOnly,
     ConfigOption,
@@ -65,7 +66,7 @@ def search(
     from vlmflow.search.searcher import search_images
     from vlmflow.views_search import print_index, print_search, search_csv
 
-    _check_files(html, csv)
+    check_outputs(html, csv)
     is_asked = text is not None or image is not None or like is not None
     of_queries = {"--where": where, "--html": html, "--csv": csv, "--exact": exact or None}
     left_out = [name for name, value in of_queries.items() if value is not None]
@@ -96,9 +97,9 @@ def search(
         from vlmflow.search.thumbnails import make_thumbnails
 
         thumbnails = make_thumbnails(result.hits, place, show_flagged=show_flagged)
-        _write(html, search_html(result, thumbnails, show_flagged=show_flagged))
+        write_output(html, search_html(result, thumbnails, show_flagged=show_flagged))
     if csv is not None:
-        _write(csv, search_csv(result))
+        write_output(csv, search_csv(result))
     if as_json:
         typer.echo(result.model_dump_json())
     else:
@@ -129,7 +130,7 @@ def duplicates(
     from vlmflow.search.duplicates import THRESHOLD, Kind, find_duplicates
     from vlmflow.views_search import duplicates_csv, print_duplicates
 
-    _check_files(csv)
+    check_outputs(csv)
     known: dict[str, Kind] = {"exact": "exact", "perceptual": "perceptual", "semantic": "semantic"}
     for name in kind or ():
         if name not in known:
@@ -141,7 +142,7 @@ def duplicates(
         where=where,
     )
     if csv is not None:
-        _write(csv, duplicates_csv(report))
+        write_output(csv, duplicates_csv(report))
     if as_json:
         typer.echo(report.model_dump_json())
     else:
@@ -164,10 +165,10 @@ def titles(
     from vlmflow.search.titles import find_titles
     from vlmflow.views_search import print_titles, titles_csv
 
-    _check_files(csv)
+    check_outputs(csv)
     report = find_titles(catalog_config(catalog, endpoint), top_k=top_k, where=where)
     if csv is not None:
-        _write(csv, titles_csv(report))
+        write_output(csv, titles_csv(report))
     if as_json:
         typer.echo(report.model_dump_json())
     else:
@@ -192,10 +193,10 @@ def alt_text(
     from vlmflow.alt_text_report import find_alt_texts
     from vlmflow.views_search import alt_texts_csv, print_alt_texts
 
-    _check_files(csv)
+    check_outputs(csv)
     report = find_alt_texts(catalog_config(catalog, endpoint), where=where)
     if csv is not None:
-        _write(csv, alt_texts_csv(report))
+        write_output(csv, alt_texts_csv(report))
     if as_json:
         typer.echo(report.model_dump_json())
     else:
@@ -220,17 +221,3 @@ def query_job(catalog: str, profile: str | None, config: Path | None, endpoint: 
         allow_empty=False,
         accept_unbound=False,
     )
-
-
-def _check_files(*files: Path | None) -> None:
-    """Before the work: a place that cannot be written to."""
-    for file in files:
-        if file is not None and not file.parent.is_dir():
-            raise ConfigError(f"{file}: no folder {file.parent}", remedy="Make the folder first.")
-
-
-def _write(file: Path, text: str) -> None:
-    try:
-        file.write_text(text, encoding="utf-8", newline="")
-    except OSError as error:
-        raise ConfigError(f"{file}: {error.strerror or error}", remedy="Name a file that can be written.") from error

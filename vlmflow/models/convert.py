@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from vlmflow.errors import ConfigError, WeightsError
+from vlmflow.storage import check_on_disk
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +51,7 @@ def convert_weights(
         folder: where to write; it must be empty, if it exists.
 
     Raises:
-        ConfigError: there is no conversion for the family.
+        ConfigError: there is no conversion for the family, or the folder is in a store or cannot be written.
         WeightsError: a file is absent, the pickle holds more than tensors, or these do not fit the architecture.
     """
     if family not in _CONVERTERS:
@@ -59,10 +60,14 @@ def convert_weights(
         raise WeightsError(f"convert: {source} does not exist", remedy="Name the downloaded file or its folder.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise WeightsError(f"convert: {folder} is not empty", remedy="Name one that is empty, or does not exist yet.")
+    check_on_disk(folder)
     target = folder.resolve()  # "." has no name
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(f"convert: {folder}: {error.strerror}", remedy="Name another folder.") from error
     try:
         report = _CONVERTERS[family](source, partial, inputs or ConversionInputs())
         if target.exists():

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -12,8 +13,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import prefect
 import pytest
 import yaml
+from prefect.flows import load_flow_from_entrypoint
+from prefect.server.api.server import create_ui_app
+from prefect.settings import PREFECT_UI_STATIC_DIRECTORY, temporary_settings
+from starlette.testclient import TestClient
 
 DEPLOY = Path(__file__).parents[3] / "deploy"
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text(encoding="utf-8"))
@@ -145,3 +151,48 @@ def test_the_flows_are_deployed_on_the_cluster_of_the_file() -> None:
     assert job["catalog"]["storage"]["endpoint"] == settings("ray-head")["AWS_ENDPOINT_URL"]
     bucket = re.findall(r"-name (\S+)'", SERVICES["bucket"]["entrypoint"][-1])
     assert {job["catalog"]["uri"].split("/")[2], job["source"]["uri"].split("/")[2]} == set(bucket)
+
+
+def test_a_start_deploys_what_is_absent_and_leaves_what_is_there(tmp_path: Path) -> None:
+    """By a `prefect` that notes what it is told, and knows what is there by a file of names."""
+    there, told = tmp_path / "there", tmp_path / "told"
+    fake = tmp_path / "prefect"
+    fake.write_text(f"""#!/bin/sh
+for last; do :; done
+case "$*" in *inspect*) exec grep -qxF "$last" {there};; esac
+echo "$*" >> {told}
+""")
+    fake.chmod(0o755)
+
+    def start(*names: str) -> list[str]:
+        there.write_text("\n".join(names))
+        told.write_text("")
+        command = [part.replace("$$", "$") for part in SERVICES["deployments"]["command"]]
+        environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        subprocess.run(command, env=environment, check=True, timeout=60)
+        return re.findall(r"work-pool create \S+|deploy .*?--name \S+", told.read_text())
+
+    deployments = yaml.safe_load((DEPLOY / "prefect.yaml").read_text(encoding="utf-8"))["deployments"]
+    names = [f"{load_flow_from_entrypoint(found['entrypoint']).name}/{found['name']}" for found in deployments]
+    assert len(start()) == 4
+    assert start("vlmflow", *names) == []
+    (deployed,) = start("vlmflow", *names[1:])
+    assert deployed.endswith("--name nightly")
+
+
+def test_prefect_shows_its_pages_to_a_server_that_may_not_write_its_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Path(settings("prefect-server")["PREFECT_UI_STATIC_DIRECTORY"])
+    assert place.is_relative_to("/tmp"), "which every user may write"
+    (tmp_path / "package").touch()
+    for name in ("__ui_static_subpath__", "__ui_v2_static_subpath__"):
+        monkeypatch.setattr(prefect, name, tmp_path / "package" / name)  # cannot be made, whoever tries
+
+    def front_page(static_directory: Path | None) -> int:
+        with temporary_settings({PREFECT_UI_STATIC_DIRECTORY: static_directory and str(static_directory)}):
+            pages = TestClient(create_ui_app(ephemeral=False))
+        return pages.get("/", headers={"accept": "text/html"}).status_code
+
+    assert front_page(None) == 404
+    assert front_page(tmp_path / place.name) == 200

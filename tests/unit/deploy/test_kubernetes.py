@@ -206,6 +206,14 @@ def test_an_adhoc_job_runs_on_the_cluster_that_is_there() -> None:
     assert (DEPLOY / "jobs" / Path(config).name).is_file()
 
 
+def test_an_ad_hoc_run_has_an_end_that_stops_it() -> None:
+    job = one("RayJob")["spec"]
+    # At which KubeRay gives the RayJob up, and does not stop the run.
+    assert "activeDeadlineSeconds" not in job
+    # One signal, to the run alone: a second one would fall into its tidying up.
+    assert job["entrypoint"].startswith("timeout --foreground --signal=TERM ")
+
+
 def test_prometheus_finds_a_port_on_every_ray_pod() -> None:
     monitor = one("PodMonitor")["spec"]
     (endpoint,) = monitor["podMetricsEndpoints"]

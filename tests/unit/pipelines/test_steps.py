@@ -30,6 +30,7 @@ from pipelines.steps import (
     plan_command,
     remoderate_command,
 )
+from vlmflow.checks import Check
 from vlmflow.cli import app
 from vlmflow.config import Job
 from vlmflow.engine.progress import ProgressDisplay, Tally
@@ -45,13 +46,30 @@ from vlmflow.errors import (
     VlmflowError,
 )
 from vlmflow.gate import GateLimits
+from vlmflow.views import check_as_json
+
+POLICY = """
+name: test
+version: "1"
+neutral: [a picture of a car]
+logistic: {scale: 20.0, offset: 0.0}
+categories: [{name: weapons, labels: [{name: gun, prompts: [a gun], review: 0.4, block: 0.9}]}]
+bindings: []
+"""
+DETECTOR = """
+detectors:
+  - name: guns
+    family: image_classification
+    path: PLACE
+    outputs: {gun: {category: weapons, label: gun, review: 0.4, block: 0.9}}
+"""
 
 
 @pytest.fixture
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
     """A job whose every path is relative to a folder that the cluster knows nothing of."""
     monkeypatch.chdir(tmp_path)
-    Path("policy.yaml").write_text("name: test\n", encoding="utf-8")
+    Path("policy.yaml").write_text(POLICY, encoding="utf-8")
     return Job(
         source={"uri": "images"},
         catalog={"uri": "catalog"},
@@ -73,6 +91,23 @@ def test_a_job_travels_with_its_policy_and_without_relative_paths(job: Job, tmp_
     assert data["models"]["embed"]["path"] == str(tmp_path / "clip")
     assert (data["policy"], data["date"], data["ray"]) == ("policy.yaml", "2026-11-01", {"address": "auto"})
     assert Job.model_validate(data).tasks == job.tasks
+
+
+def test_a_policy_of_the_job_file_s_name_does_not_take_its_place(job: Job) -> None:
+    Path("policy.yaml").rename(JOB_FILE)
+    files = job_files(job.model_copy(update={"policy": JOB_FILE}))
+    policy = yaml.safe_load(files[JOB_FILE])["policy"]
+    assert yaml.safe_load(files[JOB_FILE])["source"]
+    assert files[policy] == POLICY
+
+
+def test_a_detector_s_folder_that_the_cluster_would_look_for_elsewhere_is_refused(job: Job) -> None:
+    whole = POLICY + DETECTOR.replace("PLACE", "/models/guns")
+    Path("policy.yaml").write_text(whole, encoding="utf-8")
+    assert job_files(job)["policy.yaml"] == whole  # as it stands: its digest is in the rows
+    Path("policy.yaml").write_text(POLICY + DETECTOR.replace("PLACE", "models/guns"), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"policy policy.yaml: detector guns: path models/guns is relative"):
+        job_files(job)
 
 
 @pytest.mark.parametrize("uri", ["s3://bucket/a", "gs://bucket/a", "https://host/a.csv"])
@@ -213,9 +248,9 @@ def test_a_report_of_another_version_is_named(monkeypatch: pytest.MonkeyPatch, j
 
 
 def test_checks_that_fail_are_shown_although_the_job_failed(monkeypatch: pytest.MonkeyPatch, job: Job) -> None:
-    lines = [json.dumps({"name": "gpu", "verdict": "fail", "found": "none", "remedy": "Get one."})]
-    (check,) = on_cluster(monkeypatch, FakeJobs(lines, JobStatus.FAILED)).doctor(job)
-    assert (check.name, check.verdict) == ("gpu", "fail")
+    found = [Check("gpu", "fail", "none", "Get one."), Check("source", "fail", "throttling", may_pass=True)]
+    lines = [check_as_json(check) for check in found]
+    assert on_cluster(monkeypatch, FakeJobs(lines, JobStatus.FAILED)).doctor(job) == found
 
 
 @pytest.mark.parametrize(

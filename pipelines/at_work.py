@@ -1,0 +1,83 @@
+"""Who is at work on a catalog, by the signs of life of its runs: two nights would compute everything twice, and two
+backfills to different policies would leave some rows under each.
+
+Prefect's own limits on concurrency are not up to this. A slot is held by a lease that the server forgets when it is
+started again: the flow run that holds it is ended, for it cannot renew the lease, and nobody gets the slot any more.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from pipelines.reports import is_night
+from vlmflow.catalog import Catalog
+from vlmflow.catalog.runs import HEARTBEAT_S, RunInfo, RunStore
+from vlmflow.config import CatalogConfig, Job
+from vlmflow.errors import BackfillError
+
+# Heartbeats that may be late: a store may be slow.
+_LOOK_S = 3 * HEARTBEAT_S
+_POLL_S = 5.0
+_BACKFILL = "backfill: "
+
+
+def night_at_work(job: Job) -> RunInfo | None:
+    """The run of another night over the job's source that is at work on its catalog.
+
+    Runs have a lease from their first images on. One that has not come so far is not seen: then both compute, and the
+    commits see to it that each image is there once.
+
+    Raises:
+        StorageAccessError, TransientError: the catalog cannot be looked at.
+    """
+    if not Catalog.exists(job.catalog):
+        return None
+    return _living(Catalog.open(job.catalog).runs, lambda run: is_night(run.record, job))
+
+
+@contextmanager
+def backfill_at_work(config: CatalogConfig, target: str) -> Iterator[None]:
+    """Keeps the lease of a backfill while the block runs.
+
+    Another one to the same target is let in: it may be this one, killed and started again, and does no harm.
+
+    Args:
+        target: where the rows go, in words.
+
+    Raises:
+        BackfillError: one to another target was there before, and is at work.
+    """
+    runs = Catalog.open(config).runs
+    with runs.recorded(_BACKFILL + target) as own:
+
+        def is_in_the_way(run: RunInfo) -> bool:
+            operation = str(run.record.get("operation"))
+            # Of two that begin at once, the one whose id is first goes on.
+            return run.run_id < own and operation.startswith(_BACKFILL) and operation != _BACKFILL + target
+
+        other = _living(runs, is_in_the_way)
+        if other is not None:
+            raise BackfillError(
+                f"catalog {config.uri}: run {other.run_id} is at work, {other.record['operation']}",
+                remedy="Start this one when that is over, or has been cancelled.",
+            )
+        yield
+
+
+def _living(runs: RunStore, is_meant: Callable[[RunInfo], bool]) -> RunInfo | None:
+    """A run that gives a sign of life while one looks, which takes a minute and a half where none comes.
+
+    That its lease is young does not suffice: it may have been killed since.
+    """
+    found = [run for run in runs.list() if run.state == "running" and not run.has_ended and is_meant(run)]
+    until = time.monotonic() + _LOOK_S
+    while found and time.monotonic() < until:
+        time.sleep(_POLL_S)
+        now = {run.run_id: runs.seen_at(run.run_id) for run in found}
+        for run in found:
+            if now[run.run_id] not in (None, run.seen_at):
+                return run
+        found = [run for run in found if now[run.run_id] is not None]  # the others are over
+    return None

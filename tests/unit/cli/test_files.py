@@ -1,0 +1,82 @@
+"""Files that commands are to write: what cannot be written is told before the work, in one line."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.report_samples import put_rows
+from vlmflow.catalog import Catalog
+from vlmflow.cli import main
+from vlmflow.cli.files import check_outputs, write_output
+from vlmflow.config import CatalogConfig
+from vlmflow.errors import ConfigError
+from vlmflow.storage import check_on_disk
+
+# Each writes where the last argument says.
+WRITERS = [
+    ["export", "{catalog}"],
+    ["report", "{catalog}", "-o"],
+    ["review", "export", "{catalog}"],
+    ["explain", "{catalog}", "a", "--heatmap"],
+    ["search", "{catalog}", "a dog", "--html"],
+    ["search", "{catalog}", "a dog", "--csv"],
+    ["duplicates", "{catalog}", "--csv"],
+    ["titles", "{catalog}", "--csv"],
+    ["alt-text", "{catalog}", "--csv"],
+    ["calibrate", "{catalog}", "--policy", "demo", "--profile", "starter", "--report"],
+    ["gate", "accept", "{tmp}", "--profile", "starter", "--accepted"],
+    ["convert", "vilbert", "{tmp}"],
+]
+
+
+@pytest.mark.parametrize("arguments", WRITERS, ids=" ".join)
+def test_the_uri_of_a_store_is_refused_where_a_path_is_wanted(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = CatalogConfig(uri=str(tmp_path / "catalog"))
+    put_rows(config, ["a"], run="first")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    place = "s3://bucket/out.html"
+    with pytest.raises(SystemExit) as ended:
+        main([*(word.format(catalog=config.uri, tmp=tmp_path) for word in arguments), place])
+    assert ended.value.code == 2
+    assert f"{place}: only a path of this machine can be used here" in capsys.readouterr().err
+    assert list((tmp_path / "here").iterdir()) == []
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket/out", "gs://b/o", "https://host/a.csv", "file:///tmp/a"])
+def test_what_a_path_made_of_a_uri_is_told_by_its_uri(uri: str) -> None:
+    with pytest.raises(ConfigError, match=r"^\w+://"):
+        check_on_disk(Path(uri))
+
+
+@pytest.mark.parametrize("path", ["out", "/tmp/s3:/x", "a:b/c", "folder/s3:/x", ".", "s3:"])
+def test_a_path_stays_one(path: str) -> None:
+    check_on_disk(Path(path))
+
+
+def test_what_cannot_be_written_is_told_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_outputs(None, tmp_path / "new.csv", Path(os.devnull))
+    with pytest.raises(ConfigError, match="is a folder"):
+        check_outputs(tmp_path)
+    with pytest.raises(ConfigError, match="no folder"):
+        check_outputs(tmp_path / "absent" / "new.csv")
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root may write anything
+    with pytest.raises(ConfigError, match=r"new\.csv: Permission denied"):
+        check_outputs(tmp_path / "new.csv")
+
+
+def test_what_cannot_be_written_after_all_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="Is a directory"):
+        write_output(tmp_path, "text")
+
+
+def test_an_export_from_python_refuses_the_uri_of_a_store(tmp_path: Path) -> None:
+    config = CatalogConfig(uri=str(tmp_path / "catalog"))
+    put_rows(config, ["a"], run="first")
+    with pytest.raises(ConfigError, match="s3://bucket/out: only a path"):
+        Catalog.open(config).export("s3://bucket/out", with_embeddings=False)

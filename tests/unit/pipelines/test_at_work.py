@@ -1,0 +1,120 @@
+"""Who is taken for being at work on a catalog."""
+
+from __future__ import annotations
+
+import datetime as dt
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines import at_work
+from pipelines.at_work import backfill_at_work, night_at_work
+from tests.report_samples import put_rows, record
+from vlmflow.catalog import Catalog, runs
+from vlmflow.config import CatalogConfig, Job, SourceConfig
+from vlmflow.errors import BackfillError
+
+NIGHT = {"source": "/photos", "config": {"date": "2026-03-01"}}
+FIRST, LAST = "20260301T020000-00000000", "99990301T020000-00000000"
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CatalogConfig:
+    config = CatalogConfig(uri=str(tmp_path / "catalog"))
+    put_rows(config, ["a"], run="before")
+    monkeypatch.setattr(runs, "HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(at_work, "_POLL_S", 0.02)
+    monkeypatch.setattr(at_work, "_LOOK_S", 1.0)
+    return config
+
+
+@contextmanager
+def at_work_on(config: CatalogConfig, run: str, given: dict[str, Any]) -> Iterator[None]:
+    """A run that gives signs of life."""
+    store = Catalog.open(config).runs
+    store.start(run, given)
+    with store.keep_alive(run):
+        yield
+    store.finish(run, given)
+
+
+def found(config: CatalogConfig, source: str = "/photos") -> str | None:
+    other = night_at_work(Job(source=SourceConfig(uri=source), catalog=config, profile="starter"))
+    return None if other is None else other.run_id
+
+
+def test_a_night_over_the_same_source_is_at_work_until_it_is_over(config: CatalogConfig) -> None:
+    assert found(config) is None
+    with at_work_on(config, "other", record("other", status="running", **NIGHT)):
+        assert found(config) == "other"
+        assert found(config, "/drawings") is None
+    assert found(config) is None
+
+
+def test_where_no_catalog_is_no_night_is_at_work(tmp_path: Path) -> None:
+    assert found(CatalogConfig(uri=str(tmp_path / "none"))) is None
+
+
+@pytest.mark.parametrize("given", [{"source": "/photos", "config": {"date": None}}, {"operation": "vacuum"}])
+def test_other_runs_are_no_night(config: CatalogConfig, given: dict[str, Any]) -> None:
+    with at_work_on(config, "other", record("other", status="running", **given)):
+        assert found(config) is None
+
+
+def test_a_night_that_was_killed_keeps_nobody_away(config: CatalogConfig) -> None:
+    store = Catalog.open(config).runs
+    store.start("killed", record("killed", status="running", **NIGHT))
+    assert store.is_live("killed"), "for ten minutes its lease says so"
+    assert found(config) is None
+
+
+def test_a_night_that_ends_while_one_looks_is_not_waited_for(
+    config: CatalogConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(at_work, "_LOOK_S", 1000.0)
+    store = Catalog.open(config).runs
+    store.start("ending", record("ending", status="running", **NIGHT))
+    threading.Timer(0.1, store.finish, ("ending", record("ending", status="done", **NIGHT))).start()
+    assert found(config) is None
+
+
+def test_of_backfills_to_two_policies_the_second_is_refused(config: CatalogConfig) -> None:
+    with (
+        at_work_on(config, FIRST, {"operation": "backfill: policy strict 2"}),
+        pytest.raises(BackfillError, match=f"run {FIRST} is at work, backfill: policy strict 2"),
+        backfill_at_work(config, "policy lax 3"),
+    ):
+        pytest.fail("two policies at once")
+
+
+@pytest.mark.parametrize(
+    ("run", "operation"),
+    [
+        (FIRST, "backfill: policy lax 3"),  # the same, killed and started again
+        (LAST, "backfill: policy strict 2"),  # which has begun since, and is itself refused
+        (FIRST, "remoderate"),
+    ],
+)
+def test_a_backfill_goes_on_beside_others(config: CatalogConfig, run: str, operation: str) -> None:
+    with at_work_on(config, run, {"operation": operation}), backfill_at_work(config, "policy lax 3"):
+        own = [other for other in Catalog.open(config).runs.list() if other.run_id != run]
+        assert [(other.state, other.record["operation"]) for other in own] == [("running", "backfill: policy lax 3")]
+
+
+def test_a_backfill_that_was_killed_keeps_no_other_away(config: CatalogConfig) -> None:
+    Catalog.open(config).runs.start(FIRST, {"operation": "backfill: policy strict 2"})
+    with backfill_at_work(config, "policy lax 3"):
+        pass
+
+
+def test_the_last_sign_of_life_is_that_of_the_lease(config: CatalogConfig) -> None:
+    store = Catalog.open(config).runs
+    assert store.seen_at("none") is None
+    store.start("run", {})
+    os.utime(Path(config.uri) / "runs" / "run.lease", (1000, 1000))
+    assert store.seen_at("run") == dt.datetime.fromtimestamp(1000, dt.UTC)

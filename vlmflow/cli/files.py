@@ -1,0 +1,39 @@
+"""Files that commands write beside what they print: looked at before the work, written after it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from vlmflow.errors import ConfigError
+from vlmflow.storage import check_on_disk
+
+
+def check_outputs(*files: Path | None) -> None:
+    """Before the work, which may take hours: whether the files can be written, as far as that can be told.
+
+    Raises:
+        ConfigError: one cannot be.
+    """
+    for file in files:
+        if file is None:
+            continue
+        check_on_disk(file)
+        if file.is_dir():
+            raise ConfigError(f"{file} is a folder", remedy="Name a file.")
+        if not file.parent.is_dir():
+            raise ConfigError(f"{file}: no folder {file.parent}", remedy="Make the folder first.")
+        if not os.access(file if file.exists() else file.parent, os.W_OK):
+            raise ConfigError(f"{file}: Permission denied", remedy="Name a file that can be written.")
+
+
+def write_output(file: Path, text: str) -> None:
+    """Writes a file.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    try:
+        file.write_text(text, encoding="utf-8", newline="")
+    except OSError as error:
+        raise ConfigError(f"{file}: {error.strerror or error}", remedy="Name a file that can be written.") from error

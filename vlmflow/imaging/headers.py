@@ -20,7 +20,9 @@ MAX_JPEG_SCANS = 500
 
 _BMP_HEADER_SIZES = (12, 16, 40, 52, 56, 64, 108, 124)
 _TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_AVIF_BRANDS = (b"avif", b"avis")
+_AVIF_BRANDS = frozenset({b"avif", b"avis"})
+_HEIF_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"})
+IMAGE_BRANDS = _AVIF_BRANDS | _HEIF_BRANDS
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
 # Images that are recognised in order to say why they are not decoded.
@@ -55,7 +57,7 @@ def sniff(data: bytes) -> str | None:
     # Any text may start with BM: the size of the header that follows must be one that exists.
     if data.startswith(b"BM") and len(data) >= 18 and struct.unpack_from("<I", data, 14)[0] in _BMP_HEADER_SIZES:
         return "bmp"
-    if any(brand in _AVIF_BRANDS for brand in _iso_brands(data)):
+    if not _AVIF_BRANDS.isdisjoint(iso_brands(data)):
         return "avif"
     return None
 
@@ -65,7 +67,7 @@ def sniff_unsupported(data: bytes) -> str | None:
     for magic, description in _UNSUPPORTED_MAGICS.items():
         if data.startswith(magic):
             return description
-    if any(brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1") for brand in _iso_brands(data)):
+    if not _HEIF_BRANDS.isdisjoint(iso_brands(data)):
         return "a HEIF image"
     head = data[:4096].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if head.startswith(b"<") and b"<svg" in head:
@@ -75,7 +77,7 @@ def sniff_unsupported(data: bytes) -> str | None:
     return None
 
 
-def _iso_brands(data: bytes) -> list[bytes]:
+def iso_brands(data: bytes) -> list[bytes]:
     """The brands of an ISO base media file (ISO/IEC 14496-12), the major one first; empty for another file."""
     if len(data) < 16 or data[4:8] != b"ftyp":
         return []
@@ -184,11 +186,21 @@ def count_jpeg_scans(data: bytes) -> int:
 
 
 def _count_png_chunks(data: bytes) -> int:
+    return sum(1 for _ in _png_chunks(data))
+
+
+def count_png_frames(data: bytes) -> int:
+    """Counts the frames of an animated PNG that are there, whatever it says of their number."""
+    return sum(kind == b"fcTL" for kind in _png_chunks(data))
+
+
+def _png_chunks(data: bytes) -> Iterator[bytes]:
+    """Yields the types of the chunks of a PNG, not many more than ``MAX_PARTS``."""
     at, chunks = len(_PNG_MAGIC), 0
     while at + 8 <= len(data) and chunks <= MAX_PARTS:
         chunks += 1
+        yield data[at + 4 : at + 8]
         at += int.from_bytes(data[at : at + 4], "big") + 12
-    return chunks
 
 
 def _count_gif_extensions(data: bytes) -> int:

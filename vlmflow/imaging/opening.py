@@ -161,14 +161,19 @@ def check_size(data: bytes, limits: ImageLimits) -> None:
 
 def _check_parts(data: bytes, image_format: str, limits: ImageLimits) -> None:
     """Refuses files made of so many parts, or of so large ones, that stepping through them would take all there is."""
+    if image_format == "tiff" and headers.count_tiff_entries(data) > headers.MAX_TIFF_ENTRIES:
+        message = f"the tiff file has more than {headers.MAX_TIFF_ENTRIES:,} entries in its directories"
+        raise ImageError(message, error_class=RowErrorClass.CORRUPT)
     if headers.count_parts(data, image_format) > headers.MAX_PARTS:
         message = f"the {image_format} file is made of more than {headers.MAX_PARTS:,} parts"
         raise ImageError(message, error_class=RowErrorClass.CORRUPT)
     if image_format == "jpeg" and headers.count_jpeg_scans(data) > headers.MAX_JPEG_SCANS:
         message = f"the jpeg file has more than {headers.MAX_JPEG_SCANS} scans"
         raise ImageError(message, error_class=RowErrorClass.CORRUPT)
-    if image_format == "tiff" and (tile := headers.tiff_tile_size(data)) is not None and min(tile) > 0:
-        check_pixels(tile, limits)
+    if image_format == "tiff":
+        for tile in headers.tiff_tile_sizes(data):
+            if min(tile) > 0:
+                check_pixels(tile, limits)
 
 
 def check_pixels(size: tuple[int, int], limits: ImageLimits) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from importlib import import_module
 from io import BytesIO
 from itertools import pairwise
@@ -13,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.images import encode, scene
+from tests.images import encode, png, png_chunk, scene
 from vlmflow.config import ImageLimits
 from vlmflow.imaging import PixelRequest, decode, frames
 from vlmflow.imaging.decode import DecodedImage
@@ -160,6 +162,28 @@ def test_white_on_transparent_shows_on_black() -> None:
     assert (views["squash"] == 255).all(), "nothing is to be seen on white"
     assert views["black"][16, 16].tolist() == [255, 255, 255]
     assert views["black"][0, 0].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(("bit_depth", "color_type"), [(2, 0), (4, 0), (8, 0), (16, 0), (8, 2), (16, 2)])
+def test_a_colour_that_is_transparent_shows_black_on_black(bit_depth: int, color_type: int) -> None:
+    white, grey = 2**bit_depth - 1, 2**bit_depth // 4
+    ground = white * 2 // 3 - (bit_depth == 16)  # of unequal bytes
+    values = np.full((8, 8, 3 if color_type else 1), ground)
+    values[2:6, 2:6] = grey
+    transparent = png_chunk(b"tRNS", struct.pack(">H", ground) * values.shape[2])
+    if bit_depth >= 8:
+        data = png(values, color_type, bit_depth, chunks=transparent)
+    else:
+        bits = np.unpackbits(values[..., 0].astype(np.uint8)[..., None], axis=2)[..., 8 - bit_depth :]
+        rows = b"".join(b"\0" + np.packbits(row).tobytes() for row in bits)
+        header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, bit_depth, color_type, 0, 0, 0))
+        body = png_chunk(b"IDAT", zlib.compress(rows)) + png_chunk(b"IEND", b"")
+        data = b"\x89PNG\r\n\x1a\n" + header + transparent + body
+    views = views_of(data)
+    assert list(views) == ["squash", "black"]
+    corners = [(int(views[name][0, 0, 0]), int(views[name][16, 16, 0])) for name in views]
+    level = round(grey * 255 / white)
+    assert corners == [(255, pytest.approx(level, abs=1)), (0, pytest.approx(level, abs=1))]
 
 
 @pytest.mark.parametrize("image_format", ["PNG", "WEBP"])

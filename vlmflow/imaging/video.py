@@ -155,19 +155,19 @@ def _tracks(container: Any) -> list[Track]:
 
     streams = sorted(container.streams.video, key=lambda stream: bool(stream.disposition & Disposition.attached_pic))
     counts = {stream.index: 0 for stream in streams}
-    moments: dict[int, list[float]] = {stream.index: [] for stream in streams}
+    spans: dict[int, tuple[int, int]] = {}  # in units of the stream
     with suppress(FFmpegError, *_BAD_BYTES):  # what stands behind is not decoded either, and that is said
         for packet in container.demux(streams) if streams else ():
-            index, at = packet.stream.index, packet.dts if packet.pts is None else packet.pts
+            index, start = packet.stream.index, packet.dts if packet.pts is None else packet.pts
             counts[index] += packet.size > 0
-            if packet.size and at is not None:
-                ends = (float(at * packet.time_base), float((at + (packet.duration or 0)) * packet.time_base))
-                known = moments[index] or list(ends)
-                moments[index] = [min(known[0], *ends), max(known[1], *ends)]
+            if packet.size and start is not None:
+                end = start + max(packet.duration or 0, 0)
+                first, last = spans.get(index, (start, end))
+                spans[index] = min(first, start), max(last, end)
     said_s = 0.0 if container.duration is None else container.duration / 1_000_000
     tracks = []
     for stream in streams:
-        start_s, end_s = moments[stream.index] or (0.0, 0.0)
+        start_s, end_s = (float(moment * stream.time_base) for moment in spans.get(stream.index, (0, 0)))
         tracks.append(Track(stream.index, counts[stream.index], start_s, max(end_s, said_s)))
     return tracks
 

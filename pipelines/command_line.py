@@ -89,7 +89,7 @@ def _kind(about: Mapping[str, Any]) -> str:
 def _object(text: str) -> object:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not JSON") from error
 
 

@@ -333,7 +333,7 @@ def _json_object(line: str) -> dict[str, Any] | None:
         return None
     try:
         found = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from vlmflow.errors import ConfigError
 
@@ -62,6 +62,28 @@ def _known_tasks(value: object) -> object:
 Tasks = Annotated[tuple[TaskName, ...], BeforeValidator(_known_tasks), Field(min_length=1)]
 
 
+def _plain_url(url: str) -> str:
+    """Refuses what a url could hold of secrets: the job is kept in the record of its run."""
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise ValueError("is not a url") from error
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("must begin with http:// or https:// and a host")
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise ValueError("must hold no user, password or query: keep the key in an environment variable")
+    return url.rstrip("/")
+
+
+def _at_home(path: Path) -> Path:
+    """With the user's home for a ``~``, as in a shell, which job files do not pass through."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 (Path.expanduser raises where there is no such user)
+
+
+PlainUrl = Annotated[str, AfterValidator(_plain_url)]
+HomePath = Annotated[str, AfterValidator(os.path.expanduser)]
+
+
 class Frozen(BaseModel):
     """A part of a job: immutable, and an unknown key is an error."""
 
@@ -71,7 +93,7 @@ class Frozen(BaseModel):
 class StorageConfig(Frozen):
     """How to reach an object store. Credentials come from the environment or the machine's role, never from here."""
 
-    endpoint: str | None = None  # of an S3-compatible store, such as http://127.0.0.1:9000
+    endpoint: PlainUrl | None = None  # of an S3-compatible store, such as http://127.0.0.1:9000
     region: str | None = None
     anonymous: bool = False  # unsigned requests, for public buckets
     # Of one request. A store that has fallen silent is given up after two, and a worker must live to say so.
@@ -82,7 +104,8 @@ class StorageConfig(Frozen):
 class HttpConfig(Frozen):
     """Limits on http(s) urls, which anyone may have put into a manifest."""
 
-    timeout_s: Seconds = 20.0
+    # A worker reads 64 images in four rounds, all of which must end within half an hour.
+    timeout_s: Annotated[float, Field(gt=0, le=400)] = 20.0
     max_redirects: Annotated[int, Field(ge=0)] = 5
     allow_private_addresses: bool = False  # loopback, private and link-local hosts
 
@@ -122,7 +145,7 @@ class ImageLimits(Frozen):
 class EndpointConfig(Frozen):
     """An OpenAI-compatible server of a vision-language model. The key never stands here, only where it is kept."""
 
-    url: str  # of the API, such as https://api.example.com/v1
+    url: PlainUrl  # of the API, such as https://api.example.com/v1
     model: str
     api_key_env: str | None = None  # the environment variable of the workers that holds the key; None: none is sent
     max_concurrency: Annotated[int, Field(ge=1, le=256)] = 8  # requests at once, per actor
@@ -132,22 +155,12 @@ class EndpointConfig(Frozen):
     input_price: Annotated[float, Field(ge=0)] | None = None  # of a million tokens; None: costs are not counted
     output_price: Annotated[float, Field(ge=0)] | None = None
 
-    @field_validator("url")
-    @classmethod
-    def _is_plain(cls, url: str) -> str:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("must begin with http:// or https:// and a host")
-        if parts.username or parts.password or parts.query or parts.fragment:
-            raise ValueError("must hold no user, password or query: keep the key in an environment variable")
-        return url.rstrip("/")
-
 
 class ModelConfig(Frozen):
     """Weights of one task: a local folder, a repository of the hub at a pinned revision, or an endpoint."""
 
     family: Family
-    path: str | None = None  # a local folder
+    path: HomePath | None = None  # a local folder
     repo: str | None = None  # a hub repository; needs `revision`
     revision: str | None = None  # a commit hash
     architecture: str | None = None  # open_clip's name, where the folder holds no open_clip_config.json
@@ -219,9 +232,10 @@ class Job(Frozen):
     profile: str
     tasks: Tasks = ("embed", "moderate", "caption", "match")
     models: dict[Literal["embed", "caption", "match", "answer"], ModelConfig] = {}  # instead of the profile's
-    models_dir: Path | None = None  # where profiles look for weights; default: $VLMFLOW_MODELS, else ~/.cache/vlmflow
+    # Where profiles look for weights; default: $VLMFLOW_MODELS, else ~/.cache/vlmflow
+    models_dir: Annotated[Path, AfterValidator(_at_home)] | None = None
     questions: tuple[str, ...] = ()  # that `answer` asks of every image
-    policy: str | None = None  # a policy file, or the name of one that ships; needed by `moderate`
+    policy: HomePath | None = None  # a policy file, or the name of one that ships; needed by `moderate`
     accept_unbound: bool = False  # moderate although the policy has no binding for the model: everything is `review`
     date: dt.date | None = None  # logical date; default: today, UTC
     retry: tuple[RetriedStatus, ...] = ()  # rows of these statuses are due again, however often they were tried
@@ -307,7 +321,7 @@ def load_job(path: str | Path | None, overrides: dict[str, Any]) -> Job:
             data = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
         except OSError as error:
             raise ConfigError(f"config {path}: {error.strerror}", remedy="Name an existing YAML file.") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, a date that there is not
             raise ConfigError(f"config {path} is not YAML: {_first_line(error)}", remedy="Fix the syntax.") from error
         if not isinstance(data, dict):
             raise ConfigError(f"config {path} holds a {type(data).__name__}", remedy="Write `key: value` lines.")
@@ -352,7 +366,7 @@ def read_secret(variable: str) -> str:
 
 def default_models_dir() -> Path:
     """The folder under which profiles look for weights: ``$VLMFLOW_MODELS``, else ``~/.cache/vlmflow/models``."""
-    return Path(os.environ.get("VLMFLOW_MODELS") or Path.home() / ".cache" / "vlmflow" / "models")
+    return _at_home(Path(os.environ.get("VLMFLOW_MODELS") or "~/.cache/vlmflow/models"))
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

@@ -12,10 +12,16 @@ from datetime import timedelta
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 import obstore
-from obstore.exceptions import BaseError, InvalidPathError, PermissionDeniedError, UnauthenticatedError
+from obstore.exceptions import (
+    BaseError,
+    InvalidPathError,
+    PermissionDeniedError,
+    PreconditionError,
+    UnauthenticatedError,
+)
 from obstore.store import LocalStore, from_url
 
 from vlmflow.config import StorageConfig
@@ -38,6 +44,7 @@ STORE_ERRORS = (BaseError, OSError, ValueError)
 
 _OBJECT_SCHEMES = {"s3", "s3a", "gs", "az", "azure", "adl", "abfs", "abfss"}
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_AROUND_PATH = re.compile(r"^[^/?#]*|[?#].*$", re.DOTALL)  # in the rest of a file:// url
 _MAX_BACKOFF = timedelta(seconds=5)  # eight retries take about 16 s, not minutes
 
 # What obstore's text says of an answer: its status and, in the body, the store's own code. The text also holds the
@@ -64,6 +71,7 @@ class Fault(Enum):
     GONE = "gone"  # the bucket or container
     REGION = "region"
     PATH = "path"  # a name that obstore cannot express
+    CHANGED = "changed"  # this one object, since the version that was asked for
     TIMEOUT = "timeout"
     TRANSIENT = "transient"  # still failing after all retries
 
@@ -97,18 +105,17 @@ class Address(NamedTuple):
 def parse_address(uri: str) -> Address:
     """Splits a uri into its store and the path in it; a local path becomes absolute, symbolic links stay.
 
+    A ``~`` at the beginning of a local path is the user's home, as in a shell: job files pass through none.
+
     Raises:
         ConfigError: no store goes by the scheme, or no bucket or path is named.
     """
     match = _SCHEME.match(uri)
-    if not uri.strip() or uri.lower() == "file://":  # else it would be the folder that the process stands in
-        remedy = "Name a folder or a uri; the folder one stands in is `.`. A variable that is not set leaves it empty."
-        raise ConfigError(f"the uri {uri!r} names no place", remedy=remedy)
     if match is None:
-        return Address("", os.path.abspath(uri))  # noqa: PTH100 (Path.resolve would follow symbolic links)
+        return _on_disk(uri, os.path.expanduser(uri))  # noqa: PTH111 (Path.expanduser raises: there is no such user)
     scheme = match[1].lower()
     if scheme == "file":
-        return Address("", os.path.abspath(unquote(urlsplit(uri).path)))  # noqa: PTH100
+        return _on_disk(uri, unquote(_AROUND_PATH.sub("", uri[match.end() :])))
     if scheme not in _OBJECT_SCHEMES:
         known = "a local path, s3://, gs://, az:// or abfss://"
         raise ConfigError(f"{scheme}:// is not a store that can be used here", remedy=f"Use {known}.")
@@ -133,6 +140,13 @@ def check_on_disk(path: Path) -> None:
     if begins_so and _SCHEME.match(f"{scheme}://"):
         remedy = "Name a path of this machine, and copy what it holds from or to the store."
         raise ConfigError(f"{scheme}://{rest}: only a path of this machine can be used here", remedy=remedy)
+
+
+def _on_disk(uri: str, path: str) -> Address:
+    if not path.strip():  # else it would be the folder that the process stands in
+        remedy = "Name a folder or a uri; the folder one stands in is `.`. A variable that is not set leaves it empty."
+        raise ConfigError(f"the uri {uri!r} names no place", remedy=remedy)
+    return Address("", os.path.abspath(path))  # noqa: PTH100 (Path.resolve would follow symbolic links)
 
 
 def open_store(uri: str, config: StorageConfig) -> tuple[ObjectStore, str]:
@@ -207,6 +221,8 @@ def fault_of(error: Exception) -> Fault:
         return Fault.GONE
     if isinstance(error, InvalidPathError):
         return Fault.PATH
+    if isinstance(error, PreconditionError) or status == 412:
+        return Fault.CHANGED
     if _METADATA_SERVER.search(text):  # the last place where credentials are looked for
         return Fault.NO_CREDENTIALS
     if code in _REGION_CODES or status == 301 or "Received redirect without LOCATION" in text:
@@ -253,6 +269,9 @@ def access_error(error: Exception, uri: str) -> VlmflowError:
         return StorageAccessError(f"{root} is in another region", remedy="Set storage.region (or AWS_REGION).")
     if fault is Fault.MISSING:
         return SourceError(f"{uri} does not exist", remedy="Check the path.")
+    if fault is Fault.CHANGED:
+        remedy = "Run again when nothing writes to it any more."
+        return SourceError(f"{uri} was changed while it was read", remedy=remedy)
     if fault is Fault.PATH:
         remedy = "Rename it, or list the images in a manifest: names with empty segments, `.`, `..` or control"
         return SourceError(

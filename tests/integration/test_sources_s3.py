@@ -8,6 +8,7 @@ import os
 import pickle
 import tarfile
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable, write_deltalake
-from obstore.exceptions import AlreadyExistsError
+from obstore.exceptions import AlreadyExistsError, PreconditionError
 
 from tests.images import bad_images, good_images, write_corpus
 from tests.s3 import CREDENTIALS, S3Server
@@ -33,7 +34,8 @@ from vlmflow.errors import (
 from vlmflow.schema import REFERENCE, with_source
 from vlmflow.sources import open_source
 from vlmflow.sources.again import RowReader
-from vlmflow.storage import delta_storage_options, open_store, read_bytes
+from vlmflow.sources.stores import Stores
+from vlmflow.storage import access_error, delta_storage_options, open_store, read_bytes
 
 LIMITS = ImageLimits()
 HARD_NAMES = ["a b.jpg", "Grüße.jpg", "100%.jpg", "%20.jpg", "h#1", "q?x=1&y=+.jpg", "sub/dir/x.jpg", "back\\slash"]
@@ -206,6 +208,21 @@ def test_shards_and_parquet_files_are_read_by_ranges(s3_server: S3Server, tmp_pa
     s3_server.put(bucket, "p/a.tar", b"something else" * 100_000)
     items = read(SourceConfig(uri=f"s3://{bucket}/p/a.tar", storage=s3_server.storage), refs)
     assert {item.error_class for item in items} == {RowErrorClass.READ_FAILED}
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_told_as_that(s3_server: S3Server, tmp_path: Path) -> None:
+    bucket = s3_server.make_bucket()
+    config = SourceConfig(uri=f"s3://{bucket}/a.tar", storage=s3_server.storage)
+    s3_server.put(bucket, "a.tar", bytes(1 << 20))
+    file, _ = Stores(s3_server.storage).open_file(config.uri)
+    s3_server.put(bucket, "a.tar", b"x" * (1 << 20))
+    started = time.monotonic()
+    with file, pytest.raises(PreconditionError) as caught:
+        file.read(1)
+    assert time.monotonic() - started < 1, "it does not pass"
+    error = access_error(caught.value, config.uri)
+    assert isinstance(error, SourceError)
+    assert str(error) == f"{config.uri} was changed while it was read"
 
 
 def test_the_catalog_can_use_the_same_settings(s3_server: S3Server) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from vlmflow.config import Job, load_job
+from vlmflow.config import Job, default_models_dir, load_job
 from vlmflow.errors import ConfigError
 
 PLACES: dict[str, Any] = {"source": {"uri": "photos"}, "catalog": {"uri": "catalog"}, "profile": "starter"}
@@ -39,7 +39,11 @@ def test_the_command_line_wins_and_leaves_the_rest(tmp_path: Path) -> None:
 def test_a_part_without_keys_is_named_whatever_the_command_line_says(
     tmp_path: Path, line: str, named: str, given: str | None
 ) -> None:
-    over = {"source": {"storage": {"endpoint": given}}, "catalog": {"uri": given}, "ray": {"address": given}}
+    over = {
+        "source": {"storage": {"endpoint": given and f"http://{given}"}},
+        "catalog": {"uri": given},
+        "ray": {"address": given},
+    }
     text = "source: {uri: a}\ncatalog: {uri: b}\nprofile: base\nray:\n"
     key = line.partition(":")[0]
     kept = "\n".join(row for row in text.splitlines() if not row.startswith(key))
@@ -77,6 +81,17 @@ def test_a_part_without_keys_is_named_whatever_the_command_line_says(
         ({"pools": [{"tasks": ["match", "caption"]}, {"tasks": ["embed", "moderate"]}]}, "list caption first"),
         ({"pools": [{"tasks": ["embed"], "min_actors": 3, "max_actors": 2}]}, "min_actors 3 exceeds"),
         ({"profile": None}, "profile"),
+        (
+            {"source": {"uri": "a", "storage": {"endpoint": "http://key:hunter2@minio:9000"}}},
+            "source.storage.endpoint: must hold no user, password or query",
+        ),
+        (
+            {"catalog": {"uri": "a", "storage": {"endpoint": "http://h/?x=hunter2"}}},
+            "catalog.storage.endpoint: must hold",
+        ),
+        ({"catalog": {"uri": "a", "storage": {"endpoint": "minio:9000"}}}, "endpoint: must begin with http://"),
+        ({"catalog": {"uri": "a", "storage": {"endpoint": "http://[hunter2"}}}, "endpoint: is not a url"),
+        ({"source": {"uri": "a", "http": {"timeout_s": 500}}}, "http.timeout_s: Input should be less"),
     ],
 )
 def test_what_does_not_fit_is_named(change: dict[str, Any], named: str) -> None:
@@ -91,6 +106,25 @@ def test_what_does_not_fit_is_named(change: dict[str, Any], named: str) -> None:
 def test_a_file_that_is_no_mapping(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds a list"):
         load(tmp_path, "- a\n- b\n")
+
+
+@pytest.mark.parametrize("text", ["date: 2026-02-30\n", "limit: " + "9" * 5000 + "\n", "a: " + "[" * 5000])
+def test_values_that_yaml_cannot_make_are_an_error_of_the_file(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"job\.yaml is not YAML"):
+        load(tmp_path, text)
+
+
+def test_a_tilde_is_the_home_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = {"family": "open_clip", "path": "~/clip"}
+    over = {"models_dir": "~/models", "policy": "~/policy.yaml", "models": {"embed": model}}
+    job = load_job(None, PLACES | over)
+    assert job.models_dir == tmp_path / "models"
+    assert job.policy == str(tmp_path / "policy.yaml")
+    assert job.models["embed"].path == str(tmp_path / "clip")
+    assert load_job(None, PLACES | {"models_dir": "~nobody-here/m"}).models_dir == Path("~nobody-here/m")
+    monkeypatch.setenv("VLMFLOW_MODELS", "~/m")
+    assert default_models_dir() == tmp_path / "m"
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

@@ -41,10 +41,32 @@ def test_an_address_is_its_store_and_its_path(tmp_path: Path, monkeypatch: pytes
     assert str(parse_address("s3://bucket/p/q").parent) == "s3://bucket/p"
     assert str(parse_address("s3://bucket/p").parent) == "s3://bucket"
     assert str(parse_address("/p").parent) == "/"
+    assert parse_address("FILE://localhost/a[b].jpg?x#y") == ("", "/a[b].jpg")
+    assert parse_address("file://[a/x.jpg") == ("", "/x.jpg")
+
+
+def test_a_tilde_is_the_home_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert parse_address("~/catalog") == ("", str(tmp_path / "catalog"))
+    monkeypatch.chdir(tmp_path)
+    assert parse_address("./~") == ("", str(tmp_path / "~"))
+    assert parse_address("~nobody-here/x") == ("", str(tmp_path / "~nobody-here/x"))
+    assert parse_address("file:///~/x") == ("", "/~/x")
 
 
 @pytest.mark.parametrize(
-    "uri", ["https://host/list.csv", "ftp://host", "s3://", "gs:///x", "s3://key:secret@bucket/x", "", " ", "file://"]
+    "uri",
+    [
+        "https://host/list.csv",
+        "ftp://host",
+        "s3://",
+        "gs:///x",
+        "s3://key:secret@bucket/x",
+        "",
+        " ",
+        "file://",
+        "file://host",
+    ],
 )
 def test_an_address_that_is_none_is_a_configuration_error(uri: str) -> None:
     with pytest.raises(ConfigError) as caught:

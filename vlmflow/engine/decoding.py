@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from vlmflow import schema
 from vlmflow.catalog import KnownBytes
-from vlmflow.config import ImageLimits
+from vlmflow.config import MIB, ImageLimits
 from vlmflow.engine import columns
 from vlmflow.engine.equal_bytes import COPIED_TYPE, Copies, Copy, look_up
 from vlmflow.engine.stored import Stored
@@ -23,6 +23,9 @@ from vlmflow.imaging.pixels import Pixels
 from vlmflow.sources import Fetched, Reader
 from vlmflow.sources.regions import RegionReader
 
+# Of files that are known to be large, as videos are, no more lie in memory at a time; what is decoded is small. Of urls
+# and cells of Parquet files no size is known.
+_READ_AT_ONCE_BYTES = 512 * MIB
 # Stores have time limits and retries of their own, each image several minutes' worth: this is for what they miss.
 _MAX_READ_S = 1800.0
 
@@ -62,6 +65,10 @@ class ReadAndDecode:
         """
         if batch.num_rows == 0:
             return batch
+        parts = [self._read_and_decode(part) for part in _parts(batch, self.limits.max_bytes)]
+        return parts[0] if len(parts) == 1 else pa.concat_tables(parts)
+
+    def _read_and_decode(self, batch: pa.Table) -> pa.Table:
         started = time.perf_counter()
         try:
             with at_most(_MAX_READ_S):
@@ -183,6 +190,18 @@ class _Outcome:
             return []
         stage, error_class, message = self.error
         return [{"stage": stage, "class": error_class, "message": message}]
+
+
+def _parts(batch: pa.Table, max_bytes: int) -> list[pa.Table]:
+    """The batch, in as many parts as keep the files of each within ``_READ_AT_ONCE_BYTES``."""
+    parts, start, held = [], 0, 0
+    for row, size in enumerate(batch["size_bytes"].to_pylist()):
+        num_bytes = size if size is not None and size <= max_bytes else 0  # larger ones are not read
+        if held + num_bytes > _READ_AT_ONCE_BYTES and row > start:
+            parts.append(batch.slice(start, row - start))
+            start, held = row, 0
+        held += num_bytes
+    return [*parts, batch.slice(start)]
 
 
 def _due(batch: pa.Table, hashes: Sequence[str | None]) -> list[list[str]]:

@@ -13,15 +13,8 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from vlmflow.config import ImageLimits
 from vlmflow.errors import ImageError, RowErrorClass
-from vlmflow.imaging.frames import (
-    MAX_FRAMES_SEEN,
-    MAX_PIXELS_SEEN,
-    Frame,
-    Thumbnail,
-    choose_frames,
-    frames_in,
-    thumbnail,
-)
+from vlmflow.imaging.frames import MAX_FRAMES_SEEN, MAX_PIXELS_SEEN, Looked, frames_in
+from vlmflow.imaging.headers import count_png_frames
 from vlmflow.imaging.opening import (
     BAD_BYTES,
     TRANSPOSE,
@@ -34,11 +27,11 @@ from vlmflow.imaging.opening import (
     open_image,
 )
 from vlmflow.imaging.pixels import Pixels, render, shows_ground, to_rgb
-from vlmflow.imaging.video import Video, open_video, sniff_video, unseen_gap
+from vlmflow.imaging.video import Track, Video, open_video, sniff_video, unseen_gap
 
 # Part of the ledger: images recorded as unreadable are due again when it changes. Raise the number when we learn to
 # decode something new; Pillow's major version stands for what Pillow learned.
-DECODER_VERSION = f"1-pillow{PIL.__version__.split('.')[0]}"
+DECODER_VERSION = f"2-pillow{PIL.__version__.split('.')[0]}"
 
 # A JPEG is decoded at reduced scale when both sides stay at least this many times the largest target. Measured by
 # tests/unit/imaging/test_jpeg_draft.py: see there for the differences that remain.
@@ -106,13 +99,15 @@ def decode(
             side = DRAFT_RATIO * max(request.size for request in merged)
             image.draft(None, (side, side))
         image.load()
-        grounds = [("", _shown(image, opened.orientation, "white"))]
-        if any("black" in request.views for request in merged) and shows_ground(image):
-            grounds.append(("black", _shown(image, opened.orientation, "black")))
+        grounds = _grounds(image, opened.orientation, merged)
     pixels = {request.key: _views(request, grounds) for request in merged}
     unseen = None
-    if opened.facts.num_frames > 1 and any("frames" in request.views for request in merged):
-        unseen = _add_frames(opened, merged, pixels, grounds[0][1], limits)
+    if any("frames" in request.views for request in merged):
+        if opened.facts.num_frames > 1:
+            unseen = _add_frames(opened, merged, pixels, grounds, limits)
+        if opened.facts.format == "png" and (num_there := count_png_frames(data)) > opened.facts.num_frames:
+            # Viewers differ in what they make of an animation that is at odds with itself.
+            unseen = f"{num_there:,} frames are there, of which {opened.facts.num_frames:,} were looked at"
     return DecodedImage(replace(opened.facts, phash=perceptual_hash(grounds[0][1])), pixels, unseen)
 
 
@@ -122,6 +117,14 @@ def perceptual_hash(image: Image.Image) -> str:
     Taken of the image squashed to 64 x 64 first, which makes it quick on large ones and moves a bit or two.
     """
     return str(imagehash.phash(image.resize((64, 64), Image.Resampling.BILINEAR, reducing_gap=2.0)))
+
+
+def _grounds(image: Image.Image, orientation: int, requests: Sequence[PixelRequest]) -> list[tuple[str, Image.Image]]:
+    """An image as RGB on white and, where a model wants to be shown that and it looks otherwise, on black."""
+    grounds: list[Literal["white", "black"]] = ["white"]
+    if any("black" in request.views for request in requests) and shows_ground(image):
+        grounds.append("black")
+    return [(ground, _shown(image, orientation, ground)) for ground in grounds]
 
 
 def _shown(image: Image.Image, orientation: int, ground: Literal["white", "black"]) -> Image.Image:
@@ -138,6 +141,20 @@ def _views(request: PixelRequest, grounds: Sequence[tuple[str, Image.Image]]) ->
     return rendered
 
 
+def _add_views(
+    pixels: dict[str, list[tuple[str, Pixels]]],
+    requests: Sequence[PixelRequest],
+    grounds: Sequence[tuple[str, Image.Image]],
+    views: Sequence[tuple[str, str]],
+) -> None:
+    """Renders a frame for the views that were chosen of it, each a name and a ground."""
+    shown = dict(grounds)
+    for name, ground in views:
+        for request in requests:
+            if "frames" in request.views and (ground == "white" or ground in request.views):
+                pixels[request.key] += [(name, squashed) for _, squashed in _squashed(shown[ground], request)]
+
+
 def _squashed(image: Image.Image, request: PixelRequest) -> list[tuple[str, Pixels]]:
     return render(image, request.size, request.interpolation, ("squash",))
 
@@ -146,12 +163,13 @@ def _add_frames(
     opened: OpenedImage,
     requests: Sequence[PixelRequest],
     pixels: dict[str, list[tuple[str, Pixels]]],
-    first: Image.Image,
+    grounds: Sequence[tuple[str, Image.Image]],
     limits: ImageLimits,
 ) -> str | None:
     """Renders the frames behind the first that are worth showing; says what was not looked at."""
     image, orientation = opened.image, opened.orientation
-    thumbnails, times = [thumbnail(first)], [0.0]
+    looked = Looked()
+    looked.add(0.0, grounds)
     num_pixels, unseen = 0, None
     wanted = min(opened.facts.num_frames, MAX_FRAMES_SEEN)
     if wanted < opened.facts.num_frames:
@@ -162,21 +180,17 @@ def _add_frames(
             if image.width * image.height > limits.max_pixels or num_pixels > MAX_PIXELS_SEEN:
                 unseen = f"frames after the first {number:,} of {opened.facts.num_frames:,} hold too many pixels"
                 break
-            thumbnails.append(thumbnail(to_rgb(image)))
-            times.append(time_s)
+            looked.add(time_s, _grounds(image, orientation, requests))
     except (*BAD_BYTES, Image.DecompressionBombError, MemoryError):
-        unseen = f"frames after the first {len(thumbnails):,} of {opened.facts.num_frames:,} cannot be decoded"
-    for index, number in enumerate(choose_frames(thumbnails)):
+        unseen = f"frames after the first {len(looked.times):,} of {opened.facts.num_frames:,} cannot be decoded"
+    for number, views in looked.choose().items():
         try:
             image.seek(number)
-            shown = _shown(image, orientation, "white")
+            shown = _grounds(image, orientation, requests)
         except (*BAD_BYTES, MemoryError):
             unseen = f"frame {number + 1:,} of {opened.facts.num_frames:,} cannot be decoded"
             continue
-        name = Frame(number, times[number]).view(index)
-        for request in requests:
-            if "frames" in request.views:
-                pixels[request.key] += [(name, shown_pixels) for _, shown_pixels in _squashed(shown, request)]
+        _add_views(pixels, requests, shown, views)
     return unseen
 
 
@@ -185,52 +199,57 @@ def _decode_video(
 ) -> DecodedImage:
     """The first frame of a video as its image, and, where ``frames`` are among the views, those that differ most."""
     check_size(data, limits)
-    with open_video(data) as video:
-        said = video.facts
-        check_pixels((said.width, said.height), limits)
-        first, thumbnails, times, unseen = _look_through(video, limits)
-        width, height = first.size
-        pixels = {request.key: _views(request, [("", first)]) for request in requests}
-        wanted = [request for request in requests if "frames" in request.views]
-        chosen = choose_frames(thumbnails) if wanted else []
-        if chosen:
-            video.rewind()
-            for number, (_, image) in enumerate(video.frames()):
-                if number in chosen:
-                    name = Frame(number, times[number]).view(chosen.index(number))
-                    for request in wanted:
-                        pixels[request.key] += [(name, shown) for _, shown in _squashed(image, request)]
-                if number >= chosen[-1]:
-                    break
+    video = open_video(data)
+    said = video.facts
+    check_pixels((said.width, said.height), limits)
+    first, looked, unseen = _look_through(video, limits, requests)
+    pixels = {request.key: _views(request, first) for request in requests}
+    wants_frames = any("frames" in request.views for request in requests)
+    chosen = looked.choose() if wants_frames else {}
+    for number, (_, _, image) in enumerate(video.frames() if chosen else ()):
+        if number in chosen:
+            _add_views(pixels, requests, _grounds(image, 1, requests), chosen.pop(number))
+        if not chosen:
+            break
+    width, height = first[0][1].size
     facts = ImageFacts(
-        content_hash or hash_of(data), said.format, said.mode, width, height, said.num_frames, perceptual_hash(first)
+        content_hash or hash_of(data),
+        said.format,
+        said.mode,
+        width,
+        height,
+        said.num_frames,
+        perceptual_hash(first[0][1]),
     )
-    return DecodedImage(facts, pixels, unseen if wanted else None)
+    return DecodedImage(facts, pixels, unseen if wants_frames else None)
 
 
-def _look_through(video: Video, limits: ImageLimits) -> tuple[Image.Image, list[Thumbnail], list[float], str | None]:
-    """The first frame, thumbnails and times of all that are looked at, and why some are not."""
-    first: Image.Image | None = None
-    thumbnails: list[Thumbnail] = []
-    times: list[float] = []
+def _look_through(
+    video: Video, limits: ImageLimits, requests: Sequence[PixelRequest]
+) -> tuple[list[tuple[str, Image.Image]], Looked, str | None]:
+    """The first frame on its grounds, what was looked at, and why some was not."""
+    first: list[tuple[str, Image.Image]] = []
+    looked = Looked()
+    times: dict[Track, list[float]] = {track: [] for track in video.tracks}
     num_pixels = 0
     try:
-        for time_s, image in video.frames():
-            first = first or image
+        for track, time_s, image in video.frames():
             num_pixels += image.width * image.height
-            if thumbnails and (num_pixels > MAX_PIXELS_SEEN or len(thumbnails) >= MAX_FRAMES_SEEN):
-                return first, thumbnails, times, f"frames after {times[-1]:.1f} s were not looked at"
+            if first and (num_pixels > MAX_PIXELS_SEEN or len(looked.times) >= MAX_FRAMES_SEEN):
+                return first, looked, f"frames after {looked.times[-1]:.1f} s were not looked at"
             check_pixels(image.size, limits)
-            thumbnails.append(thumbnail(image))
-            times.append(time_s)
+            grounds = _grounds(image, 1, requests)
+            first = first or grounds
+            looked.add(time_s, grounds)
+            times[track].append(time_s)
     except ImageError:
-        if first is None or not thumbnails:
+        if not first:
             raise
-        return first, thumbnails, times, f"frames after {times[-1]:.1f} s cannot be decoded"
-    if first is None:
+        return first, looked, f"frames after {looked.times[-1]:.1f} s cannot be decoded"
+    if not first:
         message = "the video holds no frame that can be decoded"
         raise ImageError(message, error_class=RowErrorClass.CORRUPT)
-    return first, thumbnails, times, None if video.every_frame else unseen_gap(times, video.facts)
+    return first, looked, unseen_gap(times)
 
 
 def merge_requests(requests: Sequence[PixelRequest]) -> list[PixelRequest]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -23,16 +22,33 @@ _SAME = 1.5
 Thumbnail = NDArray[np.float32]
 
 
-@dataclass(frozen=True)
-class Frame:
-    """A frame to show."""
+class Looked:
+    """What was looked at of a file: its frames one by one, small, each on every ground on which it looks otherwise."""
 
-    number: int  # the first is 0
-    time_s: float
+    def __init__(self) -> None:
+        self.times: list[float] = []  # of the frames, in seconds
+        self._thumbnails: list[Thumbnail] = []
+        self._shown: list[tuple[int, str]] = []  # of each thumbnail the number of its frame, and the ground
 
-    def view(self, index: int) -> str:
-        """Its name among the views; the time goes along behind an `@`."""
-        return f"frame-{index + 1}@{self.time_s:.3f}"
+    def add(self, time_s: float, grounds: Sequence[tuple[str, Image.Image]]) -> None:
+        """Takes note of the next frame, as RGB on grounds."""
+        for ground, image in grounds:
+            self._thumbnails.append(thumbnail(image))
+            self._shown.append((len(self.times), ground))
+        self.times.append(time_s)
+
+    def choose(self) -> dict[int, list[tuple[str, str]]]:
+        """By the numbers of the frames to show, in order: the names of their views, and the ground of each.
+
+        The time stands behind an `@`. Of what has a second ground more is shown, so that neither takes from the other.
+        """
+        num_first = sum(number == 0 for number, _ in self._shown)
+        num_views = MAX_FRAME_VIEWS * len({ground for _, ground in self._shown})
+        chosen: dict[int, list[tuple[str, str]]] = {}
+        for index, at in enumerate(choose_frames(self._thumbnails, num_views, num_first)):
+            number, ground = self._shown[at]
+            chosen.setdefault(number, []).append((f"frame-{index + 1}@{self.times[number]:.3f}", ground))
+        return chosen
 
 
 def split_views(views: pa.Array) -> tuple[pa.Array, pa.Array]:
@@ -52,22 +68,23 @@ def join_times(names: pa.ChunkedArray, times: pa.ChunkedArray) -> pa.ChunkedArra
     return pa.chunked_array([[name if time is None else f"{name}@{time:.3f}" for name, time in pairs]], pa.string())
 
 
-def choose_frames(thumbnails: Sequence[Thumbnail], num_views: int = MAX_FRAME_VIEWS) -> list[int]:
+def choose_frames(thumbnails: Sequence[Thumbnail], num_views: int = MAX_FRAME_VIEWS, num_first: int = 1) -> list[int]:
     """Chooses frames: the middle ones at equal distances and the last, then whichever is least like all chosen.
 
     So a single frame unlike the others is among the first to be chosen, however many there are.
 
     Args:
-        thumbnails: of all frames, the first included, which counts as chosen.
+        thumbnails: of all frames, the first included.
+        num_first: of them, those of the first frame, which count as chosen.
 
     Returns:
         Numbers of the frames, in order, without the first; none that looks like one of the others.
     """
     count = len(thumbnails)
-    if count < 2:
+    if count <= num_first:
         return []
     stack = np.stack(thumbnails).reshape(count, -1)
-    nearest = _distances(stack, 0)
+    nearest = np.minimum.reduce([_distances(stack, number) for number in range(num_first)])
     chosen: list[int] = []
     for number in (round(step * (count - 1) / _NUM_EVEN) for step in range(1, _NUM_EVEN + 1)):
         if len(chosen) < num_views and nearest[number] >= _SAME:

@@ -5,8 +5,9 @@ Pillow is not asked here: some of its plugins allocate the canvas, or walk a mil
 
 from __future__ import annotations
 
+import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 # Frames are counted up to here. Counting costs a step per frame, and a file of 64 MiB can hold millions.
 MAX_COUNTED_FRAMES = 10_000
@@ -15,12 +16,21 @@ MAX_COUNTED_FRAMES = 10_000
 # and gigabytes. A file of that size has about a thousand JPEG segments, ten thousand PNG chunks; a TIFF of 100 million
 # pixels that stores each row apart has up to 100,000 strips.
 MAX_PARTS = 100_000
+# Entries of all directories of a TIFF together; ten thousand pages have a hundred and fifty thousand.
+MAX_TIFF_ENTRIES = 1_000_000
 # Each scan of a progressive JPEG goes over the whole image, and may take a dozen bytes. Encoders write about ten.
 MAX_JPEG_SCANS = 500
 
 _BMP_HEADER_SIZES = (12, 16, 40, 52, 56, 64, 108, 124)
+# Types of the integers of a TIFF, as struct writes them.
+_TIFF_INTEGERS = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i", 16: "Q", 17: "q"}
 _TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-_AVIF_BRANDS = (b"avif", b"avis")
+_AVIF_BRANDS = frozenset({b"avif", b"avis"})
+_HEIF_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"})
+IMAGE_BRANDS = _AVIF_BRANDS | _HEIF_BRANDS
+# A mark of a JPEG; what fills, and restarts within a scan, are none.
+_JPEG_MARK = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+_JPEG_BARE = (0x01, 0xD8)  # marks without content
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
 # Images that are recognised in order to say why they are not decoded.
@@ -55,7 +65,7 @@ def sniff(data: bytes) -> str | None:
     # Any text may start with BM: the size of the header that follows must be one that exists.
     if data.startswith(b"BM") and len(data) >= 18 and struct.unpack_from("<I", data, 14)[0] in _BMP_HEADER_SIZES:
         return "bmp"
-    if any(brand in _AVIF_BRANDS for brand in _iso_brands(data)):
+    if not _AVIF_BRANDS.isdisjoint(iso_brands(data)):
         return "avif"
     return None
 
@@ -65,7 +75,7 @@ def sniff_unsupported(data: bytes) -> str | None:
     for magic, description in _UNSUPPORTED_MAGICS.items():
         if data.startswith(magic):
             return description
-    if any(brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1") for brand in _iso_brands(data)):
+    if not _HEIF_BRANDS.isdisjoint(iso_brands(data)):
         return "a HEIF image"
     head = data[:4096].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if head.startswith(b"<") and b"<svg" in head:
@@ -75,7 +85,7 @@ def sniff_unsupported(data: bytes) -> str | None:
     return None
 
 
-def _iso_brands(data: bytes) -> list[bytes]:
+def iso_brands(data: bytes) -> list[bytes]:
     """The brands of an ISO base media file (ISO/IEC 14496-12), the major one first; empty for another file."""
     if len(data) < 16 or data[4:8] != b"ftyp":
         return []
@@ -179,16 +189,39 @@ def _count_jpeg_segments(data: bytes) -> int:
 
 
 def count_jpeg_scans(data: bytes) -> int:
-    """Counts scans, those of images in the metadata and behind the image included."""
-    return data.count(b"\xff\xda")
+    """Counts scans, those of images in the metadata included; phones append whole videos behind the image."""
+    return data.count(b"\xff\xda", 0, _jpeg_end(data))
+
+
+def _jpeg_end(data: bytes) -> int:
+    """Where the image ends: behind the first end mark that is no part of a segment, else with the file."""
+    at = 2
+    for _ in range(MAX_PARTS):
+        mark = _JPEG_MARK.search(data, at)
+        if mark is None or mark[0][1] == 0xD9:
+            return mark.end() if mark else len(data)
+        at = mark.end()
+        if mark[0][1] not in _JPEG_BARE:
+            at += max(int.from_bytes(data[at : at + 2], "big"), 2)
+    return len(data)
 
 
 def _count_png_chunks(data: bytes) -> int:
+    return sum(1 for _ in _png_chunks(data))
+
+
+def count_png_frames(data: bytes) -> int:
+    """Counts the frames of an animated PNG that are there, whatever it says of their number."""
+    return sum(kind == b"fcTL" for kind in _png_chunks(data))
+
+
+def _png_chunks(data: bytes) -> Iterator[bytes]:
+    """Yields the types of the chunks of a PNG, not many more than ``MAX_PARTS``."""
     at, chunks = len(_PNG_MAGIC), 0
     while at + 8 <= len(data) and chunks <= MAX_PARTS:
         chunks += 1
+        yield data[at + 4 : at + 8]
         at += int.from_bytes(data[at : at + 4], "big") + 12
-    return chunks
 
 
 def _count_gif_extensions(data: bytes) -> int:
@@ -206,40 +239,55 @@ def _count_gif_extensions(data: bytes) -> int:
 
 
 def _count_strips(data: bytes) -> int:
-    return max((count for tag, _, count, _ in _tiff_entries(data) if tag in (273, 324)), default=0)
+    pages = _tiff_pages(data)
+    return max((count for entries in pages for tag, _, count, _ in entries if tag in (273, 324)), default=0)
 
 
-def tiff_tile_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height of the tiles of a TIFF's first page; None: it has none. The decoder allocates one at once."""
-    sizes = {tag: value for tag, _, _, value in _tiff_entries(data) if tag in (322, 323)}
-    return (sizes[322], sizes[323]) if len(sizes) == 2 else None
-
-
-def _tiff_entries(data: bytes) -> Iterator[tuple[int, int, int, int]]:
-    """Yields tag, type, count and value (or its offset) of each entry of a TIFF's first directory."""
+def count_tiff_entries(data: bytes) -> int:
+    """Counts the entries that all directories of a TIFF claim, which may lie over each other."""
     order, big = _tiff_layout(data)
-    count_format, entry_format = ("Q", "HHQQ") if big else ("H", "HHII")
-    start = next(_tiff_directories(data), None)
-    if start is None:
-        return
-    (entries,) = struct.unpack_from(order + count_format, data, start)
-    start += struct.calcsize(order + count_format)
-    end = min(start + entries * struct.calcsize(order + entry_format), len(data))
-    for at in range(start, end - struct.calcsize(order + entry_format) + 1, struct.calcsize(order + entry_format)):
-        tag, kind, count, value = struct.unpack_from(order + entry_format, data, at)
-        if kind == 3 and order == ">":  # a short stands in the first two bytes of its field
-            value >>= 48 if big else 16
-        elif kind == 3:
-            value &= 0xFFFF
-        yield tag, kind, count, value
+    return sum(struct.unpack_from(order + ("Q" if big else "H"), data, at)[0] for at in _tiff_directories(data))
 
 
-_COUNTERS: dict[str, Callable[[bytes], int]] = {
-    "jpeg": _count_jpeg_segments,
-    "png": _count_png_chunks,
-    "gif": _count_gif_extensions,
-    "tiff": _count_strips,
-}
+def tiff_tile_sizes(data: bytes) -> Iterator[tuple[int, int]]:
+    """Yields width and height of the tiles of each page of a TIFF that has some. The decoder allocates one at once.
+
+    Of a tag that is there several times the greatest value counts: decoders differ in which one they take.
+    """
+    for entries in _tiff_pages(data):
+        sizes: dict[int, int] = {}
+        for tag, kind, count, field in entries:
+            if tag in (322, 323):
+                sizes[tag] = max(sizes.get(tag, 0), _tiff_integer(data, kind, count, field))
+        if len(sizes) == 2:
+            yield sizes[322], sizes[323]
+
+
+def _tiff_pages(data: bytes) -> Iterator[Iterator[tuple[int, int, int, bytes]]]:
+    """Yields, of each directory of a TIFF, its entries: tag, type, count, and the field of the value."""
+    order, big = _tiff_layout(data)
+    count_format, entry_format = ("Q", "HHQ8s") if big else ("H", "HHI4s")
+    for start in _tiff_directories(data):
+        (entries,) = struct.unpack_from(order + count_format, data, start)
+        start += struct.calcsize(order + count_format)
+        size = struct.calcsize(order + entry_format)
+        whole = min(entries, (len(data) - start) // size)
+        yield struct.iter_unpack(order + entry_format, memoryview(data)[start : start + whole * size])
+
+
+def _tiff_integer(data: bytes, kind: int, count: int, field: bytes) -> int:
+    """The first value of an entry, in its field or where that points to if it does not fit; 0: it is no integer."""
+    order, big = _tiff_layout(data)
+    if kind not in _TIFF_INTEGERS:
+        return 0
+    value_format = order + _TIFF_INTEGERS[kind]
+    at = 0
+    if struct.calcsize(value_format) * count > len(field):
+        (at,) = struct.unpack(order + ("Q" if big else "I"), field)
+        field = data
+    if at + struct.calcsize(value_format) > len(field):
+        return 0
+    return int(struct.unpack_from(value_format, field, at)[0])
 
 
 def png_orientation_exif(data: bytes) -> bytes | None:

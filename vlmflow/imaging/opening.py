@@ -127,6 +127,7 @@ def open_image(data: bytes, limits: ImageLimits, content_hash: str | None = None
             warnings.simplefilter("ignore")
             image = _OPENERS[image_format](BytesIO(data), "")
             check_pixels(image.size, limits)
+            _scale_transparency(image, data)
             orientation = _orientation(image, data)
         num_frames = _count_frames(image, image_format, data)
     width, height = image.size
@@ -161,14 +162,19 @@ def check_size(data: bytes, limits: ImageLimits) -> None:
 
 def _check_parts(data: bytes, image_format: str, limits: ImageLimits) -> None:
     """Refuses files made of so many parts, or of so large ones, that stepping through them would take all there is."""
+    if image_format == "tiff" and headers.count_tiff_entries(data) > headers.MAX_TIFF_ENTRIES:
+        message = f"the tiff file has more than {headers.MAX_TIFF_ENTRIES:,} entries in its directories"
+        raise ImageError(message, error_class=RowErrorClass.CORRUPT)
     if headers.count_parts(data, image_format) > headers.MAX_PARTS:
         message = f"the {image_format} file is made of more than {headers.MAX_PARTS:,} parts"
         raise ImageError(message, error_class=RowErrorClass.CORRUPT)
     if image_format == "jpeg" and headers.count_jpeg_scans(data) > headers.MAX_JPEG_SCANS:
         message = f"the jpeg file has more than {headers.MAX_JPEG_SCANS} scans"
         raise ImageError(message, error_class=RowErrorClass.CORRUPT)
-    if image_format == "tiff" and (tile := headers.tiff_tile_size(data)) is not None and min(tile) > 0:
-        check_pixels(tile, limits)
+    if image_format == "tiff":
+        for tile in headers.tiff_tile_sizes(data):
+            if min(tile) > 0:
+                check_pixels(tile, limits)
 
 
 def check_pixels(size: tuple[int, int], limits: ImageLimits) -> None:
@@ -179,6 +185,18 @@ def check_pixels(size: tuple[int, int], limits: ImageLimits) -> None:
         raise ImageError(message, error_class=RowErrorClass.TOO_MANY_PIXELS)
     if width < 1 or height < 1:
         raise ImageError(f"the header says {width} x {height} pixels", error_class=RowErrorClass.CORRUPT)
+
+
+def _scale_transparency(image: ImageFile.ImageFile, data: bytes) -> None:
+    """Pillow scales the pixels of a PNG to 8 bits, but not the colour among them that is transparent."""
+    transparent = image.info.get("transparency")
+    if not isinstance(image, PngImageFile) or len(data) < 25:
+        return
+    bit_depth = data[24]
+    if image.mode == "L" and bit_depth < 8 and isinstance(transparent, int):
+        image.info["transparency"] = transparent * 255 // (2**bit_depth - 1)
+    elif image.mode == "RGB" and bit_depth == 16 and isinstance(transparent, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in transparent)
 
 
 def _orientation(image: ImageFile.ImageFile, data: bytes) -> int:

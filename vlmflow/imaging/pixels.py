@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 
 Pixels = NDArray[np.uint8]
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels of the image
@@ -28,6 +29,9 @@ _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling
 # least 64 times first, so that an image of one row and 100 million columns does not take 4 GB.
 REDUCING_GAP = 64.0
 
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # tags of a TIFF
+_WHITE_IS_ZERO = 0
+
 # Grey of more than 8 bits is converted in pieces of so many pixels: the floating-point copies take 50 bytes a pixel.
 _GREY_BLOCK = 1 << 20
 
@@ -35,11 +39,12 @@ _GREY_BLOCK = 1 << 20
 def to_rgb(image: Image.Image, ground: Literal["white", "black"] = "white") -> Image.Image:
     """Converts a decoded image of any mode to RGB; what is transparent is shown on the ground.
 
-    16-bit grey is scaled by 255/65535. Grey of 32 bits or floating point has no agreed white: values within 16 bits
-    (floats within 0 to 1) are scaled likewise, others from their least to their greatest.
+    16-bit grey is scaled by 255/65535, that of a TIFF of 12 bits by 255/4095. Grey of 32 bits or floating point has no
+    agreed white: values within 16 bits (floats within 0 to 1) are scaled likewise, others from their least to their
+    greatest.
     """
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return _grey_to_rgb(image)
+    if _is_deep_grey(image):
+        return _grey_to_rgb(image, ground)
     if image.has_transparency_data:
         rgba = image if image.mode == "RGBA" else image.convert("RGBA")
         canvas = Image.new("RGB", image.size, ground)
@@ -50,18 +55,25 @@ def to_rgb(image: Image.Image, ground: Literal["white", "black"] = "white") -> I
 
 def shows_ground(image: Image.Image) -> bool:
     """Whether any pixel of a decoded image is transparent, so that it looks otherwise on another ground."""
-    if not image.has_transparency_data or image.mode in ("I", "F") or image.mode.startswith("I;16"):
+    if not image.has_transparency_data:
         return False
+    if _is_deep_grey(image):
+        return bool((np.asarray(image) == image.info.get("transparency")).any())
     rgba = image if image.mode == "RGBA" else image.convert("RGBA")
     least = rgba.getchannel("A").getextrema()[0]
     return isinstance(least, int) and least < 255
 
 
-def _grey_to_rgb(image: Image.Image) -> Image.Image:
+def _is_deep_grey(image: Image.Image) -> bool:
+    return image.mode in ("I", "F") or image.mode.startswith("I;16")
+
+
+def _grey_to_rgb(image: Image.Image, ground: Literal["white", "black"]) -> Image.Image:
     """Scales integer grey of 16 or 32 bits and floating-point grey to 8 bits."""
     values = np.asarray(image)
     blocks = [values.reshape(-1)[at : at + _GREY_BLOCK] for at in range(0, values.size, _GREY_BLOCK)]
-    low, high = 0.0, 1.0 if image.mode == "F" else 65535.0
+    num_bits, is_inverted = _grey_of_tiff(image)
+    low, high = 0.0, 1.0 if image.mode == "F" else 2.0**num_bits - 1
     least = min(float(_finite(block).min()) for block in blocks)
     greatest = max(float(_finite(block).max()) for block in blocks)
     if least < low or greatest > high:
@@ -70,10 +82,21 @@ def _grey_to_rgb(image: Image.Image) -> Image.Image:
         [np.rint((_finite(block) - low) * (255.0 / (high - low))).astype(np.uint8) for block in blocks]
     )
     grey = grey.reshape(values.shape)
+    if is_inverted:
+        grey = 255 - grey
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
-        grey[values == transparent] = 255
+        grey[values == transparent] = 255 if ground == "white" else 0
     return Image.fromarray(grey).convert("RGB")
+
+
+def _grey_of_tiff(image: Image.Image) -> tuple[int, bool]:
+    """The bits of integer grey, and whether its zero is white, neither of which Pillow's mode tells."""
+    if not isinstance(image, TiffImageFile):
+        return 16, False
+    bits = image.tag_v2.get(_BITS_PER_SAMPLE, (16,))
+    is_inverted = image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
+    return (12 if tuple(bits) == (12,) else 16), is_inverted
 
 
 def _finite(values: NDArray[Any]) -> NDArray[np.floating[Any]]:

@@ -1,13 +1,15 @@
 """Frames of a video, by PyAV (FFmpeg's libraries): what moderation is shown of it. Sound is not listened to.
 
 Short videos are looked at frame by frame, longer ones at their key frames, which encoders put at cuts and every few
-seconds. Needs the package `av` (extra ``video``); without it a video is an image of an unsupported format.
+seconds. A file's other streams of pictures are looked at as well: a second camera, its cover. How many frames there are
+and when they end is counted, for a header may say anything. Needs the package `av` (extra ``video``); without it a
+video is an image of an unsupported format.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from io import BytesIO
@@ -17,34 +19,67 @@ from typing import Any
 from PIL import Image
 
 from vlmflow.errors import ImageError, RowErrorClass
+from vlmflow.imaging.headers import IMAGE_BRANDS, iso_brands
 
 # Up to so many frames every one is looked at.
 _EVERY_FRAME_UP_TO = 600
-# Key frames further apart than this leave something unseen.
+# Key frames further apart than this leave something unseen. Encoders put one every 250 frames at the latest.
 _LONGEST_GAP_S = 12.0
 # What PyAV raises of its own on bytes that do not fit.
 _BAD_BYTES = (OSError, EOFError, ValueError, TypeError, LookupError, RuntimeError, ArithmeticError, AssertionError)
 _FORMATS = ("mp4", "webm")
-_FTYP_BRANDS = (b"isom", b"iso2", b"mp41", b"mp42", b"avc1", b"M4V ", b"qt  ", b"dash", b"3gp4", b"3gp5", b"mmp4")
+_FTYP_BRANDS = {
+    *(b"isom", b"iso2", b"iso3", b"iso4", b"iso5", b"iso6", b"iso7", b"iso8", b"iso9", b"mp41", b"mp42", b"mp71"),
+    *(b"avc1", b"avc3", b"hvc1", b"hev1", b"av01", b"M4V ", b"M4VH", b"M4VP", b"qt  ", b"f4v ", b"MSNV", b"NDSC"),
+    *(b"dash", b"msdh", b"cmfc", b"cmf2", b"cmaf", b"3gp4", b"3gp5", b"3gp6", b"3gp7", b"3gg6", b"3g2a", b"mmp4"),
+}
+# Of ISO base media files that are no videos, though what they are compatible with says they might be.
+_OTHER_BRANDS = {b"M4A ", b"M4B ", b"M4P ", b"F4A ", b"F4B ", b"crx ", b"jp2 ", b"jpx "}
 
 
 @dataclass(frozen=True)
 class VideoFacts:
-    """What the container says. ``num_frames``: as counted there, else by duration and rate; at least 1."""
+    """What the table records. ``num_frames``: that are there; at least 1."""
 
     format: str
     mode: str
     width: int
     height: int
     num_frames: int
-    duration_s: float | None
+
+
+@dataclass(frozen=True)
+class Track:
+    """One stream of pictures: a video, or the single picture of a cover.
+
+    Attributes:
+        index: among all streams of the file.
+        num_frames: that are there, whatever the header says.
+        start_s: of the first.
+        end_s: when the last one ends, or later, where the header says so.
+    """
+
+    index: int
+    num_frames: int
+    start_s: float
+    end_s: float
+
+    @property
+    def every_frame(self) -> bool:
+        """Whether all its frames are looked at, and not its key frames alone."""
+        return self.num_frames <= _EVERY_FRAME_UP_TO
 
 
 def sniff_video(data: bytes) -> str | None:
     """``mp4`` (and its kin) or ``webm`` (and Matroska) by the first bytes; None: no video."""
-    if len(data) >= 16 and data[4:8] == b"ftyp" and data[8:12] in _FTYP_BRANDS:
-        return "mp4"
-    return "webm" if data.startswith(b"\x1a\x45\xdf\xa3") else None
+    if data.startswith(b"\x1a\x45\xdf\xa3"):
+        return "webm"
+    brands = iso_brands(data)
+    if not brands or brands[0] in _OTHER_BRANDS | IMAGE_BRANDS:
+        return None
+    # Of a major brand that nobody knows, those that it is compatible with decide, pictures first.
+    is_video = brands[0] in _FTYP_BRANDS or (IMAGE_BRANDS.isdisjoint(brands) and not _FTYP_BRANDS.isdisjoint(brands))
+    return "mp4" if is_video else None
 
 
 def is_supported() -> bool:
@@ -53,36 +88,32 @@ def is_supported() -> bool:
 
 
 class Video:
-    """A video whose header has been read."""
+    """A video whose header has been read and whose frames have been counted."""
 
-    def __init__(self, container: Any, facts: VideoFacts) -> None:
-        self._container = container
+    def __init__(self, data: bytes, facts: VideoFacts, tracks: Sequence[Track]) -> None:
+        self._data = data
         self.facts = facts
-        self._stream = container.streams.video[0]
-        self.every_frame = facts.num_frames <= _EVERY_FRAME_UP_TO
+        self.tracks = tracks
 
-    def frames(self) -> Iterator[tuple[float, Image.Image]]:
-        """Frames from the beginning: seconds, and RGB as displayed. Of a longer video its key frames.
+    def frames(self) -> Iterator[tuple[Track, float, Image.Image]]:
+        """Frames from the beginning: their track, seconds, and RGB or RGBA as displayed. Of long tracks key frames.
 
         Raises:
             ImageError: nothing can be decoded, or not from here on.
         """
-        self._stream.codec_context.skip_frame = "DEFAULT" if self.every_frame else "NONKEY"
-        with _bad_video(self.facts.format):
-            for frame in self._container.decode(self._stream):
-                image = frame.to_image()
-                turn = int(getattr(frame, "rotation", 0) or 0) % 360
-                yield float(frame.time or 0.0), image.rotate(turn, expand=True) if turn else image
-
-    def rewind(self) -> None:
-        """Goes back to the beginning."""
-        with _bad_video(self.facts.format):
-            self._container.seek(0)
+        for track in self.tracks:
+            # Opened for each: to go back in a file that is open, FFmpeg trusts what the file says of its key frames.
+            with _opened(self._data, self.facts.format) as container:
+                stream = container.streams[track.index]
+                _codec(stream, self.facts.format).skip_frame = "DEFAULT" if track.every_frame else "NONKEY"
+                for frame in container.decode(stream):
+                    turn = int(getattr(frame, "rotation", 0) or 0) % 360
+                    image = _image(frame)
+                    yield track, float(frame.time or 0.0), image.rotate(turn, expand=True) if turn else image
 
 
-@contextmanager
-def open_video(data: bytes) -> Iterator[Video]:
-    """Opens a video and reads its header.
+def open_video(data: bytes) -> Video:
+    """Opens a video, reads its header and counts its frames.
 
     Raises:
         ImageError: it holds no picture, or cannot be read; or the package to do so is not installed.
@@ -91,36 +122,78 @@ def open_video(data: bytes) -> Iterator[Video]:
     if not is_supported():
         message = "a video; its frames are decoded where vlmflow[video] is installed"
         raise ImageError(message, error_class=RowErrorClass.UNSUPPORTED_FORMAT)
-    import av
-
-    with _bad_video(name):
-        container = av.open(BytesIO(data), metadata_errors="replace")
-    try:
-        with _bad_video(name):
-            facts = _facts(container, name)
-        yield Video(container, facts)
-    finally:
-        container.close()
+    with _opened(data, name) as container:
+        tracks = _tracks(container)
+        if not tracks:
+            raise ImageError("the video holds no picture", error_class=RowErrorClass.CORRUPT)
+        codec = _codec(container.streams[tracks[0].index], name)
+        mode = str(codec.pix_fmt or "yuv")
+        facts = VideoFacts(name, mode, codec.width or 0, codec.height or 0, max(1, tracks[0].num_frames))
+        return Video(data, facts, tracks)
 
 
-def unseen_gap(times: list[float], facts: VideoFacts) -> str | None:
-    """What was left unseen between the frames that were looked at; None: nothing to speak of."""
-    ends = [*times, facts.duration_s] if facts.duration_s is not None else times
-    gaps = [after - before for before, after in pairwise(ends)]
-    longest = max(gaps, default=0.0)
+def unseen_gap(seen: Mapping[Track, Sequence[float]]) -> str | None:
+    """What was left unseen between the frames that were looked at; None: nothing to speak of.
+
+    Args:
+        seen: of each track, the seconds of those frames.
+    """
+    longest = 0.0
+    for track, times in seen.items():
+        if track.num_frames and not times:
+            return f"none of the {track.num_frames:,} frames of one of its streams can be decoded"
+        if not track.every_frame:
+            moments = sorted((track.start_s, *times, track.end_s))
+            longest = max(longest, *(after - before for before, after in pairwise(moments)))
     return f"{longest:.0f} s between two key frames were not looked at" if longest > _LONGEST_GAP_S else None
 
 
-def _facts(container: Any, name: str) -> VideoFacts:
-    if not container.streams.video:
-        raise ImageError("the video holds no picture", error_class=RowErrorClass.CORRUPT)
-    stream = container.streams.video[0]
-    codec = stream.codec_context
-    duration_s = None if container.duration is None else container.duration / 1_000_000
-    rate = float(stream.average_rate or 0)
-    counted = stream.frames or round((duration_s or 0) * rate)
-    mode = str(codec.pix_fmt or "yuv")
-    return VideoFacts(name, mode, codec.width or 0, codec.height or 0, max(1, counted), duration_s)
+def _tracks(container: Any) -> list[Track]:
+    """The streams of pictures, covers last: a player shows those beside the video, or before it."""
+    from av.error import FFmpegError
+    from av.stream import Disposition
+
+    streams = sorted(container.streams.video, key=lambda stream: bool(stream.disposition & Disposition.attached_pic))
+    counts = {stream.index: 0 for stream in streams}
+    spans: dict[int, tuple[int, int]] = {}  # in units of the stream
+    with suppress(FFmpegError, *_BAD_BYTES):  # what stands behind is not decoded either, and that is said
+        for packet in container.demux(streams) if streams else ():
+            index, start = packet.stream.index, packet.dts if packet.pts is None else packet.pts
+            counts[index] += packet.size > 0
+            if packet.size and start is not None:
+                end = start + max(packet.duration or 0, 0)
+                first, last = spans.get(index, (start, end))
+                spans[index] = min(first, start), max(last, end)
+    said_s = 0.0 if container.duration is None else container.duration / 1_000_000
+    tracks = []
+    for stream in streams:
+        start_s, end_s = (float(moment * stream.time_base) for moment in spans.get(stream.index, (0, 0)))
+        tracks.append(Track(stream.index, counts[stream.index], start_s, max(end_s, said_s)))
+    return tracks
+
+
+def _codec(stream: Any, name: str) -> Any:
+    if stream.codec_context is None:
+        message = f"the {name} file holds pictures of a kind that cannot be decoded"
+        raise ImageError(message, error_class=RowErrorClass.UNSUPPORTED_FORMAT)
+    return stream.codec_context
+
+
+def _image(frame: Any) -> Image.Image:
+    """A frame as RGB, or RGBA where its format has alpha."""
+    if any(component.is_alpha for component in frame.format.components):
+        return Image.fromarray(frame.to_ndarray(format="rgba"))
+    image: Image.Image = frame.to_image()
+    return image
+
+
+@contextmanager
+def _opened(data: bytes, name: str) -> Iterator[Any]:
+    """A container that is closed afterwards; what goes wrong with it is told as an ImageError."""
+    import av
+
+    with _bad_video(name), av.open(BytesIO(data), metadata_errors="replace") as container:
+        yield container
 
 
 @contextmanager

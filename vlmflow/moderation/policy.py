@@ -352,7 +352,7 @@ def _read_yaml(path: Path) -> Any:
         return yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)  # a SafeLoader: it makes data only
     except OSError as error:
         raise PolicyError(f"policy {path}: {error.strerror}", remedy="Name an existing YAML file.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, a date that there is not
         reason = " ".join(str(error).split())[:200]
         raise PolicyError(f"policy {path} is no YAML mapping: {reason}", remedy="Fix the line named.") from error
 

@@ -9,9 +9,12 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import random
+import re
 import socket
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from urllib.parse import quote, urljoin, urlsplit
 
 import httpcore
@@ -21,11 +24,15 @@ from vlmflow.errors import ImageError, RowErrorClass
 
 _ATTEMPTS = 3
 _FIRST_BACKOFF_S = 0.2
+_CONNECT_S = 5.0  # for each address of a host but the last, which has all the time that is left
 _REDIRECTS = (301, 302, 303, 307, 308)
 _HEADERS = [("User-Agent", "vlmflow"), ("Accept", "image/*,*/*;q=0.5"), ("Accept-Encoding", "identity")]
 _COMPRESSIONS = ("gzip", "x-gzip", "deflate", "compress", "br", "zstd")
-# NAT64 and its local form embed an IPv4 address in the last 32 bits, which a gateway would connect to.
-_NAT64 = (ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("64:ff9b:1::/48"))
+# NAT64, its local form and IPv4-compatible addresses embed an IPv4 address in the last 32 bits, which a gateway would
+# connect to.
+_EMBEDDING = tuple(ipaddress.ip_network(network) for network in ("64:ff9b::/96", "64:ff9b:1::/48", "::/96"))
+# Of the public range, but what answers there is the host of an Azure machine.
+_AZURE_HOST = ipaddress.ip_address("168.63.129.16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +46,10 @@ class Download:
 class _Unsettled(Exception):  # noqa: N818 (never leaves this module)
     """An attempt that may succeed when repeated."""
 
-    def __init__(self, failure: ImageError) -> None:
+    def __init__(self, failure: ImageError, after_s: float = 0.0) -> None:
         super().__init__(str(failure))
         self.failure = failure
+        self.after_s = after_s  # what the server asks to wait
 
 
 def is_public(address: str) -> bool:
@@ -49,20 +57,20 @@ def is_public(address: str) -> bool:
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         inner = ip.ipv4_mapped or ip.sixtofour
-        if inner is None and any(ip in network for network in _NAT64):
+        if inner is None and any(ip in network for network in _EMBEDDING):
             inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         if inner is not None:
             return is_public(str(inner))
-        if ip.teredo is not None:
+        if ip.teredo is not None or ip.is_site_local:
             return False
-    return ip.is_global and not ip.is_multicast
+    return ip.is_global and not ip.is_multicast and ip != _AZURE_HOST
 
 
 class _CheckedBackend(httpcore.AsyncNetworkBackend):
     """Resolves a host, and connects only to public addresses."""
 
-    def __init__(self, allow_private_addresses: bool) -> None:
-        self._allow_private = allow_private_addresses
+    def __init__(self, config: HttpConfig) -> None:
+        self._config = config
         self._sockets = httpcore.AnyIOBackend()
 
     async def connect_tcp(
@@ -77,17 +85,19 @@ class _CheckedBackend(httpcore.AsyncNetworkBackend):
         loop = asyncio.get_running_loop()
         try:
             found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except (socket.gaierror, UnicodeError) as error:
+        except (OSError, ValueError) as error:
             raise httpcore.ConnectError("the host cannot be resolved") from error
         addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
-        if not self._allow_private:
+        if not self._config.allow_private_addresses:
             addresses = [address for address in addresses if is_public(address)]
         if not addresses:
             message = "the host is a private, loopback or link-local address"
             raise ImageError(message, error_class=RowErrorClass.ADDRESS_REFUSED)
+        # Where packets to one address vanish, as those of IPv6 do in some networks, the next one must have its turn.
+        patience_s = min(_CONNECT_S, self._config.timeout_s / len(addresses))
         for address in addresses[:-1]:
             try:
-                return await self._sockets.connect_tcp(address, port, timeout, local_address, socket_options)
+                return await self._sockets.connect_tcp(address, port, patience_s, local_address, socket_options)
             except (httpcore.ConnectError, httpcore.ConnectTimeout):
                 continue
         return await self._sockets.connect_tcp(addresses[-1], port, timeout, local_address, socket_options)
@@ -103,8 +113,7 @@ class HttpFetcher:
     def __init__(self, config: HttpConfig, max_bytes: int) -> None:
         self._config = config
         self._max_bytes = max_bytes
-        backend = _CheckedBackend(config.allow_private_addresses)
-        self._pool = httpcore.AsyncConnectionPool(network_backend=backend, max_connections=32)
+        self._pool = httpcore.AsyncConnectionPool(network_backend=_CheckedBackend(config), max_connections=32)
 
     async def __aenter__(self) -> HttpFetcher:
         return self
@@ -126,13 +135,15 @@ class HttpFetcher:
             raise ImageError(message, error_class=RowErrorClass.READ_TIMEOUT) from error
 
     async def _attempts(self, url: str) -> Download:
+        ends = time.monotonic() + self._config.timeout_s
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 return await self._follow(url)
             except _Unsettled as error:
-                if attempt == _ATTEMPTS:
+                delay_s = max(error.after_s, _FIRST_BACKOFF_S * 2**attempt * random.uniform(0.5, 1.0))
+                if attempt == _ATTEMPTS or time.monotonic() + delay_s >= ends:
                     raise error.failure from error
-            await asyncio.sleep(_FIRST_BACKOFF_S * 2**attempt * random.uniform(0.5, 1.0))
+            await asyncio.sleep(delay_s)
         raise AssertionError("the last attempt returns or raises")
 
     async def _follow(self, url: str) -> Download:
@@ -151,15 +162,18 @@ class HttpFetcher:
             async with self._pool.stream("GET", _ascii_url(url), headers=_HEADERS) as response:
                 headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in response.headers}
                 if response.status in _REDIRECTS and "location" in headers:
-                    return urljoin(url, headers["location"])
+                    return _target(url, headers["location"])
                 if response.status != 200:
-                    raise _status_failure(response.status)
+                    raise _status_failure(response.status, headers.get("retry-after", ""))
                 data = await self._body(response, headers)
         except (httpcore.NetworkError, httpcore.TimeoutException, httpcore.RemoteProtocolError) as error:
             failure = ImageError(_connection_message(error), error_class=RowErrorClass.READ_FAILED)
             raise _Unsettled(failure) from error
-        except (httpcore.LocalProtocolError, httpcore.UnsupportedProtocol, UnicodeError) as error:
+        except (httpcore.LocalProtocolError, httpcore.UnsupportedProtocol, ValueError) as error:
             raise ImageError("the url is not valid", error_class=RowErrorClass.READ_FAILED) from error
+        except OSError as error:  # of the resolver, out of sockets
+            failure = ImageError(_connection_message(error), error_class=RowErrorClass.READ_FAILED)
+            raise _Unsettled(failure) from error
         return Download(data, headers.get("etag", "").strip('"') or headers.get("last-modified"))
 
     async def _body(self, response: httpcore.Response, headers: dict[str, str]) -> bytes:
@@ -181,13 +195,31 @@ class HttpFetcher:
         return bytes(data)
 
 
-def _status_failure(status: int) -> Exception:
+def _target(url: str, location: str) -> str:
+    try:
+        return urljoin(url, location)
+    except ValueError as error:
+        message = "a redirect leads to a url that is not valid"
+        raise ImageError(message, error_class=RowErrorClass.READ_FAILED) from error
+
+
+def _status_failure(status: int, retry_after: str) -> Exception:
     if status in (404, 410):
         return ImageError(f"HTTP {status}", error_class=RowErrorClass.MISSING)
     if status in (401, 403):
         return ImageError(f"HTTP {status}", error_class=RowErrorClass.ACCESS_DENIED)
     failure = ImageError(f"HTTP {status}", error_class=RowErrorClass.HTTP_STATUS)
-    return _Unsettled(failure) if status == 429 or status >= 500 else failure
+    return _Unsettled(failure, _seconds(retry_after)) if status == 429 or status >= 500 else failure
+
+
+def _seconds(retry_after: str) -> float:
+    """How long a server asks to wait, in seconds or until a date; 0: it does not say."""
+    if re.fullmatch(r"[0-9]{1,9}", retry_after.strip()):
+        return float(retry_after)
+    try:
+        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time.time())
+    except (ValueError, OverflowError, OSError):
+        return 0.0
 
 
 def _connection_message(error: Exception) -> str:

@@ -49,6 +49,7 @@ _FAULT_CLASSES = {
     Fault.TIMEOUT: (RowErrorClass.READ_TIMEOUT, "the store did not answer in time, after all retries"),
     Fault.TRANSIENT: (RowErrorClass.READ_FAILED, "the store failed, after all retries"),
     Fault.PATH: (RowErrorClass.READ_FAILED, "the store's client cannot express this name"),
+    Fault.CHANGED: (RowErrorClass.READ_FAILED, "the file that holds it was changed while it was read"),
     Fault.REGION: (RowErrorClass.READ_FAILED, "the bucket is in another region"),
 }
 
@@ -151,6 +152,8 @@ class SourceReader:
         except ConfigError as error:  # an address of a kind that cannot be read costs its row, not the run
             return Fetched(None, None, RowErrorClass.READ_FAILED, str(error))
         except STORE_ERRORS as error:
+            if is_http(locator):  # of a server that anyone may have named, and no word of a store
+                return Fetched(None, None, RowErrorClass.READ_FAILED, f"the download failed ({type(error).__name__})")
             return Failure(fault_of(error), error)
 
     def _read_parquet(self, uri: str, rows: Sequence[_Ref]) -> list[Fetched | Failure]:

@@ -271,6 +271,9 @@ class JsonTable:
         except json.JSONDecodeError as error:
             message = f"{self._name}, line {number} is not JSON: {error.msg}"
             raise SourceError(message, remedy="Write one object a line.") from error
+        except ValueError as error:  # of Python, beyond 4,300 digits
+            message = f"{self._name}, line {number} holds a number of too many digits"
+            raise SourceError(message, remedy="Store it as a string, or leave it out.") from error
         except RecursionError as error:
             message = f"{self._name}, line {number} is nested too deep"
             raise SourceError(message, remedy="Store what is nested as a string, or leave it out.") from error

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
+from vlmflow.errors import ConfigError
 from vlmflow.storage import Address, parse_address
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
@@ -26,14 +27,30 @@ _DEFAULT_PORTS = {"http": 80, "https": 443}
 _PATH_SAFE = "/:@!$&'()*+,;=~"
 
 # Signature parameters, each set recognised by a parameter that only a signature has.
-_SIGNED_PREFIXES = ("x-amz-", "x-goog-")
+_SIGNED_PREFIXES = ("x-amz-", "x-goog-", "x-tos-")  # AWS version 4, GCS version 4, Volcengine TOS
 _SIGNED_SETS: tuple[tuple[frozenset[str], frozenset[str]], ...] = (
-    # AWS version 2, GCS version 2, Alibaba OSS, CloudFront
+    # AWS version 2, GCS version 2, Alibaba OSS version 1, Huawei OBS, CloudFront
     (
-        frozenset({"awsaccesskeyid", "googleaccessid", "ossaccesskeyid", "key-pair-id"}),
+        frozenset({"awsaccesskeyid", "googleaccessid", "ossaccesskeyid", "accesskeyid", "key-pair-id"}),
         frozenset(
-            {"awsaccesskeyid", "googleaccessid", "ossaccesskeyid", "key-pair-id", "signature", "expires", "policy"}
-            | {"security-token", "hash-algorithm"}
+            {"awsaccesskeyid", "googleaccessid", "ossaccesskeyid", "accesskeyid", "key-pair-id", "signature"}
+            | {"expires", "policy", "security-token", "x-obs-security-token", "hash-algorithm"}
+        ),
+    ),
+    # Alibaba OSS version 4; of x-oss-, parameters such as x-oss-process belong to the image
+    (
+        frozenset({"x-oss-signature"}),
+        frozenset(
+            {"x-oss-signature", "x-oss-signature-version", "x-oss-credential", "x-oss-date", "x-oss-expires"}
+            | {"x-oss-security-token", "x-oss-additional-headers"}
+        ),
+    ),
+    # Tencent COS
+    (
+        frozenset({"q-signature"}),
+        frozenset(
+            {"q-signature", "q-sign-algorithm", "q-ak", "q-sign-time", "q-key-time", "q-header-list"}
+            | {"q-url-param-list", "x-cos-security-token"}
         ),
     ),
     # Azure shared access signatures
@@ -45,6 +62,8 @@ _SIGNED_SETS: tuple[tuple[frozenset[str], frozenset[str]], ...] = (
         ),
     ),
 )
+# Google Cloud CDN: only the two together are its own.
+_CDN_MARKS, _CDN_SET = {"keyname", "signature"}, {"keyname", "signature", "expires", "urlprefix"}
 
 
 def is_http(uri: str) -> bool:
@@ -56,13 +75,17 @@ def normalise_uri(uri: str) -> str:
     """The one spelling of a uri under which its image is known; normalising it again changes nothing.
 
     Local paths become absolute, ``file://`` is dropped, object-store uris stay as they are. Http urls lose userinfo,
-    fragment, default port and signature parameters, and their percent-escapes are made uniform.
+    fragment, default port and signature parameters, and their percent-escapes are made uniform. What names no place
+    stays as it is: reading it records what is wrong.
     """
     if _NORMAL.fullmatch(uri):
         return uri
     match = _SCHEME.match(uri)
     if match is None or match[1].lower() == "file":
-        return parse_address(uri).path
+        try:
+            return parse_address(uri).path
+        except ConfigError:
+            return uri
     if is_http(uri):
         return _normalise_http(uri)
     scheme, rest = match[1].lower(), uri[match.end() :]
@@ -77,13 +100,25 @@ def _normalise_http(uri: str) -> str:
         parts = urlsplit(uri.strip())
         host, port = (parts.hostname or "").lower(), parts.port
     except ValueError:  # an unclosed bracket, a port that is no number: the read records what is wrong
-        return uri.partition("?")[0].partition("#")[0]
+        return _without_userinfo(uri.strip())
     scheme = parts.scheme.lower()
     authority = f"[{host}]" if ":" in host else host
     if port is not None and port != _DEFAULT_PORTS[scheme]:
         authority = f"{authority}:{port}"
     path = _requote(parts.path, _PATH_SAFE) or "/"
     return urlunsplit((scheme, authority, path, _unsigned(parts.query), ""))
+
+
+def _without_userinfo(uri: str) -> str:
+    """What can be kept of a url that cannot be taken apart: a password may hold any of the letters that divide it."""
+    scheme, _, rest = uri.partition("://")
+    ends = re.search(r"[?#]", rest)
+    kept, cut = (rest[: ends.start()], rest[ends.end() :]) if ends else (rest, "")
+    kept = kept.rpartition("@")[2]
+    if "@" in cut:  # the host may stand behind it
+        authority, slash, path = kept.partition("/")
+        kept = f"{authority.partition(':')[0]}{slash}{path}"
+    return f"{scheme.lower()}://{kept}"
 
 
 def _requote(text: str, safe: str) -> str:
@@ -100,12 +135,14 @@ def _requote(text: str, safe: str) -> str:
 
 
 def _unsigned(query: str) -> str:
-    parameters = [(item, item.partition("=")[0].lower()) for item in query.split("&") if item]
+    parameters = [(item, unquote(item.partition("=")[0]).lower()) for item in query.split("&") if item]
     names = {name for _, name in parameters}
     dropped: set[str] = set()
     for marks, members in _SIGNED_SETS:
         if marks & names:
             dropped |= members
+    if names >= _CDN_MARKS:
+        dropped |= _CDN_SET
     kept = [item for item, name in parameters if name not in dropped and not name.startswith(_SIGNED_PREFIXES)]
     return "&".join(_requote(item, _PATH_SAFE + "?") for item in kept)
 
@@ -127,8 +164,8 @@ def _digest(text: str) -> str:
 
 
 def resolve(uris: Sequence[str], folder: Address) -> list[str]:
-    """Makes relative uris of a manifest absolute, against the folder that holds it."""
-    return [uri if _SCHEME.match(uri) else _join(folder, uri) for uri in uris]
+    """Makes relative uris of a manifest absolute, against the folder that holds it; blanks before a scheme go."""
+    return [given if _SCHEME.match(given := uri.lstrip()) else _join(folder, uri) for uri in uris]
 
 
 def _join(folder: Address, name: str) -> str:

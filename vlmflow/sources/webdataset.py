@@ -133,12 +133,13 @@ def _samples(file: BinaryIO, uri: str) -> Iterator[_Sample]:
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
             tar.members = []  # type: ignore[attr-defined]  # it would keep every header
-            member.name = member.name.removeprefix("./")
+            member.name = _spelled(member.name.removeprefix("./"))
             if not member.isreg() or HIDDEN.search(member.name):
                 continue
-            if member.name in names:
+            known_as = normalise_uri(f"{uri}#{member.name}")  # of a local shard, a//b is a/b
+            if known_as in names:
                 raise SourceError(f"{uri} holds {member.name} twice", remedy="Write the shard again.")
-            names.add(member.name)
+            names.add(known_as)
             folder, _, name = member.name.rpartition("/")
             stem, _, extension = name.partition(".")
             key = f"{folder}/{stem}"
@@ -154,6 +155,11 @@ def _samples(file: BinaryIO, uri: str) -> Iterator[_Sample]:
         if file.read(_END).strip(b"\0"):
             raise tarfile.ReadError(f"no header at byte {tar.offset:,}")
     yield sample
+
+
+def _spelled(name: str) -> str:
+    """The name of a member, bytes of it that are no UTF-8 as ``\\xe9``: it is read by its place, not by its name."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _text(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from importlib import import_module
 from io import BytesIO
 from itertools import pairwise
@@ -13,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.images import encode, scene
+from tests.images import encode, png, png_chunk, scene
 from vlmflow.config import ImageLimits
 from vlmflow.imaging import PixelRequest, decode, frames
 from vlmflow.imaging.decode import DecodedImage
@@ -41,7 +43,7 @@ def plain(color: str, width: int = 64, height: int = 48) -> Image.Image:
 
 def animation(images: list[Image.Image], image_format: str, duration: int = 100) -> bytes:
     file = BytesIO()
-    options = {"lossless": True} if image_format == "WEBP" else {}
+    options = {"lossless": True} if image_format == "WEBP" else {"disposal": 2} if image_format == "PNG" else {}
     images[0].save(file, image_format, save_all=True, append_images=images[1:], duration=duration, loop=0, **options)
     return file.getvalue()
 
@@ -160,6 +162,63 @@ def test_white_on_transparent_shows_on_black() -> None:
     assert (views["squash"] == 255).all(), "nothing is to be seen on white"
     assert views["black"][16, 16].tolist() == [255, 255, 255]
     assert views["black"][0, 0].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(("bit_depth", "color_type"), [(2, 0), (4, 0), (8, 0), (16, 0), (8, 2), (16, 2)])
+def test_a_colour_that_is_transparent_shows_black_on_black(bit_depth: int, color_type: int) -> None:
+    white, grey = 2**bit_depth - 1, 2**bit_depth // 4
+    ground = white * 2 // 3 - (bit_depth == 16)  # of unequal bytes
+    values = np.full((8, 8, 3 if color_type else 1), ground)
+    values[2:6, 2:6] = grey
+    transparent = png_chunk(b"tRNS", struct.pack(">H", ground) * values.shape[2])
+    if bit_depth >= 8:
+        data = png(values, color_type, bit_depth, chunks=transparent)
+    else:
+        bits = np.unpackbits(values[..., 0].astype(np.uint8)[..., None], axis=2)[..., 8 - bit_depth :]
+        rows = b"".join(b"\0" + np.packbits(row).tobytes() for row in bits)
+        header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, bit_depth, color_type, 0, 0, 0))
+        body = png_chunk(b"IDAT", zlib.compress(rows)) + png_chunk(b"IEND", b"")
+        data = b"\x89PNG\r\n\x1a\n" + header + transparent + body
+    views = views_of(data)
+    assert list(views) == ["squash", "black"]
+    corners = [(int(views[name][0, 0, 0]), int(views[name][16, 16, 0])) for name in views]
+    level = round(grey * 255 / white)
+    assert corners == [(255, pytest.approx(level, abs=1)), (0, pytest.approx(level, abs=1))]
+
+
+@pytest.mark.parametrize("image_format", ["PNG", "WEBP"])
+def test_a_frame_of_white_on_transparent_shows_on_black(image_format: str) -> None:
+    blank, hidden = plain("white").convert("RGBA"), Image.new("RGBA", (64, 48), (255, 255, 255, 0))
+    hidden.paste((255, 255, 255, 255), (16, 12, 48, 36))
+    views = views_of(animation([blank, hidden], image_format))
+    assert list(views) == ["squash", "center", "frame-1@0.100"]
+    assert views["frame-1@0.100"][16, 16].tolist() == [255, 255, 255]
+    assert views["frame-1@0.100"][0, 0].tolist() == [0, 0, 0]
+    without = PixelRequest(32, "bilinear", ("squash", "frames"))
+    assert [name for name, _ in decode(encode(hidden, "PNG"), [without], LIMITS).pixels[without.key]] == ["squash"]
+
+
+def test_frames_on_two_grounds_take_no_places_from_each_other() -> None:
+    colours = ["red", "green", "blue", "yellow", "cyan", "magenta", "brown", "olive", "navy"]
+    images = []
+    for number, colour in enumerate(colours):
+        image = Image.new("RGBA", (64, 48), (0, 0, 0, 0))
+        image.paste(colour, (4 * number, 0, 4 * number + 24, 48))
+        images.append(image)
+    views = views_of(animation(images, "PNG"))
+    times = [name.partition("@")[2] for name in views if name.startswith("frame-")]
+    assert len(times) == 2 * frames.MAX_FRAME_VIEWS
+    assert len(set(times)) == frames.MAX_FRAME_VIEWS
+
+
+def test_an_animation_that_says_twice_how_long_it_is_is_not_taken_for_a_still() -> None:
+    data = animation([plain("white"), plain("red")], "PNG")
+    at = data.find(b"acTL") - 4
+    chunk = data[at : at + 20]
+    found = decoded(data[:at] + chunk + chunk + data[at + 20 :])
+    assert found.facts.num_frames == 1, "as Pillow sees it; other viewers play it"
+    assert found.unseen == "2 frames are there, of which 1 were looked at"
+    assert decoded(data).unseen is None
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "I;16"])

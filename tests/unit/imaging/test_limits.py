@@ -8,6 +8,7 @@ import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -16,7 +17,7 @@ from tests.images import bad_images, encode, gif, good_images, png_bomb, scene, 
 from vlmflow.config import ImageLimits
 from vlmflow.errors import ImageError, RowErrorClass
 from vlmflow.imaging import PixelRequest, decode, inspect
-from vlmflow.imaging.headers import MAX_COUNTED_FRAMES, count_gif_frames, count_tiff_pages
+from vlmflow.imaging.headers import MAX_COUNTED_FRAMES, count_gif_frames, count_jpeg_scans, count_tiff_pages
 
 # Pillow remarks on tags that make no sense, and goes on.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
@@ -88,6 +89,22 @@ def test_counting_frames_ends_early_for_a_file_made_of_frames() -> None:
     # Directories that point at each other in a circle, and one that points out of the file.
     assert count_tiff_pages(tiff(4, 4, next_directory=24)) == 1
     assert count_tiff_pages(tiff(4, 4, next_directory=2**31)) == 1
+
+
+def test_scans_are_counted_up_to_the_end_of_the_image() -> None:
+    files = good_images()
+    assert [count_jpeg_scans(files[name]) for name in ("photo.jpg", "progressive.jpg")] == [1, 10]
+    noise = np.random.default_rng(0).integers(0, 256, 2 << 20, np.uint8).tobytes()
+    behind = (b"\xff\xda" + noise) * 20
+    assert behind.count(b"\xff\xda") > 500, "as in the video that a phone appends to a photograph"
+    for name in ("photo.jpg", "progressive.jpg"):
+        assert count_jpeg_scans(files[name] + behind) == count_jpeg_scans(files[name])
+        assert decode(files[name] + behind, REQUESTS, LIMITS).facts.width == 96
+    exif = b"\xff\xe1" + struct.pack(">H", 2 + 40_000) + b"\xff\xd9\xff\xda" * 10_000
+    data = files["photo.jpg"][:2] + exif + files["photo.jpg"][2:]
+    assert count_jpeg_scans(data) == 10_001, "an end mark within a segment is none"
+    scan = files["progressive.jpg"][files["progressive.jpg"].rindex(b"\xff\xda") : -2]
+    assert count_jpeg_scans(files["progressive.jpg"][:-2] + scan * 600 + b"\xff\xd9") == 610
 
 
 def test_the_error_survives_the_way_from_a_worker() -> None:

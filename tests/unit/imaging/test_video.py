@@ -27,19 +27,41 @@ def frame(color: tuple[int, int, int], number: int = 0, width: int = 160, height
 
 
 def make_video(
-    frames: list[NDArray[np.uint8]], kind: str = "mp4", codec: str = "mpeg4", rate: int = 10, gop: int = 12
+    frames: list[NDArray[np.uint8]],
+    kind: str = "mp4",
+    codec: str = "mpeg4",
+    rate: int = 10,
+    gop: int = 12,
+    movflags: str = "",
+) -> bytes:
+    return make_tracks([frames], kind, codec, rate, gop, movflags)
+
+
+def make_tracks(
+    tracks: list[list[NDArray[np.uint8]]],
+    kind: str = "mp4",
+    codec: str = "mpeg4",
+    rate: int = 10,
+    gop: int = 12,
+    movflags: str = "",
 ) -> bytes:
     file = BytesIO()
-    with av.open(file, "w", format=kind) as container:
-        stream = container.add_stream(codec, rate=rate)
-        stream.height, stream.width = frames[0].shape[:2]
-        stream.pix_fmt = "yuv420p"
-        stream.codec_context.gop_size = gop
-        for pixels in frames:
-            for packet in stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")):
+    with av.open(file, "w", format=kind, options={"movflags": movflags} if movflags else {}) as container:
+        streams = []
+        for frames in tracks:
+            stream = container.add_stream(codec, rate=rate)
+            stream.height, stream.width = frames[0].shape[:2]
+            stream.pix_fmt = "yuv420p"
+            stream.codec_context.gop_size = gop
+            if codec == "h264":
+                stream.codec_context.options = {"x264-params": f"keyint={gop}:scenecut=0", "preset": "ultrafast"}
+            streams.append(stream)
+        for stream, frames in zip(streams, tracks, strict=True):
+            for pixels in frames:
+                for packet in stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")):
+                    container.mux(packet)
+            for packet in stream.encode():
                 container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
     return file.getvalue()
 
 

@@ -83,6 +83,22 @@ def test_reading_a_manifests_images_records_those_that_are_missing(tmp_path: Pat
     assert "ftp:// is not a store" in fetched[2].message
 
 
+def test_a_row_that_names_no_place_costs_itself_alone(tmp_path: Path) -> None:
+    (tmp_path / "x.jpg").write_bytes(b"data")
+    uris = ["x.jpg", "file://", "file://[a/no-such-file.jpg", "http://[bad/a.jpg"]
+    path = write_manifest(tmp_path, "jsonl", [{"uri": uri} for uri in uris])
+    refs = references(path)
+    assert refs["uri"].to_pylist() == [str(tmp_path / "x.jpg"), "file://", "/no-such-file.jpg", "http://[bad/a.jpg"]
+    fetched = open_source(SourceConfig(uri=str(path))).reader(ImageLimits()).read(refs)
+    assert [item.error_class for item in fetched] == [
+        None,
+        RowErrorClass.READ_FAILED,
+        RowErrorClass.MISSING,
+        RowErrorClass.READ_FAILED,
+    ]
+    assert fetched[1].message == "the uri 'file://' names no place"
+
+
 @pytest.mark.parametrize("extension", ["parquet", "csv", "jsonl"])
 @pytest.mark.parametrize("option", ["uri_column", "key_column", "text_column"])
 def test_a_column_that_is_missing_is_named_with_those_there_are(tmp_path: Path, extension: str, option: str) -> None:
@@ -164,6 +180,7 @@ def test_a_row_without_a_uri_is_named(tmp_path: Path) -> None:
         ("list.jsonl", '{"uri": "a", "x": {}}\n', "column x has the type struct<>"),
         ("list.jsonl", '{"uri": "a\\ud800.jpg"}\n', "lines from 1: a text holds half a character"),
         ("list.jsonl", f'{{"uri": "a", "x": {"[" * 5000}{"]" * 5000}}}\n', "line 1 is nested too deep"),
+        ("list.jsonl", f'{{"uri": "a", "x": {"1" * 5000}}}\n', "line 1 holds a number of too many digits"),
         ("list.jsonl", '{"uri": ["a.jpg"]}\n', r"column uri \(list<.*>\) holds no texts"),
         ("list.jsonl", '{"uri": "a.jpg", "etag": ["x"]}\n', r"column etag \(list<.*>\) holds no texts"),
         ("list.parquet", "PAR1 but no more", "is not a Parquet file"),
@@ -324,7 +341,7 @@ def test_a_column_of_questions_that_holds_numbers_is_refused(tmp_path: Path) -> 
         references(path, questions_column="ask")
 
 
-@pytest.mark.parametrize("setting", ["questions_column", "found_text_column"])
+@pytest.mark.parametrize("setting", ["key_column", "text_column", "questions_column", "found_text_column"])
 def test_a_folder_has_no_columns_to_take_questions_or_text_from(tmp_path: Path, setting: str) -> None:
     (tmp_path / "a.jpg").write_bytes(b"x")
     source = open_source(SourceConfig.model_validate({"uri": str(tmp_path), setting: "ask"}))

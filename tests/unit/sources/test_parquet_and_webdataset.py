@@ -36,7 +36,7 @@ def contents(path: Path, refs: pa.Table, **options: Any) -> list[bytes | RowErro
 
 
 def write_tar(path: Path, members: dict[str, bytes], format: int = tarfile.PAX_FORMAT) -> Path:
-    with tarfile.open(path, "w", format=format) as tar:
+    with tarfile.open(path, "w", format=format, errors="surrogateescape") as tar:
         for name, data in members.items():
             info = tarfile.TarInfo(name)
             info.size = len(data)
@@ -128,6 +128,20 @@ def test_a_shard_with_one_name_twice_is_named(tmp_path: Path) -> None:
         tar.addfile(tarfile.TarInfo("0.jpg"), io.BytesIO())
     with pytest.raises(SourceError, match=r"holds 0\.jpg twice"):
         references(path)
+
+
+def test_names_that_a_local_shard_does_not_tell_apart_are_named(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"holds d/0\.jpg twice"):
+        references(write_tar(tmp_path / "a.tar", {"d//0.jpg": b"x", "d/0.jpg": b"y"}))
+
+
+@pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_a_member_that_is_not_named_in_utf_8_is_an_image_like_any_other(tmp_path: Path, format: int) -> None:
+    path = write_tar(tmp_path / "a.tar", {"caf\udce9.jpg": b"image", "caf\udce9.txt": b"a caf\xc3\xa9"}, format)
+    refs = references(path)
+    assert refs["uri"].to_pylist() == [f"{path}#caf\\xe9.jpg"]
+    assert refs["text"].to_pylist() == ["a café"]
+    assert contents(path, refs) == [b"image"]
 
 
 def write_parquet(path: Path, bytes_type: str = "binary", **columns: list[Any]) -> Path:

@@ -32,6 +32,8 @@ GOLDEN = ["73d27d696480c1329d57a660ae6333c8", "79c1e8fa8cb66c936aae406ac82d86bc"
         ("https://example.com/a%2Fb?q=%41+b&&x", "https://example.com/a%2Fb?q=A+b&x"),
         ("https://[2001:DB8::1]:443/a.jpg", "https://[2001:db8::1]/a.jpg"),
         ("ftp://user:secret@host/a.jpg", "ftp://host/a.jpg"),
+        ("file://[a/x.jpg", "/x.jpg"),
+        ("file://", "file://"),
     ],
 )
 def test_a_uri_has_one_spelling(uri: str, expected: str) -> None:
@@ -55,6 +57,15 @@ def test_a_relative_path_becomes_absolute(tmp_path: Path, monkeypatch: pytest.Mo
         "Expires=1&Signature=5ec7e7&Key-Pair-Id=K",
         "Policy=5ec7e7&Signature=5ec7e7&Key-Pair-Id=K",
         "OSSAccessKeyId=k&Expires=1&Signature=5ec7e7",
+        "x-oss-signature-version=OSS4-HMAC-SHA256&x-oss-credential=k%2F1&x-oss-date=1&x-oss-expires=2"
+        "&x-oss-security-token=5ec7e7&x-oss-additional-headers=host&x-oss-signature=5ec7e7",
+        "q-sign-algorithm=sha1&q-ak=k&q-sign-time=1;2&q-key-time=1;2&q-header-list=&q-url-param-list="
+        "&q-signature=5ec7e7&x-cos-security-token=5ec7e7",
+        "X-Tos-Algorithm=TOS4&X-Tos-Credential=k&X-Tos-Date=1&X-Tos-Expires=2&X-Tos-Signature=5ec7e7",
+        "AccessKeyId=k&Expires=1&Signature=5ec7e7%3D&x-obs-security-token=5ec7e7",
+        "Expires=1&KeyName=k&Signature=5ec7e7",
+        "URLPrefix=aHR0cA&Expires=1&KeyName=k&Signature=5ec7e7",
+        "%58-Amz-Signature=5ec7e7&X-Amz-Date=1",
     ],
 )
 def test_the_signature_of_a_presigned_url_is_dropped(signature: str) -> None:
@@ -63,8 +74,36 @@ def test_the_signature_of_a_presigned_url_is_dropped(signature: str) -> None:
 
 
 def test_parameters_that_only_look_like_a_signature_stay() -> None:
-    url = "https://host.example/a.jpg?expires=never&sp=1&st=2&policy=x&signature=mine"
+    url = "https://host.example/a.jpg?expires=never&sp=1&st=2&policy=x&signature=mine&urlprefix=y"
     assert normalise_uri(url) == url
+    for query in ("x-oss-process=image/resize,w_100&x-oss-date=1", "keyname=k&expires=1", "q-ak=k&q-header-list="):
+        assert normalise_uri(f"https://host.example/a.jpg?{query}") == f"https://host.example/a.jpg?{query}"
+
+
+@pytest.mark.parametrize(
+    ("uri", "expected"),
+    [
+        ("https://user:pa/5ec7e7@host/x.jpg", "https://host/x.jpg"),
+        ("https://user:5ec7e7@host:port/x.jpg?sig=5ec7e7", "https://host:port/x.jpg"),
+        ("http://user:5ec7e7@[bad/x", "http://[bad/x"),
+        ("HTTPS://a@b:5ec7e7@host:99999/x", "https://host:99999/x"),
+        ("https://user:5ec7e7?5ec7e7@host/x.jpg", "https://user"),
+        ("https://user:5ec7e7#5ec7e7@host/x.jpg", "https://user"),
+        ("https://host:port/x.jpg?mail=me@host", "https://host/x.jpg"),
+    ],
+)
+def test_a_url_that_cannot_be_taken_apart_keeps_no_secret(uri: str, expected: str) -> None:
+    assert normalise_uri(uri) == expected
+    assert normalise_uri(expected) in (expected, f"{expected}/")
+
+
+def test_blanks_before_a_url_make_no_path_of_it() -> None:
+    url = "https://user:5ec7e7@h/a.jpg?X-Amz-Signature=5ec7e7"
+    assert resolve([f" \t\u00a0{url}", " s3://b/a.jpg", " a.jpg"], Address("", "/data")) == [
+        url,
+        "s3://b/a.jpg",
+        "/data/ a.jpg",
+    ]
 
 
 @given(st.from_regex(r"(https?://[a-z.]{1,9}(:\d{1,4})?/|s3://bkt/|/)[\x20-\x7e\u00e9\u4e2d]{0,20}", fullmatch=True))

@@ -1,0 +1,58 @@
+"""The stage before the pools holds the files of so many images as fit its memory, and gives the same rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from tests.images import encode, scene
+from vlmflow.config import ImageLimits, SourceConfig
+from vlmflow.engine import columns
+from vlmflow.engine.decoding import ReadAndDecode
+from vlmflow.imaging import PixelRequest
+from vlmflow.sources import Fetched, Reader, open_source
+
+LIMITS = ImageLimits(max_bytes=10_000)
+REQUESTS = (PixelRequest(16, "bicubic", ("squash",)),)
+
+
+@dataclass
+class Counting:
+    """Another reader, and how many references it was given at a time."""
+
+    reader: Reader
+    asked: list[int] = field(default_factory=list)
+
+    def read(self, refs: pa.Table) -> list[Fetched]:
+        self.asked.append(refs.num_rows)
+        return self.reader.read(refs)
+
+
+def test_files_that_are_known_to_be_large_are_read_a_few_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for seed in range(9):
+        data = encode(scene(seed, 16, 16), "JPEG")
+        (tmp_path / f"{seed}.jpg").write_bytes(data.ljust(3_000 if seed < 8 else 20_000, b"\0"))
+    source = open_source(SourceConfig(uri=str(tmp_path)))
+    refs = pa.Table.from_batches(list(source.list()))
+    due = pa.array([["embed"]] * refs.num_rows, pa.list_(pa.string()))
+    refs = refs.append_column("due", due).append_column("due_if_same", pa.nulls(refs.num_rows, due.type))
+    refs = refs.append_column("previous_hash", pa.nulls(refs.num_rows, pa.string()))
+    reader = Counting(source.reader(LIMITS))
+    decode = ReadAndDecode(reader, REQUESTS, LIMITS)
+    whole = decode(refs)
+    monkeypatch.setattr("vlmflow.engine.decoding._READ_AT_ONCE_BYTES", 10_000)
+    parts = decode(refs)
+    assert reader.asked == [9, 3, 3, 3], "the one beyond max_bytes is not read, and takes no room"
+    spent = [columns.seconds_column("read"), columns.seconds_column("decode")]
+    assert parts.drop_columns(spent).equals(whole.drop_columns(spent))
+    monkeypatch.setattr("vlmflow.engine.decoding._READ_AT_ONCE_BYTES", 1)
+    assert decode(refs.slice(0, 2)).num_rows == 2
+    assert reader.asked[-2:] == [1, 1]
+    unknown = refs.set_column(refs.schema.get_field_index("size_bytes"), "size_bytes", pa.nulls(9, pa.int64()))
+    decode(unknown)
+    assert reader.asked[-1] == 9

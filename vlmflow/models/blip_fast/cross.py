@@ -49,7 +49,9 @@ class CrossAttention:
 
     def __call__(self, states: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """(N, L, D) and (N, T, E) in the images' dtype -> (N, L, D), the normalised sum."""
-        parts = [self._attend(part, features) for part in self._query(states).split(_TOKENS_AT_ONCE, dim=1)]
+        queries = self._query(states)
+        starts = range(0, queries.shape[1], _TOKENS_AT_ONCE)
+        parts = [self._attend(queries[:, start : start + _TOKENS_AT_ONCE], features) for start in starts]
         context = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         return self._norm.of_sum(states, self._out(context))
 

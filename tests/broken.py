@@ -6,7 +6,8 @@ import random
 from functools import cache
 
 from tests.images import good_images
-from tests.tricks import CORRUPT, DECODES, TRUNCATED, Trick, tricks
+from tests.trick import CORRUPT, DECODES, TRUNCATED, Trick
+from tests.tricks import tricks
 from vlmflow.errors import RowErrorClass
 
 # What a file may end in whose bytes were changed anywhere: some decoders forgive, some headers then lie.

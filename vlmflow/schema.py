@@ -184,10 +184,7 @@ IMAGES = pa.schema(
         pa.field("status", pa.string(), nullable=False),  # ok, partial, unreadable, missing, failed
         ("errors", ERRORS),
         ("attempts", pa.int32()),  # at this seen_version and attempt_digest
-        (
-            "attempt_digest",
-            pa.string(),
-        ),  # of what the last attempt ran with; see catalog/rows.py
+        ("attempt_digest", pa.string()),  # of what the last attempt ran with; see catalog/rows.py
         pa.field("decision", pa.string(), nullable=False),  # allow, review, block
         ("decision_reason", pa.string()),  # `verdict`: the decision is that of the next column
         ("verdict", VERDICT),

@@ -7,31 +7,24 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
 from tests.catalog_samples import config_of, enrich, image_id, open_catalog, references, request, rows_by_name, write
+from tests.erasing import NAMES, at_write, everything, everything_of, key, run
 from tests.integration.test_vacuum import files, let_die, start
 from tests.s3 import S3Server
 from vlmflow.catalog import Catalog
 from vlmflow.catalog import catalog as catalog_module
-from vlmflow.catalog import commit as commit_module
 from vlmflow.catalog import erase as erase_module
 from vlmflow.catalog.files import Found
-from vlmflow.catalog.keys import to_binary
-from vlmflow.cli import main
-from vlmflow.config import CatalogConfig, SourceConfig
+from vlmflow.config import CatalogConfig
 from vlmflow.erasure import find_images
 from vlmflow.errors import ConfigError, RunRevokedError
-from vlmflow.sources import open_source
-
-NAMES = ["a", "b", "secret"]
 
 
 @pytest.fixture
@@ -44,27 +37,8 @@ def catalog(root: Path) -> Catalog:
     return open_catalog(root, pa.schema([("title", pa.string())]))
 
 
-def key(*names: str) -> pa.Array:
-    return to_binary(pa.array([image_id(name) for name in names], pa.string()))
-
-
 def vectors(catalog: Catalog) -> int:
     return catalog.embeddings().num_rows
-
-
-def everything(root: Path) -> str:
-    """Every byte of the folder, Parquet files as their values, as one text."""
-    parts = []
-    for path in sorted(root.rglob("*")):
-        if path.is_file():
-            parts.append(path.name)
-            data = path.read_bytes()
-            parts.append(data.decode("latin-1"))
-            if path.suffix == ".parquet":
-                with pq.ParquetFile(path) as file:
-                    parts.append(repr(file.read().to_pylist()))
-                    parts.append(repr(file.metadata.to_dict()))
-    return "\n".join(parts)
 
 
 def test_nothing_of_it_is_left(catalog: Catalog, root: Path) -> None:
@@ -99,13 +73,6 @@ def test_nothing_of_it_is_left(catalog: Catalog, root: Path) -> None:
     assert vectors(catalog) == 4
 
 
-def everything_of(path: Path) -> str:
-    with pq.ParquetFile(path) as file:
-        rows = file.read().to_pylist()
-    return repr([[value.hex() if isinstance(value, bytes) else value for value in row.values()] for row in rows])
-
-
-@pytest.mark.parametrize("damage", ["emptied", "gone"])
 def test_a_file_that_nobody_can_read_and_no_version_has_stands_in_no_way(
     catalog: Catalog, root: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
@@ -173,20 +140,6 @@ def test_a_run_in_flight_does_not_bring_it_in(catalog: Catalog, root: Path, plan
     assert catalog.erase(key("secret")).is_complete
 
 
-def at_write(monkeypatch: pytest.MonkeyPatch, turn: int, action: Callable[[], object]) -> None:
-    """Does something else between the decision and the writing of the commit with this number."""
-    original = commit_module._write
-    calls: list[int] = []
-
-    def write_later(*arguments: Any) -> None:
-        calls.append(1)
-        if len(calls) == turn:
-            action()
-        original(*arguments)
-
-    monkeypatch.setattr(commit_module, "_write", write_later)
-
-
 @pytest.mark.parametrize("turn", [1, 2])
 def test_an_erasure_inside_a_commit_wins(
     catalog: Catalog, root: Path, monkeypatch: pytest.MonkeyPatch, turn: int
@@ -231,7 +184,7 @@ def test_a_dead_run_is_shut_out_before_its_files_go(catalog: Catalog, root: Path
 CHILD = """
 import os, signal, sys
 from tests.catalog_samples import config_of
-from tests.integration.test_erase import key
+from tests.erasing import key
 from vlmflow.catalog import Catalog, erase
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.tombstones import Tombstones
@@ -334,120 +287,11 @@ def test_the_command_line_asks_first(
     assert len(Catalog.open(config_of(root)).erased_keys) == 0
 
 
-def test_an_address_without_a_row_is_named(catalog: Catalog, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    enrich(catalog, "r0", [references(NAMES)])
-
-    def said(*names: str) -> str:
-        assert run(["erase", str(root), *(f"--uri=mem://{name}" for name in names), "--yes"]) == 0
-        return " ".join(capsys.readouterr().out.split())
-
-    assert "named had rows" not in said("secret")
-    mistyped = said("a", "secret", "not-there")
-    assert "1 row erased, 2 vectors, 0 verdicts" in mistyped
-    assert "1 of the 3 images named had rows erased before: mem://secret no row has this address" in mistyped
-    assert mistyped.endswith("kept from coming back all the same: mem://not-there")
-    assert "0 rows erased, 0 vectors" in said("not-there-either")
-    assert "address" not in said("not-there")
-
-
-def test_an_address_stays_away_under_any_key(catalog: Catalog, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of a manifest with a key column, whether the catalog held the address before or not."""
-    manifest = root.parent / "list.csv"
-    addresses = [str(root.parent / name) for name in ("had.jpg", "new.jpg", "other.jpg")]
-    for address in addresses:
-        Path(address).write_bytes(b"")
-
-    def listed(*keys: str) -> list[pa.RecordBatch]:
-        manifest.write_text("uri,sku\n" + "".join(f"{uri},{key}\n" for uri in addresses for key in keys))
-        return list(open_source(SourceConfig(uri=str(manifest), key_column="sku")).list())
-
-    def uris() -> list[str]:
-        return sorted(row["uri"] for row in catalog.images(["uri"]).to_pylist())
-
-    had, new, other = addresses
-    (first,) = (batch.slice(0, 1) for batch in listed("A1"))
-    enrich(catalog, "r0", [first])
-    command = ["erase", str(root), "--uri", had, "--uri", new]
-    assert run([*command, "--yes"]) == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert said.startswith("1 row erased, 2 vectors")
-    assert said.endswith(f"kept from coming back all the same: {new}")
-    with catalog.plan(listed("A1", "A2"), request()) as plan:
-        assert (plan.num_erased, plan.num_new) == (4, 2)
-    enrich(catalog, "r1", listed("A1", "A2"))
-    assert uris() == [other, other]
-    found = catalog.verify(listed("A1", "A2"), {})
-    assert (found.is_sound, found.num_erased) == (True, 4)
-    assert not any(".jpg" in everything_of(path) for path in stones(root))
-    # Named by its id it stays, and that is said.
-    (root.parent / "ids.txt").write_text(first["image_id"][0].as_py())
-    assert run(["erase", str(root), "--ids", str(root.parent / "ids.txt"), "--lift", "--yes"]) == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert said.startswith("0 images may come back with the next run stays away until its address is lifted")
-    assert run([*command, "--uri=mem://no-such", "--lift", "--yes"]) == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert said == "2 images may come back with the next run was not erased by this address or id: mem://no-such"
-    enrich(catalog, "r2", listed("A1", "A2"))
-    assert uris() == sorted(addresses * 2)
-
-
-def stones(root: Path) -> list[Path]:
-    return list((root / "tombstones").iterdir())
-
-
-@pytest.mark.parametrize("turn", [1, 2])
-def test_an_erasure_by_address_inside_a_commit_wins(
-    catalog: Catalog, root: Path, monkeypatch: pytest.MonkeyPatch, turn: int
-) -> None:
-    """Of images with keys, which only the run at work knows: it erases them by their ids too."""
-    start(catalog, "r1")
-    written = write(catalog, "r1", [references(["a"]), references(NAMES, "k1"), references(["secret"], "k2")])
-    other = Catalog.open(config_of(root))
-    nobody = pa.array([], pa.binary(16))
-    at_write(monkeypatch, turn, lambda: other.erase(nobody, ["mem://secret"]))
-    done = catalog.commit("r1", written)
-    monkeypatch.undo()
-    assert (done.num_added, done.num_erased) == (3, 2)
-    catalog.runs.finish("r1", {})
-    assert other.erase(nobody, ["mem://secret"]).is_complete
-    hidden = (image_id("secret", "k1"), image_id("secret", "k2"))
-    assert [path for path in files(root) if any(id_ in everything_of(root / path) for id_ in hidden)] == [
-        f"tombstones/{path.name}" for path in stones(root) if hidden[0] in everything_of(path)
-    ]
-    assert catalog.embeddings().num_rows == 6
-
-
-def test_what_a_dead_run_wrote_of_an_address_goes(catalog: Catalog, root: Path) -> None:
-    start(catalog, "dead")
-    written = write(catalog, "dead", [references(NAMES, "k1")])
-    catalog.commit("dead", written.filter(pc.equal(written["table"], "embeddings")))
-    let_die(root, "dead")
-    result = catalog.erase(pa.array([], pa.binary(16)), ["mem://secret"])
-    assert (result.is_complete, result.num_images, result.num_vectors) == (True, 1, 2)
-    assert "mem://secret" not in everything(root)
-    secret = image_id("secret", "k1")
-    assert all(secret not in everything_of(root / path) for path in files(root) if "tombstones" not in path)
-
-
-def test_tombstones_of_before_addresses_hold(catalog: Catalog, root: Path) -> None:
-    catalog.erase(key("secret"))
-    (stone,) = stones(root)
-    pq.write_table(pq.read_table(stone).drop_columns(["address"]), stone)
-    enrich(Catalog.open(config_of(root)), "r0", [references(NAMES)])
-    assert sorted(rows_by_name(catalog)) == ["a", "b"]
-
-
 class Terminal(io.StringIO):
     """What somebody types."""
 
     def isatty(self) -> bool:
         return True
-
-
-def run(arguments: list[str]) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    return int(ended.value.code or 0)
 
 
 def test_on_a_store(s3_server: S3Server) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.catalog_samples import config_of, enrich, open_catalog, references, rows_by_name
-from tests.integration.test_erase import key
+from tests.erasing import key
 from tests.integration.test_vacuum import NOW, let_die, start
 from vlmflow.catalog import Catalog
 from vlmflow.catalog.folder import Folder

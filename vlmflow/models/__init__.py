@@ -228,7 +228,7 @@ def load_embedder(config: ModelConfig, device: str, dtype: Dtype = "auto") -> Im
     """Loads an embedder of the configuration's family.
 
     Args:
-        dtype: `auto`: bfloat16 on CUDA, float32 elsewhere.
+        dtype: `auto`: bfloat16 on CUDA devices that have it, float32 elsewhere.
 
     Raises:
         WeightsError: the weights are absent, unsafe to load, or do not fit.
@@ -267,7 +267,7 @@ def load_captioner(
     """Loads a captioner of the configuration's family.
 
     Args:
-        dtype: `auto`: bfloat16 on CUDA, float32 elsewhere.
+        dtype: `auto`: bfloat16 on CUDA devices that have it, float32 elsewhere.
         towers: of the worker; a vision tower with equal weights is shared. None: the model has its own.
 
     Raises:
@@ -300,7 +300,7 @@ def load_matcher(
     """Loads an image-text matcher of the configuration's family.
 
     Args:
-        dtype: `auto`: bfloat16 on CUDA, float32 elsewhere.
+        dtype: `auto`: bfloat16 on CUDA devices that have it, float32 elsewhere.
         towers: of the worker; a vision tower with equal weights is shared. None: the model has its own.
 
     Raises:
@@ -335,7 +335,7 @@ def load_answerer(
     """Loads a model that answers questions.
 
     Args:
-        dtype: `auto`: bfloat16 on CUDA, float32 elsewhere.
+        dtype: `auto`: bfloat16 on CUDA devices that have it, float32 elsewhere.
         towers: of the worker; a vision tower with equal weights is shared. None: the model has its own.
 
     Raises:

@@ -199,7 +199,7 @@ def _decode_video(
 ) -> DecodedImage:
     """The first frame of a video as its image, and, where ``frames`` are among the views, those that differ most."""
     check_size(data, limits)
-    video = open_video(data)
+    video = open_video(data, limits.max_pixels)
     said = video.facts
     check_pixels((said.width, said.height), limits)
     first, looked, unseen = _look_through(video, limits, requests)

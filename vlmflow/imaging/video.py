@@ -25,6 +25,8 @@ from vlmflow.imaging.headers import IMAGE_BRANDS, iso_brands
 _EVERY_FRAME_UP_TO = 600
 # Key frames further apart than this leave something unseen. Encoders put one every 250 frames at the latest.
 _LONGEST_GAP_S = 12.0
+_FFMPEG_MAX_PIXELS = 2**31 - 1
+_PROBED_PIXELS = 1 << 24
 # What PyAV raises of its own on bytes that do not fit.
 _BAD_BYTES = (OSError, EOFError, ValueError, TypeError, LookupError, RuntimeError, ArithmeticError, AssertionError)
 _FORMATS = ("mp4", "webm")
@@ -90,8 +92,8 @@ def is_supported() -> bool:
 class Video:
     """A video whose header has been read and whose frames have been counted."""
 
-    def __init__(self, data: bytes, facts: VideoFacts, tracks: Sequence[Track]) -> None:
-        self._data = data
+    def __init__(self, data: bytes, max_pixels: int, facts: VideoFacts, tracks: Sequence[Track]) -> None:
+        self._data, self._max_pixels = data, max_pixels
         self.facts = facts
         self.tracks = tracks
 
@@ -103,17 +105,22 @@ class Video:
         """
         for track in self.tracks:
             # Opened for each: to go back in a file that is open, FFmpeg trusts what the file says of its key frames.
-            with _opened(self._data, self.facts.format) as container:
+            with _opened(self._data, self._max_pixels, self.facts.format) as container:
                 stream = container.streams[track.index]
-                _codec(stream, self.facts.format).skip_frame = "DEFAULT" if track.every_frame else "NONKEY"
+                codec = _codec(stream, self.facts.format)
+                codec.options = _limits(self._max_pixels)
+                codec.skip_frame = "DEFAULT" if track.every_frame else "NONKEY"
                 for frame in container.decode(stream):
                     turn = int(getattr(frame, "rotation", 0) or 0) % 360
                     image = _image(frame)
                     yield track, float(frame.time or 0.0), image.rotate(turn, expand=True) if turn else image
 
 
-def open_video(data: bytes) -> Video:
+def open_video(data: bytes, max_pixels: int) -> Video:
     """Opens a video, reads its header and counts its frames.
+
+    Args:
+        max_pixels: of a frame; larger ones are not decoded.
 
     Raises:
         ImageError: it holds no picture, or cannot be read; or the package to do so is not installed.
@@ -122,14 +129,14 @@ def open_video(data: bytes) -> Video:
     if not is_supported():
         message = "a video; its frames are decoded where vlmflow[video] is installed"
         raise ImageError(message, error_class=RowErrorClass.UNSUPPORTED_FORMAT)
-    with _opened(data, name) as container:
+    with _opened(data, max_pixels, name) as container:
         tracks = _tracks(container)
         if not tracks:
             raise ImageError("the video holds no picture", error_class=RowErrorClass.CORRUPT)
         codec = _codec(container.streams[tracks[0].index], name)
         mode = str(codec.pix_fmt or "yuv")
         facts = VideoFacts(name, mode, codec.width or 0, codec.height or 0, max(1, tracks[0].num_frames))
-        return Video(data, facts, tracks)
+        return Video(data, max_pixels, facts, tracks)
 
 
 def unseen_gap(seen: Mapping[Track, Sequence[float]]) -> str | None:
@@ -179,6 +186,11 @@ def _codec(stream: Any, name: str) -> Any:
     return stream.codec_context
 
 
+def _limits(max_pixels: int) -> dict[str, str]:
+    """A decoder's options: a frame is allocated as its own header says, whatever that of the file says."""
+    return {"max_pixels": str(min(max_pixels, _FFMPEG_MAX_PIXELS))}
+
+
 def _image(frame: Any) -> Image.Image:
     """A frame as RGB, or RGBA where its format has alpha."""
     if any(component.is_alpha for component in frame.format.components):
@@ -188,11 +200,14 @@ def _image(frame: Any) -> Image.Image:
 
 
 @contextmanager
-def _opened(data: bytes, name: str) -> Iterator[Any]:
+def _opened(data: bytes, max_pixels: int, name: str) -> Iterator[Any]:
     """A container that is closed afterwards; what goes wrong with it is told as an ImageError."""
     import av
 
-    with _bad_video(name), av.open(BytesIO(data), metadata_errors="replace") as container:
+    # FFmpeg decodes some frames to find out what they are, and tells no size of those that it refuses: what is not much
+    # too large must pass, to be called that.
+    options = _limits(max(2 * max_pixels, _PROBED_PIXELS))
+    with _bad_video(name), av.open(BytesIO(data), options=options, metadata_errors="replace") as container:
         yield container
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from io import BytesIO
+from typing import Any
 
 import av
 import numpy as np
@@ -12,8 +13,9 @@ from PIL import Image
 
 from tests.images import encode
 from tests.unit.imaging.test_video import LIMITS, RED, REQUEST, WHITE, frame, make_tracks, make_video, red_frames
+from vlmflow.config import ImageLimits
 from vlmflow.errors import ImageError, RowErrorClass
-from vlmflow.imaging import PixelRequest, decode
+from vlmflow.imaging import PixelRequest, decode, video
 from vlmflow.imaging.video import sniff_video
 
 
@@ -55,6 +57,24 @@ def test_a_cover_does_not_stand_for_the_video() -> None:
     assert [float(name.partition("@")[2]) for name in red_frames(views)] == [pytest.approx(3.0, abs=0.06)]
     green = [name for name, pixels in views if np.abs(pixels.mean(axis=(0, 1)) - (0, 128, 0)).max() < 20]
     assert len(green) == 1, "a player shows the cover too"
+
+
+def test_a_cover_beyond_the_limit_of_pixels_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    cover = encode(Image.new("L", (2_000, 1_000)), "PNG")
+    data = with_cover(make_video([frame(WHITE, number) for number in range(5)]), cover)
+    assert decode(data, [REQUEST], LIMITS).unseen is None
+    decoded: list[int] = []
+    image_of = video._image
+
+    def recorded(frame: Any) -> Image.Image:
+        decoded.append(frame.width)
+        return image_of(frame)
+
+    monkeypatch.setattr(video, "_image", recorded)
+    found = decode(data, [REQUEST], ImageLimits(max_pixels=1_000_000))
+    assert found.unseen == "frames after 0.4 s cannot be decoded"
+    assert set(decoded) == {160}
+    assert found.facts.width == 160
 
 
 def test_a_second_video_track_is_looked_at() -> None:

@@ -76,6 +76,19 @@ def test_memory_and_cpus_are_limited(name: str) -> None:
     assert resources["reservations"].keys() >= {"cpus", "memory"}
 
 
+def test_the_object_store_of_a_node_fits_into_its_shared_memory() -> None:
+    units = {"g": 2**30, "m": 2**20}
+
+    def size(text: str) -> int:
+        number, unit = re.findall(r"(\d+)([gm])\}?$", text)[0]
+        return int(number) * units[unit]
+
+    for name in ("ray-head", "ray-worker", "ray-worker-gpu"):
+        # The share of memory that Ray takes by default. A store that does not fit lies on the disk.
+        store = 0.3 * size(SERVICES[name]["deploy"]["resources"]["limits"]["memory"])
+        assert store <= size(SERVICES[name]["shm_size"]), name
+
+
 def test_what_goes_on_running_has_a_health_check(name: str) -> None:
     service = SERVICES[name]
     assert ("disable" in service["healthcheck"]) == (name in ONCE)

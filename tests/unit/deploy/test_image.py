@@ -38,13 +38,12 @@ def test_versions_are_pinned_and_the_user_is_not_root() -> None:
     assert not re.search(r"^COPY (?:.* )?(?:tests|\.) ", DOCKERFILE, re.MULTILINE)
 
 
-def test_both_variants_have_their_stage() -> None:
-    stages = set(re.findall(r"^FROM \S+ AS (\S+)$", DOCKERFILE, re.MULTILINE))
-    assert {"torch-cpu", "torch-cuda"} <= stages
-    assert re.search(r"^ARG VARIANT=cpu$", DOCKERFILE, re.MULTILINE)
+def test_the_variant_with_cuda_has_a_compiler() -> None:
+    # podman does not resolve an argument in the name of a stage.
+    assert not re.search(r"^FROM .*\$", DOCKERFILE, re.MULTILINE)
     run = DOCKERFILE.partition("FROM base AS run")[2]
     # Without its own ARG the stage would know no variant, and Triton would find no compiler.
-    assert run.index("ARG VARIANT\n") < run.index('if [ "$VARIANT" = cuda ]; then apt-get install')
+    assert run.index("ARG VARIANT=cpu\n") < run.index('if [ "$VARIANT" = cuda ]; then apt-get install')
 
 
 def test_all_that_is_copied_is_there_and_reaches_the_build() -> None:

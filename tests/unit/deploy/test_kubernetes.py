@@ -130,6 +130,15 @@ def test_every_container_asks_for_what_it_needs(pod: dict[str, Any]) -> None:
             assert resources["limits"]["memory"] == resources["requests"]["memory"]
 
 
+@pytest.mark.parametrize("name", ["head", "cpu", "gpu"])
+def test_the_object_store_of_a_node_fits_into_its_shared_memory(name: str) -> None:
+    spec = dict(pods())[name]["spec"]
+    (shm,) = (volume["emptyDir"]["sizeLimit"] for volume in spec["volumes"] if volume["name"] == "shm")
+    memory = spec["containers"][0]["resources"]["limits"]["memory"]
+    # The share of memory that Ray takes by default. A store that does not fit lies on the disk.
+    assert 0.3 * int(memory.removesuffix("Gi")) <= int(shm.removesuffix("Gi"))
+
+
 @pytest.mark.parametrize("name", ["head", "cpu", "gpu", "prefect-worker"])
 def test_what_goes_on_running_has_probes(name: str) -> None:
     for container in dict(pods())[name]["spec"]["containers"]:

@@ -110,3 +110,24 @@ def test_what_is_deployed_is_what_the_file_says(prefect: Prefect, at_work: Path)
         described = deployment["parameter_openapi_schema"]["properties"]
         assert all(about.get("description") for about in described.values()), described
         assert deployment["parameters"].keys() <= described.keys()
+
+
+def test_a_paused_schedule_stays_so_when_it_is_deployed_anew(prefect: Prefect, at_work: Path) -> None:
+    def schedules() -> list[tuple[str, bool]]:
+        (nightly,) = (found for found in prefect.deployments() if found["name"] == "nightly")
+        return [(schedule["id"], schedule["active"]) for schedule in nightly["schedules"]]
+
+    def change(how: str) -> None:
+        done = prefect.command("deployment", "schedule", how, "nightly-enrichment/nightly", schedule)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    ((schedule, _),) = schedules()
+    change("pause")
+    try:
+        # As compose.yaml does at every start.
+        done = prefect.command("deploy", "--prefect-file", "deploy/prefect.yaml", "--name", "nightly")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert schedules() == [(schedule, False)]
+    finally:
+        change("resume")
+    assert schedules() == [(schedule, True)]

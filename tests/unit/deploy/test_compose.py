@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from ray._private.ray_constants import RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S
 
 DEPLOY = Path(__file__).parents[3] / "deploy"
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text(encoding="utf-8"))
@@ -87,6 +88,12 @@ def test_the_object_store_of_a_node_fits_into_its_shared_memory() -> None:
         # The share of memory that Ray takes by default. A store that does not fit lies on the disk.
         store = 0.3 * size(SERVICES[name]["deploy"]["resources"]["limits"]["memory"])
         assert store <= size(SERVICES[name]["shm_size"]), name
+
+
+def test_a_node_has_time_to_drain_before_it_is_killed() -> None:
+    for name in ("ray-head", "ray-worker", "ray-worker-gpu"):
+        given_s = int(SERVICES[name]["stop_grace_period"].removesuffix("s"))
+        assert given_s >= 2 * RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S, name
 
 
 def test_what_goes_on_running_has_a_health_check(name: str) -> None:

@@ -22,6 +22,7 @@ import yaml
 from prefect.client.schemas.objects import FlowRun
 from prefect.utilities.templating import apply_values
 from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
+from ray._private.ray_constants import RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S
 
 from vlmflow.config import load_job
 
@@ -128,6 +129,12 @@ def test_every_container_asks_for_what_it_needs(pod: dict[str, Any]) -> None:
         # Ray counts on the memory that it was promised.
         if container["name"].startswith("ray-") and container["name"] != "ray-job-submitter":
             assert resources["limits"]["memory"] == resources["requests"]["memory"]
+
+
+@pytest.mark.parametrize("name", ["head", "cpu", "gpu"])
+def test_a_node_has_time_to_drain_before_it_is_killed(name: str) -> None:
+    given_s = dict(pods())[name]["spec"]["terminationGracePeriodSeconds"]
+    assert given_s >= 2 * RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S
 
 
 @pytest.mark.parametrize("name", ["head", "cpu", "gpu"])

@@ -86,6 +86,45 @@ def test_every_secret_file_of_the_compose_file_is_known_to_the_entrypoint() -> N
     assert ours == set(re.findall(r"\b(?:AWS|PREFECT)_\w+", entrypoint))
 
 
+# An engine that answers as a good image lets it; a line of its own before the rest spoils one answer.
+_ENGINE = """#!/bin/sh
+echo "$*" >> "$0.said"
+{spoiled}
+case "$*" in
+    *"id -u") echo 10001 ;;
+    *cmdline) printf 'tini\\0--\\0' ;;
+    *demo*) echo 'run 1' ;;
+    inspect*) echo 1 ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "told"),
+    [
+        ("", ""),
+        ('case "$*" in *"id -u") echo 0; exit ;; esac', "user is not 10001"),
+        ('case "$*" in *cmdline) echo sh; exit ;; esac', "tini is not the first process"),
+        ('case "$*" in *demo*) exit ;; esac', "the demo shows no run"),
+        ('case "$*" in inspect*) echo 137; exit ;; esac', "had to be killed"),
+        ('case "$*" in *doctor) exit 2 ;; esac', ""),
+    ],
+)
+def test_a_bad_image_does_not_pass_for_a_good_one(spoiled: str, told: str, tmp_path: Path) -> None:
+    engine = tmp_path / "engine"
+    engine.write_text(_ENGINE.format(spoiled=spoiled), encoding="utf-8")
+    engine.chmod(0o755)
+    done = subprocess.run(
+        ["sh", str(DEPLOY / "smoke.sh"), "an-image"], env=os.environ | {"ENGINE": str(engine)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode != 0) == bool(spoiled)
+    assert told in done.stderr
+    said = Path(f"{engine}.said").read_text(encoding="utf-8").splitlines()
+    assert said[-1].startswith("rm --force vlmflow-smoke-")  # nothing is left behind
+    assert all("an-image" in line for line in said if line.startswith("run "))
+
+
 @pytest.fixture
 def secrets(tmp_path: Path) -> Path:
     shutil.copy(DEPLOY / "secrets.sh", tmp_path)

@@ -19,6 +19,7 @@ import yaml
 from prefect.flows import load_flow_from_entrypoint
 from prefect.server.api.server import create_ui_app
 from prefect.settings import PREFECT_UI_STATIC_DIRECTORY, temporary_settings
+from ray._private.ray_constants import RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S
 from starlette.testclient import TestClient
 
 DEPLOY = Path(__file__).parents[3] / "deploy"
@@ -80,6 +81,25 @@ def test_memory_and_cpus_are_limited(name: str) -> None:
     resources = SERVICES[name]["deploy"]["resources"]
     assert resources["limits"].keys() == {"cpus", "memory"}
     assert resources["reservations"].keys() >= {"cpus", "memory"}
+
+
+def test_the_object_store_of_a_node_fits_into_its_shared_memory() -> None:
+    units = {"g": 2**30, "m": 2**20}
+
+    def size(text: str) -> int:
+        number, unit = re.findall(r"(\d+)([gm])\}?$", text)[0]
+        return int(number) * units[unit]
+
+    for name in ("ray-head", "ray-worker", "ray-worker-gpu"):
+        # The share of memory that Ray takes by default. A store that does not fit lies on the disk.
+        store = 0.3 * size(SERVICES[name]["deploy"]["resources"]["limits"]["memory"])
+        assert store <= size(SERVICES[name]["shm_size"]), name
+
+
+def test_a_node_has_time_to_drain_before_it_is_killed() -> None:
+    for name in ("ray-head", "ray-worker", "ray-worker-gpu"):
+        given_s = int(SERVICES[name]["stop_grace_period"].removesuffix("s"))
+        assert given_s >= 2 * RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S, name
 
 
 def test_what_goes_on_running_has_a_health_check(name: str) -> None:

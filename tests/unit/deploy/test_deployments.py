@@ -90,6 +90,9 @@ def test_the_nightly_flow_has_a_schedule() -> None:
     nightly, *others = deployments()
     (schedule,) = nightly["schedules"]
     assert CronSchedule(cron=schedule["cron"], timezone=schedule["timezone"]).cron
+    # Deployed anew, one without a slug is made anew, and one that says it is active wakes up.
+    assert schedule["slug"]
+    assert "active" not in schedule
     assert not any(found.get("schedules") for found in others)
 
 

@@ -22,6 +22,7 @@ import yaml
 from prefect.client.schemas.objects import FlowRun
 from prefect.utilities.templating import apply_values
 from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
+from ray._private.ray_constants import RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S
 
 from vlmflow.config import load_job
 
@@ -128,6 +129,21 @@ def test_every_container_asks_for_what_it_needs(pod: dict[str, Any]) -> None:
         # Ray counts on the memory that it was promised.
         if container["name"].startswith("ray-") and container["name"] != "ray-job-submitter":
             assert resources["limits"]["memory"] == resources["requests"]["memory"]
+
+
+@pytest.mark.parametrize("name", ["head", "cpu", "gpu"])
+def test_a_node_has_time_to_drain_before_it_is_killed(name: str) -> None:
+    given_s = dict(pods())[name]["spec"]["terminationGracePeriodSeconds"]
+    assert given_s >= 2 * RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S
+
+
+@pytest.mark.parametrize("name", ["head", "cpu", "gpu"])
+def test_the_object_store_of_a_node_fits_into_its_shared_memory(name: str) -> None:
+    spec = dict(pods())[name]["spec"]
+    (shm,) = (volume["emptyDir"]["sizeLimit"] for volume in spec["volumes"] if volume["name"] == "shm")
+    memory = spec["containers"][0]["resources"]["limits"]["memory"]
+    # The share of memory that Ray takes by default. A store that does not fit lies on the disk.
+    assert 0.3 * int(memory.removesuffix("Gi")) <= int(shm.removesuffix("Gi"))
 
 
 @pytest.mark.parametrize("name", ["head", "cpu", "gpu", "prefect-worker"])

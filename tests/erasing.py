@@ -43,7 +43,6 @@ def everything_of(path: Path) -> str:
     return repr([[value.hex() if isinstance(value, bytes) else value for value in row.values()] for row in rows])
 
 
-@pytest.mark.parametrize("damage", ["emptied", "gone"])
 def at_write(monkeypatch: pytest.MonkeyPatch, turn: int, action: Callable[[], object]) -> None:
     """Does something else between the decision and the writing of the commit with this number."""
     original = commit_module._write

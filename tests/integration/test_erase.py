@@ -73,6 +73,7 @@ def test_nothing_of_it_is_left(catalog: Catalog, root: Path) -> None:
     assert vectors(catalog) == 4
 
 
+@pytest.mark.parametrize("damage", ["emptied", "gone"])
 def test_a_file_that_nobody_can_read_and_no_version_has_stands_in_no_way(
     catalog: Catalog, root: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:

@@ -158,6 +158,7 @@ def test_float32_that_was_asked_for_is_not_rounded_to_tf32(
     monkeypatch: pytest.MonkeyPatch, dtype: Dtype, rounds: bool
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     loading.allow_tf32(not rounds)
     assert loading.set_up_torch(PoolConfig(tasks=("embed",), gpus=1), dtype) == "cuda"
     assert torch.backends.cudnn.allow_tf32 == rounds

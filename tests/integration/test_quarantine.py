@@ -102,6 +102,7 @@ def test_an_image_that_kills_or_hangs_is_recorded_and_the_others_go_on(
     assert report.errors == {"worker_died": 1, "timed_out": 1}
 
 
+@pytest.mark.slow
 def test_where_blocks_of_lost_images_are_too_many_smaller_ones_find_the_image(
     make_job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import logging
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
+from tests.processes import wait_for
 from tests.report_samples import put_rows
 from tests.search_samples import names, put, unit
 from tests.web_samples import Served, by_id, serving, shown_ids, small_catalog, starter_catalog, text_of
 from vlmflow.catalog import Catalog
 from vlmflow.catalog.folder import _ParquetPieces
+from vlmflow.catalog.reviews import EVENT
 from vlmflow.config import CatalogConfig
 from vlmflow.errors import TransientError
 from vlmflow.search.build import update_index
@@ -176,25 +179,18 @@ def test_an_error_of_any_kind_ends_no_thread(
         browser = served.browser().review_as("ada")
         row = next(row for row in by_id(served).values() if row["decision"] == "review")
         assert browser.judge(row, "block").status_code == 200
-        end = time.monotonic() + 60
-        while served.desk.judging.num_waiting and time.monotonic() < end:
-            time.sleep(0.05)
+        wait_for(lambda: served.desk.judging.num_waiting == 0, seconds=60)
         put_rows(config, names(1), run="run-9")
-        while len(served.desk.shelf.version) < 7 and time.monotonic() < end:
+
+        def has_followed() -> bool:
             served.desk.shelf.look()
-            time.sleep(0.05)
-        assert served.desk.judging.num_waiting == 0
-        assert len(served.desk.shelf.version) == 7
+            return len(served.desk.shelf.version) == 7
+
+        wait_for(has_followed, seconds=60)
     assert "KeyError: 'odd'" in caplog.text
 
 
 def test_it_is_asked_again_whether_rows_show_their_verdicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import datetime as dt
-
-    import pyarrow as pa
-
-    from vlmflow.catalog.reviews import EVENT
-
     config = small_catalog(tmp_path, 6)
     catalog = Catalog.open(config)
     row = catalog.images().to_pylist()[0]
@@ -210,7 +206,4 @@ def test_it_is_asked_again_whether_rows_show_their_verdicts(tmp_path: Path, monk
 
     monkeypatch.setattr(Judging, "_catch_up", away_at_first)
     with serving(config, every_s=0.05) as served:
-        end = time.monotonic() + 60
-        while by_id(served)[row["image_id"]]["decision"] != "block" and time.monotonic() < end:
-            time.sleep(0.1)
-        assert by_id(served)[row["image_id"]]["decision"] == "block"
+        wait_for(lambda: by_id(served)[row["image_id"]]["decision"] == "block", seconds=60)

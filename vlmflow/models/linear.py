@@ -78,14 +78,6 @@ class PackedLinear:
         rows = states.flatten(0, -2)
         torch.addmm(rows, x.to(self._weight.dtype).flatten(0, -2), self._weight.t(), out=rows)
 
-    def into(self, out: torch.Tensor, x: torch.Tensor) -> None:
-        """Writes the product of (..., D), without an activation, into contiguous (..., E) of the weights' dtype."""
-        if self._weight is None:
-            out.copy_(self(x))
-            return
-        rows = x.to(self.bias.dtype).flatten(0, -2)
-        torch.addmm(self.bias, rows, self._weight.t(), out=out.flatten(0, -2))
-
 
 def _bias(layer: nn.Linear) -> torch.Tensor:
     return layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias.detach()

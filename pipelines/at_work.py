@@ -41,21 +41,22 @@ def night_at_work(job: Job) -> RunInfo | None:
 def backfill_at_work(config: CatalogConfig, target: str) -> Iterator[None]:
     """Keeps the lease of a backfill while the block runs.
 
-    Another one to the same target is let in: it may be this one, killed and started again, and does no harm.
+    Another one to the same target is let in: it may be this one, killed and started again, and does no harm. Two that
+    begin at once are both refused: each has said that it is there before it looks, so that one of them sees the other,
+    and which of them was first no clock can tell.
 
     Args:
         target: where the rows go, in words.
 
     Raises:
-        BackfillError: one to another target was there before, and is at work.
+        BackfillError: one to another target is at work.
     """
     runs = Catalog.open(config).runs
     with runs.recorded(_BACKFILL + target) as own:
 
         def is_in_the_way(run: RunInfo) -> bool:
             operation = str(run.record.get("operation"))
-            # Of two that begin at once, the one whose id is first goes on.
-            return run.run_id < own and operation.startswith(_BACKFILL) and operation != _BACKFILL + target
+            return run.run_id != own and operation.startswith(_BACKFILL) and operation != _BACKFILL + target
 
         other = _living(runs, is_in_the_way)
         if other is not None:

@@ -91,7 +91,7 @@ def read_verdicts(path: Path) -> VerdictFile:
 
 
 def reviewed(events: pa.Table) -> VerdictFile:
-    """The verdicts on labels among those that a catalog keeps; of several on one label by one person the newest.
+    """The verdicts on labels among those that a catalog keeps; of one person's on a label of the same bytes the newest.
 
     A weight belongs to the draw of the image, not to one word on it: whoever corrects or confirms what was said of
     these bytes, in the browser or elsewhere, need not repeat it.
@@ -101,9 +101,9 @@ def reviewed(events: pa.Table) -> VerdictFile:
     """
     weighted = events.filter(pc.is_valid(events["weight"])).select(["image_id", "content_hash", "weight"]).to_pylist()
     weights = {(row["image_id"], row["content_hash"]): row["weight"] for row in weighted}
-    newest: dict[tuple[str, str, str], dict[str, Any]] = {}
+    newest: dict[tuple[str, ...], dict[str, Any]] = {}
     for row in events.filter(pc.is_valid(events["label"])).to_pylist():
-        newest[row["image_id"], row["label"], row["reviewer"]] = row
+        newest[row["image_id"], row["content_hash"], row["label"], row["reviewer"]] = row
     rows = [row for row in newest.values() if row["value"] is not None]
     given = [weights.get((row["image_id"], row["content_hash"])) for row in rows]
     verdicts = [

@@ -135,7 +135,7 @@ class Actions:
             text = f"The page shows another reviewer: in this browser {who} now. Nothing was written. Reload the page."
             return JSONResponse({"error": text}, 409)
         judging = self._desk.judging
-        held = judging.labels_of(form.image_id, session.reviewer, form.labels)
+        held = judging.labels_of(form.image_id, form.content_hash, session.reviewer, form.labels)
         labels = {name: value for name, value in form.labels.items() if held.get(name) != value}
         before, decision, nothing = self._desk.said(row), form.decision, "Nothing has changed."
         if decision == WITHDRAWN and (before is None or not before.stands):  # of a page from before an undo

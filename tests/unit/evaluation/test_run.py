@@ -10,8 +10,8 @@ import pytest
 from tests.report_samples import label, labels_of, put_rows
 from tests.vilbert import make_vilbert
 from vlmflow.config import CatalogConfig, Job
-from vlmflow.errors import EvaluationError
 from vlmflow.engine.prepare import prepare
+from vlmflow.errors import EvaluationError
 from vlmflow.evaluation.dataset import Dataset, EvaluationTask, table_of
 from vlmflow.evaluation.run import Run, _job_for
 from vlmflow.sources.uris import image_ids

@@ -148,6 +148,14 @@ def test_a_weight_stays_with_the_image_that_was_drawn_whoever_says_what_of_it_la
     assert (matched.values[:, 0] == 1).all()
 
 
+def test_a_word_on_other_bytes_takes_the_place_of_none() -> None:
+    events = [event("a", True), event("a", False, content_hash="hash-before"), event("a", None, content_hash="third")]
+    file = reviewed(pa.Table.from_pylist(events, schema=EVENT))
+    matched = match_verdicts(file, [images(a="allow")], LABELS)
+    assert (matched.ids, matched.values.tolist()) == ([image_id("a")], [[1, -1]])
+    assert matched.left_out == {"image has changed since (content_hash differs)": 1}
+
+
 def test_of_those_that_agree_the_greatest_weight_counts() -> None:
     said = [Verdict("mem://a", "gun", True, weight, None) for weight in (1.0, 50.0, 2.0)]
     matched = match_verdicts(VerdictFile("uri", said, True), [images(a="allow")], LABELS)

@@ -22,7 +22,8 @@ from vlmflow.config import Frozen, Job, describe_validation
 from vlmflow.engine import PlanSummary, RunReport, enrich, plan
 from vlmflow.engine.cluster import ray_cluster
 from vlmflow.engine.progress import ProgressDisplay, Tally
-from vlmflow.engine.remoderate import RemoderateReport, Scope, remoderate
+from vlmflow.engine.remoderate import Scope, remoderate
+from vlmflow.engine.remoderate_report import RemoderateReport
 from vlmflow.errors import ConfigError, SubmittedJobError, VlmflowError
 from vlmflow.gate import GateLimits, GateReport, compare, golden_values, read_accepted
 from vlmflow.moderation.policy import load_policy

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from vlmflow.catalog import Catalog
     from vlmflow.checks import Check, doctor
     from vlmflow.engine import PlanSummary, PreflightReport, RunReport, enrich, plan, preflight
-    from vlmflow.engine.remoderate import RemoderateReport, Scope, remoderate
+    from vlmflow.engine.remoderate import Scope, remoderate
+    from vlmflow.engine.remoderate_report import RemoderateReport
     from vlmflow.evaluation import EvaluationReport, evaluate, read_dataset
     from vlmflow.grounding import GroundedRegion, PhraseGrounder, ground_phrases
     from vlmflow.models.convert import ConversionInputs, ConversionReport, convert_weights
@@ -121,7 +122,7 @@ _HOMES = {
     "PreflightReport": "vlmflow.engine",
     "Query": "vlmflow.search.query",
     "QueueReport": "vlmflow.review",
-    "RemoderateReport": "vlmflow.engine.remoderate",
+    "RemoderateReport": "vlmflow.engine.remoderate_report",
     "ReviewReport": "vlmflow.review",
     "RunReport": "vlmflow.engine",
     "Scope": "vlmflow.engine.remoderate",

@@ -92,8 +92,8 @@ def calibrate(
     return CalibrationReport(
         catalog=job.catalog.uri,
         verdicts=source_name,
-        policy=f"{policy.name} {policy.version} ({policy.digest[:12]})",
-        new_policy=f"{written.name} {written.version} ({written.digest[:12]})",
+        policy=policy.full_name,
+        new_policy=written.full_name,
         output=str(output),
         model=identity.id,
         num_images=len(matched.ids),

@@ -20,7 +20,8 @@ from vlmflow.cli import main
 from vlmflow.config import CatalogConfig, Job, ModelConfig
 from vlmflow.engine import enrich
 from vlmflow.engine import remoderate as module
-from vlmflow.engine.remoderate import RemoderateReport, Scope, remoderate
+from vlmflow.engine.remoderate import Scope, remoderate
+from vlmflow.engine.remoderate_report import RemoderateReport
 from vlmflow.errors import ConfigError
 from vlmflow.models import identify
 from vlmflow.moderation.policy import bind, load_policy, write_binding
@@ -125,6 +126,7 @@ def test_thresholds_alone_load_no_model_and_come_back(
     assert rows_of(job, [*MODERATION, "previous_policy"]) == before
 
     did = remoderate(job.model_copy(update={"policy": strict}))
+    assert did.policies == would.policies == {f"test 2 ({did.policy_digest[:12]})": 9}
     assert did.num_moved == did.num_from_margins == 9
     assert (did.flips, did.label_flips, did.decisions) == (would.flips, would.label_flips, would.decisions)
     assert sum(did.flips.values()) == sum(row["decision"] != "block" for row in before.values())
@@ -134,7 +136,10 @@ def test_thresholds_alone_load_no_model_and_come_back(
 
     # The profile's own policy, which was not set for this model, is not asked.
     back = remoderate(job.model_copy(update={"policy": None}), rollback=did.policy_digest[:12])
-    assert back.num_moved == 9
+    assert (back.num_moved, back.policies) == (9, {f"test 1 ({digest[:12]})": 9})
+    assert rows_of(job, ["previous_policy"]) == {name: {"previous_policy": None} for name in before}
+    again = remoderate(job.model_copy(update={"policy": None}), rollback=digest)
+    assert (again.num_moved, again.num_first, again.policies) == (0, 9, {})
     assert rows_of(job) == {name: {column: row[column] for column in MODERATION} for name, row in before.items()}
 
 
@@ -285,7 +290,7 @@ def test_the_command_line_shows_the_flips(
         main(["remoderate", job.catalog.uri, "--config", str(config), "--policy", strict, "--dry-run"])
     assert ended.value.code == 0
     shown = capsys.readouterr().out
-    assert "9 images would come under policy test 2" in " ".join(shown.split())
+    assert f"9 images would come under policy test 2 ({load_policy(strict).digest[:12]})" in " ".join(shown.split())
     assert "-> block" in shown
     with pytest.raises(SystemExit) as ended:
         main(["remoderate", job.catalog.uri, "--config", str(config), "--policy", strict, "--json"])

@@ -171,7 +171,7 @@ def due_by_task(tasks: Iterable[str], plan: Plan) -> dict[str, dict[str, int]]:
 def policy_name(prepared: Prepared) -> str | None:
     """``name version (digest)`` of the policy; None without one."""
     policy = prepared.setup.policy
-    return None if policy is None else f"{policy.name} {policy.version} ({policy.digest[:12]})"
+    return None if policy is None else policy.full_name
 
 
 def initial_report(run_id: str, prepared: Prepared, plan: Plan) -> RunReport:

@@ -195,6 +195,11 @@ class Policy(_Part):
         """
         return _digest(self.model_dump(mode="json", exclude_defaults=True))
 
+    @property
+    def full_name(self) -> str:
+        """``name version (digest)``, by which it is told from another that somebody gave the same version."""
+        return f"{self.name} {self.version} ({self.digest[:12]})"
+
     def each_label(self) -> tuple[Label, ...]:
         """The labels with prompts and thresholds, in the order of :attr:`labels`."""
         return tuple(label for category in self.categories for label in category.labels)

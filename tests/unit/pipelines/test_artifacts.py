@@ -19,7 +19,7 @@ from vlmflow.catalog.verify import Finding
 from vlmflow.checks import Check
 from vlmflow.config import CatalogConfig
 from vlmflow.engine import PlanSummary, RunReport
-from vlmflow.engine.remoderate import RemoderateReport
+from vlmflow.engine.remoderate_report import RemoderateReport
 from vlmflow.gate import GateReport
 from vlmflow.report.rows import Row
 from vlmflow.search.results import Hit
@@ -196,7 +196,7 @@ def test_a_diff_sums_partitions_and_shows_few_examples(shown: Shown) -> None:
     assert "| `gun` | allow -> block | 3 |" in shown.markdown
     assert shown.markdown.count("`s3://b/ img .png`") == MAX_EXAMPLES
     assert "`gun 0.9`" in shown.markdown
-    assert "- 1 images had no policy before, and stay" in shown.markdown
+    assert "- 1 images stay: none is known that they had before" in shown.markdown
 
 
 def test_partitions_wait_or_are_done(shown: Shown) -> None:

@@ -157,6 +157,8 @@ def test_only_the_rows_asked_for(
     assert remoderate(new, scope=Scope(end=OLD_DATE, where="width > height"), dry_run=True).num_moved == 2
     with pytest.raises(ConfigError, match="nothing_such"):
         remoderate(new, scope=Scope(where="nothing_such = 1"))
+    with pytest.raises(ConfigError, match=f"from {NEW_DATE} to {OLD_DATE}"):
+        remoderate(new, scope=Scope(NEW_DATE, OLD_DATE))
     with pytest.raises(ConfigError, match="more than a condition"):
         remoderate(new, scope=Scope(where="true); DROP TABLE images; SELECT (1"))
     report = remoderate(new, scope=Scope(start=NEW_DATE))

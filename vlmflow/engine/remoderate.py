@@ -30,6 +30,7 @@ from vlmflow.engine.prepare import Prepared, encode_policy, prepare
 from vlmflow.engine.progress import ProgressDisplay, SilentProgress, Tally
 from vlmflow.engine.relabel_files import Done, Scan, relabel_file, scan_file, score_file
 from vlmflow.engine.remoderate_report import RemoderateReport
+from vlmflow.errors import ConfigError
 from vlmflow.models.detectors import prepare_detectors
 from vlmflow.moderation.decide import Moderator
 from vlmflow.moderation.policy import Policy, check_binding, prompts_digest
@@ -49,11 +50,21 @@ _COMMIT_S = 30.0
 
 @dataclass(frozen=True)
 class Scope:
-    """Which rows are asked for: ingest dates from ``start`` to ``end``, both included, and a condition in SQL."""
+    """Which rows are asked for: ingest dates from ``start`` to ``end``, both included, and a condition in SQL.
+
+    Raises:
+        ConfigError: the first date is later than the last.
+    """
 
     start: dt.date | None = None
     end: dt.date | None = None
     where: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses a range that no date lies in, of which everything would seem to be done."""
+        if self.start is not None and self.end is not None and self.start > self.end:
+            remedy = "Give the earlier date first."
+            raise ConfigError(f"no ingest date is from {self.start} to {self.end}", remedy=remedy)
 
     def holds(self, file: DataFile) -> bool:
         """Whether a file's partition lies within."""

@@ -27,6 +27,8 @@ STATUSES = (OK, PARTIAL, UNREADABLE, MISSING, FAILED)
 REVIEW = "review"
 UNSCORED = "unscored"  # decision_reason of a row without a moderation result
 
+POLICY_COLUMNS = ("policy_name", "policy_version", "policy_digest")
+
 IMAGE_STAGES = ("read", "decode")  # an error there concerns the whole image, one of a task's only that task
 UNREADABLE_CLASSES = (
     RowErrorClass.EMPTY_FILE,
@@ -238,6 +240,19 @@ def failed_tasks(errors: pa.ChunkedArray) -> dict[str, Mask]:
     for task, marks in out.items():
         marks[rows[stages == task]] = True
     return out
+
+
+def policy_names(rows: pa.Table) -> pa.Array | pa.ChunkedArray:
+    """(N,) ``name version (digest)`` of each row's policy, as :attr:`Policy.full_name`; null where there is none.
+
+    The digest by its beginning: somebody may change a policy and leave its version as it was.
+
+    Args:
+        rows: with the columns :data:`POLICY_COLUMNS`.
+    """
+    name, version, digest = (rows[column] for column in POLICY_COLUMNS)
+    shown = pc.binary_join_element_wise("(", pc.utf8_slice_codeunits(digest, 0, 12), ")", "")
+    return pc.binary_join_element_wise(name, version, shown, " ")
 
 
 def unseen_frames(errors: pa.ChunkedArray | pa.Array) -> Mask:

@@ -9,9 +9,12 @@ import pytest
 from tests.catalog_samples import config_of, image_id
 from tests.report_samples import label, labels_of, put_record, put_rows
 from vlmflow.catalog import Catalog
+from vlmflow.catalog.folder import Folder
 from vlmflow.errors import ConfigError
 from vlmflow.report.collect import NUM_NEW, NUM_PER_LABEL, collect
 from vlmflow.report.runs import find_run
+from vlmflow.summary import summarize
+from vlmflow.web.facts import FactReader
 
 
 def test_counts_are_of_all_files_and_shown_rows_are_the_right_ones(tmp_path: Path) -> None:
@@ -60,6 +63,19 @@ def test_only_so_many_rows_are_kept_and_the_total_is_known(tmp_path: Path) -> No
     assert facts.new == sorted(image_id(name) for name in names)[:NUM_NEW]
     best = [image_id(name) for name in reversed(names[-NUM_PER_LABEL:])]
     assert [found for found, _ in facts.examples["weapons/gun"]] == best
+
+
+def test_policies_of_one_name_and_version_are_told_apart_by_their_digests(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    put_rows(config, ["a", "b"], policy_digest=["ab" * 32] * 2)
+    put_rows(config, ["c"], policy_digest=["cd" * 32])
+    put_rows(config, ["d"], policy_name=[None], policy_version=[None], policy_digest=[None])
+    catalog = Catalog.open(config)
+    expected = {"demo 1 (abababababab)": 2, "demo 1 (cdcdcdcdcdcd)": 1}
+    assert collect(catalog, None).policies == expected
+    assert summarize(config).policies == expected
+    facts = FactReader(Folder(config)).read(list(catalog.live_files("images").values()))
+    assert facts.counts("policy", None) == expected | {"": 1}
 
 
 def test_what_was_flagged_before_the_run_is_not_newly_flagged(tmp_path: Path) -> None:

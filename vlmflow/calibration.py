@@ -10,7 +10,7 @@ from vlmflow.catalog import Catalog
 from vlmflow.config import Job
 from vlmflow.errors import CalibrationError, PolicyError
 from vlmflow.moderation.calibrate import CalibrationReport, Targets, calibrate_labels
-from vlmflow.moderation.policy import find_binding, next_version, shipped_policies, write_version
+from vlmflow.moderation.policy import POLICY_SUFFIXES, find_binding, next_version, shipped_policies, write_version
 from vlmflow.moderation.scoring import Scorer
 from vlmflow.moderation.verdicts import (
     IMAGE_COLUMNS,
@@ -48,7 +48,7 @@ def calibrate(
 
     Raises:
         CalibrationError: verdicts that cannot be used or do not suffice, or embeddings of another model.
-        PolicyError: the policy cannot be used, or the output is there already.
+        PolicyError: the policy cannot be used, or the output is no YAML file by its name, or is there already.
         CatalogError: there is no catalog.
         WeightsError: the embedder's weights are absent or do not fit.
     """
@@ -62,7 +62,11 @@ def calibrate(
     if output is None:
         folder = Path() if job.policy in shipped_policies() else source.parent
         output = folder / f"{policy.name}-v{next_version(policy.version)}.yaml"
-    if output.exists():  # before all else: it would be in vain
+    # Before all else: it would be in vain.
+    if output.suffix not in POLICY_SUFFIXES:
+        remedy = "End its name with .yaml: no policy is read from another file."
+        raise PolicyError(f"policy {output}: neither {' nor '.join(POLICY_SUFFIXES)}", remedy=remedy)
+    if output.exists():
         raise PolicyError(f"policy {output}: is there already", remedy="Name another file with --output.")
     catalog = Catalog.open(job.catalog)
     labels = tuple(ref.label for ref in policy.labels)

@@ -22,6 +22,7 @@ from vlmflow.config import describe_validation
 from vlmflow.errors import PolicyError, UnboundPolicyError
 from vlmflow.models.identity import ModelIdentity
 
+POLICY_SUFFIXES = (".yaml", ".yml")
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 Prompt = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -215,7 +216,7 @@ def load_policy(name_or_path: str) -> Policy:
     shipped = shipped_policies()
     if name_or_path in shipped:
         path = shipped[name_or_path]
-    elif path.suffix not in (".yaml", ".yml"):
+    elif path.suffix not in POLICY_SUFFIXES:
         raise PolicyError(
             f"policy {name_or_path}: no policy of this name ships",
             remedy=f"Name one of {', '.join(shipped)}, or the path of a .yaml file.",
@@ -342,9 +343,13 @@ def _with_binding(path: Path, binding: Binding) -> str:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that is there twice, of which YAML would silently take the last."""
+    """Refuses a key that is there twice, of which YAML would silently take the last, and keys merged from elsewhere."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                text = f"key {key.value} merges keys from elsewhere, which is not read: write them out"
+                raise yaml.constructor.ConstructorError(None, None, text, key.start_mark)
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:

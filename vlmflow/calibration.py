@@ -74,7 +74,9 @@ def calibrate(
     given = read_verdicts(verdicts) if verdicts is not None else reviewed(catalog.reviews.events())
     matched = match_verdicts(given, catalog.image_batches(IMAGE_COLUMNS), labels)
     if not matched.ids:
-        reasons = ", ".join(f"{reason}: {num}" for reason, num in matched.left_out.items()) or "the file is empty"
+        reasons = (
+            ", ".join(f"{reason}: {num}" for reason, num in matched.left_out.items()) or "none has a label and a value"
+        )
         raise CalibrationError(f"{source_name}: no verdict counts ({reasons})", remedy="Label images of this catalog.")
     prompts = prepare_prompts(setup)
     assert prompts is not None

@@ -88,7 +88,7 @@ def import_verdicts(config: CatalogConfig, source: Path, *, reviewer: str | None
         CatalogError: there is no catalog, or other writers are always first.
     """
     now = dt.datetime.now(dt.UTC)
-    words = read_words(source, reviewer, now)
+    words, unsaid = read_words(source, reviewer, now)
     catalog = Catalog.open(config)
     given, left_out = _events(words, catalog.image_batches(_ROW))
     before = catalog.reviews.events()
@@ -104,7 +104,7 @@ def import_verdicts(config: CatalogConfig, source: Path, *, reviewer: str | None
         source=str(source),
         num_verdicts=events.num_rows,
         num_new=num_new,
-        left_out=dict(left_out),
+        left_out=dict(left_out + unsaid),
         num_changed=result.num_changed,
         num_waiting=result.num_waiting,
         flips=result.flips,

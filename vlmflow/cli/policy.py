@@ -138,7 +138,8 @@ def calibrate(
         typer.Option(
             "--labels",
             help="Verdicts, Parquet or CSV: image_id or uri, label, value (true, false); weight and content_hash "
-            "if there are any. Default: those on labels that `review import` brought in.",
+            "if there are any; so a queue of `review export`, filled in. Default: those on labels that `review import` "
+            "brought in.",
         ),
     ] = None,
     profile: ProfileOption = None,

@@ -69,7 +69,9 @@ def import_command(
     Of several verdicts on one image the newest counts: by its time in the column `at`, or without one by the time when
     the file was last changed. Importing a file twice, or a copy of it, changes nothing: a row without a time that
     repeats what the same person said before keeps the time of then. To say it again after somebody decided otherwise,
-    fill in `at`. Verdicts on images that have changed since the export are left out and counted.
+    fill in `at`. Verdicts on images that have changed since the export are left out and counted, and labels without a
+    value. Of Label Studio the labels that are ticked are true; that the others do not hold it does not say, and
+    `calibrate` needs labels of which that is said.
 
     Example: `vlmflow review import catalog/ queue.csv --reviewer ada`
     """

@@ -94,6 +94,11 @@ def print_queue(report: QueueReport, console: Console) -> None:
     """Prints what went into a review queue, and what to do with it."""
     kinds = ", ".join(f"{name} {count:,}" for name, count in report.queues.items()) or "nothing to look at"
     console.print(f"[bold]{report.num_images:,} images[/bold] in {escape(report.output)}: {kinds}")
+    if report.num_labelled:
+        console.print(
+            f"{report.num_labelled:,} images are left out: labels were said of them, and no verdict. `vlmflow serve` "
+            "shows them among those that nobody has decided."
+        )
     console.print(
         f"Fill in verdict and reviewer, then: vlmflow review import {escape(report.catalog)} {escape(report.output)}",
         soft_wrap=True,

@@ -39,7 +39,8 @@ def export_command(
     """Write the images that a person should look at.
 
     Fill in `verdict` (allow, review, block; none takes an earlier one back), or `label` and `value` (true, false), and
-    `reviewer`; then import the file. Images with a verdict on their present bytes are left out.
+    `reviewer`; then import the file. Images with a verdict on their present bytes are left out, and those with labels
+    said of these: once a queue is imported, the next one holds others.
 
     Example: `vlmflow review export catalog/ queue.csv --near 200`
     """

@@ -81,7 +81,7 @@ def read_verdicts(path: Path) -> VerdictFile:
     """Reads a Parquet or CSV file with the columns image_id or uri, label, value; weight and content_hash may be there.
 
     So a queue as `review export` writes it can be read: rows without a value are passed over, and counted where they
-    name a label. A row without a weight has that of another on the same image and bytes, as in :func:`reviewed`; else 1.
+    name a label. A row without a weight has that of another on its image and bytes, as in :func:`reviewed`, else 1.
 
     Raises:
         CalibrationError: the file cannot be read, lacks a column, or holds a value that says neither yes nor no.

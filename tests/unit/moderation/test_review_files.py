@@ -17,9 +17,9 @@ from tests.web_samples import small_catalog
 from vlmflow.catalog import Catalog
 from vlmflow.config import CatalogConfig
 from vlmflow.errors import ReviewError
-from vlmflow.moderation.queue import QUEUE
+from vlmflow.moderation.queue import QUEUE, QueueSizes
 from vlmflow.moderation.review_files import Word, read_words, write_queue
-from vlmflow.review import import_verdicts
+from vlmflow.review import export_queue, import_verdicts
 
 
 @pytest.mark.parametrize("start", ["=1+1", "+1", "-1", "@sum(1)", "|x", "\t=1", "\n=1", "＝1", HOSTILE["formula"]])
@@ -139,6 +139,18 @@ def test_a_file_of_a_clock_that_is_ahead_is_of_now(catalog: CatalogConfig, tmp_p
     assert import_verdicts(catalog, ahead).num_new == 0
     (at,) = Catalog.open(catalog).reviews.events()["at"].to_pylist()
     assert at <= dt.datetime.now(dt.UTC)
+
+
+def test_an_image_with_labels_alone_keeps_its_decision_and_is_not_exported_again(
+    catalog: CatalogConfig, tmp_path: Path
+) -> None:
+    base = {name: said(catalog, "")[name] for name in ("image_id", "content_hash", "reviewer")}
+    import_verdicts(catalog, filled_in(tmp_path, MONDAY, base | {"label": "gun", "value": "true"}))
+    report = export_queue(catalog, tmp_path / "next.parquet", sizes=QueueSizes(9, 9, 9))
+    assert (report.num_images, report.num_labelled) == (2, 1)
+    queue = pq.read_table(tmp_path / "next.parquet").to_pylist()
+    assert base["image_id"] not in {row["image_id"] for row in queue}
+    assert {row["weight"] for row in queue} == {1.0}
 
 
 def test_a_label_that_was_taken_back_does_not_return_with_an_old_file(catalog: CatalogConfig, tmp_path: Path) -> None:

@@ -247,6 +247,8 @@ def show_diff(key: str, title: str, reports: Sequence[RemoderateReport]) -> None
         "stay: none is known that they had before": sum(report.num_first for report in reports),
     }
     lines += ["", *(f"- {count:,} images {what}" for what, count in left.items() if count)]
+    for run_id, policy in {beside: name for report in reports for beside, name in report.runs_beside.items()}.items():
+        lines.append(f"- run {code(run_id)} was at work under {code(policy)}: what it commits later stays under that")
     _show_markdown("\n".join(lines), key, title)
 
 

@@ -62,6 +62,11 @@ def print_remoderation(report: RemoderateReport, console: Console) -> None:
             f"{report.num_first:,} images stay under the policy rolled back: they were first moderated under it, or an "
             "earlier rollback put them back. `vlmflow remoderate --policy` moves them."
         )
+    for run_id, policy in report.runs_beside.items():
+        console.print(
+            f"[yellow]Run {escape(run_id)} is at work under policy {escape(policy)}:[/yellow] rows that it commits "
+            "from now on stay under that. When it has ended, run this once more."
+        )
 
 
 def print_evidence(evidence: Evidence, console: Console) -> None:

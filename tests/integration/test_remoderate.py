@@ -125,7 +125,13 @@ def test_thresholds_alone_load_no_model_and_come_back(
     assert Catalog.open(job.catalog).version == version
     assert rows_of(job, [*MODERATION, "previous_policy"]) == before
 
+    runs = Catalog.open(job.catalog).runs
+    runs.start("night", {"status": "running", "policy": "test 1 (abc)"})
+    runs.start("ours", {"status": "running", "policy": next(iter(would.policies))})
     did = remoderate(job.model_copy(update={"policy": strict}))
+    assert did.runs_beside == {"night": "test 1 (abc)"}
+    for run_id in ("night", "ours"):
+        runs.finish(run_id, {"status": "done"})
     assert did.policies == would.policies == {f"test 2 ({did.policy_digest[:12]})": 9}
     assert did.num_moved == did.num_from_margins == 9
     assert (did.flips, did.label_flips, did.decisions) == (would.flips, would.label_flips, would.decisions)

@@ -157,7 +157,22 @@ class _Remoderation:
             raise
         finally:
             runs.finish(self._run_id, self._record(status))
-        return self._report("done")
+        return self._report("done").model_copy(update={"runs_beside": self._runs_beside()})
+
+    def _runs_beside(self) -> dict[str, str]:
+        """Runs that may still commit rows under a policy that we moved rows from, and that policy.
+
+        We are done once no row of the moment is left to move: such a run may go on for hours.
+        """
+        runs, found = self._catalog.runs, {}
+        left = (self._rollback or "")[:12]
+        for run_id in [run_id for run_id, state in runs.states().items() if state == "running"]:
+            record = runs.get(run_id) or {}
+            policy = record.get("policy")
+            is_enrichment = "operation" not in record and record.get("status") == "running"
+            if is_enrichment and policy and (f"({left})" in policy if left else policy not in self._totals.policies):
+                found[run_id] = str(policy)
+        return found
 
     def _run(self) -> None:
         self._display.stage("starting Ray")

@@ -27,6 +27,8 @@ class RemoderateReport(Frozen):
         label_flips: by label, rows by change of that label's decision.
         examples: a few images of each change of decision, with uri and reason.
         partitions: rows moved by ingest date.
+        runs_beside: runs of `enrich` that were at work at the end, or dead for less than ten minutes, with the policy
+            that rows come under which they commit later.
     """
 
     run_id: str
@@ -53,3 +55,4 @@ class RemoderateReport(Frozen):
     examples: tuple[dict[str, str | None], ...] = ()
     partitions: dict[str, int] = {}
     num_commits: int = 0
+    runs_beside: dict[str, str] = {}

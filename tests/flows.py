@@ -116,6 +116,8 @@ class HeldImages(http.server.ThreadingHTTPServer):
     The first ``num_free`` are served at once.
     """
 
+    request_queue_size = 128
+
     def __init__(self, num_free: int = 0) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.num_free = num_free

@@ -1,4 +1,4 @@
-"""Attention of texts to images that makes no keys and values of the images.
+"""Attention of texts to images: of short texts without keys and values of the images, of long ones with them.
 
 A head's score of a token is ``q . (W_k x)``, which is ``(W_k^T q) . x``; and what it gives is ``W_v`` of a mean of the
 tokens, weighed by the scores (the weights are absorbed into the queries, as in DeepSeek-V2, arXiv:2405.04434, section
@@ -7,8 +7,8 @@ softmax does not see it; a value's bias comes out whole.
 
 What that saves in BLIP-base, for an image: 16 GFLOP of keys and values in each tower of texts (that of images has
 110), and the 21 MB in bfloat16 to keep them in, all of which every token that is decoded reads; features are 0.9 MB,
-read once a layer. What it costs: a query of a head attends in 768 dimensions where it had 64, so that from 64 tokens
-on, beams counted, keys and values would take fewer operations.
+read once a layer. What it costs: a query of a head attends in 768 dimensions where it had 64. So from some number of
+tokens on, beams counted, a layer makes keys and values after all, for itself alone: none are kept for the next.
 """
 
 from __future__ import annotations
@@ -17,14 +17,25 @@ from typing import Any
 
 import torch
 
+from vlmflow.models.attention import attend, split_heads
 from vlmflow.models.fused import attempt, can_fuse
-from vlmflow.models.linear import PackedLinear
+from vlmflow.models.linear import PackedLinear, multiply
 from vlmflow.models.norm import Norm
 
 # The kernel holds the means of some queries in registers.
 _MAX_FUSED_WIDTH = 1024
 # Of a text at once: the scores of 256 tokens would take 7 MB an image.
 _TOKENS_AT_ONCE = 32
+_TOKENS_AT_ONCE_BY_KEYS = 128
+# From so many tokens of an image on, keys and values take less time: by operations from as many as a head has
+# dimensions, which is 64, and in bfloat16 as measured on a processor. In float32 the break-even is at 27 there, since
+# packed weights are multiplied at twice the speed of batches of products.
+_MANY = 64
+_MANY_IN_FLOAT32 = 32
+# On CUDA in half precision by reckoning alone, to be measured (`benchmarks.gpu_pool` prints what it takes): plain
+# products reach some 600 TFLOP/s on an H100, the kernel with its few rows perhaps 100 to 150, so the break-even would
+# be near 64 x 150 / 600 to twice that.
+_MANY_IN_HALF_ON_CUDA = 24
 
 
 class CrossAttention:
@@ -49,18 +60,34 @@ class CrossAttention:
 
     def __call__(self, states: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """(N, L, D) and (N, T, E) in the images' dtype -> (N, L, D), the normalised sum."""
-        queries = self._query(states)
-        starts = range(0, queries.shape[1], _TOKENS_AT_ONCE)
-        parts = [self._attend(queries[:, start : start + _TOKENS_AT_ONCE], features) for start in starts]
+        queries = self._query(states).to(features.dtype)
+        if queries.shape[1] < _many(features):
+            parts = [self._attend(part, features) for part in queries.split(_TOKENS_AT_ONCE, dim=1)]
+        else:
+            parts = self._attend_to_keys(queries, features)
         context = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         return self._norm.of_sum(states, self._out(context))
 
     def _attend(self, queries: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """(N, L, H d) -> the same, without the values' bias."""
         num_heads, head_dim = self._to_features.shape[:2]
-        by_head = queries.to(features.dtype).reshape(-1, num_heads, head_dim).transpose(0, 1)
+        by_head = queries.reshape(-1, num_heads, head_dim).transpose(0, 1)
         means = attend_to_features(torch.bmm(by_head, self._to_features), features)
         return torch.bmm(means, self._from_features).transpose(0, 1).reshape(queries.shape)
+
+    def _attend_to_keys(self, queries: torch.Tensor, features: torch.Tensor) -> list[torch.Tensor]:
+        """As :meth:`_attend`, in parts of the texts."""
+        num_heads = len(self._to_features)
+        weights = self._to_features, self._from_features.transpose(1, 2)
+        keys, values = (split_heads(multiply(features, of.flatten(0, 1)), num_heads, 1)[0] for of in weights)
+        by_head = split_heads(queries, num_heads, 1)[0].split(_TOKENS_AT_ONCE_BY_KEYS, dim=2)
+        return [attend(part, keys, values, scale=1.0) for part in by_head]  # the keys' weights are scaled
+
+
+def _many(features: torch.Tensor) -> int:
+    if features.is_cuda:
+        return _MANY if features.dtype == torch.float32 else _MANY_IN_HALF_ON_CUDA
+    return _MANY_IN_FLOAT32 if features.dtype == torch.float32 else _MANY
 
 
 def attend_to_features(queries: torch.Tensor, features: torch.Tensor) -> torch.Tensor:

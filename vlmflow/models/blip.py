@@ -147,10 +147,9 @@ class BlipMatcher:
         if last is None or last[0] != list(texts):  # both heads are asked about the same
             self._threads.last = last = (list(texts), self._tokens(texts))
         groups, found = last[1], []
-        with growing(self._itm_head.weight.device):
-            for group in groups:
-                shown = features if features is None or len(groups) == 1 else features[group.rows]
-                found.append(self._encoder.encode(group.ids, group.mask, shown)[:, 0])
+        for group in groups:
+            shown = features if features is None or len(groups) == 1 else features[group.rows]
+            found.append(self._encoder.encode(group.ids, group.mask, shown)[:, 0])
         if len(groups) == 1:
             return found[0]
         rows = [row for group in groups for row in group.rows]

@@ -135,6 +135,29 @@ def test_match_scores_are_those_of_a_processor(
     assert np.mean(np.abs(scores[0] - scores[1]) <= most) >= share
 
 
+@TOLERANCES
+def test_texts_of_all_lengths_match_as_on_a_processor(
+    pixels: torch.Tensor, dtype: Dtype, most: float, share: float
+) -> None:
+    """Short ones attend to the features themselves, and long ones to keys."""
+    as_in_a_worker(dtype)
+    texts = ["a red car beside a house " * (1 + row % 16) for row in range(len(pixels))]
+    found = []
+    for matcher in (load_matcher(MATCHER, "cpu"), load_matcher(MATCHER, "cuda", dtype)):
+        scores = matcher.match_itm(matcher.encode_images(pixels), texts)
+        assert scores is not None
+        found.append(scores)
+    assert np.mean(np.abs(found[0] - found[1]) <= most) >= share
+
+
+def test_a_batch_of_another_size_scores_as_before(pixels: torch.Tensor) -> None:
+    """Rows that are added for cuDNN are read by nobody."""
+    as_in_a_worker("bfloat16")
+    embedder = load_embedder(CLIP, "cuda")
+    together = embedder.embed_images(pixels)
+    assert np.abs(embedder.embed_images(pixels[:37]) - together[:37]).max() < 0.01
+
+
 def test_answers_are_those_of_a_processor(pixels: torch.Tensor) -> None:
     as_in_a_worker("auto")
     questions = [["what color is the background?", "how many dogs are there?", "is it a cat?"]] * len(pixels)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from vlmflow.models.attention import attend, split_heads
+from vlmflow.models.attention import attend, growing, split_heads
 from vlmflow.models.fused import attempt, can_fuse
 from vlmflow.models.linear import PackedLinear, multiply
 from vlmflow.models.norm import Norm
@@ -62,7 +62,7 @@ class CrossAttention:
         """(N, L, D) and (N, T, E) in the images' dtype -> (N, L, D), the normalised sum."""
         queries = self._query(states).to(features.dtype)
         if queries.shape[1] < _many(features):
-            parts = [self._attend(part, features) for part in queries.split(_TOKENS_AT_ONCE, dim=1)]
+            parts = [self._attend(part, features) for part in torch.split(queries, _TOKENS_AT_ONCE, dim=1)]
         else:
             parts = self._attend_to_keys(queries, features)
         context = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
@@ -80,8 +80,9 @@ class CrossAttention:
         num_heads = len(self._to_features)
         weights = self._to_features, self._from_features.transpose(1, 2)
         keys, values = (split_heads(multiply(features, of.flatten(0, 1)), num_heads, 1)[0] for of in weights)
-        by_head = split_heads(queries, num_heads, 1)[0].split(_TOKENS_AT_ONCE_BY_KEYS, dim=2)
-        return [attend(part, keys, values, scale=1.0) for part in by_head]  # the keys' weights are scaled
+        by_head = torch.split(split_heads(queries, num_heads, 1)[0], _TOKENS_AT_ONCE_BY_KEYS, dim=2)
+        with growing(features.device):
+            return [attend(part, keys, values, scale=1.0) for part in by_head]  # the keys' weights are scaled
 
 
 def _many(features: torch.Tensor) -> int:

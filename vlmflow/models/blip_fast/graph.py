@@ -6,17 +6,19 @@ import contextlib
 import logging
 
 import torch
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from vlmflow.device_errors import is_device_broken, is_out_of_memory, release_on_demand
 from vlmflow.models.blip_fast.cache import IndexedCache
 from vlmflow.models.blip_fast.special import SpecialTokens
 from vlmflow.models.blip_fast.text import TextTower
+from vlmflow.models.sizes import is_watched, round_up
 
 logger = logging.getLogger("vlmflow")
 
 # The job's batches, and what is left of a stage's output; each graph holds the features of all its images.
 _MAX_GRAPHS = 2
+# Images of the smallest graph but those of a power of two.
+_STEP = 64
 # Asking whether all captions have ended waits for the device.
 _STEPS_BETWEEN_CHECKS = 4
 
@@ -38,7 +40,7 @@ class DecodeGraphs:
     def decode(self, images: torch.Tensor, max_tokens: int) -> torch.Tensor | None:
         """As :class:`GreedyDecoder`, on CUDA; None: the step cannot be captured here, and is not tried again."""
         # A graph is replayed behind the back of whoever counts or traces operations.
-        if not self._works or _get_current_dispatch_mode() is not None:
+        if not self._works or is_watched():
             return None
         key = self._key(images, max_tokens)
         try:
@@ -67,7 +69,7 @@ class DecodeGraphs:
 
         Rows that nobody reads cost less than a capture.
         """
-        num_rows, rest = round_up(len(images)), (*images.shape[1:], max_tokens)
+        num_rows, rest = round_up(len(images), _STEP), (*images.shape[1:], max_tokens)
         fitting = [key for key in self._steps if key[1:] == rest and num_rows <= key[0] <= 2 * num_rows]
         return min(fitting, default=(num_rows, *rest))
 
@@ -142,10 +144,3 @@ class FixedStep:
         self._running.logical_and_(best[:, 0] != self._special.end)
         self._tokens.copy_(best)
         self._cache.position.add_(1)
-
-
-def round_up(num_images: int) -> int:
-    """To a power of two, from 64 on to a multiple of 64: few sizes, and few rows that nobody reads."""
-    if num_images <= 64:
-        return 1 << (num_images - 1).bit_length()
-    return -(-num_images // 64) * 64

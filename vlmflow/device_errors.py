@@ -8,6 +8,7 @@ runtime API).
 
 from __future__ import annotations
 
+import threading
 import weakref
 from typing import Protocol
 
@@ -32,6 +33,8 @@ class Releasing(Protocol):
         """Lets go of it."""
 
 
+# Held by who captures a graph: meanwhile torch's allocator gives no memory back, and fails an assertion if asked to.
+capturing = threading.Lock()
 _releasing: weakref.WeakSet[Releasing] = weakref.WeakSet()
 
 
@@ -57,11 +60,15 @@ def release_on_demand(holder: Releasing) -> None:
 
 
 def release_memory() -> None:
-    """Frees what is only kept to save time. To be called outside of handlers, whose tracebacks keep tensors."""
+    """Frees what is only kept to save time, once no graph is captured.
+
+    To be called outside of handlers, whose tracebacks keep tensors.
+    """
     for holder in list(_releasing):
         holder.release()
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.empty_cache()
+        with capturing:
+            torch.cuda.empty_cache()
 
 
 def _code(error: torch.AcceleratorError) -> int | None:

@@ -5,6 +5,8 @@ In float32 captions are equal and scores within 1e-4; in bfloat16 99% of the cap
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +120,26 @@ def test_graphs_are_let_go_when_memory_runs_out(pixels: torch.Tensor) -> None:
     release_memory()
     assert torch.cuda.memory_allocated() < held
     assert captioner.caption(pixels[:8], 20) == first
+
+
+def test_memory_is_given_back_beside_captures(pixels: torch.Tensor) -> None:
+    as_in_a_worker("bfloat16")
+    captioner = load_captioner(CAPTIONER, "cuda")
+    assert isinstance(captioner, BlipCaptioner)
+    expected = captioner.caption(pixels[:8], 20)
+    with ThreadPoolExecutor(1) as threads:
+        is_done = threading.Event()
+
+        def give_back() -> None:
+            while not is_done.is_set():
+                release_memory()
+
+        giving = threads.submit(give_back)
+        found = [captioner.caption(pixels[:8], 20) for _ in range(5)]
+        is_done.set()
+        giving.result(60.0)
+    assert found == [expected] * 5
+    assert captioner._decode_greedily._graphs._works
 
 
 @TOLERANCES

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from functools import cache
 
 import torch
 
-from vlmflow.device_errors import is_device_broken, is_out_of_memory, release_on_demand
+from vlmflow.device_errors import capturing, is_device_broken, is_out_of_memory, release_on_demand
 from vlmflow.models.blip_fast.cache import IndexedCache
 from vlmflow.models.blip_fast.special import SpecialTokens
 from vlmflow.models.blip_fast.text import TextTower
@@ -34,7 +35,7 @@ class DecodeGraphs:
         release_on_demand(self)
 
     def release(self) -> None:
-        """Gives the memory of all graphs back; they are captured anew when needed."""
+        """Gives the memory of all graphs back; they are captured anew when needed. Any thread may call for it."""
         self._steps.clear()
 
     def decode(self, images: torch.Tensor, max_tokens: int) -> torch.Tensor | None:
@@ -46,8 +47,8 @@ class DecodeGraphs:
         try:
             step = self._steps.pop(key, None)
             if step is None:
-                while len(self._steps) >= _MAX_GRAPHS:
-                    del self._steps[next(iter(self._steps))]
+                while len(oldest_first := list(self._steps)) >= _MAX_GRAPHS:
+                    self._steps.pop(oldest_first[0], None)
                 step = FixedStep(self._tower, self._special, images, key[0], max_tokens)
                 step.capture()
             self._steps[key] = step  # the last used at the end
@@ -70,7 +71,7 @@ class DecodeGraphs:
         Rows that nobody reads cost less than a capture.
         """
         num_rows, rest = round_up(len(images), _STEP), (*images.shape[1:], max_tokens)
-        fitting = [key for key in self._steps if key[1:] == rest and num_rows <= key[0] <= 2 * num_rows]
+        fitting = [key for key in list(self._steps) if key[1:] == rest and num_rows <= key[0] <= 2 * num_rows]
         return min(fitting, default=(num_rows, *rest))
 
 
@@ -95,7 +96,7 @@ class FixedStep:
 
     def capture(self) -> None:
         """Records the step; CUDA alone."""
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream = _warm_up_stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):  # libraries set themselves up in the first calls, which no graph may record
@@ -105,7 +106,7 @@ class FixedStep:
         self._reset(0)
         graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         # What fails leaves the thread on the stream that was captured: whoever goes on belongs on the one before.
-        with torch.cuda.stream(torch.cuda.current_stream()):
+        with torch.cuda.stream(torch.cuda.current_stream()), capturing:
             try:
                 # Another thread may be copying the next batch meanwhile, which would spoil a capture that watches all.
                 with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
@@ -144,3 +145,9 @@ class FixedStep:
         self._running.logical_and_(best[:, 0] != self._special.end)
         self._tokens.copy_(best)
         self._cache.position.add_(1)
+
+
+@cache
+def _warm_up_stream() -> torch.cuda.Stream:
+    """One for all captures: cuBLAS keeps a workspace of 32 MB for each stream that it was ever called on."""
+    return torch.cuda.Stream()  # type: ignore[no-untyped-call]

@@ -113,6 +113,7 @@ class PoolWorker:
             (columns.seconds_column(f"busy:{self._name}"), usage.busy),
             (columns.seconds_column(f"waiting:{self._name}"), usage.waited),
             (columns.BATCHES_PREFIX + self._name, 1.0),
+            (columns.REFUSED_PREFIX + self._name, float(fed.num_refused)),
         ):
             batch = batch.append_column(column, columns.spread(amount, batch.num_rows))
         return batch

@@ -12,6 +12,9 @@ from vlmflow.models import identify
 from vlmflow.models.pixels import model_dtype
 from vlmflow.tasks.setup import TaskSetup
 
+# What torch may take of an actor's share of a GPU: the context, nvJPEG and what libraries hold by themselves is the rest.
+_OF_ITS_SHARE = 0.9
+
 
 def set_up_torch(pool: PoolConfig, dtype: Dtype = "auto") -> str:
     """Chooses the device that the pool asked for, and as many threads as it reserved, so that actors do not fight.
@@ -30,6 +33,9 @@ def set_up_torch(pool: PoolConfig, dtype: Dtype = "auto") -> str:
             f"pool {'+'.join(pool.tasks)} asks for {pool.gpus:g} GPU, but torch {torch.__version__} finds none",
             remedy="Install a CUDA build of torch on the GPU nodes; `vlmflow doctor` tells what it finds.",
         )
+    if pool.gpus < 1:
+        # torch gives nothing back by itself: the first actor on a GPU would take what the others are to have.
+        torch.cuda.set_per_process_memory_fraction(_OF_ITS_SHARE * pool.gpus)
     allow_tf32(model_dtype("cuda", dtype) != torch.float32)
     return "cuda"
 

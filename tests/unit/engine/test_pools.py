@@ -165,6 +165,19 @@ def test_float32_that_was_asked_for_is_not_rounded_to_tf32(
     assert torch.backends.cuda.matmul.allow_tf32 == rounds
 
 
+@pytest.mark.usefixtures("_torch_as_before")
+@pytest.mark.parametrize(("gpus", "fraction"), [(0.25, [0.225]), (0.5, [0.45]), (1.0, []), (2.0, [])])
+def test_actors_that_share_a_gpu_keep_to_their_part_of_its_memory(
+    monkeypatch: pytest.MonkeyPatch, gpus: float, fraction: list[float]
+) -> None:
+    kept: list[float] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", kept.append)
+    loading.set_up_torch(PoolConfig(tasks=("embed",), gpus=gpus))
+    assert kept == fraction
+
+
 def test_a_task_that_is_due_on_no_row_waits_for_no_other_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     worker = pool_with(Doubling(), monkeypatch)
 

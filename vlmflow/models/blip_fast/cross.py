@@ -61,28 +61,29 @@ class CrossAttention:
     def __call__(self, states: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """(N, L, D) and (N, T, E) in the images' dtype -> (N, L, D), the normalised sum."""
         queries = self._query(states).to(features.dtype)
-        if queries.shape[1] < _many(features):
-            parts = [self._attend(part, features) for part in torch.split(queries, _TOKENS_AT_ONCE, dim=1)]
-        else:
-            parts = self._attend_to_keys(queries, features)
-        context = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        return self._norm.of_sum(states, self._out(context))
+        attend_by = self.by_keys if queries.shape[1] >= _many(features) else self.by_features
+        return self._norm.of_sum(states, self._out(attend_by(queries, features)))
 
-    def _attend(self, queries: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        """(N, L, H d) -> the same, without the values' bias."""
+    def by_features(self, queries: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """(N, L, H d) and (N, T, E), of one dtype -> (N, L, H d), without the values' bias."""
+        parts = [self._by_features(part, features) for part in torch.split(queries, _TOKENS_AT_ONCE, dim=1)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _by_features(self, queries: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         num_heads, head_dim = self._to_features.shape[:2]
         by_head = queries.reshape(-1, num_heads, head_dim).transpose(0, 1)
         means = attend_to_features(torch.bmm(by_head, self._to_features), features)
         return torch.bmm(means, self._from_features).transpose(0, 1).reshape(queries.shape)
 
-    def _attend_to_keys(self, queries: torch.Tensor, features: torch.Tensor) -> list[torch.Tensor]:
-        """As :meth:`_attend`, in parts of the texts."""
+    def by_keys(self, queries: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """As :meth:`by_features`, with keys and values of the images."""
         num_heads = len(self._to_features)
         weights = self._to_features, self._from_features.transpose(1, 2)
         keys, values = (split_heads(multiply(features, of.flatten(0, 1)), num_heads, 1)[0] for of in weights)
         by_head = torch.split(split_heads(queries, num_heads, 1)[0], _TOKENS_AT_ONCE_BY_KEYS, dim=2)
         with growing(features.device):
-            return [attend(part, keys, values, scale=1.0) for part in by_head]  # the keys' weights are scaled
+            parts = [attend(part, keys, values, scale=1.0) for part in by_head]  # the keys' weights are scaled
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def _many(features: torch.Tensor) -> int:

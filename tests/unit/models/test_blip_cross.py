@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import BlipTextConfig
 from transformers.models.blip.modeling_blip_text import BlipTextAttention
 
-from tests.fake_cuda import build, fake_mode
+from tests.fake_cuda import Operators, build, fake_mode
 from vlmflow.models.attention import attend
 from vlmflow.models.blip_fast import cross
 from vlmflow.models.blip_fast.cross import CrossAttention, attend_to_features
@@ -94,6 +96,27 @@ def test_features_in_bfloat16_cost_their_rounding(layer: BlipTextAttention) -> N
     ours = CrossAttention(layer, HEADS, torch.bfloat16)(states, features.bfloat16())
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, expected, atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_no_kernel_is_made_for_a_gpu_that_would_refuse_it(is_new: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    attempts: list[int] = []
+    monkeypatch.setitem(sys.modules, "vlmflow.models.triton_kernels", SimpleNamespace(attend_to_features=None))
+    monkeypatch.setattr(cross, "can_fuse", lambda *_: True)
+    monkeypatch.setattr(cross, "attempt", lambda *_: attempts.append(1))
+    monkeypatch.setattr(cross, "gpu_has_bfloat16", lambda: is_new)
+    cross._gpu_is_new.cache_clear()
+    attend_to_features(torch.randn(2, 3, 8).to(HALF), torch.randn(3, 5, 8).to(HALF))
+    cross._gpu_is_new.cache_clear()
+    assert len(attempts) == is_new
+
+
+@pytest.mark.parametrize("dtype", [HALF, torch.float16])
+def test_on_cuda_scores_are_not_rounded_where_the_kernel_cannot_be_used(dtype: torch.dtype) -> None:
+    with torch.inference_mode(False), fake_mode(), Operators() as found:
+        queries, features = (torch.empty(2, size, 8, device="cuda", dtype=dtype) for size in (2, 5))
+        assert attend_to_features(queries, features).dtype == dtype
+    assert found.dtypes["aten._softmax.default"] == {torch.float32}
 
 
 def test_means_are_of_each_image_alone() -> None:

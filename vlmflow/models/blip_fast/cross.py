@@ -13,6 +13,7 @@ tokens on, beams counted, a layer makes keys and values after all, for itself al
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from vlmflow.models.attention import attend, growing, split_heads
 from vlmflow.models.fused import attempt, can_fuse
 from vlmflow.models.linear import PackedLinear, multiply
 from vlmflow.models.norm import Norm
+from vlmflow.models.pixels import gpu_has_bfloat16
 
 # The kernel holds the means of some queries in registers.
 _MAX_FUSED_WIDTH = 1024
@@ -86,6 +88,12 @@ class CrossAttention:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
+@cache
+def _gpu_is_new() -> bool:
+    """Whether it can run the kernel: others lack the shared memory, which Triton says after half a minute's work."""
+    return gpu_has_bfloat16()
+
+
 def _many(features: torch.Tensor) -> int:
     if features.is_cuda:
         return _MANY if features.dtype == torch.float32 else _MANY_IN_HALF_ON_CUDA
@@ -102,7 +110,8 @@ def attend_to_features(queries: torch.Tensor, features: torch.Tensor) -> torch.T
     Returns:
         (H, N L, E).
     """
-    if queries.dtype == torch.bfloat16 and queries.shape[-1] <= _MAX_FUSED_WIDTH and can_fuse(queries, features):
+    is_small = queries.dtype == torch.bfloat16 and queries.shape[-1] <= _MAX_FUSED_WIDTH
+    if is_small and can_fuse(queries, features) and _gpu_is_new():
         from vlmflow.models import triton_kernels
 
         means = attempt(triton_kernels.attend_to_features, queries, features)
@@ -110,6 +119,11 @@ def attend_to_features(queries: torch.Tensor, features: torch.Tensor) -> torch.T
             return means
     num_heads, num_images = len(queries), len(features)
     by_image = queries.view(num_heads, num_images, -1, queries.shape[-1]).transpose(0, 1)
-    weights = torch.bmm(by_image.flatten(1, 2), features.transpose(1, 2)).softmax(dim=-1)
-    by_image = torch.bmm(weights, features).view_as(by_image)
+    by_image_and_row, keys = by_image.flatten(1, 2), features.transpose(1, 2)
+    if features.is_cuda and features.dtype != torch.float32:
+        # A score of 30 would be off by up to 0.06 in bfloat16; kernels round none either.
+        scores = torch.bmm(by_image_and_row, keys, out_dtype=torch.float32)
+    else:
+        scores = torch.bmm(by_image_and_row, keys)
+    by_image = torch.bmm(scores.softmax(dim=-1).to(features.dtype), features).view_as(by_image)
     return by_image.transpose(0, 1).reshape(queries.shape)

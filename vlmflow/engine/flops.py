@@ -133,7 +133,7 @@ def _formulas() -> dict[Any, Callable[..., int]]:
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
         torch.ops.aten._native_multi_head_attention: _multi_head_attention,
         torch.ops.aten._addmm_activation: _product,
-        torch.ops.aten.bmm: _products,  # torch's own, until 2.12 at least, fails where a dtype is asked for
+        torch.ops.aten.bmm: _products,  # that of torch 2.11 fails where a dtype is asked for
     }
     if torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         found[torch.ops.mkldnn._linear_pointwise] = _linear

@@ -18,7 +18,7 @@ logger = logging.getLogger("vlmflow")
 
 # The job's batches, and what is left of a stage's output; each graph holds the features of all its images.
 _MAX_GRAPHS = 2
-# Images of the smallest graph but those of a power of two.
+# Up to here graphs are for a power of two of images, then for multiples of this.
 _STEP = 64
 # Asking whether all captions have ended waits for the device.
 _STEPS_BETWEEN_CHECKS = 4

@@ -11,6 +11,7 @@ from vlmflow.report.charts import bar, count_table
 from vlmflow.report.html import NOTHING, Html, details, facts, heading, number, paragraph, section, table, text
 from vlmflow.report.runs import RunFacts
 
+_POOL = ("pool", "#batches", "#busy", "#waiting", "out of memory", "#JPEGs refused")
 _SHARES = ("#share", "#waiting", "#TFLOP/s", "#of the ceiling")
 
 
@@ -60,6 +61,7 @@ def _overview(report: RunReport, state: str) -> Html:
             "Up to date": text(report.num_unchanged),
             "New rows": text(report.num_added),
             "Updated rows": text(report.num_replaced),
+            "Rows with new columns": text(report.num_columns_updated),
             "By equal bytes": text(report.num_copied + report.num_shared),
             "By other runs": text(report.num_by_others),
             "Under another policy": text(report.num_policy_differs),
@@ -106,6 +108,7 @@ def _speed(report: RunReport) -> Html:
             Html(f"{pool.busy_s / max(pool.busy_s + pool.waiting_s, 1e-9):.0%}"),
             Html(f"{pool.waiting_s / max(pool.busy_s + pool.waiting_s, 1e-9):.0%}"),
             text("never" if pool.at_once is None else f"{pool.at_once:,} images at once since"),
+            text(pool.num_refused),
         )
         for pool in report.pools[:50]
     ]
@@ -128,7 +131,7 @@ def _speed(report: RunReport) -> Html:
             if stages
             else NOTHING
         )
-        + (table("Pools", ["pool", "#batches", "#busy", "#waiting", "out of memory"], pools) if pools else NOTHING)
+        + (table("Pools", _POOL, pools) if pools else NOTHING)
         + "</div>"
     )
 

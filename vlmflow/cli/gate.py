@@ -22,8 +22,9 @@ from vlmflow.cli.options import (
     VerboseOption,
     make_job,
     shown_progress,
+    storage_config,
 )
-from vlmflow.config import Job, SourceConfig, StorageConfig
+from vlmflow.config import Job, SourceConfig
 from vlmflow.errors import RegressionError
 
 gate_app = typer.Typer(
@@ -157,5 +158,5 @@ def _job(
     )
     if golden is None:
         return job, job.source
-    storage = StorageConfig(endpoint=endpoint) if endpoint else job.source.storage
+    storage = storage_config(endpoint) if endpoint else job.source.storage
     return job, job.source.model_copy(update={"uri": golden, "kind": "auto", "storage": storage})

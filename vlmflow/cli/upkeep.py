@@ -25,8 +25,9 @@ from vlmflow.cli.options import (
     TasksOption,
     catalog_config,
     make_job,
+    storage_config,
 )
-from vlmflow.config import SourceConfig, StorageConfig
+from vlmflow.config import SourceConfig
 from vlmflow.errors import ConfigError
 
 _DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; change nothing.")]
@@ -97,7 +98,7 @@ def verify(
             remedy="Give --profile or --config too, or leave them out: the newest run tells then.",
         )
     if config is None and profile is None and source is not None and catalog is not None:
-        storage = StorageConfig(endpoint=endpoint)
+        storage = storage_config(endpoint)
         found = check(
             SourceConfig(uri=source, storage=storage), catalog_config(catalog, endpoint), num_examples=examples
         )

@@ -17,8 +17,9 @@ from vlmflow.cli.options import (
     EndpointOption,
     JsonOption,
     catalog_config,
+    storage_config,
 )
-from vlmflow.config import RayConfig, SourceConfig, StorageConfig, load_job
+from vlmflow.config import RayConfig, SourceConfig, load_job
 
 
 class Embeddings(StrEnum):
@@ -86,7 +87,7 @@ def doctor(
     from vlmflow.checks import doctor_of
     from vlmflow.views import check_as_json, print_check
 
-    storage = StorageConfig(endpoint=endpoint)
+    storage = storage_config(endpoint)
     failed = False
     console = Console()
     if config is None:
@@ -97,7 +98,7 @@ def doctor(
             catalog_storage=storage,
         )
     else:
-        place = {"storage": {"endpoint": endpoint}}
+        place = {"storage": {"endpoint": storage.endpoint}}
         given = {
             "source": {"uri": source} | place,
             "catalog": {"uri": catalog} | place,

@@ -75,7 +75,7 @@ class DeadlySource:
 
 
 def make_deadly(monkeypatch: pytest.MonkeyPatch, kills: tuple[str, ...], hangs: tuple[str, ...] = ()) -> None:
-    monkeypatch.setattr(run, "open_source", lambda config: DeadlySource(open_source(config), kills, hangs))
+    monkeypatch.setattr(run, "open_source", lambda *given: DeadlySource(open_source(*given), kills, hangs))
 
 
 def test_an_image_that_kills_or_hangs_is_recorded_and_the_others_go_on(

@@ -17,7 +17,11 @@ PLACES: dict[str, Any] = {"source": {"uri": "photos"}, "catalog": {"uri": "catal
 
 @pytest.mark.parametrize(
     "text",
-    ["profile: base\npolicy: a\nprofile: large\n", "profile: base\nsource: {uri: a, uri: b}\n", "pools: [{a: 1, a: 2}]"],
+    [
+        "profile: base\npolicy: a\nprofile: large\n",
+        "profile: base\nsource: {uri: a, uri: b}\n",
+        "pools: [{a: 1, a: 2}]",
+    ],
 )
 def test_a_key_of_a_job_file_stands_once(text: str, tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"

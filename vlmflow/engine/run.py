@@ -58,7 +58,7 @@ def plan(job: Job) -> PlanSummary:
         VlmflowError: as :func:`enrich` does before its first image.
     """
     prepared = prepare(job)
-    with _planned(prepared, open_source(job.source)) as planned:
+    with _planned(prepared, open_source(job.source, job.catalog)) as planned:
         return plan_summary(prepared, planned)
 
 
@@ -80,7 +80,7 @@ def enrich(job: Job, *, progress: ProgressDisplay | None = None) -> RunReport:
     display = progress or SilentProgress()
     display.stage("checking models and policy")
     prepared = prepare(job)
-    source = open_source(job.source)
+    source = open_source(job.source, job.catalog)
     display.stage("listing and planning")
     with _planned(prepared, source) as planned:
         return _Run(prepared, source, planned, display).execute()
@@ -96,7 +96,7 @@ def preflight(job: Job, *, progress: ProgressDisplay | None = None) -> Preflight
     display = progress or SilentProgress()
     display.stage("checking models and policy")
     prepared = prepare(job)
-    source = open_source(job.source)
+    source = open_source(job.source, job.catalog)
     display.stage("listing and planning")
     with _planned(prepared, source) as planned:
         if planned.num_planned == 0:

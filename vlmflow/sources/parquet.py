@@ -21,7 +21,7 @@ from vlmflow.sources.stores import Stores
 from vlmflow.sources.tables import portable_schema, to_portable, unreadable
 from vlmflow.sources.unique import UniqueReferences
 from vlmflow.sources.uris import normalise_uri, resolve
-from vlmflow.storage import STORE_ERRORS, parse_address
+from vlmflow.storage import STORE_ERRORS, Address, parse_address
 
 
 class ParquetSource:
@@ -30,8 +30,8 @@ class ParquetSource:
     An image is known as ``<file>#<row>``, or by the column of uris where the files have one.
     """
 
-    def __init__(self, config: SourceConfig) -> None:
-        self._config = config
+    def __init__(self, config: SourceConfig, catalog: Address | None) -> None:
+        self._config, self._catalog = config, catalog
         self._stores = Stores(config.storage)
         self._address = parse_address(config.uri)
         self._unique = UniqueReferences(self._references)
@@ -62,7 +62,7 @@ class ParquetSource:
 
     @cached_property
     def _files(self) -> Sequence[str]:
-        return list_files(str(self._address), ".parquet", self._stores)
+        return list_files(str(self._address), ".parquet", self._stores, self._catalog)
 
     @cached_property
     def _columns(self) -> pa.Schema:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pt
@@ -48,9 +50,41 @@ def missing_columns(table: pa.Schema, wanted: pa.Schema) -> tuple[pa.Field, ...]
         elif not _fits(field.type, held[field.name]):
             raise CatalogError(
                 f"source column {field.name!r} is {field.type} but the catalog holds it as {held[field.name]}",
-                remedy="Convert or rename the column of the source.",
+                remedy=_remedy(held[field.name]),
             )
     return (pa.field("source", pa.struct(new)),) if new else ()
+
+
+def checked_numbers(batches: Iterable[pa.RecordBatch], table: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """Yields references whose numbers keep their values under the types that the images table holds them as.
+
+    Files without missing numbers have integers where those with some have doubles.
+
+    Raises:
+        CatalogError: a number does not.
+    """
+    held = {field.name: field.type for field in source_columns(table)}
+    for batch in batches:
+        for field in source_columns(batch.schema):
+            kind = held.get(field.name, field.type)
+            if {pt.is_floating(field.type), pt.is_floating(kind)} == {False, True} and not pt.is_null(field.type):
+                _check_numbers(pc.struct_field(batch["source"], field.name), field.name, kind)
+        yield batch
+
+
+def _check_numbers(values: pa.Array, name: str, kind: pa.DataType) -> None:
+    try:
+        values.cast(kind)
+    except pa.ArrowInvalid as error:
+        message = f"source column {name!r} holds what the catalog cannot, which keeps {kind}: {error}"
+        raise CatalogError(message, remedy=_remedy(kind)) from error
+
+
+def _remedy(kind: pa.DataType) -> str:
+    return (
+        f"A catalog keeps the type that a column had first: give its values as {kind}, give the column another name in "
+        "the source, or begin another catalog."
+    )
 
 
 def flat(column: pa.Array | pa.ChunkedArray) -> pa.Array:
@@ -103,6 +137,8 @@ def _check_cases(names: list[str]) -> None:
 def _fits(given: pa.DataType, held: pa.DataType) -> bool:
     if given == held or (pt.is_integer(given) and pt.is_integer(held) and given.bit_width <= held.bit_width):
         return True
+    if pt.is_integer(held) and pt.is_floating(given):
+        return True  # checked_numbers tells of values that are no integers
     return bool(pt.is_float64(held) and (pt.is_integer(given) or pt.is_floating(given)))
 
 

@@ -150,7 +150,8 @@ def source_struct(rows: pa.Table, columns: pa.Schema) -> pa.StructArray | None:
     """The caller's columns as one struct column; None if there are none."""
     if len(columns) == 0:
         return None
-    return pa.StructArray.from_arrays([flat(rows[name]) for name in columns.names], fields=list(columns))
+    values = [flat(rows[field.name]).cast(field.type) for field in columns]
+    return pa.StructArray.from_arrays(values, fields=list(columns))
 
 
 def with_versions(batch: pa.RecordBatch, stores: Stores) -> pa.RecordBatch:

@@ -66,14 +66,21 @@ class ParquetSource:
 
     @cached_property
     def _columns(self) -> pa.Schema:
-        if not self._files:
-            return pa.schema([])
-        file, _ = self._stores.open_file(self._files[0])
-        with file:
-            schema = _open(file, self._files[0]).schema_arrow
-        self._check(schema, self._files[0])
+        found = pa.schema([])
+        for uri in self._files:
+            file, _ = self._stores.open_file(uri)
+            with file:
+                schema = self._own_columns(_open(file, uri).schema_arrow, uri)
+            # A column without values in one file may have some in the next, which tells its type.
+            found = pa.schema([_typed(field, schema) for field in found or schema])
+            if not any(pa.types.is_null(field.type) for field in found):
+                break
+        return found
+
+    def _own_columns(self, schema: pa.Schema, uri: str) -> pa.Schema:
+        self._check(schema, uri)
         dropped = (self._config.bytes_column, self._config.uri_column, self._config.regions_column)
-        return portable_schema(pa.schema([field for field in schema if field.name not in dropped]), self._files[0])
+        return portable_schema(pa.schema([field for field in schema if field.name not in dropped]), uri)
 
     def _check(self, schema: pa.Schema, uri: str) -> None:
         there = ", ".join(f"{field.name} ({field.type})" for field in schema)
@@ -139,6 +146,11 @@ class ParquetSource:
         readable |= {name: rows[name]} if name in rows.column_names else {}
         given |= own_columns(pa.table(readable), self._config, uri)
         return reference_batch(given, source_struct(own, self.columns))
+
+
+def _typed(field: pa.Field, other: pa.Schema) -> pa.Field:
+    """The field; where it has no type yet, that of another file."""
+    return other.field(field.name) if pa.types.is_null(field.type) and field.name in other.names else field
 
 
 def _open(file: object, uri: str) -> pq.ParquetFile:

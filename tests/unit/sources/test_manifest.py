@@ -282,7 +282,7 @@ def test_types_that_a_catalog_does_not_know_become_those_it_does(tmp_path: Path)
         "seen": pa.timestamp("us", "UTC"),
         "tags": pa.list_(pa.string()),
         "half": pa.float32(),
-        "nothing": pa.string(),
+        "nothing": pa.null(),
     }
     (row,) = references(path)["source"]
     assert row["category"].as_py() == "x"

@@ -12,6 +12,7 @@ import pyarrow as pa
 import ray
 
 from vlmflow.catalog import Catalog, KnownBytes, Plan, plan_without_catalog
+from vlmflow.catalog.columns import storable
 from vlmflow.catalog.runs import new_run_id
 from vlmflow.config import Job, PoolConfig
 from vlmflow.engine.archive import archive_policy, archived_prompts
@@ -126,6 +127,7 @@ def _planned(prepared: Prepared, source: Source) -> Iterator[Plan]:
             catalog.check_source(source.columns)
             made = catalog.plan(source.list(), request, workers)
         else:
+            storable(source.columns)  # what the catalog could not be created with is told now
             made = plan_without_catalog(source.list(), request, workers)
         made.num_duplicates += source.num_repeated
         with made:

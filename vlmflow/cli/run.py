@@ -63,7 +63,7 @@ def enrich(
     New and changed images, tasks that are new, and tasks whose model changed are due. Interrupt it whenever you like:
     the same command goes on where it stopped.
 
-    Example: `vlmflow enrich photos/ catalog/ --profile base --policy marketplace`
+    Example: `vlmflow enrich photos/ catalog/ --profile base --policy marketplace --accept-unbound`
     """
     from vlmflow.engine import enrich as run
     from vlmflow.engine import preflight as try_out

@@ -260,7 +260,7 @@ def check_binding(policy: Policy, identity: ModelIdentity, *, accept_unbound: bo
     raise UnboundPolicyError(
         f"policy {policy.name} {policy.version}: {reason} {identity.id} "
         f"(weights {identity.weights_digest[:12]}; bound: {bound})",
-        remedy="Set them with `vlmflow calibrate`, or accept that every decision is `review` with --accept-unbound.",
+        remedy="Begin with --accept-unbound: every decision is `review` until `vlmflow calibrate` has set them.",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -27,6 +28,7 @@ from vlmflow.storage import STORE_ERRORS, access_error, local_version, object_ve
 # A manifest may know the versions already, and spare a request for each image.
 _VERSION_COLUMNS = ("object_version", "etag")
 _HEADS_AT_A_TIME = 1_000
+_OTHER_DIVIDERS = re.compile(r"[;\t|]")  # of columns in what some programs write as CSV
 
 
 class ManifestSource:
@@ -46,7 +48,11 @@ class ManifestSource:
         if self._config.uri_column not in schema.names:
             there = ", ".join(schema.names) or "none"
             message = f"{self._config.uri} has no column {self._config.uri_column}; it has {there}"
-            raise SourceError(message, remedy="Name another with source.uri_column.")
+            is_divided_otherwise = len(schema.names) == 1 and _OTHER_DIVIDERS.search(schema.names[0])
+            commas = "Write it with commas between the columns, which divide a CSV file here."
+            raise SourceError(
+                message, remedy=commas if is_divided_otherwise else "Name another with source.uri_column."
+            )
         check_named(self._config, schema.names, self._config.uri)
         return pa.schema([field for field in schema if field.name != self._config.uri_column])
 
@@ -138,6 +144,9 @@ def _checked_version(path: Path) -> str:
     It is opened again, more than once: a reader that is bound to this version takes no later one.
     """
     try:
+        if path.is_dir():
+            remedy = "Name a file in it, or leave source.kind out to take its files for images."
+            raise SourceError(f"{path} is a folder, not a manifest", remedy=remedy)
         if not path.is_file():
             raise SourceError(f"{path} does not exist", remedy="Check the path.")
         with path.open("rb") as file:

@@ -14,7 +14,7 @@ from vlmflow.sources.base import BATCH_ROWS, Reader, check_named, own_columns, r
 from vlmflow.sources.listing import list_files
 from vlmflow.sources.manifest import source_struct
 from vlmflow.sources.parquet_rows import bytes_field
-from vlmflow.sources.prefix import no_images
+from vlmflow.sources.prefix import no_files, no_images
 from vlmflow.sources.reader import SourceReader, row_version
 from vlmflow.sources.regions import check_regions
 from vlmflow.sources.stores import Stores
@@ -54,7 +54,7 @@ class ParquetSource:
             empty = empty and batch.num_rows == 0
             yield batch
         if empty and not self._config.allow_empty:
-            raise no_images(self._config.uri)
+            raise no_images(self._config.uri) if self._files else no_files(self._config.uri, ".parquet")
 
     def reader(self, limits: ImageLimits) -> Reader:
         """Builds the reader of this source's references."""

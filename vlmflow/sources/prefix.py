@@ -53,3 +53,9 @@ class PrefixSource:
 def no_images(uri: str) -> EmptySourceError:
     """The error of a source that lists nothing."""
     return EmptySourceError(f"{uri} holds no images", remedy="Check the path, or give --allow-empty.")
+
+
+def no_files(uri: str, extension: str) -> EmptySourceError:
+    """The error of a source below which there are no files of its kind; there may be others."""
+    remedy = "Check the path, leave source.kind out if the images are files of their own, or give --allow-empty."
+    return EmptySourceError(f"{uri} holds no {extension} files", remedy=remedy)

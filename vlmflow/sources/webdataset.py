@@ -23,7 +23,7 @@ from vlmflow.config import ImageLimits, SourceConfig
 from vlmflow.errors import SourceError
 from vlmflow.sources.base import BATCH_ROWS, Reader, check_named, own_columns, reference_batch
 from vlmflow.sources.listing import HIDDEN, list_files
-from vlmflow.sources.prefix import no_images
+from vlmflow.sources.prefix import no_files, no_images
 from vlmflow.sources.reader import SourceReader, part_version
 from vlmflow.sources.stores import Stores
 from vlmflow.sources.uris import normalise_uri
@@ -78,7 +78,7 @@ class WebDatasetSource:
                         empty = False
                         yield batch
         if empty and not self._config.allow_empty:
-            raise no_images(self._config.uri)
+            raise no_images(self._config.uri) if self._shards else no_files(self._config.uri, ".tar")
 
     def reader(self, limits: ImageLimits) -> Reader:
         """Builds the reader of this source's references."""

@@ -16,6 +16,7 @@ from vlmflow.engine.progress import duration
 from vlmflow.engine.report import PlanSummary, RunReport
 from vlmflow.engine.stages import StageReport
 from vlmflow.summary import CatalogSummary, Example, summarize
+from vlmflow.views_search import printable
 
 if TYPE_CHECKING:
     from vlmflow.checks import Check
@@ -149,7 +150,7 @@ def print_summary(summary: CatalogSummary, console: Console) -> None:
     for run in summary.runs:
         started = run.started_at[:19].replace("T", " ")
         counts = (f"{run.num_added:,}", f"{run.num_replaced:,}", f"{run.images_per_s:,.1f}")
-        table.add_row(run.run_id, run.state, started, *counts, escape(run.message))
+        table.add_row(run.run_id, run.state, started, *counts, escape(printable(run.message)))
     console.print(table)
 
 
@@ -210,9 +211,9 @@ def _print_examples(name: str, examples: Sequence[Example], console: Console) ->
         decision = example.decision + (f" ({example.decision_reason})" if example.decision_reason else "")
         file_name = example.uri.rsplit("/", 1)[-1]
         table.add_row(
-            escape(file_name),
+            escape(printable(file_name)),
             escape(decision),
-            escape(example.caption or "-"),
+            escape(printable(example.caption or "-")),
             _number(example.caption_itm),
             _number(example.text_itm),
             *([_answers(example)] if asked else []),
@@ -222,7 +223,7 @@ def _print_examples(name: str, examples: Sequence[Example], console: Console) ->
 
 def _answers(example: Example) -> str:
     parts = [f"{answer['question']} {answer['answer'] or '-'}" for answer in example.answers or ()]
-    return escape("; ".join(parts) or "-")
+    return escape(printable("; ".join(parts) or "-"))
 
 
 def _print_policy_note(num_policy_differs: int, console: Console) -> None:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import ValidationError
-from rich.console import Console
 
+from vlmflow.cli.screen import Screen
 from vlmflow.config import TASKS_TO_ASK_FOR, CatalogConfig, Job, StorageConfig, load_job
 from vlmflow.errors import ConfigError
 from vlmflow.validation import describe_validation
@@ -173,7 +173,7 @@ def shown_progress(*, as_json: bool, verbose: bool) -> Iterator[ProgressDisplay]
     """The display that fits where the output goes; also what an interrupted user is told."""
     from vlmflow.engine.progress import JsonProgress, LiveProgress, LogProgress
 
-    console = Console(stderr=True)
+    console = Screen(stderr=True)
     if verbose or not (as_json or console.is_terminal):
         logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
         logging.getLogger("vlmflow").setLevel(logging.INFO)

@@ -6,7 +6,6 @@ import json
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from vlmflow.cli.app import app
 from vlmflow.cli.options import (
@@ -33,6 +32,7 @@ from vlmflow.cli.options import (
     make_job,
     shown_progress,
 )
+from vlmflow.cli.screen import Screen
 
 
 @app.command()
@@ -95,14 +95,14 @@ def enrich(
         if as_json:
             typer.echo(tried.model_dump_json())
         else:
-            print_preflight(tried, Console())
+            print_preflight(tried, Screen())
         return
     with shown_progress(as_json=as_json, verbose=verbose) as display:
         report = run(job, progress=display)
     if as_json:
         typer.echo(json.dumps({"event": "report", **report.model_dump(mode="json")}))
     else:
-        print_report(report, Console())
+        print_report(report, Screen())
 
 
 @app.command()
@@ -150,7 +150,7 @@ def plan(
     if as_json:
         typer.echo(summary.model_dump_json())
     else:
-        print_plan(summary, Console())
+        print_plan(summary, Screen())
 
 
 @app.command()
@@ -162,4 +162,4 @@ def demo(
     from vlmflow.demo import run_demo
 
     with shown_progress(as_json=False, verbose=verbose) as display:
-        run_demo(catalog, display, Console())
+        run_demo(catalog, display, Screen())

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from vlmflow.cli.app import app
 from vlmflow.cli.options import (
@@ -27,6 +26,7 @@ from vlmflow.cli.options import (
     make_job,
     storage_config,
 )
+from vlmflow.cli.screen import Screen
 from vlmflow.config import SourceConfig
 from vlmflow.errors import ConfigError
 
@@ -64,7 +64,7 @@ def vacuum(
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(result)))
     else:
-        print_vacuum(result, Console())
+        print_vacuum(result, Screen())
     if result.failed:
         raise typer.Exit(4)
 
@@ -121,7 +121,7 @@ def verify(
     if as_json:
         typer.echo(verification_as_json(found))
     else:
-        print_verification(found, Console())
+        print_verification(found, Screen())
     if not found.is_sound:
         raise typer.Exit(1)
 
@@ -182,7 +182,7 @@ def erase(
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(result) | without | {"is_complete": result.is_complete}))
     else:
-        print_erasure(result, images, Console())
+        print_erasure(result, images, Screen())
     if not result.is_complete:
         raise typer.Exit(3)
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from vlmflow.cli.app import app
 from vlmflow.cli.options import (
@@ -19,6 +18,7 @@ from vlmflow.cli.options import (
     catalog_config,
     storage_config,
 )
+from vlmflow.cli.screen import Screen
 from vlmflow.config import RayConfig, SourceConfig, load_job
 
 
@@ -38,7 +38,7 @@ def show(catalog: CatalogOnly, endpoint: EndpointOption = None, as_json: JsonOpt
     if as_json:
         typer.echo(summary.model_dump_json())
     else:
-        print_summary(summary, Console())
+        print_summary(summary, Screen())
 
 
 @app.command()
@@ -67,7 +67,7 @@ def profiles(as_json: JsonOption = False) -> None:
     if as_json:
         typer.echo(profiles_as_json(described))
     else:
-        print_profiles(described, Console())
+        print_profiles(described, Screen())
 
 
 @app.command()
@@ -89,7 +89,7 @@ def doctor(
 
     storage = storage_config(endpoint)
     failed = False
-    console = Console()
+    console = Screen()
     if config is None:
         checks = diagnose(
             ray=RayConfig(address=ray_address),

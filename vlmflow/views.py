@@ -145,7 +145,7 @@ def print_summary(summary: CatalogSummary, console: Console) -> None:
         _print_counts(task, models, console)
     _print_counts("alternative texts", summary.alt_texts, console)
     _print_examples("allowed", summary.examples, console)
-    _print_examples("flagged", summary.flagged, console)
+    _print_examples("flagged" if summary.policies else "not moderated yet", summary.flagged, console)
     table = _table("run", "state", "started", "new", "updated", "images/s", "")
     for run in summary.runs:
         started = run.started_at[:19].replace("T", " ")

@@ -23,10 +23,12 @@ from pipelines.common import (
     RETRIES,
     RETRY_DELAYS_S,
     RunProgress,
+    columns_updated,
     log_to_flow_run,
     make_steps,
     may_pass,
     read_job,
+    rows_changed,
     slug,
     stop_jobs_of,
 )
@@ -100,8 +102,9 @@ def adhoc_job(
     job = _read_job(given)
     report = follow_job(make_steps(ray_jobs_url, deadline_hours, once=True), job, slug(job.catalog.uri))
     if report.status == "nothing_due":
-        return Completed(message=f"Nothing was due: {report.num_listed:,} images listed, all up to date.")
-    return Completed(message=f"{report.num_added:,} rows new, {report.num_replaced:,} replaced; run {report.run_id}.")
+        updated = columns_updated([report])
+        return Completed(message=f"Nothing was due: {report.num_listed:,} images listed, all up to date{updated}.")
+    return Completed(message=f"{rows_changed([report])}; run {report.run_id}.")
 
 
 @task(

@@ -132,6 +132,10 @@ def show_plan(key: str, plan: PlanSummary) -> None:
         for task, reasons in plan.due.items()
         for reason, count in reasons.items()
     ]
+    rows += [
+        {"what": "caller's columns", "reason": plain(name), "images": count}
+        for name, count in plan.outdated_columns.items()
+    ]
     _show_table(rows, key, f"{plan.num_planned:,} images are due.")
 
 
@@ -159,6 +163,7 @@ def show_counts(key: str, report: RunReport) -> None:
     rows: list[dict[str, object]] = [
         {"what": "rows", "value": "new", "images": report.num_added},
         {"what": "rows", "value": "replaced", "images": report.num_replaced},
+        {"what": "rows", "value": "columns updated", "images": report.num_columns_updated},
     ]
     for what, counts in (("status", report.statuses), ("decision", report.decisions), ("error", report.errors)):
         rows += [{"what": what, "value": value, "images": count} for value, count in counts.items()]

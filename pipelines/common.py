@@ -7,7 +7,7 @@ import hashlib
 import logging
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -86,6 +86,18 @@ def may_pass(task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool
     return False
 
 
+def rows_changed(reports: Sequence[RunReport]) -> str:
+    """What runs did to rows, in words."""
+    added, replaced = sum(run.num_added for run in reports), sum(run.num_replaced for run in reports)
+    return f"{added:,} rows new, {replaced:,} replaced{columns_updated(reports)}"
+
+
+def columns_updated(reports: Sequence[RunReport]) -> str:
+    """In how many further rows runs updated the caller's columns, in words that others go before; empty for none."""
+    count = sum(run.num_columns_updated for run in reports)
+    return f", the caller's columns updated in {count:,} rows" if count else ""
+
+
 class RunProgress:
     """Progress of a run, as lines of the log and as an artifact of the flow run."""
 
@@ -111,7 +123,7 @@ class RunProgress:
 
     def done(self, report: RunReport) -> None:
         """Shows that the run is over."""
-        self.show(100.0, f"{report.num_added:,} rows new, {report.num_replaced:,} replaced")
+        self.show(100.0, rows_changed([report]))
 
     def show(self, percent: float, description: str) -> None:
         """Puts the artifact to a percentage. Where Prefect's server is away that is logged, and the run goes on."""

@@ -24,11 +24,13 @@ from pipelines.common import (
     RETRIES,
     RETRY_DELAYS_S,
     RunProgress,
+    columns_updated,
     log_to_flow_run,
     logical_date,
     make_steps,
     may_pass,
     read_job,
+    rows_changed,
     slug,
     stop_jobs_of,
 )
@@ -126,7 +128,8 @@ def nightly_enrichment(
     _check_catalog(steps, job, name, night)
     for key, run in night.runs:
         publish(job, run, folder, report_url, keep_reports, key)
-    return Completed(message=_summary([run for _, run in night.runs], day) if night.runs else _nothing(plan, day))
+    runs = [run for _, run in night.runs]
+    return Completed(message=_summary(runs, day) if runs else _nothing(plan, report, day))
 
 
 class _Night:
@@ -164,9 +167,11 @@ def _skipped(other: str, day: dt.date) -> State[Any]:
     return Completed(name="Skipped", message=f"{day}: nothing was done, for another night is at work: run {other}.")
 
 
-def _nothing(plan: PlanSummary, day: dt.date) -> str:
+def _nothing(plan: PlanSummary, report: RunReport, day: dt.date) -> str:
     if not plan.num_planned:
-        return f"Nothing was due on {day}: {plan.num_listed:,} images listed, all up to date."
+        return (
+            f"Nothing was due on {day}: {plan.num_listed:,} images listed, all up to date{columns_updated([report])}."
+        )
     return (
         f"{day}: no run to report. {plan.num_planned:,} images were due when it was planned and none afterwards: "
         "another run has done them, or a try that was killed, which the next night reports."
@@ -174,12 +179,11 @@ def _nothing(plan: PlanSummary, day: dt.date) -> str:
 
 
 def _summary(reports: Sequence[RunReport], day: dt.date) -> str:
-    added, replaced = sum(run.num_added for run in reports), sum(run.num_replaced for run in reports)
     bad = sum(count for run in reports for status, count in run.statuses.items() if status != "ok")
     flagged = sum(count for run in reports for decision, count in run.decisions.items() if decision != "allow")
     runs = ", ".join(run.run_id for run in reports)
     return (
-        f"{day}: {added:,} rows new, {replaced:,} replaced, {flagged:,} flagged, {bad:,} with errors; "
+        f"{day}: {rows_changed(reports)}, {flagged:,} flagged, {bad:,} with errors; "
         f"run{'s' if len(reports) > 1 else ''} {runs}."
     )
 
@@ -251,7 +255,7 @@ def enrich_due(steps: Steps, job: Job, name: str) -> RunReport:
     except UnreconciledError as error:
         alerts.emit(alerts.UNRECONCILED, job.catalog.uri, "vlmflow: rows do not reconcile", str(error))
         raise
-    if report.status != "nothing_due":
+    if report.status != "nothing_due" or report.num_columns_updated:
         progress.done(report)
         artifacts.show_counts(f"counts-{name}", report)
     return report

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -20,7 +21,7 @@ from typing import Any
 import pyarrow as pa
 
 from vlmflow import schema
-from vlmflow.catalog import Catalog, CatalogWriter, compact, vacuum, writer
+from vlmflow.catalog import Catalog, CatalogWriter, compact, outdated, vacuum, writer
 from vlmflow.catalog import apply as apply_module
 from vlmflow.catalog import commit as commit_module
 from vlmflow.catalog.folder import Folder
@@ -37,14 +38,14 @@ def die(*_: object, **__: object) -> None:
 def _at(owner: Any, name: str, number: int, *, after: bool) -> None:
     """Dies before or after the call of this number."""
     original: Callable[..., Any] = getattr(owner, name)
-    calls: list[int] = []
+    calls = itertools.count(1)  # of several threads
 
     def call(*arguments: Any, **named: Any) -> Any:
-        calls.append(1)
-        if not after and len(calls) == number:
+        is_chosen = next(calls) == number
+        if is_chosen and not after:
             die()
         out = original(*arguments, **named)
-        if after and len(calls) == number:
+        if is_chosen and after:
             die()
         return out
 
@@ -81,6 +82,8 @@ POINTS: dict[str, Callable[[int], None]] = {
     "in the commit, after it is written": lambda n: _at(commit_module, "_write", n, after=True),
     "between the tables' commits": lambda n: _at(Catalog, "_commit_embeddings", n, after=True),
     "between commits": lambda n: _at(Catalog, "commit", n, after=True),
+    "updating columns, before the commit": lambda n: _at(outdated, "write_file", n, after=True),
+    "updating columns, after the commit": lambda n: _at(outdated, "commit", n, after=True),
     "in compaction, before its commit": lambda n: _at(compact, "write_file", n, after=True),
     "in compaction, after its commit": lambda n: _at(compact, "commit", n, after=True),
     "in vacuum, after revoking": lambda n: _at(vacuum, "revoke", n, after=True),
@@ -90,19 +93,26 @@ POINTS: dict[str, Callable[[int], None]] = {
 
 
 def work(config: CatalogConfig) -> None:
-    """A run of a hundred images, a third of which are new versions, in commits of ten; then compaction and vacuum."""
+    """A run of a hundred images, a third of which are new versions, in commits of ten.
+
+    Then the caller's columns of those with nothing due, compaction and vacuum.
+    """
     from tests.catalog_samples import constants, finish, references, request
 
     names = [f"image {number}" for number in range(100)]
     versions = {name: "v2" if number % 3 else "v1" for number, name in enumerate(names)}
-    catalog = Catalog.open_or_create(config, pa.schema([]))
+    source = [{"price": number} for number in range(100)]
+    catalog = Catalog.open_or_create(config, pa.schema([("price", pa.int64())]))
     run_id, asked = new_run_id(), request()
     catalog.runs.start(run_id, {"status": "running"})
-    with catalog.runs.keep_alive(run_id), catalog.plan([references(names, version=versions)], asked) as plan:
+    listed = references(names, version=versions, source=source)
+    with catalog.runs.keep_alive(run_id), catalog.plan([listed], asked) as plan:
         writing = catalog.writer(constants(run_id, asked), plan.version)
         for planned in plan.batches(10):
             rows = finish(planned, content=f"bytes of {planned['object_version'][0]}", caption="new")
             catalog.commit(run_id, pa.concat_tables([schema.DESCRIPTOR.empty_table(), writing.write(rows)]))
+        for _ in catalog.update_columns(run_id, plan):
+            continue
         catalog.compact(run_id)
     catalog.runs.finish(run_id, {"status": "done"})
     catalog.vacuum()

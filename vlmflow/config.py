@@ -241,7 +241,8 @@ class Job(Frozen):
     accept_unbound: bool = False  # moderate although the policy has no binding for the model: everything is `review`
     date: dt.date | None = None  # logical date; default: today, UTC
     retry: tuple[RetriedStatus, ...] = ()  # rows of these statuses are due again, however often they were tried
-    limit: Annotated[int, Field(ge=1)] | None = None  # at most this many images, for a trial
+    # At most this many images, for a trial. Rows of others listed get the caller's columns all the same.
+    limit: Annotated[int, Field(ge=1)] | None = None
     reuse: bool = True  # copy results that the catalog holds for equal bytes, instead of computing them again
     pools: tuple[PoolConfig, ...] = ()  # default: one pool with all tasks
     # Try the pools on some images first, and set batch sizes and numbers of actors by that where `pools` does not.

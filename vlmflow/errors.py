@@ -116,6 +116,10 @@ class CommitError(CatalogError):
     """A commit that could not be made whole; nothing of it is in the table."""
 
 
+class ColumnsError(CatalogError):
+    """The caller's columns of some rows could not be updated; what a run has computed is committed before."""
+
+
 class BackfillError(CatalogError):
     """A backfill cannot begin: another one, to another policy, is at work on the catalog."""
 

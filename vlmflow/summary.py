@@ -44,13 +44,18 @@ class Example(Frozen):
 
 
 class RunLine(Frozen):
-    """A run in one line."""
+    """A run in one line.
+
+    Attributes:
+        num_columns_updated: rows of which nothing but the caller's columns was updated.
+    """
 
     run_id: str
     state: str
     started_at: str
     num_added: int
     num_replaced: int
+    num_columns_updated: int = 0
     images_per_s: float
     message: str
 
@@ -146,6 +151,7 @@ def _run_line(run_id: str, state: str, record: dict[str, Any]) -> RunLine:
         started_at=str(record.get("started_at", "")),
         num_added=int(record.get("num_added", 0)),
         num_replaced=int(record.get("num_replaced", 0)),
+        num_columns_updated=int(record.get("num_columns_updated", 0)),
         images_per_s=float(record.get("images_per_s", 0.0)),
         message=str(record.get("message", "")),
     )

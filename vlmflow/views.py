@@ -17,6 +17,7 @@ from vlmflow.engine.report import PlanSummary, RunReport
 from vlmflow.engine.stages import StageReport
 from vlmflow.summary import CatalogSummary, Example, summarize
 from vlmflow.views_search import printable
+from vlmflow.views_upkeep import counted
 
 if TYPE_CHECKING:
     from vlmflow.checks import Check
@@ -40,6 +41,7 @@ def print_report(report: RunReport, console: Console) -> None:
     """Prints what a run did, where its time went, and what to do next."""
     if report.status == "nothing_due":
         console.print(f"Nothing due: all {report.num_unchanged:,} images of {escape(report.source)} are up to date.")
+        _print_columns_note(report.num_columns_updated, console)
         _print_policy_note(report.num_policy_differs, console)
         return
     rows = report.num_added + report.num_replaced
@@ -52,6 +54,7 @@ def print_report(report: RunReport, console: Console) -> None:
     )
     if report.num_by_others:
         console.print(f"{report.num_by_others:,} more were committed by another run meanwhile")
+    _print_columns_note(report.num_columns_updated, console)
     if report.num_copied or report.num_shared:
         share = (report.num_copied + report.num_shared) / max(1, rows)
         console.print(
@@ -105,10 +108,11 @@ def print_plan(summary: PlanSummary, console: Console) -> None:
         f"{summary.num_listed:,} images listed, {summary.num_unchanged:,} up to date, "
         f"[bold]{summary.num_planned:,} to do[/bold] ({summary.num_new:,} of those due are new)"
     )
-    if summary.num_unchanged and summary.source_columns:
+    if summary.num_outdated:
+        columns = ", ".join(f"{escape(name)} {count:,}" for name, count in summary.outdated_columns.items())
         console.print(
-            f"those up to date keep the values that they have of {escape(', '.join(summary.source_columns))}: new ones "
-            "come with the next task that is due on an image",
+            f"new values of the caller's columns for {counted(summary.num_outdated, 'row')} on which no task will run: "
+            f"{columns}",
             highlight=False,
         )
     if summary.num_planned < summary.num_due:
@@ -150,7 +154,8 @@ def print_summary(summary: CatalogSummary, console: Console) -> None:
     for run in summary.runs:
         started = run.started_at[:19].replace("T", " ")
         counts = (f"{run.num_added:,}", f"{run.num_replaced:,}", f"{run.images_per_s:,.1f}")
-        table.add_row(run.run_id, run.state, started, *counts, escape(printable(run.message)))
+        note = f"columns of {counted(run.num_columns_updated, 'row')}" if run.num_columns_updated else ""
+        table.add_row(run.run_id, run.state, started, *counts, escape(printable(run.message or note)))
     console.print(table)
 
 
@@ -232,6 +237,11 @@ def _print_policy_note(num_policy_differs: int, console: Console) -> None:
             f"{num_policy_differs:,} rows were decided under another policy and keep it; a new policy is not applied "
             "to images with nothing else due"
         )
+
+
+def _print_columns_note(num_updated: int, console: Console) -> None:
+    if num_updated:
+        console.print(f"the caller's columns were updated in {counted(num_updated, 'row')} on which no task ran")
 
 
 def _number(value: float | None) -> str:

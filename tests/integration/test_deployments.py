@@ -50,6 +50,17 @@ def kept_results(prefect: Prefect) -> set[str]:
     return {path.name for path in (prefect.home / "storage").glob("*")}
 
 
+def test_the_worker_starts_what_is_asked_for_and_the_run_says_what_is_wrong(
+    prefect: Prefect, at_work: Path, tmp_path: Path
+) -> None:
+    run_id = trigger(prefect, "nightly-enrichment/nightly", job_file=str(tmp_path / "none.yaml"), date=str(NIGHT))
+    wait_for(lambda: prefect.run(run_id)["end_time"] is not None)
+    run = prefect.run(run_id)
+    assert (run["state_name"], run["name"]) == ("Failed", "nightly 2026-11-01"), at_work.read_text()
+    assert "none.yaml" in run["state"]["message"]
+
+
+@pytest.mark.slow
 def test_a_deployed_night_runs_to_completion(
     prefect: Prefect, at_work: Path, make_job: Callable[..., Job], tmp_path: Path
 ) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import datetime as dt
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -23,6 +24,8 @@ from vlmflow.engine.pipeline import check_pools
 from vlmflow.errors import (
     CatalogError,
     ClusterError,
+    ColumnsError,
+    CommitError,
     EmptySourceError,
     ErrorBudgetError,
     UnboundPolicyError,
@@ -199,6 +202,61 @@ def test_the_callers_columns_and_text_come_along(make_job: Callable[..., Job], t
     manifest.write_text("\n".join(json.dumps(entry) for entry in cheap), encoding="utf-8")
     with pytest.raises(CatalogError, match="price"):
         plan(job)
+
+
+def test_new_prices_come_into_the_rows_and_no_image_is_read_for_them(
+    make_job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [path.name for path in write_pictures(tmp_path / "images", 4)]
+    manifest = tmp_path / "images" / "list.csv"
+
+    def list_at(price: int, names: Sequence[str]) -> None:
+        lines = [f"{name},{price},title of {name}" for name in names]
+        manifest.write_text("\n".join(["uri,price,title", *lines]), encoding="utf-8")
+
+    def rows() -> dict[str, dict[str, Any]]:
+        return {row["uri"].rsplit("/", 1)[-1]: row for row in Catalog.open(job.catalog).images().to_pylist()}
+
+    job = make_job(manifest, tasks=("embed", "moderate"))
+    list_at(1, names[:3])
+    enrich(job)
+    before = rows()
+    list_at(2, names[:3])
+    assert (plan(job).num_outdated, plan(job).outdated_columns) == (3, {"price": 3})
+    with monkeypatch.context() as without_ray:
+        without_ray.setattr(run_module, "ray_cluster", None)
+        report = enrich(job)
+    assert (report.status, report.num_columns_updated, report.num_unchanged) == ("nothing_due", 3, 3)
+    record = Catalog.open(job.catalog).runs.get(report.run_id) or {}
+    assert (record["status"], record["num_columns_updated"]) == ("nothing_due", 3)
+    after = rows()
+    for name in names[:3]:
+        assert after[name]["source"] == {"price": "2", "title": f"title of {name}"}
+        assert after[name]["updated_at"] > before[name]["updated_at"]
+        assert after[name] == before[name] | {key: after[name][key] for key in ("source", "updated_at")}
+    assert Catalog.open(job.catalog).flagged_before(report.run_id) is not None
+    version = Catalog.open(job.catalog).version
+    assert enrich(job).num_columns_updated == 0
+    assert Catalog.open(job.catalog).version == version
+
+    # What is computed stands first: columns that cannot be updated cost none of it.
+    list_at(3, names)
+    with monkeypatch.context() as in_the_way:
+        in_the_way.setattr(Catalog, "update_columns", _other_writers_win)
+        with pytest.raises(ColumnsError, match="columns of 3 of 3 rows were not updated: other writers") as raised:
+            enrich(job)
+    assert "What the run computed is in the catalog" in raised.value.remedy
+    assert {name: row["source"]["price"] for name, row in rows().items()} == dict.fromkeys(names[:3], "2") | {
+        names[3]: "3"
+    }
+    newest = next(Catalog.open(job.catalog).runs.newest())
+    assert (newest.record["status"], newest.record["num_added"]) == ("failed", 1)
+    assert enrich(job).num_columns_updated == 3
+    assert {row["source"]["price"] for row in rows().values()} == {"3"}
+
+
+def _other_writers_win(*_: object) -> Iterator[tuple[int, int]]:
+    raise CommitError("other writers won", remedy="Run the same command again.")
 
 
 def test_two_pools_give_the_rows_of_one(enriched: Enriched, make_job: Callable[..., Job]) -> None:

@@ -23,7 +23,7 @@ from vlmflow.tasks.setup import prepare_tasks
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
-PROFILES_RUN = ("blip2", "flava", "align")  # the last two caption with GIT
+_FLAVA = pytest.param("flava", marks=pytest.mark.slow)  # captions with GIT, as align does
 NUM_IMAGES = 48
 
 
@@ -92,7 +92,7 @@ def done(
     return run
 
 
-@pytest.mark.parametrize("profile", PROFILES_RUN)
+@pytest.mark.parametrize("profile", ["blip2", _FLAVA, "align"])
 def test_a_profile_fills_the_tables(done: Callable[[str], tuple[Job, RunReport]], profile: str) -> None:
     job, report = done(profile)
     assert report.statuses == {"ok": NUM_IMAGES, "unreadable": 4}
@@ -130,7 +130,7 @@ def write_verdicts(job: Job, path: Path) -> None:
             writer.writerows([row["image_id"], name, row["labels"][number]["margin"] >= middle] for row in rows)
 
 
-@pytest.mark.parametrize("profile", ["flava", "align"])
+@pytest.mark.parametrize("profile", [_FLAVA, "align"])
 def test_a_policy_is_calibrated_for_embedders_of_these_families(
     done: Callable[[str], tuple[Job, RunReport]], profile: str, tmp_path: Path
 ) -> None:

@@ -29,9 +29,10 @@ Rows = dict[str, dict[str, Any]]
 def prepared(config: CatalogConfig) -> Catalog:
     """A catalog that holds two thirds of the images, in several files."""
 
-    catalog = Catalog.open_or_create(config, pa.schema([]))
+    catalog = Catalog.open_or_create(config, pa.schema([("price", pa.int64())]))
     for part in range(4):
-        enrich(catalog, f"before-{part}", [references(NAMES[part:66:4])])
+        names = NAMES[part:66:4]
+        enrich(catalog, f"before-{part}", [references(names, source=[{"price": -1}] * len(names))])
     return catalog
 
 
@@ -51,7 +52,11 @@ def vectors_of(catalog: Catalog) -> Counter[tuple[str, str, tuple[float, ...]]]:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Rows, Counter[tuple[str, str, tuple[float, ...]]]]:
     catalog = prepared(CatalogConfig(uri=str(tmp_path_factory.mktemp("undisturbed") / "catalog")))
     kill.work(CatalogConfig(uri=catalog.uri))
-    return rows_of(catalog), vectors_of(catalog)
+    rows = rows_of(catalog)
+    assert {row["uri"]: row["source"]["price"] for row in rows.values()} == {
+        f"mem://{name}": number for number, name in enumerate(NAMES)
+    }
+    return rows, vectors_of(catalog)
 
 
 def let_all_die(root: Path) -> None:
@@ -63,6 +68,7 @@ def let_all_die(root: Path) -> None:
 FAST = [
     ("in the commit, after it is written", 2),
     ("between the tables' commits", 3),
+    ("updating columns, before the commit", 1),
     ("in compaction, before its commit", 1),
     ("in vacuum, half deleted", 1),
 ]
@@ -80,6 +86,8 @@ CHOSEN = [
     ("between the tables' commits", 1),
     ("between commits", 1),
     ("between commits", 5),
+    ("updating columns, before the commit", 3),
+    ("updating columns, after the commit", 1),
     ("in compaction, before its commit", 2),
     ("in compaction, after its commit", 1),
     ("in compaction, after its commit", 2),

@@ -97,6 +97,7 @@ def compare(folder: Path, models: dict[str, dict[str, Any]], few: int, many: int
 
 
 @pytest.mark.timeout(240)
+@pytest.mark.slow
 def test_memory_is_flat(tmp_path: Path, models: dict[str, dict[str, Any]]) -> None:
     assert compare(tmp_path, models, 400, 2_000) <= 1.15
 

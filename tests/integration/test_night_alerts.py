@@ -228,6 +228,8 @@ def test_a_night_with_nothing_due_still_looks_for_late_verdicts(night: Callable[
     state = night(steps)
     assert state.message == "Nothing was due on 2026-03-01: 3 images listed, all up to date."
     assert steps.outcomes == [], "what an ended run left behind is done by `enrich`"
+    state = night(GivenSteps(tonight(status="nothing_due", num_added=0, num_columns_updated=3), plan=nothing))
+    assert state.message.endswith("3 images listed, all up to date, the caller's columns updated in 3 rows.")
 
 
 def test_a_folder_of_reports_out_of_reach_silences_no_alert(

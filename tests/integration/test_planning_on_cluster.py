@@ -26,9 +26,10 @@ NAMES = [f"image {number}" for number in range(900)]
 @pytest.fixture
 def catalog(tmp_path: Path) -> Catalog:
     """A table of five files, some of whose rows are due again."""
-    catalog = open_catalog(tmp_path / "catalog")
+    catalog = open_catalog(tmp_path / "catalog", pa.schema([("price", pa.int64())]))
     for number in range(5):
-        enrich(catalog, f"r{number}", [references(NAMES[number * 150 : (number + 1) * 150])])
+        batch = references(NAMES[number * 150 : (number + 1) * 150])
+        enrich(catalog, f"r{number}", [batch if number % 2 else with_prices(batch)])
     return catalog
 
 
@@ -38,14 +39,22 @@ def listing() -> list[pa.RecordBatch]:
     changed = [NAMES[number] for number in order[:40]]
     names = [NAMES[number] for number in order[40:]]
     # Some are listed twice, and 150 are new.
-    return [references(changed, version="v2"), references(names[:500]), references([*names[500:], *names[:7]])]
+    batches = [references(changed, version="v2"), references(names[:500]), references([*names[500:], *names[:7]])]
+    return [with_prices(batch) for batch in batches]
+
+
+def with_prices(batch: pa.RecordBatch) -> pa.RecordBatch:
+    prices = [len(uri) for uri in batch["uri"].to_pylist()]
+    source = pa.array([{"price": price} for price in prices], pa.struct([("price", pa.int64())]))
+    return batch.append_column("source", source)
 
 
 def outcome(catalog: Catalog, asked: PlanRequest, workers: Workers) -> dict[str, Any]:
     with catalog.plan(listing(), asked, workers) as made:
         rows = [row for table in made.batches(64) for row in table.to_pylist()]
-        counts = {name: value for name, value in vars(made).items() if name.startswith(("num_", "counts"))}
-    return {"rows": rows, **counts}
+        counts = {name: value for name, value in vars(made).items() if name.startswith(("num_", "counts", "outdated"))}
+        outdated = [row for table in made.outdated() for row in table.to_pylist()]
+    return {"rows": rows, "its": outdated, **counts}
 
 
 @pytest.mark.parametrize("kind", ["plain", "fingerprint", "limit"])
@@ -67,6 +76,8 @@ def test_both_plans_are_equal(kind: str, catalog: Catalog) -> None:
     assert here == there
     assert here["num_duplicates"] == 7
     assert here["num_planned"] == {"plain": here["num_due"], "fingerprint": 900, "limit": 60}[kind]
+    assert len(here["its"]) == here["num_outdated"] == here["outdated_columns"]["price"]
+    assert (here["num_outdated"] > 200) == (kind != "fingerprint"), "rows of which the pipeline brings none along"
     if kind == "fingerprint":
         assert sum(row["previous_caption"] is not None for row in here["rows"]) == 750
 

@@ -117,6 +117,7 @@ def test_where_blocks_of_lost_images_are_too_many_smaller_ones_find_the_image(
     assert report.errors == {"worker_died": 1}
 
 
+@pytest.mark.slow
 def test_too_many_of_them_stop_the_run_and_name_what_failed(
     make_job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -180,7 +180,14 @@ def test_the_keyboard_reaches_and_works_everything(demo: Path, window: Browser) 
     assert outline == "solid"
 
 
-@pytest.mark.parametrize(("width", "dark"), [(1280, False), (1280, True), (390, False), (320, True)])
+@pytest.mark.parametrize(
+    ("width", "dark"),
+    [
+        (1280, False),
+        (320, True),
+        *(pytest.param(*more, marks=pytest.mark.slow) for more in ((1280, True), (390, False))),
+    ],
+)
 def test_the_page_is_accessible_in_light_and_dark_and_on_a_phone(demo: Path, width: int, dark: bool) -> None:
     with open_browser(width=width, dark=dark) as browser:
         browser.open(demo)

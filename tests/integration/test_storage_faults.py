@@ -130,7 +130,7 @@ def test_faults_that_pass_leave_no_trace(
 @pytest.mark.parametrize(
     ("which", "how", "said"),
     [
-        (0, "denied", "refused the credentials"),
+        pytest.param(0, "denied", "refused the credentials", marks=pytest.mark.slow),
         pytest.param(1, "gone", "does not exist", marks=pytest.mark.slow),
         pytest.param(1, "denied", "refused the credentials", marks=pytest.mark.slow),
         pytest.param(0, "gone", "does not exist", marks=pytest.mark.slow),

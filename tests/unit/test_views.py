@@ -10,11 +10,11 @@ from rich.console import Console
 
 from vlmflow.cli import main
 from vlmflow.engine.remoderate import RemoderateReport
-from vlmflow.engine.report import PlanSummary
+from vlmflow.engine.report import PlanSummary, RunReport
 from vlmflow.engine.sizing import PreflightReport
 from vlmflow.errors import ExplainError
 from vlmflow.explain import write_heatmap
-from vlmflow.views import print_plan
+from vlmflow.views import print_plan, print_report
 from vlmflow.views_moderation import print_remoderation
 from vlmflow.views_preflight import print_preflight
 
@@ -60,16 +60,28 @@ def test_a_preflight_says_that_start_up_comes_on_top() -> None:
     assert "215 images to do: about 1 s at 900.0 images/s, limited by pool embed; start-up comes on top" in said
 
 
-@pytest.mark.parametrize(("num_unchanged", "columns"), [(5, ("price", "title")), (5, ()), (0, ("price", "title"))])
-def test_a_plan_says_that_columns_of_images_that_are_up_to_date_stay(
-    num_unchanged: int, columns: tuple[str, ...]
-) -> None:
+def test_a_plan_counts_rows_that_get_new_columns_and_names_these() -> None:
     counts = {"num_listed": 9, "num_duplicates": 0, "num_new": 4, "num_due": 4, "num_planned": 4, "num_exhausted": 0}
-    counts |= {"num_erased": 0, "num_policy_differs": 0, "num_unchanged": num_unchanged}
-    console = Console(record=True, width=200)
-    print_plan(PlanSummary(**counts, due={}, policy=None, source_columns=columns), console)
-    said = "those up to date keep the values that they have of price, title" in console.export_text()
-    assert said == bool(num_unchanged and columns)
+    counts |= {"num_erased": 0, "num_policy_differs": 0, "num_unchanged": 5}
+    for columns in ({"price": 3_000, "[title]": 1}, {}):
+        console = Console(record=True, width=200)
+        summary = PlanSummary(
+            **counts, due={}, policy=None, num_outdated=3_000 if columns else 0, outdated_columns=columns
+        )
+        print_plan(summary, console)
+        line = "new values of the caller's columns for 3,000 rows on which no task will run: price 3,000, [title] 1"
+        assert (line in console.export_text()) == bool(columns)
+
+
+@pytest.mark.parametrize("status", ["done", "nothing_due"])
+def test_a_run_says_in_how_many_rows_it_updated_columns(status: str) -> None:
+    facts = {"run_id": "r", "status": status, "source": "list.csv", "catalog": "c", "profile": "starter"}
+    facts |= {"tasks": ("embed",), "date": dt.date(2026, 3, 1), "started_at": dt.datetime.now(dt.UTC)}
+    for count in (0, 1_200):
+        console = Console(record=True, width=200)
+        print_report(RunReport.model_validate(facts | {"num_columns_updated": count}), console)
+        said = "the caller's columns were updated in 1,200 rows on which no task ran" in console.export_text()
+        assert said == bool(count)
 
 
 @pytest.mark.parametrize(

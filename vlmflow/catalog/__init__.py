@@ -1,6 +1,7 @@
 """The catalog: the Delta tables of images and embeddings, and the one way in which they change."""
 
-from vlmflow.catalog.catalog import Catalog, CommitResult
+from vlmflow.catalog.apply import CommitResult
+from vlmflow.catalog.catalog import Catalog
 from vlmflow.catalog.compact import CompactResult
 from vlmflow.catalog.due import PlanRequest
 from vlmflow.catalog.erase import EraseResult

@@ -22,7 +22,7 @@ class AddedKeys:
     """
 
     def __init__(self, baseline: frozenset[str], read_keys: Callable[[str], pa.Array]) -> None:
-        self._baseline = baseline
+        self._baseline = set(baseline)
         self._read_keys = read_keys
         self._paths: list[str] = []  # by number
         self._numbers: dict[str, int] = {}  # of live files
@@ -33,6 +33,10 @@ class AddedKeys:
     def tell(self, path: str, keys: pa.Array) -> None:
         """Spares the reading of a file's keys, should it become live."""
         self._known[path] = keys
+
+    def skip(self, path: str) -> None:
+        """Passes over a file, should it become live: nobody asks for a key of it any more."""
+        self._baseline.add(path)
 
     def refresh(self, snapshot: Snapshot) -> None:
         """Follows the table to a snapshot."""

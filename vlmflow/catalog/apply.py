@@ -26,6 +26,22 @@ from vlmflow.catalog.writer import write_file
 from vlmflow.errors import CatalogError
 
 
+@dataclass(frozen=True)
+class CommitResult:
+    """What one commit of a run's files did to the tables."""
+
+    images_version: int
+    embeddings_version: int
+    num_added: int  # new rows
+    num_replaced: int  # rows merged into live ones
+    num_dropped: int  # new rows left out: another run has added the image since planning
+    num_superseded: int  # replacements left out: another run has met a newer object version
+    statuses: dict[str, int] = field(default_factory=dict)  # of the rows as committed
+    num_erased: int = 0  # left out: the image has been erased since planning
+    num_conflicts: int = 0  # attempts that other writers won
+    repeated: bool = False  # this very commit had been made before: nothing was done
+
+
 @dataclass
 class Outcome:
     """What became of the rows, on one snapshot."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime as dt
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,7 +12,7 @@ import pyarrow.compute as pc
 
 from vlmflow import schema
 from vlmflow.catalog.added import AddedKeys
-from vlmflow.catalog.apply import ImageChanges, Outcome, data_file
+from vlmflow.catalog.apply import CommitResult, ImageChanges, Outcome, data_file
 from vlmflow.catalog.before import flagged_before
 from vlmflow.catalog.columns import checked_numbers, missing_columns, source_columns, storable
 from vlmflow.catalog.commit import Change, CommitRequest, Committed, commit
@@ -26,6 +25,7 @@ from vlmflow.catalog.keys import digest_of, to_binary
 from vlmflow.catalog.known import KnownBytes, known_bytes
 from vlmflow.catalog.known_images import KnownStore
 from vlmflow.catalog.log import DataFile, Snapshot, TableLog, TableName
+from vlmflow.catalog.outdated import update_columns
 from vlmflow.catalog.plan import Plan, plan
 from vlmflow.catalog.plan_parts import Workers
 from vlmflow.catalog.policies import PolicyStore
@@ -46,22 +46,6 @@ logger = logging.getLogger("vlmflow")
 
 # A replacement copies the files of its rows: those of images stay smaller, for that to be quick.
 TARGET_BYTES: Mapping[TableName, int] = {"images": 32 * 1024 * 1024, "embeddings": 128 * 1024 * 1024}
-
-
-@dataclass(frozen=True)
-class CommitResult:
-    """What one commit of a run's files did to the tables."""
-
-    images_version: int
-    embeddings_version: int
-    num_added: int  # new rows
-    num_replaced: int  # rows merged into live ones
-    num_dropped: int  # new rows left out: another run has added the image since planning
-    num_superseded: int  # replacements left out: another run has met a newer object version
-    statuses: dict[str, int] = field(default_factory=dict)  # of the rows as committed
-    num_erased: int = 0  # left out: the image has been erased since planning
-    num_conflicts: int = 0  # attempts that other writers won
-    repeated: bool = False  # this very commit had been made before: nothing was done
 
 
 class Catalog:
@@ -292,6 +276,16 @@ class Catalog:
             fingerprints=fingerprints,
             num_examples=num_examples,
         )
+
+    def update_columns(self, run_id: str, planned: Plan) -> Iterator[tuple[int, int]]:
+        """Brings the caller's columns of outdated rows up to date; see :mod:`vlmflow.catalog.outdated`.
+
+        Args:
+            planned: by this catalog, whose table has all of these columns.
+        """
+        added = self._added_since(planned.version)
+        del self._added[planned.version]  # it passes over files from here on
+        return update_columns(self._images, added, run_id, planned.outdated())
 
     def live_files(self, table: TableName) -> dict[str, DataFile]:
         """The files of a table's newest version, by path."""

@@ -68,7 +68,7 @@ def checked_numbers(batches: Iterable[pa.RecordBatch], table: pa.Schema) -> Iter
         for field in source_columns(batch.schema):
             kind = held.get(field.name, field.type)
             if {pt.is_floating(field.type), pt.is_floating(kind)} == {False, True} and not pt.is_null(field.type):
-                _check_numbers(pc.struct_field(batch["source"], field.name), field.name, kind)
+                _check_numbers(member(batch["source"], field.name), field.name, kind)
         yield batch
 
 
@@ -92,6 +92,12 @@ def flat(column: pa.Array | pa.ChunkedArray) -> pa.Array:
     if isinstance(column, pa.Array):
         return column
     return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays([pa.array([], column.type), *column.chunks])
+
+
+def member(values: pa.StructArray, name: str) -> pa.Array:
+    """A column of the caller's, null where there is no struct; by its number, for a name may begin with a dot."""
+    # Unlike StructArray.field it heeds the parent's offset and nulls; of a name it would take `.a` for the field `a`.
+    return pc.struct_field(values, values.type.get_field_index(name))
 
 
 def conform(rows: pa.Table, columns: pa.Schema) -> pa.Table:
@@ -118,9 +124,18 @@ def _conform_struct(values: pa.StructArray, wanted: pa.StructType) -> pa.StructA
         if values.type.get_field_index(field.name) < 0:
             children.append(pa.nulls(len(values), field.type))
         else:
-            # struct_field, unlike StructArray.field, heeds the parent's offset and nulls
-            children.append(pc.struct_field(values, field.name).cast(field.type))
+            children.append(_cast(member(values, field.name), field))
     return pa.StructArray.from_arrays(children, fields=list(wanted), mask=pc.is_null(values))
+
+
+def _cast(values: pa.Array, field: pa.Field) -> pa.Array:
+    try:
+        return values.cast(field.type)
+    except pa.ArrowInvalid as error:  # an integer, say, that a double does not hold exactly
+        raise CatalogError(
+            f"source column {field.name!r} holds what does not become {field.type}, as the catalog holds it: {error}",
+            remedy="Convert or rename the column of the source.",
+        ) from error
 
 
 def _check_cases(names: list[str]) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.types as pt
 
 from vlmflow.catalog.columns import flat
 
@@ -35,6 +36,37 @@ def same_or_null(left: pa.ChunkedArray, right: pa.ChunkedArray) -> Mask:
     """Equal, or both null."""
     both_null = pc.and_(pc.is_null(left), pc.is_null(right))
     return equal(left, right) | as_mask(both_null)
+
+
+def alike(left: pa.Array, right: pa.Array) -> Mask:
+    """Both null, or the same value: NaN is NaN, and lists and structs are the same if all that is in them is.
+
+    Args:
+        right: of the type of ``left``.
+    """
+    both = is_valid(left) & is_valid(right)
+    same = np.ones(len(left), dtype=np.bool_)
+    if pt.is_struct(left.type):
+        for number in range(left.type.num_fields):
+            same &= alike(pc.struct_field(left, number), pc.struct_field(right, number))
+    elif pt.is_list(left.type) or pt.is_large_list(left.type) or pt.is_fixed_size_list(left.type):
+        same = _alike_lists(left, right, both)
+    else:
+        same = equal(left, right)
+        if pt.is_floating(left.type):
+            same |= as_mask(pc.fill_null(pc.and_(pc.is_nan(left), pc.is_nan(right)), False))
+    return (both & same) | ~(is_valid(left) | is_valid(right))
+
+
+def _alike_lists(left: pa.ListArray, right: pa.ListArray, both: Mask) -> Mask:
+    """Of those that are both not null, lists with the same items."""
+    same = both & equal(pc.list_value_length(left), pc.list_value_length(right))
+    rows = np.flatnonzero(same)
+    left, right = left.take(pa.array(rows)), right.take(pa.array(rows))
+    items = alike(pc.list_flatten(left), pc.list_flatten(right))
+    parents = pc.list_parent_indices(left).to_numpy(zero_copy_only=False)
+    same[rows[parents[~items]]] = False
+    return same
 
 
 def explode(lists: pa.ChunkedArray) -> tuple[npt.NDArray[np.int64], pa.Array]:

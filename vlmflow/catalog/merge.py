@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vlmflow import schema
-from vlmflow.catalog.columns import conform_column, flat
+from vlmflow.catalog.columns import conform_column, flat, member
 from vlmflow.catalog.judged import BY_VERDICT, by_model, chosen, of_list, with_verdicts
 from vlmflow.catalog.masks import Mask, as_mask, equal, explode, field_strings, holds, is_valid, same_or_null
 from vlmflow.catalog.rows import (
@@ -177,15 +178,26 @@ def _judged(
 
 def _source(live: pa.Table, staged: pa.Table, verdict: _Verdict) -> pa.StructArray:
     """The caller's columns: ours as far as our source has them, null or not; the others as they were."""
-    kind = live.schema.field("source").type
     theirs, ours = flat(live["source"]), flat(conform_column(staged, live.schema.field("source")))
-    has = {field.name: holds(staged["source_columns"], field.name) & ~verdict.superseded for field in kind}
+    has = {field.name: holds(staged["source_columns"], field.name) & ~verdict.superseded for field in theirs.type}
+    return overlaid(theirs, ours, has)
+
+
+def overlaid(theirs: pa.StructArray, ours: pa.StructArray, has: Mapping[str, Mask]) -> pa.StructArray:
+    """The caller's columns of rows, those of another source over them.
+
+    Args:
+        ours: with the fields that have a mask, under the types of ``theirs``.
+        has: by field, the rows that take ours, null or not.
+    """
     fields = [
-        pc.if_else(pa.array(has[field.name]), pc.struct_field(ours, field.name), pc.struct_field(theirs, field.name))
-        for field in kind
+        pc.if_else(pa.array(has[field.name]), member(ours, field.name), member(theirs, field.name))
+        if field.name in has
+        else member(theirs, field.name)
+        for field in theirs.type
     ]
     given = is_valid(theirs) | (np.logical_or.reduce(list(has.values())) & is_valid(ours))
-    return pa.StructArray.from_arrays(fields, fields=list(kind), mask=pa.array(~given))
+    return pa.StructArray.from_arrays(fields, fields=list(theirs.type), mask=pa.array(~given))
 
 
 def _merged_errors(live: pa.Table, staged: pa.Table, verdict: _Verdict) -> pa.Array:

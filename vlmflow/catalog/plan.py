@@ -3,7 +3,8 @@
 Both sides are spread over buckets by the first bits of their keys and put aside, so that one bucket is in memory at a
 time; what is due is then put into the order of the pipeline in the same way. No row becomes a Python object. Reading
 the table, joining the buckets and filling in live rows are parts of their own, which run in this process or on the
-workers of a cluster; the listing comes through this process either way.
+workers of a cluster; the listing comes through this process either way. Of the other rows, those are put aside that
+hold the caller's columns of an earlier listing.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vlmflow import schema
+from vlmflow.catalog.columns import flat
 from vlmflow.catalog.due import PlanRequest
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.log import DataFile, Snapshot
+from vlmflow.catalog.outdated import count_by_column, held_as
 from vlmflow.catalog.plan_parts import (
     JOINED,
-    LEDGER_COLUMNS,
     NO_FILE,
     NUM_BUCKETS,
     POSITION,
@@ -36,12 +38,30 @@ from vlmflow.catalog.plan_parts import (
     ReadLedger,
     Workers,
     buckets_of,
+    ledger_columns,
+    outdated_columns,
 )
 from vlmflow.catalog.spill import Spill
 from vlmflow.catalog.tombstones import Erased
 from vlmflow.catalog.workspace import Workspace
 
 _ROWS_PER_GROUP = 100_000  # of planned rows that are ordered at a time
+
+
+@dataclass(frozen=True)
+class _Outdated:
+    """Rows that hold other values of the caller's columns than the listing, by groups of the files that hold them."""
+
+    spill: Spill
+    paths: pa.Array  # of the files, by number
+    last: int  # position of the last image within the limit
+
+    def tables(self) -> Iterator[pa.Table]:
+        """Those that do not go into the pipeline, which brings the others' columns along."""
+        for rows in self.spill.tables():
+            left = rows.filter(pc.or_(pc.invert(rows["_wanted"]), pc.greater(rows["_position"], self.last)))
+            if left.num_rows:
+                yield left.append_column("live_file", self.paths.take(flat(left["_file"])))
 
 
 @dataclass
@@ -60,9 +80,12 @@ class Plan:
     num_unchanged: int = 0
     num_exhausted: int = 0  # failed too often to be tried again
     num_policy_differs: int = 0  # keep labels of another policy
+    num_outdated: int = 0  # not planned, and hold other values of the caller's columns than the listing
+    outdated_columns: Counter[str] = field(default_factory=Counter)  # of these, by column
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)  # (task, reason) -> images due
     _workspace: Workspace | None = None
     _groups: list[Spill] = field(default_factory=list)
+    _outdated: _Outdated | None = None
 
     def batches(self, max_rows: int = 1024) -> Iterator[pa.Table]:
         """The planned rows: new images in listing order, then those that replace, by live file."""
@@ -80,6 +103,11 @@ class Plan:
             found.append(np.unique(rows["size_bytes"].to_numpy()))
         return pa.array(np.unique(np.concatenate(found)))
 
+    def outdated(self) -> Iterator[pa.Table]:
+        """The outdated rows in groups; see :func:`vlmflow.catalog.outdated.update_columns`."""
+        if self._outdated is not None:
+            yield from self._outdated.tables()
+
     def add(self, bucket: Joined) -> None:
         """Counts what was decided in one bucket."""
         for name in ("listed", "duplicates", "erased", "due", "new", "unchanged", "exhausted", "policy_differs"):
@@ -91,7 +119,7 @@ class Plan:
         if self._workspace is not None:
             self._workspace.close()
             self._workspace = None
-            self._groups = []
+            self._groups, self._outdated = [], None
 
     def __enter__(self) -> Plan:
         return self
@@ -151,24 +179,36 @@ class _Planner:
         self._folder = folder
         self._files: list[DataFile] = list(snapshot.files.values()) if snapshot else []
         self._version = snapshot.version if snapshot else -1
+        self._table = snapshot.schema if snapshot else schema.IMAGES
         self._workers = workers
         self._erased = erased or Erased.of(pa.array([], schema.KEY))
 
     def run(self, references: Iterable[pa.RecordBatch]) -> Plan:
         listed = self._spread_references(references)
-        ledger = self._spread_ledger()
+        source = held_as(self._table, listed.columns) if self._files else None
+        ledger = self._spread_ledger(source)
         columns = pa.schema([*listed.columns.remove(len(listed.columns) - 1), *schema.PLANNED])
         plan = Plan(self._version, columns, _workspace=self._owned)
         joined = Spill(self._workspace / "joined", pa.schema([*columns, *JOINED]), NUM_BUCKETS)
-        join = Join(self._request, joined.columns, tuple(self._files), self._erased)
+        outdated = None if source is None else self._outdated_spill(source)
+        join = Join(self._request, joined.columns, tuple(self._files), self._erased, source)
         for bucket in self._join(join, listed, ledger):
             plan.add(bucket)
             joined.append(bucket.rows, buckets_of(bucket.rows))
+            if outdated is not None and bucket.outdated is not None:
+                self._put_aside(bucket.outdated, outdated)
         joined.close()
         ledger.close()
         shutil.rmtree(self._workspace / "listed")
-        self._order(plan, joined)
+        last = self._last_position(joined)
+        self._order(plan, joined, last)
         shutil.rmtree(self._workspace / "joined")
+        if outdated is not None:
+            outdated.close()
+            plan._outdated = _Outdated(outdated, pa.array([file.path for file in self._files]), last)
+            for rows in plan.outdated():
+                plan.num_outdated += rows.num_rows
+                plan.outdated_columns += count_by_column(rows)
         return plan
 
     def _join(self, join: Join, listed: Spill, ledger: Ledger) -> Iterator[Joined]:
@@ -190,14 +230,27 @@ class _Planner:
         spill.close()
         return spill
 
-    def _spread_ledger(self) -> Ledger:
+    def _spread_ledger(self, source: pa.Field | None) -> Ledger:
         numbers = list(range(len(self._files)))
-        read = ReadLedger(self._folder, tuple(self._files), self._request.detections)
-        return self._workers.spread(read, numbers, self._workspace / "ledger", LEDGER_COLUMNS)
+        read = ReadLedger(self._folder, tuple(self._files), self._request.detections, source)
+        return self._workers.spread(read, numbers, self._workspace / "ledger", ledger_columns(source))
 
-    def _order(self, plan: Plan, joined: Spill) -> None:
-        """Puts the planned rows into the order of the pipeline, within the limit."""
-        last = self._last_position(joined)
+    def _outdated_spill(self, source: pa.Field) -> Spill:
+        return Spill(self._workspace / "outdated", outdated_columns(source), _num_groups(self._num_live_rows()))
+
+    def _put_aside(self, rows: pa.Table, outdated: Spill) -> None:
+        """Spreads outdated rows over groups of files, some at a time: texts may be long."""
+        groups = self._groups_of_files(outdated.num_parts)
+        for start in range(0, rows.num_rows, _ROWS_PER_GROUP):
+            some = rows.slice(start, _ROWS_PER_GROUP)
+            outdated.append(some, groups[some["_file"].to_numpy()])
+
+    def _order(self, plan: Plan, joined: Spill, last: int) -> None:
+        """Puts the planned rows into the order of the pipeline, within the limit.
+
+        Args:
+            last: the position of the last image within it.
+        """
         total = plan.num_listed + plan.num_duplicates + plan.num_erased  # as many as there are positions
         new = Spill(self._workspace / "new-unordered", joined.columns, _num_groups(total))
         again = Spill(self._workspace / "again-unordered", joined.columns, _num_groups(self._num_live_rows()))

@@ -16,13 +16,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vlmflow import schema
-from vlmflow.catalog.columns import conform, conform_column
+from vlmflow.catalog.columns import conform, conform_column, flat
 from vlmflow.catalog.detections import Detection, holds_all
 from vlmflow.catalog.due import LACKS_DETECTIONS, LEDGER, Due, PlanRequest, decide
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.keys import duplicates, index_of, to_binary, to_words
 from vlmflow.catalog.log import DataFile
-from vlmflow.catalog.masks import Mask
+from vlmflow.catalog.masks import Mask, alike
+from vlmflow.catalog.outdated import find_outdated
 from vlmflow.catalog.read import read_rows
 from vlmflow.catalog.spill import Spill
 from vlmflow.catalog.tombstones import Erased
@@ -38,8 +39,22 @@ LEDGER_COLUMNS = pa.schema(
     [*(schema.IMAGES.field(name) for name in LEDGER), (LACKS_DETECTIONS, pa.bool_()), _FILE]
 ).remove_metadata()
 JOINED = pa.schema([POSITION, _FILE])
+_WANTED = pa.field("_wanted", pa.bool_())  # it goes into the pipeline, unless a limit leaves it out
+
+
+def ledger_columns(source: pa.Field | None) -> pa.Schema:
+    """What is read of the table, with the caller's columns of the listing if it has any."""
+    return LEDGER_COLUMNS if source is None else LEDGER_COLUMNS.append(source)
+
+
+def outdated_columns(source: pa.Field) -> pa.Schema:
+    """What joining gives of rows whose columns of the caller's are those of an earlier listing."""
+    named = [("image_id", pa.string()), source, source.with_name("previous")]
+    return pa.schema([*named, *JOINED, _WANTED])
+
 
 _FILES_AHEAD = 8  # a store answers late, but many at once
+_COMPARED = 1 << 14  # rows at a time
 
 
 def buckets_of(rows: pa.Table) -> npt.NDArray[np.int64]:
@@ -54,26 +69,30 @@ class ReadLedger:
 
     Attributes:
         detections: that a row must hold; none: nothing of them is read.
+        source: the caller's columns that are read; None: none are.
     """
 
     folder: Folder | None
     files: tuple[DataFile, ...]
     detections: tuple[Detection, ...] = ()
+    source: pa.Field | None = None
 
     def __call__(self, number: int) -> pa.Table:
-        """The rows of a file, given by its number, as LEDGER_COLUMNS.
+        """The rows of a file, given by its number, as :func:`ledger_columns`.
 
         Raises:
             CatalogError: the file cannot be read.
         """
         assert self.folder is not None
         columns = (*LEDGER, "detections") if self.detections else LEDGER
+        if self.source is not None:
+            columns += tuple(f"source.{field.name}" for field in self.source.type)
         rows = read_rows(self.folder, "images", self.files[number], columns)
         if self.detections:
             held = conform_column(rows, schema.IMAGES.field("detections"))  # null in files older than the column
             rows = rows.append_column(LACKS_DETECTIONS, pa.array(~holds_all(held, self.detections)))
         rows = rows.append_column(_FILE, pa.repeat(pa.scalar(number, pa.int32()), rows.num_rows))
-        return conform(rows, LEDGER_COLUMNS)
+        return conform(rows, ledger_columns(self.source))
 
 
 @dataclass(frozen=True)
@@ -90,6 +109,7 @@ class Joined:
     num_exhausted: int
     num_policy_differs: int
     counts: Counter[tuple[str, str]]
+    outdated: pa.Table | None  # as `outdated_columns`; None: the listing has no columns of the caller's
 
 
 @dataclass(frozen=True)
@@ -100,12 +120,14 @@ class Join:
         columns: of the rows to give.
         files: of the images table, by number.
         erased: images that are left out as if they were not listed.
+        source: the caller's columns that the listing has, as the table holds them; None: there are none.
     """
 
     request: PlanRequest
     columns: pa.Schema
     files: tuple[DataFile, ...]
     erased: Erased
+    source: pa.Field | None = None
 
     def __call__(self, listed: pa.Table, *ledger: pa.Table) -> Joined:
         """Joins what is listed in a bucket with what the ledger has there, in any number of pieces.
@@ -115,9 +137,9 @@ class Join:
         """
         once = _once(listed)
         images = self._without_erased(once)
-        held = pa.concat_tables([LEDGER_COLUMNS.empty_table(), *ledger])
+        held = pa.concat_tables([ledger_columns(self.source).empty_table(), *ledger])
         at = index_of(to_binary(held["image_id"])).find(*to_words(to_binary(images["image_id"])))
-        live = held.take(pa.array(at, mask=at < 0))
+        live = held.select(LEDGER_COLUMNS.names).take(pa.array(at, mask=at < 0))
         due = decide(images, live, at >= 0, self.request)
         return Joined(
             rows=conform(self._planned(images, live, due), self.columns),
@@ -130,7 +152,29 @@ class Join:
             num_exhausted=due.num_exhausted,
             num_policy_differs=due.num_policy_differs,
             counts=due.counts,
+            outdated=None if self.source is None else self._outdated(images, held, at, due.wanted, self.source),
         )
+
+    def _outdated(
+        self, images: pa.Table, held: pa.Table, at: npt.NDArray[np.int64], wanted: Mask, source: pa.Field
+    ) -> pa.Table:
+        """The images whose live row holds other columns of the caller's: a run brings those of the others along."""
+        asked = at >= 0 if self.request.limit is not None else (at >= 0) & ~wanted
+        found = list(find_outdated(images, held, at, asked, source))
+        columns = outdated_columns(source)
+        if not found:
+            return columns.empty_table()
+        rows = np.concatenate([numbers for numbers, _ in found])
+        values = pa.concat_tables([values for _, values in found])
+        told = {
+            "image_id": images["image_id"].take(pa.array(rows)),
+            "source": values["source"],
+            "previous": values["previous"],
+            POSITION.name: images[POSITION.name].take(pa.array(rows)),
+            _FILE.name: held[_FILE.name].take(pa.array(at[rows])),
+            _WANTED.name: pa.array(wanted[rows]),
+        }
+        return pa.table(told, schema=columns)
 
     def _without_erased(self, listed: pa.Table) -> pa.Table:
         gone = self.erased.mask(listed)
@@ -286,11 +330,10 @@ def _check_equal(first: pa.Table, repeated: pa.Table) -> None:
     """Refuses images that are listed twice with different columns of the caller."""
     names = [name for name in ("text", "source") if name in first.column_names]
     examples = []
-    for start in range(0, first.num_rows, 1024):  # not to_batches: the two need not have their chunks in common
-        one, other = (rows.select(["uri", *names]).slice(start, 1024) for rows in (first, repeated))
-        for left, right in zip(one.to_pylist(), other.to_pylist(), strict=True):
-            if any(left[name] != right[name] for name in names):
-                examples.append(left["uri"])
+    for start in range(0, first.num_rows, _COMPARED):
+        one, other = (rows.slice(start, _COMPARED) for rows in (first, repeated))
+        same = np.logical_and.reduce([alike(flat(one[name]), flat(other[name])) for name in names])
+        examples += one["uri"].filter(pa.array(~same)).to_pylist()
     if examples:
         raise SourceError(
             f"{len(examples)} images are listed twice with different columns, such as {', '.join(examples[:3])}",

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from vlmflow import schema
 from vlmflow.alt_text import alt_text
-from vlmflow.catalog.columns import conform_column, flat
+from vlmflow.catalog.columns import conform_column, flat, member
 from vlmflow.catalog.judged import with_verdicts
 from vlmflow.catalog.keys import digest_of, questions_digests, text_digests
 from vlmflow.catalog.masks import Mask, explode, field_strings, holds, is_valid
@@ -215,7 +215,7 @@ def _alt_texts(rows: pa.Table, captions: pa.Array, found_text_column: str | None
     if found_text_column is not None and "source" in rows.column_names:
         source = flat(rows["source"])
         if source.type.get_field_index(found_text_column) >= 0:
-            found = [_as_text(value) for value in pc.struct_field(source, found_text_column).to_pylist()]
+            found = [_as_text(value) for value in member(source, found_text_column).to_pylist()]
     texts = [alt_text(*of_row) for of_row in zip(captions.to_pylist(), rows["uri"].to_pylist(), found, strict=True)]
     return {
         "alt_text": pa.array([text for text, _ in texts], pa.string()),

@@ -56,7 +56,14 @@ RetryOption = Annotated[
         "however often they were tried.",
     ),
 ]
-LimitOption = Annotated[int | None, typer.Option("--limit", min=1, help="At most this many images, for a trial.")]
+LimitOption = Annotated[
+    int | None,
+    typer.Option(
+        "--limit",
+        min=1,
+        help="At most this many images, for a trial; rows of others get the manifest's columns all the same.",
+    ),
+]
 TextOption = Annotated[
     str | None,
     typer.Option("--text-column", help="Column of the manifest whose text `match` scores against the image."),

@@ -60,8 +60,9 @@ def enrich(
 ) -> None:
     """Enrich the images of SOURCE into CATALOG: whatever is due, and nothing else.
 
-    New and changed images, tasks that are new, and tasks whose model changed are due. Interrupt it whenever you like:
-    the same command goes on where it stopped.
+    New and changed images, tasks that are new, and tasks whose model changed are due. Rows of other images get the
+    values that a manifest has of its own columns now, without reading the image. Interrupt it whenever you like: the
+    same command goes on where it stopped.
 
     Example: `vlmflow enrich photos/ catalog/ --profile base --policy marketplace --accept-unbound`
     """
@@ -124,7 +125,10 @@ def plan(
     accept_unbound: UnboundOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Say what `enrich` would do, by task and reason. Reads the listing and the catalog; runs and writes nothing."""
+    """Say what `enrich` would do, by task and reason, and how many other rows would get the manifest's columns anew.
+
+    Reads the listing and the catalog; runs and writes nothing.
+    """
     from vlmflow.engine import plan as make_plan
     from vlmflow.views import print_plan
 

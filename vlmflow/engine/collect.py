@@ -106,6 +106,7 @@ class Collected:
     num_conflicts: int = 0  # commits that were made anew because another writer was first
     num_copied: int = 0
     num_shared: int = 0
+    num_columns_updated: int = 0
     statuses: Counter[str] = field(default_factory=Counter)
     decisions: Counter[str] = field(default_factory=Counter)
     sums: Counter[str] = field(default_factory=Counter)

@@ -9,7 +9,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from vlmflow import errors
-from vlmflow.errors import ClusterError, VlmflowError
+from vlmflow.errors import ClusterError, StoreLostError, VlmflowError
 
 _OURS = re.compile(r"(?:vlmflow\.errors\.)(\w+): (.+)")
 _MAX_REASON_CHARS = 400
@@ -48,3 +48,11 @@ def in_our_words(error: RayError) -> VlmflowError:
         f"the cluster gave up: {type(error).__name__}: {reason}",
         remedy="What was committed stays. `vlmflow doctor` tests the workers; then run the same command again.",
     )
+
+
+def lost_in_mid_run(error: VlmflowError) -> StoreLostError:
+    """What a user is told when a store went away: what stays, and how to go on."""
+    if isinstance(error, StoreLostError) and "stays" in error.remedy:
+        return error
+    remedy = f"{error.remedy} What was committed stays: mend the access and run the same command again to go on."
+    return StoreLostError(str(error), remedy=remedy.strip())

@@ -62,6 +62,7 @@ class RunReport(Frozen):
         num_added: rows that are new in the catalog.
         num_replaced: rows that were there before.
         num_by_others: rows dropped because another run had committed them meanwhile.
+        num_columns_updated: further rows, of which nothing but the caller's columns was updated.
         num_copied: images with results taken from a row of the catalog with equal bytes.
         num_shared: images with results taken from another image with equal bytes that the same actor had.
         decisions: images by the decision that the run gave them; those that keep the one they had do not count.
@@ -92,6 +93,7 @@ class RunReport(Frozen):
     num_added: int = 0
     num_replaced: int = 0
     num_by_others: int = 0
+    num_columns_updated: int = 0
     num_copied: int = 0
     num_shared: int = 0
     statuses: dict[str, int] = {}
@@ -121,7 +123,8 @@ class PlanSummary(Frozen):
         num_exhausted: images that failed three times and are not tried again.
         num_erased: images listed that were erased from the catalog; they are left out.
         due: images due by task and reason.
-        source_columns: the caller's columns, of which images that are up to date keep the values that they have.
+        num_outdated: further rows that would get the caller's columns of the listing, and nothing else.
+        outdated_columns: of these, rows by column of the caller's whose value is another now.
     """
 
     num_listed: int
@@ -135,7 +138,8 @@ class PlanSummary(Frozen):
     num_policy_differs: int
     due: dict[str, dict[str, int]]
     policy: str | None
-    source_columns: tuple[str, ...] = ()
+    num_outdated: int = 0
+    outdated_columns: dict[str, int] = {}
 
 
 def plan_summary(prepared: Prepared, plan: Plan) -> PlanSummary:
@@ -152,13 +156,9 @@ def plan_summary(prepared: Prepared, plan: Plan) -> PlanSummary:
         num_policy_differs=plan.num_policy_differs,
         due=due_by_task(prepared.job.tasks, plan),
         policy=policy_name(prepared),
-        source_columns=_source_columns(plan),
+        num_outdated=plan.num_outdated,
+        outdated_columns=dict(plan.outdated_columns.most_common()),
     )
-
-
-def _source_columns(plan: Plan) -> tuple[str, ...]:
-    at = plan.schema.get_field_index("source")
-    return () if at < 0 else tuple(field.name for field in plan.schema.field(at).type)
 
 
 def due_by_task(tasks: Iterable[str], plan: Plan) -> dict[str, dict[str, int]]:
@@ -229,6 +229,7 @@ def finished_report(
             "num_added": collected.num_added,
             "num_replaced": collected.num_replaced,
             "num_by_others": collected.num_by_others,
+            "num_columns_updated": collected.num_columns_updated,
             "num_copied": collected.num_copied,
             "num_shared": collected.num_shared,
             "statuses": dict(collected.statuses),

@@ -17,9 +17,11 @@ from vlmflow.catalog.runs import new_run_id
 from vlmflow.config import Job, PoolConfig
 from vlmflow.engine.archive import archive_policy, archived_prompts
 from vlmflow.engine.budget import ErrorBudget
+from vlmflow.engine.callers_columns import update_columns
 from vlmflow.engine.cluster import Cluster, WorkerErrors, ray_cluster
 from vlmflow.engine.collect import Collected, Collector
 from vlmflow.engine.consume import Block, FinishedBlocks
+from vlmflow.engine.faults import lost_in_mid_run
 from vlmflow.engine.late_verdicts import bring_in_late_verdicts
 from vlmflow.engine.lost import NOT_OF_IMAGES, SMALL_BLOCKS, in_small_batches, lost_rows, unreconciled
 from vlmflow.engine.metrics import RunMetrics
@@ -36,7 +38,6 @@ from vlmflow.errors import (
     ConfigError,
     SourceError,
     StorageAccessError,
-    StoreLostError,
     TransientError,
     UnreconciledError,
     VlmflowError,
@@ -66,7 +67,8 @@ def plan(job: Job) -> PlanSummary:
 def enrich(job: Job, *, progress: ProgressDisplay | None = None) -> RunReport:
     """Enriches whatever is due of the job's source into its catalog.
 
-    Call it again after an interruption, or every night: only what is due is done.
+    Call it again after an interruption, or every night: only what is due is done. Then the rows of all other images
+    listed get the caller's columns of this listing; no image is read for that.
 
     Raises:
         ConfigError: the job names something that does not exist.
@@ -77,6 +79,7 @@ def enrich(job: Job, *, progress: ProgressDisplay | None = None) -> RunReport:
         ErrorBudgetError: too many of the first images are bad; nothing was committed.
         StoreLostError: the store went away in mid-run; what was committed stays.
         UnreconciledError: images went in and did not come out; the others are committed.
+        ColumnsError: what the run computed is committed, but the caller's columns of other rows are not all.
     """
     display = progress or SilentProgress()
     display.stage("checking models and policy")
@@ -166,11 +169,7 @@ class _Run:
 
     def execute(self) -> RunReport:
         if self._plan.num_planned == 0:
-            if Catalog.exists(self._job.catalog):
-                bring_in_late_verdicts(Catalog.open(self._job.catalog), self._run_id, None, [])
-            else:
-                Catalog.open_or_create(self._job.catalog, self._source.columns)
-            return self._finished("nothing_due")
+            return self._without_images()
         self._display.stage("starting Ray")
         with ray_cluster(self._job.ray) as cluster, cluster.worker_errors() as self._worker_errors:
             self._num_cpus = cluster.cpus
@@ -198,9 +197,24 @@ class _Run:
                         self._display.stage("enriching")
                         self._consume(first, finished, collector, metrics)
                         self._run_lost(stages, collector, metrics)
+                    update_columns(catalog, self._run_id, self._plan, self._display, self._collected)
                     self._display.stage("compacting")
                     catalog.compact(self._run_id)
         return self._done
+
+    def _without_images(self) -> RunReport:
+        """With nothing due no cluster is started: rows get what they lack of verdicts and of the caller's columns."""
+        if not Catalog.exists(self._job.catalog):
+            Catalog.open_or_create(self._job.catalog, self._source.columns)
+        elif not self._plan.num_outdated:
+            bring_in_late_verdicts(Catalog.open(self._job.catalog), self._run_id, None, [])
+        else:
+            catalog = Catalog.open_or_create(self._job.catalog, self._source.columns)
+            with self._recorded(catalog, "nothing_due"):
+                bring_in_late_verdicts(catalog, self._run_id, None, [])
+                update_columns(catalog, self._run_id, self._plan, self._display, self._collected)
+            return self._done
+        return self._finished("nothing_due")
 
     def _first(self, finished: FinishedBlocks) -> list[Block] | None:
         """Waits for the first images to come through: the models are loaded, and rates begin to mean something."""
@@ -210,21 +224,24 @@ class _Run:
         return blocks
 
     @contextlib.contextmanager
-    def _recorded(self, catalog: Catalog) -> Iterator[None]:
-        """Keeps the run's record and lease while the block runs, and completes the record however it ends."""
+    def _recorded(self, catalog: Catalog, status: RunStatus = "done") -> Iterator[None]:
+        """Keeps the run's record and lease while the block runs, and completes the record however it ends.
+
+        Args:
+            status: of the run, should it end well.
+        """
         catalog.runs.start(self._run_id, self._report.model_dump(mode="json"))
         try:
             with catalog.runs.keep_alive(self._run_id):
                 yield
         except (StorageAccessError, TransientError) as error:
-            lost = _lost_in_mid_run(error)
+            lost = lost_in_mid_run(error)
             self._record_end(catalog, self._finished("failed", str(lost)))
             raise lost from error
         except BaseException as error:
-            status = _status_of(error)
-            self._record_end(catalog, self._finished(status, str(error)))
+            self._record_end(catalog, self._finished(_status_of(error), str(error)))
             raise
-        self._done = self._finished("done")
+        self._done = self._finished(status)
         self._record_end(catalog, self._done)
 
     def _record_end(self, catalog: Catalog, report: RunReport) -> None:
@@ -370,14 +387,6 @@ class _Run:
             num_first=self._tally.num_first,
             num_cpus=self._num_cpus,
         )
-
-
-def _lost_in_mid_run(error: VlmflowError) -> StoreLostError:
-    """What a user is told when a store went away: what stays, and how to go on."""
-    if isinstance(error, StoreLostError) and "stays" in error.remedy:
-        return error
-    remedy = f"{error.remedy} What was committed stays: mend the access and run the same command again to go on."
-    return StoreLostError(str(error), remedy=remedy.strip())
 
 
 def _status_of(error: BaseException) -> RunStatus:

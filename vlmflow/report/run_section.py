@@ -60,6 +60,7 @@ def _overview(report: RunReport, state: str) -> Html:
             "Up to date": text(report.num_unchanged),
             "New rows": text(report.num_added),
             "Updated rows": text(report.num_replaced),
+            "Rows with new columns": text(report.num_columns_updated),
             "By equal bytes": text(report.num_copied + report.num_shared),
             "By other runs": text(report.num_by_others),
             "Under another policy": text(report.num_policy_differs),

@@ -78,6 +78,20 @@ def test_rows_get_nulls_for_what_they_lack_and_keep_null_structs() -> None:
     assert sliced["source"].to_pylist() == [None]
 
 
+@pytest.mark.parametrize("name", [".price", "[0]", "a.b", ""])
+def test_a_column_may_have_any_name(name: str) -> None:
+    narrow, wide = pa.struct([(name, pa.int32())]), pa.struct([(name, pa.int64())])
+    rows = pa.table({"source": pa.array([{name: 1}, None], narrow)})
+    assert conform(rows, pa.schema([("source", wide)]))["source"].to_pylist() == [{name: 1}, None]
+
+
+def test_a_value_that_the_held_type_cannot_take_is_refused_by_the_name_of_its_column() -> None:
+    rows = pa.table({"source": pa.array([{"price": 2**53 + 1}])})
+    with pytest.raises(CatalogError, match="source column 'price' holds what does not become double") as raised:
+        conform(rows, pa.schema([("source", pa.struct([("price", pa.float64())]))]))
+    assert "Convert" in raised.value.remedy
+
+
 def test_a_source_changes_the_columns_that_it_has_and_no_others(tmp_path: Path) -> None:
     price, seller = pa.field("price", pa.float64()), pa.field("seller", pa.string())
     catalog = open_catalog(tmp_path / "catalog", pa.schema([price, seller]))

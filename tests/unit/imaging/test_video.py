@@ -55,6 +55,8 @@ def make_tracks(
             stream.codec_context.gop_size = gop
             if codec == "h264":
                 stream.codec_context.options = {"x264-params": f"keyint={gop}:scenecut=0", "preset": "ultrafast"}
+            elif codec == "vp8":
+                stream.codec_context.options = {"deadline": "realtime", "cpu-used": "8"}
             streams.append(stream)
         for stream, frames in zip(streams, tracks, strict=True):
             for pixels in frames:

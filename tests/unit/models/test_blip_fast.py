@@ -267,6 +267,7 @@ def test_towers_that_differ_in_one_weight_are_not_shared(tmp_path: Path) -> None
     assert towers.share(model.vision_model, normalize) is not first
 
 
+@pytest.mark.slow
 def test_captions_of_the_real_size_are_those_of_generate() -> None:
     """BLIP-base, 384 px, random weights."""
     text = {"num_attention_heads": 12, "encoder_hidden_size": 768}

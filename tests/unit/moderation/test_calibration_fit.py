@@ -37,15 +37,16 @@ def truth(precision: float, recall: float) -> dict[str, float]:
     return known | {"block": logistic(SCALE * (block - OFFSET)), "review": logistic(SCALE * (review - OFFSET))}
 
 
-def test_intervals_of_95_percent_hold_known_thresholds_in_at_least_90_of_100_seeds() -> None:
+@pytest.mark.parametrize("num_seeds", [20, pytest.param(100, marks=pytest.mark.slow)])
+def test_intervals_of_95_percent_hold_known_thresholds_for_at_least_90_percent_of_seeds(num_seeds: int) -> None:
     known = truth(0.95, 0.9)
     held = dict.fromkeys(known, 0)
-    for seed in range(100):
+    for seed in range(num_seeds):
         fit = fit_label(draw(seed, 300), precision=0.95, recall=0.9, seed=[seed])
         for name, value in known.items():
             estimate = getattr(fit, name)
             held[name] += estimate.low <= value <= estimate.high
-    assert min(held.values()) >= 90, held
+    assert min(held.values()) >= 0.9 * num_seeds, held
 
 
 def test_intervals_narrow_as_verdicts_grow_and_lie_about_the_value() -> None:

@@ -1,0 +1,192 @@
+"""Rows that hold the caller's columns of an earlier listing: planning finds them, and a run brings them up to date.
+
+Stored values are compared with those of the listing, column by column: so sources with different columns leave each
+other's alone, and a row that is up to date is never written. Beside the caller's columns, nothing of a row changes but
+``updated_at``, by which readers of the table know that it did.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from vlmflow import schema
+from vlmflow.catalog.added import AddedKeys
+from vlmflow.catalog.columns import conform, conform_column, flat, member, source_columns, storable
+from vlmflow.catalog.commit import Change, CommitRequest, commit
+from vlmflow.catalog.folder import Folder
+from vlmflow.catalog.keys import digest_of, index_of, to_binary, to_words
+from vlmflow.catalog.log import DataFile, Snapshot, TableLog
+from vlmflow.catalog.masks import Mask, alike
+from vlmflow.catalog.merge import overlaid
+from vlmflow.catalog.read import read_rows
+from vlmflow.catalog.writer import write_file
+
+_ROWS_AT_ONCE = 1 << 16  # that are compared: a bucket has many more, and texts of any length
+_FILES_AT_ONCE = 3  # that are rewritten: a store answers late
+
+
+def held_as(table: pa.Schema, listed: pa.Schema) -> pa.Field | None:
+    """The caller's columns of a listing, as the images table holds them or would; None: the listing has none.
+
+    Raises:
+        CatalogError: a type cannot be stored.
+    """
+    held = {field.name: field.type for field in source_columns(table)}
+    fields = [pa.field(field.name, held.get(field.name, field.type)) for field in storable(source_columns(listed))]
+    return pa.field("source", pa.struct(fields)) if fields else None
+
+
+def find_outdated(
+    images: pa.Table, held: pa.Table, at: npt.NDArray[np.int64], asked: Mask, source: pa.Field
+) -> Iterator[tuple[npt.NDArray[np.int64], pa.Table]]:
+    """The images whose live row holds other values of the caller's columns than the listing.
+
+    Args:
+        images: as listed.
+        held: live rows, their ``source`` as ``source`` says; ``at[i]`` is that of image i.
+        asked: the images that are looked at.
+
+    Yields:
+        Their numbers among the images, and ``source`` and ``previous`` of each.
+
+    Raises:
+        CatalogError: a value does not become the type that the table holds.
+    """
+    if not asked.any():
+        return
+    listed = conform_column(images, source)
+    firsts = range(0, len(listed), _ROWS_AT_ONCE)
+    pieces = [flat(listed.slice(first, _ROWS_AT_ONCE)) for first in firsts]
+    for start in range(0, held.num_rows, _ROWS_AT_ONCE):
+        theirs = flat(held["source"].slice(start, _ROWS_AT_ONCE))
+        here = np.flatnonzero(asked & (at >= start) & (at < start + len(theirs)))
+        for first, piece in zip(firsts, pieces, strict=True):
+            rows = here[(here >= first) & (here < first + len(piece))]
+            ours, previous = piece.take(pa.array(rows - first)), theirs.take(pa.array(at[rows] - start))
+            other = ~_all_alike(previous, ours)
+            yield rows[other], pa.table({"source": ours, "previous": previous}).filter(pa.array(other))
+
+
+def count_by_column(rows: pa.Table) -> Counter[str]:
+    """By column of the caller's, the outdated rows in which it is another now."""
+    counts: Counter[str] = Counter()
+    for start in range(0, rows.num_rows, _ROWS_AT_ONCE):
+        ours, previous = (flat(rows[name].slice(start, _ROWS_AT_ONCE)) for name in ("source", "previous"))
+        counts += Counter({name: int((~same).sum()) for name, same in _alike_by_column(previous, ours).items()})
+    return counts
+
+
+def _all_alike(left: pa.StructArray, right: pa.StructArray) -> Mask:
+    same: Mask = np.logical_and.reduce(list(_alike_by_column(left, right).values()))
+    return same
+
+
+def _alike_by_column(left: pa.StructArray, right: pa.StructArray) -> dict[str, Mask]:
+    """By field of ``right``. No struct at all, as of a source without columns, says the same as one of nulls."""
+    names = [field.name for field in right.type]
+    return {name: alike(member(left, name), member(right, name)) for name in names}
+
+
+def update_columns(
+    log: TableLog, added: AddedKeys, run_id: str, groups: Iterable[pa.Table]
+) -> Iterator[tuple[int, int]]:
+    """Brings the caller's columns of outdated rows up to date: one commit for each group of them.
+
+    Args:
+        added: keys that the table has got since planning; it is of no use to others afterwards.
+        groups: outdated rows, all those of a live file in one: ``image_id``, the caller's columns as listed in
+            ``source`` and as the row held them at planning in ``previous``, and ``live_file``, where it was then.
+
+    Yields:
+        After each commit the rows of its group, and how many of these it has changed. The others are gone, or another
+        writer has changed their columns since planning: its word is the newer one.
+
+    Raises:
+        CommitError, RunRevokedError: as :func:`vlmflow.catalog.commit.commit`.
+        CatalogError: a file of the table cannot be read.
+    """
+    for number, rows in enumerate(groups):
+        changes = _Changes(log.folder, added, run_id, rows)
+        commit_id = digest_of(run_id, "columns", str(number))
+        done = commit(log, CommitRequest(commit_id, run_id, "columns", log.refresh().version), changes.propose)
+        if not done.repeated:
+            log.delete_leftovers(changes.leftovers())
+        yield rows.num_rows, changes.num_changed
+
+
+class _Changes:
+    """Decides on a snapshot which files are rewritten. One object per commit."""
+
+    def __init__(self, folder: Folder, added: AddedKeys, run_id: str, rows: pa.Table) -> None:
+        self._folder, self._added, self._run_id = folder, added, run_id
+        self._rows = rows.combine_chunks()
+        self._keys = to_binary(rows["image_id"])
+        self._planned = flat(self._rows["live_file"]).dictionary_encode()
+        # By the path of the file in whose place it comes, which never changes; with the rows that are new in it.
+        self._written: dict[str, tuple[DataFile, int] | None] = {}
+        self._committed: set[str] = set()
+        self.num_changed = 0
+
+    def propose(self, snapshot: Snapshot) -> Change:
+        """See :func:`vlmflow.catalog.commit.commit`."""
+        self._added.refresh(snapshot)
+        # A row whose file is not live, and that is in none that came since, was erased, or rolled back.
+        rows = {path: numbers for path, numbers in self._by_file() if path in snapshot.files}
+        unread = [path for path in rows if path not in self._written]
+        with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+            new = pool.map(lambda path: self._rewrite(snapshot.files[path], rows[path], snapshot.schema), unread)
+            self._written.update(zip(unread, new, strict=True))
+        changed = {path: written for path in rows if (written := self._written[path]) is not None}
+        self._committed = {file.path for file, _ in changed.values()}
+        self.num_changed = sum(count for _, count in changed.values())
+        return Change(tuple(file for file, _ in changed.values()), tuple(snapshot.files[path] for path in changed))
+
+    def leftovers(self) -> list[str]:
+        """What was written for versions on which the commit did not come about, relative to the catalog."""
+        written = {held[0].path for held in self._written.values() if held is not None}
+        return [f"images/{path}" for path in sorted(written - self._committed)]
+
+    def _by_file(self) -> Iterator[tuple[str, npt.NDArray[np.int64]]]:
+        """The files that hold the rows now, each with the numbers of its rows."""
+        paths: list[str] = self._planned.dictionary.to_pylist()
+        moved = self._added.locate(self._keys)
+        files = np.where(moved >= 0, moved + len(paths), self._planned.indices.to_numpy())
+        order = np.argsort(files, kind="stable")
+        for numbers in np.split(order, np.flatnonzero(np.diff(files[order])) + 1):
+            file = int(files[numbers[0]])
+            yield paths[file] if file < len(paths) else self._added.path(file - len(paths)), numbers
+
+    def _rewrite(
+        self, file: DataFile, numbers: npt.NDArray[np.int64], columns: pa.Schema
+    ) -> tuple[DataFile, int] | None:
+        """Copies a live file with the new columns; None: nothing in it is to be changed."""
+        live = conform(read_rows(self._folder, "images", file), columns)
+        keys = to_binary(live["image_id"])
+        asked = self._rows.take(pa.array(numbers))
+        at = index_of(keys).find(*to_words(self._keys.take(pa.array(numbers))))
+        assert (at >= 0).all(), f"{file.path} holds them"
+        theirs = flat(live["source"]).take(pa.array(at))
+        change = _all_alike(theirs, flat(asked["previous"]))  # what another writer has put there since planning stays
+        if not change.any():
+            return None
+        own = {field.name: change for field in asked.schema.field("source").type}
+        new = overlaid(theirs, flat(conform_column(asked, live.schema.field("source"))), own)
+        order = np.arange(live.num_rows)
+        order[at[change]] = live.num_rows + np.flatnonzero(change)
+        now = pa.repeat(pa.scalar(dt.datetime.now(dt.UTC), schema.TIMESTAMP), len(new))
+        for name, values in (("source", new), ("updated_at", now)):
+            whole = pa.concat_arrays([flat(live[name]), values]).take(pa.array(order))
+            live = live.set_column(live.schema.get_field_index(name), live.schema.field(name), whole)
+        written = write_file(self._folder, "images", live, file.ingest_date, self._run_id)
+        if file.path in self._planned.dictionary.to_pylist():  # whose rows are all in this group
+            self._added.skip(written.path)
+        else:
+            self._added.tell(written.path, keys)
+        return written, int(change.sum())

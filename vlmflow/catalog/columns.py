@@ -68,16 +68,8 @@ def checked_numbers(batches: Iterable[pa.RecordBatch], table: pa.Schema) -> Iter
         for field in source_columns(batch.schema):
             kind = held.get(field.name, field.type)
             if {pt.is_floating(field.type), pt.is_floating(kind)} == {False, True} and not pt.is_null(field.type):
-                _check_numbers(member(batch["source"], field.name), field.name, kind)
+                _cast(member(batch["source"], field.name), field.with_type(kind))
         yield batch
-
-
-def _check_numbers(values: pa.Array, name: str, kind: pa.DataType) -> None:
-    try:
-        values.cast(kind)
-    except pa.ArrowInvalid as error:
-        message = f"source column {name!r} holds what the catalog cannot, which keeps {kind}: {error}"
-        raise CatalogError(message, remedy=_remedy(kind)) from error
 
 
 def _remedy(kind: pa.DataType) -> str:
@@ -134,7 +126,7 @@ def _cast(values: pa.Array, field: pa.Field) -> pa.Array:
     except pa.ArrowInvalid as error:  # an integer, say, that a double does not hold exactly
         raise CatalogError(
             f"source column {field.name!r} holds what does not become {field.type}, as the catalog holds it: {error}",
-            remedy="Convert or rename the column of the source.",
+            remedy=_remedy(field.type),
         ) from error
 
 

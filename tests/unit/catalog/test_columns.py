@@ -89,7 +89,7 @@ def test_a_value_that_the_held_type_cannot_take_is_refused_by_the_name_of_its_co
     rows = pa.table({"source": pa.array([{"price": 2**53 + 1}])})
     with pytest.raises(CatalogError, match="source column 'price' holds what does not become double") as raised:
         conform(rows, pa.schema([("source", pa.struct([("price", pa.float64())]))]))
-    assert "Convert" in raised.value.remedy
+    assert "another name" in raised.value.remedy
 
 
 def test_a_source_changes_the_columns_that_it_has_and_no_others(tmp_path: Path) -> None:
@@ -121,5 +121,5 @@ def test_numbers_that_are_whole_go_into_a_catalog_of_integers_and_others_end_the
     given = {"source_type": pa.struct([("stock", pa.float64())])}
     enrich(catalog, "r1", [references(["a"], source=[{"stock": 2.0}], **given)])
     assert rows_by_name(catalog)["a"]["source"] == {"stock": 2}
-    with pytest.raises(CatalogError, match=r"'stock' holds what the catalog cannot, which keeps int64: .*1\.5"):
+    with pytest.raises(CatalogError, match=r"'stock' holds what does not become int64, .*1\.5"):
         catalog.plan([references(["b"], source=[{"stock": 1.5}], **given)], request())

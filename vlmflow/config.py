@@ -110,6 +110,9 @@ class HttpConfig(Frozen):
     timeout_s: Annotated[float, Field(gt=0, le=400)] = 20.0
     max_redirects: Annotated[int, Field(ge=0)] = 5
     allow_private_addresses: bool = False  # loopback, private and link-local hosts
+    # Images whose source tells no version are read again when they were last read so long ago; 0: in every run. None:
+    # never, and what comes to lie behind an url that has its row is not noticed.
+    recheck_days: Annotated[float, Field(ge=0, le=3650)] | None = None
 
 
 class SourceConfig(Frozen):

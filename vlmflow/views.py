@@ -43,6 +43,7 @@ def print_report(report: RunReport, console: Console) -> None:
         console.print(f"Nothing due: all {report.num_unchanged:,} images of {escape(report.source)} are up to date.")
         _print_columns_note(report.num_columns_updated, console)
         _print_policy_note(report.num_policy_differs, console)
+        _print_unwatched_note(report.num_unwatched, console)
         return
     rows = report.num_added + report.num_replaced
     rate = f"{report.startup_s:.0f} s of start-up"
@@ -78,6 +79,7 @@ def print_report(report: RunReport, console: Console) -> None:
     if limited := what_limited(report):
         console.print(f"what limited it: {limited[0].lower()}{limited[1:]}")
     _print_policy_note(report.num_policy_differs, console)
+    _print_unwatched_note(report.num_unwatched, console)
     console.print(f"run {report.run_id}; look at it with: vlmflow show {escape(report.catalog)}")
 
 
@@ -133,6 +135,7 @@ def print_plan(summary: PlanSummary, console: Console) -> None:
     if summary.policy:
         console.print(f"policy {escape(summary.policy)}")
     _print_policy_note(summary.num_policy_differs, console)
+    _print_unwatched_note(summary.num_unwatched, console)
 
 
 def print_summary(summary: CatalogSummary, console: Console) -> None:
@@ -229,6 +232,15 @@ def _print_examples(name: str, examples: Sequence[Example], console: Console) ->
 def _answers(example: Example) -> str:
     parts = [f"{answer['question']} {answer['answer'] or '-'}" for answer in example.answers or ()]
     return escape(printable("; ".join(parts) or "-"))
+
+
+def _print_unwatched_note(num_unwatched: int, console: Console) -> None:
+    if num_unwatched:
+        console.print(
+            f"[yellow]{counted(num_unwatched, 'image')} at http(s) urls without a version: should another come to lie "
+            "there, no run sees it.[/yellow] Give the manifest a column etag, or set source.http.recheck_days in the "
+            "job file to have them read again"
+        )
 
 
 def _print_policy_note(num_policy_differs: int, console: Console) -> None:

@@ -25,7 +25,8 @@ from vlmflow.sources.unique import UniqueReferences
 from vlmflow.sources.uris import is_http, normalise_uri, resolve
 from vlmflow.storage import STORE_ERRORS, access_error, local_version, object_version, parse_address
 
-# A manifest may know the versions already, and spare a request for each image.
+# What a manifest may say of the version of an http(s) url, which is not asked. Stores and disks tell their own, which
+# a column from another day would hide.
 _VERSION_COLUMNS = ("object_version", "etag")
 _HEADS_AT_A_TIME = 1_000
 _OTHER_DIVIDERS = re.compile(r"[;\t|]")  # of columns in what some programs write as CSV
@@ -122,8 +123,9 @@ class ManifestSource:
                 given["regions_row"] = pa.array(range(first_row - 1, first_row - 1 + rows.num_rows), pa.int64())
             version_column = next((name for name in _VERSION_COLUMNS if name in rows.column_names), None)
             if version_column is not None:
-                versions = texts(rows[version_column], f"{config.uri}: column {version_column}")
-                given["object_version"] = pc.utf8_trim(versions, '"')
+                versions = pc.utf8_trim(texts(rows[version_column], f"{config.uri}: column {version_column}"), '"')
+                is_asked = pa.array([not is_http(locator) for locator in locators])
+                given["object_version"] = pc.if_else(is_asked, pa.scalar(None, pa.string()), versions)
             yield reference_batch(given, source_struct(rows, columns))
             first_row += rows.num_rows
 

@@ -3,10 +3,11 @@
 One process holds the pool of ``benchmarks.gpu_enrich`` (the same models, tasks, photographs and batches of 256) and is
 called by 1, 3 and 5 threads, as Ray Data calls an actor. Batches are read and checked before, and come again under
 other hashes, so that none takes another's results; nvJPEG decodes each anew. Counted are the batches behind the first
-third of them. Then a profile of as many calls as a run has: the share of the time in which the GPU was at work, the
-time of its kernels for a batch, which bounds the rate, and the longest of them by name.
+third of them. Then a profile of as many calls as a run has, by threads that have called before: the share of the time
+in which the GPU was at work, the time of its kernels for a batch, which bounds the rate, and the longest of them by
+name. Before all that attention by itself, see ``benchmarks/gpu_attention.py``: by estimate ten seconds.
 
-    python -m benchmarks.gpu_pool --device cuda           # by estimate a minute and a half
+    python -m benchmarks.gpu_pool --device cuda           # by estimate two minutes
     python -m benchmarks.gpu_pool --device cpu --tiny     # the same with tiny models: a test of the script
 """
 
@@ -25,6 +26,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 
+from benchmarks.gpu_attention import measure
 from benchmarks.gpu_enrich import NUM_TOKENS, TASKS
 from benchmarks.machine import add_gpu_options, parse_gpu_options, save_result
 from benchmarks.photographs import write_jpegs
@@ -71,8 +73,8 @@ class Batches:
             yield batch.set_column(at, "content_hash", pa.array(hashes, batch.schema.field(at).type))
 
 
-def run(worker: PoolWorker, batches: Sequence[pa.Table], num_calls: int) -> dict[str, Any]:
-    """Has so many threads call the worker with all batches; the rate is that behind the first third of them."""
+def run(worker: PoolWorker, batches: Sequence[pa.Table], threads: ThreadPoolExecutor) -> dict[str, Any]:
+    """Has the threads call the worker with all batches; the rate is that behind the first third of them."""
     ends: list[float] = []
 
     def call(batch: pa.Table) -> int:
@@ -80,19 +82,24 @@ def run(worker: PoolWorker, batches: Sequence[pa.Table], num_calls: int) -> dict
         ends.append(time.perf_counter())
         return sum(len(errors or []) for errors in out["errors"].to_pylist())
 
-    with ThreadPoolExecutor(num_calls) as threads:
-        num_errors = sum(threads.map(call, batches))
+    num_errors = sum(threads.map(call, batches))
     ends.sort()
     first = len(ends) // 3
     rows = sum(batch.num_rows for batch in batches) * (len(ends) - 1 - first) / len(ends)
-    return {"calls_at_once": num_calls, "images_per_s": round(rows / (ends[-1] - ends[first]), 1), "errors": num_errors}
+    return {"images_per_s": round(rows / (ends[-1] - ends[first]), 1), "errors": num_errors}
 
 
-def profile(worker: PoolWorker, batches: Sequence[pa.Table]) -> dict[str, Any]:
-    """What the GPU does while the worker is called as in a run; kernels alone, copies left out."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
-        run(worker, batches, GPU_CALLS_AT_ONCE)
-        torch.cuda.synchronize()
+def profile(worker: PoolWorker, first: Sequence[pa.Table], batches: Sequence[pa.Table]) -> dict[str, Any]:
+    """What the GPU does while the worker is called as in a run; kernels alone, copies left out.
+
+    Args:
+        first: what the threads do before: each has streams of its own, and so memory and plans of cuDNN's.
+    """
+    with ThreadPoolExecutor(GPU_CALLS_AT_ONCE) as threads:
+        run(worker, first, threads)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+            run(worker, batches, threads)
+            torch.cuda.synchronize()
     kernels = sorted(
         (event.time_range.start, event.time_range.end, event.name)
         for event in found.events()
@@ -142,6 +149,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
+    attention = measure(options.device, tiny=options.tiny)
+    print(attention, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         mean_bytes = write_jpegs(root / "images", options.images, *options.size)
@@ -165,14 +174,19 @@ def main() -> None:
         "workload": f"batches of {options.batch} JPEGs of {width} x {height}, {mean_bytes / 1024:.0f} KB on average; "
         f"{'tiny' if options.tiny else 'real'} model sizes, {NUM_TOKENS} caption tokens",
         "device": options.device,
+        "attention": attention,
         "runs": [],
     }
-    run(worker, list(batches.take(4)), 1)  # operations are counted, kernels made and graphs captured
+    with ThreadPoolExecutor(1) as threads:
+        run(worker, list(batches.take(4)), threads)  # operations are counted, kernels made and graphs captured
     for num_calls in options.calls:
-        result["runs"].append(run(worker, list(batches.take(options.batches)), num_calls))
+        with ThreadPoolExecutor(num_calls) as threads:
+            found = run(worker, list(batches.take(options.batches)), threads)
+        result["runs"].append({"calls_at_once": num_calls} | found)
         print(result["runs"][-1], flush=True)
     if options.device == "cuda":
-        result |= profile(worker, list(batches.take(options.batches // 2)))
+        parts = (options.batches // 2, options.batches // 2)
+        result |= profile(worker, *(list(batches.take(count)) for count in parts))
         print({name: value for name, value in result.items() if name.startswith(("gpu", "kernels", "images"))})
     name = f"gpu_pool-{options.device}{'-tiny' if options.tiny else ''}"
     print(save_result(name, result, options.results))

@@ -23,7 +23,7 @@ from vlmflow.schema import REFERENCE
 from vlmflow.sources import Fetched
 from vlmflow.sources.reader import SourceReader
 
-PRIVATE_ALLOWED = HttpConfig(timeout_s=5, max_redirects=3, allow_private_addresses=True)
+PRIVATE_ALLOWED = HttpConfig(timeout_s=60, max_redirects=3, allow_private_addresses=True)
 BODY = bytes(range(256)) * 40
 
 
@@ -118,6 +118,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 class Site(http.server.ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 128  # of those that connect at once; what more come wait a second or longer
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)

@@ -1,13 +1,14 @@
 """What an error of the device means, and who lends memory back when there is none left.
 
 torch raises one class, ``torch.AcceleratorError``, for everything that CUDA answers: with code 2 there was no memory
-outside of torch's own allocator, from 900 to 908 something could not be captured into a graph, and nearly all others
-leave a device on which nothing works any more until the process has ended (the codes of ``cudaError_t`` in CUDA's
-runtime API).
+outside of torch's own allocator, from 900 to 908 something could not be captured into a graph, a few refuse a call and
+leave the device as it was, and nearly all others leave one on which nothing works any more until the process has ended
+(the codes of ``cudaError_t`` in CUDA's runtime API).
 """
 
 from __future__ import annotations
 
+import threading
 import weakref
 from typing import Protocol
 
@@ -15,11 +16,18 @@ import torch
 
 _MEMORY_ALLOCATION = 2
 _CAPTURE = range(900, 909)
-# As cuBLAS, cuDNN and Triton say it, through a RuntimeError of no class of its own.
+# An invalid argument or configuration, a kernel that is not there or not for this GPU, too few registers or too little
+# shared memory for it, what is not supported.
+_REFUSED = (1, 9, 98, 209, 701, 801)
+# As cuBLAS, cuDNN and Triton say it, through a RuntimeError of no class of its own. Handles that are "not initialized"
+# are those for which no memory was left.
 _NO_MEMORY = (
     "can't allocate memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",
     "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    "CUDNN_STATUS_NOT_INITIALIZED",
     "CUDA out of memory",
     "Triton Error [CUDA]: out of memory",
 )
@@ -32,6 +40,8 @@ class Releasing(Protocol):
         """Lets go of it."""
 
 
+# Held by who captures a graph: meanwhile torch's allocator gives no memory back, and fails an assertion if asked to.
+capturing = threading.Lock()
 _releasing: weakref.WeakSet[Releasing] = weakref.WeakSet()
 
 
@@ -48,7 +58,7 @@ def is_device_broken(error: BaseException) -> bool:
     """Whether every later call on the device would fail as well: the process must end."""
     if not isinstance(error, torch.AcceleratorError) or is_out_of_memory(error):
         return False
-    return _code(error) not in _CAPTURE
+    return _code(error) not in (*_CAPTURE, *_REFUSED)
 
 
 def release_on_demand(holder: Releasing) -> None:
@@ -57,11 +67,15 @@ def release_on_demand(holder: Releasing) -> None:
 
 
 def release_memory() -> None:
-    """Frees what is only kept to save time. To be called outside of handlers, whose tracebacks keep tensors."""
+    """Frees what is only kept to save time, once no graph is captured.
+
+    To be called outside of handlers, whose tracebacks keep tensors.
+    """
     for holder in list(_releasing):
         holder.release()
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.empty_cache()
+        with capturing:
+            torch.cuda.empty_cache()
 
 
 def _code(error: torch.AcceleratorError) -> int | None:

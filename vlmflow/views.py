@@ -72,6 +72,10 @@ def print_report(report: RunReport, console: Console) -> None:
         console.print(f"pool {'+'.join(pool.tasks)}: {share:.0%} busy, {1 - share:.0%} waiting for images")
         if pool.at_once is not None:
             console.print(f"  out of memory: it went on with at most {pool.at_once:,} images at once; set batch_size")
+        if pool.num_refused:
+            console.print(
+                f"  {pool.num_refused:,} JPEGs went from its device to a processor: damaged, or out of memory"
+            )
     for task, usage in report.usage.items():
         tokens = f"{usage.input_tokens:,} input and {usage.output_tokens:,} output tokens"
         cost = f", cost {usage.cost:,.4f}" if usage.cost else ""

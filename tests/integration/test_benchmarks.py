@@ -6,11 +6,14 @@ import json
 import math
 import os
 import sys
+import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import Any, Self
 
+import pyarrow as pa
 import pytest
 import torch
 
@@ -18,6 +21,7 @@ from benchmarks import (
     blip_caption,
     clip_embed,
     decode,
+    gpu_attention,
     gpu_enrich,
     gpu_pool,
     random_models,
@@ -84,6 +88,46 @@ def test_a_pool_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     runs = run(gpu_pool, tmp_path, monkeypatch, *options)["runs"]
     assert [(one["calls_at_once"], one["errors"]) for one in runs] == [(1, 0), (3, 0)]
     assert all(0 < one["images_per_s"] < math.inf for one in runs)
+
+
+def test_attention_by_itself() -> None:
+    found = gpu_attention.measure("cpu", tiny=True)
+    assert found["decoding_ms"]["as_it_is"] > 0
+    assert [one["tokens"] for one in found["cross_attention_ms"]] == [8, 16, 24, 32, 64]
+    assert all(one[way] > 0 for one in found["cross_attention_ms"] for way in ("by_features", "by_keys"))
+    (tower,) = found["towers_ms"]
+    assert tower["flash"] > 0
+    assert tower["flash_first_with_one_row_less"] > 0
+    assert "No viable backend" in tower["cudnn"], "what does not run here says why, and ends nothing"
+
+
+def test_the_threads_of_a_profile_have_run_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, is_profiled, seen = torch.autograd.DeviceType.CUDA, threading.Event(), Counter[tuple[bool, int]]()
+    kernel = SimpleNamespace(time_range=SimpleNamespace(start=0.0, end=1.0), device_type=cuda, name="a")
+    together = threading.Barrier(5)
+
+    class Profile:
+        def __enter__(self) -> Self:
+            is_profiled.set()
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def events(self) -> list[object]:
+            return [kernel]
+
+    def work(batch: pa.Table) -> pa.Table:
+        together.wait(20.0)  # each thread has one
+        seen[is_profiled.is_set(), threading.get_ident()] += 1
+        return batch
+
+    monkeypatch.setattr(torch.profiler, "profile", lambda **_: Profile())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    batches = 5 * [pa.table({"errors": pa.nulls(1, pa.list_(pa.string()))})]
+    gpu_pool.profile(work, batches, batches)  # type: ignore[arg-type]
+    before, during = ({thread for when, thread in seen if when is profiled} for profiled in (False, True))
+    assert before == during
+    assert len(during) == 5
 
 
 def report(seconds: float, startup_s: float) -> RunReport:

@@ -242,10 +242,7 @@ def test_it_fails_closed(make_job: Callable[..., Job], write_policy: Callable[..
     paths[0].write_bytes(b"no image any more")
     enrich(job)
     lenient = write_policy("lenient", version='"2"', gun="review: 1.0, block: null", prompt="a tree of trees")
-    shutil.rmtree(tmp_path / "catalog" / "embeddings" / "ingest_date=2026-11-01", ignore_errors=True)
-    catalog = Catalog.open(job.catalog)
-    lost = catalog.images(["image_id", "uri"]).to_pylist()[0]
-    _drop_vectors(catalog, lost["image_id"])
+    _drop_vectors(Catalog.open(job.catalog), rows_of(job, ["image_id"])[paths[1].name]["image_id"])
 
     report = remoderate(job.model_copy(update={"policy": lenient}))
 
@@ -253,10 +250,10 @@ def test_it_fails_closed(make_job: Callable[..., Job], write_policy: Callable[..
     unreadable = rows[paths[0].name]
     assert (unreadable["decision"], unreadable["decision_reason"]) == ("review", "unreadable")
     assert unreadable["moderate_fingerprint"] is None
-    gone = rows[lost["uri"].rsplit("/", 1)[-1]]
-    if gone is not unreadable:
-        assert (gone["decision"], gone["decision_reason"], gone["labels"]) == ("review", "unscored", None)
+    lost = rows[paths[1].name]
+    assert (lost["decision"], lost["decision_reason"], lost["labels"]) == ("review", "unscored", None)
     assert report.num_without_vectors == 1
+    assert all(rows[path.name]["labels"] for path in paths[2:])
 
 
 def test_rows_of_another_model_keep_their_policy(

@@ -29,6 +29,8 @@ FATAL = "fatal"
 SECONDS_PREFIX = "seconds_"
 # Batches likewise: 1 / rows on each row.
 BATCHES_PREFIX = "batches_"
+# And JPEGs left to a pool's device that it did not decode.
+REFUSED_PREFIX = "refused_"
 
 # What a task has spent on a model that is paid for (requests, tokens, cost), spread likewise.
 SPENT_PREFIX = "spent_"
@@ -39,7 +41,7 @@ FLOPS_PREFIX = "flops_"
 CEILING_PREFIX = "ceiling_"
 
 # What the run sums up over all rows; of the ceilings also how many rows have one.
-SUMMED_PREFIXES = (SECONDS_PREFIX, BATCHES_PREFIX, SPENT_PREFIX, FLOPS_PREFIX, CEILING_PREFIX)
+SUMMED_PREFIXES = (SECONDS_PREFIX, BATCHES_PREFIX, REFUSED_PREFIX, SPENT_PREFIX, FLOPS_PREFIX, CEILING_PREFIX)
 COUNT_PREFIX = "count_"
 
 # The most images that a pool's tasks run at once since memory ran out; null: it never did.

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import torch
 
 from vlmflow import schema
-from vlmflow.device_errors import is_out_of_memory
+from vlmflow.device_errors import is_out_of_memory, release_memory
 from vlmflow.engine import columns
 from vlmflow.engine.decoding import PoolDecoding
 from vlmflow.engine.streams import ThreadStreams
@@ -39,12 +39,14 @@ class Fed:
         views: by the keys of the requests of this pool's tasks.
         passed_on: pixel columns for the pools behind this one.
         seconds: of making it ready.
+        num_refused: JPEGs left to the device that it did not decode, for want of memory or as damaged.
     """
 
     batch: pa.Table
     views: dict[str, HeldViews]
     passed_on: dict[str, pa.Array]
     seconds: float
+    num_refused: int
 
 
 class Feeder:
@@ -75,13 +77,13 @@ class Feeder:
         """Decodes what is left to decode, and moves the pixels of all rows to the device."""
         started = time.perf_counter()
         with self._streams():  # waits in the thread that feeds: the one that computes never waits for a copy
-            batch, decoded = self._decode(batch)
+            batch, decoded, num_refused = self._decode(batch)
             views = {key: self._views(batch, request, decoded) for key, request in self._own.items()}
             passed_on = {key: _passed_on(batch, request, decoded) for key, request in self._later.items()}
         batch = columns.drop_pixels(batch)
         held_row = pa.array(np.arange(batch.num_rows))
         seconds = time.perf_counter() - started
-        return Fed(batch.append_column(HELD_ROW, held_row), views, passed_on, seconds)
+        return Fed(batch.append_column(HELD_ROW, held_row), views, passed_on, seconds, num_refused)
 
     @contextmanager
     def lent(self, fed: Fed) -> Iterator[None]:
@@ -100,10 +102,12 @@ class Feeder:
             batch = batch.append_column(columns.PIXELS_PREFIX + key, values)
         return batch
 
-    def _decode(self, batch: pa.Table) -> tuple[pa.Table, dict[int, DeviceImage]]:
-        """The batch with views and errors of the JPEGs that were left encoded, and their pixels by row."""
+    def _decode(self, batch: pa.Table) -> tuple[pa.Table, dict[int, DeviceImage], int]:
+        """The batch with views and errors of the JPEGs that were left encoded; their pixels by row; how many were
+        refused.
+        """
         if self._decoder is None or self._decoding is None or columns.ENCODED not in batch.column_names:
-            return batch, {}
+            return batch, {}, 0
         rows = pc.indices_nonzero(pc.is_valid(batch[columns.ENCODED])).to_pylist()
         files = _encoded(batch, rows)
         with at_most(self._decoding.limits.max_seconds * max(1, len(files))):
@@ -117,7 +121,7 @@ class Feeder:
                 failed[row] = error
         for key in {request.key for request in self._decoding.requests}:
             batch = _with_views(batch, key, found)
-        return (_without_failed(batch, failed) if failed else batch), found
+        return (_without_failed(batch, failed) if failed else batch), found, images.count(None)
 
     def _decode_on_processor(self, file: EncodedJpeg) -> DeviceImage:
         """What the device refused.
@@ -159,7 +163,8 @@ class Feeder:
             if not is_out_of_memory(error):
                 raise
             logger.warning("no memory left on the device for %d images at once", sum(len(part) for part in parts))
-            return torch.cat([part.cpu() for part in parts])
+        release_memory()  # past the handler, whose traceback kept what had been moved
+        return torch.cat([part.cpu() for part in parts])
 
     def _moved(self, part: torch.Tensor) -> torch.Tensor:
         if self._device.type != "cuda" or part.is_cuda:

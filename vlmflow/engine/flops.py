@@ -133,6 +133,7 @@ def _formulas() -> dict[Any, Callable[..., int]]:
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
         torch.ops.aten._native_multi_head_attention: _multi_head_attention,
         torch.ops.aten._addmm_activation: _product,
+        torch.ops.aten.bmm: _products,  # that of torch 2.11 fails where a dtype is asked for
     }
     if torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         found[torch.ops.mkldnn._linear_pointwise] = _linear
@@ -147,6 +148,11 @@ def _linear(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
 def _product(bias: Shape, x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
     """(E,), (N, D) and (D, E)."""
     return 2 * math.prod(x) * weight[1]
+
+
+def _products(x: Shape, weights: Shape, *_: Any, **__: Any) -> int:
+    """(B, N, D) and (B, D, E)."""
+    return 2 * math.prod(x) * weights[2]
 
 
 def _attention(queries: Shape, keys: Shape, values: Shape, *_: Any, **__: Any) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from dataclasses import dataclass
 
 import torch
 
@@ -11,6 +13,16 @@ from vlmflow.errors import ClusterError, WeightsError
 from vlmflow.models import identify
 from vlmflow.models.pixels import model_dtype
 from vlmflow.tasks.setup import TaskSetup
+
+logger = logging.getLogger("vlmflow")
+
+# What torch may take of an actor's share of a GPU: the rest is for the context, nvJPEG, and what libraries hold.
+_OF_ITS_SHARE = 0.9
+# Bytes of GPU memory with which an actor does whole batches: those of 40 GB have them. With half of it, half batches.
+_FOR_WHOLE_BATCHES = 38e9
+_MAX_HALVINGS = 4
+# Then: two are in tasks, and one is fed.
+_FEW_CALLS = 3
 
 
 def set_up_torch(pool: PoolConfig, dtype: Dtype = "auto") -> str:
@@ -30,8 +42,43 @@ def set_up_torch(pool: PoolConfig, dtype: Dtype = "auto") -> str:
             f"pool {'+'.join(pool.tasks)} asks for {pool.gpus:g} GPU, but torch {torch.__version__} finds none",
             remedy="Install a CUDA build of torch on the GPU nodes; `vlmflow doctor` tells what it finds.",
         )
+    if pool.gpus < 1:
+        # torch gives nothing back by itself: the first actor on a GPU would take what the others are to have.
+        torch.cuda.set_per_process_memory_fraction(_OF_ITS_SHARE * pool.gpus)
     allow_tf32(model_dtype("cuda", dtype) != torch.float32)
     return "cuda"
+
+
+@dataclass(frozen=True)
+class Room:
+    """What there is room for at once.
+
+    Attributes:
+        rows: images of a batch in a task; None: all.
+        calls: batches of an actor; None: as many as it is given.
+    """
+
+    rows: int | None = None
+    calls: int | None = None
+
+
+def room_for(pool: PoolConfig, dtype: Dtype = "auto") -> Room:
+    """What an actor's share of its GPU's memory has room for, of batches whose size nobody chose for this GPU.
+
+    Five batches of 256 take some 22 GB in half precision, by reckoning, and models come on top. With less, torch would
+    free memory and ask for it anew in every task, which is slow and no error: nothing would make batches smaller.
+    """
+    if pool.gpus == 0:
+        return Room()
+    free, total = torch.cuda.mem_get_info()
+    share = min(free, min(1.0, pool.gpus) * total)
+    room = share / 2 if model_dtype("cuda", dtype) == torch.float32 else share
+    halvings = sum(room < _FOR_WHOLE_BATCHES / 2**number for number in range(_MAX_HALVINGS))
+    if halvings == 0:
+        return Room()
+    rows = max(1, pool.batch_size >> halvings)
+    logger.info("%.0f GB of GPU memory: %d images at once, of %d batches", share / 1e9, rows, _FEW_CALLS)
+    return Room(rows, _FEW_CALLS)
 
 
 def allow_tf32(allowed: bool) -> None:

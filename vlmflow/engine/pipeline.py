@@ -37,7 +37,8 @@ _CALLS_AT_ONCE = 2
 GPU_CALLS_AT_ONCE = 5
 _MIN_BLOCK_ROWS, _MAX_BLOCK_ROWS = 32, 512
 # Of a pool with a GPU for which neither job nor preflight says a size. Models of a few hundred MB need large ones to be
-# fast; others, and beams, take the memory of many images for each.
+# fast; others, and beams, take the memory of many images for each. On GPUs of less than 40 GB an actor does a part of
+# its batch at once: the driver does not know them, and they need not be alike.
 _GPU_BATCH, _GPU_BATCH_OF_LARGE = 256, 64
 _SMALL_FAMILIES: frozenset[Family] = frozenset({"open_clip", "blip_caption", "blip_itm", "blip_vqa", "vilt"})
 # A worker that dies by a signal is retried without limit unless told otherwise.
@@ -114,7 +115,7 @@ def stages_of(
     if config.regions_column is not None and setup.read_regions(prepared.job.tasks):
         regions = RegionReader(config, source.version)
     decode = ReadAndDecode(source.reader(limits), requests, limits, known, leaves_jpegs=in_pool, regions=regions)
-    return Stages(decode, pools, setup, prompts)
+    return Stages(decode, pools, setup, prompts, sized_by_memory=not prepared.job.pools)
 
 
 def block_rows(num_images: int, cluster: Cluster, max_rows: int, batch_size: int) -> int:
@@ -165,7 +166,11 @@ def build_pipeline(
             dataset = dataset.map_batches(
                 PoolWorker,
                 fn_constructor_args=(pool, stages.setup, stages.prompts),
-                fn_constructor_kwargs={"later": later, "decoding": stages.decoding if decodes else None},
+                fn_constructor_kwargs={
+                    "later": later,
+                    "decoding": stages.decoding if decodes else None,
+                    "sized_by_memory": stages.sized_by_memory,
+                },
                 batch_format="pyarrow",
                 batch_size=pool.batch_size,
                 num_cpus=pool.cpus,

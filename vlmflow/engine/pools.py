@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import threading
 import time
 from typing import TYPE_CHECKING, NoReturn
 
@@ -46,29 +47,33 @@ class PoolWorker:
         *,
         later: tuple[TaskName, ...] = (),
         decoding: PoolDecoding | None = None,
+        sized_by_memory: bool = False,
     ) -> None:
         """Loads the models.
 
         Args:
             later: tasks of the pools behind this one, which need their pixels.
             decoding: None: every image comes decoded.
+            sized_by_memory: nobody chose the size of batches for this GPU: do less at once on a small one.
         """
         # The driver imports this module too and needs no torch.
         from vlmflow.engine.feeding import Feeder
         from vlmflow.engine.flops import Ceilings, CountedTask
-        from vlmflow.engine.loading import check_weights, set_up_torch, wait_for_device
+        from vlmflow.engine.loading import Room, check_weights, room_for, set_up_torch, wait_for_device
         from vlmflow.engine.streams import ThreadStreams
         from vlmflow.models.towers import VisionTowers
         from vlmflow.tasks.run import BatchLimit
 
         device = set_up_torch(pool, setup.dtype)
+        room = room_for(pool, setup.dtype) if sized_by_memory else Room()
         check_weights(pool, setup)
         towers = VisionTowers()
         self._tasks: dict[str, CountedTask] = {
             name: CountedTask(load_task(name, setup, prompts, device, towers)) for name in pool.tasks
         }
         self._ceilings = Ceilings(device, setup.dtype)
-        self._limits: dict[str, BatchLimit] = {name: BatchLimit() for name in pool.tasks}
+        self._limits: dict[str, BatchLimit] = {name: BatchLimit(room.rows) for name in pool.tasks}
+        self._calls = contextlib.nullcontext() if room.calls is None else threading.BoundedSemaphore(room.calls)
         self._recent = {name: RecentResults(task) for name, task in self._tasks.items()}
         self._timeout_s = pool.timeout_s
         self._feeder = Feeder(setup.requests_of(pool.tasks), setup.requests_of(later), device, decoding)
@@ -88,7 +93,8 @@ class PoolWorker:
         if batch.num_rows == 0:
             return batch
         try:
-            return self._process(batch)
+            with self._calls:
+                return self._process(batch)
         except RuntimeError as error:
             from vlmflow.device_errors import is_device_broken
 
@@ -113,6 +119,7 @@ class PoolWorker:
             (columns.seconds_column(f"busy:{self._name}"), usage.busy),
             (columns.seconds_column(f"waiting:{self._name}"), usage.waited),
             (columns.BATCHES_PREFIX + self._name, 1.0),
+            (columns.REFUSED_PREFIX + self._name, float(fed.num_refused)),
         ):
             batch = batch.append_column(column, columns.spread(amount, batch.num_rows))
         return batch
@@ -131,7 +138,7 @@ class PoolWorker:
                 batch = batch.append_column(columns.FLOPS_PREFIX + name, columns.spread(done, batch.num_rows))
                 ceiling = pa.scalar(self._ceilings.of(name), pa.float64())
                 batch = batch.append_column(columns.CEILING_PREFIX + name, pa.repeat(ceiling, batch.num_rows))
-        fitting = [limit.rows for limit in self._limits.values() if limit.rows is not None]
+        fitting = [limit.rows for limit in self._limits.values() if limit.has_run_out and limit.rows is not None]
         at_once = pa.scalar(min(fitting, default=None), pa.int64())
         return batch.append_column(columns.AT_ONCE_PREFIX + self._name, pa.repeat(at_once, batch.num_rows))
 

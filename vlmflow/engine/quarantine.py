@@ -32,12 +32,17 @@ _START_TIMEOUT_S = 600.0  # loading the models of all pools
 
 @dataclass(frozen=True)
 class Stages:
-    """What an image goes through: decoding, then the tasks of the pools in order."""
+    """What an image goes through: decoding, then the tasks of the pools in order.
+
+    Attributes:
+        sized_by_memory: the pools' batch sizes are defaults, of which an actor with a small GPU does less at once.
+    """
 
     decode: ReadAndDecode
     pools: tuple[PoolConfig, ...]
     setup: TaskSetup
     prompts: PromptVectors | None
+    sized_by_memory: bool = False
 
     @property
     def decoding(self) -> PoolDecoding:

@@ -14,7 +14,7 @@ import ray
 from vlmflow.catalog import Catalog, KnownBytes, Plan, plan_without_catalog
 from vlmflow.catalog.columns import storable
 from vlmflow.catalog.runs import new_run_id
-from vlmflow.config import Job, PoolConfig
+from vlmflow.config import Job
 from vlmflow.engine.archive import archive_policy, archived_prompts
 from vlmflow.engine.budget import ErrorBudget
 from vlmflow.engine.callers_columns import update_columns
@@ -155,17 +155,17 @@ class _Run:
         self._num_cpus = 0.0
         self._verdicts_due = False  # late ones may be lacking in rows that it has committed
 
-    def _tried_pools(self, stages: Stages, cluster: Cluster) -> tuple[PoolConfig, ...]:
-        """The pools that a preflight chooses; the default ones where no image of the sample could be tried."""
+    def _tried(self, stages: Stages, cluster: Cluster) -> Stages:
+        """With the pools that a preflight chooses; the default ones where no image of the sample could be tried."""
         # Copies of known results would not be computed, so they say nothing of the pools.
         plain = dataclasses.replace(stages, decode=dataclasses.replace(stages.decode, known=None))
         try:
             tried = measure(self._plan, plain, cluster)
         except (SourceError, ClusterError) as error:  # every image gets its row all the same
             logger.warning("preflight: nothing could be tried: %s", error)
-            return default_pools(self._prepared, cluster)
+            return dataclasses.replace(stages, pools=default_pools(self._prepared, cluster))
         logger.info("preflight: %s", tried.model_dump_json(exclude={"pools": {"__all__": {"trials"}}}))
-        return tried.chosen
+        return dataclasses.replace(stages, pools=tried.chosen, sized_by_memory=False)
 
     def execute(self) -> RunReport:
         if self._plan.num_planned == 0:
@@ -180,7 +180,7 @@ class _Run:
             stages = stages_of(self._prepared, self._source, pools, prompts, self._known_bytes())
             if self._job.preflight:
                 self._display.stage("trying batch sizes")
-                stages = dataclasses.replace(stages, pools=self._tried_pools(stages, cluster))
+                stages = self._tried(stages, cluster)
             batch_size = stages.pools[0].batch_size
             num_rows = block_rows(self._plan.num_planned, cluster, self._job.commit.max_rows, batch_size)
             blocks = [ray.put(block) for block in self._plan.batches(num_rows)]

@@ -46,6 +46,7 @@ class PoolReport(Frozen):
         busy_s: seconds in tasks, all actors together.
         waiting_s: seconds without a batch, all actors together.
         at_once: the most images at once since memory ran out, of the actor with the fewest; None: it never did.
+        num_refused: JPEGs left to the actors' devices that went on to a processor, damaged or for want of memory.
     """
 
     tasks: tuple[str, ...]
@@ -53,6 +54,7 @@ class PoolReport(Frozen):
     busy_s: float
     waiting_s: float
     at_once: int | None = None
+    num_refused: int = 0
 
 
 def stage_reports(tasks: tuple[str, ...], collected: Collected, cpu_s: float) -> tuple[StageReport, ...]:
@@ -94,6 +96,7 @@ def pool_reports(collected: Collected) -> tuple[PoolReport, ...]:
             busy_s=round(collected.sums[columns.seconds_column(f"busy:{name}")], 3),
             waiting_s=round(collected.sums[columns.seconds_column(f"waiting:{name}")], 3),
             at_once=collected.at_once.get(name),
+            num_refused=round(collected.sums[columns.REFUSED_PREFIX + name]),
         )
         for name in _pool_names(collected)
     )

@@ -8,6 +8,7 @@ half precision. Imported by workers alone: it needs torch.
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import warnings
 from collections import OrderedDict
@@ -18,7 +19,7 @@ from io import BytesIO
 import torch
 from PIL import Image
 
-from vlmflow.device_errors import is_device_broken
+from vlmflow.device_errors import is_device_broken, is_out_of_memory, release_memory
 from vlmflow.errors import ClusterError
 from vlmflow.imaging.decode import PixelRequest, merge_requests
 from vlmflow.imaging.jpeg import EncodedJpeg
@@ -35,6 +36,8 @@ _CUBIC = -0.5  # Pillow's
 # Which of the two products comes first decides how the levels between them round. Pillow 13 begins with the columns of
 # images that are this much higher than wide; found by trying.
 _HIGH = 1.2
+# As torchvision passes on that nvJPEG, which allocates by itself, found no memory: its status ALLOCATOR_FAILURE.
+_NVJPEG_RAN_OUT = re.compile(r"Failed to [a-z ]+: 5\b")
 
 
 _Key = tuple[int, float, float, int, str]  # the arguments of :func:`coefficients`
@@ -71,6 +74,8 @@ class DeviceDecoder:
         self._dtype = dtype or (torch.float16 if is_cuda else torch.float32)
         self._threads = threading.local()
         self._has_told = False
+        # Less once memory has run out, with a part of which a half was to be tried.
+        self._pixels_at_once = _PIXELS_AT_ONCE[self._device.type]
         try:
             # Imported here: workers that leave no JPEG to their device do without what torchvision means to drop.
             from torchvision.io import ImageReadMode, decode_jpeg
@@ -89,11 +94,19 @@ class DeviceDecoder:
     def __call__(self, files: Sequence[EncodedJpeg]) -> list[DeviceImage | None]:
         """The images in order; None: refused, for whatever reason, and a processor must try it.
 
+        Where memory runs out, half of a part is tried, down to one image, and parts are no larger from then on.
+
         Raises:
             torch.AcceleratorError: the device is broken.
         """
         images: list[DeviceImage | None] = [None] * len(files)
-        for part in _parts(files, _PIXELS_AT_ONCE[self._device.type]):
+        pending = _parts(files, self._pixels_at_once)[::-1]
+        while pending:
+            part, ran_out = pending.pop(), False
+            halves = _in_halves(part)
+            if halves and _num_pixels(files, part) > self._pixels_at_once:
+                pending += halves[::-1]
+                continue
             try:
                 decoded = dict(zip(part, self._decode([files[number].data for number in part]), strict=True))
                 for group in _alike(files, part):
@@ -103,7 +116,13 @@ class DeviceDecoder:
             except RuntimeError as error:
                 if is_device_broken(error):
                     raise
-                self._tell(error, len(part))
+                ran_out = _ran_out(error)
+                if not ran_out or not halves:
+                    self._tell(error, len(part))
+            if ran_out:  # past the handler, whose traceback kept the part's tensors
+                release_memory()
+                pending += halves[::-1]
+                self._pixels_at_once = min([self._pixels_at_once, *(_num_pixels(files, half) for half in halves)])
         return images
 
     def _show(self, pairs: Sequence[tuple[EncodedJpeg, torch.Tensor | None]]) -> list[DeviceImage | None]:
@@ -126,11 +145,15 @@ class DeviceDecoder:
         return images
 
     def _decode(self, files: Sequence[bytes | memoryview]) -> list[torch.Tensor | None]:
-        """(3, H, W) uint8 each; of a batch of which one is refused, all are tried alone."""
+        """(3, H, W) uint8 each; of a batch of which one is refused, all are tried alone.
+
+        Raises:
+            RuntimeError: there is no memory left for so many, or the device is broken.
+        """
         try:
             return list(self._decode_all(files))
         except RuntimeError as error:
-            if is_device_broken(error):
+            if is_device_broken(error) or _ran_out(error):
                 raise
             if len(files) > 1:
                 return [self._decode([data])[0] for data in files]
@@ -268,6 +291,20 @@ def _parts(files: Sequence[EncodedJpeg], pixels_at_once: int) -> list[list[int]]
         parts[-1].append(number)
         left -= width * height
     return parts
+
+
+def _in_halves(part: Sequence[int]) -> list[list[int]]:
+    """Nothing of a single image."""
+    half = len(part) // 2
+    return [list(part[:half]), list(part[half:])] if half else []
+
+
+def _num_pixels(files: Sequence[EncodedJpeg], part: Sequence[int]) -> int:
+    return sum(files[number].facts.width * files[number].facts.height for number in part)
+
+
+def _ran_out(error: RuntimeError) -> bool:
+    return is_out_of_memory(error) or _NVJPEG_RAN_OUT.search(str(error)) is not None
 
 
 def _alike(files: Sequence[EncodedJpeg], numbers: Sequence[int]) -> list[list[int]]:

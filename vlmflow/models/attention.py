@@ -13,7 +13,11 @@ _FEW_QUERIES = 16
 
 
 def attend(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None = None
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    scale: float | None = None,
 ) -> torch.Tensor:
     """Scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762).
 
@@ -21,24 +25,29 @@ def attend(
         queries: (N, H, Q, d).
         keys: (N, H, K, d), as are the values.
         mask: bool, broadcast to (N, H, Q, K): False where a key is not to be seen.
+        scale: of the scores; None: one by the square root of d.
 
     Returns:
         (N, Q, H * d): the heads side by side.
     """
     if _by_products(queries):
-        scores = torch.matmul(queries * queries.shape[-1] ** -0.5, keys.transpose(-1, -2))
+        scores = torch.matmul(queries * (queries.shape[-1] ** -0.5 if scale is None else scale), keys.transpose(-1, -2))
         if mask is not None:
             scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
         context = torch.matmul(scores.softmax(dim=-1), values)
         return context.transpose(1, 2).flatten(2)
-    return attend_fused(queries, keys, values, mask)
+    return attend_fused(queries, keys, values, mask, scale)
 
 
 def attend_fused(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None = None
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    scale: float | None = None,
 ) -> torch.Tensor:
     """As :func:`attend`, by torch's fused kernel whatever it costs: its scores are float32 whatever the dtype."""
-    context = torch.nn.functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+    context = torch.nn.functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
     return context.transpose(1, 2).flatten(2)
 
 

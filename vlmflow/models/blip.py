@@ -23,6 +23,9 @@ from vlmflow.models.pretrained import load_model, load_tokenizer
 from vlmflow.models.towers import SharedTower, VisionTowers
 from vlmflow.models.weights import check_keys
 
+# Texts of up to so many tokens are taken together: more groups would have less of a device's work each.
+_SHORT = 16
+
 
 class BlipCaptioner:
     """One sentence for each image, a whole batch at once."""
@@ -118,8 +121,7 @@ class BlipMatcher:
         """
         if not images.pairs_with(texts):
             return np.empty(0, np.float32)
-        states = self._encode(texts, images.embeds)
-        logits = self._itm_head(states[:, 0])
+        logits = self._itm_head(self._encode(texts, images.embeds))
         probabilities: NDArray[np.float32] = logits.softmax(dim=1)[:, 1].cpu().numpy()  # column 1 is "match"
         return probabilities
 
@@ -135,27 +137,60 @@ class BlipMatcher:
         """
         if not images.pairs_with(texts):
             return np.empty(0, np.float32)
-        states = self._encode(texts, None)
-        text_features = self._text_proj(states[:, 0])
+        text_features = self._text_proj(self._encode(texts, None))
         image_features = self._vision_proj(images.embeds[:, 0].float())
         return torch.nn.functional.cosine_similarity(image_features, text_features, dim=-1).cpu().numpy()
 
     def _encode(self, texts: Sequence[str], features: torch.Tensor | None) -> torch.Tensor:
-        last: tuple[list[str], tuple[torch.Tensor, torch.Tensor | None]] | None = getattr(self._threads, "last", None)
+        """(N, D) float32: the first token of each text."""
+        last: tuple[list[str], list[_Texts]] | None = getattr(self._threads, "last", None)
         if last is None or last[0] != list(texts):  # both heads are asked about the same
             self._threads.last = last = (list(texts), self._tokens(texts))
-        ids, mask = last[1]
-        return self._encoder.encode(ids, mask, features)
+        groups, found = last[1], []
+        for group in groups:
+            shown = features if features is None or len(groups) == 1 else features[group.rows]
+            found.append(self._encoder.encode(group.ids, group.mask, shown)[:, 0])
+        if len(groups) == 1:
+            return found[0]
+        rows = [row for group in groups for row in group.rows]
+        return torch.cat(found)[sorted(range(len(rows)), key=rows.__getitem__)]
 
-    def _tokens(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(N, L) int64, and (N, L) bool, False on padding; None: there is none."""
+    def _tokens(self, texts: Sequence[str]) -> list[_Texts]:
+        """The texts by length, to the next power of two: few groups, and no short text padded to the longest."""
+        all_ids: list[list[int]] = self._tokenizer(list(texts), truncation=True, max_length=self._encoder.max_tokens)[
+            "input_ids"
+        ]
+        by_length: dict[int, list[int]] = {}
+        for row, ids in enumerate(all_ids):
+            by_length.setdefault(max(_SHORT, 1 << (len(ids) - 1).bit_length()), []).append(row)
         device = self._itm_head.weight.device
-        batch = self._tokenizer(
-            list(texts), padding=True, truncation=True, max_length=self._encoder.max_tokens, return_tensors="pt"
-        )
-        is_padded = not bool(batch["attention_mask"].all())
-        mask = batch["attention_mask"].to(device).bool() if is_padded else None
-        return batch["input_ids"].to(device), mask
+        return [_Texts.of(rows, [all_ids[row] for row in rows], device) for rows in by_length.values()]
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """Texts of about one length, L.
+
+    Attributes:
+        rows: M, of the texts among all.
+        ids: (M, L) int64.
+        mask: (M, L) bool, False on padding; None: there is none.
+    """
+
+    rows: list[int]
+    ids: torch.Tensor
+    mask: torch.Tensor | None
+
+    @classmethod
+    def of(cls, rows: list[int], ids: list[list[int]], device: torch.device) -> _Texts:
+        """Padded to the longest, by what the mask hides."""
+        lengths = [len(tokens) for tokens in ids]
+        longest = max(lengths)
+        padded = torch.tensor([[*tokens, *[0] * (longest - len(tokens))] for tokens in ids], device=device)
+        if min(lengths) == longest:
+            return cls(rows, padded, None)
+        is_word = torch.arange(longest, device=device) < torch.tensor(lengths, device=device).unsqueeze(1)
+        return cls(rows, padded, is_word)
 
 
 @dataclass(frozen=True)

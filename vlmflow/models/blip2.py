@@ -20,6 +20,7 @@ from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2ForIma
 from vlmflow.config import Dtype, ModelConfig
 from vlmflow.errors import WeightsError
 from vlmflow.models import EncodedImages
+from vlmflow.models.attention import growing
 from vlmflow.models.logits import NumberCheck
 from vlmflow.models.pixels import PixelNormalizer, model_dtype
 from vlmflow.models.preprocessing import read_preprocessing
@@ -80,18 +81,19 @@ class Blip2Captioner:
         if len(pixels) == 0:
             return []
         images = self._vision(pixels)
-        seen = self._projection(look(self._qformer, self._queries, images).to(images.dtype))
-        begin = torch.full((len(images), 1), self._begin, device=images.device)
-        states = torch.cat([seen, self._language.get_input_embeddings()(begin)], dim=1)
         numbers = NumberCheck()
-        tokens = self._language.generate(
-            inputs_embeds=states,
-            attention_mask=torch.ones(states.shape[:2], dtype=torch.int64, device=states.device),
-            do_sample=False,
-            num_beams=num_beams,
-            max_new_tokens=max_tokens,
-            logits_processor=numbers.as_list(),
-        )
+        with growing(images.device):
+            seen = self._projection(look(self._qformer, self._queries, images).to(images.dtype))
+            begin = torch.full((len(images), 1), self._begin, device=images.device)
+            states = torch.cat([seen, self._language.get_input_embeddings()(begin)], dim=1)
+            tokens = self._language.generate(
+                inputs_embeds=states,
+                attention_mask=torch.ones(states.shape[:2], dtype=torch.int64, device=states.device),
+                do_sample=False,
+                num_beams=num_beams,
+                max_new_tokens=max_tokens,
+                logits_processor=numbers.as_list(),
+            )
         numbers.check()
         # OPT ends a caption with a line feed, which is no special token.
         return [text.strip() for text in self._tokenizer.batch_decode(tokens, skip_special_tokens=True)]

@@ -68,8 +68,8 @@ class BlipAnswerer:
         for pairs in _of_one_length(ids):
             tokens = torch.tensor([ids[pair] for pair in pairs], device=images.device)
             asked_of = [rows[pair] for pair in pairs]
-            states = self._encoder.encode(tokens, None, images[asked_of])
             with growing(images.device):
+                states = self._encoder.encode(tokens, None, images[asked_of])
                 answers = self._decode(states.to(images.dtype))
             for pair, answer in zip(pairs, answers, strict=True):
                 found[pair] = answer

@@ -14,6 +14,7 @@ from vlmflow.config import ModelConfig
 from vlmflow.models.pixels import PixelNormalizer, model_dtype
 from vlmflow.models.preprocessing import read_preprocessing
 from vlmflow.models.pretrained import load_model
+from vlmflow.models.sizes import in_few_sizes
 from vlmflow.models.weights import check_keys
 
 
@@ -44,6 +45,10 @@ class ImageClassifier:
     @torch.inference_mode()
     def score(self, pixels: torch.Tensor) -> NDArray[np.float32]:
         """(N, 3, S, S) uint8 RGB -> (N, O): softmax over all classes, or a sigmoid each where several can hold."""
-        logits = self._model(pixel_values=self._normalize(pixels)).logits.float()
+        logits = in_few_sizes(self._logits, pixels, self._normalize).float()
         scores = logits.sigmoid() if self._is_multi_label else logits.softmax(dim=-1)
         return cast("NDArray[np.float32]", scores[:, self._columns].cpu().numpy())
+
+    def _logits(self, pixels: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self._model(pixel_values=self._normalize(pixels)).logits
+        return logits

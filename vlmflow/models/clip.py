@@ -19,10 +19,12 @@ from transformers.initialization import no_init_weights
 
 from vlmflow.config import Dtype, ModelConfig
 from vlmflow.errors import WeightsError
+from vlmflow.models.attention import growing
 from vlmflow.models.clip_packed import can_pack, pack_image_tower, take_pixels, takes_pixels
 from vlmflow.models.pixels import PixelNormalizer, model_dtype
 from vlmflow.models.preprocessing import read_preprocessing
 from vlmflow.models.pretrained import in_our_words
+from vlmflow.models.sizes import in_few_sizes
 from vlmflow.models.weights import check_keys, find_weights, read_open_clip_model
 
 _TEXTS_AT_ONCE = 256
@@ -80,17 +82,22 @@ class ClipEmbedder:
             return np.empty((0, self.dim), np.float32)
         device = next(self._model.parameters()).device
         tokens = self._tokenize(list(texts))
-        parts = [
-            _unit(self._model.encode_text(tokens[start : start + _TEXTS_AT_ONCE].to(device)))  # type: ignore[operator]
-            for start in range(0, len(tokens), _TEXTS_AT_ONCE)
-        ]
+        with growing(device):
+            parts = [
+                _unit(self._model.encode_text(tokens[start : start + _TEXTS_AT_ONCE].to(device)))  # type: ignore[operator]
+                for start in range(0, len(tokens), _TEXTS_AT_ONCE)
+            ]
         return np.concatenate(parts)
 
 
 def image_features(model: Any, normalize: PixelNormalizer, pixels: torch.Tensor) -> torch.Tensor:
     """(N, 3, S, S) uint8 RGB -> (N, D) of any length, in the model's dtype."""
-    features: torch.Tensor = model.encode_image(pixels if takes_pixels(model) else normalize(pixels))
-    return features
+
+    def encode(given: torch.Tensor) -> torch.Tensor:
+        features: torch.Tensor = model.encode_image(given if takes_pixels(model) else normalize(given))
+        return features
+
+    return in_few_sizes(encode, pixels, normalize)
 
 
 def load_tower(folder: Path, config: ModelConfig, device: str, dtype: torch.dtype) -> torch.nn.Module:

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from vlmflow.errors import WeightsError
+from vlmflow.models.attention import growing
 from vlmflow.models.pixels import model_dtype
 from vlmflow.models.vlm import chat_inputs, chat_text, load_image_text_to_text
 from vlmflow.models.weights import read_json
@@ -52,7 +53,8 @@ class VlmJudge:
     def score(self, pixels: torch.Tensor) -> NDArray[np.float32]:
         """(N, 3, S, S) uint8 RGB -> (N, Q) probability of `Yes` against `No`, in float32."""
         images = list(pixels.permute(0, 2, 3, 1).cpu().numpy())
-        columns = [self._ask(images, prompt) for prompt in self._prompts] if images else []
+        with growing(torch.device(self._device)):
+            columns = [self._ask(images, prompt) for prompt in self._prompts] if images else []
         return np.stack(columns, axis=1) if columns else np.empty((0, len(self._prompts)), np.float32)
 
     def _ask(self, images: list[NDArray[np.uint8]], prompt: str) -> NDArray[np.float32]:

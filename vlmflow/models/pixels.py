@@ -19,6 +19,7 @@ class PixelNormalizer:
         scale: (1, 3, 1, 1) float32 on the device; of a level of a pixel.
         shift: likewise, what is added then.
         device: of the model.
+        dtype: of what it gives, the model's.
     """
 
     def __init__(self, preprocessing: Preprocessing, device: str, dtype: torch.dtype) -> None:
@@ -29,12 +30,12 @@ class PixelNormalizer:
         self.shift = (-mean / std).to(device)
         self._shape = (3, preprocessing.size, preprocessing.size)
         self.device = device
-        self._dtype = dtype
+        self.dtype = dtype
         self._logical, self._is_bgr = preprocessing.describe(), preprocessing.is_bgr
 
     def describe(self) -> str:
         """One line, equal for normalisers that give equal inputs for equal pixels."""
-        return f"{self._logical} {self.device} {self._dtype}"
+        return f"{self._logical} {self.device} {self.dtype}"
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         """(N, 3, S, S) uint8 -> the same shape, normalised in float32, then in the model's dtype.
@@ -45,7 +46,7 @@ class PixelNormalizer:
         self.check(pixels)
         if self._is_bgr:
             pixels = pixels.flip(1)
-        return pixels.to(self.device).to(torch.float32).mul_(self.scale).add_(self.shift).to(self._dtype)
+        return pixels.to(self.device).to(torch.float32).mul_(self.scale).add_(self.shift).to(self.dtype)
 
     def check(self, pixels: torch.Tensor) -> None:
         """Makes sure that the pixels are (N, 3, S, S) uint8, S the model's size.

@@ -274,6 +274,7 @@ class CrossSizes:
         rows: queries that it takes; so many of an image read the image's tokens once.
         tile: tokens at a time.
         block: of the features' width, in ``parts``.
+        num_stages: of the loads that run ahead of the products.
     """
 
     rows: int
@@ -281,6 +282,7 @@ class CrossSizes:
     block: int
     parts: int
     num_warps: int
+    num_stages: int = 2
 
     @classmethod
     def of(cls, num_rows: int, width: int) -> CrossSizes:
@@ -292,7 +294,7 @@ class CrossSizes:
         )
 
 
-def attend_to_features(queries: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+def attend_to_features(queries: torch.Tensor, features: torch.Tensor, sizes: CrossSizes | None = None) -> torch.Tensor:
     """Means of an image's tokens, weighed by the softmax of their products with the queries.
 
     Each tile of tokens is read once, for its scores and for its share of the means; sums are float32.
@@ -300,6 +302,7 @@ def attend_to_features(queries: torch.Tensor, features: torch.Tensor) -> torch.T
     Args:
         queries: (H, N L, E), contiguous: L of each of N images, image by image; E at most 1024.
         features: (N, T, E), contiguous, of the same dtype, which products are made of: bfloat16 or float16.
+        sizes: of the kernel's programs; None: those of :meth:`CrossSizes.of`.
 
     Returns:
         (H, N L, E).
@@ -309,7 +312,7 @@ def attend_to_features(queries: torch.Tensor, features: torch.Tensor) -> torch.T
     out = torch.empty_like(queries)
     if queries.numel() == 0:
         return out
-    sizes = CrossSizes.of(num_heads * num_texts // num_images, width)
+    sizes = sizes or CrossSizes.of(num_heads * num_texts // num_images, width)
     with torch.cuda.device_of(features):  # type: ignore[no-untyped-call]
         _attend_to_features[(triton.cdiv(num_heads * num_texts // num_images, sizes.rows), num_images)](
             queries,
@@ -325,6 +328,6 @@ def attend_to_features(queries: torch.Tensor, features: torch.Tensor) -> torch.T
             block=sizes.block,
             parts=sizes.parts,
             num_warps=sizes.num_warps,
-            num_stages=2,
+            num_stages=sizes.num_stages,
         )
     return out

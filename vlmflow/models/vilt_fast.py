@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from vlmflow.errors import WeightsError
-from vlmflow.models.attention import attend_fused, split_heads
+from vlmflow.models.attention import attend_fused, growing, split_heads
 from vlmflow.models.blocks import TOKENS_AT_ONCE, Block, Blocks
 from vlmflow.models.linear import PackedLinear
 from vlmflow.models.norm import Norm
@@ -83,9 +83,10 @@ class ViltTower:
         if not images.is_cuda:
             at_once = max(1, TOKENS_AT_ONCE // (images.shape[1] + len(ids[order[-1]])))
         found = []
-        for start in range(0, len(order), at_once):
-            pairs = order[start : start + at_once]
-            found.append(self._ask(images[[rows[pair] for pair in pairs]], [ids[pair] for pair in pairs]))
+        with growing(images.device):
+            for start in range(0, len(order), at_once):
+                pairs = order[start : start + at_once]
+                found.append(self._ask(images[[rows[pair] for pair in pairs]], [ids[pair] for pair in pairs]))
         places = sorted(range(len(order)), key=order.__getitem__)
         return torch.cat(found)[places]
 

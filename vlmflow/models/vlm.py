@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from vlmflow.config import Dtype
 from vlmflow.models import Answer, Usage
+from vlmflow.models.attention import growing
 from vlmflow.models.pixels import model_dtype
 from vlmflow.models.pretrained import load_model, load_processor
 from vlmflow.models.prompted import rows_of
@@ -71,7 +72,8 @@ class TransformersChat:
         for start in range(0, len(texts), at_once):
             part = slice(start, start + at_once)
             images = list(pixels[shown[part]].permute(0, 2, 3, 1).contiguous().cpu().numpy())
-            answers += self._write(images, texts[part], max_tokens, num_beams)
+            with growing(torch.device(self._device)):
+                answers += self._write(images, texts[part], max_tokens, num_beams)
         return answers
 
     def take_usage(self) -> Usage | None:

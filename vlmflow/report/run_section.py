@@ -11,6 +11,7 @@ from vlmflow.report.charts import bar, count_table
 from vlmflow.report.html import NOTHING, Html, details, facts, heading, number, paragraph, section, table, text
 from vlmflow.report.runs import RunFacts
 
+_POOL = ("pool", "#batches", "#busy", "#waiting", "out of memory", "#JPEGs refused")
 _SHARES = ("#share", "#waiting", "#TFLOP/s", "#of the ceiling")
 
 
@@ -108,6 +109,7 @@ def _speed(report: RunReport) -> Html:
             Html(f"{pool.busy_s / max(pool.busy_s + pool.waiting_s, 1e-9):.0%}"),
             Html(f"{pool.waiting_s / max(pool.busy_s + pool.waiting_s, 1e-9):.0%}"),
             text("never" if pool.at_once is None else f"{pool.at_once:,} images at once since"),
+            text(pool.num_refused),
         )
         for pool in report.pools[:50]
     ]
@@ -130,7 +132,7 @@ def _speed(report: RunReport) -> Html:
             if stages
             else NOTHING
         )
-        + (table("Pools", ["pool", "#batches", "#busy", "#waiting", "out of memory"], pools) if pools else NOTHING)
+        + (table("Pools", _POOL, pools) if pools else NOTHING)
         + "</div>"
     )
 

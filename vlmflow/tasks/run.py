@@ -25,13 +25,16 @@ _VOLATILE = ((re.compile(r"0x[0-9a-fA-F]+"), "0x?"), (re.compile(r"(?<![\w.])(?:
 
 @dataclass
 class BatchLimit:
-    """The largest batch known to fit into memory; None: none has failed to. One per task and worker.
+    """The most images at once. One per task and worker.
 
     Attributes:
+        rows: that are known to fit into memory, or there is reason to begin with; None: all.
+        has_run_out: memory has, with more.
         num_retries: batches that failed, and were tried again in halves.
     """
 
     rows: int | None = None
+    has_run_out: bool = False
     num_retries: int = 0
 
 
@@ -80,7 +83,7 @@ def run_contained(
             half = part.num_rows // 2
             limit.num_retries += 1
             if outcome.error_class is RowErrorClass.OUT_OF_MEMORY:
-                limit.rows = half
+                limit.rows, limit.has_run_out = half, True
                 logger.warning(
                     "%s: out of memory with %d images at once; at most %d from here on", task.name, part.num_rows, half
                 )

@@ -133,6 +133,7 @@ def test_what_the_device_refuses_is_decoded_by_a_processor_to_the_bit(
     feeder = Feeder(REQUESTS, REQUESTS, "cpu", PoolDecoding(REQUESTS, LIMITS))
     monkeypatch.setattr(feeder._decoder, "_decode_jpeg", refuse)
     fed = feeder(left)
+    assert fed.num_refused == 6
     passed = feeder.finish(fed.batch, fed)
     apart = [*_TIMES, "phash"]  # the hash was taken before
     assert passed.select(before.column_names).drop_columns(apart).equals(before.drop_columns(apart))
@@ -169,7 +170,12 @@ def test_where_the_device_has_no_memory_left_the_pixels_wait_on_the_processor(
     before = read(folder, leaves_jpegs=False)
     expected = feed(before)[1].views["40_bicubic"]
     monkeypatch.setattr(Feeder, "_moved", run_out)
-    found = feed(before)[1].views["40_bicubic"]
+    releases: list[None] = []
+    monkeypatch.setattr(feeding, "release_memory", lambda: releases.append(None))
+    fed = feed(before)[1]
+    assert len(releases) == len(REQUESTS), "the next batch may find room"
+    assert fed.num_refused == 0
+    found = fed.views["40_bicubic"]
     assert torch.equal(found.pixels, expected.pixels)
     assert found.starts.tolist() == expected.starts.tolist()
 

@@ -28,6 +28,7 @@ IMAGES, KERNELS = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 2, 2)
     [
         (lambda: LINEAR(X), 2 * 35 * 64 * 128),
         (lambda: PackedLinear([LINEAR])(X), 2 * 35 * 64 * 128),
+        (lambda: torch.bmm(X, X.transpose(1, 2)), 2 * 5 * 7 * 7 * 64),
         (lambda: torch._addmm_activation(LINEAR.bias, X[0], LINEAR.weight.t(), use_gelu=True), 2 * 7 * 64 * 128),
         (lambda: torch.nn.functional.scaled_dot_product_attention(HEADS, HEADS, HEADS), 2 * 2 * 8 * 50 * 50 * 16),
         (lambda: ATTENTION(X, X, X, need_weights=False)[0], 5 * (2 * 7 * 4 * 64 * 64 + 2 * 2 * 7 * 7 * 64)),
@@ -36,7 +37,7 @@ IMAGES, KERNELS = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 2, 2)
             2 * 2 * 16 * 48,
         ),
     ],
-    ids=["linear", "packed", "with an activation", "fused attention", "attention of open_clip", "convolution"],
+    ids=["linear", "packed", "batch", "with an activation", "fused attention", "attention of open_clip", "convolution"],
 )
 def test_operations_are_those_of_the_arithmetic(call: Callable[[], torch.Tensor], expected: int) -> None:
     with torch.inference_mode():

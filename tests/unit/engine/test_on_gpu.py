@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,9 +16,13 @@ from tests.unit.engine.test_feeding import LARGE, LIMITS, REQUESTS, SMALL, read
 from tests.unit.imaging.test_device import REQUESTS as DEVICE_REQUESTS
 from tests.unit.imaging.test_device import greatest_difference, left
 from tests.unit.imaging.test_jpeg_draft import photograph
+from vlmflow.config import PoolConfig
+from vlmflow.device_errors import release_memory
 from vlmflow.engine.decoding import PoolDecoding
 from vlmflow.engine.feeding import Feeder
 from vlmflow.engine.flops import matmul_ceiling
+from vlmflow.engine.loading import room_for, set_up_torch
+from vlmflow.imaging import PixelRequest
 from vlmflow.imaging.device import DeviceDecoder, DeviceImage
 from vlmflow.imaging.jpeg import leave_encoded
 from vlmflow.tasks.pixels import all_views
@@ -97,6 +102,43 @@ def test_batches_fed_by_two_threads_are_those_of_a_processor(tmp_path: Path) -> 
 
     with ThreadPoolExecutor(2) as threads:
         assert list(threads.map(use, range(2))) == [[], []]
+
+
+@pytest.fixture
+def _all_of_the_memory() -> Iterator[None]:
+    yield
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    torch.cuda.empty_cache()
+
+
+@pytest.mark.usefixtures("_all_of_the_memory")
+def test_an_actor_keeps_to_its_part_of_a_gpu() -> None:
+    _, total = torch.cuda.mem_get_info()
+    set_up_torch(PoolConfig(tasks=("embed",), gpus=0.1))
+    with pytest.raises(torch.OutOfMemoryError):
+        torch.empty(total // 8, dtype=torch.uint8, device="cuda")
+    assert room_for(PoolConfig(tasks=("embed",), gpus=0.1, batch_size=256)).rows is not None
+
+
+@pytest.mark.usefixtures("_all_of_the_memory")
+def test_with_little_memory_left_jpegs_are_decoded_in_smaller_parts() -> None:
+    """By torch's own allocator: nvJPEG's memory is not in this limit, and what it says without is yet to be seen."""
+    requests = [PixelRequest(384, "bicubic", ("squash",))]
+    data = encode(photograph(400, 1).resize((2000, 1500)), "JPEG", quality=90)
+    file = leave_encoded(data, requests, LIMITS, "")
+    assert file is not None
+    decoder = DeviceDecoder(requests, "cuda")
+    (expected,) = decoder([file])
+    assert expected is not None
+    release_memory()
+    # Of 16 images 144 MB of bytes and 288 MB of halves.
+    limit = torch.cuda.memory_reserved() + 200_000_000
+    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.mem_get_info()[1])
+    found = decoder([file] * 16)
+    assert decoder._pixels_at_once < 16 * 2000 * 1500
+    for image in found:
+        assert image is not None, "none is left to a processor"
+        assert (image.pixels["384_bicubic"].int() - expected.pixels["384_bicubic"].int()).abs().max() <= 1
 
 
 def test_the_ceiling_is_that_of_tensor_cores() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import torch
 from vlmflow import schema
 from vlmflow.config import Dtype, PoolConfig
 from vlmflow.engine import columns, loading, pools
+from vlmflow.engine.loading import Room, room_for
 from vlmflow.engine.pools import PoolWorker, run_on_due_rows
 from vlmflow.tasks import Task
 from vlmflow.tasks.run import BatchLimit
@@ -111,7 +113,9 @@ class Greedy(Doubling):
         return super().__call__(batch)
 
 
-def pool_with(task: Task, monkeypatch: pytest.MonkeyPatch, pool: PoolConfig | None = None) -> PoolWorker:
+def pool_with(
+    task: Task, monkeypatch: pytest.MonkeyPatch, pool: PoolConfig | None = None, *, sized_by_memory: bool = False
+) -> PoolWorker:
     """A worker with one task; ``pool``: None: one that leaves the threads of this process as they are."""
     if pool is None:
         pool = PoolConfig(tasks=("embed",))
@@ -119,7 +123,7 @@ def pool_with(task: Task, monkeypatch: pytest.MonkeyPatch, pool: PoolConfig | No
     monkeypatch.setattr(loading, "check_weights", lambda *_: None)
     monkeypatch.setattr(pools, "load_task", lambda *_: task)
     setup = SimpleNamespace(requests_of=lambda _: [], read_regions=lambda _: False, dtype="auto")
-    return PoolWorker(pool, setup, None)  # type: ignore[arg-type]
+    return PoolWorker(pool, setup, None, sized_by_memory=sized_by_memory)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -163,6 +167,85 @@ def test_float32_that_was_asked_for_is_not_rounded_to_tf32(
     assert loading.set_up_torch(PoolConfig(tasks=("embed",), gpus=1), dtype) == "cuda"
     assert torch.backends.cudnn.allow_tf32 == rounds
     assert torch.backends.cuda.matmul.allow_tf32 == rounds
+
+
+@pytest.mark.usefixtures("_torch_as_before")
+@pytest.mark.parametrize(("gpus", "fraction"), [(0.25, [0.225]), (0.5, [0.45]), (1.0, []), (2.0, [])])
+def test_actors_that_share_a_gpu_keep_to_their_part_of_its_memory(
+    monkeypatch: pytest.MonkeyPatch, gpus: float, fraction: list[float]
+) -> None:
+    kept: list[float] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", kept.append)
+    loading.set_up_torch(PoolConfig(tasks=("embed",), gpus=gpus))
+    assert kept == fraction
+
+
+GB = 1_000_000_000
+
+
+@pytest.mark.parametrize(
+    ("gpus", "dtype", "memory", "room"),
+    [
+        (1.0, "auto", (84, 85), Room()),
+        (1.0, "auto", (42, 42.5), Room()),  # an A100 of 40 GB
+        (0.5, "auto", (50, 85), Room()),
+        (1.0, "auto", (23.8, 24.1), Room(128, 3)),  # an A10, an L4
+        (1.0, "float32", (15.7, 15.8), Room(32, 3)),  # a T4
+        (1.0, "auto", (15.7, 16), Room(64, 3)),
+        (0.25, "auto", (84, 85), Room(128, 3)),
+        (1.0, "auto", (20, 85), Room(128, 3)),  # another program has the rest
+        (1.0, "auto", (0.5, 85), Room(16, 3)),
+        (0.0, "auto", (0, 0), Room()),
+    ],
+)
+def test_a_small_gpu_is_given_less_at_once(
+    gpus: float, dtype: Dtype, memory: tuple[float, float], room: Room, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: tuple(size * GB for size in memory))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    assert room_for(PoolConfig(tasks=("embed",), gpus=gpus, batch_size=256), dtype) == room
+
+
+class Counting(Doubling):
+    """Tells how many rows it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __call__(self, batch: pa.Table) -> dict[str, pa.Array]:
+        self.sizes.append(batch.num_rows)
+        return super().__call__(batch)
+
+
+def test_a_worker_does_as_much_at_once_as_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "room_for", lambda *_: Room(rows=4, calls=2))
+    task, batch = Counting(), make_batch(list(range(20, 30)), [["embed"]] * 10)
+    out = pool_with(task, monkeypatch, sized_by_memory=True)(batch)
+    assert out["double"].to_pylist() == list(range(40, 60, 2))
+    assert task.sizes == [4, 4, 2]
+    assert out["at_once_embed"].null_count == 10, "memory never ran out"
+    task.sizes.clear()
+    pool_with(task, monkeypatch)(batch)
+    assert task.sizes == [10], "where the job says a size it is kept"
+
+    worker = pool_with(task, monkeypatch, sized_by_memory=True)
+    inside, leave = threading.Semaphore(0), threading.Event()
+
+    def process(batch: pa.Table) -> pa.Table:
+        inside.release()
+        assert leave.wait(20.0)
+        return batch
+
+    monkeypatch.setattr(worker, "_process", process)
+    with ThreadPoolExecutor(5) as calls:
+        done = [calls.submit(worker, batch) for _ in range(5)]
+        assert all(inside.acquire(timeout=20.0) for _ in range(2))
+        assert not inside.acquire(timeout=0.2)
+        leave.set()
+        assert [call.result(20.0).num_rows for call in done] == [10] * 5
 
 
 def test_a_task_that_is_due_on_no_row_waits_for_no_other_batch(monkeypatch: pytest.MonkeyPatch) -> None:

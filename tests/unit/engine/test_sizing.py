@@ -6,15 +6,17 @@ import datetime as dt
 import threading
 import time
 from types import SimpleNamespace
+from typing import Any
 
 import pyarrow as pa
 import pytest
 import torch
 
-from vlmflow.config import Job, ModelConfig, PoolConfig
+from vlmflow.config import CatalogConfig, Job, ModelConfig, PoolConfig, SourceConfig
+from vlmflow.engine import pipeline
 from vlmflow.engine import trials as trials_module
 from vlmflow.engine.cluster import Cluster
-from vlmflow.engine.pipeline import GPU_CALLS_AT_ONCE, block_rows, default_pools
+from vlmflow.engine.pipeline import GPU_CALLS_AT_ONCE, block_rows, build_pipeline, default_pools, stages_of
 from vlmflow.engine.prepare import Prepared
 from vlmflow.engine.sizing import PoolPlan, _planned, _projected, _sized
 from vlmflow.engine.trials import Trial, TriedPool, choose
@@ -74,6 +76,29 @@ def test_a_gpu_is_given_as_many_images_as_its_models_leave_room_for(
     assert (pool.batch_size, pool.max_actors) == (size, 2)
     (pool,) = default_pools(prepared, Cluster(cpus=16, gpus=0, num_nodes=1, embedded=True))
     assert pool.batch_size == 32, "on processors it is small for any"
+
+
+@pytest.mark.parametrize(("pools", "by_memory"), [((), True), ((PoolConfig(tasks=("embed",), gpus=1),), False)])
+def test_only_sizes_that_nobody_chose_depend_on_the_memory_of_a_gpu(
+    pools: tuple[PoolConfig, ...], by_memory: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Dataset:
+        def map_batches(self, *_: object, **options: Any) -> Dataset:
+            given.append(options)
+            return self
+
+    given: list[dict[str, Any]] = []
+    monkeypatch.setattr(pipeline.ray, "cluster_resources", dict)
+    monkeypatch.setattr(pipeline.ray.data, "from_arrow_refs", lambda _: Dataset())
+    monkeypatch.setattr(pipeline, "limit_read_ahead", lambda _: None)
+    places = {"source": SourceConfig(uri="a"), "catalog": CatalogConfig(uri="b")}
+    job = Job(**places, profile="starter", tasks=("embed",), pools=pools)  # type: ignore[arg-type]
+    setup = SimpleNamespace(pixel_requests=list, read_regions=lambda _: False)
+    source = SimpleNamespace(reader=lambda _: None)
+    prepared = Prepared(job, dt.date(2026, 1, 1), setup, {})  # type: ignore[arg-type]
+    stages = stages_of(prepared, source, (PoolConfig(tasks=("embed",), gpus=1),), None, None)  # type: ignore[arg-type]
+    build_pipeline([], stages, 32)
+    assert given[-1]["fn_constructor_kwargs"]["sized_by_memory"] is by_memory
 
 
 def test_processors_are_split_by_what_an_image_takes_in_each_place() -> None:

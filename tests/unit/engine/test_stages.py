@@ -15,7 +15,9 @@ def collected() -> Collected:
     sums: Counter[str] = Counter()
     sums.update({"seconds_read": 4.0, "seconds_decode": 20.0, "seconds_feed:embed+caption": 5.0})
     sums.update({"seconds_busy:embed+caption": 40.0, "seconds_waiting:embed+caption": 10.0})
-    sums.update({"batches_embed+caption": 4.0, "seconds_embed": 20.0, "seconds_caption": 18.0})
+    sums.update(
+        {"batches_embed+caption": 4.0, "refused_embed+caption": 2.0, "seconds_embed": 20.0, "seconds_caption": 18.0}
+    )
     # 40 TFLOP in 20 s; a ceiling of 8 TFLOP/s on the 60 rows behind its measurement.
     sums.update({"flops_embed": 40e12, "ceiling_embed": 60 * 8e12, "count_ceiling_embed": 60.0})
     sums.update({"flops_caption": 9e12, "ceiling_caption": 0.0, "count_ceiling_caption": 0.0})
@@ -45,3 +47,4 @@ def test_nothing_is_said_of_what_did_nothing() -> None:
 def test_pools_keep_their_figures() -> None:
     (pool,) = pool_reports(collected())
     assert (pool.tasks, pool.batches, pool.busy_s, pool.waiting_s) == (("embed", "caption"), 4, 40.0, 10.0)
+    assert pool.num_refused == 2

@@ -106,7 +106,42 @@ def test_a_file_of_another_size_than_its_header_said_is_refused() -> None:
     assert DeviceDecoder(REQUESTS, "cpu")([EncodedJpeg(other.data, good.facts, 1)]) == [None]
 
 
-def test_out_of_memory_is_left_to_processors_and_told_once(
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("Failed to initialize batch decoding: 5")],
+    ids=["torch", "nvjpeg"],
+)
+def test_where_memory_runs_out_halves_are_tried_and_remembered(
+    error: RuntimeError, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    decoder, calls, releases = DeviceDecoder(REQUESTS, "cpu"), [], []
+    decode_jpeg = decoder._decode_jpeg
+
+    def small(buffers: list[torch.Tensor], *rest: object, **options: object) -> object:
+        calls.append(len(buffers))
+        if len(buffers) > 2:
+            raise error
+        return decode_jpeg(buffers, *rest, **options)
+
+    monkeypatch.setattr(decoder, "_decode_jpeg", small)
+    monkeypatch.setattr(device, "release_memory", lambda: releases.append(len(calls)))
+    files = [left(encode(scene(seed, 64, 64), "JPEG")) for seed in range(8)]
+    images = decoder(files)
+    assert calls == [8, 4, 2, 2, 2, 2]
+    assert releases == [1, 2]
+    calls.clear()
+    again = decoder(files)
+    assert calls == [2, 2, 2, 2]
+    for image, other, file in zip(images, again, files, strict=True):
+        (alone,) = DeviceDecoder(REQUESTS, "cpu")([file])
+        assert image is not None
+        assert other is not None
+        assert alone is not None
+        assert all(torch.equal(image.pixels[key], alone.pixels[key]) for key in alone.pixels)
+    assert not caplog.records, "no image went to a processor"
+
+
+def test_an_image_without_memory_is_left_to_processors_and_told_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def run_out(*_: object, **__: object) -> None:
@@ -143,7 +178,7 @@ def test_images_of_all_sizes_are_decoded_in_one_call(monkeypatch: pytest.MonkeyP
     files = [left(encode(scene(seed, 64 + 8 * seed, 64), "JPEG")) for seed in range(9)]
     assert None not in decoder(files)
     assert calls == [9]
-    monkeypatch.setitem(device._PIXELS_AT_ONCE, "cpu", 3 * 128 * 64)
+    decoder._pixels_at_once = 3 * 128 * 64
     assert None not in decoder(files)
     assert sum(calls) == 18
     assert len(calls) > 3, "no more at once than memory is meant to hold"

@@ -1,18 +1,23 @@
-"""Attention to images without keys and values of theirs, against that of transformers, which makes them."""
+"""Attention to images, with keys and values of theirs and without, against that of transformers, which makes them."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import BlipTextConfig
 from transformers.models.blip.modeling_blip_text import BlipTextAttention
 
+from tests.fake_cuda import Operators, build, fake_mode
+from vlmflow.models.attention import attend
 from vlmflow.models.blip_fast import cross
 from vlmflow.models.blip_fast.cross import CrossAttention, attend_to_features
 
 HEADS, WIDTH, IMAGE_WIDTH = 3, 24, 40
+HALF = torch.bfloat16
 
 
 @pytest.fixture(autouse=True)
@@ -21,13 +26,17 @@ def _inference() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def layer() -> BlipTextAttention:
-    """Whose weights and biases all matter."""
+def make() -> BlipTextAttention:
     config = BlipTextConfig(
         hidden_size=WIDTH, num_attention_heads=HEADS, encoder_hidden_size=IMAGE_WIDTH, is_decoder=True
     )
-    layer = BlipTextAttention(config, is_cross_attention=True, layer_idx=0).eval()
+    return BlipTextAttention(config, is_cross_attention=True, layer_idx=0)
+
+
+@pytest.fixture
+def layer() -> BlipTextAttention:
+    """Whose weights and biases all matter."""
+    layer = make().eval()
     generator = torch.Generator().manual_seed(0)
     for weights in layer.parameters():
         weights.copy_(torch.randn(weights.shape, generator=generator) / 3)
@@ -42,8 +51,25 @@ def given(num_images: int, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]
     )
 
 
-@pytest.mark.parametrize(("num_images", "num_tokens"), [(1, 1), (3, 1), (4, 5), (2, 32), (2, 33), (1, 70)])
-def test_it_gives_what_keys_and_values_do(layer: BlipTextAttention, num_images: int, num_tokens: int) -> None:
+@pytest.fixture
+def ways(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens of a text at each call of what does without keys and values."""
+    sizes: list[int] = []
+
+    def counted(queries: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        sizes.append(queries.shape[1] // len(features))
+        return attend_to_features(queries, features)
+
+    monkeypatch.setattr(cross, "attend_to_features", counted)
+    return sizes
+
+
+@pytest.mark.parametrize("many", [0, 1000])
+@pytest.mark.parametrize(("num_images", "num_tokens"), [(1, 1), (3, 1), (4, 5), (2, 32), (2, 33), (1, 70), (1, 130)])
+def test_it_gives_what_keys_and_values_do(
+    layer: BlipTextAttention, num_images: int, num_tokens: int, many: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cross, "_MANY_IN_FLOAT32", many)
     states, features = given(num_images, num_tokens)
     expected = layer(states, encoder_hidden_states=features)[0]
     ours = CrossAttention(layer, HEADS, None)(states, features)
@@ -72,6 +98,27 @@ def test_features_in_bfloat16_cost_their_rounding(layer: BlipTextAttention) -> N
     torch.testing.assert_close(ours, expected, atol=0.1, rtol=0)
 
 
+@pytest.mark.parametrize("is_new", [True, False])
+def test_no_kernel_is_made_for_a_gpu_that_would_refuse_it(is_new: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    attempts: list[int] = []
+    monkeypatch.setitem(sys.modules, "vlmflow.models.triton_kernels", SimpleNamespace(attend_to_features=None))
+    monkeypatch.setattr(cross, "can_fuse", lambda *_: True)
+    monkeypatch.setattr(cross, "attempt", lambda *_: attempts.append(1))
+    monkeypatch.setattr(cross, "gpu_has_bfloat16", lambda: is_new)
+    cross._gpu_is_new.cache_clear()
+    attend_to_features(torch.randn(2, 3, 8).to(HALF), torch.randn(3, 5, 8).to(HALF))
+    cross._gpu_is_new.cache_clear()
+    assert len(attempts) == is_new
+
+
+@pytest.mark.parametrize("dtype", [HALF, torch.float16])
+def test_on_cuda_scores_are_not_rounded_where_the_kernel_cannot_be_used(dtype: torch.dtype) -> None:
+    with torch.inference_mode(False), fake_mode(), Operators() as found:
+        queries, features = (torch.empty(2, size, 8, device="cuda", dtype=dtype) for size in (2, 5))
+        assert attend_to_features(queries, features).dtype == dtype
+    assert found.dtypes["aten._softmax.default"] == {torch.float32}
+
+
 def test_means_are_of_each_image_alone() -> None:
     queries, features = torch.zeros(2, 3 * 2, 8), torch.randn(3, 5, 8)
     means = attend_to_features(queries, features)  # all tokens alike
@@ -80,13 +127,32 @@ def test_means_are_of_each_image_alone() -> None:
     torch.testing.assert_close(means, expected)
 
 
-def test_what_is_held_is_bounded(layer: BlipTextAttention, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes: list[int] = []
+def test_what_is_held_is_bounded(layer: BlipTextAttention, ways: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    by_keys: list[int] = []
 
-    def counted(queries: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        sizes.append(queries.shape[1] // len(features))
-        return attend_to_features(queries, features)
+    def counted(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
+        by_keys.append(queries.shape[2])
+        return attend(queries, keys, values, scale=scale)
 
-    monkeypatch.setattr(cross, "attend_to_features", counted)
-    CrossAttention(layer, HEADS, None)(*given(2, 70))
-    assert sizes == [32, 32, 6]
+    monkeypatch.setattr(cross, "attend", counted)
+    states, features = given(2, 300)
+    CrossAttention(layer, HEADS, torch.bfloat16)(states[:, :63], features.bfloat16())
+    assert (ways, by_keys) == ([32, 31], [])
+    CrossAttention(layer, HEADS, None)(states, features)
+    assert (ways, by_keys) == ([32, 31], [128, 128, 44])
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "most"), [("cpu", None, 31), ("cpu", HALF, 63), ("cuda", None, 63), ("cuda", HALF, 23)]
+)
+def test_many_tokens_attend_to_keys(
+    layer: BlipTextAttention, ways: list[int], device: str, dtype: torch.dtype | None, most: int
+) -> None:
+    with fake_mode() as mode:
+        ours = CrossAttention(build(make) if device == "cuda" else layer, HEADS, dtype)
+        for num_tokens in (most, most + 1):
+            states, features = given(2, num_tokens)
+            if device == "cuda":
+                states, features = (mode.from_tensor(x).to(device) for x in (states, features))
+            assert ours(states, features.to(dtype)).shape == states.shape
+    assert sum(ways) == most

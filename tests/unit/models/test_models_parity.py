@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, BlipForConditionalGeneration, BlipForIma
 from tests.models import IMAGE_SIZE, WORDS, make_captioner, make_clip, make_matcher, random_pixels
 from vlmflow.config import ModelConfig
 from vlmflow.models import Captioner, load_captioner, load_embedder, load_matcher, load_text_embedder
-from vlmflow.models.blip import BlipCaptioner
+from vlmflow.models.blip import BlipCaptioner, BlipMatcher
 
 TEXTS = ["a red car", "", "four yellow apples and a house on the table", "a zebra"]
 
@@ -136,6 +136,25 @@ def test_matches_equal_those_of_transformers(matcher_folder: Path) -> None:
     np.testing.assert_allclose(matcher.match_itm(images, texts), itm, atol=1e-4)
     np.testing.assert_allclose(matcher.match_itc(images, texts), itc, atol=1e-4)
     assert np.ptp(itm) > 0.1  # the head tells these pairs apart
+
+
+def test_a_long_text_pads_no_short_ones(matcher_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    matcher = load_matcher(ModelConfig(family="blip_itm", path=str(matcher_folder)), "cpu")
+    assert isinstance(matcher, BlipMatcher)
+    images, texts = matcher.encode_images(random_pixels(6)), [" ".join(WORDS[:n]) for n in (3, 31, 5, 16, 30, 4)]
+    each = [(images.take([row]), [text]) for row, text in enumerate(texts)]
+    alone = [np.concatenate([score(*pair) for pair in each]) for score in (matcher.match_itm, matcher.match_itc)]
+    encode, shapes = matcher._encoder.encode, []
+
+    def seen(ids: torch.Tensor, *others: torch.Tensor | None) -> torch.Tensor:
+        shapes.append(tuple(ids.shape))
+        return encode(ids, *others)
+
+    monkeypatch.setattr(matcher._encoder, "encode", seen)
+    np.testing.assert_allclose(matcher.match_itm(images, texts), alone[0], atol=1e-5)
+    np.testing.assert_allclose(matcher.match_itc(images, texts), alone[1], atol=1e-5)
+    assert shapes == 2 * [(3, 7), (1, 33), (2, 32)], "two special ones each"
+    assert np.ptp(alone[0]) > 0.1
 
 
 def test_a_part_of_encoded_images_scores_as_before(matcher_folder: Path) -> None:

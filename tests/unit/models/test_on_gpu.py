@@ -5,6 +5,8 @@ In float32 captions are equal and scores within 1e-4; in bfloat16 99% of the cap
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +122,26 @@ def test_graphs_are_let_go_when_memory_runs_out(pixels: torch.Tensor) -> None:
     assert captioner.caption(pixels[:8], 20) == first
 
 
+def test_memory_is_given_back_beside_captures(pixels: torch.Tensor) -> None:
+    as_in_a_worker("bfloat16")
+    captioner = load_captioner(CAPTIONER, "cuda")
+    assert isinstance(captioner, BlipCaptioner)
+    expected = captioner.caption(pixels[:8], 20)
+    with ThreadPoolExecutor(1) as threads:
+        is_done = threading.Event()
+
+        def give_back() -> None:
+            while not is_done.is_set():
+                release_memory()
+
+        giving = threads.submit(give_back)
+        found = [captioner.caption(pixels[:8], 20) for _ in range(5)]
+        is_done.set()
+        giving.result(60.0)
+    assert found == [expected] * 5
+    assert captioner._decode_greedily._graphs._works
+
+
 @TOLERANCES
 def test_match_scores_are_those_of_a_processor(
     pixels: torch.Tensor, expected: list[str], dtype: Dtype, most: float, share: float
@@ -133,6 +155,29 @@ def test_match_scores_are_those_of_a_processor(
         assert found[1] is not None
         scores.append(np.stack([found[0], found[1]]))
     assert np.mean(np.abs(scores[0] - scores[1]) <= most) >= share
+
+
+@TOLERANCES
+def test_texts_of_all_lengths_match_as_on_a_processor(
+    pixels: torch.Tensor, dtype: Dtype, most: float, share: float
+) -> None:
+    """Short ones attend to the features themselves, and long ones to keys."""
+    as_in_a_worker(dtype)
+    texts = ["a red car beside a house " * (1 + row % 16) for row in range(len(pixels))]
+    found = []
+    for matcher in (load_matcher(MATCHER, "cpu"), load_matcher(MATCHER, "cuda", dtype)):
+        scores = matcher.match_itm(matcher.encode_images(pixels), texts)
+        assert scores is not None
+        found.append(scores)
+    assert np.mean(np.abs(found[0] - found[1]) <= most) >= share
+
+
+def test_a_batch_of_another_size_scores_as_before(pixels: torch.Tensor) -> None:
+    """Rows that are added for cuDNN are read by nobody."""
+    as_in_a_worker("bfloat16")
+    embedder = load_embedder(CLIP, "cuda")
+    together = embedder.embed_images(pixels)
+    assert np.abs(embedder.embed_images(pixels[:37]) - together[:37]).max() < 0.01
 
 
 def test_answers_are_those_of_a_processor(pixels: torch.Tensor) -> None:

@@ -113,7 +113,7 @@ for rows in (12, 36):
     for width in (24, 768, 1024):
         sizes = triton_kernels.CrossSizes.of(rows, width)
         constants = {name: [getattr(sizes, name)] for name in ("rows", "tile", "block", "parts")}
-        options = dict(num_warps=sizes.num_warps, num_stages=2)
+        options = dict(num_warps=sizes.num_warps, num_stages=sizes.num_stages)
         aligned = [*pointers, "width"] if width % 16 == 0 else pointers
         found = compiled(triton_kernels._attend_to_features, options, aligned, **pointers, **numbers, **constants)
         assert found.metadata.shared <= 99 << 10, (rows, width, "more than GPUs for consumers give a program")

@@ -141,7 +141,12 @@ def accelerator_error(code: int) -> torch.AcceleratorError:
         (torch.OutOfMemoryError("9.75 GiB asked for"), True, False),
         (accelerator_error(2), True, False),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True, False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"), True, False),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), True, False),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"), True, False),
         (RuntimeError("Triton Error [CUDA]: out of memory"), True, False),
+        (accelerator_error(209), False, False),  # no kernel for this GPU
+        (accelerator_error(701), False, False),  # more registers than it has
         (accelerator_error(901), False, False),  # a capture that was invalidated
         (accelerator_error(700), False, True),  # an illegal address
         (torch.AcceleratorError("without a code"), False, True),

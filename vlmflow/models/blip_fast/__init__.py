@@ -5,7 +5,7 @@ The modules of transformers hold the weights; attention, caches and decoding are
 * attention is fused, or done image by image, so that its scores never reach memory;
 * on processors, weights are packed once for oneDNN, and images pass the vision tower a few at a time, so that what
   lies between two layers stays in the cache;
-* cross-attention makes no keys and values of the images: texts attend to the features themselves;
+* cross-attention makes no keys and values of the images for a few tokens: those attend to the features themselves;
 * the decoder writes its own keys and values into memory that is allocated once; on CUDA a step is one CUDA graph.
 """
 

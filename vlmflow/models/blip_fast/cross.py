@@ -1,4 +1,4 @@
-"""Attention of texts to images that makes no keys and values of the images.
+"""Attention of texts to images: of short texts without keys and values of the images, of long ones with them.
 
 A head's score of a token is ``q . (W_k x)``, which is ``(W_k^T q) . x``; and what it gives is ``W_v`` of a mean of the
 tokens, weighed by the scores (the weights are absorbed into the queries, as in DeepSeek-V2, arXiv:2405.04434, section
@@ -7,24 +7,37 @@ softmax does not see it; a value's bias comes out whole.
 
 What that saves in BLIP-base, for an image: 16 GFLOP of keys and values in each tower of texts (that of images has
 110), and the 21 MB in bfloat16 to keep them in, all of which every token that is decoded reads; features are 0.9 MB,
-read once a layer. What it costs: a query of a head attends in 768 dimensions where it had 64, so that from 64 tokens
-on, beams counted, keys and values would take fewer operations.
+read once a layer. What it costs: a query of a head attends in 768 dimensions where it had 64. So from some number of
+tokens on, beams counted, a layer makes keys and values after all, for itself alone: none are kept for the next.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 
+from vlmflow.models.attention import attend, growing, split_heads
 from vlmflow.models.fused import attempt, can_fuse
-from vlmflow.models.linear import PackedLinear
+from vlmflow.models.linear import PackedLinear, multiply
 from vlmflow.models.norm import Norm
+from vlmflow.models.pixels import gpu_has_bfloat16
 
 # The kernel holds the means of some queries in registers.
 _MAX_FUSED_WIDTH = 1024
 # Of a text at once: the scores of 256 tokens would take 7 MB an image.
 _TOKENS_AT_ONCE = 32
+_TOKENS_AT_ONCE_BY_KEYS = 128
+# From so many tokens of an image on, keys and values take less time: by operations from as many as a head has
+# dimensions, which is 64, and in bfloat16 as measured on a processor. In float32 the break-even is at 27 there, since
+# packed weights are multiplied at twice the speed of batches of products.
+_MANY = 64
+_MANY_IN_FLOAT32 = 32
+# On CUDA in half precision by reckoning alone, to be measured (`benchmarks.gpu_pool` prints what it takes): plain
+# products reach some 600 TFLOP/s on an H100, the kernel with its few rows perhaps 100 to 150, so the break-even would
+# be near 64 x 150 / 600 to twice that.
+_MANY_IN_HALF_ON_CUDA = 24
 
 
 class CrossAttention:
@@ -49,18 +62,42 @@ class CrossAttention:
 
     def __call__(self, states: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """(N, L, D) and (N, T, E) in the images' dtype -> (N, L, D), the normalised sum."""
-        queries = self._query(states)
-        starts = range(0, queries.shape[1], _TOKENS_AT_ONCE)
-        parts = [self._attend(queries[:, start : start + _TOKENS_AT_ONCE], features) for start in starts]
-        context = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        return self._norm.of_sum(states, self._out(context))
+        queries = self._query(states).to(features.dtype)
+        attend_by = self.by_keys if queries.shape[1] >= _many(features) else self.by_features
+        return self._norm.of_sum(states, self._out(attend_by(queries, features)))
 
-    def _attend(self, queries: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        """(N, L, H d) -> the same, without the values' bias."""
+    def by_features(self, queries: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """(N, L, H d) and (N, T, E), of one dtype -> (N, L, H d), without the values' bias."""
+        parts = [self._by_features(part, features) for part in torch.split(queries, _TOKENS_AT_ONCE, dim=1)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _by_features(self, queries: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         num_heads, head_dim = self._to_features.shape[:2]
-        by_head = queries.to(features.dtype).reshape(-1, num_heads, head_dim).transpose(0, 1)
+        by_head = queries.reshape(-1, num_heads, head_dim).transpose(0, 1)
         means = attend_to_features(torch.bmm(by_head, self._to_features), features)
         return torch.bmm(means, self._from_features).transpose(0, 1).reshape(queries.shape)
+
+    def by_keys(self, queries: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """As :meth:`by_features`, with keys and values of the images."""
+        num_heads = len(self._to_features)
+        weights = self._to_features, self._from_features.transpose(1, 2)
+        keys, values = (split_heads(multiply(features, of.flatten(0, 1)), num_heads, 1)[0] for of in weights)
+        by_head = torch.split(split_heads(queries, num_heads, 1)[0], _TOKENS_AT_ONCE_BY_KEYS, dim=2)
+        with growing(features.device):
+            parts = [attend(part, keys, values, scale=1.0) for part in by_head]  # the keys' weights are scaled
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+@cache
+def _gpu_is_new() -> bool:
+    """Whether it can run the kernel: others lack the shared memory, which Triton says after half a minute's work."""
+    return gpu_has_bfloat16()
+
+
+def _many(features: torch.Tensor) -> int:
+    if features.is_cuda:
+        return _MANY if features.dtype == torch.float32 else _MANY_IN_HALF_ON_CUDA
+    return _MANY_IN_FLOAT32 if features.dtype == torch.float32 else _MANY
 
 
 def attend_to_features(queries: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
@@ -73,7 +110,8 @@ def attend_to_features(queries: torch.Tensor, features: torch.Tensor) -> torch.T
     Returns:
         (H, N L, E).
     """
-    if queries.dtype == torch.bfloat16 and queries.shape[-1] <= _MAX_FUSED_WIDTH and can_fuse(queries, features):
+    is_small = queries.dtype == torch.bfloat16 and queries.shape[-1] <= _MAX_FUSED_WIDTH
+    if is_small and can_fuse(queries, features) and _gpu_is_new():
         from vlmflow.models import triton_kernels
 
         means = attempt(triton_kernels.attend_to_features, queries, features)
@@ -81,6 +119,11 @@ def attend_to_features(queries: torch.Tensor, features: torch.Tensor) -> torch.T
             return means
     num_heads, num_images = len(queries), len(features)
     by_image = queries.view(num_heads, num_images, -1, queries.shape[-1]).transpose(0, 1)
-    weights = torch.bmm(by_image.flatten(1, 2), features.transpose(1, 2)).softmax(dim=-1)
-    by_image = torch.bmm(weights, features).view_as(by_image)
+    by_image_and_row, keys = by_image.flatten(1, 2), features.transpose(1, 2)
+    if features.is_cuda and features.dtype != torch.float32:
+        # A score of 30 would be off by up to 0.06 in bfloat16; kernels round none either.
+        scores = torch.bmm(by_image_and_row, keys, out_dtype=torch.float32)
+    else:
+        scores = torch.bmm(by_image_and_row, keys)
+    by_image = torch.bmm(scores.softmax(dim=-1).to(features.dtype), features).view_as(by_image)
     return by_image.transpose(0, 1).reshape(queries.shape)

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from functools import cache
 
 import torch
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from vlmflow.device_errors import is_device_broken, is_out_of_memory, release_on_demand
+from vlmflow.device_errors import capturing, is_device_broken, is_out_of_memory, release_on_demand
 from vlmflow.models.blip_fast.cache import IndexedCache
 from vlmflow.models.blip_fast.special import SpecialTokens
 from vlmflow.models.blip_fast.text import TextTower
+from vlmflow.models.sizes import is_watched, round_up
 
 logger = logging.getLogger("vlmflow")
 
 # The job's batches, and what is left of a stage's output; each graph holds the features of all its images.
 _MAX_GRAPHS = 2
+# Up to here graphs are for a power of two of images, then for multiples of this.
+_STEP = 64
 # Asking whether all captions have ended waits for the device.
 _STEPS_BETWEEN_CHECKS = 4
 
@@ -32,20 +35,20 @@ class DecodeGraphs:
         release_on_demand(self)
 
     def release(self) -> None:
-        """Gives the memory of all graphs back; they are captured anew when needed."""
+        """Gives the memory of all graphs back; they are captured anew when needed. Any thread may call for it."""
         self._steps.clear()
 
     def decode(self, images: torch.Tensor, max_tokens: int) -> torch.Tensor | None:
         """As :class:`GreedyDecoder`, on CUDA; None: the step cannot be captured here, and is not tried again."""
         # A graph is replayed behind the back of whoever counts or traces operations.
-        if not self._works or _get_current_dispatch_mode() is not None:
+        if not self._works or is_watched():
             return None
         key = self._key(images, max_tokens)
         try:
             step = self._steps.pop(key, None)
             if step is None:
-                while len(self._steps) >= _MAX_GRAPHS:
-                    del self._steps[next(iter(self._steps))]
+                while len(oldest_first := list(self._steps)) >= _MAX_GRAPHS:
+                    self._steps.pop(oldest_first[0], None)
                 step = FixedStep(self._tower, self._special, images, key[0], max_tokens)
                 step.capture()
             self._steps[key] = step  # the last used at the end
@@ -67,8 +70,8 @@ class DecodeGraphs:
 
         Rows that nobody reads cost less than a capture.
         """
-        num_rows, rest = round_up(len(images)), (*images.shape[1:], max_tokens)
-        fitting = [key for key in self._steps if key[1:] == rest and num_rows <= key[0] <= 2 * num_rows]
+        num_rows, rest = round_up(len(images), _STEP), (*images.shape[1:], max_tokens)
+        fitting = [key for key in list(self._steps) if key[1:] == rest and num_rows <= key[0] <= 2 * num_rows]
         return min(fitting, default=(num_rows, *rest))
 
 
@@ -93,7 +96,7 @@ class FixedStep:
 
     def capture(self) -> None:
         """Records the step; CUDA alone."""
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream = _warm_up_stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(2):  # libraries set themselves up in the first calls, which no graph may record
@@ -103,7 +106,7 @@ class FixedStep:
         self._reset(0)
         graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         # What fails leaves the thread on the stream that was captured: whoever goes on belongs on the one before.
-        with torch.cuda.stream(torch.cuda.current_stream()):
+        with torch.cuda.stream(torch.cuda.current_stream()), capturing:
             try:
                 # Another thread may be copying the next batch meanwhile, which would spoil a capture that watches all.
                 with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
@@ -144,8 +147,7 @@ class FixedStep:
         self._cache.position.add_(1)
 
 
-def round_up(num_images: int) -> int:
-    """To a power of two, from 64 on to a multiple of 64: few sizes, and few rows that nobody reads."""
-    if num_images <= 64:
-        return 1 << (num_images - 1).bit_length()
-    return -(-num_images // 64) * 64
+@cache
+def _warm_up_stream() -> torch.cuda.Stream:
+    """One for all captures: cuBLAS keeps a workspace of 32 MB for each stream that it was ever called on."""
+    return torch.cuda.Stream()  # type: ignore[no-untyped-call]

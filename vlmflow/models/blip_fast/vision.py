@@ -11,6 +11,7 @@ from vlmflow.models.linear import PackedLinear
 from vlmflow.models.norm import Norm
 from vlmflow.models.patches import PixelPatches
 from vlmflow.models.pixels import PixelNormalizer
+from vlmflow.models.sizes import in_few_sizes
 
 
 class VisionTower:
@@ -34,10 +35,14 @@ class VisionTower:
             ValueError: the pixels are not of the model's size or dtype.
         """
         if self._embed_pixels is not None:
-            return self._encode(self._embed_pixels(pixels))
+            return in_few_sizes(self._encode_pixels, pixels, self._normalize)
         parts = torch.split(self._normalize(pixels), self._images_at_once)
         features = [self._encode(self._embed(part)) for part in parts]
         return features[0] if len(features) == 1 else torch.cat(features)
+
+    def _encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        assert self._embed_pixels is not None
+        return self._encode(self._embed_pixels(pixels))
 
     def _encode(self, states: torch.Tensor) -> torch.Tensor:
         return self._layers(states, num_kept=0)[1]

@@ -15,6 +15,7 @@ from transformers import BertTokenizer
 
 from vlmflow.config import Dtype
 from vlmflow.errors import WeightsError
+from vlmflow.models.attention import growing
 from vlmflow.models.pixels import model_dtype
 from vlmflow.models.pretrained import in_our_words
 from vlmflow.models.vilbert.config import Head, read_config
@@ -65,7 +66,8 @@ class Parts:
         """The regions as far as no text is needed, the whole image in the first place."""
         dtype = self.model.bert.v_embeddings.image_embeddings.weight.dtype
         features, places, mask = (part.to(self.device) for part in with_whole_image(regions))
-        return self.model.embed_regions(features.to(dtype), places.to(dtype), mask)
+        with growing(torch.device(self.device)):
+            return self.model.embed_regions(features.to(dtype), places.to(dtype), mask)
 
     def encode(self, regions: Stream, ids: Sequence[Sequence[int]], task: int) -> Encoded:
         """Text i, given by its tokens, with image i."""
@@ -76,7 +78,8 @@ class Parts:
             batch["attention_mask"].to(self.device).bool(),
             None if kinds is None else kinds.to(self.device),
         )
-        return self.model.encode(regions, text)
+        with growing(torch.device(self.device)):
+            return self.model.encode(regions, text)
 
 
 def load_parts(folder: Path, device: str, dtype: Dtype, heads: Sequence[Head]) -> Parts:

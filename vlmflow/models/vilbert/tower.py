@@ -20,6 +20,7 @@ from vlmflow.errors import WeightsError
 from vlmflow.models.clip import load_tower
 from vlmflow.models.pixels import PixelNormalizer
 from vlmflow.models.preprocessing import read_preprocessing
+from vlmflow.models.sizes import in_few_sizes
 from vlmflow.models.vilbert.finders import TowerRegionsSource
 from vlmflow.models.vilbert.regions import Regions, best_boxes, pad_regions
 
@@ -63,7 +64,7 @@ class TowerRegions:
     @torch.no_grad()
     def __call__(self, pixels: torch.Tensor) -> Regions:
         """(N, 3, S, S) uint8 RGB -> regions; the whole image is the last one of each."""
-        return self.find(self.patches(self._normalize(pixels)))
+        return self.find(in_few_sizes(lambda given: self.patches(self._normalize(given)), pixels, self._normalize))
 
     @torch.no_grad()
     def find(self, patches: torch.Tensor) -> Regions:

@@ -1,0 +1,110 @@
+"""Graphs while another thread runs out of memory: a capture is waited for, and what is kept may go at any time."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from vlmflow.device_errors import release_memory
+from vlmflow.models.blip_fast import graph
+from vlmflow.models.blip_fast.graph import DecodeGraphs, FixedStep
+
+
+class Device:
+    """CUDA as far as captures and its allocator go, which fails as torch's does if memory is asked back meanwhile."""
+
+    def __init__(self) -> None:
+        self.streams: list[object] = []
+        self.num_emptied = 0
+        self.is_capturing = False
+        self.during_capture: Callable[[], None] = lambda: None
+
+    def stream(self) -> Any:
+        self.streams.append(SimpleNamespace(wait_stream=lambda _: None))
+        return self.streams[-1]
+
+    @contextlib.contextmanager
+    def capture(self, *_: object, **__: object) -> Iterator[None]:
+        self.is_capturing = True
+        self.during_capture()
+        yield
+        self.is_capturing = False
+
+    def empty_cache(self) -> None:
+        assert not self.is_capturing, "captures_underway.empty() INTERNAL ASSERT FAILED"
+        self.num_emptied += 1
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+    device = Device()
+    for name, value in {
+        "Stream": device.stream,
+        "current_stream": lambda: SimpleNamespace(wait_stream=lambda _: None),
+        "stream": lambda _: contextlib.nullcontext(),
+        "CUDAGraph": object,
+        "graph_pool_handle": object,
+        "graph": device.capture,
+        "is_initialized": lambda: True,
+        "empty_cache": device.empty_cache,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    graph._warm_up_stream.cache_clear()
+    yield device
+    graph._warm_up_stream.cache_clear()
+
+
+def step_of(device: Device) -> FixedStep:
+    step = FixedStep.__new__(FixedStep)
+    step._reset = lambda _: None  # type: ignore[method-assign]
+    step._step = lambda: None  # type: ignore[method-assign]
+    return step
+
+
+def test_memory_is_given_back_once_the_capture_is_done(device: Device) -> None:
+    with ThreadPoolExecutor(1) as threads:
+        given_back: list[Future[None]] = []
+
+        def start() -> None:
+            given_back.append(threads.submit(release_memory))
+            assert wait(given_back, 0.2).not_done, "it waits"
+
+        device.during_capture = start
+        step_of(device).capture()
+        given_back[0].result(20.0)
+    assert device.num_emptied == 1
+
+
+def test_all_captures_warm_up_on_one_stream(device: Device) -> None:
+    for _ in range(3):
+        step_of(device).capture()
+    assert len(device.streams) == 1
+
+
+class Vanishing(dict[tuple[int, ...], Any]):
+    """Steps that another thread lets go of whenever they are looked at."""
+
+    def __iter__(self) -> Iterator[tuple[int, ...]]:
+        for key in super().__iter__():
+            self.clear()
+            yield key
+
+    def __len__(self) -> int:
+        length = super().__len__()
+        self.clear()
+        return length
+
+
+def test_graphs_may_be_let_go_while_one_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph, "FixedStep", lambda *_: SimpleNamespace(capture=lambda: None, decode=lambda x: x))
+    graphs = DecodeGraphs(SimpleNamespace(), SimpleNamespace())  # type: ignore[arg-type]
+    for num_images in (1, 2, 3):
+        graphs._steps = Vanishing({(8, 1, 4): None, (16, 1, 4): None})
+        images = torch.zeros(num_images, 1)
+        assert graphs.decode(images, 4) is images

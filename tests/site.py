@@ -8,6 +8,7 @@ import http.server
 import socket
 import threading
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from email.utils import formatdate
@@ -39,6 +40,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def serve_image(self, _: str) -> None:
         self.send(200, BODY, {"ETag": '"v1"'})
+
+    def serve_kept(self, name: str) -> None:
+        body = self.server.kept[name]  # type: ignore[attr-defined]
+        self.send(200, body, {"ETag": f'"{zlib.crc32(body):x}"'})
 
     def serve_dated(self, _: str) -> None:
         self.send(200, BODY, {"Last-Modified": "Mon, 01 Jan 2024 00:00:00 GMT"})
@@ -120,6 +125,7 @@ class Site(http.server.ThreadingHTTPServer):
         self.requests: Counter[str] = Counter()
         self.headers: list[dict[str, str]] = []
         self.asked: list[float] = []
+        self.kept: dict[str, bytes] = {}  # what is served under kept/, and may become something else
         self.stopping = threading.Event()
 
     @property

@@ -2,7 +2,8 @@
 
     >>> import vlmflow
     >>> job = vlmflow.Job(
-    ...     source={"uri": "photos/"}, catalog={"uri": "catalog/"}, profile="base", policy="marketplace"
+    ...     source={"uri": "photos/"}, catalog={"uri": "catalog/"}, profile="base", policy="marketplace",
+    ...     accept_unbound=True,  # no thresholds for the profile yet: every decision is `review`
     ... )
     >>> report = vlmflow.enrich(job)  # doctest: +SKIP
     >>> report.num_added, report.statuses  # doctest: +SKIP

@@ -42,7 +42,7 @@ def print_remoderation(report: RemoderateReport, console: Console) -> None:
         table = _table("change", "image", "because")
         for example in report.examples:
             change = f"{example['before']} -> {example['after']}"
-            table.add_row(change, escape(example["uri"] or ""), escape(example["decision_reason"] or "-"))
+            table.add_row(change, escape(printable(example["uri"] or "")), escape(example["decision_reason"] or "-"))
         console.print(table)
     if report.num_other_model:
         console.print(

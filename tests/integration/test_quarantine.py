@@ -76,7 +76,7 @@ class DeadlySource:
 
 
 def make_deadly(monkeypatch: pytest.MonkeyPatch, kills: tuple[str, ...], hangs: tuple[str, ...] = ()) -> None:
-    monkeypatch.setattr(run, "open_source", lambda config: DeadlySource(open_source(config), kills, hangs))
+    monkeypatch.setattr(run, "open_source", lambda *given: DeadlySource(open_source(*given), kills, hangs))
 
 
 def give_others_time(monkeypatch: pytest.MonkeyPatch, hangs: str) -> None:

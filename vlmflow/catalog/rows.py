@@ -102,6 +102,7 @@ def stage_rows(rows: pa.Table, constants: RunConstants, columns: pa.Schema) -> p
     failed = {task: holds(rows["tasks_failed"], task) for task in schema.TASKS}
     any_run = np.logical_or.reduce(list(run.values()))
     any_failed = np.logical_or.reduce(list(failed.values()))
+    now = pa.repeat(pa.scalar(dt.datetime.now(dt.UTC), schema.TIMESTAMP), rows.num_rows)
     filled: dict[str, pa.Array] = {
         "seen_version": rows["object_version"],
         "status": status_of(images, any_run, any_failed),
@@ -111,7 +112,8 @@ def stage_rows(rows: pa.Table, constants: RunConstants, columns: pa.Schema) -> p
         ),
         "decoder": _constant(constants.decoder, rows.num_rows),
         "run_id": _constant(constants.run_id, rows.num_rows),
-        "updated_at": pa.repeat(pa.scalar(dt.datetime.now(dt.UTC), schema.TIMESTAMP), rows.num_rows),
+        "read_at": now,
+        "updated_at": now,
         "source_columns": pa.repeat(pa.scalar(_source_columns(rows), pa.list_(pa.string())), rows.num_rows),
     }
     for task in schema.TASKS:

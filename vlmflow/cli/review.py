@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from vlmflow.cli.app import app
 from vlmflow.cli.files import check_outputs
 from vlmflow.cli.options import CatalogOnly, EndpointOption, JsonOption, catalog_config
+from vlmflow.cli.screen import Screen
 
 review_app = typer.Typer(
     name="review", no_args_is_help=True, help="Send images to people, and take their verdicts into the catalog."
@@ -54,7 +54,7 @@ def export_command(
     if as_json:
         typer.echo(report.model_dump_json())
     else:
-        print_queue(report, Console())
+        print_queue(report, Screen())
 
 
 @review_app.command("import")
@@ -83,4 +83,4 @@ def import_command(
     if as_json:
         typer.echo(report.model_dump_json())
     else:
-        print_review(report, Console())
+        print_review(report, Screen())

@@ -18,9 +18,9 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 
-from vlmflow.config import describe_validation
 from vlmflow.errors import PolicyError, UnboundPolicyError
 from vlmflow.models.identity import ModelIdentity
+from vlmflow.validation import describe_validation, read_yaml
 
 POLICY_SUFFIXES = (".yaml", ".yml")
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
@@ -225,7 +225,9 @@ def load_policy(name_or_path: str) -> Policy:
     try:
         return Policy.model_validate(data)
     except ValidationError as error:
-        raise PolicyError(describe_validation(error, what=f"policy {path}"), remedy="Fix the keys named.") from error
+        raise PolicyError(
+            describe_validation(error, what=f"policy {path}", of=Policy), remedy="Fix the keys named."
+        ) from error
 
 
 def shipped_policies() -> dict[str, Path]:
@@ -264,7 +266,7 @@ def check_binding(policy: Policy, identity: ModelIdentity, *, accept_unbound: bo
     raise UnboundPolicyError(
         f"policy {policy.name} {policy.version}: {reason} {identity.id} "
         f"(weights {identity.weights_digest[:12]}; bound: {bound})",
-        remedy="Set them with `vlmflow calibrate`, or accept that every decision is `review` with --accept-unbound.",
+        remedy="Begin with --accept-unbound: every decision is `review` until `vlmflow calibrate` has set them.",
     )
 
 
@@ -337,29 +339,21 @@ def _with_binding(path: Path, binding: Binding) -> str:
     try:
         Policy.model_validate({**data, "bindings": [*kept, new]})
     except ValidationError as error:
-        raise PolicyError(describe_validation(error, what=f"policy {path}"), remedy="Fix the keys named.") from error
+        raise PolicyError(
+            describe_validation(error, what=f"policy {path}", of=Policy), remedy="Fix the keys named."
+        ) from error
     tail = yaml.safe_dump({"bindings": [*kept, new]}, sort_keys=False, allow_unicode=True, width=120)
     return f"{head}\n{tail}"
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that is there twice, of which YAML would silently take the last, and keys merged from elsewhere."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        for key, _ in node.value:
-            if key.tag == "tag:yaml.org,2002:merge":
-                text = f"key {key.value} merges keys from elsewhere, which is not read: write them out"
-                raise yaml.constructor.ConstructorError(None, None, text, key.start_mark)
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key} twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+def _unfit(error: ValidationError, path: Path) -> PolicyError:
+    message = describe_validation(error, what=f"policy {path}", of=Policy)
+    return PolicyError(message, remedy="Fix the keys named.")
 
 
 def _read_yaml(path: Path) -> Any:
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)  # a SafeLoader: it makes data only
+        return read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise PolicyError(f"policy {path}: {error.strerror}", remedy="Name an existing YAML file.") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, a date that there is not

@@ -13,9 +13,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from vlmflow.catalog.reviews import WITHDRAWN
-from vlmflow.config import Frozen, ImageLimits, Job, describe_validation
+from vlmflow.config import Frozen, ImageLimits, Job
 from vlmflow.errors import ConfigError, ImageError, TooLargeError, VlmflowError
 from vlmflow.explain import EVIDENCE_COLUMNS
+from vlmflow.validation import describe_validation
 from vlmflow.views_search import sentence
 from vlmflow.web import pictures
 from vlmflow.web.desk import Desk

@@ -39,6 +39,7 @@ def request(
         limit=limit,
         retry=given.get("retry", ()),
         detections=given.get("detections", ()),
+        found_text_column=given.get("found_text_column"),
     )
 
 
@@ -52,6 +53,7 @@ def constants(run_id: str, asked: PlanRequest) -> RunConstants:
         policy_version="1",
         policy_digest=asked.policy_digest,
         decoder=asked.decoder,
+        found_text_column=asked.found_text_column,
     )
 
 

@@ -87,6 +87,7 @@ class PlanRequest:
     retry: tuple[str, ...] = ()  # rows of these statuses are due again, however often they were tried
     questions: tuple[str, ...] = ()  # that `answer` asks of every image, besides the image's own
     detections: tuple[Detection, ...] = ()  # that `detect` stores of every image
+    found_text_column: str | None = None  # of the caller's columns, for alternative texts
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 Stored values are compared with those of the listing, column by column: so sources with different columns leave each
 other's alone, and a row that is up to date is never written. Beside the caller's columns, nothing of a row changes but
-``updated_at``, by which readers of the table know that it did.
+``updated_at``, by which readers of the table know that it did, and an alternative text that quotes one of them.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from vlmflow.catalog.log import DataFile, Snapshot, TableLog
 from vlmflow.catalog.masks import Mask, alike
 from vlmflow.catalog.merge import overlaid
 from vlmflow.catalog.read import read_rows
+from vlmflow.catalog.rows import requoted
 from vlmflow.catalog.writer import write_file
 
 # That are compared: a bucket has many more, and texts of any length.
@@ -101,7 +102,7 @@ def _alike_by_column(left: pa.StructArray, right: pa.StructArray) -> dict[str, M
 
 
 def update_columns(
-    log: TableLog, added: AddedKeys, run_id: str, groups: Iterable[pa.Table]
+    log: TableLog, added: AddedKeys, run_id: str, groups: Iterable[pa.Table], found_text_column: str | None = None
 ) -> Iterator[tuple[int, int]]:
     """Brings the caller's columns of outdated rows up to date: one commit for each group of them.
 
@@ -109,6 +110,7 @@ def update_columns(
         added: keys that the table has got since planning; it is of no use to others afterwards.
         groups: outdated rows, all those of a live file in one: ``image_id``, the caller's columns as listed in
             ``source`` and as the row held them at planning in ``previous``, and ``live_file``, where it was then.
+        found_text_column: that alternative texts quote.
 
     Yields:
         After each commit the rows of its group, and how many of these it has changed. The others are gone, or another
@@ -119,7 +121,7 @@ def update_columns(
         CatalogError: a file of the table cannot be read.
     """
     for number, rows in enumerate(groups):
-        changes = _Changes(log.folder, added, run_id, rows)
+        changes = _Changes(log.folder, added, run_id, rows, found_text_column)
         commit_id = digest_of(run_id, "columns", str(number))
         done = commit(log, CommitRequest(commit_id, run_id, "columns", log.refresh().version), changes.propose)
         if not done.repeated:
@@ -130,8 +132,11 @@ def update_columns(
 class _Changes:
     """Decides on a snapshot which files are rewritten. One object per commit."""
 
-    def __init__(self, folder: Folder, added: AddedKeys, run_id: str, rows: pa.Table) -> None:
+    def __init__(
+        self, folder: Folder, added: AddedKeys, run_id: str, rows: pa.Table, found_text_column: str | None
+    ) -> None:
         self._folder, self._added, self._run_id = folder, added, run_id
+        self._found_text_column = found_text_column
         self._rows = rows
         self._keys = to_binary(rows["image_id"])
         self._planned = flat(rows["live_file"]).dictionary_encode()
@@ -181,7 +186,12 @@ class _Changes:
         if not change.any():
             return None
         now = pa.repeat(pa.scalar(dt.datetime.now(dt.UTC), schema.TIMESTAMP), new.num_rows)
-        live = _with_values(live, at[change], new.append_column("updated_at", now))
+        before, at = taken(live.select(["source"]), at[change]), at[change]
+        live = _with_values(live, at, new.append_column("updated_at", now))
+        if self._found_text_column is not None:
+            after = taken(live.select(["uri", "caption", "source"]), at)
+            numbers, texts = requoted(before, after, self._found_text_column)
+            live = _with_values(live, at[numbers], pa.table(texts))
         written = write_file(self._folder, "images", live, file.ingest_date, self._run_id)
         if file.path in self._planned.dictionary.to_pylist():  # whose rows are all in this group
             self._added.skip(written.path)

@@ -84,6 +84,7 @@ class Plan:
     num_outdated: int = 0  # not planned, and hold other values of the caller's columns than the listing
     outdated_columns: Counter[str] = field(default_factory=Counter)  # of these, by column
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)  # (task, reason) -> images due
+    found_text_column: str | None = None  # of the caller's columns, for alternative texts
     _workspace: Workspace | None = None
     _groups: list[Spill] = field(default_factory=list)
     _outdated: _Outdated | None = None
@@ -189,7 +190,7 @@ class _Planner:
         source = held_as(self._table, listed.columns) if self._files else None
         ledger = self._spread_ledger(source)
         columns = pa.schema([*listed.columns.remove(len(listed.columns) - 1), *schema.PLANNED])
-        plan = Plan(self._version, columns, _workspace=self._owned)
+        plan = Plan(self._version, columns, found_text_column=self._request.found_text_column, _workspace=self._owned)
         joined = Spill(self._workspace / "joined", pa.schema([*columns, *JOINED]), NUM_BUCKETS)
         outdated = None if source is None else self._outdated_spill(source, listed)
         join = Join(self._request, joined.columns, tuple(self._files), self._erased, source)

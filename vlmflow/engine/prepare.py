@@ -49,6 +49,7 @@ class Prepared:
             retry=self.job.retry,
             questions=self.job.questions,
             detections=self.setup.detections if "detect" in self.job.tasks else (),
+            found_text_column=self.job.source.found_text_column,
         )
 
     def constants(self, run_id: str) -> RunConstants:

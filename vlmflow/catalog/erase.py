@@ -276,6 +276,9 @@ def _erase_reviews(folder: Folder, wanted: KeyIndex) -> int:
         if marks.any():
             kept = rows.filter(pa.array(~marks))
             if kept.num_rows:  # under another name first: a kill in between doubles verdicts, and loses none
+                # Without the list of the files that it was made of: it does not hold all of them any more, and the same
+                # verdicts, given again when the erasure is lifted, come under their old names.
+                kept = kept.replace_schema_metadata(None)
                 folder.write_parquet(f"{REVIEWS}/{uuid.uuid4().hex}.parquet", kept)
             folder.delete(path)
         return {(path.rpartition(".")[2], str(row)) for row in rows.filter(pa.array(marks)).to_pylist()}

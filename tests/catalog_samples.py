@@ -40,6 +40,7 @@ def request(
         retry=given.get("retry", ()),
         detections=given.get("detections", ()),
         read_before=given.get("read_before"),
+        found_text_column=given.get("found_text_column"),
     )
 
 
@@ -53,6 +54,7 @@ def constants(run_id: str, asked: PlanRequest) -> RunConstants:
         policy_version="1",
         policy_digest=asked.policy_digest,
         decoder=asked.decoder,
+        found_text_column=asked.found_text_column,
     )
 
 

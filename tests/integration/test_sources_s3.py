@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import http.server
 import io
 import os
 import pickle
 import tarfile
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,10 +31,12 @@ from vlmflow.errors import (
     StorageAccessError,
     StoreLostError,
     TransientError,
+    WorkspaceError,
 )
 from vlmflow.schema import REFERENCE, with_source
 from vlmflow.sources import open_source
 from vlmflow.sources.again import RowReader
+from vlmflow.sources.manifest import ManifestSource
 from vlmflow.sources.stores import Stores
 from vlmflow.storage import access_error, delta_storage_options, open_store, read_bytes
 
@@ -170,6 +174,23 @@ def test_a_manifest_in_a_bucket_is_read_and_its_images_too(s3_server: S3Server, 
     assert [item.error_class for item in items[1::2]] == [RowErrorClass.MISSING, RowErrorClass.ADDRESS_REFUSED]
     versions = refs["object_version"].to_pylist()
     assert [items[0].object_version, items[2].object_version] == [versions[0], versions[2]]
+
+
+def test_the_copy_of_a_manifest_is_swept_up_and_a_full_disk_is_no_fault_of_the_store(
+    s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    bucket = s3_server.make_bucket()
+    s3_server.put(bucket, "list.csv", b"uri\na.jpg\n")
+    source = ManifestSource(SourceConfig(uri=f"s3://{bucket}/list.csv", storage=s3_server.storage))
+    assert source.columns.names == []
+    (folder,) = tmp_path.iterdir()
+    assert folder.name.startswith("vlmflow-workspace-")
+    with pytest.raises(WorkspaceError, match="No space left on device"):
+        source._download(Path("/dev/full"))
+    del source
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_manifest_of_a_bucket_that_is_not_there_stops_the_listing(s3_server: S3Server, tmp_path: Path) -> None:

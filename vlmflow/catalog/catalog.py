@@ -285,7 +285,7 @@ class Catalog:
         """
         added = self._added_since(planned.version)
         del self._added[planned.version]  # it passes over files from here on
-        return update_columns(self._images, added, run_id, planned.outdated())
+        return update_columns(self._images, added, run_id, planned.outdated(), planned.found_text_column)
 
     def live_files(self, table: TableName) -> dict[str, DataFile]:
         """The files of a table's newest version, by path."""

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pt
 
 from vlmflow import schema
 from vlmflow.errors import CatalogError
+
+_JOINED_BYTES = 64 * 1024 * 1024  # of a table that rows are taken of in one go: all of it is copied for that
+_PIECE_BYTES = 128 * 1024 * 1024  # of rows that are taken of a larger one: about so many at a time
+_MOST_BYTES = 1024 * 1024 * 1024  # of these rows, where some are much longer than others
 
 
 def storable(columns: pa.Schema) -> pa.Schema:
@@ -84,6 +90,36 @@ def flat(column: pa.Array | pa.ChunkedArray) -> pa.Array:
     if isinstance(column, pa.Array):
         return column
     return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays([pa.array([], column.type), *column.chunks])
+
+
+def taken(rows: pa.Table, at: npt.NDArray[np.int64]) -> pa.Table:
+    """Rows by their numbers, in as many chunks as they need: callers' texts may be of any length.
+
+    ``Table.take`` joins all chunks of a column first, and fails where they hold more than 2 GiB of text.
+    """
+    if rows.nbytes <= _JOINED_BYTES:
+        return rows.take(pa.array(at))
+    batches = rows.to_batches()
+    starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
+    step = max(1, rows.num_rows * _PIECE_BYTES // rows.nbytes)
+    pieces = [_gathered(batches, starts, at[first : first + step]) for first in range(0, len(at), step)]
+    return pa.concat_tables([rows.schema.empty_table(), *pieces])
+
+
+def _gathered(batches: Sequence[pa.RecordBatch], starts: npt.NDArray[np.int64], at: npt.NDArray[np.int64]) -> pa.Table:
+    holders = np.searchsorted(starts, at, side="right") - 1
+    parts, places = [], []
+    for number in np.unique(holders).tolist():
+        mine = np.flatnonzero(holders == number)
+        parts.append(batches[number].take(pa.array(at[mine] - starts[number])))
+        places.append(mine)
+    found = pa.Table.from_batches(parts)
+    if len(parts) == 1:
+        return found
+    if found.nbytes > _MOST_BYTES:
+        half = len(at) // 2
+        return pa.concat_tables([_gathered(batches, starts, some) for some in (at[:half], at[half:])])
+    return found.take(pa.array(np.argsort(np.concatenate(places))))
 
 
 def member(values: pa.StructArray, name: str) -> pa.Array:

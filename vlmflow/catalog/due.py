@@ -92,6 +92,7 @@ class PlanRequest:
     questions: tuple[str, ...] = ()  # that `answer` asks of every image, besides the image's own
     detections: tuple[Detection, ...] = ()  # that `detect` stores of every image
     read_before: dt.datetime | None = None  # images last read before, whose source tells no version, are read again
+    found_text_column: str | None = None  # of the caller's columns, for alternative texts
 
 
 @dataclass

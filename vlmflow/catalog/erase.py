@@ -27,7 +27,7 @@ import pyarrow.json as pj
 from vlmflow.catalog.columns import conform
 from vlmflow.catalog.commit import Change, CommitRequest, commit
 from vlmflow.catalog.files import is_being_written, look_through
-from vlmflow.catalog.folder import Folder
+from vlmflow.catalog.folder import FileInfo, Folder
 from vlmflow.catalog.indexes import INDEXES, files_holding
 from vlmflow.catalog.keys import KeyIndex, concat, duplicates, index_of, to_binary, to_words
 from vlmflow.catalog.log import DataFile, Snapshot, TableLog
@@ -41,7 +41,7 @@ from vlmflow.catalog.writer import STAGING, write_file
 from vlmflow.errors import CatalogError
 
 _REDACTED = "<erased>"
-_AT_ONCE = 16  # small files that are read and written at a time; each run and each verdict has one
+_AT_ONCE = 16  # small files that are read and written at a time, and columns of others that are read
 _SHORTEST_URI = 6  # a shorter text might stand in a record by chance
 
 
@@ -191,22 +191,25 @@ class _Removal:
 
         One that cannot be read, or was never finished, is among them: it is of no use either.
         """
-        held: dict[str, pa.Table] = {}
-        names = _ROWS.names if self._log.name == "images" else ["image_id"]
-        for found in look_through(self._log.folder, (self._log,), states, RETENTION):
-            path = found.file.path
-            if found.kind not in _GONE or not path.startswith(_FOLDERS[self._log.name]):
-                continue
-            rows = None if found.file.is_unfinished else self._read(path, names)
-            if rows is None:
-                held[path] = _ROWS.empty_table()
-                continue
-            marks = self._mask(rows)
-            if marks.any():
-                held[path] = conform(rows.filter(pa.array(marks)), _ROWS)
-        return held
+        gone = [
+            found.file
+            for found in look_through(self._log.folder, (self._log,), states, RETENTION)
+            if found.kind in _GONE and found.file.path.startswith(_FOLDERS[self._log.name])
+        ]
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            held = zip(gone, pool.map(self._held, gone), strict=True)
+            return {file.path: rows for file, rows in held if rows is not None}
 
-    def _read(self, path: str, names: Sequence[str]) -> pa.Table | None:
+    def _held(self, file: FileInfo) -> pa.Table | None:
+        """What such a file holds of them; None: nothing."""
+        rows = None if file.is_unfinished else self._read(file.path)
+        if rows is None:
+            return _ROWS.empty_table()
+        marks = self._mask(rows)
+        return conform(rows.filter(pa.array(marks)), _ROWS) if marks.any() else None
+
+    def _read(self, path: str) -> pa.Table | None:
+        names = _ROWS.names if self._log.name == "images" else ["image_id"]
         try:
             return self._log.folder.read_parquet(path, names)
         except CatalogError:  # damaged, or a vacuum has removed it meanwhile
@@ -276,6 +279,9 @@ def _erase_reviews(folder: Folder, wanted: KeyIndex) -> int:
         if marks.any():
             kept = rows.filter(pa.array(~marks))
             if kept.num_rows:  # under another name first: a kill in between doubles verdicts, and loses none
+                # Without the list of the files that it was made of: it does not hold all of them any more, and the same
+                # verdicts, given again when the erasure is lifted, come under their old names.
+                kept = kept.replace_schema_metadata(None)
                 folder.write_parquet(f"{REVIEWS}/{uuid.uuid4().hex}.parquet", kept)
             folder.delete(path)
         return {(path.rpartition(".")[2], str(row)) for row in rows.filter(pa.array(marks)).to_pylist()}

@@ -18,10 +18,12 @@ from vlmflow.catalog.rows import (
     FAILED,
     OK,
     REVIEW,
+    STAGED,
     UNREADABLE,
     UNSCORED,
     ImageErrors,
     failed_tasks,
+    requoted,
     rows_of_image_errors,
     status_of,
     unseen_frames,
@@ -62,6 +64,7 @@ def merge(live: pa.Table, staged: pa.Table) -> tuple[pa.Table, Mask]:
         columns[name] = take(name, marks)
     if "source" in live.column_names:
         columns["source"] = _source(live, staged, verdict)
+        columns |= _alt_texts(live, staged, verdict, columns)
     seen = take("seen_version", marks)
     columns["seen_version"] = pc.if_else(pc.is_null(seen), live["seen_version"], seen)
     columns["errors"] = _merged_errors(live, staged, verdict)
@@ -181,6 +184,20 @@ def _source(live: pa.Table, staged: pa.Table, verdict: _Verdict) -> pa.StructArr
     theirs, ours = flat(live["source"]), flat(conform_column(staged, live.schema.field("source")))
     has = {field.name: holds(staged["source_columns"], field.name) & ~verdict.superseded for field in theirs.type}
     return overlaid(theirs, ours, has)
+
+
+def _alt_texts(live: pa.Table, staged: pa.Table, verdict: _Verdict, merged: dict[str, pa.Array]) -> dict[str, pa.Array]:
+    """Those of captions that stay, where the text that the caller found in the image is another now."""
+    names = conform_column(staged, STAGED.field("found_text_column"))
+    out = {name: merged[name] for name in ("alt_text", "alt_text_rule")}
+    now = pa.table({"uri": live["uri"], "caption": merged["caption"], "source": merged["source"]})
+    for column in names.unique().drop_null().to_pylist():
+        at, texts = requoted(live.select(["source"]), now, column)
+        ours = (verdict.kept["caption"] & equal(names, column))[at]
+        order = np.arange(live.num_rows)
+        order[at[ours]] = live.num_rows + np.flatnonzero(ours)
+        out = {name: pa.concat_arrays([flat(out[name]), texts[name]]).take(pa.array(order)) for name in out}
+    return out
 
 
 def overlaid(theirs: pa.StructArray, ours: pa.StructArray, has: Mapping[str, Mask]) -> pa.StructArray:

@@ -2,7 +2,7 @@
 
 Stored values are compared with those of the listing, column by column: so sources with different columns leave each
 other's alone, and a row that is up to date is never written. Beside the caller's columns, nothing of a row changes but
-``updated_at``, by which readers of the table know that it did.
+``updated_at``, by which readers of the table know that it did, and an alternative text that quotes one of them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from vlmflow import schema
 from vlmflow.catalog.added import AddedKeys
-from vlmflow.catalog.columns import conform, conform_column, flat, member, source_columns, storable
+from vlmflow.catalog.columns import conform, conform_column, flat, member, source_columns, storable, taken
 from vlmflow.catalog.commit import Change, CommitRequest, commit
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.keys import digest_of, index_of, to_binary, to_words
@@ -26,9 +26,11 @@ from vlmflow.catalog.log import DataFile, Snapshot, TableLog
 from vlmflow.catalog.masks import Mask, alike
 from vlmflow.catalog.merge import overlaid
 from vlmflow.catalog.read import read_rows
+from vlmflow.catalog.rows import requoted
 from vlmflow.catalog.writer import write_file
 
-_ROWS_AT_ONCE = 1 << 16  # that are compared: a bucket has many more, and texts of any length
+# That are compared: a bucket has many more, and texts of any length.
+_ROWS_AT_ONCE, _BYTES_AT_ONCE = 1 << 16, 64 * 1024 * 1024
 _FILES_AT_ONCE = 3  # that are rewritten: a store answers late
 
 
@@ -63,25 +65,30 @@ def find_outdated(
     """
     if not asked.any():
         return
-    listed = conform_column(images, source)
-    firsts = range(0, len(listed), _ROWS_AT_ONCE)
-    pieces = [flat(listed.slice(first, _ROWS_AT_ONCE)) for first in firsts]
-    for start in range(0, held.num_rows, _ROWS_AT_ONCE):
-        theirs = flat(held["source"].slice(start, _ROWS_AT_ONCE))
-        here = np.flatnonzero(asked & (at >= start) & (at < start + len(theirs)))
-        for first, piece in zip(firsts, pieces, strict=True):
-            rows = here[(here >= first) & (here < first + len(piece))]
-            ours, previous = piece.take(pa.array(rows - first)), theirs.take(pa.array(at[rows] - start))
-            other = ~_all_alike(previous, ours)
-            yield rows[other], pa.table({"source": ours, "previous": previous}).filter(pa.array(other))
+    ours, theirs = pa.table({"source": conform_column(images, source)}), held.select(["source"])
+    step = min(_rows_at_once(ours), _rows_at_once(theirs))
+    rows = np.flatnonzero(asked)
+    for some in np.split(rows, range(step, len(rows), step)):
+        pairs = {"source": taken(ours, some)["source"], "previous": taken(theirs, at[some])["source"]}
+        first = 0
+        for both in pa.table(pairs).to_batches():
+            other = ~_all_alike(both["previous"], both["source"])
+            numbers = some[first : first + len(other)][other]
+            yield numbers, pa.Table.from_batches([both]).filter(pa.array(other))
+            first += len(other)
+
+
+def _rows_at_once(rows: pa.Table) -> int:
+    some: int = rows.num_rows * _BYTES_AT_ONCE // max(rows.nbytes, 1)
+    return max(1, min(_ROWS_AT_ONCE, some))
 
 
 def count_by_column(rows: pa.Table) -> Counter[str]:
     """By column of the caller's, the outdated rows in which it is another now."""
     counts: Counter[str] = Counter()
-    for start in range(0, rows.num_rows, _ROWS_AT_ONCE):
-        ours, previous = (flat(rows[name].slice(start, _ROWS_AT_ONCE)) for name in ("source", "previous"))
-        counts += Counter({name: int((~same).sum()) for name, same in _alike_by_column(previous, ours).items()})
+    for some in rows.select(["source", "previous"]).to_batches(max_chunksize=_ROWS_AT_ONCE):
+        alike_in = _alike_by_column(some["previous"], some["source"])
+        counts += Counter({name: int((~same).sum()) for name, same in alike_in.items()})
     return counts
 
 
@@ -97,7 +104,7 @@ def _alike_by_column(left: pa.StructArray, right: pa.StructArray) -> dict[str, M
 
 
 def update_columns(
-    log: TableLog, added: AddedKeys, run_id: str, groups: Iterable[pa.Table]
+    log: TableLog, added: AddedKeys, run_id: str, groups: Iterable[pa.Table], found_text_column: str | None = None
 ) -> Iterator[tuple[int, int]]:
     """Brings the caller's columns of outdated rows up to date: one commit for each group of them.
 
@@ -105,6 +112,7 @@ def update_columns(
         added: keys that the table has got since planning; it is of no use to others afterwards.
         groups: outdated rows, all those of a live file in one: ``image_id``, the caller's columns as listed in
             ``source`` and as the row held them at planning in ``previous``, and ``live_file``, where it was then.
+        found_text_column: that alternative texts quote.
 
     Yields:
         After each commit the rows of its group, and how many of these it has changed. The others are gone, or another
@@ -115,7 +123,7 @@ def update_columns(
         CatalogError: a file of the table cannot be read.
     """
     for number, rows in enumerate(groups):
-        changes = _Changes(log.folder, added, run_id, rows)
+        changes = _Changes(log.folder, added, run_id, rows, found_text_column)
         commit_id = digest_of(run_id, "columns", str(number))
         done = commit(log, CommitRequest(commit_id, run_id, "columns", log.refresh().version), changes.propose)
         if not done.repeated:
@@ -126,11 +134,14 @@ def update_columns(
 class _Changes:
     """Decides on a snapshot which files are rewritten. One object per commit."""
 
-    def __init__(self, folder: Folder, added: AddedKeys, run_id: str, rows: pa.Table) -> None:
+    def __init__(
+        self, folder: Folder, added: AddedKeys, run_id: str, rows: pa.Table, found_text_column: str | None
+    ) -> None:
         self._folder, self._added, self._run_id = folder, added, run_id
-        self._rows = rows.combine_chunks()
+        self._found_text_column = found_text_column
+        self._rows = rows
         self._keys = to_binary(rows["image_id"])
-        self._planned = flat(self._rows["live_file"]).dictionary_encode()
+        self._planned = flat(rows["live_file"]).dictionary_encode()
         # By the path of the file in whose place it comes, which never changes; with the rows that are new in it.
         self._written: dict[str, tuple[DataFile, int] | None] = {}
         self._committed: set[str] = set()
@@ -171,24 +182,51 @@ class _Changes:
         """Copies a live file with the new columns; None: nothing in it is to be changed."""
         live = conform(read_rows(self._folder, "images", file), columns)
         keys = to_binary(live["image_id"])
-        asked = self._rows.take(pa.array(numbers))
         at = index_of(keys).find(*to_words(self._keys.take(pa.array(numbers))))
         assert (at >= 0).all(), f"{file.path} holds them"
-        theirs = flat(live["source"]).take(pa.array(at))
-        change = _all_alike(theirs, flat(asked["previous"]))  # what another writer has put there since planning stays
+        new, change = self._sources(live, at, taken(self._rows, numbers))
         if not change.any():
             return None
-        own = {field.name: change for field in asked.schema.field("source").type}
-        new = overlaid(theirs, flat(conform_column(asked, live.schema.field("source"))), own)
-        order = np.arange(live.num_rows)
-        order[at[change]] = live.num_rows + np.flatnonzero(change)
-        now = pa.repeat(pa.scalar(dt.datetime.now(dt.UTC), schema.TIMESTAMP), len(new))
-        for name, values in (("source", new), ("updated_at", now)):
-            whole = pa.concat_arrays([flat(live[name]), values]).take(pa.array(order))
-            live = live.set_column(live.schema.get_field_index(name), live.schema.field(name), whole)
+        now = pa.repeat(pa.scalar(dt.datetime.now(dt.UTC), schema.TIMESTAMP), new.num_rows)
+        before, at = taken(live.select(["source"]), at[change]), at[change]
+        live = _with_values(live, at, new.append_column("updated_at", now))
+        if self._found_text_column is not None:
+            after = taken(live.select(["uri", "caption", "source"]), at)
+            numbers, texts = requoted(before, after, self._found_text_column)
+            live = _with_values(live, at[numbers], pa.table(texts))
         written = write_file(self._folder, "images", live, file.ingest_date, self._run_id)
         if file.path in self._planned.dictionary.to_pylist():  # whose rows are all in this group
             self._added.skip(written.path)
         else:
             self._added.tell(written.path, keys)
         return written, int(change.sum())
+
+    def _sources(self, live: pa.Table, at: npt.NDArray[np.int64], asked: pa.Table) -> tuple[pa.Table, Mask]:
+        """The new ``source`` of the rows ``at`` that change, and which these are."""
+        sources = pa.table(
+            {
+                "theirs": taken(live.select(["source"]), at)["source"],
+                "previous": asked["previous"],
+                "ours": conform_column(asked, live.schema.field("source")),
+            }
+        )
+        own = [field.name for field in asked.schema.field("source").type]
+        masks, new = [], []
+        for some in sources.to_batches():
+            # What another writer has put there since planning stays.
+            change = _all_alike(some["theirs"], some["previous"])
+            values = overlaid(some["theirs"], some["ours"], dict.fromkeys(own, change))
+            new.append(values.filter(pa.array(change)))
+            masks.append(change)
+        return pa.table({"source": pa.chunked_array(new)}), np.concatenate(masks)
+
+
+def _with_values(rows: pa.Table, at: npt.NDArray[np.int64], values: pa.Table) -> pa.Table:
+    """Rows with other values of some columns where ``at`` says."""
+    old = rows.select(values.column_names)
+    order = np.arange(rows.num_rows)
+    order[at] = rows.num_rows + np.arange(len(at))
+    new = taken(pa.concat_tables([old, values.cast(old.schema)]), order)
+    for name in new.column_names:
+        rows = rows.set_column(rows.schema.get_field_index(name), rows.schema.field(name), new[name])
+    return rows

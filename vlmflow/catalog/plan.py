@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vlmflow import schema
-from vlmflow.catalog.columns import flat
+from vlmflow.catalog.columns import flat, taken
 from vlmflow.catalog.due import PlanRequest
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.log import DataFile, Snapshot
@@ -45,7 +45,8 @@ from vlmflow.catalog.spill import Spill
 from vlmflow.catalog.tombstones import Erased
 from vlmflow.catalog.workspace import Workspace
 
-_ROWS_PER_GROUP = 100_000  # of planned rows that are ordered at a time
+# Of planned rows that are ordered at a time: texts may be long.
+_ROWS_PER_GROUP, _BYTES_PER_GROUP = 100_000, 128 * 1024 * 1024
 _COUNTED = ("listed", "duplicates", "erased", "due", "new", "unchanged", "exhausted", "policy_differs", "unwatched")
 
 
@@ -85,6 +86,7 @@ class Plan:
     num_outdated: int = 0  # not planned, and hold other values of the caller's columns than the listing
     outdated_columns: Counter[str] = field(default_factory=Counter)  # of these, by column
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)  # (task, reason) -> images due
+    found_text_column: str | None = None  # of the caller's columns, for alternative texts
     _workspace: Workspace | None = None
     _groups: list[Spill] = field(default_factory=list)
     _outdated: _Outdated | None = None
@@ -190,9 +192,9 @@ class _Planner:
         source = held_as(self._table, listed.columns) if self._files else None
         ledger = self._spread_ledger(source)
         columns = pa.schema([*listed.columns.remove(len(listed.columns) - 1), *schema.PLANNED])
-        plan = Plan(self._version, columns, _workspace=self._owned)
+        plan = Plan(self._version, columns, found_text_column=self._request.found_text_column, _workspace=self._owned)
         joined = Spill(self._workspace / "joined", pa.schema([*columns, *JOINED]), NUM_BUCKETS)
-        outdated = None if source is None else self._outdated_spill(source)
+        outdated = None if source is None else self._outdated_spill(source, listed)
         join = Join(self._request, joined.columns, tuple(self._files), self._erased, source)
         for bucket in self._join(join, listed, ledger):
             plan.add(bucket)
@@ -238,8 +240,10 @@ class _Planner:
         read = ReadLedger(self._folder, tuple(self._files), asked.detections, source, asked.read_before)
         return self._workers.spread(read, numbers, self._workspace / "ledger", ledger_columns(source))
 
-    def _outdated_spill(self, source: pa.Field) -> Spill:
-        return Spill(self._workspace / "outdated", outdated_columns(source), _num_groups(self._num_live_rows()))
+    def _outdated_spill(self, source: pa.Field, listed: Spill) -> Spill:
+        # At most as much as is listed is held otherwise, and about as much is held instead.
+        num_groups = _num_groups(self._num_live_rows(), 2 * listed.num_bytes)
+        return Spill(self._workspace / "outdated", outdated_columns(source), num_groups)
 
     def _put_aside(self, rows: pa.Table, outdated: Spill) -> None:
         """Spreads outdated rows over groups of files, some at a time: texts may be long."""
@@ -255,8 +259,9 @@ class _Planner:
             last: the position of the last image within it.
         """
         total = plan.num_listed + plan.num_duplicates + plan.num_erased  # as many as there are positions
-        new = Spill(self._workspace / "new-unordered", joined.columns, _num_groups(total))
-        again = Spill(self._workspace / "again-unordered", joined.columns, _num_groups(self._num_live_rows()))
+        new = Spill(self._workspace / "new-unordered", joined.columns, _num_groups(total, joined.num_bytes))
+        num_groups = _num_groups(self._num_live_rows(), joined.num_bytes)
+        again = Spill(self._workspace / "again-unordered", joined.columns, num_groups)
         groups = self._groups_of_files(again.num_parts)
         for rows in joined.tables():
             rows = rows.filter(pc.less_equal(rows["_position"], last))
@@ -275,7 +280,7 @@ class _Planner:
         ordered = Spill(self._workspace / name, plan.schema, unordered.num_parts)
         fill = FillPrevious(self._folder, tuple(self._files)) if name == "again" else None
         parts = range(unordered.num_parts)
-        tables = (unordered.read(part).sort_by([(column, "ascending") for column in by]) for part in parts)
+        tables = (_sorted_by(unordered.read(part), by) for part in parts)
         filled = self._workers.map(fill, ((rows,) for rows in tables)) if fill else tables
         for part, rows in zip(parts, filled, strict=True):
             ordered.append(rows.select(plan.schema.names), np.full(rows.num_rows, part))
@@ -303,5 +308,10 @@ class _Planner:
         return before[:-1] * num_groups // max(int(before[-1]), 1)
 
 
-def _num_groups(num_rows: int) -> int:
-    return min(256, num_rows // _ROWS_PER_GROUP + 1)
+def _num_groups(num_rows: int, num_bytes: int) -> int:
+    return min(256, max(num_rows // _ROWS_PER_GROUP, num_bytes // _BYTES_PER_GROUP) + 1)
+
+
+def _sorted_by(rows: pa.Table, columns: list[str]) -> pa.Table:
+    order = pc.sort_indices(rows.select(columns), sort_keys=[(column, "ascending") for column in columns])
+    return taken(rows, order.to_numpy().astype(np.int64))

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vlmflow import schema
-from vlmflow.catalog.columns import conform, conform_column, flat
+from vlmflow.catalog.columns import conform, conform_column, flat, taken
 from vlmflow.catalog.detections import Detection, holds_all
 from vlmflow.catalog.due import LACKS_DETECTIONS, LEDGER, READ_LONG_AGO, Due, PlanRequest, decide
 from vlmflow.catalog.folder import Folder
@@ -327,7 +327,7 @@ def _once(listed: pa.Table) -> pa.Table:
         return listed
     first, repeated = listed.filter(pa.array(~again)), listed.filter(pa.array(again))
     at = index_of(to_binary(first["image_id"])).find(*to_words(to_binary(repeated["image_id"])))
-    _check_equal(first.take(pa.array(at)), repeated)
+    _check_equal(taken(first, at), repeated)
     return first
 
 

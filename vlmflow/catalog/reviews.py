@@ -42,7 +42,9 @@ _TRIES = 10  # of reading them, beside those who remove some
 # So many files with fewer rows are put into one, up to so many at a time.
 _MANY, _SMALL_ROWS, _MOST = 64, 10_000, 5_000
 _SETTLED = dt.timedelta(minutes=10)  # no listing takes longer, and clocks of stores differ by less
-_SOURCES = b"vlmflow.verdicts_of"  # in the metadata of such a file: the paths of those that it was made of
+# In the metadata of such a file: the paths of those that it was made of. `vlmflow.verdicts_of`, of older ones, is not
+# read: copies made by an erasure kept it, though they no longer held all that these files did.
+_SOURCES = b"vlmflow.made_of"
 _LOOKED_AT = ("image_id", "content_hash", "phash", "verdict")
 
 # One row per word on an image: a decision on the whole, or the value of one label, or both.
@@ -128,8 +130,11 @@ class ReviewStore:
         done = self.merged
         small = [path for path, (_, rows) in files.items() if rows.num_rows < _SMALL_ROWS and path not in done]
         if len(small) >= _MANY:
-            some = small[:_MOST]
-            rows = _without(_distinct(files[path][1] for path in some), tombstones.erased())
+            some, erased = small[:_MOST], tombstones.erased()
+            every = _distinct(files[path][1] for path in some)
+            rows = _without(every, erased)
+            if rows.num_rows < every.num_rows:  # an erasure is about to remove these files itself
+                some = [path for path in some if _without(files[path][1], erased).num_rows == files[path][1].num_rows]
             path = f"{REVIEWS}/{uuid.uuid4().hex}.parquet"
             self._folder.write_parquet(path, rows.replace_schema_metadata({_SOURCES: json.dumps(some)}))
             # An erasure that looked through the folder before this file was there has not looked into it.

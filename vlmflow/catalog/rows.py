@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from vlmflow import schema
 from vlmflow.alt_text import alt_text
-from vlmflow.catalog.columns import conform_column, flat, member
+from vlmflow.catalog.columns import conform_column, flat, member, taken
 from vlmflow.catalog.judged import with_verdicts
 from vlmflow.catalog.keys import digest_of, questions_digests, text_digests
 from vlmflow.catalog.masks import Mask, explode, field_strings, holds, is_valid
@@ -48,6 +49,7 @@ STAGED = pa.schema(
         ("live_file", pa.string()),
         ("previous_version", pa.string()),
         ("source_columns", pa.list_(pa.string())),  # the caller's columns that this run's source has; null: none
+        ("found_text_column", pa.string()),  # of these, the one that alternative texts quote; null: none
     ]
 )
 
@@ -115,10 +117,11 @@ def stage_rows(rows: pa.Table, constants: RunConstants, columns: pa.Schema) -> p
         "read_at": now,
         "updated_at": now,
         "source_columns": pa.repeat(pa.scalar(_source_columns(rows), pa.list_(pa.string())), rows.num_rows),
+        "found_text_column": _constant(constants.found_text_column, rows.num_rows),
     }
     for task in schema.TASKS:
         filled |= _task_columns(task, rows, constants, run[task])
-    filled |= _alt_texts(rows, filled["caption"], constants.found_text_column)
+    filled |= alt_texts(rows, filled["caption"], constants.found_text_column)
     decision = conform_column(rows, schema.WRITER_OPTIONAL.field("decision"))
     reason = conform_column(rows, schema.WRITER_OPTIONAL.field("decision_reason"))
     scored = pa.array(run["moderate"] & is_valid(decision))
@@ -213,18 +216,41 @@ def _source_columns(rows: pa.Table) -> list[str] | None:
     return [field.name for field in rows.schema.field("source").type]
 
 
-def _alt_texts(rows: pa.Table, captions: pa.Array, found_text_column: str | None) -> dict[str, pa.Array]:
-    """The alternative texts of the captions, and the rules that they break."""
-    found: list[str | None] = [None] * rows.num_rows
-    if found_text_column is not None and "source" in rows.column_names:
-        source = flat(rows["source"])
-        if source.type.get_field_index(found_text_column) >= 0:
-            found = [_as_text(value) for value in member(source, found_text_column).to_pylist()]
+def alt_texts(
+    rows: pa.Table, captions: pa.Array | pa.ChunkedArray, found_text_column: str | None
+) -> dict[str, pa.Array]:
+    """The alternative texts of the captions, and the rules that they break.
+
+    Args:
+        rows: `uri`, and `source` if there is one.
+    """
+    found = _found_texts(rows, found_text_column)
     texts = [alt_text(*of_row) for of_row in zip(captions.to_pylist(), rows["uri"].to_pylist(), found, strict=True)]
     return {
         "alt_text": pa.array([text for text, _ in texts], pa.string()),
         "alt_text_rule": pa.array([rule for _, rule in texts], pa.string()),
     }
+
+
+def requoted(
+    before: pa.Table, now: pa.Table, found_text_column: str
+) -> tuple[npt.NDArray[np.int64], dict[str, pa.Array]]:
+    """The rows in which the caller has found another text than before, and what :func:`alt_texts` says of them now.
+
+    Args:
+        before: `source`.
+        now: `source`, `uri` and `caption` of the same rows.
+    """
+    found = zip(_found_texts(before, found_text_column), _found_texts(now, found_text_column), strict=True)
+    numbers = np.flatnonzero(np.fromiter((old != new for old, new in found), np.bool_))
+    rows = taken(now, numbers)
+    return numbers, alt_texts(rows, rows["caption"], found_text_column)
+
+
+def _found_texts(rows: pa.Table, column: str | None) -> list[str | None]:
+    if column is None or column not in (_source_columns(rows) or ()):
+        return [None] * rows.num_rows
+    return [_as_text(value) for chunk in rows["source"].chunks for value in member(chunk, column).to_pylist()]
 
 
 def _as_text(value: object) -> str | None:

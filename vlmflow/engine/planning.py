@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 
+from vlmflow.catalog.columns import taken
 from vlmflow.catalog.plan_parts import NUM_BUCKETS, Ledger, buckets_of
 from vlmflow.engine.faults import get
 
@@ -63,14 +64,14 @@ def _read_buckets(read: Callable[[int], pa.Table], numbers: Sequence[int]) -> li
     rows = pa.concat_tables(tables)
     buckets = buckets_of(rows)
     order = np.argsort(buckets, kind="stable")
-    ordered = rows.take(pa.array(order)).combine_chunks()
+    ordered = taken(rows, order)
     bounds = np.searchsorted(buckets[order], np.arange(NUM_BUCKETS + 1)).tolist()
     # A slice would carry the buffers of all buckets along.
     return [_own(ordered.slice(start, end - start)) for start, end in pairwise(bounds)]
 
 
 def _own(rows: pa.Table) -> pa.Table:
-    return rows.take(pa.array(np.arange(rows.num_rows)))
+    return taken(rows, np.arange(rows.num_rows))
 
 
 @dataclass

@@ -50,6 +50,7 @@ class Prepared:
             questions=self.job.questions,
             detections=self.setup.detections if "detect" in self.job.tasks else (),
             read_before=None if days is None else dt.datetime.now(dt.UTC) - dt.timedelta(days=days),
+            found_text_column=self.job.source.found_text_column,
         )
 
     def constants(self, run_id: str) -> RunConstants:

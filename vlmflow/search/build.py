@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from vlmflow.catalog.indexes import SEGMENT_ROWS, files_holding
 from vlmflow.catalog.keys import index_of
 from vlmflow.catalog.log import Snapshot, TableLog
 from vlmflow.catalog.masks import Mask
+from vlmflow.catalog.workspace import Workspace
 from vlmflow.config import CatalogConfig, Frozen
 from vlmflow.search import index as ivf
 from vlmflow.search.exact import Block, vector_blocks
@@ -102,10 +102,10 @@ class _Update:
         useless = read_index(self._folder, live, ()).useless
         if self._is_alone():  # asked after the listing: else it may be half of what another is writing
             self._remove(useless)
-        with tempfile.TemporaryDirectory(prefix="vlmflow-index-") as workspace:
+        with Workspace() as workspace:
             for fingerprint, count in live.num_by_model.items():
                 if count >= self._min_rows:
-                    self._update_model(live, embeddings, fingerprint, Path(workspace))
+                    self._update_model(live, embeddings, fingerprint, workspace.path)
                 else:
                     self._totals.small += count
         # An image that was erased meanwhile must not have come in.

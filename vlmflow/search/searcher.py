@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-import tempfile
 import time
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,6 +20,7 @@ from vlmflow.catalog.indexes import INDEXES
 from vlmflow.catalog.keys import to_binary
 from vlmflow.catalog.log import Snapshot, TableLog
 from vlmflow.catalog.masks import Mask
+from vlmflow.catalog.workspace import Workspace
 from vlmflow.config import CatalogConfig, Job
 from vlmflow.errors import CatalogError, ConfigError, SearchError
 from vlmflow.search.exact import NOTHING, Block, Found, best, search_exact, vector_blocks
@@ -87,8 +86,8 @@ class Searcher:
         self._masks: dict[str, Mask] = {}
         self._kept: dict[tuple[str, ...], list[Block] | None] = {}
         # Copies of index files, where the catalog is not on the local disk; each is downloaded once.
-        self._workspace = tempfile.TemporaryDirectory(prefix="vlmflow-search-")
-        weakref.finalize(self, self._workspace.cleanup)
+        self._workspace = Workspace()
+        weakref.finalize(self, self._workspace.close)
 
     def search(self, query: Query, *, where: str | None = None, top_k: int = 10) -> SearchResult:
         """The images nearest to a query, the best first.
@@ -155,7 +154,7 @@ class Searcher:
         """Answers from this version on; if that fails, from the one before as ever."""
         if newest.live is not self._live or newest.index_files != self._index_files:
             # What was erased from the catalog does not stay on this disk either.
-            self._folder.drop_copies(Path(self._workspace.name), INDEXES)
+            self._folder.drop_copies(self._workspace.path, INDEXES)
             self._indexes, self._masks, self._kept = {}, {}, {}
         self._live, self._snapshot, self._index_files = newest.live, newest.embeddings, newest.index_files
         if self._encoder is not None and self._job is None and self._is_left_behind(self._encoder, newest.live):
@@ -245,10 +244,9 @@ class Searcher:
 
     def _opened(self, live: LiveRows, models: tuple[str, ...]) -> tuple[Index, list[OpenSegment]]:
         index = read_index(self._folder, live, models)
-        folder = Path(self._workspace.name)
         opened = []
         for segment in index.segments:
-            path = self._folder.local_copy(segment.paths[0], folder, segment.info.num_bytes)
+            path = self._folder.local_copy(segment.paths[0], self._workspace.path, segment.info.num_bytes)
             opened.append(OpenSegment(segment, path))
         return index, opened
 

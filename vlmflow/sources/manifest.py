@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
+import weakref
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ import obstore
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from vlmflow.catalog.workspace import Workspace, in_our_words
 from vlmflow.config import ImageLimits, SourceConfig
 from vlmflow.errors import SourceError
 from vlmflow.retry import retried
@@ -82,8 +83,9 @@ class ManifestSource:
             path = Path(self._address.path)
             self.version = _checked_version(path)
             return open_table(path, self._config.uri, self._config.regions_column)
-        self._folder = tempfile.TemporaryDirectory(prefix="vlmflow-")
-        path = self._download(Path(self._folder.name) / "manifest")
+        workspace = Workspace()
+        weakref.finalize(self, workspace.close)
+        path = self._download(workspace.path / "manifest")
         return open_table(path, self._config.uri, self._config.regions_column)
 
     def _download(self, path: Path) -> Path:
@@ -93,7 +95,7 @@ class ManifestSource:
         def copy() -> None:
             found = obstore.get(store, key)
             self.version = object_version(found.meta)
-            with path.open("wb") as file:
+            with in_our_words(), path.open("wb") as file:
                 for chunk in found.stream():
                     file.write(chunk)
 

@@ -82,6 +82,23 @@ def test_many_verdicts_and_records_are_looked_through_at_once(
     assert [record["message"] for record in records].count("such as <erased>") == 1
 
 
+def test_files_that_no_version_refers_to_are_read_at_once(catalog: Catalog, at_once: list[int]) -> None:
+    rows = pa.table({"image_id": [image_id("a")], "uri": ["mem://a"]})
+    secret = pa.table({"image_id": [image_id("secret")], "uri": ["mem://secret"]})
+    for number in range(20):
+        name = f"ingest_date=2026-03-01/r1-{number:032x}.parquet"
+        catalog._folder.write_parquet(f"images/{name}", secret if number == 7 else rows)
+        catalog._folder.write_parquet(f"embeddings/{name}", rows)
+    catalog._folder.write(f"images/ingest_date=2026-03-01/r1-{20:032x}.parquet", b"damaged")
+    catalog.runs.finish("r1", {})
+    at_once.clear()
+    result = catalog.erase(to_binary(pa.array([image_id("secret")])))
+    assert max(at_once) > 4
+    assert result.is_complete
+    left = sorted(file.path[-10:-8] for file in catalog._folder.list("images") if "/r1-" in file.path)
+    assert left == [f"{number:02x}" for number in range(20) if number != 7]
+
+
 def test_verdicts_that_are_moved_to_another_file_meanwhile_are_found(
     catalog: Catalog, monkeypatch: pytest.MonkeyPatch
 ) -> None:

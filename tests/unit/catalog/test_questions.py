@@ -27,7 +27,7 @@ from vlmflow.catalog import Catalog
 from vlmflow.catalog.due import PlanRequest
 from vlmflow.catalog.keys import questions_digests
 from vlmflow.catalog.log import SCHEMA_VERSION
-from vlmflow.catalog.rows import _alt_texts, attempt_digest
+from vlmflow.catalog.rows import alt_texts, attempt_digest
 from vlmflow.config import CatalogConfig
 from vlmflow.engine.equal_bytes import RecentResults, look_up
 from vlmflow.errors import StorageAccessError
@@ -268,7 +268,7 @@ def test_other_questions_are_asked_where_answering_failed_too_often() -> None:
 def test_found_text_may_be_a_list_of_lines() -> None:
     source = pa.array([{"ocr": ["SALE", None, "now"]}, {"ocr": None}], pa.struct([("ocr", pa.list_(pa.string()))]))
     rows = pa.table({"uri": ["a.png", "b.png"], "source": source})
-    texts = _alt_texts(rows, pa.array(["a red bag", "a dog"]), "ocr")["alt_text"].to_pylist()
+    texts = alt_texts(rows, pa.array(["a red bag", "a dog"]), "ocr")["alt_text"].to_pylist()
     assert texts[0] is not None
     assert "SALE now" in texts[0]
     assert texts[1] == "A dog."

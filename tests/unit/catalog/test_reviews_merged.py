@@ -192,8 +192,9 @@ def test_an_erasure_empties_both_and_what_it_takes_away_does_not_come_back(
     assert Catalog.open(config_of(root)).erase(keys).num_reviews == 1, "it stands in two files, and is one verdict"
     assert image_id("c") not in said(root)
     assert len(said(root)) == MANY - 1
-    make_old(root)
-    merge(root)
+    for _ in range(2):  # what the erasure has written anew says nothing of the files it was made of
+        make_old(root)
+        merge(root)
     assert len(files(root)) == 1
     assert len(said(root)) == MANY - 1
 
@@ -214,6 +215,26 @@ def test_an_erasure_empties_both_and_what_it_takes_away_does_not_come_back(
     monkeypatch.undo()
     assert image_id("k") not in said(root)
     assert len(said(root)) == 2 * MANY - 2
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_what_is_said_again_after_an_erasure_was_lifted_stays(root: Path, beside: bool) -> None:
+    say(root, *"abcdefgh")
+    event = store(root).events().slice(2, 1)
+    catalog, keys = Catalog.open(config_of(root)), to_binary(event["image_id"])
+    if beside:  # it decides when the merge is under way, and looks through the files afterwards
+        Tombstones(Folder(config_of(root))).put(keys)
+    merge(root)
+    make_old(root)
+    merge(root)
+    catalog.erase(keys)
+    assert event["image_id"][0].as_py() not in said(root)
+    catalog.lift(keys)
+    again = store(root).add(event)
+    make_old(root)
+    merge(root)
+    assert (root / again).exists()
+    assert len(said(root)) == MANY
 
 
 def test_vacuum_and_what_brings_verdicts_in_merge_them(root: Path) -> None:

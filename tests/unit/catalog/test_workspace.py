@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.catalog_samples import config_of, open_catalog, references, request
+from tests.catalog_samples import config_of, enrich, open_catalog, references, request
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.workspace import Workspace
 from vlmflow.cli import main
 from vlmflow.errors import WorkspaceError
+from vlmflow.search.build import _Update, update_index
+from vlmflow.search.searcher import Searcher
 
 KILLED = """
 import os, signal
@@ -46,6 +48,20 @@ def test_of_a_killed_process_the_next_removes_it_and_of_a_live_one_nothing(place
     with Workspace() as first, Workspace() as second:
         assert not left.exists()
         assert sorted(place.iterdir()) == sorted([first.path, second.path])
+    assert list(place.iterdir()) == []
+
+
+def test_what_searches_and_index_updates_put_aside_is_swept_up_too(
+    tmp_path: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enrich(open_catalog(tmp_path / "catalog"), "r1", [references(["a"])])
+    config, used = config_of(tmp_path / "catalog"), list[Path]()
+    monkeypatch.setattr(_Update, "_update_model", lambda *given: used.append(given[-1]))
+    update_index(config, min_rows=0)
+    searcher = Searcher(config)
+    used += place.iterdir()
+    assert [path.name.startswith("vlmflow-workspace-") for path in used] == [True, True]
+    del searcher
     assert list(place.iterdir()) == []
 
 

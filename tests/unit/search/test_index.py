@@ -274,7 +274,7 @@ def test_on_a_store(s3_server: S3Server) -> None:
     assert result.num_indexed == 409
     everything = np.concatenate([vectors, clustered(10, seed=1)])
     assert found(result) == nearest([*images, *names(10, 400)], everything, vectors[0], 6)[1:]
-    copies = {path: path.stat().st_mtime_ns for path in Path(searcher._workspace.name).iterdir()}
+    copies = {path: path.stat().st_mtime_ns for path in searcher._workspace.path.iterdir()}
     assert len(copies) == 2
     put(config, names(1, 500), clustered(1, seed=2), run="r2")
     assert searcher.search(query).num_rows == 411

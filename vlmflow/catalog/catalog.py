@@ -237,9 +237,10 @@ class Catalog:
                 newest = newest.filter(pc.is_in(newest["image_id"], value_set=pa.array(list(only), pa.string())))
             return Said(newest, self.known_images.matcher())
 
+        every_row = lists_changed and only is None
         now = Catalog(self._folder, *self._logs_from_now())  # this one may be the app's, open for months
         # Of some images: the app does so every few seconds, and nobody would read thousands of records of it.
-        with self.runs.recorded("review", is_kept=only is None) as run_id:
+        with self.runs.recorded("review", is_kept=only is None, every_row=every_row) as run_id:
             result = apply_verdicts(
                 self._folder,
                 read,

@@ -21,7 +21,7 @@ from vlmflow.catalog.due import PlanRequest
 from vlmflow.catalog.erase import EraseResult, erase, without_erased
 from vlmflow.catalog.export import ExportResult, export
 from vlmflow.catalog.folder import Folder
-from vlmflow.catalog.keys import digest_of, to_binary
+from vlmflow.catalog.keys import KeyIndex, digest_of, to_binary
 from vlmflow.catalog.known import KnownBytes, known_bytes
 from vlmflow.catalog.known_images import KnownStore
 from vlmflow.catalog.log import DataFile, Snapshot, TableLog, TableName
@@ -317,9 +317,9 @@ class Catalog:
         """The embeddings that live rows refer to, file by file."""
         return embedding_batches(self._folder, *of_one_time(self._images, self._embeddings), columns)
 
-    def flagged_before(self, run_id: str) -> pa.Array | None:
+    def flagged_before(self, run_id: str) -> KeyIndex | None:
         """The images that a run found flagged; see :func:`vlmflow.catalog.before.flagged_before`."""
-        return flagged_before(self._folder, self._images, run_id)
+        return flagged_before(self._folder, self._images, run_id, self.runs.started_at(run_id))
 
     def export(self, folder: str | Path, *, with_embeddings: bool) -> ExportResult:
         """Writes the current rows as plain Parquet; see :func:`vlmflow.catalog.export.export`."""

@@ -26,7 +26,7 @@ _STAMP = "%Y%m%dT%H%M%S"
 _READ_AT_ONCE = 16  # records
 _EVERY_ROW = "every_row"  # in the record of a run that has brought late verdicts into all rows
 
-_NEVER = dt.datetime.min.replace(tzinfo=dt.UTC)
+LONG_AGO = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 
 RunState: TypeAlias = Literal["running", "dead", "finished"]
 
@@ -134,6 +134,11 @@ class RunStore:
         """The record of a run; None: there is no such run."""
         return self._folder.read_json(_record(run_id))
 
+    def started_at(self, run_id: str) -> dt.datetime:
+        """When a run started, by its record, else by its id; long ago where neither says it."""
+        found = _started_at(self.get(run_id) or {})
+        return (_second_of(run_id) or LONG_AGO) if found == LONG_AGO else found
+
     def list(self) -> list[RunInfo]:
         """All runs, the newest first; see :meth:`newest`, which reads no more records than are asked for."""
         return [*self.newest()]
@@ -184,7 +189,7 @@ class RunStore:
         seen = {run: seen_at for run, seen_at in self._leases().items() if seen_at is not None}
         for run in self.newest() if seen else ():
             started_at = _started_at(run.record)
-            if _NEVER < started_at < min(seen.values()) + DEAD_AFTER:
+            if LONG_AGO < started_at < min(seen.values()) + DEAD_AFTER:
                 break
             if run.record.get(_EVERY_ROW) and run.record.get("status") == "done":
                 return {run_id for run_id, seen_at in seen.items() if started_at < seen_at + DEAD_AFTER}
@@ -271,7 +276,7 @@ def _started_at(record: dict[str, Any]) -> dt.datetime:
     try:
         found = dt.datetime.fromisoformat(str(record.get("started_at")))
     except ValueError:
-        return _NEVER
+        return LONG_AGO
     return found if found.tzinfo else found.replace(tzinfo=dt.UTC)
 
 

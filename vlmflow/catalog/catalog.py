@@ -313,9 +313,9 @@ class Catalog:
         """The embeddings that live rows refer to, one per image and view."""
         return pa.concat_tables(self.embedding_batches(columns))
 
-    def embedding_batches(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-        """The embeddings that live rows refer to, file by file."""
-        return embedding_batches(self._folder, *of_one_time(self._images, self._embeddings), columns)
+    def embedding_batches(self, columns: Sequence[str] | None = None, of: KeyIndex | None = None) -> Iterator[pa.Table]:
+        """The embeddings that live rows refer to, file by file; of some images: see :mod:`vlmflow.catalog.read`."""
+        return embedding_batches(self._folder, *of_one_time(self._images, self._embeddings), columns, of)
 
     def flagged_before(self, run_id: str) -> KeyIndex | None:
         """The images that a run found flagged; see :func:`vlmflow.catalog.before.flagged_before`."""

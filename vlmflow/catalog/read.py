@@ -60,6 +60,17 @@ def image_batches(folder: Folder, images: Snapshot, columns: Sequence[str] | Non
         yield conform(rows, wanted)
 
 
+def images_named(folder: Folder, images: Snapshot, names: pa.Array, columns: Sequence[str]) -> pa.Table:
+    """The live rows whose image id or uri is among some names; of files without one no other column is read."""
+    wanted = _select(images.schema, columns)
+    found = [wanted.empty_table()]
+    for file, keys in read_each(folder, "images", images.files.values(), ["image_id", "uri"], ahead=8):
+        hits = pc.or_(pc.is_in(keys["image_id"], value_set=names), pc.is_in(keys["uri"], value_set=names))
+        if pc.any(hits).as_py():
+            found.append(conform(read_rows(folder, "images", file, wanted.names), wanted).filter(hits))
+    return pa.concat_tables(found)
+
+
 def embedding_batches(
     folder: Folder,
     images: Snapshot,

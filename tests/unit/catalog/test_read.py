@@ -14,6 +14,7 @@ from tests.catalog_samples import config_of, enrich, image_id, open_catalog, ref
 from vlmflow.catalog import Catalog, folder, writer
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.keys import index_of, to_binary
+from vlmflow.catalog.read import images_named
 from vlmflow.summary import summarize
 
 NAMES = ["a", "b", "c"]
@@ -71,6 +72,25 @@ def test_of_some_images_no_other_vectors_are_read(catalog: Catalog, monkeypatch:
     assert some.sort_by(order).equals(wanted.sort_by(order))
     assert read == [1, 1], "one row group of one file, and one of another"
     assert not pa.concat_tables(catalog.embedding_batches(of=index_of(to_binary(asked[2:])))).num_rows
+
+
+def test_of_an_image_by_name_no_other_file_is_read(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    enrich(catalog, "r1", [references(["d", "e"])])
+    read = Folder.read_parquet
+    asked: list[Sequence[str] | None] = []
+
+    def watched(self: Folder, path: str, columns: Sequence[str] | None = None) -> pa.Table:
+        asked.append(columns)
+        return read(self, path, columns)
+
+    monkeypatch.setattr(Folder, "read_parquet", watched)
+    columns = ["uri", "labels", "ingest_date"]
+    for name in ("mem://d", image_id("d"), "mem://unknown"):
+        rows = images_named(catalog._folder, catalog.newest_images, pa.array([name]), columns)
+        assert rows.column_names == columns
+        assert rows["uri"].to_pylist() == ["mem://d"] * (name != "mem://unknown")
+    assert sum("labels" in (some or ()) for some in asked) == 2
+    assert len(asked) == 3 * 2 + 2
 
 
 def replace_vectors(catalog: Catalog, monkeypatch: pytest.MonkeyPatch, *, at_look: int) -> None:

@@ -21,7 +21,7 @@ from vlmflow.catalog.verify import ERRORS, WARNINGS
 from vlmflow.checks import Check
 from vlmflow.config import CatalogConfig
 from vlmflow.engine import PlanSummary, RunReport
-from vlmflow.engine.remoderate import RemoderateReport
+from vlmflow.engine.remoderate_report import RemoderateReport
 from vlmflow.gate import GateReport
 from vlmflow.report.flagged import newly_flagged
 from vlmflow.report.rows import Row
@@ -223,6 +223,9 @@ def show_diff(key: str, title: str, reports: Sequence[RemoderateReport]) -> None
     moved = sum(report.num_moved for report in reports)
     lines = [f"# {title}", "", f"{moved:,} images moved.", "", "| change | images |", "| --- | --- |"]
     lines += [f"| {change} | {count:,} |" for change, count in _sum(report.flips for report in reports).items()]
+    if policies := policies_of(reports):
+        lines += ["", "| came under | images |", "| --- | --- |"]
+        lines += [f"| {code(policy)} | {count:,} |" for policy, count in policies.items()]
     labels: dict[str, dict[str, int]] = {}
     for report in reports:
         for label, flips in report.label_flips.items():
@@ -246,10 +249,17 @@ def show_diff(key: str, title: str, reports: Sequence[RemoderateReport]) -> None
         "keep their policy: their vectors are another model's": sum(report.num_other_model for report in reports),
         "keep their policy: a detector must see them first": sum(report.num_undetected for report in reports),
         "are `review`: their vectors are lost": sum(report.num_without_vectors for report in reports),
-        "had no policy before, and stay": sum(report.num_first for report in reports),
+        "stay: none is known that they had before": sum(report.num_first for report in reports),
     }
     lines += ["", *(f"- {count:,} images {what}" for what, count in left.items() if count)]
+    for run_id, policy in {beside: name for report in reports for beside, name in report.runs_beside.items()}.items():
+        lines.append(f"- run {code(run_id)} was at work under {code(policy)}: what it commits later stays under that")
     _show_markdown("\n".join(lines), key, title)
+
+
+def policies_of(reports: Sequence[RemoderateReport]) -> dict[str, int]:
+    """Rows that moved, by the policy that they came under; those that none came under are left out."""
+    return {policy: count for policy, count in _sum(report.policies for report in reports).items() if count}
 
 
 def _sum(parts: Iterable[Mapping[str, int]]) -> dict[str, int]:

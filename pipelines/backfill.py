@@ -41,7 +41,8 @@ from pipelines.steps import Steps, remoderate_command
 from vlmflow.catalog import Catalog
 from vlmflow.config import CatalogConfig, Job
 from vlmflow.engine.progress import SilentProgress
-from vlmflow.engine.remoderate import RemoderateReport, Scope
+from vlmflow.engine.remoderate import Scope
+from vlmflow.engine.remoderate_report import RemoderateReport
 from vlmflow.errors import ConfigError
 from vlmflow.moderation.policy import load_policy
 
@@ -145,15 +146,15 @@ def moderation_backfill(
     with alone, steps.session(job), tags(TAG):
         reports = _all_partitions(steps, job, dates, where, rollback, dry_run, partitions_at_once)
     title, moved = _title(reports, rollback, dry_run), sum(report.num_moved for report in reports)
-    return Completed(message=f"{title}: {moved:,} rows, {len(dates)} partitions.")
+    back = "" if rollback is None or not moved else f", back to {', '.join(artifacts.policies_of(reports))}"
+    return Completed(message=f"{title}: {moved:,} rows{back}, {len(dates)} partitions.")
 
 
 def _target(job: Job, rollback: str | None) -> str:
     """Where a backfill leads, in words that are equal for equal targets."""
     if job.policy is None or rollback is not None:
         return f"rollback of policy {rollback}"
-    policy = load_policy(job.policy)
-    return f"policy {policy.name} {policy.version} ({policy.digest[:12]})"
+    return f"policy {load_policy(job.policy).full_name}"
 
 
 def _title(reports: list[RemoderateReport], rollback: str | None, dry_run: bool) -> str:

@@ -18,15 +18,17 @@ from pydantic import Field, ValidationError
 from pipelines.ray_jobs import Attempt, Command, RayJobs, read_files
 from vlmflow import errors
 from vlmflow.checks import Check, doctor_of
-from vlmflow.config import Frozen, Job, describe_validation
+from vlmflow.config import Frozen, Job
 from vlmflow.engine import PlanSummary, RunReport, enrich, plan
 from vlmflow.engine.cluster import ray_cluster
 from vlmflow.engine.progress import ProgressDisplay, Tally
-from vlmflow.engine.remoderate import RemoderateReport, Scope, remoderate
+from vlmflow.engine.remoderate import Scope, remoderate
+from vlmflow.engine.remoderate_report import RemoderateReport
 from vlmflow.errors import ConfigError, SubmittedJobError, VlmflowError
 from vlmflow.gate import GateLimits, GateReport, compare, golden_values, read_accepted
 from vlmflow.moderation.policy import load_policy
 from vlmflow.storage import parse_address
+from vlmflow.validation import describe_validation
 
 JOB_FILE = "job.yaml"
 

@@ -39,6 +39,7 @@ def request(
         limit=limit,
         retry=given.get("retry", ()),
         detections=given.get("detections", ()),
+        read_before=given.get("read_before"),
     )
 
 

@@ -19,7 +19,7 @@ import httpx
 import yaml
 
 from tests.pictures import picture
-from tests.processes import ROOT, end_family, prefect_environment, wait_for
+from tests.processes import ROOT, prefect_environment, started, wait_for
 from vlmflow.config import Job
 
 
@@ -44,6 +44,10 @@ class Prefect:
         """The runs of a flow that have started, the newest first."""
         asked = {"flows": {"name": {"any_": [flow]}}, "sort": "START_TIME_DESC"}
         return [run for run in self._ask("flow_runs/filter", asked) if run["start_time"] is not None]
+
+    def waiting(self) -> list[dict[str, Any]]:
+        """The runs that wait for their time, as those of a schedule do for days."""
+        return list(self._ask("flow_runs/filter", {"flow_runs": {"state": {"type": {"any_": ["SCHEDULED"]}}}}))
 
     def artifacts_of(self, run_id: str) -> list[dict[str, Any]]:
         asked = {"artifacts": {"flow_run_id": {"any_": [run_id]}}}
@@ -83,14 +87,8 @@ class Prefect:
 @contextmanager
 def process(prefect: Prefect, log: Path, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
     """A Python module that talks to the server, as a process."""
-    with log.open("wb") as sink:
-        started = subprocess.Popen(
-            [sys.executable, "-m", *arguments], env=prefect.environment(), cwd=ROOT, stdout=sink, stderr=sink
-        )
-    try:
-        yield started
-    finally:
-        end_family(started)
+    with started([sys.executable, "-m", *arguments], log, environment=prefect.environment()) as running:
+        yield running
 
 
 @contextmanager
@@ -100,8 +98,8 @@ def worker(prefect: Prefect, log: Path) -> Iterator[None]:
     assert made.returncode == 0, made.stdout + made.stderr
     deployed = prefect.command("deploy", "--all", "--prefect-file", "deploy/prefect.yaml")
     assert deployed.returncode == 0, deployed.stdout + deployed.stderr
-    with process(prefect, log, "prefect", "worker", "start", "--pool", "vlmflow") as started:
-        wait_for(lambda: b"started!" in log.read_bytes(), started)
+    with process(prefect, log, "prefect", "worker", "start", "--pool", "vlmflow") as running:
+        wait_for(lambda: b"started!" in log.read_bytes(), running)
         yield
 
 
@@ -115,6 +113,8 @@ class HeldImages(http.server.ThreadingHTTPServer):
 
     The first ``num_free`` are served at once.
     """
+
+    request_queue_size = 128
 
     def __init__(self, num_free: int = 0) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)

@@ -13,6 +13,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -27,8 +28,6 @@ from vlmflow.catalog import commit as commit_module
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.runs import new_run_id
 from vlmflow.config import CatalogConfig, StorageConfig
-
-ROOT = Path(__file__).parents[1]
 
 
 def die(*_: object, **__: object) -> None:
@@ -119,12 +118,15 @@ def work(config: CatalogConfig) -> None:
 
 
 def run(point: str, number: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Runs a child and waits for its end."""
+    """Runs a child and waits for its end; what it leaves behind ends with it."""
+    from tests.processes import started  # here, for the child that is to be without Ray
+
     command = [sys.executable, "-m", "tests.kill", point, str(number), *arguments]
-    # A session of its own: what it leaves behind must end with it, not with the terminal.
-    return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=280, start_new_session=True
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        out, errors = Path(folder, "out"), Path(folder, "errors")
+        with started(command, out, errors) as child:
+            code = child.wait(600)
+        return subprocess.CompletedProcess(command, code, out.read_text(), errors.read_text())
 
 
 def main() -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,15 +39,47 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+@contextmanager
+def started(
+    command: Sequence[str], log: Path, errors: Path | None = None, environment: dict[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that ends with the block, and with it all that it started.
+
+    What it says goes to files, standard error to one of its own if there is one: a pipe that nobody reads fills up, and
+    one that is read has no end before that of the last who may write into it.
+    """
+    with log.open("wb") as out, errors.open("wb") if errors else nullcontext(out) as err:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=err, start_new_session=True)
+    try:
+        yield process
+    finally:
+        end_family(process)
+
+
 def end_family(process: subprocess.Popen[Any]) -> None:
-    """Kills a process of ours and all that it started."""
-    if process.poll() is not None:
-        return
-    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for member in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.kill()
-    process.wait()
+    """Kills a process of ours and all that it started, what outlived it included if it led a session.
+
+    A cluster of Ray takes seconds to see that its driver is gone.
+    """
+    while family := _family(process):
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+        process.wait()
+        time.sleep(_TICK_S)
+
+
+def _family(process: subprocess.Popen[Any]) -> list[psutil.Process]:
+    found: set[psutil.Process] = set()
+    if process.poll() is None:
+        found = {psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)}
+    elif psutil.pid_exists(process.pid):
+        return []  # the number is another's by now
+    for member in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
+            if os.getsid(member.pid) == process.pid and member.status() != psutil.STATUS_ZOMBIE:
+                found.add(member)
+    return list(found)
 
 
 @dataclass(frozen=True)
@@ -80,19 +113,17 @@ def ray_nodes(folder: Path, *, dashboard: bool = False, cpus: int = 1) -> Iterat
     head = [*ray, "--head", "--port", str(port), "--temp-dir", str(short)]
     head += ["--include-dashboard", str(dashboard).lower(), "--dashboard-port", str(dashboard_port), *agents[0]]
     node = [*ray, "--address", address, *agents[1]]
-    processes: list[subprocess.Popen[bytes]] = []
-    try:
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, short, ignore_errors=True)
+        processes: list[subprocess.Popen[bytes]] = []
         for number, command_line in enumerate((head, node)):
-            log = (folder / f"ray-{number}.log").open("wb")
-            processes.append(subprocess.Popen(command_line, stdout=log, stderr=log, env=environment))
+            log = folder / f"ray-{number}.log"
+            processes.append(stack.enter_context(started(command_line, log, environment=environment)))
             wait_for(lambda at=number: _num_nodes(address) == at + 1, processes[-1])  # type: ignore[misc]
         jobs_url = f"http://127.0.0.1:{dashboard_port}" if dashboard else ""
         if dashboard:
             wait_for(lambda: _takes_jobs(jobs_url), processes[-1])
         yield RayNodes(address, jobs_url, processes[0], processes[1])
-    finally:
-        for process in processes:
-            end_family(process)
 
 
 def _takes_jobs(jobs_url: str) -> bool:
@@ -121,23 +152,18 @@ def prefect_server(folder: Path, port: int | None = None) -> Iterator[str]:
     port = port or free_port()
     url = f"http://127.0.0.1:{port}/api"
     environment = os.environ | prefect_environment(folder, url)
-    log = (folder / "prefect-server.log").open("wb")
-    server = subprocess.Popen(
-        [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)],
-        stdout=log,
-        stderr=log,
-        env=environment,
-        start_new_session=True,
-    )
-    try:
-        wait_for(lambda: _answers(f"{url}/health"), server)
-        yield url
-    finally:
-        if server.poll() is None:
-            server.send_signal(signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                server.wait(10)
-        end_family(server)
+    # What is deployed has the schedule that it ships with: at its hour a worker of the test would run the real night.
+    environment["PREFECT_SERVER_SERVICES_SCHEDULER_ENABLED"] = "false"
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    with started(command, folder / "prefect-server.log", environment=environment) as server:
+        try:
+            wait_for(lambda: _answers(f"{url}/health"), server)
+            yield url
+        finally:
+            if server.poll() is None:
+                server.send_signal(signal.SIGINT)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    server.wait(10)
 
 
 def prefect_environment(folder: Path, url: str) -> dict[str, str]:

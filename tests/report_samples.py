@@ -48,6 +48,7 @@ def put_rows(
         "source": [{"title": title} for title in titles],
         "policy_name": ["demo"] * len(names),
         "policy_version": ["1"] * len(names),
+        "policy_digest": ["0" * 64] * len(names),
         **columns,
     }
     put(config, names, clustered(len(names)), run=run, **given)

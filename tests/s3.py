@@ -67,8 +67,8 @@ def running_s3_server() -> Iterator[S3Server]:
         _wait_for(port, server)
         yield S3Server(f"http://127.0.0.1:{port}")
     finally:
-        server.terminate()
-        server.wait(timeout=10)
+        server.kill()  # nothing of it is kept
+        server.wait()
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name, None)
@@ -83,8 +83,8 @@ def _free_port() -> int:
 
 
 def _wait_for(port: int, server: subprocess.Popen[bytes]) -> None:
-    """Waits until the server takes connections, at most a minute."""
-    deadline = time.monotonic() + 60
+    """Waits until the server takes connections, at most some minutes."""
+    deadline = time.monotonic() + 200
     while time.monotonic() < deadline and server.poll() is None:
         try:
             socket.create_connection(("127.0.0.1", port), timeout=1).close()

@@ -8,6 +8,7 @@ import http.server
 import socket
 import threading
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from email.utils import formatdate
@@ -22,7 +23,7 @@ from vlmflow.schema import REFERENCE
 from vlmflow.sources import Fetched
 from vlmflow.sources.reader import SourceReader
 
-PRIVATE_ALLOWED = HttpConfig(timeout_s=5, max_redirects=3, allow_private_addresses=True)
+PRIVATE_ALLOWED = HttpConfig(timeout_s=60, max_redirects=3, allow_private_addresses=True)
 BODY = bytes(range(256)) * 40
 
 
@@ -39,6 +40,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def serve_image(self, _: str) -> None:
         self.send(200, BODY, {"ETag": '"v1"'})
+
+    def serve_kept(self, name: str) -> None:
+        body = self.server.kept[name]  # type: ignore[attr-defined]
+        self.send(200, body, {"ETag": f'"{zlib.crc32(body):x}"'})
 
     def serve_dated(self, _: str) -> None:
         self.send(200, BODY, {"Last-Modified": "Mon, 01 Jan 2024 00:00:00 GMT"})
@@ -113,12 +118,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 class Site(http.server.ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 128  # of those that connect at once; what more come wait a second or longer
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.requests: Counter[str] = Counter()
         self.headers: list[dict[str, str]] = []
         self.asked: list[float] = []
+        self.kept: dict[str, bytes] = {}  # what is served under kept/, and may become something else
         self.stopping = threading.Event()
 
     @property

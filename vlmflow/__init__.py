@@ -2,7 +2,8 @@
 
     >>> import vlmflow
     >>> job = vlmflow.Job(
-    ...     source={"uri": "photos/"}, catalog={"uri": "catalog/"}, profile="base", policy="marketplace"
+    ...     source={"uri": "photos/"}, catalog={"uri": "catalog/"}, profile="base", policy="marketplace",
+    ...     accept_unbound=True,  # no thresholds for the profile yet: every decision is `review`
     ... )
     >>> report = vlmflow.enrich(job)  # doctest: +SKIP
     >>> report.num_added, report.statuses  # doctest: +SKIP
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     from vlmflow.catalog import Catalog
     from vlmflow.checks import Check, doctor
     from vlmflow.engine import PlanSummary, PreflightReport, RunReport, enrich, plan, preflight
-    from vlmflow.engine.remoderate import RemoderateReport, Scope, remoderate
+    from vlmflow.engine.remoderate import Scope, remoderate
+    from vlmflow.engine.remoderate_report import RemoderateReport
     from vlmflow.evaluation import EvaluationReport, evaluate, read_dataset
     from vlmflow.grounding import GroundedRegion, PhraseGrounder, ground_phrases
     from vlmflow.models.convert import ConversionInputs, ConversionReport, convert_weights
@@ -121,7 +123,7 @@ _HOMES = {
     "PreflightReport": "vlmflow.engine",
     "Query": "vlmflow.search.query",
     "QueueReport": "vlmflow.review",
-    "RemoderateReport": "vlmflow.engine.remoderate",
+    "RemoderateReport": "vlmflow.engine.remoderate_report",
     "ReviewReport": "vlmflow.review",
     "RunReport": "vlmflow.engine",
     "Scope": "vlmflow.engine.remoderate",

@@ -12,7 +12,7 @@ from vlmflow.catalog.keys import index_of, to_binary
 from vlmflow.config import Job
 from vlmflow.errors import CalibrationError, PolicyError
 from vlmflow.moderation.calibrate import CalibrationReport, Targets, calibrate_labels
-from vlmflow.moderation.policy import find_binding, next_version, shipped_policies, write_version
+from vlmflow.moderation.policy import POLICY_SUFFIXES, find_binding, next_version, shipped_policies, write_version
 from vlmflow.moderation.scoring import Scorer
 from vlmflow.moderation.verdicts import (
     IMAGE_COLUMNS,
@@ -50,7 +50,7 @@ def calibrate(
 
     Raises:
         CalibrationError: verdicts that cannot be used or do not suffice, or embeddings of another model.
-        PolicyError: the policy cannot be used, or the output is there already.
+        PolicyError: the policy cannot be used, or the output is no YAML file by its name, or is there already.
         CatalogError: there is no catalog.
         WeightsError: the embedder's weights are absent or do not fit.
     """
@@ -64,7 +64,11 @@ def calibrate(
     if output is None:
         folder = Path() if job.policy in shipped_policies() else source.parent
         output = folder / f"{policy.name}-v{next_version(policy.version)}.yaml"
-    if output.exists():  # before all else: it would be in vain
+    # Before all else: it would be in vain.
+    if output.suffix not in POLICY_SUFFIXES:
+        remedy = "End its name with .yaml: no policy is read from another file."
+        raise PolicyError(f"policy {output}: neither {' nor '.join(POLICY_SUFFIXES)}", remedy=remedy)
+    if output.exists():
         raise PolicyError(f"policy {output}: is there already", remedy="Name another file with --output.")
     catalog = Catalog.open(job.catalog)
     labels = tuple(ref.label for ref in policy.labels)
@@ -72,7 +76,9 @@ def calibrate(
     given = read_verdicts(verdicts) if verdicts is not None else reviewed(catalog.reviews.events())
     matched = match_verdicts(given, catalog.image_batches(IMAGE_COLUMNS), labels)
     if not matched.ids:
-        reasons = ", ".join(f"{reason}: {num}" for reason, num in matched.left_out.items()) or "the file is empty"
+        reasons = (
+            ", ".join(f"{reason}: {num}" for reason, num in matched.left_out.items()) or "none has a label and a value"
+        )
         raise CalibrationError(f"{source_name}: no verdict counts ({reasons})", remedy="Label images of this catalog.")
     prompts = prepare_prompts(setup)
     assert prompts is not None
@@ -94,8 +100,8 @@ def calibrate(
     return CalibrationReport(
         catalog=job.catalog.uri,
         verdicts=source_name,
-        policy=f"{policy.name} {policy.version} ({policy.digest[:12]})",
-        new_policy=f"{written.name} {written.version} ({written.digest[:12]})",
+        policy=policy.full_name,
+        new_policy=written.full_name,
         output=str(output),
         model=identity.id,
         num_images=len(matched.ids),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
 
-from vlmflow.config import Job, RayConfig, SourceConfig, StorageConfig
+from vlmflow.config import CatalogConfig, Job, RayConfig, SourceConfig, StorageConfig
 from vlmflow.engine.cluster import ray_cluster
 from vlmflow.engine.prepare import prepare
 from vlmflow.engine.report import installed_versions, policy_name
@@ -71,7 +71,9 @@ def doctor(
     yield from _weights(models_dir)
     yield _detector()
     if source is not None:
-        yield _guarded(f"source {source.uri}", lambda: _source(source))
+        storage = catalog_storage or StorageConfig()
+        catalog = None if catalog_uri is None else CatalogConfig(uri=catalog_uri, storage=storage)
+        yield _guarded(f"source {source.uri}", lambda: _source(source, catalog))
     if catalog_uri is not None:
         yield from _catalog(catalog_uri, catalog_storage or StorageConfig())
     yield from _ray(ray or RayConfig())
@@ -167,9 +169,9 @@ def _detector() -> Check:
     return Check("extra nsfw", "ok", "installed")
 
 
-def _source(config: SourceConfig) -> Check:
+def _source(config: SourceConfig, catalog: CatalogConfig | None) -> Check:
     name = f"source {config.uri}"
-    for batch in open_source(config).list():
+    for batch in open_source(config, catalog).list():
         return Check(name, "ok", f"lists images, the first is {batch['uri'][0].as_py()}")
     return Check(name, "warn", "lists no image", "Check the prefix.")
 

@@ -12,6 +12,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from vlmflow.errors import ConfigError
+from vlmflow.validation import describe_validation, missing_keys, read_yaml
 
 TaskName = Literal["embed", "detect", "moderate", "caption", "match", "answer"]
 TASKS_TO_ASK_FOR = "embed, moderate, caption, match, answer (detect comes with a policy that has detectors)"
@@ -87,7 +88,8 @@ HomePath = Annotated[str, AfterValidator(os.path.expanduser)]
 class Frozen(BaseModel):
     """A part of a job: immutable, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # Of values that do not fit, what is raised repeats none: a url may hold a password.
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
 
 class StorageConfig(Frozen):
@@ -108,6 +110,9 @@ class HttpConfig(Frozen):
     timeout_s: Annotated[float, Field(gt=0, le=400)] = 20.0
     max_redirects: Annotated[int, Field(ge=0)] = 5
     allow_private_addresses: bool = False  # loopback, private and link-local hosts
+    # Images whose source tells no version are read again when they were last read so long ago; 0: in every run. None:
+    # never, and what comes to lie behind an url that has its row is not noticed.
+    recheck_days: Annotated[float, Field(ge=0, le=3650)] | None = None
 
 
 class SourceConfig(Frozen):
@@ -232,7 +237,7 @@ class Job(Frozen):
     profile: str
     tasks: Tasks = ("embed", "moderate", "caption", "match")
     models: dict[Literal["embed", "caption", "match", "answer"], ModelConfig] = {}  # instead of the profile's
-    # Where profiles look for weights; default: $VLMFLOW_MODELS, else ~/.cache/vlmflow
+    # Where profiles look for weights; default: $VLMFLOW_MODELS, else ~/.cache/vlmflow/models
     models_dir: Annotated[Path, AfterValidator(_at_home)] | None = None
     questions: tuple[str, ...] = ()  # that `answer` asks of every image
     policy: HomePath | None = None  # a policy file, or the name of one that ships; needed by `moderate`
@@ -306,6 +311,14 @@ class Job(Frozen):
                 raise ValueError(f"{reader} reads {read}: list {read} first in pools")
 
 
+# By keys that are missing: what to do where the command line could have said it.
+_REMEDIES = {
+    ("profile",): "Name a set of models with --profile or in the job file: `vlmflow profiles` lists them.",
+    ("source", "source.uri"): "Name SOURCE, or source: {uri: ...} in the job file.",
+    ("catalog", "catalog.uri"): "Name CATALOG, or catalog: {uri: ...} in the job file.",
+}
+
+
 def load_job(path: str | Path | None, overrides: dict[str, Any]) -> Job:
     """Builds a job from a YAML file and from what the command line says, which wins.
 
@@ -319,31 +332,22 @@ def load_job(path: str | Path | None, overrides: dict[str, Any]) -> Job:
     data: Any = {}
     if path is not None:
         try:
-            data = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+            data = read_yaml(Path(path).read_text(encoding="utf-8")) or {}
         except OSError as error:
             raise ConfigError(f"config {path}: {error.strerror}", remedy="Name an existing YAML file.") from error
         except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, a date that there is not
-            raise ConfigError(f"config {path} is not YAML: {_first_line(error)}", remedy="Fix the syntax.") from error
+            raise ConfigError(
+                f"config {path} is not YAML: {_first_line(error)}", remedy="Fix the line named."
+            ) from error
         if not isinstance(data, dict):
             raise ConfigError(f"config {path} holds a {type(data).__name__}", remedy="Write `key: value` lines.")
     try:
         return Job.model_validate(_merge(data, overrides))
     except ValidationError as error:
-        raise ConfigError(describe_validation(error, what=str(path or "job"))) from error
-
-
-# Of pydantic's, where its own words are for programmers.
-_REASONS = {"extra_forbidden": "unknown key", "model_type": "must hold keys of its own, {key: value}"}
-
-
-def describe_validation(error: ValidationError, *, what: str) -> str:
-    """One line that names every key that does not fit, and why. Values are not repeated: they may be secret."""
-    parts = []
-    for item in error.errors(include_url=False, include_input=False):
-        where = ".".join(str(step) for step in item["loc"])
-        reason = _REASONS.get(item["type"]) or item["msg"].removeprefix("Value error, ")
-        parts.append(f"{where}: {reason}" if where else reason)
-    return f"{what}: " + "; ".join(parts)
+        message = describe_validation(error, what=str(path or "job"), of=Job)
+        missing = missing_keys(error)
+        remedies = [remedy for keys, remedy in _REMEDIES.items() if missing & set(keys)]
+        raise ConfigError(message, remedy=" ".join(remedies)) from error
 
 
 def read_secret(variable: str) -> str:

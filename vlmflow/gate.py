@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from vlmflow.catalog import Catalog
-from vlmflow.config import Frozen, Job, SourceConfig, describe_validation
+from vlmflow.config import Frozen, Job, SourceConfig
 from vlmflow.engine import enrich
 from vlmflow.engine.prepare import prepare
 from vlmflow.engine.progress import ProgressDisplay
@@ -25,6 +25,7 @@ from vlmflow.evaluation.agreement import decision_flips, differing, score_shifts
 from vlmflow.evaluation.run import scratch_catalog, trial_job
 from vlmflow.files import put_file
 from vlmflow.moderation.detections import name_of
+from vlmflow.validation import describe_validation
 
 _COLUMNS = ("content_hash", "uri", "status", "caption", "decision", "labels")
 _MAX_EXAMPLES = 5

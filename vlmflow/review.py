@@ -16,6 +16,7 @@ from vlmflow.catalog.reviews import EVENT
 from vlmflow.config import CatalogConfig, Frozen
 from vlmflow.moderation.queue import COLUMNS, QueueSizes, make_queue
 from vlmflow.moderation.review_files import Word, changed_at, check_suffix, read_words, write_queue
+from vlmflow.moderation.verdicts import reviewed
 
 _ROW = ("image_id", "uri", "content_hash")
 _Event: TypeAlias = dict[str, Any]  # a row of EVENT; ``at`` may be null yet
@@ -27,12 +28,14 @@ class QueueReport(Frozen):
 
     Attributes:
         queues: images by the reason why they are in it.
+        num_labelled: images without a verdict that are left out, because labels were said of their bytes.
     """
 
     catalog: str
     output: str
     num_images: int
     queues: dict[str, int]
+    num_labelled: int = 0
 
 
 class ReviewReport(Frozen):
@@ -66,10 +69,17 @@ def export_queue(config: CatalogConfig, output: Path, *, sizes: QueueSizes | Non
     """
     check_suffix(output)
     catalog = Catalog.open(config)
-    queue = make_queue(catalog.image_batches(COLUMNS), sizes or QueueSizes(), seed)
+    said = reviewed(catalog.reviews.events()).verdicts
+    labelled = {(verdict.image, verdict.content_hash or "") for verdict in said}
+    queue, num_labelled = make_queue(catalog.image_batches(COLUMNS), sizes or QueueSizes(), seed, labelled)
     write_queue(output, queue)
-    counts = Counter(queue["queue"].to_pylist())
-    return QueueReport(catalog=catalog.uri, output=str(output), num_images=queue.num_rows, queues=dict(counts))
+    return QueueReport(
+        catalog=catalog.uri,
+        output=str(output),
+        num_images=queue.num_rows,
+        queues=dict(Counter(queue["queue"].to_pylist())),
+        num_labelled=num_labelled,
+    )
 
 
 def import_verdicts(config: CatalogConfig, source: Path, *, reviewer: str | None = None) -> ReviewReport:
@@ -88,7 +98,7 @@ def import_verdicts(config: CatalogConfig, source: Path, *, reviewer: str | None
         CatalogError: there is no catalog, or other writers are always first.
     """
     now = dt.datetime.now(dt.UTC)
-    words = read_words(source, reviewer, now)
+    words, unsaid = read_words(source, reviewer, now)
     catalog = Catalog.open(config)
     given, left_out = _events(words, catalog.image_batches(_ROW))
     before = catalog.reviews.events()
@@ -104,7 +114,7 @@ def import_verdicts(config: CatalogConfig, source: Path, *, reviewer: str | None
         source=str(source),
         num_verdicts=events.num_rows,
         num_new=num_new,
-        left_out=dict(left_out),
+        left_out=dict(left_out + unsaid),
         num_changed=result.num_changed,
         num_waiting=result.num_waiting,
         flips=result.flips,

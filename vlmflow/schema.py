@@ -192,6 +192,7 @@ IMAGES = pa.schema(
         *[pa.field(fingerprint_column(task), pa.string()) for task in TASKS],
         ("decoder", pa.string()),  # version of the decoder: unreadable images are due again when it changes
         pa.field("run_id", pa.string(), nullable=False),
+        ("read_at", TIMESTAMP),  # when a run last read the image, or tried to; null in rows of older versions
         ("updated_at", TIMESTAMP),  # when a run last wrote it, be it the caller's columns alone
         pa.field("ingest_date", pa.date32(), nullable=False),  # partition: the date that first saw the image
     ]

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from vlmflow import schema
 from vlmflow.catalog import Catalog
+from vlmflow.catalog.rows import POLICY_COLUMNS, policy_names
 from vlmflow.config import CatalogConfig, Frozen
 
 _NUM_EXAMPLES = 5
@@ -22,8 +23,7 @@ _COUNTED = (
     "caption_model",
     "match_model",
     "answer_model",
-    "policy_name",
-    "policy_version",
+    *POLICY_COLUMNS,
     "alt_text_rule",
 )
 _ALT_TEXT_IS_FINE = "keeps every rule"
@@ -65,7 +65,7 @@ class CatalogSummary(Frozen):
 
     Attributes:
         version: of the images table in its log.
-        policies: rows by policy name and version.
+        policies: rows by policy, with name, version and the beginning of the digest.
         models: rows by model, per task.
         errors: rows by error class.
         alt_texts: rows with an alternative text by the rule that it breaks.
@@ -102,8 +102,7 @@ def summarize(config: CatalogConfig) -> CatalogSummary:
         for name in ("status", "decision"):
             _count(counts[name], batch[name])
         _count(counts["errors"], pc.struct_field(pc.list_flatten(batch["errors"]), "class"))
-        policy = pc.binary_join_element_wise(batch["policy_name"], batch["policy_version"], " ")
-        _count(counts["policy"], policy)
+        _count(counts["policy"], policy_names(batch))
         _count(counts["alt"], _rules(batch))
         for task, counter in models.items():
             _count(counter, batch[f"{task}_model"])

@@ -30,7 +30,7 @@ def verify(
         from vlmflow.engine.prepare import prepare
 
         fingerprints = prepare(job).fingerprints
-    return opened.verify(open_source(source).list(), fingerprints, num_examples)
+    return opened.verify(open_source(source, catalog).list(), fingerprints, num_examples)
 
 
 def _last_fingerprints(catalog: Catalog) -> Mapping[str, str]:

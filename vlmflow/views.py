@@ -16,6 +16,7 @@ from vlmflow.engine.progress import duration
 from vlmflow.engine.report import PlanSummary, RunReport
 from vlmflow.engine.stages import StageReport
 from vlmflow.summary import CatalogSummary, Example, summarize
+from vlmflow.views_search import printable
 from vlmflow.views_upkeep import counted
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def print_report(report: RunReport, console: Console) -> None:
         console.print(f"Nothing due: all {report.num_unchanged:,} images of {escape(report.source)} are up to date.")
         _print_columns_note(report.num_columns_updated, console)
         _print_policy_note(report.num_policy_differs, console)
+        _print_unwatched_note(report.num_unwatched, console)
         return
     rows = report.num_added + report.num_replaced
     rate = f"{report.startup_s:.0f} s of start-up"
@@ -81,6 +83,7 @@ def print_report(report: RunReport, console: Console) -> None:
     if limited := what_limited(report):
         console.print(f"what limited it: {limited[0].lower()}{limited[1:]}")
     _print_policy_note(report.num_policy_differs, console)
+    _print_unwatched_note(report.num_unwatched, console)
     console.print(f"run {report.run_id}; look at it with: vlmflow show {escape(report.catalog)}")
 
 
@@ -136,6 +139,7 @@ def print_plan(summary: PlanSummary, console: Console) -> None:
     if summary.policy:
         console.print(f"policy {escape(summary.policy)}")
     _print_policy_note(summary.num_policy_differs, console)
+    _print_unwatched_note(summary.num_unwatched, console)
 
 
 def print_summary(summary: CatalogSummary, console: Console) -> None:
@@ -152,13 +156,13 @@ def print_summary(summary: CatalogSummary, console: Console) -> None:
         _print_counts(task, models, console)
     _print_counts("alternative texts", summary.alt_texts, console)
     _print_examples("allowed", summary.examples, console)
-    _print_examples("flagged", summary.flagged, console)
+    _print_examples("flagged" if summary.policies else "not moderated yet", summary.flagged, console)
     table = _table("run", "state", "started", "new", "updated", "images/s", "")
     for run in summary.runs:
         started = run.started_at[:19].replace("T", " ")
         counts = (f"{run.num_added:,}", f"{run.num_replaced:,}", f"{run.images_per_s:,.1f}")
         note = f"columns of {counted(run.num_columns_updated, 'row')}" if run.num_columns_updated else ""
-        table.add_row(run.run_id, run.state, started, *counts, escape(run.message or note))
+        table.add_row(run.run_id, run.state, started, *counts, escape(printable(run.message or note)))
     console.print(table)
 
 
@@ -219,9 +223,9 @@ def _print_examples(name: str, examples: Sequence[Example], console: Console) ->
         decision = example.decision + (f" ({example.decision_reason})" if example.decision_reason else "")
         file_name = example.uri.rsplit("/", 1)[-1]
         table.add_row(
-            escape(file_name),
+            escape(printable(file_name)),
             escape(decision),
-            escape(example.caption or "-"),
+            escape(printable(example.caption or "-")),
             _number(example.caption_itm),
             _number(example.text_itm),
             *([_answers(example)] if asked else []),
@@ -231,7 +235,16 @@ def _print_examples(name: str, examples: Sequence[Example], console: Console) ->
 
 def _answers(example: Example) -> str:
     parts = [f"{answer['question']} {answer['answer'] or '-'}" for answer in example.answers or ()]
-    return escape("; ".join(parts) or "-")
+    return escape(printable("; ".join(parts) or "-"))
+
+
+def _print_unwatched_note(num_unwatched: int, console: Console) -> None:
+    if num_unwatched:
+        console.print(
+            f"[yellow]{counted(num_unwatched, 'image')} at http(s) urls without a version: should another come to lie "
+            "there, no run sees it.[/yellow] Give the manifest a column etag, or set source.http.recheck_days in the "
+            "job file to have them read again"
+        )
 
 
 def _print_policy_note(num_policy_differs: int, console: Console) -> None:

@@ -12,7 +12,7 @@ from vlmflow.engine.progress import duration
 from vlmflow.views_search import printable
 
 if TYPE_CHECKING:
-    from vlmflow.engine.remoderate import RemoderateReport
+    from vlmflow.engine.remoderate_report import RemoderateReport
     from vlmflow.explain import Evidence
     from vlmflow.review import QueueReport, ReviewReport
 
@@ -20,11 +20,15 @@ if TYPE_CHECKING:
 def print_remoderation(report: RemoderateReport, console: Console) -> None:
     """Prints what a remoderation changed, or would change."""
     verb = "would come" if report.dry_run else "came"
-    what = f"policy {escape(report.policy)}" if report.rollback_of is None else "the policy that each had before"
+    what = "the policy that each had before"
+    if report.rollback_of is None:
+        what = f"policy {escape(report.policy)} ({report.policy_digest[:12]})"
     console.print(
         f"[bold]{report.num_moved:,} images[/bold] {verb} under {what} in {duration(report.seconds)}, "
         f"{report.num_from_margins:,} of them by stored margins, the others by stored vectors"
     )
+    if report.rollback_of is not None:
+        _print_counts("policies", {escape(name): count for name, count in report.policies.items()}, console)
     if not (report.num_moved or report.num_other_model or report.num_undetected or report.num_first):
         console.print("All images asked for are under it already, or none was asked for.")
     _print_counts("decisions", report.decisions, console)
@@ -38,7 +42,7 @@ def print_remoderation(report: RemoderateReport, console: Console) -> None:
         table = _table("change", "image", "because")
         for example in report.examples:
             change = f"{example['before']} -> {example['after']}"
-            table.add_row(change, escape(example["uri"] or ""), escape(example["decision_reason"] or "-"))
+            table.add_row(change, escape(printable(example["uri"] or "")), escape(example["decision_reason"] or "-"))
         console.print(table)
     if report.num_other_model:
         console.print(
@@ -55,8 +59,13 @@ def print_remoderation(report: RemoderateReport, console: Console) -> None:
         console.print(f"[yellow]{report.num_without_vectors:,} images have lost their vectors and are review.[/yellow]")
     if report.num_first:
         console.print(
-            f"{report.num_first:,} images were first moderated under the policy rolled back and stay under it; "
-            "`vlmflow remoderate --policy` moves them"
+            f"{report.num_first:,} images stay under the policy rolled back: they were first moderated under it, or an "
+            "earlier rollback put them back. `vlmflow remoderate --policy` moves them."
+        )
+    for run_id, policy in report.runs_beside.items():
+        console.print(
+            f"[yellow]Run {escape(run_id)} is at work under policy {escape(policy)}:[/yellow] rows that it commits "
+            "from now on stay under that. When it has ended, run this once more."
         )
 
 
@@ -90,6 +99,11 @@ def print_queue(report: QueueReport, console: Console) -> None:
     """Prints what went into a review queue, and what to do with it."""
     kinds = ", ".join(f"{name} {count:,}" for name, count in report.queues.items()) or "nothing to look at"
     console.print(f"[bold]{report.num_images:,} images[/bold] in {escape(report.output)}: {kinds}")
+    if report.num_labelled:
+        console.print(
+            f"{report.num_labelled:,} images are left out: labels were said of them, and no verdict. `vlmflow serve` "
+            "shows them among those that nobody has decided."
+        )
     console.print(
         f"Fill in verdict and reviewer, then: vlmflow review import {escape(report.catalog)} {escape(report.output)}",
         soft_wrap=True,

@@ -54,7 +54,7 @@ def print_vacuum(result: VacuumResult, console: Console) -> None:
     if result.num_foreign:
         console.print(
             f"[yellow]{result.num_foreign:,} files are not vlmflow's and stay[/yellow], such as "
-            + escape(", ".join(result.foreign))
+            + escape(", ".join(map(printable, result.foreign)))
         )
     if result.failed:
         console.print(f"[red]{len(result.failed):,} files could not be deleted; run it again[/red]")
@@ -139,7 +139,7 @@ def print_verification(found: Verification, console: Console) -> None:
             tasks = ", ".join(f"{task} {count:,}" for task, count in finding.tasks.items())
             console.print(f"{level}: {finding.count:,} {text}" + (f" ({tasks})" if tasks else ""))
             for example in finding.examples:  # on a line of its own, never folded: it will be copied
-                console.print(f"    {example}", style="dim", soft_wrap=True, markup=False)
+                console.print(f"    {printable(example)}", style="dim", soft_wrap=True, markup=False)
             if kind in _REMEDIES:
                 console.print(f"  remedy: {_REMEDIES[kind]}")
     if found.is_sound:

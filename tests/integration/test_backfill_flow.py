@@ -107,7 +107,8 @@ def test_dry_then_done_then_rolled_back(
 
     digest = rows_of(job)["picture 00000.jpg"]["policy_digest"]
     back = run(job_file, rollback=digest[:12])
-    assert back.message == f"Rollback of policy {digest[:12]}: 4 rows, 3 partitions."
+    first = before["picture 00000.jpg"]["policy_digest"]
+    assert back.message == f"Rollback of policy {digest[:12]}: 4 rows, back to test 1 ({first[:12]}), 3 partitions."
     assert rows_of(job) == before
 
 

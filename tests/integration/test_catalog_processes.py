@@ -53,13 +53,18 @@ def create(config: CatalogConfig, run_id: str, barrier: Barrier) -> None:
 
 
 def run_together(work: list[tuple[object, str]], config: CatalogConfig) -> None:
-    barrier = spawn.Barrier(len(work))
-    processes = [spawn.Process(target=target, args=(config, name, barrier)) for target, name in work]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=120)
-    assert [process.exitcode for process in processes] == [0] * len(work)
+    barrier = spawn.Barrier(len(work), timeout=300)  # one that dies before it must not keep the others for ever
+    processes = [spawn.Process(target=target, args=(config, name, barrier), daemon=True) for target, name in work]
+    try:
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(timeout=600)
+        assert [process.exitcode for process in processes] == [0] * len(work)
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.kill()
 
 
 def check_every_image_is_there_once(catalog: Catalog, names: list[str]) -> None:

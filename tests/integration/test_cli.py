@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +14,7 @@ import ray
 import yaml
 
 from tests.pictures import write_broken, write_pictures
+from tests.processes import started, wait_for
 from vlmflow.catalog import Catalog
 from vlmflow.checks import Check, doctor
 from vlmflow.cli import main
@@ -146,22 +145,13 @@ def test_interrupted_it_goes_on_where_it_stopped(
     job_file.write_text(yaml.safe_dump(config))
     command = ["enrich", tmp_path / "images", tmp_path / "catalog"]
     command += ["--profile", "starter", "--config", job_file, "--json"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "vlmflow", *(str(part) for part in command)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ,
-    )
-    log = tmp_path / "catalog" / "images" / "_delta_log"
-    assert process.stdout is not None
-    for line in process.stdout:  # every line is an event; a commit shows in the log
-        if json.loads(line)["event"] == "stage" and json.loads(line)["stage"] == "enriching":
-            break
-    while process.poll() is None and len(list(log.glob("*.json"))) < 2:
-        os.sched_yield()
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    commits = tmp_path / "catalog" / "images" / "_delta_log"
+    log = tmp_path / "log"
+    with started([sys.executable, "-m", "vlmflow", *map(str, command)], log) as process:
+        wait_for(lambda: len(list(commits.glob("*.json"))) > 1, process)  # the first makes the table
+        process.send_signal(signal.SIGINT)
+        process.wait(300)
+    errors = log.read_text()
     assert process.returncode == 130, errors
     assert "run the same command again" in errors
     config_ = CatalogConfig(uri=str(tmp_path / "catalog"))
@@ -184,12 +174,10 @@ def test_two_runs_at_once_commit_each_image_once(job_file: Path, tmp_path: Path)
     job_file.write_text(yaml.safe_dump(config))
     command = [sys.executable, "-m", "vlmflow", "enrich", str(tmp_path / "images"), str(tmp_path / "catalog")]
     command += ["--profile", "starter", "--config", str(job_file), "--json"]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    reports = []
-    for process in processes:
-        out, _ = process.communicate(timeout=280)
-        assert process.returncode == 0
-        reports.append(json.loads(out.splitlines()[-1]))
+    logs = [tmp_path / "one.log", tmp_path / "other.log"]
+    with started(command, logs[0]) as one, started(command, logs[1]) as other:
+        assert [process.wait(600) for process in (one, other)] == [0, 0]
+    reports = [json.loads(log.read_text().splitlines()[-1]) for log in logs]
     rows = Catalog.open(CatalogConfig(uri=str(tmp_path / "catalog"))).images(["image_id"])
     assert rows.num_rows == len(rows["image_id"].unique()) == 300
     assert sum(report["num_added"] for report in reports) == 300

@@ -20,7 +20,18 @@ from vlmflow.engine import RunReport, enrich
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 SCORES = ("caption_itm", "caption_itc")
-VOLATILE = {"run_id", "updated_at", "embed_run_id", "attempt_digest", "phash", "labels", "caption", "answers", *SCORES}
+VOLATILE = {
+    "run_id",
+    "read_at",
+    "updated_at",
+    "embed_run_id",
+    "attempt_digest",
+    "phash",
+    "labels",
+    "caption",
+    "answers",
+    *SCORES,
+}
 
 
 def write_jpegs(folder: Path) -> None:

@@ -115,6 +115,7 @@ def test_what_is_deployed_is_what_the_file_says(prefect: Prefect, at_work: Path)
     (schedule,) = found["nightly"]["schedules"]
     assert (schedule["active"], schedule["schedule"]["cron"]) == (True, "0 2 * * *")
     assert found["backfill"]["schedules"] == found["adhoc"]["schedules"] == []
+    assert prefect.waiting() == [], "a night would begin beside the tests"
     for deployment in found.values():
         assert deployment["work_pool_name"] == "vlmflow"
         assert deployment["global_concurrency_limit"] is None

@@ -38,7 +38,7 @@ from vlmflow.tasks.setup import TaskSetup
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 # What differs between two runs over the same images.
-VOLATILE = ("run_id", "updated_at", "embed_run_id", "attempt_digest")
+VOLATILE = ("run_id", "read_at", "updated_at", "embed_run_id", "attempt_digest")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,17 @@ from vlmflow.engine.report import RunReport
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 # What belongs to the image and to the run, not to the bytes.
-OWN = ("image_id", "uri", "run_id", "embed_run_id", "updated_at", "object_version", "seen_version", "ingest_date")
+OWN = (
+    "image_id",
+    "uri",
+    "run_id",
+    "embed_run_id",
+    "read_at",
+    "updated_at",
+    "object_version",
+    "seen_version",
+    "ingest_date",
+)
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from vlmflow.catalog import Catalog
 from vlmflow.catalog.runs import DEAD_AFTER
 from vlmflow.config import CatalogConfig
 
-VOLATILE = ["run_id", "updated_at", "embed_run_id"]
+VOLATILE = ["run_id", "read_at", "updated_at", "embed_run_id"]
 NAMES = [f"image {number}" for number in range(100)]
 
 Rows = dict[str, dict[str, Any]]

@@ -23,7 +23,7 @@ import yaml
 from tests import kill
 from tests.integration.test_kill_catalog import Rows, let_all_die, rows_of, vectors_of
 from tests.pictures import write_pictures
-from tests.processes import end_family, ray_nodes, wait_for
+from tests.processes import end_family, ray_nodes, started, wait_for
 from vlmflow.catalog import Catalog
 from vlmflow.config import CatalogConfig, SourceConfig, load_job
 from vlmflow.engine import enrich
@@ -113,15 +113,15 @@ def test_the_driver_is_killed_at_a_chosen_point(
 def test_the_driver_is_killed_while_images_are_under_way(
     images: Path, config: Path, undisturbed: Rows, tmp_path: Path
 ) -> None:
-    root = tmp_path / "catalog"
-    with running(*command(images, root, config)) as driver:
+    root, log = tmp_path / "catalog", tmp_path / "log"
+    with running(log, *command(images, root, config)) as driver:
         wait_for(lambda: num_rows(root) > 0, driver)
         family = psutil.Process(driver.pid).children(recursive=True)
         driver.kill()
         driver.wait()
-    # The embedded cluster ends with its driver: raylet, head and workers, which hold memory and devices.
-    _, alive = psutil.wait_procs([process for process in family if is_rays(process)], timeout=60)
-    assert alive == []
+        # The embedded cluster ends with its driver: raylet, head and workers, which hold memory and devices.
+        _, alive = psutil.wait_procs([process for process in family if is_rays(process)], timeout=60)
+        assert alive == []
     before = num_rows(root)
     report = run_to_its_end(images, root, config)
     assert (report.num_added, report.num_unchanged) == (NUM_IMAGES - before, before)
@@ -132,9 +132,13 @@ def test_the_driver_is_killed_while_images_are_under_way(
 @pytest.mark.slow
 def test_two_runs_at_once(images: Path, config: Path, undisturbed: Rows, tmp_path: Path) -> None:
     root = tmp_path / "catalog"
-    with running(*command(images, root, config)) as one, running(*command(images, root, config)) as other:
-        outputs = [driver.communicate(timeout=250)[0] for driver in (one, other)]
-    reports = [json.loads(output.splitlines()[-1]) for output in outputs]
+    logs = [tmp_path / "one.log", tmp_path / "other.log"]
+    with (
+        running(logs[0], *command(images, root, config)) as one,
+        running(logs[1], *command(images, root, config)) as other,
+    ):
+        assert [driver.wait(600) for driver in (one, other)] == [0, 0]
+    reports = [report_of(log) for log in logs]
     assert [report["status"] for report in reports] == ["done", "done"]
     assert sum(report["num_added"] for report in reports) == NUM_IMAGES
     assert (
@@ -147,58 +151,55 @@ def test_two_runs_at_once(images: Path, config: Path, undisturbed: Rows, tmp_pat
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", ["PoolWorker", "read_and_decode"])
 def test_a_worker_is_killed(images: Path, config: Path, undisturbed: Rows, tmp_path: Path, victim: str) -> None:
-    root = tmp_path / "catalog"
-    with running(*command(images, root, config)) as driver:
+    root, log = tmp_path / "catalog", tmp_path / "log"
+    with running(log, *command(images, root, config)) as driver:
         wait_for(lambda: kill_one(psutil.Process(driver.pid), victim), driver)
-        output, _ = driver.communicate(timeout=250)
-    assert driver.returncode == 0
-    assert json.loads(output.splitlines()[-1])["status"] == "done"
+        assert driver.wait(600) == 0, log.read_text()
+    assert report_of(log)["status"] == "done"
     assert comparable(root) == undisturbed
 
 
 @pytest.mark.slow
 def test_a_node_is_killed(images: Path, config: Path, undisturbed: Rows, tmp_path: Path) -> None:
-    root = tmp_path / "catalog"
+    root, log = tmp_path / "catalog", tmp_path / "log"
     with ray_nodes(tmp_path) as ray:
-        with running(*command(images, root, config, "--ray-address", ray.address)) as driver:
+        with running(log, *command(images, root, config, "--ray-address", ray.address)) as driver:
             wait_for(lambda: num_rows(root) > 0, driver)
             end_family(ray.node)
-            output, _ = driver.communicate(timeout=280)
+            assert driver.wait(600) == 0, log.read_text()[-3000:]
         assert ray.head.poll() is None
-    assert driver.returncode == 0, output[-3000:]
-    assert json.loads(output.splitlines()[-1])["status"] == "done"
+    assert report_of(log)["status"] == "done"
     assert comparable(root) == undisturbed
 
 
 @pytest.mark.slow
 def test_the_head_is_killed(images: Path, config: Path, undisturbed: Rows, tmp_path: Path) -> None:
-    root = tmp_path / "catalog"
-    with ray_nodes(tmp_path) as ray:
-        with running(*command(images, root, config, "--ray-address", ray.address)) as driver:
-            wait_for(lambda: num_rows(root) > 0, driver)
-            end_family(ray.head)
-            driver.communicate(timeout=280)  # it ends by itself
-        assert driver.returncode != 0
+    root, log = tmp_path / "catalog", tmp_path / "log"
+    with (
+        ray_nodes(tmp_path) as ray,
+        running(log, *command(images, root, config, "--ray-address", ray.address)) as driver,
+    ):
+        wait_for(lambda: num_rows(root) > 0, driver)
+        end_family(ray.head)
+        assert driver.wait(600) != 0  # it ends by itself
     run_to_its_end(images, root, config)
     assert comparable(root) == undisturbed
     check_sound(images, root)
 
 
 @contextmanager
-def running(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+def running(log: Path, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
     """A run under way."""
     child = [sys.executable, "-m", "vlmflow", *arguments]
     # Set by Ray for the cluster of this process; those of ray_nodes have no tokens.
     environment = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}
-    driver = subprocess.Popen(
-        child, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=kill.ROOT, env=environment
-    )
-    try:
+    with started(child, log, environment=environment) as driver:
         yield driver
-    finally:
-        if driver.poll() is None:
-            driver.kill()
-            driver.wait()
+
+
+def report_of(log: Path) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads(log.read_text().splitlines()[-1])
+    return report
 
 
 def is_rays(process: psutil.Process) -> bool:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
-import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 import yaml
 
 from tests.flows import HeldImages, held_images
+from tests.processes import started
 
 OBJECT_STORE_BYTES = 200 * 1024 * 1024
 
@@ -27,30 +27,19 @@ def peaks(command: list[str], catalog: Path, held: HeldImages) -> tuple[int, int
     Left out are the object store, which is of fixed size and fills up with time, and mapped files: how much of a
     library is a process's own depends on who else has it open.
     """
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    log = catalog / "images" / "_delta_log"
-    stop, early, peak = threading.Event(), 0, 0
-
-    def watch() -> None:
-        nonlocal early, peak
+    commits, out, errors = catalog / "images" / "_delta_log", catalog.parent / "out", catalog.parent / "errors"
+    early, peak = 0, 0
+    with started(command, out, errors) as process:
         parent = psutil.Process(process.pid)
-        while not stop.wait(0.5):
-            committed = len(list(log.glob("*.json"))) > 1  # the first makes the table
+        while process.poll() is None:
+            committed = len(list(commits.glob("*.json"))) > 1  # the first makes the table
             peak = max(peak, sum(map(_anonymous, [parent, *_children(parent)])))
             if committed and not held.released.is_set():
                 early = peak
                 held.released.set()
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        out, errors = process.communicate()
-    finally:  # where its time is over it is in the middle of it
-        process.kill()
-        stop.set()
-        thread.join()
-    assert process.returncode == 0, errors
-    assert json.loads(out.splitlines()[-1])["status"] == "done"
+            time.sleep(0.5)
+    assert process.returncode == 0, errors.read_text()
+    assert json.loads(out.read_text().splitlines()[-1])["status"] == "done"
     assert early, "the images that were held were waited for before the first commit"
     return early, peak
 
@@ -96,7 +85,6 @@ def compare(folder: Path, models: dict[str, dict[str, Any]], few: int, many: int
     return peak / early
 
 
-@pytest.mark.timeout(240)
 @pytest.mark.slow
 def test_memory_is_flat(tmp_path: Path, models: dict[str, dict[str, Any]]) -> None:
     assert compare(tmp_path, models, 400, 2_000) <= 1.15

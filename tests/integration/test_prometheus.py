@@ -9,7 +9,7 @@ import secrets
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +17,12 @@ import httpx
 import pytest
 from ray.util import get_node_ip_address
 
-from tests.processes import ROOT, end_family, free_port, wait_for
+from tests.processes import ROOT, free_port, started, wait_for
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs prometheus (Debian: prometheus)"),
 ]
-
-
-@contextlib.contextmanager
-def running(
-    command: list[str], log: Path, environment: dict[str, str] | None = None
-) -> Iterator[subprocess.Popen[Any]]:
-    with log.open("w", encoding="utf-8") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
-        try:
-            yield process
-        finally:
-            end_family(process)
 
 
 def answers(url: str) -> bool:
@@ -86,9 +74,11 @@ def test_the_dashboard_shows_a_run_of_a_cluster_that_asks_for_a_token(tmp_path: 
         found: list[dict[str, Any]] = answer["data"]["result"]
         return found
 
-    with running(head, tmp_path / "head.log", environment) as ray_process:
+    with ExitStack() as stack:
+        stack.callback(shutil.rmtree, short, ignore_errors=True)
+        ray_process = stack.enter_context(started(head, tmp_path / "head.log", environment=environment))
         wait_for(lambda: answers(f"http://{address}:{agent}/api/healthz"), ray_process)
-        with running(prometheus, tmp_path / "prometheus.log") as process:
+        with started(prometheus, tmp_path / "prometheus.log") as process:
             wait_for(lambda: answers(f"http://127.0.0.1:{web}/-/ready"), process)
             done = subprocess.run(enrich, env=environment, capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr
@@ -107,4 +97,3 @@ def test_the_dashboard_shows_a_run_of_a_cluster_that_asks_for_a_token(tmp_path: 
             rows = ask(panels["Decisions"])
             assert {row["metric"]["decision"]: int(row["value"][1]) for row in rows} == report["decisions"]
             assert all(int(row["value"][1]) == 1 for row in ask('up{job="ray"}'))
-    shutil.rmtree(short, ignore_errors=True)

@@ -20,7 +20,8 @@ from vlmflow.cli import main
 from vlmflow.config import CatalogConfig, Job, ModelConfig
 from vlmflow.engine import enrich
 from vlmflow.engine import remoderate as module
-from vlmflow.engine.remoderate import RemoderateReport, Scope, remoderate
+from vlmflow.engine.remoderate import Scope, remoderate
+from vlmflow.engine.remoderate_report import RemoderateReport
 from vlmflow.errors import ConfigError
 from vlmflow.models import identify
 from vlmflow.moderation.policy import bind, load_policy, write_binding
@@ -124,7 +125,14 @@ def test_thresholds_alone_load_no_model_and_come_back(
     assert Catalog.open(job.catalog).version == version
     assert rows_of(job, [*MODERATION, "previous_policy"]) == before
 
+    runs = Catalog.open(job.catalog).runs
+    runs.start("night", {"status": "running", "policy": "test 1 (abc)"})
+    runs.start("ours", {"status": "running", "policy": next(iter(would.policies))})
     did = remoderate(job.model_copy(update={"policy": strict}))
+    assert did.runs_beside == {"night": "test 1 (abc)"}
+    for run_id in ("night", "ours"):
+        runs.finish(run_id, {"status": "done"})
+    assert did.policies == would.policies == {f"test 2 ({did.policy_digest[:12]})": 9}
     assert did.num_moved == did.num_from_margins == 9
     assert (did.flips, did.label_flips, did.decisions) == (would.flips, would.label_flips, would.decisions)
     assert sum(did.flips.values()) == sum(row["decision"] != "block" for row in before.values())
@@ -134,7 +142,10 @@ def test_thresholds_alone_load_no_model_and_come_back(
 
     # The profile's own policy, which was not set for this model, is not asked.
     back = remoderate(job.model_copy(update={"policy": None}), rollback=did.policy_digest[:12])
-    assert back.num_moved == 9
+    assert (back.num_moved, back.policies) == (9, {f"test 1 ({digest[:12]})": 9})
+    assert rows_of(job, ["previous_policy"]) == {name: {"previous_policy": None} for name in before}
+    again = remoderate(job.model_copy(update={"policy": None}), rollback=digest)
+    assert (again.num_moved, again.num_first, again.policies) == (0, 9, {})
     assert rows_of(job) == {name: {column: row[column] for column in MODERATION} for name, row in before.items()}
 
 
@@ -152,6 +163,8 @@ def test_only_the_rows_asked_for(
     assert remoderate(new, scope=Scope(end=OLD_DATE, where="width > height"), dry_run=True).num_moved == 2
     with pytest.raises(ConfigError, match="nothing_such"):
         remoderate(new, scope=Scope(where="nothing_such = 1"))
+    with pytest.raises(ConfigError, match=f"from {NEW_DATE} to {OLD_DATE}"):
+        remoderate(new, scope=Scope(NEW_DATE, OLD_DATE))
     with pytest.raises(ConfigError, match="more than a condition"):
         remoderate(new, scope=Scope(where="true); DROP TABLE images; SELECT (1"))
     report = remoderate(new, scope=Scope(start=NEW_DATE))
@@ -242,10 +255,7 @@ def test_it_fails_closed(make_job: Callable[..., Job], write_policy: Callable[..
     paths[0].write_bytes(b"no image any more")
     enrich(job)
     lenient = write_policy("lenient", version='"2"', gun="review: 1.0, block: null", prompt="a tree of trees")
-    shutil.rmtree(tmp_path / "catalog" / "embeddings" / "ingest_date=2026-11-01", ignore_errors=True)
-    catalog = Catalog.open(job.catalog)
-    lost = catalog.images(["image_id", "uri"]).to_pylist()[0]
-    _drop_vectors(catalog, lost["image_id"])
+    _drop_vectors(Catalog.open(job.catalog), rows_of(job, ["image_id"])[paths[1].name]["image_id"])
 
     report = remoderate(job.model_copy(update={"policy": lenient}))
 
@@ -253,10 +263,10 @@ def test_it_fails_closed(make_job: Callable[..., Job], write_policy: Callable[..
     unreadable = rows[paths[0].name]
     assert (unreadable["decision"], unreadable["decision_reason"]) == ("review", "unreadable")
     assert unreadable["moderate_fingerprint"] is None
-    gone = rows[lost["uri"].rsplit("/", 1)[-1]]
-    if gone is not unreadable:
-        assert (gone["decision"], gone["decision_reason"], gone["labels"]) == ("review", "unscored", None)
+    lost = rows[paths[1].name]
+    assert (lost["decision"], lost["decision_reason"], lost["labels"]) == ("review", "unscored", None)
     assert report.num_without_vectors == 1
+    assert all(rows[path.name]["labels"] for path in paths[2:])
 
 
 def test_rows_of_another_model_keep_their_policy(
@@ -285,7 +295,7 @@ def test_the_command_line_shows_the_flips(
         main(["remoderate", job.catalog.uri, "--config", str(config), "--policy", strict, "--dry-run"])
     assert ended.value.code == 0
     shown = capsys.readouterr().out
-    assert "9 images would come under policy test 2" in " ".join(shown.split())
+    assert f"9 images would come under policy test 2 ({load_policy(strict).digest[:12]})" in " ".join(shown.split())
     assert "-> block" in shown
     with pytest.raises(SystemExit) as ended:
         main(["remoderate", job.catalog.uri, "--config", str(config), "--policy", strict, "--json"])

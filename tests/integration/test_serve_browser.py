@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -23,7 +24,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from tests.browser import Browser, open_browser
 from tests.hostile import HOSTILE
-from tests.processes import ROOT, end_family, wait_for
+from tests.processes import ROOT, started, wait_for
 from tests.report_samples import label, labels_of, put_rows
 from tests.web_samples import starter_catalog
 from vlmflow.catalog import Catalog
@@ -32,33 +33,36 @@ from vlmflow.config import CatalogConfig
 TOKEN = "a-token-for-the-browser-tests"
 
 
+@dataclass(frozen=True)
 class Running:
-    """A server as a process, as a user starts it."""
+    """A server as a process, as a user starts it; what it says is in ``log``."""
 
-    def __init__(self, config: CatalogConfig, log: Path) -> None:
-        self.config = config
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "VLMFLOW_SERVE_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "vlmflow", "serve", config.uri, "--port", "0"]
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=log.open("wb"), env=environment, text=True, start_new_session=True
-        )
-        assert self.process.stdout is not None
-        self.told = self.process.stdout.readline()
-        found = re.search(r"http://127\.0\.0\.1:(\d+)/enter\?token=\$VLMFLOW_SERVE_TOKEN", self.told)
-        assert found is not None, log.read_text()
-        self.port = int(found[1])
-        self.base = f"http://127.0.0.1:{self.port}"
+    config: CatalogConfig
+    process: subprocess.Popen[bytes]
+    log: Path
+    base: str
 
     def rows(self) -> dict[str, dict[str, Any]]:
         return {row["image_id"]: row for row in Catalog.open(self.config).images().to_pylist()}
 
 
+@contextmanager
+def running_over(config: CatalogConfig, log: Path) -> Iterator[Running]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "VLMFLOW_SERVE_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "vlmflow", "serve", config.uri, "--port", "0"]
+    with started(command, log, environment=environment) as process:
+        told = re.compile(r"(http://127\.0\.0\.1:\d+)/enter\?token=\$VLMFLOW_SERVE_TOKEN")
+        wait_for(lambda: told.search(log.read_text()) is not None, process)
+        found = told.search(log.read_text())
+        assert found is not None
+        yield Running(config, process, log, found[1])
+
+
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     root = tmp_path_factory.mktemp("serve")
-    running = Running(starter_catalog(root), root / "log")
-    yield running
-    end_family(running.process)
+    with running_over(starter_catalog(root), root / "log") as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
@@ -108,9 +112,11 @@ def page_elsewhere(body: str) -> Iterator[str]:
     with ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        yield f"http://localhost:{server.server_port}/"  # another name: 127.0.0.1 would be the same site
-        server.shutdown()
-        thread.join()
+        try:
+            yield f"http://localhost:{server.server_port}/"  # another name: 127.0.0.1 would be the same site
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def assert_quiet(browser: Browser, running: Running) -> None:
@@ -135,10 +141,11 @@ def test_a_link_of_another_page_leads_in(running: Running) -> None:
 
 
 def test_connections_that_ask_for_nothing_keep_nobody_out(running: Running) -> None:
+    port = int(running.base.rpartition(":")[2])
     with ExitStack() as stack:
         for _ in range(100):
-            stack.enter_context(socket.create_connection(("127.0.0.1", running.port)))
-        asking = HTTPConnection("127.0.0.1", running.port, timeout=60)
+            stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+        asking = HTTPConnection("127.0.0.1", port, timeout=60)
         asking.request("GET", f"/enter?token={TOKEN}")
         assert asking.getresponse().status == 303
         asking.close()
@@ -308,28 +315,23 @@ def test_hostile_texts_run_nothing(tmp_path: Path) -> None:
         errors=[[{"stage": text, "class": text, "message": text}] for text in texts],
         labels=labels_of([[label(text, 0.7, text, text)] for text in texts]),
     )  # fmt: skip
-    running = Running(config, tmp_path / "log")
-    try:
-        with open_browser() as browser:
-            enter(browser, running)
-            paths = ["/", "/review", *(f"/image/{one}" for one in running.rows())]
-            for path in paths:
-                browser.open(f"{running.base}{path}")
-                assert browser.run("return document.scripts.length") == 1
-                assert browser.run("return document.querySelectorAll('iframe, object, embed, base').length") == 0
-                assert browser.run("return document.documentElement.scrollWidth <= window.innerWidth"), path
-                browser.run("for (const one of document.querySelectorAll('[data-label], .reveal')) one.click()")
-                assert browser.chrome.current_url == f"{running.base}{path}"
-                assert_quiet(browser, running)
-    finally:
-        end_family(running.process)
+    with running_over(config, tmp_path / "log") as running, open_browser() as browser:
+        enter(browser, running)
+        paths = ["/", "/review", *(f"/image/{one}" for one in running.rows())]
+        for path in paths:
+            browser.open(f"{running.base}{path}")
+            assert browser.run("return document.scripts.length") == 1
+            assert browser.run("return document.querySelectorAll('iframe, object, embed, base').length") == 0
+            assert browser.run("return document.documentElement.scrollWidth <= window.innerWidth"), path
+            browser.run("for (const one of document.querySelectorAll('[data-label], .reveal')) one.click()")
+            assert browser.chrome.current_url == f"{running.base}{path}"
+            assert_quiet(browser, running)
 
 
 def test_ctrl_c_ends_it_and_writes_what_waits(tmp_path: Path) -> None:
     import httpx
 
-    running = Running(starter_catalog(tmp_path), tmp_path / "log")
-    try:
+    with running_over(starter_catalog(tmp_path), tmp_path / "log") as running:
         with httpx.Client(base_url=running.base, headers={"Origin": running.base}) as client:
             client.get("/enter", params={"token": TOKEN})
             found = re.search(r'name="csrf" content="([^"]+)"', client.get("/").text)
@@ -341,11 +343,9 @@ def test_ctrl_c_ends_it_and_writes_what_waits(tmp_path: Path) -> None:
             body["reviewer"] = "ada"
             assert client.post("/verdict", json=body).status_code == 200
         running.process.send_signal(signal.SIGINT)
-        assert running.process.wait(60) == 0
-    finally:
-        end_family(running.process)
+        assert running.process.wait(300) == 0
     assert running.rows()[row["image_id"]]["decision"] == "block"
-    told = running.told + (tmp_path / "log").read_text()
+    told = running.log.read_text()
     assert "Traceback" not in told
     assert TOKEN not in told
     assert "GET" not in told  # no log of who asked for what

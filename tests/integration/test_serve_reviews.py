@@ -9,10 +9,11 @@ import pyarrow as pa
 import pytest
 
 from tests.web_samples import Served, by_id, flush, shown_ids
-from vlmflow.catalog import reviews
+from vlmflow.catalog import Catalog, reviews
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.keys import to_binary
 from vlmflow.catalog.known_images import KnownList
+from vlmflow.catalog.reviews import EVENT
 
 
 def test_what_a_list_blocks_stays_blocked_when_a_verdict_is_taken_back(served: Served) -> None:
@@ -40,6 +41,21 @@ def test_what_a_list_blocks_stays_blocked_when_a_verdict_is_taken_back(served: S
     assert shown("nobody")[:2] == ("review", True)
     flush(served)
     assert shown("list") == ("block", True, 1)
+
+
+def test_a_label_said_of_bytes_that_are_gone_is_not_said_of_those_that_came(served: Served) -> None:
+    browser = served.browser().review_as("ada")
+    row = next(iter(by_id(served).values()))
+    before = {"image_id": row["image_id"], "content_hash": "before", "label": "gun", "value": True, "reviewer": "ada"}
+    said = pa.Table.from_pylist([before | {"at": dt.datetime(2026, 3, 1, tzinfo=dt.UTC)}], schema=EVENT)
+    Catalog.open(served.config).reviews.add(said)
+    assert "Nothing" not in browser.judge(row, None, labels={"knife": False}).json()["message"]
+    assert 'data-label="gun" data-said=""' in browser.get(f"/image/{row['image_id']}").text
+
+    assert "Labels noted" in browser.judge(row, None, labels={"gun": True}).json()["message"]
+
+    events = Catalog.open(served.config).reviews.events().to_pylist()
+    assert [event["content_hash"] for event in events if event["label"] == "gun"] == ["before", row["content_hash"]]
 
 
 def test_verdicts_leave_no_record_each_time_they_are_brought_in(served: Served) -> None:
@@ -86,7 +102,7 @@ def test_files_of_verdicts_that_become_one_change_nothing_of_what_was_said(
     assert len(served.desk.shelf.catalog.reviews.files()) < 7
     assert {key: value for key, value in judging._said.items() if key in said} == said
     assert judging._said is held, "all was forgotten, and read anew"
-    assert judging.labels_of(rows[0]["image_id"], "ada", ["gun"]) == {"gun": True}
+    assert judging.labels_of(rows[0]["image_id"], rows[0]["content_hash"], "ada", ["gun"]) == {"gun": True}
     served.desk.shelf.catalog.erase(to_binary(pa.array([rows[0]["image_id"]])))
     served.desk.shelf.refresh()
     assert browser.judge(rows[7], "allow").status_code == 200

@@ -114,7 +114,7 @@ def test_undo_leaves_the_verdict_of_another_person_theirs(served: Served) -> Non
         verdict = by_id(served)[row["image_id"]]["verdict"]
         said = (verdict["decision"], verdict["reviewer"], verdict["reason"])
         assert said == ("allow", "bob", "a toy (restored by ada)")
-    assert served.desk.judging.labels_of(row["image_id"], "ada", ["gun"]) == {}
+    assert served.desk.judging.labels_of(row["image_id"], row["content_hash"], "ada", ["gun"]) == {}
     # It is the verdict that bob gave: he can take it back.
     assert bob.write("/undo", json={}).status_code == 200
     flush(served)
@@ -183,7 +183,7 @@ def test_undo_takes_back_what_was_said_by_whoever_said_it(served: Served) -> Non
     events = Catalog.open(served.config).reviews.events()
     assert reviewed(events).verdicts == []
     assert set(events["reviewer"].to_pylist()) == {"ada"}
-    assert served.desk.judging.labels_of(row["image_id"], "ada", ["gun"]) == {}
+    assert served.desk.judging.labels_of(row["image_id"], row["content_hash"], "ada", ["gun"]) == {}
 
 
 @pytest.mark.parametrize(

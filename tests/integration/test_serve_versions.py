@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import logging
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -76,22 +77,19 @@ def test_a_version_that_is_being_read_keeps_no_search_waiting(served: Served, mo
 
     def slowly(self: FactReader, files: Any) -> Any:
         begun.set()
-        assert go_on.wait(60)
+        assert go_on.wait(300)
         return original(self, files)
 
     monkeypatch.setattr(FactReader, "read", slowly)
     put_rows(served.config, ["new"], run="run-9")
-    reading = threading.Thread(target=served.desk.shelf.refresh)
-    reading.start()
-    assert begun.wait(60)
-    searching = threading.Thread(target=browser.get, args=[f"/?like={one}"])
-    searching.start()
-    searching.join(30)
-    waits = searching.is_alive()
-    go_on.set()
-    reading.join()
-    searching.join()
-    assert not waits
+    with ThreadPoolExecutor() as pool:
+        reading = pool.submit(served.desk.shelf.refresh)
+        try:
+            assert begun.wait(60)
+            assert pool.submit(browser.get, f"/?like={one}").result(60).status_code == 200
+        finally:
+            go_on.set()
+    reading.result()
     assert len(served.desk.shelf.version) == len(by_id(served))
 
 

@@ -21,7 +21,17 @@ from vlmflow.engine import enrich
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 # What differs between stores and between runs: names, versions (ETag against time and size), times.
-PLACE = ("image_id", "uri", "object_version", "seen_version", "run_id", "embed_run_id", "updated_at", "attempt_digest")
+PLACE = (
+    "image_id",
+    "uri",
+    "object_version",
+    "seen_version",
+    "run_id",
+    "embed_run_id",
+    "read_at",
+    "updated_at",
+    "attempt_digest",
+)
 
 
 def comparable(catalog: Catalog) -> list[dict[str, object]]:

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from vlmflow.cli import main
-from vlmflow.engine.remoderate import RemoderateReport
+from vlmflow.engine.remoderate_report import RemoderateReport
 from vlmflow.engine.report import PlanSummary, RunReport
 from vlmflow.engine.sizing import PreflightReport
 from vlmflow.errors import ExplainError
@@ -34,11 +34,14 @@ def test_a_remoderation_that_waits_for_images_does_not_say_that_all_is_done(
 
 def test_a_rollback_that_waits_for_images_names_the_policy_that_they_go_back_to() -> None:
     names = {"run_id": "r", "dry_run": True, "catalog": "c", "policy": "the one before", "policy_digest": ""}
-    counts = {"num_undetected": 2, "detectors": ("opennsfw", "arms"), "rollback_of": "d"}
+    counts = {"num_undetected": 2, "detectors": ("opennsfw", "arms"), "rollback_of": "d", "policies": {"p 1 (abc)": 7}}
+    counts |= {"runs_beside": {"night-1": "p 2 (def)"}}
     report = RemoderateReport.model_validate(names | counts | {"started_at": dt.datetime.now(dt.UTC)})
     console = Console(record=True, width=200)
     print_remoderation(report, console)
     said = " ".join(console.export_text().split())
+    assert "policies: p 1 (abc) 7" in said
+    assert "Run night-1 is at work under policy p 2 (def): rows that it commits from now on stay" in said
     assert "2 images keep theirs: opennsfw, arms must see them first" in said
     assert "`vlmflow enrich` with the policy that they go back to as --policy does that" in said
 

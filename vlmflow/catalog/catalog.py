@@ -14,7 +14,7 @@ from vlmflow import schema
 from vlmflow.catalog.added import AddedKeys
 from vlmflow.catalog.apply import CommitResult, ImageChanges, Outcome, data_file
 from vlmflow.catalog.before import flagged_before
-from vlmflow.catalog.columns import missing_columns, source_columns, storable
+from vlmflow.catalog.columns import checked_numbers, missing_columns, source_columns, storable
 from vlmflow.catalog.commit import Change, CommitRequest, Committed, commit
 from vlmflow.catalog.compact import CompactResult, Unreferenced, compact_table
 from vlmflow.catalog.due import PlanRequest
@@ -137,6 +137,7 @@ class Catalog:
         """Finds out what is due; see :func:`vlmflow.catalog.plan.plan`."""
         # The tombstones after the version: an erasure of a later one is seen by the commit.
         snapshot = self._images.refresh()
+        references = checked_numbers(references, snapshot.schema)
         return plan(references, request, self._folder, snapshot, self._tombstones.erased(), workers)
 
     def known_bytes(self, request: PlanRequest, sizes: pa.Array | None) -> KnownBytes | None:

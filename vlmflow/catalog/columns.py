@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.types as pt
@@ -48,9 +50,33 @@ def missing_columns(table: pa.Schema, wanted: pa.Schema) -> tuple[pa.Field, ...]
         elif not _fits(field.type, held[field.name]):
             raise CatalogError(
                 f"source column {field.name!r} is {field.type} but the catalog holds it as {held[field.name]}",
-                remedy="Convert or rename the column of the source.",
+                remedy=_remedy(held[field.name]),
             )
     return (pa.field("source", pa.struct(new)),) if new else ()
+
+
+def checked_numbers(batches: Iterable[pa.RecordBatch], table: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """Yields references whose numbers keep their values under the types that the images table holds them as.
+
+    Files without missing numbers have integers where those with some have doubles.
+
+    Raises:
+        CatalogError: a number does not.
+    """
+    held = {field.name: field.type for field in source_columns(table)}
+    for batch in batches:
+        for field in source_columns(batch.schema):
+            kind = held.get(field.name, field.type)
+            if {pt.is_floating(field.type), pt.is_floating(kind)} == {False, True} and not pt.is_null(field.type):
+                _cast(member(batch["source"], field.name), field.with_type(kind))
+        yield batch
+
+
+def _remedy(kind: pa.DataType) -> str:
+    return (
+        f"A catalog keeps the type that a column had first: give its values as {kind}, give the column another name in "
+        "the source, or begin another catalog."
+    )
 
 
 def flat(column: pa.Array | pa.ChunkedArray) -> pa.Array:
@@ -100,7 +126,7 @@ def _cast(values: pa.Array, field: pa.Field) -> pa.Array:
     except pa.ArrowInvalid as error:  # an integer, say, that a double does not hold exactly
         raise CatalogError(
             f"source column {field.name!r} holds what does not become {field.type}, as the catalog holds it: {error}",
-            remedy="Convert or rename the column of the source.",
+            remedy=_remedy(field.type),
         ) from error
 
 
@@ -118,6 +144,8 @@ def _check_cases(names: list[str]) -> None:
 def _fits(given: pa.DataType, held: pa.DataType) -> bool:
     if given == held or (pt.is_integer(given) and pt.is_integer(held) and given.bit_width <= held.bit_width):
         return True
+    if pt.is_integer(held) and pt.is_floating(given):
+        return True  # checked_numbers tells of values that are no integers
     return bool(pt.is_float64(held) and (pt.is_integer(given) or pt.is_floating(given)))
 
 

@@ -48,10 +48,12 @@ REASONS = (
     "undetected",
     "fingerprint",
     "needed",
+    "recheck",
 )
-NOT_DUE, NEW, CHANGED, DECODER, RETRY, TASK_ADDED, TEXT_CHANGED, QUESTIONS_CHANGED, UNDETECTED, FINGERPRINT, NEEDED = (
-    range(len(REASONS))
+NOT_DUE, NEW, CHANGED, DECODER, RETRY, TASK_ADDED, TEXT_CHANGED, QUESTIONS_CHANGED, UNDETECTED, FINGERPRINT, *_ = range(
+    len(REASONS)
 )
+NEEDED, RECHECK = range(FINGERPRINT + 1, len(REASONS))
 
 Reasons: TypeAlias = npt.NDArray[np.int8]
 
@@ -72,6 +74,8 @@ LEDGER = (
 
 # Beside them, null where nothing is asked of detectors: the row lacks a score that the run would store.
 LACKS_DETECTIONS = "_lacks_detections"
+# Likewise, null where images are not read again: the row's was last read before the time that the run asks for.
+READ_LONG_AGO = "_read_long_ago"
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,7 @@ class PlanRequest:
     retry: tuple[str, ...] = ()  # rows of these statuses are due again, however often they were tried
     questions: tuple[str, ...] = ()  # that `answer` asks of every image, besides the image's own
     detections: tuple[Detection, ...] = ()  # that `detect` stores of every image
+    read_before: dt.datetime | None = None  # images last read before, whose source tells no version, are read again
 
 
 @dataclass
@@ -101,6 +106,7 @@ class Due:
     num_unchanged: int
     num_exhausted: int
     num_policy_differs: int
+    num_unwatched: int  # at http(s) urls without a version, and not read again either
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)  # (task, reason) -> images
 
 
@@ -108,15 +114,16 @@ def decide(references: pa.Table, live: pa.Table, exists: Mask, request: PlanRequ
     """Decides for each reference which tasks are due.
 
     Args:
-        references: REFERENCE columns; of them `object_version`, `text` and `questions` count.
-        live: the columns :data:`LEDGER` of the live row of each reference, and :data:`LACKS_DETECTIONS` if the request
-            has detections; nulls where there is no row.
+        references: REFERENCE columns; of them `uri`, `object_version`, `text` and `questions` count.
+        live: the columns :data:`LEDGER` of the live row of each reference, :data:`LACKS_DETECTIONS` if the request has
+            detections and :data:`READ_LONG_AGO` if it has a time; nulls where there is no row.
         exists: whether there is a live row.
     """
     version = references["object_version"]
     changed = exists & is_valid(version) & ~equal(version, live["seen_version"])
     same = exists & ~changed
     state = _State.of(live, same, request)
+    rechecked = exists & ~is_valid(version) & _read_long_ago(live, request)
     reasons = {task: _reasons(task, references, live, state, request) for task in request.tasks}
     _close(reasons, state)
     blank = np.zeros(len(exists), dtype=np.bool_)
@@ -127,6 +134,7 @@ def decide(references: pa.Table, live: pa.Table, exists: Mask, request: PlanRequ
         reason[state.decoder_changed] = DECODER
         reason[state.retried] = RETRY
         reason[state.blocked] = NOT_DUE
+        reason[rechecked & (reason == NOT_DUE)] = RECHECK
     wanted = np.logical_or.reduce([reason != NOT_DUE for reason in reasons.values()])
     exhausted = ~wanted & (state.gave_up | np.logical_or.reduce([blank, *state.exhausted.values()]))
     counts: Counter[tuple[str, str]] = Counter()
@@ -143,8 +151,23 @@ def decide(references: pa.Table, live: pa.Table, exists: Mask, request: PlanRequ
         num_unchanged=int((exists & ~wanted & ~exhausted).sum()),
         num_exhausted=int(exhausted.sum()),
         num_policy_differs=int(_policy_differs(live, exists, reasons, request).sum()),
+        num_unwatched=_num_unwatched(references, request),
         counts=counts,
     )
+
+
+def _read_long_ago(live: pa.Table, request: PlanRequest) -> Mask:
+    if request.read_before is None:
+        return np.zeros(live.num_rows, dtype=np.bool_)
+    return as_mask(pc.fill_null(live[READ_LONG_AGO], True))
+
+
+def _num_unwatched(references: pa.Table, request: PlanRequest) -> int:
+    """The images at http(s) urls of which nobody would know that they have changed."""
+    if request.read_before is not None or references["object_version"].null_count == 0:
+        return 0
+    unknown = references["uri"].filter(pc.is_null(references["object_version"]))
+    return pc.sum(pc.match_substring_regex(unknown, "^https?://")).as_py() or 0
 
 
 @dataclass(frozen=True)

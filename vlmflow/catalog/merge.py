@@ -58,7 +58,7 @@ def merge(live: pa.Table, staged: pa.Table) -> tuple[pa.Table, Mask]:
 
     # The marks of this attempt: taken from us unless a newer version was met.
     marks = np.where(verdict.superseded, keep, ours)
-    for name in ("decoder", "run_id", "updated_at", "attempt_digest"):
+    for name in ("decoder", "run_id", "read_at", "updated_at", "attempt_digest"):
         columns[name] = take(name, marks)
     if "source" in live.column_names:
         columns["source"] = _source(live, staged, verdict)

@@ -38,8 +38,10 @@ def held_as(table: pa.Schema, listed: pa.Schema) -> pa.Field | None:
     Raises:
         CatalogError: a type cannot be stored.
     """
-    held = {field.name: field.type for field in source_columns(table)}
-    fields = [pa.field(field.name, held.get(field.name, field.type)) for field in storable(source_columns(listed))]
+    columns = source_columns(listed)
+    # Of a column that lists nulls alone the table's type is the only one; where it has none, there is nothing to hold.
+    types = {field.name: field.type for part in (storable(columns), source_columns(table)) for field in part}
+    fields = [pa.field(name, types[name]) for name in columns.names if name in types]
     return pa.field("source", pa.struct(fields)) if fields else None
 
 

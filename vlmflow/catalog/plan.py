@@ -46,6 +46,7 @@ from vlmflow.catalog.tombstones import Erased
 from vlmflow.catalog.workspace import Workspace
 
 _ROWS_PER_GROUP = 100_000  # of planned rows that are ordered at a time
+_COUNTED = ("listed", "duplicates", "erased", "due", "new", "unchanged", "exhausted", "policy_differs", "unwatched")
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class Plan:
     num_unchanged: int = 0
     num_exhausted: int = 0  # failed too often to be tried again
     num_policy_differs: int = 0  # keep labels of another policy
+    num_unwatched: int = 0  # at http(s) urls whose changes no run sees
     num_outdated: int = 0  # not planned, and hold other values of the caller's columns than the listing
     outdated_columns: Counter[str] = field(default_factory=Counter)  # of these, by column
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)  # (task, reason) -> images due
@@ -110,7 +112,7 @@ class Plan:
 
     def add(self, bucket: Joined) -> None:
         """Counts what was decided in one bucket."""
-        for name in ("listed", "duplicates", "erased", "due", "new", "unchanged", "exhausted", "policy_differs"):
+        for name in _COUNTED:
             setattr(self, f"num_{name}", getattr(self, f"num_{name}") + getattr(bucket, f"num_{name}"))
         self.counts += bucket.counts
 
@@ -232,7 +234,8 @@ class _Planner:
 
     def _spread_ledger(self, source: pa.Field | None) -> Ledger:
         numbers = list(range(len(self._files)))
-        read = ReadLedger(self._folder, tuple(self._files), self._request.detections, source)
+        asked = self._request
+        read = ReadLedger(self._folder, tuple(self._files), asked.detections, source, asked.read_before)
         return self._workers.spread(read, numbers, self._workspace / "ledger", ledger_columns(source))
 
     def _outdated_spill(self, source: pa.Field) -> Spill:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import shutil
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,7 +19,7 @@ import pyarrow.compute as pc
 from vlmflow import schema
 from vlmflow.catalog.columns import conform, conform_column, flat
 from vlmflow.catalog.detections import Detection, holds_all
-from vlmflow.catalog.due import LACKS_DETECTIONS, LEDGER, Due, PlanRequest, decide
+from vlmflow.catalog.due import LACKS_DETECTIONS, LEDGER, READ_LONG_AGO, Due, PlanRequest, decide
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.keys import duplicates, index_of, to_binary, to_words
 from vlmflow.catalog.log import DataFile
@@ -36,7 +37,12 @@ NO_FILE = -1
 POSITION = pa.field("_position", pa.int64())  # in the listing
 _FILE = pa.field("_file", pa.int32())  # number of the live file
 LEDGER_COLUMNS = pa.schema(
-    [*(schema.IMAGES.field(name) for name in LEDGER), (LACKS_DETECTIONS, pa.bool_()), _FILE]
+    [
+        *(schema.IMAGES.field(name) for name in LEDGER),
+        (LACKS_DETECTIONS, pa.bool_()),
+        (READ_LONG_AGO, pa.bool_()),
+        _FILE,
+    ]
 ).remove_metadata()
 JOINED = pa.schema([POSITION, _FILE])
 _WANTED = pa.field("_wanted", pa.bool_())  # it goes into the pipeline, unless a limit leaves it out
@@ -70,12 +76,14 @@ class ReadLedger:
     Attributes:
         detections: that a row must hold; none: nothing of them is read.
         source: the caller's columns that are read; None: none are.
+        read_before: the time that says which images were last read long ago; None: nobody asks.
     """
 
     folder: Folder | None
     files: tuple[DataFile, ...]
     detections: tuple[Detection, ...] = ()
     source: pa.Field | None = None
+    read_before: dt.datetime | None = None
 
     def __call__(self, number: int) -> pa.Table:
         """The rows of a file, given by its number, as :func:`ledger_columns`.
@@ -85,12 +93,17 @@ class ReadLedger:
         """
         assert self.folder is not None
         columns = (*LEDGER, "detections") if self.detections else LEDGER
+        columns += ("read_at",) if self.read_before else ()
         if self.source is not None:
             columns += tuple(f"source.{field.name}" for field in self.source.type)
         rows = read_rows(self.folder, "images", self.files[number], columns)
         if self.detections:
             held = conform_column(rows, schema.IMAGES.field("detections"))  # null in files older than the column
             rows = rows.append_column(LACKS_DETECTIONS, pa.array(~holds_all(held, self.detections)))
+        if self.read_before:
+            read_at = conform_column(rows, schema.IMAGES.field("read_at"))  # likewise: then it was long ago
+            before = pc.less(read_at, pa.scalar(self.read_before, schema.TIMESTAMP))
+            rows = rows.append_column(READ_LONG_AGO, pc.fill_null(before, True))
         rows = rows.append_column(_FILE, pa.repeat(pa.scalar(number, pa.int32()), rows.num_rows))
         return conform(rows, ledger_columns(self.source))
 
@@ -108,6 +121,7 @@ class Joined:
     num_unchanged: int
     num_exhausted: int
     num_policy_differs: int
+    num_unwatched: int
     counts: Counter[tuple[str, str]]
     outdated: pa.Table | None  # as `outdated_columns`; None: the listing has no columns of the caller's
 
@@ -151,6 +165,7 @@ class Join:
             num_unchanged=due.num_unchanged,
             num_exhausted=due.num_exhausted,
             num_policy_differs=due.num_policy_differs,
+            num_unwatched=due.num_unwatched,
             counts=due.counts,
             outdated=None if self.source is None else self._outdated(images, held, at, due.wanted, self.source),
         )

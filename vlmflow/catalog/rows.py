@@ -27,6 +27,8 @@ STATUSES = (OK, PARTIAL, UNREADABLE, MISSING, FAILED)
 REVIEW = "review"
 UNSCORED = "unscored"  # decision_reason of a row without a moderation result
 
+POLICY_COLUMNS = ("policy_name", "policy_version", "policy_digest")
+
 IMAGE_STAGES = ("read", "decode")  # an error there concerns the whole image, one of a task's only that task
 UNREADABLE_CLASSES = (
     RowErrorClass.EMPTY_FILE,
@@ -100,6 +102,7 @@ def stage_rows(rows: pa.Table, constants: RunConstants, columns: pa.Schema) -> p
     failed = {task: holds(rows["tasks_failed"], task) for task in schema.TASKS}
     any_run = np.logical_or.reduce(list(run.values()))
     any_failed = np.logical_or.reduce(list(failed.values()))
+    now = pa.repeat(pa.scalar(dt.datetime.now(dt.UTC), schema.TIMESTAMP), rows.num_rows)
     filled: dict[str, pa.Array] = {
         "seen_version": rows["object_version"],
         "status": status_of(images, any_run, any_failed),
@@ -109,7 +112,8 @@ def stage_rows(rows: pa.Table, constants: RunConstants, columns: pa.Schema) -> p
         ),
         "decoder": _constant(constants.decoder, rows.num_rows),
         "run_id": _constant(constants.run_id, rows.num_rows),
-        "updated_at": pa.repeat(pa.scalar(dt.datetime.now(dt.UTC), schema.TIMESTAMP), rows.num_rows),
+        "read_at": now,
+        "updated_at": now,
         "source_columns": pa.repeat(pa.scalar(_source_columns(rows), pa.list_(pa.string())), rows.num_rows),
     }
     for task in schema.TASKS:
@@ -238,6 +242,19 @@ def failed_tasks(errors: pa.ChunkedArray) -> dict[str, Mask]:
     for task, marks in out.items():
         marks[rows[stages == task]] = True
     return out
+
+
+def policy_names(rows: pa.Table) -> pa.Array | pa.ChunkedArray:
+    """(N,) ``name version (digest)`` of each row's policy, as :attr:`Policy.full_name`; null where there is none.
+
+    The digest by its beginning: somebody may change a policy and leave its version as it was.
+
+    Args:
+        rows: with the columns :data:`POLICY_COLUMNS`.
+    """
+    name, version, digest = (rows[column] for column in POLICY_COLUMNS)
+    shown = pc.binary_join_element_wise("(", pc.utf8_slice_codeunits(digest, 0, 12), ")", "")
+    return pc.binary_join_element_wise(name, version, shown, " ")
 
 
 def unseen_frames(errors: pa.ChunkedArray | pa.Array) -> Mask:

@@ -30,6 +30,7 @@ from vlmflow.cli import (
     view,
 )
 from vlmflow.cli.app import app
+from vlmflow.cli.screen import tell
 from vlmflow.errors import VlmflowError
 
 __all__ = [
@@ -64,5 +65,5 @@ def main(arguments: list[str] | None = None) -> None:
             told = {"event": "error", "class": type(error).__name__, "message": str(error), "remedy": error.remedy}
             typer.echo(json.dumps(told))
         message = f"vlmflow: {error}" + (f" - {error.remedy}" if error.remedy else "")
-        typer.secho(" ".join(message.split()), err=True, fg="red")
+        tell(message, "red")
         sys.exit(error.exit_code)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from vlmflow.cli.app import app
 from vlmflow.cli.options import (
@@ -23,6 +22,7 @@ from vlmflow.cli.options import (
     make_job,
     shown_progress,
 )
+from vlmflow.cli.screen import Screen
 from vlmflow.errors import ConfigError
 
 _TASKS = "retrieval, caption, answer, zeroshot, match or moderate"
@@ -149,7 +149,7 @@ def evaluate(
     if as_json:
         typer.echo(json.dumps({"event": "report", **report.model_dump(mode="json")}))
     else:
-        print_evaluation(report, Console())
+        print_evaluation(report, Screen())
 
 
 def _columns(given: list[str] | None) -> dict[str, str]:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from vlmflow.cli.app import app
 from vlmflow.cli.files import check_outputs
@@ -20,6 +19,7 @@ from vlmflow.cli.options import (
     catalog_of,
     make_job,
 )
+from vlmflow.cli.screen import Screen
 from vlmflow.errors import ConfigError
 
 
@@ -85,7 +85,7 @@ def explain(
     if as_json:
         typer.echo(evidence.model_dump_json())
         return
-    console = Console()
+    console = Screen()
     print_evidence(evidence, console)
     if drawn is not None:
         shown = f"{name_of(drawn)} on view {drawn['view']}"

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from vlmflow.cli.app import app
 from vlmflow.cli.files import check_outputs
@@ -22,8 +21,10 @@ from vlmflow.cli.options import (
     VerboseOption,
     make_job,
     shown_progress,
+    storage_config,
 )
-from vlmflow.config import Job, SourceConfig, StorageConfig
+from vlmflow.cli.screen import Screen
+from vlmflow.config import Job, SourceConfig
 from vlmflow.errors import RegressionError
 
 gate_app = typer.Typer(
@@ -81,7 +82,7 @@ def accept(
     if as_json:
         typer.echo(json.dumps({"event": "report", "accepted": str(accepted), "num_images": len(values.images)}))
     else:
-        print_values(values, accepted, Console())
+        print_values(values, accepted, Screen())
 
 
 @gate_app.command("check")
@@ -125,7 +126,7 @@ def check(
     if as_json:
         typer.echo(json.dumps({"event": "report", **report.model_dump(mode="json")}))
     else:
-        print_gate(report, Console())
+        print_gate(report, Screen())
     if not report.passed:
         raise typer.Exit(RegressionError.exit_code)
 
@@ -157,5 +158,5 @@ def _job(
     )
     if golden is None:
         return job, job.source
-    storage = StorageConfig(endpoint=endpoint) if endpoint else job.source.storage
+    storage = storage_config(endpoint) if endpoint else job.source.storage
     return job, job.source.model_copy(update={"uri": golden, "kind": "auto", "storage": storage})

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from vlmflow.cli.app import app
 from vlmflow.cli.options import CatalogOnly, EndpointOption, JsonOption, catalog_config
+from vlmflow.cli.screen import Screen
 from vlmflow.errors import KnownImagesError
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def add_command(
     if as_json:
         typer.echo(report.model_dump_json())
         return
-    console = Console()
+    console = Screen()
     console.print(
         f"list {escape(report.name)}: {report.num_hashes:,} hashes of bytes, {report.num_phashes:,} perceptual ones; "
         f"[bold]{report.num_changed:,} images[/bold] came under another verdict"
@@ -79,7 +79,7 @@ def remove_command(
     from vlmflow.known import remove_list
 
     report = remove_list(catalog_config(catalog, endpoint), name)
-    Console().print(f"list {escape(name)} removed; {report.num_changed:,} images came under another verdict")
+    Screen().print(f"list {escape(name)} removed; {report.num_changed:,} images came under another verdict")
 
 
 @known_app.command("list")
@@ -106,4 +106,4 @@ def list_command(catalog: CatalogOnly, endpoint: EndpointOption = None, as_json:
     for known in lists:
         counts = (f"{len(known.hashes):,}", f"{len(known.phashes):,}", str(known.max_distance))
         table.add_row(escape(known.name), known.kind, *counts, known.added_at)
-    Console().print(table if lists else "no lists; `vlmflow known add` makes one")
+    Screen().print(table if lists else "no lists; `vlmflow known add` makes one")

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
+from pydantic import ValidationError
 
+from vlmflow.cli.screen import Screen
 from vlmflow.config import TASKS_TO_ASK_FOR, CatalogConfig, Job, StorageConfig, load_job
 from vlmflow.errors import ConfigError
+from vlmflow.validation import describe_validation
 
 if TYPE_CHECKING:
     from vlmflow.engine.progress import ProgressDisplay
@@ -116,7 +118,7 @@ def make_job(source: str | None, catalog: str | None, config: Path | None, endpo
     tasks: str | None = options.pop("tasks")
     retry: str | None = options.pop("retry", None)
     date: datetime | None = options.pop("date")
-    storage = {"endpoint": endpoint} if endpoint else None
+    storage = {"endpoint": storage_config(endpoint).endpoint} if endpoint else None
     overrides: dict[str, Any] = {
         "source": {
             "uri": source,
@@ -146,9 +148,26 @@ def _words(text: str | None) -> list[str] | None:
     return None if text is None else [word.strip() for word in text.split(",") if word.strip()]
 
 
+def storage_config(endpoint: str | None) -> StorageConfig:
+    """How ``--endpoint`` says that a store is reached.
+
+    Raises:
+        ConfigError: it is no url, or holds what may be secret.
+    """
+    try:
+        return StorageConfig(endpoint=endpoint)
+    except ValidationError as error:
+        message = describe_validation(error, what="--endpoint").replace("endpoint: ", "", 1)
+        raise ConfigError(message, remedy="Write it like http://127.0.0.1:9000.") from error
+
+
 def catalog_config(uri: str, endpoint: str | None) -> CatalogConfig:
-    """The catalog that a command names."""
-    return CatalogConfig(uri=uri, storage=StorageConfig(endpoint=endpoint))
+    """The catalog that a command names.
+
+    Raises:
+        ConfigError: as :func:`storage_config`.
+    """
+    return CatalogConfig(uri=uri, storage=storage_config(endpoint))
 
 
 def catalog_of(uri: str, endpoint: str | None, job: Job | None) -> CatalogConfig:
@@ -161,7 +180,7 @@ def shown_progress(*, as_json: bool, verbose: bool) -> Iterator[ProgressDisplay]
     """The display that fits where the output goes; also what an interrupted user is told."""
     from vlmflow.engine.progress import JsonProgress, LiveProgress, LogProgress
 
-    console = Console(stderr=True)
+    console = Screen(stderr=True)
     if verbose or not (as_json or console.is_terminal):
         logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
         logging.getLogger("vlmflow").setLevel(logging.INFO)

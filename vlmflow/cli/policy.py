@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from vlmflow.cli.app import app
 from vlmflow.cli.files import check_outputs, write_output
@@ -20,6 +19,7 @@ from vlmflow.cli.options import (
     catalog_config,
     make_job,
 )
+from vlmflow.cli.screen import Screen
 from vlmflow.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def list_policies(as_json: JsonOption = False) -> None:
         ]
         typer.echo(json.dumps(shown))
     else:
-        print_policies(policies, Console())
+        print_policies(policies, Screen())
 
 
 @policy_app.command()
@@ -90,7 +90,7 @@ def check(
     if as_json:
         typer.echo(report.model_dump_json())
     else:
-        print_policy_check(report, Console())
+        print_policy_check(report, Screen())
     if report.count("error") or (strict and report.count("warning")):
         raise typer.Exit(2)
 
@@ -113,7 +113,7 @@ def diff(
     if as_json:
         typer.echo(found.model_dump_json())
     else:
-        print_policy_diff(found, Console())
+        print_policy_diff(found, Screen())
 
 
 def _load(name: str, endpoint: str | None) -> Policy:
@@ -138,7 +138,8 @@ def calibrate(
         typer.Option(
             "--labels",
             help="Verdicts, Parquet or CSV: image_id or uri, label, value (true, false); weight and content_hash "
-            "if there are any. Default: those on labels that `review import` brought in.",
+            "if there are any; so a queue of `review export`, filled in. Default: those on labels that `review import` "
+            "brought in.",
         ),
     ] = None,
     profile: ProfileOption = None,
@@ -202,7 +203,7 @@ def calibrate(
     if as_json:
         typer.echo(done.model_dump_json())
     else:
-        print_calibration(done, Console())
+        print_calibration(done, Screen())
 
 
 def _targets(name: str, given: list[str] | None, default: float) -> dict[str, float]:

@@ -6,7 +6,6 @@ from datetime import datetime
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from vlmflow.cli.app import app
 from vlmflow.cli.options import (
@@ -23,6 +22,7 @@ from vlmflow.cli.options import (
     make_job,
     shown_progress,
 )
+from vlmflow.cli.screen import Screen
 from vlmflow.errors import ConfigError
 
 
@@ -92,4 +92,4 @@ def remoderate(
     if as_json:
         typer.echo(report.model_dump_json())
     else:
-        print_remoderation(report, Console())
+        print_remoderation(report, Screen())

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from vlmflow.cli.app import app
 from vlmflow.cli.files import check_outputs
 from vlmflow.cli.options import CatalogOnly, EndpointOption, JsonOption, catalog_config
+from vlmflow.cli.screen import Screen
 
 review_app = typer.Typer(
     name="review", no_args_is_help=True, help="Send images to people, and take their verdicts into the catalog."
@@ -39,7 +39,8 @@ def export_command(
     """Write the images that a person should look at.
 
     Fill in `verdict` (allow, review, block; none takes an earlier one back), or `label` and `value` (true, false), and
-    `reviewer`; then import the file. Images with a verdict on their present bytes are left out.
+    `reviewer`; then import the file. Images with a verdict on their present bytes are left out, and those with labels
+    said of these: once a queue is imported, the next one holds others.
 
     Example: `vlmflow review export catalog/ queue.csv --near 200`
     """
@@ -53,7 +54,7 @@ def export_command(
     if as_json:
         typer.echo(report.model_dump_json())
     else:
-        print_queue(report, Console())
+        print_queue(report, Screen())
 
 
 @review_app.command("import")
@@ -69,7 +70,9 @@ def import_command(
     Of several verdicts on one image the newest counts: by its time in the column `at`, or without one by the time when
     the file was last changed. Importing a file twice, or a copy of it, changes nothing: a row without a time that
     repeats what the same person said before keeps the time of then. To say it again after somebody decided otherwise,
-    fill in `at`. Verdicts on images that have changed since the export are left out and counted.
+    fill in `at`. Verdicts on images that have changed since the export are left out and counted, and labels without a
+    value. Of Label Studio the labels that are ticked are true; that the others do not hold it does not say, and
+    `calibrate` needs labels of which that is said.
 
     Example: `vlmflow review import catalog/ queue.csv --reviewer ada`
     """
@@ -80,4 +83,4 @@ def import_command(
     if as_json:
         typer.echo(report.model_dump_json())
     else:
-        print_review(report, Console())
+        print_review(report, Screen())

@@ -6,7 +6,6 @@ import json
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from vlmflow.cli.app import app
 from vlmflow.cli.options import (
@@ -33,6 +32,7 @@ from vlmflow.cli.options import (
     make_job,
     shown_progress,
 )
+from vlmflow.cli.screen import Screen
 
 
 @app.command()
@@ -64,7 +64,10 @@ def enrich(
     values that a manifest has of its own columns now, without reading the image. Interrupt it whenever you like: the
     same command goes on where it stopped.
 
-    Example: `vlmflow enrich photos/ catalog/ --profile base --policy marketplace`
+    Of images at http(s) urls a change is seen by a column `etag` of the manifest, or by reading them again after
+    `source.http.recheck_days` of a job file; `vlmflow plan` counts those of which it is not.
+
+    Example: `vlmflow enrich photos/ catalog/ --profile base --policy marketplace --accept-unbound`
     """
     from vlmflow.engine import enrich as run
     from vlmflow.engine import preflight as try_out
@@ -96,14 +99,14 @@ def enrich(
         if as_json:
             typer.echo(tried.model_dump_json())
         else:
-            print_preflight(tried, Console())
+            print_preflight(tried, Screen())
         return
     with shown_progress(as_json=as_json, verbose=verbose) as display:
         report = run(job, progress=display)
     if as_json:
         typer.echo(json.dumps({"event": "report", **report.model_dump(mode="json")}))
     else:
-        print_report(report, Console())
+        print_report(report, Screen())
 
 
 @app.command()
@@ -154,7 +157,7 @@ def plan(
     if as_json:
         typer.echo(summary.model_dump_json())
     else:
-        print_plan(summary, Console())
+        print_plan(summary, Screen())
 
 
 @app.command()
@@ -166,4 +169,4 @@ def demo(
     from vlmflow.demo import run_demo
 
     with shown_progress(as_json=False, verbose=verbose) as display:
-        run_demo(catalog, display, Console())
+        run_demo(catalog, display, Screen())

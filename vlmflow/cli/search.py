@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from vlmflow.cli.app import app
 from vlmflow.cli.files import check_outputs, write_output
@@ -20,6 +19,7 @@ from vlmflow.cli.options import (
     catalog_of,
     make_job,
 )
+from vlmflow.cli.screen import Screen
 from vlmflow.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def search(
         raise ConfigError("--show-flagged without a page", remedy="Write one with --html.")
     job = query_job(catalog, profile, config, endpoint)
     place = catalog_of(catalog, endpoint, job)
-    console = Console(stderr=as_json)
+    console = Screen(stderr=as_json)
     if build_index:
         from vlmflow.search.build import update_index
 
@@ -146,7 +146,7 @@ def duplicates(
     if as_json:
         typer.echo(report.model_dump_json())
     else:
-        print_duplicates(report, Console())
+        print_duplicates(report, Screen())
 
 
 @app.command()
@@ -172,7 +172,7 @@ def titles(
     if as_json:
         typer.echo(report.model_dump_json())
     else:
-        print_titles(report, Console())
+        print_titles(report, Screen())
 
 
 @app.command(name="alt-text")
@@ -202,7 +202,7 @@ def alt_text(
             typer.echo(piece, nl=False)
         typer.echo()
     else:
-        print_alt_texts(found, Console())
+        print_alt_texts(found, Screen())
 
 
 def query_job(catalog: str, profile: str | None, config: Path | None, endpoint: str | None) -> Job | None:

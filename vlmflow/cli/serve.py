@@ -9,6 +9,7 @@ import typer
 
 from vlmflow.cli.app import app
 from vlmflow.cli.options import CatalogOnly, ConfigOption, EndpointOption, ProfileOption, catalog_of
+from vlmflow.cli.screen import tell
 from vlmflow.cli.search import query_job
 from vlmflow.errors import ServeError
 
@@ -70,5 +71,5 @@ def _tell(address: Address, token: str | None) -> None:
             "proxy with TLS in front of it, and name that with --name. Whoever has the token sees every image and can "
             "decide on it."
         )
-        typer.secho(warning, fg="yellow", err=True)
+        tell(warning, "yellow")
     typer.echo("Ctrl-C ends it.", err=True)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from vlmflow.cli.app import app
 from vlmflow.cli.options import (
@@ -25,8 +24,10 @@ from vlmflow.cli.options import (
     TasksOption,
     catalog_config,
     make_job,
+    storage_config,
 )
-from vlmflow.config import SourceConfig, StorageConfig
+from vlmflow.cli.screen import Screen
+from vlmflow.config import SourceConfig
 from vlmflow.errors import ConfigError
 
 _DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would be done; change nothing.")]
@@ -63,7 +64,7 @@ def vacuum(
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(result)))
     else:
-        print_vacuum(result, Console())
+        print_vacuum(result, Screen())
     if result.failed:
         raise typer.Exit(4)
 
@@ -97,7 +98,7 @@ def verify(
             remedy="Give --profile or --config too, or leave them out: the newest run tells then.",
         )
     if config is None and profile is None and source is not None and catalog is not None:
-        storage = StorageConfig(endpoint=endpoint)
+        storage = storage_config(endpoint)
         found = check(
             SourceConfig(uri=source, storage=storage), catalog_config(catalog, endpoint), num_examples=examples
         )
@@ -120,7 +121,7 @@ def verify(
     if as_json:
         typer.echo(verification_as_json(found))
     else:
-        print_verification(found, Console())
+        print_verification(found, Screen())
     if not found.is_sound:
         raise typer.Exit(1)
 
@@ -181,7 +182,7 @@ def erase(
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(result) | without | {"is_complete": result.is_complete}))
     else:
-        print_erasure(result, images, Console())
+        print_erasure(result, images, Screen())
     if not result.is_complete:
         raise typer.Exit(3)
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from vlmflow.cli.app import app
 from vlmflow.cli.options import (
@@ -17,8 +16,10 @@ from vlmflow.cli.options import (
     EndpointOption,
     JsonOption,
     catalog_config,
+    storage_config,
 )
-from vlmflow.config import RayConfig, SourceConfig, StorageConfig, load_job
+from vlmflow.cli.screen import Screen
+from vlmflow.config import RayConfig, SourceConfig, load_job
 
 
 class Embeddings(StrEnum):
@@ -37,7 +38,7 @@ def show(catalog: CatalogOnly, endpoint: EndpointOption = None, as_json: JsonOpt
     if as_json:
         typer.echo(summary.model_dump_json())
     else:
-        print_summary(summary, Console())
+        print_summary(summary, Screen())
 
 
 @app.command()
@@ -66,7 +67,7 @@ def profiles(as_json: JsonOption = False) -> None:
     if as_json:
         typer.echo(profiles_as_json(described))
     else:
-        print_profiles(described, Console())
+        print_profiles(described, Screen())
 
 
 @app.command()
@@ -86,9 +87,9 @@ def doctor(
     from vlmflow.checks import doctor_of
     from vlmflow.views import check_as_json, print_check
 
-    storage = StorageConfig(endpoint=endpoint)
+    storage = storage_config(endpoint)
     failed = False
-    console = Console()
+    console = Screen()
     if config is None:
         checks = diagnose(
             ray=RayConfig(address=ray_address),
@@ -97,7 +98,7 @@ def doctor(
             catalog_storage=storage,
         )
     else:
-        place = {"storage": {"endpoint": endpoint}}
+        place = {"storage": {"endpoint": storage.endpoint}}
         given = {
             "source": {"uri": source} | place,
             "catalog": {"uri": catalog} | place,

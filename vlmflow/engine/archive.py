@@ -109,7 +109,7 @@ def full_digest(catalog: Catalog, beginning: str) -> str:
     state = "none" if not found else f"{len(found)}"
     raise ConfigError(
         f"{catalog.uri}: {state} of the archived policies begins with {beginning!r}",
-        remedy="The column policy_digest of the images table holds the digests.",
+        remedy="`vlmflow show` names the policies of its rows, each with its digest.",
     )
 
 

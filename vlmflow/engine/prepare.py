@@ -38,7 +38,7 @@ class Prepared:
 
     def plan_request(self) -> PlanRequest:
         """What planning compares the catalog with."""
-        policy = self.setup.policy
+        policy, days = self.setup.policy, self.job.source.http.recheck_days
         return PlanRequest(
             tasks=self.job.tasks,
             fingerprints=self.fingerprints,
@@ -49,6 +49,7 @@ class Prepared:
             retry=self.job.retry,
             questions=self.job.questions,
             detections=self.setup.detections if "detect" in self.job.tasks else (),
+            read_before=None if days is None else dt.datetime.now(dt.UTC) - dt.timedelta(days=days),
         )
 
     def constants(self, run_id: str) -> RunConstants:

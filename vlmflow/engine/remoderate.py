@@ -22,13 +22,15 @@ from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.log import DataFile, Snapshot
 from vlmflow.catalog.runs import new_run_id
 from vlmflow.catalog.where import check_where
-from vlmflow.config import Frozen, Job
+from vlmflow.config import Job
 from vlmflow.engine.archive import archive_policy, archived_policies, archived_policy, archived_prompts, full_digest
 from vlmflow.engine.cluster import ray_cluster
 from vlmflow.engine.faults import get
 from vlmflow.engine.prepare import Prepared, encode_policy, prepare
 from vlmflow.engine.progress import ProgressDisplay, SilentProgress, Tally
 from vlmflow.engine.relabel_files import Done, Scan, relabel_file, scan_file, score_file
+from vlmflow.engine.remoderate_report import RemoderateReport
+from vlmflow.errors import ConfigError
 from vlmflow.models.detectors import prepare_detectors
 from vlmflow.moderation.decide import Moderator
 from vlmflow.moderation.policy import Policy, check_binding, prompts_digest
@@ -46,57 +48,23 @@ _COMMIT_FILES = 32
 _COMMIT_S = 30.0
 
 
-class RemoderateReport(Frozen):
-    """What a remoderation did, or would do.
-
-    Attributes:
-        policy: name and version.
-        num_moved: rows that came under the policy.
-        num_from_margins: of these, rows decided by stored margins; the others by stored vectors.
-        num_other_model: rows left as they are, because their vectors are another model's.
-        num_undetected: rows left as they are, because a detector of the policy has not seen their images yet, or
-            failed; `enrich` with the policy runs it.
-        detectors: of the policy, or of those gone back to.
-        num_first: of a rollback, rows that stay, because they had no policy before.
-        num_without_vectors: rows whose vectors are gone: they are `review`, as unscored.
-        flips: rows by change of decision, such as ``allow -> block``.
-        label_flips: by label, rows by change of that label's decision.
-        examples: a few images of each change of decision, with uri and reason.
-        partitions: rows moved by ingest date.
-    """
-
-    run_id: str
-    dry_run: bool
-    catalog: str
-    policy: str
-    policy_digest: str
-    rollback_of: str | None = None
-    where: str | None = None
-    status: str = "done"
-    started_at: dt.datetime
-    seconds: float = 0.0
-    num_moved: int = 0
-    num_from_margins: int = 0
-    num_other_model: int = 0
-    num_undetected: int = 0
-    detectors: tuple[str, ...] = ()
-    num_without_vectors: int = 0
-    num_first: int = 0
-    decisions: dict[str, int] = {}
-    flips: dict[str, int] = {}
-    label_flips: dict[str, dict[str, int]] = {}
-    examples: tuple[dict[str, str | None], ...] = ()
-    partitions: dict[str, int] = {}
-    num_commits: int = 0
-
-
 @dataclass(frozen=True)
 class Scope:
-    """Which rows are asked for: ingest dates from ``start`` to ``end``, both included, and a condition in SQL."""
+    """Which rows are asked for: ingest dates from ``start`` to ``end``, both included, and a condition in SQL.
+
+    Raises:
+        ConfigError: the first date is later than the last.
+    """
 
     start: dt.date | None = None
     end: dt.date | None = None
     where: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses a range that no date lies in, of which everything would seem to be done."""
+        if self.start is not None and self.end is not None and self.start > self.end:
+            remedy = "Give the earlier date first."
+            raise ConfigError(f"no ingest date is from {self.start} to {self.end}", remedy=remedy)
 
     def holds(self, file: DataFile) -> bool:
         """Whether a file's partition lies within."""
@@ -118,8 +86,8 @@ def remoderate(
 
     Args:
         job: catalog, profile and policy count; its source is not read.
-        rollback: digest, or the beginning of it, of a policy: its rows go back to the policy that each had before.
-            The job's policy is not used.
+        rollback: digest, or the beginning of it, of a policy: its rows go back to the policy that each had before, one
+            step: a second rollback moves none of them. The job's policy is not used.
         dry_run: reports what would change, and writes nothing.
 
     Raises:
@@ -144,6 +112,8 @@ def remoderate(
 @dataclass
 class _Totals:
     changes: Changes = field(default_factory=Changes)
+    target: str = ""  # the policy that rows come under now
+    policies: Counter[str] = field(default_factory=Counter)
     num_first: int = 0
     partitions: Counter[str] = field(default_factory=Counter)
     num_commits: int = 0
@@ -187,7 +157,22 @@ class _Remoderation:
             raise
         finally:
             runs.finish(self._run_id, self._record(status))
-        return self._report("done")
+        return self._report("done").model_copy(update={"runs_beside": self._runs_beside()})
+
+    def _runs_beside(self) -> dict[str, str]:
+        """Runs that may still commit rows under a policy that we moved rows from, and that policy.
+
+        We are done once no row of the moment is left to move: such a run may go on for hours.
+        """
+        runs, found = self._catalog.runs, {}
+        left = (self._rollback or "")[:12]
+        for run_id in [run_id for run_id, state in runs.states().items() if state == "running"]:
+            record = runs.get(run_id) or {}
+            policy = record.get("policy")
+            is_enrichment = "operation" not in record and record.get("status") == "running"
+            if is_enrichment and policy and (f"({left})" in policy if left else policy not in self._totals.policies):
+                found[run_id] = str(policy)
+        return found
 
     def _run(self) -> None:
         self._display.stage("starting Ray")
@@ -195,6 +180,8 @@ class _Remoderation:
             self._max_tasks = max(2, int(cluster.cpus) * _TASKS_PER_CPU)
             for target in list(self._targets()):  # all, before the first row moves: one may be refused
                 self._totals.detectors |= dict.fromkeys(detector.name for detector in target.policy.detectors)
+                self._totals.target = target.policy.full_name
+                self._totals.policies[self._totals.target] = 0
                 self._move(target)
 
     def _targets(self) -> Iterator[Target]:
@@ -331,6 +318,7 @@ class _Remoderation:
 
     def _book(self, done: Done) -> None:
         self._totals.changes.add(done.changes)
+        self._totals.policies[self._totals.target] += done.changes.num_moved
         if done.changes.num_moved:
             self._totals.partitions[done.old.ingest_date.isoformat()] += done.changes.num_moved
 
@@ -378,6 +366,7 @@ class _Remoderation:
             catalog=self._catalog.uri,
             policy=f"{policy.name} {policy.version}" if policy else "the one before",
             policy_digest=policy.digest if policy else "",
+            policies=dict(self._totals.policies),
             rollback_of=self._rollback,
             where=self._scope.where,
             status=status,

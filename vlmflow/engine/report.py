@@ -58,6 +58,7 @@ class RunReport(Frozen):
         num_listed: images that the source listed.
         num_unchanged: of these, images with nothing due.
         num_policy_differs: rows decided under another policy; only a remoderation changes them.
+        num_unwatched: images at http(s) urls of which no run sees that they have changed.
         due: images due by task and reason.
         num_added: rows that are new in the catalog.
         num_replaced: rows that were there before.
@@ -89,6 +90,7 @@ class RunReport(Frozen):
     num_unchanged: int = 0
     num_due: int = 0
     num_policy_differs: int = 0
+    num_unwatched: int = 0
     due: dict[str, dict[str, int]] = {}
     num_added: int = 0
     num_replaced: int = 0
@@ -123,6 +125,7 @@ class PlanSummary(Frozen):
         num_exhausted: images that failed three times and are not tried again.
         num_erased: images listed that were erased from the catalog; they are left out.
         due: images due by task and reason.
+        num_unwatched: images at http(s) urls of which no run would see that they have changed.
         num_outdated: further rows that would get the caller's columns of the listing, and nothing else.
         outdated_columns: of these, rows by column of the caller's whose value is another now.
     """
@@ -138,6 +141,7 @@ class PlanSummary(Frozen):
     num_policy_differs: int
     due: dict[str, dict[str, int]]
     policy: str | None
+    num_unwatched: int = 0
     num_outdated: int = 0
     outdated_columns: dict[str, int] = {}
 
@@ -156,6 +160,7 @@ def plan_summary(prepared: Prepared, plan: Plan) -> PlanSummary:
         num_policy_differs=plan.num_policy_differs,
         due=due_by_task(prepared.job.tasks, plan),
         policy=policy_name(prepared),
+        num_unwatched=plan.num_unwatched,
         num_outdated=plan.num_outdated,
         outdated_columns=dict(plan.outdated_columns.most_common()),
     )
@@ -171,7 +176,7 @@ def due_by_task(tasks: Iterable[str], plan: Plan) -> dict[str, dict[str, int]]:
 def policy_name(prepared: Prepared) -> str | None:
     """``name version (digest)`` of the policy; None without one."""
     policy = prepared.setup.policy
-    return None if policy is None else f"{policy.name} {policy.version} ({policy.digest[:12]})"
+    return None if policy is None else policy.full_name
 
 
 def initial_report(run_id: str, prepared: Prepared, plan: Plan) -> RunReport:
@@ -190,6 +195,7 @@ def initial_report(run_id: str, prepared: Prepared, plan: Plan) -> RunReport:
         num_unchanged=plan.num_unchanged,
         num_due=plan.num_planned,
         num_policy_differs=plan.num_policy_differs,
+        num_unwatched=plan.num_unwatched,
         due=due_by_task(job.tasks, plan),
         models=prepared.model_names(),
         prompts=prepared.setup.prompts,

@@ -12,6 +12,7 @@ import pyarrow as pa
 import ray
 
 from vlmflow.catalog import Catalog, KnownBytes, Plan, plan_without_catalog
+from vlmflow.catalog.columns import storable
 from vlmflow.catalog.runs import new_run_id
 from vlmflow.config import Job
 from vlmflow.engine.archive import archive_policy, archived_prompts
@@ -59,7 +60,7 @@ def plan(job: Job) -> PlanSummary:
         VlmflowError: as :func:`enrich` does before its first image.
     """
     prepared = prepare(job)
-    with _planned(prepared, open_source(job.source)) as planned:
+    with _planned(prepared, open_source(job.source, job.catalog)) as planned:
         return plan_summary(prepared, planned)
 
 
@@ -83,7 +84,7 @@ def enrich(job: Job, *, progress: ProgressDisplay | None = None) -> RunReport:
     display = progress or SilentProgress()
     display.stage("checking models and policy")
     prepared = prepare(job)
-    source = open_source(job.source)
+    source = open_source(job.source, job.catalog)
     display.stage("listing and planning")
     with _planned(prepared, source) as planned:
         return _Run(prepared, source, planned, display).execute()
@@ -99,7 +100,7 @@ def preflight(job: Job, *, progress: ProgressDisplay | None = None) -> Preflight
     display = progress or SilentProgress()
     display.stage("checking models and policy")
     prepared = prepare(job)
-    source = open_source(job.source)
+    source = open_source(job.source, job.catalog)
     display.stage("listing and planning")
     with _planned(prepared, source) as planned:
         if planned.num_planned == 0:
@@ -129,6 +130,7 @@ def _planned(prepared: Prepared, source: Source) -> Iterator[Plan]:
             catalog.check_source(source.columns)
             made = catalog.plan(source.list(), request, workers)
         else:
+            storable(source.columns)  # what the catalog could not be created with is told now
             made = plan_without_catalog(source.list(), request, workers)
         made.num_duplicates += source.num_repeated
         with made:

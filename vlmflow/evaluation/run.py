@@ -21,10 +21,11 @@ from pydantic import ValidationError
 
 from vlmflow.catalog import Catalog
 from vlmflow.catalog.folder import Folder
+from vlmflow.catalog.judged import by_model
 from vlmflow.catalog.keys import index_of, to_binary, to_words
 from vlmflow.catalog.runs import new_run_id
 from vlmflow.catalog.workspace import Workspace
-from vlmflow.config import CatalogConfig, Job, ModelConfig, SourceConfig, describe_validation
+from vlmflow.config import CatalogConfig, Job, ModelConfig, SourceConfig
 from vlmflow.engine import enrich
 from vlmflow.engine.cluster import ray_cluster
 from vlmflow.engine.faults import get
@@ -36,6 +37,7 @@ from vlmflow.models import pixel_request, resolve_models
 from vlmflow.moderation.policy import Policy
 from vlmflow.schema import fingerprint_column
 from vlmflow.sources.uris import image_ids
+from vlmflow.validation import describe_validation
 
 logger = logging.getLogger("vlmflow")
 
@@ -52,6 +54,8 @@ _RUNS: dict[EvaluationTask, tuple[tuple[str, ...], str]] = {
     "answer": (("answer",), "answer"),
 }
 _WHOLE_IMAGE: tuple[EvaluationTask, ...] = ("retrieval", "zeroshot")
+# Of `moderate`, what it also takes to know the policy, and what the models decide where people or lists have.
+_OF_MODERATION = ("policy_digest", "decision", "decision_reason", "verdict")
 
 
 @contextlib.contextmanager
@@ -113,14 +117,17 @@ class Run:
         self._catalog = Catalog.open(keep)
 
     def column(self, *names: str) -> pa.Table:
-        """(N,) rows of the images table, in the order of the data; null where there is none of these models."""
+        """(N,) rows of the images table, in the order of the data; null where there is none of these models.
+
+        Decisions are those of the models, whatever people or lists of known images have decided instead.
+        """
         task = _RUNS[self._data.task][1]
         mark = fingerprint_column(task)
         wanted = self.prepared.fingerprints[task]
         policy = self.prepared.setup.policy if task == "moderate" else None
-        also = [] if policy is None else ["policy_digest"]
+        read = dict.fromkeys(("image_id", mark, *names, *(_OF_MODERATION if task == "moderate" else ())))
         parts, places = [], []
-        for batch in self._catalog.image_batches(["image_id", mark, *also, *names]):
+        for batch in map(by_model, self._catalog.image_batches(list(read))):
             at = self._index.find(*to_words(to_binary(batch["image_id"])))
             # Values of another model may stand in a kept catalog, where this one failed on the image.
             kept = (at >= 0) & pc.fill_null(pc.equal(batch[mark], wanted), False).to_numpy()

@@ -359,6 +359,11 @@ def _strays(bins: tuple[Bin, ...]) -> bool:
 
 def _warnings(matched: Matched) -> list[str]:
     labelled, overall = matched.flagged
+    if not matched.is_weighted and overall == 1:  # as under a policy that is not bound
+        return [
+            "every image of the catalog is flagged at present, so it cannot be told whether the labelled ones are a "
+            "random sample: if they are not, precision, recall and probabilities are those of the sample"
+        ]
     if matched.is_weighted or abs(labelled - overall) <= _SHIFTED:
         return []
     return [

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from vlmflow.config import Frozen
 from vlmflow.errors import PolicyError
 from vlmflow.models.identity import ModelIdentity
-from vlmflow.moderation.policy import Label, Policy, find_binding, load_policy, prompts_digest
+from vlmflow.moderation.policy import Policy, Thresholds, find_binding, load_policy, prompts_digest
 
 if TYPE_CHECKING:
     from vlmflow.models import ImageEmbedder
@@ -118,13 +118,23 @@ def _prompts(policy: Policy) -> dict[str, tuple[str, ...]]:
 
 def _labels(policy: Policy) -> Iterator[Finding]:
     lone, unmapped = [], []
+    present = [binding for binding in policy.bindings if binding.prompts == prompts_digest(policy)]
     for ref, label in zip(policy.labels, policy.each_label(), strict=True):
         where = "/".join(ref)
         yield from _thresholds(where, label)
+        # Of a binding that counts they decide in place of the label's own.
+        for binding in present:
+            if ref.label in binding.thresholds:
+                yield from _thresholds(where, binding.thresholds[ref.label], f"binding of {binding.model}: ")
         if len(label.prompts) == 1:
             lone.append(where)
         if not label.external:
             unmapped.append(where)
+    for detector in policy.detectors:
+        for name, output in detector.outputs.items():
+            if output.combine != "confirm":  # by itself that blocks nothing
+                where = f"{output.category}/{output.label}"
+                yield from _thresholds(where, output, f"detector {detector.name}, output {name}: ")
     if lone:
         text = f"labels with one prompt, whose wording alone then decides: {', '.join(lone)}"
         yield Finding(level="note", where="file", text=text, remedy="Say the same in two or three other ways.")
@@ -133,15 +143,15 @@ def _labels(policy: Policy) -> Iterator[Finding]:
         yield Finding(level="note", where="file", text=text, remedy="Name the like of each under `external`, if any.")
 
 
-def _thresholds(where: str, label: Label) -> Iterator[Finding]:
-    if label.block == 0:
-        text, remedy = "block 0.0 blocks every image", "Raise it, or write null for a label that never blocks."
+def _thresholds(where: str, limits: Thresholds, whose: str = "") -> Iterator[Finding]:
+    if limits.block == 0:
+        text, remedy = f"{whose}block 0.0 blocks every image", "Raise it, or write null for a label that never blocks."
         yield Finding(level="warning", where=where, text=text, remedy=remedy)
-    elif label.review == 0:
-        text = "review 0.0 sends every image to review"
+    elif limits.review == 0:
+        text = f"{whose}review 0.0 sends every image to review"
         yield Finding(level="warning", where=where, text=text, remedy="Raise it.")
-    elif label.review == label.block:
-        text = f"review and block are both {label.block}: nothing is left to review"
+    elif limits.review == limits.block:
+        text = f"{whose}review and block are both {limits.block}: nothing is left to review"
         yield Finding(level="note", where=where, text=text, remedy="Lower review, if people are to look first.")
 
 

@@ -81,8 +81,8 @@ def diff_policies(before: Policy, after: Policy) -> PolicyDiff:
     if _detects_anew(before, after):
         effect = "pixels"
     return PolicyDiff(
-        before=_title(before),
-        after=_title(after),
+        before=before.full_name,
+        after=after.full_name,
         labels_added=tuple(name for name in new if name not in old and name not in dict(renamed).values()),
         labels_removed=tuple(name for name in old if name not in new and name not in dict(renamed)),
         renamed=renamed,
@@ -92,10 +92,6 @@ def diff_policies(before: Policy, after: Policy) -> PolicyDiff:
         effect=effect,
         implies=_EFFECTS[effect],
     )
-
-
-def _title(policy: Policy) -> str:
-    return f"{policy.name} {policy.version} ({policy.digest[:12]})"
 
 
 def _by_name(policy: Policy) -> dict[str, Label]:

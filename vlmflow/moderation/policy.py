@@ -19,11 +19,12 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 
-from vlmflow.config import describe_validation
 from vlmflow.errors import PolicyError, UnboundPolicyError
 from vlmflow.files import put_file
 from vlmflow.models.identity import ModelIdentity
+from vlmflow.validation import describe_validation, read_yaml
 
+POLICY_SUFFIXES = (".yaml", ".yml")
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 Prompt = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -197,6 +198,11 @@ class Policy(_Part):
         """
         return _digest(self.model_dump(mode="json", exclude_defaults=True))
 
+    @property
+    def full_name(self) -> str:
+        """``name version (digest)``, by which it is told from another that somebody gave the same version."""
+        return f"{self.name} {self.version} ({self.digest[:12]})"
+
     def each_label(self) -> tuple[Label, ...]:
         """The labels with prompts and thresholds, in the order of :attr:`labels`."""
         return tuple(label for category in self.categories for label in category.labels)
@@ -212,7 +218,7 @@ def load_policy(name_or_path: str) -> Policy:
     shipped = shipped_policies()
     if name_or_path in shipped:
         path = shipped[name_or_path]
-    elif path.suffix not in (".yaml", ".yml"):
+    elif path.suffix not in POLICY_SUFFIXES:
         raise PolicyError(
             f"policy {name_or_path}: no policy of this name ships",
             remedy=f"Name one of {', '.join(shipped)}, or the path of a .yaml file.",
@@ -221,7 +227,9 @@ def load_policy(name_or_path: str) -> Policy:
     try:
         return Policy.model_validate(data)
     except ValidationError as error:
-        raise PolicyError(describe_validation(error, what=f"policy {path}"), remedy="Fix the keys named.") from error
+        raise PolicyError(
+            describe_validation(error, what=f"policy {path}", of=Policy), remedy="Fix the keys named."
+        ) from error
 
 
 def shipped_policies() -> dict[str, Path]:
@@ -260,7 +268,7 @@ def check_binding(policy: Policy, identity: ModelIdentity, *, accept_unbound: bo
     raise UnboundPolicyError(
         f"policy {policy.name} {policy.version}: {reason} {identity.id} "
         f"(weights {identity.weights_digest[:12]}; bound: {bound})",
-        remedy="Set them with `vlmflow calibrate`, or accept that every decision is `review` with --accept-unbound.",
+        remedy="Begin with --accept-unbound: every decision is `review` until `vlmflow calibrate` has set them.",
     )
 
 
@@ -341,25 +349,21 @@ def _with_binding(path: Path, binding: Binding) -> str:
     try:
         Policy.model_validate({**data, "bindings": [*kept, new]})
     except ValidationError as error:
-        raise PolicyError(describe_validation(error, what=f"policy {path}"), remedy="Fix the keys named.") from error
+        raise PolicyError(
+            describe_validation(error, what=f"policy {path}", of=Policy), remedy="Fix the keys named."
+        ) from error
     tail = yaml.safe_dump({"bindings": [*kept, new]}, sort_keys=False, allow_unicode=True, width=120)
     return f"{head}\n{tail}"
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that is there twice, of which YAML would silently take the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key} twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+def _unfit(error: ValidationError, path: Path) -> PolicyError:
+    message = describe_validation(error, what=f"policy {path}", of=Policy)
+    return PolicyError(message, remedy="Fix the keys named.")
 
 
 def _read_yaml(path: Path) -> Any:
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)  # a SafeLoader: it makes data only
+        return read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise PolicyError(f"policy {path}: {error.strerror}", remedy="Name an existing YAML file.") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, a date that there is not

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import heapq
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -55,6 +55,7 @@ QUEUE = pa.schema(
         ("reason", pa.string()),
     ]
 )
+_BETWEEN = " "  # of an image's id and the hash of its bytes, as one key
 _LOW, _HIGH = 0.1, 0.9  # match probabilities that say no, and yes
 _NUM_LABELS_SHOWN = 3
 
@@ -90,26 +91,43 @@ class _Kept:
             yield merit, row
 
 
-def make_queue(batches: Iterable[pa.Table], sizes: QueueSizes, seed: int = 0) -> pa.Table:
+class Queue(NamedTuple):
+    """Images for review. ``num_labelled``: how many were left out because labels were said of them, and no verdict."""
+
+    images: pa.Table  # as QUEUE
+    num_labelled: int
+
+
+def make_queue(
+    batches: Iterable[pa.Table], sizes: QueueSizes, seed: int = 0, labelled: Collection[tuple[str, str]] = ()
+) -> Queue:
     """Chooses images for review, each once: random ones first, so that their sample stays one.
 
-    An image with a verdict on its present bytes is left out, and so is one that nobody can look at: missing, or
-    unreadable.
+    An image with a verdict on its present bytes is left out, one whose labels somebody has judged, and one that nobody
+    can look at: missing, or unreadable. The random sample stands for those that are left: what is left out stands for
+    itself, or, drawn at random before, for the catalog of then.
 
     Args:
         batches: live rows with :data:`COLUMNS`.
-        seed: of the random sample: the same seed draws the same images of a catalog.
+        seed: of the random sample: the same seed draws the same images of a catalog, or, once these are labelled, those
+            that come next.
+        labelled: images, with the hash of their bytes, of which labels were said.
     """
+    said = pa.array([f"{image_id}{_BETWEEN}{bytes_}" for image_id, bytes_ in labelled], pa.string())
     random = _Kept(sizes.random)
     # With some to spare, in place of those that are in the queue already.
     disagreement = _Kept(sizes.disagreement and sizes.disagreement + sizes.random)
     near = _Kept(sizes.near and sizes.near + sizes.disagreement + sizes.random)
-    num_images = 0
+    num_images = num_labelled = 0
     for batch in batches:
         # Rows that were good before keep their hash.
         gone = equal(batch["status"], MISSING) | equal(batch["status"], UNREADABLE)
         open_rows = batch.filter(pa.array(~equal_reason(batch) & is_valid(batch["content_hash"]) & ~gone))
+        pairs = pc.binary_join_element_wise(open_rows["image_id"], open_rows["content_hash"], _BETWEEN)
+        num_before = open_rows.num_rows
+        open_rows = open_rows.filter(pc.invert(pc.is_in(pairs, value_set=said)))
         num_images += open_rows.num_rows
+        num_labelled += num_before - open_rows.num_rows
         distances = threshold_gaps(open_rows)
         signs = _signs(open_rows)
         draws = _draws(open_rows, seed)
@@ -131,7 +149,7 @@ def make_queue(batches: Iterable[pa.Table], sizes: QueueSizes, seed: int = 0) ->
             chosen[row["image_id"]] = _entry(kind, merit, row, weight if kind == "random" else None)
     order = {"near": 0, "disagreement": 1, "random": 2}
     rows = sorted(chosen.values(), key=lambda entry: order[entry["queue"]])
-    return pa.Table.from_pylist(rows, schema=QUEUE)
+    return Queue(pa.Table.from_pylist(rows, schema=QUEUE), num_labelled)
 
 
 def threshold_gaps(rows: pa.Table) -> NDArray[np.float64]:

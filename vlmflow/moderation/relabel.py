@@ -256,7 +256,10 @@ def _with_moderation(old: pa.Table, result: Moderation, found: Mask, target: Tar
     # What was scored is no longer what is there: a person decides, whatever the policy.
     doubtful = pa.array(image.unreadable | image.failed)
     fingerprint = pc.if_else(pa.array(found), target.moderate_fingerprint, pa.scalar(None, pa.string()))
-    before = old["policy_digest"]
+    if target.moves_from is None:
+        previous = pc.if_else(pc.is_valid(old["policy_digest"]), old["policy_digest"], old["previous_policy"])
+    else:  # the one that is left was withdrawn, and of what there was before the one gone back to no row tells
+        previous = pa.nulls(old.num_rows, pa.string())
     errors, status = _without_failure(old)
     judged = flat(old["verdict"])
     by_person = equal(old["decision_reason"], BY_VERDICT)
@@ -273,7 +276,7 @@ def _with_moderation(old: pa.Table, result: Moderation, found: Mask, target: Tar
         "policy_name": _constant(target.policy.name, old.num_rows),
         "policy_version": _constant(target.policy.version, old.num_rows),
         "policy_digest": _constant(target.policy.digest, old.num_rows),
-        "previous_policy": pc.if_else(pc.is_valid(before), before, old["previous_policy"]),
+        "previous_policy": previous,
         _FINGERPRINT: pc.if_else(doubtful, pa.scalar(None, pa.string()), fingerprint),
         "errors": errors,
         "status": status,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import pyarrow.parquet as pq
 from vlmflow.catalog.judged import LIST_PREFIX
 from vlmflow.errors import ReviewError, SourceError
 from vlmflow.files import put_file
+from vlmflow.moderation.verdicts import NO_VALUE
 from vlmflow.sources.uris import normalise_uri
 from vlmflow.views_search import as_csv
 
@@ -78,8 +80,8 @@ def write_queue(path: Path, queue: pa.Table) -> None:
         raise ReviewError(f"{path}: {error.strerror}", remedy="Name another file.") from error
 
 
-def read_words(path: Path, reviewer: str | None, now: dt.datetime) -> list[Word]:
-    """Reads verdicts; rows that nobody filled in are passed over.
+def read_words(path: Path, reviewer: str | None, now: dt.datetime) -> tuple[list[Word], Counter[str]]:
+    """Reads verdicts; rows that nobody filled in are passed over, and what does not count is counted by reason.
 
     Columns: image_id or uri; verdict (allow, review, block, none), or label and value, or both; reviewer, at, reason,
     content_hash and weight where there are any. JSON: an export of Label Studio, whose choices are named ``verdict``
@@ -94,12 +96,14 @@ def read_words(path: Path, reviewer: str | None, now: dt.datetime) -> list[Word]
     """
     check_suffix(path)
     rows = _label_studio(path) if path.suffix == ".json" else _table(path).to_pylist()
-    words = []
+    words, left_out = [], Counter[str]()
     for number, row in enumerate(rows, start=1):
         word = _word(f"{path}, row {number}", row, reviewer, now)
         if word is not None:
             words.append(word)
-    return words
+        if _text(row.get("label")) is not None and _text(row.get("value")) is None:
+            left_out[NO_VALUE] += 1
+    return words, left_out
 
 
 def changed_at(path: Path, now: dt.datetime) -> dt.datetime:

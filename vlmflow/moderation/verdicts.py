@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from vlmflow.sources.uris import normalise_uri
 
 _VALUES = {"true": True, "1": True, "1.0": True, "yes": True, "false": False, "0": False, "0.0": False, "no": False}
 _OPTIONAL = ("weight", "content_hash")
+NO_VALUE = "label without a value: write true or false"  # why a row of a file does not count
 
 IMAGE_COLUMNS = ("image_id", "uri", "content_hash", "decision", "decision_reason", "verdict")
 VECTOR_COLUMNS = ("image_id", "embed_fingerprint", "vector")
@@ -42,11 +43,18 @@ class Verdict:
 
 @dataclass(frozen=True, eq=False)
 class VerdictFile:
-    """The verdicts of a file. ``key``: the column that names images, image_id or uri."""
+    """The verdicts of a file.
+
+    Attributes:
+        key: the column that names images, image_id or uri.
+        is_weighted: some weight is not 1; if all are, they say nothing of how the images were drawn.
+        left_out: rows that say nothing, by reason.
+    """
 
     key: str
     verdicts: list[Verdict]
     is_weighted: bool
+    left_out: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +80,9 @@ class Matched:
 def read_verdicts(path: Path) -> VerdictFile:
     """Reads a Parquet or CSV file with the columns image_id or uri, label, value; weight and content_hash may be there.
 
+    So a queue as `review export` writes it can be read: rows without a value are passed over, and counted where they
+    name a label. A row without a weight has that of another on its image and bytes, as in :func:`reviewed`, else 1.
+
     Raises:
         CalibrationError: the file cannot be read, lacks a column, or holds a value that says neither yes nor no.
     """
@@ -86,12 +97,21 @@ def read_verdicts(path: Path) -> VerdictFile:
         )
     wanted = [key, "label", "value", *(name for name in _OPTIONAL if name in table.column_names)]
     rows = table.select(wanted).to_pylist()
-    verdicts = [_verdict(path, number, row, key) for number, row in enumerate(rows, start=1)]
-    return VerdictFile(key, verdicts, "weight" in table.column_names)
+    weights = [_weight(path, number, row) for number, row in enumerate(rows, start=1)]
+    drawn = [(row[key], row.get("content_hash") or None) for row in rows]
+    of_image = {image: weight for image, weight in zip(drawn, weights, strict=True) if weight is not None}
+    verdicts, left_out = [], Counter[str]()
+    for number, row in enumerate(rows, start=1):
+        if not _is_blank(row["value"]):
+            weight = weights[number - 1] or of_image.get(drawn[number - 1], 1.0)
+            verdicts.append(_verdict(path, number, row, key, weight))
+        elif not _is_blank(row["label"]):
+            left_out[NO_VALUE] += 1
+    return VerdictFile(key, verdicts, any(verdict.weight != 1 for verdict in verdicts), left_out)
 
 
 def reviewed(events: pa.Table) -> VerdictFile:
-    """The verdicts on labels among those that a catalog keeps; of several on one label by one person the newest.
+    """The verdicts on labels among those that a catalog keeps; of one person's on a label of the same bytes the newest.
 
     A weight belongs to the draw of the image, not to one word on it: whoever corrects or confirms what was said of
     these bytes, in the browser or elsewhere, need not repeat it.
@@ -101,16 +121,16 @@ def reviewed(events: pa.Table) -> VerdictFile:
     """
     weighted = events.filter(pc.is_valid(events["weight"])).select(["image_id", "content_hash", "weight"]).to_pylist()
     weights = {(row["image_id"], row["content_hash"]): row["weight"] for row in weighted}
-    newest: dict[tuple[str, str, str], dict[str, Any]] = {}
+    newest: dict[tuple[str, ...], dict[str, Any]] = {}
     for row in events.filter(pc.is_valid(events["label"])).to_pylist():
-        newest[row["image_id"], row["label"], row["reviewer"]] = row
+        newest[row["image_id"], row["content_hash"], row["label"], row["reviewer"]] = row
     rows = [row for row in newest.values() if row["value"] is not None]
     given = [weights.get((row["image_id"], row["content_hash"])) for row in rows]
     verdicts = [
         Verdict(row["image_id"], row["label"], row["value"], weight or 1.0, row["content_hash"])
         for row, weight in zip(rows, given, strict=True)
     ]
-    return VerdictFile("image_id", verdicts, any(weight is not None for weight in given))
+    return VerdictFile("image_id", verdicts, any(verdict.weight != 1 for verdict in verdicts))
 
 
 def _read_table(path: Path) -> pa.Table:
@@ -130,15 +150,25 @@ def _read_table(path: Path) -> pa.Table:
     raise CalibrationError(f"{path}: neither .parquet nor .csv", remedy="Name a Parquet or CSV file.")
 
 
-def _verdict(path: Path, number: int, row: dict[str, Any], key: str) -> Verdict:
+def _is_blank(value: object) -> bool:
+    return value is None or not str(value).strip()
+
+
+def _weight(path: Path, number: int, row: dict[str, Any]) -> float | None:
+    weight = row.get("weight")
+    if _is_blank(weight):
+        return None
+    if not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+        raise CalibrationError(f"{path}, row {number}: weight {weight!r}", remedy="Write a number above 0, or nothing.")
+    return float(weight)
+
+
+def _verdict(path: Path, number: int, row: dict[str, Any], key: str, weight: float) -> Verdict:
     value = _VALUES.get(str(row["value"]).strip().lower())
     if value is None:
         raise CalibrationError(
             f"{path}, row {number}: value {row['value']!r}", remedy="Write true or false, 1 or 0, yes or no."
         )
-    weight = row.get("weight", 1.0)
-    if not isinstance(weight, int | float) or not 0 < weight < float("inf"):
-        raise CalibrationError(f"{path}, row {number}: weight {weight!r}", remedy="Write a number above 0.")
     image, label = row[key], row["label"]
     if not image or not label:
         raise CalibrationError(f"{path}, row {number}: no {'label' if image else key}", remedy="Fill it in.")
@@ -148,7 +178,7 @@ def _verdict(path: Path, number: int, row: dict[str, Any], key: str) -> Verdict:
         except SourceError as error:
             raise CalibrationError(f"{path}, row {number}: {error}", remedy=error.remedy) from error
     content_hash = row.get("content_hash") or None
-    return Verdict(str(image), str(label).strip().rpartition("/")[2], value, float(weight), content_hash)
+    return Verdict(str(image), str(label).strip().rpartition("/")[2], value, weight, content_hash)
 
 
 def match_verdicts(file: VerdictFile, images: Iterable[pa.Table], labels: tuple[str, ...]) -> Matched:
@@ -167,7 +197,7 @@ def match_verdicts(file: VerdictFile, images: Iterable[pa.Table], labels: tuple[
         counts += [batch.num_rows, pc.sum(pc.not_equal(batch["decision"], "allow")).as_py() or 0]
         for row in batch.filter(pc.is_in(batch[file.key], value_set=wanted)).to_pylist():
             found.setdefault(row[file.key], []).append(row)
-    left_out: Counter[str] = Counter()
+    left_out = Counter(file.left_out)
     said: dict[tuple[str, int], list[Verdict]] = {}
     for verdict in file.verdicts:
         rows = found.get(verdict.image, [])

@@ -15,6 +15,7 @@ from vlmflow import schema
 from vlmflow.catalog import Catalog
 from vlmflow.catalog.keys import KeyIndex, index_of, to_binary, to_words
 from vlmflow.catalog.masks import as_mask, equal, is_valid
+from vlmflow.catalog.rows import POLICY_COLUMNS, policy_names
 from vlmflow.report.labels import Counts, LabelFacts, Labels, histogram
 from vlmflow.report.rows import COLUMNS, Pick, Row, as_row
 
@@ -77,7 +78,7 @@ def collect(
     lowest = {name: Pick(NUM_LOWEST, (name, "ascending")) for name in MATCHES}
     failed, sample, others = Pick(NUM_FAILED), Pick(NUM_SAMPLED), Pick(max(1, len(wanted)))
     labels = Labels(NUM_PER_LABEL)
-    columns = [*COLUMNS, "policy_name", "policy_version", *(["source"] if texts else [])]
+    columns = [*COLUMNS, *POLICY_COLUMNS, *(["source"] if texts else [])]
     ids = pa.array(wanted, pa.string())
     for rows in catalog.image_batches(columns):
         _count(facts, rows)
@@ -116,7 +117,7 @@ def _count(facts: Facts, rows: pa.Table) -> None:
     flagged = rows.filter(pa.array(as_mask(pc.not_equal(rows["decision"], "allow"))))
     add_counts(facts.reasons, pc.fill_null(flagged["decision_reason"], "no reason given"))
     add_counts(facts.errors, pc.struct_field(pc.list_flatten(rows["errors"]), "class"))
-    add_counts(facts.policies, pc.binary_join_element_wise(rows["policy_name"], rows["policy_version"], " "))
+    add_counts(facts.policies, policy_names(rows))
     for name in MATCHES:
         scores = rows[name].drop_null().to_numpy()
         if len(scores):

@@ -31,8 +31,10 @@ class LabelFacts:
     """One label over the whole catalog.
 
     Attributes:
-        thresholds: of the row met last; None: the label has no such threshold.
+        reviews, blocks: the thresholds that rows have; several where policies, or prompts and detectors, differ. None:
+            no such threshold.
         counts: (NUM_BINS,) its scores.
+        calibrated: whether these are probabilities; both where rows differ.
         examples: the rows with its highest scores, with the score as last column ``value``.
     """
 
@@ -40,9 +42,10 @@ class LabelFacts:
     num_unscored: int = 0
     num_review: int = 0
     num_block: int = 0
-    review_threshold: float | None = None
-    block_threshold: float | None = None
+    reviews: set[float | None] = field(default_factory=set)
+    blocks: set[float | None] = field(default_factory=set)
     counts: Counts = field(default_factory=_no_counts)
+    calibrated: set[bool] = field(default_factory=set)
     examples: pa.Table | None = None
 
     @property
@@ -90,10 +93,28 @@ class Labels:
             facts.num_review += int(marks["review"][here].sum())
             facts.num_block += int(marks["block"][here].sum())
             facts.counts += histogram(scores[here])
-            last = items[int(here.max())].as_py()
-            facts.review_threshold, facts.block_threshold = last["review_threshold"], last["block_threshold"]
             best = here[: len(here) - num_unscored][: self._num_examples]
             self._keep(facts, rows.take(pa.array(places[best])), scores[best])
+        self._note_scales(names, items)
+
+    def _note_scales(self, names: pa.Array, items: pa.StructArray) -> None:
+        """Notes what scores are compared with, and whether they are probabilities."""
+        probability, score = pc.struct_field(items, "probability"), pc.struct_field(items, "score")
+        calibrated = pc.if_else(pc.is_valid(score), pc.is_valid(probability), pa.scalar(None, pa.bool_()))
+        scales = pa.table(
+            {
+                "label": names,
+                "review": pc.struct_field(items, "review_threshold"),
+                "block": pc.struct_field(items, "block_threshold"),
+                "calibrated": calibrated,
+            }
+        )
+        for scale in scales.group_by(scales.column_names).aggregate([]).to_pylist():
+            facts = self.facts[scale["label"]]
+            facts.reviews.add(scale["review"])
+            facts.blocks.add(scale["block"])
+            if scale["calibrated"] is not None:
+                facts.calibrated.add(scale["calibrated"])
 
     def _keep(self, facts: LabelFacts, rows: pa.Table, scores: NDArray[np.float64]) -> None:
         found = rows.append_column("value", pa.array(scores))

@@ -65,6 +65,7 @@ def _overview(report: RunReport, state: str) -> Html:
             "By equal bytes": text(report.num_copied + report.num_shared),
             "By other runs": text(report.num_by_others),
             "Under another policy": text(report.num_policy_differs),
+            "At urls that nobody watches": text(report.num_unwatched),
             "Profile": text(report.profile),
             "Policy": text(report.policy),
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from vlmflow.report.cards import DECISIONS, SETS, STATUSES, Cards
 from vlmflow.report.charts import bin_table, count_table, histogram, label_histogram
@@ -16,6 +16,7 @@ MAX_GROUPS = 48
 MAX_MEMBERS = 4
 _SECTION_BYTES = 800_000
 _TABLE_BYTES = 3_500_000
+_DIFFERS = "differs"  # in place of a threshold that not all rows share
 _MATCH_NAMES = {"text_itm": "title match", "caption_itm": "caption match"}
 
 
@@ -66,6 +67,7 @@ def scores_section(facts: Facts) -> Html:
         table("Labels, the most flagged first", heads, rows)
         if rows
         else paragraph(Html("No row has labels: nothing was moderated.")),
+        *_scale_notes([facts.labels[name] for name in order[:MAX_LABELS]]),
         _left_out(len(order) - len(rows), "more labels, flagged less often"),
     )
 
@@ -208,16 +210,37 @@ def _choice(name: str, title: str, options: Mapping[str, str]) -> Html:
 
 
 def _label_line(name: str, label: LabelFacts) -> Sequence[Html]:
+    limits = {"review": label.reviews, "block": label.blocks}
+    lines = {decision: next(iter(values)) for decision, values in limits.items() if len(values) == 1}
     return (
         text(name),
         text(label.num_block),
         text(label.num_review),
         text(label.num_scored),
         text(label.num_unscored),
-        number(label.review_threshold),
-        number(label.block_threshold),
-        label_histogram(label.counts, text(name), {"review": label.review_threshold, "block": label.block_threshold}),
+        *(_threshold(values) for values in limits.values()),
+        label_histogram(label.counts, text(name), lines),
     )
+
+
+def _threshold(values: set[float | None]) -> Html:
+    return text(_DIFFERS) if len(values) > 1 else number(next(iter(values), None))
+
+
+def _scale_notes(labels: Sequence[LabelFacts]) -> Iterator[Html]:
+    """What is to be known of labels whose rows are not on one scale."""
+    if any(len(values) > 1 for label in labels for values in (label.reviews, label.blocks)):
+        words = (
+            f"{_DIFFERS.capitalize()}: rows of the label have different thresholds, being under several policies, or "
+            "fed by a detector and prompts. No line marks these."
+        )
+        yield paragraph(Html(words))
+    if mixed := sum(len(label.calibrated) > 1 for label in labels):
+        words = (
+            "Labels whose bars hold both probabilities and scores that are not calibrated, for the same reason: "
+            f"{mixed:,}. The two do not compare."
+        )
+        yield paragraph(Html(words))
 
 
 def _labels_in_order(facts: Facts) -> list[str]:

@@ -4,36 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from vlmflow.config import SourceConfig
+from vlmflow.config import CatalogConfig, SourceConfig
 from vlmflow.sources.base import Fetched, Reader, Source
 from vlmflow.sources.manifest import ManifestSource
+from vlmflow.sources.nested import catalog_beside
 from vlmflow.sources.parquet import ParquetSource, holds_image_bytes
 from vlmflow.sources.prefix import PrefixSource
 from vlmflow.sources.uris import image_ids, normalise_uri
 from vlmflow.sources.webdataset import WebDatasetSource
+from vlmflow.storage import Address
 
 __all__ = ["Fetched", "Reader", "Source", "image_ids", "normalise_uri", "open_source"]
 
-_SOURCES: dict[str, Callable[[SourceConfig], Source]] = {
+_LISTED: dict[str, Callable[[SourceConfig, Address | None], Source]] = {
     "prefix": PrefixSource,
-    "manifest": ManifestSource,
     "webdataset": WebDatasetSource,
     "parquet": ParquetSource,
 }
 
 
-def open_source(config: SourceConfig) -> Source:
+def open_source(config: SourceConfig, catalog: CatalogConfig | None = None) -> Source:
     """Opens the source of a job. Of ``kind: auto``, the extension of the uri tells which.
 
     A ``.parquet`` file is opened to see whether it holds image bytes or is a manifest; nothing else is read yet.
 
+    Args:
+        catalog: of the job; what lies in it is left out where a folder or a prefix is listed.
+
     Raises:
-        ConfigError: the uri is of no store that is known.
+        ConfigError: the uri is of no store that is known, or lies in the catalog.
         SourceError: a Parquet file does not exist, or is none.
         StorageAccessError: the store refused, or is not there.
         TransientError: the store is out of reach.
     """
-    return _SOURCES[_kind(config)](config)
+    kind = _kind(config)
+    if kind == "manifest":
+        return ManifestSource(config)
+    return _LISTED[kind](config, None if catalog is None else catalog_beside(config, catalog))
 
 
 def _kind(config: SourceConfig) -> str:

@@ -147,8 +147,8 @@ def check_named(config: SourceConfig, columns: Sequence[str], name: str) -> None
 def _questions(column: pa.ChunkedArray, what: str) -> pa.Array:
     """Lists of questions from a column of lists, or of texts with one question a line; null where there is none."""
     kind = column.type
-    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
-    if not pa.types.is_string(kind) and not (is_list and pa.types.is_string(kind.value_type)):
+    of_each = kind.value_type if pa.types.is_list(kind) or pa.types.is_large_list(kind) else kind
+    if not (pa.types.is_string(of_each) or pa.types.is_null(of_each)):
         raise SourceError(f"{what} is {kind}", remedy="Store questions as texts, one a line, or as lists of texts.")
     asked = []
     for value in column.to_pylist():

@@ -1,7 +1,7 @@
 """Listing a prefix or a folder as Arrow batches: ``uri``, ``object_version``, ``size_bytes``.
 
 Names that start with a dot or an underscore are left out, folders as well as files: ``.DS_Store``, ``_SUCCESS``,
-``_delta_log``. Everything else is listed, whatever its extension.
+``_delta_log``. So is the catalog, where it lies among the images. Everything else is listed, whatever its extension.
 """
 
 from __future__ import annotations
@@ -31,8 +31,11 @@ LISTING = pa.schema([("uri", pa.string()), ("object_version", pa.string()), ("si
 HIDDEN = re.compile(r"(^|/)[._]")
 
 
-def list_objects(uri: str, stores: Stores) -> Iterator[pa.RecordBatch]:
+def list_objects(uri: str, stores: Stores, catalog: Address | None) -> Iterator[pa.RecordBatch]:
     """Yields batches of ``LISTING``; of a local folder in the order of names, of a store in its own.
+
+    Args:
+        catalog: of the same store; nothing below it is listed.
 
     Raises:
         SourceError: the folder does not exist, or a name in it cannot be expressed.
@@ -40,11 +43,14 @@ def list_objects(uri: str, stores: Stores) -> Iterator[pa.RecordBatch]:
         TransientError: the store is out of reach.
     """
     address = parse_address(uri)
-    return _list_local(address) if address.is_local else _list_store(address, stores)
+    return _list_local(address, catalog) if address.is_local else _list_store(address, stores, catalog)
 
 
-def list_files(uri: str, extension: str, stores: Stores) -> Sequence[str]:
+def list_files(uri: str, extension: str, stores: Stores, catalog: Address | None) -> Sequence[str]:
     """The files of one kind: the uri itself if it names one, else those under it. For files of many images each.
+
+    Args:
+        catalog: as of :func:`list_objects`.
 
     Raises:
         As :func:`list_objects`.
@@ -52,17 +58,19 @@ def list_files(uri: str, extension: str, stores: Stores) -> Sequence[str]:
     normalised = str(parse_address(uri))
     if normalised.lower().endswith(extension) and not Path(normalised).is_dir():
         return [normalised]
-    found = [name for batch in list_objects(uri, stores) for name in batch["uri"].to_pylist()]
+    found = [name for batch in list_objects(uri, stores, catalog) for name in batch["uri"].to_pylist()]
     return sorted(name for name in found if name.lower().endswith(extension))
 
 
-def _list_store(address: Address, stores: Stores) -> Iterator[pa.RecordBatch]:
+def _list_store(address: Address, stores: Stores, catalog: Address | None) -> Iterator[pa.RecordBatch]:
     store, prefix = stores.locate(str(address))
     skip = len(prefix) + 1 if prefix else 0
     try:
         for batch in _pages(store, prefix or None):
             names = pc.utf8_slice_codeunits(batch["path"], start=skip)
             shown = pc.and_(pc.not_equal(names, ""), pc.invert(pc.match_substring_regex(names, HIDDEN.pattern)))
+            if catalog is not None:
+                shown = pc.and_(shown, pc.invert(pc.starts_with(batch["path"], f"{catalog.path}/")))
             batch = batch.filter(shown)
             uris = pc.binary_join_element_wise(address.root, batch["path"], "/")
             listed = pa.RecordBatch.from_arrays(
@@ -122,12 +130,13 @@ def _without_folder_markers(listed: pa.RecordBatch, stores: Stores) -> pa.Record
     return listed.filter(pc.invert(pc.is_in(listed["uri"], pa.array(markers, pa.string()))))
 
 
-def _list_local(address: Address) -> Iterator[pa.RecordBatch]:
+def _list_local(address: Address, catalog: Address | None) -> Iterator[pa.RecordBatch]:
     """Lists by hand: obstore leaves out names that end in ``#1``, as its own unfinished uploads do."""
     rows: list[tuple[str, str | None, int | None]] = []
     try:
         root = Path(address.path).stat()
-        for path, status in _walk(address.path, frozenset({(root.st_dev, root.st_ino)})):
+        passed = {(root.st_dev, root.st_ino), *_folder_ids(catalog)}
+        for path, status in _walk(address.path, frozenset(passed)):
             rows.append((path, local_version(status) if status else None, status.st_size if status else None))
             if len(rows) == BATCH_ROWS:
                 yield _local_batch(rows)
@@ -149,11 +158,20 @@ def _local_batch(rows: list[tuple[str, str | None, int | None]]) -> pa.RecordBat
     return pa.RecordBatch.from_arrays(columns, schema=LISTING)
 
 
+def _folder_ids(catalog: Address | None) -> list[tuple[int, int]]:
+    """Device and inode of the catalog's folder, by which it is known behind symbolic links too; none without one."""
+    try:
+        status = None if catalog is None else Path(catalog.path).stat()
+    except OSError:  # it is not there yet; or it cannot be read, which opening it tells
+        return []
+    return [] if status is None else [(status.st_dev, status.st_ino)]
+
+
 def _walk(folder: str, above: frozenset[tuple[int, int]]) -> Iterator[tuple[str, os.stat_result | None]]:
     """Yields the regular files below a folder, symbolic links followed; None for a link that leads nowhere.
 
     Args:
-        above: device and inode of the folders that lead here, so that a link to one of them ends.
+        above: device and inode of the folders that lead here, so that a link to one of them ends, and of the catalog.
     """
     with os.scandir(folder) as entries:
         shown = sorted((entry for entry in entries if entry.name[0] not in "._"), key=lambda entry: entry.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -24,9 +25,11 @@ from vlmflow.sources.unique import UniqueReferences
 from vlmflow.sources.uris import is_http, normalise_uri, resolve
 from vlmflow.storage import STORE_ERRORS, access_error, local_version, object_version, parse_address
 
-# A manifest may know the versions already, and spare a request for each image.
+# What a manifest may say of the version of an http(s) url, which is not asked. Stores and disks tell their own, which
+# a column from another day would hide.
 _VERSION_COLUMNS = ("object_version", "etag")
 _HEADS_AT_A_TIME = 1_000
+_OTHER_DIVIDERS = re.compile(r"[;\t|]")  # of columns in what some programs write as CSV
 
 
 class ManifestSource:
@@ -46,7 +49,11 @@ class ManifestSource:
         if self._config.uri_column not in schema.names:
             there = ", ".join(schema.names) or "none"
             message = f"{self._config.uri} has no column {self._config.uri_column}; it has {there}"
-            raise SourceError(message, remedy="Name another with source.uri_column.")
+            is_divided_otherwise = len(schema.names) == 1 and _OTHER_DIVIDERS.search(schema.names[0])
+            commas = "Write it with commas between the columns, which divide a CSV file here."
+            raise SourceError(
+                message, remedy=commas if is_divided_otherwise else "Name another with source.uri_column."
+            )
         check_named(self._config, schema.names, self._config.uri)
         return pa.schema([field for field in schema if field.name != self._config.uri_column])
 
@@ -116,8 +123,9 @@ class ManifestSource:
                 given["regions_row"] = pa.array(range(first_row - 1, first_row - 1 + rows.num_rows), pa.int64())
             version_column = next((name for name in _VERSION_COLUMNS if name in rows.column_names), None)
             if version_column is not None:
-                versions = texts(rows[version_column], f"{config.uri}: column {version_column}")
-                given["object_version"] = pc.utf8_trim(versions, '"')
+                versions = pc.utf8_trim(texts(rows[version_column], f"{config.uri}: column {version_column}"), '"')
+                is_asked = pa.array([not is_http(locator) for locator in locators])
+                given["object_version"] = pc.if_else(is_asked, pa.scalar(None, pa.string()), versions)
             yield reference_batch(given, source_struct(rows, columns))
             first_row += rows.num_rows
 
@@ -138,6 +146,9 @@ def _checked_version(path: Path) -> str:
     It is opened again, more than once: a reader that is bound to this version takes no later one.
     """
     try:
+        if path.is_dir():
+            remedy = "Name a file in it, or leave source.kind out to take its files for images."
+            raise SourceError(f"{path} is a folder, not a manifest", remedy=remedy)
         if not path.is_file():
             raise SourceError(f"{path} does not exist", remedy="Check the path.")
         with path.open("rb") as file:
@@ -150,7 +161,8 @@ def source_struct(rows: pa.Table, columns: pa.Schema) -> pa.StructArray | None:
     """The caller's columns as one struct column; None if there are none."""
     if len(columns) == 0:
         return None
-    return pa.StructArray.from_arrays([flat(rows[name]) for name in columns.names], fields=list(columns))
+    values = [flat(rows[field.name]).cast(field.type) for field in columns]
+    return pa.StructArray.from_arrays(values, fields=list(columns))
 
 
 def with_versions(batch: pa.RecordBatch, stores: Stores) -> pa.RecordBatch:

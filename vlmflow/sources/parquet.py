@@ -14,14 +14,14 @@ from vlmflow.sources.base import BATCH_ROWS, Reader, check_named, own_columns, r
 from vlmflow.sources.listing import list_files
 from vlmflow.sources.manifest import source_struct
 from vlmflow.sources.parquet_rows import bytes_field
-from vlmflow.sources.prefix import no_images
+from vlmflow.sources.prefix import no_files, no_images
 from vlmflow.sources.reader import SourceReader, row_version
 from vlmflow.sources.regions import check_regions
 from vlmflow.sources.stores import Stores
 from vlmflow.sources.tables import portable_schema, to_portable, unreadable
 from vlmflow.sources.unique import UniqueReferences
 from vlmflow.sources.uris import normalise_uri, resolve
-from vlmflow.storage import STORE_ERRORS, parse_address
+from vlmflow.storage import STORE_ERRORS, Address, parse_address
 
 
 class ParquetSource:
@@ -30,8 +30,8 @@ class ParquetSource:
     An image is known as ``<file>#<row>``, or by the column of uris where the files have one.
     """
 
-    def __init__(self, config: SourceConfig) -> None:
-        self._config = config
+    def __init__(self, config: SourceConfig, catalog: Address | None) -> None:
+        self._config, self._catalog = config, catalog
         self._stores = Stores(config.storage)
         self._address = parse_address(config.uri)
         self._unique = UniqueReferences(self._references)
@@ -54,7 +54,7 @@ class ParquetSource:
             empty = empty and batch.num_rows == 0
             yield batch
         if empty and not self._config.allow_empty:
-            raise no_images(self._config.uri)
+            raise no_images(self._config.uri) if self._files else no_files(self._config.uri, ".parquet")
 
     def reader(self, limits: ImageLimits) -> Reader:
         """Builds the reader of this source's references."""
@@ -62,18 +62,25 @@ class ParquetSource:
 
     @cached_property
     def _files(self) -> Sequence[str]:
-        return list_files(str(self._address), ".parquet", self._stores)
+        return list_files(str(self._address), ".parquet", self._stores, self._catalog)
 
     @cached_property
     def _columns(self) -> pa.Schema:
-        if not self._files:
-            return pa.schema([])
-        file, _ = self._stores.open_file(self._files[0])
-        with file:
-            schema = _open(file, self._files[0]).schema_arrow
-        self._check(schema, self._files[0])
+        found = pa.schema([])
+        for uri in self._files:
+            file, _ = self._stores.open_file(uri)
+            with file:
+                schema = self._own_columns(_open(file, uri).schema_arrow, uri)
+            # A column without values in one file may have some in the next, which tells its type.
+            found = pa.schema([_typed(field, schema) for field in found or schema])
+            if not any(pa.types.is_null(field.type) for field in found):
+                break
+        return found
+
+    def _own_columns(self, schema: pa.Schema, uri: str) -> pa.Schema:
+        self._check(schema, uri)
         dropped = (self._config.bytes_column, self._config.uri_column, self._config.regions_column)
-        return portable_schema(pa.schema([field for field in schema if field.name not in dropped]), self._files[0])
+        return portable_schema(pa.schema([field for field in schema if field.name not in dropped]), uri)
 
     def _check(self, schema: pa.Schema, uri: str) -> None:
         there = ", ".join(f"{field.name} ({field.type})" for field in schema)
@@ -139,6 +146,11 @@ class ParquetSource:
         readable |= {name: rows[name]} if name in rows.column_names else {}
         given |= own_columns(pa.table(readable), self._config, uri)
         return reference_batch(given, source_struct(own, self.columns))
+
+
+def _typed(field: pa.Field, other: pa.Schema) -> pa.Field:
+    """The field; where it has no type yet, that of another file."""
+    return other.field(field.name) if pa.types.is_null(field.type) and field.name in other.names else field
 
 
 def _open(file: object, uri: str) -> pq.ParquetFile:

@@ -12,7 +12,7 @@ from vlmflow.sources.base import Reader, reference_batch
 from vlmflow.sources.listing import list_objects
 from vlmflow.sources.reader import SourceReader
 from vlmflow.sources.stores import Stores
-from vlmflow.storage import parse_address
+from vlmflow.storage import Address, parse_address
 
 
 class PrefixSource:
@@ -21,8 +21,8 @@ class PrefixSource:
     version: str | None = None  # it is many files
     num_repeated = 0  # nothing is listed twice
 
-    def __init__(self, config: SourceConfig) -> None:
-        self._config = config
+    def __init__(self, config: SourceConfig, catalog: Address | None) -> None:
+        self._config, self._catalog = config, catalog
         self._stores = Stores(config.storage)
         self._address = parse_address(config.uri)
 
@@ -38,7 +38,7 @@ class PrefixSource:
     def list(self) -> Iterator[pa.RecordBatch]:
         """Yields the references; see :class:`vlmflow.sources.base.Source`."""
         empty = True
-        for listed in list_objects(str(self._address), self._stores):
+        for listed in list_objects(str(self._address), self._stores, self._catalog):
             if listed.num_rows:
                 empty = False
                 yield reference_batch(dict(zip(listed.schema.names, listed.columns, strict=True)))
@@ -53,3 +53,9 @@ class PrefixSource:
 def no_images(uri: str) -> EmptySourceError:
     """The error of a source that lists nothing."""
     return EmptySourceError(f"{uri} holds no images", remedy="Check the path, or give --allow-empty.")
+
+
+def no_files(uri: str, extension: str) -> EmptySourceError:
+    """The error of a source below which there are no files of its kind; there may be others."""
+    remedy = "Check the path, leave source.kind out if the images are files of their own, or give --allow-empty."
+    return EmptySourceError(f"{uri} holds no {extension} files", remedy=remedy)

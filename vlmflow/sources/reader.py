@@ -141,7 +141,8 @@ class SourceReader:
         try:
             if http is not None and is_http(locator):
                 found = await http.fetch(locator)
-                return Fetched(found.data, found.object_version, None, "")
+                # The manifest's word, where it has one: the next listing compares with it.
+                return Fetched(found.data, row["object_version"] or found.object_version, None, "")
             self._check_size(row["length"] if row["length"] is not None else row["size_bytes"])
             if _is_local(locator):
                 self._check_may_read_disk()

@@ -1,7 +1,8 @@
 """Manifest files as streams of Arrow tables: Parquet, CSV, JSON lines.
 
 Columns keep their types where the format has them. CSV has none, and guessed ones would change from night to night
-with the data, so all its columns are strings.
+with the data, so all its columns are strings. JSON has one kind of number, so whole ones are doubles too: those of
+tomorrow may not be whole. A column without any value has no type yet.
 """
 
 from __future__ import annotations
@@ -33,11 +34,14 @@ class TableFile(Protocol):
 
     @property
     def schema(self) -> pa.Schema:
-        """All its columns, with types that every reader of a catalog knows."""
+        """All its columns, with types that every reader of a catalog knows, or the null type."""
         ...
 
     def batches(self) -> Iterator[pa.Table]:
-        """Yields its rows, a few thousand at a time, under :attr:`schema`."""
+        """Yields its rows, a few thousand at a time, with the columns of :attr:`schema`.
+
+        Doubles of it may be integers here: keys and texts are written out as the file has them.
+        """
         ...
 
 
@@ -63,10 +67,15 @@ def open_table(path: Path, name: str, regions_column: str | None = None) -> Tabl
 
 
 def portable_type(kind: pa.DataType) -> pa.DataType | None:
-    """The type under which a catalog keeps a column; None for one that Delta tables have no counterpart of."""
+    """The type under which a catalog keeps a column; None for one that Delta tables have no counterpart of.
+
+    Nulls, and lists that are all empty, have the null type: what they are a later listing says.
+    """
     if pa.types.is_dictionary(kind):
         return portable_type(kind.value_type)
-    if pa.types.is_large_string(kind) or pa.types.is_string_view(kind) or pa.types.is_null(kind):
+    if pa.types.is_null(kind):
+        return kind
+    if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
         return pa.string()
     if pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind) or pa.types.is_fixed_size_binary(kind):
         return pa.binary()
@@ -80,10 +89,15 @@ def portable_type(kind: pa.DataType) -> pa.DataType | None:
         return pa.date32()
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         inner = portable_type(kind.value_type)
-        return None if inner is None else pa.list_(inner)
+        return inner if inner is None or pa.types.is_null(inner) else pa.list_(inner)
     if pa.types.is_struct(kind):
         members = [(field.name, portable_type(field.type)) for field in kind]
-        portable = [(name, member) for name, member in members if member is not None]
+        # A member cannot be left out until it has values, as a column can.
+        portable = [
+            (name, pa.string() if pa.types.is_null(member) else member)
+            for name, member in members
+            if member is not None
+        ]
         return pa.struct(portable) if portable and len(portable) == len(members) else None
     known = (
         pa.types.is_string,
@@ -127,6 +141,9 @@ def to_portable(rows: pa.Table, columns: pa.Schema, name: str) -> pa.Table:
     """
     cast = []
     for field in columns:
+        if pa.types.is_null(field.type):  # empty lists would not become it
+            cast.append(pa.nulls(rows.num_rows))
+            continue
         column = rows[field.name]
         try:
             column = column.cast(options=pc.CastOptions(field.type, allow_time_truncate=True))
@@ -229,24 +246,40 @@ class JsonTable:
 
     @cached_property
     def schema(self) -> pa.Schema:
-        """All its columns, found by reading the file once."""
-        schema = pa.schema([])
-        for first_line, rows in self._rows():
-            try:
-                # Not Table.from_pylist: it takes its columns from the first row alone.
-                found = pa.RecordBatch.from_struct_array(pa.array(rows)).schema if rows else schema
-                schema = pa.unify_schemas([schema, found], promote_options="permissive")
-            except _MISFITS as error:
-                raise self._misfit(error, first_line) from error
-        return portable_schema(schema, self._name)
+        """All its columns, found by reading the file once; integers are doubles, unless one is too large for that."""
+        schema, large = self._found
+        wide = [
+            pa.field(field.name, pa.float64()) if pa.types.is_integer(field.type) and field.name not in large else field
+            for field in schema
+        ]
+        return pa.schema(wide)
 
     def batches(self) -> Iterator[pa.Table]:
         """Yields its rows; what a row leaves out is null."""
+        schema, _ = self._found
+        typed = pa.schema([field for field in schema if not pa.types.is_null(field.type)])
         for first_line, rows in self._rows():
             try:
-                yield pa.Table.from_pylist(rows, schema=self.schema)
+                table = pa.Table.from_pylist(rows, schema=typed)
             except _MISFITS as error:  # an integer, where a later one of the column is none
                 raise self._misfit(error, first_line) from error
+            yield to_portable(table, schema, self._name)
+
+    @cached_property
+    def _found(self) -> tuple[pa.Schema, set[str]]:
+        """All columns as read, and those of integers that a double does not hold."""
+        schema, large = pa.schema([]), set[str]()
+        for first_line, rows in self._rows():
+            if not rows:
+                continue
+            try:
+                # Not Table.from_pylist: it takes its columns from the first row alone.
+                batch = pa.RecordBatch.from_struct_array(pa.array(rows))
+                schema = pa.unify_schemas([schema, batch.schema], promote_options="permissive")
+            except _MISFITS as error:
+                raise self._misfit(error, first_line) from error
+            large |= {name for name in batch.schema.names if _is_large(batch[name])}
+        return portable_schema(schema, self._name), large
 
     def _misfit(self, error: Exception, first_line: int) -> SourceError:
         where = f"{self._name}, lines from {first_line}"
@@ -281,6 +314,17 @@ class JsonTable:
             message = f"{self._name}, line {number} holds a {type(row).__name__}"
             raise SourceError(message, remedy="Write one object a line.")
         return row
+
+
+def _is_large(values: pa.Array) -> bool:
+    """Whether these are integers of which a double does not hold one."""
+    if not pa.types.is_integer(values.type):
+        return False
+    try:
+        values.cast(pa.float64())
+    except pa.ArrowInvalid:
+        return True
+    return False
 
 
 def _line(error: Exception) -> str:

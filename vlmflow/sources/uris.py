@@ -9,8 +9,8 @@ from __future__ import annotations
 import posixpath
 import re
 from collections.abc import Iterable, Sequence
-from hashlib import blake2b
-from urllib.parse import quote, unquote, urlsplit, urlunsplit
+from hashlib import blake2b, pbkdf2_hmac
+from urllib.parse import SplitResult, quote, unquote, urlsplit, urlunsplit
 
 from vlmflow.errors import ConfigError
 from vlmflow.storage import Address, parse_address
@@ -65,6 +65,9 @@ _SIGNED_SETS: tuple[tuple[frozenset[str], frozenset[str]], ...] = (
 # Google Cloud CDN: only the two together are its own.
 _CDN_MARKS, _CDN_SET = {"keyname", "signature"}, {"keyname", "signature", "expires", "urlprefix"}
 
+# About half a millisecond: a manifest may hold a million urls with one misspelled port.
+_DIGEST_ROUNDS = 1_000
+
 
 def is_http(uri: str) -> bool:
     """Whether a uri is an http(s) url."""
@@ -76,7 +79,7 @@ def normalise_uri(uri: str) -> str:
 
     Local paths become absolute, ``file://`` is dropped, object-store uris stay as they are. Http urls lose userinfo,
     fragment, default port and signature parameters, and their percent-escapes are made uniform. What names no place
-    stays as it is: reading it records what is wrong.
+    stays as it is, but for what may be a password: reading it records what is wrong.
     """
     if _NORMAL.fullmatch(uri):
         return uri
@@ -97,10 +100,9 @@ def normalise_uri(uri: str) -> str:
 
 def _normalise_http(uri: str) -> str:
     try:
-        parts = urlsplit(uri.strip())
-        host, port = (parts.hostname or "").lower(), parts.port
-    except ValueError:  # an unclosed bracket, a port that is no number: the read records what is wrong
-        return _without_userinfo(uri.strip())
+        parts, host, port = _take_apart(uri.strip())
+    except ValueError:
+        return _misspelled(uri.strip())
     scheme = parts.scheme.lower()
     authority = f"[{host}]" if ":" in host else host
     if port is not None and port != _DEFAULT_PORTS[scheme]:
@@ -109,16 +111,50 @@ def _normalise_http(uri: str) -> str:
     return urlunsplit((scheme, authority, path, _unsigned(parts.query), ""))
 
 
-def _without_userinfo(uri: str) -> str:
-    """What can be kept of a url that cannot be taken apart: a password may hold any of the letters that divide it."""
-    scheme, _, rest = uri.partition("://")
-    ends = re.search(r"[?#]", rest)
-    kept, cut = (rest[: ends.start()], rest[ends.end() :]) if ends else (rest, "")
-    kept = kept.rpartition("@")[2]
-    if "@" in cut:  # the host may stand behind it
-        authority, slash, path = kept.partition("/")
-        kept = f"{authority.partition(':')[0]}{slash}{path}"
-    return f"{scheme.lower()}://{kept}"
+def _take_apart(url: str) -> tuple[SplitResult, str, int | None]:
+    """Gives the parts of a url, its host and its port.
+
+    Raises:
+        ValueError: an unclosed bracket, a port that is no number, no host: the read records what is wrong.
+    """
+    parts = urlsplit(url)
+    if not parts.hostname:
+        raise ValueError("no host")
+    return parts, parts.hostname.lower(), parts.port
+
+
+def _misspelled(url: str) -> str:
+    """The spelling of a url that cannot be taken apart. It cannot be either: it is never that of another image's url.
+
+    All before the last @ may be a password, which may hold any of the letters that divide a url, or an address as
+    ``http://host:port/a@2x.jpg`` is. Where one cannot tell, a digest stands for it behind a bracket that never closes.
+    """
+    scheme, _, rest = url.partition("://")
+    scheme = scheme.lower()
+    before, _, kept = rest.rpartition("@")
+    place, _, query = kept.partition("#")[0].partition("?")
+    query = _unsigned(query)
+    spelled = f"{scheme}://{place}{'?' if query else ''}{query}".rstrip()
+    if re.search(r"[/?#]", before) or _is_url(spelled):
+        shown = re.split("[?#&]", kept, maxsplit=1)[0].rstrip()
+        return f"{scheme}://[hidden-{_slow_digest(rest)}/{shown}"
+    return spelled
+
+
+def _is_url(text: str) -> bool:
+    try:
+        _take_apart(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _slow_digest(rest: str) -> str:
+    """What stands for a text that may hold a password: too slow to be guessed at, of nothing that is plainly secret."""
+    authority = re.split(r"[/?#]", rest, maxsplit=1)[0]
+    place, _, query = rest[authority.rfind("@") + 1 :].partition("?")
+    text = f"{place}?{_unsigned(query)}".encode("utf-8", "surrogatepass")
+    return pbkdf2_hmac("sha256", text, b"vlmflow", _DIGEST_ROUNDS, dklen=8).hex()
 
 
 def _requote(text: str, safe: str) -> str:

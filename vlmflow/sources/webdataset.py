@@ -23,11 +23,11 @@ from vlmflow.config import ImageLimits, SourceConfig
 from vlmflow.errors import SourceError
 from vlmflow.sources.base import BATCH_ROWS, Reader, check_named, own_columns, reference_batch
 from vlmflow.sources.listing import HIDDEN, list_files
-from vlmflow.sources.prefix import no_images
+from vlmflow.sources.prefix import no_files, no_images
 from vlmflow.sources.reader import SourceReader, part_version
 from vlmflow.sources.stores import Stores
 from vlmflow.sources.uris import normalise_uri
-from vlmflow.storage import STORE_ERRORS, access_error, parse_address
+from vlmflow.storage import STORE_ERRORS, Address, access_error, parse_address
 
 SIDE_COLUMNS = ("txt", "json", "cls")
 _COLUMNS = pa.schema([(name, pa.string()) for name in SIDE_COLUMNS])
@@ -51,8 +51,8 @@ class WebDatasetSource:
     version: str | None = None  # it is many files
     num_repeated = 0  # nothing is listed twice
 
-    def __init__(self, config: SourceConfig) -> None:
-        self._config = config
+    def __init__(self, config: SourceConfig, catalog: Address | None) -> None:
+        self._config, self._catalog = config, catalog
         self._stores = Stores(config.storage)
         self._address = parse_address(config.uri)
 
@@ -78,7 +78,7 @@ class WebDatasetSource:
                         empty = False
                         yield batch
         if empty and not self._config.allow_empty:
-            raise no_images(self._config.uri)
+            raise no_images(self._config.uri) if self._shards else no_files(self._config.uri, ".tar")
 
     def reader(self, limits: ImageLimits) -> Reader:
         """Builds the reader of this source's references."""
@@ -86,7 +86,7 @@ class WebDatasetSource:
 
     @cached_property
     def _shards(self) -> Sequence[str]:
-        return list_files(str(self._address), ".tar", self._stores)
+        return list_files(str(self._address), ".tar", self._stores, self._catalog)
 
     def _list_shard(self, uri: str) -> Sequence[pa.RecordBatch]:
         file, head = self._stores.open_file(uri)

@@ -13,9 +13,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from vlmflow.catalog.reviews import WITHDRAWN
-from vlmflow.config import Frozen, ImageLimits, Job, describe_validation
+from vlmflow.config import Frozen, ImageLimits, Job
 from vlmflow.errors import ConfigError, ImageError, TooLargeError, VlmflowError
 from vlmflow.explain import EVIDENCE_COLUMNS
+from vlmflow.validation import describe_validation
 from vlmflow.views_search import sentence
 from vlmflow.web import pictures
 from vlmflow.web.desk import Desk
@@ -135,7 +136,7 @@ class Actions:
             text = f"The page shows another reviewer: in this browser {who} now. Nothing was written. Reload the page."
             return JSONResponse({"error": text}, 409)
         judging = self._desk.judging
-        held = judging.labels_of(form.image_id, session.reviewer, form.labels)
+        held = judging.labels_of(form.image_id, form.content_hash, session.reviewer, form.labels)
         labels = {name: value for name, value in form.labels.items() if held.get(name) != value}
         before, decision, nothing = self._desk.said(row), form.decision, "Nothing has changed."
         if decision == WITHDRAWN and (before is None or not before.stands):  # of a page from before an undo

@@ -22,6 +22,7 @@ from vlmflow.catalog.judged import of_list
 from vlmflow.catalog.log import DataFile
 from vlmflow.catalog.masks import Mask, is_valid
 from vlmflow.catalog.read import read_each
+from vlmflow.catalog.rows import POLICY_COLUMNS, policy_names
 from vlmflow.moderation.queue import threshold_gaps
 
 DECISIONS = ("allow", "review", "block")
@@ -44,8 +45,7 @@ _COLUMNS = [
     "status",
     "errors",
     "verdict",
-    "policy_name",
-    "policy_version",
+    *POLICY_COLUMNS,
     "text_itm",
     *(f"labels.list.element.{name}" for name in _LABEL_FIELDS),
 ]
@@ -116,9 +116,8 @@ class FactReader:
         for field in _FIELDS:
             if field.name not in rows.column_names:  # of a file older than the column
                 rows = rows.append_column(field, pa.nulls(count, field.type))
-        policy = pc.binary_join_element_wise(rows["policy_name"], rows["policy_version"], " ")
         date = pa.repeat(file.ingest_date.isoformat(), count)
-        values = {"decision": rows["decision"], "status": rows["status"], "policy": policy, "date": date}
+        values = {"decision": rows["decision"], "status": rows["status"], "policy": policy_names(rows), "date": date}
         values["error"] = _first_class(rows["errors"])
         codes = {facet: self._names[facet].of(column) for facet, column in values.items()}
         verdict = flat(rows["verdict"])

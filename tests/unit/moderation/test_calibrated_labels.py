@@ -152,6 +152,8 @@ def test_a_sample_from_the_review_queue_is_warned_of_unless_it_is_weighted() -> 
     )
     weighted = Matched(matched.ids, matched.values, matched.weights, True, Counter(), (0.9, 0.1))
     assert calibrate(weighted, margins).warnings == []
+    unbound = Matched(matched.ids, matched.values, matched.weights, False, Counter(), (1.0, 1.0))
+    assert "it cannot be told whether the labelled ones are a random sample" in calibrate(unbound, margins).warnings[0]
     assert calibrate(matched, margins).warnings == []
 
 

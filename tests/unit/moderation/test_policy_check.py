@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from vlmflow.models import ModelIdentity
 from vlmflow.moderation.check import Finding, PolicyCheck, check_policy
-from vlmflow.moderation.policy import bind, load_policy, shipped_policies, write_binding
+from vlmflow.moderation.policy import Thresholds, bind, load_policy, shipped_policies, write_binding
 
 CLIP = ModelIdentity("org/clip", "local", "a" * 64, "[32]", 1)
 NEUTRAL = [f"harmless thing {number}" for number in range(12)]
@@ -56,7 +56,7 @@ WINE = label("wine", ["wine", "a bottle"])
 def write(folder: Path, *labels: dict[str, Any], **changes: Any) -> str:
     categories = [{"name": f"category-{number}", "labels": [item]} for number, item in enumerate(labels)]
     data = {"name": "test", "version": "1", "neutral": NEUTRAL, "categories": categories}
-    data |= {"logistic": {"scale": 40.0, "offset": 0.0}, "bindings": []} | changes
+    data |= {"logistic": {"scale": 40.0, "offset": 0.0}} | changes | {"bindings": []}
     path = folder / "policy.yaml"
     path.write_text(yaml.safe_dump(data, sort_keys=False))
     return str(path)
@@ -110,6 +110,23 @@ def test_a_binding_for_other_prompts_or_another_model_is_a_warning(tmp_path: Pat
     assert "not set for org/other" in found(check_policy(path, identity=other), "warning")[0].text
     Path(path).write_text(Path(path).read_text().replace("two guns", "three guns"))
     assert "set for other prompts" in found(check_policy(path), "warning")[0].text
+
+
+def test_thresholds_of_bindings_and_detectors_are_looked_at_as_the_labels_own(tmp_path: Path) -> None:
+    output = {"category": "category-0", "label": "gun", "review": 0.0, "block": 0.9}
+    detector = {"name": "arms", "family": "image_classification", "path": "x", "outputs": {"rifle": output}}
+    confirms = detector | {"name": "more", "outputs": {"rifle": output | {"combine": "confirm"}}}
+    path = write(tmp_path, GUN, WINE, detectors=[detector, confirms])
+    write_binding(Path(path), bind(load_policy(path), CLIP, thresholds={"wine": Thresholds(review=0.0, block=0.0)}))
+
+    said = {finding.where: finding.text for finding in found(check_policy(path), "warning")}
+
+    assert said == {
+        "category-1/wine": "binding of org/clip: block 0.0 blocks every image",
+        "category-0/gun": "detector arms, output rifle: review 0.0 sends every image to review",
+    }
+    Path(path).write_text(Path(path).read_text().replace("two guns", "three guns"))  # the binding does not count now
+    assert "category-1/wine" not in {finding.where for finding in check_policy(path).findings}
 
 
 def test_prompts_apart_from_each_other_are_found_apart(tmp_path: Path) -> None:

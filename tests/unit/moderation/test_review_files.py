@@ -17,9 +17,9 @@ from tests.web_samples import small_catalog
 from vlmflow.catalog import Catalog
 from vlmflow.config import CatalogConfig
 from vlmflow.errors import ReviewError
-from vlmflow.moderation.queue import QUEUE
+from vlmflow.moderation.queue import QUEUE, QueueSizes
 from vlmflow.moderation.review_files import Word, read_words, write_queue
-from vlmflow.review import import_verdicts
+from vlmflow.review import export_queue, import_verdicts
 
 
 @pytest.mark.parametrize("start", ["=1+1", "+1", "-1", "@sum(1)", "|x", "\t=1", "\n=1", "＝1", HOSTILE["formula"]])
@@ -41,13 +41,13 @@ def test_nobody_judges_in_the_name_of_a_list(tmp_path: Path) -> None:
 
 def words_of(path: Path, text: str) -> list[Word]:
     path.write_text(text, encoding="utf-8")
-    return read_words(path, "ada", dt.datetime.now(dt.UTC))
+    return read_words(path, "ada", dt.datetime.now(dt.UTC))[0]
 
 
 def test_weights_are_numbers_whatever_they_are_written_as(tmp_path: Path) -> None:
     table = pa.table({"image_id": ["a", "b", "c"], "verdict": ["allow"] * 3, "weight": ["1234.5", " ", None]})
     pq.write_table(table, tmp_path / "verdicts.parquet")
-    words = read_words(tmp_path / "verdicts.parquet", "ada", dt.datetime.now(dt.UTC))
+    words, _ = read_words(tmp_path / "verdicts.parquet", "ada", dt.datetime.now(dt.UTC))
     assert [word.weight for word in words] == [1234.5, None, None]
     words = words_of(tmp_path / "verdicts.csv", 'image_id,verdict,weight\na,allow,"1234.5"\nb,allow,\n')
     assert [word.weight for word in words] == [1234.5, None]
@@ -66,6 +66,15 @@ def test_a_large_file_may_have_line_breaks_in_its_cells(tmp_path: Path) -> None:
     assert (tmp_path / "verdicts.csv").stat().st_size > 1 << 20
     assert len(words) == 20_000
     assert (words[-1].reason or "").endswith("\nof two lines")
+
+
+def test_a_label_whose_value_was_forgotten_is_counted_and_what_else_the_row_says_is_taken(tmp_path: Path) -> None:
+    path = tmp_path / "verdicts.csv"
+    path.write_text("image_id,verdict,label,value\na,,knife,\nb,block,knife,\nc,,knife,true\nd,,,\ne,allow,,\n")
+    words, left_out = read_words(path, "ada", dt.datetime.now(dt.UTC))
+    said = [(word.image, word.decision, word.label, word.value) for word in words]
+    assert said == [("b", "block", None, None), ("c", None, "knife", True), ("e", "allow", None, None)]
+    assert left_out == {"label without a value: write true or false": 2}
 
 
 MONDAY, TUESDAY, WEDNESDAY = (dt.datetime(2026, 3, day, 10, tzinfo=dt.UTC) for day in (2, 3, 4))
@@ -130,6 +139,18 @@ def test_a_file_of_a_clock_that_is_ahead_is_of_now(catalog: CatalogConfig, tmp_p
     assert import_verdicts(catalog, ahead).num_new == 0
     (at,) = Catalog.open(catalog).reviews.events()["at"].to_pylist()
     assert at <= dt.datetime.now(dt.UTC)
+
+
+def test_an_image_with_labels_alone_keeps_its_decision_and_is_not_exported_again(
+    catalog: CatalogConfig, tmp_path: Path
+) -> None:
+    base = {name: said(catalog, "")[name] for name in ("image_id", "content_hash", "reviewer")}
+    import_verdicts(catalog, filled_in(tmp_path, MONDAY, base | {"label": "gun", "value": "true"}))
+    report = export_queue(catalog, tmp_path / "next.parquet", sizes=QueueSizes(9, 9, 9))
+    assert (report.num_images, report.num_labelled) == (2, 1)
+    queue = pq.read_table(tmp_path / "next.parquet").to_pylist()
+    assert base["image_id"] not in {row["image_id"] for row in queue}
+    assert {row["weight"] for row in queue} == {1.0}
 
 
 def test_a_label_that_was_taken_back_does_not_return_with_an_old_file(catalog: CatalogConfig, tmp_path: Path) -> None:

@@ -51,7 +51,6 @@ def test_verdicts_are_read_from_parquet_and_csv(tmp_path: Path, values: list[Any
         ("image_id,label\na,gun\n", "no column value among image_id, label"),
         ("label,value\ngun,1\n", "no column image_id or uri among label, value"),
         ("image_id,label,value\na,gun,1\nb,gun,perhaps\n", "row 2: value 'perhaps'"),
-        ("image_id,label,value\na,gun,\n", "row 1: value"),
         ("image_id,label,value\n,gun,1\n", "row 1: no image_id"),
         ("image_id,label,value,weight\na,gun,1,0\n", "row 1: weight 0"),
         ("image_id,label,value,weight\na,gun,1,much\n", "row 1: weight 'much'"),
@@ -118,6 +117,30 @@ def test_every_verdict_counts_once_or_is_left_out_with_a_reason(tmp_path: Path) 
     assert matched.flagged == (0.5, 0.5)
 
 
+def test_a_queue_as_it_was_exported_can_be_read_and_weighs_what_its_import_would(tmp_path: Path) -> None:
+    path = tmp_path / "queue.csv"
+    path.write_text(
+        "image_id,content_hash,queue,weight,label,value\n"
+        f"{image_id('a')},hash-a,near,,gun,true\n"
+        f"{image_id('b')},hash-b,random,40.5,,\n"  # nobody filled it in
+        f"{image_id('c')},hash-c,random,40.5,gun,false\n"
+        f"{image_id('c')},hash-c,,,wine,true\n"  # a second label, in a line of its own
+        f"{image_id('d')},hash-d,random,40.5,gun,\n"
+    )
+    file = read_verdicts(path)
+    matched = match_verdicts(file, [images(a="allow", b="allow", c="allow", d="allow")], LABELS)
+    assert (matched.is_weighted, matched.left_out) == (True, {"label without a value: write true or false": 1})
+    found = dict(zip(matched.ids, zip(matched.values.tolist(), matched.weights.tolist(), strict=True), strict=True))
+    assert found == {image_id("a"): ([1, -1], [1.0, 1.0]), image_id("c"): ([0, 1], [40.5, 40.5])}
+
+
+def test_weights_that_are_all_1_say_nothing_of_how_images_were_drawn(tmp_path: Path) -> None:
+    path = tmp_path / "verdicts.csv"
+    path.write_text("image_id,label,value,weight\na,gun,1,1\nb,gun,0,1.0\n")
+    assert not read_verdicts(path).is_weighted
+    assert not reviewed(pa.Table.from_pylist([event("a", True, 1.0)], schema=EVENT)).is_weighted
+
+
 def test_what_reviewers_decided_does_not_make_the_sample_one_that_the_model_flags(tmp_path: Path) -> None:
     file = file_of(tmp_path, ("mem://a", "gun", True, None), ("mem://b", "gun", False, None))
     batch = images(a="allow: block", b="allow: block", c="allow", d="review: allow")
@@ -146,6 +169,14 @@ def test_a_weight_stays_with_the_image_that_was_drawn_whoever_says_what_of_it_la
     weights = dict(zip(matched.ids, matched.weights[:, 0].tolist(), strict=True))
     assert weights == {image_id(name): 1234.5 for name in "abc"} | {image_id("d"): 1.0}
     assert (matched.values[:, 0] == 1).all()
+
+
+def test_a_word_on_other_bytes_takes_the_place_of_none() -> None:
+    events = [event("a", True), event("a", False, content_hash="hash-before"), event("a", None, content_hash="third")]
+    file = reviewed(pa.Table.from_pylist(events, schema=EVENT))
+    matched = match_verdicts(file, [images(a="allow")], LABELS)
+    assert (matched.ids, matched.values.tolist()) == ([image_id("a")], [[1, -1]])
+    assert matched.left_out == {"image has changed since (content_hash differs)": 1}
 
 
 def test_of_those_that_agree_the_greatest_weight_counts() -> None:

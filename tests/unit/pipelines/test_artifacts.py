@@ -19,7 +19,7 @@ from vlmflow.catalog.verify import Finding
 from vlmflow.checks import Check
 from vlmflow.config import CatalogConfig
 from vlmflow.engine import PlanSummary, RunReport
-from vlmflow.engine.remoderate import RemoderateReport
+from vlmflow.engine.remoderate_report import RemoderateReport
 from vlmflow.gate import GateReport
 from vlmflow.report.rows import Row
 from vlmflow.search.results import Hit
@@ -190,8 +190,10 @@ def moved(**given: Any) -> RemoderateReport:
 def test_a_diff_sums_partitions_and_shows_few_examples(shown: Shown) -> None:
     example = {"uri": "s3://b/<img>.png", "before": "allow", "after": "block", "decision_reason": "gun|0.9"}
     reports = [
-        moved(num_moved=2, flips={"allow -> block": 2}, label_flips={"gun": {"allow -> block": 2}}, num_first=1),
-        moved(num_moved=1, flips={"allow -> block": 1}, label_flips={"gun": {"allow -> block": 1}},
+        moved(num_moved=2, flips={"allow -> block": 2}, label_flips={"gun": {"allow -> block": 2}}, num_first=1,
+              runs_beside={"night-1": "p 1 (abc)"}, policies={"p 2 (def)": 2}),
+        moved(num_moved=1, policies={"p 2 (def)": 1, "p 0 (abc)": 0},
+              flips={"allow -> block": 1}, label_flips={"gun": {"allow -> block": 1}},
               examples=(example,) * 99),
     ]  # fmt: skip
     artifacts.show_diff("diff", "Policy p 2", reports)
@@ -200,7 +202,9 @@ def test_a_diff_sums_partitions_and_shows_few_examples(shown: Shown) -> None:
     assert "| `gun` | allow -> block | 3 |" in shown.markdown
     assert shown.markdown.count("`s3://b/ img .png`") == MAX_EXAMPLES
     assert "`gun 0.9`" in shown.markdown
-    assert "- 1 images had no policy before, and stay" in shown.markdown
+    assert "| came under | images |\n| --- | --- |\n| `p 2 (def)` | 3 |\n\n" in shown.markdown
+    assert "- run `night-1` was at work under `p 1 (abc)`" in shown.markdown
+    assert "- 1 images stay: none is known that they had before" in shown.markdown
 
 
 def test_partitions_wait_or_are_done(shown: Shown) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import datetime as dt
 import os
-import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,7 +30,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CatalogConfig:
     put_rows(config, ["a"], run="before")
     monkeypatch.setattr(runs, "HEARTBEAT_S", 0.05)
     monkeypatch.setattr(at_work, "_POLL_S", 0.02)
-    monkeypatch.setattr(at_work, "_LOOK_S", 1.0)
+    monkeypatch.setattr(at_work, "_LOOK_S", 60.0)
     return config
 
 
@@ -66,7 +67,8 @@ def test_other_runs_are_no_night(config: CatalogConfig, given: dict[str, Any]) -
         assert found(config) is None
 
 
-def test_a_night_that_was_killed_keeps_nobody_away(config: CatalogConfig) -> None:
+def test_a_night_that_was_killed_keeps_nobody_away(config: CatalogConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(at_work, "_LOOK_S", 0.5)
     store = Catalog.open(config).runs
     store.start("killed", record("killed", status="running", **NIGHT))
     assert store.is_live("killed"), "for ten minutes its lease says so"
@@ -79,7 +81,11 @@ def test_a_night_that_ends_while_one_looks_is_not_waited_for(
     monkeypatch.setattr(at_work, "_LOOK_S", 1000.0)
     store = Catalog.open(config).runs
     store.start("ending", record("ending", status="running", **NIGHT))
-    threading.Timer(0.1, store.finish, ("ending", record("ending", status="done", **NIGHT))).start()
+
+    def sleep(_: float) -> None:
+        store.finish("ending", record("ending", status="done", **NIGHT))
+
+    monkeypatch.setattr(at_work, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
     assert found(config) is None
 
 
@@ -107,7 +113,8 @@ def test_a_backfill_goes_on_beside_others(config: CatalogConfig, run: str, opera
         assert [(other.state, other.record["operation"]) for other in own] == [("running", "backfill: policy lax 3")]
 
 
-def test_a_backfill_that_was_killed_keeps_no_other_away(config: CatalogConfig) -> None:
+def test_a_backfill_that_was_killed_keeps_no_other_away(config: CatalogConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(at_work, "_LOOK_S", 0.5)
     Catalog.open(config).runs.start(FIRST, {"operation": "backfill: policy strict 2"})
     with backfill_at_work(config, "policy lax 3"):
         pass

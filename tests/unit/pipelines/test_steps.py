@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
@@ -285,7 +286,7 @@ def test_a_server_that_is_away_fails_no_run_and_is_told_again_later(
             raise fault
 
     clock = [0.0]
-    monkeypatch.setattr(common.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(common, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     monkeypatch.setattr(common, "create_progress_artifact", lambda *_, **__: uuid4())
     monkeypatch.setattr(common, "update_progress_artifact", tell)
     progress = common.RunProgress("enrich-x")

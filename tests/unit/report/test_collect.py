@@ -10,10 +10,14 @@ import pytest
 from tests.catalog_samples import config_of, image_id
 from tests.report_samples import label, labels_of, put_record, put_rows
 from vlmflow.catalog import Catalog
+from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.keys import to_binary, to_words
 from vlmflow.errors import ConfigError
 from vlmflow.report.collect import NUM_NEW, NUM_PER_LABEL, collect
 from vlmflow.report.runs import find_run
+from vlmflow.report.sections import scores_section
+from vlmflow.summary import summarize
+from vlmflow.web.facts import FactReader
 
 
 def test_counts_are_of_all_files_and_shown_rows_are_the_right_ones(tmp_path: Path) -> None:
@@ -62,6 +66,40 @@ def test_only_so_many_rows_are_kept_and_the_total_is_known(tmp_path: Path) -> No
     assert facts.new == sorted(image_id(name) for name in names)[:NUM_NEW]
     best = [image_id(name) for name in reversed(names[-NUM_PER_LABEL:])]
     assert [found for found, _ in facts.examples["weapons/gun"]] == best
+
+
+def test_policies_of_one_name_and_version_are_told_apart_by_their_digests(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    put_rows(config, ["a", "b"], policy_digest=["ab" * 32] * 2)
+    put_rows(config, ["c"], policy_digest=["cd" * 32])
+    put_rows(config, ["d"], policy_name=[None], policy_version=[None], policy_digest=[None])
+    catalog = Catalog.open(config)
+    expected = {"demo 1 (abababababab)": 2, "demo 1 (cdcdcdcdcdcd)": 1}
+    assert collect(catalog, None).policies == expected
+    assert summarize(config).policies == expected
+    facts = FactReader(Folder(config)).read(list(catalog.live_files("images").values()))
+    assert facts.counts("policy", None) == expected | {"": 1}
+
+
+def test_thresholds_and_scales_that_rows_do_not_share_are_said_and_drawn_nowhere(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    gun, knife = label("gun", 0.2, "allow"), label("knife", 0.2, "allow")
+    put_rows(config, ["a", "b"], labels=labels_of([[gun, knife], [label("gun", None, "review")]]))
+    one_scale = scores_section(collect(Catalog.open(config), None))
+    assert one_scale.count("block from 0.90") == 2
+    assert "iffers" not in one_scale
+    assert "calibrated" not in one_scale
+
+    calibrated = gun | {"probability": 0.4, "review_threshold": 0.3}
+    put_rows(config, ["c"], labels=labels_of([[calibrated, knife]]))
+    put_rows(config, ["d"], labels=labels_of([[gun]]))  # in whichever order they come
+    facts = collect(Catalog.open(config), None)
+    assert facts.labels["weapons/gun"].calibrated == {True, False}
+    page = scores_section(facts)
+    assert page.count("differs") == 1
+    assert page.count("Differs: rows of the label have different thresholds") == 1
+    assert "both probabilities and scores that are not calibrated, for the same reason: 1." in page
+    assert (page.count("review from 0."), page.count("block from 0.90")) == (1, 2)
 
 
 def test_what_was_flagged_before_the_run_is_not_newly_flagged(tmp_path: Path) -> None:

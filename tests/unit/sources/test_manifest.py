@@ -157,9 +157,13 @@ def test_a_manifest_is_listed_and_read_where_an_event_loop_runs_already(tmp_path
     assert asyncio.run(notebook()) == b"data"
 
 
-def test_versions_of_the_manifest_are_taken_instead_of_asking(tmp_path: Path) -> None:
-    rows = [{"uri": "https://h/a.jpg", "etag": '"abc"'}, {"uri": "gone.jpg", "etag": "def"}]
-    assert references(write_manifest(tmp_path, "jsonl", rows))["object_version"].to_pylist() == ["abc", "def"]
+def test_versions_of_the_manifest_are_those_of_urls_and_of_nothing_that_tells_its_own(tmp_path: Path) -> None:
+    (tmp_path / "here.jpg").write_bytes(b"data")
+    rows = [{"uri": uri, "etag": '"abc"'} for uri in ("https://h/a.jpg", "gone.jpg", "here.jpg")]
+    refs = references(write_manifest(tmp_path, "jsonl", rows))
+    url, gone, here = refs["object_version"].to_pylist()
+    assert (url, gone) == ("abc", None)
+    assert here.endswith("-4")
 
 
 def test_a_row_without_a_uri_is_named(tmp_path: Path) -> None:
@@ -282,7 +286,7 @@ def test_types_that_a_catalog_does_not_know_become_those_it_does(tmp_path: Path)
         "seen": pa.timestamp("us", "UTC"),
         "tags": pa.list_(pa.string()),
         "half": pa.float32(),
-        "nothing": pa.string(),
+        "nothing": pa.null(),
     }
     (row,) = references(path)["source"]
     assert row["category"].as_py() == "x"

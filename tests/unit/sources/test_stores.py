@@ -49,7 +49,7 @@ def store() -> Store:
 
 
 @pytest.fixture
-def source(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[list[str]], Source]]:
+def source(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Source]]:
     """Makes the source of a manifest of objects in the store."""
     for name, value in CREDENTIALS.items():
         monkeypatch.setenv(name, value)
@@ -74,8 +74,8 @@ def source(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     thread.start()
     endpoint = f"http://127.0.0.1:{server.server_port}"
 
-    def make(names: list[str]) -> Source:
-        storage = StorageConfig(endpoint=endpoint, region="us-east-1", timeout_s=0.4, max_retries=1)
+    def make(names: list[str], timeout_s: float = 60.0) -> Source:
+        storage = StorageConfig(endpoint=endpoint, region="us-east-1", timeout_s=timeout_s, max_retries=1)
         path = tmp_path / "images.csv"
         path.write_text("uri\n" + "".join(f"s3://bucket/{name}\n" for name in names))
         return open_source(SourceConfig(uri=str(path), storage=storage))
@@ -92,7 +92,7 @@ def listed(source: Source) -> pa.Table:
 
 
 def test_an_object_that_is_gone_costs_its_row_where_the_store_may_be_read_and_not_listed(
-    store: Store, source: Callable[[list[str]], Source]
+    store: Store, source: Callable[..., Source]
 ) -> None:
     opened = source(["good.jpg", "gone.jpg"])
     rows, reader = listed(opened), opened.reader(ImageLimits())
@@ -104,11 +104,11 @@ def test_an_object_that_is_gone_costs_its_row_where_the_store_may_be_read_and_no
 
 
 def test_a_store_that_falls_silent_is_given_up_before_every_image_was_waited_for(
-    store: Store, source: Callable[[list[str]], Source]
+    store: Store, source: Callable[..., Source]
 ) -> None:
     names = [f"good{number}.jpg" for number in range(8 * CONCURRENT_REQUESTS)]
-    opened = source(names)
-    rows = listed(opened)
+    rows = listed(source(names))
+    opened = source(names, timeout_s=0.4)  # which nothing answers: the first had all the time that it needed
     store.is_silent.set()
     store.num_requests = 0
     with pytest.raises(StoreLostError, match="does not answer in time"):

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from vlmflow.config import describe_validation
 from vlmflow.errors import WeightsError
 from vlmflow.models.weights import read_json
+from vlmflow.validation import describe_validation
 
 Head = Literal[
     "cls",

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from vlmflow.config import ModelConfig, describe_validation
+from vlmflow.config import ModelConfig
 from vlmflow.errors import WeightsError
 from vlmflow.models.preprocessing import Preprocessing, read_preprocessing
 from vlmflow.models.weights import read_json, weights_digest
+from vlmflow.validation import describe_validation
 
 if TYPE_CHECKING:
     import torch

@@ -1,0 +1,106 @@
+"""Images whose source tells no version: they are read again when they were last read long ago, if a job asks for it."""
+
+from __future__ import annotations
+
+import datetime as dt
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+
+from tests.catalog_samples import TASKS, enrich, open_catalog, references, request, rows_by_name
+from vlmflow.catalog import Catalog, plan_without_catalog
+
+DAY = dt.timedelta(days=1)
+NOW = dt.datetime.now(dt.UTC)
+UNKNOWN = references(["a", "b"], version=None)
+
+
+@pytest.fixture
+def catalog(tmp_path: Path) -> Catalog:
+    catalog = open_catalog(tmp_path / "catalog")
+    enrich(catalog, "r1", [UNKNOWN], version="tag-1")
+    return catalog
+
+
+def planned(catalog: Catalog, batch: pa.RecordBatch, **asked: Any) -> tuple[list[dict[str, Any]], set[str]]:
+    """What is planned, and why."""
+    with catalog.plan([batch], request(**asked)) as plan:
+        assert plan.num_listed == plan.num_due + plan.num_unchanged + plan.num_exhausted
+        return [row for rows in plan.batches() for row in rows.to_pylist()], {reason for _, reason in plan.counts}
+
+
+def test_only_what_was_read_long_ago_and_has_no_version_is_read_again(catalog: Catalog) -> None:
+    assert planned(catalog, UNKNOWN) == ([], set())
+    assert planned(catalog, UNKNOWN, read_before=NOW - DAY) == ([], set())
+    assert planned(catalog, references(["a", "b"], version="tag-1"), read_before=NOW + DAY) == ([], set())
+    rows, reasons = planned(catalog, UNKNOWN, read_before=NOW + DAY)
+    assert reasons == {"recheck"}
+    assert [(row["due"], row["due_if_same"]) for row in rows] == [(list(TASKS), [])] * 2
+
+
+def test_of_equal_bytes_nothing_but_the_time_of_reading_moves(catalog: Catalog) -> None:
+    before = rows_by_name(catalog)
+    enrich(catalog, "r2", [UNKNOWN], request(read_before=NOW + DAY), version="tag-1")
+    after = rows_by_name(catalog)
+    moved = {"run_id", "updated_at", "read_at"}
+    for name, row in after.items():
+        assert {column for column in row if row[column] != before[name][column]} == moved
+        assert row["read_at"] > before[name]["read_at"]
+    assert planned(catalog, UNKNOWN, read_before=before["a"]["read_at"] + dt.timedelta(microseconds=1)) == ([], set())
+
+
+def test_of_other_bytes_everything_is_done_anew(catalog: Catalog) -> None:
+    asked = request(read_before=NOW + DAY)
+    enrich(catalog, "r2", [UNKNOWN], asked, version="tag-2", content="other", caption="a dog", decision="block")
+    rows = rows_by_name(catalog)
+    assert {(row["caption"], row["decision"], row["seen_version"]) for row in rows.values()} == {
+        ("a dog", "block", "tag-2")
+    }
+
+
+@pytest.mark.parametrize("problem", [("decode", "corrupt"), ("read", "missing")])
+def test_what_was_given_up_is_looked_at_again(tmp_path: Path, problem: tuple[str, str]) -> None:
+    catalog = open_catalog(tmp_path / "catalog")
+    for attempt in range(3):
+        enrich(catalog, f"r{attempt}", [UNKNOWN], problem=problem)
+    assert planned(catalog, UNKNOWN)[0] == []
+    assert planned(catalog, UNKNOWN, read_before=NOW + DAY)[1] == {"recheck"}
+    enrich(catalog, "r9", [UNKNOWN], request(read_before=NOW + DAY))
+    assert {row["status"] for row in rows_by_name(catalog).values()} == {"ok"}
+
+
+def test_other_reasons_stay_what_they_are(catalog: Catalog) -> None:
+    asked = {"read_before": NOW + DAY, "fingerprints": {task: f"{task}-1" for task in TASKS} | {"caption": "caption-2"}}
+    rows, reasons = planned(catalog, UNKNOWN, **asked)
+    assert reasons == {"recheck", "fingerprint", "needed"}
+    assert {tuple(row["due_if_same"]) for row in rows} == {("caption", "match")}
+
+
+def test_a_row_of_before_there_was_a_time_is_read_again_once(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vlmflow.catalog import plan_parts
+
+    read = plan_parts.read_rows
+
+    def older(*given: Any) -> pa.Table:
+        rows = read(*given)
+        return rows.select([name for name in rows.column_names if name != "read_at"])
+
+    monkeypatch.setattr(plan_parts, "read_rows", older)
+    assert len(planned(catalog, UNKNOWN, read_before=NOW - DAY)[0]) == 2
+
+
+def test_images_at_urls_that_nobody_watches_are_counted() -> None:
+    urls = pc.replace_substring(UNKNOWN["uri"], "mem://", "https://")
+    batch = UNKNOWN.set_column(1, UNKNOWN.schema.field("uri"), urls)
+    known = batch.set_column(3, batch.schema.field("object_version"), pa.array(["tag", None]))
+    for listed, asked, count in (
+        (UNKNOWN, request(), 0),
+        (batch, request(), 2),
+        (known, request(), 1),
+        (batch, request(read_before=NOW), 0),
+    ):
+        with plan_without_catalog([listed], asked) as plan:
+            assert plan.num_unwatched == count

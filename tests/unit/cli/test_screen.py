@@ -1,0 +1,55 @@
+"""What commands print: texts from outside draw nothing, and NO_COLOR holds for errors too."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from rich.markup import escape
+from rich.table import Table
+
+from tests.report_samples import put_rows
+from vlmflow.cli import main
+from vlmflow.cli.screen import Screen
+from vlmflow.config import CatalogConfig
+
+EVIL = "\x1b[31mred\x1b]0;title\x07\u202e[bold]x[/bold] :dog: [link=http://evil]\x9b2J"
+
+
+def test_no_text_draws(capsys: pytest.CaptureFixture[str]) -> None:
+    table = Table("name")
+    table.add_row(escape(EVIL))
+    Screen().print(escape(EVIL), table, "[bold]ours[/bold]\nin two lines")
+    shown = capsys.readouterr().out
+    assert not set("\x1b\x07\x9b\u202e") & set(shown)
+    assert "\\u001b[31mred" in shown
+    assert shown.count("[bold]x[/bold] :dog:") == 2
+    assert "ours\nin two lines" in shown
+
+
+def test_names_and_captions_of_a_catalog_are_shown_as_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    config = CatalogConfig(uri=str(tmp_path / "catalog"))
+    put_rows(config, ["a"], caption=[f"{EVIL}\nsecond"], uri=["mem://:dog:\x1b[2J\n[red]x.jpg"])
+    with pytest.raises(SystemExit):
+        main(["show", config.uri])
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown
+    assert ":dog:\\u001b[2J\\u000a[red]x.jpg" in shown
+    assert "[bold]x[/bold] :dog:" in shown
+
+
+@pytest.mark.parametrize(("no_color", "is_coloured"), [("", True), ("1", False)])
+def test_errors_are_without_colour_where_none_is_wanted(
+    no_color: str, is_coloured: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with pytest.raises(SystemExit):
+        main(["show", "no-such-\x1b[2Jcatalog"])
+    shown = capsys.readouterr().err
+    assert shown.startswith("\x1b[31m") == is_coloured
+    assert "no-such-\\u001b[2Jcatalog" in shown

@@ -1,0 +1,41 @@
+"""A source of another kind than was said: the error says what is there, and what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vlmflow.config import SourceConfig
+from vlmflow.errors import EmptySourceError, SourceError
+from vlmflow.sources import open_source
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("manifest", "photos is a folder, not a manifest"),
+        ("webdataset", r"photos holds no \.tar files"),
+        ("parquet", r"photos holds no \.parquet files"),
+    ],
+)
+def test_a_folder_of_images(kind: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/a.jpg").write_bytes(b"x")
+    config = SourceConfig.model_validate({"uri": str(tmp_path / "photos"), "kind": kind})
+    with pytest.raises(SourceError, match=told) as caught:
+        list(open_source(config).list())
+    assert "leave source.kind out" in caught.value.remedy
+    assert isinstance(caught.value, EmptySourceError) == (kind != "manifest")
+
+
+@pytest.mark.parametrize("divider", [";", "\t", "|"])
+def test_a_csv_file_that_other_signs_divide(divider: str, tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text(f"uri{divider}title\na.jpg{divider}x\n")
+    with pytest.raises(SourceError, match="has no column uri; it has uri") as caught:
+        list(open_source(SourceConfig(uri=str(tmp_path / "list.csv"))).list())
+    assert "with commas" in caught.value.remedy
+    (tmp_path / "list.csv").write_text("picture\na.jpg\n")
+    with pytest.raises(SourceError, match="it has picture") as caught:
+        list(open_source(SourceConfig(uri=str(tmp_path / "list.csv"))).list())
+    assert "source.uri_column" in caught.value.remedy

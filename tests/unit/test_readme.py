@@ -1,0 +1,50 @@
+"""What the README and the help show can be done as it stands."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+import vlmflow
+from tests.catalog_samples import config_of
+from tests.search_samples import clustered, put
+from vlmflow.cli.run import enrich
+from vlmflow.config import load_job
+from vlmflow.moderation.policy import load_policy, shipped_policies
+
+README = (Path(vlmflow.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+UNBOUND = [name for name in shipped_policies() if not load_policy(name).bindings]
+
+
+@pytest.mark.parametrize("text", [README, vlmflow.__doc__, enrich.__doc__], ids=["README", "Python", "--help"])
+def test_a_policy_that_is_bound_to_no_model_is_shown_with_what_lets_it_run(text: str) -> None:
+    shown = list(re.finditer(rf"""policy(: |=["']| )({"|".join(UNBOUND)})\b(?! \w)""", text))
+    assert shown
+    for found in shown:
+        assert re.search("accept.unbound", text[found.start() : found.end() + 200]), found[0]
+
+
+def test_vectors_are_joined_with_the_rows_that_refer_to_them(tmp_path: Path) -> None:
+    vectors = clustered(3)
+    put(tmp_path, ["a", "b", "c"], vectors, run="first")
+    put(tmp_path, ["a", "b", "c"], vectors, run="first", with_rows=False)  # a killed run: the same once more
+    put(tmp_path, ["a"], -vectors[:1], run="killed", with_rows=False)
+    (block,) = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "embedded = " in block]
+    names: dict[str, Any] = {}
+    exec(block.replace("demo-catalog", config_of(tmp_path).uri), names)
+    rows = names["embedded"].sort("uri").to_dicts()
+    assert [row["uri"] for row in rows] == ["mem://a", "mem://b", "mem://c"]
+    np.testing.assert_array_equal([row["vector"] for row in rows], vectors)
+
+
+def test_job_files_of_the_readme_can_be_loaded(tmp_path: Path) -> None:
+    blocks = [block for block in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL) if "source:" in block]
+    assert len(blocks) == 2
+    for block in blocks:
+        (tmp_path / "job.yaml").write_text(block)
+        assert load_job(tmp_path / "job.yaml", {}).source.uri == yaml.safe_load(block)["source"]["uri"]

@@ -1,0 +1,70 @@
+"""What users write: a key stands once in YAML, and what does not fit is told with what to do about it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from vlmflow.config import CatalogConfig, Job, StorageConfig, load_job
+from vlmflow.errors import ConfigError
+from vlmflow.validation import describe_validation, read_yaml
+
+PLACES: dict[str, Any] = {"source": {"uri": "photos"}, "catalog": {"uri": "catalog"}, "profile": "starter"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "profile: base\npolicy: a\nprofile: large\n",
+        "profile: base\nsource: {uri: a, uri: b}\n",
+        "pools: [{a: 1, a: 2}]",
+    ],
+)
+def test_a_key_of_a_job_file_stands_once(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"job\.yaml .*key \w+ twice in .*line \d"):
+        load_job(path, PLACES)
+
+
+def test_a_key_beside_those_of_an_anchor_replaces_them() -> None:
+    text = "base: &base {a: 1, b: 2}\nother: {<<: *base, a: 3}\n"
+    assert read_yaml(text)["other"] == {"a": 3, "b": 2}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"polcy": "demo"}, "polcy: unknown key, did you mean policy?"),
+        ({"source": {"uri": "a", "storage": {"endpont": "x"}}}, "source.storage.endpont: unknown key, did you mean e"),
+        ({"pools": [{"tasks": ["embed"], "batchsize": 3}]}, "batchsize: unknown key, did you mean batch_size?"),
+        ({"models": {"embed": {"family": "git", "pth": "x"}}}, "models.embed.pth: unknown key, did you mean path?"),
+        ({"hue": 1}, "job: hue: unknown key"),
+        ({"tasks": "embed"}, "tasks: must be a list, such as [a, b]"),
+        ({"models": 3}, "models: must hold keys of its own"),
+        ({"profile": 3}, "profile: must be a text"),
+    ],
+)
+def test_what_does_not_fit_is_told_in_words_of_the_file(change: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        Job.model_validate({**PLACES, **change})
+    assert told in describe_validation(caught.value, what="job", of=Job)
+
+
+@pytest.mark.parametrize(
+    ("left_out", "remedy"),
+    [("profile", "`vlmflow profiles` lists them"), ("source", "Name SOURCE, or"), ("catalog", "Name CATALOG, or")],
+)
+def test_a_key_that_is_missing_is_told_with_a_remedy(left_out: str, remedy: str) -> None:
+    with pytest.raises(ConfigError, match=f"{left_out}: is missing") as caught:
+        load_job(None, {name: value for name, value in PLACES.items() if name != left_out})
+    assert remedy in caught.value.remedy
+
+
+def test_a_value_that_does_not_fit_is_not_repeated() -> None:
+    with pytest.raises(ValidationError) as caught:
+        CatalogConfig(uri="a", storage=StorageConfig(endpoint="http://key:hunter2@minio:9000"))
+    assert "hunter2" not in str(caught.value)

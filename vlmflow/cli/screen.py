@@ -1,0 +1,29 @@
+"""The terminal that commands print to. Names, captions and messages come from outside, and are shown as text."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from vlmflow.views_search import printable
+
+
+class Screen(Console):
+    """A terminal on which no text draws: control characters are spelled out, and ``:dog:`` stays what it is."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, emoji=False)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Renders every string that is printed or put into a table, lines apart; see :class:`rich.console.Console`."""
+        return super().render_str("\n".join(map(printable, text.split("\n"))), **options)
+
+
+def tell(message: str, colour: str) -> None:
+    """Writes one line to standard error, coloured on a terminal unless NO_COLOR is set (https://no-color.org)."""
+    line = printable(" ".join(message.split()))
+    typer.secho(line, err=True, fg=None if os.environ.get("NO_COLOR") else colour)

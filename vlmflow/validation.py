@@ -1,0 +1,85 @@
+"""What users write: YAML that is read strictly, and values that do not fit, told in one line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+# Of pydantic's, where its own words are for programmers.
+_REASONS = {
+    "extra_forbidden": "unknown key",
+    "missing": "is missing",
+    "model_type": "must hold keys of its own, {key: value}",
+    "dict_type": "must hold keys of its own, {key: value}",
+    "tuple_type": "must be a list, such as [a, b]",
+    "list_type": "must be a list, such as [a, b]",
+    "string_type": "must be a text",
+}
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which YAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: list[object] = []
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *other`, whose keys one beside it replaces
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key} twice", key_node.start_mark)
+            seen.append(key)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(text: str) -> Any:
+    """Reads YAML, which makes data only.
+
+    Raises:
+        ValueError: it holds a date or a number that there is not.
+        yaml.YAMLError: it is none, or a key stands twice.
+        RecursionError: it is nested too deep.
+    """
+    return yaml.load(text, _StrictLoader)  # a SafeLoader
+
+
+def describe_validation(error: ValidationError, *, what: str, of: type[BaseModel] | None = None) -> str:
+    """One line that names every key that does not fit, and why. Values are not repeated: they may be secret.
+
+    Args:
+        of: the model that was to be made, so that an unknown key is told with the one that it resembles.
+    """
+    parts = []
+    for item in error.errors(include_url=False, include_input=False):
+        where = ".".join(str(step) for step in item["loc"])
+        reason = _REASONS.get(item["type"]) or item["msg"].removeprefix("Value error, ")
+        if of is not None and item["type"] == "extra_forbidden":
+            *above, key = item["loc"]
+            near = difflib.get_close_matches(str(key), _keys_at(of, above), n=1)
+            reason += f", did you mean {near[0]}?" if near else ""
+        parts.append(f"{where}: {reason}" if where else reason)
+    return f"{what}: " + "; ".join(parts)
+
+
+def missing_keys(error: ValidationError) -> set[str]:
+    """The keys that are not there, with those above them: ``source.uri``."""
+    return {".".join(str(step) for step in item["loc"]) for item in error.errors() if item["type"] == "missing"}
+
+
+def _keys_at(model: type[BaseModel], steps: list[int | str]) -> list[str]:
+    """The keys of the part of a model that the steps lead to."""
+    for step in steps:  # numbers, and names in a mapping of parts, lead to no other kind of part
+        field = model.model_fields.get(str(step))
+        model = next(_models_in(field.annotation), model) if field is not None else model
+    return list(model.model_fields)
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _models_in(inner)

@@ -90,10 +90,10 @@ class BrokenAltTexts:
 
     def as_json(self) -> Iterator[str]:
         """The whole report as JSON, in pieces."""
-        yield f"{self.counts.model_dump_json(exclude={'broken'})[:-1]},"
-        yield '"broken":['
-        for number, row in enumerate(self.texts()):
-            yield ("," if number else "") + json.dumps(row, ensure_ascii=False, separators=(",", ":"))
+        yield f"{self.counts.model_dump_json(exclude={'broken'})[:-1]}," + '"broken":['
+        for number, batch in enumerate(self.rows.to_batches(_SLICE_ROWS)):
+            rows = (json.dumps(row, ensure_ascii=False, separators=(",", ":")) for row in batch.to_pylist())
+            yield ("," if number else "") + ",".join(rows)
         yield "]}"
 
 

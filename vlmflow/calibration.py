@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from vlmflow.catalog import Catalog
+from vlmflow.catalog.keys import index_of, to_binary
 from vlmflow.config import Job
 from vlmflow.errors import CalibrationError, PolicyError
 from vlmflow.moderation.calibrate import CalibrationReport, Targets, calibrate_labels
@@ -80,7 +82,7 @@ def calibrate(
         raise CalibrationError(f"{source_name}: no verdict counts ({reasons})", remedy="Label images of this catalog.")
     prompts = prepare_prompts(setup)
     assert prompts is not None
-    vectors = catalog.embedding_batches(VECTOR_COLUMNS)
+    vectors = catalog.embedding_batches(VECTOR_COLUMNS, of=index_of(to_binary(pa.array(matched.ids, pa.string()))))
     margins = worst_margins(matched.ids, vectors, fingerprint, Scorer(prompts), len(labels))
     before = find_binding(policy, identity)
     done = calibrate_labels(

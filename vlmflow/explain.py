@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from PIL import Image
 
 from vlmflow.catalog import Catalog
+from vlmflow.catalog.folder import Folder
+from vlmflow.catalog.read import images_named
 from vlmflow.config import CatalogConfig, Frozen, Job
 from vlmflow.errors import ExplainError, ImageError
 from vlmflow.imaging import PixelRequest, decode
@@ -87,10 +88,7 @@ def find_evidence(config: CatalogConfig, image: str) -> Evidence:
         CatalogError: there is no catalog.
     """
     names = pa.array(sorted({image, _normalised(image)}))
-    rows: list[dict[str, Any]] = []
-    for batch in Catalog.open(config).image_batches(EVIDENCE_COLUMNS):
-        hits = pc.or_(pc.is_in(batch["image_id"], value_set=names), pc.is_in(batch["uri"], value_set=names))
-        rows += batch.filter(hits).to_pylist()
+    rows = images_named(Folder(config), Catalog.open(config).newest_images, names, EVIDENCE_COLUMNS).to_pylist()
     if len(rows) != 1:
         found = "no image" if not rows else f"{len(rows)} images"
         raise ExplainError(

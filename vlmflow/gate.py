@@ -23,6 +23,7 @@ from vlmflow.engine.report import policy_name
 from vlmflow.errors import ConfigError, GateError
 from vlmflow.evaluation.agreement import decision_flips, differing, score_shifts
 from vlmflow.evaluation.run import scratch_catalog, trial_job
+from vlmflow.files import put_file
 from vlmflow.moderation.detections import name_of
 from vlmflow.validation import describe_validation
 
@@ -188,7 +189,7 @@ def write_accepted(path: str | Path, values: GoldenValues) -> None:
             describe_validation(error, what="values to accept"), remedy="Look at the golden set."
         ) from error
     try:
-        Path(path).write_text(values.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        put_file(Path(path), values.model_dump_json(indent=2) + "\n")
     except OSError as error:
         raise ConfigError(
             f"accepted values {path}: {error.strerror}", remedy="Name a file in a folder that is there."

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -13,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from vlmflow.alt_text_report import AltTextReport
+    from vlmflow.alt_text_report import BrokenAltTexts
     from vlmflow.search.build import IndexReport
     from vlmflow.search.duplicates import DuplicateReport
     from vlmflow.search.results import SearchResult
@@ -45,11 +46,18 @@ def sentence(text: str) -> str:
 
 def as_csv(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Rows as CSV, UTF-8 text. No cell of text starts a formula in a spreadsheet; null is an empty cell."""
+    return "".join(csv_pieces(heads, rows))
+
+
+def csv_pieces(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> Iterator[str]:
+    """The same line by line."""
     sink = io.StringIO()
     writer = csv.writer(sink, lineterminator="\r\n")
-    writer.writerow(heads)
-    writer.writerows([_cell(value) for value in row] for row in rows)
-    return sink.getvalue()
+    for row in chain([heads], ([_cell(value) for value in row] for row in rows)):
+        writer.writerow(row)
+        yield sink.getvalue()
+        sink.seek(0)
+        sink.truncate()
 
 
 def search_csv(result: SearchResult) -> str:
@@ -75,10 +83,10 @@ def titles_csv(report: TitleReport) -> str:
     return as_csv(names, ([getattr(title, name) for name in names] for title in report.titles))
 
 
-def alt_texts_csv(report: AltTextReport) -> str:
-    """The alternative texts that break a rule as CSV."""
+def alt_texts_csv(found: BrokenAltTexts) -> Iterator[str]:
+    """The alternative texts that break a rule as CSV, in pieces: they may be millions."""
     names = ["rule", "alt_text", "caption", "uri", "image_id"]
-    return as_csv(names, ([getattr(text, name) for name in names] for text in report.broken))
+    return csv_pieces(names, ([text[name] for name in names] for text in found.texts()))
 
 
 def print_search(result: SearchResult, console: Console) -> None:
@@ -141,17 +149,15 @@ def print_titles(report: TitleReport, console: Console) -> None:
     console.print(f"the {len(report.titles):,} texts that fit least, of {report.num_scored:,}", style="dim")
 
 
-def print_alt_texts(report: AltTextReport, console: Console) -> None:
+def print_alt_texts(found: BrokenAltTexts, console: Console) -> None:
     """Prints a few texts of each rule, and how many there are."""
     table = _table("rule", "alternative text", "uri")
-    shown: dict[str, int] = {}
-    for text in report.broken:
-        shown[text.rule] = shown.get(text.rule, 0) + 1
-        if shown[text.rule] <= _MAX_SHOWN_MEMBERS:
-            table.add_row(text.rule, _text(text.alt_text), _text(text.uri))
-    if report.broken:
+    for text in found.examples(_MAX_SHOWN_MEMBERS):
+        table.add_row(text.rule, _text(text.alt_text), _text(text.uri))
+    if table.row_count:
         console.print(table)
-    num_good = report.num_images - report.num_without - len(report.broken)
+    report = found.counts
+    num_good = report.num_images - report.num_without - found.rows.num_rows
     broken = ", ".join(f"{rule} {count:,}" for rule, count in report.rules.items()) or "none"
     console.print(f"{num_good:,} of {report.num_images:,} images have an alternative text that keeps every rule")
     console.print(f"broken rules: {broken}; without a caption: {report.num_without:,}", style="dim")

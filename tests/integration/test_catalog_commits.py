@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime as dt
+import re
 from collections.abc import Callable
 
 import pyarrow as pa
@@ -20,6 +22,7 @@ from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.keys import to_binary
 from vlmflow.catalog.log import COMMIT_ID, Snapshot, TableLog
 from vlmflow.catalog.read import read_rows
+from vlmflow.catalog.runs import LONG_AGO
 from vlmflow.catalog.writer import write_file
 from vlmflow.config import CatalogConfig
 from vlmflow.errors import CatalogError, CommitError, TransientError
@@ -221,9 +224,32 @@ def test_versions_are_counted_up_to_the_handle_however_far_the_log_is(catalog: C
     log = TableLog.open(Folder(config), "images")
     for number in range(1, 4):
         enrich(catalog, f"r{number + 1}", [references(NAMES[number : number + 1])])
-    assert [log.first_commit_of(run) for run in ("r1", "r2", "r4")] == [1, None, None]
+    assert [log.first_commit_of(run, LONG_AGO) for run in ("r1", "r2", "r4")] == [1, None, None]
     log.refresh()
-    assert [log.first_commit_of(run) for run in ("r1", "r2", "r4")] == [1, 2, 4]
+    assert [log.first_commit_of(run, LONG_AGO) for run in ("r1", "r2", "r4")] == [1, 2, 4]
+
+
+def test_entries_from_before_a_run_are_not_read_for_its_first_commit(
+    catalog: Catalog, config: CatalogConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log_module, "_LOOKED_AT_ONCE", 2)
+    for number in range(1, 7):
+        enrich(catalog, f"r{min(number, 5)}", [references([f"n{number}"])])
+    started_at = {number: dt.datetime(2026, 11, 20 + number, tzinfo=dt.UTC) for number in range(7)}
+    folder = Folder(config)
+    for number, at in started_at.items():
+        path = f"images/_delta_log/{number:020d}.json"
+        entry = (folder.read(path) or b"").decode()
+        assert '"timestamp":' in entry
+        folder.write(path, re.sub(r'"timestamp":\d+', f'"timestamp":{at.timestamp() * 1000:.0f}', entry).encode())
+    for run, first, since, read in (
+        ("r5", 5, 5, {3, 4, 5, 6}),
+        ("r2", 2, 2, {*range(7)}),
+        ("r9", None, 6, {3, 4, 5, 6}),
+    ):
+        log = TableLog.open(folder, "images")
+        assert log.first_commit_of(run, started_at[since]) == first
+        assert log._notes.keys() == read
 
 
 @on_both_stores

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from rich.console import Console
 
 from tests.catalog_samples import constants, finish, open_catalog, references, request, rows_by_name
+from vlmflow import alt_text_report
 from vlmflow.alt_text import MAX_CHARS, RULES, alt_text
-from vlmflow.alt_text_report import find_alt_texts
+from vlmflow.alt_text_report import AltTextReport, broken_alt_texts, find_alt_texts
 from vlmflow.config import CatalogConfig
 from vlmflow.views_search import alt_texts_csv, print_alt_texts
 
@@ -116,10 +119,33 @@ def test_the_catalog_tells_which_texts_are_shared(tmp_path: Path) -> None:
     assert (report.num_images, report.num_without) == (7, 0)
     without = find_alt_texts(config, where="uri != 'mem://b1'")
     assert without.rules == {"too_short": 1}, "equal bytes may share a text"
-    assert alt_texts_csv(report).splitlines()[1].startswith("duplicate,A red car here.,a red car here,mem://a1,")
+    found = broken_alt_texts(config)
+    lines = "".join(alt_texts_csv(found)).splitlines()
+    assert lines[1].startswith("duplicate,A red car here.,a red car here,mem://a1,")
+    assert len(lines) == 5
+    assert AltTextReport.model_validate_json("".join(found.as_json())) == report
     console = Console(record=True, width=120)
-    print_alt_texts(report, console)
+    print_alt_texts(found, console)
     assert "3 of 7 images have an alternative text that keeps every rule" in console.export_text()
+
+
+def test_rows_that_keep_every_rule_are_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = catalog_of(tmp_path, {"a1": "a house by the sea", "b1": "a tree on a hill", "c1": "a dog"})
+    monkeypatch.setattr(alt_text_report, "_SLICE_ROWS", 1)
+    held: list[int] = []
+    concat_tables = pa.concat_tables
+
+    def watched(tables: Sequence[pa.Table]) -> pa.Table:
+        held.append(sum(table.num_rows for table in tables))
+        return concat_tables(tables)
+
+    monkeypatch.setattr(alt_text_report.pa, "concat_tables", watched)
+    found = broken_alt_texts(config, where="uri != 'mem://b1'")
+    monkeypatch.undo()
+    assert held == [1]
+    assert (found.counts.num_images, found.counts.rules, found.counts.broken) == (2, {"too_short": 1}, ())
+    assert [text["uri"] for text in found.texts()] == ["mem://c1"]
+    assert "".join(found.as_json()) == find_alt_texts(config, where="uri != 'mem://b1'").model_dump_json()
 
 
 def test_rows_carry_the_text_and_lose_it_with_their_caption(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from vlmflow.catalog.due import PlanRequest
 from vlmflow.catalog.erase import EraseResult, erase, without_erased
 from vlmflow.catalog.export import ExportResult, export
 from vlmflow.catalog.folder import Folder
-from vlmflow.catalog.keys import digest_of, to_binary
+from vlmflow.catalog.keys import KeyIndex, digest_of, to_binary
 from vlmflow.catalog.known import KnownBytes, known_bytes
 from vlmflow.catalog.known_images import KnownStore
 from vlmflow.catalog.log import DataFile, Snapshot, TableLog, TableName
@@ -238,9 +238,10 @@ class Catalog:
                 newest = newest.filter(pc.is_in(newest["image_id"], value_set=pa.array(list(only), pa.string())))
             return Said(newest, self.known_images.matcher())
 
+        every_row = lists_changed and only is None
         now = Catalog(self._folder, *self._logs_from_now())  # this one may be the app's, open for months
         # Of some images: the app does so every few seconds, and nobody would read thousands of records of it.
-        with self.runs.recorded("review", is_kept=only is None) as run_id:
+        with self.runs.recorded("review", is_kept=only is None, every_row=every_row) as run_id:
             result = apply_verdicts(
                 self._folder,
                 read,
@@ -313,13 +314,13 @@ class Catalog:
         """The embeddings that live rows refer to, one per image and view."""
         return pa.concat_tables(self.embedding_batches(columns))
 
-    def embedding_batches(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-        """The embeddings that live rows refer to, file by file."""
-        return embedding_batches(self._folder, *of_one_time(self._images, self._embeddings), columns)
+    def embedding_batches(self, columns: Sequence[str] | None = None, of: KeyIndex | None = None) -> Iterator[pa.Table]:
+        """The embeddings that live rows refer to, file by file; of some images: see :mod:`vlmflow.catalog.read`."""
+        return embedding_batches(self._folder, *of_one_time(self._images, self._embeddings), columns, of)
 
-    def flagged_before(self, run_id: str) -> pa.Array | None:
+    def flagged_before(self, run_id: str) -> KeyIndex | None:
         """The images that a run found flagged; see :func:`vlmflow.catalog.before.flagged_before`."""
-        return flagged_before(self._folder, self._images, run_id)
+        return flagged_before(self._folder, self._images, run_id, self.runs.started_at(run_id))
 
     def export(self, folder: str | Path, *, with_embeddings: bool) -> ExportResult:
         """Writes the current rows as plain Parquet; see :func:`vlmflow.catalog.export.export`."""

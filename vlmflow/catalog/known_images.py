@@ -11,6 +11,8 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -30,6 +32,11 @@ MAX_DISTANCE = 16  # of 64 bits; beyond it images share hardly more than chance 
 Kind = Literal["block", "allow"]
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 _CHUNK = 1_024  # rows that are compared at once, with as many hashes of a list: 8 MB, however long that is
+_MAX_CELLS = 1 << 18  # pairs of an equal band that are compared at once: 10 MB
+# Where so many bits may differ, of bands of bits one more than that one is equal: only hashes with an equal band are
+# compared. With 40,000 hashes and 4 bits that is 80 times as fast; beyond 6 bits bands are short, and it is slower.
+_MAX_BANDED = 6
+_FAR = 65
 
 
 @dataclass(frozen=True)
@@ -141,15 +148,14 @@ class KnownImages:
         columns: dict[str, NDArray[np.object_]] = {
             name: np.full(count, None, object) for name in ("decision", "reviewer", "reason")
         }
-        looks = self._look_alikes(phash)
-        for known, distances in looks:
+        for known, distances in self._look_alikes(phash):
             hit = distances <= known.max_distance
             reasons = [f"looks like a listed image ({distance} of 64 bits differ)" for distance in distances[hit]]
             _put(columns, hit, known, reasons)
         for kind in ("allow", "block"):
-            for known in self.lists:
-                if known.kind == kind and known.hashes:
-                    hit = as_mask(pc.is_in(flat(content_hash), value_set=pa.array(known.hashes, pa.string())))
+            for known, hashes in self._hashes:
+                if known.kind == kind:
+                    hit = as_mask(pc.is_in(flat(content_hash), value_set=hashes))
                     _put(columns, hit, known, ["equal bytes"] * int(hit.sum()))
         none = pa.nulls(count, pa.string())
         arrays = {name: pa.array(values, pa.string()) for name, values in columns.items()}
@@ -161,26 +167,88 @@ class KnownImages:
             mask=absent,
         )
 
+    # Made once, though they are asked of every file: a list may be long.
+    @cached_property
+    def _hashes(self) -> list[tuple[KnownList, pa.Array]]:
+        return [(known, pa.array(known.hashes, pa.string())) for known in self.lists if known.hashes]
+
+    @cached_property
+    def _looks(self) -> list[tuple[KnownList, _Looks]]:
+        return [(known, _Looks(known.phashes, known.max_distance)) for known in self.lists if known.phashes]
+
     def _look_alikes(self, phash: pa.ChunkedArray) -> list[tuple[KnownList, NDArray[np.int64]]]:
-        """Per list with perceptual hashes, (N,) the least distance to any of them; 65: there is no hash."""
-        looking = [known for known in self.lists if known.phashes]
-        if not looking:
+        """Per list with perceptual hashes, (N,) the least distance to any of them; 65: none is near, or no hash."""
+        if not self._looks:
             return []
         values = flat(phash)
         known_at = np.flatnonzero(as_mask(pc.is_valid(values)))
-        given = np.array([int(text, 16) for text in values.drop_null().to_pylist()], np.uint64)
+        # Images of equal looks are as far from a list: each hash is compared once.
+        given, at = np.unique(_parsed(values.drop_null().to_pylist()), return_inverse=True)
         out = []
-        for known in looking:
-            wanted = np.array([int(text, 16) for text in known.phashes], np.uint64)
-            least = np.full(len(values), 65, np.int64)
-            for start in range(0, len(given), _CHUNK):
-                some = given[start : start + _CHUNK]
-                places = known_at[start : start + len(some)]
-                for first in range(0, len(wanted), _CHUNK):
-                    bits = np.bitwise_count(some[:, None] ^ wanted[None, first : first + _CHUNK])
-                    least[places] = np.minimum(least[places], bits.min(axis=1))
+        for known, looks in self._looks:
+            least = np.full(len(values), _FAR, np.int64)
+            least[known_at] = looks.nearest(given)[at]
             out.append((known, least))
         return out
+
+
+class _Looks:
+    """The perceptual hashes of one list, made ready to be looked up. W: how many.
+
+    Args:
+        max_distance: bits that may differ.
+    """
+
+    def __init__(self, texts: Iterable[str], max_distance: int) -> None:
+        self._values = np.unique(_parsed(texts))  # (W,)
+        # Of each band its lowest bit and its mask; (W,) what stands in it, in order, and the hashes in this order.
+        self._bands: list[tuple[np.uint64, np.uint64, NDArray[np.uint64], NDArray[np.uint64]]] = []
+        edges = np.linspace(0, 64, max_distance + 2).astype(int).tolist() if max_distance <= _MAX_BANDED else []
+        for low, high in pairwise(edges):
+            shift, mask = np.uint64(low), np.uint64((1 << (high - low)) - 1)
+            parts = (self._values >> shift) & mask
+            order = np.argsort(parts, kind="stable")
+            self._bands.append((shift, mask, parts[order], self._values[order]))
+
+    def nearest(self, given: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """(N,) the least distance of each hash to any of the list; of those that are not near it may be 65."""
+        least = np.full(len(given), _FAR, np.int64)
+        for shift, mask, parts, values in self._bands:
+            mine = (given >> shift) & mask
+            first = np.searchsorted(parts, mine, "left")
+            counts = np.searchsorted(parts, mine, "right") - first
+            rows = np.flatnonzero(counts)
+            starts = np.searchsorted(np.cumsum(counts[rows]), np.arange(0, counts.sum(), _MAX_CELLS), "right")
+            for some in np.split(rows, np.unique(starts)[1:]):
+                _lower(least, some, given, values, first[some], counts[some])
+        if not self._bands:
+            for start in range(0, len(given), _CHUNK):
+                part = given[start : start + _CHUNK]
+                for first_of in range(0, len(self._values), _CHUNK):
+                    bits = np.bitwise_count(part[:, None] ^ self._values[None, first_of : first_of + _CHUNK])
+                    here = slice(start, start + len(part))
+                    least[here] = np.minimum(least[here], bits.min(axis=1))
+        return least
+
+
+def _lower(
+    least: NDArray[np.int64],
+    rows: NDArray[np.int64],
+    given: NDArray[np.uint64],
+    values: NDArray[np.uint64],
+    first: NDArray[np.int64],
+    counts: NDArray[np.int64],
+) -> None:
+    """Lowers the least distance of some rows by what each is compared with: ``counts`` values from ``first`` on."""
+    if len(rows):
+        starts = np.cumsum(counts) - counts
+        at = np.arange(int(counts.sum())) + np.repeat(first - starts, counts)
+        bits = np.bitwise_count(np.repeat(given[rows], counts) ^ values[at])
+        least[rows] = np.minimum(least[rows], np.minimum.reduceat(bits, starts))
+
+
+def _parsed(texts: Iterable[str]) -> NDArray[np.uint64]:
+    return np.array([int(text, 16) for text in texts], np.uint64)
 
 
 def _put(columns: dict[str, NDArray[np.object_]], hit: NDArray[np.bool_], known: KnownList, reasons: list[str]) -> None:

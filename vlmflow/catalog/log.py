@@ -30,6 +30,8 @@ RUN_ID = "vlmflow.run_id"
 REVOKED = "vlmflow.revoked"  # ids of runs that may commit no more, separated by commas
 _DELTA_ERRORS = (DeltaError, OSError)
 _READ_AT_ONCE = 8  # entries of the log
+_LOOKED_AT_ONCE = 4 * _READ_AT_ONCE  # on the way back to the first commit of a run
+_CLOCKS_DIFFER = dt.timedelta(hours=1)  # by less, of machines that write to one catalog
 _ENTRY = re.compile(r".*/(\d{20})\.json")
 
 LONGEST_RETENTION = dt.timedelta(days=30)  # of files of old versions
@@ -73,6 +75,7 @@ class _Notes:
     commit_id: str | None
     run_id: str | None
     revoked: frozenset[str]
+    at: dt.datetime | None  # by the clock of who made it
 
     @classmethod
     def of(cls, entry: bytes) -> _Notes:
@@ -80,7 +83,9 @@ class _Notes:
         actions = (json.loads(line) for line in entry.splitlines() if b'"commitInfo"' in line)
         info: dict[str, Any] = next((action["commitInfo"] for action in actions if "commitInfo" in action), {})
         runs = str(info.get(REVOKED) or "")
-        return cls(info.get(COMMIT_ID), info.get(RUN_ID), frozenset(runs.split(",")) if runs else frozenset())
+        ms = info.get("timestamp")
+        at = dt.datetime.fromtimestamp(ms / 1000, dt.UTC) if isinstance(ms, int) else None
+        return cls(info.get(COMMIT_ID), info.get(RUN_ID), frozenset(runs.split(",")) if runs else frozenset(), at)
 
 
 class TableLog:
@@ -225,12 +230,24 @@ class TableLog:
         """
         return frozenset[str]().union(*(notes.revoked for notes in self._notes_after(since)))
 
-    def first_commit_of(self, run_id: str) -> int | None:
-        """The first version of those in the log, up to the one that the handle is at, that a run made; None: none."""
+    def first_commit_of(self, run_id: str, started_at: dt.datetime) -> int | None:
+        """The first version of those in the log, up to the one that the handle is at, that a run made; None: none.
+
+        Args:
+            started_at: of the run: entries that are older by more than clocks differ are not read.
+        """
         names = (_ENTRY.fullmatch(file.path) for file in self.folder.list(f"{self.name}/_delta_log"))
         there = sorted(number for name in names if name and (number := int(name[1])) <= self.table.version())
-        self._read_notes(there)
-        return next((number for number in there if self._notes[number].run_id == run_id), None)
+        first = None
+        while there:
+            there, some = there[:-_LOOKED_AT_ONCE], there[-_LOOKED_AT_ONCE:]
+            self._read_notes(some)
+            notes = [self._notes[number] for number in some]
+            first = next((number for number, of in zip(some, notes, strict=True) if of.run_id == run_id), first)
+            # All of them: one may be of a machine whose clock is wrong.
+            if all(of.at is not None and of.at < started_at - _CLOCKS_DIFFER for of in notes):
+                break
+        return first
 
     def _notes_after(self, since: int) -> list[_Notes]:
         numbers = range(since + 1, self.table.version() + 1)

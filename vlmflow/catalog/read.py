@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from vlmflow import schema
 from vlmflow.catalog.columns import conform, flat
 from vlmflow.catalog.folder import Folder
-from vlmflow.catalog.keys import concat, index_of, to_binary, to_words
+from vlmflow.catalog.keys import KeyIndex, concat, index_of, to_binary, to_words
 from vlmflow.catalog.log import DataFile, Snapshot, TableLog, TableName
 
 _CLAIMED_BY = ("image_id", "embed_run_id", "view")  # what :meth:`References.claim` reads
@@ -60,8 +60,23 @@ def image_batches(folder: Folder, images: Snapshot, columns: Sequence[str] | Non
         yield conform(rows, wanted)
 
 
+def images_named(folder: Folder, images: Snapshot, names: pa.Array, columns: Sequence[str]) -> pa.Table:
+    """The live rows whose image id or uri is among some names; of files without one no other column is read."""
+    wanted = _select(images.schema, columns)
+    found = [wanted.empty_table()]
+    for file, keys in read_each(folder, "images", images.files.values(), ["image_id", "uri"], ahead=8):
+        hits = pc.or_(pc.is_in(keys["image_id"], value_set=names), pc.is_in(keys["uri"], value_set=names))
+        if pc.any(hits).as_py():
+            found.append(conform(read_rows(folder, "images", file, wanted.names), wanted).filter(hits))
+    return pa.concat_tables(found)
+
+
 def embedding_batches(
-    folder: Folder, images: Snapshot, embeddings: Snapshot, columns: Sequence[str] | None = None
+    folder: Folder,
+    images: Snapshot,
+    embeddings: Snapshot,
+    columns: Sequence[str] | None = None,
+    of: KeyIndex | None = None,
 ) -> Iterator[pa.Table]:
     """The embeddings that live image rows refer to, one per image and view; first an empty table.
 
@@ -69,15 +84,38 @@ def embedding_batches(
 
     Args:
         columns: names of top-level columns; None: all. Others are read as far as they tell which rows count.
+        of: images; those of others are left out, and of files only the row groups read that hold one. None: of all.
     """
     wanted = _select(embeddings.schema, columns)
     yield wanted.empty_table()
+    if of is not None:
+        yield from _embeddings_of(folder, images, embeddings, wanted, of)
+        return
     read = list(dict.fromkeys([*wanted.names, *_CLAIMED_BY]))
     ahead = 1 if "vector" in read else 8  # vectors are large
     for date, files in files_by_date(embeddings).items():
         references = References(folder, images, date)
         for _, rows in read_each(folder, "embeddings", files, read, ahead=ahead):
             yield conform(rows.filter(pa.array(references.claim(rows))), wanted)
+
+
+def _embeddings_of(
+    folder: Folder, images: Snapshot, embeddings: Snapshot, wanted: pa.Schema, of: KeyIndex
+) -> Iterator[pa.Table]:
+    columns = ["image_id", *(name for name in wanted.names if name not in ("image_id", "ingest_date"))]
+    for date, files in files_by_date(embeddings).items():
+        references: References | None = None
+        for file, keys in read_each(folder, "embeddings", files, _CLAIMED_BY, ahead=8):
+            asked = of.find(*to_words(to_binary(keys["image_id"]))) >= 0
+            if not asked.any():
+                continue
+            if references is None:
+                references = References(folder, images, date)
+            places = np.flatnonzero(asked)[references.claim(keys.filter(pa.array(asked)))]
+            if len(places):
+                rows = folder.read_parquet_at(f"embeddings/{file.path}", columns, places, OrderedDict(), 0)
+                dates = pa.repeat(pa.scalar(date, pa.date32()), rows.num_rows)
+                yield conform(rows.append_column("ingest_date", dates), wanted)
 
 
 def of_one_time(images: TableLog, embeddings: TableLog) -> tuple[Snapshot, Snapshot]:

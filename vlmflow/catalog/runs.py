@@ -24,8 +24,9 @@ DEAD_AFTER = dt.timedelta(minutes=10)
 HEARTBEAT_S = 30.0
 _STAMP = "%Y%m%dT%H%M%S"
 _READ_AT_ONCE = 16  # records
+_EVERY_ROW = "every_row"  # in the record of a run that has brought late verdicts into all rows
 
-_NEVER = dt.datetime.min.replace(tzinfo=dt.UTC)
+LONG_AGO = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 
 RunState: TypeAlias = Literal["running", "dead", "finished"]
 
@@ -93,16 +94,19 @@ class RunStore:
             thread.join()
 
     @contextlib.contextmanager
-    def recorded(self, operation: str, *, is_kept: bool = True) -> Iterator[str]:
+    def recorded(self, operation: str, *, is_kept: bool = True, every_row: bool = False) -> Iterator[str]:
         """A run of upkeep (vacuum, erase, ...): gives its id, and keeps its lease while the block runs.
 
         What it did is in the log of the tables; its record says no more than when it ran and how it ended.
 
         Args:
             is_kept: False: the record goes at the end, as of what is done every few seconds.
+            every_row: it brings late verdicts into all rows; see :meth:`unsettled`.
         """
         run_id = new_run_id()
-        record = {"operation": operation, "started_at": dt.datetime.now(dt.UTC).isoformat()}
+        record: dict[str, Any] = {"operation": operation, "started_at": dt.datetime.now(dt.UTC).isoformat()}
+        if every_row:
+            record[_EVERY_ROW] = True
         self.start(run_id, record | {"status": "running"})
         status = "failed"
         try:
@@ -129,6 +133,11 @@ class RunStore:
     def get(self, run_id: str) -> dict[str, Any] | None:
         """The record of a run; None: there is no such run."""
         return self._folder.read_json(_record(run_id))
+
+    def started_at(self, run_id: str) -> dt.datetime:
+        """When a run started, by its record, else by its id; long ago where neither says it."""
+        found = _started_at(self.get(run_id) or {})
+        return (_second_of(run_id) or LONG_AGO) if found == LONG_AGO else found
 
     def list(self) -> list[RunInfo]:
         """All runs, the newest first; see :meth:`newest`, which reads no more records than are asked for."""
@@ -171,6 +180,20 @@ class RunStore:
     def states(self) -> dict[str, RunState]:
         """How every run is doing."""
         return {run: _state(seen_at) for run, seen_at in self._leases().items()}
+
+    def unsettled(self) -> set[str]:
+        """The runs that have not ended and may have committed rows without what people and lists say of them.
+
+        Not those that were dead already when all rows were looked at: a run that goes on after all renews its lease.
+        """
+        seen = {run: seen_at for run, seen_at in self._leases().items() if seen_at is not None}
+        for run in self.newest() if seen else ():
+            started_at = _started_at(run.record)
+            if LONG_AGO < started_at < min(seen.values()) + DEAD_AFTER:
+                break
+            if run.record.get(_EVERY_ROW) and run.record.get("status") == "done":
+                return {run_id for run_id, seen_at in seen.items() if started_at < seen_at + DEAD_AFTER}
+        return set(seen)
 
     def bury(self, run_id: str) -> None:
         """Says in the record of a dead run that it is, and takes its lease away. It must have been revoked.
@@ -253,7 +276,7 @@ def _started_at(record: dict[str, Any]) -> dt.datetime:
     try:
         found = dt.datetime.fromisoformat(str(record.get("started_at")))
     except ValueError:
-        return _NEVER
+        return LONG_AGO
     return found if found.tzinfo else found.replace(tzinfo=dt.UTC)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from vlmflow.errors import ConfigError
+from vlmflow.files import put_file
 from vlmflow.storage import check_on_disk
 
 
@@ -27,13 +29,13 @@ def check_outputs(*files: Path | None) -> None:
             raise ConfigError(f"{file}: Permission denied", remedy="Name a file that can be written.")
 
 
-def write_output(file: Path, text: str) -> None:
-    """Writes a file.
+def write_output(file: Path, text: str | Iterable[str]) -> None:
+    """Writes a file, in one step.
 
     Raises:
         ConfigError: it cannot be written.
     """
     try:
-        file.write_text(text, encoding="utf-8", newline="")
+        put_file(file, text)
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror or error}", remedy="Name a file that can be written.") from error

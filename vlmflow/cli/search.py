@@ -190,17 +190,19 @@ def alt_text(
 
     Example: `vlmflow alt-text catalog/ --where "decision = 'allow'" --csv to-write.csv`
     """
-    from vlmflow.alt_text_report import find_alt_texts
+    from vlmflow.alt_text_report import broken_alt_texts
     from vlmflow.views_search import alt_texts_csv, print_alt_texts
 
     check_outputs(csv)
-    report = find_alt_texts(catalog_config(catalog, endpoint), where=where)
+    found = broken_alt_texts(catalog_config(catalog, endpoint), where=where)
     if csv is not None:
-        write_output(csv, alt_texts_csv(report))
+        write_output(csv, alt_texts_csv(found))
     if as_json:
-        typer.echo(report.model_dump_json())
+        for piece in found.as_json():
+            typer.echo(piece, nl=False)
+        typer.echo()
     else:
-        print_alt_texts(report, Screen())
+        print_alt_texts(found, Screen())
 
 
 def query_job(catalog: str, profile: str | None, config: Path | None, endpoint: str | None) -> Job | None:

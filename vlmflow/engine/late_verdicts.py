@@ -23,7 +23,8 @@ def bring_in_late_verdicts(
 ) -> None:
     """Brings in what people and lists say of a run's rows; to be called after its last commit.
 
-    Where another run has not ended, it may have been killed before it came to this: then every row is looked at.
+    Where another run has not ended, it may have been killed before it came to this: then every row is looked at; once,
+    where it gave no sign of life any more.
 
     Args:
         known: what the run's workers looked images up in; None: there were none.
@@ -39,7 +40,7 @@ def bring_in_late_verdicts(
     if not (changed or others or committed):
         return
     newest = catalog.reviews.newest()["image_id"]
-    if changed or (others and (lists or len(newest))):
+    if changed or (others and (lists or len(newest)) and catalog.runs.unsettled() - {run_id}):
         result = catalog.apply_verdicts(lists_changed=True)
     else:
         index = keys.index_of(keys.concat(committed))

@@ -152,7 +152,8 @@ class Run:
         """(N, D) the embeddings of the whole images; a row of nan where there is none."""
         found: NDArray[np.float32] | None = None
         wanted = self.prepared.fingerprints["embed"]
-        for batch in self._catalog.embedding_batches(["image_id", "view", "vector", "embed_fingerprint"]):
+        columns = ["image_id", "view", "vector", "embed_fingerprint"]
+        for batch in self._catalog.embedding_batches(columns, of=self._index):
             at = self._index.find(*to_words(to_binary(batch["image_id"])))
             own = pc.and_(pc.equal(batch["view"], VIEW), pc.equal(batch["embed_fingerprint"], wanted))
             kept = (at >= 0) & pc.fill_null(own, False).to_numpy()

@@ -6,6 +6,7 @@ policy lists *bindings*: the digests of a model's weights and of the prompts, wi
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -19,6 +20,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator, model_validator
 
 from vlmflow.errors import PolicyError, UnboundPolicyError
+from vlmflow.files import put_file
 from vlmflow.models.identity import ModelIdentity
 from vlmflow.validation import describe_validation, read_yaml
 
@@ -293,9 +295,15 @@ def write_binding(path: Path, binding: Binding) -> None:
     """Writes a binding into a policy file, in place of any other of the same weights; the rest stays as it is.
 
     Raises:
-        PolicyError: ``bindings`` is not the last key of the file, or the result is no valid policy.
+        PolicyError: ``bindings`` is not the last key of the file, the result is no valid policy, or the file cannot
+            be written.
     """
-    path.write_text(_with_binding(path, binding), encoding="utf-8")
+    text = _with_binding(path, binding)
+    try:
+        put_file(path, text)
+    except OSError as error:
+        remedy = "Make room, or the file one that can be written."
+        raise PolicyError(f"policy {path}: {error.strerror}", remedy=remedy) from error
 
 
 def write_version(path: Path, output: Path, binding: Binding) -> Policy:
@@ -315,6 +323,8 @@ def write_version(path: Path, output: Path, binding: Binding) -> Policy:
     except FileExistsError as error:
         raise PolicyError(f"policy {output}: is there already", remedy="Name another file with --output.") from error
     except OSError as error:
+        with contextlib.suppress(OSError):
+            output.unlink(missing_ok=True)  # half a policy, which would stand in the way of the next try
         raise PolicyError(f"policy {output}: {error.strerror}", remedy="Name another file with --output.") from error
     return load_policy(str(output))
 

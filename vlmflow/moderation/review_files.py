@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from vlmflow.catalog.judged import LIST_PREFIX
 from vlmflow.errors import ReviewError, SourceError
+from vlmflow.files import put_file
 from vlmflow.moderation.verdicts import NO_VALUE
 from vlmflow.sources.uris import normalise_uri
 from vlmflow.views_search import as_csv
@@ -66,13 +67,15 @@ def write_queue(path: Path, queue: pa.Table) -> None:
     check_suffix(path)
     try:
         if path.suffix == ".parquet":
-            pq.write_table(queue, path)
+            sink = pa.BufferOutputStream()
+            pq.write_table(queue, sink)
+            put_file(path, sink.getvalue().to_pybytes())
         elif path.suffix == ".csv":
             rows = ([row[name] for name in queue.column_names] for row in queue.to_pylist())
-            path.write_text(as_csv(queue.column_names, rows), encoding="utf-8", newline="")
+            put_file(path, as_csv(queue.column_names, rows))
         else:
             tasks = [{"data": {"image": row["uri"], **_filled(row)}} for row in queue.to_pylist()]
-            path.write_text(json.dumps(tasks, indent=1, ensure_ascii=False), encoding="utf-8")
+            put_file(path, json.dumps(tasks, indent=1, ensure_ascii=False))
     except OSError as error:
         raise ReviewError(f"{path}: {error.strerror}", remedy="Name another file.") from error
 

@@ -13,7 +13,7 @@ import pyarrow.types as pt
 
 from vlmflow import schema
 from vlmflow.catalog import Catalog
-from vlmflow.catalog.keys import to_binary
+from vlmflow.catalog.keys import KeyIndex, index_of, to_binary, to_words
 from vlmflow.catalog.masks import as_mask, equal, is_valid
 from vlmflow.catalog.rows import POLICY_COLUMNS, policy_names
 from vlmflow.report.labels import Counts, LabelFacts, Labels, histogram
@@ -62,17 +62,17 @@ class Facts:
 
 
 def collect(
-    catalog: Catalog, run_id: str | None, *, flagged_before: pa.Array | None = None, wanted: Sequence[str] = ()
+    catalog: Catalog, run_id: str | None, *, flagged_before: KeyIndex | None = None, wanted: Sequence[str] = ()
 ) -> Facts:
     """Reads the catalog once.
 
     Args:
         run_id: the run whose rows count as new; None: none do.
-        flagged_before: images that were flagged before the run, as ``schema.KEY``.
+        flagged_before: images that were flagged before the run; None: not known, as if there were none.
         wanted: ids of further images to show, such as duplicates.
     """
     facts = Facts(version=catalog.version)
-    before = pa.array([], schema.KEY) if flagged_before is None else flagged_before
+    before = index_of(pa.array([], schema.KEY)) if flagged_before is None else flagged_before
     texts = [field.name for field in catalog.source_columns if pt.is_string(field.type)]
     new = Pick(NUM_NEW, ("decision", "ascending"))  # block comes before review
     lowest = {name: Pick(NUM_LOWEST, (name, "ascending")) for name in MATCHES}
@@ -86,8 +86,8 @@ def collect(
         of_run = equal(rows["run_id"], run_id or "")
         facts.num_of_run += int(of_run.sum())
         flagged = rows.filter(pa.array(of_run & ~equal(rows["decision"], "allow")))
-        known = pc.is_in(to_binary(flagged["image_id"]), before)
-        new.add(flagged.filter(pc.invert(known)))
+        known = before.find(*to_words(to_binary(flagged["image_id"]))) >= 0
+        new.add(flagged.filter(pa.array(~known)))
         for name, pick in lowest.items():
             pick.add(rows.filter(pa.array(is_valid(rows[name]))))
         failed.add(rows.filter(pa.array(~equal(rows["status"], "ok"))))

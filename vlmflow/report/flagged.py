@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from vlmflow.catalog import Catalog
-from vlmflow.catalog.keys import to_binary
+from vlmflow.catalog.keys import to_binary, to_words
 from vlmflow.config import CatalogConfig
 from vlmflow.report.rows import COLUMNS, Pick, Row, as_row
 
@@ -25,7 +26,7 @@ def newly_flagged(catalog: CatalogConfig, run_id: str, count: int) -> tuple[int,
     for rows in opened.image_batches(list(COLUMNS)):
         rows = rows.filter(pc.and_(pc.equal(rows["run_id"], run_id), pc.not_equal(rows["decision"], "allow")))
         if before is not None:
-            rows = rows.filter(pc.invert(pc.is_in(to_binary(rows["image_id"]), before)))
+            rows = rows.filter(pa.array(before.find(*to_words(to_binary(rows["image_id"]))) < 0))
         if rows.num_rows:
             pick.add(rows)
     if pick.rows is None:

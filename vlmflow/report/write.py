@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-import os
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from vlmflow.catalog import Catalog
 from vlmflow.config import CatalogConfig, Frozen
 from vlmflow.errors import ConfigError, VlmflowError
+from vlmflow.files import put_file
 from vlmflow.report.cards import Cards
 from vlmflow.report.collect import Facts, collect
 from vlmflow.report.html import Html, paragraph, text
@@ -169,11 +169,7 @@ def _footer(facts: Facts, pictures: Pictures) -> Html:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """In one step, so that nobody opens half a page."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        part.write_bytes(data)
-        part.replace(path)
+        put_file(path, data)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise ConfigError(f"{path}: {error.strerror or error}", remedy="Name a file that can be written.") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import TypeAlias
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from vlmflow.catalog.columns import conform, flat
 from vlmflow.catalog.folder import Folder
-from vlmflow.catalog.keys import index_of, to_binary, to_words
+from vlmflow.catalog.keys import KeyIndex, index_of, to_binary, to_words
 from vlmflow.catalog.log import DataFile, Snapshot
 from vlmflow.catalog.masks import Mask
 from vlmflow.catalog.read import read_each, read_rows
@@ -33,31 +34,64 @@ class LiveRows:
     """One version of the images table. N: its rows, numbered in the order of its files.
 
     Of each row only key, run and model are kept (about 30 bytes); columns are read from the files when asked for.
+
+    Args:
+        before: an earlier version: a file never changes, so those that it has are not read again.
     """
 
-    def __init__(self, folder: Folder, snapshot: Snapshot) -> None:
+    def __init__(self, folder: Folder, snapshot: Snapshot, before: LiveRows | None = None) -> None:
         self.version = snapshot.version
         self.columns = snapshot.schema
         self._folder = folder
         self.files: list[DataFile] = sorted(snapshot.files.values(), key=lambda file: (file.ingest_date, file.path))
         self._cache: OrderedDict[tuple[str, tuple[str, ...]], pa.Table] = OrderedDict()
-        keys, counts = [], []
-        runs, models = _Codes(), _Codes()
-        for _, rows in read_each(folder, "images", self.files, _COLUMNS, ahead=_AHEAD):
-            counts.append(rows.num_rows)
-            keys.append(index_of(to_binary(rows["image_id"])))
-            runs.add(rows["embed_run_id"])
-            models.add(rows[_FINGERPRINT])
+        held = {} if before is None else before._spans()
+        runs = _Codes({} if before is None else before._run_names)
+        models = _Codes({} if before is None else before._model_names)
+        new = {}  # by path
+        unread = [file for file in self.files if file.path not in held]
+        for file, rows in read_each(folder, "images", unread, _COLUMNS, ahead=_AHEAD):
+            codes = runs.of(rows["embed_run_id"]), models.of(rows[_FINGERPRINT])
+            new[file.path] = index_of(to_binary(rows["image_id"])), codes
+        counts, coded = [], []
+        for file in self.files:
+            if file.path in new:
+                codes = new[file.path][1]
+            else:
+                assert before is not None
+                codes = before._runs[held[file.path]], before._models[held[file.path]]
+            counts.append(len(codes[0]))
+            coded.append(codes)
         self.starts: Positions = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-        for start, index in zip(self.starts, keys, strict=False):
-            index.values = index.values + start
-        self._index = index_of(pa.array([], KEY)).merged(keys)
-        self._runs, self._run_names = runs.array(), runs.names
-        self._models, self._model_names = models.array(), models.names
+        starts = dict(zip((file.path for file in self.files), self.starts.tolist(), strict=False))
+        for path, (index, _) in new.items():
+            index.values = index.values + starts[path]
+        kept = index_of(pa.array([], KEY)) if before is None else before._index_at(starts)
+        self._index = kept.merged([index for index, _ in new.values()])
+        none = np.empty(0, np.int32)
+        self._runs: NDArray[np.int32] = np.concatenate([none, *(codes[0] for codes in coded)])
+        self._models: NDArray[np.int32] = np.concatenate([none, *(codes[1] for codes in coded)])
+        self._run_names: dict[str, int] = runs.names
+        self._model_names: dict[str, int] = models.names
         self._models[self._runs < 0] = -1  # without a vector
 
     def __len__(self) -> int:
         return int(self.starts[-1])
+
+    def _spans(self) -> dict[str, slice]:
+        """The numbers of the rows of each file."""
+        bounds = pairwise(self.starts.tolist())
+        return {file.path: slice(*span) for file, span in zip(self.files, bounds, strict=True)}
+
+    def _index_at(self, starts: dict[str, int]) -> KeyIndex:
+        """The index of the rows of some files, which begin elsewhere now."""
+        moved = np.full(len(self), -1, np.int64)
+        for path, span in self._spans().items():
+            if path in starts:
+                moved[span] = starts[path] + np.arange(span.stop - span.start)
+        index = self._index.kept(moved[self._index.values] >= 0)
+        index.values = moved[index.values]
+        return index
 
     @property
     def num_by_model(self) -> dict[str, int]:
@@ -151,18 +185,15 @@ class LiveRows:
 class _Codes:
     """Texts as numbers, in the order of their first mention; -1 for null."""
 
-    def __init__(self) -> None:
-        self.names: dict[str, int] = {}
-        self._parts: list[NDArray[np.int32]] = []
+    def __init__(self, names: dict[str, int]) -> None:
+        self.names = dict(names)
 
-    def add(self, column: pa.ChunkedArray) -> None:
+    def of(self, column: pa.ChunkedArray) -> NDArray[np.int32]:
         coded = pc.dictionary_encode(flat(column))
         numbers = [self.names.setdefault(name, len(self.names)) for name in coded.dictionary.to_pylist()]
         indices = pc.fill_null(coded.indices, len(numbers)).to_numpy(zero_copy_only=False)
-        self._parts.append(np.array([*numbers, -1], np.int32)[indices])
-
-    def array(self) -> NDArray[np.int32]:
-        return np.concatenate([np.empty(0, np.int32), *self._parts])
+        found: NDArray[np.int32] = np.array([*numbers, -1], np.int32)[indices]
+        return found
 
 
 def _columns_in(where: str, columns: pa.Schema) -> list[str]:

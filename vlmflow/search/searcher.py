@@ -142,7 +142,7 @@ class Searcher:
         """Reads the newest version of the catalog, for :meth:`move_to`; what is held stays as it is."""
         live, snapshot = self._live, self._images.refresh()
         if live is None or live.version != snapshot.version:
-            live = LiveRows(self._folder, snapshot)
+            live = LiveRows(self._folder, snapshot, live)
         # After the images: the vectors of the rows just read are there by then.
         return Newest(live, self._embeddings.refresh(), self._list_index())
 

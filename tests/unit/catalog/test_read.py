@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
-from tests.catalog_samples import config_of, enrich, open_catalog, references
-from vlmflow.catalog import Catalog
+from tests.catalog_samples import config_of, enrich, image_id, open_catalog, references
+from vlmflow.catalog import Catalog, folder, writer
 from vlmflow.catalog.folder import Folder
+from vlmflow.catalog.keys import index_of, to_binary
+from vlmflow.catalog.read import images_named
 from vlmflow.summary import summarize
 
 NAMES = ["a", "b", "c"]
@@ -44,6 +47,50 @@ def test_vectors_are_counted_without_being_read(
     assert len(asked) == 1
     some = catalog.embeddings(["vector", "ingest_date", "image_id"])
     assert some.equals(whole.select(["vector", "ingest_date", "image_id"]))
+
+
+def test_of_some_images_no_other_vectors_are_read(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(writer._EMBEDDING_OPTIONS, "row_group_size", 2)
+    enrich(catalog, "r1", [references(["d", "e", "f"])])
+    enrich(catalog, "r2", [references(["a"], version="v2")], content="others")  # leaves vectors that nobody refers to
+    pieces = folder._ParquetPieces.read
+    read: list[int] = []
+
+    def watched(self: Any, groups: Sequence[int], columns: Sequence[str] | None) -> pa.Table:
+        if columns is None or "vector" in columns:
+            read.append(len(groups))
+        return pieces(self, groups, columns)
+
+    whole = catalog.embeddings()
+    monkeypatch.setattr(folder._ParquetPieces, "read", watched)
+    asked = pa.array([image_id(name) for name in ("a", "e", "unknown")])
+    columns = ["vector", "ingest_date", "image_id", "view", "embed_run_id"]
+    some = pa.concat_tables(catalog.embedding_batches(columns, of=index_of(to_binary(asked))))
+    order = [("image_id", "ascending"), ("view", "ascending")]
+    wanted = whole.filter(pc.is_in(whole["image_id"], value_set=asked)).select(columns)
+    assert wanted.num_rows == 4
+    assert some.sort_by(order).equals(wanted.sort_by(order))
+    assert read == [1, 1], "one row group of one file, and one of another"
+    assert not pa.concat_tables(catalog.embedding_batches(of=index_of(to_binary(asked[2:])))).num_rows
+
+
+def test_of_an_image_by_name_no_other_file_is_read(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    enrich(catalog, "r1", [references(["d", "e"])])
+    read = Folder.read_parquet
+    asked: list[Sequence[str] | None] = []
+
+    def watched(self: Folder, path: str, columns: Sequence[str] | None = None) -> pa.Table:
+        asked.append(columns)
+        return read(self, path, columns)
+
+    monkeypatch.setattr(Folder, "read_parquet", watched)
+    columns = ["uri", "labels", "ingest_date"]
+    for name in ("mem://d", image_id("d"), "mem://unknown"):
+        rows = images_named(catalog._folder, catalog.newest_images, pa.array([name]), columns)
+        assert rows.column_names == columns
+        assert rows["uri"].to_pylist() == ["mem://d"] * (name != "mem://unknown")
+    assert sum("labels" in (some or ()) for some in asked) == 2
+    assert len(asked) == 3 * 2 + 2
 
 
 def replace_vectors(catalog: Catalog, monkeypatch: pytest.MonkeyPatch, *, at_look: int) -> None:

@@ -44,6 +44,11 @@ def block(catalog: Catalog, name: str) -> None:
     catalog.reviews.add(pa.Table.from_pylist(events, schema=EVENT))
 
 
+def died(catalog: Catalog, run_id: str) -> None:
+    died_at = time.time() - DEAD_AFTER.total_seconds() - 5
+    os.utime(Path(catalog.uri) / "runs" / f"{run_id}.lease", (died_at, died_at))
+
+
 def blocked(catalog: Catalog) -> set[str]:
     return {name for name, row in rows_by_name(catalog).items() if row["decision"] == "block"}
 
@@ -87,12 +92,27 @@ def test_the_run_after_one_that_was_killed_looks_at_every_row(catalog: Catalog) 
     assert blocked(catalog) == {"b"}
 
 
+def test_every_row_is_looked_at_once_for_a_run_that_died(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    catalog.runs.start("killed", {})
+    for name in ("a", "b"):  # while it may go on
+        block(catalog, name)
+        bring_in_late_verdicts(catalog, "r2", None, [])
+    assert blocked(catalog) == {"a", "b"}
+    died(catalog, "killed")  # before the rows were looked at
+    monkeypatch.setattr(Catalog, "apply_verdicts", _stopped)
+    bring_in_late_verdicts(catalog, "r3", None, [])
+    monkeypatch.undo()
+    catalog.runs.heartbeat("killed")  # it was suspended, and goes on
+    block(catalog, "c")
+    bring_in_late_verdicts(catalog, "r4", None, [])
+    assert blocked(catalog) == {"a", "b", "c"}
+
+
 def test_a_vacuum_looks_at_every_row_before_it_buries_a_run(catalog: Catalog) -> None:
     catalog.runs.start("killed", {})
     add_list(config_of(catalog.uri), "banned", "block", ["bytes-mem://d"])
     enrich(catalog, "killed", [references(["d"])])  # by workers that do not know the list
-    died_at = time.time() - DEAD_AFTER.total_seconds() - 5
-    os.utime(Path(catalog.uri) / "runs" / "killed.lease", (died_at, died_at))
+    died(catalog, "killed")
     assert catalog.vacuum().revoked == ("killed",)
     assert catalog.runs.state("killed") == "finished"
     assert blocked(catalog) == {"d"}

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from tests.catalog_samples import config_of
+from tests.catalog_samples import config_of, enrich, image_id, open_catalog, references
 from tests.search_samples import clustered, found, names, nearest, put, unit
 from vlmflow.catalog.folder import Folder
-from vlmflow.catalog.log import TableLog
+from vlmflow.catalog.keys import to_binary
+from vlmflow.catalog.log import DataFile, TableLog, TableName
 from vlmflow.errors import CatalogError, ConfigError, SearchError
+from vlmflow.search import live as live_module
 from vlmflow.search.live import LiveRows, _columns_in
 from vlmflow.search.query import Query
 from vlmflow.search.searcher import Searcher, search_images
@@ -129,6 +133,37 @@ def test_a_catalog_without_rows_finds_nothing(tmp_path: Path) -> None:
     assert live.num_by_model == {}
     with pytest.raises(ConfigError, match="is not in"):
         search_images(config_of(tmp_path), Query(like="mem://i00000"))
+
+
+def test_of_a_new_version_the_new_files_alone_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Folder(config_of(tmp_path))
+    log = TableLog.open
+    read: list[str] = []
+    read_each = live_module.read_each
+
+    def watched(folder: Folder, table: TableName, files: list[DataFile], *rest: Any, **how: Any) -> Any:
+        read.extend(file.path for file in files)
+        return read_each(folder, table, files, *rest, **how)
+
+    catalog = open_catalog(tmp_path)
+    for run, some in (("r9", names(10)), ("r5", names(10, 10)), ("r7", names(10, 20))):
+        enrich(catalog, run, [references(some)])
+    live = LiveRows(folder, log(folder, "images").refresh())
+    enrich(catalog, "r1", [references(names(10, 30))])
+    enrich(catalog, "r2", [references(names(5, 8), version="v2")], content="others")  # rewrites two files
+    monkeypatch.setattr(live_module, "read_each", watched)
+    snapshot = log(folder, "images").refresh()
+    newer = LiveRows(folder, snapshot, live)
+    assert sorted(read) == sorted(snapshot.files.keys() - {file.path for file in live.files})
+    assert (len(read), len(snapshot.files)) == (3, 4)
+    anew = LiveRows(folder, snapshot)
+    keys = to_binary(pa.array([image_id(name) for name in names(45)]))
+    assert (newer.find(keys) == anew.find(keys)).all()
+    assert (newer.by_id == anew.by_id).all()
+    assert newer.num_by_model == anew.num_by_model
+    runs = pa.chunked_array([["r9", "r5", "r7", "r1", "r2"] * 9])
+    assert (newer.locate(keys, runs) == anew.locate(keys, runs)).all()
+    assert live.find(keys).max() == 29, "the older one stays as it was"
 
 
 def test_columns_come_in_the_order_asked_for(tmp_path: Path) -> None:

@@ -1,0 +1,124 @@
+"""Files that a user names: what was there stays until all of the new one is written."""
+
+from __future__ import annotations
+
+import datetime as dt
+import errno
+import os
+import stat
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from vlmflow.cli.files import write_output
+from vlmflow.errors import ConfigError, PolicyError, ReviewError
+from vlmflow.files import put_file
+from vlmflow.gate import GoldenImage, GoldenValues, write_accepted
+from vlmflow.moderation.policy import load_policy, shipped_policies, write_binding, write_version
+from vlmflow.moderation.review_files import write_queue
+
+
+def _full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def _bound(path: Path) -> None:
+    write_binding(path, load_policy("demo").bindings[0].model_copy(update={"weights": "f" * 64}))
+
+
+def _accepted(path: Path) -> None:
+    image = GoldenImage(name="a", status="ok", caption=None, decision="allow", margins={})
+    now = dt.datetime.now(dt.UTC)
+    write_accepted(
+        path, GoldenValues(made_at=now, profile="starter", policy=None, fingerprints={}, images={"a": image})
+    )
+
+
+@pytest.mark.parametrize("write", [_bound, _accepted, lambda path: write_output(path, iter(["new", "er"]))])
+def test_a_full_disk_leaves_what_was_there(
+    write: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "old.yaml"
+    path.write_bytes(shipped_policies()["demo"].read_bytes())
+    before = path.read_bytes()
+    monkeypatch.setattr(os, "fsync", _full)
+    with pytest.raises((PolicyError, ConfigError), match="No space left on device"):
+        write(path)
+    assert path.read_bytes() == before
+    assert [*tmp_path.iterdir()] == [path]
+    monkeypatch.undo()
+    write(path)
+    assert path.read_bytes() != before
+    assert [*tmp_path.iterdir()] == [path]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".json", ".parquet"])
+def test_a_full_disk_leaves_a_queue_that_somebody_filled_in(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / f"queue{suffix}"
+    path.write_text("filled in")
+    monkeypatch.setattr(os, "fsync", _full)
+    with pytest.raises(ReviewError, match="No space left on device"):
+        write_queue(path, pa.table({"uri": ["a"], "image_id": ["a"]}))
+    assert path.read_text() == "filled in"
+
+
+def test_half_a_new_version_of_a_policy_does_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Path.open
+
+    def half(path: Path, mode: str = "r", **options: Any) -> Any:
+        if mode == "x":
+            path.touch()
+            _full()
+        return opened(path, mode, **options)
+
+    source, output, binding = shipped_policies()["demo"], tmp_path / "new.yaml", load_policy("demo").bindings[0]
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", half)
+        with pytest.raises(PolicyError, match="No space left on device"):
+            write_version(source, output, binding)
+    assert write_version(source, output, binding).name == "demo"
+
+
+def test_mode_and_link_stay(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    path, link = tmp_path / "real" / "file", tmp_path / "link"
+    path.write_text("old")
+    path.chmod(0o640)
+    link.symlink_to(path)
+    put_file(link, "new\r\n")
+    assert link.is_symlink()
+    assert path.read_bytes() == b"new\r\n"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    plain = tmp_path / "plain"
+    plain.write_text("")
+    put_file(tmp_path / "new", b"new")
+    assert (tmp_path / "new").stat().st_mode == plain.stat().st_mode
+
+
+def test_where_nothing_can_take_its_place_a_file_is_written_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    path.write_text("old, and longer")
+
+    def refused(*_: object) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    monkeypatch.setattr(Path, "replace", refused)
+    put_file(path, "new")
+    assert path.read_text() == "new"
+    assert [*tmp_path.iterdir()] == [path]
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    read: list[str] = []
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()))
+    reader.start()
+    put_file(pipe, "through")
+    reader.join()
+    assert read == ["through"]

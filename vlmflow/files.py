@@ -1,0 +1,56 @@
+"""Files on this machine that a user names, written in one step: a full disk or a kill leaves what was there."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def put_file(path: Path, data: str | bytes | Iterable[str]) -> None:
+    """Writes a file anew: beside the old one, whose place and mode it takes. A symbolic link stays one.
+
+    A device or a pipe, a file in a folder that may not be written to, and one that is mounted by itself are written in
+    place: nothing can take theirs.
+
+    Args:
+        data: texts become UTF-8, with the ends of lines that they have.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        _write(path, "wb", data)
+        return
+    part = path.with_name(f".{path.name[:64]}.{secrets.token_hex(4)}.part")
+    try:
+        try:
+            _write(part, "xb", data)
+        except PermissionError:
+            _write(path, "wb", data)
+            return
+        if path.exists():
+            part.chmod(path.stat().st_mode & 0o7777)
+        try:
+            part.replace(path)
+        except OSError as error:
+            if error.errno != errno.EBUSY:  # of a file that is mounted by itself
+                raise
+            _write(path, "wb", part.read_bytes())
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def _write(path: Path, mode: str, data: str | bytes | Iterable[str]) -> None:
+    pieces = [data] if isinstance(data, str | bytes) else data
+    with path.open(mode) as sink:
+        for piece in pieces:
+            sink.write(piece.encode("utf-8") if isinstance(piece, str) else piece)
+        sink.flush()
+        if path.is_file():
+            os.fsync(sink.fileno())  # some disks say only now that they are full

@@ -21,11 +21,11 @@ import obstore
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vlmflow.catalog.workspace import in_our_words
 from vlmflow.config import CatalogConfig
 from vlmflow.errors import CatalogError, VlmflowError
 from vlmflow.retry import retried
 from vlmflow.storage import STORE_ERRORS, access_error, delta_storage_options, open_store, parse_address
+from vlmflow.workspace import in_our_words
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore

@@ -43,7 +43,7 @@ from vlmflow.catalog.plan_parts import (
 )
 from vlmflow.catalog.spill import Spill
 from vlmflow.catalog.tombstones import Erased
-from vlmflow.catalog.workspace import Workspace
+from vlmflow.workspace import Workspace
 
 # Of planned rows that are ordered at a time: texts may be long.
 _ROWS_PER_GROUP, _BYTES_PER_GROUP = 100_000, 128 * 1024 * 1024

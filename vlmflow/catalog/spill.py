@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from vlmflow.catalog.columns import taken
-from vlmflow.catalog.workspace import in_our_words
+from vlmflow.workspace import in_our_words
 
 _BUFFERED_ROWS, _BUFFERED_BYTES = 1 << 18, 1 << 28
 _BATCH_BYTES = 1 << 30  # in one batch; of texts Arrow holds no more than twice that

@@ -25,7 +25,7 @@ from vlmflow.catalog.rows import OK, UNREADABLE
 from vlmflow.catalog.runs import RunStore
 from vlmflow.catalog.spill import Spill
 from vlmflow.catalog.tombstones import Erased, Tombstones
-from vlmflow.catalog.workspace import Workspace
+from vlmflow.workspace import Workspace
 
 NUM_BUCKETS = 64
 

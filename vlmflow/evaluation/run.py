@@ -24,7 +24,6 @@ from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.judged import by_model
 from vlmflow.catalog.keys import index_of, to_binary, to_words
 from vlmflow.catalog.runs import new_run_id
-from vlmflow.catalog.workspace import Workspace
 from vlmflow.config import CatalogConfig, Job, ModelConfig, SourceConfig
 from vlmflow.engine import enrich
 from vlmflow.engine.cluster import ray_cluster
@@ -38,6 +37,7 @@ from vlmflow.moderation.policy import Policy
 from vlmflow.schema import fingerprint_column
 from vlmflow.sources.uris import image_ids
 from vlmflow.validation import describe_validation
+from vlmflow.workspace import Workspace
 
 logger = logging.getLogger("vlmflow")
 

@@ -19,12 +19,12 @@ from vlmflow.catalog.indexes import SEGMENT_ROWS, files_holding
 from vlmflow.catalog.keys import index_of
 from vlmflow.catalog.log import Snapshot, TableLog
 from vlmflow.catalog.masks import Mask
-from vlmflow.catalog.workspace import Workspace
 from vlmflow.config import CatalogConfig, Frozen
 from vlmflow.search import index as ivf
 from vlmflow.search.exact import Block, vector_blocks
 from vlmflow.search.live import LiveRows, Positions
 from vlmflow.search.segments import FORMAT, Index, Segment, SegmentInfo, read_index, write_segment
+from vlmflow.workspace import Workspace
 
 # Below this many vectors of a model the whole table is searched in well under a second.
 FEWEST_ROWS = 50_000

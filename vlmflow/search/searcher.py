@@ -20,7 +20,6 @@ from vlmflow.catalog.indexes import INDEXES
 from vlmflow.catalog.keys import to_binary
 from vlmflow.catalog.log import Snapshot, TableLog
 from vlmflow.catalog.masks import Mask
-from vlmflow.catalog.workspace import Workspace
 from vlmflow.config import CatalogConfig, Job
 from vlmflow.errors import CatalogError, ConfigError, SearchError
 from vlmflow.search.exact import NOTHING, Block, Found, best, search_exact, vector_blocks
@@ -29,6 +28,7 @@ from vlmflow.search.live import LiveRows, Positions
 from vlmflow.search.results import HIT_COLUMNS, Hit, SearchResult, notes_of
 from vlmflow.search.segments import Index, read_index
 from vlmflow.sources.uris import normalise_uri
+from vlmflow.workspace import Workspace
 
 if TYPE_CHECKING:
     from vlmflow.search.query import Query, QueryEncoder

@@ -13,7 +13,6 @@ import obstore
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from vlmflow.catalog.workspace import Workspace, in_our_words
 from vlmflow.config import ImageLimits, SourceConfig
 from vlmflow.errors import SourceError
 from vlmflow.retry import retried
@@ -25,6 +24,7 @@ from vlmflow.sources.tables import TableFile, open_table
 from vlmflow.sources.unique import UniqueReferences
 from vlmflow.sources.uris import is_http, normalise_uri, resolve
 from vlmflow.storage import STORE_ERRORS, access_error, local_version, object_version, parse_address
+from vlmflow.workspace import Workspace, in_our_words
 
 # What a manifest may say of the version of an http(s) url, which is not asked. Stores and disks tell their own, which
 # a column from another day would hide.

@@ -12,15 +12,15 @@ import pytest
 
 from tests.catalog_samples import config_of, enrich, open_catalog, references, request
 from vlmflow.catalog.folder import Folder
-from vlmflow.catalog.workspace import Workspace
 from vlmflow.cli import main
 from vlmflow.errors import WorkspaceError
 from vlmflow.search.build import _Update, update_index
 from vlmflow.search.searcher import Searcher
+from vlmflow.workspace import Workspace
 
 KILLED = """
 import os, signal
-from vlmflow.catalog.workspace import Workspace
+from vlmflow.workspace import Workspace
 (Workspace().path / "part").write_bytes(bytes(100))
 os.kill(os.getpid(), signal.SIGKILL)
 """

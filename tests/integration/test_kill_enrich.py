@@ -110,6 +110,7 @@ def test_the_driver_is_killed_at_a_chosen_point(
     check_sound(images, root)
 
 
+@pytest.mark.slow
 def test_the_driver_is_killed_while_images_are_under_way(
     images: Path, config: Path, undisturbed: Rows, tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.read import images_named
 from vlmflow.config import CatalogConfig, Frozen, Job
 from vlmflow.errors import ExplainError, ImageError
+from vlmflow.files import put_file
 from vlmflow.imaging import PixelRequest, decode
 from vlmflow.imaging.frames import split_views
 from vlmflow.moderation.detections import name_of
@@ -127,8 +129,10 @@ def write_heatmap(
     if output.suffix.lower() != ".png":
         raise ExplainError(f"{output}: a map is written as PNG", remedy="Name a file that ends in .png.")
     chosen, picture = draw_heatmap(job, evidence, label=label, show_flagged=show_flagged)
+    encoded = io.BytesIO()
+    picture.save(encoded, "PNG")
     try:
-        picture.save(output, "PNG")
+        put_file(output, encoded.getvalue())
     except OSError as error:
         raise ExplainError(f"{output}: {error.strerror or error}", remedy="Name another file.") from error
     return chosen

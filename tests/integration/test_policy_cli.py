@@ -1,4 +1,4 @@
-"""`vlmflow policy list|check|diff` as a user meets them."""
+"""`vlmflow policy list|show|check|diff` as a user meets them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.catalog_samples import open_catalog
 from vlmflow.cli import main
@@ -86,3 +87,18 @@ def test_policies_of_files_names_and_catalogs_are_compared(
     assert run("diff", f"{catalog.uri}@ffff", stricter) == 2
     assert "none of the archived policies" in " ".join(capsys.readouterr().err.split())
     assert run("diff", "marketplace", "family") == 0
+
+
+def test_a_policy_that_a_catalog_keeps_becomes_a_file_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    catalog = open_catalog(tmp_path / "catalog")
+    for name, path in shipped_policies().items():
+        archived = load_policy(name)
+        archive_policy(catalog, archived)
+        assert run("show", name) == 0
+        assert capsys.readouterr().out == path.read_text(encoding="utf-8")
+        file = tmp_path / f"{name}.yaml"
+        assert run("show", f"{catalog.uri}@{archived.digest[:12]}", "--output", file) == 0
+        assert load_policy(str(file)) == archived
+        assert list(yaml.safe_load(file.read_text(encoding="utf-8")))[-1] == "bindings"  # as calibrate wants it
+    assert run("show", "nothing") == 2
+    assert "no policy of this name ships" in " ".join(capsys.readouterr().err.split())

@@ -1,4 +1,4 @@
-"""Commands about policies: list, check, diff; and calibrate, which sets their thresholds."""
+"""Commands about policies: list, show, check, diff; and calibrate, which sets their thresholds."""
 
 from __future__ import annotations
 
@@ -56,6 +56,26 @@ def list_policies(as_json: JsonOption = False) -> None:
         typer.echo(json.dumps(shown))
     else:
         print_policies(policies, Screen())
+
+
+@policy_app.command()
+def show(
+    policy: Annotated[str, typer.Argument(metavar="POLICY", help=_COMPARED)],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write it into this file instead.")] = None,
+    endpoint: EndpointOption = None,
+) -> None:
+    """Print the YAML of POLICY: one that ships as the beginning of yours, or one that a catalog keeps, to go back to.
+
+    Example: `vlmflow policy show catalog/@9f3c12ab --output before.yaml`
+    """
+    from vlmflow.moderation.policy import read_text, to_yaml
+
+    check_outputs(output)
+    text = to_yaml(_load(policy, endpoint)) if _is_kept(policy) else read_text(policy)
+    if output is None:
+        typer.echo(text, nl=False)
+    else:
+        write_output(output, text)
 
 
 @policy_app.command()
@@ -119,14 +139,21 @@ def diff(
 def _load(name: str, endpoint: str | None) -> Policy:
     from vlmflow.moderation.policy import load_policy
 
-    catalog, at, digest = name.rpartition("@")
-    if not at or Path(name).suffix in (".yaml", ".yml"):
+    if not _is_kept(name):
         return load_policy(name)
     from vlmflow.catalog import Catalog
     from vlmflow.engine.archive import archived_policy, full_digest
 
+    catalog, _, digest = name.rpartition("@")
     opened = Catalog.open(catalog_config(catalog, endpoint))
     return archived_policy(opened, full_digest(opened, digest))
+
+
+def _is_kept(name: str) -> bool:
+    """Whether a policy is named as one that a catalog keeps."""
+    from vlmflow.moderation.policy import POLICY_SUFFIXES
+
+    return "@" in name and Path(name).suffix not in POLICY_SUFFIXES
 
 
 @app.command()

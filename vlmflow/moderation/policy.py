@@ -214,15 +214,7 @@ def load_policy(name_or_path: str) -> Policy:
     Raises:
         PolicyError: there is no such file, it is not YAML, or a key does not fit; one line names the key and why.
     """
-    path = Path(name_or_path)
-    shipped = shipped_policies()
-    if name_or_path in shipped:
-        path = shipped[name_or_path]
-    elif path.suffix not in POLICY_SUFFIXES:
-        raise PolicyError(
-            f"policy {name_or_path}: no policy of this name ships",
-            remedy=f"Name one of {', '.join(shipped)}, or the path of a .yaml file.",
-        )
+    path = _path(name_or_path)
     data = _read_yaml(path)
     try:
         return Policy.model_validate(data)
@@ -230,6 +222,35 @@ def load_policy(name_or_path: str) -> Policy:
         raise PolicyError(
             describe_validation(error, what=f"policy {path}", of=Policy), remedy="Fix the keys named."
         ) from error
+
+
+def read_text(name_or_path: str) -> str:
+    """The file of a policy, with its comments, once it has been seen to be one.
+
+    Raises:
+        PolicyError: as :func:`load_policy`.
+    """
+    load_policy(name_or_path)
+    return _path(name_or_path).read_text(encoding="utf-8")
+
+
+def to_yaml(policy: Policy) -> str:
+    """A policy as a file, of the same digest and ready for :func:`write_binding`: without the comments it once had."""
+    content = {"bindings": [], **policy.model_dump(mode="json", exclude_defaults=True)}
+    content["bindings"] = content.pop("bindings")  # last
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _path(name_or_path: str) -> Path:
+    path, shipped = Path(name_or_path), shipped_policies()
+    if name_or_path in shipped:
+        return shipped[name_or_path]
+    if path.suffix not in POLICY_SUFFIXES:
+        raise PolicyError(
+            f"policy {name_or_path}: no policy of this name ships",
+            remedy=f"Name one of {', '.join(shipped)}, or the path of a .yaml file.",
+        )
+    return path
 
 
 def shipped_policies() -> dict[str, Path]:

@@ -127,9 +127,19 @@ class SourceConfig(Frozen):
     regions_column: str | None = None  # of a Parquet file: regions of a detector of yours; see vlmflow.sources.regions
     found_text_column: str | None = None  # text that was found in the image, for its alternative text
     bytes_column: str = "image"  # of a Parquet file of image bytes
+    # The caller's columns that rows keep; null: all. One that differs every night, as a time of export does, rewrites
+    # every row every night.
+    columns: tuple[str, ...] | None = None
     storage: StorageConfig = StorageConfig()
     http: HttpConfig = HttpConfig()
     allow_empty: bool = False
+
+    @model_validator(mode="after")
+    def _keeps_what_it_quotes(self) -> Self:
+        quoted = self.found_text_column
+        if quoted is not None and self.columns is not None and quoted not in self.columns:
+            raise ValueError(f"alternative texts quote found_text_column {quoted}: add it to columns")
+        return self
 
 
 class CatalogConfig(Frozen):

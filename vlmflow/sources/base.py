@@ -17,6 +17,9 @@ from vlmflow.sources.uris import ids_of_normalised
 BATCH_ROWS = 10_000
 
 
+_OWN_COLUMNS = ("key_column", "text_column", "questions_column")  # of which references have columns of their own
+
+
 @dataclass(frozen=True, slots=True)
 class Fetched:
     """The bytes of one image, or why there are none.
@@ -135,13 +138,31 @@ def check_named(config: SourceConfig, columns: Sequence[str], name: str) -> None
     Raises:
         SourceError: one is not there.
     """
-    named = ("key_column", "text_column", "questions_column", "found_text_column")
-    for setting in named:
-        column = getattr(config, setting)
+    named = [(setting, getattr(config, setting)) for setting in (*_OWN_COLUMNS, "found_text_column")]
+    for setting, column in (*named, *(("columns", column) for column in config.columns or ())):
         if column is not None and column not in columns:
             there = ", ".join(columns) or "none"
             remedy = f"Name another with source.{setting}, or leave it out."
             raise SourceError(f"{name} has no column {column}; it has {there}", remedy=remedy)
+
+
+def is_kept(config: SourceConfig, column: str) -> bool:
+    """Whether rows keep a column of the caller's."""
+    return config.columns is None or column in config.columns
+
+
+def is_read(config: SourceConfig, column: str) -> bool:
+    """Whether a column of the caller's is read at all: rows keep it, or references are made of it."""
+    own = (config.uri_column, *(getattr(config, setting) for setting in _OWN_COLUMNS))
+    return is_kept(config, column) or column in own
+
+
+def source_struct(rows: pa.Table, columns: pa.Schema) -> pa.StructArray | None:
+    """The caller's columns as one struct column; None if there are none."""
+    if len(columns) == 0:
+        return None
+    values = [flat(rows[field.name]).cast(field.type) for field in columns]
+    return pa.StructArray.from_arrays(values, fields=list(columns))
 
 
 def _questions(column: pa.ChunkedArray, what: str) -> pa.Array:

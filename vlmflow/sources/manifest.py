@@ -16,7 +16,16 @@ import pyarrow.compute as pc
 from vlmflow.config import ImageLimits, SourceConfig
 from vlmflow.errors import SourceError
 from vlmflow.retry import retried
-from vlmflow.sources.base import Reader, check_named, flat, own_columns, reference_batch, texts
+from vlmflow.sources.base import (
+    Reader,
+    check_named,
+    is_kept,
+    is_read,
+    own_columns,
+    reference_batch,
+    source_struct,
+    texts,
+)
 from vlmflow.sources.prefix import no_images
 from vlmflow.sources.reader import SourceReader
 from vlmflow.sources.stores import ObjectHead, Stores
@@ -45,7 +54,7 @@ class ManifestSource:
 
     @property
     def columns(self) -> pa.Schema:
-        """The manifest's columns without that of the uris; see :class:`vlmflow.sources.base.Source`."""
+        """The manifest's columns that rows keep, without that of the uris; see :class:`vlmflow.sources.base.Source`."""
         schema = self._table.schema
         if self._config.uri_column not in schema.names:
             there = ", ".join(schema.names) or "none"
@@ -56,7 +65,9 @@ class ManifestSource:
                 message, remedy=commas if is_divided_otherwise else "Name another with source.uri_column."
             )
         check_named(self._config, schema.names, self._config.uri)
-        return pa.schema([field for field in schema if field.name != self._config.uri_column])
+        return pa.schema(
+            [field for field in schema if field.name != self._config.uri_column and is_kept(self._config, field.name)]
+        )
 
     @property
     def num_repeated(self) -> int:
@@ -82,11 +93,20 @@ class ManifestSource:
         if self._address.is_local:
             path = Path(self._address.path)
             self.version = _checked_version(path)
-            return open_table(path, self._config.uri, self._config.regions_column)
+            return self._opened(path)
         workspace = Workspace()
         weakref.finalize(self, workspace.close)
         path = self._download(workspace.path / "manifest")
-        return open_table(path, self._config.uri, self._config.regions_column)
+        return self._opened(path)
+
+    def _opened(self, path: Path) -> TableFile:
+        config = self._config
+        return open_table(
+            path,
+            config.uri,
+            config.regions_column,
+            lambda name: is_read(config, name) or name in _VERSION_COLUMNS,
+        )
 
     def _download(self, path: Path) -> Path:
         """Copies the manifest here: it is read more than once, and must not change meanwhile."""
@@ -157,14 +177,6 @@ def _checked_version(path: Path) -> str:
             return local_version(os.fstat(file.fileno()))
     except OSError as error:
         raise access_error(error, str(path)) from error
-
-
-def source_struct(rows: pa.Table, columns: pa.Schema) -> pa.StructArray | None:
-    """The caller's columns as one struct column; None if there are none."""
-    if len(columns) == 0:
-        return None
-    values = [flat(rows[field.name]).cast(field.type) for field in columns]
-    return pa.StructArray.from_arrays(values, fields=list(columns))
 
 
 def with_versions(batch: pa.RecordBatch, stores: Stores) -> pa.RecordBatch:

@@ -10,9 +10,18 @@ import pyarrow.parquet as pq
 
 from vlmflow.config import ImageLimits, SourceConfig
 from vlmflow.errors import SourceError
-from vlmflow.sources.base import BATCH_ROWS, Reader, check_named, own_columns, reference_batch, texts
+from vlmflow.sources.base import (
+    BATCH_ROWS,
+    Reader,
+    check_named,
+    is_kept,
+    is_read,
+    own_columns,
+    reference_batch,
+    source_struct,
+    texts,
+)
 from vlmflow.sources.listing import list_files
-from vlmflow.sources.manifest import source_struct
 from vlmflow.sources.parquet_rows import bytes_field
 from vlmflow.sources.prefix import no_files, no_images
 from vlmflow.sources.reader import SourceReader, row_version
@@ -25,7 +34,7 @@ from vlmflow.storage import STORE_ERRORS, Address, parse_address
 
 
 class ParquetSource:
-    """Lists the rows of Parquet files; reads all their columns but the bytes.
+    """Lists the rows of Parquet files; reads their columns but not the bytes.
 
     An image is known as ``<file>#<row>``, or by the column of uris where the files have one.
     """
@@ -39,8 +48,8 @@ class ParquetSource:
 
     @property
     def columns(self) -> pa.Schema:
-        """The columns besides bytes and uris, as the first file has them; see :class:`vlmflow.sources.base.Source`."""
-        return self._columns
+        """The columns that rows keep, as the first file has them; see :class:`vlmflow.sources.base.Source`."""
+        return pa.schema([field for field in self._columns if is_kept(self._config, field.name)])
 
     @property
     def num_repeated(self) -> int:
@@ -66,6 +75,7 @@ class ParquetSource:
 
     @cached_property
     def _columns(self) -> pa.Schema:
+        """Those that are read, besides bytes and uris."""
         found = pa.schema([])
         for uri in self._files:
             file, _ = self._stores.open_file(uri)
@@ -80,7 +90,8 @@ class ParquetSource:
     def _own_columns(self, schema: pa.Schema, uri: str) -> pa.Schema:
         self._check(schema, uri)
         dropped = (self._config.bytes_column, self._config.uri_column, self._config.regions_column)
-        return portable_schema(pa.schema([field for field in schema if field.name not in dropped]), uri)
+        fields = [f for f in schema if f.name not in dropped and is_read(self._config, f.name)]
+        return portable_schema(pa.schema(fields), uri)
 
     def _check(self, schema: pa.Schema, uri: str) -> None:
         there = ", ".join(f"{field.name} ({field.type})" for field in schema)
@@ -106,8 +117,8 @@ class ParquetSource:
 
     def _rows(self, parquet: pq.ParquetFile, uri: str, file_version: str) -> Iterator[pa.RecordBatch]:
         has_uris = self._config.uri_column in parquet.schema_arrow.names
-        wanted = [*self.columns.names, *([self._config.uri_column] if has_uris else [])]
-        missing = sorted(set(self.columns.names) - set(parquet.schema_arrow.names))
+        wanted = [*self._columns.names, *([self._config.uri_column] if has_uris else [])]
+        missing = sorted(set(self._columns.names) - set(parquet.schema_arrow.names))
         if missing:
             raise SourceError(f"{uri} has no column {missing[0]}, which {self._files[0]} has", remedy="Write it again.")
         first = 0
@@ -139,7 +150,7 @@ class ParquetSource:
             given["uri"] = pa.array(
                 [normalise_uri(name) for name in resolve(spelled, parse_address(uri).parent)], pa.string()
             )
-        own = to_portable(rows, self.columns, uri)
+        own = to_portable(rows, self._columns, uri)
         name = self._config.uri_column
         # The text or the key may be the column of the uris, which is none of the caller's.
         readable = {column: own[column] for column in own.column_names}

@@ -29,7 +29,8 @@ class PrefixSource:
     @property
     def columns(self) -> pa.Schema:
         """No caller's columns."""
-        for setting in ("key_column", "text_column", "questions_column", "found_text_column", "regions_column"):
+        named = ("key_column", "text_column", "questions_column", "found_text_column", "regions_column", "columns")
+        for setting in named:
             if getattr(self._config, setting) is not None:
                 message = f"source.{setting}: a folder of images has no columns"
                 raise SourceError(message, remedy="List the images in a manifest, or leave it out.")

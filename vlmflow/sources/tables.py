@@ -8,7 +8,7 @@ tomorrow may not be whole. A column without any value has no type yet.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -45,18 +45,21 @@ class TableFile(Protocol):
         ...
 
 
-def open_table(path: Path, name: str, regions_column: str | None = None) -> TableFile:
+def open_table(
+    path: Path, name: str, regions_column: str | None = None, is_needed: Callable[[str], bool] = lambda _: True
+) -> TableFile:
     """Opens a local manifest file by the extension of its name.
 
     Args:
         regions_column: a column that is passed over: it is not read, and not in the schema.
+        is_needed: says it of a column by its name; one that is not, and has no portable type, is passed over too.
 
     Raises:
         SourceError: no manifest format goes by the extension, or it cannot have a column of regions.
     """
     extension = Path(name).suffix.lower()
     if extension == ".parquet":
-        return ParquetTable(path, name, regions_column)
+        return ParquetTable(path, name, regions_column, is_needed)
     if regions_column is not None:
         raise SourceError(f"{name}: regions in a {extension} file", remedy="Write the manifest as a .parquet file.")
     if extension == ".csv":
@@ -166,17 +169,18 @@ def unreadable(error: Exception, name: str) -> VlmflowError:
 class ParquetTable:
     """A Parquet manifest."""
 
-    def __init__(self, path: Path, name: str, regions_column: str | None = None) -> None:
-        self._path, self._name, self._regions_column = path, name, regions_column
+    def __init__(self, path: Path, name: str, regions_column: str | None, is_needed: Callable[[str], bool]) -> None:
+        self._path, self._name, self._regions_column, self._is_needed = path, name, regions_column, is_needed
 
     @cached_property
     def schema(self) -> pa.Schema:
-        """All its columns but that of regions."""
+        """All its columns but that of regions, and those that nobody needs and no catalog could keep."""
         schema = self._open().schema_arrow
         if self._regions_column is not None:
             check_regions(schema, self._regions_column, self._name)
             schema = schema.remove(schema.get_field_index(self._regions_column))
-        return portable_schema(schema, self._name)
+        fields = [field for field in schema if self._is_needed(field.name) or portable_type(field.type) is not None]
+        return portable_schema(pa.schema(fields), self._name)
 
     def batches(self) -> Iterator[pa.Table]:
         """Yields its rows."""

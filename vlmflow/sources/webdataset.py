@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from vlmflow.config import ImageLimits, SourceConfig
 from vlmflow.errors import SourceError
-from vlmflow.sources.base import BATCH_ROWS, Reader, check_named, own_columns, reference_batch
+from vlmflow.sources.base import BATCH_ROWS, Reader, check_named, is_kept, own_columns, reference_batch, source_struct
 from vlmflow.sources.listing import HIDDEN, list_files
 from vlmflow.sources.prefix import no_files, no_images
 from vlmflow.sources.reader import SourceReader, part_version
@@ -58,14 +58,14 @@ class WebDatasetSource:
 
     @property
     def columns(self) -> pa.Schema:
-        """``txt``, ``json`` and ``cls``, null where a sample has no such member."""
+        """Of ``txt``, ``json`` and ``cls`` those that rows keep, null where a sample has no such member."""
         check_named(self._config, SIDE_COLUMNS, self._config.uri)
         if self._config.regions_column is not None:
             raise SourceError(
                 "source.regions_column: tar shards have no such column",
                 remedy="Use a Parquet manifest or leave it out.",
             )
-        return _COLUMNS
+        return pa.schema([field for field in _COLUMNS if is_kept(self._config, field.name)])
 
     def list(self) -> Iterator[pa.RecordBatch]:
         """Yields the references; see :class:`vlmflow.sources.base.Source`."""
@@ -124,7 +124,7 @@ class WebDatasetSource:
         own = pa.table(side, schema=_COLUMNS)
         config = self._config.model_copy(update={"text_column": self._config.text_column or "txt"})
         given |= own_columns(own, config, uri)
-        return reference_batch(given, pa.StructArray.from_arrays(side, fields=list(_COLUMNS)))
+        return reference_batch(given, source_struct(own, self.columns))
 
 
 def _samples(file: BinaryIO, uri: str) -> Iterator[_Sample]:

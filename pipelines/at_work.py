@@ -16,25 +16,58 @@ from vlmflow.catalog import Catalog
 from vlmflow.catalog.runs import HEARTBEAT_S, RunInfo, RunStore
 from vlmflow.config import CatalogConfig, Job
 from vlmflow.errors import BackfillError
+from vlmflow.sources import normalise_uri
 
 # Heartbeats that may be late: a store may be slow.
 _LOOK_S = 3 * HEARTBEAT_S
 _POLL_S = 5.0
-_BACKFILL = "backfill: "
+_BACKFILL, _NIGHT = "backfill: ", "night: "
 
 
-def night_at_work(job: Job) -> RunInfo | None:
-    """The run of another night over the job's source that is at work on its catalog.
+@contextmanager
+def night_begun(job: Job) -> Iterator[str | None]:
+    """Says that a night over the job's source has begun, while the block runs: it takes minutes to its first images.
 
-    Runs have a lease from their first images on. One that has not come so far is not seen: then both compute, and the
-    commits see to it that each image is there once.
+    So of the nights that a server starts at once after it was away, which missed their hour, one computes.
+
+    Returns:
+        What it is known by to :func:`night_at_work`; None: there is no catalog yet, and nowhere to say it.
+
+    Raises:
+        StorageAccessError, TransientError: the catalog is out of reach.
+    """
+    if not Catalog.exists(job.catalog):
+        yield None
+        return
+    with Catalog.open(job.catalog).runs.recorded(_name(job), is_kept=False) as own:
+        yield own
+
+
+def night_at_work(job: Job, own: str | None = None) -> RunInfo | None:
+    """The run of another night over the job's source that is at work on its catalog, or on its way to that.
+
+    Args:
+        own: of a night that has said it has begun, what it is known by. It goes before those that said so later, by
+            their clocks; if these are wrong both may compute, and the commits see to it that each image is there once.
 
     Raises:
         StorageAccessError, TransientError: the catalog cannot be looked at.
     """
     if not Catalog.exists(job.catalog):
         return None
-    return _living(Catalog.open(job.catalog).runs, lambda run: is_night(run.record, job))
+    runs, name = Catalog.open(job.catalog).runs, _name(job)
+    began = None if own is None else (str((runs.get(own) or {}).get("started_at")), own)
+
+    def is_before(run: RunInfo) -> bool:
+        if run.record.get("operation") != name:
+            return is_night(run.record, job)
+        return began is None or (str(run.record.get("started_at")), run.run_id) < began
+
+    return _living(runs, is_before)
+
+
+def _name(job: Job) -> str:
+    return _NIGHT + normalise_uri(job.source.uri)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from prefect.states import Completed
 from pydantic import Field
 
 from pipelines import alerts, artifacts
-from pipelines.at_work import night_at_work
+from pipelines.at_work import night_at_work, night_begun
 from pipelines.common import (
     RETRIES,
     RETRY_DELAYS_S,
@@ -115,17 +115,18 @@ def nightly_enrichment(
     night = _Night(job, day, folder, keep_reports, max_flagged_jump, notify)
     if (other := look_around(steps, job)) is not None:
         return _skipped(other, day)
-    with steps.session(job):
-        check(steps, job, f"doctor-{name}")
-        if golden is not None:
-            pass_gate(steps, job, golden, f"gate-{name}")
-        plan = make_plan(steps, job, f"plan-{name}")
-        if (other := look_around(steps, job)) is not None:  # one that has begun since
-            return _skipped(other, day)
-        # With nothing due as well: it brings verdicts and lists into rows that a run left behind when it was ended.
-        report = enrich_due(steps, job, name)
-    night.take(report, name)
-    _check_catalog(steps, job, name, night)
+    with night_begun(job) as own:
+        with steps.session(job):
+            check(steps, job, f"doctor-{name}")
+            if golden is not None:
+                pass_gate(steps, job, golden, f"gate-{name}")
+            plan = make_plan(steps, job, f"plan-{name}")
+            if (other := look_around(steps, job, own)) is not None:  # one that began while this one looked
+                return _skipped(other, day)
+            # With nothing due as well: it brings verdicts and lists into rows that a run left when it was ended.
+            report = enrich_due(steps, job, name)
+        night.take(report, name)
+        _check_catalog(steps, job, name, night)
     for key, run in night.runs:
         publish(job, run, folder, report_url, keep_reports, key)
     runs = [run for _, run in night.runs]
@@ -190,9 +191,9 @@ def _summary(reports: Sequence[RunReport], day: dt.date) -> str:
 
 @task(name="look around", cache_policy=NO_CACHE, retries=RETRIES, retry_delay_seconds=list(RETRY_DELAYS_S),
       retry_condition_fn=may_pass)  # fmt: skip
-def look_around(steps: Steps, job: Job) -> str | None:
+def look_around(steps: Steps, job: Job, own: str | None = None) -> str | None:
     """The run of another night that is at work; see :func:`pipelines.at_work.night_at_work`."""
-    other = night_at_work(job)
+    other = night_at_work(job, own)
     return None if other is None or steps.follows(job) else other.run_id
 
 

@@ -274,30 +274,33 @@ def test_a_store_that_throttles_while_doctor_looks_is_tried_again(night: Callabl
 
 
 @pytest.fixture
-def other_night(config: CatalogConfig, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
-    """Begins another night over the same source."""
+def other_night(config: CatalogConfig, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Begins another night over the same source, by the record that is given."""
     monkeypatch.setattr(runs, "HEARTBEAT_S", 0.05)
     monkeypatch.setattr(at_work, "_POLL_S", 0.1)
     given = {"source": "/images", "config": {"date": str(NEXT)}, "status": "running"}
     store = Catalog.open(config).runs
     with ExitStack() as stack:
 
-        def begin() -> None:
-            store.start("other", record("other", **given))
+        def begin(begun: dict[str, Any] | None = None) -> None:
+            store.start("other", begun or record("other", **given))
             stack.enter_context(store.keep_alive("other"))
 
         yield begin
 
 
-@pytest.mark.parametrize("begins", ["before", "while it is planned"])
+@pytest.mark.parametrize("begins", ["before", "while it is planned", "at once, and a moment earlier"])
 def test_while_another_night_is_at_work_nothing_is_done(
-    night: Callable[..., Any], messenger: Messenger, other_night: Callable[[], None], begins: str
+    night: Callable[..., Any], messenger: Messenger, other_night: Callable[..., None], begins: str
 ) -> None:
     steps = GivenSteps(tonight())
     if begins == "before":
         other_night()
-    else:
+    elif begins == "while it is planned":
         steps.while_planning = other_night
+    else:
+        on_its_way = {"operation": "night: /images", "started_at": "2026-03-01T02:00:00+00:00"}
+        steps.while_planning = lambda: other_night(on_its_way)
     state = night(steps)
     assert (state.name, state.message) == (
         "Skipped",
@@ -309,7 +312,7 @@ def test_while_another_night_is_at_work_nothing_is_done(
 
 
 def test_a_flow_that_was_started_again_follows_its_own_job(
-    night: Callable[..., Any], other_night: Callable[[], None]
+    night: Callable[..., Any], other_night: Callable[..., None]
 ) -> None:
     other_night()
     steps = GivenSteps(tonight())

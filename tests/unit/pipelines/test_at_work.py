@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from pipelines import at_work
-from pipelines.at_work import backfill_at_work, night_at_work
+from pipelines.at_work import backfill_at_work, night_at_work, night_begun
 from tests.report_samples import put_rows, record
 from vlmflow.catalog import Catalog, runs
 from vlmflow.config import CatalogConfig, Job, SourceConfig
@@ -44,8 +44,12 @@ def at_work_on(config: CatalogConfig, run: str, given: dict[str, Any]) -> Iterat
     store.finish(run, given)
 
 
-def found(config: CatalogConfig, source: str = "/photos") -> str | None:
-    other = night_at_work(Job(source=SourceConfig(uri=source), catalog=config, profile="starter"))
+def job(config: CatalogConfig, source: str = "/photos") -> Job:
+    return Job(source=SourceConfig(uri=source), catalog=config, profile="starter")
+
+
+def found(config: CatalogConfig, source: str = "/photos", own: str | None = None) -> str | None:
+    other = night_at_work(job(config, source), own)
     return None if other is None else other.run_id
 
 
@@ -58,7 +62,33 @@ def test_a_night_over_the_same_source_is_at_work_until_it_is_over(config: Catalo
 
 
 def test_where_no_catalog_is_no_night_is_at_work(tmp_path: Path) -> None:
-    assert found(CatalogConfig(uri=str(tmp_path / "none"))) is None
+    config = CatalogConfig(uri=str(tmp_path / "none"))
+    assert found(config) is None
+    with night_begun(job(config)) as own:
+        assert own is None
+        assert found(config, own=own) is None
+    assert not Catalog.exists(config)
+
+
+def test_of_nights_that_begin_at_once_the_first_to_say_so_goes_on(config: CatalogConfig) -> None:
+    known = len(Catalog.open(config).runs.list())
+    with night_begun(job(config)) as first, night_begun(job(config)) as second:
+        assert found(config) in (first, second), "one that has not begun keeps away"
+        assert found(config, own=first) is None
+        assert found(config, own=second) == first
+        assert found(config, "/drawings") is None
+        with at_work_on(config, "other", record("other", status="running", **NIGHT)):
+            assert found(config, own=first) == "other", "one that computes was before all who are on their way"
+    assert found(config) is None
+    assert len(Catalog.open(config).runs.list()) == known + 1, "only the one that computed leaves a record"
+
+
+def test_a_night_that_was_killed_on_its_way_keeps_nobody_away(
+    config: CatalogConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(at_work, "_LOOK_S", 0.5)
+    Catalog.open(config).runs.start(FIRST, {"operation": "night: /photos", "started_at": "2026-03-01T02:00:00+00:00"})
+    assert found(config) is None
 
 
 @pytest.mark.parametrize("given", [{"source": "/photos", "config": {"date": None}}, {"operation": "vacuum"}])

@@ -130,12 +130,8 @@ def evaluate(
             config,
             endpoint,
             profile=profile,
-            tasks=None,
             policy=policy,
-            text_column=None,
-            date=None,
             ray_address=ray_address,
-            allow_empty=False,
             accept_unbound=accept_unbound,
         )
         choices = Choices(

@@ -71,11 +71,6 @@ def explain(
             endpoint,
             profile=profile,
             tasks="embed,moderate",
-            policy=None,
-            text_column=None,
-            date=None,
-            ray_address=None,
-            allow_empty=False,
             accept_unbound=True,
         )
     evidence = find_evidence(catalog_of(catalog, endpoint, job), image)

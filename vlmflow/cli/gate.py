@@ -150,10 +150,7 @@ def _job(
         profile=profile,
         tasks=tasks,
         policy=policy,
-        text_column=None,
-        date=None,
         ray_address=ray_address,
-        allow_empty=False,
         accept_unbound=accept_unbound,
     )
     if golden is None:

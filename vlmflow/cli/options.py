@@ -109,31 +109,47 @@ PreflightOption = Annotated[
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens, with times.")]
 
 
-def make_job(source: str | None, catalog: str | None, config: Path | None, endpoint: str | None, **options: Any) -> Job:
+def make_job(
+    source: str | None,
+    catalog: str | None,
+    config: Path | None,
+    endpoint: str | None,
+    *,
+    tasks: str | None = None,
+    retry: str | None = None,
+    date: datetime | None = None,
+    text_column: str | None = None,
+    questions: list[str] | None = None,
+    questions_column: str | None = None,
+    allow_empty: bool = False,
+    accept_unbound: bool = False,
+    ray_address: str | None = None,
+    **options: Any,
+) -> Job:
     """The job that a command line and its config file describe.
+
+    Args:
+        options: further keys of a job, as they stand there.
 
     Raises:
         ConfigError: neither names a source or a catalog, or a value does not fit.
     """
-    tasks: str | None = options.pop("tasks")
-    retry: str | None = options.pop("retry", None)
-    date: datetime | None = options.pop("date")
     storage = {"endpoint": storage_config(endpoint).endpoint} if endpoint else None
     overrides: dict[str, Any] = {
         "source": {
             "uri": source,
-            "text_column": options.pop("text_column"),
-            "questions_column": options.pop("questions_column", None),
-            "allow_empty": options.pop("allow_empty") or None,
+            "text_column": text_column,
+            "questions_column": questions_column,
+            "allow_empty": allow_empty or None,
             "storage": storage,
         },
         "catalog": {"uri": catalog, "storage": storage},
-        "ray": {"address": options.pop("ray_address")},
+        "ray": {"address": ray_address},
         "tasks": _words(tasks),
-        "questions": options.pop("questions", None) or None,
+        "questions": questions or None,
         "retry": _words(retry),
         "date": None if date is None else date.date(),
-        "accept_unbound": options.pop("accept_unbound") or None,
+        "accept_unbound": accept_unbound or None,
         **options,
     }
     if config is None and (source is None or catalog is None):

@@ -216,10 +216,6 @@ def calibrate(
         profile=profile,
         tasks="embed,moderate",
         policy=policy,
-        text_column=None,
-        date=None,
-        ray_address=None,
-        allow_empty=False,
         accept_unbound=True,
     )
     precisions, recalls = _targets("precision", precision, 0.95), _targets("recall", recall, 0.9)

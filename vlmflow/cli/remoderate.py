@@ -79,11 +79,7 @@ def remoderate(
         profile=profile,
         tasks="embed,moderate",
         policy=policy,
-        text_column=None,
-        date=None,
-        limit=None,
         ray_address=ray_address,
-        allow_empty=False,
         accept_unbound=accept_unbound,
     )
     scope = Scope(start and start.date(), end and end.date(), where)

@@ -149,7 +149,6 @@ def plan(
         date=date,
         retry=retry,
         limit=limit,
-        ray_address=None,
         allow_empty=allow_empty,
         accept_unbound=accept_unbound,
     )

@@ -216,10 +216,4 @@ def query_job(catalog: str, profile: str | None, config: Path | None, endpoint: 
         endpoint,
         profile=profile,
         tasks="embed",
-        policy=None,
-        text_column=None,
-        date=None,
-        ray_address=None,
-        allow_empty=False,
-        accept_unbound=False,
     )

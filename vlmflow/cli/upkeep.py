@@ -111,10 +111,6 @@ def verify(
             profile=profile,
             tasks=tasks,
             policy=policy,
-            text_column=None,
-            date=None,
-            ray_address=None,
-            allow_empty=False,
             accept_unbound=True,
         )
         found = check(job.source, job.catalog, job=job, num_examples=examples)

@@ -116,12 +116,14 @@ def nightly_enrichment(
     if (other := look_around(steps, job)) is not None:
         return _skipped(other, day)
     with night_begun(job) as own:
+        if own is not None and (other := look_around(steps, job, own)) is not None:  # one that began at the same time
+            return _skipped(other, day)
         with steps.session(job):
             check(steps, job, f"doctor-{name}")
             if golden is not None:
                 pass_gate(steps, job, golden, f"gate-{name}")
             plan = make_plan(steps, job, f"plan-{name}")
-            if (other := look_around(steps, job, own)) is not None:  # one that began while this one looked
+            if (other := look_around(steps, job, own)) is not None:  # one that began meanwhile
                 return _skipped(other, day)
             # With nothing due as well: it brings verdicts and lists into rows that a run left when it was ended.
             report = enrich_due(steps, job, name)

@@ -15,9 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.catalog_samples import DATE, enrich, open_catalog, references, request, rows_by_name, write
+from tests.s3 import S3Server
 from vlmflow.catalog import Catalog, compact
 from vlmflow.catalog.compact import CompactResult
 from vlmflow.catalog.folder import Folder
+from vlmflow.config import CatalogConfig
 from vlmflow.errors import CatalogError
 
 NAMES = [f"image {number}" for number in range(9)]
@@ -62,6 +64,31 @@ def test_duckdb_polars_and_pyarrow_read_the_live_rows(catalog: Catalog) -> None:
     table = ds.dataset(files, partitioning=partition, partition_base_dir=str(Path(catalog.uri, "images"))).to_table()
     rows = table.select(["uri", "caption", "decision", "ingest_date", "source"]).to_pylist()
     assert {(*list(row.values())[:4], row["source"]["title"]) for row in rows} == want
+
+
+def test_a_catalog_may_lie_anywhere(catalog: Catalog, tmp_path: Path) -> None:
+    want = expected(catalog)
+    moved = Path(catalog.uri).rename(tmp_path / "für #1, 100 % neu")
+    files = open_catalog(moved).file_uris("images")
+    assert {file for file in map(Path, files) if file.is_file()} == {moved / "images" / file for file in files}
+    query = "select uri, caption, decision, ingest_date, source.title from read_parquet($files, hive_partitioning=true)"
+    assert set(duckdb.execute(query, {"files": files}).fetchall()) == want
+    assert ds.dataset(files).count_rows() == polars.read_parquet(files, glob=False).height == len(want)
+    frame = polars.read_delta(str(moved / "images"), use_pyarrow=True)  # as README says
+    title = polars.col("source").struct.field("title")
+    assert set(frame.select("uri", "caption", "decision", "ingest_date", title).rows()) == want
+
+
+@pytest.mark.slow
+def test_a_catalog_in_a_bucket_may_lie_anywhere(s3_server: S3Server) -> None:
+    bucket = s3_server.make_bucket()
+    config = CatalogConfig(uri=f"s3://{bucket}/some where/für #1", storage=s3_server.storage)
+    catalog = Catalog.open_or_create(config, pa.schema([]))
+    enrich(catalog, "r1", [references(["a"])])
+    (file,) = catalog.file_uris("images")
+    name = file.removeprefix(f"s3://{bucket}/")
+    assert name.startswith("some where/für #1/images/")
+    assert s3_server.client.head_object(Bucket=bucket, Key=name)["ContentLength"] > 0
 
 
 def test_only_vectors_of_current_rows_are_read(catalog: Catalog) -> None:

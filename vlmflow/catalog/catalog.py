@@ -40,6 +40,7 @@ from vlmflow.catalog.vacuum import RETENTION, VacuumResult, vacuum
 from vlmflow.catalog.verify import Verification, verify
 from vlmflow.catalog.writer import CatalogWriter
 from vlmflow.config import CatalogConfig
+from vlmflow.storage import parse_address
 
 # A replacement copies the files of its rows: those of images stay smaller, for that to be quick.
 TARGET_BYTES: Mapping[TableName, int] = {"images": 32 * 1024 * 1024, "embeddings": 128 * 1024 * 1024}
@@ -336,9 +337,11 @@ class Catalog:
         return export(self._folder, images, embeddings if with_embeddings else None, Path(folder))
 
     def file_uris(self, table: TableName) -> list[str]:
-        """Addresses of the table's live files, for readers of plain Parquet."""
-        log = self._images if table == "images" else self._embeddings
-        return log.refreshed_table().file_uris()
+        """Addresses of the table's live files, for readers of plain Parquet.
+
+        As such readers take them: those of ``DeltaTable.file_uris`` have ``%20`` for a blank, which no store knows.
+        """
+        return [parse_address(self.uri).child(f"{table}/{path}") for path in self.live_files(table)]
 
     def _commit_embeddings(self, run_id: str, commit_id: str, files: pa.Table, erased: ErasedOf) -> Committed:
         if not files.num_rows:

@@ -72,8 +72,11 @@ class Folder:
         return {"config": self.config}
 
     def table_uri(self, table: str) -> str:
-        """Where the Delta table ``table`` lies."""
-        return parse_address(self.config.uri).child(table)
+        """Where the Delta table ``table`` lies, as deltalake takes it."""
+        address = parse_address(self.config.uri)
+        if not address.is_local:  # a uri there, of whose path no more than these two is taken for something else
+            address = address._replace(path=address.path.replace("#", "%23").replace("?", "%3F"))
+        return address.child(table)
 
     @property
     def storage_options(self) -> dict[str, str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime as dt
+import fcntl
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -70,7 +72,7 @@ def test_a_catalog_may_lie_anywhere(catalog: Catalog, tmp_path: Path) -> None:
     want = expected(catalog)
     moved = Path(catalog.uri).rename(tmp_path / "für #1, 100 % neu")
     files = open_catalog(moved).file_uris("images")
-    assert {file for file in map(Path, files) if file.is_file()} == {moved / "images" / file for file in files}
+    assert all(Path(file).is_file() for file in files)
     query = "select uri, caption, decision, ingest_date, source.title from read_parquet($files, hive_partitioning=true)"
     assert set(duckdb.execute(query, {"files": files}).fetchall()) == want
     assert ds.dataset(files).count_rows() == polars.read_parquet(files, glob=False).height == len(want)
@@ -134,6 +136,42 @@ def test_an_export_never_mixes_with_what_is_there(catalog: Catalog, tmp_path: Pa
     (tmp_path / "file").write_text("x")
     with pytest.raises(CatalogError, match="cannot be written"):
         catalog.export(tmp_path / "file", with_embeddings=False)
+
+
+def test_an_export_appears_when_it_is_whole(catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, original = tmp_path / "out", pq.write_table
+    seen: list[list[str]] = []
+
+    def watched(*given: object, **options: object) -> None:
+        seen.append([path.name for path in out.iterdir()])
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        original(*given, **options)
+
+    monkeypatch.setattr(pq, "write_table", watched)
+    with pytest.raises(KeyboardInterrupt):
+        catalog.export(out, with_embeddings=True)
+    assert seen == [[".unfinished"]] * 3
+    assert list(out.iterdir()) == []
+    catalog.export(out, with_embeddings=True)
+    assert {path.name for path in out.iterdir()} == {"images", "embeddings"}
+    with pytest.raises(CatalogError, match="out is not empty"):
+        catalog.export(out, with_embeddings=True)
+
+
+def test_an_export_starts_over_where_one_was_killed(catalog: Catalog, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for folder in (".unfinished/images", "embeddings"):  # killed between its two last steps
+        (out / folder).mkdir(parents=True)
+        (out / folder / "part-00000.parquet").write_bytes(b"half")
+    lock = os.open(out / ".unfinished", os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with pytest.raises(CatalogError, match="another export is writing to"):
+        catalog.export(out, with_embeddings=False)
+    os.close(lock)
+    assert catalog.export(out, with_embeddings=False).num_images == len(NAMES)
+    assert [path.name for path in out.iterdir()] == ["images"]
+    assert pq.read_table(out / "images").num_rows == len(NAMES)
 
 
 def test_compaction_joins_files_and_keeps_every_row(catalog: Catalog) -> None:

@@ -112,6 +112,12 @@ class CatalogError(VlmflowError):
     """The catalog cannot be opened, or holds what this version does not understand."""
 
 
+class CatalogChangedError(CatalogError):
+    """A file of the version being read is gone, and the newest version does without it: an erasure came in between."""
+
+    exit_code = 4
+
+
 class CommitError(CatalogError):
     """A commit that could not be made whole; nothing of it is in the table."""
 
@@ -146,8 +152,8 @@ class ClusterError(VlmflowError):
     """The Ray cluster cannot be reached or lacks what the job needs."""
 
 
-# Errors of what may be there again in a while: worth another try, where bad input is not.
-MAY_PASS = (TransientError, StoreLostError, ClusterError)
+# Errors of what may be there again in a while, or is another now: worth another try, where bad input is not.
+MAY_PASS = (TransientError, StoreLostError, CatalogChangedError, ClusterError)
 
 
 class GateError(VlmflowError):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime as dt
+import fcntl
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,9 +17,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.catalog_samples import DATE, enrich, open_catalog, references, request, rows_by_name, write
+from tests.s3 import S3Server
 from vlmflow.catalog import Catalog, compact
 from vlmflow.catalog.compact import CompactResult
 from vlmflow.catalog.folder import Folder
+from vlmflow.config import CatalogConfig
 from vlmflow.errors import CatalogError
 
 NAMES = [f"image {number}" for number in range(9)]
@@ -64,6 +68,31 @@ def test_duckdb_polars_and_pyarrow_read_the_live_rows(catalog: Catalog) -> None:
     assert {(*list(row.values())[:4], row["source"]["title"]) for row in rows} == want
 
 
+def test_a_catalog_may_lie_anywhere(catalog: Catalog, tmp_path: Path) -> None:
+    want = expected(catalog)
+    moved = Path(catalog.uri).rename(tmp_path / "für #1, 100 % neu")
+    files = open_catalog(moved).file_uris("images")
+    assert all(Path(file).is_file() for file in files)
+    query = "select uri, caption, decision, ingest_date, source.title from read_parquet($files, hive_partitioning=true)"
+    assert set(duckdb.execute(query, {"files": files}).fetchall()) == want
+    assert ds.dataset(files).count_rows() == polars.read_parquet(files, glob=False).height == len(want)
+    frame = polars.read_delta(str(moved / "images"), use_pyarrow=True)  # as README says
+    title = polars.col("source").struct.field("title")
+    assert set(frame.select("uri", "caption", "decision", "ingest_date", title).rows()) == want
+
+
+@pytest.mark.slow
+def test_a_catalog_in_a_bucket_may_lie_anywhere(s3_server: S3Server) -> None:
+    bucket = s3_server.make_bucket()
+    config = CatalogConfig(uri=f"s3://{bucket}/some where/für #1", storage=s3_server.storage)
+    catalog = Catalog.open_or_create(config, pa.schema([]))
+    enrich(catalog, "r1", [references(["a"])])
+    (file,) = catalog.file_uris("images")
+    name = file.removeprefix(f"s3://{bucket}/")
+    assert name.startswith("some where/für #1/images/")
+    assert s3_server.client.head_object(Bucket=bucket, Key=name)["ContentLength"] > 0
+
+
 def test_only_vectors_of_current_rows_are_read(catalog: Catalog) -> None:
     vectors = catalog.embeddings()
     current = dict(zip(*catalog.images(["image_id", "embed_run_id"]).to_pydict().values(), strict=True))
@@ -107,6 +136,42 @@ def test_an_export_never_mixes_with_what_is_there(catalog: Catalog, tmp_path: Pa
     (tmp_path / "file").write_text("x")
     with pytest.raises(CatalogError, match="cannot be written"):
         catalog.export(tmp_path / "file", with_embeddings=False)
+
+
+def test_an_export_appears_when_it_is_whole(catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, original = tmp_path / "out", pq.write_table
+    seen: list[list[str]] = []
+
+    def watched(*given: object, **options: object) -> None:
+        seen.append([path.name for path in out.iterdir()])
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        original(*given, **options)
+
+    monkeypatch.setattr(pq, "write_table", watched)
+    with pytest.raises(KeyboardInterrupt):
+        catalog.export(out, with_embeddings=True)
+    assert seen == [[".unfinished"]] * 3
+    assert list(out.iterdir()) == []
+    catalog.export(out, with_embeddings=True)
+    assert {path.name for path in out.iterdir()} == {"images", "embeddings"}
+    with pytest.raises(CatalogError, match="out is not empty"):
+        catalog.export(out, with_embeddings=True)
+
+
+def test_an_export_starts_over_where_one_was_killed(catalog: Catalog, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for folder in (".unfinished/images", "embeddings"):  # killed between its two last steps
+        (out / folder).mkdir(parents=True)
+        (out / folder / "part-00000.parquet").write_bytes(b"half")
+    lock = os.open(out / ".unfinished", os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with pytest.raises(CatalogError, match="another export is writing to"):
+        catalog.export(out, with_embeddings=False)
+    os.close(lock)
+    assert catalog.export(out, with_embeddings=False).num_images == len(NAMES)
+    assert [path.name for path in out.iterdir()] == ["images"]
+    assert pq.read_table(out / "images").num_rows == len(NAMES)
 
 
 def test_compaction_joins_files_and_keeps_every_row(catalog: Catalog) -> None:

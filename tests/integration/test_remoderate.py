@@ -15,7 +15,7 @@ import pytest
 
 from tests.pictures import picture, write_broken, write_pictures
 from vlmflow.catalog import Catalog
-from vlmflow.catalog.log import DataFile
+from vlmflow.catalog.log import SCHEMA_VERSION, DataFile
 from vlmflow.cli import main
 from vlmflow.config import CatalogConfig, Job, ModelConfig
 from vlmflow.engine import enrich
@@ -119,16 +119,19 @@ def test_thresholds_alone_load_no_model_and_come_back(
     strict = write_policy("strict", version='"2"', gun="review: 0.0, block: 0.0")
     monkeypatch.setattr(module, "encode_policy", no_model)
     monkeypatch.setattr(module, "score_file", no_model)
+    older = Catalog.open(job.catalog)._images
+    older.table.alter.set_table_properties({"vlmflow.schemaVersion": "3"}, raise_if_not_exists=False)
     version = Catalog.open(job.catalog).version
 
     would = remoderate(job.model_copy(update={"policy": strict}), dry_run=True)
-    assert Catalog.open(job.catalog).version == version
+    assert Catalog.open(job.catalog).version == version, "a dry run upgrades nothing"
     assert rows_of(job, [*MODERATION, "previous_policy"]) == before
 
     runs = Catalog.open(job.catalog).runs
     runs.start("night", {"status": "running", "policy": "test 1 (abc)"})
     runs.start("ours", {"status": "running", "policy": next(iter(would.policies))})
     did = remoderate(job.model_copy(update={"policy": strict}))
+    assert Catalog.open(job.catalog)._images.schema_version == SCHEMA_VERSION
     assert did.runs_beside == {"night": "test 1 (abc)"}
     for run_id in ("night", "ours"):
         runs.finish(run_id, {"status": "done"})

@@ -18,7 +18,7 @@ from tests.report_samples import put_rows
 from tests.search_samples import names, put, unit
 from tests.web_samples import Served, by_id, serving, shown_ids, small_catalog, starter_catalog, text_of
 from vlmflow.catalog import Catalog
-from vlmflow.catalog.folder import _ParquetPieces
+from vlmflow.catalog.pieces import ParquetPieces
 from vlmflow.catalog.reviews import EVENT
 from vlmflow.config import CatalogConfig
 from vlmflow.errors import TransientError
@@ -128,10 +128,8 @@ def test_however_many_verdicts_wait_a_page_reads_no_row_twice_for_them(
         browser.get("/review?decision=review")
         assert browser.judge(rows[-1], "allow").status_code == 200
         read: list[Any] = []
-        original = _ParquetPieces.read
-        monkeypatch.setattr(
-            _ParquetPieces, "read", lambda self, *given: (read.append(given), original(self, *given))[1]
-        )
+        original = ParquetPieces.read
+        monkeypatch.setattr(ParquetPieces, "read", lambda self, *given: (read.append(given), original(self, *given))[1])
         page = browser.get("/review?decision=review")
         assert len(read) <= 2, "of the verdict that is new, and of the image that is shown"
         assert served.desk.facts(served.desk.shelf.version).counts("verdict", None) == {"person": 12, "nobody": 12}

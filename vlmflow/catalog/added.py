@@ -44,10 +44,10 @@ class AddedKeys:
         if gone:
             self._forget(gone)
         for path in snapshot.files.keys() - self._baseline - self._numbers.keys():
+            keys = self._known.pop(path) if path in self._known else self._read_keys(path)
             number = len(self._paths)
             self._paths.append(path)
             self._numbers[path] = number
-            keys = self._known.pop(path) if path in self._known else self._read_keys(path)
             self._recent.append(index_of(keys, number))
         if len(self._recent) > _MAX_RECENT:
             self._sorted = self._sorted.merged(self._recent)

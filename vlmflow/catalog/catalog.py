@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
-import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from vlmflow.catalog.outdated import update_columns
 from vlmflow.catalog.plan import Plan, plan
 from vlmflow.catalog.plan_parts import Workers
 from vlmflow.catalog.policies import PolicyStore
-from vlmflow.catalog.read import embedding_batches, image_batches, of_one_time
+from vlmflow.catalog.read import embedding_batches, image_batches, of_one_time, readable
 from vlmflow.catalog.reviews import JudgeResult, ReviewStore, Said, apply_verdicts
 from vlmflow.catalog.rows import RunConstants
 from vlmflow.catalog.runs import RunStore
@@ -40,9 +40,7 @@ from vlmflow.catalog.vacuum import RETENTION, VacuumResult, vacuum
 from vlmflow.catalog.verify import Verification, verify
 from vlmflow.catalog.writer import CatalogWriter
 from vlmflow.config import CatalogConfig
-from vlmflow.errors import StorageAccessError
-
-logger = logging.getLogger("vlmflow")
+from vlmflow.storage import parse_address
 
 # A replacement copies the files of its rows: those of images stay smaller, for that to be quick.
 TARGET_BYTES: Mapping[TableName, int] = {"images": 32 * 1024 * 1024, "embeddings": 128 * 1024 * 1024}
@@ -64,7 +62,7 @@ class Catalog:
 
     @classmethod
     def open(cls, config: CatalogConfig) -> Catalog:
-        """Opens a catalog.
+        """Opens a catalog, and leaves it as it is: one of an older version of vlmflow too, which may be at work on it.
 
         Raises:
             CatalogError: there is none, or another version of vlmflow wrote it.
@@ -72,12 +70,7 @@ class Catalog:
         """
         folder = Folder(config)
         folder.check_access()
-        catalog = cls(folder, TableLog.open(folder, "images"), TableLog.open(folder, "embeddings"))
-        try:
-            return catalog._upgraded()
-        except StorageAccessError as error:  # a reader who may not write; who must write meets the refusal then
-            logger.info("%s stays as an older version wrote it: %s", config.uri, error)
-            return catalog
+        return cls(folder, TableLog.open(folder, "images"), TableLog.open(folder, "embeddings"))
 
     @classmethod
     def exists(cls, config: CatalogConfig) -> bool:
@@ -90,7 +83,7 @@ class Catalog:
     def open_or_create(cls, config: CatalogConfig, source: pa.Schema) -> Catalog:
         """Opens a catalog, created first if it is absent; adds what it lacks of the caller's columns ``source``.
 
-        Several runs may create one catalog at once.
+        One of an older version is upgraded; see :meth:`upgrade`. Several runs may create one catalog at once.
 
         Raises:
             CatalogError: another version of vlmflow wrote it, or it holds one of the columns under another type.
@@ -101,9 +94,21 @@ class Catalog:
         folder.check_access()
         embeddings = TableLog.open_or_create(folder, "embeddings", schema.EMBEDDINGS)
         images = TableLog.open_or_create(folder, "images", schema.with_source(schema.IMAGES, wanted))
-        catalog = cls(folder, images, embeddings)._upgraded()
+        catalog = cls(folder, images, embeddings)
+        catalog.upgrade()
         catalog._add_source_columns(wanted)
         return catalog
+
+    def upgrade(self) -> None:
+        """Gives a catalog of an older version the columns of this one; older versions refuse it from then on.
+
+        For whoever writes such columns. Readers take them for null until then, and upkeep and verdicts need none.
+
+        Raises:
+            StorageAccessError: the store refuses to be written to.
+        """
+        for log in (self._embeddings, self._images):
+            upgrade(log)
 
     @property
     def uri(self) -> str:
@@ -117,8 +122,12 @@ class Catalog:
 
     @property
     def newest_images(self) -> Snapshot:
-        """The newest version of the images table: its files, and all columns that they hold, the caller's included."""
-        return self._images.refresh()
+        """The newest version of the images table: its files, and the columns it is read with, the caller's included.
+
+        Rows with these columns can be written back once the catalog is upgraded.
+        """
+        images = self._images.refresh()
+        return dataclasses.replace(images, schema=readable(images.schema))
 
     @property
     def source_columns(self) -> pa.Schema:
@@ -328,14 +337,11 @@ class Catalog:
         return export(self._folder, images, embeddings if with_embeddings else None, Path(folder))
 
     def file_uris(self, table: TableName) -> list[str]:
-        """Addresses of the table's live files, for readers of plain Parquet."""
-        log = self._images if table == "images" else self._embeddings
-        return log.refreshed_table().file_uris()
+        """Addresses of the table's live files, for readers of plain Parquet.
 
-    def _upgraded(self) -> Catalog:
-        for log in (self._embeddings, self._images):
-            upgrade(log)
-        return self
+        As such readers take them: those of ``DeltaTable.file_uris`` have ``%20`` for a blank, which no store knows.
+        """
+        return [parse_address(self.uri).child(f"{table}/{path}") for path in self.live_files(table)]
 
     def _commit_embeddings(self, run_id: str, commit_id: str, files: pa.Table, erased: ErasedOf) -> Committed:
         if not files.num_rows:

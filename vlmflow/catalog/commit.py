@@ -28,7 +28,7 @@ from deltalake.transaction import AddAction, CommitProperties, RemoveAction, Tra
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.log import APPLICATION_ID, COMMIT_ID, REVOKED, RUN_ID, DataFile, Snapshot, TableLog
 from vlmflow.catalog.runs import DEAD_AFTER
-from vlmflow.errors import CommitError, RunRevokedError
+from vlmflow.errors import CatalogChangedError, CommitError, RunRevokedError
 from vlmflow.storage import access_error
 
 OPERATION = "vlmflow.operation"
@@ -84,8 +84,9 @@ def commit(log: TableLog, request: CommitRequest, propose: Callable[[Snapshot], 
 
     Args:
         log: opened before the run of the request began.
-        propose: decides on the newest snapshot what to do, anew after every conflict. An empty change commits nothing,
-            unless the request says so.
+        propose: decides on the newest snapshot what to do, anew after every conflict, and where a file of the
+            snapshot that it reads has been replaced meanwhile. An empty change commits nothing, unless the request
+            says so.
 
     Raises:
         RunRevokedError: the run was taken for dead, and what it wrote is being removed.
@@ -112,7 +113,13 @@ def commit(log: TableLog, request: CommitRequest, propose: Callable[[Snapshot], 
         if attempt == MAX_ATTEMPTS or len(faults) == MAX_FAULTS:
             break
         looked_up_to = snapshot.version
-        change = propose(snapshot)
+        try:
+            change = propose(snapshot)
+        except CatalogChangedError as error:  # an erasure after the snapshot was a writer that was first
+            if log.refreshed_table().version() == snapshot.version:
+                raise
+            logger.debug("%s: attempt %d: %s", log.name, attempt, error)
+            continue
         if change.is_empty and not request.always:
             return Committed(snapshot.version, attempt, repeated=False)
         _check(log.folder, log.name, change, snapshot)

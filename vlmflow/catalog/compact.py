@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import logging
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.log import DataFile, Snapshot, TableLog
 from vlmflow.catalog.read import References, files_by_date, read_rows
 from vlmflow.catalog.writer import write_file, writer_of
+from vlmflow.errors import CatalogChangedError
+
+logger = logging.getLogger(__name__)
 
 _WORTH_REWRITING = 0.25  # share of a large file's rows that nothing refers to
 _LOOK_EVERY_DAYS = 30  # at the files of a date that the run has written nothing to
@@ -79,14 +83,17 @@ def compact_table(log: TableLog, run_id: str, target_bytes: int, unreferenced: U
     """
     result = CompactResult()
     before = log.refresh()
-    for date, files in files_by_date(before).items():
-        step = _Step(log, run_id, date, target_bytes, unreferenced)
-        while step.choose(files):
-            commit(log, CommitRequest(uuid.uuid4().hex, run_id, "compact", before.version), step.propose)
-            if step.result == CompactResult():  # others have done it meanwhile
-                break
-            result += step.result
-            files = step.left
+    try:
+        for date, files in files_by_date(before).items():
+            step = _Step(log, run_id, date, target_bytes, unreferenced)
+            while step.choose(files):
+                commit(log, CommitRequest(uuid.uuid4().hex, run_id, "compact", before.version), step.propose)
+                if step.result == CompactResult():  # others have done it meanwhile
+                    break
+                result += step.result
+                files = step.left
+    except CatalogChangedError as error:  # an erasure came in between: nothing is lost by leaving the rest
+        logger.info("%s: the next compaction goes on: %s", log.name, error)
     return result
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +18,10 @@ from vlmflow.catalog.log import Snapshot
 from vlmflow.catalog.read import embedding_batches, image_batches
 from vlmflow.errors import CatalogError
 from vlmflow.storage import check_on_disk
+
+# In the target, for what is not whole yet: as long as it is there, all else there is an unfinished export's too.
+_UNFINISHED = ".unfinished"
+_TABLES = ("embeddings", "images")  # in the order in which they appear: where images are, all is
 
 
 @dataclass(frozen=True)
@@ -29,28 +37,69 @@ def export(folder: Folder, images: Snapshot, embeddings: Snapshot | None, target
     """Writes ``target/images/*.parquet`` and, if wanted, ``target/embeddings/*.parquet``.
 
     ``ingest_date`` is a column like any other. Of the embeddings only those that an image row refers to are written.
+    The folders appear once they are whole. What a killed export has left in ``target`` is removed.
 
     Args:
         embeddings: the embeddings table; None: images alone.
 
     Raises:
-        CatalogError: ``target`` holds something, or cannot be written.
+        CatalogError: ``target`` holds something else, cannot be written, or another export is writing to it;
+            CatalogChangedError: an erasure came in between.
         ConfigError: ``target`` is in a store.
     """
     check_on_disk(target)
     try:
         target.mkdir(parents=True, exist_ok=True)
-        if any(target.iterdir()):
-            raise CatalogError(f"{target} is not empty", remedy="Name a folder that is empty or does not exist.")
-        num_images, num_files = _write(target / "images", image_batches(folder, images))
-        num_embeddings = 0
-        if embeddings is not None:
-            batches = embedding_batches(folder, images, embeddings)
-            num_embeddings, num_further = _write(target / "embeddings", batches)
-            num_files += num_further
+        with _unfinished(target) as place:
+            num_images, num_files = _write(place / "images", image_batches(folder, images))
+            num_embeddings = 0
+            if embeddings is not None:
+                batches = embedding_batches(folder, images, embeddings)
+                num_embeddings, num_further = _write(place / "embeddings", batches)
+                num_files += num_further
+            for name in _TABLES:
+                if (place / name).exists():
+                    (place / name).rename(target / name)
     except OSError as error:
         raise CatalogError(f"{target} cannot be written: {error.strerror}", remedy="Name another folder.") from error
     return ExportResult(num_images, num_embeddings, num_files)
+
+
+@contextlib.contextmanager
+def _unfinished(target: Path) -> Iterator[Path]:
+    """An empty folder in the target, there for as long as the export is not whole; an error leaves the target empty."""
+    place = target / _UNFINISHED
+    held = {path.name for path in target.iterdir()}
+    full = CatalogError(f"{target} is not empty", remedy="Name a folder that is empty or does not exist.")
+    if held and not {_UNFINISHED} <= held <= {_UNFINISHED, *_TABLES}:
+        raise full
+    place.mkdir(exist_ok=True)
+    lock = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it when a process is killed
+            except BlockingIOError as error:
+                remedy = "Wait until it is done, or name another folder."
+                raise CatalogError(f"another export is writing to {target}", remedy=remedy) from error
+        if not place.exists():  # it was that, and has just ended
+            raise full
+        try:
+            _remove_all(target, place)
+            yield place
+        except BaseException:
+            _remove_all(target, place)
+            raise
+        finally:
+            place.rmdir()
+    finally:
+        os.close(lock)
+
+
+def _remove_all(target: Path, place: Path) -> None:
+    for path in (parent / name for parent in (target, place) for name in _TABLES):
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(path)
 
 
 def _write(target: Path, tables: Iterator[pa.Table]) -> tuple[int, int]:

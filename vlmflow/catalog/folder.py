@@ -20,9 +20,12 @@ import numpy.typing as npt
 import obstore
 import pyarrow as pa
 import pyarrow.parquet as pq
+from deltalake import DeltaTable
+from deltalake.exceptions import DeltaError, TableNotFoundError
 
+from vlmflow.catalog.pieces import ParquetPieces
 from vlmflow.config import CatalogConfig
-from vlmflow.errors import CatalogError, VlmflowError
+from vlmflow.errors import CatalogChangedError, CatalogError, VlmflowError
 from vlmflow.retry import retried
 from vlmflow.storage import STORE_ERRORS, access_error, delta_storage_options, open_store, parse_address
 from vlmflow.workspace import in_our_words
@@ -34,9 +37,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vlmflow")
 
 _DELETED_AT_ONCE = 500
+_TABLES = ("images", "embeddings")
 # How obstore calls a file of a local disk until it is whole: listings leave such names out, and it takes none.
 _UNFINISHED = re.compile(r"(.+)#\d+")
-_FOOTER_BYTES = 64 * 1024  # of a Parquet file, read with the first request; few are longer
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,11 @@ class Folder:
         return {"config": self.config}
 
     def table_uri(self, table: str) -> str:
-        """Where the Delta table ``table`` lies."""
-        return parse_address(self.config.uri).child(table)
+        """Where the Delta table ``table`` lies, as deltalake takes it."""
+        address = parse_address(self.config.uri)
+        if not address.is_local:  # a uri there, of whose path no more than these two is taken for something else
+            address = address._replace(path=address.path.replace("#", "%23").replace("?", "%3F"))
+        return address.child(table)
 
     @property
     def storage_options(self) -> dict[str, str]:
@@ -248,10 +254,10 @@ class Folder:
         """Reads one Parquet file, whole columns of it.
 
         Raises:
-            CatalogError: the file is not there, or damaged.
+            CatalogError: the file is damaged, or not there; CatalogChangedError: since another has replaced it.
         """
         with self._parquet(path):
-            file = _ParquetPieces(self._store, self._at(path), whole=columns is None)
+            file = ParquetPieces(self._store, self._at(path), whole=columns is None)
             return file.read(range(len(file.row_groups)), columns)
 
     def read_parquet_at(
@@ -270,10 +276,11 @@ class Folder:
                 caller keeps one for the same columns of a path.
 
         Raises:
-            CatalogError: the file is not there, is damaged, or has fewer rows.
+            CatalogError: the file is damaged, has fewer rows, or is not there; CatalogChangedError: since another has
+                replaced it.
         """
         with self._parquet(path):
-            file = _ParquetPieces(self._store, self._at(path))
+            file = ParquetPieces(self._store, self._at(path))
             ends = np.cumsum(file.row_groups)
             if len(rows) and (not len(ends) or rows.max() >= ends[-1]):
                 raise CatalogError(f"{self.config.uri}: {path} has fewer rows than it had")
@@ -299,6 +306,9 @@ class Folder:
             try:
                 yield
             except FileNotFoundError as error:
+                if not self._is_live(path):  # an erasure removes at once what it replaces, a vacuum after days
+                    changed = f"{self.config.uri}: {path} is gone: the catalog has changed since it was looked up"
+                    raise CatalogChangedError(changed, remedy="Run the same command again.") from error
                 what = f"{self.config.uri}: {path} is gone although the table refers to it"
                 raise CatalogError(what, remedy=remedy) from error
             except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError, OSError) as error:
@@ -306,6 +316,23 @@ class Folder:
                 if isinstance(error, OSError) and type(error) is not OSError:
                     raise
                 raise CatalogError(f"{self.config.uri}: {path} is damaged", remedy=remedy) from error
+
+    def _is_live(self, path: str) -> bool:
+        """Whether the newest version of a table names a file, be it there or not."""
+        name, _, file = path.partition("/")
+        if name not in _TABLES:
+            return False
+        try:
+            table = retried(
+                lambda: DeltaTable(self.table_uri(name), storage_options=self.storage_options),
+                (DeltaError, OSError),
+                never=(TableNotFoundError,),
+            )
+        except TableNotFoundError:
+            return False
+        except (DeltaError, OSError) as error:
+            raise access_error(error, self.config.uri) from error
+        return file in pa.table(table.get_add_actions())["path"].to_pylist()
 
     def _is_unfinished(self, path: str) -> bool:
         return parse_address(self.config.uri).is_local and _UNFINISHED.fullmatch(path) is not None
@@ -337,57 +364,3 @@ def _unless_absent(error: OSError) -> None:
 
 def _copy_name(path: str) -> str:
     return path.replace("/", "-")
-
-
-class _ParquetPieces:
-    """A Parquet file of the store, read piece by piece: columns that nobody asked for stay where they are.
-
-    The pieces are copied into memory of Arrow's own. Memory of Python's would be freed by whichever of Arrow's threads
-    had it last, and only under the interpreter's lock: a program that ends meanwhile is aborted.
-    """
-
-    def __init__(self, store: ObjectStore, path: str, *, whole: bool = False) -> None:
-        self._store, self._path, self._whole = store, path, whole
-        data = retried(lambda: obstore.get(store, path).bytes()) if whole else None
-        self._size: int = retried(lambda: obstore.head(store, path))["size"] if data is None else len(data)
-        memory = pa.allocate_buffer(self._size)  # of its pages, those that nothing is put into cost nothing
-        self._bytes = np.frombuffer(memory, np.uint8)
-        if data is None:
-            self._fetch_footer()
-        else:
-            self._bytes[:] = np.frombuffer(memoryview(data), np.uint8)
-        self._file = pq.ParquetFile(pa.BufferReader(memory))
-        meta = self._file.metadata
-        self.row_groups: list[int] = [meta.row_group(number).num_rows for number in range(meta.num_row_groups)]
-
-    def read(self, groups: Sequence[int], columns: Sequence[str] | None) -> pa.Table:
-        """Reads top-level columns of row groups; None: all."""
-        if not self._whole:
-            self._fetch([piece for group in groups for piece in self._pieces(group, columns)])
-        return self._file.read_row_groups(groups, columns=None if columns is None else list(columns))
-
-    def _pieces(self, group: int, columns: Sequence[str] | None) -> Iterator[tuple[int, int]]:
-        meta = self._file.metadata.row_group(group)
-        for column in (meta.column(number) for number in range(meta.num_columns)):
-            if columns is None or any(f"{column.path_in_schema}.".startswith(f"{name}.") for name in columns):
-                start = column.dictionary_page_offset or column.data_page_offset
-                yield start, start + column.total_compressed_size
-
-    def _fetch_footer(self) -> None:
-        end = max(0, self._size - _FOOTER_BYTES)
-        self._fetch([(end, self._size)])
-        # Its size stands before the last four bytes.
-        footer = self._size - 8 - int.from_bytes(self._bytes[-8:-4].tobytes(), "little")
-        if 0 <= footer < end:
-            self._fetch([(footer, end)])
-
-    def _fetch(self, pieces: Sequence[tuple[int, int]]) -> None:
-        pieces = [(start, end) for start, end in pieces if start < end]
-        if not pieces:
-            return
-        starts, ends = zip(*pieces, strict=True)
-        if min(starts) < 0 or max(ends) > self._size:
-            raise pa.ArrowInvalid(f"{self._path} is said to have columns outside it")
-        found = retried(lambda: obstore.get_ranges(self._store, self._path, starts=starts, ends=ends))
-        for start, end, data in zip(starts, ends, found, strict=True):
-            self._bytes[start:end] = np.frombuffer(memoryview(data), np.uint8)

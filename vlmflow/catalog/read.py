@@ -54,7 +54,7 @@ def image_batches(folder: Folder, images: Snapshot, columns: Sequence[str] | Non
     Args:
         columns: names of top-level columns; None: all.
     """
-    wanted = _select(images.schema, columns)
+    wanted = _select(readable(images.schema), columns)
     yield wanted.empty_table()
     for _, rows in read_each(folder, "images", images.files.values(), wanted.names, ahead=2):
         yield conform(rows, wanted)
@@ -62,7 +62,7 @@ def image_batches(folder: Folder, images: Snapshot, columns: Sequence[str] | Non
 
 def images_named(folder: Folder, images: Snapshot, names: pa.Array, columns: Sequence[str]) -> pa.Table:
     """The live rows whose image id or uri is among some names; of files without one no other column is read."""
-    wanted = _select(images.schema, columns)
+    wanted = _select(readable(images.schema), columns)
     found = [wanted.empty_table()]
     for file, keys in read_each(folder, "images", images.files.values(), ["image_id", "uri"], ahead=8):
         hits = pc.or_(pc.is_in(keys["image_id"], value_set=names), pc.is_in(keys["uri"], value_set=names))
@@ -189,9 +189,11 @@ class References:
         return marks
 
 
+def readable(images: pa.Schema) -> pa.Schema:
+    """The columns of an images table as readers see them: with ours that one of an older version lacks, as null."""
+    lacking = [field.with_nullable(True) for field in schema.IMAGES if field.name not in images.names]
+    return pa.schema([*images, *lacking])
+
+
 def _select(columns: pa.Schema, names: Sequence[str] | None) -> pa.Schema:
-    """The columns wanted; of those that a table of an older version lacks, ours, which read as null."""
-    if names is None:
-        return columns
-    there = set(columns.names)
-    return pa.schema([(columns if name in there else schema.IMAGES).field(name) for name in names])
+    return columns if names is None else pa.schema([columns.field(name) for name in names])

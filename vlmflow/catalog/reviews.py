@@ -32,7 +32,7 @@ from vlmflow.catalog.read import read_each, read_rows
 from vlmflow.catalog.rows import rows_of_image_errors
 from vlmflow.catalog.tombstones import Erased, Tombstones
 from vlmflow.catalog.writer import write_file
-from vlmflow.errors import CatalogError
+from vlmflow.errors import CatalogChangedError, CatalogError
 
 REVIEWS = "reviews"
 WITHDRAWN = "none"  # a decision that takes an earlier one back
@@ -270,24 +270,28 @@ def apply_verdicts(
         if seen:  # always after the version: its rows may show what was said since the one before
             said = read()
         swaps: list[tuple[DataFile, DataFile, pa.Table]] = []
-        for file, keys in read_each(folder, "images", files, _LOOKED_AT, ahead=4):
-            seen.add(file.path)
-            keys = conform(keys, pa.schema([columns.field(name) for name in _LOOKED_AT]))
-            concerned = said.images.find(*to_words(to_binary(keys["image_id"]))) >= 0
-            if lists_changed:
-                listed = said.known.verdicts(keys["content_hash"], keys["phash"])
-                concerned |= is_valid(listed) | of_list(flat(keys["verdict"]))
-            if not concerned.any():
-                continue
-            left.difference_update(keys["image_id"].filter(pa.array(concerned)).to_pylist())
-            rows = conform(read_rows(folder, "images", file), columns)
-            judged, changed = _judged(rows, said, concerned, matched)
-            if changed.any():
-                new = write_file(folder, "images", judged, file.ingest_date, run_id)
-                flips = pa.table({"before": rows["decision"], "after": judged["decision"]}).filter(pa.array(changed))
-                swaps.append((file, new, flips))
-            if not (left or lists_changed):
-                break
+        moved = False
+        try:
+            for file, keys in read_each(folder, "images", files, _LOOKED_AT, ahead=4):
+                seen.add(file.path)
+                keys = conform(keys, pa.schema([columns.field(name) for name in _LOOKED_AT]))
+                concerned = said.images.find(*to_words(to_binary(keys["image_id"]))) >= 0
+                if lists_changed:
+                    listed = said.known.verdicts(keys["content_hash"], keys["phash"])
+                    concerned |= is_valid(listed) | of_list(flat(keys["verdict"]))
+                if not concerned.any():
+                    continue
+                left.difference_update(keys["image_id"].filter(pa.array(concerned)).to_pylist())
+                rows = conform(read_rows(folder, "images", file), columns)
+                judged, changed = _judged(rows, said, concerned, matched)
+                if changed.any():
+                    new = write_file(folder, "images", judged, file.ingest_date, run_id)
+                    flips = pa.table({"before": rows["decision"], "after": judged["decision"]})
+                    swaps.append((file, new, flips.filter(pa.array(changed))))
+                if not (left or lists_changed):
+                    break
+        except CatalogChangedError:  # an erasure has put the rows of a file elsewhere
+            moved = True
         late = {file.path for file in swap([(old, new) for old, new, _ in swaps])} if swaps else set()
         # Who has said more while we were at it may have looked before our files were there, and have found their
         # rows as they should be. Who says it from now on finds ours.
@@ -296,7 +300,7 @@ def apply_verdicts(
             if old.path not in late:
                 (likely if stale else seen).add(new.path)
                 _count(result, flips)
-        if late or stale:  # rows that are elsewhere now, or that hold what was said before, have to be met again
+        if late or stale or moved:  # rows elsewhere now, or that hold what was said before, have to be met again
             left = set(said.newest["image_id"].to_pylist())
         images = look()
     raise CatalogError(

@@ -1,7 +1,8 @@
 """The command line: thin commands over the Python API.
 
 Exit codes: 0 done (bad rows included), 1 `verify` found errors or `gate check` a regression, 2 bad input or
-configuration, 3 unreconciled, over the error budget or not finished, 4 store lost, 130 interrupted.
+configuration, 3 unreconciled, over the error budget or not finished, 4 store lost or catalog changed while it was read,
+130 interrupted.
 """
 
 from __future__ import annotations

@@ -44,11 +44,16 @@ def show(catalog: CatalogOnly, endpoint: EndpointOption = None, as_json: JsonOpt
 @app.command()
 def export(
     catalog: CatalogOnly,
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="An empty or absent folder.")],
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="An absent or empty folder, or what a killed export left.")
+    ],
     embeddings: Annotated[Embeddings, typer.Option(help="Whether the vectors come along.")] = Embeddings.WITH,
     endpoint: EndpointOption = None,
 ) -> None:
-    """Write the current rows of CATALOG to DIR as plain Parquet, for readers that know no Delta tables."""
+    """Write the current rows of CATALOG to DIR as plain Parquet, for readers that know no Delta tables.
+
+    DIR/embeddings and then DIR/images appear once they are whole. After a kill the same command starts over.
+    """
     from vlmflow.catalog import Catalog
 
     written = Catalog.open(catalog_config(catalog, endpoint)).export(

@@ -14,6 +14,7 @@ from vlmflow.catalog.masks import equal
 from vlmflow.catalog.read import read_rows
 from vlmflow.catalog.where import mask_where
 from vlmflow.catalog.writer import write_file
+from vlmflow.errors import CatalogChangedError
 from vlmflow.moderation.relabel import (
     SCANNED,
     VECTOR_COLUMNS,
@@ -78,8 +79,17 @@ def relabel_file(
     dry_run: bool,
     *scored: ScoredVectors,
 ) -> Done:
-    """Moderates the rows of a file anew and writes them to another."""
-    rows = _read(folder, file, columns, columns.names)
+    """Moderates the rows of a file anew and writes them to another.
+
+    Raises:
+        CatalogChangedError: of a dry run, which looks once: the file is gone, and its rows are in another.
+    """
+    try:
+        rows = _read(folder, file, columns, columns.names)
+    except CatalogChangedError:
+        if dry_run:
+            raise
+        return Done(file, None, Changes())  # the next round meets them there
     within = None if where is None else mask_where(rows, where)
     relabelled, changes = relabel(rows, wanted_rows(rows, target, within), target, scored)
     if dry_run or not changes.num_moved:

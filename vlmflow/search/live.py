@@ -17,7 +17,7 @@ from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.keys import KeyIndex, index_of, to_binary, to_words
 from vlmflow.catalog.log import DataFile, Snapshot
 from vlmflow.catalog.masks import Mask
-from vlmflow.catalog.read import read_each, read_rows
+from vlmflow.catalog.read import read_each, read_rows, readable
 from vlmflow.catalog.where import check_where, mask_where, nodes_of
 from vlmflow.schema import KEY, fingerprint_column
 
@@ -41,7 +41,7 @@ class LiveRows:
 
     def __init__(self, folder: Folder, snapshot: Snapshot, before: LiveRows | None = None) -> None:
         self.version = snapshot.version
-        self.columns = snapshot.schema
+        self.columns = readable(snapshot.schema)
         self._folder = folder
         self.files: list[DataFile] = sorted(snapshot.files.values(), key=lambda file: (file.ingest_date, file.path))
         self._cache: OrderedDict[tuple[str, tuple[str, ...]], pa.Table] = OrderedDict()

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from deltalake import DeltaTable
 
@@ -25,14 +26,15 @@ from tests.catalog_samples import (
 from vlmflow import schema
 from vlmflow.catalog import Catalog
 from vlmflow.catalog.due import PlanRequest
-from vlmflow.catalog.keys import questions_digests
+from vlmflow.catalog.keys import questions_digests, to_binary
 from vlmflow.catalog.log import SCHEMA_VERSION
+from vlmflow.catalog.reviews import EVENT
 from vlmflow.catalog.rows import alt_texts, attempt_digest
 from vlmflow.config import CatalogConfig
 from vlmflow.engine.equal_bytes import RecentResults, look_up
-from vlmflow.errors import StorageAccessError
 from vlmflow.imaging import PixelRequest
 from vlmflow.models import Answer
+from vlmflow.search.live import LiveRows
 from vlmflow.tasks.answer import AnswerTask
 
 NAMES = ["a", "b", "c"]
@@ -230,33 +232,50 @@ def test_a_catalog_of_version_2_gains_the_columns_and_loses_nothing(
     assert [after[name]["read_at"] is None for name in "abd"] == [False, True, False]
 
 
-def test_several_programs_may_open_an_older_catalog_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_programs_may_upgrade_an_older_catalog_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     older_catalog(tmp_path, monkeypatch)
     config = CatalogConfig(uri=str(tmp_path))
     together = threading.Barrier(3)
 
     def open_it(_: int) -> str | None:
         together.wait()
-        return Catalog.open(config)._embeddings.schema_version
+        return Catalog.open_or_create(config, pa.schema([]))._embeddings.schema_version
 
     with ThreadPoolExecutor(3) as pool:
         assert list(pool.map(open_it, range(3))) == [SCHEMA_VERSION] * 3
 
 
-def test_who_may_not_write_reads_an_older_catalog_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = older_catalog(tmp_path, monkeypatch)
-
-    def refuse(*_: object, **__: object) -> None:
-        raise StorageAccessError("refused")
-
-    monkeypatch.setattr("vlmflow.catalog.upgrade.commit", refuse)
-    catalog = Catalog.open(CatalogConfig(uri=str(tmp_path)))
-    assert DeltaTable(tmp_path / "images").metadata().configuration["vlmflow.schemaVersion"] == "2"
-    rows = catalog.images(["uri", "caption", "answers"]).to_pylist()
-    assert {row["uri"].removeprefix("mem://"): row["caption"] for row in rows} == {
+def test_only_who_writes_the_new_columns_upgrades_an_older_catalog(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = older_catalog(tmp_path / "catalog", monkeypatch)
+    catalog = Catalog.open(CatalogConfig(uri=str(tmp_path / "catalog")))
+    # Read with all columns of this version, by conditions and exports too ...
+    assert set(schema.IMAGES.names) == set(catalog.newest_images.schema.names)
+    assert set(schema.IMAGES.names) == set(catalog.images().column_names)
+    rows = rows_by_name(catalog)
+    assert {name: row["caption"] for name, row in rows.items()} == {
         name: row["caption"] for name, row in before.items()
     }
-    assert {row["answers"] for row in rows} == {None}
+    assert {row["answers"] for row in rows.values()} == {None}
+    live = LiveRows(catalog._folder, catalog._images.refresh())
+    assert live.mask("answers IS NULL AND caption = 'a cat'").all()
+    catalog.export(tmp_path / "export", with_embeddings=True)
+    assert "alt_text" in pq.read_table(tmp_path / "export/images").column_names
+    assert reasons(catalog, [references(NAMES)], ask("who")) == {"task_added": 3}
+    # ... and kept in order and judged as it is: a version that is at work on it goes on.
+    said = {name: rows["a"][name] for name in ("image_id", "content_hash")} | {"decision": "block", "reviewer": "ada"}
+    catalog.reviews.add(pa.Table.from_pylist([said | {"at": dt.datetime.now(dt.UTC)}], schema=EVENT))
+    assert catalog.apply_verdicts().num_changed == 1
+    catalog.vacuum(dry_run=True)
+    catalog.vacuum()
+    catalog.compact("r2")
+    catalog.erase(to_binary(pa.chunked_array([[rows["c"]["image_id"]]])))
+    left = rows_by_name(catalog)
+    assert {name: row["decision"] for name, row in left.items()} == {"a": "block", "b": rows["b"]["decision"]}
+    for table in ("images", "embeddings"):
+        assert DeltaTable(tmp_path / "catalog" / table).metadata().configuration["vlmflow.schemaVersion"] == "2"
+    assert "alt_text" not in DeltaTable(tmp_path / "catalog/images").schema().to_arrow().names
 
 
 def test_other_questions_are_asked_where_answering_failed_too_often() -> None:

@@ -11,9 +11,10 @@ import pyarrow.compute as pc
 import pytest
 
 from tests.catalog_samples import config_of, enrich, image_id, open_catalog, references
-from vlmflow.catalog import Catalog, folder, writer
+from vlmflow.catalog import Catalog, writer
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.keys import index_of, to_binary
+from vlmflow.catalog.pieces import ParquetPieces
 from vlmflow.catalog.read import images_named
 from vlmflow.summary import summarize
 
@@ -53,16 +54,16 @@ def test_of_some_images_no_other_vectors_are_read(catalog: Catalog, monkeypatch:
     monkeypatch.setitem(writer._EMBEDDING_OPTIONS, "row_group_size", 2)
     enrich(catalog, "r1", [references(["d", "e", "f"])])
     enrich(catalog, "r2", [references(["a"], version="v2")], content="others")  # leaves vectors that nobody refers to
-    pieces = folder._ParquetPieces.read
+    original = ParquetPieces.read
     read: list[int] = []
 
     def watched(self: Any, groups: Sequence[int], columns: Sequence[str] | None) -> pa.Table:
         if columns is None or "vector" in columns:
             read.append(len(groups))
-        return pieces(self, groups, columns)
+        return original(self, groups, columns)
 
     whole = catalog.embeddings()
-    monkeypatch.setattr(folder._ParquetPieces, "read", watched)
+    monkeypatch.setattr(ParquetPieces, "read", watched)
     asked = pa.array([image_id(name) for name in ("a", "e", "unknown")])
     columns = ["vector", "ingest_date", "image_id", "view", "embed_run_id"]
     some = pa.concat_tables(catalog.embedding_batches(columns, of=index_of(to_binary(asked))))

@@ -109,6 +109,7 @@ def finish(
     problem: tuple[str, str] | None = None,
     run: Sequence[str] | None = None,
     version: str | None = None,
+    validator: str | None = None,
     unseen: bool = False,
     detections: Sequence[Detection] = (),
 ) -> pa.Table:
@@ -120,6 +121,7 @@ def finish(
         problem: stage and class of an error of the whole image.
         run: tasks that ran; default: as planned.
         version: as read; default: as listed.
+        validator: by which a server can be asked whether it has the bytes yet.
         unseen: some frames of every image were not looked at.
         detections: that `detect` stores of every image.
     """
@@ -136,7 +138,7 @@ def finish(
         if unseen:
             errors.append(error("frames", "frames_unseen"))
         row = dict(row, content_hash=content_hash, errors=errors, tasks_run=ran, tasks_failed=missed)
-        row["object_version"] = version or row["object_version"]
+        row |= {"object_version": version or row["object_version"], "http_validator": validator}
         row |= {"format": None if problem else "png", "width": None if problem else 8, "height": None if problem else 8}
         row |= {"mode": None, "num_frames": None}
         row |= results(ran, caption, decision)
@@ -144,7 +146,8 @@ def finish(
             seen = {"score": 0.1, "view": "squash", "time_s": None}
             row["detections"] = [detection._asdict() | seen for detection in detections]
         out.append(row)
-    columns = pa.schema([*planned.schema, *schema.FACTS, *schema.OUTCOME, *schema.WRITER_OPTIONAL])
+    read = [pa.field("http_validator", pa.string()), *schema.FACTS]
+    columns = pa.schema([*planned.schema, *read, *schema.OUTCOME, *schema.WRITER_OPTIONAL])
     return pa.Table.from_pylist(out, schema=columns)
 
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pytest
 
 from vlmflow.config import MIB, HttpConfig, ImageLimits, SourceConfig
-from vlmflow.schema import REFERENCE
+from vlmflow.schema import PLANNED, REFERENCE
 from vlmflow.sources import Fetched
 from vlmflow.sources.reader import SourceReader
 
@@ -43,7 +43,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def serve_kept(self, name: str) -> None:
         body = self.server.kept[name]  # type: ignore[attr-defined]
-        self.send(200, body, {"ETag": f'"{zlib.crc32(body):x}"'})
+        tag = f'"{zlib.crc32(body):x}"'
+        same = self.headers["If-None-Match"] == tag
+        self.send(304 if same else 200, b"" if same else body, {"ETag": tag})
+
+    def serve_told(self, name: str) -> None:
+        """Gives the answers that it was told to, one after the other, and the last one ever again."""
+        answers = self.server.told[name]  # type: ignore[attr-defined]
+        status, headers = answers.pop(0) if len(answers) > 1 else answers[0]
+        self.send(status, BODY if status == 200 else b"", headers)
 
     def serve_dated(self, _: str) -> None:
         self.send(200, BODY, {"Last-Modified": "Mon, 01 Jan 2024 00:00:00 GMT"})
@@ -125,12 +133,18 @@ class Site(http.server.ThreadingHTTPServer):
         self.requests: Counter[str] = Counter()
         self.headers: list[dict[str, str]] = []
         self.asked: list[float] = []
+        self.num_connections = 0
         self.kept: dict[str, bytes] = {}  # what is served under kept/, and may become something else
+        self.told: dict[str, list[tuple[int, dict[str, str]]]] = {}  # statuses and headers of answers under told/
         self.stopping = threading.Event()
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        self.num_connections += 1
+        return super().get_request()
 
     def handle_error(self, *_: object) -> None:
         pass  # clients that hang up are part of the tests
@@ -151,9 +165,12 @@ def serving() -> Iterator[Site]:
         thread.join()
 
 
-def fetch(*urls: str, http: HttpConfig = PRIVATE_ALLOWED, max_bytes: int = MIB) -> list[Fetched]:
-    """Reads urls as a source does, those of this machine too."""
-    refs = pa.Table.from_pylist([{"image_id": url, "uri": url, "locator": url} for url in urls], schema=REFERENCE)
+def fetch(
+    *urls: str, http: HttpConfig = PRIVATE_ALLOWED, max_bytes: int = MIB, known: dict[str, Any] | None = None
+) -> list[Fetched]:
+    """Reads urls as a source does, those of this machine too. ``known``: what was read before, of every url."""
+    rows = [{"image_id": url, "uri": url, "locator": url, "previous_read": known} for url in urls]
+    refs = pa.Table.from_pylist(rows, schema=REFERENCE.append(PLANNED.field("previous_read")))
     reader = SourceReader(SourceConfig(uri="list.csv", http=http), ImageLimits(max_bytes=max_bytes), ".")
     return reader.read(refs)
 

@@ -72,6 +72,22 @@ REFERENCE = pa.schema(
     ]
 )  # followed by `source`: struct of the caller's columns, where the source has any
 
+# What reading and decoding add.
+FACTS = pa.schema(
+    [
+        ("content_hash", pa.string()),  # sha256 of the bytes, hexadecimal
+        ("format", pa.string()),  # jpeg, png, webp, gif, bmp, tiff, avif
+        ("mode", pa.string()),  # Pillow's mode of the file, before normalisation
+        ("width", pa.int32()),  # as displayed: after the EXIF orientation
+        ("height", pa.int32()),
+        ("num_frames", pa.int32()),
+        ("phash", pa.string()),  # perceptual hash of 64 bits, hexadecimal: near for images that look alike
+    ]
+)
+
+# What a row says of the bytes that it was made of.
+READ = pa.struct([("object_version", pa.string()), ("http_validator", pa.string()), *FACTS])
+
 # What planning adds to a reference before it enters the pipeline.
 PLANNED = pa.schema(
     [
@@ -85,19 +101,7 @@ PLANNED = pa.schema(
         ("ingest_date", pa.date32()),  # kept from the live row, else the run's logical date
         ("live_file", pa.string()),  # file of the images table that held the live row at planning
         ("previous_version", pa.string()),  # seen_version of the live row at planning
-    ]
-)
-
-# What reading and decoding add.
-FACTS = pa.schema(
-    [
-        ("content_hash", pa.string()),  # sha256 of the bytes, hexadecimal
-        ("format", pa.string()),  # jpeg, png, webp, gif, bmp, tiff, avif
-        ("mode", pa.string()),  # Pillow's mode of the file, before normalisation
-        ("width", pa.int32()),  # as displayed: after the EXIF orientation
-        ("height", pa.int32()),
-        ("num_frames", pa.int32()),
-        ("phash", pa.string()),  # perceptual hash of 64 bits, hexadecimal: near for images that look alike
+        ("previous_read", READ),  # of the live row, where nothing is due if the server still has its bytes; else null
     ]
 )
 
@@ -179,6 +183,7 @@ IMAGES = pa.schema(
         ("key", pa.string()),
         ("object_version", pa.string()),  # as read; the values of the row belong to it
         ("seen_version", pa.string()),  # the newest version met, which may have been unreadable
+        ("http_validator", pa.string()),  # strong ETag or Last-Modified of the bytes, as it was sent; null: none
         ("size_bytes", pa.int64()),
         *FACTS,
         pa.field("status", pa.string(), nullable=False),  # ok, partial, unreadable, missing, failed
@@ -192,7 +197,7 @@ IMAGES = pa.schema(
         *[pa.field(fingerprint_column(task), pa.string()) for task in TASKS],
         ("decoder", pa.string()),  # version of the decoder: unreadable images are due again when it changes
         pa.field("run_id", pa.string(), nullable=False),
-        ("read_at", TIMESTAMP),  # when a run last read the image, or tried to; null in rows of older versions
+        ("read_at", TIMESTAMP),  # when a run last read the image, tried to, or asked whether it has changed; null: old
         ("updated_at", TIMESTAMP),  # when a run last wrote it, be it the caller's columns alone
         pa.field("ingest_date", pa.date32(), nullable=False),  # partition: the date that first saw the image
     ]

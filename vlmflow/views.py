@@ -62,6 +62,8 @@ def print_report(report: RunReport, console: Console) -> None:
             f"equal bytes: {report.num_copied:,} images took results from the catalog, {report.num_shared:,} from each "
             f"other ({share:.1%} not computed again)"
         )
+    if report.num_unmodified:
+        console.print(f"{counted(report.num_unmodified, 'image')} not downloaded: unchanged, says the server")
     _print_counts("status", report.statuses, console)
     if "moderate" in report.tasks:
         _print_counts("decision", report.decisions, console)

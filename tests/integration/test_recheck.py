@@ -34,8 +34,8 @@ def test_a_picture_that_becomes_a_banned_one(
         options = {"http": PRIVATE_ALLOWED.model_dump() | http}
         return make_job(manifest, source_options=options, tasks=("embed", "moderate"), pools=POOLS)
 
-    def row() -> dict[str, Any]:
-        return {row["uri"].rsplit("/", 1)[-1]: row for row in Catalog.open(job().catalog).images().to_pylist()}["a"]
+    def row(name: str = "a") -> dict[str, Any]:
+        return {row["uri"].rsplit("/", 1)[-1]: row for row in Catalog.open(job().catalog).images().to_pylist()}[name]
 
     good, banned = jpeg(1), jpeg(2)
     manifest = tmp_path / "list.csv"
@@ -44,7 +44,8 @@ def test_a_picture_that_becomes_a_banned_one(
         manifest.write_text(f"uri\n{site.url}/kept/a\n{site.url}/kept/b\n")
         assert enrich(job()).num_unwatched == 2
         add_list(job().catalog, "banned", "block", [hashlib.sha256(banned).hexdigest()])
-        first = row()
+        first, other = row(), row("b")
+        site.headers.clear()
         site.kept["a"] = banned
 
         planned = plan(job())
@@ -60,6 +61,12 @@ def test_a_picture_that_becomes_a_banned_one(
         report = enrich(job(recheck_days=0))
         assert (report.num_replaced, report.num_unwatched) == (2, 0)
         assert report.due["embed"] == {"recheck": 2}
+        known = {first["http_validator"], other["http_validator"]}
+        assert {headers["If-None-Match"] for headers in site.headers} == known
+        assert (report.num_unmodified, report.bytes_read) == (1, len(banned))
+        same = row("b")
+        assert {name for name in same if same[name] != other[name]} == {"run_id", "read_at", "updated_at"}
+        assert same["read_at"] > other["read_at"]
         changed = row()
         assert (changed["content_hash"], changed["decision"]) == (hashlib.sha256(banned).hexdigest(), "block")
         assert changed["seen_version"] != first["seen_version"]

@@ -87,6 +87,16 @@ def test_a_run_says_in_how_many_rows_it_updated_columns(status: str) -> None:
         assert said == bool(count)
 
 
+def test_a_run_says_how_many_images_their_servers_still_had() -> None:
+    facts = {"run_id": "r", "status": "done", "source": "list.csv", "catalog": "c", "profile": "starter"}
+    facts |= {"tasks": ("embed",), "date": dt.date(2026, 3, 1), "started_at": dt.datetime.now(dt.UTC)}
+    for count, line in ((0, None), (1_200, "1,200 images not downloaded: unchanged, says the server")):
+        console = Console(record=True, width=200)
+        print_report(RunReport.model_validate(facts | {"num_unmodified": count}), console)
+        said = console.export_text()
+        assert line in said if line else "not downloaded" not in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [

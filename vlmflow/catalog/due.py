@@ -104,6 +104,7 @@ class Due:
     if_same: dict[str, Mask]  # tasks to run should the bytes be those the live row was made of
     attempts: npt.NDArray[np.int32]  # before this run, at this version and these fingerprints
     failed_before: Mask  # the live row is not `ok`, and the object has not changed since
+    only_rechecked: Mask  # the live row is good, and nothing is due but to see whether the bytes are still those
     num_unchanged: int
     num_exhausted: int
     num_policy_differs: int
@@ -137,6 +138,7 @@ def decide(references: pa.Table, live: pa.Table, exists: Mask, request: PlanRequ
         reason[state.blocked] = NOT_DUE
         reason[rechecked & (reason == NOT_DUE)] = RECHECK
     wanted = np.logical_or.reduce([reason != NOT_DUE for reason in reasons.values()])
+    good = equal(live["status"], OK) & equal(live["decoder"], request.decoder)
     exhausted = ~wanted & (state.gave_up | np.logical_or.reduce([blank, *state.exhausted.values()]))
     counts: Counter[tuple[str, str]] = Counter()
     for task, reason in reasons.items():
@@ -149,6 +151,7 @@ def decide(references: pa.Table, live: pa.Table, exists: Mask, request: PlanRequ
         if_same=if_same,
         attempts=state.attempts,
         failed_before=same & ~equal(live["status"], OK),
+        only_rechecked=good & np.logical_and.reduce([reason == RECHECK for reason in reasons.values()]),
         num_unchanged=int((exists & ~wanted & ~exhausted).sum()),
         num_exhausted=int(exhausted.sum()),
         num_policy_differs=int(_policy_differs(live, exists, reasons, request).sum()),

@@ -35,8 +35,8 @@ _CLOCKS_DIFFER = dt.timedelta(hours=1)  # by less, of machines that write to one
 _ENTRY = re.compile(r".*/(\d{20})\.json")
 
 LONGEST_RETENTION = dt.timedelta(days=30)  # of files of old versions
-SCHEMA_VERSION = "4"  # of IMAGES and EMBEDDINGS; raised together with a migration
-UPGRADABLE = ("2", "3")  # older ones, which lack columns and nothing else: see catalog/upgrade.py
+SCHEMA_VERSION = "5"  # of IMAGES and EMBEDDINGS; raised together with a migration
+UPGRADABLE = ("2", "3", "4")  # older ones, which lack columns and nothing else: see catalog/upgrade.py
 _SCHEMA_VERSION_KEY = "vlmflow.schemaVersion"
 
 # What the log says of each file beside its number of rows: ids, dates (the partition) and numbers, never a text,

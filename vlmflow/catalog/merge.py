@@ -49,7 +49,7 @@ def merge(live: pa.Table, staged: pa.Table) -> tuple[pa.Table, Mask]:
 
     facts = np.where(verdict.ours, ours, keep)
     columns: dict[str, pa.Array] = {}
-    for name in ("object_version", "size_bytes", *schema.FACTS.names):
+    for name in ("object_version", "http_validator", "size_bytes", *schema.FACTS.names):
         columns[name] = take(name, facts)
     for task, parts in schema.TASK_COLUMNS.items():
         by_task = np.where(verdict.run[task], ours, np.where(verdict.kept[task], keep, none))

@@ -23,7 +23,7 @@ from vlmflow.catalog.due import LACKS_DETECTIONS, LEDGER, READ_LONG_AGO, Due, Pl
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.keys import duplicates, index_of, to_binary, to_words
 from vlmflow.catalog.log import DataFile
-from vlmflow.catalog.masks import Mask, alike
+from vlmflow.catalog.masks import Mask, alike, as_mask, is_valid
 from vlmflow.catalog.outdated import find_outdated
 from vlmflow.catalog.read import read_rows
 from vlmflow.catalog.spill import Spill
@@ -44,7 +44,8 @@ LEDGER_COLUMNS = pa.schema(
         _FILE,
     ]
 ).remove_metadata()
-JOINED = pa.schema([POSITION, _FILE])
+_ONLY_RECHECKED = pa.field("_only_rechecked", pa.bool_())  # see vlmflow.catalog.due.Due
+JOINED = pa.schema([POSITION, _FILE, _ONLY_RECHECKED])
 _WANTED = pa.field("_wanted", pa.bool_())  # it goes into the pipeline, unless a limit leaves it out
 
 
@@ -56,9 +57,10 @@ def ledger_columns(source: pa.Field | None) -> pa.Schema:
 def outdated_columns(source: pa.Field) -> pa.Schema:
     """What joining gives of rows whose columns of the caller's are those of an earlier listing."""
     named = [("image_id", pa.string()), source, source.with_name("previous")]
-    return pa.schema([*named, *JOINED, _WANTED])
+    return pa.schema([*named, POSITION, _FILE, _WANTED])
 
 
+_OF_READ = tuple(field.name for field in schema.READ)
 _FILES_AHEAD = 8  # a store answers late, but many at once
 _COMPARED = 1 << 14  # rows at a time
 
@@ -212,7 +214,8 @@ class Join:
             "ingest_date": pa.array(dates, pa.date32()).take(lookup),
             "live_file": pa.array(paths, pa.string()).take(lookup),
             "previous_version": live["seen_version"],
-            "_file": number,
+            _FILE.name: number,
+            _ONLY_RECHECKED.name: pa.array(due.only_rechecked),
         }
         rows = listed
         for name, values in planned.items():
@@ -228,7 +231,7 @@ class FillPrevious:
     files: tuple[DataFile, ...]
 
     def __call__(self, rows: pa.Table) -> pa.Table:
-        """The rows, which are in the order of their files, with ``previous_hash`` and ``previous_caption``.
+        """The rows, which are in the order of their files, with ``previous_hash``, ``_caption`` and ``_read``.
 
         Raises:
             CatalogError: a file cannot be read.
@@ -241,12 +244,26 @@ class FillPrevious:
             assert self.folder is not None
             part = rows.slice(start, end - start)
             file = self.files[int(numbers[start])]
-            live = read_rows(self.folder, "images", file, ["image_id", "content_hash", "caption"])
-            at = pa.array(index_of(to_binary(live["image_id"])).find(*to_words(to_binary(part["image_id"]))))
+            asked = part[_ONLY_RECHECKED.name]
+            names = _OF_READ if pc.any(asked).as_py() else ("content_hash",)
+            live = read_rows(self.folder, "images", file, ["image_id", "caption", *names])
+            at = index_of(to_binary(live["image_id"])).find(*to_words(to_binary(part["image_id"])))
+            live = taken(live, at)
             for column, name in (("previous_hash", "content_hash"), ("previous_caption", "caption")):
-                part = part.set_column(part.schema.get_field_index(column), column, live[name].take(at))
+                part = part.set_column(part.schema.get_field_index(column), column, live[name])
+            if names == _OF_READ:
+                read = _previous_read(live, asked)
+                part = part.set_column(part.schema.get_field_index("previous_read"), "previous_read", read)
             parts.append(conform(part, rows.schema))
         return pa.concat_tables(parts) if parts else rows
+
+
+def _previous_read(live: pa.Table, asked: pa.ChunkedArray) -> pa.StructArray:
+    """What the live rows say of their bytes; null where it is not asked for, or no server could be asked with it."""
+    columns = [flat(conform_column(live, field)) for field in schema.READ]  # null in files older than a column
+    known = [is_valid(columns[_OF_READ.index(name)]) for name in ("http_validator", "content_hash")]
+    wanted = np.logical_and.reduce([as_mask(asked), *known])
+    return pa.StructArray.from_arrays(columns, fields=list(schema.READ), mask=pa.array(~wanted))
 
 
 class Ledger(Protocol):

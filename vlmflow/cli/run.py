@@ -64,7 +64,7 @@ def enrich(
     values that a manifest has of its own columns now, without reading the image. Interrupt it whenever you like: the
     same command goes on where it stopped.
 
-    Of images at http(s) urls a change is seen by a column `etag` of the manifest, or by reading them again after
+    Of images at http(s) urls a change is seen by a column `etag` of the manifest, or by asking for them again after
     `source.http.recheck_days` of a job file; `vlmflow plan` counts those of which it is not.
 
     Example: `vlmflow enrich photos/ catalog/ --profile base --policy marketplace --accept-unbound`

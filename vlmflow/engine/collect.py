@@ -73,7 +73,7 @@ def write_blocks(writer: CatalogWriter, known: KnownImages, *blocks: pa.Table) -
     sums = {
         name: float(pa.compute.sum(rows[name]).as_py() or 0.0)
         for name in rows.column_names
-        if name.startswith(columns.SUMMED_PREFIXES) or name == "bytes_read"
+        if name.startswith(columns.SUMMED_PREFIXES) or name in ("bytes_read", columns.UNMODIFIED)
     }
     for name in rows.column_names:
         if name.startswith(columns.CEILING_PREFIX):  # a mean is made of it

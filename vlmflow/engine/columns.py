@@ -44,6 +44,9 @@ CEILING_PREFIX = "ceiling_"
 SUMMED_PREFIXES = (SECONDS_PREFIX, BATCHES_PREFIX, REFUSED_PREFIX, SPENT_PREFIX, FLOPS_PREFIX, CEILING_PREFIX)
 COUNT_PREFIX = "count_"
 
+# Whether a server said, asked by what the row knows of the bytes, that it still has them: they were not read.
+UNMODIFIED = "unmodified"
+
 # The most images that a pool's tasks run at once since memory ran out; null: it never did.
 AT_ONCE_PREFIX = "at_once_"
 

@@ -76,7 +76,7 @@ class ReadAndDecode:
         except StoreLostError as error:
             return self._assemble(batch, [_Outcome() for _ in range(batch.num_rows)], None, 0.0, 0.0, str(error))
         read_s = time.perf_counter() - started
-        hashes = [None if item.data is None else hash_of(item.data) for item in fetched]
+        hashes = [_hash_of(item) for item in fetched]
         run = _due(batch, hashes)
         copies = look_up(self.known.get(), batch, hashes, run) if self.known else None
         outcomes = [
@@ -99,26 +99,26 @@ class ReadAndDecode:
         return self._assemble(batch, [outcome] * batch.num_rows, None, 0.0, 0.0, None)
 
     def _outcome(self, fetched: Fetched, content_hash: str | None, tasks: list[str], copy: Copy | None) -> _Outcome:
+        if fetched.unmodified is not None:  # planning asks for nothing else then
+            return _Outcome(fetched, ImageFacts(**{name: fetched.unmodified[name] for name in schema.FACTS.names}))
         if fetched.data is None:
-            return _Outcome(fetched.object_version, error=("read", str(fetched.error_class), fetched.message))
-        num_bytes = len(fetched.data)
+            return _Outcome(fetched, error=("read", str(fetched.error_class), fetched.message))
         if copy is not None and set(copy.tasks) >= set(tasks):
-            return _Outcome(fetched.object_version, num_bytes, copy.facts, copied=copy.tasks)
+            return _Outcome(fetched, copy.facts, copied=copy.tasks)
         try:
             with at_most(self.limits.max_seconds):
                 encoded = self._left_encoded(fetched.data, content_hash)
                 image = None if encoded else decode(fetched.data, self.requests, self.limits, content_hash)
         except ImageError as error:
-            return _Outcome(fetched.object_version, num_bytes, error=("decode", str(error.error_class), str(error)))
+            return _Outcome(fetched, error=("decode", str(error.error_class), str(error)))
         copied = copy.tasks if copy else ()
         left = tuple(task for task in tasks if task not in copied)
         if image is None:
             assert encoded is not None
-            facts = encoded.facts
-            return _Outcome(fetched.object_version, num_bytes, facts, run=left, copied=copied, encoded=encoded)
+            return _Outcome(fetched, encoded.facts, run=left, copied=copied, encoded=encoded)
         # No error of the image: it was decoded. Moderation takes it for what nobody has looked at.
         unseen = ("frames", str(RowErrorClass.FRAMES_UNSEEN), image.unseen) if image.unseen else None
-        return _Outcome(fetched.object_version, num_bytes, image.facts, image.pixels, left, copied, unseen)
+        return _Outcome(fetched, image.facts, image.pixels, left, copied, unseen)
 
     def _left_encoded(self, data: bytes, content_hash: str | None) -> EncodedJpeg | None:
         if not self.leaves_jpegs or content_hash is None:
@@ -135,7 +135,8 @@ class ReadAndDecode:
         fatal: str | None,
     ) -> pa.Table:
         num_rows = batch.num_rows
-        version = pa.array([outcome.object_version for outcome in outcomes], pa.string())
+        read = [outcome.fetched or _UNREAD for outcome in outcomes]
+        version = pa.array([item.object_version for item in read], pa.string())
         # Nothing read: the version that was listed is the one that could not be read.
         version = pa.compute.coalesce(version, batch["object_version"].combine_chunks())
         batch = batch.set_column(batch.schema.get_field_index("object_version"), "object_version", version)
@@ -143,6 +144,7 @@ class ReadAndDecode:
             field.name: pa.array([getattr(outcome.facts, field.name, None) for outcome in outcomes], field.type)
             for field in schema.FACTS
         }
+        added["http_validator"] = pa.array([item.validator for item in read], pa.string())
         added["errors"] = pa.array([outcome.errors() for outcome in outcomes], schema.ERRORS)
         lists = pa.list_(pa.string())
         none = pa.array([[] for _ in outcomes], lists)
@@ -165,7 +167,8 @@ class ReadAndDecode:
             added[columns.ENCODED] = pa.array(data, pa.large_binary())
             turns = [None if jpeg is None else jpeg.orientation for jpeg in left]
             added[columns.ORIENTATION] = pa.array(turns, pa.int8())
-        added["bytes_read"] = pa.array([outcome.num_bytes for outcome in outcomes], pa.int64())
+        added["bytes_read"] = pa.array([len(item.data or b"") for item in read], pa.int64())
+        added[columns.UNMODIFIED] = pa.array([item.unmodified is not None for item in read])
         added[columns.seconds_column("read")] = columns.spread(read_s, num_rows)
         added[columns.seconds_column("decode")] = columns.spread(decode_s, num_rows)
         added[columns.FATAL] = pa.repeat(pa.scalar(fatal, pa.string()), num_rows)
@@ -174,10 +177,12 @@ class ReadAndDecode:
         return batch
 
 
+_UNREAD = Fetched(None, None, None, "")
+
+
 @dataclass(frozen=True, slots=True)
 class _Outcome:
-    object_version: str | None = None
-    num_bytes: int = 0
+    fetched: Fetched | None = None
     facts: ImageFacts | None = None
     pixels: dict[str, list[tuple[str, Pixels]]] | None = None
     run: tuple[str, ...] = ()  # tasks that remain
@@ -202,6 +207,13 @@ def _parts(batch: pa.Table, max_bytes: int) -> list[pa.Table]:
             start, held = row, 0
         held += num_bytes
     return [*parts, batch.slice(start)]
+
+
+def _hash_of(fetched: Fetched) -> str | None:
+    if fetched.unmodified is not None:
+        content_hash: str = fetched.unmodified["content_hash"]
+        return content_hash
+    return None if fetched.data is None else hash_of(fetched.data)
 
 
 def _due(batch: pa.Table, hashes: Sequence[str | None]) -> list[list[str]]:

@@ -66,6 +66,7 @@ class RunReport(Frozen):
         num_columns_updated: further rows, of which nothing but the caller's columns was updated.
         num_copied: images with results taken from a row of the catalog with equal bytes.
         num_shared: images with results taken from another image with equal bytes that the same actor had.
+        num_unmodified: images at http(s) urls of which the server said that they are as they were; they were not read.
         decisions: images by the decision that the run gave them; those that keep the one they had do not count.
         startup_s: seconds until the first block of images was finished: processes started, models loaded.
         images_per_s: the images after that block by the time after it; 0 where there was only one block.
@@ -98,6 +99,7 @@ class RunReport(Frozen):
     num_columns_updated: int = 0
     num_copied: int = 0
     num_shared: int = 0
+    num_unmodified: int = 0
     statuses: dict[str, int] = {}
     decisions: dict[str, int] = {}
     errors: dict[str, int] = {}
@@ -238,6 +240,7 @@ def finished_report(
             "num_columns_updated": collected.num_columns_updated,
             "num_copied": collected.num_copied,
             "num_shared": collected.num_shared,
+            "num_unmodified": int(collected.sums[columns.UNMODIFIED]),
             "statuses": dict(collected.statuses),
             "decisions": dict(collected.decisions),
             "errors": dict(collected.errors),

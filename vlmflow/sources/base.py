@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import pyarrow as pa
 
@@ -29,12 +29,16 @@ class Fetched:
         object_version: of the very bytes read; None where the server tells none.
         error_class: None if they were read.
         message: empty if they were read; holds neither a local path nor a signature.
+        validator: ETag or Last-Modified of the very bytes read, if a server may be asked by it whether it has them yet.
+        unmodified: what is known of the bytes, as ``schema.READ``, where the server says so; then there are no data.
     """
 
     data: bytes | None
     object_version: str | None
     error_class: RowErrorClass | None
     message: str
+    validator: str | None = None
+    unmodified: Mapping[str, Any] | None = None
 
 
 class Reader(Protocol):
@@ -44,7 +48,8 @@ class Reader(Protocol):
         """Reads one image for each reference, in order, several at a time.
 
         Args:
-            refs: with the columns of ``schema.REFERENCE``.
+            refs: with the columns of ``schema.REFERENCE``. Where ``previous_read`` of ``schema.PLANNED`` is among
+                them, and says of what was read before, http servers are asked whether they still have it.
 
         Raises:
             StoreLostError: the store is gone or refuses everything; never for one object.

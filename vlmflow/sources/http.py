@@ -12,9 +12,9 @@ import random
 import re
 import socket
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from email.utils import formatdate, parsedate_to_datetime
 from urllib.parse import quote, urljoin, urlsplit
 
 import httpcore
@@ -27,6 +27,12 @@ _FIRST_BACKOFF_S = 0.2
 _CONNECT_S = 5.0  # for each address of a host but the last, which has all the time that is left
 _REDIRECTS = (301, 302, 303, 307, 308)
 _HEADERS = [("User-Agent", "vlmflow"), ("Accept", "image/*,*/*;q=0.5"), ("Accept-Encoding", "identity")]
+# Of the answers to conditional requests: the bytes are still those, or the server makes nothing of the condition.
+_NOT_MODIFIED, _PRECONDITION_FAILED = 304, 412
+_STRONG_TAG = re.compile(r'"[\x21\x23-\x7e]{1,500}"')
+# Before it is said of a moment that the image was last changed then: later in that second, by another clock perhaps, it
+# may have been changed again.
+_SURELY_PAST_S = 60.0
 _COMPRESSIONS = ("gzip", "x-gzip", "deflate", "compress", "br", "zstd")
 # NAT64, its local form and IPv4-compatible addresses embed an IPv4 address in the last 32 bits, which a gateway would
 # connect to.
@@ -37,10 +43,16 @@ _AZURE_HOST = ipaddress.ip_address("168.63.129.16")
 
 @dataclass(frozen=True, slots=True)
 class Download:
-    """A downloaded image, and its ETag or Last-Modified; None where the server gives neither."""
+    """A downloaded image.
+
+    Attributes:
+        object_version: its ETag or Last-Modified; None where the server gives neither.
+        validator: the same as it was sent, if the server may be asked by it whether it still has these very bytes.
+    """
 
     data: bytes
     object_version: str | None
+    validator: str | None
 
 
 class _Unsettled(Exception):  # noqa: N818 (never leaves this module)
@@ -50,6 +62,10 @@ class _Unsettled(Exception):  # noqa: N818 (never leaves this module)
         super().__init__(str(failure))
         self.failure = failure
         self.after_s = after_s  # what the server asks to wait
+
+
+class _Unconfirmed(Exception):  # noqa: N818 (never leaves this module)
+    """An answer to a condition that does not say surely that the bytes are the same."""
 
 
 def is_public(address: str) -> bool:
@@ -121,24 +137,30 @@ class HttpFetcher:
     async def __aexit__(self, *_: object) -> None:
         await self._pool.aclose()
 
-    async def fetch(self, url: str) -> Download:
+    async def fetch(self, url: str, validator: str | None = None) -> Download | None:
         """Downloads one image, within one time limit for all its redirects and attempts.
+
+        Args:
+            validator: of an earlier download from this url; None: there is none to ask by.
+
+        Returns:
+            None: the server still has the bytes that the validator came with.
 
         Raises:
             ImageError: with the class that its row records.
         """
         try:
             async with asyncio.timeout(self._config.timeout_s):
-                return await self._attempts(url)
+                return await self._attempts(url, validator)
         except TimeoutError as error:
             message = f"not read within http.timeout_s of {self._config.timeout_s:g} s"
             raise ImageError(message, error_class=RowErrorClass.READ_TIMEOUT) from error
 
-    async def _attempts(self, url: str) -> Download:
+    async def _attempts(self, url: str, validator: str | None) -> Download | None:
         ends = time.monotonic() + self._config.timeout_s
         for attempt in range(1, _ATTEMPTS + 1):
             try:
-                return await self._follow(url)
+                return await self._follow(url, validator)
             except _Unsettled as error:
                 delay_s = max(error.after_s, _FIRST_BACKOFF_S * 2**attempt * random.uniform(0.5, 1.0))
                 if attempt == _ATTEMPTS or time.monotonic() + delay_s >= ends:
@@ -146,23 +168,33 @@ class HttpFetcher:
             await asyncio.sleep(delay_s)
         raise AssertionError("the last attempt returns or raises")
 
-    async def _follow(self, url: str) -> Download:
+    async def _follow(self, url: str, validator: str | None) -> Download | None:
         """Follows redirects by hand: each hop's scheme and address are checked like the first."""
+        moved = False
         for _ in range(self._config.max_redirects + 1):
-            found = await self._get(url)
-            if isinstance(found, Download):
-                return found
-            url = found
+            try:
+                found = await self._get(url, validator)
+            except _Unconfirmed:
+                found = await self._get(url, None)
+            if not isinstance(found, str):
+                return replace(found, validator=None) if found and moved else found
+            # A tag tells versions of one resource apart: another, where the next redirect may lead, can have the same.
+            url, validator, moved = found, None, True
         message = f"more redirects than http.max_redirects of {self._config.max_redirects}"
         raise ImageError(message, error_class=RowErrorClass.TOO_MANY_REDIRECTS)
 
-    async def _get(self, url: str) -> Download | str:
-        """Downloads, or returns where a redirect points to."""
+    async def _get(self, url: str, validator: str | None) -> Download | str | None:
+        """Downloads, or returns where a redirect points to; None: the bytes are still those of the validator."""
+        asked = [] if validator is None else [_condition(validator)]
         try:
-            async with self._pool.stream("GET", _ascii_url(url), headers=_HEADERS) as response:
+            async with self._pool.stream("GET", _ascii_url(url), headers=[*_HEADERS, *asked]) as response:
                 headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in response.headers}
                 if response.status in _REDIRECTS and "location" in headers:
                     return _target(url, headers["location"])
+                if validator is not None and response.status in (_NOT_MODIFIED, _PRECONDITION_FAILED):
+                    _check_confirmed(response.status, headers, validator)
+                    await response.aread()  # nothing, but only then the connection serves again
+                    return None
                 if response.status != 200:
                     raise _status_failure(response.status, headers.get("retry-after", ""))
                 data = await self._body(response, headers)
@@ -174,7 +206,8 @@ class HttpFetcher:
         except OSError as error:  # of the resolver, out of sockets
             failure = ImageError(_connection_message(error), error_class=RowErrorClass.READ_FAILED)
             raise _Unsettled(failure) from error
-        return Download(data, headers.get("etag", "").strip('"') or headers.get("last-modified"))
+        version = headers.get("etag", "").strip('"') or headers.get("last-modified")
+        return Download(data, version, _validator(headers))
 
     async def _body(self, response: httpcore.Response, headers: dict[str, str]) -> bytes:
         too_large = ImageError(
@@ -193,6 +226,42 @@ class HttpFetcher:
             if len(data) > self._max_bytes:
                 raise too_large
         return bytes(data)
+
+
+def _validator(headers: Mapping[str, str]) -> str | None:
+    """The ETag or Last-Modified of a response, if it is a strong validator (RFC 9110, 8.8): one of no other bytes."""
+    if "etag" in headers:
+        return headers["etag"] if _STRONG_TAG.fullmatch(headers["etag"]) else None
+    modified, sent = (_http_date(headers.get(name, "")) for name in ("last-modified", "date"))
+    if modified is None or sent is None or sent - modified < _SURELY_PAST_S:
+        return None
+    return headers["last-modified"]
+
+
+def _condition(validator: str) -> tuple[str, str]:
+    return "If-None-Match" if _STRONG_TAG.fullmatch(validator) else "If-Modified-Since", validator
+
+
+def _check_confirmed(status: int, headers: Mapping[str, str], validator: str) -> None:
+    """Demands that an answer repeats the validator.
+
+    Else the tags may have been compared weakly, as is right for caches, or the image be another of an earlier date.
+
+    Raises:
+        _Unconfirmed: it does not.
+    """
+    name = "etag" if _STRONG_TAG.fullmatch(validator) else "last-modified"
+    if status != _NOT_MODIFIED or headers.get(name) != validator:
+        raise _Unconfirmed
+
+
+def _http_date(text: str) -> float | None:
+    """Seconds since 1970; None: it is not a date as RFC 9110 wants it sent."""
+    try:
+        seconds = parsedate_to_datetime(text).timestamp()
+        return seconds if formatdate(seconds, usegmt=True) == text else None
+    except (ValueError, OverflowError, OSError):
+        return None
 
 
 def _target(url: str, location: str) -> str:

@@ -61,6 +61,7 @@ class _Ref(TypedDict):
     offset: int | None
     length: int | None
     row: int | None
+    previous_read: dict[str, Any] | None
 
 
 class SourceReader:
@@ -93,7 +94,9 @@ class SourceReader:
 
     def read(self, refs: pa.Table) -> list[Fetched]:
         """Reads one image for each reference, in order; see :class:`vlmflow.sources.base.Reader`."""
-        rows: list[Any] = refs.select(_COLUMNS).to_pylist()
+        known = refs["previous_read"].to_pylist() if "previous_read" in refs.column_names else [None] * refs.num_rows
+        pairs = zip(refs.select(_COLUMNS).to_pylist(), known, strict=True)
+        rows: list[Any] = [row | {"previous_read": previous} for row, previous in pairs]
         try:
             results = run_in_loop(self._read_all(rows))
             self._raise_if_lost(rows, results)
@@ -140,9 +143,7 @@ class SourceReader:
         locator = row["locator"]
         try:
             if http is not None and is_http(locator):
-                found = await http.fetch(locator)
-                # The manifest's word, where it has one: the next listing compares with it.
-                return Fetched(found.data, row["object_version"] or found.object_version, None, "")
+                return await self._download(row, http)
             self._check_size(row["length"] if row["length"] is not None else row["size_bytes"])
             if _is_local(locator):
                 self._check_may_read_disk()
@@ -156,6 +157,15 @@ class SourceReader:
             if is_http(locator):  # of a server that anyone may have named, and no word of a store
                 return Fetched(None, None, RowErrorClass.READ_FAILED, f"the download failed ({type(error).__name__})")
             return Failure(fault_of(error), error)
+
+    async def _download(self, row: _Ref, http: HttpFetcher) -> Fetched:
+        known = row["previous_read"]
+        found = await http.fetch(row["locator"], known["http_validator"] if known else None)
+        if found is None:
+            assert known is not None
+            return Fetched(None, known["object_version"], None, "", known["http_validator"], known)
+        # The manifest's word, where it has one: the next listing compares with it.
+        return Fetched(found.data, row["object_version"] or found.object_version, None, "", found.validator)
 
     def _read_parquet(self, uri: str, rows: Sequence[_Ref]) -> list[Fetched | Failure]:
         """Reads rows of one Parquet file."""

@@ -27,7 +27,7 @@ from vlmflow import schema
 from vlmflow.catalog import Catalog
 from vlmflow.catalog.due import PlanRequest
 from vlmflow.catalog.keys import questions_digests, to_binary
-from vlmflow.catalog.log import SCHEMA_VERSION
+from vlmflow.catalog.log import SCHEMA_VERSION, UPGRADABLE
 from vlmflow.catalog.reviews import EVENT
 from vlmflow.catalog.rows import alt_texts, attempt_digest
 from vlmflow.config import CatalogConfig
@@ -189,7 +189,8 @@ def test_within_a_run_equal_bytes_with_equal_questions_are_asked_once() -> None:
 
 def older_catalog(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
     """A catalog as version 2 wrote it: without the columns that have come since. Returns its rows."""
-    new = ("alt_text", "alt_text_rule", "answers", "questions_digest", "answer_model", "answer_fingerprint", "read_at")
+    new = ["alt_text", "alt_text_rule", "answers", "questions_digest", "answer_model", "answer_fingerprint"]
+    new += ["read_at", "http_validator"]
     old = pa.schema([field for field in schema.IMAGES if field.name not in new])
     with monkeypatch.context() as patched:
         patched.setattr(schema, "IMAGES", old)
@@ -230,6 +231,7 @@ def test_a_catalog_of_version_2_gains_the_columns_and_loses_nothing(
     assert (after["b"]["answers"], after["b"]["caption"]) == (None, "a cat")
     assert after["d"]["alt_text"] == "A cat."
     assert [after[name]["read_at"] is None for name in "abd"] == [False, True, False]
+    assert [*UPGRADABLE, SCHEMA_VERSION] == [str(version) for version in range(2, int(SCHEMA_VERSION) + 1)]
 
 
 def test_several_programs_may_upgrade_an_older_catalog_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,8 @@ import pyarrow.compute as pc
 import pytest
 
 from tests.catalog_samples import TASKS, enrich, open_catalog, references, request, rows_by_name
-from vlmflow.catalog import Catalog, plan_without_catalog
+from vlmflow import schema
+from vlmflow.catalog import Catalog, plan_parts, plan_without_catalog
 
 DAY = dt.timedelta(days=1)
 NOW = dt.datetime.now(dt.UTC)
@@ -79,17 +80,56 @@ def test_other_reasons_stay_what_they_are(catalog: Catalog) -> None:
     assert {tuple(row["due_if_same"]) for row in rows} == {("caption", "match")}
 
 
-def test_a_row_of_before_there_was_a_time_is_read_again_once(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vlmflow.catalog import plan_parts
-
+def without_column(column: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planning finds the files of the table as they were before it had the column."""
     read = plan_parts.read_rows
 
     def older(*given: Any) -> pa.Table:
         rows = read(*given)
-        return rows.select([name for name in rows.column_names if name != "read_at"])
+        return rows.select([name for name in rows.column_names if name != column])
 
     monkeypatch.setattr(plan_parts, "read_rows", older)
+
+
+def test_a_row_of_before_there_was_a_time_is_read_again_once(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_column("read_at", monkeypatch)
     assert len(planned(catalog, UNKNOWN, read_before=NOW - DAY)[0]) == 2
+
+
+def known_reads(catalog: Catalog, **asked: Any) -> list[dict[str, Any] | None]:
+    """What planning says of the bytes that each image had, where a server may be asked whether it has them yet."""
+    rows, _ = planned(catalog, UNKNOWN, **{"read_before": NOW + DAY} | asked)
+    assert len(rows) == 2
+    return [row["previous_read"] for row in rows]
+
+
+def test_where_nothing_else_is_due_a_server_is_asked_by_what_the_row_knows_of_its_bytes(tmp_path: Path) -> None:
+    catalog = open_catalog(tmp_path / "catalog")
+    enrich(catalog, "r1", [UNKNOWN], version="tag", validator='"tag"')
+    live = rows_by_name(catalog)
+    assert known_reads(catalog) == [{field.name: live[name][field.name] for field in schema.READ} for name in "ab"]
+    assert live["a"]["http_validator"] == '"tag"'
+    others = {"fingerprints": {task: f"{task}-1" for task in TASKS} | {"caption": "caption-2"}}
+    assert known_reads(catalog, **others) == [None] * 2, "the bytes are needed"
+    assert known_reads(catalog, decoder="other") == [None] * 2, "it may make other facts of them"
+    enrich(catalog, "r2", [UNKNOWN], request(read_before=NOW + DAY), version="tag")
+    assert known_reads(catalog) == [None] * 2, "of the bytes that were read last"
+
+
+@pytest.mark.parametrize("result", [{"failed": ["caption"]}, {"problem": ("decode", "corrupt")}])
+def test_of_rows_that_are_not_good_the_bytes_are_read(tmp_path: Path, result: dict[str, Any]) -> None:
+    catalog = open_catalog(tmp_path / "catalog")
+    for attempt in range(3):
+        enrich(catalog, f"r{attempt}", [UNKNOWN], validator='"tag"', **result)
+    assert planned(catalog, UNKNOWN, read_before=NOW + DAY)[1] == {"recheck"}
+    assert known_reads(catalog) == [None] * 2
+
+
+def test_rows_of_before_there_were_validators_are_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    catalog = open_catalog(tmp_path / "catalog")
+    enrich(catalog, "r1", [UNKNOWN], version="tag", validator='"tag"')
+    without_column("http_validator", monkeypatch)
+    assert known_reads(catalog) == [None] * 2
 
 
 def test_images_at_urls_that_nobody_watches_are_counted() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -60,8 +61,11 @@ def merge(live: pa.Table, staged: pa.Table) -> tuple[pa.Table, Mask]:
 
     # The marks of this attempt: taken from us unless a newer version was met.
     marks = np.where(verdict.superseded, keep, ours)
-    for name in ("decoder", "run_id", "read_at", "updated_at", "attempt_digest"):
+    for name in ("decoder", "run_id", "read_at", "attempt_digest"):
         columns[name] = take(name, marks)
+    # Not when we staged ours: others may have written the row since, and readers go by this time.
+    now = pa.scalar(dt.datetime.now(dt.UTC), schema.TIMESTAMP)
+    columns["updated_at"] = pc.if_else(pa.array(verdict.superseded), flat(live["updated_at"]), now)
     if "source" in live.column_names:
         columns["source"] = _source(live, staged, verdict)
         columns |= _alt_texts(live, staged, verdict, columns)
@@ -123,8 +127,14 @@ def _superseded(live: pa.Table, staged: pa.Table) -> Mask:
     """Rows whose live row has moved, since planning, to a version that was met later than ours."""
     moved = ~same_or_null(live["seen_version"], staged["previous_version"])
     other = ~same_or_null(live["seen_version"], staged["seen_version"])
-    later = pc.fill_null(pc.greater(live["updated_at"], staged["updated_at"]), False)
+    later = pc.fill_null(pc.greater(_met_at(live), _met_at(staged)), False)
     return moved & other & as_mask(later)
+
+
+def _met_at(rows: pa.Table) -> pa.Array:
+    """When the object was met. Not when the row was written, as others do who read no object: for a verdict, say."""
+    read_at = conform_column(rows, schema.IMAGES.field("read_at"))  # null in rows of older versions
+    return pc.coalesce(flat(read_at), flat(rows["updated_at"]))
 
 
 def _moderation(

@@ -18,6 +18,7 @@ as a manifest, or as prefixes that are run one by one: the plan of one has nothi
 from __future__ import annotations
 
 import argparse
+import datetime as dt
 import json
 import resource
 import shutil
@@ -112,6 +113,7 @@ def make_catalog(root: Path, num_rows: int, *, with_columns: bool) -> None:
         columns |= {name: pa.repeat(value, count) for name, value in given.items()}
         columns["status"] = pc.if_else(pa.array(failed), "failed", "ok")
         columns["attempts"] = pa.repeat(pa.scalar(1, pa.int32()), count)
+        columns["read_at"] = pa.repeat(pa.scalar(dt.datetime.now(dt.UTC), schema.TIMESTAMP), count)
         columns["errors"] = pa.array([error], schema.ERRORS).take(pa.array(np.where(failed, 0, None), pa.int64()))
         columns["ingest_date"] = pa.repeat(pa.scalar(DATE, pa.date32()), count)
         if with_columns:

@@ -26,6 +26,7 @@ _STILL_OPENS = re.compile(rf"{_LEAD}{_PICTURE}\b(?![ -](?:{_THINGS})\b)", re.I)
 _FILE_NAME = re.compile(
     r"\b[\w%+-]+\.(?:jpe?g|png|gif|webp|bmp|tiff?|avif|heic)\b|\b(?:img|dscn?|dscf|pict|pxl|mvimg)[-_ ]?\d{3,}", re.I
 )
+QUOTE = ' Text in the image: "'  # before what is quoted
 _HTTP = re.compile(r"https?://", re.I)
 _ENDED = re.compile(r"[.!?\u2026][\"'\u201d\u2019)]*$")
 # Words after which a sentence goes on: a caption that stops there was cut at its last token.
@@ -57,8 +58,16 @@ def alt_text(caption: str | None, uri: str, found: str | None = None) -> tuple[s
     text = text[0].upper() + text[1:]
     quoted = " ".join((found or "").split())
     if quoted and quoted.casefold() not in text.casefold():
-        text = f'{text} Text in the image: "{quoted}".'
+        text = f'{text}{QUOTE}{quoted}".'
     return text, _broken(finished, text, uri)
+
+
+def quotes(text: str, found: str | None) -> bool:
+    """Whether an alternative text says what was found in the image, and quotes nothing else."""
+    quoted = " ".join((found or "").split())
+    if QUOTE in text:
+        return bool(quoted) and text.endswith(f'{QUOTE}{quoted}".')
+    return quoted.casefold() in text.casefold()
 
 
 def _without_opening(text: str) -> str:

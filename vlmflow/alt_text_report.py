@@ -53,7 +53,8 @@ class AltTextReport(Frozen):
 
     Attributes:
         num_images: rows looked at.
-        num_without: of these, rows without a caption.
+        num_without: of these, rows without an alternative text and without a rule that says why: without a caption, or
+            of an older version and not listed by a run since.
         rules: images by the rule that they break.
         broken: in the order of rules and texts, so that duplicates stand together.
     """
@@ -132,7 +133,7 @@ def broken_alt_texts(catalog: CatalogConfig, *, where: str | None = None) -> Bro
     for rows, mask in zip(image_batches(folder, images, _COLUMNS), masks, strict=True):
         rows = _kept(rows, mask)
         num_images += rows.num_rows
-        num_without += rows["caption"].null_count
+        num_without += int((~is_valid(rows["alt_text"]) & ~is_valid(rows["alt_text_rule"])).sum())
         alone = is_valid(rows["alt_text_rule"]) | (shared.find(*to_words(_text_digests(rows))) < 0)
         rule = pc.if_else(pa.array(alone), rows["alt_text_rule"].combine_chunks(), DUPLICATE)
         found.append(rows.append_column("rule", rule).filter(pc.is_valid(rule)).select([*AltText.model_fields]))

@@ -198,7 +198,7 @@ IMAGES = pa.schema(
         ("decoder", pa.string()),  # version of the decoder: unreadable images are due again when it changes
         pa.field("run_id", pa.string(), nullable=False),
         ("read_at", TIMESTAMP),  # when a run last read the image, tried to, or asked whether it has changed; null: old
-        ("updated_at", TIMESTAMP),  # when a run last wrote it, be it the caller's columns alone
+        ("updated_at", TIMESTAMP),  # when it was last written, be it the caller's columns or a verdict alone
         pa.field("ingest_date", pa.date32(), nullable=False),  # partition: the date that first saw the image
     ]
 )  # followed by `source`: struct of the caller's columns, where there are any

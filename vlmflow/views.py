@@ -119,8 +119,8 @@ def print_plan(summary: PlanSummary, console: Console) -> None:
     if summary.num_outdated:
         columns = ", ".join(f"{escape(name)} {count:,}" for name, count in summary.outdated_columns.items())
         console.print(
-            f"new values of the caller's columns for {counted(summary.num_outdated, 'row')} on which no task will run: "
-            f"{columns}",
+            f"new values of the caller's columns, or another alternative text, for "
+            f"{counted(summary.num_outdated, 'row')} on which no task will run: {columns}",
             highlight=False,
         )
     if summary.num_planned < summary.num_due:
@@ -259,7 +259,10 @@ def _print_policy_note(num_policy_differs: int, console: Console) -> None:
 
 def _print_columns_note(num_updated: int, console: Console) -> None:
     if num_updated:
-        console.print(f"the caller's columns were updated in {counted(num_updated, 'row')} on which no task ran")
+        console.print(
+            "the caller's columns or alternative texts were updated in "
+            f"{counted(num_updated, 'row')} on which no task ran"
+        )
 
 
 def _number(value: float | None) -> str:

@@ -160,7 +160,7 @@ def print_alt_texts(found: BrokenAltTexts, console: Console) -> None:
     num_good = report.num_images - report.num_without - found.rows.num_rows
     broken = ", ".join(f"{rule} {count:,}" for rule, count in report.rules.items()) or "none"
     console.print(f"{num_good:,} of {report.num_images:,} images have an alternative text that keeps every rule")
-    console.print(f"broken rules: {broken}; without a caption: {report.num_without:,}", style="dim")
+    console.print(f"broken rules: {broken}; without one: {report.num_without:,}", style="dim")
 
 
 def _cell(value: object) -> object:

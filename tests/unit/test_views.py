@@ -72,7 +72,10 @@ def test_a_plan_counts_rows_that_get_new_columns_and_names_these() -> None:
             **counts, due={}, policy=None, num_outdated=3_000 if columns else 0, outdated_columns=columns
         )
         print_plan(summary, console)
-        line = "new values of the caller's columns for 3,000 rows on which no task will run: price 3,000, [title] 1"
+        line = (
+            "new values of the caller's columns, or another alternative text, for 3,000 rows on which no task will "
+            "run: price 3,000, [title] 1"
+        )
         assert (line in console.export_text()) == bool(columns)
 
 
@@ -83,7 +86,7 @@ def test_a_run_says_in_how_many_rows_it_updated_columns(status: str) -> None:
     for count in (0, 1_200):
         console = Console(record=True, width=200)
         print_report(RunReport.model_validate(facts | {"num_columns_updated": count}), console)
-        said = "the caller's columns were updated in 1,200 rows on which no task ran" in console.export_text()
+        said = "or alternative texts were updated in 1,200 rows on which no task ran" in console.export_text()
         assert said == bool(count)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime as dt
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -73,6 +75,8 @@ def judge(rows: pa.Table, verdicts: pa.StructArray, changes: Mask, doubtful: Mas
     said = chosen(changes, verdicts, flat(rows["verdict"]))
     decides = np.where(changes, ~doubtful, equal_reason(rows))
     values = with_verdicts(modelled["decision"], modelled["decision_reason"], said, is_valid(said), decides)
+    now = pa.scalar(dt.datetime.now(dt.UTC), schema.TIMESTAMP)
+    values["updated_at"] = pc.if_else(pa.array(changes), now, flat(rows["updated_at"]))
     columns = [
         values[field.name].cast(field.type) if field.name in values else rows[field.name] for field in rows.schema
     ]

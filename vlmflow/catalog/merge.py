@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -23,7 +24,7 @@ from vlmflow.catalog.rows import (
     UNSCORED,
     ImageErrors,
     failed_tasks,
-    requoted,
+    restated,
     rows_of_image_errors,
     status_of,
     unseen_frames,
@@ -60,11 +61,14 @@ def merge(live: pa.Table, staged: pa.Table) -> tuple[pa.Table, Mask]:
 
     # The marks of this attempt: taken from us unless a newer version was met.
     marks = np.where(verdict.superseded, keep, ours)
-    for name in ("decoder", "run_id", "read_at", "updated_at", "attempt_digest"):
+    for name in ("decoder", "run_id", "read_at", "attempt_digest"):
         columns[name] = take(name, marks)
+    # Not when we staged ours: others may have written the row since, and readers go by this time.
+    now = pa.scalar(dt.datetime.now(dt.UTC), schema.TIMESTAMP)
+    columns["updated_at"] = pc.if_else(pa.array(verdict.superseded), flat(live["updated_at"]), now)
     if "source" in live.column_names:
         columns["source"] = _source(live, staged, verdict)
-        columns |= _alt_texts(live, staged, verdict, columns)
+    columns |= _alt_texts(live, staged, verdict, columns)
     seen = take("seen_version", marks)
     columns["seen_version"] = pc.if_else(pc.is_null(seen), live["seen_version"], seen)
     columns["errors"] = _merged_errors(live, staged, verdict)
@@ -123,8 +127,14 @@ def _superseded(live: pa.Table, staged: pa.Table) -> Mask:
     """Rows whose live row has moved, since planning, to a version that was met later than ours."""
     moved = ~same_or_null(live["seen_version"], staged["previous_version"])
     other = ~same_or_null(live["seen_version"], staged["seen_version"])
-    later = pc.fill_null(pc.greater(live["updated_at"], staged["updated_at"]), False)
+    later = pc.fill_null(pc.greater(_met_at(live), _met_at(staged)), False)
     return moved & other & as_mask(later)
+
+
+def _met_at(rows: pa.Table) -> pa.Array:
+    """When the object was met. Not when the row was written, as others do who read no object: for a verdict, say."""
+    read_at = conform_column(rows, schema.IMAGES.field("read_at"))  # null in rows of older versions
+    return pc.coalesce(flat(read_at), flat(rows["updated_at"]))
 
 
 def _moderation(
@@ -187,13 +197,16 @@ def _source(live: pa.Table, staged: pa.Table, verdict: _Verdict) -> pa.StructArr
 
 
 def _alt_texts(live: pa.Table, staged: pa.Table, verdict: _Verdict, merged: dict[str, pa.Array]) -> dict[str, pa.Array]:
-    """Those of captions that stay, where the text that the caller found in the image is another now."""
+    """Those of captions that stay, where they are missing or the text found in the image is another now."""
     names = conform_column(staged, STAGED.field("found_text_column"))
     out = {name: merged[name] for name in ("alt_text", "alt_text_rule")}
-    now = pa.table({"uri": live["uri"], "caption": merged["caption"], "source": merged["source"]})
-    for column in names.unique().drop_null().to_pylist():
-        at, texts = requoted(live.select(["source"]), now, column)
-        ours = (verdict.kept["caption"] & equal(names, column))[at]
+    held = {"uri": live["uri"], "caption": merged["caption"], **out}
+    now = pa.table(held | {name: merged[name] for name in ("source",) if name in merged})
+    stays = verdict.kept["caption"] & ~verdict.superseded
+    for column in names.unique().to_pylist():
+        at, texts = restated(now, column)
+        named = ~is_valid(names) if column is None else equal(names, column)
+        ours = (stays & named)[at]
         order = np.arange(live.num_rows)
         order[at[ours]] = live.num_rows + np.flatnonzero(ours)
         out = {name: pa.concat_arrays([flat(out[name]), texts[name]]).take(pa.array(order)) for name in out}

@@ -2,7 +2,8 @@
 
 Stored values are compared with those of the listing, column by column: so sources with different columns leave each
 other's alone, and a row that is up to date is never written. Beside the caller's columns, nothing of a row changes but
-``updated_at``, by which readers of the table know that it did, and an alternative text that quotes one of them.
+``updated_at``, by which readers of the table know that it did, and an alternative text that quotes one of them. Rows
+whose alternative text alone is not what it should be are found and brought up to date in the same way.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from vlmflow.catalog.log import DataFile, Snapshot, TableLog
 from vlmflow.catalog.masks import Mask, alike
 from vlmflow.catalog.merge import overlaid
 from vlmflow.catalog.read import read_rows
-from vlmflow.catalog.rows import requoted
+from vlmflow.catalog.rows import TEXTS, restated
 from vlmflow.catalog.writer import write_file
 
 # That are compared: a bucket has many more, and texts of any length.
@@ -34,8 +35,8 @@ _ROWS_AT_ONCE, _BYTES_AT_ONCE = 1 << 16, 64 * 1024 * 1024
 _FILES_AT_ONCE = 3  # that are rewritten: a store answers late
 
 
-def held_as(table: pa.Schema, listed: pa.Schema) -> pa.Field | None:
-    """The caller's columns of a listing, as the images table holds them or would; None: the listing has none.
+def held_as(table: pa.Schema, listed: pa.Schema) -> pa.Field:
+    """The caller's columns of a listing, as the images table holds them or would; there may be none.
 
     Raises:
         CatalogError: a type cannot be stored.
@@ -44,18 +45,19 @@ def held_as(table: pa.Schema, listed: pa.Schema) -> pa.Field | None:
     # Of a column that lists nulls alone the table's type is the only one; where it has none, there is nothing to hold.
     types = {field.name: field.type for part in (storable(columns), source_columns(table)) for field in part}
     fields = [pa.field(name, types[name]) for name in columns.names if name in types]
-    return pa.field("source", pa.struct(fields)) if fields else None
+    return pa.field("source", pa.struct(fields))
 
 
 def find_outdated(
-    images: pa.Table, held: pa.Table, at: npt.NDArray[np.int64], asked: Mask, source: pa.Field
+    images: pa.Table, held: pa.Table, at: npt.NDArray[np.int64], asked: Mask, source: pa.Field, misstated: Mask
 ) -> Iterator[tuple[npt.NDArray[np.int64], pa.Table]]:
-    """The images whose live row holds other values of the caller's columns than the listing.
+    """The images whose live row holds other values of the caller's columns than the listing, or is misstated.
 
     Args:
         images: as listed.
         held: live rows, their ``source`` as ``source`` says; ``at[i]`` is that of image i.
         asked: the images that are looked at.
+        misstated: those whose live row has another alternative text than it should.
 
     Yields:
         Their numbers among the images, and ``source`` and ``previous`` of each.
@@ -63,6 +65,8 @@ def find_outdated(
     Raises:
         CatalogError: a value does not become the type that the table holds.
     """
+    if not source.type.num_fields:
+        asked = asked & misstated
     if not asked.any():
         return
     ours, theirs = pa.table({"source": conform_column(images, source)}), held.select(["source"])
@@ -72,10 +76,10 @@ def find_outdated(
         pairs = {"source": taken(ours, some)["source"], "previous": taken(theirs, at[some])["source"]}
         first = 0
         for both in pa.table(pairs).to_batches():
-            other = ~_all_alike(both["previous"], both["source"])
-            numbers = some[first : first + len(other)][other]
-            yield numbers, pa.Table.from_batches([both]).filter(pa.array(other))
-            first += len(other)
+            numbers = some[first : first + both.num_rows]
+            other = ~_all_alike(both["previous"], both["source"]) | misstated[numbers]
+            yield numbers[other], pa.Table.from_batches([both]).filter(pa.array(other))
+            first += both.num_rows
 
 
 def _rows_at_once(rows: pa.Table) -> int:
@@ -93,7 +97,9 @@ def count_by_column(rows: pa.Table) -> Counter[str]:
 
 
 def _all_alike(left: pa.StructArray, right: pa.StructArray) -> Mask:
-    same: Mask = np.logical_and.reduce(list(_alike_by_column(left, right).values()))
+    same: Mask = np.ones(len(right), np.bool_)
+    for alike_in in _alike_by_column(left, right).values():
+        same &= alike_in
     return same
 
 
@@ -184,25 +190,28 @@ class _Changes:
         keys = to_binary(live["image_id"])
         at = index_of(keys).find(*to_words(self._keys.take(pa.array(numbers))))
         assert (at >= 0).all(), f"{file.path} holds them"
-        new, change = self._sources(live, at, taken(self._rows, numbers))
-        if not change.any():
+        news, names = np.zeros(len(at), np.bool_), [*TEXTS]
+        if "source" in live.column_names:
+            new, change, news = self._sources(live, at, taken(self._rows, numbers))
+            at, names = at[change], [*TEXTS, "source"]
+            live = _with_values(live, at, new)
+        # A row that is here for its alternative text alone may have got that from another writer since planning.
+        stale, texts = restated(taken(live.select(names), at), self._found_text_column)
+        live = _with_values(live, at[stale], pa.table(texts))
+        news[stale] = True
+        if not news.any():
             return None
-        now = pa.repeat(pa.scalar(dt.datetime.now(dt.UTC), schema.TIMESTAMP), new.num_rows)
-        before, at = taken(live.select(["source"]), at[change]), at[change]
-        live = _with_values(live, at, new.append_column("updated_at", now))
-        if self._found_text_column is not None:
-            after = taken(live.select(["uri", "caption", "source"]), at)
-            numbers, texts = requoted(before, after, self._found_text_column)
-            live = _with_values(live, at[numbers], pa.table(texts))
+        now = pa.repeat(pa.scalar(dt.datetime.now(dt.UTC), schema.TIMESTAMP), int(news.sum()))
+        live = _with_values(live, at[news], pa.table({"updated_at": now}))
         written = write_file(self._folder, "images", live, file.ingest_date, self._run_id)
         if file.path in self._planned.dictionary.to_pylist():  # whose rows are all in this group
             self._added.skip(written.path)
         else:
             self._added.tell(written.path, keys)
-        return written, int(change.sum())
+        return written, int(news.sum())
 
-    def _sources(self, live: pa.Table, at: npt.NDArray[np.int64], asked: pa.Table) -> tuple[pa.Table, Mask]:
-        """The new ``source`` of the rows ``at`` that change, and which these are."""
+    def _sources(self, live: pa.Table, at: npt.NDArray[np.int64], asked: pa.Table) -> tuple[pa.Table, Mask, Mask]:
+        """The new ``source`` of rows, which of the rows ``at`` these are, and in which of these it is another."""
         sources = pa.table(
             {
                 "theirs": taken(live.select(["source"]), at)["source"],
@@ -211,14 +220,15 @@ class _Changes:
             }
         )
         own = [field.name for field in asked.schema.field("source").type]
-        masks, new = [], []
+        masks, new, news = [], [], []
         for some in sources.to_batches():
             # What another writer has put there since planning stays.
             change = _all_alike(some["theirs"], some["previous"])
             values = overlaid(some["theirs"], some["ours"], dict.fromkeys(own, change))
             new.append(values.filter(pa.array(change)))
             masks.append(change)
-        return pa.table({"source": pa.chunked_array(new)}), np.concatenate(masks)
+            news.append(~_all_alike(some["ours"], some["previous"])[change])
+        return pa.table({"source": pa.chunked_array(new)}), np.concatenate(masks), np.concatenate(news)
 
 
 def _with_values(rows: pa.Table, at: npt.NDArray[np.int64], values: pa.Table) -> pa.Table:

@@ -83,8 +83,8 @@ class Plan:
     num_exhausted: int = 0  # failed too often to be tried again
     num_policy_differs: int = 0  # keep labels of another policy
     num_unwatched: int = 0  # at http(s) urls whose changes no run sees
-    num_outdated: int = 0  # not planned, and hold other values of the caller's columns than the listing
-    outdated_columns: Counter[str] = field(default_factory=Counter)  # of these, by column
+    num_outdated: int = 0  # not planned, and hold other values of the caller's columns or another alternative text
+    outdated_columns: Counter[str] = field(default_factory=Counter)  # of these, by column; the latter by `alt_text`
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)  # (task, reason) -> images due
     found_text_column: str | None = None  # of the caller's columns, for alternative texts
     _workspace: Workspace | None = None
@@ -212,7 +212,8 @@ class _Planner:
             plan._outdated = _Outdated(outdated, pa.array([file.path for file in self._files]), last)
             for rows in plan.outdated():
                 plan.num_outdated += rows.num_rows
-                plan.outdated_columns += count_by_column(rows)
+                misstated = Counter({"alt_text": pc.sum(rows["_misstated"]).as_py()})
+                plan.outdated_columns += count_by_column(rows) + misstated
         return plan
 
     def _join(self, join: Join, listed: Spill, ledger: Ledger) -> Iterator[Joined]:
@@ -237,7 +238,8 @@ class _Planner:
     def _spread_ledger(self, source: pa.Field | None) -> Ledger:
         numbers = list(range(len(self._files)))
         asked = self._request
-        read = ReadLedger(self._folder, tuple(self._files), asked.detections, source, asked.read_before)
+        files, column = tuple(self._files), asked.found_text_column
+        read = ReadLedger(self._folder, files, asked.detections, source, asked.read_before, column)
         return self._workers.spread(read, numbers, self._workspace / "ledger", ledger_columns(source))
 
     def _outdated_spill(self, source: pa.Field, listed: Spill) -> Spill:

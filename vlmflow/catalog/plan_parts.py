@@ -26,6 +26,7 @@ from vlmflow.catalog.log import DataFile
 from vlmflow.catalog.masks import Mask, alike, as_mask, is_valid
 from vlmflow.catalog.outdated import find_outdated
 from vlmflow.catalog.read import read_rows
+from vlmflow.catalog.rows import TEXTS, restated
 from vlmflow.catalog.spill import Spill
 from vlmflow.catalog.tombstones import Erased
 from vlmflow.errors import SourceError
@@ -36,11 +37,13 @@ NO_FILE = -1
 # Columns that travel with the references and the ledger while they are joined.
 POSITION = pa.field("_position", pa.int64())  # in the listing
 _FILE = pa.field("_file", pa.int32())  # number of the live file
+_MISSTATED = pa.field("_misstated", pa.bool_())  # its alternative text is not what it should be
 LEDGER_COLUMNS = pa.schema(
     [
         *(schema.IMAGES.field(name) for name in LEDGER),
         (LACKS_DETECTIONS, pa.bool_()),
         (READ_LONG_AGO, pa.bool_()),
+        _MISSTATED,
         _FILE,
     ]
 ).remove_metadata()
@@ -50,14 +53,14 @@ _WANTED = pa.field("_wanted", pa.bool_())  # it goes into the pipeline, unless a
 
 
 def ledger_columns(source: pa.Field | None) -> pa.Schema:
-    """What is read of the table, with the caller's columns of the listing if it has any."""
+    """What is read of the table, with the caller's columns of the listing."""
     return LEDGER_COLUMNS if source is None else LEDGER_COLUMNS.append(source)
 
 
 def outdated_columns(source: pa.Field) -> pa.Schema:
     """What joining gives of rows whose columns of the caller's are those of an earlier listing."""
     named = [("image_id", pa.string()), source, source.with_name("previous")]
-    return pa.schema([*named, POSITION, _FILE, _WANTED])
+    return pa.schema([*named, POSITION, _FILE, _WANTED, _MISSTATED])
 
 
 _OF_READ = tuple(field.name for field in schema.READ)
@@ -79,6 +82,7 @@ class ReadLedger:
         detections: that a row must hold; none: nothing of them is read.
         source: the caller's columns that are read; None: none are.
         read_before: the time that says which images were last read long ago; None: nobody asks.
+        found_text_column: of the caller's, that alternative texts quote; None: the job names none.
     """
 
     folder: Folder | None
@@ -86,6 +90,7 @@ class ReadLedger:
     detections: tuple[Detection, ...] = ()
     source: pa.Field | None = None
     read_before: dt.datetime | None = None
+    found_text_column: str | None = None
 
     def __call__(self, number: int) -> pa.Table:
         """The rows of a file, given by its number, as :func:`ledger_columns`.
@@ -94,11 +99,13 @@ class ReadLedger:
             CatalogError: the file cannot be read.
         """
         assert self.folder is not None
-        columns = (*LEDGER, "detections") if self.detections else LEDGER
-        columns += ("read_at",) if self.read_before else ()
+        columns = (*LEDGER, "read_at", "detections") if self.detections else (*LEDGER, "read_at")
+        is_quoting = self.source is not None and self.source.type.get_field_index(self.found_text_column or "") >= 0
+        columns += TEXTS if is_quoting else ()
         if self.source is not None:
             columns += tuple(f"source.{field.name}" for field in self.source.type)
-        rows = read_rows(self.folder, "images", self.files[number], columns)
+        file = self.files[number]
+        rows = read_rows(self.folder, "images", file, columns)
         if self.detections:
             held = conform_column(rows, schema.IMAGES.field("detections"))  # null in files older than the column
             rows = rows.append_column(LACKS_DETECTIONS, pa.array(~holds_all(held, self.detections)))
@@ -106,8 +113,20 @@ class ReadLedger:
             read_at = conform_column(rows, schema.IMAGES.field("read_at"))  # likewise: then it was long ago
             before = pc.less(read_at, pa.scalar(self.read_before, schema.TIMESTAMP))
             rows = rows.append_column(READ_LONG_AGO, pc.fill_null(before, True))
+        if is_quoting:
+            rows = rows.append_column(_MISSTATED, self._misstated(rows))
+        elif "read_at" not in rows.column_names or rows["read_at"].null_count:
+            # Rows of versions without alternative texts are among those: nobody else reads texts for planning.
+            rows = rows.append_column(_MISSTATED, self._misstated(read_rows(self.folder, "images", file, TEXTS)))
         rows = rows.append_column(_FILE, pa.repeat(pa.scalar(number, pa.int32()), rows.num_rows))
         return conform(rows, ledger_columns(self.source))
+
+    def _misstated(self, rows: pa.Table) -> pa.Array:
+        columns = [schema.IMAGES.field(name) for name in TEXTS]
+        texts = conform(rows, pa.schema(columns if self.source is None else [*columns, self.source]))
+        marks = np.zeros(rows.num_rows, np.bool_)
+        marks[restated(texts, self.found_text_column)[0]] = True
+        return pa.array(marks)
 
 
 @dataclass(frozen=True)
@@ -125,7 +144,7 @@ class Joined:
     num_policy_differs: int
     num_unwatched: int
     counts: Counter[tuple[str, str]]
-    outdated: pa.Table | None  # as `outdated_columns`; None: the listing has no columns of the caller's
+    outdated: pa.Table | None  # as `outdated_columns`; None: the table holds no files
 
 
 @dataclass(frozen=True)
@@ -177,7 +196,8 @@ class Join:
     ) -> pa.Table:
         """The images whose live row holds other columns of the caller's: a run brings those of the others along."""
         asked = at >= 0 if self.request.limit is not None else (at >= 0) & ~wanted
-        found = list(find_outdated(images, held, at, asked, source))
+        misstated = as_mask(pc.fill_null(held[_MISSTATED.name].take(pa.array(at, mask=at < 0)), False))
+        found = list(find_outdated(images, held, at, asked, source, misstated))
         columns = outdated_columns(source)
         if not found:
             return columns.empty_table()
@@ -190,6 +210,7 @@ class Join:
             POSITION.name: images[POSITION.name].take(pa.array(rows)),
             _FILE.name: held[_FILE.name].take(pa.array(at[rows])),
             _WANTED.name: pa.array(wanted[rows]),
+            _MISSTATED.name: pa.array(misstated[rows]),
         }
         return pa.table(told, schema=columns)
 

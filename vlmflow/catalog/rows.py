@@ -16,11 +16,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vlmflow import schema
-from vlmflow.alt_text import alt_text
+from vlmflow.alt_text import QUOTE, alt_text, quotes
 from vlmflow.catalog.columns import conform_column, flat, member, taken
 from vlmflow.catalog.judged import with_verdicts
 from vlmflow.catalog.keys import digest_of, questions_digests, text_digests
-from vlmflow.catalog.masks import Mask, explode, field_strings, holds, is_valid
+from vlmflow.catalog.masks import Mask, alike, as_mask, explode, field_strings, holds, is_valid
 from vlmflow.errors import RowErrorClass
 
 OK, PARTIAL, UNREADABLE, MISSING, FAILED = "ok", "partial", "unreadable", "missing", "failed"
@@ -232,19 +232,37 @@ def alt_texts(
     }
 
 
-def requoted(
-    before: pa.Table, now: pa.Table, found_text_column: str
-) -> tuple[npt.NDArray[np.int64], dict[str, pa.Array]]:
-    """The rows in which the caller has found another text than before, and what :func:`alt_texts` says of them now.
+# What :func:`restated` reads, beside `source`.
+TEXTS = ("uri", "caption", "alt_text", "alt_text_rule")
+
+
+def restated(rows: pa.Table, found_text_column: str | None) -> tuple[npt.NDArray[np.int64], dict[str, pa.Array]]:
+    """The captioned rows whose alternative text is not what it should be, and what :func:`alt_texts` says of them.
+
+    It is missing, as in rows of older versions, or does not quote what the caller has found in the image: that is
+    another text now, or the job did not name its column then.
 
     Args:
-        before: `source`.
-        now: `source`, `uri` and `caption` of the same rows.
+        rows: :data:`TEXTS`, and `source` if there is one.
+        found_text_column: None, or one that the rows do not have: nothing is known of what is quoted.
     """
-    found = zip(_found_texts(before, found_text_column), _found_texts(now, found_text_column), strict=True)
-    numbers = np.flatnonzero(np.fromiter((old != new for old, new in found), np.bool_))
-    rows = taken(now, numbers)
-    return numbers, alt_texts(rows, rows["caption"], found_text_column)
+    asked = ~is_valid(rows["alt_text"]) & ~is_valid(rows["alt_text_rule"])
+    if found_text_column is not None and found_text_column in (_source_columns(rows) or ()):
+        found = [is_valid(member(chunk, found_text_column)) for chunk in rows["source"].chunks]
+        asked |= np.concatenate([np.empty(0, np.bool_), *found])
+        asked |= as_mask(pc.fill_null(pc.match_substring(rows["alt_text"], QUOTE), False))
+    else:
+        found_text_column = None
+    numbers = np.flatnonzero(asked & is_valid(rows["caption"]))
+    rows = taken(rows.select([*TEXTS, *(["source"] if found_text_column is not None else [])]), numbers)
+    if found_text_column is not None:
+        texts = zip(rows["alt_text"].to_pylist(), _found_texts(rows, found_text_column), strict=True)
+        other = np.flatnonzero([text is None or not quotes(text, said) for text, said in texts]).astype(np.int64)
+        numbers, rows = numbers[other], taken(rows, other)
+    new = alt_texts(rows, rows["caption"], found_text_column)
+    # One that is as it should be after all, whatever it looks like, is not written again every night.
+    differs = np.logical_or.reduce([~alike(flat(rows[name]), values) for name, values in new.items()])
+    return numbers[differs], {name: values.filter(pa.array(differs)) for name, values in new.items()}
 
 
 def _found_texts(rows: pa.Table, column: str | None) -> list[str | None]:

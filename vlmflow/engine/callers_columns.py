@@ -25,7 +25,7 @@ def update_columns(catalog: Catalog, run_id: str, plan: Plan, display: ProgressD
     """
     if not plan.num_outdated:
         return
-    display.stage(f"updating the caller's columns of {plan.num_outdated:,} rows")
+    display.stage(f"updating the caller's columns or alternative texts of {plan.num_outdated:,} rows")
     tally = Tally(total=plan.num_outdated)
     try:
         for num_rows, num_changed in catalog.update_columns(run_id, plan):

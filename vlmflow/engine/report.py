@@ -128,8 +128,10 @@ class PlanSummary(Frozen):
         num_erased: images listed that were erased from the catalog; they are left out.
         due: images due by task and reason.
         num_unwatched: images at http(s) urls of which no run would see that they have changed.
-        num_outdated: further rows that would get the caller's columns of the listing, and nothing else.
-        outdated_columns: of these, rows by column of the caller's whose value is another now.
+        num_outdated: further rows that would get the caller's columns of the listing or the alternative text that they
+            should have, and nothing else.
+        outdated_columns: of these, rows by column of the caller's whose value is another now; under `alt_text` rows
+            whose alternative text is missing, or does not quote the text that was found in the image.
     """
 
     num_listed: int

@@ -20,7 +20,7 @@ from vlmflow.catalog.columns import flat
 from vlmflow.catalog.judged import BY_VERDICT, by_model, with_verdicts
 from vlmflow.catalog.keys import KeyIndex, Words, digest_of, to_binary, to_words
 from vlmflow.catalog.masks import Mask, equal, is_valid
-from vlmflow.catalog.rows import OK, PARTIAL, failed_tasks, rows_of_image_errors, unseen_frames
+from vlmflow.catalog.rows import ImageErrors, failed_tasks, rows_of_image_errors, status_of, unseen_frames
 from vlmflow.moderation.decide import DECISIONS, Moderation, Moderator
 from vlmflow.moderation.policy import Policy
 
@@ -260,7 +260,7 @@ def _with_moderation(old: pa.Table, result: Moderation, found: Mask, target: Tar
         previous = pc.if_else(pc.is_valid(old["policy_digest"]), old["policy_digest"], old["previous_policy"])
     else:  # the one that is left was withdrawn, and of what there was before the one gone back to no row tells
         previous = pa.nulls(old.num_rows, pa.string())
-    errors, status = _without_failure(old)
+    errors, status = _without_failure(old, image)
     judged = flat(old["verdict"])
     by_person = equal(old["decision_reason"], BY_VERDICT)
     old = by_model(old)
@@ -287,18 +287,18 @@ def _with_moderation(old: pa.Table, result: Moderation, found: Mask, target: Tar
     return pa.table(columns, schema=old.schema)
 
 
-def _without_failure(old: pa.Table) -> tuple[pa.Array, pa.Array]:
+def _without_failure(old: pa.Table, image: ImageErrors) -> tuple[pa.Array, pa.Array]:
     """Errors without those of an earlier moderation, and the status that is left."""
     failed = failed_tasks(old["errors"])
     others = np.logical_or.reduce([marks for task, marks in failed.items() if task != "moderate"])
     at = np.flatnonzero(failed["moderate"])
     if not len(at):
         return old["errors"], old["status"]
-    errors, status = old["errors"].to_pylist(), old["status"].to_pylist()
+    errors = old["errors"].to_pylist()
     for row in at.tolist():
         errors[row] = [error for error in errors[row] if error["stage"] != "moderate"]
-        status[row] = PARTIAL if others[row] else OK
-    return pa.array(errors, schema.ERRORS), pa.array(status, pa.string())
+    status = status_of(image, np.ones(old.num_rows, np.bool_), others)
+    return pa.array(errors, schema.ERRORS), pc.if_else(pa.array(failed["moderate"]), status, flat(old["status"]))
 
 
 def _count(changes: Changes, old: pa.Table, new: pa.Table) -> None:

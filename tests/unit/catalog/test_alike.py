@@ -95,13 +95,13 @@ def _held(folder: Folder, listed: pa.Table) -> tuple[pa.Table, pa.Field]:
         rows = rows.append_column(name, pa.repeat(value, rows.num_rows))
     file = write_file(folder, "images", conform(rows, columns), DATE, "r")
     source = held_as(columns, listed.schema)
-    assert source is not None
     return ReadLedger(folder, (file,), (), source)(0), source
 
 
 def _numbers(listed: pa.Table, held: pa.Table, source: pa.Field) -> list[int]:
     at = np.arange(listed.num_rows)
-    found = find_outdated(listed, held, at, np.ones(listed.num_rows, np.bool_), source)
+    every = np.ones(listed.num_rows, np.bool_)
+    found = find_outdated(listed, held, at, every, source, ~every)
     return sorted(number for numbers, _ in found for number in numbers.tolist())
 
 

@@ -77,7 +77,7 @@ def test_outdated_rows_are_found_among_long_texts() -> None:
     asked = np.isin(np.arange(images.num_rows), [5, 1000, 2175])
     held = pa.table({"source": pa.array([{"body": "old"}, {"body": "x" * (1 << 20)}], SOURCE.type)})
     at = np.where(np.arange(images.num_rows) == 1000, 1, 0)
-    found = list(find_outdated(images, held, at, asked, SOURCE))
+    found = list(find_outdated(images, held, at, asked, SOURCE, np.zeros_like(asked)))
     assert np.concatenate([numbers for numbers, _ in found]).tolist() == [5, 2175]
     values = pa.concat_tables([values for _, values in found])
     assert [value["body"] for value in values["previous"].to_pylist()] == ["old", "old"]

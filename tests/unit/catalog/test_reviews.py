@@ -252,3 +252,24 @@ def test_what_was_said_of_a_label_can_be_taken_back(catalog: Catalog) -> None:
         found = [verdict.value for verdict in reviewed(catalog.reviews.events()).verdicts]
         assert found == ([] if value is None else [value])
     assert catalog.apply_verdicts().num_changed == 0
+
+
+def test_a_row_says_when_a_verdict_or_a_list_last_changed_it(catalog: Catalog) -> None:
+    """Readers who ask for what is newer than their last look get the block, and nothing twice."""
+
+    def changed_by(action: Callable[[], object]) -> set[str]:
+        before = {name: row["updated_at"] for name, row in rows_by_name(catalog).items()}
+        action()
+        for _ in range(2):  # brought in again, they change nothing
+            catalog.apply_verdicts(lists_changed=True)
+        return {name for name, row in rows_by_name(catalog).items() if row["updated_at"] > before[name]}
+
+    assert changed_by(lambda: say(catalog, "a", "block")) == {"a"}
+    assert changed_by(lambda: catalog.known_images.put(KnownList("banned", "block", ("bytes-mem://b",)))) == {"b"}
+    assert changed_by(lambda: catalog.known_images.remove("banned")) == {"b"}
+    assert changed_by(lambda: say(catalog, "a", "none", hours=1)) == {"a"}
+    assert changed_by(lambda: None) == set()
+
+    files = write(catalog, "r2", [references(NAMES)], newer_caption())
+    assert changed_by(lambda: say(catalog, "c", "block")) == {"c"}
+    assert changed_by(lambda: catalog.commit("r2", files)) == set(NAMES), "whenever they were staged"

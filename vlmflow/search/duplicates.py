@@ -20,6 +20,7 @@ from vlmflow.catalog.keys import to_binary, to_words
 from vlmflow.catalog.masks import Mask
 from vlmflow.config import CatalogConfig, Frozen
 from vlmflow.errors import ConfigError, SearchError
+from vlmflow.schema import LEAST_PHASH_BITS
 from vlmflow.search.build import FEWEST_ROWS
 from vlmflow.search.live import LiveRows, Positions
 from vlmflow.search.searcher import Searcher
@@ -251,6 +252,7 @@ class _Looks:
             texts = rows["phash"].to_pylist()
             known[here] &= np.array([text is not None for text in texts], np.bool_)
             hashes[here] = np.array([int(text or "0", 16) for text in texts], np.uint64)
+        known &= np.bitwise_count(hashes) >= LEAST_PHASH_BITS
         positions = np.flatnonzero(known)
         positions = positions[np.lexsort((ranks[positions], hashes[positions]))]
         values, starts, counts = np.unique(hashes[positions], return_index=True, return_counts=True)

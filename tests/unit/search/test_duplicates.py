@@ -187,7 +187,7 @@ def test_hashes_compared_once_give_the_groups_of_all_pairs(max_cells: int, monke
 
 
 def test_images_of_one_look_are_not_compared_with_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    hashes = np.full(300, 1 << 63, np.uint64)
+    hashes = np.full(300, 3 << 62, np.uint64)
     hashes[290:] += np.arange(10, dtype=np.uint64)
     ranks = np.arange(300)[::-1]
     monkeypatch.setattr(duplicates, "_MAX_PAIRS", 45)  # of ten looks
@@ -195,3 +195,8 @@ def test_images_of_one_look_are_not_compared_with_each_other(monkeypatch: pytest
     monkeypatch.setattr(duplicates, "_MAX_PAIRS", 40)
     with pytest.raises(SearchError, match="more than 40 pairs of images look alike"):
         look_alikes(hashes, ranks)
+
+
+def test_hashes_of_plain_images_tell_nothing() -> None:
+    hashes = np.array([1 << 63, 1 << 63, 0, 0, 5 << 60, 5 << 60], np.uint64)
+    assert [rows for rows, _ in look_alikes(hashes, np.arange(6))] == [[4, 5]]

@@ -256,7 +256,7 @@ def _decode_video(
 def _look_through(
     video: Video, limits: ImageLimits, requests: Sequence[PixelRequest]
 ) -> tuple[list[tuple[str, Image.Image]], Looked, str | None, str | None]:
-    """The first frame on its grounds, what was looked at, the hash of the first not plain, and why some was not seen."""
+    """The first frame on its grounds, what was looked at, the hash of the first not plain, and why some was not."""
     first: list[tuple[str, Image.Image]] = []
     looked = Looked()
     times: dict[Track, list[float]] = {track: [] for track in video.tracks}

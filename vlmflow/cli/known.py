@@ -71,8 +71,8 @@ def add_command(
     if block and not phashes and not is_text(source):
         console.print("the image is plain, and all plain ones look alike to a pHash: it is listed by its bytes alone")
     if report.num_without_look:
-        count = f"{report.num_without_look:,} perceptual hashes"
-        console.print(f"{count} were left out: plain images have them, whatever their colour")
+        left_out = f"{report.num_without_look:,} perceptual hashes were left out"
+        console.print(f"{left_out}: plain images have them, whatever their colour")
 
 
 @known_app.command("remove")

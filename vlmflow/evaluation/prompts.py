@@ -57,7 +57,7 @@ def default_names(classes: Sequence[str]) -> tuple[str, ...]:
     if classes and all(_WORDNET_ID.fullmatch(name) for name in classes):
         raise EvaluationError(
             f"the classes are called by ids of WordNet, such as {classes[0]}, which make no prompts",
-            remedy="Name them with --classes: a JSON object of id and name, or a list of names in the order of the ids.",
+            remedy="Name them with --classes: a JSON object {id: name}, or a list of names in the order of the ids.",
         )
     return tuple(name.replace("_", " ").replace("-", " ").strip() for name in classes)
 

@@ -85,6 +85,19 @@ def test_the_index_finds_the_groups_that_comparing_all_finds(tmp_path: Path, mon
     assert len({tuple(sorted(m)) for _, m in found} & {tuple(sorted(m)) for _, m in expected}) >= 0.97 * len(expected)
 
 
+def test_equal_vectors_reach_a_threshold_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = unit(np.random.default_rng(0).standard_normal((1000, 64)))
+    vectors[500:600] = vectors[:100]
+    # Nearer than half precision can tell, and yet not equal.
+    vectors[600:700] = unit(vectors[:100] + 0.002 * np.random.default_rng(1).standard_normal((100, 64)))
+    put(tmp_path, names(1000), vectors)
+    expected = [("semantic", [f"i{number:05d}", f"i{number + 500:05d}"]) for number in range(100)]
+    for least_for_index in (duplicates.ALL_PAIRS, 100):
+        monkeypatch.setattr(duplicates, "ALL_PAIRS", least_for_index)
+        assert sorted((kind, sorted(members)) for kind, members in groups_of(tmp_path, threshold=1.0)) == expected
+        update_index(config_of(tmp_path), min_rows=0)
+
+
 def test_as_many_images_as_get_no_index_are_compared_each_with_each() -> None:
     assert duplicates.ALL_PAIRS >= FEWEST_ROWS - 1, "else the remedy, to make an index, would do nothing"
 

@@ -235,6 +235,10 @@ def _rebuild_image_error(message: str, error_class: RowErrorClass, remedy: str) 
     return ImageError(message, error_class=error_class, remedy=remedy)
 
 
+class AnswerError(VlmflowError):
+    """A model that is asked in words wrote nothing about an image; it costs the row of this image and no other."""
+
+
 class EndpointError(VlmflowError):
     """One request to an endpoint that brought no answer; it costs the row of its image and no other.
 

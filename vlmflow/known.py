@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from vlmflow.catalog import Catalog
@@ -12,6 +13,7 @@ from vlmflow.catalog.known_images import Kind, KnownList
 from vlmflow.config import CatalogConfig, Frozen, ImageLimits
 from vlmflow.errors import ImageError, KnownImagesError
 from vlmflow.imaging import decode
+from vlmflow.schema import LEAST_PHASH_BITS
 
 _SHA256, _PHASH = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{16}")
 _TEXTS = (".txt", ".csv", ".tsv", "")
@@ -21,6 +23,7 @@ class KnownReport(Frozen):
     """What a list did to rows.
 
     Attributes:
+        num_without_look: perceptual hashes that were left out: plain images have them, whatever their colour.
         num_changed: rows under another verdict than before.
         flips: rows by change of their decision.
     """
@@ -29,6 +32,7 @@ class KnownReport(Frozen):
     name: str
     num_hashes: int = 0
     num_phashes: int = 0
+    num_without_look: int = 0
     num_changed: int
     flips: dict[str, int]
 
@@ -53,13 +57,22 @@ def add_list(
         CatalogError: there is no catalog, or other writers are always first.
     """
     catalog = Catalog.open(config)
-    catalog.known_images.put(KnownList(name, kind, tuple(hashes), tuple(phashes), max_distance))
+    known = KnownList(name, kind, tuple(hashes), tuple(phashes), max_distance)
+    known.check()
+    seen = tuple(text for text in phashes if int(text, 16).bit_count() >= LEAST_PHASH_BITS)
+    if not seen and not hashes:
+        raise KnownImagesError(
+            f"list {name}: {phashes[0]} is the perceptual hash of plain images, whatever their colour",
+            remedy="List a plain image by the sha256 of its bytes.",
+        )
+    catalog.known_images.put(replace(known, phashes=seen))
     result = catalog.apply_verdicts(lists_changed=True)
     return KnownReport(
         catalog=catalog.uri,
         name=name,
         num_hashes=len(hashes),
-        num_phashes=len(phashes),
+        num_phashes=len(seen),
+        num_without_look=len(phashes) - len(seen),
         num_changed=result.num_changed,
         flips=result.flips,
     )
@@ -77,11 +90,16 @@ def remove_list(config: CatalogConfig, name: str) -> KnownReport:
     return KnownReport(catalog=catalog.uri, name=name, num_changed=result.num_changed, flips=result.flips)
 
 
+def is_text(path: Path) -> bool:
+    """Whether a file is taken for a list of hashes, by its name; others are taken for images."""
+    return path.suffix.lower() in _TEXTS
+
+
 def read_hashes(path: Path, *, with_look: bool) -> tuple[list[str], list[str]]:
     """Reads hashes from a text file, the first word of each line; or takes those of an image.
 
     Args:
-        with_look: of an image, its perceptual hash too.
+        with_look: of an image, its perceptual hash too, unless it is plain.
 
     Returns:
         Hashes of bytes and perceptual ones, each once, in order.
@@ -93,7 +111,7 @@ def read_hashes(path: Path, *, with_look: bool) -> tuple[list[str], list[str]]:
         data = path.read_bytes()
     except OSError as error:
         raise KnownImagesError(f"{path}: {error.strerror}", remedy="Name a list of hashes, or an image.") from error
-    if path.suffix.lower() not in _TEXTS:
+    if not is_text(path):
         try:
             facts = decode(data, (), ImageLimits()).facts
         except ImageError as error:

@@ -81,7 +81,8 @@ FACTS = pa.schema(
         ("width", pa.int32()),  # as displayed: after the EXIF orientation
         ("height", pa.int32()),
         ("num_frames", pa.int32()),
-        ("phash", pa.string()),  # perceptual hash of 64 bits, hexadecimal: near for images that look alike
+        # Perceptual hash of 64 bits, hexadecimal: near for images that look alike. Null: nothing is to be seen.
+        ("phash", pa.string()),
     ]
 )
 
@@ -104,6 +105,9 @@ PLANNED = pa.schema(
         ("previous_read", READ),  # of the live row, where nothing is due if the server still has its bytes; else null
     ]
 )
+# Bits that are set in the perceptual hash of an image of which something is to be seen. Those of plain ones have one
+# set (of black ones none), whatever their colour, so they tell nothing; rows of older versions hold them.
+LEAST_PHASH_BITS = 2
 
 # What the pipeline says of each image when it hands the rows to the catalog's writer.
 OUTCOME = pa.schema(

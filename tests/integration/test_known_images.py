@@ -204,6 +204,7 @@ def test_what_cannot_be_used_is_said(job: Job, tmp_path: Path, capsys: pytest.Ca
         ({"name": "x", "kind": "allow", "hashes": [], "phashes": [look]}, "would allow images"),
         ({"name": "x", "kind": "block", "hashes": [], "phashes": [look], "max_distance": 20}, "distance 20"),
         ({"name": "x", "kind": "block", "hashes": []}, "is empty"),
+        ({"name": "x", "kind": "block", "hashes": [], "phashes": [f"{0:016x}"]}, "the perceptual hash of plain images"),
     ]
     for arguments, message in wrong:
         with pytest.raises(KnownImagesError, match=message):
@@ -228,5 +229,7 @@ def test_what_cannot_be_used_is_said(job: Job, tmp_path: Path, capsys: pytest.Ca
             main(["known", *command])
         assert ended.value.code == 0
     shown = capsys.readouterr().out
-    assert "list one: 1 hashes of bytes, 1 perceptual ones" in shown
+    assert "list one: 1 hashes of bytes, 0 perceptual ones" in shown
+    assert "the image is plain" in shown
+    assert add_list(job.catalog, "plain", "block", [sha], [look, f"{1 << 63:016x}"]).num_without_look == 1
     assert "block" in shown

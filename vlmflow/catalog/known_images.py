@@ -174,16 +174,20 @@ class KnownImages:
 
     @cached_property
     def _looks(self) -> list[tuple[KnownList, _Looks]]:
-        return [(known, _Looks(known.phashes, known.max_distance)) for known in self.lists if known.phashes]
+        parsed = [(known, _parsed(known.phashes)) for known in self.lists if known.phashes]
+        seen = [(known, values[_is_seen(values)]) for known, values in parsed]
+        return [(known, _Looks(values, known.max_distance)) for known, values in seen if len(values)]
 
     def _look_alikes(self, phash: pa.ChunkedArray) -> list[tuple[KnownList, NDArray[np.int64]]]:
         """Per list with perceptual hashes, (N,) the least distance to any of them; 65: none is near, or no hash."""
         if not self._looks:
             return []
         values = flat(phash)
-        known_at = np.flatnonzero(as_mask(pc.is_valid(values)))
+        parsed = _parsed(values.drop_null().to_pylist())
+        seen = _is_seen(parsed)
+        known_at = np.flatnonzero(as_mask(pc.is_valid(values)))[seen]
         # Images of equal looks are as far from a list: each hash is compared once.
-        given, at = np.unique(_parsed(values.drop_null().to_pylist()), return_inverse=True)
+        given, at = np.unique(parsed[seen], return_inverse=True)
         out = []
         for known, looks in self._looks:
             least = np.full(len(values), _FAR, np.int64)
@@ -196,11 +200,12 @@ class _Looks:
     """The perceptual hashes of one list, made ready to be looked up. W: how many.
 
     Args:
+        values: (W,) or more, as they come.
         max_distance: bits that may differ.
     """
 
-    def __init__(self, texts: Iterable[str], max_distance: int) -> None:
-        self._values = np.unique(_parsed(texts))  # (W,)
+    def __init__(self, values: NDArray[np.uint64], max_distance: int) -> None:
+        self._values = np.unique(values)  # (W,)
         # Of each band its lowest bit and its mask; (W,) what stands in it, in order, and the hashes in this order.
         self._bands: list[tuple[np.uint64, np.uint64, NDArray[np.uint64], NDArray[np.uint64]]] = []
         edges = np.linspace(0, 64, max_distance + 2).astype(int).tolist() if max_distance <= _MAX_BANDED else []
@@ -249,6 +254,12 @@ def _lower(
 
 def _parsed(texts: Iterable[str]) -> NDArray[np.uint64]:
     return np.array([int(text, 16) for text in texts], np.uint64)
+
+
+def _is_seen(values: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Whether perceptual hashes tell an image; those of plain ones are all alike."""
+    found: NDArray[np.bool_] = np.bitwise_count(values) >= schema.LEAST_PHASH_BITS
+    return found
 
 
 def _put(columns: dict[str, NDArray[np.object_]], hit: NDArray[np.bool_], known: KnownList, reasons: list[str]) -> None:

@@ -62,7 +62,7 @@ def evaluate(
         typer.Option("--column", help="WHAT=NAME: the column that holds uri, captions, class, text, match, ..."),
     ] = None,
     classes: Annotated[
-        Path | None, typer.Option("--classes", help="JSON with the names of the classes, for prompts.")
+        Path | None, typer.Option("--classes", help="JSON with the names of the classes; ImageNet needs it.")
     ] = None,
     template: Annotated[
         list[str] | None,

@@ -42,12 +42,13 @@ def add_command(
     """Put a list of known images into the catalog, in place of one of its name, and apply it to the rows.
 
     Images are blocked by their bytes (sha256) or by how they look (pHash, within the distance); they are allowed by
-    their bytes alone. Later runs apply the lists to every image that they read; a run that is at work does so when it
-    ends. People's verdicts go before any list.
+    their bytes alone. A plain image is blocked by its bytes alone too: all plain ones look alike to a pHash. Later runs
+    apply the lists to every image that they read; a run that is at work does so when it ends. People's verdicts go
+    before any list.
 
     Example: `vlmflow known add catalog/ banned.txt --block --max-distance 6`
     """
-    from vlmflow.known import add_list, read_hashes
+    from vlmflow.known import add_list, is_text, read_hashes
 
     if block is None:
         raise KnownImagesError(
@@ -67,6 +68,11 @@ def add_command(
     )
     for change, count in report.flips.items():
         console.print(f"  {change} {count:,}")
+    if block and not phashes and not is_text(source):
+        console.print("the image is plain, and all plain ones look alike to a pHash: it is listed by its bytes alone")
+    if report.num_without_look:
+        left_out = f"{report.num_without_look:,} perceptual hashes were left out"
+        console.print(f"{left_out}: plain images have them, whatever their colour")
 
 
 @known_app.command("remove")

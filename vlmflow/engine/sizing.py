@@ -143,14 +143,19 @@ def _sized(plan: PoolPlan, plans: list[PoolPlan], cluster: Cluster, core_s: floa
         return plan
     if pool.gpus:
         share = sum(other.pool.gpus for other in plans)
-        num_actors = max(1, int(cluster.gpus // share))
+        num_actors = _fitting(cluster.gpus, share)
     else:
         # Every image takes its core-seconds in decoding and in each pool: the pool gets its part of the cores.
         busy_s = [_cores(other.pool) / max(other.images_per_s, 1e-9) for other in plans if not other.pool.gpus]
         mine = _cores(pool) / max(plan.images_per_s, 1e-9)
         num_actors = max(1, math.floor(cluster.cpus * mine / (sum(busy_s) + core_s) / _cores(pool) + 0.5))
-        num_actors = min(num_actors, max(1, int(cluster.cpus // pool.cpus)))
+        num_actors = min(num_actors, _fitting(cluster.cpus, pool.cpus))
     return plan.model_copy(update={"pool": PoolConfig(**pool.model_dump(exclude_unset=True), max_actors=num_actors)})
+
+
+def _fitting(there: float, share: float) -> int:
+    """How many shares are there, one at least; 0.2 is a little more than a fifth, and `//` would find four in 1."""
+    return max(1, math.floor(there / share + 1e-9))
 
 
 def _projected(plans: list[PoolPlan], cluster: Cluster, core_s: float) -> tuple[float, str]:

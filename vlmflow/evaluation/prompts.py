@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from vlmflow.errors import EvaluationError
 from vlmflow.evaluation.readers.files import read_json
 
+_WORDNET_ID = re.compile(r"n\d{8}")
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 
 
@@ -47,7 +49,16 @@ def read_class_names(path: Path, classes: Sequence[str]) -> tuple[str, ...]:
 
 
 def default_names(classes: Sequence[str]) -> tuple[str, ...]:
-    """Folder names as words."""
+    """Class names as words.
+
+    Raises:
+        EvaluationError: they are ids of WordNet, which no model knows: ImageNet's folders are called so.
+    """
+    if classes and all(_WORDNET_ID.fullmatch(name) for name in classes):
+        raise EvaluationError(
+            f"the classes are called by ids of WordNet, such as {classes[0]}, which make no prompts",
+            remedy="Name them with --classes: a JSON object {id: name}, or a list of names in the order of the ids.",
+        )
     return tuple(name.replace("_", " ").replace("-", " ").strip() for name in classes)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import imagehash
+import numpy as np
 import PIL
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
@@ -28,6 +29,7 @@ from vlmflow.imaging.opening import (
 )
 from vlmflow.imaging.pixels import Pixels, render, shows_ground, to_rgb
 from vlmflow.imaging.video import Track, Video, open_video, sniff_video, unseen_gap
+from vlmflow.schema import LEAST_PHASH_BITS
 
 # Part of the ledger: images recorded as unreadable are due again when it changes. Raise the number when we learn to
 # decode something new; Pillow's major version stands for what Pillow learned.
@@ -36,6 +38,9 @@ DECODER_VERSION = f"2-pillow{PIL.__version__.split('.')[0]}"
 # A JPEG is decoded at reduced scale when both sides stay at least this many times the largest target. Measured by
 # tests/unit/imaging/test_jpeg_draft.py: see there for the differences that remain.
 DRAFT_RATIO = 2
+# Levels of grey, of 255, from the darkest to the brightest place of an image squashed to 64 x 64. Of less, the noise of
+# a camera or an encoder, the bits of a perceptual hash are chance.
+_LEAST_CONTRAST = 8
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,7 @@ def decode(
             image.draft(None, (side, side))
         image.load()
         grounds = _grounds(image, opened.orientation, merged)
+    phash = perceptual_hash(grounds[0][1])  # before another frame is decoded in this one's place
     pixels = {request.key: _views(request, grounds) for request in merged}
     unseen = None
     if any("frames" in request.views for request in merged):
@@ -108,15 +114,38 @@ def decode(
         if opened.facts.format == "png" and (num_there := count_png_frames(data)) > opened.facts.num_frames:
             # Viewers differ in what they make of an animation that is at odds with itself.
             unseen = f"{num_there:,} frames are there, of which {opened.facts.num_frames:,} were looked at"
-    return DecodedImage(replace(opened.facts, phash=perceptual_hash(grounds[0][1])), pixels, unseen)
+    if phash is None and opened.facts.num_frames > 1:
+        phash = _hash_of_frames(opened, limits)
+    return DecodedImage(replace(opened.facts, phash=phash), pixels, unseen)
 
 
-def perceptual_hash(image: Image.Image) -> str:
+def perceptual_hash(image: Image.Image) -> str | None:
     """64 bits as 16 hexadecimal digits, of which images that look alike differ in few: pHash, by the package imagehash.
 
-    Taken of the image squashed to 64 x 64 first, which makes it quick on large ones and moves a bit or two.
+    Taken of the image squashed to 64 x 64 first, which makes it quick on large ones and moves a bit or two. None: the
+    image is plain; all plain ones would have one hash, whatever their colour.
     """
-    return str(imagehash.phash(image.resize((64, 64), Image.Resampling.BILINEAR, reducing_gap=2.0)))
+    grey = image.resize((64, 64), Image.Resampling.BILINEAR, reducing_gap=2.0).convert("L")
+    if np.ptp(np.asarray(grey).astype(np.int16)) < _LEAST_CONTRAST:
+        return None
+    found = imagehash.phash(grey)
+    return str(found) if np.count_nonzero(found.hash) >= LEAST_PHASH_BITS else None
+
+
+def _hash_of_frames(opened: OpenedImage, limits: ImageLimits) -> str | None:
+    """Of the frames behind a plain first one, the hash of the first that is not plain."""
+    image, num_pixels = opened.image, 0
+    try:
+        for _ in frames_in(image, min(opened.facts.num_frames, MAX_FRAMES_SEEN)):
+            num_pixels += image.width * image.height
+            if image.width * image.height > limits.max_pixels or num_pixels > MAX_PIXELS_SEEN:
+                break
+            found = perceptual_hash(_shown(image, opened.orientation, "white"))
+            if found is not None:
+                return found
+    except (*BAD_BYTES, Image.DecompressionBombError, MemoryError):
+        pass  # what can be decoded is plain; that some cannot is said where frames are shown
+    return None
 
 
 def _grounds(image: Image.Image, orientation: int, requests: Sequence[PixelRequest]) -> list[tuple[str, Image.Image]]:
@@ -202,7 +231,7 @@ def _decode_video(
     video = open_video(data, limits.max_pixels)
     said = video.facts
     check_pixels((said.width, said.height), limits)
-    first, looked, unseen = _look_through(video, limits, requests)
+    first, looked, phash, unseen = _look_through(video, limits, requests)
     pixels = {request.key: _views(request, first) for request in requests}
     wants_frames = any("frames" in request.views for request in requests)
     chosen = looked.choose() if wants_frames else {}
@@ -219,37 +248,38 @@ def _decode_video(
         width,
         height,
         said.num_frames,
-        perceptual_hash(first[0][1]),
+        phash,
     )
     return DecodedImage(facts, pixels, unseen if wants_frames else None)
 
 
 def _look_through(
     video: Video, limits: ImageLimits, requests: Sequence[PixelRequest]
-) -> tuple[list[tuple[str, Image.Image]], Looked, str | None]:
-    """The first frame on its grounds, what was looked at, and why some was not."""
+) -> tuple[list[tuple[str, Image.Image]], Looked, str | None, str | None]:
+    """The first frame on its grounds, what was looked at, the hash of the first not plain, and why some was not."""
     first: list[tuple[str, Image.Image]] = []
     looked = Looked()
     times: dict[Track, list[float]] = {track: [] for track in video.tracks}
-    num_pixels = 0
+    num_pixels, phash = 0, None
     try:
         for track, time_s, image in video.frames():
             num_pixels += image.width * image.height
             if first and (num_pixels > MAX_PIXELS_SEEN or len(looked.times) >= MAX_FRAMES_SEEN):
-                return first, looked, f"frames after {looked.times[-1]:.1f} s were not looked at"
+                return first, looked, phash, f"frames after {looked.times[-1]:.1f} s were not looked at"
             check_pixels(image.size, limits)
             grounds = _grounds(image, 1, requests)
             first = first or grounds
+            phash = phash or perceptual_hash(grounds[0][1])
             looked.add(time_s, grounds)
             times[track].append(time_s)
     except ImageError:
         if not first:
             raise
-        return first, looked, f"frames after {looked.times[-1]:.1f} s cannot be decoded"
+        return first, looked, phash, f"frames after {looked.times[-1]:.1f} s cannot be decoded"
     if not first:
         message = "the video holds no frame that can be decoded"
         raise ImageError(message, error_class=RowErrorClass.CORRUPT)
-    return first, looked, unseen_gap(times)
+    return first, looked, phash, unseen_gap(times)
 
 
 def merge_requests(requests: Sequence[PixelRequest]) -> list[PixelRequest]:

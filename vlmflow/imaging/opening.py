@@ -76,7 +76,7 @@ class ImageFacts:
         width: in pixels, as displayed: after the EXIF orientation.
         height: in pixels, as displayed.
         num_frames: frames or pages; at most ``headers.MAX_COUNTED_FRAMES``.
-        phash: perceptual hash of the decoded image, see :func:`perceptual_hash`; None: it was not decoded.
+        phash: perceptual hash of the decoded image, see :func:`perceptual_hash`; None: it was not decoded, or is plain.
     """
 
     content_hash: str

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from vlmflow.errors import QuestionError
+from vlmflow.errors import AnswerError, QuestionError
 from vlmflow.models import Answer, Usage
 from vlmflow.models.prompts import QUESTION
 from vlmflow.models.questions import check_paired
@@ -47,11 +47,15 @@ class PromptedCaptioner:
         self._chat, self._prompt = chat, prompt
 
     def caption(self, pixels: torch.Tensor, max_tokens: int, num_beams: int = 1) -> list[str]:
-        """(N, 3, S, S) uint8 RGB -> N captions, on one line each; see :class:`VisionChat` for the rest."""
+        """(N, 3, S, S) uint8 RGB -> N captions, on one line each; see :class:`VisionChat` for the rest.
+
+        Raises:
+            AnswerError: one of them is empty.
+        """
         if len(pixels) == 0:
             return []
         written = self._chat.write(pixels, [self._prompt] * len(pixels), max_tokens, num_beams)
-        return [" ".join(answer.text.split()) for answer in written]
+        return [_on_one_line(answer).text for answer in written]
 
     def take_usage(self) -> Usage | None:
         """See :class:`VisionChat`."""
@@ -74,7 +78,11 @@ class PromptedAnswerer:
                 )
 
     def answer(self, pixels: torch.Tensor, questions: Sequence[Sequence[str]]) -> list[list[Answer]]:
-        """Answers each image's questions; see :class:`vlmflow.models.Answerer`."""
+        """Answers each image's questions; see :class:`vlmflow.models.Answerer`.
+
+        Raises:
+            AnswerError: one of the answers is empty.
+        """
         check_paired(len(pixels), questions)
         rows = [row for row, asked in enumerate(questions) for _ in asked]
         flat = [question for asked in questions for question in asked]
@@ -104,4 +112,7 @@ def rows_of(pixels: torch.Tensor, prompts: Sequence[str], rows: Sequence[int] | 
 
 
 def _on_one_line(answer: Answer) -> Answer:
-    return Answer(" ".join(answer.text.split()), answer.score)
+    text = " ".join(answer.text.split())
+    if not text:
+        raise AnswerError("the model wrote nothing")
+    return Answer(text, answer.score)

@@ -22,6 +22,8 @@ from vlmflow.models.weights import check_keys
 
 # An image is hundreds of tokens, and each of them is kept while an answer is written.
 _SEQUENCES_AT_ONCE = 16
+# Processors that put the tokens of an image before any text.
+_PLACES_IMAGES = frozenset(("Florence2Processor", "Blip2Processor"))
 
 
 class TransformersChat:
@@ -97,11 +99,12 @@ class TransformersChat:
             return_dict_in_generate=True,
             output_logits=True,
         )
-        tokens = out.sequences[:, inputs["input_ids"].shape[1] :]
+        # Before it stands the prompt or, where an encoder reads that, the token that the decoder begins with.
+        num_written = out.beam_indices.shape[1] if num_beams > 1 else len(out.logits)
+        tokens = out.sequences[:, -num_written:]
         logits = torch.stack(out.logits, dim=1).float()
         if num_beams > 1:  # of all beams: at each step those of the beam that the text went on from
-            steps = torch.arange(tokens.shape[1], device=tokens.device)
-            logits = logits[out.beam_indices[:, : len(steps)].clamp(min=0), steps]
+            logits = logits[out.beam_indices.clamp(min=0), torch.arange(num_written, device=tokens.device)]
         logarithms = logits.log_softmax(dim=-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
         ended = torch.isin(tokens, torch.tensor(self._ends, device=tokens.device))
         after = ended.cumsum(dim=1) - ended.long() > 0
@@ -135,6 +138,8 @@ def chat_text(processor: Any, prompt: str) -> str:
         content = [{"type": "image"}, {"type": "text", "text": prompt}]
         messages = [{"role": "user", "content": content}]
         return str(processor.apply_chat_template(messages, add_generation_prompt=True))
+    if type(processor).__name__ in _PLACES_IMAGES:
+        return prompt
     token = getattr(processor, "image_token", "<image>")
     return f"{token}\n{prompt}"
 

@@ -20,8 +20,10 @@ from vlmflow.catalog.keys import to_binary, to_words
 from vlmflow.catalog.masks import Mask
 from vlmflow.config import CatalogConfig, Frozen
 from vlmflow.errors import ConfigError, SearchError
+from vlmflow.schema import LEAST_PHASH_BITS
 from vlmflow.search.build import FEWEST_ROWS
 from vlmflow.search.live import LiveRows, Positions
+from vlmflow.search.near import near_pairs
 from vlmflow.search.searcher import Searcher
 
 Kind: TypeAlias = Literal["exact", "perceptual", "semantic"]
@@ -38,6 +40,7 @@ _BANDS = (0, 13, 26, 39, 52, 64)
 # Up to so many images each is compared with each; beyond, the index proposes whom to compare. Of fewer there is none.
 ALL_PAIRS = FEWEST_ROWS
 _MAX_PAIRS = 50_000_000
+_ROUNDING = 1e-6  # of the cosine of two vectors in single precision: equal ones reach a threshold of 1
 _BLOCK = 1_024  # with 50,000 others at a time: 200 MiB of cosines
 _MAX_CELLS = 1 << 22  # hashes that are compared at a time, with each other: 32 MiB
 
@@ -251,6 +254,7 @@ class _Looks:
             texts = rows["phash"].to_pylist()
             known[here] &= np.array([text is not None for text in texts], np.bool_)
             hashes[here] = np.array([int(text or "0", 16) for text in texts], np.uint64)
+        known &= np.bitwise_count(hashes) >= LEAST_PHASH_BITS
         positions = np.flatnonzero(known)
         positions = positions[np.lexsort((ranks[positions], hashes[positions]))]
         values, starts, counts = np.unique(hashes[positions], return_index=True, return_counts=True)
@@ -306,10 +310,9 @@ def _pairs(
     """Pairs of marked rows whose cosine reaches the threshold, with it; a pair may come twice, turned around."""
     count = int(mask.sum())
     num_pairs = 0
-    if count <= ALL_PAIRS:
-        found = _all_pairs(searcher, model, mask, threshold)
-    else:
-        found = searcher.near_pairs(model, mask, threshold)
+    least = threshold - _ROUNDING
+    compare = _all_pairs if count <= ALL_PAIRS else near_pairs
+    found = compare(searcher, model, mask, least)
     for part in found:
         num_pairs += len(part[0])
         if num_pairs > _MAX_PAIRS:

@@ -5,7 +5,7 @@ memory-mapped file; a filter is looked at within the search, so that a rare one 
 minute on two cores where a graph over as many vectors takes much longer; and it ships wheels. usearch maps files too
 but takes no filter from Python; hnswlib loads its whole graph and ships no wheel.
 
-Vectors are kept in half precision, which moves a cosine by less than 1e-3.
+Vectors are kept in half precision, which moves a cosine by less than :data:`HALF_ERROR`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 # Cells that a query looks into, without a filter; measured by benchmarks/search.py.
 PROBES = 160
+HALF_ERROR = 1e-3
 # Vectors behind each cell when cells are found, and fewest that a cell must stand for: a cell's centre is a mean, and
 # must not give away the vector of a single image that is erased later.
 TRAIN_PER_CELL = 48
@@ -176,7 +177,7 @@ class OpenSegment:
     def neighbours(
         self, queries: NDArray[np.float32], least: float
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
-        """Pairs of a query and a live row whose cosine is at least ``least``.
+        """Pairs of a query and a live row whose cosine, in half precision, is above ``least``.
 
         Returns:
             (P,) numbers of queries, (P,) numbers of live rows, (P,) float32 cosines.

@@ -189,15 +189,11 @@ class Searcher:
         assert snapshot is not None
         return vector_blocks(self._folder, snapshot, live, wanted & live.of_models([model]))
 
-    def near_pairs(
-        self, model: str, wanted: Mask, threshold: float
-    ) -> Iterator[tuple[Positions, Positions, NDArray[np.float32]]]:
-        """Pairs of marked rows, by the index, whose cosine reaches a threshold; each row comes with itself too.
-
-        Both of a pair are in one cell of the index or in two that are close, or else they are not found.
+    def covering(self, model: str, wanted: Mask) -> list[OpenSegment]:
+        """The index over the vectors of one model.
 
         Raises:
-            SearchError: the index does not cover all of these rows.
+            SearchError: it does not cover all marked rows.
         """
         live = self._live
         assert live is not None
@@ -209,11 +205,7 @@ class Searcher:
                 "each with each",
                 remedy="Run `vlmflow search CATALOG --build-index` first, or narrow the images with --where.",
             )
-        for positions, vectors in self.vectors(model, wanted):
-            for segment in segments:
-                rows, others, scores = segment.neighbours(np.ascontiguousarray(vectors), threshold)
-                keep = wanted[others]
-                yield positions[rows[keep]], others[keep], scores[keep]
+        return segments
 
     def _blocks(
         self, live: LiveRows, snapshot: Snapshot, models: tuple[str, ...], uncovered: Mask, wanted: Mask

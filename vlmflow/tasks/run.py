@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from vlmflow import schema
 from vlmflow.device_errors import is_device_broken, is_out_of_memory, release_memory
-from vlmflow.errors import EndpointError, RowErrorClass
+from vlmflow.errors import AnswerError, EndpointError, RowErrorClass
 from vlmflow.tasks import Columns, Task, check_columns
 
 logger = logging.getLogger("vlmflow")
@@ -111,6 +111,8 @@ def _describe(error: Exception) -> _Failure:
         return _Failure(RowErrorClass.OUT_OF_MEMORY, "out of memory with a batch of one image")
     if isinstance(error, EndpointError):
         return _Failure(error.error_class, str(error)[:_MAX_MESSAGE_CHARS])
+    if isinstance(error, AnswerError):
+        return _Failure(RowErrorClass.BAD_ANSWER, str(error))
     lines = str(error).strip().splitlines()
     reason = lines[0].strip() if lines else ""
     for pattern, replacement in _VOLATILE:

@@ -70,3 +70,12 @@ def test_a_long_list_of_looks_is_matched_in_little_memory() -> None:
     assert peak_bytes < 32 * 2**20
     assert np.flatnonzero(found.is_valid()).tolist() == [5, len(seen) - 1]
     assert found[5].as_py()["reason"] == "looks like a listed image (2 of 64 bits differ)"
+
+
+@pytest.mark.parametrize("max_distance", [4, 8])
+def test_hashes_of_plain_images_are_near_to_none(max_distance: int) -> None:
+    looks = [f"{value:016x}" for value in (0, 1 << 63, 0x8A00000000000000)]
+    for listed, expected in ((looks, [None, None, 0]), (looks[:2], [None] * 3)):
+        matcher = KnownImages([KnownList("looks", "block", (), tuple(listed), max_distance=max_distance)])
+        found = [row and int(row["reason"].split("(")[1].split()[0]) for row in verdicts(matcher, looks).to_pylist()]
+        assert found == expected

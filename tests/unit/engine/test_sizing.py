@@ -54,6 +54,15 @@ def test_each_gpu_gets_an_actor_and_what_the_job_says_stays() -> None:
     assert [_sized(each, shared, cluster, 0.001).pool.max_actors for each in shared] == [4, 4]
 
 
+def test_shares_that_are_no_binary_fraction_leave_nothing_over() -> None:
+    cluster = Cluster(cpus=32, gpus=1, num_nodes=1, embedded=True)
+    for share, num_actors in ((0.2, 5), (0.1, 10), (0.05, 20), (0.25, 4), (0.3, 3)):
+        found = plan(500.0, gpus=share)
+        assert _sized(found, [found], cluster, 0.001).pool.max_actors == num_actors
+    shared = [plan(500.0, gpus=0.1), plan(300.0, gpus=0.2)]
+    assert _sized(shared[0], shared, cluster, 0.001).pool.max_actors == 3
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "size"),
     [

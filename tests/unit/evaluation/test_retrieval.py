@@ -60,8 +60,10 @@ def test_an_image_without_a_vector_counts_as_missed_and_is_found_by_none() -> No
     images = np.eye(4, dtype=np.float32)
     images[1] = np.nan
     of_images, of_texts = text_ranks(images, np.eye(4, dtype=np.float32), np.arange(4))
-    assert of_images.tolist() == [0, 4, 0, 0]
-    assert of_texts.tolist() == [0, 4, 0, 0]
+    assert of_images.tolist() == of_texts.tolist() == [0, np.iinfo(np.int64).max, 0, 0]
+    recalls = retrieval_recalls(images, np.eye(4, dtype=np.float32), np.arange(4))
+    # Of fewer candidates than K too.
+    assert recalls.image_to_text == recalls.text_to_image == dict.fromkeys((1, 5, 10), 0.75)
 
 
 def test_what_is_equally_similar_comes_as_listed_and_wins_nothing() -> None:

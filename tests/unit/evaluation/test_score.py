@@ -237,6 +237,10 @@ def test_prompts_and_their_mean() -> None:
     vectors = np.array([[1, 0], [0, 1], [0, 1], [0, 1]], np.float32)
     assert ensemble(vectors, 2) == pytest.approx(np.array([[0.5**0.5, 0.5**0.5], [0, 1]]))
     assert default_names(("t_shirt", "well-known")) == ("t shirt", "well known")
+    assert default_names(("n01440764", "tench")) == ("n01440764", "tench")
+    with pytest.raises(EvaluationError, match="ids of WordNet, such as n01440764") as unnamed:
+        default_names(("n01440764", "n01443537"))
+    assert "--classes" in unnamed.value.remedy
     with pytest.raises(EvaluationError, match=r"has no \{\}"):
         check_templates(("a photo",))
 

@@ -9,10 +9,12 @@ import av
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
+from tests.images import scene
 from vlmflow.config import ImageLimits
 from vlmflow.errors import ImageError, RowErrorClass
-from vlmflow.imaging import PixelRequest, decode, video
+from vlmflow.imaging import PixelRequest, decode, perceptual_hash, video
 from vlmflow.imaging.pixels import VIEWS
 
 LIMITS = ImageLimits()
@@ -151,3 +153,11 @@ def test_sound_alone_is_no_picture(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match="holds no picture"):
         decode(path.read_bytes(), [REQUEST], LIMITS)
     assert video.sniff_video(path.read_bytes()) == "mp4"
+
+
+def test_a_video_that_begins_black_has_the_hash_of_what_it_shows_first() -> None:
+    shown = np.asarray(scene(0, 160, 120))
+    found = decode(make_video([np.zeros_like(shown)] * 5 + [shown] * 5), [], LIMITS).facts.phash
+    assert found is not None
+    assert (int(found, 16) ^ int(str(perceptual_hash(Image.fromarray(shown))), 16)).bit_count() <= 6
+    assert decode(make_video([np.zeros_like(shown)] * 5), [REQUEST], LIMITS).facts.phash is None

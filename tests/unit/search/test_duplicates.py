@@ -85,6 +85,19 @@ def test_the_index_finds_the_groups_that_comparing_all_finds(tmp_path: Path, mon
     assert len({tuple(sorted(m)) for _, m in found} & {tuple(sorted(m)) for _, m in expected}) >= 0.97 * len(expected)
 
 
+def test_equal_vectors_reach_a_threshold_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = unit(np.random.default_rng(0).standard_normal((1000, 64)))
+    vectors[500:600] = vectors[:100]
+    # Nearer than half precision can tell, and yet not equal.
+    vectors[600:700] = unit(vectors[:100] + 0.002 * np.random.default_rng(1).standard_normal((100, 64)))
+    put(tmp_path, names(1000), vectors)
+    expected = [("semantic", [f"i{number:05d}", f"i{number + 500:05d}"]) for number in range(100)]
+    for least_for_index in (duplicates.ALL_PAIRS, 100):
+        monkeypatch.setattr(duplicates, "ALL_PAIRS", least_for_index)
+        assert sorted((kind, sorted(members)) for kind, members in groups_of(tmp_path, threshold=1.0)) == expected
+        update_index(config_of(tmp_path), min_rows=0)
+
+
 def test_as_many_images_as_get_no_index_are_compared_each_with_each() -> None:
     assert duplicates.ALL_PAIRS >= FEWEST_ROWS - 1, "else the remedy, to make an index, would do nothing"
 
@@ -187,7 +200,7 @@ def test_hashes_compared_once_give_the_groups_of_all_pairs(max_cells: int, monke
 
 
 def test_images_of_one_look_are_not_compared_with_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    hashes = np.full(300, 1 << 63, np.uint64)
+    hashes = np.full(300, 3 << 62, np.uint64)
     hashes[290:] += np.arange(10, dtype=np.uint64)
     ranks = np.arange(300)[::-1]
     monkeypatch.setattr(duplicates, "_MAX_PAIRS", 45)  # of ten looks
@@ -195,3 +208,8 @@ def test_images_of_one_look_are_not_compared_with_each_other(monkeypatch: pytest
     monkeypatch.setattr(duplicates, "_MAX_PAIRS", 40)
     with pytest.raises(SearchError, match="more than 40 pairs of images look alike"):
         look_alikes(hashes, ranks)
+
+
+def test_hashes_of_plain_images_tell_nothing() -> None:
+    hashes = np.array([1 << 63, 1 << 63, 0, 0, 5 << 60, 5 << 60], np.uint64)
+    assert [rows for rows, _ in look_alikes(hashes, np.arange(6))] == [[4, 5]]

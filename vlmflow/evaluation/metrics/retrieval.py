@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 KS = (1, 5, 10)
+_NEVER = np.iinfo(np.int64).max
 _BLOCK_CELLS = 1 << 24  # 64 MiB of similarities at a time
 
 
@@ -67,13 +68,13 @@ def text_ranks(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """How many come before the right one: (N,) before an image's best text, (M,) before a text's image.
 
-    What is equally similar comes in the order in which it is listed. An image without a vector comes after all, and so
-    does everything for it: the number of candidates.
+    What is equally similar comes in the order in which it is listed. An image without a vector has a rank that no K
+    reaches, and so has everything for it, however few the candidates are.
     """
     order = np.argsort(image_of, kind="stable")
     starts = np.searchsorted(image_of[order], np.arange(len(images) + 1))
     missing: NDArray[np.bool_] = np.asarray(~np.isfinite(images).all(axis=1))
-    of_images = np.full(len(images), len(texts), np.int64)
+    of_images = np.full(len(images), _NEVER, np.int64)
     for rows in _blocks(len(images), len(texts), block_cells):
         similar = images[rows] @ texts.T
         for row, number in enumerate(range(rows.start, rows.stop)):
@@ -81,7 +82,7 @@ def text_ranks(
             if len(own) and not missing[number]:
                 best = own[np.argmax(similar[row, own])]
                 of_images[number] = _before(similar[row], best)
-    of_texts = np.full(len(texts), len(images), np.int64)
+    of_texts = np.full(len(texts), _NEVER, np.int64)
     for rows in _blocks(len(texts), len(images), block_cells):
         similar = texts[rows] @ images.T
         similar[:, missing] = -np.inf

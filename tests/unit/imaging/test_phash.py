@@ -1,0 +1,72 @@
+"""Perceptual hashes tell images apart: what shows nothing has none, and clips have that of what they show first."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from io import BytesIO
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.images import encode, scene
+from vlmflow.config import ImageLimits
+from vlmflow.imaging import PixelRequest, decode, perceptual_hash
+from vlmflow.imaging.jpeg import leave_encoded
+from vlmflow.imaging.opening import hash_of
+
+LIMITS = ImageLimits()
+REQUESTS = [PixelRequest(32, "bilinear", ("squash", "frames")), PixelRequest(32, "bilinear", ("squash",))]
+
+
+def plain(color: str) -> Image.Image:
+    return Image.new("RGB", (160, 120), color)
+
+
+def clip(images: list[Image.Image], image_format: str) -> bytes:
+    file = BytesIO()
+    options = {"lossless": True} if image_format == "WEBP" else {}
+    images[0].save(file, image_format, save_all=True, append_images=images[1:], **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("color", ["white", "black", "red", "beige", "#777"])
+def test_a_plain_image_has_none(color: str) -> None:
+    data = encode(plain(color), "JPEG")
+    assert decode(data, REQUESTS[1:], LIMITS).facts.phash is None
+    left = leave_encoded(data, REQUESTS[1:], LIMITS, hash_of(data))
+    assert left is not None
+    assert left.facts.phash is None
+
+
+def test_noise_is_nothing_that_is_seen_and_faint_writing_is() -> None:
+    noise = np.random.default_rng(0).normal(128, 5, (600, 800)).clip(0, 255).astype(np.uint8)
+    assert perceptual_hash(Image.fromarray(noise)) is None
+    sheet = Image.new("L", (800, 600), 255)
+    sheet.paste(200, (380, 280, 420, 300))
+    assert perceptual_hash(sheet) is not None
+
+
+@pytest.mark.parametrize("image_format", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_a_clip_has_that_of_its_first_frame_that_is_not_plain(image_format: str) -> None:
+    shown, last = scene(0, 160, 120), scene(1, 160, 120)
+    data = clip([plain("black"), plain("white"), shown, last], image_format)
+    for requests in ([], REQUESTS[1:], REQUESTS):
+        found = decode(data, requests, LIMITS).facts.phash
+        assert found is not None
+        assert (int(found, 16) ^ int(str(perceptual_hash(shown)), 16)).bit_count() <= 4
+    assert decode(clip([plain("black"), plain("white")], image_format), REQUESTS, LIMITS).facts.phash is None
+
+
+@pytest.mark.parametrize("image_format", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_frames_that_are_shown_do_not_move_it(image_format: str) -> None:
+    data = clip([scene(number) for number in range(4)], image_format)
+    first = decode(data, [], LIMITS).facts.phash
+    assert first is not None
+    assert decode(data, REQUESTS, LIMITS).facts.phash == first
+
+
+def test_frames_beyond_the_limits_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = clip([plain("black"), plain("white"), scene(0, 160, 120)], "GIF")
+    monkeypatch.setattr(import_module("vlmflow.imaging.decode"), "MAX_PIXELS_SEEN", 160 * 120)
+    assert decode(data, [], LIMITS).facts.phash is None

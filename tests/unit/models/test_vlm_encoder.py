@@ -1,0 +1,147 @@
+"""Models whose encoder reads the prompt write what their decoder does, and what writes nothing has not answered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BartConfig,
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2Processor,
+    BlipImageProcessor,
+    CLIPImageProcessor,
+    Florence2Config,
+    Florence2ForConditionalGeneration,
+    Florence2Processor,
+    Florence2VisionConfig,
+    PreTrainedTokenizerFast,
+    T5Config,
+)
+
+from tests.models import IMAGE_SIZE, WORDS, random_pixels
+from vlmflow.errors import AnswerError
+from vlmflow.models import Answer
+from vlmflow.models.prompted import PromptedAnswerer, PromptedCaptioner
+from vlmflow.models.vlm import TransformersChat
+from vlmflow.tasks.run import BatchLimit, run_contained
+
+SIDE = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+PROMPT = "a picture of the red"
+
+
+def tokenizer(**named: str) -> PreTrainedTokenizerFast:
+    words = ["<pad>", "</s>", "<unk>", "<s>", "<image>", *WORDS]
+    words_at = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    words_at.pre_tokenizer = Whitespace()
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "bos_token": "<s>"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=words_at, extra_special_tokens=named, **special)
+    fast.add_tokens(["<image>"], special_tokens=True)
+    return fast
+
+
+def save(model: Any, processor: Any, folder: Path) -> Path:
+    with torch.no_grad():  # as built, all pictures are worded alike
+        for weights in model.parameters():
+            weights.mul_(3)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def blip2(folder: Path) -> Path:
+    torch.manual_seed(0)
+    words = tokenizer()
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "vocab_size": len(words)}
+    text = T5Config(**sizes, decoder_start_token_id=0, eos_token_id=1, pad_token_id=0)
+    config = Blip2Config(
+        vision_config={**TINY, "image_size": IMAGE_SIZE, "patch_size": 8},
+        qformer_config={**TINY, "encoder_hidden_size": 32, "vocab_size": len(words)},
+        text_config=text.to_dict(),
+        num_query_tokens=4,
+        image_token_index=words.convert_tokens_to_ids("<image>"),
+    )
+    processor = Blip2Processor(BlipImageProcessor(size=SIDE), words, num_query_tokens=4)
+    return save(Blip2ForConditionalGeneration(config), processor, folder)
+
+
+def florence2(folder: Path) -> Path:
+    torch.manual_seed(0)
+    words = tokenizer(image_token="<image>")
+    ends = {"bos_token_id": 3, "pad_token_id": 0, "eos_token_id": 1}
+    layers = {f"{part}_{name}": 2 for part in ("encoder", "decoder") for name in ("layers", "attention_heads")}
+    layers |= {"encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+    text = BartConfig(vocab_size=len(words), d_model=32, decoder_start_token_id=1, **layers, **ends)
+    twice = {"patch_size": (7, 3), "patch_stride": (4, 2), "patch_padding": (3, 1), "patch_prenorm": (False, True)}
+    twice |= {"embed_dim": (16, 32), "num_heads": (2, 2), "num_groups": (2, 2), "depths": (1, 1)}
+    vision = Florence2VisionConfig(window_size=2, projection_dim=32, **twice)
+    image_token = words.convert_tokens_to_ids("<image>")
+    config = Florence2Config(
+        text_config=text.to_dict(), vision_config=vision.to_dict(), image_token_id=image_token, **ends
+    )
+    images = CLIPImageProcessor(size=SIDE, do_center_crop=False)
+    images.image_seq_length = 17  # 4 x 4 places and their mean
+    return save(Florence2ForConditionalGeneration(config), Florence2Processor(images, words), folder)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("make", [blip2, florence2])
+def test_what_the_decoder_writes_is_the_text(make: Callable[[Path], Path], num_beams: int, tmp_path: Path) -> None:
+    folder, pixels = make(tmp_path), random_pixels(3)
+    model, processor = AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+    pictures = [Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()) for image in pixels]
+    inputs = processor(images=pictures, text=[PROMPT] * 3, return_tensors="pt")
+    options = {"max_new_tokens": 6, "do_sample": False, "num_beams": num_beams}
+    with torch.inference_mode():
+        out = model.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
+    beams = out.beam_indices if num_beams > 1 else None
+    scores = model.compute_transition_scores(out.sequences, out.logits, beams, normalize_logits=True)
+
+    written = TransformersChat.load(folder, "cpu").write(pixels, [PROMPT] * 3, 6, num_beams)
+
+    assert [answer.text for answer in written] == processor.batch_decode(out.sequences, skip_special_tokens=True)
+    assert all(0 < answer.score < 1 for answer in written)
+    totals = scores.masked_fill(out.sequences[:, 1:] == 0, 0).sum(dim=1).exp()
+    np.testing.assert_allclose([answer.score for answer in written], totals.numpy(), rtol=1e-3)
+
+
+class Silent:
+    """Writes nothing about dark images."""
+
+    def write(self, pixels: torch.Tensor, prompts: list[str], *_: Any, rows: Any = None) -> list[Answer]:
+        shown = range(len(pixels)) if rows is None else rows
+        return [Answer("a car" if pixels[row].max() else " \n", 1.0) for row in shown]
+
+    def take_usage(self) -> None:
+        return None
+
+
+def test_what_writes_nothing_costs_its_row() -> None:
+    captioner = PromptedCaptioner(Silent(), "a prompt")
+
+    class Task:
+        name, reads, writes = "caption", (), pa.schema([("caption", pa.string())])
+
+        def __call__(self, batch: pa.Table) -> dict[str, Any]:
+            pixels = torch.tensor(batch["level"].to_pylist(), dtype=torch.uint8).reshape(-1, 1, 1, 1)
+            return {"caption": pa.array(captioner.caption(pixels, 5), pa.string())}
+
+    columns, errors = run_contained(Task(), pa.table({"level": [9, 0, 9]}), BatchLimit())
+    assert columns["caption"].to_pylist() == ["a car", None, "a car"]
+    expected = {"stage": "caption", "class": "bad_answer", "message": "the model wrote nothing"}
+    assert errors.to_pylist() == [None, expected, None]
+    with pytest.raises(AnswerError):
+        PromptedAnswerer(Silent(), "{question}", 5).answer(torch.zeros(1, 3, 2, 2), [["what?"]])

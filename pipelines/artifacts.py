@@ -34,6 +34,13 @@ SERVER_ERRORS = (httpx.HTTPError, PrefectException, RuntimeError)
 MAX_EXAMPLES = 12
 _MAX_TEXT = 160
 _MAX_CELL = 400
+# What a run leaves as it is, by the name of its count in plans and reports.
+_LEFT_ALONE = {
+    "num_policy_differs": "rows are under another policy: run the backfill, or name theirs in the job",
+    "num_exhausted": "images failed three times and are not tried again",
+    "num_erased": "images were erased from the catalog and are left out",
+    "num_unwatched": "images at http(s) urls without a version: no run sees that they have changed",
+}
 # Control and direction characters, and what is no character at all.
 _INVISIBLE = r"\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
 _ODD = re.compile(f"[{_INVISIBLE}]")
@@ -121,8 +128,14 @@ def show_gate(key: str, report: GateReport) -> None:
     _show_markdown("\n".join(lines), key, "Golden set against accepted values.")
 
 
+def left_alone(found: PlanSummary | RunReport) -> dict[str, int]:
+    """How much a run leaves as it is, by what it is, in words; nothing of which there is none."""
+    counts = {what: int(getattr(found, name)) for name, what in _LEFT_ALONE.items()}
+    return {what: count for what, count in counts.items() if count}
+
+
 def show_plan(key: str, plan: PlanSummary) -> None:
-    """What is due, by task and reason."""
+    """What is due, by task and reason, and what is left alone."""
     rows: list[dict[str, object]] = [
         {"what": "listed", "reason": "", "images": plan.num_listed},
         {"what": "nothing due", "reason": "", "images": plan.num_unchanged},
@@ -136,6 +149,7 @@ def show_plan(key: str, plan: PlanSummary) -> None:
         {"what": "caller's columns", "reason": plain(name), "images": count}
         for name, count in plan.outdated_columns.items()
     ]
+    rows += [{"what": "left alone", "reason": what, "images": count} for what, count in left_alone(plan).items()]
     _show_table(rows, key, f"{plan.num_planned:,} images are due.")
 
 

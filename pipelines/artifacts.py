@@ -228,17 +228,19 @@ def show_partitions(key: str, reports: Mapping[str, RemoderateReport | None]) ->
         }
         for partition, report in reports.items()
     ]
-    done = sum(report is not None for report in reports.values())
-    _show_table(rows, key, f"{done} of {len(reports)} partitions.")
+    done = [report for report in reports.values() if report is not None]
+    dry = ", as a dry run: nothing is written" if any(report.dry_run for report in done) else ""
+    _show_table(rows, key, f"{len(done)} of {len(reports)} partitions{dry}.")
 
 
 def show_diff(key: str, title: str, reports: Sequence[RemoderateReport]) -> None:
     """How decisions flip: in all, by label, and a few images of each change."""
     moved = sum(report.num_moved for report in reports)
-    lines = [f"# {title}", "", f"{moved:,} images moved.", "", "| change | images |", "| --- | --- |"]
+    move, come = ("would move", "would come") if any(report.dry_run for report in reports) else ("moved", "came")
+    lines = [f"# {title}", "", f"{moved:,} images {move}.", "", "| change | images |", "| --- | --- |"]
     lines += [f"| {change} | {count:,} |" for change, count in _sum(report.flips for report in reports).items()]
     if policies := policies_of(reports):
-        lines += ["", "| came under | images |", "| --- | --- |"]
+        lines += ["", f"| {come} under | images |", "| --- | --- |"]
         lines += [f"| {code(policy)} | {count:,} |" for policy, count in policies.items()]
     labels: dict[str, dict[str, int]] = {}
     for report in reports:
@@ -262,7 +264,7 @@ def show_diff(key: str, title: str, reports: Sequence[RemoderateReport]) -> None
     left = {
         "keep their policy: their vectors are another model's": sum(report.num_other_model for report in reports),
         "keep their policy: a detector must see them first": sum(report.num_undetected for report in reports),
-        "are `review`: their vectors are lost": sum(report.num_without_vectors for report in reports),
+        "come out as `review`: their vectors are lost": sum(report.num_without_vectors for report in reports),
         "stay: none is known that they had before": sum(report.num_first for report in reports),
     }
     lines += ["", *(f"- {count:,} images {what}" for what, count in left.items() if count)]

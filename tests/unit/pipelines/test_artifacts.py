@@ -210,6 +210,9 @@ def test_a_diff_sums_partitions_and_shows_few_examples(shown: Shown) -> None:
     assert "| came under | images |\n| --- | --- |\n| `p 2 (def)` | 3 |\n\n" in shown.markdown
     assert "- run `night-1` was at work under `p 1 (abc)`" in shown.markdown
     assert "- 1 images stay: none is known that they had before" in shown.markdown
+    artifacts.show_diff("diff", "Policy p 2, dry run", [moved(num_moved=2, dry_run=True, policies={"p 2 (def)": 2})])
+    assert "2 images would move." in shown.markdown
+    assert "| would come under | images |" in shown.markdown
 
 
 def test_partitions_wait_or_are_done(shown: Shown) -> None:
@@ -217,6 +220,8 @@ def test_partitions_wait_or_are_done(shown: Shown) -> None:
     assert [row["state"] for row in shown.rows] == ["done", "waiting"]
     assert shown.rows[0]["images"] == 3
     assert shown.description == "1 of 2 partitions."
+    artifacts.show_partitions("partitions", {"2026-11-01": moved(num_moved=3, dry_run=True, status="dry run")})
+    assert shown.description == "1 of 1 partitions, as a dry run: nothing is written."
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from prefect.utilities.templating import apply_values
 from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 from ray._private.ray_constants import RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S
 
+from pipelines import ray_jobs
 from vlmflow.config import load_job
 
 DEPLOY = Path(__file__).parents[3] / "deploy"
@@ -131,6 +132,12 @@ def test_every_container_asks_for_what_it_needs(pod: dict[str, Any]) -> None:
         # Ray counts on the memory that it was promised.
         if container["name"].startswith("ray-") and container["name"] != "ray-job-submitter":
             assert resources["limits"]["memory"] == resources["requests"]["memory"]
+
+
+def test_a_job_that_is_stopped_has_time_to_complete_its_record() -> None:
+    (head,) = dict(pods())["head"]["spec"]["containers"]
+    wait_s = {variable["name"]: variable.get("value") for variable in head["env"]}["RAY_JOB_STOP_WAIT_TIME_S"]
+    assert 30 <= int(wait_s) < ray_jobs._STOP_WAIT_S
 
 
 @pytest.mark.parametrize("name", ["head", "cpu", "gpu"])

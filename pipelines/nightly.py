@@ -90,7 +90,8 @@ def nightly_enrichment(
 ) -> State[Any]:
     """Enriches whatever is due of a job's source, after a gate that keeps broken models away from the table.
 
-    While another night is at work over the same source, nothing is done.
+    While another night is at work over the same source, nothing is done. After 24 hours a night is ended: what it
+    committed stays, and the next goes on.
 
     Args:
         job_file: The job (YAML): source, catalog, profile, policy. A file where the flow runs.

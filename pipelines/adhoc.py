@@ -23,10 +23,11 @@ from pipelines.common import (
     RETRIES,
     RETRY_DELAYS_S,
     RunProgress,
-    columns_updated,
+    also_left,
     log_to_flow_run,
     make_steps,
     may_pass,
+    nothing_due,
     read_job,
     rows_changed,
     slug,
@@ -102,9 +103,8 @@ def adhoc_job(
     job = _read_job(given)
     report = follow_job(make_steps(ray_jobs_url, deadline_hours, once=True), job, slug(job.catalog.uri))
     if report.status == "nothing_due":
-        updated = columns_updated([report])
-        return Completed(message=f"Nothing was due: {report.num_listed:,} images listed, all up to date{updated}.")
-    return Completed(message=f"{rows_changed([report])}; run {report.run_id}.")
+        return Completed(message=f"Nothing was due: {nothing_due(report)}.")
+    return Completed(message=f"{rows_changed([report])}; run {report.run_id}{also_left(report)}.")
 
 
 @task(

@@ -34,6 +34,13 @@ SERVER_ERRORS = (httpx.HTTPError, PrefectException, RuntimeError)
 MAX_EXAMPLES = 12
 _MAX_TEXT = 160
 _MAX_CELL = 400
+# What a run leaves as it is, by the name of its count in plans and reports.
+_LEFT_ALONE = {
+    "num_policy_differs": "rows are under another policy: run the backfill, or name theirs in the job",
+    "num_exhausted": "images failed three times and are not tried again",
+    "num_erased": "images were erased from the catalog and are left out",
+    "num_unwatched": "images at http(s) urls without a version: no run sees that they have changed",
+}
 # Control and direction characters, and what is no character at all.
 _INVISIBLE = r"\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
 _ODD = re.compile(f"[{_INVISIBLE}]")
@@ -121,8 +128,14 @@ def show_gate(key: str, report: GateReport) -> None:
     _show_markdown("\n".join(lines), key, "Golden set against accepted values.")
 
 
+def left_alone(found: PlanSummary | RunReport) -> dict[str, int]:
+    """How much a run leaves as it is, by what it is, in words; nothing of which there is none."""
+    counts = {what: int(getattr(found, name)) for name, what in _LEFT_ALONE.items()}
+    return {what: count for what, count in counts.items() if count}
+
+
 def show_plan(key: str, plan: PlanSummary) -> None:
-    """What is due, by task and reason."""
+    """What is due, by task and reason, and what is left alone."""
     rows: list[dict[str, object]] = [
         {"what": "listed", "reason": "", "images": plan.num_listed},
         {"what": "nothing due", "reason": "", "images": plan.num_unchanged},
@@ -136,6 +149,7 @@ def show_plan(key: str, plan: PlanSummary) -> None:
         {"what": "caller's columns", "reason": plain(name), "images": count}
         for name, count in plan.outdated_columns.items()
     ]
+    rows += [{"what": "left alone", "reason": what, "images": count} for what, count in left_alone(plan).items()]
     _show_table(rows, key, f"{plan.num_planned:,} images are due.")
 
 
@@ -214,17 +228,19 @@ def show_partitions(key: str, reports: Mapping[str, RemoderateReport | None]) ->
         }
         for partition, report in reports.items()
     ]
-    done = sum(report is not None for report in reports.values())
-    _show_table(rows, key, f"{done} of {len(reports)} partitions.")
+    done = [report for report in reports.values() if report is not None]
+    dry = ", as a dry run: nothing is written" if any(report.dry_run for report in done) else ""
+    _show_table(rows, key, f"{len(done)} of {len(reports)} partitions{dry}.")
 
 
 def show_diff(key: str, title: str, reports: Sequence[RemoderateReport]) -> None:
     """How decisions flip: in all, by label, and a few images of each change."""
     moved = sum(report.num_moved for report in reports)
-    lines = [f"# {title}", "", f"{moved:,} images moved.", "", "| change | images |", "| --- | --- |"]
+    move, come = ("would move", "would come") if any(report.dry_run for report in reports) else ("moved", "came")
+    lines = [f"# {title}", "", f"{moved:,} images {move}.", "", "| change | images |", "| --- | --- |"]
     lines += [f"| {change} | {count:,} |" for change, count in _sum(report.flips for report in reports).items()]
     if policies := policies_of(reports):
-        lines += ["", "| came under | images |", "| --- | --- |"]
+        lines += ["", f"| {come} under | images |", "| --- | --- |"]
         lines += [f"| {code(policy)} | {count:,} |" for policy, count in policies.items()]
     labels: dict[str, dict[str, int]] = {}
     for report in reports:
@@ -248,7 +264,7 @@ def show_diff(key: str, title: str, reports: Sequence[RemoderateReport]) -> None
     left = {
         "keep their policy: their vectors are another model's": sum(report.num_other_model for report in reports),
         "keep their policy: a detector must see them first": sum(report.num_undetected for report in reports),
-        "are `review`: their vectors are lost": sum(report.num_without_vectors for report in reports),
+        "come out as `review`: their vectors are lost": sum(report.num_without_vectors for report in reports),
         "stay: none is known that they had before": sum(report.num_first for report in reports),
     }
     lines += ["", *(f"- {count:,} images {what}" for what, count in left.items() if count)]

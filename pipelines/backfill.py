@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime as dt
 import logging
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
@@ -18,7 +19,7 @@ from typing import Annotated, Any
 from prefect import flow, runtime, tags, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import FlowRun, State
-from prefect.futures import PrefectFuture
+from prefect.futures import PrefectFuture, as_completed
 from prefect.states import Completed
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import Field
@@ -49,6 +50,7 @@ from vlmflow.moderation.policy import load_policy
 logger = logging.getLogger("vlmflow")
 
 _MAX_AT_ONCE = 16
+_SHOW_INTERVAL_S = 60.0
 # Its own type parameter does not fit what `flow` asks for.
 _RUNNER: Any = ThreadPoolTaskRunner(max_workers=_MAX_AT_ONCE)
 # `prefect concurrency-limit create vlmflow-backfill N` bounds partitions at work over all backfills. A server that is
@@ -171,27 +173,68 @@ def _all_partitions(
     dry_run: bool,
     at_once: int,
 ) -> list[RemoderateReport]:
-    """Moves partitions, a few at once, the oldest first; progress is shown as each is done."""
-    name = slug(job.catalog.uri)
-    progress = RunProgress(f"backfill-{name}")
-    done: dict[str, RemoderateReport | None] = {str(date): None for date in dates}
-    running: deque[tuple[dt.date, PrefectFuture[RemoderateReport]]] = deque()
+    """Moves partitions, a few at once, the oldest first; progress is shown as they are done.
+
+    After the first that fails no other begins, and those at work are waited for: the backfill is at work until then.
+    """
+    done = _Done(slug(job.catalog.uri), dates, rollback, dry_run)
     waiting = deque(dates)
-    while waiting or running:
-        while waiting and len(running) < at_once:
-            date = waiting.popleft()
-            running.append((date, move_partition.submit(steps, job, date, where, rollback, dry_run)))
-        date, future = running.popleft()
-        report = future.result()
-        done[str(date)] = report
-        finished = [report for report in done.values() if report is not None]
-        so_far = f"{len(finished)} of {len(done)} partitions"
-        logger.info("partition %s: %d rows moved; %s", date, report.num_moved, so_far)
-        # Each time, so that a backfill that is stopped has told what it did.
-        progress.show(100.0 * len(finished) / len(done), so_far)
-        artifacts.show_partitions(f"backfill-partitions-{name}", done)
-        artifacts.show_diff(f"backfill-diff-{name}", f"{_title(finished, rollback, dry_run)}, {so_far}", finished)
-    return [report for report in done.values() if report is not None]
+    running: dict[PrefectFuture[RemoderateReport], dt.date] = {}
+    failure: Exception | None = None
+    try:
+        while running or (waiting and failure is None):
+            while waiting and failure is None and len(running) < at_once:
+                date = waiting.popleft()
+                running[move_partition.submit(steps, job, date, where, rollback, dry_run)] = date
+            future = next(as_completed(list(running)))
+            date = running.pop(future)
+            try:
+                done.add(date, future.result())
+            except Exception as error:  # noqa: BLE001 - raised below, once nothing is at work
+                logger.error("partition %s failed; no other begins", date)
+                failure = failure or error
+    finally:
+        done.show()  # a backfill that is stopped has told what it did
+    if failure is not None:
+        raise failure
+    return done.reports
+
+
+class _Done:
+    """The partitions that are done, and what people see of them."""
+
+    def __init__(self, name: str, dates: list[dt.date], rollback: str | None, dry_run: bool) -> None:
+        self._name, self._rollback, self._dry_run = name, rollback, dry_run
+        self._progress = RunProgress(f"backfill-{name}")
+        self._found: dict[str, RemoderateReport | None] = {str(date): None for date in dates}
+        self._num_shown, self._shown_at = 0, float("-inf")
+
+    @property
+    def reports(self) -> list[RemoderateReport]:
+        return [report for report in self._found.values() if report is not None]
+
+    def add(self, date: dt.date, report: RemoderateReport) -> None:
+        """Takes up a partition. Tables are shown if they are old enough: Prefect keeps each one, of every partition."""
+        self._found[str(date)] = report
+        moved = "would move" if report.dry_run else "moved"
+        logger.info("partition %s: %d rows %s; %s", date, report.num_moved, moved, self._so_far)
+        self._progress.show(100.0 * len(self.reports) / len(self._found), self._so_far)
+        if time.monotonic() - self._shown_at >= _SHOW_INTERVAL_S:
+            self.show()
+
+    def show(self) -> None:
+        """Shows the tables, unless they say the same as the last time."""
+        reports = self.reports
+        if len(reports) == self._num_shown:
+            return
+        artifacts.show_partitions(f"backfill-partitions-{self._name}", self._found)
+        title = f"{_title(reports, self._rollback, self._dry_run)}, {self._so_far}"
+        artifacts.show_diff(f"backfill-diff-{self._name}", title, reports)
+        self._num_shown, self._shown_at = len(reports), time.monotonic()
+
+    @property
+    def _so_far(self) -> str:
+        return f"{len(self.reports)} of {len(self._found)} partitions"
 
 
 @task(

@@ -19,11 +19,11 @@ from prefect.logging.handlers import APILogHandler
 from prefect.logging.loggers import flow_run_logger
 from prefect.tasks import Task
 
-from pipelines.artifacts import SERVER_ERRORS, say_unshown
+from pipelines.artifacts import SERVER_ERRORS, left_alone, say_unshown
 from pipelines.ray_jobs import Command, RayJobs
 from pipelines.steps import InProcess, OnCluster, Steps
 from vlmflow.config import Job, load_job
-from vlmflow.engine import RunReport
+from vlmflow.engine import PlanSummary, RunReport
 from vlmflow.engine.progress import Tally, describe
 from vlmflow.errors import MAY_PASS, VlmflowError
 
@@ -96,6 +96,18 @@ def columns_updated(reports: Sequence[RunReport]) -> str:
     """In how many further rows runs updated the caller's columns, in words that others go before; empty for none."""
     count = sum(run.num_columns_updated for run in reports)
     return f", the caller's columns updated in {count:,} rows" if count else ""
+
+
+def also_left(found: PlanSummary | RunReport) -> str:
+    """What else a run leaves as it is, in words that others go before; empty for nothing."""
+    return "".join(f"; {count:,} {what}" for what, count in left_alone(found).items())
+
+
+def nothing_due(report: RunReport) -> str:
+    """What a run says that had no images to do: how many were listed, and what of them it leaves as it is."""
+    left = also_left(report)
+    state = "" if left else ", all up to date"  # an image that failed three times is not
+    return f"{report.num_listed:,} images listed{state}{columns_updated([report])}{left}"
 
 
 class RunProgress:

@@ -24,11 +24,12 @@ from pipelines.common import (
     RETRIES,
     RETRY_DELAYS_S,
     RunProgress,
-    columns_updated,
+    also_left,
     log_to_flow_run,
     logical_date,
     make_steps,
     may_pass,
+    nothing_due,
     read_job,
     rows_changed,
     slug,
@@ -89,7 +90,8 @@ def nightly_enrichment(
 ) -> State[Any]:
     """Enriches whatever is due of a job's source, after a gate that keeps broken models away from the table.
 
-    While another night is at work over the same source, nothing is done.
+    While another night is at work over the same source, nothing is done. After 24 hours a night is ended: what it
+    committed stays, and the next goes on.
 
     Args:
         job_file: The job (YAML): source, catalog, profile, policy. A file where the flow runs.
@@ -132,7 +134,7 @@ def nightly_enrichment(
     for key, run in night.runs:
         publish(job, run, folder, report_url, keep_reports, key)
     runs = [run for _, run in night.runs]
-    return Completed(message=_summary(runs, day) if runs else _nothing(plan, report, day))
+    return Completed(message=_summary(runs, plan, day) if runs else _nothing(plan, report, day))
 
 
 class _Night:
@@ -172,22 +174,20 @@ def _skipped(other: str, day: dt.date) -> State[Any]:
 
 def _nothing(plan: PlanSummary, report: RunReport, day: dt.date) -> str:
     if not plan.num_planned:
-        return (
-            f"Nothing was due on {day}: {plan.num_listed:,} images listed, all up to date{columns_updated([report])}."
-        )
+        return f"Nothing was due on {day}: {nothing_due(report)}."
     return (
         f"{day}: no run to report. {plan.num_planned:,} images were due when it was planned and none afterwards: "
         "another run has done them, or a try that was killed, which the next night reports."
     )
 
 
-def _summary(reports: Sequence[RunReport], day: dt.date) -> str:
+def _summary(reports: Sequence[RunReport], plan: PlanSummary, day: dt.date) -> str:
     bad = sum(count for run in reports for status, count in run.statuses.items() if status != "ok")
     flagged = sum(count for run in reports for decision, count in run.decisions.items() if decision != "allow")
     runs = ", ".join(run.run_id for run in reports)
     return (
         f"{day}: {rows_changed(reports)}, {flagged:,} flagged, {bad:,} with errors; "
-        f"run{'s' if len(reports) > 1 else ''} {runs}."
+        f"run{'s' if len(reports) > 1 else ''} {runs}{also_left(plan)}."
     )
 
 
@@ -244,7 +244,7 @@ def make_plan(steps: Steps, job: Job, key: str) -> PlanSummary:
     """Says what is due."""
     plan = steps.plan(job)
     artifacts.show_plan(key, plan)
-    logger.info("%d of %d images are due", plan.num_planned, plan.num_listed)
+    logger.info("%d of %d images are due%s", plan.num_planned, plan.num_listed, also_left(plan))
     return plan
 
 

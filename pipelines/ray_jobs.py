@@ -25,7 +25,7 @@ from ray.dashboard.modules.job.pydantic_models import JobDetails
 from ray.exceptions import RayError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from vlmflow.errors import ClusterError, ConfigError, DeadlineError, SubmittedJobError
+from vlmflow.errors import ClusterError, ConfigError, DeadlineError, SubmittedJobError, VlmflowError
 
 logger = logging.getLogger("vlmflow")
 
@@ -146,14 +146,28 @@ class RayJobs:
             What was stopped.
 
         Raises:
-            SubmittedJobError: one goes on for a minute.
+            SubmittedJobError: one goes on for a minute. The others are stopped all the same.
         """
         found = [
             attempt
             for attempt in self._attempts()
             if attempt.is_running and (attempt.owner == owner or attempt.name in names)
         ]
-        return [self.stop(attempt) for attempt in found]
+        failures: list[VlmflowError] = []
+
+        def each(step: Callable[[Attempt], Attempt], attempts: Sequence[Attempt]) -> list[Attempt]:
+            done = []
+            for attempt in attempts:
+                try:
+                    done.append(step(attempt))
+                except VlmflowError as error:
+                    failures.append(error)
+            return done
+
+        stopped = each(self._wait_for_end, each(self._tell_to_stop, found))  # all are told before one is waited for
+        if failures:
+            raise failures[0]
+        return stopped
 
     def stop(self, attempt: Attempt) -> Attempt:
         """Stops an attempt and waits until it is over; one that is over already stays as it was.
@@ -161,8 +175,14 @@ class RayJobs:
         Raises:
             SubmittedJobError: it goes on for a minute.
         """
+        return self._wait_for_end(self._tell_to_stop(attempt))
+
+    def _tell_to_stop(self, attempt: Attempt) -> Attempt:
         with self._asking() as client:
             client.stop_job(attempt.submission_id)
+        return attempt
+
+    def _wait_for_end(self, attempt: Attempt) -> Attempt:
         until = time.monotonic() + _STOP_WAIT_S
         while (now := self._look(attempt)).is_running:
             if time.monotonic() > until:

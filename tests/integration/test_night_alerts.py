@@ -224,12 +224,27 @@ def test_a_night_whose_images_others_did_does_not_say_that_nothing_was_due(night
 
 def test_a_night_with_nothing_due_still_looks_for_late_verdicts(night: Callable[..., Any]) -> None:
     nothing = PLAN.model_copy(update={"num_new": 0, "num_unchanged": 3, "num_due": 0, "num_planned": 0, "due": {}})
-    steps = GivenSteps(tonight(status="nothing_due", num_added=0), plan=nothing)
+    report = {"status": "nothing_due", "num_added": 0, "num_listed": 3}
+    steps = GivenSteps(tonight(**report), plan=nothing)
     state = night(steps)
     assert state.message == "Nothing was due on 2026-03-01: 3 images listed, all up to date."
     assert steps.outcomes == [], "what an ended run left behind is done by `enrich`"
-    state = night(GivenSteps(tonight(status="nothing_due", num_added=0, num_columns_updated=3), plan=nothing))
+    state = night(GivenSteps(tonight(**report, num_columns_updated=3), plan=nothing))
     assert state.message.endswith("3 images listed, all up to date, the caller's columns updated in 3 rows.")
+
+
+def test_a_night_says_what_it_leaves_as_it_is(prefect: Prefect, night: Callable[..., Any]) -> None:
+    left = {"num_policy_differs": 988, "num_exhausted": 2, "num_unwatched": 7}
+    words = (
+        "988 rows are under another policy: run the backfill, or name theirs in the job; 2 images failed three times "
+        "and are not tried again; 7 images at http(s) urls without a version: no run sees that they have changed."
+    )
+    nothing = PLAN.model_copy(update={"num_new": 0, "num_due": 0, "num_planned": 0, "due": {}} | left)
+    state = night(GivenSteps(tonight(status="nothing_due", num_added=0, num_listed=1000, **left), plan=nothing))
+    assert state.message == f"Nothing was due on 2026-03-01: 1,000 images listed; {words}"
+    assert f"0 of 3 images are due; {words.rstrip('.')}" in prefect.log(str(state.state_details.flow_run_id))
+    state = night(GivenSteps(tonight(), plan=PLAN.model_copy(update=left)))
+    assert state.message.endswith(f"run tonight; {words}")
 
 
 def test_a_folder_of_reports_out_of_reach_silences_no_alert(

@@ -108,11 +108,14 @@ class RunStore:
         if every_row:
             record[_EVERY_ROW] = True
         self.start(run_id, record | {"status": "running"})
-        status = "failed"
+        status = "interrupted"  # by what is no Exception: Ctrl-C, or what Prefect ends a flow run with
         try:
             with self.keep_alive(run_id):
                 yield run_id
             status = "done"
+        except Exception:
+            status = "failed"
+            raise
         finally:
             if is_kept:
                 self.finish(run_id, record | {"status": status, "finished_at": dt.datetime.now(dt.UTC).isoformat()})

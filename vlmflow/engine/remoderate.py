@@ -148,13 +148,13 @@ class _Remoderation:
         self._catalog.upgrade()  # rows are written with all columns that they are read with
         runs = self._catalog.runs
         runs.start(self._run_id, self._record("running"))
-        status = "failed"
+        status = "interrupted"  # by what is no Exception: Ctrl-C, or what Prefect ends a flow run with
         try:
             with runs.keep_alive(self._run_id):
                 self._run()
             status = "done"
-        except KeyboardInterrupt:
-            status = "interrupted"
+        except Exception:
+            status = "failed"
             raise
         finally:
             runs.finish(self._run_id, self._record(status))

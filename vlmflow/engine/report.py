@@ -57,6 +57,8 @@ class RunReport(Frozen):
     Attributes:
         num_listed: images that the source listed.
         num_unchanged: of these, images with nothing due.
+        num_exhausted: of these, images that failed three times and are not tried again.
+        num_erased: further images listed that were erased from the catalog; they are left out.
         num_policy_differs: rows decided under another policy; only a remoderation changes them.
         num_unwatched: images at http(s) urls of which no run sees that they have changed.
         due: images due by task and reason.
@@ -90,6 +92,8 @@ class RunReport(Frozen):
     num_listed: int = 0
     num_unchanged: int = 0
     num_due: int = 0
+    num_exhausted: int = 0
+    num_erased: int = 0
     num_policy_differs: int = 0
     num_unwatched: int = 0
     due: dict[str, dict[str, int]] = {}
@@ -198,6 +202,8 @@ def initial_report(run_id: str, prepared: Prepared, plan: Plan) -> RunReport:
         num_listed=plan.num_listed,
         num_unchanged=plan.num_unchanged,
         num_due=plan.num_planned,
+        num_exhausted=plan.num_exhausted,
+        num_erased=plan.num_erased,
         num_policy_differs=plan.num_policy_differs,
         num_unwatched=plan.num_unwatched,
         due=due_by_task(job.tasks, plan),

@@ -239,7 +239,7 @@ class _Run:
             self._record_end(catalog, self._finished("failed", str(lost)))
             raise lost from error
         except BaseException as error:
-            self._record_end(catalog, self._finished(_status_of(error), str(error)))
+            self._record_end(catalog, self._finished(_status_of(error), str(error) or type(error).__name__))
             raise
         self._done = self._finished(status)
         self._record_end(catalog, self._done)
@@ -390,6 +390,6 @@ class _Run:
 
 
 def _status_of(error: BaseException) -> RunStatus:
-    if isinstance(error, KeyboardInterrupt):
+    if not isinstance(error, Exception):  # Ctrl-C, or what Prefect ends a flow run with
         return "interrupted"
     return "unreconciled" if isinstance(error, UnreconciledError) else "failed"

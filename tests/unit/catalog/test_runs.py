@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import os
 import time
+from asyncio import CancelledError
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,9 @@ def test_upkeep_has_a_lease_while_it_works_and_a_record_afterwards(runs: RunStor
     with pytest.raises(KeyError), runs.recorded("erase") as failed:
         raise KeyError
     assert (runs.get(failed) or {})["status"] == "failed"
+    with pytest.raises(CancelledError), runs.recorded("backfill") as stopped:
+        raise CancelledError  # as a flow run is ended
+    assert (runs.get(stopped) or {})["status"] == "interrupted"
 
 
 def test_what_is_done_every_few_seconds_leaves_no_record(runs: RunStore, tmp_path: Path) -> None:

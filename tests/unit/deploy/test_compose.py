@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
@@ -20,7 +21,10 @@ from prefect.flows import load_flow_from_entrypoint
 from prefect.server.api.server import create_ui_app
 from prefect.settings import PREFECT_UI_STATIC_DIRECTORY, temporary_settings
 from ray._private.ray_constants import RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S
+from ray.dashboard.modules.job.job_supervisor import JobSupervisor
 from starlette.testclient import TestClient
+
+from pipelines import ray_jobs
 
 DEPLOY = Path(__file__).parents[3] / "deploy"
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text(encoding="utf-8"))
@@ -94,6 +98,14 @@ def test_the_object_store_of_a_node_fits_into_its_shared_memory() -> None:
         # The share of memory that Ray takes by default. A store that does not fit lies on the disk.
         store = 0.3 * size(SERVICES[name]["deploy"]["resources"]["limits"]["memory"])
         assert store <= size(SERVICES[name]["shm_size"]), name
+
+
+def test_a_job_that_is_stopped_has_time_to_complete_its_record() -> None:
+    wait_s = int(settings("ray-head")["RAY_JOB_STOP_WAIT_TIME_S"])
+    assert JobSupervisor.DEFAULT_RAY_JOB_STOP_WAIT_TIME_S < wait_s < ray_jobs._STOP_WAIT_S
+    assert '"RAY_JOB_STOP_WAIT_TIME_S"' in inspect.getsource(JobSupervisor)
+    # What is said of the head alone is beside what it shares with the other nodes.
+    assert settings("ray-worker").items() < settings("ray-head").items()
 
 
 def test_a_node_has_time_to_drain_before_it_is_killed() -> None:

@@ -38,6 +38,15 @@ def test_versions_are_pinned_and_the_user_is_not_root() -> None:
     assert not re.search(r"^COPY (?:.* )?(?:tests|\.) ", DOCKERFILE, re.MULTILINE)
 
 
+def test_prefect_reports_no_use_to_its_makers() -> None:
+    off = ("PREFECT_SERVER_ANALYTICS_ENABLED=false", "DO_NOT_TRACK=1")
+    assert all(f"    {setting} \\\n" in DOCKERFILE for setting in off)
+    text = (DEPLOY / "README.md").read_text(encoding="utf-8").partition("## One machine")[2].partition("\n## ")[0]
+    started = [block for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) if " start" in block]
+    assert [block for block in started if f"export {off[0]} {off[1]}" not in block] == []
+    assert len(started) == 2
+
+
 def test_the_variant_with_cuda_has_a_compiler() -> None:
     # podman does not resolve an argument in the name of a stage.
     assert not re.search(r"^FROM .*\$", DOCKERFILE, re.MULTILINE)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import base64
 import functools
 import json
+import os
 import re
+import subprocess
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +26,7 @@ from prefect.utilities.templating import apply_values
 from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 from ray._private.ray_constants import RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S
 
+from pipelines import ray_jobs
 from vlmflow.config import load_job
 
 DEPLOY = Path(__file__).parents[3] / "deploy"
@@ -131,6 +134,12 @@ def test_every_container_asks_for_what_it_needs(pod: dict[str, Any]) -> None:
             assert resources["limits"]["memory"] == resources["requests"]["memory"]
 
 
+def test_a_job_that_is_stopped_has_time_to_complete_its_record() -> None:
+    (head,) = dict(pods())["head"]["spec"]["containers"]
+    wait_s = {variable["name"]: variable.get("value") for variable in head["env"]}["RAY_JOB_STOP_WAIT_TIME_S"]
+    assert 30 <= int(wait_s) < ray_jobs._STOP_WAIT_S
+
+
 @pytest.mark.parametrize("name", ["head", "cpu", "gpu"])
 def test_a_node_has_time_to_drain_before_it_is_killed(name: str) -> None:
     given_s = dict(pods())[name]["spec"]["terminationGracePeriodSeconds"]
@@ -208,6 +217,27 @@ def test_the_job_for_it_asks_for_no_more_gpus_than_it_may_have() -> None:
     job = load_job(DEPLOY / "jobs/large-cluster.yaml", {})
     gpu = one("RayCluster")["spec"]["workerGroupSpecs"][1]
     assert sum(pool.gpus * pool.max_actors for pool in job.pools) <= gpu["maxReplicas"]
+
+
+def test_the_work_pool_takes_the_template_of_the_checkout(tmp_path: Path) -> None:
+    """By a `kubectl` that does here what is to be done in the pod, and a `prefect` that keeps the template."""
+    fakes = {
+        "kubectl": 'while [ "$1" != -- ]; do shift; done; shift; exec "$@"',
+        "prefect": f'while [ "$1" != --base-job-template ]; do shift; done; cat "$2" > {tmp_path}/kept',
+    }
+    for name, script in fakes.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    text = (DEPLOY / "README.md").read_text(encoding="utf-8")
+    (commands,) = re.findall(r"kubectl -n vlmflow exec -i deploy/prefect-worker.*?(?=\n *kubectl)", text, re.DOTALL)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    edited = (DEPLOY / "kubernetes/work-pool.json").read_text(encoding="utf-8") + " "  # no image has this one
+    place = tmp_path / "deploy/kubernetes/work-pool.json"
+    place.parent.mkdir(parents=True)
+    place.write_text(edited, encoding="utf-8")
+    commands = commands.replace("/tmp/", f"{tmp_path}/")
+    subprocess.run(["sh", "-ec", commands], cwd=tmp_path, env=environment, check=True, timeout=60)
+    assert (tmp_path / "kept").read_text(encoding="utf-8") == edited
 
 
 def test_an_adhoc_job_runs_on_the_cluster_that_is_there() -> None:

@@ -137,6 +137,14 @@ def series(name: str, values: str, **labels: str) -> dict[str, str]:
     return {"series": f"{name}{{{selected}}}", "values": values}
 
 
+def check_rules(folder: Path, test: dict[str, Any]) -> None:
+    (folder / "test.yml").write_text(yaml.safe_dump(test), encoding="utf-8")
+    done = subprocess.run(
+        ["promtool", "test", "rules", "test.yml"], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr + done.stdout
+
+
 @needs_promtool
 def test_totals_count_runs_that_committed_once_and_workers_that_are_gone(tmp_path: Path) -> None:
     rules(tmp_path)
@@ -170,8 +178,24 @@ def test_totals_count_runs_that_committed_once_and_workers_that_are_gone(tmp_pat
             }
         ],
     }
-    (tmp_path / "test.yml").write_text(yaml.safe_dump(test), encoding="utf-8")
-    done = subprocess.run(
-        ["promtool", "test", "rules", "test.yml"], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr + done.stdout
+    check_rules(tmp_path, test)
+
+
+@needs_promtool
+def test_the_share_of_flagged_images_where_none_is_allowed_and_where_nothing_was_decided(tmp_path: Path) -> None:
+    rules(tmp_path)
+    (flagged,) = (f"panel:{panel['id']}_A" for panel in panels() if panel["title"] == "Flagged")
+    reviewed = {"name": "ray_vlmflow_decisions_total", "catalog": "c", "decision": "review", "WorkerId": "w"}
+    tests = [
+        {
+            "interval": "1m",
+            "input_series": [series(values=values, **reviewed)] if values else [],
+            "promql_expr_test": [{"expr": flagged, "eval_time": "500m", "exp_samples": shown}],
+        }
+        for values, shown in (
+            ("_x300 30 30x290", [{"labels": flagged, "value": 1}]),  # as under `accept_unbound`
+            ("30x600", []),  # by an earlier run
+            (None, []),
+        )
+    ]
+    check_rules(tmp_path, {"rule_files": ["rules.yml"], "evaluation_interval": "1m", "tests": tests})

@@ -162,12 +162,17 @@ def run_report(**given: Any) -> RunReport:
 def test_counts_of_a_plan_and_a_run(shown: Shown) -> None:
     due = {"embed": {"new": 3}, "caption": {"new": 3, "changed": 1}}
     counts = {"num_listed": 9, "num_duplicates": 0, "num_new": 3, "num_unchanged": 5, "num_due": 4, "num_planned": 4}
-    others = {"num_exhausted": 0, "num_erased": 0, "num_policy_differs": 0}
+    others = {"num_exhausted": 2, "num_erased": 0, "num_policy_differs": 988}
     columns = {"outdated_columns": {"price\u202e": 5}, "num_outdated": 5}
     artifacts.show_plan("plan", PlanSummary(**counts, **others, **columns, due=due, policy=None))
     assert {"what": "caller's columns", "reason": "price ", "images": 5} in shown.rows
     assert {"what": "caption", "reason": "changed", "images": 1} in shown.rows
     assert shown.description == "4 images are due."
+    left = {row["reason"]: row["images"] for row in shown.rows if row["what"] == "left alone"}
+    assert left == {
+        "rows are under another policy: run the backfill, or name theirs in the job": 988,
+        "images failed three times and are not tried again": 2,
+    }
     done = run_report(num_added=3, num_replaced=1, num_columns_updated=5, decisions={"allow": 3, "block": 1})
     artifacts.show_counts("counts", done)
     assert {"what": "rows", "value": "columns updated", "images": 5} in shown.rows
@@ -205,6 +210,9 @@ def test_a_diff_sums_partitions_and_shows_few_examples(shown: Shown) -> None:
     assert "| came under | images |\n| --- | --- |\n| `p 2 (def)` | 3 |\n\n" in shown.markdown
     assert "- run `night-1` was at work under `p 1 (abc)`" in shown.markdown
     assert "- 1 images stay: none is known that they had before" in shown.markdown
+    artifacts.show_diff("diff", "Policy p 2, dry run", [moved(num_moved=2, dry_run=True, policies={"p 2 (def)": 2})])
+    assert "2 images would move." in shown.markdown
+    assert "| would come under | images |" in shown.markdown
 
 
 def test_partitions_wait_or_are_done(shown: Shown) -> None:
@@ -212,6 +220,8 @@ def test_partitions_wait_or_are_done(shown: Shown) -> None:
     assert [row["state"] for row in shown.rows] == ["done", "waiting"]
     assert shown.rows[0]["images"] == 3
     assert shown.description == "1 of 2 partitions."
+    artifacts.show_partitions("partitions", {"2026-11-01": moved(num_moved=3, dry_run=True, status="dry run")})
+    assert shown.description == "1 of 1 partitions, as a dry run: nothing is written."
 
 
 @pytest.mark.parametrize(

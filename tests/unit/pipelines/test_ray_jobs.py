@@ -181,6 +181,29 @@ def test_what_a_run_submitted_and_what_it_follows_is_stopped(jobs: RayJobs, api:
     assert api.jobs[f"{over.name}-1"].status == "SUCCEEDED"
 
 
+def test_one_that_cannot_be_stopped_keeps_no_other_from_it(
+    jobs: RayJobs, api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deaf, refused, last = (jobs.start(Command(f"command {number}", ()), "run 1") for number in range(3))
+    told: list[str] = []
+    stop = api.stop_job
+
+    def stop_job(submission_id: str) -> None:
+        assert api.jobs[deaf.submission_id].status == "RUNNING", "nobody waits for one before all are told"
+        told.append(submission_id)
+        if submission_id == refused.submission_id:
+            raise RuntimeError("Request failed with status code 500")
+        if submission_id != deaf.submission_id:
+            stop(submission_id)
+
+    monkeypatch.setattr(api, "stop_job", stop_job)
+    monkeypatch.setattr(ray_jobs, "_STOP_WAIT_S", 0.01)
+    with pytest.raises(ClusterError, match="status code 500"):
+        jobs.stop_all("run 1", ())
+    assert told == [attempt.submission_id for attempt in (deaf, refused, last)]
+    assert api.jobs[last.submission_id].status == "STOPPED"
+
+
 def test_a_job_that_does_not_stop_is_named(jobs: RayJobs, api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     attempt = jobs.start(COMMAND, "run 1")
     monkeypatch.setattr(api, "stop_job", lambda _: None)

@@ -86,6 +86,10 @@ FACTS = pa.schema(
     ]
 )
 
+# Bits that are set in the perceptual hash of an image of which something is to be seen. Those of plain ones have one
+# set (of black ones none), whatever their colour, so they tell nothing; rows of older versions hold them.
+LEAST_PHASH_BITS = 2
+
 # What a row says of the bytes that it was made of.
 READ = pa.struct([("object_version", pa.string()), ("http_validator", pa.string()), *FACTS])
 
@@ -105,9 +109,6 @@ PLANNED = pa.schema(
         ("previous_read", READ),  # of the live row, where nothing is due if the server still has its bytes; else null
     ]
 )
-# Bits that are set in the perceptual hash of an image of which something is to be seen. Those of plain ones have one
-# set (of black ones none), whatever their colour, so they tell nothing; rows of older versions hold them.
-LEAST_PHASH_BITS = 2
 
 # What the pipeline says of each image when it hands the rows to the catalog's writer.
 OUTCOME = pa.schema(

@@ -281,6 +281,9 @@ def access_error(error: Exception, uri: str) -> VlmflowError:
         return SourceError(
             f"{root} holds a name that cannot be read: {_named_path(error)}", remedy=f"{remedy} characters."
         )
+    if address.is_local and isinstance(error, OSError) and error.strerror:
+        remedy = "Check the disk, and how it is mounted; then run again."
+        return TransientError(f"{root} cannot be read: {error.strerror}", remedy=remedy)
     what = "does not answer in time" if fault is Fault.TIMEOUT else "is out of reach or throttling"
     return TransientError(
         f"{root} {what}, after all retries", remedy="Check storage.endpoint and the network; run again."

@@ -6,6 +6,7 @@ Names that start with a dot or an underscore are left out, folders as well as fi
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import stat
@@ -149,6 +150,8 @@ def _list_local(address: Address, catalog: Address | None) -> Iterator[pa.Record
     except PermissionError as error:
         remedy = "Check the permissions."
         raise StorageAccessError(f"{error.filename} may not be listed", remedy=remedy) from error
+    except OSError as error:  # a mount whose server is gone
+        raise access_error(error, str(address)) from error
     if rows:
         yield _local_batch(rows)
 
@@ -179,13 +182,16 @@ def _walk(folder: str, above: frozenset[tuple[int, int]]) -> Iterator[tuple[str,
         _check_name(entry.path)
         try:
             status = entry.stat()
-        except OSError:
-            yield entry.path, None  # the read records why
+        except OSError as error:
+            # What is gone was removed since the folder was looked into; else the read records why it cannot be had.
+            if entry.is_symlink() or not isinstance(error, FileNotFoundError):
+                yield entry.path, None
             continue
         if stat.S_ISREG(status.st_mode):
             yield entry.path, status
         elif stat.S_ISDIR(status.st_mode) and (status.st_dev, status.st_ino) not in above:
-            yield from _walk(entry.path, above | {(status.st_dev, status.st_ino)})
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # removed meanwhile, or a file by now
+                yield from _walk(entry.path, above | {(status.st_dev, status.st_ino)})
 
 
 def _check_name(path: str) -> None:

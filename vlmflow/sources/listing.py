@@ -11,6 +11,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from vlmflow.retry import retried
 from vlmflow.sources.base import BATCH_ROWS
 from vlmflow.sources.stores import Failure, Stores
 from vlmflow.storage import STORE_ERRORS, Address, Fault, access_error, local_version, parse_address, passes
+from vlmflow.threads import interruptible
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -88,7 +90,7 @@ def _pages(store: ObjectStore, prefix: str | None) -> Iterator[pa.RecordBatch]:
     pages = _listing_from(store, prefix, last)
     while True:
         try:
-            page = next(pages, None)
+            page = interruptible(partial(next, pages, None))
         except STORE_ERRORS as error:
             if not passes(error):
                 raise

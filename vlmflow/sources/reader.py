@@ -38,6 +38,7 @@ from vlmflow.storage import (
     object_version,
     parse_address,
 )
+from vlmflow.threads import in_thread
 
 if TYPE_CHECKING:
     from obstore import GetOptions
@@ -123,7 +124,7 @@ class SourceReader:
 
             async def read_parquet(uri: str, indices: Sequence[int]) -> None:
                 async with slots:
-                    cells = await asyncio.to_thread(self._read_parquet, uri, [rows[index] for index in indices])
+                    cells = await in_thread(partial(self._read_parquet, uri, [rows[index] for index in indices]))
                     await silence.check(uri, cells[0])
                 results.update(zip(indices, cells, strict=True))
 

@@ -6,8 +6,8 @@ import asyncio
 import io
 import os
 from collections.abc import Coroutine, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TypeVar, cast
 
@@ -26,6 +26,7 @@ from vlmflow.storage import (
     open_store,
     parse_address,
 )
+from vlmflow.threads import in_thread, interruptible, started
 
 if TYPE_CHECKING:
     from obstore import GetOptions
@@ -61,8 +62,7 @@ class Failure:
 
 def run_in_loop(coroutine: Coroutine[object, object, Answer]) -> Answer:
     """Runs a coroutine to its end in a thread of its own: that of the caller may run a loop, as in a notebook."""
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(asyncio.run, coroutine).result()
+    return started(partial(asyncio.run, coroutine)).result()
 
 
 class Stores:
@@ -174,7 +174,7 @@ class Stores:
         """
         store, path = self.locate(uri)
         try:
-            next(iter(obstore.list(store, path.rpartition("/")[0] or None, chunk_size=1)), None)
+            interruptible(lambda: next(iter(obstore.list(store, path.rpartition("/")[0] or None, chunk_size=1)), None))
         except STORE_ERRORS as error:
             given = self._given.get(parse_address(uri).root)
             if given is None or fault_of(error) is not Fault.DENIED or not self._is_there(given):
@@ -259,7 +259,7 @@ class Silence:
             return
         self._checked.add(address.root)
         if isinstance(answer, Failure):
-            await asyncio.to_thread(self._stores.check_store, uri, answer)
+            await in_thread(partial(self._stores.check_store, uri, answer))
 
 
 def _local_head(uri: str) -> ObjectHead:

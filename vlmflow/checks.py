@@ -22,6 +22,7 @@ from vlmflow.errors import MAY_PASS, VlmflowError
 from vlmflow.models.profiles import describe_profiles
 from vlmflow.sources import open_source
 from vlmflow.storage import access_error, open_store, parse_address
+from vlmflow.threads import interruptible
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -186,14 +187,14 @@ def _catalog(uri: str, storage: StorageConfig) -> Iterator[Check]:
     path = f"{prefix.rstrip('/')}/.doctor-{uuid.uuid4().hex}".lstrip("/")
     remedy = "Check the bucket, the credentials, the rights."
     try:
-        obstore.put(store, path, b"vlmflow", mode="create")
+        interruptible(lambda: obstore.put(store, path, b"vlmflow", mode="create"))
     except (BaseError, OSError) as error:
         yield Check(name, "fail", f"cannot be written: {_first_line(error)}", remedy, _may_pass(error, uri))
         return
     # Told only when the object is gone: whoever listens may stop doing so.
     found = [Check(name, "ok", "can be written"), _conditional_writes(store, path, uri)]
     try:
-        obstore.delete(store, path)
+        interruptible(lambda: obstore.delete(store, path))
     except (BaseError, OSError) as error:
         detail = f"{path} cannot be deleted: {_first_line(error)}"
         found.append(Check(name, "fail", detail, remedy, _may_pass(error, uri)))
@@ -208,7 +209,7 @@ def _conditional_writes(store: ObjectStore, path: str, uri: str) -> Check:
     name = "conditional writes"
     remedy = "Use a store that honours If-None-Match (S3, GCS, Azure, MinIO, R2, Ceph from Squid on)."
     try:
-        obstore.put(store, path, b"again", mode="create")
+        interruptible(lambda: obstore.put(store, path, b"again", mode="create"))
     except AlreadyExistsError:
         return Check(name, "ok", "a second writer of one file is refused")
     except (BaseError, OSError) as error:

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from vlmflow.storage import STORE_ERRORS, passes
+from vlmflow.threads import interruptible
 
 ATTEMPTS = 7  # on top of the clients' own; about ten seconds of waiting
 _FIRST_DELAY_S = 0.1
@@ -30,12 +31,12 @@ def retried(
     """Does something, and again if it fails in a way that passes; other errors, and the last, are raised as they are.
 
     Args:
-        action: may be carried out more than once.
+        action: may be carried out more than once, and go on for a while after an interrupt.
         errors: those that may have passed when it is tried again; of these, ``never`` those that do not.
     """
     for attempt in range(ATTEMPTS):
         try:
-            return action()
+            return interruptible(action)
         except errors as error:
             if attempt == ATTEMPTS - 1 or isinstance(error, never) or not passes(error):
                 raise

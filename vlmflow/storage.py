@@ -49,17 +49,21 @@ _MAX_BACKOFF = timedelta(seconds=5)  # eight retries take about 16 s, not minute
 
 # What obstore's text says of an answer: its status and, in the body, the store's own code. The text also holds the
 # name of the object, which may be anything, so nothing is searched for in the whole of it.
-_ANSWER = re.compile(r"Server returned non-2xx status code: (\d{3})(?:.*?<Code>(\w+)</Code>)?", re.DOTALL)
+_ANSWER = re.compile(r"Server returned non-2xx status code: (\d{3})(?:.*?<Code>([\w.]+)</Code>)?", re.DOTALL)
 _LISTING = re.compile(r"Generic \w+ error: Error performing list request")
 _METADATA_SERVER = re.compile(r"Error performing \w+ http://(169\.254\.169\.254|metadata\.google)")
 _FULL = re.compile(r"No space left on device|Disk quota exceeded|os error (28|122)\b")
 _TIMEOUT = re.compile(r"TimedOut|timed out", re.IGNORECASE)
-_RETRIED = re.compile(r" in [\d.]+\w+, after \d+ retries, max_retries: ")
+# A body that stalled was asked for again from where it stalled, up to `max_retries` times.
+_RETRIED = re.compile(
+    r" in [\d.]+\w+, after \d+ retries, max_retries: |^Generic \w+ error: HTTP error: request or response body error"
+)
 
 _GONE_CODES = {"NoSuchBucket", "ContainerNotFound", "ContainerBeingDeleted", "FilesystemNotFound", "AccountIsDisabled"}
 _REGION_CODES = {"PermanentRedirect", "AuthorizationHeaderMalformed"}
 _LOCAL_REFUSAL = re.compile(r"os error (?:13|30)\b")  # no permission, or mounted for reading: deltalake has no class
 _DENIED_CODES = {"ExpiredToken", "InvalidToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "AuthenticationFailed"}
+_DENIED_CODES |= {"KMS.DisabledException", "KMS.KMSInvalidStateException", "KMS.NotFoundException"}
 
 
 class Fault(Enum):
@@ -277,6 +281,9 @@ def access_error(error: Exception, uri: str) -> VlmflowError:
         return SourceError(
             f"{root} holds a name that cannot be read: {_named_path(error)}", remedy=f"{remedy} characters."
         )
+    if address.is_local and isinstance(error, OSError) and error.strerror:
+        remedy = "Check the disk, and how it is mounted; then run again."
+        return TransientError(f"{root} cannot be read: {error.strerror}", remedy=remedy)
     what = "does not answer in time" if fault is Fault.TIMEOUT else "is out of reach or throttling"
     return TransientError(
         f"{root} {what}, after all retries", remedy="Check storage.endpoint and the network; run again."

@@ -131,9 +131,16 @@ def test_a_full_disk_is_named_for_what_it_is() -> None:
 @pytest.mark.parametrize(
     ("text", "again"),
     [
-        ("Generic S3 error: HTTP error: request or response body error: TimedOut", True),
+        (
+            "Generic S3 error: Error getting list response body: HTTP error: request or response body error: TimedOut",
+            True,
+        ),
         ("Error performing GET http://h/b/k in 5.1s - HTTP error: error sending request: TimedOut", True),
-        # The client has asked for minutes already.
+        # The client has asked for minutes already; for the rest of a body that stalled as often as for an answer.
+        (
+            "Generic S3 error: HTTP error: request or response body error\n\nDebug source: kind: Timeout, TimedOut",
+            False,
+        ),
         (
             "Error performing GET http://h/b/k in 190.7s, after 5 retries, max_retries: 8, retry_timeout: 180s  - "
             "HTTP error: error sending request: TimedOut",

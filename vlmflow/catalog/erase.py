@@ -16,7 +16,6 @@ import json
 import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -39,6 +38,7 @@ from vlmflow.catalog.tombstones import Tombstones, address_keys
 from vlmflow.catalog.vacuum import RETENTION, revoke
 from vlmflow.catalog.writer import STAGING, write_file
 from vlmflow.errors import CatalogError
+from vlmflow.threads import Threads
 
 _REDACTED = "<erased>"
 _AT_ONCE = 16  # small files that are read and written at a time, and columns of others that are read
@@ -196,7 +196,7 @@ class _Removal:
             for found in look_through(self._log.folder, (self._log,), states, RETENTION)
             if found.kind in _GONE and found.file.path.startswith(_FOLDERS[self._log.name])
         ]
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
+        with Threads(_AT_ONCE) as pool:
             held = zip(gone, pool.map(self._held, gone), strict=True)
             return {file.path: rows for file, rows in held if rows is not None}
 
@@ -288,7 +288,7 @@ def _erase_reviews(folder: Folder, wanted: KeyIndex) -> int:
 
     erased: set[tuple[str, str]] = set()
     done: set[str] = set()
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
+    with Threads(_AT_ONCE) as pool:
         # Until there is none that was not looked into: what another has just removed, it has put into a new one before.
         while new := [file.path for file in folder.list(REVIEWS) if file.path not in done]:
             done.update(new)
@@ -328,7 +328,7 @@ def _redact(folder: Folder, states: Mapping[str, str], texts: set[str]) -> int:
             folder.write(path, after.encode("utf-8"))
         return after != before
 
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
+    with Threads(_AT_ONCE) as pool:
         return sum(pool.map(redact, _records(folder, states)))
 
 

@@ -6,7 +6,6 @@ import datetime as dt
 import json
 import re
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, TypeVar
 from urllib.parse import unquote
@@ -19,6 +18,7 @@ from vlmflow.catalog.folder import Folder
 from vlmflow.errors import CatalogError
 from vlmflow.retry import retried
 from vlmflow.storage import access_error
+from vlmflow.threads import Threads
 
 TableName: TypeAlias = Literal["images", "embeddings"]
 Answer = TypeVar("Answer")
@@ -262,7 +262,7 @@ class TableLog:
         """
         unread = [number for number in numbers if number not in self._notes]
         if unread:
-            with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
+            with Threads(_READ_AT_ONCE) as pool:
                 self._notes.update(zip(unread, pool.map(self._notes_of, unread), strict=True))
 
     def _notes_of(self, number: int) -> _Notes:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import datetime as dt
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +28,7 @@ from vlmflow.catalog.merge import overlaid
 from vlmflow.catalog.read import read_rows
 from vlmflow.catalog.rows import TEXTS, restated
 from vlmflow.catalog.writer import write_file
+from vlmflow.threads import Threads
 
 # That are compared: a bucket has many more, and texts of any length.
 _ROWS_AT_ONCE, _BYTES_AT_ONCE = 1 << 16, 64 * 1024 * 1024
@@ -159,7 +159,7 @@ class _Changes:
         # A row whose file is not live, and that is in none that came since, was erased, or rolled back.
         rows = {path: numbers for path, numbers in self._by_file() if path in snapshot.files}
         unread = [path for path in rows if path not in self._written]
-        with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+        with Threads(_FILES_AT_ONCE) as pool:
             new = pool.map(lambda path: self._rewrite(snapshot.files[path], rows[path], snapshot.schema), unread)
             self._written.update(zip(unread, new, strict=True))
         changed = {path: written for path in rows if (written := self._written[path]) is not None}

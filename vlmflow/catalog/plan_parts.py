@@ -6,7 +6,7 @@ import datetime as dt
 import shutil
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +30,7 @@ from vlmflow.catalog.rows import TEXTS, restated
 from vlmflow.catalog.spill import Spill
 from vlmflow.catalog.tombstones import Erased
 from vlmflow.errors import SourceError
+from vlmflow.threads import Threads
 
 NUM_BUCKETS = 64  # at 50 million images one holds 800,000 of them
 NO_FILE = -1
@@ -325,7 +326,7 @@ class InProcess:
     ) -> Ledger:
         """See :class:`Workers`; the next files are read meanwhile."""
         spill = Spill(folder, columns, NUM_BUCKETS)
-        with ThreadPoolExecutor(max_workers=_FILES_AHEAD) as pool:
+        with Threads(_FILES_AHEAD) as pool:
             pending: deque[Future[pa.Table]] = deque()
             for number in numbers:
                 pending.append(pool.submit(read, number))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ from vlmflow.catalog.columns import conform, flat
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.keys import KeyIndex, concat, index_of, to_binary, to_words
 from vlmflow.catalog.log import DataFile, Snapshot, TableLog, TableName
+from vlmflow.threads import Threads
 
 _CLAIMED_BY = ("image_id", "embed_run_id", "view")  # what :meth:`References.claim` reads
 
@@ -37,7 +38,7 @@ def read_each(
     folder: Folder, table: TableName, files: Iterable[DataFile], columns: Sequence[str], *, ahead: int
 ) -> Iterator[tuple[DataFile, pa.Table]]:
     """Reads files one after the other, the next ``ahead`` of them meanwhile: a store answers late, but many at once."""
-    with ThreadPoolExecutor(max_workers=ahead) as pool:
+    with Threads(ahead) as pool:
         pending: deque[tuple[DataFile, Future[pa.Table]]] = deque()
         for file in files:
             pending.append((file, pool.submit(read_rows, folder, table, file, columns)))

@@ -12,7 +12,6 @@ import hashlib
 import json
 import uuid
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -33,6 +32,7 @@ from vlmflow.catalog.rows import rows_of_image_errors
 from vlmflow.catalog.tombstones import Erased, Tombstones
 from vlmflow.catalog.writer import write_file
 from vlmflow.errors import CatalogChangedError, CatalogError
+from vlmflow.threads import Threads
 
 REVIEWS = "reviews"
 WITHDRAWN = "none"  # a decision that takes an earlier one back
@@ -151,7 +151,7 @@ class ReviewStore:
             listed = {file.path: file for file in self._folder.list(REVIEWS) if file.path.endswith(".parquet")}
             new = sorted(listed.keys() - held.keys())
             try:
-                with ThreadPoolExecutor(max_workers=_AT_ONCE) as pool:
+                with Threads(_AT_ONCE) as pool:
                     tables = dict(zip(new, pool.map(self._folder.read_parquet, new), strict=True))
             except CatalogError:
                 # One that is gone was merged, or written anew by an erasure: in another, which may not be listed here.

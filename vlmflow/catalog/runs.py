@@ -9,12 +9,12 @@ import logging
 import secrets
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from vlmflow.catalog.folder import Folder
 from vlmflow.errors import CatalogError, VlmflowError
+from vlmflow.threads import Threads
 
 logger = logging.getLogger("vlmflow")
 
@@ -246,7 +246,7 @@ class RunStore:
 
     def _read(self, run_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
         """Records by id; empty ones of runs that have none."""
-        with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
+        with Threads(_READ_AT_ONCE) as pool:
             return dict(zip(run_ids, (record or {} for record in pool.map(self.get, run_ids)), strict=True))
 
     def _put(self, run_id: str, record: dict[str, Any]) -> None:

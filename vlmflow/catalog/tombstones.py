@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime as dt
 import secrets
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -17,6 +16,7 @@ from vlmflow import schema
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.keys import KEY_BYTES, KeyIndex, concat, from_bytes, index_of, to_binary, to_words
 from vlmflow.catalog.masks import Mask, is_valid
+from vlmflow.threads import Threads
 
 TOMBSTONES = "tombstones"
 _READ_AT_ONCE = 16  # files; each erasure adds one
@@ -135,7 +135,7 @@ class Tombstones:
         """The images that are erased now by id, with the address by which they were."""
         new = [file.path for file in self._folder.list(TOMBSTONES) if file.path not in self._files]
         if new or self._images is None:
-            with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
+            with Threads(_READ_AT_ONCE) as pool:
                 self._files |= dict(zip(new, pool.map(self._folder.read_parquet, new), strict=True))
             every = pa.concat_tables([_EVENT.empty_table(), *self._files.values()], promote_options="default")
             erased = _newest(every)

@@ -6,10 +6,12 @@ Names that start with a dot or an underscore are left out, folders as well as fi
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import stat
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,7 @@ from vlmflow.retry import retried
 from vlmflow.sources.base import BATCH_ROWS
 from vlmflow.sources.stores import Failure, Stores
 from vlmflow.storage import STORE_ERRORS, Address, Fault, access_error, local_version, parse_address, passes
+from vlmflow.threads import interruptible
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -87,7 +90,7 @@ def _pages(store: ObjectStore, prefix: str | None) -> Iterator[pa.RecordBatch]:
     pages = _listing_from(store, prefix, last)
     while True:
         try:
-            page = next(pages, None)
+            page = interruptible(partial(next, pages, None))
         except STORE_ERRORS as error:
             if not passes(error):
                 raise
@@ -149,6 +152,8 @@ def _list_local(address: Address, catalog: Address | None) -> Iterator[pa.Record
     except PermissionError as error:
         remedy = "Check the permissions."
         raise StorageAccessError(f"{error.filename} may not be listed", remedy=remedy) from error
+    except OSError as error:  # a mount whose server is gone
+        raise access_error(error, str(address)) from error
     if rows:
         yield _local_batch(rows)
 
@@ -179,13 +184,16 @@ def _walk(folder: str, above: frozenset[tuple[int, int]]) -> Iterator[tuple[str,
         _check_name(entry.path)
         try:
             status = entry.stat()
-        except OSError:
-            yield entry.path, None  # the read records why
+        except OSError as error:
+            # What is gone was removed since the folder was looked into; else the read records why it cannot be had.
+            if entry.is_symlink() or not isinstance(error, FileNotFoundError):
+                yield entry.path, None
             continue
         if stat.S_ISREG(status.st_mode):
             yield entry.path, status
         elif stat.S_ISDIR(status.st_mode) and (status.st_dev, status.st_ino) not in above:
-            yield from _walk(entry.path, above | {(status.st_dev, status.st_ino)})
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # removed meanwhile, or a file by now
+                yield from _walk(entry.path, above | {(status.st_dev, status.st_ino)})
 
 
 def _check_name(path: str) -> None:

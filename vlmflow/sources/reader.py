@@ -25,6 +25,7 @@ from vlmflow.errors import (
 )
 from vlmflow.retry import retried_async
 from vlmflow.sources.base import Fetched
+from vlmflow.sources.disk import check_file, check_folder
 from vlmflow.sources.http import HttpFetcher
 from vlmflow.sources.parquet_rows import is_damage, read_cells
 from vlmflow.sources.stores import CONCURRENT_REQUESTS, Failure, Silence, Stores, run_in_loop
@@ -37,6 +38,7 @@ from vlmflow.storage import (
     object_version,
     parse_address,
 )
+from vlmflow.threads import in_thread
 
 if TYPE_CHECKING:
     from obstore import GetOptions
@@ -68,7 +70,7 @@ class SourceReader:
     """The reader of every source; the references say how each of them is read.
 
     Args:
-        home: uri of the folder that holds the source: while it is there, a missing file is no more than that.
+        home: uri of the folder that holds the source: while it is there, a file that fails is no more than that.
         stores: those of the source, which know what they have given to planning; None: they have given nothing yet.
         is_known: the config is the job's. If not, see :func:`vlmflow.sources.parquet_rows.read_cells`.
     """
@@ -125,7 +127,7 @@ class SourceReader:
 
             async def read_parquet(uri: str, indices: Sequence[int]) -> None:
                 async with slots:
-                    cells = await asyncio.to_thread(self._read_parquet, uri, [rows[index] for index in indices])
+                    cells = await in_thread(partial(self._read_parquet, uri, [rows[index] for index in indices]))
                     await silence.check(uri, cells[0])
                 results.update(zip(indices, cells, strict=True))
 
@@ -248,15 +250,20 @@ class SourceReader:
             (row["locator"], result) for row, result in zip(rows, results, strict=True) if _came_of_store(row, result)
         ]
         for uri, result in asked:
-            if isinstance(result, Failure) and result.fault is Fault.MISSING and _is_local(uri):
-                self._check_folder(result.error)
+            if isinstance(result, Fetched):
+                self._stores.has_read(uri, self._home)
+        self._check_disk([result for uri, result in asked if _is_local(uri)])
         self._stores.check_answered([uri for uri, _ in asked], [result for _, result in asked])
 
-    def _check_folder(self, error: Exception) -> None:
-        """A listed file that is gone is a row; a source folder that is gone (unmounted) is the end of the run."""
-        if _is_local(self._home) and not Path(parse_address(self._home).path).exists():
-            remedy = "Mount or restore it, and run again: what was committed stays."
-            raise StoreLostError(f"{self._home} is gone", remedy=remedy) from error
+    def _check_disk(self, results: Sequence[Fetched | Failure]) -> None:
+        """Of files that failed: whether the source's folder is there and, if all did, one that was read before."""
+        num_failed = sum(isinstance(result, Failure) for result in results)
+        if num_failed and _is_local(self._home):
+            home = parse_address(self._home)
+            check_folder(Path(home.path), is_listed=parse_address(self._config.uri) == home)
+        known = self._stores.last_read(self._home)
+        if num_failed == len(results) > 0 and known is not None:
+            check_file(Path(parse_address(known).path))
 
 
 def _came_of_store(row: _Ref, result: Fetched | Failure) -> bool:

@@ -6,8 +6,8 @@ import asyncio
 import io
 import os
 from collections.abc import Coroutine, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, TypeVar, cast
 
@@ -26,6 +26,7 @@ from vlmflow.storage import (
     open_store,
     parse_address,
 )
+from vlmflow.threads import in_thread, interruptible, started
 
 if TYPE_CHECKING:
     from obstore import GetOptions
@@ -37,6 +38,10 @@ Answer = TypeVar("Answer")
 CONCURRENT_REQUESTS = 16
 _CONCURRENT_HEADS = 64
 _BLOCK_BYTES = 64 * 1024
+
+# What this process has read last, by the place that gave it. Ray unpickles a reader for every task, and a worker does
+# many of them: only the process can remember what a store gave before it began to refuse.
+_READ: dict[tuple[StorageConfig, str], str] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +62,7 @@ class Failure:
 
 def run_in_loop(coroutine: Coroutine[object, object, Answer]) -> Answer:
     """Runs a coroutine to its end in a thread of its own: that of the caller may run a loop, as in a notebook."""
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(asyncio.run, coroutine).result()
+    return started(partial(asyncio.run, coroutine)).result()
 
 
 class Stores:
@@ -88,6 +92,18 @@ class Stores:
         address = parse_address(uri)
         if not address.is_local:
             self._given[address.root] = uri
+
+    def has_read(self, uri: str, home: str) -> None:
+        """Remembers, for all of this process, that the bytes of an image have been read: it can be asked for again.
+
+        Args:
+            home: the folder of the source; it stands for the local disk, of which there is more than one.
+        """
+        _READ[self._config, parse_address(uri).root or home] = uri
+
+    def last_read(self, place: str) -> str | None:
+        """What this process has read last from a store, by its root, or from the disk, by the source's folder."""
+        return _READ.get((self._config, place))
 
     def heads(self, uris: Sequence[str]) -> list[ObjectHead | Failure]:
         """Asks for the versions of many objects, several at a time.
@@ -123,7 +139,7 @@ class Stores:
     def check_answered(self, uris: Sequence[str], answers: Sequence[object | Failure]) -> None:
         """Tells a store that fails from objects that do; ``answers`` holds what came back for each uri.
 
-        A store that gave at least one good answer is in order. Of another, one name is listed to find out.
+        A store that gave at least one good answer is in order. Another is asked, see :meth:`check_store`.
 
         Raises:
             StorageAccessError: a store refused everything, or is not there.
@@ -138,16 +154,19 @@ class Stores:
             elif answer.fault in (Fault.GONE, Fault.NO_CREDENTIALS):
                 raise access_error(answer.error, uri) from answer.error
             elif answer.fault is not Fault.PATH and not parse_address(uri).is_local:
-                failed.setdefault(parse_address(uri).root, (uri, answer))
+                root = parse_address(uri).root
+                if root not in failed or failed[root][1].fault is Fault.MISSING:  # which says the least
+                    failed[root] = (uri, answer)
         for root, (uri, failure) in failed.items():
             if root not in good:
-                self.check_listed(uri, failure)
+                self.check_store(uri, failure)
 
-    def check_listed(self, uri: str, failure: Failure) -> None:
-        """Lists one name of the store of an object that has failed.
+    def check_store(self, uri: str, failure: Failure) -> None:
+        """Lists one name of the store of an object that has failed, and reads what it has let this process read before.
 
         Credentials that may read and not list are refused what is not there, in the words for what they may not read:
-        the store is then asked for an object that it has given before.
+        the store is then asked for an object that it has given before. And a store may list what it does not give any
+        more: the right to read was withdrawn, the key of the objects disabled.
 
         Raises:
             StorageAccessError: the store refused, or is not there.
@@ -155,11 +174,24 @@ class Stores:
         """
         store, path = self.locate(uri)
         try:
-            next(iter(obstore.list(store, path.rpartition("/")[0] or None, chunk_size=1)), None)
+            interruptible(lambda: next(iter(obstore.list(store, path.rpartition("/")[0] or None, chunk_size=1)), None))
         except STORE_ERRORS as error:
             given = self._given.get(parse_address(uri).root)
             if given is None or fault_of(error) is not Fault.DENIED or not self._is_there(given):
                 raise access_error(error, uri) from failure.error
+        else:
+            known = self.last_read(parse_address(uri).root)
+            if known is not None and failure.fault is not Fault.MISSING:
+                self._check_read(known)
+
+    def _check_read(self, uri: str) -> None:
+        store, path = self.locate(uri)
+        try:
+            # As images are read; the first bytes will do, but a range of them is refused where the object is empty now.
+            retried(lambda: next(iter(obstore.get(store, path).stream(min_chunk_size=1)), None))
+        except STORE_ERRORS as error:
+            if fault_of(error) is not Fault.MISSING:
+                raise access_error(error, uri) from error
 
     def _is_there(self, uri: str) -> bool:
         store, path = self.locate(uri)
@@ -212,13 +244,13 @@ class Silence:
 
     def __init__(self, stores: Stores) -> None:
         self._stores = stores
-        self._checked: set[str] = set()  # roots of those that have given something in this pass, or were listed
+        self._checked: set[str] = set()  # roots of those that have given something in this pass, or were asked
 
     async def check(self, uri: str, answer: object | Failure) -> None:
-        """Takes note of what came back for an object; of a store that has not answered yet, one name is listed.
+        """Takes note of what came back for an object; a store that has not answered yet is asked how it is.
 
         Raises:
-            StorageAccessError, TransientError: as :meth:`Stores.check_listed`.
+            StorageAccessError, TransientError: as :meth:`Stores.check_store`.
         """
         if isinstance(answer, Failure) and answer.fault is not Fault.TIMEOUT:
             return
@@ -227,7 +259,7 @@ class Silence:
             return
         self._checked.add(address.root)
         if isinstance(answer, Failure):
-            await asyncio.to_thread(self._stores.check_listed, uri, answer)
+            await in_thread(partial(self._stores.check_store, uri, answer))
 
 
 def _local_head(uri: str) -> ObjectHead:

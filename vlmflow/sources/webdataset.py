@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import BinaryIO
@@ -28,6 +27,7 @@ from vlmflow.sources.reader import SourceReader, part_version
 from vlmflow.sources.stores import Stores
 from vlmflow.sources.uris import normalise_uri
 from vlmflow.storage import STORE_ERRORS, Address, access_error, parse_address
+from vlmflow.threads import Threads
 
 SIDE_COLUMNS = ("txt", "json", "cls")
 _COLUMNS = pa.schema([(name, pa.string()) for name in SIDE_COLUMNS])
@@ -70,7 +70,7 @@ class WebDatasetSource:
     def list(self) -> Iterator[pa.RecordBatch]:
         """Yields the references; see :class:`vlmflow.sources.base.Source`."""
         empty = True
-        with ThreadPoolExecutor(_SHARDS_AT_A_TIME) as threads:
+        with Threads(_SHARDS_AT_A_TIME) as threads:
             # Each thread waits for a store's answers; a group of shards is listed before the next is begun.
             for start in range(0, len(self._shards), _SHARDS_AT_A_TIME):
                 for batches in threads.map(self._list_shard, self._shards[start : start + _SHARDS_AT_A_TIME]):

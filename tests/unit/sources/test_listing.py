@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import pickle
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
 from vlmflow.config import ImageLimits, SourceConfig
-from vlmflow.errors import ConfigError, EmptySourceError, RowErrorClass, SourceError, StorageAccessError, StoreLostError
+from vlmflow.errors import (
+    ConfigError,
+    EmptySourceError,
+    RowErrorClass,
+    SourceError,
+    StorageAccessError,
+    StoreLostError,
+    TransientError,
+)
 from vlmflow.schema import REFERENCE
 from vlmflow.sources import Source, open_source
 
@@ -129,6 +141,62 @@ def test_a_folder_that_may_not_be_listed_is_named(tmp_path: Path) -> None:
     (tmp_path / "closed").mkdir(mode=0)
     with pytest.raises(StorageAccessError, match="closed may not be listed"):
         list(open_source(SourceConfig(uri=str(tmp_path))).list())
+
+
+def removing(monkeypatch: pytest.MonkeyPatch, folder: Path, *names: str) -> None:
+    """Removes what is in a folder right after the folder was looked into."""
+    scandir = os.scandir
+
+    @contextlib.contextmanager
+    def scanned(path: str) -> Iterator[list[os.DirEntry[str]]]:
+        with scandir(path) as entries:
+            found = list(entries)
+        if path == str(folder):
+            for name in names:
+                (folder / name).unlink() if (folder / name).is_file() else shutil.rmtree(folder / name)
+        yield found
+
+    monkeypatch.setattr(os, "scandir", scanned)
+
+
+def test_what_is_removed_while_it_is_listed_is_not_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, ["a.jpg", "b.jpg", "sub/c.jpg", "sub/dir/d.jpg", "z.jpg"])
+    removing(monkeypatch, tmp_path, "b.jpg", "sub")
+    uris = table(open_source(SourceConfig(uri=str(tmp_path))))["uri"].to_pylist()
+    assert uris == [f"{tmp_path}/a.jpg", f"{tmp_path}/z.jpg"]
+
+
+def test_a_folder_that_is_removed_between_its_parent_and_itself_is_not_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, ["a.jpg", "sub/b.jpg"])
+    scandir = os.scandir
+
+    def scanned(path: str) -> object:
+        if path == f"{tmp_path}/sub":
+            shutil.rmtree(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scanned)
+    assert table(open_source(SourceConfig(uri=str(tmp_path))))["uri"].to_pylist() == [f"{tmp_path}/a.jpg"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOTCONN, errno.EIO, errno.ESTALE])
+def test_a_mount_whose_server_is_gone_is_told_as_that(
+    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, ["sub/a.jpg"])
+    scandir = os.scandir
+
+    def scanned(path: str) -> object:
+        if path.endswith("sub"):
+            raise OSError(number, os.strerror(number), path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scanned)
+    with pytest.raises(TransientError, match=f"{tmp_path} cannot be read: {os.strerror(number)}") as caught:
+        list(open_source(SourceConfig(uri=str(tmp_path))).list())
+    assert "mounted" in caught.value.remedy
 
 
 def test_a_file_that_is_gone_costs_its_row_and_a_folder_that_is_gone_the_run(tmp_path: Path) -> None:

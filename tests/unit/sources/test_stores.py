@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,7 +25,8 @@ class Store:
     def __init__(self) -> None:
         self.num_requests = 0
         self.is_silent = threading.Event()
-        self.refuses_all = False
+        self.refuses_all = self.lists = self.stalls = False
+        self.code = "AccessDenied"
         self.ended = threading.Event()
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
@@ -33,13 +35,20 @@ class Store:
             self.ended.wait()
             return
         good = "good" in request.path and not self.refuses_all
-        data = b"image" if good else b"<Error><Code>AccessDenied</Code></Error>"
-        request.send_response(200 if good else 403)
+        data = b"image" if good else f"<Error><Code>{self.code}</Code></Error>".encode()
+        if self.lists and "list-type" in request.path:
+            good, data = True, b"<ListBucketResult><KeyCount>0</KeyCount></ListBucketResult>"
+        ranged = good and request.headers["Range"]
+        request.send_response(206 if ranged else 200 if good else 403)
+        if ranged:  # the client goes on where a body broke off: here at its beginning
+            request.send_header("Content-Range", f"bytes 0-{len(data) - 1}/{len(data)}")
         request.send_header("ETag", '"e"')
         request.send_header("Last-Modified", "Wed, 01 Jan 2025 00:00:00 GMT")
         request.send_header("Content-Length", str(len(data)))
         request.end_headers()
-        if request.command == "GET":
+        if request.command == "GET" and self.stalls and "good" in request.path:
+            self.ended.wait()
+        elif request.command == "GET":
             request.wfile.write(data)
 
 
@@ -116,3 +125,46 @@ def test_a_store_that_falls_silent_is_given_up_before_every_image_was_waited_for
     assert store.num_requests <= len(names)  # asked twice each, and that seven times, they would be 14 times as many
     with pytest.raises(TransientError, match="does not answer in time"):
         listed(opened)
+
+
+@pytest.mark.parametrize("code", ["AccessDenied", "KMS.DisabledException"])
+def test_a_store_that_lists_what_it_does_not_give_any_more_is_lost(
+    store: Store, source: Callable[..., Source], code: str
+) -> None:
+    store.lists, store.code = True, code
+    opened = source(["good1.jpg", "good2.jpg", "good3.jpg"])
+    rows = listed(opened)
+    store.refuses_all = True
+    (refused,) = opened.reader(ImageLimits()).read(rows.slice(2))
+    assert refused.error_class is RowErrorClass.ACCESS_DENIED, "it has given none: these may be the refused ones"
+    store.refuses_all = False
+    assert opened.reader(ImageLimits()).read(rows.slice(0, 1))[0].data == b"image"
+    store.refuses_all = True
+    with pytest.raises(StoreLostError, match="s3://bucket refused the credentials"):
+        # Another reader, as for each of Ray's tasks: it is the process that knows what was read.
+        pickle.loads(pickle.dumps(opened.reader(ImageLimits()))).read(rows.slice(1))
+
+
+def test_objects_that_are_refused_or_gone_cost_their_rows_where_the_store_gives_another(
+    store: Store, source: Callable[..., Source]
+) -> None:
+    store.lists = True
+    opened = source(["good.jpg", "other.jpg"])
+    rows, reader = listed(opened), opened.reader(ImageLimits())
+    assert reader.read(rows.slice(0, 1))[0].data == b"image"
+    assert reader.read(rows.slice(1))[0].error_class is RowErrorClass.ACCESS_DENIED
+
+
+def test_a_store_that_stalls_in_every_body_is_given_up_after_two_waits(
+    store: Store, source: Callable[..., Source]
+) -> None:
+    store.lists = True
+    names = [f"good{number}.jpg" for number in range(4 * CONCURRENT_REQUESTS)]
+    opened = source(names, timeout_s=0.4)
+    rows = listed(opened)
+    assert opened.reader(ImageLimits()).read(rows.slice(0, 1))[0].data == b"image"
+    store.stalls, store.num_requests = True, 0
+    with pytest.raises(StoreLostError, match="does not answer in time"):
+        opened.reader(ImageLimits()).read(rows)
+    # Twice each of those that were under way when the first had failed, and as many after them meanwhile.
+    assert store.num_requests <= 5 * CONCURRENT_REQUESTS

@@ -9,10 +9,16 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from vlmflow import errors
-from vlmflow.errors import ClusterError, StoreLostError, VlmflowError
+from vlmflow.errors import ClusterError, ModelsKilledError, StoreLostError, VlmflowError
 
 _OURS = re.compile(r"(?:vlmflow\.errors\.)(\w+): (.+)")
 _MAX_REASON_CHARS = 400
+# Of errors that workers raise in constructors, whose own remedy is lost on the way.
+_REMEDIES: dict[type[VlmflowError], str] = {
+    ModelsKilledError: "Most often the memory does not suffice for all models at once, as the kernel's log tells: set "
+    "pools with fewer max_actors or tasks, or take smaller models. It may be a driver or library that crashes, too.",
+}
+_REMEDY = "`vlmflow doctor` and `vlmflow profiles` tell more."
 
 
 def get(ref: Any) -> Any:
@@ -42,7 +48,7 @@ def in_our_words(error: RayError) -> VlmflowError:
         found = _OURS.search(line)
         error_type = getattr(errors, found[1], None) if found else None
         if found and isinstance(error_type, type) and issubclass(error_type, VlmflowError):
-            return error_type(found[2][:_MAX_REASON_CHARS], remedy="`vlmflow doctor` and `vlmflow profiles` tell more.")
+            return error_type(found[2][:_MAX_REASON_CHARS], remedy=_REMEDIES.get(error_type, _REMEDY))
     reason = lines[-1][:_MAX_REASON_CHARS] if lines else "no reason given"
     return ClusterError(
         f"the cluster gave up: {type(error).__name__}: {reason}",

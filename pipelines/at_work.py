@@ -34,7 +34,9 @@ def night_at_work(job: Job) -> RunInfo | None:
     """
     if not Catalog.exists(job.catalog):
         return None
-    return _living(Catalog.open(job.catalog).runs, lambda run: is_night(run.record, job))
+    runs = Catalog.open(job.catalog).runs
+    runs.set_clock()
+    return _living(runs, lambda run: is_night(run.record, job))
 
 
 @contextmanager

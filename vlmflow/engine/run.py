@@ -245,13 +245,9 @@ class _Run:
         self._record_end(catalog, self._done)
 
     def _record_end(self, catalog: Catalog, report: RunReport) -> None:
-        try:
-            record = report.model_dump(mode="json") | {"state": report.status}
-            # The next run looks at every row while another has a lease.
-            catalog.runs.finish(self._run_id, record, keep_lease=self._verdicts_due)
-        except VlmflowError as error:
-            # The rows are committed, or what ended the run is on its way to the user: the record matters less.
-            logger.warning("the record of run %s could not be completed: %s", self._run_id, error)
+        record = report.model_dump(mode="json") | {"state": report.status}
+        # The next run looks at every row while another has a lease.
+        catalog.runs.conclude(self._run_id, record, keep_lease=self._verdicts_due)
 
     def _collector(self, catalog: Catalog, cluster: Cluster) -> Collector:
         writer = catalog.writer(self._prepared.constants(self._run_id), self._plan.version)

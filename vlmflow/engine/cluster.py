@@ -142,11 +142,20 @@ def _without_standard_error() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _own_termination() -> Iterator[None]:
-    """Keeps the handler of SIGTERM that a caller has set, which Ray would replace with one that just exits."""
+    """Keeps the handler of SIGTERM that a caller has set, which Ray replaces with one that just exits.
+
+    While Ray starts that one is in place: it ends what was started so far. Then the caller's has its turn.
+    """
     before = signal.getsignal(signal.SIGTERM)
-    yield
-    if callable(before) and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, before)
+    try:
+        yield
+    except SystemExit:
+        if callable(before):
+            before(signal.SIGTERM, None)
+        raise
+    finally:
+        if callable(before) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def _connect(config: RayConfig) -> None:

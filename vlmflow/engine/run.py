@@ -21,7 +21,7 @@ from vlmflow.engine.callers_columns import update_columns
 from vlmflow.engine.cluster import Cluster, WorkerErrors, ray_cluster
 from vlmflow.engine.collect import Collected, Collector
 from vlmflow.engine.consume import Block, FinishedBlocks
-from vlmflow.engine.faults import lost_in_mid_run
+from vlmflow.engine.faults import lost_in_mid_run, told
 from vlmflow.engine.late_verdicts import bring_in_late_verdicts
 from vlmflow.engine.lost import NOT_OF_IMAGES, SMALL_BLOCKS, in_small_batches, lost_rows, unreconciled
 from vlmflow.engine.metrics import RunMetrics
@@ -232,7 +232,7 @@ class _Run:
         """
         catalog.runs.start(self._run_id, self._report.model_dump(mode="json"))
         try:
-            with catalog.runs.keep_alive(self._run_id):
+            with catalog.runs.keep_alive(self._run_id), told():
                 yield
         except (StorageAccessError, TransientError) as error:
             lost = lost_in_mid_run(error)

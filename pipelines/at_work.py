@@ -56,6 +56,7 @@ def night_at_work(job: Job, own: str | None = None) -> RunInfo | None:
     if not Catalog.exists(job.catalog):
         return None
     runs, name = Catalog.open(job.catalog).runs, _name(job)
+    runs.set_clock()
     began = None if own is None else (str((runs.get(own) or {}).get("started_at")), own)
 
     def is_before(run: RunInfo) -> bool:

@@ -220,8 +220,6 @@ def _conditional_writes(store: ObjectStore, path: str, uri: str) -> Check:
 
 
 def _ray(config: RayConfig) -> Iterator[Check]:
-    import ray
-
     name = f"ray at {config.address}" if config.address else "ray (embedded)"
     try:
         with ray_cluster(config) as cluster:
@@ -230,8 +228,6 @@ def _ray(config: RayConfig) -> Iterator[Check]:
             yield _workers()
     except VlmflowError as error:
         yield _failed(name, error)
-    except ray.exceptions.RayError as error:
-        yield Check(name, "fail", _last_line(error), "Look at the cluster's dashboard.", may_pass=True)
 
 
 def _workers() -> Check:

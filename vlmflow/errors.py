@@ -152,6 +152,10 @@ class ClusterError(VlmflowError):
     """The Ray cluster cannot be reached or lacks what the job needs."""
 
 
+class ModelsKilledError(ClusterError):
+    """The process that loads a pool's models is killed each time it does, as by a kernel that is out of memory."""
+
+
 # Errors of what may be there again in a while, or is another now: worth another try, where bad input is not.
 MAY_PASS = (TransientError, StoreLostError, CatalogChangedError, ClusterError)
 

@@ -221,7 +221,7 @@ class Catalog:
                 self.apply_verdicts(lists_changed=True)
             for run in result.revoked:
                 self.runs.bury(run)
-            self.reviews.merge(self._tombstones)
+            self.reviews.merge(self._tombstones, self.runs.now())
             return result
 
     def erase(self, keys: pa.Array, uris: Sequence[str] = ()) -> EraseResult:
@@ -260,7 +260,7 @@ class Catalog:
                 lambda swaps: now.swap_images(run_id, "review", swaps),
                 first,
             )
-            self.reviews.merge(self._tombstones)
+            self.reviews.merge(self._tombstones, self.runs.now())
             return result
 
     def lift(self, keys: pa.Array, uris: Sequence[str] = ()) -> pa.Array:

@@ -104,7 +104,7 @@ def erase(
     images, embeddings = logs
     of_images = _Removal(images, concat([keys, tombstones.found_by(uris)]), uris, run_id)
     of_images.commit()
-    holding = of_images.holding(states)
+    holding = of_images.holding(states, runs.now())
     # An address may stand in a version that is no longer the newest, and nowhere else.
     rows = pa.concat_tables([_ROWS.empty_table(), *of_images.removed, *holding.values()])
     keys = concat([keys, _found_by_address(rows, tombstones, uris)])
@@ -112,10 +112,10 @@ def erase(
     of_embeddings = _Removal(embeddings, keys, (), run_id)
     of_embeddings.commit()
     result = EraseResult(len(keys), of_images.num_rows, of_embeddings.num_rows)
-    doomed = [*holding, *of_embeddings.holding(states)]
+    doomed = [*holding, *of_embeddings.holding(states, runs.now())]
     wanted = index_of(keys)
     result.num_reviews = _erase_reviews(folder, wanted)
-    failed = [*folder.delete_all(doomed), *_being_written(folder)]
+    failed = [*folder.delete_all(doomed), *_being_written(folder, runs.now())]
     result.num_files = len(set(doomed) - set(failed))
     of_indexes = files_holding(folder, wanted)
     kept = folder.delete_all(of_indexes)
@@ -186,14 +186,14 @@ class _Removal:
         self.num_rows = sum(self._rows[file.path] for file in removed)
         return Change(add=tuple(file for file in added if file is not None), remove=tuple(removed))
 
-    def holding(self, states: dict[str, RunState]) -> dict[str, pa.Table]:
+    def holding(self, states: dict[str, RunState], now: dt.datetime) -> dict[str, pa.Table]:
         """The files that no version refers to any more and that hold one, by path, with these rows (of images).
 
         One that cannot be read, or was never finished, is among them: it is of no use either.
         """
         gone = [
             found.file
-            for found in look_through(self._log.folder, (self._log,), states, RETENTION)
+            for found in look_through(self._log.folder, (self._log,), states, now, RETENTION)
             if found.kind in _GONE and found.file.path.startswith(_FOLDERS[self._log.name])
         ]
         with Threads(_AT_ONCE) as pool:
@@ -258,9 +258,8 @@ def _mask(rows: pa.Table, wanted: KeyIndex) -> Mask:
     return found
 
 
-def _being_written(folder: Folder) -> list[str]:
+def _being_written(folder: Folder, now: dt.datetime) -> list[str]:
     """Unfinished files that are no run's, and whose writer may be alive. Leases name no image."""
-    now = dt.datetime.now(dt.UTC)
     files = (file for name in _OTHERS for file in folder.unfinished(name))
     return [
         file.path for file in files if is_being_written(file, now) and not file.finished_path.endswith(LEASE_SUFFIX)

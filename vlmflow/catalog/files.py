@@ -43,7 +43,11 @@ class Found:
 
 
 def look_through(
-    folder: Folder, logs: tuple[TableLog, ...], states: dict[str, RunState], retention: dt.timedelta
+    folder: Folder,
+    logs: tuple[TableLog, ...],
+    states: dict[str, RunState],
+    now: dt.datetime,
+    retention: dt.timedelta,
 ) -> Iterator[Found]:
     """Tells what each file of the tables, each staged file, and each unfinished one of the other folders is.
 
@@ -52,8 +56,8 @@ def look_through(
 
     Args:
         states: of the runs, read before this call; a run that was over then brings no file into a version any more.
+        now: by the store's clock.
     """
-    now = dt.datetime.now(dt.UTC)
 
     def is_over(file: FileInfo, run_id: str) -> bool:
         if run_id in states:

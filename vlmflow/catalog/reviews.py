@@ -118,13 +118,16 @@ class ReviewStore:
         """Files whose verdicts stand in another too, of those that were read: they may go, and nothing is lost."""
         return frozenset().union(*self._sources.values())
 
-    def merge(self, tombstones: Tombstones) -> None:
+    def merge(self, tombstones: Tombstones, now: dt.datetime) -> None:
         """Puts what many small files hold into one, and removes those of which one was made a while ago.
 
         Not at once: whoever is listing the folder meanwhile may miss the new file, and must find those that it was
         made of. Who is killed in between leaves verdicts twice, which :meth:`events` takes for once.
 
         To be called with the lease of a run: an erasure of this time knows then that it has to be asked for again.
+
+        Args:
+            now: by the store's clock.
         """
         files = self._look()
         done = self.merged
@@ -140,7 +143,7 @@ class ReviewStore:
             # An erasure that looked through the folder before this file was there has not looked into it.
             if _without(rows, tombstones.erased()).num_rows < rows.num_rows:
                 self._folder.delete(path)
-        since = dt.datetime.now(dt.UTC) - _SETTLED
+        since = now - _SETTLED
         settled = (self._sources.get(path, ()) for path, (file, _) in files.items() if file.modified_at < since)
         self._folder.delete_all(sorted(files.keys() & frozenset().union(*settled)))
 

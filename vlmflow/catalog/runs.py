@@ -8,6 +8,7 @@ import json
 import logging
 import secrets
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -24,7 +25,9 @@ DEAD_AFTER = dt.timedelta(minutes=10)
 HEARTBEAT_S = 30.0
 _STAMP = "%Y%m%dT%H%M%S"
 _READ_AT_ONCE = 16  # records
-_EVERY_ROW = "every_row"  # in the record of a run that has brought late verdicts into all rows
+_CLOCK = f"{RUNS}/clock"  # written to learn what time the store has
+# In the record of a run that has brought late verdicts into all rows: when it began to, by the store's clock.
+_EVERY_ROW = "every_row"
 
 LONG_AGO = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 
@@ -52,21 +55,51 @@ class RunInfo:
 
 
 class RunStore:
-    """Reads and writes run records. A lease is a file whose time of modification is the last heartbeat."""
+    """Reads and writes run records. A lease is a file whose time of modification is the last heartbeat.
+
+    That time is the store's. Clocks of machines may differ from it by more than a lease bears, so whoever acts on what
+    is dead goes by :meth:`now`, and has started a run of his own or called :meth:`set_clock` before.
+    """
 
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
+        self._clock: tuple[dt.datetime, float] | None = None  # what the store's clock said, and then the monotonic one
 
     def start(self, run_id: str, record: dict[str, Any]) -> None:
-        """Opens a run: lease first, so that nobody ever takes it for dead.
+        """Opens a run: lease first, so that nobody ever takes it for dead. It goes again if there can be no record.
 
         Raises:
             CatalogError: there is a run of that name.
         """
         if self.get(run_id) is not None:
             raise CatalogError(f"run {run_id} exists already", remedy="Every run needs an id of its own.")
-        self.heartbeat(run_id)
-        self._put(run_id, record)
+        try:
+            self.heartbeat(run_id)
+            self._set_clock_by(_lease(run_id))
+            self._put(run_id, record)
+        except BaseException:
+            # Else it would be one of a run that died, for which the next runs look through all rows.
+            with contextlib.suppress(VlmflowError):
+                self._folder.delete(_lease(run_id))
+            raise
+
+    def set_clock(self) -> None:
+        """Learns what time the store has, for who starts no run: by a small file."""
+        self._folder.write(_CLOCK, b"")
+        self._set_clock_by(_CLOCK)
+
+    def _set_clock_by(self, path: str) -> None:
+        written_at = time.monotonic()  # after it was stamped: runs look rather younger than older
+        file = self._folder.stat(path)
+        if file is not None:
+            self._clock = (file.modified_at, written_at)
+
+    def now(self) -> dt.datetime:
+        """The time by the store's clock; by that of this machine where nothing was written yet."""
+        if self._clock is None:
+            return dt.datetime.now(dt.UTC)
+        then, monotonic = self._clock
+        return then + dt.timedelta(seconds=time.monotonic() - monotonic)
 
     def heartbeat(self, run_id: str) -> None:
         """Renews the lease. To be called at least once a minute."""
@@ -105,9 +138,9 @@ class RunStore:
         """
         run_id = new_run_id()
         record: dict[str, Any] = {"operation": operation, "started_at": dt.datetime.now(dt.UTC).isoformat()}
-        if every_row:
-            record[_EVERY_ROW] = True
         self.start(run_id, record | {"status": "running"})
+        if every_row:
+            record[_EVERY_ROW] = self.now().isoformat()
         status = "interrupted"  # by what is no Exception: Ctrl-C, or what Prefect ends a flow run with
         try:
             with self.keep_alive(run_id):
@@ -117,11 +150,24 @@ class RunStore:
             status = "failed"
             raise
         finally:
-            if is_kept:
-                self.finish(run_id, record | {"status": status, "finished_at": dt.datetime.now(dt.UTC).isoformat()})
-            else:
+            ended = record | {"status": status, "finished_at": dt.datetime.now(dt.UTC).isoformat()}
+            self.conclude(run_id, ended if is_kept else None)
+
+    def conclude(self, run_id: str, record: dict[str, Any] | None, *, keep_lease: bool = False) -> None:
+        """Finishes a run that has done what it could: what fails here is logged, and hides nothing that ended it.
+
+        Args:
+            record: None: it leaves none.
+            keep_lease: as of :meth:`finish`.
+        """
+        try:
+            if record is None:
                 self._folder.delete_all([_record(run_id)])  # first: without a lease it would be one of a finished run
                 self._folder.delete(_lease(run_id))
+            else:
+                self.finish(run_id, record, keep_lease=keep_lease)
+        except VlmflowError as error:
+            logger.warning("the record of run %s could not be completed: %s", run_id, error)
 
     def finish(self, run_id: str, record: dict[str, Any], *, keep_lease: bool = False) -> None:
         """Puts the final record in place and gives up the lease.
@@ -164,7 +210,7 @@ class RunStore:
                 count += 1
             some, order = order[:count], order[count:]
             records |= self._read([run for run in some if run not in records])
-            infos = [RunInfo(run, _state(leases[run]), records[run], leases[run]) for run in some]
+            infos = [RunInfo(run, self._state(leases[run]), records[run], leases[run]) for run in some]
             yield from sorted(
                 infos, key=lambda run: (starts[run.run_id], _started_at(run.record), run.run_id), reverse=True
             )
@@ -182,7 +228,7 @@ class RunStore:
 
     def states(self) -> dict[str, RunState]:
         """How every run is doing."""
-        return {run: _state(seen_at) for run, seen_at in self._leases().items()}
+        return {run: self._state(seen_at) for run, seen_at in self._leases().items()}
 
     def unsettled(self) -> set[str]:
         """The runs that have not ended and may have committed rows without what people and lists say of them.
@@ -194,8 +240,9 @@ class RunStore:
             started_at = _started_at(run.record)
             if LONG_AGO < started_at < min(seen.values()) + DEAD_AFTER:
                 break
-            if run.record.get(_EVERY_ROW) and run.record.get("status") == "done":
-                return {run_id for run_id, seen_at in seen.items() if started_at < seen_at + DEAD_AFTER}
+            looked_at = _time_of(run.record.get(_EVERY_ROW))  # none: of a version that did not ask the store's clock
+            if looked_at != LONG_AGO and run.record.get("status") == "done":
+                return {run_id for run_id, seen_at in seen.items() if looked_at < seen_at + DEAD_AFTER}
         return set(seen)
 
     def bury(self, run_id: str) -> None:
@@ -222,7 +269,7 @@ class RunStore:
         lease = self._folder.stat(_lease(run_id))
         if lease is None and self._folder.stat(_record(run_id)) is None:
             return None
-        return _state(lease.modified_at if lease else None)
+        return self._state(lease.modified_at if lease else None)
 
     def seen_at(self, run_id: str) -> dt.datetime | None:
         """The last heartbeat of a run; None: it has no lease."""
@@ -232,6 +279,11 @@ class RunStore:
     def is_live(self, run_id: str) -> bool:
         """Whether the run may still write."""
         return self.state(run_id) == "running"
+
+    def _state(self, seen_at: dt.datetime | None) -> RunState:
+        if seen_at is None:
+            return "finished"
+        return "running" if self.now() - seen_at < DEAD_AFTER else "dead"
 
     def _leases(self) -> dict[str, dt.datetime | None]:
         """The last heartbeat of each run; None: it has no lease."""
@@ -276,15 +328,12 @@ def _second_of(run_id: str) -> dt.datetime | None:
 
 def _started_at(record: dict[str, Any]) -> dt.datetime:
     """When the run started; before all others where the record does not say."""
+    return _time_of(record.get("started_at"))
+
+
+def _time_of(value: object) -> dt.datetime:
     try:
-        found = dt.datetime.fromisoformat(str(record.get("started_at")))
+        found = dt.datetime.fromisoformat(str(value))
     except ValueError:
         return LONG_AGO
     return found if found.tzinfo else found.replace(tzinfo=dt.UTC)
-
-
-def _state(seen_at: dt.datetime | None) -> RunState:
-    if seen_at is None:
-        return "finished"
-    # The store's clock against ours: ten minutes bear the difference.
-    return "running" if dt.datetime.now(dt.UTC) - seen_at < DEAD_AFTER else "dead"

@@ -81,7 +81,7 @@ def vacuum(
     num_kept = 0
     foreign: list[str] = []
     doomed: list[str] = []
-    for found in look_through(folder, logs, states, retention):
+    for found in look_through(folder, logs, states, runs.now(), retention):
         if _may_go(found):
             kinds[found.kind] += 1
             num_bytes[found.kind] += found.file.size_bytes

@@ -141,7 +141,7 @@ class _Check:
         states = runs.states()
         sizes: dict[str, int] = {}
         kinds: dict[str, list[str]] = {"orphan_files": [], "foreign_files": []}
-        for found in look_through(self._folder, (images, embeddings), states, dt.timedelta()):
+        for found in look_through(self._folder, (images, embeddings), states, runs.now(), dt.timedelta()):
             if found.kind == "live":
                 sizes[found.file.path] = found.file.size_bytes
             elif found.kind in ("orphan", "staged"):

@@ -16,9 +16,9 @@ from typing import Any
 
 import ray
 from ray.data import DataContext
-from ray.exceptions import AuthenticationError
 
 from vlmflow.config import RayConfig
+from vlmflow.engine.faults import told
 from vlmflow.errors import ClusterError
 
 # Ray Data logs every execution plan and every operator at INFO; our own progress says what a user needs.
@@ -87,7 +87,7 @@ def ray_cluster(config: RayConfig) -> Iterator[Cluster]:
     A cluster that this process is already connected to is used as it is, and left running.
 
     Raises:
-        ClusterError: no cluster answers at the address.
+        ClusterError: no cluster answers at the address, an embedded one does not start, or Ray raised in the block.
     """
     already = ray.is_initialized()
     if not already:
@@ -101,13 +101,14 @@ def ray_cluster(config: RayConfig) -> Iterator[Cluster]:
     for logger in _QUIET_LOGGERS:
         logging.getLogger(logger).setLevel(logging.ERROR)
     try:
-        resources = ray.cluster_resources()
-        yield Cluster(
-            cpus=resources.get("CPU", 0.0),
-            gpus=resources.get("GPU", 0.0),
-            num_nodes=sum(1 for node in ray.nodes() if node["Alive"]),
-            embedded=not already and config.address is None,
-        )
+        with told():
+            resources = ray.cluster_resources()
+            yield Cluster(
+                cpus=resources.get("CPU", 0.0),
+                gpus=resources.get("GPU", 0.0),
+                num_nodes=sum(1 for node in ray.nodes() if node["Alive"]),
+                embedded=not already and config.address is None,
+            )
     finally:
         for name, value in before.items():
             setattr(context, name, value)
@@ -142,11 +143,20 @@ def _without_standard_error() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _own_termination() -> Iterator[None]:
-    """Keeps the handler of SIGTERM that a caller has set, which Ray would replace with one that just exits."""
+    """Keeps the handler of SIGTERM that a caller has set, which Ray replaces with one that just exits.
+
+    While Ray starts that one is in place: it ends what was started so far. Then the caller's has its turn.
+    """
     before = signal.getsignal(signal.SIGTERM)
-    yield
-    if callable(before) and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, before)
+    try:
+        yield
+    except SystemExit:
+        if callable(before):
+            before(signal.SIGTERM, None)
+        raise
+    finally:
+        if callable(before) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def _connect(config: RayConfig) -> None:
@@ -166,10 +176,18 @@ def _connect(config: RayConfig) -> None:
     try:
         with _without_standard_error(), _own_termination():
             ray.init(**options)
-    except (ConnectionError, RuntimeError, ValueError, AuthenticationError) as error:
-        where = f"Ray at {config.address}" if config.address else "an embedded Ray"
-        raise ClusterError(
-            f"{where} does not start or answer: {str(error).splitlines()[0]}",
-            remedy="Check the address, and that its Ray version equals the installed one; `vlmflow doctor` tests both. "
-            "A cluster with token authentication wants RAY_AUTH_MODE=token and its token in RAY_AUTH_TOKEN_PATH.",
-        ) from error
+    except Exception as error:  # Ray raises that itself, of a node that does not come up in time
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if config.address is None:
+            raise ClusterError(f"an embedded Ray does not start: {reason}", remedy=_EMBEDDED) from error
+        raise ClusterError(f"Ray at {config.address} does not answer: {reason}", remedy=_AT_ADDRESS) from error
+
+
+_EMBEDDED = (
+    "See that the machine has memory to spare, and that there is room for Ray's temporary files in a folder that can "
+    "be written to: RAY_TMPDIR, else /tmp. Its logs are there, in ray/session_latest/logs."
+)
+_AT_ADDRESS = (
+    "Check the address, and that its Ray version equals the installed one; `vlmflow doctor` tests both. "
+    "A cluster with token authentication wants RAY_AUTH_MODE=token and its token in RAY_AUTH_TOKEN_PATH."
+)

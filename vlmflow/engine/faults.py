@@ -2,47 +2,71 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError, RayTaskError
 
 from vlmflow import errors
-from vlmflow.errors import ClusterError, StoreLostError, VlmflowError
+from vlmflow.errors import ClusterError, ModelsKilledError, StoreLostError, VlmflowError
 
 _OURS = re.compile(r"(?:vlmflow\.errors\.)(\w+): (.+)")
 _MAX_REASON_CHARS = 400
+# Of errors that workers raise in constructors, whose own remedy is lost on the way.
+_REMEDIES: dict[type[VlmflowError], str] = {
+    ModelsKilledError: "Most often the memory does not suffice for all models at once, as the kernel's log tells: set "
+    "pools with fewer max_actors or tasks, or take smaller models. It may be a driver or library that crashes, too.",
+}
+_REMEDY = "`vlmflow doctor` and `vlmflow profiles` tell more."
 
 
+@contextlib.contextmanager
+def told() -> Iterator[None]:
+    """Tells in our words of whatever Ray raises in the block; an error of ours that ended a task is raised as it was.
+
+    Raises:
+        ClusterError: it is another.
+    """
+    try:
+        yield
+    except RayError as error:
+        if isinstance(error, RayTaskError) and isinstance(error.cause, VlmflowError):
+            raise error.cause from None
+        raise in_our_words(error) from error
+
+
+@told()
 def get(ref: Any) -> Any:
     """Fetches a result; an error of ours that ended its task is raised as it was, with its remedy.
 
     Raises:
         ClusterError: the task failed in any other way.
     """
-    try:
-        return ray.get(ref)
-    except RayTaskError as error:
-        if isinstance(error.cause, VlmflowError):
-            raise error.cause from None
-        raise in_our_words(error) from error
-    except RayError as error:
-        raise in_our_words(error) from error
+    return ray.get(ref)
 
 
 def in_our_words(error: RayError) -> VlmflowError:
-    """What a user is told of an actor that could not start, or of a cluster that went away.
+    """What a user is told of an actor that could not start, of a cluster that went away, or of a disk that is full.
 
     Of an actor that failed in its constructor Ray keeps the traceback alone, as text; an error of ours at its end is
     made anew from there.
     """
+    if isinstance(error, OutOfDiskError | ObjectStoreFullError):
+        return ClusterError(
+            "Ray has no room left for the images that are between two stages",
+            remedy="What was committed stays. Free some of the disk on which Ray has its temporary files, or name "
+            "another in RAY_TMPDIR (it is /tmp otherwise), and run the same command again. More of them stay in memory "
+            "with a higher ray.object_store_bytes, and fewer are there at once with a lower read_ahead.",
+        )
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     for line in reversed(lines):
         found = _OURS.search(line)
         error_type = getattr(errors, found[1], None) if found else None
         if found and isinstance(error_type, type) and issubclass(error_type, VlmflowError):
-            return error_type(found[2][:_MAX_REASON_CHARS], remedy="`vlmflow doctor` and `vlmflow profiles` tell more.")
+            return error_type(found[2][:_MAX_REASON_CHARS], remedy=_REMEDIES.get(error_type, _REMEDY))
     reason = lines[-1][:_MAX_REASON_CHARS] if lines else "no reason given"
     return ClusterError(
         f"the cluster gave up: {type(error).__name__}: {reason}",

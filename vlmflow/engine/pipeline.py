@@ -18,6 +18,7 @@ from vlmflow.engine.pools import PoolWorker
 from vlmflow.engine.prepare import Prepared
 from vlmflow.engine.quarantine import Stages
 from vlmflow.engine.read_ahead import limit_read_ahead, read_ahead_rows
+from vlmflow.engine.starts import Starts
 from vlmflow.engine.stored import Stored
 from vlmflow.errors import ClusterError
 from vlmflow.imaging import merge_requests
@@ -41,7 +42,8 @@ _MIN_BLOCK_ROWS, _MAX_BLOCK_ROWS = 32, 512
 # its batch at once: the driver does not know them, and they need not be alike.
 _GPU_BATCH, _GPU_BATCH_OF_LARGE = 256, 64
 _SMALL_FAMILIES: frozenset[Family] = frozenset({"open_clip", "blip_caption", "blip_itm", "blip_vqa", "vilt"})
-# A worker that dies by a signal is retried without limit unless told otherwise.
+# A worker that dies by a signal is retried without limit unless told otherwise. Actors are restarted without limit, for
+# many images may kill theirs; `starts` ends those that die before they have their models.
 TASK_LIMITS = {"max_retries": 2}
 ACTOR_LIMITS = {"max_restarts": -1, "max_task_retries": 2}
 
@@ -167,6 +169,7 @@ def build_pipeline(
                 PoolWorker,
                 fn_constructor_args=(pool, stages.setup, stages.prompts),
                 fn_constructor_kwargs={
+                    "starts": Starts("+".join(pool.tasks)),
                     "later": later,
                     "decoding": stages.decoding if decodes else None,
                     "sized_by_memory": stages.sized_by_memory,

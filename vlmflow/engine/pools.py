@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from vlmflow.engine.decoding import PoolDecoding
     from vlmflow.engine.feeding import Fed
     from vlmflow.engine.flops import CountedTask
+    from vlmflow.engine.starts import Starts
     from vlmflow.models import Metered
     from vlmflow.tasks.run import BatchLimit
 
@@ -45,6 +46,7 @@ class PoolWorker:
         setup: TaskSetup,
         prompts: PromptVectors | None,
         *,
+        starts: Starts | None = None,
         later: tuple[TaskName, ...] = (),
         decoding: PoolDecoding | None = None,
         sized_by_memory: bool = False,
@@ -52,10 +54,13 @@ class PoolWorker:
         """Loads the models.
 
         Args:
+            starts: of the pool's actors; None: whoever starts this process does not start it again.
             later: tasks of the pools behind this one, which need their pixels.
             decoding: None: every image comes decoded.
             sized_by_memory: nobody chose the size of batches for this GPU: do less at once on a small one.
         """
+        if starts is not None:  # first: a driver or library may crash when it is imported
+            starts.begin()
         # The driver imports this module too and needs no torch.
         from vlmflow.engine.feeding import Feeder
         from vlmflow.engine.flops import Ceilings, CountedTask
@@ -84,6 +89,8 @@ class PoolWorker:
         self._name = "+".join(pool.tasks)
         self._metrics = PoolMetrics(pool)
         wait_for_device(device)  # weights are copied on the stream of this thread, and read on those of others
+        if starts is not None:
+            starts.succeed()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Adds the outputs of the pool's tasks, null on rows that do not need or cannot have them.

@@ -25,12 +25,12 @@ from vlmflow.catalog.where import check_where
 from vlmflow.config import Job
 from vlmflow.engine.archive import archive_policy, archived_policies, archived_policy, archived_prompts, full_digest
 from vlmflow.engine.cluster import ray_cluster
-from vlmflow.engine.faults import get
+from vlmflow.engine.faults import get, lost_in_mid_run
 from vlmflow.engine.prepare import Prepared, encode_policy, prepare
 from vlmflow.engine.progress import ProgressDisplay, SilentProgress, Tally
 from vlmflow.engine.relabel_files import Done, Scan, relabel_file, scan_file, score_file
 from vlmflow.engine.remoderate_report import RemoderateReport
-from vlmflow.errors import ConfigError
+from vlmflow.errors import ConfigError, StorageAccessError, TransientError
 from vlmflow.models.detectors import prepare_detectors
 from vlmflow.moderation.decide import Moderator
 from vlmflow.moderation.policy import Policy, check_binding, prompts_digest
@@ -96,6 +96,7 @@ def remoderate(
         PolicyError: the policy cannot be used, or it, or one to go back to, was not set for the model.
         DetectorError: a detector of such a policy cannot run here.
         WeightsError: weights of the embedder or of a detector are absent or do not fit.
+        StoreLostError: the store went away in mid-run; what was committed stays.
     """
     display = progress or SilentProgress()
     display.stage("checking model and policy")
@@ -153,11 +154,14 @@ class _Remoderation:
             with runs.keep_alive(self._run_id):
                 self._run()
             status = "done"
+        except (StorageAccessError, TransientError) as error:
+            status = "failed"
+            raise lost_in_mid_run(error) from error
         except Exception:
             status = "failed"
             raise
         finally:
-            runs.finish(self._run_id, self._record(status))
+            runs.conclude(self._run_id, self._record(status))
         return self._report("done").model_copy(update={"runs_beside": self._runs_beside()})
 
     def _runs_beside(self) -> dict[str, str]:

@@ -21,7 +21,7 @@ from vlmflow.engine.callers_columns import update_columns
 from vlmflow.engine.cluster import Cluster, WorkerErrors, ray_cluster
 from vlmflow.engine.collect import Collected, Collector
 from vlmflow.engine.consume import Block, FinishedBlocks
-from vlmflow.engine.faults import lost_in_mid_run
+from vlmflow.engine.faults import lost_in_mid_run, told
 from vlmflow.engine.late_verdicts import bring_in_late_verdicts
 from vlmflow.engine.lost import NOT_OF_IMAGES, SMALL_BLOCKS, in_small_batches, lost_rows, unreconciled
 from vlmflow.engine.metrics import RunMetrics
@@ -232,7 +232,7 @@ class _Run:
         """
         catalog.runs.start(self._run_id, self._report.model_dump(mode="json"))
         try:
-            with catalog.runs.keep_alive(self._run_id):
+            with catalog.runs.keep_alive(self._run_id), told():
                 yield
         except (StorageAccessError, TransientError) as error:
             lost = lost_in_mid_run(error)
@@ -245,13 +245,9 @@ class _Run:
         self._record_end(catalog, self._done)
 
     def _record_end(self, catalog: Catalog, report: RunReport) -> None:
-        try:
-            record = report.model_dump(mode="json") | {"state": report.status}
-            # The next run looks at every row while another has a lease.
-            catalog.runs.finish(self._run_id, record, keep_lease=self._verdicts_due)
-        except VlmflowError as error:
-            # The rows are committed, or what ended the run is on its way to the user: the record matters less.
-            logger.warning("the record of run %s could not be completed: %s", self._run_id, error)
+        record = report.model_dump(mode="json") | {"state": report.status}
+        # The next run looks at every row while another has a lease.
+        catalog.runs.conclude(self._run_id, record, keep_lease=self._verdicts_due)
 
     def _collector(self, catalog: Catalog, cluster: Cluster) -> Collector:
         writer = catalog.writer(self._prepared.constants(self._run_id), self._plan.version)

@@ -53,7 +53,7 @@ def files(root: Path) -> set[str]:
 
 def merge(root: Path) -> None:
     folder = Folder(config_of(root))
-    ReviewStore(folder).merge(Tombstones(folder))
+    ReviewStore(folder).merge(Tombstones(folder), dt.datetime.now(dt.UTC))
 
 
 def make_old(root: Path) -> None:

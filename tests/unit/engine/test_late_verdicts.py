@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
+from ray.exceptions import OutOfDiskError
 
 from tests.catalog_samples import config_of, enrich, image_id, open_catalog, references, rows_by_name
 from vlmflow.catalog import Catalog, keys
@@ -20,6 +21,7 @@ from vlmflow.catalog.runs import DEAD_AFTER
 from vlmflow.engine.collect import Collected
 from vlmflow.engine.late_verdicts import bring_in_late_verdicts
 from vlmflow.engine.run import _Run
+from vlmflow.errors import ClusterError
 from vlmflow.known import add_list, remove_list
 from vlmflow.report.runs import find_run
 
@@ -143,14 +145,21 @@ def test_a_run_that_brought_them_in_is_finished(catalog: Catalog) -> None:
     assert catalog.runs.state("done") == "finished"
 
 
+def test_a_run_under_which_ray_gives_up_is_recorded_in_our_words(catalog: Catalog) -> None:
+    run = _run("given up")
+    with pytest.raises(ClusterError, match="no room left"), run._recorded(catalog):
+        raise OutOfDiskError("Local disk is full. " + "x" * 10_000)
+    assert "no room left" in (catalog.runs.get("given up") or {})["message"]
+
+
 class _Report(SimpleNamespace):
     def model_dump(self, mode: str) -> dict[str, str]:
-        return {"status": self.status}
+        return {"status": self.status, "message": vars(self).get("message", "")}
 
 
 def _run(run_id: str) -> _Run:
     run = _Run.__new__(_Run)
-    report = lambda status, message="": _Report(status=status)  # noqa: E731
+    report = lambda status, message="": _Report(status=status, message=message)  # noqa: E731
     run.__dict__ |= {"_run_id": run_id, "_report": _Report(status="running"), "_finished": report}
     run._collected, run._verdicts_due = Collected(), False
     return run

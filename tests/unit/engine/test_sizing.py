@@ -108,6 +108,7 @@ def test_only_sizes_that_nobody_chose_depend_on_the_memory_of_a_gpu(
     stages = stages_of(prepared, source, (PoolConfig(tasks=("embed",), gpus=1),), None, None)  # type: ignore[arg-type]
     build_pipeline([], stages, 32)
     assert given[-1]["fn_constructor_kwargs"]["sized_by_memory"] is by_memory
+    assert given[-1]["fn_constructor_kwargs"]["starts"].pool == "+".join(given[-1]["fn_constructor_args"][0].tasks)
 
 
 def test_processors_are_split_by_what_an_image_takes_in_each_place() -> None:

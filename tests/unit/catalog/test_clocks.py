@@ -1,0 +1,122 @@
+"""A machine whose clock is not that of the store takes no live run for dead."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from pipelines import at_work
+from pipelines.at_work import backfill_at_work, night_at_work
+from tests.catalog_samples import config_of
+from tests.report_samples import put_rows, record
+from vlmflow.catalog import Catalog
+from vlmflow.catalog import runs as runs_module
+from vlmflow.catalog.folder import Folder
+from vlmflow.catalog.runs import RunStore
+from vlmflow.config import CatalogConfig, Job, SourceConfig
+from vlmflow.errors import BackfillError, TransientError
+
+HOUR = dt.timedelta(hours=1)
+
+
+def set_clock(monkeypatch: pytest.MonkeyPatch, off_by: dt.timedelta) -> None:
+    """Of this machine, as far as it reads and writes records."""
+
+    class Clock(dt.datetime):
+        @classmethod
+        def now(cls, tz: dt.tzinfo | None = None) -> Clock:
+            return cls.fromtimestamp((dt.datetime.now(tz) + off_by).timestamp(), tz)
+
+    module = {name: getattr(dt, name) for name in dir(dt) if not name.startswith("__")}
+    monkeypatch.setattr(runs_module, "dt", SimpleNamespace(**module | {"datetime": Clock}))
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CatalogConfig:
+    """A catalog with a live run, of a machine whose clock is right; ours is ahead."""
+    config = config_of(tmp_path / "catalog")
+    put_rows(config, ["a"], run="before")
+    Catalog.open(config).runs.start("live", record("live", status="running"))
+    set_clock(monkeypatch, HOUR)
+    return config
+
+
+def test_a_vacuum_and_an_erasure_know_that_it_lives(config: CatalogConfig) -> None:
+    assert Catalog.open(config).runs.state("live") == "dead", "who writes nothing goes by his own clock"
+    result = Catalog.open(config).vacuum()
+    assert (result.revoked, result.live_runs) == ((), ("live",))
+    assert Catalog.open(config).erase(pa.array([b"0" * 16], pa.binary(16))).live_runs == ("live",)
+
+
+def test_of_two_backfills_the_second_is_refused(config: CatalogConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs_module, "HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(at_work, "_POLL_S", 0.02)
+    first, second = Catalog.open(config).runs, "policy lax 3"
+    first.start("other", {"operation": "backfill: policy strict 2"})
+    with first.keep_alive("other"), pytest.raises(BackfillError, match="run other"), backfill_at_work(config, second):
+        pytest.fail("two policies at once")
+
+
+def test_a_night_sees_the_other(config: CatalogConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs_module, "HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(at_work, "_POLL_S", 0.02)
+    store = Catalog.open(config).runs
+    given = {"source": "/photos", "config": {"date": "2026-03-01"}}
+    store.start("night", record("night", status="running", **given))
+    with store.keep_alive("night"):
+        other = night_at_work(Job(source=SourceConfig(uri="/photos"), catalog=config, profile="starter"))
+    assert other is not None
+    assert other.run_id == "night"
+    assert set(store.states()) == {"live", "night"}, "the file that tells the time is no run"
+
+
+@pytest.mark.parametrize("off_by", [HOUR, -HOUR])
+def test_a_live_run_is_not_settled_by_who_looks_at_all_rows(
+    config: CatalogConfig, monkeypatch: pytest.MonkeyPatch, off_by: dt.timedelta
+) -> None:
+    set_clock(monkeypatch, off_by)
+    Catalog.open(config).apply_verdicts(lists_changed=True)
+    assert Catalog.open(config).runs.unsettled() == {"live"}
+
+
+def test_nor_by_a_record_that_does_not_tell_the_time_of_the_store(config: CatalogConfig) -> None:
+    runs = Catalog.open(config).runs
+    with runs.recorded("review", every_row=True) as run_id:
+        pass
+    written = runs.get(run_id) or {}
+    runs.finish(run_id, written | {"every_row": True})  # as written before
+    assert runs.unsettled() == {"live"}
+
+
+def test_a_run_that_can_have_no_record_leaves_no_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Folder.write
+
+    def full(self: Folder, path: str, data: bytes, **options: Any) -> None:
+        if path.endswith(".json"):
+            raise TransientError("no room")
+        original(self, path, data, **options)
+
+    runs = RunStore(Folder(config_of(tmp_path)))
+    monkeypatch.setattr(Folder, "write", full)
+    with pytest.raises(TransientError, match="no room"):
+        runs.start("r1", {})
+    assert runs.states() == {}
+
+
+def test_what_ended_an_upkeep_is_told_and_not_that_its_record_could_not_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def lost(self: RunStore, run_id: str, record: dict[str, Any], **_: Any) -> None:
+        raise TransientError(f"out of reach: {json.dumps(record['status'])}")
+
+    monkeypatch.setattr(RunStore, "finish", lost)
+    runs = RunStore(Folder(config_of(tmp_path)))
+    with pytest.raises(KeyError), runs.recorded("erase"):
+        raise KeyError
+    assert 'could not be completed: out of reach: "failed"' in caplog.text

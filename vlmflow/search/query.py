@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -121,8 +121,8 @@ def read_image(image: Path | bytes, limits: ImageLimits) -> bytes:
 def _fingerprints(setup: TaskSetup) -> tuple[str, ...]:
     """Of vectors that this model makes: which views a run stored beside the whole image makes no difference here."""
     request = setup.requests["embed"]
-    besides = [view for view in VIEWS if view != VIEW]
-    chosen = (views for count in range(len(besides) + 1) for views in combinations(besides, count))
-    others = [request, *(replace(request, views=(VIEW, *views)) for views in chosen)]
+    # In any order: before jobs put them into one, rows were marked with the order of their job file.
+    chosen = (views for count in range(1, len(VIEWS) + 1) for views in permutations(VIEWS, count) if VIEW in views)
+    others = [request, *(replace(request, views=views) for views in chosen)]
     setups = (replace(setup, requests={**setup.requests, "embed": other}) for other in others)
     return tuple(dict.fromkeys(other.fingerprints(("embed",))["embed"] for other in setups))

@@ -18,6 +18,7 @@ from vlmflow.config import CatalogConfig, Job, RayConfig, SourceConfig, StorageC
 from vlmflow.engine.cluster import ray_cluster
 from vlmflow.engine.prepare import prepare
 from vlmflow.engine.report import installed_versions, policy_name
+from vlmflow.engine.unused import unused_settings
 from vlmflow.errors import MAY_PASS, VlmflowError
 from vlmflow.models.profiles import describe_profiles
 from vlmflow.sources import open_source
@@ -86,6 +87,10 @@ def doctor_of(job: Job) -> Iterator[Check]:
         A check as soon as it is done; none of them raises.
     """
     yield _guarded("job", lambda: _models_and_policy(job))
+    unused = unused_settings(job)
+    if unused:
+        found = f"set, and read by none of the tasks: {', '.join(unused)}"
+        yield Check("job", "warn", found, "Add the task, or leave the key out.")
     yield from doctor(
         ray=job.ray,
         source=job.source,

@@ -257,7 +257,7 @@ def _check_detector(evidence: Evidence, setup: DetectorSetup, output: str) -> No
 def _read(job: Job, evidence: Evidence) -> bytes:
     from vlmflow.imaging import hash_of
 
-    (fetched,) = RowReader(job.catalog, job.limits).read([(evidence.uri, evidence.object_version)])
+    (fetched,) = RowReader(job.catalog, job.limits, job.source).read([(evidence.uri, evidence.object_version)])
     if fetched.data is None:
         raise ExplainError(f"{evidence.uri}: {fetched.message}", remedy="The image itself is needed for a map.")
     if hash_of(fetched.data) != evidence.content_hash:

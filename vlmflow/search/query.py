@@ -51,7 +51,12 @@ class Query:
 def search_job(catalog: CatalogConfig, profile: str) -> Job:
     """A job of which only profile and catalog count: nothing is listed and nothing written."""
     return Job.model_validate(
-        {"source": {"uri": "."}, "catalog": catalog.model_dump(), "profile": profile, "tasks": ["embed"]}
+        {
+            "source": {"uri": ".", "storage": catalog.storage.model_dump()},
+            "catalog": catalog.model_dump(),
+            "profile": profile,
+            "tasks": ["embed"],
+        }
     )
 
 

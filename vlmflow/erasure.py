@@ -16,7 +16,7 @@ from vlmflow import schema
 from vlmflow.catalog import Catalog
 from vlmflow.catalog.keys import concat, duplicates, index_of, to_binary, to_words
 from vlmflow.errors import ConfigError
-from vlmflow.sources.uris import image_ids, normalise_uri
+from vlmflow.sources.uris import image_ids, normalise_uri, spelled
 
 _ID = re.compile(r"[0-9a-f]{32}")
 
@@ -58,7 +58,7 @@ def find_images(catalog: Catalog, uris: Sequence[str], ids_file: Path | None) ->
     if any(not uri.strip() for uri in uris):  # it would have a tombstone of its own, and all would seem to be erased
         remedy = "Give the address of an image; a variable that is not set leaves it empty. Nothing was erased."
         raise ConfigError("an address of --uri is empty", remedy=remedy)
-    normal = tuple(dict.fromkeys(normalise_uri(uri) for uri in uris))
+    normal = tuple(dict.fromkeys(normalise_uri(spelled(uri)) for uri in uris))
     ids = to_binary(pa.array([], pa.string())) if ids_file is None else _read_ids(ids_file)
     own = to_binary(pa.array(image_ids(normal), pa.string()))
     keys = _once(concat([ids, own]))

@@ -21,6 +21,7 @@ from vlmflow.imaging.frames import split_views
 from vlmflow.moderation.detections import name_of
 from vlmflow.sources import normalise_uri
 from vlmflow.sources.again import RowReader
+from vlmflow.sources.uris import spelled
 
 if TYPE_CHECKING:
     from vlmflow.models.detectors import DetectorSetup
@@ -89,6 +90,7 @@ def find_evidence(config: CatalogConfig, image: str) -> Evidence:
         ExplainError: the catalog holds no such image, or several of this uri.
         CatalogError: there is no catalog.
     """
+    image = spelled(image)
     names = pa.array(sorted({image, _normalised(image)}))
     rows = images_named(Folder(config), Catalog.open(config).newest_images, names, EVIDENCE_COLUMNS).to_pylist()
     if len(rows) != 1:

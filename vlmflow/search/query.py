@@ -31,7 +31,7 @@ class Query:
     """
 
     text: str | None = None
-    image: Path | bytes | None = None
+    image: str | Path | bytes | None = None
     like: str | None = None
 
     def __post_init__(self) -> None:
@@ -108,7 +108,7 @@ def _readable(text: str) -> str:
     return text[:_MAX_QUERY_CHARS].encode("utf-8", "replace").decode("utf-8")
 
 
-def read_image(image: Path | bytes, limits: ImageLimits) -> bytes:
+def read_image(image: str | Path | bytes, limits: ImageLimits) -> bytes:
     """The bytes of an image; of a file never more than a little beyond the limit, which decoding then refuses.
 
     Raises:
@@ -117,7 +117,7 @@ def read_image(image: Path | bytes, limits: ImageLimits) -> bytes:
     if isinstance(image, bytes):
         return image
     try:
-        with image.open("rb") as file:
+        with Path(image).open("rb") as file:
             return file.read(limits.max_bytes + 1)
     except OSError as error:
         raise ConfigError(f"image {image}: {error.strerror or error}", remedy="Name an image file.") from error

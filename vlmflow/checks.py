@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import time
 import uuid
@@ -189,6 +191,7 @@ def _catalog(uri: str, storage: StorageConfig) -> Iterator[Check]:
         yield _failed(name, error)
         return
     path = f"{prefix.rstrip('/')}/.doctor-{uuid.uuid4().hex}".lstrip("/")
+    made = _missing_folders(uri)
     remedy = "Check the bucket, the credentials, the rights."
     try:
         obstore.put(store, path, b"vlmflow", mode="create")
@@ -202,7 +205,17 @@ def _catalog(uri: str, storage: StorageConfig) -> Iterator[Check]:
     except (BaseError, OSError) as error:
         detail = f"{path} cannot be deleted: {_first_line(error)}"
         found.append(Check(name, "fail", detail, remedy, _may_pass(error, uri)))
+    with contextlib.suppress(OSError):  # something lies in it by now
+        for folder in made:
+            folder.rmdir()
     yield from found
+
+
+def _missing_folders(uri: str) -> list[Path]:
+    """What writing below a local path makes, the innermost first: nothing is to be left of a catalog that is none."""
+    address = parse_address(uri)
+    path = Path(address.path)
+    return [folder for folder in (path, *path.parents) if not os.path.lexists(folder)] if address.is_local else []
 
 
 def _may_pass(error: Exception, uri: str) -> bool:

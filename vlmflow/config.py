@@ -239,7 +239,7 @@ class QuarantineConfig(Frozen):
 class RayConfig(Frozen):
     """The Ray cluster: an embedded one unless an address is given."""
 
-    address: str | None = None
+    address: Annotated[str, Field(min_length=1)] | None = None
     num_cpus: Annotated[int, Field(ge=1)] | None = None  # of the embedded cluster
     object_store_bytes: Annotated[int, Field(gt=0)] | None = None
 

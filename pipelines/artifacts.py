@@ -19,7 +19,7 @@ from prefect.exceptions import PrefectException
 from vlmflow.catalog import Verification
 from vlmflow.catalog.verify import ERRORS, WARNINGS
 from vlmflow.checks import Check
-from vlmflow.config import CatalogConfig
+from vlmflow.config import Job
 from vlmflow.engine import PlanSummary, RunReport
 from vlmflow.engine.remoderate_report import RemoderateReport
 from vlmflow.gate import GateReport
@@ -185,16 +185,16 @@ def show_counts(key: str, report: RunReport) -> None:
     _show_table(rows, key, f"Run {report.run_id}, {report.status}, {rate}.")
 
 
-def show_flagged(key: str, catalog: CatalogConfig, run_id: str) -> int:
+def show_flagged(key: str, job: Job, run_id: str) -> int:
     """A few images that a run flagged anew: links and blurred thumbnails only, for nobody asked to see them.
 
     Returns:
         How many there are.
     """
-    count, rows = newly_flagged(catalog, run_id, MAX_EXAMPLES)
+    count, rows = newly_flagged(job.catalog, run_id, MAX_EXAMPLES)
     if not count:
         return 0
-    thumbnails = make_thumbnails([row.hit for row in rows], catalog)
+    thumbnails = make_thumbnails([row.hit for row in rows], job.catalog, job=job)
     lines = [f"# {count:,} newly flagged", "", "| image | decision | because | blurred |", "| --- | --- | --- | --- |"]
     lines += [_flagged_line(row, thumbnail) for row, thumbnail in zip(rows, thumbnails, strict=True)]
     _show_markdown("\n".join(lines), key, f"{count:,} images were not flagged before.")

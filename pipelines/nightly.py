@@ -316,10 +316,10 @@ def _check_catalog(steps: Steps, job: Job, name: str, night: _Night) -> None:
       retry_condition_fn=may_pass)  # fmt: skip
 def publish(job: Job, report: RunReport, folder: str, url: str | None, keep: int, name: str) -> None:
     """Writes the report of the run, and shows where it lies and what was flagged anew."""
-    place, written = publish_report(job.catalog, report.run_id, report.date, folder, keep)
+    place, written = publish_report(job, report.run_id, report.date, folder, keep)
     link = None if url is None else f"{url.rstrip('/')}/{place.rsplit('/', 1)[-1]}"
     artifacts.show_report(f"report-{name}", place, link, f"Run {report.run_id}, {written.num_images:,} images.")
-    artifacts.show_flagged(f"flagged-{name}", job.catalog, report.run_id)
+    artifacts.show_flagged(f"flagged-{name}", job, report.run_id)
 
 
 @task(name="look back", cache_policy=NO_CACHE, retries=RETRIES, retry_delay_seconds=list(RETRY_DELAYS_S),

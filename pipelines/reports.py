@@ -112,9 +112,7 @@ def default_folder(catalog: CatalogConfig) -> str:
     return f"{catalog.uri.rstrip('/')}-reports"
 
 
-def publish_report(
-    catalog: CatalogConfig, run_id: str, date: dt.date, folder: str, keep: int
-) -> tuple[str, WrittenReport]:
+def publish_report(job: Job, run_id: str, date: dt.date, folder: str, keep: int) -> tuple[str, WrittenReport]:
     """Writes the report of a run to ``folder``, and removes all but those of the newest ``keep`` runs there, and notes
     of who was told that are not needed any more.
 
@@ -132,9 +130,9 @@ def publish_report(
     name = _name(date, run_id, "html")
     with tempfile.TemporaryDirectory(prefix="vlmflow-report-") as scratch:
         path = Path(scratch) / name
-        written = write_report(catalog, path, run=run_id)
+        written = write_report(job.catalog, path, run=run_id, job=job)
         data = path.read_bytes()
-    files = _folder(catalog, folder)
+    files = _folder(job.catalog, folder)
     # A browser shows what says that it is a page; other files it saves.
     files.write(name, data, content_type="text/html; charset=utf-8")
     files.delete(_name(date, run_id, "told"))

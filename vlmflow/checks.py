@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import time
 import uuid
@@ -18,6 +20,7 @@ from vlmflow.config import CatalogConfig, Job, RayConfig, SourceConfig, StorageC
 from vlmflow.engine.cluster import ray_cluster
 from vlmflow.engine.prepare import prepare
 from vlmflow.engine.report import installed_versions, policy_name
+from vlmflow.engine.unused import unused_settings
 from vlmflow.errors import MAY_PASS, VlmflowError
 from vlmflow.models.profiles import describe_profiles
 from vlmflow.sources import open_source
@@ -87,6 +90,10 @@ def doctor_of(job: Job) -> Iterator[Check]:
         A check as soon as it is done; none of them raises.
     """
     yield _guarded("job", lambda: _models_and_policy(job))
+    unused = unused_settings(job)
+    if unused:
+        found = f"set, and read by none of the tasks: {', '.join(unused)}"
+        yield Check("job", "warn", found, "Add the task, or leave the key out.")
     yield from doctor(
         ray=job.ray,
         source=job.source,
@@ -185,6 +192,7 @@ def _catalog(uri: str, storage: StorageConfig) -> Iterator[Check]:
         yield _failed(name, error)
         return
     path = f"{prefix.rstrip('/')}/.doctor-{uuid.uuid4().hex}".lstrip("/")
+    made = _missing_folders(uri)
     remedy = "Check the bucket, the credentials, the rights."
     try:
         interruptible(lambda: obstore.put(store, path, b"vlmflow", mode="create"))
@@ -198,7 +206,17 @@ def _catalog(uri: str, storage: StorageConfig) -> Iterator[Check]:
     except (BaseError, OSError) as error:
         detail = f"{path} cannot be deleted: {_first_line(error)}"
         found.append(Check(name, "fail", detail, remedy, _may_pass(error, uri)))
+    with contextlib.suppress(OSError):  # something lies in it by now
+        for folder in made:
+            folder.rmdir()
     yield from found
+
+
+def _missing_folders(uri: str) -> list[Path]:
+    """What writing below a local path makes, the innermost first: nothing is to be left of a catalog that is none."""
+    address = parse_address(uri)
+    path = Path(address.path)
+    return [folder for folder in (path, *path.parents) if not os.path.lexists(folder)] if address.is_local else []
 
 
 def _may_pass(error: Exception, uri: str) -> bool:

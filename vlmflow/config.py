@@ -12,7 +12,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from vlmflow.errors import ConfigError
-from vlmflow.validation import describe_validation, missing_keys, read_yaml
+from vlmflow.validation import describe_validation, merged, missing_keys, read_yaml
 
 TaskName = Literal["embed", "detect", "moderate", "caption", "match", "answer"]
 TASKS_TO_ASK_FOR = "embed, moderate, caption, match, answer (detect comes with a policy that has detectors)"
@@ -58,6 +58,11 @@ def _known_tasks(value: object) -> object:
         if not value:
             raise ValueError(f"names none; there are {TASKS_TO_ASK_FOR}")
     return value
+
+
+def _in_one_order(views: tuple[ViewName, ...]) -> tuple[ViewName, ...]:
+    """However they are listed: what is computed, and the fingerprint of it, are the same."""
+    return tuple(view for view in get_args(ViewName) if view in views)
 
 
 Tasks = Annotated[tuple[TaskName, ...], BeforeValidator(_known_tasks), Field(min_length=1)]
@@ -236,7 +241,7 @@ class QuarantineConfig(Frozen):
 class RayConfig(Frozen):
     """The Ray cluster: an embedded one unless an address is given."""
 
-    address: str | None = None
+    address: Annotated[str, Field(min_length=1)] | None = None
     num_cpus: Annotated[int, Field(ge=1)] | None = None  # of the embedded cluster
     object_store_bytes: Annotated[int, Field(gt=0)] | None = None
 
@@ -264,7 +269,7 @@ class Job(Frozen):
     preflight: bool = False
     # What moderation and embeddings are made of, where these differ: the whole image, its centre, the length of long
     # ones, transparent ones on black, the frames of animations.
-    views: tuple[ViewName, ...] = ("squash", "center", "tiles", "black", "frames")
+    views: Annotated[tuple[ViewName, ...], AfterValidator(_in_one_order)] = get_args(ViewName)
     max_caption_tokens: Annotated[int, Field(ge=1, le=512)] = 20
     # Of a caption: 1 takes the most probable token at every step; more search for the best caption among so many at a
     # time, and take about as many times longer for the words (not for the image).
@@ -349,12 +354,12 @@ def load_job(path: str | Path | None, overrides: dict[str, Any]) -> Job:
             raise ConfigError(f"config {path}: {error.strerror}", remedy="Name an existing YAML file.") from error
         except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, a date that there is not
             raise ConfigError(
-                f"config {path} is not YAML: {_first_line(error)}", remedy="Fix the line named."
+                f"config {path} is not YAML: {' '.join(str(error).split())[:200]}", remedy="Fix the line named."
             ) from error
         if not isinstance(data, dict):
             raise ConfigError(f"config {path} holds a {type(data).__name__}", remedy="Write `key: value` lines.")
     try:
-        return Job.model_validate(_merge(data, overrides))
+        return Job.model_validate(merged(data, overrides))
     except ValidationError as error:
         message = describe_validation(error, what=str(path or "job"), of=Job)
         missing = missing_keys(error)
@@ -384,21 +389,3 @@ def read_secret(variable: str) -> str:
 def default_models_dir() -> Path:
     """The folder under which profiles look for weights: ``$VLMFLOW_MODELS``, else ``~/.cache/vlmflow/models``."""
     return _at_home(Path(os.environ.get("VLMFLOW_MODELS") or "~/.cache/vlmflow/models"))
-
-
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for name, value in over.items():
-        if value is None:
-            continue
-        if isinstance(value, dict):
-            below = {} if merged.get(name) is None else merged[name]
-            # What holds no keys, such as `ray: auto`, stays for the check to name: replaced, it would mean the default.
-            merged[name] = _merge(below, value) if isinstance(below, dict) else below
-        else:
-            merged[name] = value
-    return merged
-
-
-def _first_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

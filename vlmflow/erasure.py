@@ -16,7 +16,7 @@ from vlmflow import schema
 from vlmflow.catalog import Catalog
 from vlmflow.catalog.keys import concat, duplicates, index_of, to_binary, to_words
 from vlmflow.errors import ConfigError
-from vlmflow.sources.uris import image_ids, normalise_uri
+from vlmflow.sources.uris import image_ids, normalise_uri, spelled
 
 _ID = re.compile(r"[0-9a-f]{32}")
 
@@ -51,11 +51,14 @@ def find_images(catalog: Catalog, uris: Sequence[str], ids_file: Path | None) ->
     An address stands for all images that have it, whatever the caller's keys.
 
     Raises:
-        ConfigError: neither was given, or the file cannot be read or holds what is no id.
+        ConfigError: neither was given, an address is empty, or the file cannot be read, or holds what is no id or none.
     """
     if not uris and ids_file is None:
         raise ConfigError("no image is named", remedy="Give --uri or --ids.")
-    normal = tuple(dict.fromkeys(normalise_uri(uri) for uri in uris))
+    if any(not uri.strip() for uri in uris):  # it would have a tombstone of its own, and all would seem to be erased
+        remedy = "Give the address of an image; a variable that is not set leaves it empty. Nothing was erased."
+        raise ConfigError("an address of --uri is empty", remedy=remedy)
+    normal = tuple(dict.fromkeys(normalise_uri(spelled(uri)) for uri in uris))
     ids = to_binary(pa.array([], pa.string())) if ids_file is None else _read_ids(ids_file)
     own = to_binary(pa.array(image_ids(normal), pa.string()))
     keys = _once(concat([ids, own]))
@@ -118,4 +121,7 @@ def _checked(path: Path, ids: Sequence[str | None]) -> pa.Array:
                 f"--ids {path}, line {number}: {value!r} is no image_id",
                 remedy="An image_id is 32 lower-case hexadecimal digits. Nothing was erased.",
             )
-    return to_binary(pa.array([value for value in ids if value], pa.string()))
+    found = [value for value in ids if value]
+    if not found:  # what was to fill it failed, more often than not
+        raise ConfigError(f"--ids {path} holds no image_id", remedy="Write an image_id a line. Nothing was erased.")
+    return to_binary(pa.array(found, pa.string()))

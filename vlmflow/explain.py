@@ -21,6 +21,7 @@ from vlmflow.imaging.frames import split_views
 from vlmflow.moderation.detections import name_of
 from vlmflow.sources import normalise_uri
 from vlmflow.sources.again import RowReader
+from vlmflow.sources.uris import spelled
 
 if TYPE_CHECKING:
     from vlmflow.models.detectors import DetectorSetup
@@ -89,6 +90,7 @@ def find_evidence(config: CatalogConfig, image: str) -> Evidence:
         ExplainError: the catalog holds no such image, or several of this uri.
         CatalogError: there is no catalog.
     """
+    image = spelled(image)
     names = pa.array(sorted({image, _normalised(image)}))
     rows = images_named(Folder(config), Catalog.open(config).newest_images, names, EVIDENCE_COLUMNS).to_pylist()
     if len(rows) != 1:
@@ -257,7 +259,7 @@ def _check_detector(evidence: Evidence, setup: DetectorSetup, output: str) -> No
 def _read(job: Job, evidence: Evidence) -> bytes:
     from vlmflow.imaging import hash_of
 
-    (fetched,) = RowReader(job.catalog, job.limits).read([(evidence.uri, evidence.object_version)])
+    (fetched,) = RowReader(job.catalog, job.limits, job.source).read([(evidence.uri, evidence.object_version)])
     if fetched.data is None:
         raise ExplainError(f"{evidence.uri}: {fetched.message}", remedy="The image itself is needed for a map.")
     if hash_of(fetched.data) != evidence.content_hash:

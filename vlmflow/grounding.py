@@ -48,7 +48,7 @@ class PhraseGrounder:
         self._request, self._limits = request, limits or ImageLimits()
         self._grounder = VilbertGrounder.load(locate(model), device)
 
-    def ground(self, image: Path | bytes, phrases: list[str]) -> list[list[GroundedRegion]]:
+    def ground(self, image: str | Path | bytes, phrases: list[str]) -> list[list[GroundedRegion]]:
         """The regions of the image for each phrase, the likeliest first.
 
         Raises:
@@ -70,6 +70,6 @@ class PhraseGrounder:
         ]
 
 
-def ground_phrases(image: Path | bytes, phrases: list[str], model: ModelConfig) -> list[list[GroundedRegion]]:
+def ground_phrases(image: str | Path | bytes, phrases: list[str], model: ModelConfig) -> list[list[GroundedRegion]]:
     """Looks for phrases in one image; see :class:`PhraseGrounder`, which is faster for more than one."""
     return PhraseGrounder(model).ground(image, phrases)

@@ -112,8 +112,13 @@ def parse_address(uri: str) -> Address:
     A ``~`` at the beginning of a local path is the user's home, as in a shell: job files pass through none.
 
     Raises:
-        ConfigError: no store goes by the scheme, or no bucket or path is named.
+        ConfigError: no store goes by the scheme, no bucket or path is named, or the name is no UTF-8.
     """
+    try:
+        uri.encode("utf-8")
+    except UnicodeEncodeError as error:
+        remedy = "Rename it: neither tables nor stores can hold other names."
+        raise ConfigError(f"the uri {uri!r} is no UTF-8", remedy=remedy) from error
     match = _SCHEME.match(uri)
     if match is None:
         return _on_disk(uri, os.path.expanduser(uri))  # noqa: PTH111 (Path.expanduser raises: there is no such user)

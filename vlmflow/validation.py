@@ -47,6 +47,21 @@ def read_yaml(text: str) -> Any:
     return yaml.load(text, _StrictLoader)  # a SafeLoader
 
 
+def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """The first mapping with what the second says in its place; None says nothing."""
+    result = dict(base)
+    for name, value in over.items():
+        if value is None:
+            continue
+        if isinstance(value, dict):
+            below = {} if result.get(name) is None else result[name]
+            # What holds no keys, such as `ray: auto`, stays for the check to name: replaced, it would mean the default.
+            result[name] = merged(below, value) if isinstance(below, dict) else below
+        else:
+            result[name] = value
+    return result
+
+
 def describe_validation(error: ValidationError, *, what: str, of: type[BaseModel] | None = None) -> str:
     """One line that names every key that does not fit, and why. Values are not repeated: they may be secret.
 

@@ -44,6 +44,7 @@ def print_report(report: RunReport, console: Console) -> None:
         _print_columns_note(report.num_columns_updated, console)
         _print_policy_note(report.num_policy_differs, console)
         _print_unwatched_note(report.num_unwatched, console)
+        _print_unused_note(report.unused, console)
         return
     rows = report.num_added + report.num_replaced
     rate = f"{report.startup_s:.0f} s of start-up"
@@ -86,6 +87,7 @@ def print_report(report: RunReport, console: Console) -> None:
         console.print(f"what limited it: {limited[0].lower()}{limited[1:]}")
     _print_policy_note(report.num_policy_differs, console)
     _print_unwatched_note(report.num_unwatched, console)
+    _print_unused_note(report.unused, console)
     console.print(f"run {report.run_id}; look at it with: vlmflow show {escape(report.catalog)}")
 
 
@@ -142,6 +144,7 @@ def print_plan(summary: PlanSummary, console: Console) -> None:
         console.print(f"policy {escape(summary.policy)}")
     _print_policy_note(summary.num_policy_differs, console)
     _print_unwatched_note(summary.num_unwatched, console)
+    _print_unused_note(summary.unused, console)
 
 
 def print_summary(summary: CatalogSummary, console: Console) -> None:
@@ -246,6 +249,14 @@ def _print_unwatched_note(num_unwatched: int, console: Console) -> None:
             f"[yellow]{counted(num_unwatched, 'image')} at http(s) urls without a version: should another come to lie "
             "there, no run sees it.[/yellow] Give the manifest a column etag, or set source.http.recheck_days in the "
             "job file to have them read again"
+        )
+
+
+def _print_unused_note(unused: Sequence[str], console: Console) -> None:
+    if unused:
+        console.print(
+            f"[yellow]set, and read by none of the tasks: {escape(', '.join(unused))}.[/yellow] Add the task, or leave "
+            "the key out"
         )
 
 

@@ -248,6 +248,20 @@ def test_a_file_of_ids_counts_whole_or_not_at_all(catalog: Catalog, tmp_path: Pa
         find_images(catalog, [], None)
 
 
+def test_an_empty_address_or_list_names_no_image(catalog: Catalog, root: Path, tmp_path: Path) -> None:
+    """A variable that was not set, a query that failed: nothing must seem to be erased."""
+    enrich(catalog, "r0", [references(NAMES)])
+    for uris in ([""], ["mem://a", " "]):
+        with pytest.raises(ConfigError, match="an address of --uri is empty"):
+            find_images(catalog, uris, None)
+    for name, text in (("ids.txt", "# of today\n\n"), ("ids.csv", "image_id\n")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ConfigError, match=f"{name} holds no image_id"):
+            find_images(catalog, ["mem://a"], tmp_path / name)
+    assert run(["erase", str(root), "--uri", "", "--yes"]) == 2
+    assert len(Catalog.open(config_of(root)).erased_keys) == 0
+
+
 def test_the_command_line_asks_first(
     catalog: Catalog, root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -178,7 +178,13 @@ def test_captions_retrieval_and_moderation_in_one_kept_catalog(
         (["zeroshot", "{table}", "--template", "a photo"], ["has no {}"]),
         (["match", "{table}", "--column", "text"], ["--column text", "WHAT=NAME"]),
         (["match", "{table}", "--profile", "huge"], ["huge"]),
-        (["match", "{table}", "--predictions", "{table}"], ["no format of predictions"]),
+        (["caption", "{table}", "--predictions", "{table}"], ["--config is not for --predictions, with which no"]),
+        (["caption", "{table}", "--template", "a {}"], ["--template is not for caption"]),
+        (["match", "{table}", "--policy", "demo"], ["--policy is not for match"]),
+        (
+            ["caption", "{table}", "--catalog", "{tmp}/kept", "--scratch", "{tmp}"],
+            ["--scratch is not for", "--catalog"],
+        ),
         (["zeroshot", "{table}", "--ray-address", "10.0.0.1:6379"], ["no place for a catalog", "--catalog"]),
     ],
 )
@@ -205,7 +211,9 @@ def test_a_kept_catalog_goes_on_with_what_is_missing(
     job_file: Path, table: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     command = ("caption", table, "--config", job_file, "--catalog", tmp_path / "kept")
-    part = evaluate(capfd, *command, "--limit", "3")
+    limited = tmp_path / "limited.yaml"
+    limited.write_text(f"{job_file.read_text()}\nlimit: 3\n")
+    part = evaluate(capfd, *command[:3], limited, *command[4:])
     assert part["num_images"] == 3
     opened = Catalog.open(CatalogConfig(uri=str(tmp_path / "kept")))
     first = set(opened.images(["run_id"])["run_id"].to_pylist())
@@ -234,6 +242,10 @@ def test_predictions_need_no_models(tmp_path: Path, capfd: pytest.CaptureFixture
     (tmp_path / "captions.json").write_text(json.dumps(data))
     said = [{"image_id": "a.jpg", "caption": "A cat on a mat."}, {"image_id": "b.jpg", "caption": "two dogs"}]
     (tmp_path / "results.json").write_text(json.dumps(said))
-    report = evaluate(capfd, "caption", tmp_path / "captions.json", "--predictions", tmp_path / "results.json")
+    command = ("caption", tmp_path / "captions.json", "--predictions", tmp_path / "results.json")
+    report = evaluate(capfd, *command)
     assert report["figures"]["BLEU-2"]["value"] == pytest.approx(1.0)
     assert report["models"] == {}
+    assert evaluate(capfd, *command, "--limit", "1")["num_images"] == 1
+    assert run("evaluate", "retrieval", *command[1:]) == 2
+    assert "no format of predictions" in capfd.readouterr().err

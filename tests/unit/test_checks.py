@@ -61,6 +61,14 @@ def test_nothing_is_left_in_the_catalog_whatever_the_second_write_says(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_no_folder_is_left_of_a_catalog_that_is_none_yet(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    for name in ("new", "deep/new", "there"):
+        told = [check.verdict for check in checks._catalog(str(tmp_path / name), StorageConfig())]
+        assert told == ["ok", "ok"]
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
 def test_a_catalog_in_which_nothing_can_be_deleted_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise PermissionDeniedError("no")

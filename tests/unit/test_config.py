@@ -73,6 +73,7 @@ def test_a_part_without_keys_is_named_whatever_the_command_line_says(
         ),
         ({"limits": {"max_seconds": 1e10}}, "limits.max_seconds: Input should be less"),
         ({"views": ["center"]}, "views must include squash"),
+        ({"ray": {"address": ""}}, "ray.address: String should have at least 1 character"),
         ({"limit": 0}, "limit"),
         ({"num_beams": 0}, "num_beams"),
         ({"num_beams": 17}, "num_beams: Input should be less than or equal to 16"),

@@ -7,6 +7,7 @@ configuration, 3 unreconciled, over the error budget or not finished, 4 store lo
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import sys
@@ -59,6 +60,9 @@ def main(arguments: list[str] | None = None) -> None:
     if threading.current_thread() is threading.main_thread():
         # What stops a job, a pod or a service sends this: the run is to be recorded as interrupted, as by Ctrl-C.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names and captions hold letters that not every terminal has
+            stream.reconfigure(errors="backslashreplace")
     try:
         app(args=arguments)
     except VlmflowError as error:

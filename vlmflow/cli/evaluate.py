@@ -14,7 +14,6 @@ from vlmflow.cli.options import (
     ConfigOption,
     EndpointOption,
     JsonOption,
-    LimitOption,
     PolicyOption,
     ProfileOption,
     UnboundOption,
@@ -45,8 +44,11 @@ def evaluate(
         str | None, typer.Option("--images", help="Folder or prefix of the images. Default: where DATA is.")
     ] = None,
     split: Annotated[
-        str, typer.Option("--split", help="Of a Karpathy file; of a token file: a text file of image names.")
-    ] = "test",
+        str | None,
+        typer.Option(
+            "--split", help="Of a Karpathy file (default: test); of a token file: a text file of image names."
+        ),
+    ] = None,
     annotations: Annotated[
         Path | None, typer.Option("--annotations", help="VQA's answers. Default: the file named after the questions.")
     ] = None,
@@ -77,7 +79,9 @@ def evaluate(
     scratch: Annotated[
         str | None, typer.Option("--scratch", help="Where a temporary catalog goes that all nodes of a cluster reach.")
     ] = None,
-    limit: LimitOption = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="At most this many images, or pairs of `match`, for a trial.")
+    ] = None,
     ray_address: AddressOption = None,
     endpoint: EndpointOption = None,
     accept_unbound: UnboundOption = False,
@@ -118,11 +122,20 @@ def evaluate(
     known = next((name for name in TASKS if name == task), None)
     if known is None:
         raise ConfigError(f"no task {task} can be evaluated", remedy=f"Use {_TASKS}.")
+    if known != "zeroshot":
+        _refuse({"--classes": classes, "--template": template}, f"{known}, which asks with no names of classes")
+    if known != "moderate":
+        _refuse({"--policy": policy}, f"{known}, which decides nothing")
+    if predictions is not None:
+        of_models = {"--profile": profile, "--config": config, "--catalog": catalog, "--scratch": scratch}
+        _refuse({**of_models, "--ray-address": ray_address}, "--predictions, with which no model is run")
+    if catalog is not None:
+        _refuse({"--scratch": scratch}, "an evaluation that --catalog keeps")
     templates = check_templates(template or ())
     options = ReadOptions(images, split, annotations, truth, on, where, _columns(column))
-    dataset = read_dataset(known, data, options).first(limit)
+    dataset = read_dataset(known, data, options)
     if predictions is not None:
-        report = evaluate_predictions(dataset, predictions)
+        report = evaluate_predictions(dataset.first(limit), predictions)
     else:
         job = make_job(
             data,
@@ -131,6 +144,7 @@ def evaluate(
             endpoint,
             profile=profile,
             policy=policy,
+            limit=limit,
             ray_address=ray_address,
             accept_unbound=accept_unbound,
         )
@@ -141,11 +155,18 @@ def evaluate(
             templates=templates,
         )
         with shown_progress(as_json=as_json, verbose=verbose) as display:
-            report = run(dataset, job, choices, progress=display)
+            report = run(dataset.first(job.limit), job, choices, progress=display)
     if as_json:
         typer.echo(json.dumps({"event": "report", **report.model_dump(mode="json")}))
     else:
         print_evaluation(report, Screen())
+
+
+def _refuse(options: dict[str, object], what: str) -> None:
+    """Refuses options that would be left out of account, so that nobody takes a figure for another than it is."""
+    given = [name for name, value in options.items() if value]
+    if given:
+        raise ConfigError(f"{given[0]} is not for {what}", remedy="Leave it out.")
 
 
 def _columns(given: list[str] | None) -> dict[str, str]:

@@ -78,7 +78,11 @@ QuestionsOption = Annotated[
 ]
 AddressOption = Annotated[
     str | None,
-    typer.Option("--ray-address", help="An existing Ray cluster (auto, host:port, ray://...). Default: embedded."),
+    typer.Option(
+        "--ray-address",
+        help="An existing Ray cluster (auto, host:port, ray://...). Default: one of its own, whatever RAY_ADDRESS "
+        "says; auto takes that.",
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON on standard output, for machines.")]
 EndpointOption = Annotated[

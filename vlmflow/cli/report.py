@@ -9,7 +9,8 @@ import typer
 
 from vlmflow.cli.app import app
 from vlmflow.cli.files import check_outputs
-from vlmflow.cli.options import CatalogOnly, EndpointOption, JsonOption, catalog_config
+from vlmflow.cli.options import CatalogOnly, ConfigOption, EndpointOption, JsonOption, catalog_of
+from vlmflow.cli.search import query_job
 
 
 @app.command()
@@ -17,19 +18,22 @@ def report(
     catalog: CatalogOnly,
     run: Annotated[str | None, typer.Option("--run", help="Id of a run. Default: the newest that wrote rows.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path("report.html"),
+    config: ConfigOption = None,
     endpoint: EndpointOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write one page about CATALOG: what a run did, score distributions, what is newly flagged, examples, duplicates.
 
     It works from a file, offline. Flagged images are blurred until clicked; the clear small pictures are in the file.
+    With --config images are read as that job's `source.http` and `source.storage` say.
 
     Example: `vlmflow report catalog/ -o report.html`
     """
     from vlmflow.report.write import write_report
 
     check_outputs(output)
-    written = write_report(catalog_config(catalog, endpoint), output, run=run)
+    job = query_job(catalog, None, config, endpoint)
+    written = write_report(catalog_of(catalog, endpoint, job), output, run=run, job=job)
     if as_json:
         typer.echo(written.model_dump_json())
     else:

@@ -33,6 +33,8 @@ from vlmflow.cli.options import (
     shown_progress,
 )
 from vlmflow.cli.screen import Screen
+from vlmflow.config import Job
+from vlmflow.errors import ConfigError
 
 
 @app.command()
@@ -93,6 +95,15 @@ def enrich(
         accept_unbound=accept_unbound,
         reuse=reuse,
     )
+    _check_read(
+        job,
+        {
+            "--policy": (policy, "moderate"),
+            "--text-column": (text_column, "match"),
+            "--question": (question, "answer"),
+            "--questions-column": (questions_column, "answer"),
+        },
+    )
     if preflight:
         with shown_progress(as_json=False, verbose=verbose) as display:
             tried = try_out(job, progress=display)
@@ -152,11 +163,34 @@ def plan(
         allow_empty=allow_empty,
         accept_unbound=accept_unbound,
     )
+    _check_read(
+        job,
+        {
+            "--policy": (policy, "moderate"),
+            "--text-column": (text_column, "match"),
+            "--question": (question, "answer"),
+            "--questions-column": (questions_column, "answer"),
+        },
+    )
     summary = make_plan(job)
     if as_json:
         typer.echo(summary.model_dump_json())
     else:
         print_plan(summary, Screen())
+
+
+def _check_read(job: Job, options: dict[str, tuple[object, str]]) -> None:
+    """Refuses an option that was given for a task that will not run.
+
+    Args:
+        options: what was given of each, and the task that reads it.
+    """
+    for option, (given, task) in options.items():
+        if given and task not in job.tasks:
+            raise ConfigError(
+                f"{option} is for the task {task}, and the tasks are {', '.join(job.tasks)}",
+                remedy=f"Add {task} to --tasks, or leave {option} out.",
+            )
 
 
 @app.command()

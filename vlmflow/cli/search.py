@@ -96,7 +96,7 @@ def search(
         from vlmflow.search.page import search_html
         from vlmflow.search.thumbnails import make_thumbnails
 
-        thumbnails = make_thumbnails(result.hits, place, show_flagged=show_flagged)
+        thumbnails = make_thumbnails(result.hits, place, job=job, show_flagged=show_flagged)
         write_output(html, search_html(result, thumbnails, show_flagged=show_flagged))
     if csv is not None:
         write_output(csv, search_csv(result))

@@ -101,8 +101,11 @@ def full_digest(catalog: Catalog, beginning: str) -> str:
     """The digest of the one archived policy that begins so.
 
     Raises:
-        ConfigError: none does, or several do.
+        ConfigError: none does, or several do; or the beginning is empty, which says nothing even where there is one.
     """
+    if not beginning.strip():
+        remedy = "Give the beginning of one, as `vlmflow show` has it; a variable that is not set leaves it empty."
+        raise ConfigError(f"{catalog.uri}: the digest of a policy is empty", remedy=remedy)
     found = [digest for digest in catalog.policies.digests() if digest.startswith(beginning)]
     if len(found) == 1:
         return found[0]

@@ -44,14 +44,11 @@ class Cluster:
     def worker_errors(self) -> Iterator[WorkerErrors]:
         """Collects what Ray Data logs of blocks that it gave up, instead of printing tracebacks to the user."""
         errors = WorkerErrors()
-        ray_data = logging.getLogger("ray.data")
-        before = list(ray_data.handlers), ray_data.propagate
-        ray_data.handlers = [handler for handler in ray_data.handlers if not _is_console(handler)] + [errors]
-        ray_data.propagate = False
+        logging.getLogger("ray.data").addHandler(errors)
         try:
             yield errors
         finally:
-            ray_data.handlers, ray_data.propagate = before
+            logging.getLogger("ray.data").removeHandler(errors)
 
 
 class WorkerErrors(logging.Handler):
@@ -84,18 +81,14 @@ def _is_console(handler: logging.Handler) -> bool:
 def ray_cluster(config: RayConfig) -> Iterator[Cluster]:
     """Connects to the cluster, or starts an embedded one, for the duration of the block.
 
-    A cluster that this process is already connected to is used as it is, and left running.
+    A cluster that this process is already connected to is used as it is, and left running. Blocks in several threads
+    share one, until the last has ended.
 
     Raises:
-        ClusterError: no cluster answers at the address, an embedded one does not start, or Ray raised in the block.
+        ClusterError: no cluster answers at the address, an embedded one does not start, another block is at work on
+            another cluster, or Ray raised in the block.
     """
-    already = ray.is_initialized()
-    if not already:
-        _connect(config)
-    context = DataContext.get_current()
-    before = {name: getattr(context, name) for name in _DATA_CONTEXT}
-    for name, value in _DATA_CONTEXT.items():
-        setattr(context, name, value)
+    already = _connection.join(config)
     # A run of few images has fewer blocks than actors; that is no concern of the user's.
     warnings.filterwarnings("ignore", message="The minimum number of concurrent actors", category=UserWarning)
     for logger in _QUIET_LOGGERS:
@@ -110,10 +103,65 @@ def ray_cluster(config: RayConfig) -> Iterator[Cluster]:
                 embedded=not already and config.address is None,
             )
     finally:
+        _connection.leave()
+
+
+class _Connection:
+    """What a process has one of, and all blocks share: its connection to a cluster, and Ray Data's settings."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._configs: list[RayConfig] = []  # of the blocks that have not ended
+        self._is_callers = False
+        self._undo = contextlib.ExitStack()
+
+    def join(self, config: RayConfig) -> bool:
+        """Connects, unless that is done; returns whether the caller had, before any block."""
+        with self._lock:
+            if not self._configs:
+                self._is_callers = ray.is_initialized()
+                with contextlib.ExitStack() as undo:
+                    if not self._is_callers:
+                        _connect(config)
+                        undo.callback(ray.shutdown)
+                    undo.enter_context(_our_settings())
+                    self._undo = undo.pop_all()
+            elif not self._is_callers and config != self._configs[0]:
+                first, second = (one.model_dump_json(exclude_defaults=True) for one in (self._configs[0], config))
+                raise ClusterError(
+                    f"this process is at work on the cluster of ray: {first}, and can have none of ray: {second} now",
+                    remedy="Give both jobs the same `ray`, let one end first, or run them in two processes.",
+                )
+            self._configs.append(config)
+            return self._is_callers
+
+    def leave(self) -> None:
+        """Disconnects if no block is left, and the caller had not connected."""
+        with self._lock:
+            self._configs.pop()
+            if not self._configs:
+                self._undo.close()
+
+
+_connection = _Connection()
+
+
+@contextlib.contextmanager
+def _our_settings() -> Iterator[None]:
+    """Ray Data as runs need it, and silent: what it logs of blocks that it gave up are tracebacks."""
+    context, ray_data = DataContext.get_current(), logging.getLogger("ray.data")
+    before = {name: getattr(context, name) for name in _DATA_CONTEXT}
+    handlers, propagates = list(ray_data.handlers), ray_data.propagate
+    for name, value in _DATA_CONTEXT.items():
+        setattr(context, name, value)
+    ray_data.handlers = [handler for handler in handlers if not _is_console(handler)]
+    ray_data.propagate = False
+    try:
+        yield
+    finally:
         for name, value in before.items():
             setattr(context, name, value)
-        if not already:
-            ray.shutdown()
+        ray_data.handlers, ray_data.propagate = handlers, propagates
 
 
 # A poison image kills its worker again and again, and Ray Data would retry it for ever or end the job: a bounded
@@ -170,7 +218,8 @@ def _connect(config: RayConfig) -> None:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if config.address is None:
         options |= {"num_cpus": config.num_cpus, "object_store_memory": config.object_store_bytes}
-        options |= {"include_dashboard": False}
+        # Without this Ray would join what RAY_ADDRESS names, or a cluster that it finds on this machine.
+        options |= {"include_dashboard": False, "address": "local"}
     else:
         options |= {"address": config.address}
     try:

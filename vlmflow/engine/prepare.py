@@ -13,11 +13,8 @@ from vlmflow.config import Job, TaskName
 from vlmflow.engine.faults import get
 from vlmflow.imaging import DECODER_VERSION
 from vlmflow.moderation.prompts import PromptVectors
-from vlmflow.tasks.setup import TaskSetup, prepare_prompts, prepare_tasks
+from vlmflow.tasks.setup import TaskSetup, prepare_prompts, prepare_tasks, with_policy
 
-# Without --policy: the policy whose thresholds were set for the profile, else the general one.
-_DEFAULT_POLICIES = {"starter": "demo"}
-_GENERAL_POLICY = "marketplace"
 # Of the task that encodes prompts, which takes half a minute with one and a large model.
 _ENCODING_THREADS = 4
 
@@ -83,8 +80,7 @@ def prepare(job: Job) -> Prepared:
         PolicyError: the policy is absent or cannot be used.
         UnboundPolicyError: the policy has no thresholds for the embedder, and the job does not accept that.
     """
-    if "moderate" in job.tasks and job.policy is None:
-        job = job.model_copy(update={"policy": _DEFAULT_POLICIES.get(job.profile, _GENERAL_POLICY)})
+    job = with_policy(job)
     setup = prepare_tasks(job)
     job = _with_detectors(job) if setup.detectors else job
     return Prepared(job, job.date or dt.datetime.now(dt.UTC).date(), setup, setup.fingerprints(job.tasks))

@@ -12,6 +12,7 @@ from vlmflow.catalog import Catalog, Plan
 from vlmflow.config import CatalogConfig, Frozen, Job
 from vlmflow.engine import columns
 from vlmflow.engine.stages import PoolReport, StageReport, pool_reports, stage_reports
+from vlmflow.engine.unused import unused_settings
 from vlmflow.errors import ConfigError
 from vlmflow.sources import normalise_uri
 
@@ -75,6 +76,7 @@ class RunReport(Frozen):
         bytes_read: encoded bytes read from the source.
         prompts: what models were asked, by role; of those that take a prompt.
         usage: by task, of models that are paid for. What a worker had spent when it died is not in it.
+        unused: settings of the job that none of its tasks reads.
     """
 
     run_id: str
@@ -118,6 +120,7 @@ class RunReport(Frozen):
     fingerprints: dict[str, str] = {}
     policy: str | None = None
     versions: dict[str, str] = {}
+    unused: tuple[str, ...] = ()
     config: dict[str, object] = {}
 
 
@@ -136,6 +139,7 @@ class PlanSummary(Frozen):
             should have, and nothing else.
         outdated_columns: of these, rows by column of the caller's whose value is another now; under `alt_text` rows
             whose alternative text is missing, or does not quote the text that was found in the image.
+        unused: settings of the job that none of its tasks reads.
     """
 
     num_listed: int
@@ -152,6 +156,7 @@ class PlanSummary(Frozen):
     num_unwatched: int = 0
     num_outdated: int = 0
     outdated_columns: dict[str, int] = {}
+    unused: tuple[str, ...] = ()
 
 
 def plan_summary(prepared: Prepared, plan: Plan) -> PlanSummary:
@@ -171,6 +176,7 @@ def plan_summary(prepared: Prepared, plan: Plan) -> PlanSummary:
         num_unwatched=plan.num_unwatched,
         num_outdated=plan.num_outdated,
         outdated_columns=dict(plan.outdated_columns.most_common()),
+        unused=unused_settings(prepared.job),
     )
 
 
@@ -206,6 +212,7 @@ def initial_report(run_id: str, prepared: Prepared, plan: Plan) -> RunReport:
         num_erased=plan.num_erased,
         num_policy_differs=plan.num_policy_differs,
         num_unwatched=plan.num_unwatched,
+        unused=unused_settings(job),
         due=due_by_task(job.tasks, plan),
         models=prepared.model_names(),
         prompts=prepared.setup.prompts,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from PIL import Image
 
-from vlmflow.config import CatalogConfig
+from vlmflow.config import CatalogConfig, Job
 from vlmflow.report.rows import Row
 from vlmflow.search.thumbnails import as_uri, blur, make_thumbnails
 
@@ -43,8 +43,10 @@ class Pictures:
     num_left_out: int = 0
 
 
-def make_pictures(rows: Iterable[Row], catalog: CatalogConfig, *, max_count: int, max_bytes: int) -> Pictures:
-    """Reads the images of rows, the most wanted first, until there are enough."""
+def make_pictures(
+    rows: Iterable[Row], catalog: CatalogConfig, job: Job | None, *, max_count: int, max_bytes: int
+) -> Pictures:
+    """Reads the images of rows, the most wanted first, until there are enough; how, :func:`make_thumbnails` says."""
     pictures = Pictures()
     wanted = list(rows)
     size, in_vain, start = 0, 0, 0
@@ -52,7 +54,7 @@ def make_pictures(rows: Iterable[Row], catalog: CatalogConfig, *, max_count: int
         some = wanted[start : min(start + _AT_ONCE, max_count)]
         start += len(some)
         for row, thumbnail in zip(
-            some, make_thumbnails([row.hit for row in some], catalog, show_flagged=True), strict=True
+            some, make_thumbnails([row.hit for row in some], catalog, job=job, show_flagged=True), strict=True
         ):
             if thumbnail.uri is None:
                 pictures.reasons[row.hit.image_id] = thumbnail.reason

@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 
 from vlmflow.catalog import Catalog
-from vlmflow.config import CatalogConfig, Frozen
+from vlmflow.config import CatalogConfig, Frozen, Job
 from vlmflow.errors import ConfigError, VlmflowError
 from vlmflow.files import put_file
 from vlmflow.report.cards import Cards
@@ -56,7 +56,9 @@ class WrittenReport(Frozen):
     num_pictures: int
 
 
-def write_report(catalog: CatalogConfig, path: str | Path = "report.html", *, run: str | None = None) -> WrittenReport:
+def write_report(
+    catalog: CatalogConfig, path: str | Path = "report.html", *, run: str | None = None, job: Job | None = None
+) -> WrittenReport:
     """Writes one self-contained page about a catalog and a run, for any browser, with no network.
 
     Flagged images are blurred until clicked. The clear small pictures are in the file: who has it can see them, also
@@ -66,6 +68,8 @@ def write_report(catalog: CatalogConfig, path: str | Path = "report.html", *, ru
     Args:
         path: a file that is written anew.
         run: id of a run; None: the newest that wrote rows.
+        job: says with its limits, ``source.http`` and ``source.storage`` how images are read; None: as without a job
+            file, and in stores as that of the catalog.
 
     Raises:
         ConfigError: there is no such run, or the file cannot be written.
@@ -81,7 +85,8 @@ def write_report(catalog: CatalogConfig, path: str | Path = "report.html", *, ru
     before = None if run_id is None else opened.flagged_before(run_id)
     report, notes = _duplicates(catalog)
     facts = collect(opened, run_id, flagged_before=before, wanted=_members(report))
-    pictures = make_pictures(_wanted(facts, report), catalog, max_count=MAX_PICTURES, max_bytes=MAX_PICTURE_BYTES)
+    wanted = _wanted(facts, report)
+    pictures = make_pictures(wanted, catalog, job, max_count=MAX_PICTURES, max_bytes=MAX_PICTURE_BYTES)
     cards = Cards(pictures)
     rows, num_rows = table_section(facts, cards)
     sections = [

@@ -14,7 +14,7 @@ from vlmflow.config import Frozen, Job
 from vlmflow.imaging import decode, merge_requests
 from vlmflow.search.query import read_image
 from vlmflow.tasks.pixels import pixel_columns
-from vlmflow.tasks.setup import load_task, prepare_prompts, prepare_tasks
+from vlmflow.tasks.setup import load_task, prepare_prompts, prepare_tasks, with_policy
 
 _TASKS = ("embed", "moderate", "caption")
 
@@ -59,7 +59,7 @@ class ImageDescriber:
 
     def __init__(self, job: Job) -> None:
         tasks = tuple(task for task in _TASKS if task in job.tasks)
-        setup = prepare_tasks(job.model_copy(update={"tasks": tasks}))
+        setup = prepare_tasks(with_policy(job.model_copy(update={"tasks": tasks})))
         prompts = prepare_prompts(setup)
         if setup.detectors:
             tasks = tuple(name for task in tasks for name in (("detect", task) if task == "moderate" else (task,)))
@@ -68,7 +68,7 @@ class ImageDescriber:
         self._tasks = [load_task(task, setup, prompts, "cpu") for task in tasks]
         self._limits = job.limits
 
-    def describe(self, image: Path | bytes) -> ImageDescription:
+    def describe(self, image: str | Path | bytes) -> ImageDescription:
         """Describes one image.
 
         Args:
@@ -108,6 +108,6 @@ class ImageDescriber:
         )
 
 
-def describe_image(image: Path | bytes, job: Job) -> ImageDescription:
+def describe_image(image: str | Path | bytes, job: Job) -> ImageDescription:
     """Describes one image; see :class:`ImageDescriber`, which is faster for more than one."""
     return ImageDescriber(job).describe(image)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,7 @@ class Query:
     """
 
     text: str | None = None
-    image: Path | bytes | None = None
+    image: str | Path | bytes | None = None
     like: str | None = None
 
     def __post_init__(self) -> None:
@@ -51,7 +51,12 @@ class Query:
 def search_job(catalog: CatalogConfig, profile: str) -> Job:
     """A job of which only profile and catalog count: nothing is listed and nothing written."""
     return Job.model_validate(
-        {"source": {"uri": "."}, "catalog": catalog.model_dump(), "profile": profile, "tasks": ["embed"]}
+        {
+            "source": {"uri": ".", "storage": catalog.storage.model_dump()},
+            "catalog": catalog.model_dump(),
+            "profile": profile,
+            "tasks": ["embed"],
+        }
     )
 
 
@@ -103,7 +108,7 @@ def _readable(text: str) -> str:
     return text[:_MAX_QUERY_CHARS].encode("utf-8", "replace").decode("utf-8")
 
 
-def read_image(image: Path | bytes, limits: ImageLimits) -> bytes:
+def read_image(image: str | Path | bytes, limits: ImageLimits) -> bytes:
     """The bytes of an image; of a file never more than a little beyond the limit, which decoding then refuses.
 
     Raises:
@@ -112,7 +117,7 @@ def read_image(image: Path | bytes, limits: ImageLimits) -> bytes:
     if isinstance(image, bytes):
         return image
     try:
-        with image.open("rb") as file:
+        with Path(image).open("rb") as file:
             return file.read(limits.max_bytes + 1)
     except OSError as error:
         raise ConfigError(f"image {image}: {error.strerror or error}", remedy="Name an image file.") from error
@@ -121,8 +126,8 @@ def read_image(image: Path | bytes, limits: ImageLimits) -> bytes:
 def _fingerprints(setup: TaskSetup) -> tuple[str, ...]:
     """Of vectors that this model makes: which views a run stored beside the whole image makes no difference here."""
     request = setup.requests["embed"]
-    besides = [view for view in VIEWS if view != VIEW]
-    chosen = (views for count in range(len(besides) + 1) for views in combinations(besides, count))
-    others = [request, *(replace(request, views=(VIEW, *views)) for views in chosen)]
+    # In any order: before jobs put them into one, rows were marked with the order of their job file.
+    chosen = (views for count in range(1, len(VIEWS) + 1) for views in permutations(VIEWS, count) if VIEW in views)
+    others = [request, *(replace(request, views=views) for views in chosen)]
     setups = (replace(setup, requests={**setup.requests, "embed": other}) for other in others)
     return tuple(dict.fromkeys(other.fingerprints(("embed",))["embed"] for other in setups))

@@ -27,7 +27,7 @@ from vlmflow.search.index import OpenSegment, search_segments
 from vlmflow.search.live import LiveRows, Positions
 from vlmflow.search.results import HIT_COLUMNS, Hit, SearchResult, notes_of
 from vlmflow.search.segments import Index, read_index
-from vlmflow.sources.uris import normalise_uri
+from vlmflow.sources.uris import normalise_uri, spelled
 from vlmflow.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -321,7 +321,7 @@ class Searcher:
         num_matching = int(matching.sum())
         assert self._snapshot is not None
         return SearchResult(
-            query=_encodable(str(query)),
+            query=spelled(str(query)),
             where=where,
             top_k=top_k,
             model=",".join(name for name in models if name in counts),
@@ -344,16 +344,12 @@ def _rows_of(live: LiveRows, image: str) -> Positions:
         by_id = live.find(to_binary(pa.array([image])))
         if by_id[0] >= 0:
             return by_id
-    wanted = pa.array([_encodable(image), _encodable(normalise_uri(image))], pa.string())
+    image = spelled(image)
+    wanted = pa.array([image, normalise_uri(image)], pa.string())
     keys = [
         rows["image_id"].filter(pc.is_in(rows["uri"], value_set=wanted)) for _, rows in live.read(["image_id", "uri"])
     ]
     return live.find(to_binary(pa.chunked_array([c for key in keys for c in key.chunks], pa.string())))
-
-
-def _encodable(text: str) -> str:
-    """Without lone surrogates, which a command line may hold and no table does."""
-    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def search_images(

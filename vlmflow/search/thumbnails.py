@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageFilter
 
-from vlmflow.config import CatalogConfig, ImageLimits
+from vlmflow.config import CatalogConfig, ImageLimits, Job
 from vlmflow.errors import ImageError, StorageAccessError, TransientError
 from vlmflow.imaging import PixelRequest, decode, hash_of
 from vlmflow.search.results import Hit
@@ -32,7 +32,7 @@ class Thumbnail:
 
 
 def make_thumbnails(
-    hits: Sequence[Hit], catalog: CatalogConfig, *, limits: ImageLimits | None = None, show_flagged: bool = False
+    hits: Sequence[Hit], catalog: CatalogConfig, *, job: Job | None = None, show_flagged: bool = False
 ) -> list[Thumbnail]:
     """Reads images and makes small ones, in the order of the hits. An image that cannot be had costs only itself.
 
@@ -40,10 +40,11 @@ def make_thumbnails(
     in a store must not name files of the local disk, and urls of private hosts are refused, as in `enrich`.
 
     Args:
+        job: its limits, its ``source.http`` and its ``source.storage`` count; None: those of a job file without them.
         show_flagged: flagged images as they are, instead of blurred.
     """
-    limits = limits or ImageLimits()
-    reader = RowReader(catalog, limits)
+    limits = ImageLimits() if job is None else job.limits
+    reader = RowReader(catalog, limits, None if job is None else job.source)
     out: list[Thumbnail] = []
     for start in range(0, len(hits), _AT_ONCE):
         some = hits[start : start + _AT_ONCE]

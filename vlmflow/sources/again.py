@@ -61,11 +61,19 @@ class RowReader:
 
     A catalog in a store must not name files of the local disk, and urls of private hosts are refused, as in `enrich`.
     Whether the bytes are still those of the row is for the caller to see, by their hash.
+
+    Args:
+        source: the job's: its stores and http servers are reached as it says. None: stores as that of the catalog, and
+            http servers as without a job file.
     """
 
-    def __init__(self, catalog: CatalogConfig, limits: ImageLimits) -> None:
-        source = SourceConfig(uri=catalog.uri, storage=catalog.storage)
-        self._reader = SourceReader(source, limits, catalog.uri, is_known=False)
+    def __init__(self, catalog: CatalogConfig, limits: ImageLimits, source: SourceConfig | None = None) -> None:
+        reached = SourceConfig(uri=catalog.uri, storage=catalog.storage)
+        if source is not None:
+            # Not its uri: that tells whether files of the local disk may be read, and any job may have written the row.
+            how = {"storage": source.storage, "http": source.http, "bytes_column": source.bytes_column}
+            reached = reached.model_copy(update=how)
+        self._reader = SourceReader(reached, limits, catalog.uri, is_known=False)
 
     def read(self, images: Sequence[tuple[str, str | None]]) -> list[Fetched]:
         """Reads images, in order; one that cannot be had costs only itself.

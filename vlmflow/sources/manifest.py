@@ -58,12 +58,16 @@ class ManifestSource:
         schema = self._table.schema
         if self._config.uri_column not in schema.names:
             there = ", ".join(schema.names) or "none"
-            message = f"{self._config.uri} has no column {self._config.uri_column}; it has {there}"
+            absent = f"no column {self._config.uri_column}"
             is_divided_otherwise = len(schema.names) == 1 and _OTHER_DIVIDERS.search(schema.names[0])
-            commas = "Write it with commas between the columns, which divide a CSV file here."
-            raise SourceError(
-                message, remedy=commas if is_divided_otherwise else "Name another with source.uri_column."
-            )
+            remedy = "Name another with source.uri_column."
+            if is_divided_otherwise:
+                remedy = "Write it with commas between the columns, which divide a CSV file here."
+            elif self._config.kind == "auto" and self._address.path.lower().endswith(".parquet"):
+                # Taken for a manifest because it lacks the column of image bytes.
+                absent += f", and none {self._config.bytes_column} of image bytes"
+                remedy = "Name one of addresses with source.uri_column, or one of image bytes with source.bytes_column."
+            raise SourceError(f"{self._config.uri} has {absent}; it has {there}", remedy=remedy)
         check_named(self._config, schema.names, self._config.uri)
         return pa.schema(
             [field for field in schema if field.name != self._config.uri_column and is_kept(self._config, field.name)]

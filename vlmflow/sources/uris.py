@@ -74,6 +74,15 @@ def is_http(uri: str) -> bool:
     return uri[:8].lower().startswith(("http://", "https://"))
 
 
+def spelled(name: str) -> str:
+    """A name as rows have it: bytes that are no UTF-8, which no table holds and a command line may, as ``\\xe9``."""
+    try:
+        data = name.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:  # half of a pair, which is no byte of a name, as JSON can hold it
+        data = name.encode("utf-8", "surrogatepass")
+    return data.decode("utf-8", "backslashreplace")
+
+
 def normalise_uri(uri: str) -> str:
     """The one spelling of a uri under which its image is known; normalising it again changes nothing.
 

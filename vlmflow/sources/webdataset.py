@@ -25,7 +25,7 @@ from vlmflow.sources.listing import HIDDEN, list_files
 from vlmflow.sources.prefix import no_files, no_images
 from vlmflow.sources.reader import SourceReader, part_version
 from vlmflow.sources.stores import Stores
-from vlmflow.sources.uris import normalise_uri
+from vlmflow.sources.uris import normalise_uri, spelled
 from vlmflow.storage import STORE_ERRORS, Address, access_error, parse_address
 from vlmflow.threads import Threads
 
@@ -133,7 +133,7 @@ def _samples(file: BinaryIO, uri: str) -> Iterator[_Sample]:
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
             tar.members = []  # type: ignore[attr-defined]  # it would keep every header
-            member.name = _spelled(member.name.removeprefix("./"))
+            member.name = spelled(member.name.removeprefix("./"))
             if not member.isreg() or HIDDEN.search(member.name):
                 continue
             known_as = normalise_uri(f"{uri}#{member.name}")  # of a local shard, a//b is a/b
@@ -155,11 +155,6 @@ def _samples(file: BinaryIO, uri: str) -> Iterator[_Sample]:
         if file.read(_END).strip(b"\0"):
             raise tarfile.ReadError(f"no header at byte {tar.offset:,}")
     yield sample
-
-
-def _spelled(name: str) -> str:
-    """The name of a member, bytes of it that are no UTF-8 as ``\\xe9``: it is read by its place, not by its name."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _text(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:

@@ -33,6 +33,10 @@ from vlmflow.tasks import Task
 if TYPE_CHECKING:
     from vlmflow.models.towers import VisionTowers
 
+# Without --policy: the policy whose thresholds were set for the profile, else the general one.
+_DEFAULT_POLICIES = {"starter": "demo"}
+_GENERAL_POLICY = "marketplace"
+
 
 @dataclass(frozen=True)
 class TaskSetup:
@@ -113,6 +117,13 @@ class TaskSetup:
         if role == "answer":
             asked["max_answer_tokens"] = self.models[role].max_answer_tokens
         return asked
+
+
+def with_policy(job: Job) -> Job:
+    """The job with the policy that it moderates under where it names none."""
+    if "moderate" not in job.tasks or job.policy is not None:
+        return job
+    return job.model_copy(update={"policy": _DEFAULT_POLICIES.get(job.profile, _GENERAL_POLICY)})
 
 
 def prepare_tasks(job: Job) -> TaskSetup:

@@ -46,11 +46,14 @@ class Pictures:
 
     A picture is shown only if its bytes are those that the row was made of. A catalog in a store must not name files
     of the local disk, and urls of private hosts are refused, as in `enrich`.
+
+    Args:
+        job: its limits, its ``source.http`` and its ``source.storage`` count; None: those of a job file without them.
     """
 
-    def __init__(self, catalog: CatalogConfig, limits: ImageLimits | None = None) -> None:
-        self._limits = limits or ImageLimits()
-        self._reader = RowReader(catalog, self._limits)
+    def __init__(self, catalog: CatalogConfig, job: Job | None = None) -> None:
+        self._limits = ImageLimits() if job is None else job.limits
+        self._reader = RowReader(catalog, self._limits, None if job is None else job.source)
         self._made: Cache[Picture] = Cache(_CACHED_BYTES, lambda picture: len(picture.data))
         self._readers = CapacityLimiter(_READ_AT_ONCE)
         self._hosts: Cache[CapacityLimiter] = Cache(1_000)

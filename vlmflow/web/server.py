@@ -70,7 +70,8 @@ def serve(
     """Serves a catalog until it is interrupted; verdicts that wait are brought into their rows at the end.
 
     Args:
-        job: profile, models and limits of text and image queries; None: the profile of the newest run.
+        job: profile, models and limits of text and image queries, and how pictures are read; None: the profile of the
+            newest run.
         ready: is told where to look, once requests are answered.
 
     Raises:
@@ -140,7 +141,7 @@ def running_app(
 
     shelf = Shelf(catalog, job)
     judging = Judging(shelf, every_s=config.verdicts_every_s)
-    pictures = Pictures(catalog, None if job is None else job.limits)
+    pictures = Pictures(catalog, job)
     with contextlib.ExitStack() as stack:
         stack.callback(shelf.stop)
         stack.callback(judging.stop)

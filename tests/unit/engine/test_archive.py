@@ -11,8 +11,8 @@ import pytest
 
 from tests.catalog_samples import open_catalog
 from vlmflow.catalog import Catalog
-from vlmflow.engine.archive import archive_policy, archived_policies, archived_policy, archived_prompts
-from vlmflow.errors import CatalogError
+from vlmflow.engine.archive import archive_policy, archived_policies, archived_policy, archived_prompts, full_digest
+from vlmflow.errors import CatalogError, ConfigError
 from vlmflow.models import ModelIdentity
 from vlmflow.moderation.policy import Policy, load_policy, prompts_digest
 from vlmflow.moderation.prompts import PromptVectors
@@ -132,3 +132,10 @@ def test_a_policy_under_the_digest_of_another_decides_nothing(catalog: Catalog, 
     (folder / ("3" * 64) / "policy.json").write_bytes((folder / policy.digest / "policy.json").read_bytes())
     with pytest.raises(CatalogError, match="cannot be read"):
         archived_policy(catalog, "3" * 64)
+
+
+def test_an_empty_digest_names_no_policy_even_where_there_is_one(catalog: Catalog, policy: Policy) -> None:
+    assert full_digest(catalog, policy.digest[:12]) == policy.digest
+    for beginning in ("", " "):
+        with pytest.raises(ConfigError, match="the digest of a policy is empty"):
+            full_digest(catalog, beginning)

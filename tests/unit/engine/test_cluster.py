@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import signal
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
+from ray.data import DataContext
 from ray.exceptions import NodeDiedError, ObjectStoreFullError, OutOfDiskError, RayError, RayTaskError
 
 from vlmflow.config import RayConfig
@@ -80,3 +86,84 @@ def test_whatever_ray_raises_during_a_run_is_told_in_our_words(
     with pytest.raises(expected) as caught, cluster.ray_cluster(RayConfig()):
         raise error
     assert words in caught.value.remedy
+
+
+@pytest.mark.parametrize(("address", "told"), [(None, "local"), ("auto", "auto"), ("ray://head:10001",) * 2])
+def test_an_embedded_cluster_is_no_other_that_ray_finds(
+    address: str | None, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RAY_ADDRESS, or a `ray start` on this machine."""
+    options: dict[str, Any] = {}
+    monkeypatch.setattr(cluster.ray, "init", lambda **given: options.update(given))
+    cluster._connect(RayConfig(address=address))
+    assert options["address"] == told
+
+
+class FakeRay:
+    """Ray as far as connecting goes, which takes a while."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def init(self, **_: Any) -> None:
+        assert not self.is_initialized(), "Ray's own error for a second call"
+        time.sleep(0.05)
+        self.calls.append("init")
+
+    def shutdown(self) -> None:
+        self.calls.append("shutdown")
+
+    def is_initialized(self) -> bool:
+        return self.calls[-1:] == ["init"]
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
+    fake = FakeRay()
+    for name in ("init", "shutdown", "is_initialized"):
+        monkeypatch.setattr(cluster.ray, name, getattr(fake, name))
+    monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr(cluster.ray, "nodes", lambda: [{"Alive": True}])
+    return fake
+
+
+def test_blocks_that_overlap_share_a_cluster_to_the_end_of_the_last(fake: FakeRay) -> None:
+    context, logger = DataContext.get_current(), logging.getLogger("ray.data")
+    before = context.max_errored_blocks, list(logger.handlers), logger.propagate
+    first, second = ExitStack(), ExitStack()
+    found = [one.enter_context(cluster.ray_cluster(RayConfig())) for one in (first, second)]
+    errors = second.enter_context(found[1].worker_errors())
+    first.enter_context(found[0].worker_errors())
+    with pytest.raises(ClusterError, match=r'ray: {}, and can have none of ray: {"num_cpus":1}'):
+        first.enter_context(cluster.ray_cluster(RayConfig(num_cpus=1)))
+    first.close()
+    logger.error("a block", exc_info=ValueError("of one image"))
+    assert errors.first() == "ValueError: of one image"
+    assert [one.embedded for one in found] == [True, True]
+    assert (context.max_errored_blocks, fake.calls) == (-1, ["init"])
+    second.close()
+    assert (context.max_errored_blocks, list(logger.handlers), logger.propagate) == before
+    assert fake.calls == ["init", "shutdown"]
+    with cluster.ray_cluster(RayConfig(num_cpus=1)):
+        assert fake.calls[2:] == ["init"]
+
+
+def test_threads_that_begin_at_once_start_one_cluster(fake: FakeRay) -> None:
+    both = threading.Barrier(2, timeout=10)
+
+    def work() -> None:
+        both.wait()
+        with cluster.ray_cluster(RayConfig()):
+            both.wait()
+
+    with ThreadPoolExecutor(2) as threads:
+        for done in [threads.submit(work) for _ in range(2)]:
+            done.result()
+    assert fake.calls == ["init", "shutdown"]
+
+
+def test_a_cluster_of_the_callers_is_left_running(fake: FakeRay) -> None:
+    fake.init()
+    with cluster.ray_cluster(RayConfig()) as outer, cluster.ray_cluster(RayConfig(address="auto")) as inner:
+        assert (outer.embedded, inner.embedded) == (False, False)
+    assert fake.calls == ["init"]

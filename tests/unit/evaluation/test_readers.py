@@ -281,6 +281,40 @@ def test_broken_files_name_place_value_and_remedy(
         assert word in f"{error.value} {error.value.remedy}"
 
 
+_COCO = json.dumps({"images": [{"id": 7, "file_name": "a.jpg"}], "annotations": [{"image_id": 7, "caption": "one"}]})
+_TABLE = "uri,title,flag\na.jpg,x,true\n"
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "text", "options", "named"),
+    [
+        ("caption", "c.json", _COCO, {"where": "id = 7"}, "--where is not for COCO files"),
+        ("caption", "c.json", _COCO, {"truth": Path("t.csv")}, "--truth is not for COCO files"),
+        ("caption", "c.json", _COCO, {"columns": {"captions": "x"}}, "--column is not for COCO files"),
+        ("caption", "c.json", _COCO, {"split": "val"}, "--split is not for COCO files"),
+        ("caption", "c.json", '[{"image": "a", "caption": "x"}]', {"split": "val"}, "--split is not for lists of"),
+        ("caption", "c.json", json.dumps(karpathy()), {"where": "id = 7"}, "--where is not for Karpathy files"),
+        ("caption", "c.token", "1.jpg#0\tA man\n", {"on": "id"}, "--on is not for token files"),
+        ("answer", "c.json", '{"questions": []}', {"split": "val"}, "--split is not for VQA files"),
+        ("caption", "c.csv", _TABLE, {"split": "val"}, "--split is not for tables"),
+        ("caption", "c.csv", _TABLE, {"annotations": Path("a.json")}, "--annotations is not for tables"),
+        ("moderate", "c.csv", _TABLE, {"on": "uri"}, "--on uri without --truth"),
+        ("zeroshot", "", "", {"images": "s3://bucket"}, "--images is not for folders of classes"),
+    ],
+)
+def test_what_a_reader_does_not_look_at_is_refused(
+    task: EvaluationTask, name: str, text: str, options: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    """Left out of account, it would make another figure than was meant."""
+    (tmp_path / "cat").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "cat" / "1.png")
+    if name:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(EvaluationError, match=named) as error:
+        read_dataset(task, str(tmp_path / name), ReadOptions(**options))
+    assert error.value.remedy.startswith("Leave it out") or "leave it out" in error.value.remedy
+
+
 def test_places_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match="does not exist"):
         read_dataset("caption", str(tmp_path / "absent.json"), ReadOptions())

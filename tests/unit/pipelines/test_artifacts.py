@@ -17,7 +17,7 @@ from tests.hostile import HOSTILE
 from vlmflow.catalog import Verification
 from vlmflow.catalog.verify import Finding
 from vlmflow.checks import Check
-from vlmflow.config import CatalogConfig
+from vlmflow.config import CatalogConfig, Job, SourceConfig
 from vlmflow.engine import PlanSummary, RunReport
 from vlmflow.engine.remoderate_report import RemoderateReport
 from vlmflow.gate import GateReport
@@ -26,7 +26,7 @@ from vlmflow.search.results import Hit
 from vlmflow.search.thumbnails import Thumbnail
 
 NOW = dt.datetime(2026, 11, 1, tzinfo=dt.UTC)
-CATALOG = CatalogConfig(uri="/catalog")
+JOB = Job(source=SourceConfig(uri="/photos"), catalog=CatalogConfig(uri="/catalog"), profile="starter")
 
 
 class Shown:
@@ -113,8 +113,8 @@ def show_flagged(
     rows = [Row(hit, None, None, None, (), ()) for _ in thumbnails]
     monkeypatch.setattr(artifacts, "newly_flagged", lambda *_: (count, rows))
     monkeypatch.setattr(artifacts, "make_thumbnails", make)
-    found = artifacts.show_flagged("flagged", CATALOG, "run")
-    assert asked == {}, "nobody asked to see flagged images"
+    found = artifacts.show_flagged("flagged", JOB, "run")
+    assert asked == ({"job": JOB} if count else {}), "nobody asked to see flagged images"
     return found
 
 

@@ -32,10 +32,13 @@ def put_night(catalog: CatalogConfig, run: str, **given: Any) -> None:
     put_record(catalog, run, **{"source": "/photos", "config": {"date": str(NIGHT)}, **given})
 
 
+def job_of(config: CatalogConfig) -> Job:
+    return Job(source=SourceConfig(uri="/photos/../photos"), catalog=config, profile="starter")
+
+
 def left(config: CatalogConfig, day: dt.date = NIGHT, keep: int = 30) -> list[RunReport]:
     """The runs without a report, in the default folder."""
-    job = Job(source=SourceConfig(uri="/photos/../photos"), catalog=config, profile="starter")
-    return unreported(job, day, default_folder(config), keep)
+    return unreported(job_of(config), day, default_folder(config), keep)
 
 
 def found(config: CatalogConfig, day: dt.date = NIGHT, keep: int = 30) -> list[str]:
@@ -43,13 +46,13 @@ def found(config: CatalogConfig, day: dt.date = NIGHT, keep: int = 30) -> list[s
 
 
 def publish(config: CatalogConfig, run: str, keep: int = 30) -> None:
-    publish_report(config, run, NIGHT, default_folder(config), keep)
+    publish_report(job_of(config), run, NIGHT, default_folder(config), keep)
 
 
 def test_reports_lie_beside_the_catalog(config: CatalogConfig) -> None:
     folder = default_folder(CatalogConfig(uri="s3://bucket/catalog/"))
     assert folder == "s3://bucket/catalog-reports"
-    place, written = publish_report(config, "20260301T020000-00000001", NIGHT, default_folder(config), 30)
+    place, written = publish_report(job_of(config), "20260301T020000-00000001", NIGHT, default_folder(config), 30)
     assert place == f"{config.uri}-reports/2026-03-01-20260301T020000-00000001.html"
     assert Path(place).read_text(encoding="utf-8").startswith("<!doctype html>")
     assert written.num_images == 2
@@ -62,7 +65,7 @@ def test_only_the_newest_of_ours_are_kept(config: CatalogConfig) -> None:
     old = [f"2026-02-0{day}-2026020{day}T020000-0000000{day}.html" for day in range(1, 6)]
     for name in [*others, *old]:
         (folder / name).write_text("")
-    publish_report(config, "20260301T020000-00000001", NIGHT, str(folder), 1)
+    publish_report(job_of(config), "20260301T020000-00000001", NIGHT, str(folder), 1)
     left = {path.name for path in folder.iterdir()}
     assert left == {*others, "2026-03-01-20260301T020000-00000001.html"}
 
@@ -157,7 +160,7 @@ def test_people_were_told_until_the_report_is_there(config: CatalogConfig, tmp_p
     notes = Path(folder).glob("*.told")
     publish(config, IDS[0])
     assert [note.name for note in notes] == [f"{NIGHT}-{IDS[1]}.told"]
-    publish_report(config, IDS[0], NIGHT + dt.timedelta(days=7), folder, 30)
+    publish_report(job_of(config), IDS[0], NIGHT + dt.timedelta(days=7), folder, 30)
     assert not is_told(config, second, folder), "no night looks for its report any more"
     for away in ("foo://reports", str(tmp_path / "a file")):
         (tmp_path / "a file").touch()

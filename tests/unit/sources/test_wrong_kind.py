@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from vlmflow.config import SourceConfig
@@ -39,3 +41,13 @@ def test_a_csv_file_that_other_signs_divide(divider: str, tmp_path: Path) -> Non
     with pytest.raises(SourceError, match="it has picture") as caught:
         list(open_source(SourceConfig(uri=str(tmp_path / "list.csv"))).list())
     assert "source.uri_column" in caught.value.remedy
+
+
+def test_a_parquet_file_with_neither_column_is_told_of_both(tmp_path: Path) -> None:
+    """Of images in a column that is not the one named, a remedy for addresses alone would mislead."""
+    path = tmp_path / "images.parquet"
+    pq.write_table(pa.table({"picture": [b"x"]}), path)
+    config = SourceConfig(uri=str(path), bytes_column="pictrue")
+    with pytest.raises(SourceError, match="no column uri, and none pictrue of image bytes; it has picture") as caught:
+        list(open_source(config).list())
+    assert "source.bytes_column" in caught.value.remedy

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from vlmflow.errors import ConfigError, UnboundPolicyError
 from vlmflow.models import identify, load_captioner
 from vlmflow.models.identity import short_digest
 from vlmflow.moderation.policy import bind, load_policy, write_binding
+from vlmflow.search.query import QueryEncoder
 from vlmflow.tasks import add_columns
 from vlmflow.tasks.run import BatchLimit, run_contained
 from vlmflow.tasks.setup import load_task, prepare_prompts, prepare_tasks
@@ -107,12 +109,23 @@ def test_fingerprints_follow_the_settings_that_move_outputs(folder: Path, policy
         return {task for task, value in fingerprints(**changes).items() if value != base[task]}
 
     assert moved(views=["squash"]) == {"embed", "moderate"}
+    assert moved(views=["frames", "black", "center", "squash", "tiles"]) == set(), "their order is nothing to a model"
     assert moved(max_caption_tokens=5) == {"caption"}
     assert moved(num_beams=3) == {"caption"}
     assert moved(limit=1) == set()
 
     model = identify("caption", job(folder, policy).models["caption"]).fingerprint("caption")
     assert base["caption"] == short_digest({"model": model, "max_tokens": 20}), "greedy captions are not due anew"
+
+
+def test_a_query_is_compared_with_vectors_of_any_views_in_any_order(folder: Path) -> None:
+    """Rows of earlier versions are marked with the order that the job file had."""
+    settings = job(folder, None, tasks=["embed"])
+    setup, known = prepare_tasks(settings), set(QueryEncoder(settings).fingerprints)
+    for views in (("squash",), ("center", "squash"), ("frames", "squash", "tiles"), settings.views[::-1]):
+        request = replace(setup.requests["embed"], views=views)
+        marked = replace(setup, requests={**setup.requests, "embed": request}).fingerprints(("embed",))
+        assert marked["embed"] in known
 
 
 def test_beams_of_a_job_reach_its_captioner(folder: Path) -> None:

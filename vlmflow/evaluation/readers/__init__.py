@@ -23,11 +23,13 @@ def read_dataset(task: EvaluationTask, data: str, options: ReadOptions) -> Datas
     """Reads what DATA names, by what it is.
 
     Raises:
-        EvaluationError: it is not there, is none of the known files, or does not hold what the task needs.
+        EvaluationError: it is not there, is none of the known files, does not hold what the task needs, or an option
+            says nothing of such a file.
     """
     path = Path(data)
     if path.is_dir():
         _only(task, ("zeroshot",), f"{data} is a folder of images")
+        options.check_only((), data, "folders of classes")
         return read_folders(path)
     if not path.is_file():
         raise EvaluationError(f"{data} does not exist", remedy="Name a file or a folder on this machine.")
@@ -38,12 +40,13 @@ def read_dataset(task: EvaluationTask, data: str, options: ReadOptions) -> Datas
         content = read_json(path)
         if isinstance(content, dict) and "questions" in content:
             _only(task, ("answer",), f"{data} holds questions")
+            options.check_only(("images", "annotations"), data, "VQA files")
             return read_vqa(path, content, options.annotations, options.images)
         _only(task, ("retrieval", "caption"), f"{data} holds captions")
-        return read_caption_json(task, path, content, options.images, options.split)
+        return read_caption_json(task, path, content, options)
     if suffix in (".token", ".txt", ".tsv"):
         _only(task, ("retrieval", "caption"), f"{data} holds captions")
-        return read_caption_tokens(task, path, options.images, options.split)
+        return read_caption_tokens(task, path, options)
     raise EvaluationError(
         f"{data}: {suffix or 'no extension'} is none of the files that can be read",
         remedy="Use .json (COCO, Karpathy, VQA), .token (Flickr30k), .csv, .jsonl, .parquet, or a folder per class.",

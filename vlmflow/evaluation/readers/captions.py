@@ -9,6 +9,7 @@ from typing import Any
 from vlmflow.errors import EvaluationError
 from vlmflow.evaluation.dataset import Dataset, EvaluationTask, table_of
 from vlmflow.evaluation.readers.files import entries, image_uri, value
+from vlmflow.evaluation.readers.options import ReadOptions
 
 # Images of the test splits whose figures are published.
 _TEST_SIZES = {5_000: "coco", 1_000: "flickr30k"}
@@ -16,26 +17,31 @@ _FLICKR_IMAGES = 31_783  # of Flickr30k's token file; Flickr8k comes in the same
 _SPLITS = {"train": ("train", "restval")}  # COCO's training takes both
 
 
-def read_caption_json(task: EvaluationTask, path: Path, content: Any, images: str | None, split: str) -> Dataset:
+def read_caption_json(task: EvaluationTask, path: Path, content: Any, options: ReadOptions) -> Dataset:
     """Reads captions from JSON: a Karpathy split, its list form (BLIP, LAVIS), or COCO's own annotations.
 
     Raises:
-        EvaluationError: it is none of them, or a value is not what it should be.
+        EvaluationError: it is none of them, a value is not what it should be, or an option says nothing of such a file.
     """
     if isinstance(content, list):
-        return _read_list(task, path, content, images)
+        options.check_only(("images",), str(path), "lists of captions")
+        return _read_list(task, path, content, options.images)
     listed = entries(content, "images", path)
     if any("sentences" in item for item in listed):
-        return _read_karpathy(task, path, content, listed, images, split)
-    return _read_coco(task, path, listed, entries(content, "annotations", path), images)
+        options.check_only(("images", "split"), str(path), "Karpathy files")
+        return _read_karpathy(task, path, content, listed, options.images, options.split or "test")
+    options.check_only(("images",), str(path), "COCO files")
+    return _read_coco(task, path, listed, entries(content, "annotations", path), options.images)
 
 
-def read_caption_tokens(task: EvaluationTask, path: Path, images: str | None, split: str) -> Dataset:
+def read_caption_tokens(task: EvaluationTask, path: Path, options: ReadOptions) -> Dataset:
     """Reads Flickr30k's token file: ``NAME#NUMBER<tab>caption``; ``split``: a file that names the images of a part.
 
     Raises:
-        EvaluationError: a line is another, or the part is not in it.
+        EvaluationError: a line is another, the part is not in it, or an option says nothing of such a file.
     """
+    options.check_only(("images", "split"), str(path), "token files")
+    split = options.split
     captions: dict[str, list[str]] = {}
     for number, line in enumerate(_lines(path), 1):
         name, tab, caption = line.partition("\t")
@@ -46,16 +52,18 @@ def read_caption_tokens(task: EvaluationTask, path: Path, images: str | None, sp
             )
         captions.setdefault(name.rpartition("#")[0], []).append(caption.strip())
     is_flickr30k = len(captions) == _FLICKR_IMAGES
-    if Path(split).is_file():
+    if split is not None:
+        if not Path(split).is_file():
+            raise EvaluationError(
+                f"--split {split}: no such file", remedy="Name a text file with one image name a line."
+            )
         wanted = [line.strip() for line in _lines(Path(split))]
         unknown = [name for name in wanted if name not in captions]
         if unknown:
             raise EvaluationError(f"{split} names {unknown[0]}, which {path} has not", remedy="Use its names.")
         captions = {name: captions[name] for name in wanted}
-    elif split != "test":
-        raise EvaluationError(f"--split {split}: no such file", remedy="Name a text file with one image name a line.")
-    found = {image_uri(images, path, name): texts for name, texts in captions.items()}
-    is_test = _TEST_SIZES.get(len(found)) == "flickr30k" and "test" in Path(split).name.lower()
+    found = {image_uri(options.images, path, name): texts for name, texts in captions.items()}
+    is_test = _TEST_SIZES.get(len(found)) == "flickr30k" and split is not None and "test" in Path(split).name.lower()
     return _dataset(task, path, found, "flickr30k" if is_flickr30k and is_test else None)
 
 

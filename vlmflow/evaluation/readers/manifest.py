@@ -53,8 +53,12 @@ def read_manifest(task: EvaluationTask, path: Path, options: ReadOptions) -> Dat
     """Reads a table, joined with a table of truth if there is one.
 
     Raises:
-        EvaluationError: a column is absent, a value cannot be what it should be, or the join is not one to one.
+        EvaluationError: a column is absent, a value cannot be what it should be, the join is not one to one, or an
+            option says nothing of tables.
     """
+    options.check_only(("images", "truth", "on", "where", "columns"), str(path), "tables")
+    if options.on is not None and options.truth is None:
+        raise EvaluationError(f"--on {options.on} without --truth", remedy="Name the table to join, or leave it out.")
     table, truth = _load(path), options.truth
     if truth is not None:
         table = _joined(table, path, _load(truth), truth, options.on)

@@ -1,0 +1,89 @@
+"""Images are read again as the job says: its http servers and its stores, wherever pictures of them are shown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+
+from tests.images import encode, scene
+from tests.report_samples import put_rows
+from tests.site import Site, serving
+from vlmflow import explain
+from vlmflow.catalog import Catalog
+from vlmflow.cli import main
+from vlmflow.config import CatalogConfig, ImageLimits, Job, SourceConfig, StorageConfig
+from vlmflow.errors import ExplainError
+from vlmflow.imaging import hash_of
+from vlmflow.report.write import write_report
+from vlmflow.search.query import Query, search_job
+from vlmflow.search.searcher import search_images
+from vlmflow.search.thumbnails import make_thumbnails
+from vlmflow.sources.again import RowReader
+from vlmflow.web.pictures import COLUMNS, Pictures
+
+JOB = "source: {uri: list.csv, http: {allow_private_addresses: true}}\ncatalog: {uri: c}\nprofile: starter\n"
+
+
+@pytest.fixture
+def site() -> Iterator[Site]:
+    with serving() as site:
+        site.kept["a"] = encode(scene(), "PNG")
+        yield site
+
+
+@pytest.fixture
+def catalog(tmp_path: Path, site: Site) -> CatalogConfig:
+    """Rows whose images lie on a server of this machine, which only a job may allow."""
+    config = CatalogConfig(uri=str(tmp_path / "catalog"))
+    uris, hashes = [f"{site.url}/kept/a", f"{site.url}/kept/a?size=2"], [hash_of(site.kept["a"])] * 2
+    site.kept["a?size=2"] = site.kept["a"]
+    put_rows(config, ["a", "b"], uri=uris, content_hash=hashes, decision=["allow"] * 2)
+    return config
+
+
+def job_of(catalog: CatalogConfig, **source: Any) -> Job:
+    told = {"source": {"uri": "list.csv", **source}, "catalog": catalog.model_dump(), "profile": "starter"}
+    return Job.model_validate(told)
+
+
+def test_pictures_are_read_as_the_job_says(catalog: CatalogConfig, tmp_path: Path) -> None:
+    allowed, page = job_of(catalog, http={"allow_private_addresses": True}), tmp_path / "report.html"
+    row = Catalog.open(catalog).images(COLUMNS).to_pylist()[0]
+    evidence = explain.evidence_of(Catalog.open(catalog).images(explain.EVIDENCE_COLUMNS).to_pylist()[0])
+    hits = search_images(catalog, Query(like=row["uri"])).hits
+
+    def media_type(job: Job | None) -> str:
+        async def make() -> str:
+            return (await Pictures(catalog, job).small(row, "small", blurred=False)).media_type
+
+        return anyio.run(make)
+
+    assert make_thumbnails(hits, catalog)[0].uri is None
+    assert make_thumbnails(hits, catalog, job=allowed)[0].uri is not None
+    assert [media_type(job) for job in (None, allowed)] == ["image/svg+xml", "image/jpeg"]
+    assert [write_report(catalog, page, job=job).num_pictures for job in (None, allowed)] == [0, 2]
+    assert hash_of(explain._read(allowed, evidence)) == evidence.content_hash
+    with pytest.raises(ExplainError, match="private"):
+        explain._read(job_of(catalog), evidence)
+
+
+def test_the_command_takes_a_job_file(catalog: CatalogConfig, tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(JOB)
+    page = str(tmp_path / "report.html")
+    with pytest.raises(SystemExit) as ended:
+        main(["report", catalog.uri, "-o", page, "--config", str(tmp_path / "job.yaml"), "--json"])
+    assert ended.value.code == 0
+    assert "data:image/jpeg" in Path(page).read_text(encoding="utf-8")
+
+
+def test_stores_are_reached_as_the_source_says_and_the_disk_as_the_catalog_does() -> None:
+    other = StorageConfig(endpoint="http://photos:1")
+    catalog = CatalogConfig(uri="s3://b/c", storage=StorageConfig(endpoint="http://tables:1"))
+    reader = RowReader(catalog, ImageLimits(), SourceConfig(uri="/photos", storage=other))._reader
+    assert (reader._config.storage, reader._config.uri) == (other, "s3://b/c")
+    assert RowReader(catalog, ImageLimits())._reader._config.storage == catalog.storage
+    assert search_job(catalog, "starter").source.storage == catalog.storage

@@ -1,4 +1,4 @@
-"""Who is at work on a catalog, by the signs of life of its runs: two nights would compute everything twice, and two
+"""Who is at work on a catalog, by signs of life in it: two nights would compute everything twice, and two
 backfills to different policies would leave some rows under each.
 
 Prefect's own limits on concurrency are not up to this. A slot is held by a lease that the server forgets when it is
@@ -7,16 +7,19 @@ started again: the flow run that holds it is ended, for it cannot renew the leas
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from pipelines.reports import is_night
 from vlmflow.catalog import Catalog
 from vlmflow.catalog.runs import HEARTBEAT_S, RunInfo, RunStore
 from vlmflow.config import CatalogConfig, Job
-from vlmflow.errors import BackfillError
+from vlmflow.errors import MAY_PASS, BackfillError
 from vlmflow.sources import normalise_uri
+
+logger = logging.getLogger("vlmflow")
 
 # Heartbeats that may be late: a store may be slow.
 _LOOK_S = 3 * HEARTBEAT_S
@@ -31,20 +34,21 @@ def night_begun(job: Job) -> Iterator[str | None]:
     So of the nights that a server starts at once after it was away, which missed their hour, one computes.
 
     Returns:
-        What it is known by to :func:`night_at_work`; None: there is no catalog yet, and nowhere to say it.
-
-    Raises:
-        StorageAccessError, TransientError: the catalog is out of reach.
+        What it is known by to :func:`night_at_work`; None: there is no catalog yet, or it was out of reach when this
+        was to be said, for which no night fails.
     """
-    if not Catalog.exists(job.catalog):
-        yield None
-        return
-    with Catalog.open(job.catalog).runs.recorded(_name(job), is_kept=False) as own:
+    with ExitStack() as stack:
+        own = None
+        try:
+            if Catalog.exists(job.catalog):
+                own = stack.enter_context(_said(Catalog.open(job.catalog).flows, _name(job)))
+        except MAY_PASS as error:
+            logger.warning("another night that begins now will not know of this one: %s", error)
         yield own
 
 
 def night_at_work(job: Job, own: str | None = None) -> RunInfo | None:
-    """The run of another night over the job's source that is at work on its catalog, or on its way to that.
+    """The run of another night over the job's source that is at work on its catalog, or a night on its way to that.
 
     Args:
         own: of a night that has said it has begun, what it is known by. It goes before those that said so later, by
@@ -55,16 +59,21 @@ def night_at_work(job: Job, own: str | None = None) -> RunInfo | None:
     """
     if not Catalog.exists(job.catalog):
         return None
-    runs, name = Catalog.open(job.catalog).runs, _name(job)
-    runs.set_clock()
-    began = None if own is None else (str((runs.get(own) or {}).get("started_at")), own)
+    catalog, name = Catalog.open(job.catalog), _name(job)
+    for store in (catalog.runs, catalog.flows):
+        store.set_clock()
+    began = None if own is None else _order(own, catalog.flows.get(own) or {})
 
     def is_before(run: RunInfo) -> bool:
-        if run.record.get("operation") != name:
-            return is_night(run.record, job)
-        return began is None or (str(run.record.get("started_at")), run.run_id) < began
+        is_ours = run.record.get("operation") == name and run.run_id != own
+        return is_ours and (began is None or _order(run.run_id, run.record) < began)
 
-    return _living(runs, is_before)
+    at_work = _living(catalog.runs, lambda run: is_night(run.record, job))
+    return at_work or _living(catalog.flows, is_before)
+
+
+def _order(run_id: str, record: dict[str, object]) -> tuple[str, str]:
+    return str(record.get("started_at")), run_id
 
 
 def _name(job: Job) -> str:
@@ -73,7 +82,7 @@ def _name(job: Job) -> str:
 
 @contextmanager
 def backfill_at_work(config: CatalogConfig, target: str) -> Iterator[None]:
-    """Keeps the lease of a backfill while the block runs.
+    """Says that a backfill is at work while the block runs.
 
     Another one to the same target is let in: it may be this one, killed and started again, and does no harm. Two that
     begin at once are both refused: each has said that it is there before it looks, so that one of them sees the other,
@@ -85,20 +94,29 @@ def backfill_at_work(config: CatalogConfig, target: str) -> Iterator[None]:
     Raises:
         BackfillError: one to another target is at work.
     """
-    runs = Catalog.open(config).runs
-    with runs.recorded(_BACKFILL + target) as own:
+    flows = Catalog.open(config).flows
+    with _said(flows, _BACKFILL + target) as own:
 
         def is_in_the_way(run: RunInfo) -> bool:
             operation = str(run.record.get("operation"))
             return run.run_id != own and operation.startswith(_BACKFILL) and operation != _BACKFILL + target
 
-        other = _living(runs, is_in_the_way)
+        other = _living(flows, is_in_the_way)
         if other is not None:
             raise BackfillError(
-                f"catalog {config.uri}: run {other.run_id} is at work, {other.record['operation']}",
+                f"catalog {config.uri}: {other.run_id} is at work, {other.record['operation']}",
                 remedy="Start this one when that is over, or has been cancelled.",
             )
         yield
+
+
+@contextmanager
+def _said(flows: RunStore, what: str) -> Iterator[str]:
+    """Gives signs of life while the block runs. What was killed, and gives none any more, is swept away first."""
+    with flows.recorded(what, is_kept=False) as own:
+        for run_id in [run_id for run_id, state in flows.states().items() if state != "running"]:
+            flows.conclude(run_id, None)
+        yield own
 
 
 def _living(runs: RunStore, is_meant: Callable[[RunInfo], bool]) -> RunInfo | None:
@@ -106,7 +124,7 @@ def _living(runs: RunStore, is_meant: Callable[[RunInfo], bool]) -> RunInfo | No
 
     That its lease is young does not suffice: it may have been killed since.
     """
-    found = [run for run in runs.list() if run.state == "running" and not run.has_ended and is_meant(run)]
+    found = [run for run in runs.running() if not run.has_ended and is_meant(run)]
     until = time.monotonic() + _LOOK_S
     while found and time.monotonic() < until:
         time.sleep(_POLL_S)

@@ -189,10 +189,12 @@ def _all_partitions(
             future = next(as_completed(list(running)))
             date = running.pop(future)
             try:
-                done.add(date, future.result())
+                report = future.result()
             except Exception as error:  # noqa: BLE001 - raised below, once nothing is at work
-                logger.error("partition %s failed; no other begins", date)
+                logger.error("partition %s failed, and no other begins: %s", date, error)
                 failure = failure or error
+            else:
+                done.add(date, report)
     finally:
         done.show()  # a backfill that is stopped has told what it did
     if failure is not None:

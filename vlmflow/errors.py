@@ -152,7 +152,7 @@ class ClusterError(VlmflowError):
     """The Ray cluster cannot be reached or lacks what the job needs."""
 
 
-class ModelsKilledError(ClusterError):
+class ModelsKilledError(VlmflowError):
     """The process that loads a pool's models is killed each time it does, as by a kernel that is out of memory."""
 
 

@@ -68,7 +68,8 @@ class Threads(Executor):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Waits for the calls; where nobody does any more, those that wait for a thread are not made."""
-        self._is_given_up = kind is not None and issubclass(kind, KeyboardInterrupt | GeneratorExit)
+        # By what is no Exception: Ctrl-C, what Prefect ends a flow run with, or the end of a generator nobody reads on.
+        self._is_given_up = kind is not None and not issubclass(kind, Exception)
         for _ in self._threads:
             self._calls.put(None)
         if not self._is_given_up:
@@ -87,3 +88,5 @@ def _answer(future: Future[Answer], action: Callable[[], Answer]) -> None:
         future.set_result(action())
     except BaseException as error:  # noqa: BLE001  raised where the result is asked for
         future.set_exception(error)
+    finally:
+        del future, action  # the error's traceback holds this frame, and the future the error: all would stay for long

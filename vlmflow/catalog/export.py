@@ -73,7 +73,11 @@ def _unfinished(target: Path) -> Iterator[Path]:
     full = CatalogError(f"{target} is not empty", remedy="Name a folder that is empty or does not exist.")
     if held and not {_UNFINISHED} <= held <= {_UNFINISHED, *_TABLES}:
         raise full
-    place.mkdir(exist_ok=True)
+    try:
+        place.mkdir()
+        is_new = True
+    except FileExistsError:
+        is_new = False
     lock = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with contextlib.suppress(OSError):  # a file system without locks
@@ -83,6 +87,9 @@ def _unfinished(target: Path) -> Iterator[Path]:
                 remedy = "Wait until it is done, or name another folder."
                 raise CatalogError(f"another export is writing to {target}", remedy=remedy) from error
         if not place.exists():  # it was that, and has just ended
+            raise full
+        if is_new and any((target / name).exists() for name in _TABLES):  # those of one that ended while this looked
+            place.rmdir()
             raise full
         try:
             _remove_all(target, place)

@@ -20,12 +20,13 @@ from vlmflow.threads import Threads
 logger = logging.getLogger("vlmflow")
 
 RUNS = "runs"
+FLOWS = "flows"
 LEASE_SUFFIX = ".lease"
 DEAD_AFTER = dt.timedelta(minutes=10)
 HEARTBEAT_S = 30.0
 _STAMP = "%Y%m%dT%H%M%S"
 _READ_AT_ONCE = 16  # records
-_CLOCK = f"{RUNS}/clock"  # written to learn what time the store has
+_CLOCK = "clock"  # file that is written to learn what time the store has
 # In the record of a run that has brought late verdicts into all rows: when it began to, by the store's clock.
 _EVERY_ROW = "every_row"
 
@@ -59,10 +60,14 @@ class RunStore:
 
     That time is the store's. Clocks of machines may differ from it by more than a lease bears, so whoever acts on what
     is dead goes by :meth:`now`, and has started a run of his own or called :meth:`set_clock` before.
+
+    Args:
+        below: the folder in the catalog: RUNS, or FLOWS for what commits no row itself and keeps others of its kind
+            away. Nobody waits for those, or looks through rows for their sake.
     """
 
-    def __init__(self, folder: Folder) -> None:
-        self._folder = folder
+    def __init__(self, folder: Folder, below: str = RUNS) -> None:
+        self._folder, self._below = folder, below
         self._clock: tuple[dt.datetime, float] | None = None  # what the store's clock said, and then the monotonic one
 
     def start(self, run_id: str, record: dict[str, Any]) -> None:
@@ -75,18 +80,19 @@ class RunStore:
             raise CatalogError(f"run {run_id} exists already", remedy="Every run needs an id of its own.")
         try:
             self.heartbeat(run_id)
-            self._set_clock_by(_lease(run_id))
+            self._set_clock_by(self._lease(run_id))
             self._put(run_id, record)
         except BaseException:
             # Else it would be one of a run that died, for which the next runs look through all rows.
             with contextlib.suppress(VlmflowError):
-                self._folder.delete(_lease(run_id))
+                self._folder.delete(self._lease(run_id))
             raise
 
     def set_clock(self) -> None:
         """Learns what time the store has, for who starts no run: by a small file."""
-        self._folder.write(_CLOCK, b"")
-        self._set_clock_by(_CLOCK)
+        path = f"{self._below}/{_CLOCK}"
+        self._folder.write(path, b"")
+        self._set_clock_by(path)
 
     def _set_clock_by(self, path: str) -> None:
         written_at = time.monotonic()  # after it was stamped: runs look rather younger than older
@@ -103,7 +109,7 @@ class RunStore:
 
     def heartbeat(self, run_id: str) -> None:
         """Renews the lease. To be called at least once a minute."""
-        self._folder.write(_lease(run_id), json.dumps({"at": dt.datetime.now(dt.UTC).isoformat()}).encode())
+        self._folder.write(self._lease(run_id), json.dumps({"at": dt.datetime.now(dt.UTC).isoformat()}).encode())
 
     @contextlib.contextmanager
     def keep_alive(self, run_id: str) -> Iterator[None]:
@@ -162,8 +168,9 @@ class RunStore:
         """
         try:
             if record is None:
-                self._folder.delete_all([_record(run_id)])  # first: without a lease it would be one of a finished run
-                self._folder.delete(_lease(run_id))
+                # First: without a lease it would be one of a finished run.
+                self._folder.delete_all([self._record(run_id)])
+                self._folder.delete(self._lease(run_id))
             else:
                 self.finish(run_id, record, keep_lease=keep_lease)
         except VlmflowError as error:
@@ -177,11 +184,11 @@ class RunStore:
         """
         self._put(run_id, record)
         if not keep_lease:
-            self._folder.delete(_lease(run_id))
+            self._folder.delete(self._lease(run_id))
 
     def get(self, run_id: str) -> dict[str, Any] | None:
         """The record of a run; None: there is no such run."""
-        return self._folder.read_json(_record(run_id))
+        return self._folder.read_json(self._record(run_id))
 
     def started_at(self, run_id: str) -> dt.datetime:
         """When a run started, by its record, else by its id; long ago where neither says it."""
@@ -224,7 +231,13 @@ class RunStore:
 
     def forget(self, run_ids: Sequence[str]) -> None:
         """Removes the records of runs that are over."""
-        self._folder.delete_all([_record(run) for run in run_ids])
+        self._folder.delete_all([self._record(run) for run in run_ids])
+
+    def running(self) -> Sequence[RunInfo]:
+        """The runs with a young lease, in no order; no record of others is read."""
+        leases = {run: seen_at for run, seen_at in self._leases().items() if self._state(seen_at) == "running"}
+        records = self._read([*leases])
+        return [RunInfo(run, "running", records[run], seen_at) for run, seen_at in leases.items()]
 
     def states(self) -> dict[str, RunState]:
         """How every run is doing."""
@@ -266,14 +279,14 @@ class RunStore:
 
     def state(self, run_id: str) -> RunState | None:
         """How the run is doing; None: there is no such run."""
-        lease = self._folder.stat(_lease(run_id))
-        if lease is None and self._folder.stat(_record(run_id)) is None:
+        lease = self._folder.stat(self._lease(run_id))
+        if lease is None and self._folder.stat(self._record(run_id)) is None:
             return None
         return self._state(lease.modified_at if lease else None)
 
     def seen_at(self, run_id: str) -> dt.datetime | None:
         """The last heartbeat of a run; None: it has no lease."""
-        lease = self._folder.stat(_lease(run_id))
+        lease = self._folder.stat(self._lease(run_id))
         return lease.modified_at if lease else None
 
     def is_live(self, run_id: str) -> bool:
@@ -288,8 +301,8 @@ class RunStore:
     def _leases(self) -> dict[str, dt.datetime | None]:
         """The last heartbeat of each run; None: it has no lease."""
         found: dict[str, dt.datetime | None] = {}
-        for file in self._folder.list(RUNS):
-            run_id, _, kind = file.path.removeprefix(f"{RUNS}/").rpartition(".")
+        for file in self._folder.list(self._below):
+            run_id, _, kind = file.path.removeprefix(f"{self._below}/").rpartition(".")
             if kind == "lease":
                 found[run_id] = file.modified_at
             elif kind == "json":
@@ -303,15 +316,13 @@ class RunStore:
 
     def _put(self, run_id: str, record: dict[str, Any]) -> None:
         data = json.dumps({**record, "run_id": run_id}, indent=2, default=str, ensure_ascii=False)
-        self._folder.write(_record(run_id), data.encode("utf-8"))
+        self._folder.write(self._record(run_id), data.encode("utf-8"))
 
+    def _record(self, run_id: str) -> str:
+        return f"{self._below}/{run_id}.json"
 
-def _record(run_id: str) -> str:
-    return f"{RUNS}/{run_id}.json"
-
-
-def _lease(run_id: str) -> str:
-    return f"{RUNS}/{run_id}{LEASE_SUFFIX}"
+    def _lease(self, run_id: str) -> str:
+        return f"{self._below}/{run_id}{LEASE_SUFFIX}"
 
 
 def _says_its_end(record: dict[str, Any]) -> bool:

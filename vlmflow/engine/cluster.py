@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray.data import DataContext
 
 from vlmflow.config import RayConfig
@@ -122,8 +123,8 @@ class _Connection:
                 self._is_callers = ray.is_initialized()
                 with contextlib.ExitStack() as undo:
                     if not self._is_callers:
+                        undo.callback(ray.shutdown)  # also of what comes about half
                         _connect(config)
-                        undo.callback(ray.shutdown)
                     undo.enter_context(_our_settings())
                     self._undo = undo.pop_all()
             elif not self._is_callers and config != self._configs[0]:
@@ -217,6 +218,11 @@ def _connect(config: RayConfig) -> None:
     os.environ.setdefault("RAY_task_oom_retries", "6")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if config.address is None:
+        if RAY_JOB_CONFIG_JSON_ENV_VAR in os.environ:
+            raise ClusterError(
+                "this is a job of a Ray cluster, and an embedded Ray would compute on this node alone",
+                remedy="Give --ray-address auto, or ray: {address: auto} in the job file.",
+            )
         options |= {"num_cpus": config.num_cpus, "object_store_memory": config.object_store_bytes}
         # Without this Ray would join what RAY_ADDRESS names, or a cluster that it finds on this machine.
         options |= {"include_dashboard": False, "address": "local"}

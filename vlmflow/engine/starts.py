@@ -9,7 +9,13 @@ import uuid
 from dataclasses import dataclass, field
 
 import ray
-from ray.experimental.internal_kv import _internal_kv_del, _internal_kv_exists, _internal_kv_get, _internal_kv_put
+from ray.experimental.internal_kv import (
+    _internal_kv_del,
+    _internal_kv_exists,
+    _internal_kv_get,
+    _internal_kv_list,
+    _internal_kv_put,
+)
 
 from vlmflow.errors import ModelsKilledError
 
@@ -31,14 +37,15 @@ class Starts:
     def begin(self) -> None:
         """Counts a start of the actor that this process is.
 
-        Where another actor of the pool has its models, the run goes on with that one, and this may try for ever.
+        Where another actor of the pool has its models, or may still get them, the run goes on with that one, and this
+        may try for ever.
 
         Raises:
-            ModelsKilledError: this actor was killed again and again, and none of the pool has ever loaded. Raised in
-                a constructor, where Ray restarts nothing, it ends the pipeline.
+            ModelsKilledError: this actor was killed again and again, and so was every other of the pool, none of which
+                has ever loaded. Raised in a constructor, where Ray restarts nothing, it ends the pipeline.
         """
         num_killed = int(_internal_kv_get(self._mine) or 0)
-        if num_killed >= MAX_KILLED and not _internal_kv_exists(self._loaded):
+        if num_killed >= MAX_KILLED and not _internal_kv_exists(self._loaded) and self._all_were_killed():
             raise ModelsKilledError(
                 f"pool {self.pool}: the process that loads its models was killed {num_killed} times before it had them"
             )
@@ -48,6 +55,10 @@ class Starts:
         """Notes that this actor has its models."""
         _internal_kv_put(self._loaded, "")
         _internal_kv_del(self._mine)
+
+    def _all_were_killed(self) -> bool:
+        counts = [_internal_kv_get(key) for key in _internal_kv_list(f"{self.key}-")]
+        return all(int(count) >= MAX_KILLED for count in counts if count)  # none: it has loaded since
 
     @property
     def _mine(self) -> str:

@@ -57,9 +57,9 @@ def test_a_vacuum_and_an_erasure_know_that_it_lives(config: CatalogConfig) -> No
 def test_of_two_backfills_the_second_is_refused(config: CatalogConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs_module, "HEARTBEAT_S", 0.05)
     monkeypatch.setattr(at_work, "_POLL_S", 0.02)
-    first, second = Catalog.open(config).runs, "policy lax 3"
+    first, refused = Catalog.open(config).flows, pytest.raises(BackfillError, match="other is at work")
     first.start("other", {"operation": "backfill: policy strict 2"})
-    with first.keep_alive("other"), pytest.raises(BackfillError, match="run other"), backfill_at_work(config, second):
+    with first.keep_alive("other"), refused, backfill_at_work(config, "policy lax 3"):
         pytest.fail("two policies at once")
 
 

@@ -99,6 +99,14 @@ def test_an_embedded_cluster_is_no_other_that_ray_finds(
     assert options["address"] == told
 
 
+def test_in_a_job_of_a_cluster_no_embedded_one_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    monkeypatch.setattr(cluster.ray, "init", lambda **_: pytest.fail("it started"))
+    with pytest.raises(ClusterError, match="job of a Ray cluster") as caught:
+        cluster._connect(RayConfig())
+    assert "--ray-address auto" in caught.value.remedy
+
+
 class FakeRay:
     """Ray as far as connecting goes, which takes a while."""
 

@@ -21,6 +21,7 @@ class Processes:
         self.held: dict[str, str] = {}
         self._actor = ""
         monkeypatch.setattr(starts, "_internal_kv_get", self.held.get)
+        monkeypatch.setattr(starts, "_internal_kv_list", lambda prefix: [k for k in self.held if k.startswith(prefix)])
         monkeypatch.setattr(starts, "_internal_kv_exists", self.held.__contains__)
         monkeypatch.setattr(starts, "_internal_kv_put", self.held.__setitem__)
         monkeypatch.setattr(starts, "_internal_kv_del", self.held.pop)
@@ -60,6 +61,19 @@ def test_a_run_goes_on_with_the_actors_that_have_their_models(processes: Process
     pool.succeed()
     processes.are_of("b")
     for _ in range(2 * MAX_KILLED):
+        pool.begin()
+
+
+def test_a_run_waits_for_the_actors_that_may_still_get_their_models(processes: Processes) -> None:
+    pool = Starts("embed")
+    pool.begin()  # and loads for minutes
+    processes.are_of("b")
+    for _ in range(2 * MAX_KILLED):
+        pool.begin()
+    processes.are_of("a")
+    for _ in range(MAX_KILLED - 1):
+        pool.begin()
+    with pytest.raises(ModelsKilledError, match="pool embed"):
         pool.begin()
 
 

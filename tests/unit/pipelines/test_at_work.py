@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
 from pipelines import at_work
@@ -18,7 +19,7 @@ from pipelines.at_work import backfill_at_work, night_at_work, night_begun
 from tests.report_samples import put_rows, record
 from vlmflow.catalog import Catalog, runs
 from vlmflow.config import CatalogConfig, Job, SourceConfig
-from vlmflow.errors import BackfillError
+from vlmflow.errors import BackfillError, TransientError
 
 NIGHT = {"source": "/photos", "config": {"date": "2026-03-01"}}
 FIRST, LAST = "20260301T020000-00000000", "99990301T020000-00000000"  # ids of runs before and after those of now
@@ -36,8 +37,9 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CatalogConfig:
 
 @contextmanager
 def at_work_on(config: CatalogConfig, run: str, given: dict[str, Any]) -> Iterator[None]:
-    """A run that gives signs of life."""
-    store = Catalog.open(config).runs
+    """A run, or by its operation a flow, that gives signs of life."""
+    catalog = Catalog.open(config)
+    store = catalog.flows if ": " in str(given.get("operation")) else catalog.runs
     store.start(run, given)
     with store.keep_alive(run):
         yield
@@ -71,7 +73,6 @@ def test_where_no_catalog_is_no_night_is_at_work(tmp_path: Path) -> None:
 
 
 def test_of_nights_that_begin_at_once_the_first_to_say_so_goes_on(config: CatalogConfig) -> None:
-    known = len(Catalog.open(config).runs.list())
     with night_begun(job(config)) as first, night_begun(job(config)) as second:
         assert found(config) in (first, second), "one that has not begun keeps away"
         assert found(config, own=first) is None
@@ -80,15 +81,43 @@ def test_of_nights_that_begin_at_once_the_first_to_say_so_goes_on(config: Catalo
         with at_work_on(config, "other", record("other", status="running", **NIGHT)):
             assert found(config, own=first) == "other", "one that computes was before all who are on their way"
     assert found(config) is None
-    assert len(Catalog.open(config).runs.list()) == known + 1, "only the one that computed leaves a record"
+    assert Catalog.open(config).flows.list() == [], "nothing is left of them"
 
 
 def test_a_night_that_was_killed_on_its_way_keeps_nobody_away(
     config: CatalogConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(at_work, "_LOOK_S", 0.5)
-    Catalog.open(config).runs.start(FIRST, {"operation": "night: /photos", "started_at": "2026-03-01T02:00:00+00:00"})
+    flows = Catalog.open(config).flows
+    flows.start(FIRST, {"operation": "night: /photos", "started_at": "2026-03-01T02:00:00+00:00"})
     assert found(config) is None
+    os.utime(Path(config.uri) / "flows" / f"{FIRST}.lease", (1000, 1000))
+    with night_begun(job(config)) as own:
+        assert [*flows.states()] == [own], "it was swept away"
+
+
+def test_runs_that_commit_nothing_make_nobody_look_through_rows_or_wait(config: CatalogConfig) -> None:
+    catalog = Catalog.open(config)
+    before = catalog.runs.unsettled()
+    with night_begun(job(config)), backfill_at_work(config, "policy lax 3"):
+        assert len(catalog.flows.running()) == 2
+        assert catalog.runs.unsettled() == before
+        assert catalog.vacuum().live_runs == ()
+        assert catalog.erase(pa.array([b"0" * 16], pa.binary(16))).live_runs == ()
+
+
+def test_no_night_fails_for_not_having_said_that_it_begins(
+    config: CatalogConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise TransientError("the store is throttling")
+
+    monkeypatch.setattr(runs.RunStore, "start", refuse)
+    with night_begun(job(config)) as own:
+        assert own is None
+    assert "will not know of this one: the store is throttling" in caplog.text
+    with pytest.raises(TransientError, match="in the night"), night_begun(job(config)):
+        raise TransientError("in the night")
 
 
 @pytest.mark.parametrize("given", [{"source": "/photos", "config": {"date": None}}, {"operation": "vacuum"}])
@@ -124,7 +153,7 @@ def test_a_night_that_ends_while_one_looks_is_not_waited_for(
 def test_of_backfills_to_two_policies_the_second_is_refused(config: CatalogConfig, run: str) -> None:
     with (
         at_work_on(config, run, {"operation": "backfill: policy strict 2"}),
-        pytest.raises(BackfillError, match=f"run {run} is at work, backfill: policy strict 2"),
+        pytest.raises(BackfillError, match=f"{run} is at work, backfill: policy strict 2"),
         backfill_at_work(config, "policy lax 3"),
     ):
         pytest.fail("two policies at once")
@@ -139,13 +168,13 @@ def test_of_backfills_to_two_policies_the_second_is_refused(config: CatalogConfi
 )
 def test_a_backfill_goes_on_beside_others(config: CatalogConfig, run: str, operation: str) -> None:
     with at_work_on(config, run, {"operation": operation}), backfill_at_work(config, "policy lax 3"):
-        own = [other for other in Catalog.open(config).runs.list() if other.run_id != run]
+        own = [other for other in Catalog.open(config).flows.list() if other.run_id != run]
         assert [(other.state, other.record["operation"]) for other in own] == [("running", "backfill: policy lax 3")]
 
 
 def test_a_backfill_that_was_killed_keeps_no_other_away(config: CatalogConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(at_work, "_LOOK_S", 0.5)
-    Catalog.open(config).runs.start(FIRST, {"operation": "backfill: policy strict 2"})
+    Catalog.open(config).flows.start(FIRST, {"operation": "backfill: policy strict 2"})
     with backfill_at_work(config, "policy lax 3"):
         pass
 

@@ -23,7 +23,7 @@ from vlmflow.catalog.due import LACKS_DETECTIONS, LEDGER, READ_LONG_AGO, Due, Pl
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.keys import duplicates, index_of, to_binary, to_words
 from vlmflow.catalog.log import DataFile
-from vlmflow.catalog.masks import Mask, alike, as_mask, is_valid
+from vlmflow.catalog.masks import Mask, alike, as_mask, equal, is_valid
 from vlmflow.catalog.outdated import find_outdated
 from vlmflow.catalog.read import read_rows
 from vlmflow.catalog.rows import TEXTS, restated
@@ -281,10 +281,16 @@ class FillPrevious:
 
 
 def _previous_read(live: pa.Table, asked: pa.ChunkedArray) -> pa.StructArray:
-    """What the live rows say of their bytes; null where it is not asked for, or no server could be asked with it."""
+    """What the live rows say of their bytes; null where it is not asked for, or no server could be asked with it.
+
+    Nor where the version read is another than the validator's: an older program has written the row since, and left
+    the validator as it was.
+    """
     columns = [flat(conform_column(live, field)) for field in schema.READ]  # null in files older than a column
-    known = [is_valid(columns[_OF_READ.index(name)]) for name in ("http_validator", "content_hash")]
-    wanted = np.logical_and.reduce([as_mask(asked), *known])
+    version, validator, content_hash = (
+        columns[_OF_READ.index(name)] for name in ("object_version", "http_validator", "content_hash")
+    )
+    wanted = as_mask(asked) & is_valid(content_hash) & equal(pc.utf8_trim(validator, '"'), version)
     return pa.StructArray.from_arrays(columns, fields=list(schema.READ), mask=pa.array(~wanted))
 
 

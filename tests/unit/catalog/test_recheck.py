@@ -120,9 +120,19 @@ def test_where_nothing_else_is_due_a_server_is_asked_by_what_the_row_knows_of_it
 def test_of_rows_that_are_not_good_the_bytes_are_read(tmp_path: Path, result: dict[str, Any]) -> None:
     catalog = open_catalog(tmp_path / "catalog")
     for attempt in range(3):
-        enrich(catalog, f"r{attempt}", [UNKNOWN], validator='"tag"', **result)
+        enrich(catalog, f"r{attempt}", [UNKNOWN], version="tag", validator='"tag"', **result)
     assert planned(catalog, UNKNOWN, read_before=NOW + DAY)[1] == {"recheck"}
     assert known_reads(catalog) == [None] * 2
+
+
+def test_a_validator_of_other_bytes_is_asked_by_no_more(tmp_path: Path) -> None:
+    """As an older version leaves it behind, which writes a row anew and does not know the column."""
+    catalog = open_catalog(tmp_path / "catalog")
+    enrich(catalog, "r1", [UNKNOWN], version="new tag", validator='"tag"')
+    assert known_reads(catalog) == [None] * 2
+    modified = "Sun, 01 Mar 2026 02:00:00 GMT"
+    enrich(catalog, "r2", [UNKNOWN], request(read_before=NOW + DAY), version=modified, validator=modified)
+    assert None not in known_reads(catalog)
 
 
 def test_rows_of_before_there_were_validators_are_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

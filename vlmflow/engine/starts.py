@@ -26,6 +26,8 @@ MAX_KILLED = 3
 class Starts:
     """How often the actors of a pool were killed while they loaded; kept by the cluster, which survives them.
 
+    A few bytes for each actor stay with it for as long as it lives.
+
     Attributes:
         pool: its name, as a user is told it.
         key: of this pool in this pipeline.

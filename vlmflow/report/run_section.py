@@ -63,7 +63,7 @@ def _overview(report: RunReport, state: str) -> Html:
             "Updated rows": text(report.num_replaced),
             "Rows with new columns": text(report.num_columns_updated),
             "By equal bytes": text(report.num_copied + report.num_shared),
-            "As they were, by their servers": text(report.num_unmodified),
+            "Unchanged, say their servers": text(report.num_unmodified),
             "By other runs": text(report.num_by_others),
             "Under another policy": text(report.num_policy_differs),
             "At urls that nobody watches": text(report.num_unwatched),

@@ -132,7 +132,9 @@ class SourceConfig(Frozen):
     text_column: str | None = None  # the caller's text that `match` scores
     questions_column: str | None = None  # questions to the image, one or a list, that `answer` asks besides the job's
     regions_column: str | None = None  # of a Parquet file: regions of a detector of yours; see vlmflow.sources.regions
-    found_text_column: str | None = None  # text that was found in the image, for its alternative text
+    # Text that was found in the image, for its alternative text. Two jobs over one catalog should name the same column:
+    # of two that differ, each makes the alternative texts anew that the other has made.
+    found_text_column: str | None = None
     bytes_column: str = "image"  # of a Parquet file of image bytes
     # The caller's columns that rows keep; null: all. One that differs every night, as a time of export does, rewrites
     # every row every night.

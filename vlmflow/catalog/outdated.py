@@ -23,16 +23,17 @@ from vlmflow.catalog.commit import Change, CommitRequest, commit
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.keys import digest_of, index_of, to_binary, to_words
 from vlmflow.catalog.log import DataFile, Snapshot, TableLog
-from vlmflow.catalog.masks import Mask, alike
+from vlmflow.catalog.masks import Mask, alike, is_valid
 from vlmflow.catalog.merge import overlaid
 from vlmflow.catalog.read import read_rows
-from vlmflow.catalog.rows import TEXTS, restated
+from vlmflow.catalog.rows import DOUBTED, TEXTS, doubtful, restated
 from vlmflow.catalog.writer import write_file
 from vlmflow.threads import Threads
 
 # That are compared: a bucket has many more, and texts of any length.
 _ROWS_AT_ONCE, _BYTES_AT_ONCE = 1 << 16, 64 * 1024 * 1024
 _FILES_AT_ONCE = 3  # that are rewritten: a store answers late
+_MADE_OF = tuple(name for name in TEXTS if name not in DOUBTED)  # beside what was found in the image
 
 
 def held_as(table: pa.Schema, listed: pa.Schema) -> pa.Field:
@@ -80,6 +81,42 @@ def find_outdated(
             other = ~_all_alike(both["previous"], both["source"]) | misstated[numbers]
             yield numbers[other], pa.Table.from_batches([both]).filter(pa.array(other))
             first += both.num_rows
+
+
+def find_misstated(
+    folder: Folder, file: DataFile, rows: pa.Table, source: pa.Field | None, found_text_column: str | None
+) -> Mask:
+    """The rows of a file whose alternative text is not what it should be, as :func:`restated` tells.
+
+    It reads no more than it must: uris and captions only where a row that has a caption is in doubt, and nothing where
+    no text is quoted and all such rows are of versions with alternative texts.
+
+    Args:
+        rows: all of the file's; of `caption_fingerprint` and `read_at`, and with a ``source`` of that and
+            :data:`DOUBTED`, the columns that the file has.
+        source: the caller's columns, of which alternative texts quote ``found_text_column``; None: they quote none.
+
+    Raises:
+        CatalogError: the file cannot be read.
+    """
+    marks = np.zeros(rows.num_rows, np.bool_)
+    captioned = _known(rows, schema.fingerprint_column("caption"))
+    if source is None and not (captioned & ~_known(rows, "read_at")).any():  # null in rows of older versions
+        return marks
+    held = rows if source is not None else read_rows(folder, "images", file, DOUBTED)
+    columns = [schema.IMAGES.field(name) for name in DOUBTED]
+    texts = conform(held, pa.schema(columns if source is None else [*columns, source]))
+    doubted = np.flatnonzero(captioned & doubtful(texts, found_text_column))
+    if len(doubted):
+        made_of = read_rows(folder, "images", file, _MADE_OF)
+        for name in _MADE_OF:
+            texts = texts.append_column(name, made_of[name])
+        marks[doubted[restated(taken(texts, doubted), found_text_column)[0]]] = True
+    return marks
+
+
+def _known(rows: pa.Table, column: str) -> Mask:
+    return is_valid(conform_column(rows, schema.IMAGES.field(column)))
 
 
 def _rows_at_once(rows: pa.Table) -> int:

@@ -1,10 +1,11 @@
 """Planning: what the source lists, joined with what the images table holds.
 
 Both sides are spread over buckets by the first bits of their keys and put aside, so that one bucket is in memory at a
-time; what is due is then put into the order of the pipeline in the same way. No row becomes a Python object. Reading
-the table, joining the buckets and filling in live rows are parts of their own, which run in this process or on the
-workers of a cluster; the listing comes through this process either way. Of the other rows, those are put aside that
-hold the caller's columns of an earlier listing.
+time; what is due is then put into the order of the pipeline in the same way. No row becomes a Python object, but for
+those whose alternative text may not be what it should be. Reading the table, joining the buckets and filling in live
+rows are parts of their own, which run in this process or on the workers of a cluster; the listing comes through this
+process either way. Of the other rows, those are put aside that hold the caller's columns of an earlier listing, or
+whose alternative text is not what it should be.
 """
 
 from __future__ import annotations

@@ -24,9 +24,9 @@ from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.keys import duplicates, index_of, to_binary, to_words
 from vlmflow.catalog.log import DataFile
 from vlmflow.catalog.masks import Mask, alike, as_mask, equal, is_valid
-from vlmflow.catalog.outdated import find_outdated
+from vlmflow.catalog.outdated import find_misstated, find_outdated
 from vlmflow.catalog.read import read_rows
-from vlmflow.catalog.rows import TEXTS, restated
+from vlmflow.catalog.rows import DOUBTED
 from vlmflow.catalog.spill import Spill
 from vlmflow.catalog.tombstones import Erased
 from vlmflow.errors import SourceError
@@ -102,7 +102,7 @@ class ReadLedger:
         assert self.folder is not None
         columns = (*LEDGER, "read_at", "detections") if self.detections else (*LEDGER, "read_at")
         is_quoting = self.source is not None and self.source.type.get_field_index(self.found_text_column or "") >= 0
-        columns += TEXTS if is_quoting else ()
+        columns += DOUBTED if is_quoting else ()
         if self.source is not None:
             columns += tuple(f"source.{field.name}" for field in self.source.type)
         file = self.files[number]
@@ -114,20 +114,11 @@ class ReadLedger:
             read_at = conform_column(rows, schema.IMAGES.field("read_at"))  # likewise: then it was long ago
             before = pc.less(read_at, pa.scalar(self.read_before, schema.TIMESTAMP))
             rows = rows.append_column(READ_LONG_AGO, pc.fill_null(before, True))
-        if is_quoting:
-            rows = rows.append_column(_MISSTATED, self._misstated(rows))
-        elif "read_at" not in rows.column_names or rows["read_at"].null_count:
-            # Rows of versions without alternative texts are among those: nobody else reads texts for planning.
-            rows = rows.append_column(_MISSTATED, self._misstated(read_rows(self.folder, "images", file, TEXTS)))
+        quoted = self.source if is_quoting else None
+        misstated = find_misstated(self.folder, file, rows, quoted, self.found_text_column)
+        rows = rows.append_column(_MISSTATED, pa.array(misstated))
         rows = rows.append_column(_FILE, pa.repeat(pa.scalar(number, pa.int32()), rows.num_rows))
         return conform(rows, ledger_columns(self.source))
-
-    def _misstated(self, rows: pa.Table) -> pa.Array:
-        columns = [schema.IMAGES.field(name) for name in TEXTS]
-        texts = conform(rows, pa.schema(columns if self.source is None else [*columns, self.source]))
-        marks = np.zeros(rows.num_rows, np.bool_)
-        marks[restated(texts, self.found_text_column)[0]] = True
-        return pa.array(marks)
 
 
 @dataclass(frozen=True)

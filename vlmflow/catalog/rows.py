@@ -14,13 +14,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.types as pt
 
 from vlmflow import schema
 from vlmflow.alt_text import QUOTE, alt_text, quotes
 from vlmflow.catalog.columns import conform_column, flat, member, taken
 from vlmflow.catalog.judged import with_verdicts
 from vlmflow.catalog.keys import digest_of, questions_digests, text_digests
-from vlmflow.catalog.masks import Mask, alike, as_mask, explode, field_strings, holds, is_valid
+from vlmflow.catalog.masks import Mask, alike, as_mask, equal, explode, field_strings, holds, is_valid
 from vlmflow.errors import RowErrorClass
 
 OK, PARTIAL, UNREADABLE, MISSING, FAILED = "ok", "partial", "unreadable", "missing", "failed"
@@ -232,8 +233,13 @@ def alt_texts(
     }
 
 
-# What :func:`restated` reads, beside `source`.
+# What :func:`restated` reads, and of that :func:`doubtful`; either beside `source`.
 TEXTS = ("uri", "caption", "alt_text", "alt_text_rule")
+DOUBTED = ("alt_text", "alt_text_rule")
+
+# Whitespace that Python's `split` and `join` would change, for RE2: `\s` of that is ASCII alone.
+_UNTIDY = r"^ |  | $|[\t-\r\x1c-\x1f\x{85}\x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000}]"
+_ROWS_AT_ONCE = 1 << 14  # whose texts are copied to be compared: they may be long
 
 
 def restated(rows: pa.Table, found_text_column: str | None) -> tuple[npt.NDArray[np.int64], dict[str, pa.Array]]:
@@ -246,27 +252,53 @@ def restated(rows: pa.Table, found_text_column: str | None) -> tuple[npt.NDArray
         rows: :data:`TEXTS`, and `source` if there is one.
         found_text_column: None, or one that the rows do not have: nothing is known of what is quoted.
     """
-    asked = ~is_valid(rows["alt_text"]) & ~is_valid(rows["alt_text_rule"])
-    if found_text_column is not None and found_text_column in (_source_columns(rows) or ()):
-        found = [is_valid(member(chunk, found_text_column)) for chunk in rows["source"].chunks]
-        asked |= np.concatenate([np.empty(0, np.bool_), *found])
-        asked |= as_mask(pc.fill_null(pc.match_substring(rows["alt_text"], QUOTE), False))
-    else:
-        found_text_column = None
-    numbers = np.flatnonzero(asked & is_valid(rows["caption"]))
-    rows = taken(rows.select([*TEXTS, *(["source"] if found_text_column is not None else [])]), numbers)
-    if found_text_column is not None:
-        texts = zip(rows["alt_text"].to_pylist(), _found_texts(rows, found_text_column), strict=True)
-        other = np.flatnonzero([text is None or not quotes(text, said) for text, said in texts]).astype(np.int64)
-        numbers, rows = numbers[other], taken(rows, other)
+    numbers = np.flatnonzero(doubtful(rows, found_text_column) & is_valid(rows["caption"]))
+    source = ["source"] if _has(rows, found_text_column) else []
+    rows = taken(rows.select([*TEXTS, *source]), numbers)
     new = alt_texts(rows, rows["caption"], found_text_column)
     # One that is as it should be after all, whatever it looks like, is not written again every night.
     differs = np.logical_or.reduce([~alike(flat(rows[name]), values) for name, values in new.items()])
     return numbers[differs], {name: values.filter(pa.array(differs)) for name, values in new.items()}
 
 
+def doubtful(rows: pa.Table, found_text_column: str | None) -> Mask:
+    """The rows whose alternative text, if they have a caption, may not be what it should be; see :func:`restated`.
+
+    Args:
+        rows: :data:`DOUBTED`, and `source` if there is one.
+    """
+    lacks: Mask = ~is_valid(rows["alt_text"]) & ~is_valid(rows["alt_text_rule"])
+    if found_text_column is None or not _has(rows, found_text_column):
+        return lacks
+    batches = rows.select(["alt_text", "source"]).to_batches(max_chunksize=_ROWS_AT_ONCE)
+    others = [_misquotes(batch["alt_text"], member(batch["source"], found_text_column)) for batch in batches]
+    lacks |= np.concatenate([np.empty(0, np.bool_), *others])
+    return lacks
+
+
+def _misquotes(texts: pa.Array, found: pa.Array) -> Mask:
+    """Texts that do not say what was found, or quote something else; no text says nothing."""
+    quoting = as_mask(pc.fill_null(pc.match_substring(texts, QUOTE), False))
+    other = is_valid(found) | quoting
+    # No text that is right becomes a Python object, but for captions that say themselves what was found.
+    said = _tidy_texts(found)
+    empty = equal(said, "")
+    other &= ~(empty & is_valid(texts) & ~quoting)
+    at = pa.array(np.flatnonzero(quoting))
+    quoted = pc.list_element(pc.split_pattern(texts.take(at), QUOTE, max_splits=1, reverse=True), 1)
+    other[quoting] &= ~equal(quoted, pc.binary_join_element_wise(said.take(at), '".', "")) | empty[quoting]
+    asked = np.flatnonzero(other & is_valid(texts))
+    pairs = zip(texts.take(pa.array(asked)).to_pylist(), found.take(pa.array(asked)).to_pylist(), strict=True)
+    other[asked] = [not quotes(text, _as_text(value)) for text, value in pairs]
+    return other
+
+
+def _has(rows: pa.Table, column: str | None) -> bool:
+    return column is not None and column in (_source_columns(rows) or ())
+
+
 def _found_texts(rows: pa.Table, column: str | None) -> list[str | None]:
-    if column is None or column not in (_source_columns(rows) or ()):
+    if column is None or not _has(rows, column):
         return [None] * rows.num_rows
     return [_as_text(value) for chunk in rows["source"].chunks for value in member(chunk, column).to_pylist()]
 
@@ -276,6 +308,17 @@ def _as_text(value: object) -> str | None:
     if isinstance(value, list):
         return " ".join(str(part) for part in value if part is not None)
     return None if value is None else str(value)
+
+
+def _tidy_texts(found: pa.Array) -> pa.Array:
+    """:func:`_as_text` of those values that Arrow words as Python does, and whose whitespace is tidy; else null."""
+    if pt.is_list(found.type) and pt.is_string(found.type.value_type):
+        found = pc.binary_join(found, " ")  # null where a part is
+    elif pt.is_integer(found.type):
+        found = found.cast(pa.string())
+    elif not pt.is_string(found.type):
+        return pa.nulls(len(found), pa.string())
+    return pc.if_else(pc.match_substring_regex(found, _UNTIDY), None, found)
 
 
 def failed_tasks(errors: pa.ChunkedArray) -> dict[str, Mask]:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from vlmflow.cli.app import app
 from vlmflow.cli.options import CatalogOnly, EndpointOption, JsonOption, catalog_config
-from vlmflow.cli.screen import Screen
+from vlmflow.cli.screen import Screen, emit
 from vlmflow.errors import KnownImagesError
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def add_command(
     kind: Kind = "block" if block else "allow"
     report = add_list(config, name or source.stem.lower(), kind, hashes, phashes, max_distance)
     if as_json:
-        typer.echo(report.model_dump_json())
+        emit(report.model_dump_json())
         return
     console = Screen()
     console.print(

@@ -19,7 +19,7 @@ from vlmflow.cli.options import (
     catalog_config,
     make_job,
 )
-from vlmflow.cli.screen import Screen
+from vlmflow.cli.screen import Screen, emit
 from vlmflow.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def show(
     check_outputs(output)
     text = to_yaml(_load(policy, endpoint)) if _is_kept(policy) else read_text(policy)
     if output is None:
-        typer.echo(text, nl=False)
+        emit(text, end="")
     else:
         write_output(output, text)
 
@@ -108,7 +108,7 @@ def check(
         embedder, identity = load_embedder(config, "cpu"), identify("embed", config)
     report = check_policy(file, embedder=embedder, identity=identity)
     if as_json:
-        typer.echo(report.model_dump_json())
+        emit(report.model_dump_json())
     else:
         print_policy_check(report, Screen())
     if report.count("error") or (strict and report.count("warning")):
@@ -131,7 +131,7 @@ def diff(
 
     found = diff_policies(_load(before, endpoint), _load(after, endpoint))
     if as_json:
-        typer.echo(found.model_dump_json())
+        emit(found.model_dump_json())
     else:
         print_policy_diff(found, Screen())
 
@@ -224,7 +224,7 @@ def calibrate(
     if report is not None:
         write_output(report, calibration_html(done) if report.suffix == ".html" else done.model_dump_json(indent=2))
     if as_json:
-        typer.echo(done.model_dump_json())
+        emit(done.model_dump_json())
     else:
         print_calibration(done, Screen())
 

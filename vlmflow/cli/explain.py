@@ -71,6 +71,7 @@ def explain(
             endpoint,
             profile=profile,
             tasks="embed,moderate",
+            pools=(),
             accept_unbound=True,
         )
     evidence = find_evidence(catalog_of(catalog, endpoint, job), image)

@@ -78,6 +78,7 @@ def remoderate(
         endpoint,
         profile=profile,
         tasks="embed,moderate",
+        pools=(),
         policy=policy,
         ray_address=ray_address,
         accept_unbound=accept_unbound,

@@ -216,4 +216,5 @@ def query_job(catalog: str, profile: str | None, config: Path | None, endpoint: 
         endpoint,
         profile=profile,
         tasks="embed",
+        pools=(),  # they divide a run's tasks, of which this may be none
     )

@@ -20,7 +20,7 @@ from vlmflow.cli.options import (
     make_job,
 )
 from vlmflow.cli.screen import Screen, emit
-from vlmflow.errors import ConfigError
+from vlmflow.errors import ConfigError, PolicyError
 
 if TYPE_CHECKING:
     from vlmflow.moderation.policy import Policy
@@ -66,11 +66,15 @@ def show(
 ) -> None:
     """Print the YAML of POLICY: one that ships as the beginning of yours, or one that a catalog keeps, to go back to.
 
+    A file that is there already is not overwritten.
+
     Example: `vlmflow policy show catalog/@9f3c12ab --output before.yaml`
     """
     from vlmflow.moderation.policy import read_text, to_yaml
 
     check_outputs(output)
+    if output is not None and output.exists():
+        raise PolicyError(f"policy {output}: is there already", remedy="Name another file with --output.")
     text = to_yaml(_load(policy, endpoint)) if _is_kept(policy) else read_text(policy)
     if output is None:
         emit(text, end="")
@@ -215,6 +219,7 @@ def calibrate(
         endpoint,
         profile=profile,
         tasks="embed,moderate",
+        pools=(),
         policy=policy,
         accept_unbound=True,
     )

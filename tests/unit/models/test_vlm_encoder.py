@@ -26,6 +26,9 @@ from transformers import (
     Florence2ForConditionalGeneration,
     Florence2Processor,
     Florence2VisionConfig,
+    InstructBlipConfig,
+    InstructBlipForConditionalGeneration,
+    InstructBlipProcessor,
     PreTrainedTokenizerFast,
     T5Config,
 )
@@ -73,6 +76,22 @@ def blip2(folder: Path) -> Path:
     return save(Blip2ForConditionalGeneration(config), processor, folder)
 
 
+def instructblip(folder: Path) -> Path:
+    torch.manual_seed(0)
+    words = tokenizer()
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "vocab_size": len(words)}
+    text = T5Config(**sizes, decoder_start_token_id=0, eos_token_id=1, pad_token_id=0)
+    config = InstructBlipConfig(
+        vision_config={**TINY, "image_size": IMAGE_SIZE, "patch_size": 8},
+        qformer_config={**TINY, "encoder_hidden_size": 32, "vocab_size": len(words)},
+        text_config=text.to_dict(),
+        num_query_tokens=4,
+        image_token_index=words.convert_tokens_to_ids("<image>"),
+    )
+    processor = InstructBlipProcessor(BlipImageProcessor(size=SIDE), words, tokenizer(), num_query_tokens=4)
+    return save(InstructBlipForConditionalGeneration(config), processor, folder)
+
+
 def florence2(folder: Path) -> Path:
     torch.manual_seed(0)
     words = tokenizer(image_token="<image>")
@@ -93,7 +112,7 @@ def florence2(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
-@pytest.mark.parametrize("make", [blip2, florence2])
+@pytest.mark.parametrize("make", [blip2, instructblip, florence2])
 def test_what_the_decoder_writes_is_the_text(make: Callable[[Path], Path], num_beams: int, tmp_path: Path) -> None:
     folder, pixels = make(tmp_path), random_pixels(3)
     model, processor = AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)

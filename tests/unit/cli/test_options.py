@@ -66,3 +66,19 @@ def test_pools_of_other_tasks_are_no_hindrance(
     with pytest.raises(SystemExit):
         main([*(word.format(tmp=tmp_path, catalog=tmp_path / "catalog") for word in command), "--config", str(file)])
     assert "every task runs in exactly one pool" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["match", "x.csv", "--accept-unbound"], "--accept-unbound is not for match, which decides nothing"),
+        (["caption", "x.csv", "--predictions", "x.json", "--endpoint", "http://minio:9000"], "--endpoint is not for"),
+    ],
+)
+def test_an_option_that_an_evaluation_leaves_out_of_account_is_refused(
+    command: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", *command])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err

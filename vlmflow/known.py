@@ -12,10 +12,12 @@ from vlmflow.catalog import Catalog
 from vlmflow.catalog.known_images import Kind, KnownList
 from vlmflow.config import CatalogConfig, Frozen, ImageLimits
 from vlmflow.errors import ImageError, KnownImagesError
-from vlmflow.imaging import decode
+from vlmflow.imaging import PixelRequest, decode
 from vlmflow.schema import LEAST_PHASH_BITS
 
 _SHA256, _PHASH = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{16}")
+# Of a clip that begins plain, what moderation would take the hash of; the pixels are of no interest.
+_ALL_FRAMES = PixelRequest(16, "bilinear", ("squash", "frames"))
 _TEXTS = (".txt", ".csv", ".tsv", "")
 
 
@@ -113,7 +115,7 @@ def read_hashes(path: Path, *, with_look: bool) -> tuple[list[str], list[str]]:
         raise KnownImagesError(f"{path}: {error.strerror}", remedy="Name a list of hashes, or an image.") from error
     if not is_text(path):
         try:
-            facts = decode(data, (), ImageLimits()).facts
+            facts = decode(data, (_ALL_FRAMES,), ImageLimits()).facts
         except ImageError as error:
             raise KnownImagesError(f"{path}: {error}", remedy="Name a text file of hashes, or an image.") from error
         return [facts.content_hash], [facts.phash] if with_look and facts.phash else []

@@ -56,6 +56,11 @@ class KnownList:
     max_distance: int = 4
     added_at: str = ""
 
+    @property
+    def num_ignored(self) -> int:
+        """Perceptual hashes that no image is compared with: plain images have them. Older versions listed them."""
+        return int((~_is_seen(_parsed(self.phashes))).sum())
+
     def check(self) -> None:
         """Refuses a list that cannot be used.
 

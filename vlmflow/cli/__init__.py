@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
         # What stops a job, a pod or a service sends this: the run is to be recorded as interrupted, as by Ctrl-C.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # names and captions hold letters that not every terminal has
+        if isinstance(stream, io.TextIOWrapper):  # what people read; data goes past it, see vlmflow.cli.screen.emit
             stream.reconfigure(errors="backslashreplace")
     try:
         app(args=arguments)

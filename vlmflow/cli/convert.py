@@ -9,6 +9,7 @@ import typer
 
 from vlmflow.cli.app import app
 from vlmflow.cli.options import JsonOption
+from vlmflow.cli.screen import emit
 
 
 @app.command()
@@ -34,7 +35,7 @@ def convert(
     inputs = ConversionInputs(config=config, vocabulary=vocabulary, answers=answers)
     report = convert_weights(family, source, folder, inputs)
     if as_json:
-        typer.echo(report.model_dump_json())
+        emit(report.model_dump_json())
         return
     count = f"{report.num_tensors} tensors, {report.num_parameters:,} parameters"
     typer.echo(f"{report.folder}: {', '.join(report.files)} ({count})")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -125,10 +126,11 @@ def evaluate(
     if known != "zeroshot":
         _refuse({"--classes": classes, "--template": template}, f"{known}, which asks with no names of classes")
     if known != "moderate":
-        _refuse({"--policy": policy}, f"{known}, which decides nothing")
+        _refuse({"--policy": policy, "--accept-unbound": accept_unbound}, f"{known}, which decides nothing")
     if predictions is not None:
         of_models = {"--profile": profile, "--config": config, "--catalog": catalog, "--scratch": scratch}
-        _refuse({**of_models, "--ray-address": ray_address}, "--predictions, with which no model is run")
+        of_runs = {"--ray-address": ray_address, "--endpoint": endpoint}
+        _refuse({**of_models, **of_runs}, "--predictions, with which no model is run")
     if catalog is not None:
         _refuse({"--scratch": scratch}, "an evaluation that --catalog keeps")
     templates = check_templates(template or ())
@@ -162,7 +164,7 @@ def evaluate(
         print_evaluation(report, Screen())
 
 
-def _refuse(options: dict[str, object], what: str) -> None:
+def _refuse(options: Mapping[str, object], what: str) -> None:
     """Refuses options that would be left out of account, so that nobody takes a figure for another than it is."""
     given = [name for name, value in options.items() if value]
     if given:

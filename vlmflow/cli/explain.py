@@ -19,7 +19,7 @@ from vlmflow.cli.options import (
     catalog_of,
     make_job,
 )
-from vlmflow.cli.screen import Screen
+from vlmflow.cli.screen import Screen, emit
 from vlmflow.errors import ConfigError
 
 
@@ -71,6 +71,7 @@ def explain(
             endpoint,
             profile=profile,
             tasks="embed,moderate",
+            pools=(),
             accept_unbound=True,
         )
     evidence = find_evidence(catalog_of(catalog, endpoint, job), image)
@@ -78,7 +79,7 @@ def explain(
     if heatmap is not None and job is not None:
         drawn = write_heatmap(job, evidence, heatmap, label=label, show_flagged=show_flagged)
     if as_json:
-        typer.echo(evidence.model_dump_json())
+        emit(evidence.model_dump_json())
         return
     console = Screen()
     print_evidence(evidence, console)

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from vlmflow.cli.app import app
 from vlmflow.cli.options import CatalogOnly, EndpointOption, JsonOption, catalog_config
-from vlmflow.cli.screen import Screen
+from vlmflow.cli.screen import Screen, emit
 from vlmflow.errors import KnownImagesError
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def add_command(
     kind: Kind = "block" if block else "allow"
     report = add_list(config, name or source.stem.lower(), kind, hashes, phashes, max_distance)
     if as_json:
-        typer.echo(report.model_dump_json())
+        emit(report.model_dump_json())
         return
     console = Screen()
     console.print(
@@ -90,7 +90,7 @@ def remove_command(
 
 @known_app.command("list")
 def list_command(catalog: CatalogOnly, endpoint: EndpointOption = None, as_json: JsonOption = False) -> None:
-    """Show the lists of a catalog."""
+    """Show the lists of a catalog: how many images each knows by their bytes, and how many by how they look."""
     from vlmflow.catalog import Catalog
 
     lists = Catalog.open(catalog_config(catalog, endpoint)).known_images.lists()
@@ -100,7 +100,8 @@ def list_command(catalog: CatalogOnly, endpoint: EndpointOption = None, as_json:
                 "name": known.name,
                 "kind": known.kind,
                 "hashes": len(known.hashes),
-                "phashes": len(known.phashes),
+                "phashes": len(known.phashes) - known.num_ignored,
+                "phashes_ignored": known.num_ignored,
                 "max_distance": known.max_distance,
                 "added_at": known.added_at,
             }
@@ -110,6 +111,13 @@ def list_command(catalog: CatalogOnly, endpoint: EndpointOption = None, as_json:
         return
     table = Table("list", "kind", "bytes", "looks", "distance", "added", box=None, pad_edge=False, header_style="dim")
     for known in lists:
-        counts = (f"{len(known.hashes):,}", f"{len(known.phashes):,}", str(known.max_distance))
+        counts = (f"{len(known.hashes):,}", f"{len(known.phashes) - known.num_ignored:,}", str(known.max_distance))
         table.add_row(escape(known.name), known.kind, *counts, known.added_at)
-    Screen().print(table if lists else "no lists; `vlmflow known add` makes one")
+    console = Screen()
+    console.print(table if lists else "no lists; `vlmflow known add` makes one")
+    for known in lists:
+        if known.num_ignored:
+            console.print(
+                f"[yellow]list {escape(known.name)}: {known.num_ignored:,} more perceptual hashes are those of plain "
+                "images and block nothing. Add clips that begin plain again with `vlmflow known add`.[/yellow]"
+            )

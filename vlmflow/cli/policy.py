@@ -19,8 +19,8 @@ from vlmflow.cli.options import (
     catalog_config,
     make_job,
 )
-from vlmflow.cli.screen import Screen
-from vlmflow.errors import ConfigError
+from vlmflow.cli.screen import Screen, emit
+from vlmflow.errors import ConfigError, PolicyError
 
 if TYPE_CHECKING:
     from vlmflow.moderation.policy import Policy
@@ -66,14 +66,18 @@ def show(
 ) -> None:
     """Print the YAML of POLICY: one that ships as the beginning of yours, or one that a catalog keeps, to go back to.
 
+    A file that is there already is not overwritten.
+
     Example: `vlmflow policy show catalog/@9f3c12ab --output before.yaml`
     """
     from vlmflow.moderation.policy import read_text, to_yaml
 
     check_outputs(output)
+    if output is not None and output.exists():
+        raise PolicyError(f"policy {output}: is there already", remedy="Name another file with --output.")
     text = to_yaml(_load(policy, endpoint)) if _is_kept(policy) else read_text(policy)
     if output is None:
-        typer.echo(text, nl=False)
+        emit(text, end="")
     else:
         write_output(output, text)
 
@@ -108,7 +112,7 @@ def check(
         embedder, identity = load_embedder(config, "cpu"), identify("embed", config)
     report = check_policy(file, embedder=embedder, identity=identity)
     if as_json:
-        typer.echo(report.model_dump_json())
+        emit(report.model_dump_json())
     else:
         print_policy_check(report, Screen())
     if report.count("error") or (strict and report.count("warning")):
@@ -131,7 +135,7 @@ def diff(
 
     found = diff_policies(_load(before, endpoint), _load(after, endpoint))
     if as_json:
-        typer.echo(found.model_dump_json())
+        emit(found.model_dump_json())
     else:
         print_policy_diff(found, Screen())
 
@@ -215,6 +219,7 @@ def calibrate(
         endpoint,
         profile=profile,
         tasks="embed,moderate",
+        pools=(),
         policy=policy,
         accept_unbound=True,
     )
@@ -224,7 +229,7 @@ def calibrate(
     if report is not None:
         write_output(report, calibration_html(done) if report.suffix == ".html" else done.model_dump_json(indent=2))
     if as_json:
-        typer.echo(done.model_dump_json())
+        emit(done.model_dump_json())
     else:
         print_calibration(done, Screen())
 

@@ -22,7 +22,7 @@ from vlmflow.cli.options import (
     make_job,
     shown_progress,
 )
-from vlmflow.cli.screen import Screen
+from vlmflow.cli.screen import Screen, emit
 from vlmflow.errors import ConfigError
 
 
@@ -78,6 +78,7 @@ def remoderate(
         endpoint,
         profile=profile,
         tasks="embed,moderate",
+        pools=(),
         policy=policy,
         ray_address=ray_address,
         accept_unbound=accept_unbound,
@@ -86,6 +87,6 @@ def remoderate(
     with shown_progress(as_json=as_json, verbose=verbose) as display:
         report = run(job, scope=scope, rollback=rollback, dry_run=dry_run, progress=display)
     if as_json:
-        typer.echo(report.model_dump_json())
+        emit(report.model_dump_json())
     else:
         print_remoderation(report, Screen())

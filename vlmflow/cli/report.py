@@ -10,6 +10,7 @@ import typer
 from vlmflow.cli.app import app
 from vlmflow.cli.files import check_outputs
 from vlmflow.cli.options import CatalogOnly, ConfigOption, EndpointOption, JsonOption, catalog_of
+from vlmflow.cli.screen import emit
 from vlmflow.cli.search import query_job
 
 
@@ -35,7 +36,7 @@ def report(
     job = query_job(catalog, None, config, endpoint)
     written = write_report(catalog_of(catalog, endpoint, job), output, run=run, job=job)
     if as_json:
-        typer.echo(written.model_dump_json())
+        emit(written.model_dump_json())
     else:
         typer.echo(
             f"{written.path}: {written.size_bytes / 1e6:.1f} MB, {written.num_rows:,} of {written.num_images:,} rows, "

@@ -10,7 +10,7 @@ import typer
 from vlmflow.cli.app import app
 from vlmflow.cli.files import check_outputs
 from vlmflow.cli.options import CatalogOnly, EndpointOption, JsonOption, catalog_config
-from vlmflow.cli.screen import Screen
+from vlmflow.cli.screen import Screen, emit
 
 review_app = typer.Typer(
     name="review", no_args_is_help=True, help="Send images to people, and take their verdicts into the catalog."
@@ -52,7 +52,7 @@ def export_command(
     sizes = QueueSizes(near, disagreement, random)
     report = export_queue(catalog_config(catalog, endpoint), output, sizes=sizes, seed=seed)
     if as_json:
-        typer.echo(report.model_dump_json())
+        emit(report.model_dump_json())
     else:
         print_queue(report, Screen())
 
@@ -81,6 +81,6 @@ def import_command(
 
     report = import_verdicts(catalog_config(catalog, endpoint), source, reviewer=reviewer)
     if as_json:
-        typer.echo(report.model_dump_json())
+        emit(report.model_dump_json())
     else:
         print_review(report, Screen())

@@ -32,7 +32,7 @@ from vlmflow.cli.options import (
     make_job,
     shown_progress,
 )
-from vlmflow.cli.screen import Screen
+from vlmflow.cli.screen import Screen, emit
 from vlmflow.config import Job
 from vlmflow.errors import ConfigError
 
@@ -108,7 +108,7 @@ def enrich(
         with shown_progress(as_json=False, verbose=verbose) as display:
             tried = try_out(job, progress=display)
         if as_json:
-            typer.echo(tried.model_dump_json())
+            emit(tried.model_dump_json())
         else:
             print_preflight(tried, Screen())
         return
@@ -174,7 +174,7 @@ def plan(
     )
     summary = make_plan(job)
     if as_json:
-        typer.echo(summary.model_dump_json())
+        emit(summary.model_dump_json())
     else:
         print_plan(summary, Screen())
 

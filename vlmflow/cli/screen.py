@@ -27,3 +27,8 @@ def tell(message: str, colour: str) -> None:
     """Writes one line to standard error, coloured on a terminal unless NO_COLOR is set (https://no-color.org)."""
     line = printable(" ".join(message.split()))
     typer.secho(line, err=True, fg=None if os.environ.get("NO_COLOR") else colour)
+
+
+def emit(text: str, *, end: str = "\n") -> None:
+    """Writes data that programs read to standard output: UTF-8, whatever the locale, and every letter as it is."""
+    typer.echo((text + end).encode(), nl=False)

@@ -19,7 +19,7 @@ from vlmflow.cli.options import (
     catalog_of,
     make_job,
 )
-from vlmflow.cli.screen import Screen
+from vlmflow.cli.screen import Screen, emit
 from vlmflow.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def search(
         report = update_index(place)
         if not is_asked:
             if as_json:
-                typer.echo(report.model_dump_json())
+                emit(report.model_dump_json())
             else:
                 print_index(report, console)
             return
@@ -101,7 +101,7 @@ def search(
     if csv is not None:
         write_output(csv, search_csv(result))
     if as_json:
-        typer.echo(result.model_dump_json())
+        emit(result.model_dump_json())
     else:
         print_search(result, console)
 
@@ -144,7 +144,7 @@ def duplicates(
     if csv is not None:
         write_output(csv, duplicates_csv(report))
     if as_json:
-        typer.echo(report.model_dump_json())
+        emit(report.model_dump_json())
     else:
         print_duplicates(report, Screen())
 
@@ -170,7 +170,7 @@ def titles(
     if csv is not None:
         write_output(csv, titles_csv(report))
     if as_json:
-        typer.echo(report.model_dump_json())
+        emit(report.model_dump_json())
     else:
         print_titles(report, Screen())
 
@@ -199,8 +199,8 @@ def alt_text(
         write_output(csv, alt_texts_csv(found))
     if as_json:
         for piece in found.as_json():
-            typer.echo(piece, nl=False)
-        typer.echo()
+            emit(piece, end="")
+        emit("")
     else:
         print_alt_texts(found, Screen())
 
@@ -216,4 +216,5 @@ def query_job(catalog: str, profile: str | None, config: Path | None, endpoint: 
         endpoint,
         profile=profile,
         tasks="embed",
+        pools=(),  # they divide a run's tasks, of which this may be none
     )

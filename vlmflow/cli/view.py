@@ -18,7 +18,7 @@ from vlmflow.cli.options import (
     catalog_config,
     storage_config,
 )
-from vlmflow.cli.screen import Screen
+from vlmflow.cli.screen import Screen, emit
 from vlmflow.config import RayConfig, SourceConfig, load_job
 
 
@@ -36,7 +36,7 @@ def show(catalog: CatalogOnly, endpoint: EndpointOption = None, as_json: JsonOpt
 
     summary = summarize(catalog_config(catalog, endpoint))
     if as_json:
-        typer.echo(summary.model_dump_json())
+        emit(summary.model_dump_json())
     else:
         print_summary(summary, Screen())
 

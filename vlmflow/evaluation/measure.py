@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,8 @@ def evaluate_with_predictions(
             f"evaluate on the cluster {job.ray.address}: no place for a catalog",
             remedy="Name one that all nodes reach, with --catalog (kept) or --scratch.",
         )
+    if data.task == "zeroshot" and not chosen.class_names:  # before the models run, which may take hours
+        chosen = replace(chosen, class_names=default_names(data.classes))
     keep = nullcontext(chosen.catalog) if chosen.catalog else scratch_catalog(job, chosen.scratch, "evaluate")
     with keep as catalog:
         assert catalog is not None
@@ -185,9 +187,9 @@ def _retrieval(run: Run, data: Dataset, _: Choices) -> Outcome:
 
 
 def _zeroshot(run: Run, data: Dataset, choices: Choices) -> Outcome:
-    names = choices.class_names or default_names(data.classes)
+    assert choices.class_names is not None
     vectors = run.vectors()
-    classes = ensemble(run.texts(prompts_of(names, choices.templates)), len(choices.templates))
+    classes = ensemble(run.texts(prompts_of(choices.class_names, choices.templates)), len(choices.templates))
     truth = np.array([data.classes.index(name) for name in data.rows["class"].to_pylist()])
     similar = vectors @ classes.T
     missing = int((~np.isfinite(vectors).all(axis=1)).sum())

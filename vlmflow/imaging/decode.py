@@ -41,6 +41,8 @@ DRAFT_RATIO = 2
 # Levels of grey, of 255, from the darkest to the brightest place of an image squashed to 64 x 64. Of less, the noise of
 # a camera or an encoder, the bits of a perceptual hash are chance.
 _LEAST_CONTRAST = 8
+# Of a clip that begins plain, so many frames are decoded for the sake of its hash where none is to be shown.
+_FRAMES_HASHED = 8
 
 
 @dataclass(frozen=True)
@@ -110,11 +112,11 @@ def decode(
     unseen = None
     if any("frames" in request.views for request in merged):
         if opened.facts.num_frames > 1:
-            unseen = _add_frames(opened, merged, pixels, grounds, limits)
+            unseen, phash = _add_frames(opened, merged, pixels, grounds, limits, phash)
         if opened.facts.format == "png" and (num_there := count_png_frames(data)) > opened.facts.num_frames:
             # Viewers differ in what they make of an animation that is at odds with itself.
             unseen = f"{num_there:,} frames are there, of which {opened.facts.num_frames:,} were looked at"
-    if phash is None and opened.facts.num_frames > 1:
+    elif phash is None and opened.facts.num_frames > 1:
         phash = _hash_of_frames(opened, limits)
     return DecodedImage(replace(opened.facts, phash=phash), pixels, unseen)
 
@@ -133,10 +135,10 @@ def perceptual_hash(image: Image.Image) -> str | None:
 
 
 def _hash_of_frames(opened: OpenedImage, limits: ImageLimits) -> str | None:
-    """Of the frames behind a plain first one, the hash of the first that is not plain."""
+    """Of the few frames behind a plain first one, the hash of the first that is not plain."""
     image, num_pixels = opened.image, 0
     try:
-        for _ in frames_in(image, min(opened.facts.num_frames, MAX_FRAMES_SEEN)):
+        for _ in frames_in(image, min(opened.facts.num_frames, _FRAMES_HASHED)):
             num_pixels += image.width * image.height
             if image.width * image.height > limits.max_pixels or num_pixels > MAX_PIXELS_SEEN:
                 break
@@ -144,7 +146,7 @@ def _hash_of_frames(opened: OpenedImage, limits: ImageLimits) -> str | None:
             if found is not None:
                 return found
     except (*BAD_BYTES, Image.DecompressionBombError, MemoryError):
-        pass  # what can be decoded is plain; that some cannot is said where frames are shown
+        pass  # that some cannot be decoded is said where frames are shown
     return None
 
 
@@ -194,8 +196,16 @@ def _add_frames(
     pixels: dict[str, list[tuple[str, Pixels]]],
     grounds: Sequence[tuple[str, Image.Image]],
     limits: ImageLimits,
-) -> str | None:
-    """Renders the frames behind the first that are worth showing; says what was not looked at."""
+    phash: str | None,
+) -> tuple[str | None, str | None]:
+    """Renders the frames behind the first that are worth showing.
+
+    Args:
+        phash: of the first frame.
+
+    Returns:
+        What was not looked at, and the hash of the first of all frames that is not plain.
+    """
     image, orientation = opened.image, opened.orientation
     looked = Looked()
     looked.add(0.0, grounds)
@@ -209,7 +219,9 @@ def _add_frames(
             if image.width * image.height > limits.max_pixels or num_pixels > MAX_PIXELS_SEEN:
                 unseen = f"frames after the first {number:,} of {opened.facts.num_frames:,} hold too many pixels"
                 break
-            looked.add(time_s, _grounds(image, orientation, requests))
+            shown = _grounds(image, orientation, requests)
+            looked.add(time_s, shown)
+            phash = phash or perceptual_hash(shown[0][1])
     except (*BAD_BYTES, Image.DecompressionBombError, MemoryError):
         unseen = f"frames after the first {len(looked.times):,} of {opened.facts.num_frames:,} cannot be decoded"
     for number, views in looked.choose().items():
@@ -220,7 +232,7 @@ def _add_frames(
             unseen = f"frame {number + 1:,} of {opened.facts.num_frames:,} cannot be decoded"
             continue
         _add_views(pixels, requests, shown, views)
-    return unseen
+    return unseen, phash
 
 
 def _decode_video(

@@ -122,7 +122,7 @@ class Matcher(Protocol):
 class Answer:
     """An answer to one question about one image."""
 
-    text: str
+    text: str  # empty: the model wrote nothing
     score: float  # probability that the model gives it, in [0, 1]; not a number: the model tells none
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 
@@ -13,6 +14,8 @@ from vlmflow.models.prompts import QUESTION
 from vlmflow.models.questions import check_paired
 
 _MAX_QUESTION_CHARS = 2_000
+
+_Key: TypeAlias = tuple[bytes, str, int, int]  # digest of the pixels, prompt, most tokens, beams
 
 
 class VisionChat(Protocol):
@@ -40,11 +43,39 @@ class VisionChat(Protocol):
         """What was spent since it was last asked; None: nothing is paid for."""
 
 
+class _Writer:
+    """Has texts written, on one line each; some may be empty.
+
+    A batch in which one is empty may be run again in halves, to find the image that is to blame: what was written is
+    remembered until the next batch, so that these cost nothing.
+    """
+
+    def __init__(self, chat: VisionChat) -> None:
+        self._chat = chat
+        self._written: dict[_Key, Answer] = {}
+
+    def write(
+        self, pixels: torch.Tensor, prompts: Sequence[str], max_tokens: int, num_beams: int = 1, *, rows: Sequence[int]
+    ) -> list[Answer]:
+        if self._written:
+            keys = _keys(pixels, prompts, max_tokens, num_beams, rows)
+            if all(key in self._written for key in keys):
+                return [self._written[key] for key in keys]
+            self._written = {}
+        written = self._chat.write(pixels, prompts, max_tokens, num_beams, rows=rows)
+        answers = [Answer(" ".join(answer.text.split()), answer.score) for answer in written]
+        if not all(answer.text for answer in answers):
+            keys = _keys(pixels, prompts, max_tokens, num_beams, rows)
+            self._written = dict(zip(keys, answers, strict=True))
+        return answers
+
+
 class PromptedCaptioner:
     """Asks for a caption with one prompt."""
 
     def __init__(self, chat: VisionChat, prompt: str) -> None:
         self._chat, self._prompt = chat, prompt
+        self._writer = _Writer(chat)
 
     def caption(self, pixels: torch.Tensor, max_tokens: int, num_beams: int = 1) -> list[str]:
         """(N, 3, S, S) uint8 RGB -> N captions, on one line each; see :class:`VisionChat` for the rest.
@@ -54,8 +85,11 @@ class PromptedCaptioner:
         """
         if len(pixels) == 0:
             return []
-        written = self._chat.write(pixels, [self._prompt] * len(pixels), max_tokens, num_beams)
-        return [_on_one_line(answer).text for answer in written]
+        prompts, rows = [self._prompt] * len(pixels), range(len(pixels))
+        captions = [answer.text for answer in self._writer.write(pixels, prompts, max_tokens, num_beams, rows=rows)]
+        if not all(captions):
+            raise AnswerError("the model wrote nothing")
+        return captions
 
     def take_usage(self) -> Usage | None:
         """See :class:`VisionChat`."""
@@ -67,6 +101,7 @@ class PromptedAnswerer:
 
     def __init__(self, chat: VisionChat, prompt: str, max_tokens: int) -> None:
         self._chat, self._prompt, self._max_tokens = chat, prompt, max_tokens
+        self._writer = _Writer(chat)
 
     def check_questions(self, questions: Sequence[str]) -> None:
         """See :class:`vlmflow.models.Answerer`."""
@@ -78,10 +113,10 @@ class PromptedAnswerer:
                 )
 
     def answer(self, pixels: torch.Tensor, questions: Sequence[Sequence[str]]) -> list[list[Answer]]:
-        """Answers each image's questions; see :class:`vlmflow.models.Answerer`.
+        """Answers each image's questions; see :class:`vlmflow.models.Answerer`. Some answers may be empty.
 
         Raises:
-            AnswerError: one of the answers is empty.
+            AnswerError: all answers about an image are.
         """
         check_paired(len(pixels), questions)
         rows = [row for row, asked in enumerate(questions) for _ in asked]
@@ -91,8 +126,11 @@ class PromptedAnswerer:
             return [[] for _ in questions]
         prompts = [self._prompt.replace(QUESTION, question) for question in flat]
         # An image is not copied for each of its questions: a batch of large ones would not fit many times.
-        written = iter(self._chat.write(pixels, prompts, self._max_tokens, rows=rows))
-        return [[_on_one_line(next(written)) for _ in asked] for asked in questions]
+        written = iter(self._writer.write(pixels, prompts, self._max_tokens, rows=rows))
+        answers = [[next(written) for _ in asked] for asked in questions]
+        if any(given and not any(answer.text for answer in given) for given in answers):
+            raise AnswerError("the model wrote nothing")
+        return answers
 
     def take_usage(self) -> Usage | None:
         """See :class:`VisionChat`."""
@@ -111,8 +149,8 @@ def rows_of(pixels: torch.Tensor, prompts: Sequence[str], rows: Sequence[int] | 
     return found
 
 
-def _on_one_line(answer: Answer) -> Answer:
-    text = " ".join(answer.text.split())
-    if not text:
-        raise AnswerError("the model wrote nothing")
-    return Answer(text, answer.score)
+def _keys(
+    pixels: torch.Tensor, prompts: Sequence[str], max_tokens: int, num_beams: int, rows: Sequence[int]
+) -> list[_Key]:
+    digests = [hashlib.sha256(image.contiguous().cpu().numpy().data).digest() for image in pixels]
+    return [(digests[row], prompt, max_tokens, num_beams) for row, prompt in zip(rows, prompts, strict=True)]

@@ -23,7 +23,7 @@ from vlmflow.models.weights import check_keys
 # An image is hundreds of tokens, and each of them is kept while an answer is written.
 _SEQUENCES_AT_ONCE = 16
 # Processors that put the tokens of an image before any text.
-_PLACES_IMAGES = frozenset(("Florence2Processor", "Blip2Processor"))
+_PLACES_IMAGES = frozenset(("Florence2Processor", "Blip2Processor", "InstructBlipProcessor"))
 
 
 class TransformersChat:

@@ -6,8 +6,8 @@ steps joins images that are unlike. The representative is the image with the mos
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from hashlib import blake2b
 from itertools import pairwise
 from typing import Literal, TypeAlias
 
@@ -19,11 +19,12 @@ from vlmflow.catalog.columns import flat
 from vlmflow.catalog.keys import to_binary, to_words
 from vlmflow.catalog.masks import Mask
 from vlmflow.config import CatalogConfig, Frozen
-from vlmflow.errors import ConfigError, SearchError
+from vlmflow.errors import ConfigError, TooManyPairsError
 from vlmflow.schema import LEAST_PHASH_BITS
 from vlmflow.search.build import FEWEST_ROWS
+from vlmflow.search.equals import Equals, Scored
 from vlmflow.search.live import LiveRows, Positions
-from vlmflow.search.near import near_pairs
+from vlmflow.search.near import MAX_PAIRS, ROUNDING, check_pairs, near_pairs
 from vlmflow.search.searcher import Searcher
 
 Kind: TypeAlias = Literal["exact", "perceptual", "semantic"]
@@ -39,8 +40,6 @@ MAX_BITS = 4
 _BANDS = (0, 13, 26, 39, 52, 64)
 # Up to so many images each is compared with each; beyond, the index proposes whom to compare. Of fewer there is none.
 ALL_PAIRS = FEWEST_ROWS
-_MAX_PAIRS = 50_000_000
-_ROUNDING = 1e-6  # of the cosine of two vectors in single precision: equal ones reach a threshold of 1
 _BLOCK = 1_024  # with 50,000 others at a time: 200 MiB of cosines
 _MAX_CELLS = 1 << 22  # hashes that are compared at a time, with each other: 32 MiB
 
@@ -87,6 +86,7 @@ class DuplicateReport(Frozen):
     num_duplicates: int  # members beside the representatives
     num_without_vectors: int = 0  # of the images compared: they have no part in semantic groups
     groups: tuple[Group, ...] = ()
+    notes: tuple[str, ...] = ()  # kinds that were not looked for, and why
 
 
 def find_duplicates(
@@ -104,8 +104,9 @@ def find_duplicates(
 
     Raises:
         ConfigError: the threshold or the condition cannot be used.
-        SearchError: too many images to compare each with each, and no index; or so many pairs that the threshold
-            tells nothing apart.
+        SearchError: too many images to compare each with each, and no index.
+        TooManyPairsError: so many pairs that the threshold tells nothing apart, where no other kind is asked for; else
+            the groups of the others are reported, with a note.
         CatalogError: there is no catalog.
     """
     if not 0 < threshold <= 1:
@@ -124,19 +125,18 @@ def find_duplicates(
         ("exact", group, np.ones(len(group), np.float32)) for group in groups
     ]
     num_without = 0
+    notes: list[str] = []
     ranks = np.full(len(live), len(live), np.int64)
     ranks[order] = np.arange(len(order))
     if "perceptual" in kinds:
-        alike = _look_alikes(live, unlike, ranks)
+        alike = _unless_too_many(lambda: _look_alikes(live, unlike, ranks), "perceptual", kinds, notes)
         found += [("perceptual", *group) for group in alike]
         for members, _ in alike:
             unlike[members[1:]] = False
     if "semantic" in kinds:
-        num_without = int(unlike.sum())
-        for model in live.num_by_model:
-            mask = unlike & live.of_models([model])
-            num_without -= int(mask.sum())
-            found += [("semantic", *group) for group in _semantic(searcher, model, mask, ranks, threshold)]
+        num_without = int(unlike.sum()) - int((unlike & live.of_models(list(live.num_by_model))).sum())
+        near = _unless_too_many(lambda: _semantic(searcher, live, unlike, ranks, threshold), "semantic", kinds, notes)
+        found += [("semantic", *group) for group in near]
     return DuplicateReport(
         catalog=catalog.uri,
         images_version=live.version,
@@ -145,7 +145,21 @@ def find_duplicates(
         num_duplicates=sum(len(group) - 1 for _, group, _ in found),
         num_without_vectors=num_without,
         groups=tuple(_described(live, found)),
+        notes=tuple(notes),
     )
+
+
+def _unless_too_many(
+    find: Callable[[], list[Scored]], kind: Kind, kinds: Sequence[Kind], notes: list[str]
+) -> list[Scored]:
+    """The groups of a kind; a note in their place where they come of too many pairs and other kinds are asked for."""
+    try:
+        return find()
+    except TooManyPairsError as error:
+        if set(kinds) == {kind}:
+            raise
+        notes.append(f"{kind} groups were left out: {error}. {error.remedy}")
+        return []
 
 
 def _facts(live: LiveRows) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -186,15 +200,38 @@ def _exact_groups(hashes: NDArray[np.int64], order: Positions) -> list[Positions
 
 
 def _semantic(
-    searcher: Searcher, model: str, mask: Mask, ranks: NDArray[np.int64], threshold: float
-) -> list[tuple[Positions, NDArray[np.float32]]]:
-    """Groups of marked rows by their vectors."""
-    return _grouped(list(_pairs(searcher, model, mask, threshold)), ranks)
+    searcher: Searcher, live: LiveRows, mask: Mask, ranks: NDArray[np.int64], threshold: float
+) -> list[Scored]:
+    """Groups of marked rows by their vectors, those of each model apart.
+
+    Rows of equal vectors are in one group and compared with others once: blank images, which may be thousands.
+    """
+    groups: list[Scored] = []
+    for model in live.num_by_model:
+        equals = _equal_vectors(searcher, model, mask & live.of_models([model]), ranks)
+        firsts = equals.rows[equals.starts]
+        marks, numbers = np.zeros(len(live), np.bool_), np.full(len(live), -1, np.int64)
+        marks[firsts], numbers[firsts] = True, np.arange(len(firsts))
+        found = _grouped(list(_pairs(searcher, model, marks, threshold)), ranks)
+        groups += equals.whole([(numbers[rows], scores) for rows, scores in found], ranks)
+    return groups
 
 
-def _grouped(
-    parts: list[tuple[Positions, Positions, NDArray[np.float32]]], ranks: NDArray[np.int64]
-) -> list[tuple[Positions, NDArray[np.float32]]]:
+def _equal_vectors(searcher: Searcher, model: str, mask: Mask, ranks: NDArray[np.int64]) -> Equals:
+    """Marked rows by their vectors in half precision.
+
+    Vectors that are equal there have a cosine within ``ROUNDING`` of 1. Of images with equal pixels the last bits may
+    differ, by the batch that they were in.
+    """
+    keys, rows = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
+    for positions, vectors in searcher.vectors(model, mask):
+        digests = b"".join(blake2b(vector, digest_size=8).digest() for vector in vectors.astype(np.float16))
+        keys.append(np.frombuffer(digests, np.uint64))
+        rows.append(positions)
+    return Equals.of(np.concatenate(keys), np.concatenate(rows), ranks)
+
+
+def _grouped(parts: list[tuple[Positions, Positions, NDArray[np.float32]]], ranks: NDArray[np.int64]) -> list[Scored]:
     """Groups from pairs: each around the row that comes first, of rows that are in no group before."""
     empty = np.empty(0, np.int64)
     left = np.concatenate([empty, *(part[0] for part in parts)])
@@ -220,58 +257,27 @@ def _grouped(
     return sorted(groups, key=lambda group: (-len(group[0]), int(ranks[group[0][0]])))
 
 
-def _look_alikes(live: LiveRows, mask: Mask, ranks: NDArray[np.int64]) -> list[tuple[Positions, NDArray[np.float32]]]:
+def _look_alikes(live: LiveRows, mask: Mask, ranks: NDArray[np.int64]) -> list[Scored]:
     """Groups of marked rows whose perceptual hashes differ in few bits, by the share of equal bits.
 
     Rows of equal hashes are alike in all that they are like, so they are in one group: it is hashes that are compared.
     """
-    looks = _Looks.of(live, mask, ranks)
-    groups = _grouped(list(_near_looks(looks)), looks.ranks)
-    alone = np.ones(len(looks.values), np.bool_)
-    for members, _ in groups:
-        alone[members] = False
-    groups += [(np.array([look]), np.ones(1, np.float32)) for look in np.flatnonzero(alone & (looks.counts > 1))]
-    by_rows = [looks.rows_of(*group) for group in groups]
-    return sorted(by_rows, key=lambda group: (-len(group[0]), int(ranks[group[0][0]])))
+    hashes = np.zeros(len(live), np.uint64)
+    known = mask.copy()
+    for start, rows in live.read(["phash"]):
+        here = slice(start, start + rows.num_rows)
+        texts = rows["phash"].to_pylist()
+        known[here] &= np.array([text is not None for text in texts], np.bool_)
+        hashes[here] = np.array([int(text or "0", 16) for text in texts], np.uint64)
+    known &= np.bitwise_count(hashes) >= LEAST_PHASH_BITS
+    positions = np.flatnonzero(known)
+    looks = Equals.of(hashes[positions], positions, ranks)
+    return looks.whole(_grouped(list(_near_looks(looks.keys)), looks.ranks), ranks)
 
 
-@dataclass(frozen=True, eq=False)
-class _Looks:
-    """Perceptual hashes, each once, and the rows that have them. U: hashes."""
-
-    values: NDArray[np.uint64]  # (U,)
-    rows: Positions  # those of each hash next to each other, the first by rank in front
-    starts: NDArray[np.int64]  # (U,) where those of each hash begin
-    counts: NDArray[np.int64]  # (U,) how many they are
-    ranks: NDArray[np.int64]  # (U,) of the first of them
-
-    @classmethod
-    def of(cls, live: LiveRows, mask: Mask, ranks: NDArray[np.int64]) -> _Looks:
-        hashes = np.zeros(len(live), np.uint64)
-        known = mask.copy()
-        for start, rows in live.read(["phash"]):
-            here = slice(start, start + rows.num_rows)
-            texts = rows["phash"].to_pylist()
-            known[here] &= np.array([text is not None for text in texts], np.bool_)
-            hashes[here] = np.array([int(text or "0", 16) for text in texts], np.uint64)
-        known &= np.bitwise_count(hashes) >= LEAST_PHASH_BITS
-        positions = np.flatnonzero(known)
-        positions = positions[np.lexsort((ranks[positions], hashes[positions]))]
-        values, starts, counts = np.unique(hashes[positions], return_index=True, return_counts=True)
-        return cls(values, positions, starts, counts, ranks[positions[starts]])
-
-    def rows_of(self, looks: Positions, scores: NDArray[np.float32]) -> tuple[Positions, NDArray[np.float32]]:
-        """The rows of a group of hashes, the head's first row in front, and the score of each."""
-        spans = zip(self.starts[looks].tolist(), self.counts[looks].tolist(), strict=True)
-        rows = np.concatenate([self.rows[start : start + count] for start, count in spans])
-        each = np.repeat(scores, self.counts[looks])
-        order = 1 + np.lexsort((rows[1:], -each[1:]))
-        return np.concatenate([rows[:1], rows[order]]), np.concatenate([each[:1], each[order]])
-
-
-def _near_looks(looks: _Looks) -> Iterator[tuple[Positions, Positions, NDArray[np.float32]]]:
+def _near_looks(values: NDArray[np.uint64]) -> Iterator[tuple[Positions, Positions, NDArray[np.float32]]]:
     """Pairs of hashes that differ in few bits, and the share of equal bits; both ways round."""
-    values, num_pairs = looks.values, 0
+    num_pairs = 0
     for band, (low, high) in enumerate(pairwise(_BANDS)):
         keys = (values >> np.uint64(low)) & np.uint64((1 << (high - low)) - 1)
         order = np.argsort(keys, kind="stable")
@@ -285,9 +291,9 @@ def _near_looks(looks: _Looks) -> Iterator[tuple[Positions, Positions, NDArray[n
                 rows_at, columns_at = np.nonzero(np.triu(bits <= MAX_BITS, 1))
                 left, right = _not_before(values, block[rows_at], later[columns_at], band)
                 num_pairs += len(left)
-                if num_pairs > _MAX_PAIRS:
-                    raise SearchError(
-                        f"more than {_MAX_PAIRS:,} pairs of images look alike", remedy="Narrow the images with --where."
+                if num_pairs > MAX_PAIRS:
+                    raise TooManyPairsError(
+                        f"more than {MAX_PAIRS:,} pairs of images look alike", remedy="Narrow the images with --where."
                     )
                 scores = (1 - np.bitwise_count(values[left] ^ values[right]) / 64).astype(np.float32)
                 yield np.concatenate([left, right]), np.concatenate([right, left]), np.concatenate([scores, scores])
@@ -310,16 +316,10 @@ def _pairs(
     """Pairs of marked rows whose cosine reaches the threshold, with it; a pair may come twice, turned around."""
     count = int(mask.sum())
     num_pairs = 0
-    least = threshold - _ROUNDING
     compare = _all_pairs if count <= ALL_PAIRS else near_pairs
-    found = compare(searcher, model, mask, least)
-    for part in found:
+    for part in compare(searcher, model, mask, threshold):
         num_pairs += len(part[0])
-        if num_pairs > _MAX_PAIRS:
-            raise SearchError(
-                f"more than {_MAX_PAIRS:,} pairs of images are closer than {threshold}",
-                remedy="Raise --threshold, or narrow the images with --where.",
-            )
+        check_pairs(num_pairs, threshold)
         yield part
 
 
@@ -333,7 +333,7 @@ def _all_pairs(
     vectors = np.concatenate([block[1] for block in blocks])
     for start in range(0, len(vectors), _BLOCK):
         scores = vectors[start : start + _BLOCK] @ vectors[start:].T
-        rows, columns = np.nonzero(scores >= threshold)
+        rows, columns = np.nonzero(scores >= threshold - ROUNDING)
         later = columns > rows
         rows, columns = rows[later], columns[later]
         first, second = positions[start + rows], positions[start + columns]

@@ -9,12 +9,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlmflow.catalog.masks import Mask
+from vlmflow.errors import TooManyPairsError
+from vlmflow.search.exact import Block
 from vlmflow.search.index import HALF_ERROR
 from vlmflow.search.live import Positions
 from vlmflow.search.searcher import Searcher
 
 Pairs: TypeAlias = tuple[Positions, Positions, NDArray[np.float32]]  # (P,) numbers of live rows, twice; cosines
 
+MAX_PAIRS = 50_000_000  # a GiB of them
+ROUNDING = 1e-6  # of the cosine of two vectors in single precision: equal ones reach a threshold of 1
+_QUERIES = 1_024  # whose neighbours are looked for at once: each may have as many as there are images
 _AT_ONCE = 1 << 15  # pairs whose vectors are compared: 128 MiB at 512 dimensions
 
 
@@ -26,20 +31,42 @@ def near_pairs(searcher: Searcher, model: str, wanted: Mask, threshold: float) -
 
     Raises:
         SearchError: the index does not cover all of these rows.
+        TooManyPairsError: it is left open of too many pairs.
     """
     segments = searcher.covering(model, wanted)
-    undecided: list[NDArray[np.int64]] = [np.empty((2, 0), np.int64)]
-    for positions, vectors in searcher.vectors(model, wanted):
+    least, count = threshold - ROUNDING, len(wanted)
+    undecided = np.empty(0, np.int64)  # each pair once, as one number
+    for positions, vectors in _few_at_once(searcher.vectors(model, wanted)):
         for segment in segments:
-            rows, others, scores = segment.neighbours(np.ascontiguousarray(vectors), threshold - HALF_ERROR)
+            rows, others, scores = segment.neighbours(np.ascontiguousarray(vectors), least - HALF_ERROR)
             firsts = positions[rows]
             keep = wanted[others] & (others != firsts)
-            sure = keep & (scores >= threshold + HALF_ERROR)
+            sure = keep & (scores >= least + HALF_ERROR)
             yield firsts[sure], others[sure], scores[sure]
-            undecided.append(np.sort(np.stack([firsts, others])[:, keep & ~sure], axis=0))
-    pairs = np.unique(np.concatenate(undecided, axis=1), axis=1)
-    if pairs.size:
-        yield from _compared(searcher, model, wanted, pairs, threshold)
+            left, right = np.sort(np.stack([firsts, others])[:, keep & ~sure], axis=0)
+            undecided = np.union1d(undecided, left * count + right)
+            check_pairs(len(undecided), threshold)
+    if undecided.size:
+        yield from _compared(searcher, model, wanted, np.stack(np.divmod(undecided, count)), least)
+
+
+def check_pairs(num_pairs: int, threshold: float) -> None:
+    """Refuses more pairs than can be held.
+
+    Raises:
+        TooManyPairsError: they are more.
+    """
+    if num_pairs > MAX_PAIRS:
+        raise TooManyPairsError(
+            f"more than {MAX_PAIRS:,} pairs of images are closer than {threshold}",
+            remedy="Raise --threshold, or narrow the images with --where.",
+        )
+
+
+def _few_at_once(blocks: Iterator[Block]) -> Iterator[Block]:
+    for positions, vectors in blocks:
+        for start in range(0, len(positions), _QUERIES):
+            yield positions[start : start + _QUERIES], vectors[start : start + _QUERIES]
 
 
 def _compared(

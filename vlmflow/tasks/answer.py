@@ -37,7 +37,7 @@ class AnswerTask:
         self.reads: tuple[str, ...] = (shown_column(request), "questions")
 
     def __call__(self, batch: pa.Table) -> Columns:
-        """The answers, in the order of the questions; the score is null where the model tells none."""
+        """The answers, in the order of the questions, null where the model wrote nothing; scores where it tells any."""
         asked = [asked_of(self._questions, own) for own in batch["questions"].to_pylist()]
         given = self._answerer.answer(shown(batch, self._request), asked)
         if [len(answers) for answers in given] != [len(questions) for questions in asked]:
@@ -50,5 +50,5 @@ class AnswerTask:
 
 
 def _row(question: str, answer: Answer) -> dict[str, object]:
-    score = None if math.isnan(answer.score) else answer.score
-    return {"question": question, "answer": answer.text, "score": score}
+    score = None if math.isnan(answer.score) or not answer.text else answer.score
+    return {"question": question, "answer": answer.text or None, "score": score}

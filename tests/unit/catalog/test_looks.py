@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from vlmflow.catalog import known_images
+from tests.report_samples import put_rows
+from vlmflow.catalog import Catalog, known_images
 from vlmflow.catalog.known_images import MAX_DISTANCE, KnownImages, KnownList
+from vlmflow.cli import main
+from vlmflow.config import CatalogConfig
 
 RNG = np.random.default_rng(0)
 
@@ -79,3 +84,21 @@ def test_hashes_of_plain_images_are_near_to_none(max_distance: int) -> None:
         matcher = KnownImages([KnownList("looks", "block", (), tuple(listed), max_distance=max_distance)])
         found = [row and int(row["reason"].split("(")[1].split()[0]) for row in verdicts(matcher, looks).to_pylist()]
         assert found == expected
+
+
+def test_hashes_that_block_nothing_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Lists of versions that had a perceptual hash of plain images are kept as they were written."""
+    config = CatalogConfig(uri=str(tmp_path / "catalog"))
+    put_rows(config, ["a"], run="first")
+    looks = (f"{1 << 63:016x}", f"{0:016x}", "b" * 16)
+    Catalog.open(config).known_images.put(KnownList("old", "block", ("a" * 64,), looks))
+
+    def listed(*options: str) -> str:
+        with pytest.raises(SystemExit):
+            main(["known", "list", config.uri, *options])
+        return capsys.readouterr().out
+
+    assert [(known["phashes"], known["phashes_ignored"]) for known in json.loads(listed("--json"))] == [(1, 2)]
+    assert "list old: 2 more perceptual hashes are those of plain images and block nothing." in " ".join(
+        listed().split()
+    )

@@ -80,3 +80,12 @@ def test_an_export_from_python_refuses_the_uri_of_a_store(tmp_path: Path) -> Non
     put_rows(config, ["a"], run="first")
     with pytest.raises(ConfigError, match="s3://bucket/out: only a path"):
         Catalog.open(config).export("s3://bucket/out", with_embeddings=False)
+
+
+def test_a_policy_that_is_there_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (mine := tmp_path / "mine.yaml").write_text("my work")
+    with pytest.raises(SystemExit) as ended:
+        main(["policy", "show", "demo", "--output", str(mine)])
+    assert ended.value.code == 2
+    assert f"policy {mine}: is there already - Name another file" in capsys.readouterr().err
+    assert mine.read_text() == "my work"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import sys
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from tests.report_samples import put_rows
 from vlmflow.cli import main
 from vlmflow.cli.screen import Screen
 from vlmflow.config import CatalogConfig
+from vlmflow.moderation.policy import read_text, shipped_policies
 
 EVIL = "\x1b[31mred\x1b]0;title\x07\u202e[bold]x[/bold] :dog: [link=http://evil]\x9b2J"
 
@@ -53,3 +56,24 @@ def test_errors_are_without_colour_where_none_is_wanted(
     shown = capsys.readouterr().err
     assert shown.startswith("\x1b[31m") == is_coloured
     assert "no-such-\\u001b[2Jcatalog" in shown
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_data_is_utf_8_whatever_the_locale(encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt or a caption with other letters would be another one, and JSON knows no ``\\U``."""
+    text = "# caf\u00e9 \U0001f642\n" + read_text(next(iter(shipped_policies())))
+    (policy := tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
+    config = CatalogConfig(uri=str(tmp_path / "catalog"))
+    put_rows(config, ["a"], caption=["caf\u00e9 \U0001f642"])
+
+    def written_by(*arguments: str) -> bytes:
+        sink = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(sink, encoding=encoding))
+        with pytest.raises(SystemExit):
+            main(list(arguments))
+        return sink.getvalue()
+
+    assert written_by("policy", "show", str(policy)) == text.encode()
+    assert "caf\u00e9 \U0001f642" in json.dumps(
+        json.loads(written_by("show", config.uri, "--json")), ensure_ascii=False
+    )

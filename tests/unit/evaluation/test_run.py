@@ -12,6 +12,7 @@ from tests.vilbert import make_vilbert
 from vlmflow.config import CatalogConfig, Job
 from vlmflow.engine.prepare import prepare
 from vlmflow.errors import EvaluationError
+from vlmflow.evaluation import measure
 from vlmflow.evaluation.dataset import Dataset, EvaluationTask, table_of
 from vlmflow.evaluation.run import Run, _job_for
 from vlmflow.sources.uris import image_ids
@@ -56,6 +57,14 @@ def test_a_benchmark_is_asked_its_own_questions_alone() -> None:
     found = _job_for(given, data("answer"), CATALOG)
     assert found.questions == ()
     assert found.source.questions_column == "questions"
+
+
+def test_classes_that_make_no_prompts_are_refused_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(measure, "Run")
+    ids = ["n01440764", "n01443537"]
+    rows = table_of("zeroshot", {"uri": ["/a.png", "/b.png"], "class": ids})
+    with pytest.raises(EvaluationError, match="ids of WordNet, such as n01440764"):
+        measure.evaluate(Dataset("zeroshot", "data", rows, classes=tuple(ids)), job())
 
 
 def test_models_of_regions_from_a_column_are_refused_by_name(tmp_path: Path) -> None:

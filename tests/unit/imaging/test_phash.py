@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from vlmflow.config import ImageLimits
 from vlmflow.imaging import PixelRequest, decode, perceptual_hash
 from vlmflow.imaging.jpeg import leave_encoded
 from vlmflow.imaging.opening import hash_of
+from vlmflow.known import read_hashes
 
 LIMITS = ImageLimits()
 REQUESTS = [PixelRequest(32, "bilinear", ("squash", "frames")), PixelRequest(32, "bilinear", ("squash",))]
@@ -64,6 +66,28 @@ def test_frames_that_are_shown_do_not_move_it(image_format: str) -> None:
     first = decode(data, [], LIMITS).facts.phash
     assert first is not None
     assert decode(data, REQUESTS, LIMITS).facts.phash == first
+
+
+@pytest.mark.parametrize("image_format", ["GIF", "TIFF"])
+def test_few_frames_of_what_is_plain_are_decoded_for_it_alone(
+    image_format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoding, hashed = import_module("vlmflow.imaging.decode"), []
+    hash_one = decoding.perceptual_hash
+    monkeypatch.setattr(decoding, "perceptual_hash", lambda image: (hashed.append(1), hash_one(image))[1])
+    data = clip([Image.new("RGB", (160, 120), (level, 255, 255)) for level in range(200, 240)], image_format)
+    assert decode(data, REQUESTS[1:], LIMITS).facts.phash is None
+    assert len(hashed) == 8
+    late = clip([plain("black"), *(plain(f"#{n:02}0000") for n in range(1, 21)), scene(0, 160, 120)], image_format)
+    assert decode(late, [], LIMITS).facts.phash is None
+    hashed.clear()
+    assert decode(late, REQUESTS, LIMITS).facts.phash is not None, "frames that are looked at count, however late"
+    assert len(hashed) == 22
+    (listed := tmp_path / "late.bin").write_bytes(late)
+    assert len(read_hashes(listed, with_look=True)[1]) == 1
+    hashed.clear()
+    decode(clip([scene(number) for number in range(4)], image_format), REQUESTS, LIMITS)
+    assert len(hashed) == 1
 
 
 def test_frames_beyond_the_limits_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:

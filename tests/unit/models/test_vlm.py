@@ -100,7 +100,7 @@ def test_images_are_not_copied_for_each_of_their_questions() -> None:
     pixels, seen = random_pixels(2), []
 
     class Chat:
-        def write(self, pixels: torch.Tensor, prompts: Any, max_tokens: int, *, rows: Any) -> list[Answer]:
+        def write(self, pixels: torch.Tensor, prompts: Any, max_tokens: int, _: int, *, rows: Any) -> list[Answer]:
             seen.append((pixels.data_ptr(), len(pixels)))
             return [Answer(f"{row} {prompt}", 1.0) for row, prompt in zip(rows, prompts, strict=True)]
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
@@ -27,16 +26,15 @@ from transformers import (
     Florence2ForConditionalGeneration,
     Florence2Processor,
     Florence2VisionConfig,
+    InstructBlipConfig,
+    InstructBlipForConditionalGeneration,
+    InstructBlipProcessor,
     PreTrainedTokenizerFast,
     T5Config,
 )
 
 from tests.models import IMAGE_SIZE, WORDS, random_pixels
-from vlmflow.errors import AnswerError
-from vlmflow.models import Answer
-from vlmflow.models.prompted import PromptedAnswerer, PromptedCaptioner
 from vlmflow.models.vlm import TransformersChat
-from vlmflow.tasks.run import BatchLimit, run_contained
 
 SIDE = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -78,6 +76,22 @@ def blip2(folder: Path) -> Path:
     return save(Blip2ForConditionalGeneration(config), processor, folder)
 
 
+def instructblip(folder: Path) -> Path:
+    torch.manual_seed(0)
+    words = tokenizer()
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "vocab_size": len(words)}
+    text = T5Config(**sizes, decoder_start_token_id=0, eos_token_id=1, pad_token_id=0)
+    config = InstructBlipConfig(
+        vision_config={**TINY, "image_size": IMAGE_SIZE, "patch_size": 8},
+        qformer_config={**TINY, "encoder_hidden_size": 32, "vocab_size": len(words)},
+        text_config=text.to_dict(),
+        num_query_tokens=4,
+        image_token_index=words.convert_tokens_to_ids("<image>"),
+    )
+    processor = InstructBlipProcessor(BlipImageProcessor(size=SIDE), words, tokenizer(), num_query_tokens=4)
+    return save(InstructBlipForConditionalGeneration(config), processor, folder)
+
+
 def florence2(folder: Path) -> Path:
     torch.manual_seed(0)
     words = tokenizer(image_token="<image>")
@@ -98,7 +112,7 @@ def florence2(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])
-@pytest.mark.parametrize("make", [blip2, florence2])
+@pytest.mark.parametrize("make", [blip2, instructblip, florence2])
 def test_what_the_decoder_writes_is_the_text(make: Callable[[Path], Path], num_beams: int, tmp_path: Path) -> None:
     folder, pixels = make(tmp_path), random_pixels(3)
     model, processor = AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
@@ -116,32 +130,3 @@ def test_what_the_decoder_writes_is_the_text(make: Callable[[Path], Path], num_b
     assert all(0 < answer.score < 1 for answer in written)
     totals = scores.masked_fill(out.sequences[:, 1:] == 0, 0).sum(dim=1).exp()
     np.testing.assert_allclose([answer.score for answer in written], totals.numpy(), rtol=1e-3)
-
-
-class Silent:
-    """Writes nothing about dark images."""
-
-    def write(self, pixels: torch.Tensor, prompts: list[str], *_: Any, rows: Any = None) -> list[Answer]:
-        shown = range(len(pixels)) if rows is None else rows
-        return [Answer("a car" if pixels[row].max() else " \n", 1.0) for row in shown]
-
-    def take_usage(self) -> None:
-        return None
-
-
-def test_what_writes_nothing_costs_its_row() -> None:
-    captioner = PromptedCaptioner(Silent(), "a prompt")
-
-    class Task:
-        name, reads, writes = "caption", (), pa.schema([("caption", pa.string())])
-
-        def __call__(self, batch: pa.Table) -> dict[str, Any]:
-            pixels = torch.tensor(batch["level"].to_pylist(), dtype=torch.uint8).reshape(-1, 1, 1, 1)
-            return {"caption": pa.array(captioner.caption(pixels, 5), pa.string())}
-
-    columns, errors = run_contained(Task(), pa.table({"level": [9, 0, 9]}), BatchLimit())
-    assert columns["caption"].to_pylist() == ["a car", None, "a car"]
-    expected = {"stage": "caption", "class": "bad_answer", "message": "the model wrote nothing"}
-    assert errors.to_pylist() == [None, expected, None]
-    with pytest.raises(AnswerError):
-        PromptedAnswerer(Silent(), "{question}", 5).answer(torch.zeros(1, 3, 2, 2), [["what?"]])

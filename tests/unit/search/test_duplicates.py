@@ -13,8 +13,8 @@ import pytest
 from tests.catalog_samples import config_of
 from tests.search_samples import clustered, names, put, unit
 from vlmflow.catalog.keys import digest_of
-from vlmflow.errors import ConfigError, SearchError
-from vlmflow.search import duplicates
+from vlmflow.errors import ConfigError, SearchError, TooManyPairsError
+from vlmflow.search import duplicates, near
 from vlmflow.search.build import FEWEST_ROWS, update_index
 from vlmflow.search.duplicates import find_duplicates
 from vlmflow.search.live import LiveRows
@@ -102,11 +102,47 @@ def test_as_many_images_as_get_no_index_are_compared_each_with_each() -> None:
     assert duplicates.ALL_PAIRS >= FEWEST_ROWS - 1, "else the remedy, to make an index, would do nothing"
 
 
-def test_too_many_pairs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(duplicates, "_MAX_PAIRS", 10)
-    put(tmp_path, names(50), turned(*range(50)))
-    with pytest.raises(SearchError, match="more than 10 pairs"):
-        find_duplicates(config_of(tmp_path), threshold=0.5)
+def test_too_many_pairs_are_refused_where_no_other_kind_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(near, "MAX_PAIRS", 10)
+    put(tmp_path, names(50), turned(*range(50)), content_hash=["x", "x", *map(str, range(48))])
+    with pytest.raises(TooManyPairsError, match=r"more than 10 pairs of images are closer than 0\.5"):
+        find_duplicates(config_of(tmp_path), kinds=["semantic"], threshold=0.5)
+    report = find_duplicates(config_of(tmp_path), threshold=0.5)
+    assert [group.kind for group in report.groups] == ["exact"]
+    assert len(report.notes) == 1
+    assert report.notes[0].startswith("semantic groups were left out: more than 10 pairs")
+
+
+@pytest.mark.parametrize("has_index", [False, True])
+def test_equal_vectors_are_not_compared_with_each_other(
+    has_index: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blank images, of which no perceptual hash is taken."""
+    monkeypatch.setattr(near, "MAX_PAIRS", 10)
+    vectors = turned(*[0] * 40, *[1] * 40, *[90] * 40, 180)
+    vectors[:20] += np.float32(1e-8)  # by the batch they were in
+    put(tmp_path, names(121), vectors)
+    if has_index:
+        monkeypatch.setattr(duplicates, "ALL_PAIRS", 1)
+        update_index(config_of(tmp_path), min_rows=0)
+    for threshold, sizes in ((0.95, [80, 40]), (1.0, [40, 40, 40])):
+        report = find_duplicates(config_of(tmp_path), threshold=threshold)
+        assert [len(group.members) for group in report.groups] == sizes
+        assert report.notes == ()
+
+
+def test_pairs_that_half_precision_leaves_open_are_limited_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(near, "MAX_PAIRS", 10)
+    monkeypatch.setattr(near, "_QUERIES", 4)
+    monkeypatch.setattr(duplicates, "ALL_PAIRS", 1)
+    put(tmp_path, names(8), turned(*np.arange(8) / 10))  # nearer than half precision tells, and none equal
+    update_index(config_of(tmp_path), min_rows=0)
+    with pytest.raises(TooManyPairsError, match="more than 10 pairs of images are closer than 1"):
+        find_duplicates(config_of(tmp_path), kinds=["semantic"], threshold=1.0)
+    monkeypatch.setattr(near, "MAX_PAIRS", 28)  # each pair counts once, though it is met from both sides
+    assert groups_of(tmp_path, threshold=1.0) == []
 
 
 def test_titles_are_ranked_by_how_little_they_fit(tmp_path: Path) -> None:
@@ -203,9 +239,9 @@ def test_images_of_one_look_are_not_compared_with_each_other(monkeypatch: pytest
     hashes = np.full(300, 3 << 62, np.uint64)
     hashes[290:] += np.arange(10, dtype=np.uint64)
     ranks = np.arange(300)[::-1]
-    monkeypatch.setattr(duplicates, "_MAX_PAIRS", 45)  # of ten looks
+    monkeypatch.setattr(duplicates, "MAX_PAIRS", 45)  # of ten looks
     assert [len(rows) for rows, _ in look_alikes(hashes, ranks)] == [300]
-    monkeypatch.setattr(duplicates, "_MAX_PAIRS", 40)
+    monkeypatch.setattr(duplicates, "MAX_PAIRS", 40)
     with pytest.raises(SearchError, match="more than 40 pairs of images look alike"):
         look_alikes(hashes, ranks)
 

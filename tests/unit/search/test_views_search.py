@@ -139,6 +139,15 @@ def test_the_terminal_shows_it_as_text(text: str) -> None:
         assert "(10,000 characters)" in shown
 
 
+def test_kinds_of_duplicates_that_were_left_out_are_said() -> None:
+    sink = io.StringIO()
+    report = DuplicateReport(
+        catalog="c", images_version=1, threshold=0.9, num_images=2, num_duplicates=0, notes=("semantic: too many",)
+    )
+    print_duplicates(report, Console(file=sink, width=100, force_terminal=False))
+    assert "semantic: too many" in sink.getvalue()
+
+
 @pytest.mark.parametrize(
     "start", ["=", "+", "-", "@", "\t=", "\r=", "\n=", " =", "|", "%", "＝", "＋", "－", "＠", "\ufeff="]
 )

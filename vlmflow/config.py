@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 from urllib.parse import urlsplit
@@ -336,12 +337,17 @@ _REMEDIES = {
 }
 
 
-def load_job(path: str | Path | None, overrides: dict[str, Any]) -> Job:
+def load_job(
+    path: str | Path | None,
+    overrides: dict[str, Any],
+    defaults: Callable[[dict[str, Any]], dict[str, Any]] = dict.copy,
+) -> Job:
     """Builds a job from a YAML file and from what the command line says, which wins.
 
     Args:
         path: a YAML file; None: the overrides alone.
         overrides: a nested mapping with the shape of :class:`Job`; None values are left out.
+        defaults: makes of what the file says what it is taken to say of keys that it lacks.
 
     Raises:
         ConfigError: the file is absent or not YAML, a key is unknown, or a value does not fit.
@@ -359,7 +365,7 @@ def load_job(path: str | Path | None, overrides: dict[str, Any]) -> Job:
         if not isinstance(data, dict):
             raise ConfigError(f"config {path} holds a {type(data).__name__}", remedy="Write `key: value` lines.")
     try:
-        return Job.model_validate(merged(data, overrides))
+        return Job.model_validate(merged(defaults(data) | data, overrides))
     except ValidationError as error:
         message = describe_validation(error, what=str(path or "job"), of=Job)
         missing = missing_keys(error)

@@ -15,6 +15,7 @@ from vlmflow.cli.options import (
     EndpointOption,
     JsonOption,
     ProfileOption,
+    as_its_catalog,
     catalog_config,
     catalog_of,
     make_job,
@@ -72,6 +73,7 @@ def explain(
             profile=profile,
             tasks="embed,moderate",
             accept_unbound=True,
+            defaults=as_its_catalog,
         )
     evidence = find_evidence(catalog_of(catalog, endpoint, job), image)
     drawn = None

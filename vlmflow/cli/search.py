@@ -15,6 +15,7 @@ from vlmflow.cli.options import (
     EndpointOption,
     JsonOption,
     ProfileOption,
+    as_its_catalog,
     catalog_config,
     catalog_of,
     make_job,
@@ -216,4 +217,5 @@ def query_job(catalog: str, profile: str | None, config: Path | None, endpoint: 
         endpoint,
         profile=profile,
         tasks="embed",
+        defaults=as_its_catalog,
     )

@@ -15,6 +15,7 @@ from tests.site import Site, serving
 from vlmflow import explain
 from vlmflow.catalog import Catalog
 from vlmflow.cli import main
+from vlmflow.cli.search import query_job
 from vlmflow.config import CatalogConfig, ImageLimits, Job, SourceConfig, StorageConfig
 from vlmflow.errors import ExplainError
 from vlmflow.imaging import hash_of
@@ -78,6 +79,40 @@ def test_the_command_takes_a_job_file(catalog: CatalogConfig, tmp_path: Path) ->
         main(["report", catalog.uri, "-o", page, "--config", str(tmp_path / "job.yaml"), "--json"])
     assert ended.value.code == 0
     assert "data:image/jpeg" in Path(page).read_text(encoding="utf-8")
+
+
+def test_a_job_file_without_a_source_reaches_the_images_as_its_catalog(tmp_path: Path) -> None:
+    storage, path = "storage: {endpoint: 'http://tables:1'}", tmp_path / "job.yaml"
+
+    def endpoint(text: str, option: str | None = None) -> str | None:
+        path.write_text(text + "profile: starter\n")
+        job = query_job("s3://b/c", None, path, option)
+        assert job is not None
+        assert job.source.uri == "s3://b/c"
+        return job.source.storage.endpoint
+
+    assert endpoint(f"catalog: {{uri: c, {storage}}}\n") == "http://tables:1"
+    assert endpoint(f"catalog: {{uri: c, {storage}}}\n", "http://option:1") == "http://option:1"
+    assert endpoint(f"source: {{uri: s}}\ncatalog: {{uri: c, {storage}}}\n") is None
+    assert endpoint(f"source: {{uri: s, {storage}}}\ncatalog: {{uri: c}}\n") == "http://tables:1"
+    assert endpoint("") is None
+
+
+def test_a_map_of_a_job_file_without_a_source_reaches_the_image_as_its_catalog(
+    catalog: CatalogConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "job.yaml").write_text("catalog: {uri: c, storage: {endpoint: 'http://tables:1'}}\nprofile: starter\n")
+    jobs: list[Job] = []
+
+    def write_heatmap(job: Job, *_: Any, **__: Any) -> dict[str, Any]:
+        jobs.append(job)
+        raise ExplainError("drawn")
+
+    monkeypatch.setattr(explain, "write_heatmap", write_heatmap)
+    uri = Catalog.open(catalog).images(["uri"])["uri"][0].as_py()
+    with pytest.raises(SystemExit):
+        main(["explain", catalog.uri, uri, "--heatmap", str(tmp_path / "a.png"), "-c", str(tmp_path / "job.yaml")])
+    assert [job.source.storage.endpoint for job in jobs] == ["http://tables:1"]
 
 
 def test_stores_are_reached_as_the_source_says_and_the_disk_as_the_catalog_does() -> None:

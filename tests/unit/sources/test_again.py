@@ -17,10 +17,11 @@ from vlmflow.catalog import Catalog
 from vlmflow.cli import main
 from vlmflow.cli.search import query_job
 from vlmflow.config import CatalogConfig, ImageLimits, Job, SourceConfig, StorageConfig
-from vlmflow.errors import ExplainError
+from vlmflow.errors import ExplainError, StorageAccessError, StoreLostError
 from vlmflow.imaging import hash_of
 from vlmflow.report.write import write_report
 from vlmflow.search.query import Query, search_job
+from vlmflow.search.results import Hit
 from vlmflow.search.searcher import search_images
 from vlmflow.search.thumbnails import make_thumbnails
 from vlmflow.sources.again import RowReader
@@ -44,6 +45,12 @@ def catalog(tmp_path: Path, site: Site) -> CatalogConfig:
     site.kept["a?size=2"] = site.kept["a"]
     put_rows(config, ["a", "b"], uri=uris, content_hash=hashes, decision=["allow"] * 2)
     return config
+
+
+def hit_of(row: dict[str, Any], rank: int) -> Hit:
+    known = {name: row[name] for name in ("image_id", "uri", "object_version", "content_hash", "decision", "status")}
+    more = {"caption": None, "decision_reason": None, "key": None, "ingest_date": "2026-03-01"}
+    return Hit.model_validate({**known, **more, "rank": rank, "score": 0.5})
 
 
 def job_of(catalog: CatalogConfig, **source: Any) -> Job:
@@ -70,6 +77,49 @@ def test_pictures_are_read_as_the_job_says(catalog: CatalogConfig, tmp_path: Pat
     assert hash_of(explain._read(allowed, evidence)) == evidence.content_hash
     with pytest.raises(ExplainError, match="private"):
         explain._read(job_of(catalog), evidence)
+
+
+def test_nothing_is_asked_of_an_address_without_content(tmp_path: Path, site: Site) -> None:
+    """Of the rows one was refused in its time; a job that allows private addresses must not reach it blindly."""
+    site.kept |= {"refused": site.kept["a"]}
+    config, uris = (
+        CatalogConfig(uri=str(tmp_path / "catalog")),
+        [f"{site.url}/kept/{name}" for name in ("a", "refused")],
+    )
+    put_rows(config, ["a", "b"], uri=uris, content_hash=[hash_of(site.kept["a"]), None], decision=["allow", "review"])
+    allowed = job_of(config, http={"allow_private_addresses": True})
+    rows = {row["uri"]: row for row in Catalog.open(config).images(explain.EVIDENCE_COLUMNS).to_pylist()}
+    hits = [hit_of(rows[uri], rank) for rank, uri in enumerate([uris[1], uris[0], uris[1]])]
+    shown = make_thumbnails(hits, config, job=allowed)
+    assert [picture.uri is not None for picture in shown] == [False, True, False]
+    assert shown[0].reason == "it could not be read when it was enriched"
+    write_report(config, tmp_path / "report.html", job=allowed)
+    with pytest.raises(ExplainError, match="could not be read"):
+        explain._read(allowed, explain.evidence_of(rows[uris[1]]))
+    assert site.requests["/kept/a"] == 2
+    assert "/kept/refused" not in site.requests
+
+
+def test_a_disk_that_is_lost_is_told_without_the_file_of_another_image(
+    catalog: CatalogConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(_: object, images: object) -> None:
+        raise lost
+
+    monkeypatch.setattr(RowReader, "read", read)
+    row = Catalog.open(catalog).images(COLUMNS).to_pylist()[0]
+    evidence = explain.evidence_of(Catalog.open(catalog).images(explain.EVIDENCE_COLUMNS).to_pylist()[0])
+    hits = search_images(catalog, Query(like=row["uri"])).hits
+    lost = StoreLostError("/secret/b.jpg, which was read before, is gone", remedy="Mount it.")
+    lost.__cause__ = FileNotFoundError("/secret/b.jpg")
+    told = [make_thumbnails(hits, catalog)[0].reason, Pictures(catalog)._read(row).message]
+    with pytest.raises(StoreLostError) as caught:
+        explain._read(job_of(catalog), evidence)
+    told.append(str(caught.value).removeprefix(f"{evidence.uri}: "))
+    assert told == ["the disk that it lies on is out of reach"] * 3
+    lost = StoreLostError("lost in mid-run: s3://b refused the credentials")
+    lost.__cause__ = StorageAccessError("s3://b refused the credentials")
+    assert make_thumbnails(hits, catalog)[0].reason == "s3://b refused the credentials"
 
 
 def test_the_command_takes_a_job_file(catalog: CatalogConfig, tmp_path: Path) -> None:

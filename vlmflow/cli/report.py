@@ -25,7 +25,7 @@ def report(
     """Write one page about CATALOG: what a run did, score distributions, what is newly flagged, examples, duplicates.
 
     It works from a file, offline. Flagged images are blurred until clicked; the clear small pictures are in the file.
-    With --config images are read as that job's `source.http` and `source.storage` say.
+    With --config images are read as that job's `source.http`, `source.storage` and `source.bytes_column` say.
 
     Example: `vlmflow report catalog/ -o report.html`
     """

@@ -32,7 +32,7 @@ def report(
     from vlmflow.report.write import write_report
 
     check_outputs(output)
-    job = query_job(catalog, None, config, endpoint)
+    job = query_job(catalog, None, config, endpoint, has_queries=False)
     written = write_report(catalog_of(catalog, endpoint, job), output, run=run, job=job)
     if as_json:
         typer.echo(written.model_dump_json())

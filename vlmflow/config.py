@@ -118,8 +118,8 @@ class HttpConfig(Frozen):
     allow_private_addresses: bool = False  # loopback, private and link-local hosts
     # Images whose source tells no version are read again when they were last read so long ago; 0: in every run. None:
     # never, and what comes to lie behind an url that has its row is not noticed. Where the bytes of a row came with a
-    # strong ETag or an old enough Last-Modified, the server is asked whether it still has them (If-None-Match,
-    # If-Modified-Since), and its word is taken: one that wrongly answers 304 hides that another picture lies there.
+    # strong ETag, or without any and with an old enough Last-Modified, the server is asked whether it still has them
+    # (If-None-Match, If-Modified-Since), and its word is taken: a wrong 304 hides that another picture lies there.
     recheck_days: Annotated[float, Field(ge=0, le=3650)] | None = None
 
 

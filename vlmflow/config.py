@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 from urllib.parse import urlsplit
@@ -117,8 +118,8 @@ class HttpConfig(Frozen):
     allow_private_addresses: bool = False  # loopback, private and link-local hosts
     # Images whose source tells no version are read again when they were last read so long ago; 0: in every run. None:
     # never, and what comes to lie behind an url that has its row is not noticed. Where the bytes of a row came with a
-    # strong ETag or an old enough Last-Modified, the server is asked whether it still has them (If-None-Match,
-    # If-Modified-Since), and its word is taken: one that wrongly answers 304 hides that another picture lies there.
+    # strong ETag, or without any and with an old enough Last-Modified, the server is asked whether it still has them
+    # (If-None-Match, If-Modified-Since), and its word is taken: a wrong 304 hides that another picture lies there.
     recheck_days: Annotated[float, Field(ge=0, le=3650)] | None = None
 
 
@@ -338,12 +339,17 @@ _REMEDIES = {
 }
 
 
-def load_job(path: str | Path | None, overrides: dict[str, Any]) -> Job:
+def load_job(
+    path: str | Path | None,
+    overrides: dict[str, Any],
+    defaults: Callable[[dict[str, Any]], dict[str, Any]] = dict.copy,
+) -> Job:
     """Builds a job from a YAML file and from what the command line says, which wins.
 
     Args:
         path: a YAML file; None: the overrides alone.
         overrides: a nested mapping with the shape of :class:`Job`; None values are left out.
+        defaults: makes of what the file says what it is taken to say of keys that it lacks.
 
     Raises:
         ConfigError: the file is absent or not YAML, a key is unknown, or a value does not fit.
@@ -361,7 +367,7 @@ def load_job(path: str | Path | None, overrides: dict[str, Any]) -> Job:
         if not isinstance(data, dict):
             raise ConfigError(f"config {path} holds a {type(data).__name__}", remedy="Write `key: value` lines.")
     try:
-        return Job.model_validate(merged(data, overrides))
+        return Job.model_validate(merged(defaults(data) | data, overrides))
     except ValidationError as error:
         message = describe_validation(error, what=str(path or "job"), of=Job)
         missing = missing_keys(error)

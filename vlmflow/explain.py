@@ -14,11 +14,12 @@ from vlmflow.catalog import Catalog
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.read import images_named
 from vlmflow.config import CatalogConfig, Frozen, Job
-from vlmflow.errors import ExplainError, ImageError
+from vlmflow.errors import ExplainError, ImageError, StoreLostError
 from vlmflow.files import put_file
 from vlmflow.imaging import PixelRequest, decode
 from vlmflow.imaging.frames import split_views
 from vlmflow.moderation.detections import name_of
+from vlmflow.search.thumbnails import why_lost
 from vlmflow.sources import normalise_uri
 from vlmflow.sources.again import RowReader
 from vlmflow.sources.uris import spelled
@@ -157,6 +158,7 @@ def draw_heatmap(
 
     Raises:
         ExplainError: the row has no such label, the image cannot be read or has changed, or the model is another one.
+        StoreLostError: the store or the disk of the image is out of reach.
     """
     from vlmflow.moderation.heatmap import draw, occlusion_map
 
@@ -259,7 +261,13 @@ def _check_detector(evidence: Evidence, setup: DetectorSetup, output: str) -> No
 def _read(job: Job, evidence: Evidence) -> bytes:
     from vlmflow.imaging import hash_of
 
-    (fetched,) = RowReader(job.catalog, job.limits, job.source).read([(evidence.uri, evidence.object_version)])
+    if evidence.content_hash is None:  # its address may have been refused: nothing is asked of it
+        raise ExplainError(f"{evidence.uri} could not be read", remedy="Only images that decode can be explained.")
+    reader = RowReader(job.catalog, job.limits, job.source)
+    try:
+        (fetched,) = reader.read([(evidence.uri, evidence.object_version)])
+    except StoreLostError as error:
+        raise StoreLostError(f"{evidence.uri}: {why_lost(error)}", remedy=error.remedy) from error
     if fetched.data is None:
         raise ExplainError(f"{evidence.uri}: {fetched.message}", remedy="The image itself is needed for a map.")
     if hash_of(fetched.data) != evidence.content_hash:

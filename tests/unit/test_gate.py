@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import datetime as dt
+from pathlib import Path
 from typing import Any
 
+import pytest
+
+from pipelines import steps
+from vlmflow.cli import gate as gate_cli
+from vlmflow.config import Job, SourceConfig
 from vlmflow.gate import GoldenValues, _image_of, compare
+from vlmflow.sources import open_source
 
 
 def label(margin: float | None, score: float | None, detector: str | None = None) -> dict[str, Any]:
@@ -38,3 +45,26 @@ def test_labels_without_accepted_margins_are_told() -> None:
     report = compare(values(label(0.12, 0.7)), values(label(0.12, 0.7), label(None, 0.9, "nsfw")))
     assert report.passed
     assert report.notes == ("1 labels have no accepted margins yet, such as nudity (nsfw)",)
+
+
+def test_a_golden_folder_serves_a_job_whose_rows_keep_some_columns_of_a_manifest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "golden").mkdir()
+    (tmp_path / "golden/a.jpg").write_bytes(b"a")
+    (tmp_path / "job.yaml").write_text("source: {uri: l.csv, columns: [price]}\ncatalog: {uri: c}\nprofile: starter\n")
+    job, of_command = gate_cli._job(
+        str(tmp_path / "golden"), tmp_path / "job.yaml", None, None, None, None, None, False
+    )
+    of_flow: list[SourceConfig] = []
+
+    def golden_values(_: Job, source: SourceConfig, **__: object) -> GoldenValues:
+        of_flow.append(source)
+        return values(label(0.1, 0.5))
+
+    monkeypatch.setattr(steps, "golden_values", golden_values)
+    monkeypatch.setattr(steps, "read_accepted", lambda _: values(label(0.1, 0.5)))
+    golden = steps.Golden(uri=str(tmp_path / "golden"), accepted=tmp_path / "accepted.json")
+    assert steps.InProcess().gate(job, golden).passed
+    for source in (of_command, *of_flow):
+        assert open_source(source).columns.names == []

@@ -15,6 +15,7 @@ from vlmflow.cli.options import (
     EndpointOption,
     JsonOption,
     ProfileOption,
+    as_its_catalog,
     catalog_config,
     catalog_of,
     make_job,
@@ -73,6 +74,7 @@ def explain(
             tasks="embed,moderate",
             pools=(),
             accept_unbound=True,
+            defaults=as_its_catalog,
         )
     evidence = find_evidence(catalog_of(catalog, endpoint, job), image)
     drawn = None

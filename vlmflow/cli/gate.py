@@ -156,4 +156,6 @@ def _job(
     if golden is None:
         return job, job.source
     storage = storage_config(endpoint) if endpoint else job.source.storage
-    return job, job.source.model_copy(update={"uri": golden, "kind": "auto", "storage": storage})
+    # Not its `columns`: the set need not have them, and nothing of it is kept.
+    update = {"uri": golden, "kind": "auto", "columns": None, "storage": storage}
+    return job, job.source.model_copy(update=update)

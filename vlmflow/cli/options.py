@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -128,11 +128,13 @@ def make_job(
     allow_empty: bool = False,
     accept_unbound: bool = False,
     ray_address: str | None = None,
+    defaults: Callable[[dict[str, Any]], dict[str, Any]] = dict.copy,
     **options: Any,
 ) -> Job:
     """The job that a command line and its config file describe.
 
     Args:
+        defaults: as :func:`vlmflow.load_job` takes them.
         options: further keys of a job, as they stand there.
 
     Raises:
@@ -160,7 +162,13 @@ def make_job(
         raise ConfigError(
             "SOURCE or CATALOG is not given", remedy="Write `vlmflow enrich SOURCE CATALOG`, or --config."
         )
-    return load_job(config, overrides)
+    return load_job(config, overrides, defaults)
+
+
+def as_its_catalog(data: dict[str, Any]) -> dict[str, Any]:
+    """The source of a job file that tells of none: images are read from stores that are reached as the catalog's is."""
+    catalog = data.get("catalog")
+    return {"source": {"storage": catalog["storage"]}} if isinstance(catalog, dict) and catalog.get("storage") else {}
 
 
 def _words(text: str | None) -> list[str] | None:

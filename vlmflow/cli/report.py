@@ -26,14 +26,14 @@ def report(
     """Write one page about CATALOG: what a run did, score distributions, what is newly flagged, examples, duplicates.
 
     It works from a file, offline. Flagged images are blurred until clicked; the clear small pictures are in the file.
-    With --config images are read as that job's `source.http` and `source.storage` say.
+    With --config images are read as that job's `source.http`, `source.storage` and `source.bytes_column` say.
 
     Example: `vlmflow report catalog/ -o report.html`
     """
     from vlmflow.report.write import write_report
 
     check_outputs(output)
-    job = query_job(catalog, None, config, endpoint)
+    job = query_job(catalog, None, config, endpoint, has_queries=False)
     written = write_report(catalog_of(catalog, endpoint, job), output, run=run, job=job)
     if as_json:
         emit(written.model_dump_json())

@@ -15,6 +15,7 @@ from vlmflow.cli.options import (
     EndpointOption,
     JsonOption,
     ProfileOption,
+    as_its_catalog,
     catalog_config,
     catalog_of,
     make_job,
@@ -205,8 +206,14 @@ def alt_text(
         print_alt_texts(found, Screen())
 
 
-def query_job(catalog: str, profile: str | None, config: Path | None, endpoint: str | None) -> Job | None:
-    """The job whose models embed the query; None: those of the newest run."""
+def query_job(
+    catalog: str, profile: str | None, config: Path | None, endpoint: str | None, *, has_queries: bool = True
+) -> Job | None:
+    """The job whose models embed the query; None: those of the newest run.
+
+    Args:
+        has_queries: if not, images alone are read, and a job file that names no profile will do.
+    """
     if profile is None and config is None:
         return None
     return make_job(
@@ -217,4 +224,5 @@ def query_job(catalog: str, profile: str | None, config: Path | None, endpoint: 
         profile=profile,
         tasks="embed",
         pools=(),  # they divide a run's tasks, of which this may be none
+        defaults=lambda data: as_its_catalog(data) | ({} if has_queries else {"profile": "starter"}),
     )

@@ -72,16 +72,14 @@ def measure(planned: Plan, stages: Stages, cluster: Cluster) -> PreflightReport:
     """Tries each pool on some of the images that are due, in workers that are gone afterwards. Writes nothing.
 
     Raises:
-        SourceError: none of the images tried can be decoded.
+        SourceError: none of the images tried can be decoded, or has anything to compute.
         WeightsError: a model's weights do not fit.
     """
     sample, read_s, decode_s = _decoded(planned, stages)
     num_sampled = sample.num_rows
     usable = sample.filter(pa.compute.greater(pa.compute.list_value_length(sample[columns.RUN_TASKS]), 0))
     if not usable.num_rows:
-        raise SourceError(
-            f"none of the first {num_sampled} images tried can be decoded", remedy="Check the source; `vlmflow plan`."
-        )
+        raise _nothing_to_try(sample)
     core_s = decode_s / num_sampled
     plans: list[PoolPlan] = []
     for number, pool in enumerate(stages.pools):
@@ -106,6 +104,18 @@ def measure(planned: Plan, stages: Stages, cluster: Cluster) -> PreflightReport:
         hours=round(planned.num_planned / max(rate, 1e-9) / _HOUR, 3),
         limited_by=limited_by,
     )
+
+
+def _nothing_to_try(sample: pa.Table) -> SourceError:
+    """The error for a sample of which no image has a task left."""
+    num_failed = int(pa.compute.sum(pa.compute.greater(pa.compute.list_value_length(sample["errors"]), 0)).as_py() or 0)
+    if num_failed == sample.num_rows:
+        message = f"none of the first {num_failed} images tried can be decoded"
+        return SourceError(message, remedy="Check the source; `vlmflow plan`.")
+    # Images that were only to be looked at again, and are as they were.
+    failed = f", and {num_failed} cannot be decoded" if num_failed else ""
+    message = f"none of the first {sample.num_rows} images tried has anything to compute{failed}"
+    return SourceError(message, remedy="Run without --preflight: what has not changed needs no model.")
 
 
 def _decoded(planned: Plan, stages: Stages) -> tuple[pa.Table, float, float]:

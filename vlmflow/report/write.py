@@ -68,8 +68,8 @@ def write_report(
     Args:
         path: a file that is written anew.
         run: id of a run; None: the newest that wrote rows.
-        job: says with its limits, ``source.http`` and ``source.storage`` how images are read; None: as without a job
-            file, and in stores as that of the catalog.
+        job: says with its limits, and of its source with ``http``, ``storage`` and ``bytes_column``, how images are
+            read; None: as without a job file, and in stores as that of the catalog.
 
     Raises:
         ConfigError: there is no such run, or the file cannot be written.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from PIL import Image, ImageFilter
 
 from vlmflow.config import CatalogConfig, ImageLimits, Job
-from vlmflow.errors import ImageError, StorageAccessError, TransientError
+from vlmflow.errors import ImageError, StorageAccessError, StoreLostError, TransientError, VlmflowError
 from vlmflow.imaging import PixelRequest, decode, hash_of
 from vlmflow.search.results import Hit
 from vlmflow.sources.again import RowReader
@@ -40,7 +41,8 @@ def make_thumbnails(
     in a store must not name files of the local disk, and urls of private hosts are refused, as in `enrich`.
 
     Args:
-        job: its limits, its ``source.http`` and its ``source.storage`` count; None: those of a job file without them.
+        job: its limits and of its source ``http``, ``storage`` and ``bytes_column`` count; None: as of a job file
+            without them.
         show_flagged: flagged images as they are, instead of blurred.
     """
     limits = ImageLimits() if job is None else job.limits
@@ -54,10 +56,19 @@ def make_thumbnails(
 
 
 def _fetch(reader: RowReader, hits: Sequence[Hit]) -> list[Fetched]:
+    """What lies there now; nothing is asked for a hit without content: its address may have been refused."""
+    known = [hit for hit in hits if hit.content_hash is not None]
     try:
-        return reader.read([(hit.uri, hit.object_version) for hit in hits])
+        found = iter(reader.read([(hit.uri, hit.object_version) for hit in known]))
     except (StorageAccessError, TransientError) as error:
-        return [Fetched(None, None, None, str(error))] * len(hits)
+        found = itertools.repeat(Fetched(None, None, None, why_lost(error)))
+    return [Fetched(None, None, None, "") if hit.content_hash is None else next(found) for hit in hits]
+
+
+def why_lost(error: VlmflowError) -> str:
+    """Why nothing could be read, for whoever looks at an image; of a disk, the error names the file of another."""
+    cause = error.__cause__ if isinstance(error, StoreLostError) else error
+    return str(cause) if isinstance(cause, VlmflowError) else "the disk that it lies on is out of reach"
 
 
 def picture_of(

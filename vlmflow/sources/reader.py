@@ -25,7 +25,7 @@ from vlmflow.errors import (
 )
 from vlmflow.retry import retried_async
 from vlmflow.sources.base import Fetched
-from vlmflow.sources.disk import check_file, check_folder
+from vlmflow.sources.disk import check_file, check_folder, see_file, see_folder
 from vlmflow.sources.http import HttpFetcher
 from vlmflow.sources.parquet_rows import is_damage, read_cells
 from vlmflow.sources.stores import CONCURRENT_REQUESTS, Failure, Silence, Stores, run_in_loop
@@ -87,6 +87,7 @@ class SourceReader:
         self._config = config
         self._limits = limits
         self._home = home
+        self._folder = Path(parse_address(home).path) if _is_local(home) else None
         self._stores = stores or Stores(config.storage)
         self._is_known = is_known
 
@@ -99,6 +100,8 @@ class SourceReader:
         known = refs["previous_read"].to_pylist() if "previous_read" in refs.column_names else [None] * refs.num_rows
         pairs = zip(refs.select(_COLUMNS).to_pylist(), known, strict=True)
         rows: list[Any] = [row | {"previous_read": previous} for row, previous in pairs]
+        if self._folder is not None:
+            see_folder(self._folder, anew=False)
         try:
             results = run_in_loop(self._read_all(rows))
             self._raise_if_lost(rows, results)
@@ -178,6 +181,8 @@ class SourceReader:
             with file:
                 numbers = [row["row"] or 0 for row in rows]
                 cells = read_cells(file, self._config.bytes_column, numbers, is_known=self._is_known)
+                if _is_local(uri):
+                    self._see(Path(parse_address(uri).path))
         except ImageError as error:
             return [Fetched(None, None, error.error_class, str(error))] * len(rows)
         except VlmflowError as error:
@@ -211,17 +216,26 @@ class SourceReader:
             raise ImageError(message, error_class=RowErrorClass.TOO_MANY_BYTES)
 
     def _read_file(self, row: _Ref) -> Fetched:
-        with Path(parse_address(row["locator"]).path).open("rb") as file:
+        path = Path(parse_address(row["locator"]).path)
+        with path.open("rb") as file:
             status = os.fstat(file.fileno())
             version = local_version(status)
-            if row["length"] is None:
+            num_bytes = row["length"]
+            if num_bytes is None:
                 self._check_size(status.st_size)
-                return Fetched(file.read(self._limits.max_bytes), version, None, "")
-            start = row["offset"] or 0
-            version = part_version(version, start, row["length"])
-            _check_unchanged(row, version)
-            file.seek(start)
-            return Fetched(file.read(row["length"]), version, None, "")
+                num_bytes = self._limits.max_bytes
+            else:
+                start = row["offset"] or 0
+                version = part_version(version, start, num_bytes)
+                _check_unchanged(row, version)
+                file.seek(start)
+            data = file.read(num_bytes)
+            self._see(path)
+            return Fetched(data, version, None, "")
+
+    def _see(self, path: Path) -> None:
+        if self._folder is not None:
+            see_file(path, self._folder)
 
     async def _read_object(self, row: _Ref) -> Fetched:
         store, path = self._stores.locate(row["locator"])
@@ -250,20 +264,22 @@ class SourceReader:
             (row["locator"], result) for row, result in zip(rows, results, strict=True) if _came_of_store(row, result)
         ]
         for uri, result in asked:
-            if isinstance(result, Fetched):
-                self._stores.has_read(uri, self._home)
+            if isinstance(result, Fetched) and not _is_local(uri):
+                self._stores.has_read(uri)
         self._check_disk([result for uri, result in asked if _is_local(uri)])
         self._stores.check_answered([uri for uri, _ in asked], [result for _, result in asked])
 
     def _check_disk(self, results: Sequence[Fetched | Failure]) -> None:
         """Of files that failed: whether the source's folder is there and, if all did, one that was read before."""
-        num_failed = sum(isinstance(result, Failure) for result in results)
-        if num_failed and _is_local(self._home):
-            home = parse_address(self._home)
-            check_folder(Path(home.path), is_listed=parse_address(self._config.uri) == home)
-        known = self._stores.last_read(self._home)
-        if num_failed == len(results) > 0 and known is not None:
-            check_file(Path(parse_address(known).path))
+        folder, num_failed = self._folder, sum(isinstance(result, Failure) for result in results)
+        if folder is None or not results:
+            return
+        if num_failed:
+            check_folder(folder, is_listed=parse_address(self._config.uri) == parse_address(self._home))
+        if num_failed == len(results):
+            check_file(folder)
+        else:
+            see_folder(folder, anew=True)
 
 
 def _came_of_store(row: _Ref, result: Fetched | Failure) -> bool:

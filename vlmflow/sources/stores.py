@@ -39,8 +39,8 @@ CONCURRENT_REQUESTS = 16
 _CONCURRENT_HEADS = 64
 _BLOCK_BYTES = 64 * 1024
 
-# What this process has read last, by the place that gave it. Ray unpickles a reader for every task, and a worker does
-# many of them: only the process can remember what a store gave before it began to refuse.
+# What this process has read last, by the root of the store that gave it. Ray unpickles a reader for every task, and a
+# worker does many of them: only the process can remember what a store gave before it began to refuse.
 _READ: dict[tuple[StorageConfig, str], str] = {}
 
 
@@ -93,17 +93,9 @@ class Stores:
         if not address.is_local:
             self._given[address.root] = uri
 
-    def has_read(self, uri: str, home: str) -> None:
-        """Remembers, for all of this process, that the bytes of an image have been read: it can be asked for again.
-
-        Args:
-            home: the folder of the source; it stands for the local disk, of which there is more than one.
-        """
-        _READ[self._config, parse_address(uri).root or home] = uri
-
-    def last_read(self, place: str) -> str | None:
-        """What this process has read last from a store, by its root, or from the disk, by the source's folder."""
-        return _READ.get((self._config, place))
+    def has_read(self, uri: str) -> None:
+        """Remembers, for all of this process, that the bytes of an image have been read: it can be asked for again."""
+        _READ[self._config, parse_address(uri).root] = uri
 
     def heads(self, uris: Sequence[str]) -> list[ObjectHead | Failure]:
         """Asks for the versions of many objects, several at a time.
@@ -180,7 +172,7 @@ class Stores:
             if given is None or fault_of(error) is not Fault.DENIED or not self._is_there(given):
                 raise access_error(error, uri) from failure.error
         else:
-            known = self.last_read(parse_address(uri).root)
+            known = _READ.get((self._config, parse_address(uri).root))
             if known is not None and failure.fault is not Fault.MISSING:
                 self._check_read(known)
 

@@ -38,7 +38,7 @@ class TableFile(Protocol):
         ...
 
     def batches(self) -> Iterator[pa.Table]:
-        """Yields its rows, a few thousand at a time, with the columns of :attr:`schema`.
+        """Yields its rows, a few thousand at a time, with the columns of :attr:`schema` that are needed at least.
 
         Doubles of it may be integers here: keys and texts are written out as the file has them.
         """
@@ -52,7 +52,8 @@ def open_table(
 
     Args:
         regions_column: a column that is passed over: it is not read, and not in the schema.
-        is_needed: says it of a column by its name; one that is not, and has no portable type, is passed over too.
+        is_needed: says it of a column by its name; of a Parquet file the values of others are not read, and one that
+            has no portable type is not in the schema either.
 
     Raises:
         SourceError: no manifest format goes by the extension, or it cannot have a column of regions.
@@ -183,10 +184,11 @@ class ParquetTable:
         return portable_schema(pa.schema(fields), self._name)
 
     def batches(self) -> Iterator[pa.Table]:
-        """Yields its rows."""
+        """Yields its rows, with the columns that somebody needs: what is wrong with others does not matter."""
+        needed = pa.schema([field for field in self.schema if self._is_needed(field.name)])
         try:
-            for batch in self._open().iter_batches(batch_size=BATCH_ROWS, columns=self.schema.names):
-                yield to_portable(pa.table(batch), self.schema, self._name)
+            for batch in self._open().iter_batches(batch_size=BATCH_ROWS, columns=needed.names):
+                yield to_portable(pa.table(batch), needed, self._name)
         except (pa.ArrowException, OSError) as error:
             raise unreadable(error, self._name) from error
 

@@ -15,7 +15,7 @@ from PIL import Image
 from vlmflow.config import CatalogConfig, ImageLimits, Job
 from vlmflow.errors import StorageAccessError, TransientError
 from vlmflow.imaging import PixelRequest
-from vlmflow.search.thumbnails import blur, picture_of
+from vlmflow.search.thumbnails import blur, picture_of, why_lost
 from vlmflow.sources.again import Place, RowReader, place_of
 from vlmflow.sources.base import Fetched
 from vlmflow.views_search import printable, sentence
@@ -48,7 +48,8 @@ class Pictures:
     of the local disk, and urls of private hosts are refused, as in `enrich`.
 
     Args:
-        job: its limits, its ``source.http`` and its ``source.storage`` count; None: those of a job file without them.
+        job: its limits and of its source ``http``, ``storage`` and ``bytes_column`` count; None: as of a job file
+            without them.
     """
 
     def __init__(self, catalog: CatalogConfig, job: Job | None = None) -> None:
@@ -84,7 +85,7 @@ class Pictures:
         try:
             (fetched,) = self._reader.read([(row["uri"], row["object_version"])])
         except (StorageAccessError, TransientError) as error:
-            return Fetched(None, None, None, str(error))
+            return Fetched(None, None, None, why_lost(error))
         return fetched
 
     def _draw(self, row: Mapping[str, Any], fetched: Fetched, side: int, blurred: bool) -> Picture | str:

@@ -13,13 +13,38 @@ import pytest
 import torch
 
 from vlmflow.config import CatalogConfig, Job, ModelConfig, PoolConfig, SourceConfig
-from vlmflow.engine import pipeline
+from vlmflow.engine import pipeline, sizing
 from vlmflow.engine import trials as trials_module
 from vlmflow.engine.cluster import Cluster
+from vlmflow.engine.columns import RUN_TASKS
 from vlmflow.engine.pipeline import GPU_CALLS_AT_ONCE, block_rows, build_pipeline, default_pools, stages_of
 from vlmflow.engine.prepare import Prepared
 from vlmflow.engine.sizing import PoolPlan, _planned, _projected, _sized
 from vlmflow.engine.trials import Trial, TriedPool, choose
+from vlmflow.errors import SourceError
+from vlmflow.schema import ERRORS
+
+
+@pytest.mark.parametrize(
+    ("num_failed", "told", "remedy"),
+    [
+        (0, "none of the first 3 images tried has anything to compute", "Run without --preflight"),
+        (1, "none of the first 3 images tried has anything to compute, and 1 cannot be decoded", "without --preflight"),
+        (3, "none of the first 3 images tried can be decoded", "Check the source"),
+    ],
+)
+def test_a_sample_without_anything_to_compute_is_no_source_without_images(
+    num_failed: int, told: str, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = {"stage": "read", "class": "missing", "message": ""}
+    errors = [[error]] * num_failed + [[]] * (3 - num_failed)
+    sample = pa.table({RUN_TASKS: pa.array([[]] * 3, pa.list_(pa.string())), "errors": pa.array(errors, ERRORS)})
+    monkeypatch.setattr(sizing, "_decoded", lambda *_: (sample, 1.0, 1.0))
+    nothing: Any = None
+    with pytest.raises(SourceError) as caught:
+        sizing.measure(nothing, nothing, nothing)
+    assert str(caught.value) == told
+    assert remedy in caught.value.remedy
 
 
 def trial(size: int, rate: float, *, fits: bool = True) -> Trial:

@@ -13,7 +13,7 @@ import pytest
 
 from vlmflow.config import ImageLimits, SourceConfig
 from vlmflow.errors import RowErrorClass, StoreLostError
-from vlmflow.sources import Source, open_source
+from vlmflow.sources import Source, disk, open_source
 
 
 class Disk:
@@ -41,6 +41,32 @@ class Disk:
         monkeypatch.setattr(os, "scandir", scanned)
 
 
+class Mount:
+    """Gives a folder, and what is below it, the number of another disk, until it is unmounted."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.device = folder, 4711
+        self._stat = Path.stat
+
+    def mount(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def stat(path: Path, **options: Any) -> os.stat_result:
+            found = self._stat(path, **options)
+            if self.device and path.is_relative_to(self.folder):
+                reduced: Any = found.__reduce__()
+                made, (values, names) = reduced
+                numbered: os.stat_result = made((*values[:2], self.device, *values[3:]), names)
+                return numbered
+            return found
+
+        monkeypatch.setattr(Path, "stat", stat)
+
+    def unmount(self) -> None:
+        """Leaves the folder on the disk that it is a mount point of, without anything in it."""
+        self.device = 0
+        for path in self.folder.iterdir():
+            shutil.rmtree(path)
+
+
 def listed(source: Source) -> pa.Table:
     return pa.Table.from_batches(list(source.list()))
 
@@ -53,6 +79,13 @@ def folder(tmp_path: Path) -> Path:
     for name in "abcd":
         (folder / f"{name}.jpg").write_bytes(name.encode())
     return folder.parent
+
+
+@pytest.fixture
+def mount(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Mount:
+    made = Mount(folder)
+    made.mount(monkeypatch)
+    return made
 
 
 @pytest.fixture
@@ -74,12 +107,84 @@ def test_a_mount_that_is_out_of_reach_ends_the_run(folder: Path, number: int, mo
     assert "committed stays" in caught.value.remedy
 
 
-def test_what_is_unmounted_leaves_an_empty_folder_and_ends_the_run(folder: Path) -> None:
+def test_what_is_unmounted_leaves_a_folder_of_another_disk_and_ends_the_run(folder: Path, mount: Mount) -> None:
     source = open_source(SourceConfig(uri=str(folder)))
     rows = listed(source)
-    shutil.rmtree(folder / "images")
-    with pytest.raises(StoreLostError, match="mounted is empty"):
-        source.reader(ImageLimits()).read(rows)
+    assert source.reader(ImageLimits()).read(rows.slice(0, 1))[0].data == b"a"
+    mount.unmount()
+    with pytest.raises(StoreLostError, match="mounted is not on the disk that it was on: unmounted"):
+        source.reader(ImageLimits()).read(rows.slice(1))
+    folder.rmdir()
+    with pytest.raises(StoreLostError, match="mounted is gone"):
+        source.reader(ImageLimits()).read(rows.slice(1))
+
+
+def test_a_disk_that_goes_before_anything_was_read_is_missed_where_its_folder_was_seen(
+    folder: Path, mount: Mount
+) -> None:
+    source = open_source(SourceConfig(uri=str(folder)))
+    rows = listed(source)
+    (folder / "images/a.jpg").unlink()
+    assert source.reader(ImageLimits()).read(rows.slice(0, 1))[0].error_class is RowErrorClass.MISSING
+    mount.unmount()
+    with pytest.raises(StoreLostError, match="unmounted"):
+        source.reader(ImageLimits()).read(rows.slice(1))
+
+
+def test_an_inbox_whose_last_image_is_moved_away_is_no_disk_that_is_lost(folder: Path) -> None:
+    (folder / "images/a.jpg").rename(folder / "a.jpg")
+    source = open_source(SourceConfig(uri=str(folder / "images")))
+    rows = listed(source)
+    for name in "bcd":
+        (folder / f"images/{name}.jpg").unlink()
+    read = source.reader(ImageLimits()).read(rows)
+    assert [item.error_class for item in read] == [RowErrorClass.MISSING] * 3
+
+
+def test_products_that_are_removed_with_their_folders_cost_their_rows(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "products.csv"
+    path.write_text("uri\n" + "".join(f"{folder}/{name}/{name}.jpg\n" for name in "abc"))
+    for name in "abc":
+        (folder / name).mkdir()
+        (folder / f"images/{name}.jpg").rename(folder / f"{name}/{name}.jpg")
+    source = open_source(SourceConfig(uri=str(path)))
+    rows = listed(source)
+    assert source.reader(ImageLimits()).read(rows.slice(0, 1))[0].data == b"a"
+    shutil.rmtree(folder)
+    path.unlink()
+    read = source.reader(ImageLimits()).read(rows.slice(1))
+    assert [item.error_class for item in read] == [RowErrorClass.MISSING] * 2
+
+
+def test_a_disk_that_links_lead_to_is_missed_and_a_link_that_is_removed_is_not(
+    folder: Path, tmp_path: Path, mount: Mount
+) -> None:
+    (tmp_path / "links").mkdir()
+    for name in "abcd":
+        (tmp_path / f"links/{name}.jpg").symlink_to(folder / f"images/{name}.jpg")
+    source = open_source(SourceConfig(uri=str(tmp_path / "links")))
+    rows, reader = listed(source), source.reader(ImageLimits())
+    assert reader.read(rows.slice(0, 1))[0].data == b"a"
+    for name in "ab":
+        (tmp_path / f"links/{name}.jpg").unlink()
+    assert reader.read(rows.slice(1, 1))[0].error_class is RowErrorClass.MISSING
+    mount.unmount()
+    with pytest.raises(StoreLostError, match=r"images/a\.jpg, which was read before, is gone, and so is its disk"):
+        reader.read(rows.slice(2))
+
+
+def test_a_disk_that_was_mounted_again_may_have_another_number(
+    folder: Path, mount: Mount, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk, "_SEEN_FOR_S", 0.0)
+    source = open_source(SourceConfig(uri=str(folder)))
+    rows, reader = listed(source), source.reader(ImageLimits())
+    reader.read(rows.slice(0, 1))
+    mount.device += 1
+    assert reader.read(rows.slice(1, 1))[0].data == b"b"
+    for name in "bc":
+        (folder / f"images/{name}.jpg").unlink()
+    assert reader.read(rows.slice(2, 1))[0].error_class is RowErrorClass.MISSING
 
 
 def test_a_disk_that_lists_what_it_does_not_give_any_more_ends_the_run(
@@ -101,13 +206,15 @@ def test_files_that_were_refused_from_the_first_cost_their_rows(folder: Path, mo
     assert {item.error_class for item in read} == {RowErrorClass.ACCESS_DENIED}
 
 
-def test_images_of_a_manifest_are_missed_as_a_disk_only_where_one_was_read(by_manifest: Source, folder: Path) -> None:
+def test_images_of_a_manifest_are_missed_as_a_disk_only_where_one_was_read(
+    by_manifest: Source, mount: Mount, folder: Path
+) -> None:
     rows, reader = listed(by_manifest), by_manifest.reader(ImageLimits())
     (folder / "images/a.jpg").unlink()
     assert reader.read(rows.slice(0, 1))[0].error_class is RowErrorClass.MISSING
     assert reader.read(rows.slice(1, 1))[0].data == b"b"
     (folder / "images/b.jpg").unlink()
     assert reader.read(rows.slice(0, 2))[0].error_class is RowErrorClass.MISSING, "others are there"
-    shutil.rmtree(folder / "images")
-    with pytest.raises(StoreLostError, match=r"b\.jpg, which was read before, is gone"):
+    mount.unmount()
+    with pytest.raises(StoreLostError, match=r"b\.jpg, which was read before, is gone, and so is its disk"):
         by_manifest.reader(ImageLimits()).read(rows.slice(2))

@@ -49,6 +49,21 @@ def test_a_column_that_no_catalog_could_keep_is_no_hindrance_once_it_is_left_out
         references(path, columns=("title", "length"))
 
 
+def test_values_that_no_catalog_could_keep_are_no_hindrance_once_they_are_left_out(tmp_path: Path) -> None:
+    broken = pa.array([b"\xff\xfe"]).view(pa.string())
+    table = pa.table({"uri": ["http://h/a.jpg"], "title": ["first"], "etag": ["v1"], "note": broken})
+    pq.write_table(table, path := tmp_path / "list.parquet")
+    with pytest.raises(SourceError, match="column note"):
+        references(path)
+    (row,) = references(path, columns=("title",), text_column="title").to_pylist()
+    assert (row["source"], row["text"], row["object_version"]) == ({"title": "first"}, "first", "v1")
+    assert "source" not in references(path, columns=()).column_names
+    with pytest.raises(SourceError, match="column note"):
+        references(path, columns=("title",), text_column="note")
+    with pytest.raises(SourceError, match="it has uri, title, etag, note"):
+        references(path, columns=("titel",))
+
+
 def test_files_of_image_bytes_keep_the_columns_named(tmp_path: Path) -> None:
     lengths = pa.array([5, 6], pa.duration("s"))
     table = pa.table({"image": [b"x", b"y"], "id": [1, 2], "title": ["one", "two"], "length": lengths})

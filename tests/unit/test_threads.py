@@ -72,6 +72,15 @@ def heads(storage: StorageConfig) -> None:
     Stores(storage).heads(["s3://bucket/a.jpg"])
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C interrupts, as in a terminal: workers of a test run ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("ask", [head, first_page, heads])
 def test_an_interrupt_ends_the_wait_for_a_silent_store(ask: Callable[[StorageConfig], None], silent: Silent) -> None:
     main = threading.main_thread().ident

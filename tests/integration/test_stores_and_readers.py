@@ -30,6 +30,7 @@ PLACE = (
     "embed_run_id",
     "read_at",
     "updated_at",
+    "ingest_date",  # midnight may lie between the two
     "attempt_digest",
 )
 

@@ -95,15 +95,7 @@ def enrich(
         accept_unbound=accept_unbound,
         reuse=reuse,
     )
-    _check_read(
-        job,
-        {
-            "--policy": (policy, "moderate"),
-            "--text-column": (text_column, "match"),
-            "--question": (question, "answer"),
-            "--questions-column": (questions_column, "answer"),
-        },
-    )
+    _check_read(job, policy, text_column, question, questions_column)
     if preflight:
         with shown_progress(as_json=False, verbose=verbose) as display:
             tried = try_out(job, progress=display)
@@ -163,15 +155,7 @@ def plan(
         allow_empty=allow_empty,
         accept_unbound=accept_unbound,
     )
-    _check_read(
-        job,
-        {
-            "--policy": (policy, "moderate"),
-            "--text-column": (text_column, "match"),
-            "--question": (question, "answer"),
-            "--questions-column": (questions_column, "answer"),
-        },
-    )
+    _check_read(job, policy, text_column, question, questions_column)
     summary = make_plan(job)
     if as_json:
         emit(summary.model_dump_json())
@@ -179,12 +163,16 @@ def plan(
         print_plan(summary, Screen())
 
 
-def _check_read(job: Job, options: dict[str, tuple[object, str]]) -> None:
-    """Refuses an option that was given for a task that will not run.
-
-    Args:
-        options: what was given of each, and the task that reads it.
-    """
+def _check_read(
+    job: Job, policy: str | None, text_column: str | None, question: list[str] | None, questions_column: str | None
+) -> None:
+    """Refuses an option that was given for a task that will not run."""
+    options = {
+        "--policy": (policy, "moderate"),
+        "--text-column": (text_column, "match"),
+        "--question": (question, "answer"),
+        "--questions-column": (questions_column, "answer"),
+    }
     for option, (given, task) in options.items():
         if given and task not in job.tasks:
             raise ConfigError(

@@ -66,14 +66,14 @@ def _decoding(features: torch.Tensor, sizes: Sizes) -> dict[str, _Time]:
     found = {"as_it_is": _repeated(lambda: attend_to_features(queries, features))}
     if not features.is_cuda:
         return found
-    from vlmflow.models import triton_kernels
+    from vlmflow.models import triton_attention
 
-    chosen = triton_kernels.CrossSizes.of(sizes.heads, sizes.width)
+    chosen = triton_attention.CrossSizes.of(sizes.heads, sizes.width)
     for name, other in {
         "tile_16_stages_3": dataclasses.replace(chosen, tile=16, num_stages=3),
         "warps_8": dataclasses.replace(chosen, num_warps=8),
     }.items():
-        found[name] = _repeated(partial(triton_kernels.attend_to_features, queries, features, other))
+        found[name] = _repeated(partial(triton_attention.attend_to_features, queries, features, other))
     return found
 
 

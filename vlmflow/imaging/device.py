@@ -24,6 +24,7 @@ from vlmflow.errors import ClusterError
 from vlmflow.imaging.decode import PixelRequest, merge_requests
 from vlmflow.imaging.jpeg import EncodedJpeg
 from vlmflow.imaging.pixels import Box, boxes, names_of
+from vlmflow.models.fused import attempt, can_fuse
 
 logger = logging.getLogger("vlmflow")
 
@@ -136,10 +137,8 @@ class DeviceDecoder:
         images: list[DeviceImage | None] = [None] * len(pairs)
         if not kept:
             return images
-        stack = torch.empty((len(kept), *expected), dtype=self._dtype, device=self._device)
-        for place, image in zip(stack, kept.values(), strict=True):
-            place.copy_(image)  # converted on its way: bytes stacked first would be one more pass over all pixels
-        pixels, views = self._views(oriented(stack, file.orientation))
+        out = torch.empty((len(kept), *expected), dtype=self._dtype, device=self._device)
+        pixels, views = self._views(oriented(_stack(list(kept.values()), out), file.orientation))
         for at, number in enumerate(kept):
             images[number] = DeviceImage({key: value[at] for key, value in pixels.items()}, views)
         return images
@@ -265,7 +264,24 @@ def oriented(images: torch.Tensor, orientation: int) -> torch.Tensor:
     return images.flip(flips) if flips else images
 
 
+def _stack(images: Sequence[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
+    """(3, H, W) uint8 each -> ``out``, (N, 3, H, W) of levels, converted on their way to it."""
+    if can_fuse(out, *images):
+        from vlmflow.imaging import triton_levels
+
+        if all(map(triton_levels.aligned, images)) and attempt(triton_levels.stack, images, out) is not None:
+            return out
+    for place, image in zip(out, images, strict=True):
+        place.copy_(image)  # bytes stacked first would be one more pass over all pixels
+    return out
+
+
 def _as_levels(values: torch.Tensor) -> torch.Tensor:
+    if can_fuse(values):
+        from vlmflow.imaging import triton_levels
+
+        if attempt(triton_levels.to_levels, values) is not None:
+            return values
     return values.round_().clamp_(0, 255)
 
 

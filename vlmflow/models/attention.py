@@ -8,8 +8,12 @@ from functools import cache
 
 import torch
 
+from vlmflow.models.fused import attempt, can_fuse
+
 # Up to here torch's fused kernel for processors costs more than two products and a softmax do.
 _FEW_QUERIES = 16
+# Of a text in float32 on CUDA, and of a head: the kernel holds all of a head in registers.
+_MAX_FUSED_TOKENS, _MAX_FUSED_DIM = 64, 128
 
 
 def attend(
@@ -49,6 +53,29 @@ def attend_fused(
     """As :func:`attend`, by torch's fused kernel whatever it costs: its scores are float32 whatever the dtype."""
     context = torch.nn.functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
     return context.transpose(1, 2).flatten(2)
+
+
+def attend_within(projected: torch.Tensor, mask: torch.Tensor | None, num_heads: int) -> torch.Tensor:
+    """Has the tokens of each text attend to each other.
+
+    In float32 on CUDA by a kernel of ours: torch has but one there that takes a mask, which does without tensor cores.
+
+    Args:
+        projected: (N, L, 3 H d): queries, keys and values side by side.
+        mask: (N, L) bool: False where a token is not to be seen; None: all are.
+
+    Returns:
+        (N, L, H d).
+    """
+    is_short = projected.shape[1] <= _MAX_FUSED_TOKENS and projected.shape[2] <= 3 * num_heads * _MAX_FUSED_DIM
+    if projected.dtype == torch.float32 and is_short and can_fuse(projected, *([] if mask is None else [mask])):
+        from vlmflow.models import triton_attention
+
+        context = attempt(triton_attention.attend_within, projected, mask, num_heads)
+        if context is not None:
+            return context
+    queries, keys, values = split_heads(projected, num_heads)
+    return attend(queries, keys, values, None if mask is None else mask[:, None, None, :])
 
 
 def split_heads(projected: torch.Tensor, num_heads: int, num_parts: int = 3) -> tuple[torch.Tensor, ...]:

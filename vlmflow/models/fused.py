@@ -1,10 +1,11 @@
-"""The kernels of :mod:`vlmflow.models.triton_kernels`, where they can be used."""
+"""Our kernels in Triton, where they can be used."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ def can_fuse(*tensors: torch.Tensor) -> bool:
     return all(type(x) is torch.Tensor and x.is_cuda and x.is_contiguous() for x in tensors) and why_not() is None
 
 
-def attempt(kernel: Callable[..., torch.Tensor], *given: torch.Tensor) -> torch.Tensor | None:
+def attempt(kernel: Callable[..., torch.Tensor], *given: Any) -> torch.Tensor | None:
     """What a kernel gives; None where this GPU cannot run it, of which the log tells once.
 
     One of :func:`can_fuse`'s tensors may still ask for more shared memory or registers than a small GPU has.
@@ -66,7 +67,7 @@ def _said(error: Exception) -> str:
 
 
 def _try() -> None:
-    from vlmflow.models.triton_kernels import NormOf, norm
+    from vlmflow.models.triton_norm import NormOf, norm
 
     x = torch.ones((2, 8), device="cuda")
     norm(NormOf(None, 1e-5, torch.float32), x, x)

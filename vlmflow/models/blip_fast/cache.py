@@ -54,7 +54,7 @@ class IndexedCache:
         """As :meth:`vlmflow.models.blip_fast.text.SelfCache.attend`."""
         kept = self._kept[layer]
         if len(self._positions) <= _MAX_FUSED_TOKENS and can_fuse(projected, kept):
-            from vlmflow.models.triton_kernels import attend_step
+            from vlmflow.models.triton_attention import attend_step
 
             context = attempt(attend_step, projected, kept[0], kept[1], self.position)
             if context is not None:

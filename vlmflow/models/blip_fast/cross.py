@@ -21,7 +21,7 @@ import torch
 from vlmflow.models.attention import attend, growing, split_heads
 from vlmflow.models.fused import attempt, can_fuse
 from vlmflow.models.linear import PackedLinear, multiply
-from vlmflow.models.norm import Norm
+from vlmflow.models.norm import Carried, Norm
 from vlmflow.models.pixels import gpu_has_bfloat16
 
 # The kernel holds the means of some queries in registers.
@@ -34,10 +34,9 @@ _TOKENS_AT_ONCE_BY_KEYS = 128
 # packed weights are multiplied at twice the speed of batches of products.
 _MANY = 64
 _MANY_IN_FLOAT32 = 32
-# On CUDA in half precision by reckoning alone, to be measured (`benchmarks.gpu_pool` prints what it takes): plain
-# products reach some 600 TFLOP/s on an H100, the kernel with its few rows perhaps 100 to 150, so the break-even would
-# be near 64 x 150 / 600 to twice that.
-_MANY_IN_HALF_ON_CUDA = 24
+# On CUDA in half precision as `benchmarks.gpu_pool` found it on an H200, for 256 images: keys and values take 0.75 ms
+# whatever the number of tokens up to 64; by the features it is 0.55 ms for 8 tokens, 1.05 for 16 and 1.56 for 24.
+_MANY_IN_HALF_ON_CUDA = 12
 
 
 class CrossAttention:
@@ -60,11 +59,11 @@ class CrossAttention:
         self._out = PackedLinear([layer.output.dense], shift=value.bias)
         self._norm = Norm(layer.output.LayerNorm)
 
-    def __call__(self, states: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    def __call__(self, carried: Carried, features: torch.Tensor) -> Carried:
         """(N, L, D) and (N, T, E) in the images' dtype -> (N, L, D), the normalised sum."""
-        queries = self._query(states).to(features.dtype)
+        queries = self._query(carried.rounded).to(features.dtype)
         attend_by = self.by_keys if queries.shape[1] >= _many(features) else self.by_features
-        return self._norm.of_sum(states, self._out(attend_by(queries, features)))
+        return self._norm.carried(carried.states, self._out(attend_by(queries, features)), carried.rounded.dtype)
 
     def by_features(self, queries: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """(N, L, H d) and (N, T, E), of one dtype -> (N, L, H d), without the values' bias."""
@@ -112,9 +111,9 @@ def attend_to_features(queries: torch.Tensor, features: torch.Tensor) -> torch.T
     """
     is_small = queries.dtype == torch.bfloat16 and queries.shape[-1] <= _MAX_FUSED_WIDTH
     if is_small and can_fuse(queries, features) and _gpu_is_new():
-        from vlmflow.models import triton_kernels
+        from vlmflow.models import triton_attention
 
-        means = attempt(triton_kernels.attend_to_features, queries, features)
+        means = attempt(triton_attention.attend_to_features, queries, features)
         if means is not None:
             return means
     num_heads, num_images = len(queries), len(features)

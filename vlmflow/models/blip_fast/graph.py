@@ -139,7 +139,7 @@ class FixedStep:
         self._running[:num_images] = True
 
     def _step(self) -> None:
-        best = self._tower.step(self._tokens, self._cache, self._images)[:, 0].float().argmax(dim=-1)
+        best = self._tower.step(self._tokens, self._cache, self._images)[:, 0].argmax(dim=-1)
         best = best.masked_fill(~self._running, self._special.pad).unsqueeze(1)
         self._decoded.index_copy_(1, self._cache.position, best)
         self._running.logical_and_(best[:, 0] != self._special.end)

@@ -5,11 +5,15 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
-from vlmflow.models.attention import attend, split_heads
+from vlmflow.models.attention import attend_within
 from vlmflow.models.blip_fast.cross import CrossAttention
 from vlmflow.models.linear import PackedLinear
-from vlmflow.models.norm import Norm
+from vlmflow.models.norm import Carried, Norm
+
+# Half-precision values in 16 bytes.
+_ALIGNED = 8
 
 
 class SelfCache(Protocol):
@@ -50,6 +54,7 @@ class TextTower:
         self.max_tokens: int = config.max_position_embeddings
         self._words = model.embeddings.word_embeddings
         self._positions = model.embeddings.position_embeddings.weight
+        self._dtype: torch.dtype = self._positions.dtype
         self._norm = Norm(model.embeddings.LayerNorm)
         self.layers = [_Layer(layer, config, image_dtype) for layer in model.encoder.layer]
         self._head = None if head is None else _Head(head.predictions, config.hidden_act)
@@ -67,13 +72,11 @@ class TextTower:
         Returns:
             (N, L, D) float32.
         """
-        states = self._norm(self._words(ids) + self._positions[: ids.shape[1]])
-        visible = None if mask is None else mask[:, None, None, :]
+        carried = self._begin(self._words(ids) + self._positions[: ids.shape[1]])
         for layer in self.layers:
-            queries, keys, values = split_heads(layer.project(states), self.num_heads)
-            states = layer.attended(states, attend(queries, keys, values, visible))
-            states = layer.finish(states, features)
-        return states
+            context = attend_within(layer.project(carried.rounded), mask, self.num_heads)
+            carried = layer.finish(layer.attended(carried, context), features)
+        return carried.states
 
     def step(self, tokens: torch.Tensor, cache: SelfCache, features: torch.Tensor) -> torch.Tensor:
         """Runs one token of each text.
@@ -87,13 +90,17 @@ class TextTower:
             (N, B, V) logits of the next token.
         """
         assert self._head is not None
-        states = self._norm(self._words(tokens) + self._positions[cache.position])
+        carried = self._begin(self._words(tokens) + self._positions[cache.position])
         num_images, num_beams = tokens.shape
         for index, layer in enumerate(self.layers):
-            context = cache.attend(index, layer.project(states.flatten(0, 1).unsqueeze(1)), self.num_heads)
-            states = layer.attended(states, context.view(num_images, num_beams, -1))
-            states = layer.finish(states, features)
-        return self._head(states)
+            projected = layer.project(carried.rounded.flatten(0, 1).unsqueeze(1))
+            context = cache.attend(index, projected, self.num_heads).view(num_images, num_beams, -1)
+            carried = layer.finish(layer.attended(carried, context), features)
+        return self._head(carried.rounded)
+
+    def _begin(self, embedded: torch.Tensor) -> Carried:
+        states = self._norm(embedded)
+        return Carried(states, states.to(self._dtype))
 
 
 class _Layer:
@@ -107,17 +114,19 @@ class _Layer:
         self._cross = None if cross is None else CrossAttention(cross, config.num_attention_heads, image_dtype)
         self._expand = PackedLinear([layer.intermediate.dense], config.hidden_act)
         self._contract, self._norm = PackedLinear([layer.output.dense]), Norm(layer.output.LayerNorm)
+        self._dtype: torch.dtype = layer.output.dense.weight.dtype
 
-    def attended(self, states: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+    def attended(self, carried: Carried, context: torch.Tensor) -> Carried:
         """What follows self-attention, on (N, L, D) both."""
-        return self._out_norm.of_sum(states, self._out(context))
+        return self._out_norm.carried(carried.states, self._out(context), self._dtype)
 
-    def finish(self, states: torch.Tensor, features: torch.Tensor | None) -> torch.Tensor:
+    def finish(self, carried: Carried, features: torch.Tensor | None) -> Carried:
         """Cross-attention and the two linear layers: (N, L, D) and (N, T, E) -> (N, L, D)."""
         if features is not None:
             assert self._cross is not None
-            states = self._cross(states, features)
-        return self._norm.of_sum(states, self._contract(self._expand(states)))
+            carried = self._cross(carried, features)
+        expanded = self._expand(carried.rounded)
+        return self._norm.carried(carried.states, self._contract(expanded), self._dtype)
 
 
 class _Head:
@@ -126,7 +135,22 @@ class _Head:
     def __init__(self, predictions: Any, activation: str) -> None:
         self._transform = PackedLinear([predictions.transform.dense], activation)
         self._norm = Norm(predictions.transform.LayerNorm)
-        self._words = PackedLinear([predictions.decoder])
+        words = predictions.decoder
+        self._num_words: int = words.out_features
+        self._words = PackedLinear([_aligned(words) if words.weight.is_cuda else words])
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
-        return self._words(self._norm(self._transform(states)))
+        return self._words(self._norm(self._transform(states)))[..., : self._num_words]
+
+
+def _aligned(words: nn.Linear) -> nn.Linear:
+    """With outputs that nobody reads: rows of logits begin where the fast kernels for CUDA can write them.
+
+    BLIP's vocabulary of 30,524 words takes a third of the time so: 26 us instead of 78 for 256 rows on an H200.
+    """
+    added = -words.out_features % _ALIGNED
+    layer = nn.Linear(words.in_features, words.out_features + added, device="meta")
+    for name, value in (("weight", words.weight), ("bias", words.bias)):
+        padded = torch.cat([value.detach(), value.new_zeros((added, *value.shape[1:]))])
+        setattr(layer, name, nn.Parameter(padded, requires_grad=False))
+    return layer

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from vlmflow.models import fused
+from vlmflow.models.attention import attend, split_heads
 
 HALF = torch.bfloat16
 
@@ -57,35 +58,66 @@ def cross_arguments(dtype: torch.dtype, heads: int, images: int, texts: int, tok
     return {"queries": (3 * queries).to(dtype), "features": features.to(dtype)}
 
 
+def text_arguments(texts: int, heads: int, length: int, dim: int, *, hides: bool) -> dict[str, Any]:
+    torch.manual_seed(length)
+    projected = 2 * torch.randn(texts, length, 3 * heads * dim)
+    visible = torch.rand(texts, length) > 0.4
+    visible[:, 0] = True
+    return {"projected": projected, "mask": visible if hides else None, "num_heads": heads}
+
+
+TEXTS = [
+    text_arguments(texts, heads, length, dim, hides=hides)
+    for texts, heads, length, dim in [(3, 2, 22, 64), (2, 3, 5, 24), (1, 1, 64, 128), (2, 2, 1, 16)]
+    for hides in (True, False)
+]
 # Triton's interpreter computes products in bfloat16 from its bits.
 CROSSES = [
     cross_arguments(dtype, *sizes)
     for dtype in (torch.float32, torch.float16)
     for sizes in [(2, 3, 1, 17, 24), (12, 2, 1, 577, 768), (3, 2, 7, 64, 520), (12, 1, 3, 33, 1024), (4, 2, 2, 5, 256)]
 ]
+# More than a block of bytes; every half between two levels, and what lies below and above all levels.
+LEVELS = (
+    [
+        torch.randint(0, 256, (3, 40, 36), dtype=torch.uint8, generator=torch.Generator().manual_seed(n))
+        for n in range(3)
+    ],
+    [torch.arange(-20, 600, dtype=dtype).div(2).repeat(9) for dtype in (torch.float32, torch.float16)],
+)
 # Triton's own functions are made for its interpreter when it is imported: in another process.
 INTERPRETED = """
 import sys, torch
-from vlmflow.models.triton_kernels import NormOf, attend_step, attend_to_features, norm
+from vlmflow.imaging.triton_levels import stack, to_levels
+from vlmflow.models.triton_attention import attend_step, attend_to_features, attend_within
+from vlmflow.models.triton_norm import NormOf, NormSizes, norm
 
 def norms(scale, dtype, states, added, offset):
     of = NormOf(scale, 1e-5, dtype)
-    alone, shifted = norm(of, states), norm(of, states, offset=offset)
-    return [*norm(of, states, added), *alone, *shifted, *norm(of, states, added, keeps_sum=False)]
+    other = {torch.float32: torch.bfloat16, torch.bfloat16: torch.float32}[dtype]
+    found = [norm(of, states, added), norm(of, states), norm(of, states, offset=offset)]
+    found.append(norm(of, states, added, keeps_sum=False, also=other, sizes=NormSizes(1, 1)))
+    return [[each.summed, each.normed, each.rounded] for each in found]
 
 def steps(**given):
     return [attend_step(**given), given["keys"], given["values"]]
 
 given = torch.load(sys.argv[1], weights_only=True)
-crosses = [[attend_to_features(**case)] for case in given[2]]
-torch.save([[norms(**case) for case in given[0]], [steps(**case) for case in given[1]], crosses], sys.argv[2])
+found = [[norms(**case) for case in given["norms"]], [steps(**case) for case in given["steps"]]]
+found += [[attend(**case) for case in given[name]] for name, attend in
+          (("crosses", attend_to_features), ("texts", attend_within))]
+images, values = given["levels"]
+found.append([stack(images, torch.full((len(images), *images[0].shape), torch.nan, dtype=kind)) for kind in
+              (torch.float32, torch.float16)] + [to_levels(each.clone()) for each in values])
+torch.save(found, sys.argv[2])
 """
 
 
 COMPILED = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
-from vlmflow.models import triton_kernels
+from vlmflow.imaging import triton_levels
+from vlmflow.models import triton_attention, triton_norm
 
 def compiled(kernel, options=None, aligned=(), **given):
     constants = {name: value for name, value in given.items() if isinstance(value, (bool, list))}
@@ -99,39 +131,55 @@ def compiled(kernel, options=None, aligned=(), **given):
 
 for half in ("*bf16", "*fp32"):
     for flag in (True, False):
-        flags = dict(adds=flag, keeps=flag, shifts=not flag, scales=flag)
+        flags = dict(adds=flag, keeps=flag, shifts=not flag, scales=flag, rounds=not flag)
         pointers = dict(states=half, added="*bf16", offset="*fp32", weight="*fp32", bias="*fp32")
-        pointers |= dict(summed=half, normed=half)
-        compiled(triton_kernels._norm, **pointers, width="i32", eps="fp32", **flags, block=[1024])
+        pointers |= dict(summed=half, normed=half, rounded="*bf16")
+        numbers = dict(num_rows="i32", width="i32", eps="fp32")
+        for block in (1024, 8192):
+            sizes = triton_norm.NormSizes.of(block)
+            constants, options = dict(rows=[sizes.rows], block=[block]), dict(num_warps=sizes.num_warps)
+            compiled(triton_norm._norm, options, [*pointers, "width"], **pointers, **numbers, **flags, **constants)
     pointers = dict(projected=half, keys=half, values=half, position="*i64", out=half)
     sizes = dict(heads="i32", length="i32", dim="i32", scale="fp32", tokens=[32], block=[64])
-    compiled(triton_kernels._attend_step, **pointers, **sizes)
+    compiled(triton_attention._attend_step, **pointers, **sizes)
 
 pointers = dict(queries="*bf16", features="*bf16", out="*bf16")
 numbers = dict.fromkeys(("heads", "texts", "length", "tokens", "width"), "i32")
 for rows in (12, 36):
     for width in (24, 768, 1024):
-        sizes = triton_kernels.CrossSizes.of(rows, width)
+        sizes = triton_attention.CrossSizes.of(rows, width)
         constants = {name: [getattr(sizes, name)] for name in ("rows", "tile", "block", "parts")}
         options = dict(num_warps=sizes.num_warps, num_stages=sizes.num_stages)
         aligned = [*pointers, "width"] if width % 16 == 0 else pointers
-        found = compiled(triton_kernels._attend_to_features, options, aligned, **pointers, **numbers, **constants)
+        found = compiled(triton_attention._attend_to_features, options, aligned, **pointers, **numbers, **constants)
         assert found.metadata.shared <= 99 << 10, (rows, width, "more than GPUs for consumers give a program")
         if (rows, width) == (12, 768):
             assert found.metadata.shared <= 113 << 10, "two programs are to share a multiprocessor"
+
+pointers = dict(projected="*fp32", mask="*u8", out="*fp32")
+numbers = dict(heads="i32", length="i32", dim="i32", scale="fp32")
+for precision in ("tf32", "ieee"):
+    constants = dict(hides=True, precision=[precision], tokens=[64], block=[128])
+    found = compiled(triton_attention._attend_within, None, **pointers, **numbers, **constants)
+    assert found.metadata.shared <= 99 << 10, precision
+
+pointers = dict(addresses="*i64", out="*fp16")
+found = compiled(triton_levels._stack, None, [*pointers, "size"], **pointers, size="i32", block=[4096])
+assert "ld.global.v4" in found.asm["ptx"], "bytes that are read one by one"
+compiled(triton_levels._to_levels, None, ["values"], values="*fp16", size="i32", block=[4096])
 """
 
 
 @pytest.fixture(scope="module")
-def interpreted(tmp_path_factory: pytest.TempPathFactory) -> list[list[list[torch.Tensor]]]:
-    """What the kernels give for NORMS, for STEPS and for CROSSES."""
+def interpreted(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What the kernels give for NORMS, for STEPS, for CROSSES, for TEXTS and for LEVELS."""
     pytest.importorskip("triton")
     folder = tmp_path_factory.mktemp("triton")
-    torch.save([NORMS, STEPS, CROSSES], folder / "given.pt")
+    given = {"norms": NORMS, "steps": STEPS, "crosses": CROSSES, "texts": TEXTS, "levels": LEVELS}
+    torch.save(given, folder / "given.pt")
     command = [sys.executable, "-c", INTERPRETED, str(folder / "given.pt"), str(folder / "found.pt")]
     subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, check=True)
-    found: list[list[list[torch.Tensor]]] = torch.load(folder / "found.pt", weights_only=True)
-    return found
+    return torch.load(folder / "found.pt", weights_only=True)
 
 
 def close_in(dtype: torch.dtype) -> Any:
@@ -139,10 +187,10 @@ def close_in(dtype: torch.dtype) -> Any:
     return partial(torch.testing.assert_close, **dict.fromkeys(("rtol", "atol"), 2e-5 if dtype != HALF else 0.02))
 
 
-def test_a_sum_and_its_norm(interpreted: list[list[list[torch.Tensor]]]) -> None:
+def test_a_sum_and_its_norm(interpreted: Any) -> None:
     for case, found in zip(NORMS, interpreted[0], strict=True):
         states, added, given = case["states"], case["added"], case["dtype"]
-        summed, normed, same, alone, also, shifted, _, of_sum = found
+        (summed, normed, _), (same, alone, _), (also, shifted, _), (unsummed, of_sum, rounded) = found
         weight, bias = case["scale"] or (None, None)
         norm = partial(torch.nn.functional.layer_norm, normalized_shape=states.shape[-1:], eps=1e-5)
         norm = partial(norm, weight=weight, bias=bias)
@@ -150,14 +198,17 @@ def test_a_sum_and_its_norm(interpreted: list[list[list[torch.Tensor]]]) -> None
         torch.testing.assert_close(summed, states + added, rtol=0 if states.dtype != HALF else 2**-7, atol=0)
         assert torch.equal(same, states)
         assert torch.equal(also, states)
+        assert torch.equal(unsummed, states)
         assert normed.dtype == alone.dtype == shifted.dtype == of_sum.dtype == given
         close(normed.float(), norm(summed.float()))
         close(alone.float(), norm(states.float()))
         close(shifted.float(), norm(states.float() + case["offset"]))
         close(of_sum.float(), norm(states.float() + added.float()))
+        assert {of_sum.dtype, rounded.dtype} == {torch.float32, HALF}
+        close_in(HALF)(rounded.float(), of_sum.float())
 
 
-def test_a_token_attends_to_those_up_to_it(interpreted: list[list[list[torch.Tensor]]]) -> None:
+def test_a_token_attends_to_those_up_to_it(interpreted: Any) -> None:
     for case, (found, keys, values) in zip(STEPS, interpreted[1], strict=True):
         position = int(case["position"])
         query, key, value = case["projected"].view(3, 3, 2, 1, -1).unbind(1)
@@ -170,8 +221,8 @@ def test_a_token_attends_to_those_up_to_it(interpreted: list[list[list[torch.Ten
         close_in(found.dtype)(found.float(), expected.transpose(1, 2).flatten(2))
 
 
-def test_texts_attend_to_the_features_of_their_images(interpreted: list[list[list[torch.Tensor]]]) -> None:
-    for case, (found,) in zip(CROSSES, interpreted[2], strict=True):
+def test_texts_attend_to_the_features_of_their_images(interpreted: Any) -> None:
+    for case, found in zip(CROSSES, interpreted[2], strict=True):
         queries, features = case["queries"].float(), case["features"].float()
         by_image = queries.view(len(queries), len(features), -1, queries.shape[-1]).transpose(0, 1)
         weights = torch.einsum("nhle,nte->nhlt", by_image, features).softmax(dim=-1)
@@ -180,6 +231,26 @@ def test_texts_attend_to_the_features_of_their_images(interpreted: list[list[lis
         assert found.dtype == case["queries"].dtype
         bound = 1e-5 if found.dtype == torch.float32 else 2e-3
         torch.testing.assert_close(found.float(), expected, atol=bound, rtol=bound)
+
+
+def test_the_tokens_of_a_text_attend_to_those_that_can_be_seen(interpreted: Any) -> None:
+    for case, found in zip(TEXTS, interpreted[3], strict=True):
+        mask = case["mask"]
+        parts = split_heads(case["projected"], case["num_heads"])
+        expected = attend(*parts, None if mask is None else mask[:, None, None, :])
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_bytes_become_levels(interpreted: Any) -> None:
+    images, values = LEVELS
+    single, half, *rounded = interpreted[4]
+    assert (single.dtype, half.dtype) == (torch.float32, torch.float16)
+    for found in (single, half):
+        assert torch.equal(found, torch.stack(images).to(found.dtype))
+    for found, given in zip(rounded, values, strict=True):
+        assert given.min() < -1
+        assert given.max() > 256
+        assert torch.equal(found, given.round().clamp(0, 255))
 
 
 def test_a_kernel_that_cannot_run_is_left_out_and_told_of_once(

@@ -1,4 +1,4 @@
-"""Kernels in Triton, where memory is all that an operation costs: what is needed is read once and written once.
+"""Attention as kernels in Triton: of the tokens of a text to each other, and to the features of an image.
 
 Imported where CUDA is at hand, see :mod:`vlmflow.models.fused`: Triton is no part of torch's builds for processors.
 """
@@ -10,104 +10,6 @@ from dataclasses import dataclass
 import torch
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _norm(  # type: ignore[no-untyped-def]
-    states,
-    added,
-    offset,
-    weight,
-    bias,
-    summed,
-    normed,
-    width,
-    eps,
-    adds: tl.constexpr,
-    keeps: tl.constexpr,
-    shifts: tl.constexpr,
-    scales: tl.constexpr,
-    block: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, block)
-    inside = columns < width
-    at = row * width + columns
-    x = tl.load(states + at, mask=inside, other=0.0).to(tl.float32)
-    if adds:
-        x += tl.load(added + at, mask=inside, other=0.0).to(tl.float32)
-        if keeps:
-            # What is normalised is what is carried on, rounded as that is.
-            rounded = x.to(summed.dtype.element_ty)
-            tl.store(summed + at, rounded, mask=inside)
-            x = rounded.to(tl.float32)
-    if shifts:
-        x += tl.load(offset + columns, mask=inside, other=0.0)
-    mean = tl.sum(x, axis=0) / width
-    centered = tl.where(inside, x - mean, 0.0)
-    variance = tl.sum(centered * centered, axis=0) / width
-    y = centered * tl.rsqrt(variance + eps)
-    if scales:
-        y = y * tl.load(weight + columns, mask=inside, other=0.0) + tl.load(bias + columns, mask=inside, other=0.0)
-    tl.store(normed + at, y.to(normed.dtype.element_ty), mask=inside)
-
-
-@dataclass(frozen=True)
-class NormOf:
-    """What a norm is made with.
-
-    Attributes:
-        scale: weight and bias, (D,) float32 each; None: it has none.
-        dtype: of what it gives.
-    """
-
-    scale: tuple[torch.Tensor, torch.Tensor] | None
-    eps: float
-    dtype: torch.dtype
-
-
-def norm(
-    how: NormOf,
-    states: torch.Tensor,
-    added: torch.Tensor | None = None,
-    *,
-    offset: torch.Tensor | None = None,
-    keeps_sum: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sum in the dtype of ``states``, and the layer norm of it and ``offset``; computed in float32.
-
-    Args:
-        states: (..., D), contiguous, as is ``added``; a row is held in the registers of its warps.
-        added: None: nothing is.
-        offset: (D,) float32, contiguous; None: there is none.
-        keeps_sum: False: the sum is not written, and rounded to no dtype; ``states`` takes its place.
-    """
-    width = states.shape[-1]
-    keeps = added is not None and keeps_sum
-    summed = torch.empty_like(states) if keeps else states
-    normed = torch.empty_like(states, dtype=how.dtype)
-    weight, bias = how.scale or (states, states)  # never read then, nor is what else is not there
-    if num_rows := states.numel() // width:
-        block = triton.next_power_of_2(width)
-        with torch.cuda.device_of(states):  # type: ignore[no-untyped-call]
-            _norm[(num_rows,)](
-                states,
-                states if added is None else added,
-                states if offset is None else offset,
-                weight,
-                bias,
-                summed,
-                normed,
-                width,
-                how.eps,
-                adds=added is not None,
-                keeps=keeps,
-                shifts=offset is not None,
-                scales=how.scale is not None,
-                block=block,
-                num_warps=max(1, min(16, block // 256)),
-            )
-    return summed, normed
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -184,7 +86,72 @@ def attend_step(
     return out
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=("length",))  # type: ignore[untyped-decorator]
+def _attend_within(  # type: ignore[no-untyped-def]
+    projected,
+    mask,
+    out,
+    heads,
+    length,
+    dim,
+    scale,
+    hides: tl.constexpr,
+    precision: tl.constexpr,
+    tokens: tl.constexpr,
+    block: tl.constexpr,
+):
+    text, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    token, column = tl.arange(0, tokens), tl.arange(0, block)
+    is_token = token < length
+    inside = is_token[:, None] & (column < dim)[None, :]
+    place = (text * length + token)[:, None]
+    own = projected + (3 * place * heads + head) * dim + column[None, :]
+    query = tl.load(own, mask=inside, other=0.0)
+    key = tl.load(own + heads * dim, mask=inside, other=0.0)
+    value = tl.load(own + 2 * heads * dim, mask=inside, other=0.0)
+    scores = tl.dot(query, tl.trans(key), input_precision=precision) * scale
+    seen = is_token
+    if hides:
+        seen = is_token & (tl.load(mask + text * length + token, mask=is_token, other=0) != 0)
+    scores = tl.where(seen[None, :], scores, float("-inf"))
+    weights = tl.exp(scores - tl.max(scores, axis=1)[:, None])
+    context = tl.dot(weights.to(value.dtype), value, input_precision=precision) / tl.sum(weights, axis=1)[:, None]
+    tl.store(out + (place * heads + head) * dim + column[None, :], context.to(out.dtype.element_ty), mask=inside)
+
+
+def attend_within(projected: torch.Tensor, mask: torch.Tensor | None, num_heads: int) -> torch.Tensor:
+    """Has the tokens of each text attend to each other; sums are float32, products TF32 where torch may do those so.
+
+    Args:
+        projected: (N, L, 3 H d), contiguous: queries, keys and values side by side; L at most 64, d at most 128.
+        mask: (N, L) bool, contiguous, True of at least one token of each text; None: all are seen.
+
+    Returns:
+        (N, L, H d).
+    """
+    num_texts, length, width = projected.shape
+    dim = width // (3 * num_heads)
+    out = projected.new_empty((num_texts, length, width // 3))
+    if out.numel():
+        with torch.cuda.device_of(projected):  # type: ignore[no-untyped-call]
+            _attend_within[(num_texts, num_heads)](
+                projected,
+                projected if mask is None else mask.view(torch.uint8),
+                out,
+                num_heads,
+                length,
+                dim,
+                dim**-0.5,
+                hides=mask is not None,
+                precision="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+                tokens=max(16, triton.next_power_of_2(length)),
+                block=max(16, triton.next_power_of_2(dim)),
+                num_warps=4,
+            )
+    return out
+
+
+@triton.jit(do_not_specialize=("length",))  # type: ignore[untyped-decorator]
 def _attend_to_features(  # type: ignore[no-untyped-def]
     queries,
     features,

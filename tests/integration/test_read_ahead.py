@@ -112,6 +112,6 @@ def test_as_much_is_read_ahead_as_keeps_every_actor_at_work() -> None:
         PoolConfig(tasks=("embed",), max_actors=2, batch_size=32),
         PoolConfig(tasks=("caption",), max_actors=1, batch_size=16),
     )
-    assert read_ahead_rows(None, pools, 256) == 4 * 80 + 512
-    assert read_ahead_rows(100, pools, 256) == 100
-    assert read_ahead_rows(1, pools, 256) == 48, "less than a batch of each pool would never be given out"
+    assert read_ahead_rows(None, pools, (5, 1), 512) == 8 * 2 * 32 + 4 * 16 + 512
+    assert read_ahead_rows(100, pools, (5, 1), 512) == 100
+    assert read_ahead_rows(1, pools, (5, 1), 512) == 48, "less than a batch of each pool would never be given out"

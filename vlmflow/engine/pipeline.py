@@ -11,6 +11,7 @@ import ray
 from ray.data import ActorPoolStrategy, Dataset
 
 from vlmflow.catalog import KnownBytes
+from vlmflow.catalog.plan import Plan
 from vlmflow.config import Family, Job, PoolConfig
 from vlmflow.engine.cluster import Cluster
 from vlmflow.engine.decoding import ReadAndDecode
@@ -37,6 +38,11 @@ _CALLS_AT_ONCE = 2
 # the models, takes as long as two of them do. On an H100 5 were an eighth faster than 3, and 6 about as fast as 5.
 GPU_CALLS_AT_ONCE = 5
 _MIN_BLOCK_ROWS, _MAX_BLOCK_ROWS = 32, 512
+# Of what a decoding task gives. Beyond 128 MB Ray Data cuts it where it will, and the pieces fit no pool's batch: of
+# blocks of 512 JPEGs of 490 KB, which it cut to 320 and 192, half of the calls of an actor had 64 or 128 rows.
+_MAX_BLOCK_BYTES = 96 << 20
+# Of an image whose size no listing tells.
+_USUAL_BYTES = 500_000
 # Of a pool with a GPU for which neither job nor preflight says a size. Models of a few hundred MB need large ones to be
 # fast; others, and beams, take the memory of many images for each. On GPUs of less than 40 GB an actor does a part of
 # its batch at once: the driver does not know them, and they need not be alike.
@@ -120,7 +126,17 @@ def stages_of(
     return Stages(decode, pools, setup, prompts, sized_by_memory=not prepared.job.pools)
 
 
-def block_rows(num_images: int, cluster: Cluster, max_rows: int, batch_size: int) -> int:
+def planned_block_rows(plan: Plan, stages: Stages, cluster: Cluster, max_rows: int) -> int:
+    """See :func:`block_rows`."""
+    if stages.decode.leaves_jpegs:
+        row_bytes = plan.mean_size() or _USUAL_BYTES
+    else:
+        requests = merge_requests(stages.setup.pixel_requests())
+        row_bytes = sum(3 * request.size**2 * len(request.views) for request in requests)
+    return block_rows(plan.num_planned, cluster, max_rows, stages.pools[0].batch_size, row_bytes)
+
+
+def block_rows(num_images: int, cluster: Cluster, max_rows: int, batch_size: int, row_bytes: float) -> int:
     """Rows of a block of planned images: few enough to keep every core busy, and to be committed in time.
 
     An actor is given whole blocks at a call, and what is left of them beyond its batches is a small batch of its own;
@@ -129,9 +145,11 @@ def block_rows(num_images: int, cluster: Cluster, max_rows: int, batch_size: int
     Args:
         max_rows: after how many rows the job wants a commit; an unfinished block is in none.
         batch_size: of the first pool. Where no part of it comes near, blocks do not fit it.
+        row_bytes: of an image as the decoding stage gives it, about.
     """
     per_core = num_images / max(1.0, 4 * cluster.cpus)
-    rows = int(min(_MAX_BLOCK_ROWS, max_rows, max(_MIN_BLOCK_ROWS, per_core)))
+    in_one_piece = max(1.0, _MAX_BLOCK_BYTES / max(1.0, row_bytes))
+    rows = int(min(_MAX_BLOCK_ROWS, max_rows, max(_MIN_BLOCK_ROWS, per_core), in_one_piece))
     if rows >= batch_size:
         return rows - rows % batch_size
     part = max(part for part in range(1, rows + 1) if batch_size % part == 0)
@@ -148,8 +166,13 @@ def build_pipeline(
         read_ahead: as in the job.
     """
     # Decoding tasks as Ray starts them: as many as their share of a processor allows.
-    at_once = DECODE_BATCH * math.ceil(ray.cluster_resources().get("CPU", 1.0) / DECODE_CPUS)
-    limit_read_ahead(read_ahead_rows(read_ahead, stages.pools, at_once))
+    num_tasks = math.ceil(ray.cluster_resources().get("CPU", 1.0) / DECODE_CPUS)
+    leaves_jpegs = stages.decode.leaves_jpegs
+    calls = [_calls_at_once(pool, decodes=leaves_jpegs and number == 0) for number, pool in enumerate(stages.pools)]
+    # A pool that decodes is as fast as all of them together. Before another some wait for their turn: what they have
+    # decoded lies in memory until the pool has come to it.
+    decoding = num_tasks * (max(num_rows, DECODE_BATCH) if leaves_jpegs else 2 * DECODE_BATCH)
+    limit_read_ahead(read_ahead_rows(read_ahead, stages.pools, calls, decoding))
     dataset = ray.data.from_arrow_refs(blocks)
     with warnings.catch_warnings():
         # Ray 2.60 announces named parameters for these arguments and has none for the retries yet.
@@ -163,7 +186,7 @@ def build_pipeline(
             **TASK_LIMITS,
         )
         for number, pool in enumerate(stages.pools):
-            decodes = stages.decode.leaves_jpegs and number == 0
+            decodes = leaves_jpegs and number == 0
             later = tuple(task for behind in stages.pools[number + 1 :] for task in behind.tasks)
             dataset = dataset.map_batches(
                 PoolWorker,
@@ -179,10 +202,16 @@ def build_pipeline(
                 num_cpus=pool.cpus,
                 num_gpus=pool.gpus,
                 # A fixed pool that reserves every CPU starves the reads and waits for ever (ray#44687).
-                compute=_strategy(pool, GPU_CALLS_AT_ONCE if pool.gpus > 0 else _CALLS_AT_ONCE if decodes else 1),
+                compute=_strategy(pool, calls[number]),
                 **ACTOR_LIMITS,
             )
     return dataset
+
+
+def _calls_at_once(pool: PoolConfig, *, decodes: bool) -> int:
+    if pool.gpus > 0:
+        return GPU_CALLS_AT_ONCE
+    return _CALLS_AT_ONCE if decodes else 1
 
 
 def _strategy(pool: PoolConfig, calls_at_once: int) -> ActorPoolStrategy:

@@ -5,7 +5,7 @@ Ray Data bounds that by bytes alone, a share of its object store: small images w
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,8 +21,8 @@ from vlmflow.config import PoolConfig
 _MAX_ROWS = "vlmflow.read_ahead_rows"
 # The stage that is held back goes by the name of its function.
 STAGE = "read_and_decode"
-# Batches that an actor has at hand: one in work, one being fed, and those on their way.
-_BATCHES_PER_ACTOR = 4
+# Batches that an actor has at hand beside those in its calls: blocks that wait to become one, and those on their way.
+_BATCHES_BESIDE_CALLS = 3
 _MAX_ROWS_PER_TASK = 2_048  # more than any block or batch has
 
 
@@ -60,16 +60,18 @@ def _with_stages_behind(op: Any) -> list[Any]:
     return stages
 
 
-def read_ahead_rows(wanted: int | None, pools: tuple[PoolConfig, ...], decoded_at_once: int) -> int:
+def read_ahead_rows(wanted: int | None, pools: tuple[PoolConfig, ...], calls: Sequence[int], decoding: int) -> int:
     """Rows that may be under way: enough that no actor waits, unless the job says how many.
 
     Args:
         wanted: what the job says; less than one batch of every pool would keep them waiting for ever.
-        decoded_at_once: rows that all decoding tasks together have in work.
+        calls: of each pool, the batches that an actor is at once.
+        decoding: rows that all decoding tasks together were given.
     """
     if wanted is None:
-        actors = sum(pool.max_actors * pool.batch_size for pool in pools)
-        wanted = _BATCHES_PER_ACTOR * actors + 2 * decoded_at_once
+        pairs = zip(pools, calls, strict=True)
+        at_hand = sum(pool.max_actors * pool.batch_size * (num + _BATCHES_BESIDE_CALLS) for pool, num in pairs)
+        wanted = at_hand + decoding
     return max(wanted, sum(pool.batch_size for pool in pools))
 
 

@@ -30,7 +30,7 @@ class CommitReport(Frozen):
 
     Attributes:
         rows: image rows that this commit put into the table.
-        at_s: seconds after the start of the run.
+        at_s: seconds after the first block was done.
     """
 
     rows: int

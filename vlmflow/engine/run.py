@@ -25,7 +25,14 @@ from vlmflow.engine.faults import lost_in_mid_run, told
 from vlmflow.engine.late_verdicts import bring_in_late_verdicts
 from vlmflow.engine.lost import NOT_OF_IMAGES, SMALL_BLOCKS, in_small_batches, lost_rows, unreconciled
 from vlmflow.engine.metrics import RunMetrics
-from vlmflow.engine.pipeline import block_rows, build_pipeline, check_pools, default_pools, open_pools, stages_of
+from vlmflow.engine.pipeline import (
+    build_pipeline,
+    check_pools,
+    default_pools,
+    open_pools,
+    planned_block_rows,
+    stages_of,
+)
 from vlmflow.engine.planning import OnCluster
 from vlmflow.engine.prepare import Prepared, encode_policy, prepare
 from vlmflow.engine.progress import ProgressDisplay, SilentProgress, Tally
@@ -181,8 +188,7 @@ class _Run:
             if self._job.preflight:
                 self._display.stage("trying batch sizes")
                 stages = self._tried(stages, cluster)
-            batch_size = stages.pools[0].batch_size
-            num_rows = block_rows(self._plan.num_planned, cluster, self._job.commit.max_rows, batch_size)
+            num_rows = planned_block_rows(self._plan, stages, cluster, self._job.commit.max_rows)
             blocks = [ray.put(block) for block in self._plan.batches(num_rows)]
             dataset = build_pipeline(blocks, stages, num_rows, self._job.read_ahead)
             with FinishedBlocks(dataset) as finished:

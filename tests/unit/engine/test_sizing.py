@@ -17,11 +17,19 @@ from vlmflow.engine import pipeline, sizing
 from vlmflow.engine import trials as trials_module
 from vlmflow.engine.cluster import Cluster
 from vlmflow.engine.columns import RUN_TASKS
-from vlmflow.engine.pipeline import GPU_CALLS_AT_ONCE, block_rows, build_pipeline, default_pools, stages_of
+from vlmflow.engine.pipeline import (
+    GPU_CALLS_AT_ONCE,
+    block_rows,
+    build_pipeline,
+    default_pools,
+    planned_block_rows,
+    stages_of,
+)
 from vlmflow.engine.prepare import Prepared
 from vlmflow.engine.sizing import PoolPlan, _planned, _projected, _sized
 from vlmflow.engine.trials import Trial, TriedPool, choose
 from vlmflow.errors import SourceError
+from vlmflow.imaging import PixelRequest
 from vlmflow.schema import ERRORS
 
 
@@ -160,22 +168,44 @@ def test_the_projected_rate_is_that_of_the_narrowest_place() -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_images", "batch_size", "max_rows", "expected"),
+    ("num_images", "batch_size", "max_rows", "row_bytes", "expected"),
     [
-        (12_000, 256, 5_000, 128),  # 187 would keep 16 cores busy: 32 of 65 batches had 118 rows
-        (100_000, 256, 5_000, 512),
-        (100_000, 200, 5_000, 400),
-        (100, 128, 5_000, 32),
-        (100_000, 1_000, 5_000, 500),
-        (100_000, 32, 20, 16),
-        (100_000, 509, 300, 300),  # has no such part
+        (12_000, 256, 5_000, 1e5, 128),  # 187 would keep 16 cores busy: 32 of 65 batches had 118 rows
+        (100_000, 256, 5_000, 1e5, 512),
+        (100_000, 200, 5_000, 1e5, 400),
+        (100, 128, 5_000, 1e5, 32),
+        (100_000, 1_000, 5_000, 1e5, 500),
+        (100_000, 32, 20, 1e5, 16),
+        (100_000, 509, 300, 1e5, 300),  # has no such part
+        (100_000, 256, 5_000, 490_000, 128),  # of 512 rows Ray Data made blocks of 320 and 192
+        (100_000, 256, 5_000, 5e6, 16),
+        (100_000, 256, 5_000, 5e8, 1),
+        (100_000, 256, 5_000, 0, 512),
     ],
 )
 def test_blocks_are_whole_batches_or_equal_parts_of_one(
-    num_images: int, batch_size: int, max_rows: int, expected: int
+    num_images: int, batch_size: int, max_rows: int, row_bytes: float, expected: int
 ) -> None:
     cluster = Cluster(cpus=16, gpus=1, num_nodes=1, embedded=True)
-    assert block_rows(num_images, cluster, max_rows, batch_size) == expected
+    assert block_rows(num_images, cluster, max_rows, batch_size, row_bytes) == expected
+
+
+@pytest.mark.parametrize(
+    ("in_pool", "mean_size", "expected"), [(True, 1e6, 64), (True, None, 128), (False, 1e6, 64), (False, None, 64)]
+)
+def test_blocks_are_so_small_that_ray_data_leaves_them_whole(
+    in_pool: bool, mean_size: float | None, expected: int
+) -> None:
+    """By the bytes of files where the pool decodes them, else by those of pixels, of which an image has 1 MB here."""
+    requests = [PixelRequest(256, "bicubic", ("squash", "center", "top", "bottom", "left"))]
+    stages = SimpleNamespace(
+        decode=SimpleNamespace(leaves_jpegs=in_pool),
+        setup=SimpleNamespace(pixel_requests=lambda: requests),
+        pools=[PoolConfig(tasks=("embed",), batch_size=256)],
+    )
+    planned = SimpleNamespace(num_planned=100_000, mean_size=lambda: mean_size)
+    cluster = Cluster(cpus=16, gpus=1, num_nodes=1, embedded=True)
+    assert planned_block_rows(planned, stages, cluster, 5_000) == expected  # type: ignore[arg-type]
 
 
 class Sleeping:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from functools import cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from io import BytesIO
 from pathlib import Path
 
@@ -44,14 +45,21 @@ def encoded(image: Image.Image, image_format: str) -> bytes:
     return sink.getvalue()
 
 
-def write_jpegs(folder: Path, num_images: int, width: int = 1600, height: int = 1200) -> int:
+def write_jpegs(
+    folder: Path, num_images: int, width: int = 1600, height: int = 1200, *, num_different: int | None = None
+) -> int:
     """Writes photographs of which no two are equal, nor look alike to a model; returns the mean of their bytes.
 
     In a process per core: the arithmetic is Python's and Pillow's in turn.
+
+    Args:
+        num_different: the others are copies of these with another comment: files of other bytes and the same pixels.
+            None: there are no others.
     """
     folder.mkdir(parents=True, exist_ok=True)
     num_processes = os.cpu_count() or 1
-    command = [sys.executable, "-m", "benchmarks.photographs", folder, num_images, width, height, num_processes]
+    different = min(num_images, num_different or num_images)
+    command = [sys.executable, "-m", "benchmarks.photographs", folder, different, width, height, num_processes]
     processes = [
         subprocess.Popen([*map(str, command), str(number)], stdout=subprocess.PIPE, cwd=Path(__file__).parents[1])
         for number in range(num_processes)
@@ -59,7 +67,22 @@ def write_jpegs(folder: Path, num_images: int, width: int = 1600, height: int = 
     written = [process.communicate()[0] for process in processes]
     if any(process.returncode for process in processes):
         sys.exit(f"the photographs could not be written to {folder}")
-    return sum(map(int, written)) // max(1, num_images)
+    with ThreadPoolExecutor(num_processes) as threads:
+        copied = list(threads.map(partial(_copy, folder, different), range(different, num_images)))
+    return (sum(map(int, written)) + sum(copied)) // max(1, num_images)
+
+
+def _name(number: int) -> str:
+    return f"{number:07d}.jpg"
+
+
+def _copy(folder: Path, num_different: int, number: int) -> int:
+    """Writes a copy of the photograph that has the remainder of the number; returns its bytes."""
+    data = (folder / _name(number % num_different)).read_bytes()
+    at = 4 + int.from_bytes(data[4:6], "big")  # behind the header of JFIF, which comes first
+    comment = str(number).encode()
+    marker = b"\xff\xfe" + (2 + len(comment)).to_bytes(2, "big")
+    return (folder / _name(number)).write_bytes(data[:at] + marker + comment + data[at:])
 
 
 def _write(folder: Path, num_images: int, size: tuple[int, int], num_processes: int, process: int) -> int:
@@ -73,7 +96,7 @@ def _write(folder: Path, num_images: int, size: tuple[int, int], num_processes: 
         pixels = np.asarray(scene(*size, number % _NUM_SCENES))
         shown = np.roll(pixels, shift, (0, 1))[:, :, random.permutation(3)]
         data = encoded(Image.fromarray(shown), "JPEG")
-        (folder / f"{number:07d}.jpg").write_bytes(data)
+        (folder / _name(number)).write_bytes(data)
         num_bytes += len(data)
     return num_bytes
 

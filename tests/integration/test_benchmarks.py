@@ -16,6 +16,7 @@ from typing import Any, Self
 import pyarrow as pa
 import pytest
 import torch
+from PIL import Image
 
 from benchmarks import (
     blip_caption,
@@ -30,8 +31,11 @@ from benchmarks import (
     vilt_answer,
 )
 from benchmarks.machine import RESULTS
+from benchmarks.photographs import write_jpegs
 from vlmflow.config import TaskName
 from vlmflow.engine import RunReport
+from vlmflow.engine.report import CommitReport
+from vlmflow.imaging.jpeg import is_plain
 
 
 @pytest.fixture(autouse=True)
@@ -151,20 +155,38 @@ def test_less_is_read_ahead_than_the_smaller_run_has_by_more_than_a_block(num_im
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_gpu_enrich(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a rate of the larger run alone: so few images take no longer than chance has it."""
-    runs = list[tuple[int, RunReport]]()
-
-    def rate(num_small: int, small: RunReport, num_large: int, large: RunReport) -> float:
-        runs.extend([(num_small, small), (num_large, large)])
-        return large.images_per_s
-
-    monkeypatch.setattr(gpu_enrich, "job_rate", rate)
-    found = run(gpu_enrich, tmp_path, monkeypatch, "--device", "cpu", "--tiny", "--images", "96")
-    assert [(count, run.statuses) for count, run in runs] == [(42, {"ok": 42}), (96, {"ok": 96})]
+    options = ("--device", "cpu", "--tiny", "--images", "96", "--warm", "16", "--different", "40")
+    found = run(gpu_enrich, tmp_path, monkeypatch, *options)
     ours, other = found["ours"], found["straightforward"]
+    assert ours["statuses"] == {"ok": 96}, "copies of other bytes are images of their own"
     assert all(0 < side["images_per_s"] < math.inf for side in (ours, other))
     assert found["ratio"] == pytest.approx(ours["images_per_s"] / other["images_per_s"], abs=0.006)
-    assert ours["smaller_run"] == {"images": 42, "seconds": runs[0][1].seconds, "startup_s": runs[0][1].startup_s}
+    assert ours["images_per_s_with_startup"] < ours["images_per_s"]
+    assert ours["warmed_up_by"]["images"] == 16
+    assert len(ours["warmed_up_by"]["seconds"]) == 1
+
+
+def test_a_rate_between_commits_leaves_out_the_first_and_the_last() -> None:
+    commits = [
+        {"rows": rows, "at_s": at_s, "seconds": 0.1} for rows, at_s in ((500, 7.0), (400, 9.0), (600, 11.0), (9, 12))
+    ]
+    told = report(30.0, 10.0).model_copy(
+        update={"commits": tuple(CommitReport.model_validate(each) for each in commits)}
+    )
+    assert gpu_enrich.rate_between_commits(told) == 250.0
+    for few in ((), told.commits[:1], told.commits[:2]):
+        assert gpu_enrich.rate_between_commits(told.model_copy(update={"commits": few})) is None
+
+
+def test_copies_of_photographs_have_bytes_of_their_own_and_the_same_pixels(tmp_path: Path) -> None:
+    mean = write_jpegs(tmp_path, 7, 96, 64, num_different=3)
+    files = sorted(tmp_path.iterdir())
+    assert len({path.read_bytes() for path in files}) == len(files) == 7
+    assert mean == sum(path.stat().st_size for path in files) // 7
+    pixels = [Image.open(path).tobytes() for path in files]
+    assert pixels[3] == pixels[0] == pixels[6]
+    assert len(set(pixels)) == 3
+    assert all(is_plain(path.read_bytes()) for path in files)
 
 
 @pytest.mark.slow

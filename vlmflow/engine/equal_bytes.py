@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -161,8 +162,8 @@ class RecentResults:
         # A task that reads no pixels is cheap, and may read what is no key, such as vectors.
         self.is_used = any(name.startswith("pixels_") for name in task.reads)
         self._texts = [name for name in (*task.reads, "caption") if not name.startswith(("pixels_", "views_"))]
-        self._values: Columns = {field.name: pa.nulls(0, field.type) for field in task.writes}
-        self._places: dict[_Identity, int] = {}
+        self._kept = _Kept({field.name: pa.nulls(0, field.type) for field in task.writes}, {})
+        self._lock = threading.Lock()
 
     def split(self, rows: pa.Table) -> Split:
         """Finds the rows that must be computed: the first of each that is not here yet."""
@@ -172,17 +173,17 @@ class RecentResults:
         places: dict[_Identity, int] = {}
         fresh: list[int] = []
         source = np.empty(len(identities), dtype=np.int64)
-        num_kept = self._num_kept
+        kept = self._kept
         for row, identity in enumerate(identities):
-            kept = self._places.get(identity)
-            if kept is not None:
-                source[row] = kept
+            place = kept.places.get(identity)
+            if place is not None:
+                source[row] = place
                 continue
             if identity not in places:
-                places[identity] = num_kept + len(fresh)
+                places[identity] = len(kept.places) + len(fresh)
                 fresh.append(row)
             source[row] = places[identity]
-        return Split(fresh, source, [identities[row] for row in fresh])
+        return Split(fresh, source, [identities[row] for row in fresh], kept)
 
     def join(self, split: Split, values: Columns, errors: pa.Array) -> tuple[Columns, pa.Array]:
         """The results of all rows, from those of the fresh ones; results without an error are kept.
@@ -191,20 +192,37 @@ class RecentResults:
             values: the task's columns for ``split.fresh``.
             errors: one of ``schema.ERROR`` for each of these, null where there is none.
         """
-        num_kept = self._num_kept
-        every = {name: pa.concat_arrays([kept, values[name]]) for name, kept in self._values.items()}
         source = pa.array(split.source)
-        joined = {name: column.take(source) for name, column in every.items()}
-        joined_errors = pa.concat_arrays([pa.nulls(num_kept, schema.ERROR), errors]).take(source)
-        good = np.concatenate([np.arange(num_kept), num_kept + np.flatnonzero(pc.is_null(errors))])[-self._max_rows :]
-        identities = [*self._places, *split.identities]
-        self._values = {name: column.take(pa.array(good)) for name, column in every.items()}
-        self._places = {identities[old]: new for new, old in enumerate(good.tolist())}
+        before = split.kept  # others may have been at it since
+        joined = {name: pa.concat_arrays([kept, values[name]]).take(source) for name, kept in before.values.items()}
+        joined_errors = pa.concat_arrays([pa.nulls(len(before.places), schema.ERROR), errors]).take(source)
+        good = pa.array(np.flatnonzero(pc.is_null(errors)))
+        found = {name: values[name].take(good) for name in before.values}
+        with self._lock:
+            self._kept = self._kept.and_these(
+                found, [split.identities[row] for row in good.to_pylist()], self._max_rows
+            )
         return joined, joined_errors
 
-    @property
-    def _num_kept(self) -> int:
-        return len(self._places)
+
+@dataclass(frozen=True)
+class _Kept:
+    """Results, each by what it was made of; never changed, so that a batch finds those that it was promised.
+
+    Attributes:
+        places: of the results among the values, in their order.
+    """
+
+    values: Columns
+    places: dict[_Identity, int]
+
+    def and_these(self, values: Columns, identities: Sequence[_Identity], max_rows: int) -> _Kept:
+        """The last so many; of an identity that another batch has brought meanwhile the later one."""
+        every = [*self.places, *identities]
+        last = sorted({identity: place for place, identity in enumerate(every)}.values())[-max_rows:]
+        rows = pa.array(last, pa.int64())
+        both = {name: pa.concat_arrays([kept, values[name]]).take(rows) for name, kept in self.values.items()}
+        return _Kept(both, {every[place]: new for new, place in enumerate(last)})
 
 
 @dataclass(frozen=True)
@@ -215,11 +233,13 @@ class Split:
         fresh: numbers of the rows to compute.
         source: (N,) place of each row's result.
         identities: of the fresh rows.
+        kept: the results that were there.
     """
 
     fresh: list[int]
     source: npt.NDArray[np.int64]
     identities: list[_Identity]
+    kept: _Kept
 
     @property
     def shared(self) -> list[bool]:

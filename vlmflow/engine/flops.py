@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import threading
 import time
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -42,8 +43,20 @@ class CountedTask:
     def __init__(self, task: Task) -> None:
         self.task = task
         self.name, self.reads, self.writes = task.name, task.reads, task.writes
+        self.batches_at_once: int = getattr(task, "batches_at_once", 1)
         self._per_row: float | None = None
-        self.flops = 0.0  # of all batches so far
+        self._threads = threading.local()
+
+    @property
+    def flops(self) -> float:
+        """Of all batches of this thread so far."""
+        done: float = getattr(self._threads, "flops", 0.0)
+        return done
+
+    @property
+    def computes(self) -> bool:
+        """Whether its first batch took any operations."""
+        return bool(self._per_row)
 
     @property
     def is_to_count(self) -> bool:
@@ -57,7 +70,7 @@ class CountedTask:
             self._per_row = counted / max(1, batch.num_rows)
         else:
             columns = self.task(batch)
-        self.flops += self._per_row * batch.num_rows
+        self._threads.flops = self.flops + self._per_row * batch.num_rows
         return columns
 
 
@@ -78,7 +91,7 @@ class Ceilings:
 
     def measure(self, tasks: Mapping[str, CountedTask]) -> None:
         """Measures for the tasks that compute anything; nothing else may be at work on the device."""
-        for dtype in {self._dtype(name) for name, task in tasks.items() if task.flops}:
+        for dtype in {self._dtype(name) for name, task in tasks.items() if task.computes}:
             try:
                 self._found[dtype] = matmul_ceiling(self._device, dtype)
             except RuntimeError as error:

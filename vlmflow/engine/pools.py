@@ -7,7 +7,6 @@ import dataclasses
 import logging
 import os
 import threading
-import time
 from typing import TYPE_CHECKING, NoReturn
 
 import pyarrow as pa
@@ -16,7 +15,7 @@ from vlmflow.config import PoolConfig, TaskName
 from vlmflow.engine import columns
 from vlmflow.engine.equal_bytes import RecentResults
 from vlmflow.engine.metrics import PoolMetrics
-from vlmflow.engine.turns import Turns
+from vlmflow.engine.turns import Turns, Usage
 from vlmflow.engine.watchdog import at_most
 from vlmflow.moderation.prompts import PromptVectors
 from vlmflow.tasks import Columns, Task, add_columns
@@ -84,7 +83,8 @@ class PoolWorker:
         self._feeder = Feeder(setup.requests_of(pool.tasks), setup.requests_of(later), device, decoding)
         self._passes_regions_on = setup.read_regions(later)
         # Threads of a processor's actor would only take its cores from each other.
-        self._turns = Turns(pool.tasks, side_by_side=device == "cuda")
+        counts = {name: task.batches_at_once for name, task in self._tasks.items()}
+        self._turns = Turns(counts, side_by_side=device == "cuda")
         self._streams = ThreadStreams(device)
         self._name = "+".join(pool.tasks)
         self._metrics = PoolMetrics(pool)
@@ -137,21 +137,22 @@ class PoolWorker:
             for name, task in self._tasks.items():
                 # What is due on no row has no need to wait for the batches of other threads.
                 is_due = bool(pa.compute.any(due_on(batch, name)).as_py())
-                with self._turn(task) if is_due else contextlib.nullcontext():
-                    before = task.flops
+                before = task.flops
+                with self._turn(task) if is_due else contextlib.nullcontext(Usage()) as usage:
                     batch = run_on_due_rows(batch, task, self._limits[name], self._timeout_s, self._recent[name])
                     batch = _with_usage(batch, task.task)
-                    done = task.flops - before if is_due else 0.0  # without a turn: another thread's
-                batch = batch.append_column(columns.FLOPS_PREFIX + name, columns.spread(done, batch.num_rows))
+                spent = {columns.seconds_column(name): usage.busy, columns.FLOPS_PREFIX + name: task.flops - before}
+                for column, amount in spent.items():
+                    batch = batch.append_column(column, columns.spread(amount, batch.num_rows))
                 ceiling = pa.scalar(self._ceilings.of(name), pa.float64())
                 batch = batch.append_column(columns.CEILING_PREFIX + name, pa.repeat(ceiling, batch.num_rows))
         fitting = [limit.rows for limit in self._limits.values() if limit.has_run_out and limit.rows is not None]
         at_once = pa.scalar(min(fitting, default=None), pa.int64())
         return batch.append_column(columns.AT_ONCE_PREFIX + self._name, pa.repeat(at_once, batch.num_rows))
 
-    def _turn(self, task: CountedTask) -> contextlib.AbstractContextManager[object]:
+    def _turn(self, task: CountedTask) -> contextlib.AbstractContextManager[Usage]:
         # What counts operations counts those of other threads' modules as well.
-        return self._turns.alone() if task.is_to_count else self._turns.task(task.name)
+        return self._turns.alone(task.name) if task.is_to_count else self._turns.task(task.name)
 
 
 def _end_process(error: Exception) -> NoReturn:
@@ -194,7 +195,6 @@ def run_on_due_rows(
     Returns:
         The batch with the task's columns, null on all other rows and where it failed.
     """
-    started = time.perf_counter()
     name = task.name
     rows = pa.compute.indices_nonzero(due_on(batch, name))
     marks: dict[str, list[list[object]]] = {
@@ -216,8 +216,7 @@ def run_on_due_rows(
     batch = add_columns(batch, task.writes, outputs)
     for column, additions in marks.items():
         batch = columns.append_to_lists(batch, column, additions)
-    elapsed = time.perf_counter() - started
-    return batch.append_column(columns.seconds_column(name), columns.spread(elapsed, batch.num_rows))
+    return batch
 
 
 def _results(

@@ -83,7 +83,7 @@ def run_contained(
             half = part.num_rows // 2
             limit.num_retries += 1
             if outcome.error_class is RowErrorClass.OUT_OF_MEMORY:
-                limit.rows, limit.has_run_out = half, True
+                limit.rows, limit.has_run_out = min(half, limit.rows or half), True
                 logger.warning(
                     "%s: out of memory with %d images at once; at most %d from here on", task.name, part.num_rows, half
                 )

@@ -124,7 +124,7 @@ def test_each_beam_counts_as_much_as_a_greedy_caption(tmp_path: Path) -> None:
 
 def test_the_ceiling_is_measured_once_the_worker_has_settled() -> None:
     counted = CountedTask(Squaring())
-    counted.flops = 1.0
+    counted._per_row = 1.0
     ceilings = Ceilings("cpu", "auto")
     assert [ceilings.are_due() for _ in range(5)] == [False, False, True, False, False]
     assert ceilings.of("embed") is None

@@ -250,9 +250,12 @@ def test_a_worker_does_as_much_at_once_as_there_is_room_for(monkeypatch: pytest.
 
 def test_a_task_that_is_due_on_no_row_waits_for_no_other_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     worker = pool_with(Doubling(), monkeypatch)
+    counted = worker._tasks["embed"]
+    counted._per_row = 8.0
 
     def with_work_of_another_thread(batch: pa.Table, _: Task) -> pa.Table:
-        worker._tasks["embed"].flops += 8.0
+        with ThreadPoolExecutor(1) as other:
+            assert other.submit(lambda: [counted(batch), counted.flops]).result()[1] == 16.0
         return batch
 
     monkeypatch.setattr(pools, "_with_usage", with_work_of_another_thread)
@@ -265,6 +268,8 @@ def test_a_task_that_is_due_on_no_row_waits_for_no_other_batch(monkeypatch: pyte
         assert due.result(20.0)["double"].to_pylist() == [None, 4]
     assert out["double"].to_pylist() == [None, None]
     assert out["flops_embed"].to_pylist() == [0.0, 0.0]
+    assert out["seconds_embed"].to_pylist() == [0.0, 0.0]
+    assert sum(due.result()["flops_embed"].to_pylist()) == 8.0
 
 
 class Ended(BaseException):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 
+from vlmflow import schema
 from vlmflow.engine import columns
 from vlmflow.engine.equal_bytes import RecentResults
 from vlmflow.engine.pools import run_on_due_rows
@@ -78,3 +79,24 @@ def test_failures_are_not_kept_and_old_results_are_forgotten() -> None:
     assert first["caption"].null_count == 2
     assert [image for image, _ in task.seen].count("a") == 2, "two results were kept, and a was the oldest"
     assert [image for image, _ in task.seen].count("c") == 1
+
+
+def test_batches_of_two_threads_find_what_they_were_promised() -> None:
+    """The second is done before the first, and brings what that had not found, at other places."""
+    task = Counting()
+    recent = RecentResults(task, max_rows=3)
+    run(task, recent, ("a", "x"), ("b", "x"))
+    none = pa.nulls(2, schema.ERROR)
+
+    first = recent.split(batch(("c", "x"), ("a", "x"), ("d", "x")))
+    second = recent.split(batch(("e", "x"), ("d", "x"), ("b", "x")))
+    assert (first.fresh, second.fresh) == ([0, 2], [0, 1])
+    values, _ = recent.join(second, {"caption": pa.array(["of e", "of d"])}, none)
+    assert values["caption"].to_pylist() == ["of e", "of d", "b x 2"]
+    values, _ = recent.join(first, {"caption": pa.array(["of c", "also d"])}, none)
+    assert values["caption"].to_pylist() == ["of c", "a x 2", "also d"]
+
+    third = recent.split(batch(("d", "x"), ("c", "x"), ("e", "x"), ("a", "x")))
+    assert third.fresh == [3], "the last three are kept"
+    values, _ = recent.join(third, {"caption": pa.array(["of a"])}, none[:1])
+    assert values["caption"].to_pylist() == ["also d", "of c", "of e", "of a"]

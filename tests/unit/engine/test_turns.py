@@ -14,7 +14,7 @@ import pytest
 from vlmflow.engine import turns
 from vlmflow.engine.turns import Turns, Usage
 
-TASKS = ("embed", "caption")
+TASKS = {"embed": 1, "caption": 1}
 PATIENCE_S = 20.0
 
 
@@ -53,13 +53,27 @@ def test_one_after_the_other_a_batch_goes_through_all_tasks() -> None:
 def test_alone_means_that_no_task_is_at_work() -> None:
     turns = Turns(TASKS, side_by_side=True)
     with turns.batch(), turns.alone():
-        assert in_threads(*(partial(lock.acquire, blocking=False) for lock in turns._tasks.values())) == [False, False]
+        assert in_threads(*(partial(slots.acquire, blocking=False) for slots in turns._slots.values())) == [
+            False,
+            False,
+        ]
     with turns.batch(), turns.task("embed"):
-        assert in_threads(partial(turns._tasks["caption"].acquire, blocking=False)) == [True]
+        assert in_threads(partial(turns._slots["caption"].acquire, blocking=False)) == [True]
+
+
+def test_a_task_may_be_at_as_many_batches_as_it_can_hold() -> None:
+    turns = Turns({"embed": 1, "caption": 2}, side_by_side=True)
+    assert meets(turns, "caption", "caption", within_s=PATIENCE_S)
+    with turns.task("caption"):
+        assert in_threads(partial(turns._slots["caption"].acquire, blocking=False)) == [True]
+        assert in_threads(partial(turns._slots["caption"].acquire, blocking=False)) == [False], "the third"
+        turns._slots["caption"].release()
+    with turns.alone("caption"):
+        assert in_threads(partial(turns._slots["caption"].acquire, blocking=False)) == [False]
 
 
 def test_threads_that_want_to_be_alone_do_not_wait_for_each_other() -> None:
-    turns = Turns(TASKS, side_by_side=True)
+    turns = Turns({"embed": 1, "caption": 2}, side_by_side=True)
 
     def work() -> None:
         for _ in range(200):
@@ -90,10 +104,11 @@ def at(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     return set_clock
 
 
-def test_every_second_is_counted_once(at: Callable[[float], None]) -> None:
+@pytest.mark.parametrize("of", [lambda turns: turns.batch(), lambda turns: turns.task("caption")], ids=["all", "one"])
+def test_every_second_is_counted_once(at: Callable[[float], None], of: Callable[[Turns], Any]) -> None:
     """Batches from 1 to 4, 3 to 6 and 10 to 11."""
-    order = Turns(TASKS, side_by_side=True)
-    first, second, third = order.batch(), order.batch(), order.batch()
+    order = Turns({"caption": 2}, side_by_side=True)
+    first, second, third = of(order), of(order), of(order)
     found: dict[int, Usage] = {}
     steps: Iterable[tuple[float, Callable[[], Any]]] = (
         (1.0, lambda: found.update({1: first.__enter__()})),

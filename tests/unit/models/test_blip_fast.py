@@ -169,6 +169,25 @@ def test_a_smaller_batch_replays_a_graph_of_at_most_twice_its_rows(
     assert captured == [8, 2, 8]
 
 
+def test_two_threads_decode_one_batch_each(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one shape, and so by one step, whose memory holds one batch."""
+    monkeypatch.setattr(FixedStep, "capture", lambda step: None)
+    graphs = DecodeGraphs(loaded.decoder, loaded.special)
+    batches = [loaded.features(5, seed=seed) for seed in range(6)]
+    expected = [loaded.generated(images, 20, num_beams=1) for images in batches]
+    assert len({str(tokens) for tokens in expected}) > 1
+
+    def decode(images: torch.Tensor) -> Any:
+        with torch.inference_mode():
+            tokens = graphs.decode(images, 20)
+        assert tokens is not None
+        return loaded.cut(tokens)
+
+    with ThreadPoolExecutor(3) as threads:
+        assert list(threads.map(decode, batches)) == expected
+    assert len(graphs._steps) == 1
+
+
 def test_a_caption_ends_where_the_model_has_no_more_positions(loaded: Loaded) -> None:
     images = loaded.features(2)
     assert loaded.decoder.max_tokens == 40

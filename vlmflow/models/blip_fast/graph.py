@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 from functools import cache
 
 import torch
@@ -31,6 +32,7 @@ class DecodeGraphs:
         self._tower = tower
         self._special = special
         self._steps: dict[tuple[int, ...], FixedStep] = {}
+        self._lock = threading.Lock()  # a step's memory holds one batch
         self._works = True
         release_on_demand(self)
 
@@ -39,10 +41,17 @@ class DecodeGraphs:
         self._steps.clear()
 
     def decode(self, images: torch.Tensor, max_tokens: int) -> torch.Tensor | None:
-        """As :class:`GreedyDecoder`, on CUDA; None: the step cannot be captured here, and is not tried again."""
+        """As :class:`GreedyDecoder`, on CUDA; None: the step cannot be captured here, and is not tried again.
+
+        Of several threads one at a time.
+        """
         # A graph is replayed behind the back of whoever counts or traces operations.
-        if not self._works or is_watched():
+        if is_watched():
             return None
+        with self._lock:
+            return self._decode(images, max_tokens) if self._works else None
+
+    def _decode(self, images: torch.Tensor, max_tokens: int) -> torch.Tensor | None:
         key = self._key(images, max_tokens)
         try:
             step = self._steps.pop(key, None)

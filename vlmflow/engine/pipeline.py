@@ -35,8 +35,8 @@ DECODE_BATCH = 64
 # Of an actor that decodes on a processor: it feeds one batch while it computes another.
 _CALLS_AT_ONCE = 2
 # Of an actor with a GPU: four batches are in its tasks at most, and decoding the next, whose kernels wait for those of
-# the models, takes as long as two of them do. On an H100, where three were in tasks at most, 5 were an eighth faster than
-# 3, and 6 about as fast as 5.
+# the models, takes as long as two of them do. On an H100, with three in tasks at most, 5 were an eighth faster than 3,
+# and 6 about as fast as 5.
 GPU_CALLS_AT_ONCE = 5
 _MIN_BLOCK_ROWS, _MAX_BLOCK_ROWS = 32, 512
 # Of what a decoding task gives. Beyond 128 MB Ray Data cuts it where it will, and the pieces fit no pool's batch: of

@@ -1,4 +1,4 @@
-"""A pool called by several threads whose tasks work on different batches, and two on captions: what comes out is what one thread makes."""
+"""A pool called by several threads, with tasks at different batches and captions at two: what one thread makes."""
 
 from __future__ import annotations
 

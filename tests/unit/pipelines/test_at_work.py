@@ -134,6 +134,19 @@ def test_a_night_that_was_killed_keeps_nobody_away(config: CatalogConfig, monkey
     assert found(config) is None
 
 
+def test_a_night_that_was_killed_at_work_is_looked_for_once(
+    config: CatalogConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(at_work, "_LOOK_S", 10.0)
+    monkeypatch.setattr(at_work, "_POLL_S", 1.0)
+    catalog, slept = Catalog.open(config), []
+    catalog.runs.start("killed", record("killed", status="running", **NIGHT))
+    catalog.flows.start(FIRST, {"operation": "night: /photos", "started_at": "2026-03-01T02:00:00+00:00"})
+    monkeypatch.setattr(at_work, "time", SimpleNamespace(monotonic=lambda: sum(slept), sleep=slept.append))
+    assert found(config) is None
+    assert sum(slept) == 10.0
+
+
 def test_a_night_that_ends_while_one_looks_is_not_waited_for(
     config: CatalogConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

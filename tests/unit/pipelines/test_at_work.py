@@ -19,7 +19,7 @@ from pipelines.at_work import backfill_at_work, night_at_work, night_begun
 from tests.report_samples import put_rows, record
 from vlmflow.catalog import Catalog, runs
 from vlmflow.config import CatalogConfig, Job, SourceConfig
-from vlmflow.errors import BackfillError, TransientError
+from vlmflow.errors import BackfillError, StorageAccessError, TransientError
 
 NIGHT = {"source": "/photos", "config": {"date": "2026-03-01"}}
 FIRST, LAST = "20260301T020000-00000000", "99990301T020000-00000000"  # ids of runs before and after those of now
@@ -118,6 +118,17 @@ def test_no_night_fails_for_not_having_said_that_it_begins(
     assert "will not know of this one: the store is throttling" in caplog.text
     with pytest.raises(TransientError, match="in the night"), night_begun(job(config)):
         raise TransientError("in the night")
+
+
+def test_a_night_that_may_not_say_that_it_begins_fails(config: CatalogConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its role may write no prefix ``flows/``: each night would be the only one that it knows of."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise StorageAccessError("the store refused")
+
+    monkeypatch.setattr(runs.RunStore, "start", refuse)
+    with pytest.raises(StorageAccessError), night_begun(job(config)):
+        pytest.fail("it began")
 
 
 @pytest.mark.parametrize("given", [{"source": "/photos", "config": {"date": None}}, {"operation": "vacuum"}])

@@ -36,6 +36,9 @@ def night_begun(job: Job) -> Iterator[str | None]:
     Returns:
         What it is known by to :func:`night_at_work`; None: there is no catalog yet, or it was out of reach when this
         was to be said, for which no night fails.
+
+    Raises:
+        StorageAccessError: the catalog's store refuses, or may not be written below ``flows/``.
     """
     with ExitStack() as stack:
         own = None
@@ -68,8 +71,7 @@ def night_at_work(job: Job, own: str | None = None) -> RunInfo | None:
         is_ours = run.record.get("operation") == name and run.run_id != own
         return is_ours and (began is None or _order(run.run_id, run.record) < began)
 
-    at_work = _living(catalog.runs, lambda run: is_night(run.record, job))
-    return at_work or _living(catalog.flows, is_before)
+    return _living((catalog.runs, lambda run: is_night(run.record, job)), (catalog.flows, is_before))
 
 
 def _order(run_id: str, record: dict[str, object]) -> tuple[str, str]:
@@ -101,7 +103,7 @@ def backfill_at_work(config: CatalogConfig, target: str) -> Iterator[None]:
             operation = str(run.record.get("operation"))
             return run.run_id != own and operation.startswith(_BACKFILL) and operation != _BACKFILL + target
 
-        other = _living(flows, is_in_the_way)
+        other = _living((flows, is_in_the_way))
         if other is not None:
             raise BackfillError(
                 f"catalog {config.uri}: {other.run_id} is at work, {other.record['operation']}",
@@ -119,18 +121,21 @@ def _said(flows: RunStore, what: str) -> Iterator[str]:
         yield own
 
 
-def _living(runs: RunStore, is_meant: Callable[[RunInfo], bool]) -> RunInfo | None:
+def _living(*meant: tuple[RunStore, Callable[[RunInfo], bool]]) -> RunInfo | None:
     """A run that gives a sign of life while one looks, which takes a minute and a half where none comes.
 
     That its lease is young does not suffice: it may have been killed since.
+
+    Args:
+        meant: stores, and which of their runs one looks for. All are waited for at once.
     """
-    found = [run for run in runs.running() if not run.has_ended and is_meant(run)]
+    found = [(runs, run) for runs, is_meant in meant for run in runs.running() if not run.has_ended and is_meant(run)]
     until = time.monotonic() + _LOOK_S
     while found and time.monotonic() < until:
         time.sleep(_POLL_S)
-        now = {run.run_id: runs.seen_at(run.run_id) for run in found}
-        for run in found:
-            if now[run.run_id] not in (None, run.seen_at):
+        now = [runs.seen_at(run.run_id) for runs, run in found]
+        for (_, run), seen_at in zip(found, now, strict=True):
+            if seen_at not in (None, run.seen_at):
                 return run
-        found = [run for run in found if now[run.run_id] is not None]  # the others are over
+        found = [one for one, seen_at in zip(found, now, strict=True) if seen_at is not None]  # the others are over
     return None

@@ -21,6 +21,7 @@ import pytest
 from vlmflow.config import MIB, HttpConfig, ImageLimits, SourceConfig
 from vlmflow.schema import PLANNED, REFERENCE
 from vlmflow.sources import Fetched
+from vlmflow.sources.disk import Home
 from vlmflow.sources.reader import SourceReader
 
 PRIVATE_ALLOWED = HttpConfig(timeout_s=60, max_redirects=3, allow_private_addresses=True)
@@ -171,7 +172,7 @@ def fetch(
     """Reads urls as a source does, those of this machine too. ``known``: what was read before, of every url."""
     rows = [{"image_id": url, "uri": url, "locator": url, "previous_read": known} for url in urls]
     refs = pa.Table.from_pylist(rows, schema=REFERENCE.append(PLANNED.field("previous_read")))
-    reader = SourceReader(SourceConfig(uri="list.csv", http=http), ImageLimits(max_bytes=max_bytes), ".")
+    reader = SourceReader(SourceConfig(uri="list.csv", http=http), ImageLimits(max_bytes=max_bytes), Home("."))
     return reader.read(refs)
 
 

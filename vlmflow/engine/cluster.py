@@ -20,7 +20,7 @@ from ray.data import DataContext
 
 from vlmflow.config import RayConfig
 from vlmflow.engine.faults import told
-from vlmflow.errors import ClusterError
+from vlmflow.errors import ClusterError, ConfigError
 
 # Ray Data logs every execution plan and every operator at INFO; our own progress says what a user needs.
 _QUIET_LOGGERS = ("ray", "ray.data", "ray.data._internal", "ray.util")
@@ -88,6 +88,7 @@ def ray_cluster(config: RayConfig) -> Iterator[Cluster]:
     Raises:
         ClusterError: no cluster answers at the address, an embedded one does not start, another block is at work on
             another cluster, or Ray raised in the block.
+        ConfigError: this is a job of a Ray cluster, and no address is given.
     """
     already = _connection.join(config)
     # A run of few images has fewer blocks than actors; that is no concern of the user's.
@@ -219,7 +220,7 @@ def _connect(config: RayConfig) -> None:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if config.address is None:
         if RAY_JOB_CONFIG_JSON_ENV_VAR in os.environ:
-            raise ClusterError(
+            raise ConfigError(
                 "this is a job of a Ray cluster, and an embedded Ray would compute on this node alone",
                 remedy="Give --ray-address auto, or ray: {address: auto} in the job file.",
             )

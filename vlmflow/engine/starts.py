@@ -20,6 +20,7 @@ from ray.experimental.internal_kv import (
 from vlmflow.errors import ModelsKilledError
 
 MAX_KILLED = 3
+MAX_STARTS = 4 * MAX_KILLED  # of one actor while it waits for others, which may be gone for good
 
 
 @dataclass(frozen=True)
@@ -39,19 +40,22 @@ class Starts:
     def begin(self) -> None:
         """Counts a start of the actor that this process is.
 
-        Where another actor of the pool has its models, or may still get them, the run goes on with that one, and this
-        may try for ever.
+        Where another actor of the pool has its models, the run goes on with that one, and this may try for ever; where
+        another may still get them, it may try for long: nobody says of an actor that it never starts again, as that of
+        a node that was lost.
 
         Raises:
-            ModelsKilledError: this actor was killed again and again, and so was every other of the pool, none of which
-                has ever loaded. Raised in a constructor, where Ray restarts nothing, it ends the pipeline.
+            ModelsKilledError: this actor was killed again and again, and so was every other of the pool, or this one
+                very often; none has ever loaded. Raised in a constructor, where Ray restarts nothing, it ends the
+                pipeline.
         """
         num_killed = int(_internal_kv_get(self._mine) or 0)
-        if num_killed >= MAX_KILLED and not _internal_kv_exists(self._loaded) and self._all_were_killed():
+        _internal_kv_put(self._mine, str(num_killed + 1))
+        is_hopeless = num_killed >= MAX_STARTS or self._all_were_killed()
+        if is_hopeless and not _internal_kv_exists(self._loaded):
             raise ModelsKilledError(
                 f"pool {self.pool}: the process that loads its models was killed {num_killed} times before it had them"
             )
-        _internal_kv_put(self._mine, str(num_killed + 1))
 
     def succeed(self) -> None:
         """Notes that this actor has its models."""
@@ -60,7 +64,8 @@ class Starts:
 
     def _all_were_killed(self) -> bool:
         counts = [_internal_kv_get(key) for key in _internal_kv_list(f"{self.key}-")]
-        return all(int(count) >= MAX_KILLED for count in counts if count)  # none: it has loaded since
+        # The last start of each may be under way. No count: it has loaded since.
+        return all(int(count) > MAX_KILLED for count in counts if count)
 
     @property
     def _mine(self) -> str:

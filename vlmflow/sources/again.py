@@ -16,7 +16,9 @@ import pyarrow as pa
 from vlmflow.config import CatalogConfig, ImageLimits, SourceConfig
 from vlmflow.schema import REFERENCE
 from vlmflow.sources.base import Fetched
+from vlmflow.sources.disk import home_of
 from vlmflow.sources.reader import SourceReader
+from vlmflow.storage import parse_address
 
 # As `webdataset.py` and `parquet.py` write them, and `part_version` and `row_version`.
 _MEMBER = re.compile(r"(.+?\.tar)#.+", re.DOTALL | re.IGNORECASE)
@@ -73,7 +75,8 @@ class RowReader:
             # Not its uri: that tells whether files of the local disk may be read, and any job may have written the row.
             how = {"storage": source.storage, "http": source.http, "bytes_column": source.bytes_column}
             reached = reached.model_copy(update=how)
-        self._reader = SourceReader(reached, limits, catalog.uri, is_known=False)
+        folder = parse_address(catalog.uri)
+        self._reader = SourceReader(reached, limits, home_of(folder, folder), is_known=False)
 
     def read(self, images: Sequence[tuple[str, str | None]]) -> list[Fetched]:
         """Reads images, in order; one that cannot be had costs only itself.

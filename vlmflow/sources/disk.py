@@ -1,7 +1,8 @@
 """Whether the disk that a source lies on is still there: a file that fails is a row, a disk that fails the run.
 
 What is unmounted leaves an empty folder or none, and so do files that are moved away or deleted. The number of the
-device tells these apart: below a mount point that is empty another disk is found.
+device tells these apart: below a mount point that is empty another disk is found. Numbers mean nothing to a process
+that has not seen the disk before; paths do, so planning notes where the disk is mounted.
 """
 
 from __future__ import annotations
@@ -14,8 +15,29 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vlmflow.errors import StoreLostError
+from vlmflow.storage import Address
 
 _SEEN_FOR_S = 1.0  # a file is as good as the next one, and to remember it asks the disk for every folder on the way
+
+
+class Home(NamedTuple):
+    """The folder that holds a source.
+
+    Attributes:
+        mount: where the disk of the source is mounted on the machine that planned; None: it is that of ``/``, or none.
+    """
+
+    uri: str
+    mount: Path | None = None
+
+
+def home_of(folder: Address, source: Address) -> Home:
+    """To be called before the source is listed, which tells then whether its disk was there.
+
+    Args:
+        source: the folder itself, or what it holds.
+    """
+    return Home(str(folder), _mount_of(Path(source.path)) if source.is_local else None)
 
 
 class _Seen(NamedTuple):
@@ -62,14 +84,15 @@ def see_file(path: Path, folder: Path) -> None:
             _FILES[folder] = _Seen(real, real.parent.stat().st_dev, now)
 
 
-def check_folder(folder: Path, *, is_listed: bool) -> None:
+def check_folder(folder: Path, mount: Path | None, *, is_listed: bool) -> None:
     """Makes sure that the source's folder is there.
 
     Args:
+        mount: as of its :class:`Home`.
         is_listed: its images were found by listing it. If not, it may be that of a manifest, and of no image.
 
     Raises:
-        StoreLostError: it is on another disk than it was, or cannot be read, or was listed and is gone.
+        StoreLostError: its disk is another than it was, or cannot be read, or it was listed and is gone.
     """
     if is_listed:
         try:
@@ -81,19 +104,27 @@ def check_folder(folder: Path, *, is_listed: bool) -> None:
             raise _lost(f"{folder} cannot be read: {error.strerror}") from error
     path, device, _ = _FOLDERS.get(folder) or _Seen(folder, None)
     if _is_elsewhere((path, *path.parents), device):
-        raise _lost(f"{folder} is not on the disk that it was on: unmounted?")
+        # What was mounted again, as on demand, may have another number; a file of it shows that, or the mount point.
+        if not (_gives_file(folder) if mount is None else _is_mounted(mount, path)):
+            raise _lost(f"{folder} is not on the disk that it was on: unmounted?")
+        see_folder(folder, anew=True)
 
 
-def check_file(folder: Path) -> None:
+def check_files(folder: Path, mount: Path | None, failed: Iterable[Path]) -> None:
     """Makes sure that a disk still gives a file that it has given before. One that was deleted since says nothing.
+
+    Where this process has read none, it makes sure that something is mounted where the files were that failed.
 
     Args:
         folder: the source's.
+        mount: as of its :class:`Home`.
 
     Raises:
-        StoreLostError: the file cannot be read, or where it lay is another disk now.
+        StoreLostError: the file cannot be read, or where it lay is another disk now; or nothing is mounted.
     """
     if folder not in _FILES:
+        if mount is not None:
+            _check_mounted(mount, failed)
         return
     path, device, _ = _FILES[folder]
     try:
@@ -104,6 +135,61 @@ def check_file(folder: Path) -> None:
             raise _lost(f"{path}, which was read before, is gone, and so is its disk: unmounted?") from error
     except OSError as error:
         raise _lost(f"{path} was read before and cannot be now: {error.strerror}") from error
+
+
+def _check_mounted(mount: Path, failed: Iterable[Path]) -> None:
+    """Where files below a mount point failed: whether the disk of one is mounted, though it may lack what it had."""
+    # Others say nothing: the images of a manifest may lie where its own disk is not needed.
+    below = [path for path in map(Path, map(os.path.realpath, failed)) if path.is_relative_to(mount)]
+    if below and not any(_is_mounted(mount, path) for path in below):
+        raise _lost(f"nothing is mounted at {mount}, where the disk of the source was")
+
+
+def _gives_file(folder: Path) -> bool:
+    """Whether a file that was read before can be, and is on the disk that the source's folder is on now."""
+    seen = _FILES.get(folder)
+    if seen is None:
+        return False
+    try:
+        with seen.path.open("rb") as file:
+            file.read(1)
+        return seen.path.parent.stat().st_dev == folder.stat().st_dev
+    except OSError:
+        return False
+
+
+def _is_mounted(mount: Path, path: Path) -> bool:
+    """Whether what is on the disk mounted there where planning ran is so here, or on a part of it mounted below."""
+    found = _mount_of(path)
+    return found is not None and found.is_relative_to(mount)
+
+
+def _mount_of(path: Path) -> Path | None:
+    """Where the disk is mounted that holds this, or would: the first folder above that is there tells.
+
+    Returns:
+        The mount point, without links; None: it is ``/``, or cannot be told.
+    """
+    real = Path(os.path.realpath(path))
+    for folder in (real, *real.parents):
+        try:
+            if not folder.is_dir():
+                continue
+            with contextlib.suppress(PermissionError), os.scandir(folder):
+                pass  # what is mounted on demand is so by that, and not by a look at its number
+            return _mount_above(folder)
+        except OSError:  # it may not be looked at, or its disk is out of reach
+            continue
+    return None
+
+
+def _mount_above(folder: Path) -> Path | None:
+    device = folder.stat().st_dev
+    while folder != folder.parent:
+        if folder.parent.stat().st_dev != device:
+            return folder
+        folder = folder.parent
+    return None
 
 
 def _is_elsewhere(folders: Iterable[Path], device: int | None) -> bool:

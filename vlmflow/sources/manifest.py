@@ -26,6 +26,7 @@ from vlmflow.sources.base import (
     source_struct,
     texts,
 )
+from vlmflow.sources.disk import home_of
 from vlmflow.sources.prefix import no_images
 from vlmflow.sources.reader import SourceReader
 from vlmflow.sources.stores import ObjectHead, Stores
@@ -49,6 +50,7 @@ class ManifestSource:
         self._config = config
         self._stores = Stores(config.storage)
         self._address = parse_address(config.uri)
+        self._home = home_of(self._address.parent, self._address)
         self._unique = UniqueReferences(self._references)
         self.version: str | None = None
 
@@ -90,7 +92,7 @@ class ManifestSource:
 
     def reader(self, limits: ImageLimits) -> Reader:
         """Builds the reader of this source's references."""
-        return SourceReader(self._config, limits, str(self._address.parent), self._stores)
+        return SourceReader(self._config, limits, self._home, self._stores)
 
     @cached_property
     def _table(self) -> TableFile:

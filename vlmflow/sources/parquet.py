@@ -21,6 +21,7 @@ from vlmflow.sources.base import (
     source_struct,
     texts,
 )
+from vlmflow.sources.disk import home_of
 from vlmflow.sources.listing import list_files
 from vlmflow.sources.parquet_rows import bytes_field
 from vlmflow.sources.prefix import no_files, no_images
@@ -43,6 +44,7 @@ class ParquetSource:
         self._config, self._catalog = config, catalog
         self._stores = Stores(config.storage)
         self._address = parse_address(config.uri)
+        self._home = home_of(self._address.parent, self._address)
         self._unique = UniqueReferences(self._references)
         self.version: str | None = None
 
@@ -67,7 +69,7 @@ class ParquetSource:
 
     def reader(self, limits: ImageLimits) -> Reader:
         """Builds the reader of this source's references."""
-        return SourceReader(self._config, limits, str(self._address.parent), self._stores)
+        return SourceReader(self._config, limits, self._home, self._stores)
 
     @cached_property
     def _files(self) -> Sequence[str]:

@@ -9,6 +9,7 @@ import pyarrow as pa
 from vlmflow.config import ImageLimits, SourceConfig
 from vlmflow.errors import EmptySourceError, SourceError
 from vlmflow.sources.base import Reader, reference_batch
+from vlmflow.sources.disk import home_of
 from vlmflow.sources.listing import list_objects
 from vlmflow.sources.reader import SourceReader
 from vlmflow.sources.stores import Stores
@@ -25,6 +26,7 @@ class PrefixSource:
         self._config, self._catalog = config, catalog
         self._stores = Stores(config.storage)
         self._address = parse_address(config.uri)
+        self._home = home_of(self._address, self._address)
 
     @property
     def columns(self) -> pa.Schema:
@@ -48,7 +50,7 @@ class PrefixSource:
 
     def reader(self, limits: ImageLimits) -> Reader:
         """Builds the reader of this source's references."""
-        return SourceReader(self._config, limits, str(self._address), self._stores)
+        return SourceReader(self._config, limits, self._home, self._stores)
 
 
 def no_images(uri: str) -> EmptySourceError:

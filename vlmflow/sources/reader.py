@@ -25,7 +25,7 @@ from vlmflow.errors import (
 )
 from vlmflow.retry import retried_async
 from vlmflow.sources.base import Fetched
-from vlmflow.sources.disk import check_file, check_folder, see_file, see_folder
+from vlmflow.sources.disk import Home, check_files, check_folder, see_file, see_folder
 from vlmflow.sources.http import HttpFetcher
 from vlmflow.sources.parquet_rows import is_damage, read_cells
 from vlmflow.sources.stores import CONCURRENT_REQUESTS, Failure, Silence, Stores, run_in_loop
@@ -70,7 +70,7 @@ class SourceReader:
     """The reader of every source; the references say how each of them is read.
 
     Args:
-        home: uri of the folder that holds the source: while it is there, a file that fails is no more than that.
+        home: of the source: while it is there, a file that fails is no more than that.
         stores: those of the source, which know what they have given to planning; None: they have given nothing yet.
         is_known: the config is the job's. If not, see :func:`vlmflow.sources.parquet_rows.read_cells`.
     """
@@ -79,7 +79,7 @@ class SourceReader:
         self,
         config: SourceConfig,
         limits: ImageLimits,
-        home: str,
+        home: Home,
         stores: Stores | None = None,
         *,
         is_known: bool = True,
@@ -87,11 +87,11 @@ class SourceReader:
         self._config = config
         self._limits = limits
         self._home = home
-        self._folder = Path(parse_address(home).path) if _is_local(home) else None
+        self._folder = Path(parse_address(home.uri).path) if _is_local(home.uri) else None
         self._stores = stores or Stores(config.storage)
         self._is_known = is_known
 
-    def __reduce__(self) -> tuple[partial[SourceReader], tuple[SourceConfig, ImageLimits, str, Stores]]:
+    def __reduce__(self) -> tuple[partial[SourceReader], tuple[SourceConfig, ImageLimits, Home, Stores]]:
         made = partial(SourceReader, is_known=self._is_known)
         return (made, (self._config, self._limits, self._home, self._stores))
 
@@ -266,18 +266,20 @@ class SourceReader:
         for uri, result in asked:
             if isinstance(result, Fetched) and not _is_local(uri):
                 self._stores.has_read(uri)
-        self._check_disk([result for uri, result in asked if _is_local(uri)])
+        self._check_disk([(uri, result) for uri, result in asked if _is_local(uri)])
         self._stores.check_answered([uri for uri, _ in asked], [result for _, result in asked])
 
-    def _check_disk(self, results: Sequence[Fetched | Failure]) -> None:
+    def _check_disk(self, read: Sequence[tuple[str, Fetched | Failure]]) -> None:
         """Of files that failed: whether the source's folder is there and, if all did, one that was read before."""
-        folder, num_failed = self._folder, sum(isinstance(result, Failure) for result in results)
-        if folder is None or not results:
+        folder, mount = self._folder, self._home.mount
+        failed = [uri for uri, result in read if isinstance(result, Failure)]
+        if folder is None or not read:
             return
-        if num_failed:
-            check_folder(folder, is_listed=parse_address(self._config.uri) == parse_address(self._home))
-        if num_failed == len(results):
-            check_file(folder)
+        if failed:
+            is_listed = parse_address(self._config.uri) == parse_address(self._home.uri)
+            check_folder(folder, mount, is_listed=is_listed)
+        if len(failed) == len(read):
+            check_files(folder, mount, [Path(parse_address(uri).path) for uri in failed])
         else:
             see_folder(folder, anew=True)
 

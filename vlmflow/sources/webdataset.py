@@ -21,6 +21,7 @@ import pyarrow as pa
 from vlmflow.config import ImageLimits, SourceConfig
 from vlmflow.errors import SourceError
 from vlmflow.sources.base import BATCH_ROWS, Reader, check_named, is_kept, own_columns, reference_batch, source_struct
+from vlmflow.sources.disk import home_of
 from vlmflow.sources.listing import HIDDEN, list_files
 from vlmflow.sources.prefix import no_files, no_images
 from vlmflow.sources.reader import SourceReader, part_version
@@ -55,6 +56,7 @@ class WebDatasetSource:
         self._config, self._catalog = config, catalog
         self._stores = Stores(config.storage)
         self._address = parse_address(config.uri)
+        self._home = home_of(self._address.parent, self._address)
 
     @property
     def columns(self) -> pa.Schema:
@@ -82,7 +84,7 @@ class WebDatasetSource:
 
     def reader(self, limits: ImageLimits) -> Reader:
         """Builds the reader of this source's references."""
-        return SourceReader(self._config, limits, str(self._address.parent), self._stores)
+        return SourceReader(self._config, limits, self._home, self._stores)
 
     @cached_property
     def _shards(self) -> Sequence[str]:

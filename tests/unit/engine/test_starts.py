@@ -10,7 +10,7 @@ import pytest
 from vlmflow.config import PoolConfig
 from vlmflow.engine import loading, pools, starts
 from vlmflow.engine.pools import PoolWorker
-from vlmflow.engine.starts import MAX_KILLED, Starts
+from vlmflow.engine.starts import MAX_KILLED, MAX_STARTS, Starts
 from vlmflow.errors import ModelsKilledError
 
 
@@ -73,8 +73,23 @@ def test_a_run_waits_for_the_actors_that_may_still_get_their_models(processes: P
     processes.are_of("a")
     for _ in range(MAX_KILLED - 1):
         pool.begin()
+    processes.are_of("b")
+    pool.begin()  # for the last start of the other is under way
+    processes.are_of("a")
     with pytest.raises(ModelsKilledError, match="pool embed"):
         pool.begin()
+
+
+def test_a_run_does_not_wait_for_ever_for_an_actor_that_never_starts_again(processes: Processes) -> None:
+    pool = Starts("embed")
+    pool.begin()  # its node was lost
+    processes.are_of("b")
+    for _ in range(MAX_STARTS):
+        pool.begin()
+    with pytest.raises(ModelsKilledError, match=f"killed {MAX_STARTS} times"):
+        pool.begin()
+    pool.succeed()  # another in the meantime
+    pool.begin()
 
 
 def test_a_worker_begins_before_its_models_and_succeeds_after_them(

@@ -19,7 +19,7 @@ from pipelines.at_work import backfill_at_work, night_at_work, night_begun
 from tests.report_samples import put_rows, record
 from vlmflow.catalog import Catalog, runs
 from vlmflow.config import CatalogConfig, Job, SourceConfig
-from vlmflow.errors import BackfillError, TransientError
+from vlmflow.errors import BackfillError, StorageAccessError, TransientError
 
 NIGHT = {"source": "/photos", "config": {"date": "2026-03-01"}}
 FIRST, LAST = "20260301T020000-00000000", "99990301T020000-00000000"  # ids of runs before and after those of now
@@ -120,6 +120,17 @@ def test_no_night_fails_for_not_having_said_that_it_begins(
         raise TransientError("in the night")
 
 
+def test_a_night_that_may_not_say_that_it_begins_fails(config: CatalogConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its role may write no prefix ``flows/``: each night would be the only one that it knows of."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise StorageAccessError("the store refused")
+
+    monkeypatch.setattr(runs.RunStore, "start", refuse)
+    with pytest.raises(StorageAccessError), night_begun(job(config)):
+        pytest.fail("it began")
+
+
 @pytest.mark.parametrize("given", [{"source": "/photos", "config": {"date": None}}, {"operation": "vacuum"}])
 def test_other_runs_are_no_night(config: CatalogConfig, given: dict[str, Any]) -> None:
     with at_work_on(config, "other", record("other", status="running", **given)):
@@ -132,6 +143,19 @@ def test_a_night_that_was_killed_keeps_nobody_away(config: CatalogConfig, monkey
     store.start("killed", record("killed", status="running", **NIGHT))
     assert store.is_live("killed"), "for ten minutes its lease says so"
     assert found(config) is None
+
+
+def test_a_night_that_was_killed_at_work_is_looked_for_once(
+    config: CatalogConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(at_work, "_LOOK_S", 10.0)
+    monkeypatch.setattr(at_work, "_POLL_S", 1.0)
+    catalog, slept = Catalog.open(config), []
+    catalog.runs.start("killed", record("killed", status="running", **NIGHT))
+    catalog.flows.start(FIRST, {"operation": "night: /photos", "started_at": "2026-03-01T02:00:00+00:00"})
+    monkeypatch.setattr(at_work, "time", SimpleNamespace(monotonic=lambda: sum(slept), sleep=slept.append))
+    assert found(config) is None
+    assert sum(slept) == 10.0
 
 
 def test_a_night_that_ends_while_one_looks_is_not_waited_for(

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from vlmflow.config import ImageLimits, SourceConfig
+from vlmflow.config import ImageLimits, SourceConfig, SourceKind
 from vlmflow.errors import RowErrorClass, StoreLostError
 from vlmflow.sources import Source, disk, open_source
+from vlmflow.sources.base import Reader
 
 
 class Disk:
@@ -64,11 +67,19 @@ class Mount:
         """Leaves the folder on the disk that it is a mount point of, without anything in it."""
         self.device = 0
         for path in self.folder.iterdir():
-            shutil.rmtree(path)
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def listed(source: Source) -> pa.Table:
     return pa.Table.from_batches(list(source.list()))
+
+
+def in_another_process(reader: Reader) -> Reader:
+    """The reader as a worker gets it that has not looked at anything before."""
+    disk._FOLDERS.clear()
+    disk._FILES.clear()
+    sent: Reader = pickle.loads(pickle.dumps(reader))
+    return sent
 
 
 @pytest.fixture
@@ -218,3 +229,101 @@ def test_images_of_a_manifest_are_missed_as_a_disk_only_where_one_was_read(
     mount.unmount()
     with pytest.raises(StoreLostError, match=r"b\.jpg, which was read before, is gone, and so is its disk"):
         by_manifest.reader(ImageLimits()).read(rows.slice(2))
+
+
+@pytest.mark.parametrize(
+    ("uri", "kind"),
+    [("", "auto"), ("images", "auto"), ("list.csv", "auto"), ("lists/list.csv", "auto"), ("", "parquet")],
+)
+def test_a_disk_that_is_not_there_when_a_worker_first_looks_is_missed(
+    folder: Path, mount: Mount, uri: str, kind: SourceKind
+) -> None:
+    if uri.endswith("csv"):
+        (folder / uri).parent.mkdir(exist_ok=True)
+        (folder / uri).write_text("uri\n" + "".join(f"{folder}/images/{name}.jpg\n" for name in "abcd"))
+    if kind == "parquet":
+        pq.write_table(pa.table({"image": pa.array([b"a", b"b"])}), folder / "images.parquet")
+    source = open_source(SourceConfig(uri=str(folder / uri), kind=kind, bytes_column="image"))
+    rows = listed(source)
+    mount.unmount()  # before there is a reader: models are loaded first
+    reader = source.reader(ImageLimits())
+    for _ in range(2):
+        reader = in_another_process(reader)
+        with pytest.raises(StoreLostError):
+            reader.read(rows)
+    folder.rmdir()
+    with pytest.raises(StoreLostError):
+        in_another_process(reader).read(rows)
+
+
+def test_a_disk_that_is_a_part_of_the_one_planned_from_is_there(folder: Path, mount: Mount) -> None:
+    """As in a container that was given one folder of it."""
+    source = open_source(SourceConfig(uri=str(folder / "images")))
+    rows, reader = listed(source), source.reader(ImageLimits())
+    mount.folder = folder / "images"
+    for name in "abcd":
+        (folder / f"images/{name}.jpg").unlink()
+    read = in_another_process(reader).read(rows)
+    assert {item.error_class for item in read} == {RowErrorClass.MISSING}
+
+
+def test_a_manifest_may_lie_on_a_disk_that_workers_do_not_have(folder: Path, mount: Mount, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/a.jpg").write_bytes(b"a")
+    (folder / "lists").mkdir()
+    path = folder / "lists/images.csv"
+    path.write_text(f"uri\n{tmp_path}/images/a.jpg\n")
+    source = open_source(SourceConfig(uri=str(path)))
+    rows, reader = listed(source), source.reader(ImageLimits())
+    mount.unmount()
+    (tmp_path / "images/a.jpg").unlink()
+    assert in_another_process(reader).read(rows)[0].error_class is RowErrorClass.MISSING
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_disk_that_was_mounted_again_and_lacks_an_image_is_there(folder: Path, mount: Mount, kept: bool) -> None:
+    source = open_source(SourceConfig(uri=str(folder)))
+    rows, reader = listed(source), source.reader(ImageLimits())
+    assert reader.read(rows.slice(0, 1))[0].data == b"a"
+    mount.device += 1
+    if not kept:  # nothing was read while the process saw the disk
+        disk._FILES.clear()
+    (folder / "images/b.jpg").unlink()
+    for _ in range(2):
+        read = reader.read(rows.slice(0, 3))
+        assert [item.error_class for item in read] == [None, RowErrorClass.MISSING, None]
+    mount.device += 1
+    assert reader.read(rows.slice(1, 1))[0].error_class is RowErrorClass.MISSING
+    mount.unmount()
+    with pytest.raises(StoreLostError, match="unmounted"):
+        reader.read(rows.slice(2))
+
+
+def test_a_disk_that_only_this_machine_mounts_may_be_mounted_again(folder: Path, mount: Mount) -> None:
+    """The machine that planned has the files on its own disk, so the reader knows of no mount point."""
+    device, mount.device = mount.device, 0
+    source = open_source(SourceConfig(uri=str(folder)))
+    rows, reader = listed(source), source.reader(ImageLimits())
+    mount.device = device
+    assert in_another_process(reader).read(rows.slice(0, 1))[0].data == b"a"
+    mount.device += 1
+    (folder / "images/b.jpg").unlink()
+    assert reader.read(rows.slice(1, 1))[0].error_class is RowErrorClass.MISSING
+    mount.unmount()
+    with pytest.raises(StoreLostError, match="unmounted"):
+        reader.read(rows.slice(2))
+
+
+def test_a_disk_that_comes_late_is_there(folder: Path, mount: Mount) -> None:
+    source = open_source(SourceConfig(uri=str(folder)))
+    rows = listed(source)
+    (folder / "images/b.jpg").unlink()
+    device, mount.device = mount.device, 0
+    reader = in_another_process(source.reader(ImageLimits()))
+    (folder / "images").rename(folder.parent / "away")
+    with pytest.raises(StoreLostError, match="mounted"):
+        reader.read(rows)
+    mount.device = device
+    (folder.parent / "away").rename(folder / "images")
+    assert reader.read(rows.slice(1, 1))[0].error_class is RowErrorClass.MISSING
+    assert reader.read(rows.slice(0, 1))[0].data == b"a"

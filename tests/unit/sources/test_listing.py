@@ -188,8 +188,8 @@ def test_a_mount_whose_server_is_gone_is_told_as_that(
     write(tmp_path, ["sub/a.jpg"])
     scandir = os.scandir
 
-    def scanned(path: str) -> object:
-        if path.endswith("sub"):
+    def scanned(path: str | Path) -> object:
+        if str(path).endswith("sub"):
             raise OSError(number, os.strerror(number), path)
         return scandir(path)
 

@@ -84,7 +84,7 @@ def check_pairs(num_pairs: int, threshold: float) -> None:
     if num_pairs > MAX_PAIRS:
         raise TooManyPairsError(
             f"more than {MAX_PAIRS:,} pairs of images are closer than {threshold}",
-            remedy="Raise --threshold, or narrow the images with --where.",
+            remedy="Raise --threshold of `vlmflow duplicates`, or narrow the images with its --where.",
         )
 
 

@@ -112,6 +112,7 @@ def finish(
     validator: str | None = None,
     unseen: bool = False,
     detections: Sequence[Detection] = (),
+    phash: str | None = None,
 ) -> pa.Table:
     """What the pipeline would hand over for planned rows: all due tasks run, unless said otherwise.
 
@@ -140,7 +141,7 @@ def finish(
         row = dict(row, content_hash=content_hash, errors=errors, tasks_run=ran, tasks_failed=missed)
         row |= {"object_version": version or row["object_version"], "http_validator": validator}
         row |= {"format": None if problem else "png", "width": None if problem else 8, "height": None if problem else 8}
-        row |= {"mode": None, "num_frames": None}
+        row |= {"mode": None, "num_frames": None, "phash": None if problem else phash}
         row |= results(ran, caption, decision)
         if "detect" in ran:
             seen = {"score": 0.1, "view": "squash", "time_s": None}

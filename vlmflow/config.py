@@ -349,7 +349,7 @@ def load_job(
     Args:
         path: a YAML file; None: the overrides alone.
         overrides: a nested mapping with the shape of :class:`Job`; None values are left out.
-        defaults: makes of what the file says what it is taken to say of keys that it lacks.
+        defaults: makes of what the file says what it is taken to say of keys that it lacks or leaves empty.
 
     Raises:
         ConfigError: the file is absent or not YAML, a key is unknown, or a value does not fit.
@@ -366,8 +366,9 @@ def load_job(
             ) from error
         if not isinstance(data, dict):
             raise ConfigError(f"config {path} holds a {type(data).__name__}", remedy="Write `key: value` lines.")
+    filled = data | {key: value for key, value in defaults(data).items() if data.get(key) is None}
     try:
-        return Job.model_validate(merged(defaults(data) | data, overrides))
+        return Job.model_validate(merged(filled, overrides))
     except ValidationError as error:
         message = describe_validation(error, what=str(path or "job"), of=Job)
         missing = missing_keys(error)

@@ -16,8 +16,9 @@ from vlmflow.imaging import PixelRequest, decode
 from vlmflow.schema import LEAST_PHASH_BITS
 
 _SHA256, _PHASH = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{16}")
-# Of a clip that begins plain, what moderation would take the hash of; the pixels are of no interest.
-_ALL_FRAMES = PixelRequest(16, "bilinear", ("squash", "frames"))
+# Of a clip that begins plain, what moderation would take the hash of; the pixels are of no interest. As large as what
+# models ask for: a JPEG is decoded at a scale that goes by it, and of a smaller one the hash is another by some bits.
+_ALL_FRAMES = PixelRequest(384, "bilinear", ("squash", "frames"))
 _TEXTS = (".txt", ".csv", ".tsv", "")
 
 

@@ -132,6 +132,39 @@ def test_a_known_image_is_blocked_though_its_model_failed(
     assert others == ["review", "review"]
 
 
+def test_a_clip_that_is_blocked_by_its_look_stays_so_whatever_the_later_runs_look_at(
+    make_job: Callable[..., Job], tmp_path: Path
+) -> None:
+    with Image.open(DEMO / "sku-0002.webp") as image:
+        frames = [Image.new("RGB", (160, 160), (10 + 6 * n, 0, 0)) for n in range(12)]
+        frames.append(image.convert("RGB").resize((160, 160)))
+    for name in ("bare", "moderated", "copied"):
+        (tmp_path / name).mkdir()
+        frames[0].save(tmp_path / name / f"{name}.gif", save_all=True, append_images=frames[1:])
+
+    def run(name: str, *tasks: str) -> Job:
+        pools = [{"tasks": tasks, "cpus": 0.5, "batch_size": 16}]
+        date = dt.date(2026, 11, 21 if name == "bare" else 20)  # of equal rows the newest is copied
+        job = make_job(tmp_path / name, tasks=tasks, pools=pools, date=date)
+        assert enrich(job).status == "done"
+        return job
+
+    def decisions() -> dict[str, str]:
+        return {name: row["decision"] for name, row in rows_of(job).items()}
+
+    run("bare", "caption")  # which is shown the first frame alone, and looks for a hash no further than eight
+    job = run("moderated", "embed", "moderate")
+    look = rows_of(job)["moderated.gif"]["phash"]
+    assert rows_of(job)["bare.gif"]["phash"] is None
+    add_list(job.catalog, "looks", "block", [], [look])
+    assert decisions() == {"bare.gif": "review", "moderated.gif": "block"}
+    run("moderated", "caption")  # copied from the row without a hash
+    run("copied", "caption")  # there are two to copy from now
+    add_list(job.catalog, "other", "block", ["0" * 64])
+    assert rows_of(job)["moderated.gif"]["caption"] is not None
+    assert decisions() == {"bare.gif": "review", "moderated.gif": "block", "copied.gif": "block"}
+
+
 class Meanwhile(SilentProgress):
     """Does something once the workers of a run are at work."""
 

@@ -195,10 +195,11 @@ def known_bytes(
         places, vectors = _where(places, has_vectors), _where(vectors, has_vectors)
     if not rows.num_rows:
         return None
-    # Of equal bytes one row, the newest: there may be a hundred thousand of them.
-    hashes = _hash_keys(rows["content_hash"])
+    # Of equal bytes one row, the newest that tells how they look: there may be a hundred thousand of them.
+    order = np.argsort(as_mask(pc.is_null(rows["phash"])), kind="stable")
+    hashes = _hash_keys(rows["content_hash"]).take(pa.array(order))
     once = ~duplicates(hashes)
-    places, vectors = _where(places, once), vectors and _where(vectors, once)
+    places, vectors = _where(places, order[once]), vectors and _where(vectors, order[once])
     index = index_of(hashes.filter(pa.array(once)))
     return KnownBytes(folder, request.tasks, index, places, vectors, request.questions)
 
@@ -225,9 +226,10 @@ def _candidates(
     if not fitting:
         return None
     parts, numbers, positions = [], [], []
-    columns = ["image_id", "content_hash", "embed_run_id", "ingest_date"]
+    columns = ["image_id", "content_hash", "phash", "embed_run_id", "ingest_date"]
     each = read_each(folder, "images", [file for file, _ in fitting], columns, ahead=8)
     for number, ((_, mask), (_, rows)) in enumerate(zip(fitting, each, strict=True)):
+        rows = conform(rows, pa.schema([schema.IMAGES.field(name) for name in columns]))
         mask = mask & as_mask(pc.is_valid(rows["content_hash"]))
         parts.append(rows.filter(pa.array(mask)))
         positions.append(np.flatnonzero(mask).astype(np.int32))
@@ -276,8 +278,8 @@ def _vectors_of(folder: Folder, embeddings: Snapshot, rows: pa.Table) -> _Places
     return _Places(tuple(file.path for file in files), file_of, first, count)
 
 
-def _where(places: _Places, mask: Mask) -> _Places:
-    return _Places(places.paths, places.file[mask], places.row[mask], places.count[mask])
+def _where(places: _Places, kept: Mask | npt.NDArray[np.int64]) -> _Places:
+    return _Places(places.paths, places.file[kept], places.row[kept], places.count[kept])
 
 
 def _hash_keys(hashes: pa.ChunkedArray) -> pa.FixedSizeBinaryArray:

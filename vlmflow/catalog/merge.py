@@ -52,6 +52,8 @@ def merge(live: pa.Table, staged: pa.Table) -> tuple[pa.Table, Mask]:
     columns: dict[str, pa.Array] = {}
     for name in ("object_version", "http_validator", "size_bytes", *schema.FACTS.names):
         columns[name] = take(name, facts)
+    # A run that shows no model the frames of a clip finds no hash where one that does so has found one.
+    columns["phash"] = take("phash", np.where(verdict.same & ~is_valid(staged["phash"]), keep, facts))
     for task, parts in schema.TASK_COLUMNS.items():
         by_task = np.where(verdict.run[task], ours, np.where(verdict.kept[task], keep, none))
         for name in (*parts.names, schema.fingerprint_column(task)):

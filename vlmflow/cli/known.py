@@ -119,5 +119,6 @@ def list_command(catalog: CatalogOnly, endpoint: EndpointOption = None, as_json:
         if known.num_ignored:
             console.print(
                 f"[yellow]list {escape(known.name)}: {known.num_ignored:,} more perceptual hashes are those of plain "
-                "images and block nothing. Add clips that begin plain again with `vlmflow known add`.[/yellow]"
+                "images and block nothing. Add clips that begin plain again, with `vlmflow known add --name` and a "
+                "name that no list has.[/yellow]"
             )

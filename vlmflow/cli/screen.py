@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 import typer
@@ -31,4 +32,6 @@ def tell(message: str, colour: str) -> None:
 
 def emit(text: str, *, end: str = "\n") -> None:
     """Writes data that programs read to standard output: UTF-8, whatever the locale, and every letter as it is."""
-    typer.echo((text + end).encode(), nl=False)
+    text += end
+    # What takes text alone, such as an io.StringIO that output is redirected to, has no encoding that could change it.
+    typer.echo(text.encode() if hasattr(sys.stdout, "buffer") else text, nl=False)

@@ -35,7 +35,7 @@ def near_pairs(searcher: Searcher, model: str, wanted: Mask, threshold: float) -
     """
     segments = searcher.covering(model, wanted)
     least, count = threshold - ROUNDING, len(wanted)
-    undecided = np.empty(0, np.int64)  # each pair once, as one number
+    undecided = _Numbers()  # each pair once, as one number
     for positions, vectors in _few_at_once(searcher.vectors(model, wanted)):
         for segment in segments:
             rows, others, scores = segment.neighbours(np.ascontiguousarray(vectors), least - HALF_ERROR)
@@ -44,10 +44,35 @@ def near_pairs(searcher: Searcher, model: str, wanted: Mask, threshold: float) -
             sure = keep & (scores >= least + HALF_ERROR)
             yield firsts[sure], others[sure], scores[sure]
             left, right = np.sort(np.stack([firsts, others])[:, keep & ~sure], axis=0)
-            undecided = np.union1d(undecided, left * count + right)
-            check_pairs(len(undecided), threshold)
-    if undecided.size:
-        yield from _compared(searcher, model, wanted, np.stack(np.divmod(undecided, count)), least)
+            undecided.add(left * count + right)
+            check_pairs(len(undecided.merged), threshold)
+    undecided.merge()
+    check_pairs(len(undecided.merged), threshold)
+    if undecided.merged.size:
+        yield from _compared(searcher, model, wanted, np.stack(np.divmod(undecided.merged, count)), least)
+
+
+class _Numbers:
+    """Numbers that come in parts, each kept once.
+
+    Attributes:
+        merged: those of the parts that are merged, in order.
+    """
+
+    def __init__(self) -> None:
+        self.merged = np.empty(0, np.int64)
+        self._parts: list[NDArray[np.int64]] = []
+        self._num_pending = 0
+
+    def add(self, part: NDArray[np.int64]) -> None:
+        self._parts.append(part)
+        self._num_pending += len(part)
+        if self._num_pending > len(self.merged):  # sorted for every part, they would take a time that grows as a square
+            self.merge()
+
+    def merge(self) -> None:
+        self.merged = np.unique(np.concatenate([self.merged, *self._parts]))
+        self._parts, self._num_pending = [], 0
 
 
 def check_pairs(num_pairs: int, threshold: float) -> None:
@@ -59,7 +84,7 @@ def check_pairs(num_pairs: int, threshold: float) -> None:
     if num_pairs > MAX_PAIRS:
         raise TooManyPairsError(
             f"more than {MAX_PAIRS:,} pairs of images are closer than {threshold}",
-            remedy="Raise --threshold, or narrow the images with --where.",
+            remedy="Raise --threshold of `vlmflow duplicates`, or narrow the images with its --where.",
         )
 
 

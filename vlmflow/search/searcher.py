@@ -203,7 +203,8 @@ class Searcher:
             raise SearchError(
                 f"{missing:,} of {int(wanted.sum()):,} images are not in the index, and they are too many to compare "
                 "each with each",
-                remedy="Run `vlmflow search CATALOG --build-index` first, or narrow the images with --where.",
+                remedy="Run `vlmflow search CATALOG --build-index` first, or narrow the images with --where of "
+                "`vlmflow duplicates`.",
             )
         return segments
 

@@ -99,6 +99,6 @@ def test_hashes_that_block_nothing_are_told_apart(tmp_path: Path, capsys: pytest
         return capsys.readouterr().out
 
     assert [(known["phashes"], known["phashes_ignored"]) for known in json.loads(listed("--json"))] == [(1, 2)]
-    assert "list old: 2 more perceptual hashes are those of plain images and block nothing." in " ".join(
-        listed().split()
-    )
+    shown = " ".join(listed().split())
+    assert "list old: 2 more perceptual hashes are those of plain images and block nothing." in shown
+    assert "with `vlmflow known add --name` and a name that no list has" in shown, "else it would take its place"

@@ -134,6 +134,14 @@ def test_equal_bytes_only_move_the_version() -> None:
     assert {name: row[name] for name in same} == {name: before[name] for name in same}
 
 
+def test_a_run_that_looked_at_fewer_frames_takes_no_look_from_equal_bytes() -> None:
+    live, other = first(phash="a" * 16), "b" * 16
+    assert merged(live, version="v2", run=["caption"])["phash"] == "a" * 16
+    assert merged(live, run=["embed"], phash=other)["phash"] == other
+    assert merged(live, version="v2", content="other", run=["caption"])["phash"] is None
+    assert merged(first(), run=["embed"], phash=other)["phash"] == other
+
+
 @pytest.mark.parametrize("problem", [UNREADABLE, UNREAD])
 def test_an_object_gone_bad_marks_a_good_row_and_wipes_nothing(problem: tuple[str, str]) -> None:
     before = first().to_pylist()[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import sys
@@ -13,7 +14,7 @@ from rich.table import Table
 
 from tests.report_samples import put_rows
 from vlmflow.cli import main
-from vlmflow.cli.screen import Screen
+from vlmflow.cli.screen import Screen, emit
 from vlmflow.config import CatalogConfig
 from vlmflow.moderation.policy import read_text, shipped_policies
 
@@ -56,6 +57,13 @@ def test_errors_are_without_colour_where_none_is_wanted(
     shown = capsys.readouterr().err
     assert shown.startswith("\x1b[31m") == is_coloured
     assert "no-such-\\u001b[2Jcatalog" in shown
+
+
+def test_data_goes_to_a_stream_that_takes_text_alone() -> None:
+    with contextlib.redirect_stdout(io.StringIO()) as sink:
+        emit("caf\u00e9 \U0001f642")
+        emit("{}", end="")
+    assert sink.getvalue() == "caf\u00e9 \U0001f642\n{}"
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from importlib import import_module
+from importlib import import_module, resources
 from io import BytesIO
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from PIL import Image
 
 from tests.images import encode, scene
 from vlmflow.config import ImageLimits
+from vlmflow.errors import ImageError
 from vlmflow.imaging import PixelRequest, decode, perceptual_hash
 from vlmflow.imaging.jpeg import leave_encoded
 from vlmflow.imaging.opening import hash_of
@@ -88,6 +89,28 @@ def test_few_frames_of_what_is_plain_are_decoded_for_it_alone(
     hashed.clear()
     decode(clip([scene(number) for number in range(4)], image_format), REQUESTS, LIMITS)
     assert len(hashed) == 1
+
+
+def test_a_listed_jpeg_has_the_hash_that_rows_of_its_bytes_have() -> None:
+    """Pillow decodes it at a scale that goes by the request, and a hash is less faithful at a smaller one."""
+    requests = [PixelRequest(size, "bicubic", ("squash", "frames")) for size in (224, 384)]
+    distances = []
+    for path in sorted((resources.files("vlmflow") / "starter" / "demo").iterdir(), key=str):
+        if not path.name.endswith(".jpg"):
+            continue
+        data = path.read_bytes()
+        try:
+            rows = [decode(data, [request], LIMITS).facts for request in requests]
+        except ImageError:
+            continue
+        if not 225 <= min(rows[0].width, rows[0].height) <= 700:
+            continue
+        with resources.as_file(path) as file:
+            ((_,), (listed,)) = read_hashes(file, with_look=True)
+        distances += [(int(listed, 16) ^ int(str(row.phash), 16)).bit_count() for row in rows]
+    assert len(distances) > 100
+    assert max(distances) <= 2
+    assert np.mean(distances) < 0.2
 
 
 def test_frames_beyond_the_limits_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:

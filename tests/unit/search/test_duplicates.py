@@ -145,6 +145,30 @@ def test_pairs_that_half_precision_leaves_open_are_limited_too(tmp_path: Path, m
     assert groups_of(tmp_path, threshold=1.0) == []
 
 
+def test_pairs_that_are_left_open_are_not_sorted_anew_for_every_few_queries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(near, "_QUERIES", 1)
+    monkeypatch.setattr(duplicates, "ALL_PAIRS", 1)
+    put(tmp_path, names(64), turned(*np.arange(64) / 10))  # of each some 50 others are within half precision
+    update_index(config_of(tmp_path), min_rows=0)
+    num_sorted = []
+
+    def counted(name: str) -> None:
+        sort = getattr(np, name)
+
+        def wrapper(*values: np.ndarray[Any, Any], **options: Any) -> Any:
+            num_sorted.append(sum(map(len, values)))
+            return sort(*values, **options)
+
+        monkeypatch.setattr(np, name, wrapper)
+
+    counted("unique")
+    counted("union1d")
+    assert groups_of(tmp_path, threshold=1.0) == []
+    assert 1_000 <= sum(num_sorted) <= 3 * 64 * 50
+
+
 def test_titles_are_ranked_by_how_little_they_fit(tmp_path: Path) -> None:
     source = [{"title": f"title {n}", "note": f"note {n}"} for n in range(4)]
     digests = [digest_of("title 0"), digest_of("note 1"), digest_of("an older title"), None]

@@ -142,6 +142,7 @@ def test_a_job_file_without_a_source_reaches_the_images_as_its_catalog(tmp_path:
         return job.source.storage.endpoint
 
     assert endpoint(f"catalog: {{uri: c, {storage}}}\n") == "http://tables:1"
+    assert endpoint(f"source:\ncatalog: {{uri: c, {storage}}}\n") == "http://tables:1"
     assert endpoint(f"catalog: {{uri: c, {storage}}}\n", "http://option:1") == "http://option:1"
     assert endpoint(f"source: {{uri: s}}\ncatalog: {{uri: c, {storage}}}\n") is None
     assert endpoint(f"source: {{uri: s, {storage}}}\ncatalog: {{uri: c}}\n") == "http://tables:1"

@@ -159,9 +159,18 @@ def _gives_file(folder: Path) -> bool:
 
 
 def _is_mounted(mount: Path, path: Path) -> bool:
-    """Whether what is on the disk mounted there where planning ran is so here, or on a part of it mounted below."""
+    """Whether what is on the disk mounted there where planning ran is so here, or on a part of it mounted below.
+
+    Or lies there on a disk mounted elsewhere, as on the server of what others mount: a mount point alone is empty.
+    """
     found = _mount_of(path)
-    return found is not None and found.is_relative_to(mount)
+    if found is not None and found.is_relative_to(mount):
+        return True
+    try:
+        with os.scandir(mount) as entries:
+            return next(entries, None) is not None
+    except OSError:
+        return False
 
 
 def _mount_of(path: Path) -> Path | None:

@@ -267,6 +267,16 @@ def test_a_disk_that_is_a_part_of_the_one_planned_from_is_there(folder: Path, mo
     assert {item.error_class for item in read} == {RowErrorClass.MISSING}
 
 
+def test_a_disk_that_holds_the_one_planned_from_is_there(folder: Path, mount: Mount) -> None:
+    """As where planning ran in a container, or on a machine that mounts what this one serves from its own disk."""
+    source = open_source(SourceConfig(uri=str(folder / "images")))
+    rows, reader = listed(source), source.reader(ImageLimits())
+    mount.device = 0
+    (folder / "images/a.jpg").unlink()
+    read = in_another_process(reader).read(rows.slice(0, 1))
+    assert [item.error_class for item in read] == [RowErrorClass.MISSING]
+
+
 def test_a_manifest_may_lie_on_a_disk_that_workers_do_not_have(folder: Path, mount: Mount, tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images/a.jpg").write_bytes(b"a")

@@ -211,7 +211,7 @@ class PoolConfig(Frozen):
     min_actors: Annotated[int, Field(ge=1)] = 1
     max_actors: Annotated[int, Field(ge=1)] = 1
     batch_size: Annotated[int, Field(ge=1)] = 32
-    # Of one task on one batch; what takes longer is taken to hang.
+    # Of one task on one batch, beside another at captions; what takes longer is taken to hang.
     timeout_s: Seconds = ENDPOINT_TIMEOUT_S
 
     @model_validator(mode="after")

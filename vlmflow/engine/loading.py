@@ -21,7 +21,7 @@ _OF_ITS_SHARE = 0.9
 # Bytes of GPU memory with which an actor does whole batches: those of 40 GB have them. With half of it, half batches.
 _FOR_WHOLE_BATCHES = 38e9
 _MAX_HALVINGS = 4
-# Then: two are in tasks, and one is fed.
+# Then: two are in tasks, of which both may be captions, and one is fed.
 _FEW_CALLS = 3
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 _STANDARD_ERROR = 2
 
 _enabled = True
-# There is one timer per process, and a pool's actor has two threads at work: it is set for whichever ends first.
+# There is one timer per process, and a pool's actor has several threads at work: it is set for whichever ends first.
 _deadlines: dict[object, float] = {}
 _lock = threading.Lock()
 

@@ -19,8 +19,9 @@ class CaptionTask:
     def __init__(self, captioner: Captioner, request: PixelRequest, max_tokens: int, num_beams: int = 1) -> None:
         self._captioner = captioner
         self.meter = captioner if isinstance(captioner, Metered) else None
-        # That several threads may have it at, where the device computes beside this process.
-        self.batches_at_once: int = getattr(captioner, "batches_at_once", 1)
+        # That several threads may have it at, where the device computes beside this process. Beams take long and much
+        # memory, and a batch that waits for another's is taken to hang the sooner.
+        self.batches_at_once: int = getattr(captioner, "batches_at_once", 1) if num_beams == 1 else 1
         self._request = request
         self._max_tokens, self._num_beams = max_tokens, num_beams
         self.reads: tuple[str, ...] = (pixel_columns(request)[0],)

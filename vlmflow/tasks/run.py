@@ -69,8 +69,9 @@ def run_contained(
     pending = [batch] if batch.num_rows else []  # a stack, the first rows on top
     while pending:
         part = pending.pop()
-        if limit.rows is not None and part.num_rows > limit.rows:
-            pending += [part.slice(limit.rows), part.slice(0, limit.rows)]
+        most = limit.rows  # another thread may lower it at any time
+        if most is not None and part.num_rows > most:
+            pending += [part.slice(most), part.slice(0, most)]
             continue
         with guard():
             outcome = _attempt(task, part)

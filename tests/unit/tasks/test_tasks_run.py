@@ -189,3 +189,22 @@ def test_no_rows_are_no_call_and_typed_columns() -> None:
     assert task.sizes == []
     assert {name: values.type for name, values in columns.items()} == {"double": pa.int64(), "word": pa.string()}
     assert errors.type == schema.ERROR
+
+
+def test_no_row_is_lost_where_another_thread_lowers_the_limit() -> None:
+    """Between any two looks at it."""
+
+    class Falling(BatchLimit):
+        looks = iter([128, 64, 32, 16, *[16] * 100])
+
+        @property  # type: ignore[override]
+        def rows(self) -> int:
+            return next(self.looks)
+
+        @rows.setter
+        def rows(self, rows: int | None) -> None:
+            pass
+
+    columns, errors = run_contained(FakeTask(more_than(1_000)), numbers(256), Falling())
+    assert len(errors) == 256
+    assert {len(column) for column in columns.values()} == {256}

@@ -108,11 +108,11 @@ class Plan:
             found.append(np.unique(rows["size_bytes"].to_numpy()))
         return pa.array(np.unique(np.concatenate(found)))
 
-    def mean_size(self) -> float | None:
-        """Of the first planned images in bytes, as far as the source tells; None: it tells of none."""
+    def usual_size(self) -> float | None:
+        """The median of the first planned images in bytes, as far as the source tells; None: it tells of none."""
         first = next(self.batches(_ROWS_PER_GROUP), None)
-        mean: float | None = None if first is None else pc.mean(first["size_bytes"]).as_py()
-        return mean
+        median: float | None = None if first is None else pc.quantile(first["size_bytes"], 0.5)[0].as_py()
+        return median
 
     def outdated(self) -> Iterator[pa.Table]:
         """The outdated rows in groups; see :func:`vlmflow.catalog.outdated.update_columns`."""

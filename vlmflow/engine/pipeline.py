@@ -23,6 +23,7 @@ from vlmflow.engine.starts import Starts
 from vlmflow.engine.stored import Stored
 from vlmflow.errors import ClusterError
 from vlmflow.imaging import merge_requests
+from vlmflow.imaging.jpeg import MAX_JPEG_BYTES
 from vlmflow.moderation.prompts import PromptVectors
 from vlmflow.sources import Source
 from vlmflow.sources.regions import RegionReader
@@ -42,6 +43,7 @@ _MIN_BLOCK_ROWS, _MAX_BLOCK_ROWS = 32, 512
 # Of what a decoding task gives. Beyond 128 MB Ray Data cuts it where it will, and the pieces fit no pool's batch: of
 # blocks of 512 JPEGs of 490 KB, which it cut to 320 and 192, half of the calls of an actor had 64 or 128 rows.
 _MAX_BLOCK_BYTES = 96 << 20
+_MIN_LARGE_ROWS = 8  # a task reads its images side by side
 # Of an image whose size no listing tells.
 _USUAL_BYTES = 500_000
 # Of a pool with a GPU for which neither job nor preflight says a size. Models of a few hundred MB need large ones to be
@@ -130,7 +132,8 @@ def stages_of(
 def planned_block_rows(plan: Plan, stages: Stages, cluster: Cluster, max_rows: int) -> int:
     """See :func:`block_rows`."""
     if stages.decode.leaves_jpegs:
-        row_bytes = plan.mean_size() or _USUAL_BYTES
+        # No larger ones are left to a pool: what it then gets are pixels.
+        row_bytes = min(plan.usual_size() or _USUAL_BYTES, MAX_JPEG_BYTES)
     else:
         requests = merge_requests(stages.setup.pixel_requests())
         row_bytes = sum(3 * request.size**2 * len(request.views) for request in requests)
@@ -149,7 +152,7 @@ def block_rows(num_images: int, cluster: Cluster, max_rows: int, batch_size: int
         row_bytes: of an image as the decoding stage gives it, about.
     """
     per_core = num_images / max(1.0, 4 * cluster.cpus)
-    in_one_piece = max(1.0, _MAX_BLOCK_BYTES / max(1.0, row_bytes))
+    in_one_piece = max(_MIN_LARGE_ROWS, _MAX_BLOCK_BYTES / max(1.0, row_bytes))
     rows = int(min(_MAX_BLOCK_ROWS, max_rows, max(_MIN_BLOCK_ROWS, per_core), in_one_piece))
     if rows >= batch_size:
         return rows - rows % batch_size

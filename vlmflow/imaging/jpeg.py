@@ -14,7 +14,7 @@ from vlmflow.imaging.opening import TRANSPOSE, ImageFacts, open_image
 from vlmflow.imaging.pixels import REDUCING_GAP
 
 # Larger ones go to the processors, which decode them at reduced scale: on a device they would take too much memory.
-_MAX_BYTES = 16 * 1024 * 1024
+MAX_JPEG_BYTES = 16 * 1024 * 1024
 _MAX_PIXELS = 1 << 25
 
 _BASELINE = 0xC0
@@ -49,7 +49,7 @@ def leave_encoded(
     Raises:
         ImageError: the header is damaged, or exceeds the limits.
     """
-    if len(data) > _MAX_BYTES or not is_plain(data):
+    if len(data) > MAX_JPEG_BYTES or not is_plain(data):
         return None
     opened = open_image(data, limits, content_hash)
     width, height = opened.image.size

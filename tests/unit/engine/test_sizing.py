@@ -179,7 +179,7 @@ def test_the_projected_rate_is_that_of_the_narrowest_place() -> None:
         (100_000, 509, 300, 1e5, 300),  # has no such part
         (100_000, 256, 5_000, 490_000, 128),  # of 512 rows Ray Data made blocks of 320 and 192
         (100_000, 256, 5_000, 5e6, 16),
-        (100_000, 256, 5_000, 5e8, 1),
+        (100_000, 256, 5_000, 5e8, 8),  # as many are read side by side
         (100_000, 256, 5_000, 0, 512),
     ],
 )
@@ -191,11 +191,10 @@ def test_blocks_are_whole_batches_or_equal_parts_of_one(
 
 
 @pytest.mark.parametrize(
-    ("in_pool", "mean_size", "expected"), [(True, 1e6, 64), (True, None, 128), (False, 1e6, 64), (False, None, 64)]
+    ("in_pool", "usual", "expected"),
+    [(True, 1e6, 64), (True, 12e6, 8), (True, 1e9, 8), (True, None, 128), (False, 1e9, 64), (False, None, 64)],
 )
-def test_blocks_are_so_small_that_ray_data_leaves_them_whole(
-    in_pool: bool, mean_size: float | None, expected: int
-) -> None:
+def test_blocks_are_so_small_that_ray_data_leaves_them_whole(in_pool: bool, usual: float | None, expected: int) -> None:
     """By the bytes of files where the pool decodes them, else by those of pixels, of which an image has 1 MB here."""
     requests = [PixelRequest(256, "bicubic", ("squash", "center", "top", "bottom", "left"))]
     stages = SimpleNamespace(
@@ -203,7 +202,7 @@ def test_blocks_are_so_small_that_ray_data_leaves_them_whole(
         setup=SimpleNamespace(pixel_requests=lambda: requests),
         pools=[PoolConfig(tasks=("embed",), batch_size=256)],
     )
-    planned = SimpleNamespace(num_planned=100_000, mean_size=lambda: mean_size)
+    planned = SimpleNamespace(num_planned=100_000, usual_size=lambda: usual)
     cluster = Cluster(cpus=16, gpus=1, num_nodes=1, embedded=True)
     assert planned_block_rows(planned, stages, cluster, 5_000) == expected  # type: ignore[arg-type]
 

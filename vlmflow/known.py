@@ -13,6 +13,7 @@ from vlmflow.catalog.known_images import Kind, KnownList
 from vlmflow.config import CatalogConfig, Frozen, ImageLimits
 from vlmflow.errors import ImageError, KnownImagesError
 from vlmflow.imaging import PixelRequest, decode
+from vlmflow.imaging.jpeg import leave_encoded
 from vlmflow.schema import LEAST_PHASH_BITS
 
 _SHA256, _PHASH = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{16}")
@@ -102,7 +103,7 @@ def read_hashes(path: Path, *, with_look: bool) -> tuple[list[str], list[str]]:
     """Reads hashes from a text file, the first word of each line; or takes those of an image.
 
     Args:
-        with_look: of an image, its perceptual hash too, unless it is plain.
+        with_look: of an image, its perceptual hash too, unless it is plain; of a JPEG up to two.
 
     Returns:
         Hashes of bytes and perceptual ones, each once, in order.
@@ -117,9 +118,12 @@ def read_hashes(path: Path, *, with_look: bool) -> tuple[list[str], list[str]]:
     if not is_text(path):
         try:
             facts = decode(data, (_ALL_FRAMES,), ImageLimits()).facts
+            left = leave_encoded(data, (_ALL_FRAMES,), ImageLimits(), facts.content_hash)
         except ImageError as error:
             raise KnownImagesError(f"{path}: {error}", remedy="Name a text file of hashes, or an image.") from error
-        return [facts.content_hash], [facts.phash] if with_look and facts.phash else []
+        # Pools that decode JPEGs on a GPU leave the rows a hash that is another by some bits.
+        looks = [facts.phash, None if left is None else left.facts.phash]
+        return [facts.content_hash], list(dict.fromkeys(look for look in looks if with_look and look))
     hashes: dict[str, None] = {}
     phashes: dict[str, None] = {}
     lines = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8", errors="replace")

@@ -98,6 +98,7 @@ def endpoint(answer: Callable[[Asked], Reply]) -> Iterator[Endpoint]:
                 return
             try:
                 self.send_response(reply.status)
+                self.send_header("Connection", "close")  # or a client asks again by what is about to be closed
                 for name, value in reply.headers.items():
                     self.send_header(name, value)
                 if not reply.drips:

@@ -54,6 +54,17 @@ def planned(
     return {row["uri"].removeprefix("mem://"): row for row in rows}, reasons
 
 
+@pytest.mark.parametrize(("sizes", "usual"), [([3, 9, 100], 9.0), ([None, 4, 6], 5.0), ([None], None), ([], None)])
+def test_the_usual_size_is_that_in_the_middle_of_those_that_are_known(
+    sizes: list[int | None], usual: float | None
+) -> None:
+    listed = references(NAMES[: len(sizes)])
+    at = listed.schema.get_field_index("size_bytes")
+    listed = listed.set_column(at, listed.schema.field(at), pa.array(sizes, pa.int64()))
+    with plan_without_catalog([listed], request()) as plan:
+        assert plan.usual_size() == usual
+
+
 def test_without_a_catalog_everything_is_new() -> None:
     with plan_without_catalog([references(NAMES[:5]), references(NAMES[5:])], request()) as plan:
         (rows,) = plan.batches()

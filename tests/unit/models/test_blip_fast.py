@@ -25,6 +25,7 @@ from vlmflow.models.blip_fast import (
     VisionTower,
     decode_beams,
     greedy,
+    text,
     vision,
 )
 from vlmflow.models.blip_fast.graph import DecodeGraphs, FixedStep
@@ -167,6 +168,14 @@ def test_a_smaller_batch_replays_a_graph_of_at_most_twice_its_rows(
     assert captured == [8, 2]
     graphs.decode(loaded.features(5), 10)  # of another length
     assert captured == [8, 2, 8]
+
+
+def test_words_that_are_added_for_alignment_change_no_logit() -> None:
+    words = torch.nn.Linear(16, 29)
+    padded, states = text._aligned(words), torch.randn(3, 16)
+    assert padded.out_features == 32
+    with torch.inference_mode():
+        torch.testing.assert_close(padded(states)[:, :29], words(states))
 
 
 def test_two_threads_decode_one_batch_each(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:

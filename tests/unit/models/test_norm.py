@@ -33,6 +33,10 @@ def test_a_norm_is_computed_in_float32_whatever_it_takes_and_gives(
     close(norm(states), plain(states.float()).to(given))
     close(norm(states, offset), plain(states.float() + offset).to(given))
     assert torch.equal(norm.of_sum(states, added), normed)
+    for_sums, for_products = norm.carried(states, added, HALF)
+    assert torch.equal(for_sums, normed)
+    assert torch.equal(for_products, normed.to(HALF))
+    assert (for_products is for_sums) == (given == HALF)
 
 
 def test_of_weights_in_bfloat16_it_is_what_torch_gives() -> None:

@@ -86,11 +86,16 @@ class HostReads(TorchFunctionMode):
         if name in ("any", "isfinite"):
             out.is_true = True
         if name in ("cpu", "to") and out.device.type == "cpu":
-            self._note(tensor)
+            if kwargs.get("non_blocking"):
+                out.is_on_its_way = True  # whoever reads it must have waited for the device
+            else:
+                self._note(tensor)
+            if hasattr(tensor, "is_true"):
+                out.is_true = True
         return out
 
     def _note(self, tensor: torch.Tensor) -> None:
-        if tensor.device.type != "cuda":
+        if tensor.device.type != "cuda" and not hasattr(tensor, "is_on_its_way"):
             return
         frame = sys._getframe()
         while frame.f_back is not None and not Path(frame.f_code.co_filename).is_relative_to(_LIBRARY):

@@ -92,7 +92,7 @@ def test_the_step_that_cuda_records_stays_on_the_device_and_tells_the_host_nothi
     with torch.no_grad(), HostReads() as reads:
         tokens = step.decode(images)
     assert (tokens.shape, tokens.device.type) == ((5, 20), "cuda")
-    assert reads.found == {"graph.py:decode": 5}, "whether all have ended, at every fourth step"
+    assert reads.found == {"graph.py:answer": 8}, "whether all have ended: asked at every second step, read two later"
 
 
 def test_what_a_recorded_step_must_not_do_is_seen(blip: Blip) -> None:

@@ -20,13 +20,13 @@ class Device:
     """CUDA as far as captures and its allocator go, which fails as torch's does if memory is asked back meanwhile."""
 
     def __init__(self) -> None:
-        self.streams: list[object] = []
+        self.streams: list[Any] = []
         self.num_emptied = 0
         self.is_capturing = False
         self.during_capture: Callable[[], None] = lambda: None
 
-    def stream(self) -> Any:
-        self.streams.append(SimpleNamespace(wait_stream=lambda _: None))
+    def stream(self, priority: int) -> Any:
+        self.streams.append(SimpleNamespace(wait_stream=lambda _: None, priority=priority))
         return self.streams[-1]
 
     @contextlib.contextmanager
@@ -42,7 +42,7 @@ class Device:
 
 
 @pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     device = Device()
     for name, value in {
         "Stream": device.stream,
@@ -55,13 +55,12 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
         "empty_cache": device.empty_cache,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    graph._warm_up_stream.cache_clear()
-    yield device
-    graph._warm_up_stream.cache_clear()
+    return device
 
 
 def step_of(device: Device) -> FixedStep:
     step = FixedStep.__new__(FixedStep)
+    step._stream = device.stream(0)
     step._reset = lambda _: None  # type: ignore[method-assign]
     step._step = lambda: None  # type: ignore[method-assign]
     return step
@@ -81,10 +80,50 @@ def test_memory_is_given_back_once_the_capture_is_done(device: Device) -> None:
     assert device.num_emptied == 1
 
 
-def test_all_captures_warm_up_on_one_stream(device: Device) -> None:
-    for _ in range(3):
-        step_of(device).capture()
-    assert len(device.streams) == 1
+class Images:
+    """Features of so many images on CUDA, as far as is asked."""
+
+    is_cuda = True
+
+    def __init__(self, num_images: int) -> None:
+        self.shape = (num_images, 1, 4)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+
+def test_all_graphs_are_captured_and_replayed_on_one_stream_that_goes_first(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[object] = []
+
+    def make(*arguments: object) -> Any:
+        given.append(arguments[-1])
+        return SimpleNamespace(capture=lambda: None, decode=lambda _: SimpleNamespace(is_cuda=False))
+
+    monkeypatch.setattr(graph, "FixedStep", make)
+    graphs = DecodeGraphs(SimpleNamespace(), SimpleNamespace())  # type: ignore[arg-type]
+    for num_images in (1, 8, 64):
+        graphs.decode(Images(num_images), 4)  # type: ignore[arg-type]
+    (stream,) = device.streams
+    assert given == [stream] * 3
+    assert stream.priority < 0
+
+
+def test_a_failure_on_the_stream_is_waited_for_as_well(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or memory of the thread's own stream would be another's while decoding still reads it."""
+    order: list[str] = []
+    own = SimpleNamespace(wait_stream=lambda _: order.append("own waits"))
+    stream: Any = SimpleNamespace(wait_stream=lambda _: order.append("stream waits"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: own)
+
+    def fail() -> None:
+        order.append("at work")
+        raise ValueError("no memory")
+
+    with pytest.raises(ValueError, match="no memory"), graph._on(stream):
+        fail()
+    assert order == ["stream waits", "at work", "own waits"]
 
 
 class Vanishing(dict[tuple[int, ...], Any]):

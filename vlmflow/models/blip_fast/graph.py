@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from functools import cache
+from collections.abc import Iterator
 
 import torch
 
@@ -21,8 +21,12 @@ logger = logging.getLogger("vlmflow")
 _MAX_GRAPHS = 2
 # Up to here graphs are for a power of two of images, then for multiples of this.
 _STEP = 64
-# Asking whether all captions have ended waits for the device.
-_STEPS_BETWEEN_CHECKS = 4
+# Whether all captions have ended is asked so often, and read as many steps later, of which the device has some to do
+# until then: a host that waits for the last one given would leave it idle, or its turn to other threads' kernels.
+_STEPS_BETWEEN_CHECKS = 2
+# As CUDA counts. A step has a hundred small kernels, each of which needs the one before. Among the kernels of vision
+# towers every one would wait for its turn, and of all tasks captions take the longest as it is.
+_PRIORITY = -1
 
 
 class DecodeGraphs:
@@ -34,6 +38,8 @@ class DecodeGraphs:
         self._steps: dict[tuple[int, ...], FixedStep] = {}
         self._lock = threading.Lock()  # a step's memory holds one batch
         self._works = True
+        # One for all: cuBLAS keeps a workspace of 32 MB for each stream that it was ever called on.
+        self._stream: torch.cuda.Stream | None = None
         release_on_demand(self)
 
     def release(self) -> None:
@@ -58,7 +64,9 @@ class DecodeGraphs:
             if step is None:
                 while len(oldest_first := list(self._steps)) >= _MAX_GRAPHS:
                     self._steps.pop(oldest_first[0], None)
-                step = FixedStep(self._tower, self._special, images, key[0], max_tokens)
+                if images.is_cuda and self._stream is None:
+                    self._stream = torch.cuda.Stream(priority=_PRIORITY)  # type: ignore[no-untyped-call]
+                step = FixedStep(self._tower, self._special, images, key[0], max_tokens, self._stream)
                 step.capture()
             self._steps[key] = step  # the last used at the end
             tokens = step.decode(images)
@@ -88,9 +96,20 @@ class FixedStep:
     """One decoding step of ``num_rows`` images, on tensors that stay where they are."""
 
     def __init__(
-        self, tower: TextTower, special: SpecialTokens, images: torch.Tensor, num_rows: int, max_tokens: int
+        self,
+        tower: TextTower,
+        special: SpecialTokens,
+        images: torch.Tensor,
+        num_rows: int,
+        max_tokens: int,
+        stream: torch.cuda.Stream | None = None,
     ) -> None:
-        """``images``: (N, T, D), for its shape, device and dtype; N at most ``num_rows``."""
+        """Makes room.
+
+        Args:
+            images: (N, T, D), for its shape, device and dtype; N at most ``num_rows``.
+            stream: for the capture and all decoding; None: that of the calling thread, which can capture nothing.
+        """
         self._tower = tower
         self._special = special
         self._max_tokens = max_tokens
@@ -101,24 +120,23 @@ class FixedStep:
         self._tokens = torch.empty((num_rows, 1), dtype=torch.int64, device=device)
         self._running = torch.empty(num_rows, dtype=torch.bool, device=device)
         self._decoded = torch.empty((num_rows, max_tokens), dtype=torch.int64, device=device)
+        self._stream = stream
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def capture(self) -> None:
         """Records the step; CUDA alone."""
-        stream = _warm_up_stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        with _on(self._stream):
             for _ in range(2):  # libraries set themselves up in the first calls, which no graph may record
                 self._reset(0)
                 self._step()
-        torch.cuda.current_stream().wait_stream(stream)
         self._reset(0)
         graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         # What fails leaves the thread on the stream that was captured: whoever goes on belongs on the one before.
         with torch.cuda.stream(torch.cuda.current_stream()), capturing:
             try:
-                # Another thread may be copying the next batch meanwhile, which would spoil a capture that watches all.
-                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                # Kernels keep the priority of the stream on which they are recorded, whatever that of a replay. Another
+                # thread may be copying the next batch meanwhile, which would spoil a capture that watches all.
+                with torch.cuda.graph(graph, pool=pool, stream=self._stream, capture_error_mode="thread_local"):
                     self._step()
             except RuntimeError:
                 # torch's allocator, which takes the capture for still going on, would free nothing any more.
@@ -129,16 +147,29 @@ class FixedStep:
 
     def decode(self, images: torch.Tensor) -> torch.Tensor:
         """(N, T, D) -> (N, at most ``max_tokens``) token ids."""
+        with _on(self._stream):
+            done = self._fill(images)
+        return self._decoded[: len(images), :done].clone()
+
+    def _fill(self, images: torch.Tensor) -> int:
+        """Decodes; how many steps it took."""
         self._images[: len(images)] = images
         self._reset(len(images))
-        for done in range(1, self._max_tokens + 1):
-            if self._graph is None:
-                self._step()
-            else:
-                self._graph.replay()
-            if done % _STEPS_BETWEEN_CHECKS == 0 and not self._running.any():
-                break
-        return self._decoded[: len(images), :done].clone()
+        asked: _HaveEnded | None = None
+        for done in range(1, self._max_tokens):
+            self._next()
+            if done % _STEPS_BETWEEN_CHECKS == 0:
+                if asked is not None and asked.answer():
+                    return done
+                asked = _HaveEnded(self._running, self._stream)
+        self._next()
+        return self._max_tokens
+
+    def _next(self) -> None:
+        if self._graph is None:
+            self._step()
+        else:
+            self._graph.replay()
 
     def _reset(self, num_images: int) -> None:
         self._cache.position.zero_()
@@ -156,7 +187,32 @@ class FixedStep:
         self._cache.position.add_(1)
 
 
-@cache
-def _warm_up_stream() -> torch.cuda.Stream:
-    """One for all captures: cuBLAS keeps a workspace of 32 MB for each stream that it was ever called on."""
-    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
+class _HaveEnded:
+    """Whether all captions have ended, asked of the device now and read later."""
+
+    def __init__(self, running: torch.Tensor, stream: torch.cuda.Stream | None) -> None:
+        """``running``: (N,) bool; ``stream``: None: there is nothing to wait for."""
+        self._is_any = running.any().to("cpu", non_blocking=True)  # pinned, or the host would wait here
+        self._told = None if stream is None else stream.record_event()
+
+    def answer(self) -> bool:
+        if self._told is not None:
+            self._told.synchronize()
+        return not self._is_any
+
+
+@contextlib.contextmanager
+def _on(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """Has this thread work on a stream, behind what it has given its own, which goes on behind that; None: on its
+    own.
+    """
+    if stream is None:
+        yield
+        return
+    own = torch.cuda.current_stream()
+    stream.wait_stream(own)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:  # what failed too: memory of this thread's stream is still in use there
+        own.wait_stream(stream)

@@ -2,7 +2,7 @@
 
 Only headers and small texts are read to list a shard, through ranged reads. Members ``.txt``, ``.json`` and ``.cls``
 become columns of the images with the same key, unless they are larger than a megabyte; every other member is taken
-for an image.
+for an image. So is a link to a file that stands before it, as tar writes one for the second name of a file.
 
 A shard ends where the file does, or with blocks of zeros, as for GNU tar: what follows those is not listed. Whatever
 else stands where a header is due is damage, and ends the run: the images behind it would be missing without a word.
@@ -10,8 +10,9 @@ else stands where a header is due is damage, and ends the run: the images behind
 
 from __future__ import annotations
 
+import posixpath
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import BinaryIO
@@ -131,17 +132,24 @@ class WebDatasetSource:
 
 def _samples(file: BinaryIO, uri: str) -> Iterator[_Sample]:
     """Yields the samples of a shard: runs of members whose names are equal up to the first dot of the last segment."""
-    sample, names = _Sample(), set[str]()
+    sample, parts = _Sample(), dict[str, tuple[int, int]]()
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
             tar.members = []  # type: ignore[attr-defined]  # it would keep every header
             member.name = spelled(member.name.removeprefix("./"))
-            if not member.isreg() or HIDDEN.search(member.name):
+            is_link = member.islnk() or member.issym()
+            if not (member.isreg() or is_link) or HIDDEN.search(member.name):
                 continue
-            known_as = normalise_uri(f"{uri}#{member.name}")  # of a local shard, a//b is a/b
-            if known_as in names:
+            if is_link:
+                member.offset_data, member.size = _followed(member, parts, uri)
+                member.type = tarfile.REGTYPE
+            elif member.issparse():  # its bytes do not lie in one piece
+                remedy = "Write the shard again without --sparse."
+                raise SourceError(f"{uri} holds {member.name} as a sparse file", remedy=remedy)
+            known_as = _known_as(uri, member.name)
+            if known_as in parts:
                 raise SourceError(f"{uri} holds {member.name} twice", remedy="Write the shard again.")
-            names.add(known_as)
+            parts[known_as] = member.offset_data, member.size
             folder, _, name = member.name.rpartition("/")
             stem, _, extension = name.partition(".")
             key = f"{folder}/{stem}"
@@ -157,6 +165,29 @@ def _samples(file: BinaryIO, uri: str) -> Iterator[_Sample]:
         if file.read(_END).strip(b"\0"):
             raise tarfile.ReadError(f"no header at byte {tar.offset:,}")
     yield sample
+
+
+def _known_as(uri: str, name: str) -> str:
+    return normalise_uri(f"{uri}#{name}")  # of a local shard, a//b is a/b
+
+
+def _followed(link: tarfile.TarInfo, parts: Mapping[str, tuple[int, int]], uri: str) -> tuple[int, int]:
+    """Where the file lies that a link leads to, and its size.
+
+    Args:
+        parts: the same of the files and links before it.
+
+    Raises:
+        SourceError: it leads to none of these.
+    """
+    # A hard link names a member, a symbolic one a path from where it lies.
+    folder = posixpath.dirname(link.name) if link.issym() else ""
+    target = spelled(posixpath.normpath(posixpath.join(folder, link.linkname)))
+    part = parts.get(_known_as(uri, target))
+    if part is None:
+        message = f"{uri} holds {link.name} as a link to {spelled(link.linkname)}, which is no file before it"
+        raise SourceError(message, remedy="Write the shard again with --dereference --hard-dereference.")
+    return part
 
 
 def _text(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:

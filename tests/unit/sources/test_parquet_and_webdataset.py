@@ -6,6 +6,7 @@ import datetime as dt
 import io
 import json
 import random
+import subprocess
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,48 @@ def test_a_member_that_is_not_named_in_utf_8_is_an_image_like_any_other(tmp_path
     assert refs["uri"].to_pylist() == [f"{path}#caf\\xe9.jpg"]
     assert refs["text"].to_pylist() == ["a café"]
     assert contents(path, refs) == [b"image"]
+
+
+def add_links(path: Path, links: dict[str, tuple[bytes, str]]) -> Path:
+    with tarfile.open(path, "a") as tar:
+        for name, (kind, target) in links.items():
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, target
+            tar.addfile(link)
+    return path
+
+
+def test_a_link_to_a_file_before_it_is_an_image_of_its_own(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", {"./d/0.jpg": b"image", "./d/0.txt": b"a caption"})
+    hard, symbolic = tarfile.LNKTYPE, tarfile.SYMTYPE
+    add_links(
+        path, {"./d/1.jpg": (hard, "./d/0.jpg"), "./d/1.txt": (hard, "./d/0.txt"), "2.jpg": (symbolic, "d/1.jpg")}
+    )
+    add_links(path, {"e/3.jpg": (symbolic, "../d/0.jpg"), "e/.hidden": (symbolic, "nowhere")})
+    refs = references(path)
+    assert refs["uri"].to_pylist() == [f"{path}#{name}" for name in ("d/0.jpg", "d/1.jpg", "2.jpg", "e/3.jpg")]
+    assert refs["text"].to_pylist() == ["a caption", "a caption", None, None]
+    assert contents(path, refs) == [b"image"] * 4
+    assert refs["size_bytes"].to_pylist() == [5] * 4
+
+
+@pytest.mark.parametrize("target", ["gone.jpg", "../0.jpg", "d", "/d/0.jpg"])
+def test_a_link_that_leads_to_no_file_is_named(tmp_path: Path, target: str) -> None:
+    path = add_links(write_tar(tmp_path / "a.tar", {"d/0.jpg": b"x"}), {"d/1.jpg": (tarfile.SYMTYPE, target)})
+    with pytest.raises(SourceError, match=rf"holds d/1\.jpg as a link to {target}, which is no file before it"):
+        references(path)
+
+
+@pytest.mark.parametrize("format", ["gnu", "pax"])
+def test_a_sparse_file_is_named(tmp_path: Path, format: str) -> None:
+    with (tmp_path / "0.bmp").open("wb") as file:
+        file.truncate(1 << 20)
+        file.seek(1 << 19)
+        file.write(b"x")
+    command = ["tar", f"--format={format}", "--sparse", "-cf", "a.tar", "0.bmp"]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    with pytest.raises(SourceError, match=r"holds 0\.bmp as a sparse file"):
+        references(tmp_path / "a.tar")
 
 
 def write_parquet(path: Path, bytes_type: str = "binary", **columns: list[Any]) -> Path:

@@ -70,6 +70,21 @@ def test_a_redirect_to_what_is_no_url_costs_its_row_alone(site: Site, location: 
     assert alone.error_class == RowErrorClass.READ_FAILED
 
 
+@pytest.mark.parametrize(
+    ("location", "asked"),
+    [
+        ("/image/Grüße.jpg".encode(), "/image/Gr%C3%BC%C3%9Fe.jpg"),
+        ("/image/Grüße.jpg".encode("latin-1"), "/image/Gr%FC%DFe.jpg"),
+        ("/image/Gr%C3%BC%C3%9Fe.jpg?a=é".encode(), "/image/Gr%C3%BC%C3%9Fe.jpg?a=%C3%A9"),
+    ],
+)
+def test_a_redirect_beyond_ascii_leads_to_the_very_bytes(site: Site, location: bytes, asked: str) -> None:
+    site.told["moved"] = [(302, {"Location": location.decode("latin-1")})]
+    (item,) = fetch(f"{site.url}/told/moved")
+    assert item.data == BODY
+    assert site.requests[asked] == 1
+
+
 @pytest.mark.parametrize("error", [OSError(24, "too many open files"), ValueError("embedded null byte")])
 def test_a_resolver_that_fails_costs_its_rows(site: Site, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     async def getaddrinfo(*_: Any, **__: Any) -> list[Any]:

@@ -265,8 +265,10 @@ def _http_date(text: str) -> float | None:
 
 
 def _target(url: str, location: str) -> str:
+    # Some servers write UTF-8 here. Whatever it is: they know their path again by the very bytes, as escapes.
+    escaped = re.sub(r"[\x80-\xff]", lambda letter: f"%{ord(letter[0]):02X}", location)
     try:
-        return urljoin(url, location)
+        return urljoin(url, escaped)
     except ValueError as error:
         message = "a redirect leads to a url that is not valid"
         raise ImageError(message, error_class=RowErrorClass.READ_FAILED) from error

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import struct
+import threading
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -11,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 
-from PIL import ExifTags, Image, ImageFile
+from PIL import ExifTags, Image, ImageFile, TiffImagePlugin
 from PIL.AvifImagePlugin import AvifImageFile
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
@@ -24,6 +26,32 @@ from vlmflow.config import ImageLimits
 from vlmflow.errors import ImageError, RowErrorClass
 from vlmflow.imaging import headers
 
+_TIFF_SETUP = threading.Lock()
+
+
+class _TiffFile(TiffImageFile):
+    """A TIFF, each page of which libtiff reads where Pillow by itself would make another picture of it."""
+
+    def _setup(self) -> None:
+        # Of planes that are not compressed Pillow takes 16 bits for 8, and none beyond colours.
+        is_planar = self.tag_v2.get(TiffImagePlugin.PLANAR_CONFIGURATION) == 2
+        with _TIFF_SETUP:
+            TiffImagePlugin.READ_LIBTIFF = is_planar
+            try:
+                super()._setup()
+            finally:
+                TiffImagePlugin.READ_LIBTIFF = False
+        self.tile = [_in_native_order(tile) for tile in self.tile]
+
+
+def _in_native_order(tile: ImageFile._Tile) -> ImageFile._Tile:
+    """Pillow knows that libtiff turns the bytes of 16-bit integers to this machine's order, not that of others too."""
+    if tile.codec_name != "libtiff" or not isinstance(tile.args, tuple):
+        return tile
+    rawmode, *others = tile.args
+    return tile._replace(args=(re.sub("B([SF])$", r"N\1", rawmode), *others))
+
+
 # Opened directly and not through Image.open: that one applies its own, process-wide pixel limit, and tries others.
 _OPENERS: dict[str, type[ImageFile.ImageFile]] = {
     "avif": AvifImageFile,
@@ -31,7 +59,7 @@ _OPENERS: dict[str, type[ImageFile.ImageFile]] = {
     "gif": GifImageFile,
     "jpeg": JpegImageFile,
     "png": PngImageFile,
-    "tiff": TiffImageFile,
+    "tiff": _TiffFile,
     "webp": WebPImageFile,
 }
 

@@ -133,3 +133,41 @@ def test_floating_point_grey_may_have_its_white_at_zero_too() -> None:
     data = np.full(64, 0.25, "<f4").tobytes()
     pixels = decode(tiff_of([page(8, data, *entries)]), [REQUEST], LIMITS).pixels[REQUEST.key][0][1]
     assert pixels[0, 0].tolist() == [191] * 3
+
+
+def in_planes(planes: Sequence[bytes], bits: int, *changes: Entry) -> bytes:
+    """A TIFF of 8 x 8 in RGB, each colour in a plane of its own, not compressed; planes beyond these follow."""
+    count = len(planes)
+    starts = [8 + 10 * count + sum(map(len, planes[:number])) for number in range(count)]
+    sizes = [len(plane) for plane in planes]
+    data = struct.pack(f"<{2 * count}I{count}H", *starts, *sizes, *[bits] * count) + b"".join(planes)
+    tags = [(258, SHORT, count, 8 + 8 * count), (262, SHORT, 1, 2), (273, LONG, count, 8), (277, SHORT, 1, count)]
+    return tiff_of([page(8, data, *tags, (279, LONG, count, 8 + 4 * count), (284, SHORT, 1, 2), *changes)])
+
+
+@pytest.mark.parametrize(("bits", "level"), [(8, b"\xc0"), (16, b"\x00\xc0")])
+@pytest.mark.parametrize("beyond", [0, 1, 2])
+def test_planes_are_read_whatever_their_bits_and_what_is_beyond_colours(bits: int, level: bytes, beyond: int) -> None:
+    planes = [
+        level * 64,
+        bytes(len(level) * 64),
+        level * 32 + bytes(len(level) * 32),
+        *[bytes(len(level) * 64)] * beyond,
+    ]
+    unspecified = [(338, SHORT, beyond, 0)] if beyond else []
+    shown = decode(in_planes(planes, bits, *unspecified), [REQUEST], LIMITS)
+    pixels = dict(shown.pixels[REQUEST.key])["squash"]
+    assert shown.facts.mode == "RGB"
+    assert pixels[0, 0].tolist() == [192, 0, 192]
+    assert pixels[-1, -1].tolist() == [192, 0, 0]
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize(("kind", "sample_format", "value"), [("f4", 3, 0.25), ("i4", 2, 16384), ("i2", 2, 16384)])
+def test_compressed_greys_are_as_bright_in_either_order_of_bytes(
+    order: str, kind: str, sample_format: int, value: float
+) -> None:
+    values = np.full(64, value, order + kind)
+    tags = [(258, SHORT, 1, 8 * values.itemsize), (259, SHORT, 1, 8), (339, SHORT, 1, sample_format)]
+    data = tiff_of([page(8, zlib.compress(values.tobytes()), *tags)], order)
+    assert decode(data, [REQUEST], LIMITS).pixels[REQUEST.key][0][1][0, 0].tolist() == [64] * 3

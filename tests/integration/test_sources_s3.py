@@ -67,7 +67,7 @@ def by_name(config: SourceConfig) -> dict[str, tuple[int, bytes | None, bool]]:
 def test_a_prefix_gives_the_same_as_the_folder(s3_server: S3Server, tmp_path: Path) -> None:
     folder = tmp_path / "im ages"
     write_corpus(folder)
-    for name in [*HARD_NAMES, ".hidden", "_logs/x"]:
+    for name in [*HARD_NAMES, "_DSC0001.JPG", ".hidden", "_logs/x", "_x.jpg/x.jpg"]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(name.encode())
     bucket = s3_server.make_bucket()
@@ -77,7 +77,7 @@ def test_a_prefix_gives_the_same_as_the_folder(s3_server: S3Server, tmp_path: Pa
     local = by_name(SourceConfig(uri=str(folder)))
     stored = by_name(SourceConfig(uri=f"s3://{bucket}/some prefix/é", storage=s3_server.storage))
     assert stored == local
-    assert len(local) == len(HARD_NAMES) + len(good_images()) + len(bad_images()) + 2
+    assert len(local) == len(HARD_NAMES) + len(good_images()) + len(bad_images()) + 3
     assert local["empty.jpg"] == (0, b"", True)
     assert all(same for _, _, same in stored.values())
 

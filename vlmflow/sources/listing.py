@@ -1,7 +1,8 @@
 """Listing a prefix or a folder as Arrow batches: ``uri``, ``object_version``, ``size_bytes``.
 
 Names that start with a dot or an underscore are left out, folders as well as files: ``.DS_Store``, ``_SUCCESS``,
-``_delta_log``. So is the catalog, where it lies among the images. Everything else is listed, whatever its extension.
+``_delta_log``. Not so a file with an underscore and the extension of an image: cameras write ``_DSC0001.JPG``. The
+catalog is left out, where it lies among the images. Everything else is listed, whatever its extension.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 
 LISTING = pa.schema([("uri", pa.string()), ("object_version", pa.string()), ("size_bytes", pa.int64())])
 
-HIDDEN = re.compile(r"(^|/)[._]")
+_IMAGES = "avif|bmp|gif|hei[cf]|jfif|jpe?g|png|tiff?|webp|m4v|mkv|mov|mp4|webm"
+HIDDEN = re.compile(rf"(^|/)(\.|_(?![^/]*\.({_IMAGES})\Z))", re.IGNORECASE)
 
 
 def list_objects(uri: str, stores: Stores, catalog: Address | None) -> Iterator[pa.RecordBatch]:
@@ -71,7 +73,7 @@ def _list_store(address: Address, stores: Stores, catalog: Address | None) -> It
     try:
         for batch in _pages(store, prefix or None):
             names = pc.utf8_slice_codeunits(batch["path"], start=skip)
-            shown = pc.and_(pc.not_equal(names, ""), pc.invert(pc.match_substring_regex(names, HIDDEN.pattern)))
+            shown = pa.array([name != "" and not HIDDEN.search(name) for name in names.to_pylist()], pa.bool_())
             if catalog is not None:
                 shown = pc.and_(shown, pc.invert(pc.starts_with(batch["path"], f"{catalog.path}/")))
             batch = batch.filter(shown)
@@ -179,7 +181,7 @@ def _walk(folder: str, above: frozenset[tuple[int, int]]) -> Iterator[tuple[str,
         above: device and inode of the folders that lead here, so that a link to one of them ends, and of the catalog.
     """
     with os.scandir(folder) as entries:
-        shown = sorted((entry for entry in entries if entry.name[0] not in "._"), key=lambda entry: entry.name)
+        shown = sorted((entry for entry in entries if not HIDDEN.search(entry.name)), key=lambda entry: entry.name)
     for entry in shown:
         _check_name(entry.path)
         try:
@@ -191,7 +193,11 @@ def _walk(folder: str, above: frozenset[tuple[int, int]]) -> Iterator[tuple[str,
             continue
         if stat.S_ISREG(status.st_mode):
             yield entry.path, status
-        elif stat.S_ISDIR(status.st_mode) and (status.st_dev, status.st_ino) not in above:
+        elif (
+            stat.S_ISDIR(status.st_mode)
+            and not HIDDEN.search(f"{entry.name}/")  # `_x.jpg`, as in a store
+            and (status.st_dev, status.st_ino) not in above
+        ):
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # removed meanwhile, or a file by now
                 yield from _walk(entry.path, above | {(status.st_dev, status.st_ino)})
 

@@ -54,7 +54,9 @@ SHARD = {
     "001.cls": b"7",
     "002.txt": b"no image",
     ".hidden": b"x",
+    "._004.jpg": b"x",
     "dir/_logs/x.jpg": b"x",
+    "dir/_DSC0001.JPG": b"image 5",
     "./dir/003.png": b"",
     f"{'long/' * 30}Grüße 004.webp": b"image 4",
 }
@@ -64,16 +66,17 @@ SHARD = {
 def test_a_shard_lists_its_images_with_what_belongs_to_them(tmp_path: Path, format: int) -> None:
     path = write_tar(tmp_path / "a.tar", SHARD, format)
     refs = references(path)
-    names = ["000.jpg", "001.left.jpg", "001.right.jpg", "dir/003.png", f"{'long/' * 30}Grüße 004.webp"]
+    names = ["000.jpg", "001.left.jpg", "001.right.jpg", "dir/_DSC0001.JPG", "dir/003.png"]
+    names.append(f"{'long/' * 30}Grüße 004.webp")
     assert refs["uri"].to_pylist() == [f"{path}#{name}" for name in names]
-    assert refs["text"].to_pylist() == ["a caption", None, None, None, None]
+    assert refs["text"].to_pylist() == ["a caption", *[None] * 5]
     assert refs["source"].to_pylist()[:3] == [
         {"txt": "a caption", "json": '{"id": 0}', "cls": None},
         {"txt": None, "json": None, "cls": "7"},
         {"txt": None, "json": None, "cls": "7"},
     ]
     assert contents(path, refs) == [SHARD.get(name, b"") for name in names]
-    assert len(set(refs["object_version"].to_pylist())) == 5
+    assert len(set(refs["object_version"].to_pylist())) == 6
 
 
 def test_all_shards_under_a_folder_are_listed(tmp_path: Path) -> None:

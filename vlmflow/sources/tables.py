@@ -7,6 +7,7 @@ tomorrow may not be whole. A column without any value has no type yet.
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Callable, Iterator
 from functools import cached_property
@@ -25,6 +26,7 @@ from vlmflow.sources.parquet_rows import is_damage
 from vlmflow.sources.regions import check_regions
 from vlmflow.storage import access_error
 
+_MAX_FIELD_LETTERS = 1 << 24  # more than Arrow takes of a whole row
 # What Arrow raises where values of JSON do not become a column.
 _MISFITS = (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError)
 
@@ -204,6 +206,7 @@ class CsvTable:
 
     def __init__(self, path: Path, name: str) -> None:
         self._path, self._name = path, name
+        self._are_quotes_checked = False
 
     @cached_property
     def schema(self) -> pa.Schema:
@@ -223,9 +226,24 @@ class CsvTable:
         try:
             with self._open(dict.fromkeys(self.schema.names, pa.string())) as reader:
                 for batch in reader:
+                    if not self._are_quotes_checked and any(_has_lines(column) for column in batch.columns):
+                        self._check_quotes()
                     yield pa.table(batch)
         except pa.ArrowInvalid as error:
             raise self._damaged(error) from error
+
+    def _check_quotes(self) -> None:
+        """Makes sure that every quote is closed where its value ends: else Arrow takes the rows behind for a text."""
+        csv.field_size_limit(_MAX_FIELD_LETTERS)
+        with self._path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+            rows, line = csv.reader(file, strict=True), 1
+            try:
+                for _ in rows:
+                    line = rows.line_num + 1  # of the next row
+            except csv.Error as error:
+                message = f"{self._name}, line {line}: a quote is not closed, or not where its value ends"
+                raise SourceError(message, remedy='Close it, and write "" for a quote within quotes.') from error
+        self._are_quotes_checked = True
 
     def _open(self, types: dict[str, pa.DataType]) -> pa.csv.CSVStreamingReader:
         try:
@@ -242,6 +260,10 @@ class CsvTable:
     def _damaged(self, error: Exception) -> SourceError:
         remedy = "Write it in UTF-8 with a header, commas, and as many fields in every row."
         return SourceError(f"{self._name} cannot be read as CSV: {_line(error)}", remedy=remedy)
+
+
+def _has_lines(texts: pa.Array) -> bool:
+    return bool(pc.any(pc.match_substring_regex(texts, "[\r\n]")).as_py())
 
 
 class JsonTable:

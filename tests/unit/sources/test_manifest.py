@@ -258,6 +258,19 @@ def test_a_manifest_that_is_not_there_is_named(tmp_path: Path) -> None:
             references(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    ("rows", "line"),
+    [
+        ('a.jpg,"5 inches\nb.jpg,x\nc.jpg,y\n', 2),
+        ('a.jpg,"two\nlines"\nb.jpg,"5 inches\nc.jpg,"y"\nd.jpg,z\n', 4),
+    ],
+)
+def test_a_quote_that_is_not_closed_takes_no_row_for_a_text(tmp_path: Path, rows: str, line: int) -> None:
+    (tmp_path / "list.csv").write_text(f"uri,title\n{rows}", newline="")
+    with pytest.raises(SourceError, match=rf"list\.csv, line {line}: a quote is not closed"):
+        references(tmp_path / "list.csv")
+
+
 def test_csv_fields_with_commas_quotes_and_lines_stay_whole(tmp_path: Path) -> None:
     path = tmp_path / "list.csv"
     path.write_bytes('\ufeffuri,title,code\na.jpg,"one, ""two""\nthree",007\nb.jpg,,\n'.encode())

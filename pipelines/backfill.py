@@ -86,8 +86,7 @@ def _commands(flow_run: FlowRun) -> Iterator[Command]:
     """What a flow run may follow on a Ray cluster."""
     given = flow_run.parameters
     job = _read_job(given)
-    start, end = (dt.date.fromisoformat(str(given[name])) if given.get(name) else None for name in ("start", "end"))
-    for date in partitions(job.catalog, start, end):
+    for date in partitions(job.catalog, given.get("start"), given.get("end")):
         scope = Scope(date, date, given.get("where"))
         yield remoderate_command(job, scope, given.get("rollback"), dry_run=bool(given.get("dry_run")))
 

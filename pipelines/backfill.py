@@ -71,9 +71,10 @@ def partitions(config: CatalogConfig, start: dt.date | None, end: dt.date | None
 
 def _run_name() -> str:
     given = runtime.flow_run.parameters
-    what = (
-        f"rollback of {given['rollback']}" if given.get("rollback") else f"policy {Path(str(given.get('policy'))).stem}"
-    )
+    if given.get("rollback"):
+        what = f"rollback of {given['rollback']}"
+    else:
+        what = f"policy {Path(given['policy']).stem}" if given.get("policy") else "policy of the job"
     span = f"{given.get('start') or 'first'} to {given.get('end') or 'last'}"
     return f"{'dry run, ' if given.get('dry_run') else ''}{what}, {span}"
 

@@ -7,6 +7,11 @@ for name in AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY PREFECT_API_AUTH_STRING PREF
     eval "file=\${${name}_FILE:-}"
     if [ -n "$file" ]; then
         value=$(cat "$file")
+        # An empty secret keeps nobody out.
+        if [ -z "$value" ]; then
+            echo "vlmflow-entrypoint: $file, named by ${name}_FILE, is empty: write the secret into it" >&2
+            exit 1
+        fi
         export "$name=$value"
         unset "${name}_FILE"
     fi

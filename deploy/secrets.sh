@@ -6,11 +6,18 @@ cd "$(dirname "$0")"
 mkdir -p secrets
 chmod 700 secrets
 
-# keep NAME: writes standard input to the secret, unless it exists.
+# keep NAME: writes standard input to the secret, unless it exists. An empty one, as a full disk leaves, is none.
 keep() {
-    if [ ! -e "secrets/$1" ]; then
-        cat > "secrets/$1"
-        chmod 444 "secrets/$1"
+    if [ ! -s "secrets/$1" ]; then
+        rm -f secrets/.new
+        cat > secrets/.new
+        # What `random` was to give is missing, and nobody would be asked for this one.
+        if [ "$(wc -c < secrets/.new)" -lt 20 ]; then
+            echo "secrets.sh: deploy/secrets/$1 would be too short: this machine must have od and /dev/urandom" >&2
+            exit 1
+        fi
+        chmod 444 secrets/.new
+        mv -f secrets/.new "secrets/$1"
     fi
 }
 

@@ -71,9 +71,10 @@ def partitions(config: CatalogConfig, start: dt.date | None, end: dt.date | None
 
 def _run_name() -> str:
     given = runtime.flow_run.parameters
-    what = (
-        f"rollback of {given['rollback']}" if given.get("rollback") else f"policy {Path(str(given.get('policy'))).stem}"
-    )
+    if given.get("rollback"):
+        what = f"rollback of {given['rollback']}"
+    else:
+        what = f"policy {Path(given['policy']).stem}" if given.get("policy") else "policy of the job"
     span = f"{given.get('start') or 'first'} to {given.get('end') or 'last'}"
     return f"{'dry run, ' if given.get('dry_run') else ''}{what}, {span}"
 
@@ -86,8 +87,7 @@ def _commands(flow_run: FlowRun) -> Iterator[Command]:
     """What a flow run may follow on a Ray cluster."""
     given = flow_run.parameters
     job = _read_job(given)
-    start, end = (dt.date.fromisoformat(str(given[name])) if given.get(name) else None for name in ("start", "end"))
-    for date in partitions(job.catalog, start, end):
+    for date in partitions(job.catalog, given.get("start"), given.get("end")):
         scope = Scope(date, date, given.get("where"))
         yield remoderate_command(job, scope, given.get("rollback"), dry_run=bool(given.get("dry_run")))
 

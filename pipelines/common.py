@@ -15,6 +15,7 @@ from uuid import UUID
 from prefect import Flow, runtime
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.client.schemas.objects import FlowRun, State, TaskRun
+from prefect.exceptions import ParameterTypeError
 from prefect.logging.handlers import APILogHandler
 from prefect.logging.loggers import flow_run_logger
 from prefect.tasks import Task
@@ -157,7 +158,8 @@ def stop_jobs_of(commands: Callable[[FlowRun], Iterable[Command]]) -> Callable[.
     """A hook for the end of a flow run by force: stops the Ray jobs that it submitted, or follows.
 
     Args:
-        commands: what a flow run may follow. It may run in another process than the flow, such as a worker's.
+        commands: what a flow run may follow, whose parameters are as the flow has them. It may run in another process
+            than the flow, such as a worker's.
     """
 
     def stop_ray_jobs(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
@@ -167,8 +169,10 @@ def stop_jobs_of(commands: Callable[[FlowRun], Iterable[Command]]) -> Callable[.
         told = flow_run_logger(flow_run, flow)
         names = set()
         try:
-            names = {command.name for command in commands(flow_run)}
-        except VlmflowError as error:
+            # The run keeps them as they were given: a date may have a time of midnight.
+            given = flow.validate_parameters(flow_run.parameters)
+            names = {command.name for command in commands(flow_run.model_copy(update={"parameters": given}))}
+        except (VlmflowError, ParameterTypeError) as error:
             told.warning("the jobs that others submitted and this flow run follows cannot be named: %s", error)
         try:
             for attempt in RayJobs(url).stop_all(str(flow_run.id), names):

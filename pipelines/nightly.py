@@ -60,11 +60,10 @@ def _run_name() -> str:
 def _commands(flow_run: FlowRun) -> list[Command]:
     """What a flow run may follow on a Ray cluster."""
     given = flow_run.parameters
-    date = dt.date.fromisoformat(str(given["date"])) if given.get("date") else None
-    job = read_job(Path(given["job_file"]), {"date": logical_date(date, flow_run.expected_start_time)})
+    job = read_job(given["job_file"], {"date": logical_date(given.get("date"), flow_run.expected_start_time)})
     commands = [doctor_command(job), plan_command(job), enrich_command(job)]
     golden = given.get("golden")
-    return commands if golden is None else [*commands, gate_command(job, Golden.model_validate(golden))]
+    return commands if golden is None else [*commands, gate_command(job, golden)]
 
 
 @flow(

@@ -88,6 +88,18 @@ def test_the_entrypoint_stops_where_a_secret_is_absent(tmp_path: Path) -> None:
     assert str(tmp_path / "none") in done.stderr
 
 
+def test_the_entrypoint_stops_where_a_secret_is_empty(tmp_path: Path) -> None:
+    (tmp_path / "auth").write_text("\n", encoding="utf-8")
+    done = subprocess.run(
+        ["sh", str(DEPLOY / "entrypoint.sh"), "echo", "started"],
+        env={"PATH": os.environ["PATH"], "PREFECT_SERVER_API_AUTH_STRING_FILE": str(tmp_path / "auth")},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert done.stdout == ""
+    assert f"{tmp_path / 'auth'}, named by PREFECT_SERVER_API_AUTH_STRING_FILE, is empty" in done.stderr
+
+
 def test_every_secret_file_of_the_compose_file_is_known_to_the_entrypoint() -> None:
     compose = (DEPLOY / "compose.yaml").read_text(encoding="utf-8")
     ours = set(re.findall(r"((?:AWS|PREFECT)\w+)_FILE:", compose))
@@ -152,6 +164,30 @@ def test_secrets_are_made_once_and_for_nobody_else(secrets: Path) -> None:
 
     assert {path.name: path.read_text(encoding="utf-8") for path in secrets.iterdir()} == before
     assert not any(text in told.stdout + told.stderr for text in before.values())
+
+
+def test_no_secret_is_made_without_random_bytes(tmp_path: Path) -> None:
+    shutil.copy(DEPLOY / "secrets.sh", tmp_path)
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "od").write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
+    (tools / "od").chmod(0o755)
+    command = ["sh", str(tmp_path / "secrets.sh")]
+    path = f"{tools}:{os.environ['PATH']}"
+    done = subprocess.run(command, env={"PATH": path}, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "deploy/secrets/ray_token would be too short" in done.stderr
+    assert not (tmp_path / "secrets" / "ray_token").exists()
+
+
+def test_a_secret_that_is_empty_is_made_anew(secrets: Path) -> None:
+    kept = (secrets / "postgres_password").read_text(encoding="utf-8")
+    (secrets / "ray_token").unlink()
+    (secrets / "ray_token").touch(mode=0o444)
+    subprocess.run(["sh", str(secrets.parent / "secrets.sh")], check=True, capture_output=True)
+    assert len((secrets / "ray_token").read_text(encoding="utf-8")) == 64
+    assert stat.S_IMODE((secrets / "ray_token").stat().st_mode) == 0o444
+    assert (secrets / "postgres_password").read_text(encoding="utf-8") == kept
 
 
 def test_git_takes_no_secrets() -> None:

@@ -68,6 +68,21 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ({"policy": "policies/mine.yaml"}, "policy mine, first to last"),
+        ({"policy": None, "dry_run": True}, "dry run, policy of the job, first to last"),
+        ({"rollback": "c1cc7a", "start": DATES[0]}, "rollback of c1cc7a, 2026-11-01 to last"),
+    ],
+)
+def test_the_name_of_a_run_says_where_rows_go(
+    given: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backfill, "runtime", SimpleNamespace(flow_run=SimpleNamespace(parameters=given)))
+    assert backfill._run_name() == name
+
+
 def move(num: int, at_once: int) -> list[RemoderateReport]:
     steps: Any = None
     return backfill._all_partitions(steps, JOB, DATES[:num], None, None, False, at_once)

@@ -67,13 +67,20 @@ def list_files(uri: str, extension: str, stores: Stores, catalog: Address | None
     return sorted(name for name in found if name.lower().endswith(extension))
 
 
+def _hidden(names: pa.Array) -> pa.Array:
+    may_be = pc.match_substring_regex(names, "(^|/)[._]")  # Arrow's expressions look at nothing ahead
+    if not pc.any(may_be).as_py():
+        return may_be
+    return pa.array([HIDDEN.search(name) is not None for name in names.to_pylist()])
+
+
 def _list_store(address: Address, stores: Stores, catalog: Address | None) -> Iterator[pa.RecordBatch]:
     store, prefix = stores.locate(str(address))
     skip = len(prefix) + 1 if prefix else 0
     try:
         for batch in _pages(store, prefix or None):
             names = pc.utf8_slice_codeunits(batch["path"], start=skip)
-            shown = pa.array([name != "" and not HIDDEN.search(name) for name in names.to_pylist()], pa.bool_())
+            shown = pc.and_(pc.not_equal(names, ""), pc.invert(_hidden(names)))
             if catalog is not None:
                 shown = pc.and_(shown, pc.invert(pc.starts_with(batch["path"], f"{catalog.path}/")))
             batch = batch.filter(shown)

@@ -115,6 +115,9 @@ def test_answers_by_type_and_without_one() -> None:
     assert scored.figures["accuracy"].value == pytest.approx(2 / 3)
     assert scored.groups["question type"]["what"]["accuracy"].value == 0.0
     assert scored.groups["answer type"]["other"]["accuracy"].num == 3
+    one = scored.groups["question type"]["what"]["accuracy"]
+    assert one.low == pytest.approx(0.0)
+    assert one.high == pytest.approx(0.7935, abs=1e-4), "one wrong answer does not say that all will be"
 
 
 def test_answers_are_read_from_the_catalogs_column_by_question() -> None:

@@ -28,7 +28,8 @@ class RemoderateReport(Frozen):
         examples: a few images of each change of decision, with uri and reason.
         partitions: rows moved by ingest date.
         runs_beside: runs of `enrich` that were at work at the end, or dead for less than ten minutes, with the policy
-            that rows come under which they commit later.
+            that rows come under which they commit later. One that still loads its models has no record yet, and is
+            not among them.
     """
 
     run_id: str

@@ -116,7 +116,8 @@ def evaluate_predictions(data: Dataset, path: Path) -> EvaluationReport:
             end of its path; of answer, ``[{question_id, answer}]``.
 
     Raises:
-        EvaluationError: they cannot be read, the task has no such format, or a name is that of two images.
+        EvaluationError: they cannot be read, the task has no such format, a name is that of two images, or one image
+            or question has two that differ.
     """
     start = time.monotonic()
     if data.task not in ("caption", "answer"):
@@ -128,7 +129,10 @@ def evaluate_predictions(data: Dataset, path: Path) -> EvaluationReport:
         isinstance(item, Mapping) and item.get(name) is not None and isinstance(item.get(text), str) for item in content
     ):
         raise EvaluationError(f"{path} is no list of {{{name}, {text}}}", remedy="Write the field's result format.")
-    said: dict[str, str | None] = {str(item[name]): item[text] for item in content}
+    said: dict[str, str | None] = {}
+    for item in content:
+        if said.setdefault(str(item[name]), item[text]) != item[text]:
+            raise EvaluationError(f"{path}: {name} {item[name]} stands twice", remedy=f"Keep one {text} for each.")
     if data.task == "caption":
         scored, missing = _given_captions(data, said, path)
     else:
@@ -147,6 +151,11 @@ def _given_captions(data: Dataset, said: Mapping[str, str | None], path: Path) -
     captions: list[str | None] = [None] * data.rows.num_rows
     for name, row in places.items():
         if name in said:
+            if captions[row] not in (None, said[name]):
+                raise EvaluationError(
+                    f"{path}: image_id {name} is another name of an image that has a caption",
+                    remedy="Keep one caption for each.",
+                )
             captions[row] = said[name]
     return score_captions(captions, data.rows["captions"].to_pylist()), captions.count(None)
 

@@ -342,6 +342,18 @@ def test_a_truth_that_does_not_fit(tmp_path: Path) -> None:
             read_dataset("moderate", data, ReadOptions(truth=truth, **options))
 
 
+def test_a_column_that_data_and_truth_hold_differently_is_not_measured(tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_text("id,uri,flag,note\n1,a.jpg,false,x\n2,b.jpg,true,y\n")
+    data, truth = str(tmp_path / "m.csv"), tmp_path / "t.csv"
+    truth.write_text("id,uri,flag,note\n2,far/b.jpg,true,z\n1,far/a.jpg,true,z\n")
+    with pytest.raises(EvaluationError, match=r"m.csv and .*t.csv differ in their columns flag: 'false', 'true'"):
+        read_dataset("moderate", data, ReadOptions(truth=truth, on="id"))
+    truth.write_text("id,uri,flag,note\n2,far/b.jpg,true,z\n1,far/a.jpg,false,z\n")
+    rows = read_dataset("moderate", data, ReadOptions(truth=truth, on="id")).rows
+    assert [Path(uri).name for uri in rows["uri"].to_pylist()] == ["a.jpg", "b.jpg"], "images are those of the data"
+    assert rows["flag"].to_pylist() == [False, True]
+
+
 def test_a_question_id_that_stands_twice_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "q.csv"
     path.write_text("uri,question_id,question,answers\na.jpg,1,who,me\nb.jpg,1,who,you\n")

@@ -115,6 +115,9 @@ def test_answers_by_type_and_without_one() -> None:
     assert scored.figures["accuracy"].value == pytest.approx(2 / 3)
     assert scored.groups["question type"]["what"]["accuracy"].value == 0.0
     assert scored.groups["answer type"]["other"]["accuracy"].num == 3
+    one = scored.groups["question type"]["what"]["accuracy"]
+    assert one.low == pytest.approx(0.0)
+    assert one.high == pytest.approx(0.7935, abs=1e-4), "one wrong answer does not say that all will be"
 
 
 def test_answers_are_read_from_the_catalogs_column_by_question() -> None:
@@ -184,6 +187,11 @@ def test_predictions_from_a_file(tmp_path: Path) -> None:
     path.write_text(json.dumps({"1": "yes"}))
     with pytest.raises(EvaluationError, match=r"is no list of \{question_id, answer\}"):
         evaluate_predictions(data, path)
+    path.write_text(json.dumps([{"question_id": 1, "answer": "yes"}, {"question_id": "1", "answer": "yes"}]))
+    assert evaluate_predictions(data, path).figures["accuracy"].value == 0.5, "the same once more"
+    path.write_text(json.dumps([{"question_id": 1, "answer": "yes"}, {"question_id": 1, "answer": "no"}]))
+    with pytest.raises(EvaluationError, match="question_id 1 stands twice"):
+        evaluate_predictions(data, path)
 
 
 @pytest.mark.usefixtures("no_java")
@@ -197,6 +205,11 @@ def test_captions_from_a_file_by_number_or_name(tmp_path: Path) -> None:
     assert report.num_missing == 1
     path.write_text(json.dumps([{"image_id": "b.jpg", "caption": "two dogs in a car"}]))
     assert evaluate_predictions(Dataset("caption", "c", rows), path).figures["ROUGE-L"].value == pytest.approx(0.5)
+    for other, named in (("b.jpg", "b.jpg stands twice"), ("/x/b.jpg", "/x/b.jpg is another name of an image that")):
+        named_twice = [{"image_id": "b.jpg", "caption": "two dogs in a car"}, {"image_id": other, "caption": "a cow"}]
+        path.write_text(json.dumps(named_twice))
+        with pytest.raises(EvaluationError, match=f"image_id {named}"):
+            evaluate_predictions(Dataset("caption", "c", rows), path)
     match = table_of("match", {"uri": ["a"], "key": ["k"], "text": ["t"], "match": [True]})
     with pytest.raises(EvaluationError, match="match has no format of predictions"):
         evaluate_predictions(Dataset("match", "m", match), path)

@@ -59,12 +59,18 @@ def read_manifest(task: EvaluationTask, path: Path, options: ReadOptions) -> Dat
     options.check_only(("images", "truth", "on", "where", "columns"), str(path), "tables")
     if options.on is not None and options.truth is None:
         raise EvaluationError(f"--on {options.on} without --truth", remedy="Name the table to join, or leave it out.")
-    table, truth = _load(path), options.truth
+    table, truth, differing = _load(path), options.truth, dict[str, str]()
     if truth is not None:
-        table = _joined(table, path, _load(truth), truth, options.on)
+        table, differing = _joined(table, path, _load(truth), truth, options.on)
     if options.where is not None:
         table = _filtered(table, options.where, path)
     found = _roles(task, table, options.columns, path)
+    for role, column in found.items():
+        if role != "uri" and column in differing:  # whichever is not meant would make another figure
+            raise EvaluationError(
+                f"{path} and {truth} differ in their columns {column}: {differing[column]}",
+                remedy=f"Rename one of them, and name the one that is meant with --column {role}=NAME.",
+            )
     given = {role: table[name].to_pylist() for role, name in found.items()}
     parent = parse_address(options.images if options.images is not None else str(path.parent))
     for row, uri in enumerate(given["uri"]):
@@ -250,7 +256,10 @@ def _load(path: Path) -> pa.Table:
     return pa.concat_tables([file.schema.empty_table(), *file.batches()])
 
 
-def _joined(table: pa.Table, path: Path, truth: pa.Table, truth_path: Path, on: str | None) -> pa.Table:
+def _joined(
+    table: pa.Table, path: Path, truth: pa.Table, truth_path: Path, on: str | None
+) -> tuple[pa.Table, dict[str, str]]:
+    """The table with the columns that the truth has besides; and of those of both the ones that differ, and in what."""
     shared = [name for name in table.column_names if name in truth.column_names]
     if on is None and len(shared) != 1:
         found = f"share the columns {', '.join(shared)}" if shared else "share no column"
@@ -269,11 +278,17 @@ def _joined(table: pa.Table, path: Path, truth: pa.Table, truth_path: Path, on: 
             f"{truth_path} says nothing of {by} {missing[0]} and {len(missing) - 1:,} more rows",
             remedy=f"Add them, or leave the rows out of {path.name}.",
         )
+    differing: dict[str, str] = {}
     # Not Arrow's own join, which takes no lists.
     for name in truth.column_names:
         if name not in shared:
             table = table.append_column(truth.schema.field(name), truth[name].take(rows))
-    return table
+        elif name != by:
+            pairs = zip(table[name].to_pylist(), truth[name].take(rows).to_pylist(), strict=True)
+            first = next((pair for pair in pairs if pair[0] != pair[1]), None)
+            if first is not None:
+                differing[name] = ", ".join(repr(str(value)[:60]) for value in first)
+    return table, differing
 
 
 def _filtered(table: pa.Table, where: str, path: Path) -> pa.Table:

@@ -167,6 +167,23 @@ def test_the_projected_rate_is_that_of_the_narrowest_place() -> None:
     assert limited_by == "the processors, most of all pool embed"
 
 
+def test_actors_for_which_there_is_no_gpu_speed_nothing_up() -> None:
+    cluster = Cluster(cpus=16, gpus=1, num_nodes=1, embedded=True)
+    alone = plan(1_000.0, gpus=1.0, max_actors=8)
+    assert _projected([alone], cluster, core_s=0.001) == (1_000.0, "pool embed")
+    # Decoding has the cores of the actors that never start.
+    assert _projected([alone], cluster, core_s=0.1)[0] == pytest.approx(15 / 0.1)
+    thirds = plan(100.0, gpus=0.3, max_actors=8)
+    assert _projected([thirds], cluster, core_s=0.001) == (300.0, "pool embed")
+    matching = PoolConfig(tasks=("match",), gpus=0.5, max_actors=4)
+    shared = [plan(500.0, gpus=0.5, max_actors=4), _planned(matching, [trial(8, 250.0)], 100)]
+    rate, limited_by = _projected(shared, cluster, core_s=0.001)
+    assert rate == pytest.approx(1 / (0.5 / 500 + 0.5 / 250))
+    assert limited_by == "the GPUs, most of all pool match"
+    growing = Cluster(cpus=16, gpus=1, num_nodes=1, embedded=False)
+    assert _projected([alone], growing, core_s=0.001)[0] == 8_000.0, "such a cluster may get the nodes for them"
+
+
 @pytest.mark.parametrize(
     ("num_images", "batch_size", "max_rows", "row_bytes", "expected"),
     [

@@ -159,7 +159,9 @@ def _sized(plan: PoolPlan, plans: list[PoolPlan], cluster: Cluster, core_s: floa
         busy_s = [_cores(other.pool) / max(other.images_per_s, 1e-9) for other in plans if not other.pool.gpus]
         mine = _cores(pool) / max(plan.images_per_s, 1e-9)
         num_actors = max(1, math.floor(cluster.cpus * mine / (sum(busy_s) + core_s) / _cores(pool) + 0.5))
-        num_actors = min(num_actors, _fitting(cluster.cpus, pool.cpus))
+        held = sum(other.memory_bytes for other in plans if not other.pool.gpus)
+        fitting = _fitting(cluster.memory, held) if math.isfinite(cluster.memory) else num_actors
+        num_actors = min(num_actors, fitting, _fitting(cluster.cpus, pool.cpus))
     return plan.model_copy(update={"pool": PoolConfig(**pool.model_dump(exclude_unset=True), max_actors=num_actors)})
 
 

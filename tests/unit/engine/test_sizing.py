@@ -154,6 +154,25 @@ def test_processors_are_split_by_what_an_image_takes_in_each_place() -> None:
     assert _sized(light, [light], cluster, 0.1).pool.max_actors == 8
 
 
+def test_processors_get_no_more_actors_than_there_is_memory_for() -> None:
+    cluster = Cluster(cpus=16, gpus=0, num_nodes=1, embedded=True, memory=11.0)
+    large = plan(2.0, cpus=1.0).model_copy(update={"memory_bytes": 4})
+    assert _sized(large, [large], cluster, 0.01).pool.max_actors == 2
+    smaller = plan(2.0, cpus=1.0).model_copy(update={"memory_bytes": 1})
+    pools = [large, smaller]
+    assert [_sized(each, pools, cluster, 0.01).pool.max_actors for each in pools] == [2, 2]
+    on_gpu = plan(500.0, gpus=1.0).model_copy(update={"memory_bytes": 40})
+    assert _sized(smaller, [on_gpu, smaller], cluster, 0.01).pool.max_actors == 11, "a GPU has its own"
+    said = plan(2.0, cpus=1.0, max_actors=4).model_copy(update={"memory_bytes": 4})
+    assert _sized(said, [said], cluster, 0.01).pool.max_actors == 4
+
+
+def test_the_memory_of_a_container_is_what_its_limit_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trials_module, "get_system_memory", lambda: 4 << 30)
+    _, memory_total = tried(monkeypatch, Sleeping())
+    assert memory_total == 4 << 30
+
+
 def test_the_projected_rate_is_that_of_the_narrowest_place() -> None:
     cluster = Cluster(cpus=16, gpus=1, num_nodes=1, embedded=True)
     gpu = plan(1_000.0, gpus=1.0, max_actors=1)

@@ -6,6 +6,7 @@ left out: it is its authors' program.
 
 from __future__ import annotations
 
+import argparse
 import resource
 import time
 from collections.abc import Callable
@@ -57,6 +58,7 @@ def measure() -> dict[str, float]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     found = measure()
     for name, value in found.items():
         print(f"{name:32} {value:8.2f}")

@@ -10,6 +10,7 @@ Few photographs: mind the interval.
 
 from __future__ import annotations
 
+import argparse
 import math
 from importlib import resources
 from pathlib import Path
@@ -44,6 +45,7 @@ def wilson(hits: int, count: int) -> tuple[float, float]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     detector = OpenNsfw.load()
     request = PixelRequest(SIZE, "bilinear", VIEWS)
     scores: dict[str, float] = {}

@@ -40,7 +40,9 @@ _COLOURS = {"ok": "green", "allow": "green", "review": "yellow", "warn": "yellow
 def print_report(report: RunReport, console: Console) -> None:
     """Prints what a run did, where its time went, and what to do next."""
     if report.status == "nothing_due":
-        console.print(f"Nothing due: all {report.num_unchanged:,} images of {escape(report.source)} are up to date.")
+        number = f"{'' if report.num_exhausted or report.num_erased else 'all '}{report.num_unchanged:,}"
+        console.print(f"Nothing due: {number} images of {escape(report.source)} are up to date.")
+        _print_left_out_note(report, console)
         _print_columns_note(report.num_columns_updated, console)
         _print_policy_note(report.num_policy_differs, console)
         _print_unwatched_note(report.num_unwatched, console)
@@ -54,6 +56,7 @@ def print_report(report: RunReport, console: Console) -> None:
         f"[bold]{rows:,} images[/bold] in {duration(report.seconds)}, {rate}: "
         f"{report.num_added:,} new, {report.num_replaced:,} updated, {report.num_unchanged:,} were up to date"
     )
+    _print_left_out_note(report, console)
     if report.num_by_others:
         console.print(f"{report.num_by_others:,} more were committed by another run meanwhile")
     _print_columns_note(report.num_columns_updated, console)
@@ -129,12 +132,7 @@ def print_plan(summary: PlanSummary, console: Console) -> None:
         console.print(f"{summary.num_due:,} are due, the limit leaves {summary.num_planned:,}")
     if summary.num_duplicates:
         console.print(f"{summary.num_duplicates:,} references repeat an image and count once")
-    if summary.num_exhausted:
-        console.print(
-            f"{summary.num_exhausted:,} failed three times and are left alone; --retry failed,missing tries them"
-        )
-    if summary.num_erased:
-        console.print(f"{summary.num_erased:,} were erased from the catalog and are left out")
+    _print_left_out_note(summary, console)
     table = _table("task", "images", "because")
     for task, reasons in summary.due.items():
         because = ", ".join(f"{reason} {count:,}" for reason, count in reasons.items())
@@ -241,6 +239,15 @@ def _print_examples(name: str, examples: Sequence[Example], console: Console) ->
 def _answers(example: Example) -> str:
     parts = [f"{answer['question']} {answer['answer'] or '-'}" for answer in example.answers or ()]
     return escape(printable("; ".join(parts) or "-"))
+
+
+def _print_left_out_note(counts: PlanSummary | RunReport, console: Console) -> None:
+    if counts.num_exhausted:
+        console.print(
+            f"{counts.num_exhausted:,} failed three times and are left alone; --retry failed,partial,missing tries them"
+        )
+    if counts.num_erased:
+        console.print(f"{counts.num_erased:,} were erased from the catalog and are left out")
 
 
 def _print_unwatched_note(num_unwatched: int, console: Console) -> None:

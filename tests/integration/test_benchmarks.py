@@ -22,9 +22,11 @@ from benchmarks import (
     blip_caption,
     clip_embed,
     decode,
+    evaluation,
     gpu_attention,
     gpu_enrich,
     gpu_pool,
+    opennsfw,
     random_models,
     rates,
     scaling,
@@ -55,6 +57,22 @@ def run(script: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch, *opti
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     assert {"processor", "cores", "versions", "measured_at"} <= found["machine"].keys()
     return found
+
+
+@pytest.mark.parametrize("script", [evaluation, opennsfw])
+def test_a_script_without_options_measures_nothing_where_it_is_given_one(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("it was to write results")
+
+    monkeypatch.setattr(script, "save_result", fail)
+    for option, code in (("--help", 0), ("--count", 2)):
+        monkeypatch.setattr(sys, "argv", [script.__name__, option])
+        with pytest.raises(SystemExit) as ended:
+            script.main()
+        assert ended.value.code == code
+    assert str(script.__doc__).splitlines()[0] in capsys.readouterr().out
 
 
 def test_decode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,6 +90,23 @@ def test_a_run_says_in_how_many_rows_it_updated_columns(status: str) -> None:
         assert said == bool(count)
 
 
+@pytest.mark.parametrize("status", ["done", "nothing_due"])
+def test_a_run_does_not_call_images_up_to_date_that_it_left_out(status: str) -> None:
+    facts = {"run_id": "r", "status": status, "source": "list.csv", "catalog": "c", "profile": "starter"}
+    facts |= {"tasks": ("embed",), "date": dt.date(2026, 3, 1), "started_at": dt.datetime.now(dt.UTC)}
+    console = Console(record=True, width=200)
+    left_out = {"num_listed": 6, "num_unchanged": 3, "num_exhausted": 2, "num_erased": 1}
+    print_report(RunReport.model_validate(facts | left_out), console)
+    said = console.export_text()
+    assert "all 3" not in said
+    assert "2 failed three times and are left alone; --retry failed,partial,missing tries them" in said
+    assert "1 were erased from the catalog and are left out" in said
+    print_report(RunReport.model_validate(facts | {"num_listed": 3, "num_unchanged": 3}), console)
+    said = console.export_text()
+    assert ("all 3 images of list.csv are up to date" in said) == (status == "nothing_due")
+    assert "left" not in said
+
+
 def test_a_run_says_how_many_images_their_servers_still_had() -> None:
     facts = {"run_id": "r", "status": "done", "source": "list.csv", "catalog": "c", "profile": "starter"}
     facts |= {"tasks": ("embed",), "date": dt.date(2026, 3, 1), "started_at": dt.datetime.now(dt.UTC)}

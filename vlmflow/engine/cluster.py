@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import sys
@@ -34,12 +35,14 @@ class Cluster:
         cpus: CPUs of all nodes.
         gpus: GPUs of all nodes.
         embedded: started by this process, and stopped with it.
+        memory: bytes of all nodes that Ray leaves to workers, beside its object store; inf: not known.
     """
 
     cpus: float
     gpus: float
     num_nodes: int
     embedded: bool
+    memory: float = math.inf
 
     @contextlib.contextmanager
     def worker_errors(self) -> Iterator[WorkerErrors]:
@@ -103,6 +106,7 @@ def ray_cluster(config: RayConfig) -> Iterator[Cluster]:
                 gpus=resources.get("GPU", 0.0),
                 num_nodes=sum(1 for node in ray.nodes() if node["Alive"]),
                 embedded=not already and config.address is None,
+                memory=resources.get("memory", math.inf),
             )
     finally:
         _connection.leave()

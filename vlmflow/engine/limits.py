@@ -8,6 +8,8 @@ from vlmflow.engine.stages import PoolReport, StageReport
 
 _MIN_BUSY = 0.8  # share of its time from which a pool is what limits a run
 _MIN_STARTUP = 0.5
+_AT_DEVICE = "More or faster devices"
+_AT_ENDPOINT = "More requests at once (endpoint.max_concurrency, max_actors), or an endpoint that answers sooner,"
 _DOING = {"read": "reading the images", "decode": "decoding", "feed": "decoding in the pools"}
 
 
@@ -31,7 +33,7 @@ def what_limited(report: RunReport) -> str:
         sentences.append(
             f"{then}the models. Pool {'+'.join(pool.tasks)} was busy {share:.0%} of its time, most of it with "
             f"{slowest} ({duration(busy.get(slowest, 0.0))}{_of_ceiling(stages.get(slowest))}). "
-            "More or faster devices would make such a run shorter."
+            f"{_AT_ENDPOINT if slowest in report.usage else _AT_DEVICE} would make such a run shorter."
         )
     else:
         slower = max(_DOING, key=lambda stage: busy.get(stage, 0.0))

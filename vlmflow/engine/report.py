@@ -242,6 +242,8 @@ def finished_report(
     """
     num_after_first = sum(commit.rows for commit in collected.commits) - num_first
     working_s = seconds - startup_s
+    # What one block alone took fell into the start-up, and has no share of the time after it.
+    cpu_s = max(0.0, working_s) * num_cpus if num_after_first > 0 else 0.0
     return report.model_copy(
         update={
             "status": status,
@@ -261,7 +263,7 @@ def finished_report(
             "errors": dict(collected.errors),
             "images_per_s": round(max(0, num_after_first) / working_s, 2) if working_s > 0 else 0.0,
             "bytes_read": int(collected.sums["bytes_read"]),
-            "stages": stage_reports(report.tasks, collected, max(0.0, working_s) * num_cpus),
+            "stages": stage_reports(report.tasks, collected, cpu_s),
             "pools": pool_reports(collected),
             "usage": _usage(report.tasks, collected),
             "commits": tuple(collected.commits),

@@ -159,7 +159,9 @@ def _sized(plan: PoolPlan, plans: list[PoolPlan], cluster: Cluster, core_s: floa
         busy_s = [_cores(other.pool) / max(other.images_per_s, 1e-9) for other in plans if not other.pool.gpus]
         mine = _cores(pool) / max(plan.images_per_s, 1e-9)
         num_actors = max(1, math.floor(cluster.cpus * mine / (sum(busy_s) + core_s) / _cores(pool) + 0.5))
-        num_actors = min(num_actors, _fitting(cluster.cpus, pool.cpus))
+        held = sum(other.memory_bytes for other in plans if not other.pool.gpus)
+        fitting = _fitting(cluster.memory, held) if math.isfinite(cluster.memory) else num_actors
+        num_actors = min(num_actors, fitting, _fitting(cluster.cpus, pool.cpus))
     return plan.model_copy(update={"pool": PoolConfig(**pool.model_dump(exclude_unset=True), max_actors=num_actors)})
 
 
@@ -169,15 +171,30 @@ def _fitting(there: float, share: float) -> int:
 
 
 def _projected(plans: list[PoolPlan], cluster: Cluster, core_s: float) -> tuple[float, str]:
-    """Images a second, and what limits them: the slowest pool, or the processors that all share."""
-    limits = {_name(plan): plan.pool.max_actors * plan.images_per_s for plan in plans}
-    used = sum(plan.pool.max_actors * plan.pool.cpus for plan in plans if plan.pool.gpus)
+    """Images a second, and what limits them: the slowest pool, or the GPUs or processors that all share."""
+    with_gpu = [plan for plan in plans if plan.pool.gpus]
+    limits = {_name(plan): _at_once(plan.pool, cluster) * plan.images_per_s for plan in plans}
+    if len(with_gpu) > 1 and cluster.embedded:
+        gpu_s_of = {_name(plan): plan.pool.gpus / max(plan.images_per_s, 1e-9) for plan in with_gpu}
+        limits[f"the GPUs, most of all {_largest(gpu_s_of)}"] = cluster.gpus / sum(gpu_s_of.values())
+    used = sum(_at_once(plan.pool, cluster) * plan.pool.cpus for plan in with_gpu)
     core_s_of = {_name(plan): _cores(plan.pool) / max(plan.images_per_s, 1e-9) for plan in plans if not plan.pool.gpus}
     core_s_of["decoding"] = core_s
-    most = max(core_s_of, key=lambda name: core_s_of[name])
-    limits[f"the processors, most of all {most}"] = max(1.0, cluster.cpus - used) / sum(core_s_of.values())
+    num_cores = max(1.0, cluster.cpus - used)
+    limits[f"the processors, most of all {_largest(core_s_of)}"] = num_cores / sum(core_s_of.values())
     limited_by = min(limits, key=lambda name: limits[name])
     return limits[limited_by], limited_by
+
+
+def _at_once(pool: PoolConfig, cluster: Cluster) -> int:
+    """Actors of a pool that work side by side. Other clusters than an embedded one may get GPUs for all."""
+    if not pool.gpus or not cluster.embedded:
+        return pool.max_actors
+    return min(pool.max_actors, _fitting(cluster.gpus, pool.gpus))
+
+
+def _largest(amounts: dict[str, float]) -> str:
+    return max(amounts, key=lambda name: amounts[name])
 
 
 def _name(plan: PoolPlan) -> str:

@@ -23,7 +23,8 @@ class StageReport(Frozen):
         busy_s: seconds of work, all workers together.
         images_per_busy_s: images per second of work of one worker.
         busy_share: of a task and of feed, its share of its pool's time between first and last batch; of read and
-            decode, of all processors' time after the start-up. None: not known.
+            decode, of all processors' time after the start-up, 1 at most: what was read ahead in it counts too. None:
+            not known, or all of it fell into the start-up.
         waiting_share: of a task, the share of that time in which its pool waited for images.
         tflops_per_s: of a task, what its models computed while it was at work; None: not counted.
         share_of_ceiling: that over the speed of a plain product of large matrices, measured in the same workers.
@@ -61,7 +62,7 @@ def stage_reports(tasks: tuple[str, ...], collected: Collected, cpu_s: float) ->
     """The stages that did anything, in order.
 
     Args:
-        cpu_s: seconds of all processors after the start-up; 0: not known.
+        cpu_s: seconds of all processors after the start-up; 0: not known, or no image was done in it.
     """
     sums, num_rows = collected.sums, collected.num_rows
     pool_of = {task: name for name in _pool_names(collected) for task in name.split("+")}

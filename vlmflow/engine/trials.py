@@ -11,6 +11,7 @@ from contextlib import closing
 
 import numpy as np
 import pyarrow as pa
+from ray._common.utils import get_system_memory  # psutil knows no limits of containers
 
 from vlmflow.config import Frozen, PoolConfig
 from vlmflow.engine import columns
@@ -156,9 +157,7 @@ def _memory_used(*, is_gpu: bool) -> int:
 
 def _memory_total(*, is_gpu: bool) -> int:
     if not is_gpu:
-        import psutil
-
-        return int(psutil.virtual_memory().total)
+        return int(get_system_memory())
     import torch
 
     return int(torch.cuda.mem_get_info()[1])

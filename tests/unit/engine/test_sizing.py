@@ -154,6 +154,25 @@ def test_processors_are_split_by_what_an_image_takes_in_each_place() -> None:
     assert _sized(light, [light], cluster, 0.1).pool.max_actors == 8
 
 
+def test_processors_get_no_more_actors_than_there_is_memory_for() -> None:
+    cluster = Cluster(cpus=16, gpus=0, num_nodes=1, embedded=True, memory=11.0)
+    large = plan(2.0, cpus=1.0).model_copy(update={"memory_bytes": 4})
+    assert _sized(large, [large], cluster, 0.01).pool.max_actors == 2
+    smaller = plan(2.0, cpus=1.0).model_copy(update={"memory_bytes": 1})
+    pools = [large, smaller]
+    assert [_sized(each, pools, cluster, 0.01).pool.max_actors for each in pools] == [2, 2]
+    on_gpu = plan(500.0, gpus=1.0).model_copy(update={"memory_bytes": 40})
+    assert _sized(smaller, [on_gpu, smaller], cluster, 0.01).pool.max_actors == 11, "a GPU has its own"
+    said = plan(2.0, cpus=1.0, max_actors=4).model_copy(update={"memory_bytes": 4})
+    assert _sized(said, [said], cluster, 0.01).pool.max_actors == 4
+
+
+def test_the_memory_of_a_container_is_what_its_limit_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trials_module, "get_system_memory", lambda: 4 << 30)
+    _, memory_total = tried(monkeypatch, Sleeping())
+    assert memory_total == 4 << 30
+
+
 def test_the_projected_rate_is_that_of_the_narrowest_place() -> None:
     cluster = Cluster(cpus=16, gpus=1, num_nodes=1, embedded=True)
     gpu = plan(1_000.0, gpus=1.0, max_actors=1)
@@ -165,6 +184,23 @@ def test_the_projected_rate_is_that_of_the_narrowest_place() -> None:
     rate, limited_by = _projected([cpu], cluster, core_s=0.1)
     assert rate == pytest.approx(16 / 0.6)
     assert limited_by == "the processors, most of all pool embed"
+
+
+def test_actors_for_which_there_is_no_gpu_speed_nothing_up() -> None:
+    cluster = Cluster(cpus=16, gpus=1, num_nodes=1, embedded=True)
+    alone = plan(1_000.0, gpus=1.0, max_actors=8)
+    assert _projected([alone], cluster, core_s=0.001) == (1_000.0, "pool embed")
+    # Decoding has the cores of the actors that never start.
+    assert _projected([alone], cluster, core_s=0.1)[0] == pytest.approx(15 / 0.1)
+    thirds = plan(100.0, gpus=0.3, max_actors=8)
+    assert _projected([thirds], cluster, core_s=0.001) == (300.0, "pool embed")
+    matching = PoolConfig(tasks=("match",), gpus=0.5, max_actors=4)
+    shared = [plan(500.0, gpus=0.5, max_actors=4), _planned(matching, [trial(8, 250.0)], 100)]
+    rate, limited_by = _projected(shared, cluster, core_s=0.001)
+    assert rate == pytest.approx(1 / (0.5 / 500 + 0.5 / 250))
+    assert limited_by == "the GPUs, most of all pool match"
+    growing = Cluster(cpus=16, gpus=1, num_nodes=1, embedded=False)
+    assert _projected([alone], growing, core_s=0.001)[0] == 8_000.0, "such a cluster may get the nodes for them"
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from collections import Counter
 
 import pytest
 
 from vlmflow.engine.collect import Collected
+from vlmflow.engine.report import CommitReport, RunReport, finished_report
 from vlmflow.engine.stages import pool_reports, stage_reports
 
 
@@ -37,6 +39,27 @@ def test_stages_say_how_their_time_went_and_what_the_models_reached() -> None:
     assert stages["caption"].images_per_busy_s == 5.0
     assert stages["caption"].tflops_per_s == pytest.approx(0.5)
     assert stages["caption"].share_of_ceiling is None, "its ceiling was not measured"
+
+
+def test_what_was_read_in_the_start_up_alone_has_no_share_of_the_time_after_it() -> None:
+    facts = {"run_id": "r", "status": "running", "source": "a", "catalog": "c", "profile": "starter"}
+    facts |= {"tasks": ("embed",), "date": dt.date(2026, 3, 1), "started_at": dt.datetime.now(dt.UTC)}
+    found = collected()
+    found.commits.append(CommitReport(rows=100, at_s=1.0, seconds=0.1))
+    for num_first, share in ((100, None), (50, 1.0)):
+        report = finished_report(
+            RunReport.model_validate(facts),
+            found,
+            "done",
+            "",
+            seconds=42.0,
+            startup_s=40.0,
+            num_first=num_first,
+            num_cpus=2.0,
+        )
+        stages = {stage.stage: stage for stage in report.stages}
+        assert stages["decode"].busy_share == share
+        assert stages["embed"].busy_share == 0.4
 
 
 def test_nothing_is_said_of_what_did_nothing() -> None:

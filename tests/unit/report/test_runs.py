@@ -44,3 +44,14 @@ def test_what_limited_the_run_is_said_with_figures(given: dict[str, Any], said: 
     found = what_limited(RunReport.model_validate(record("r", **given)))
     assert found.startswith(said)
     assert bool(found) == bool(said)
+
+
+def test_a_pool_that_waits_for_its_endpoint_gains_nothing_from_faster_devices() -> None:
+    pools = [{"tasks": ["embed", "caption"], "batches": 1, "busy_s": 95.0, "waiting_s": 5.0}]
+    spent = {"requests": 3, "input_tokens": 0, "output_tokens": 0, "cost": 0.0}
+    stages = [{"stage": "caption", "images": 3, "busy_s": 80.0, "images_per_busy_s": 0.1}]
+    for usage in ({}, {"caption": spent}):
+        found = what_limited(RunReport.model_validate(record("r", pools=pools, stages=stages, usage=usage)))
+        assert "most of it with caption (1 min 20 s)" in found
+        assert ("More or faster devices" in found) == (not usage)
+        assert ("endpoint.max_concurrency" in found) == bool(usage)

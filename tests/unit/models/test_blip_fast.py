@@ -130,26 +130,6 @@ def test_the_step_that_cuda_records_decodes_the_same_tokens(loaded: Loaded) -> N
     assert loaded.cut(step.decode(fewer)) == loaded.generated(fewer, 20, num_beams=1)
 
 
-@pytest.mark.parametrize(
-    ("ended_after", "max_tokens", "num_steps"), [(1, 20, 4), (4, 20, 6), (5, 20, 8), (5, 7, 7), (20, 20, 20), (1, 1, 1)]
-)
-def test_decoding_stops_soon_after_the_last_caption_has_ended(
-    loaded: Loaded, monkeypatch: pytest.MonkeyPatch, ended_after: int, max_tokens: int, num_steps: int
-) -> None:
-    images = loaded.features(3)
-    step = FixedStep(loaded.decoder, loaded.special, images, 4, max_tokens)
-    taken: list[int] = []
-
-    def take(self: FixedStep) -> None:
-        taken.append(len(taken) + 1)
-        if len(taken) == ended_after:
-            self._running.fill_(False)
-
-    monkeypatch.setattr(FixedStep, "_step", take)
-    assert step.decode(images).shape == (3, num_steps)
-    assert len(taken) == num_steps
-
-
 @pytest.mark.parametrize(("code", "goes_on"), [(901, True), (None, False), (2, False)])
 def test_what_cannot_be_captured_runs_without_a_graph(
     loaded: Loaded, code: int | None, goes_on: bool, monkeypatch: pytest.MonkeyPatch

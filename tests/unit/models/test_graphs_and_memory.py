@@ -66,6 +66,30 @@ def step_of(device: Device) -> FixedStep:
     return step
 
 
+@pytest.mark.parametrize(
+    ("ended_after", "max_tokens", "num_steps"), [(1, 20, 4), (4, 20, 6), (5, 20, 8), (5, 7, 7), (20, 20, 20), (1, 1, 1)]
+)
+def test_decoding_stops_soon_after_the_last_caption_has_ended(
+    ended_after: int, max_tokens: int, num_steps: int
+) -> None:
+    step = FixedStep.__new__(FixedStep)
+    step._stream, step._graph, step._max_tokens = None, None, max_tokens
+    step._images, step._running = torch.zeros(4, 1, 2), torch.ones(4, dtype=torch.bool)
+    step._decoded = torch.zeros((4, max_tokens), dtype=torch.int64)
+    num_taken = 0
+
+    def take() -> None:
+        nonlocal num_taken
+        num_taken += 1
+        if num_taken == ended_after:
+            step._running.fill_(False)
+
+    step._reset = lambda _: None  # type: ignore[method-assign]
+    step._step = take  # type: ignore[method-assign]
+    assert step.decode(torch.ones(3, 1, 2)).shape == (3, num_steps)
+    assert num_taken == num_steps
+
+
 def test_memory_is_given_back_once_the_capture_is_done(device: Device) -> None:
     with ThreadPoolExecutor(1) as threads:
         given_back: list[Future[None]] = []

@@ -51,7 +51,7 @@ def list_objects(uri: str, stores: Stores, catalog: Address | None) -> Iterator[
     return _list_local(address, catalog) if address.is_local else _list_store(address, stores, catalog)
 
 
-def list_files(uri: str, extension: str, stores: Stores, catalog: Address | None) -> Sequence[str]:
+def list_files(uri: str, extension: str | tuple[str, ...], stores: Stores, catalog: Address | None) -> Sequence[str]:
     """The files of one kind: the uri itself if it names one, else those under it. For files of many images each.
 
     Args:

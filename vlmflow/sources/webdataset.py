@@ -10,6 +10,7 @@ else stands where a header is due is damage, and ends the run: the images behind
 
 from __future__ import annotations
 
+import logging
 import posixpath
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,11 +32,14 @@ from vlmflow.sources.uris import normalise_uri, spelled
 from vlmflow.storage import STORE_ERRORS, Address, access_error, parse_address
 from vlmflow.threads import Threads
 
+logger = logging.getLogger("vlmflow")
+
 SIDE_COLUMNS = ("txt", "json", "cls")
 _COLUMNS = pa.schema([(name, pa.string()) for name in SIDE_COLUMNS])
 _MAX_SIDE_BYTES = 1024 * 1024
 _END = 2 * tarfile.BLOCKSIZE  # of a tar file, in zeros
 _SHARDS_AT_A_TIME = 8
+_COMPRESSED = (".tgz", ".tar.bz2", ".tar.gz", ".tar.xz", ".tar.zst")
 
 
 @dataclass
@@ -89,7 +93,17 @@ class WebDatasetSource:
 
     @cached_property
     def _shards(self) -> Sequence[str]:
-        return list_files(str(self._address), ".tar", self._stores, self._catalog)
+        files = list_files(str(self._address), (".tar", *_COMPRESSED), self._stores, self._catalog)
+        shards = [uri for uri in files if uri.lower().endswith(".tar")]
+        others = sorted({*files} - {*shards})
+        if others:
+            logger.warning(
+                "%d compressed shards are left out, the first is %s: no image of a shard could be read by itself; "
+                "decompress them",
+                len(others),
+                others[0],
+            )
+        return shards
 
     def _list_shard(self, uri: str) -> Sequence[pa.RecordBatch]:
         file, head = self._stores.open_file(uri)

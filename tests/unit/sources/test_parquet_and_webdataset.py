@@ -90,6 +90,19 @@ def test_all_shards_under_a_folder_are_listed(tmp_path: Path) -> None:
         references(write_tar(tmp_path / "none.tar", {"a.txt": b"x"}))
 
 
+def test_shards_that_are_compressed_are_not_left_out_without_a_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_tar(tmp_path / "0.tar", {"a.jpg": b"x"})
+    for name in ("1.tar.gz", "2.TGZ"):
+        (tmp_path / name).write_bytes(b"\x1f\x8b")
+    with caplog.at_level("WARNING", "vlmflow"):
+        assert references(tmp_path, kind="webdataset").num_rows == 1
+    assert f"2 compressed shards are left out, the first is {tmp_path / '1.tar.gz'}" in caplog.text
+    with pytest.raises(EmptySourceError, match=r"holds no \.tar files"):
+        references(tmp_path / "2.TGZ", kind="webdataset")
+
+
 def test_the_version_of_a_member_moves_with_its_shard(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", SHARD)
     refs = references(path)

@@ -179,7 +179,7 @@ def test_a_table_joined_with_its_truth(tmp_path: Path) -> None:
     assert len({row["key"] for row in rows}) == 3
     options = ReadOptions(truth=tmp_path / "t.csv", where="title <> 'A cow'")
     rows = read_dataset("moderate", str(tmp_path / "m.csv"), options).rows.to_pylist()
-    assert [(row["labels"], row["flag"]) for row in rows] == [(["gun", "bomb"], True), ([], False)]
+    assert [(row["labels"], row["flag"]) for row in rows] == [(["bomb", "gun"], True), ([], False)]
 
 
 def test_numbers_in_a_list_and_nothing_in_a_column_are_texts(tmp_path: Path) -> None:
@@ -187,6 +187,16 @@ def test_numbers_in_a_list_and_nothing_in_a_column_are_texts(tmp_path: Path) -> 
     path.write_text('uri,question,answers,question_type\na.jpg,how many?,"[2, null, ""two""]",\n')
     (question,) = read_dataset("answer", str(path), ReadOptions()).rows["questions"][0].as_py()
     assert question["answers"] == ["2", "2"], "as the challenge spells them"
+
+
+def test_a_text_in_brackets_is_no_list_and_labels_have_no_order(tmp_path: Path) -> None:
+    path = tmp_path / "c.csv"
+    path.write_text('uri,captions\na.jpg,[Sale] Red shoe\nb.jpg,"[""x"", ""y""]"\n')
+    rows = read_dataset("caption", str(path), ReadOptions()).rows["captions"].to_pylist()
+    assert rows == [["[Sale] Red shoe"], ["x", "y"]]
+    path.write_text("uri,labels\na.jpg,gun;bomb\na.jpg,bomb;gun\n")
+    rows = read_dataset("moderate", str(path), ReadOptions()).rows["labels"].to_pylist()
+    assert rows == [["bomb", "gun"]]
 
 
 @pytest.mark.parametrize(

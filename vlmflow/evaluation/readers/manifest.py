@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from vlmflow.sources.tables import open_table
 from vlmflow.sources.uris import normalise_uri, resolve
 from vlmflow.storage import parse_address
 
+# How a list begins, JSON's or Python's, that cannot be read: texts such as "[Sale] Red shoe" are none.
+_LIST = re.compile(r"""\s*\[\s*(["'\[\]{\d-]|null\b|None\b|$)""")
 # What each task reads, and the columns that are taken for it where --column names none.
 _ROLES: dict[EvaluationTask, dict[str, tuple[str, ...]]] = {
     "retrieval": {"captions": ("captions", "caption", "title", "text")},
@@ -119,8 +122,9 @@ class _Rows:
             try:
                 found = json.loads(found)
             except ValueError as error:
-                raise self.wrong(role, row, "is no JSON list") from error
-        elif found is None:
+                if _LIST.match(found):
+                    raise self.wrong(role, row, "is no JSON list") from error
+        if found is None:
             found = []
         elif not isinstance(found, list):
             found = found.split(separator) if separator and isinstance(found, str) else [found]
@@ -210,7 +214,7 @@ def _match(rows: _Rows, name: str) -> Dataset:
 def _moderate(rows: _Rows, name: str) -> Dataset:
     found: dict[str, tuple[list[str] | None, bool]] = {}
     for row, uri in enumerate(rows.values["uri"]):
-        labels = rows.several("labels", row, ";") if rows.has("labels") else None
+        labels = sorted(set(rows.several("labels", row, ";"))) if rows.has("labels") else None
         flag = rows.flag("flag", row) if rows.has("flag") else bool(labels)
         if found.setdefault(uri, (labels, flag)) != (labels, flag):
             raise rows.wrong("flag" if rows.has("flag") else "labels", row, "contradicts an earlier row of the image")

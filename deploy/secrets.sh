@@ -2,7 +2,7 @@
 # Makes the secrets of compose.yaml, once, as files in deploy/secrets/ (not in git); those that are there stay.
 # The folder keeps other users of this machine out; the files must be readable for the users inside the containers.
 set -eu
-cd "$(dirname "$0")"
+CDPATH= cd -- "$(dirname -- "$0")"
 mkdir -p secrets
 chmod 700 secrets
 

@@ -149,7 +149,8 @@ def moderation_backfill(
         reports = _all_partitions(steps, job, dates, where, rollback, dry_run, partitions_at_once)
     title, moved = _title(reports, rollback, dry_run), sum(report.num_moved for report in reports)
     back = "" if rollback is None or not moved else f", back to {', '.join(artifacts.policies_of(reports))}"
-    return Completed(message=f"{title}: {moved:,} rows{back}, {len(dates)} partitions.")
+    of = f"{len(dates)} partition{'' if len(dates) == 1 else 's'}"
+    return Completed(message=f"{title}: {moved:,} rows{back}, {of}.")
 
 
 def _target(job: Job, rollback: str | None) -> str:

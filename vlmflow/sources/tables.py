@@ -314,6 +314,9 @@ class JsonTable:
         if isinstance(error, UnicodeEncodeError):
             message = f"{where}: a text holds half a character: {_line(error)}"
             return SourceError(message, remedy="Write both halves of the \\u escape, or leave it out.")
+        if isinstance(error, OverflowError):
+            remedy = "Store it as a string, or leave it out."
+            return SourceError(f"{where}: an integer has more than 64 bits", remedy=remedy)
         remedy = "Give each column values of one type."
         return SourceError(f"{where}: values do not fit together: {_line(error)}", remedy=remedy)
 

@@ -181,6 +181,7 @@ def test_a_row_without_a_uri_is_named(tmp_path: Path) -> None:
         ("list.jsonl", '{"uri": "a.jpg"}\n{"uri": \n', "line 2 is not JSON"),
         ("list.jsonl", '["a.jpg"]\n', "line 1 holds a list"),
         ("list.jsonl", '{"uri": "a", "x": 1}\n{"uri": "b", "x": "one"}\n', "values do not fit together"),
+        ("list.jsonl", f'{{"uri": "a"}}\n{{"uri": "b", "x": {1 << 80}}}\n', "1: an integer has more than 64 bits"),
         ("list.jsonl", '{"uri": "a", "x": {}}\n', "column x has the type struct<>"),
         ("list.jsonl", '{"uri": "a\\ud800.jpg"}\n', "lines from 1: a text holds half a character"),
         ("list.jsonl", f'{{"uri": "a", "x": {"[" * 5000}{"]" * 5000}}}\n', "line 1 is nested too deep"),

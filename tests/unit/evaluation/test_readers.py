@@ -191,9 +191,15 @@ def test_numbers_in_a_list_and_nothing_in_a_column_are_texts(tmp_path: Path) -> 
 
 def test_a_text_in_brackets_is_no_list_and_labels_have_no_order(tmp_path: Path) -> None:
     path = tmp_path / "c.csv"
-    path.write_text('uri,captions\na.jpg,[Sale] Red shoe\nb.jpg,"[""x"", ""y""]"\n')
+    path.write_text(
+        'uri,captions\na.jpg,[Sale] Red shoe\nb.jpg,"[""x"", ""y""]"\nc.jpg,[2024] Shoe\nd.jpg,[3-Pack] Shoe\n'
+    )
     rows = read_dataset("caption", str(path), ReadOptions()).rows["captions"].to_pylist()
-    assert rows == [["[Sale] Red shoe"], ["x", "y"]]
+    assert rows == [["[Sale] Red shoe"], ["x", "y"], ["[2024] Shoe"], ["[3-Pack] Shoe"]]
+    for broken in ('"[""x"", ""y"""', "\"['x', 'y']\"", '"[1, 2"', '"[null,"', "["):
+        path.write_text(f"uri,captions\na.jpg,{broken}\n")
+        with pytest.raises(EvaluationError, match="captions is no JSON list"):
+            read_dataset("caption", str(path), ReadOptions())
     path.write_text("uri,labels\na.jpg,gun;bomb\na.jpg,bomb;gun\n")
     rows = read_dataset("moderate", str(path), ReadOptions()).rows["labels"].to_pylist()
     assert rows == [["bomb", "gun"]]

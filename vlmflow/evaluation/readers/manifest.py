@@ -22,8 +22,8 @@ from vlmflow.sources.tables import open_table
 from vlmflow.sources.uris import normalise_uri, resolve
 from vlmflow.storage import parse_address
 
-# How a list begins, JSON's or Python's, that cannot be read: texts such as "[Sale] Red shoe" are none.
-_LIST = re.compile(r"""\s*\[\s*(["'\[\]{\d-]|null\b|None\b|$)""")
+# How a list begins, JSON's or Python's, that cannot be read: titles such as "[Sale] Shoe" or "[2024] Shoe" are none.
+_LIST = re.compile(r"""\s*\[\s*(["'{\[]|$|(-?[\d.]+|null|None)\s*(,|\]?\s*$))""")
 # What each task reads, and the columns that are taken for it where --column names none.
 _ROLES: dict[EvaluationTask, dict[str, tuple[str, ...]]] = {
     "retrieval": {"captions": ("captions", "caption", "title", "text")},

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import posixpath
+import re
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,8 @@ from vlmflow.threads import Threads
 logger = logging.getLogger("vlmflow")
 
 SIDE_COLUMNS = ("txt", "json", "cls")
+# What belongs to an image is hidden where that would be.
+_SIDE = re.compile(rf"\.({'|'.join(SIDE_COLUMNS)})\Z", re.IGNORECASE)
 _COLUMNS = pa.schema([(name, pa.string()) for name in SIDE_COLUMNS])
 _MAX_SIDE_BYTES = 1024 * 1024
 _END = 2 * tarfile.BLOCKSIZE  # of a tar file, in zeros
@@ -152,7 +155,7 @@ def _samples(file: BinaryIO, uri: str) -> Iterator[_Sample]:
             tar.members = []  # type: ignore[attr-defined]  # it would keep every header
             member.name = spelled(member.name.removeprefix("./"))
             is_link = member.islnk() or member.issym()
-            if not (member.isreg() or is_link) or HIDDEN.search(member.name):
+            if not (member.isreg() or is_link) or HIDDEN.search(_SIDE.sub(".jpg", member.name)):
                 continue
             if is_link:
                 member.offset_data, member.size = _followed(member, parts, uri)

@@ -57,6 +57,8 @@ SHARD = {
     "._004.jpg": b"x",
     "dir/_logs/x.jpg": b"x",
     "dir/_DSC0001.JPG": b"image 5",
+    "dir/_DSC0001.txt": b"a camera's",
+    "dir/._DSC0001.txt": b"x",
     "./dir/003.png": b"",
     f"{'long/' * 30}Grüße 004.webp": b"image 4",
 }
@@ -69,7 +71,7 @@ def test_a_shard_lists_its_images_with_what_belongs_to_them(tmp_path: Path, form
     names = ["000.jpg", "001.left.jpg", "001.right.jpg", "dir/_DSC0001.JPG", "dir/003.png"]
     names.append(f"{'long/' * 30}Grüße 004.webp")
     assert refs["uri"].to_pylist() == [f"{path}#{name}" for name in names]
-    assert refs["text"].to_pylist() == ["a caption", *[None] * 5]
+    assert refs["text"].to_pylist() == ["a caption", None, None, "a camera's", None, None]
     assert refs["source"].to_pylist()[:3] == [
         {"txt": "a caption", "json": '{"id": 0}', "cls": None},
         {"txt": None, "json": None, "cls": "7"},

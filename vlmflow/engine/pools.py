@@ -14,6 +14,7 @@ import pyarrow as pa
 from vlmflow.config import PoolConfig, TaskName
 from vlmflow.engine import columns
 from vlmflow.engine.equal_bytes import RecentResults
+from vlmflow.engine.garbage import collected_once
 from vlmflow.engine.metrics import PoolMetrics
 from vlmflow.engine.turns import Turns, Usage
 from vlmflow.engine.watchdog import at_most
@@ -39,6 +40,7 @@ _READS = {"moderate": "embed"}
 class PoolWorker:
     """Runs a pool's tasks on a batch; built once per actor, so weights load once."""
 
+    @collected_once()
     def __init__(
         self,
         pool: PoolConfig,

@@ -11,6 +11,7 @@ import ray
 from vlmflow.catalog import PlanRequest, RunConstants
 from vlmflow.config import Job, TaskName
 from vlmflow.engine.faults import get
+from vlmflow.engine.garbage import collected_once
 from vlmflow.imaging import DECODER_VERSION
 from vlmflow.moderation.prompts import PromptVectors
 from vlmflow.tasks.setup import TaskSetup, prepare_prompts, prepare_tasks, with_policy
@@ -112,6 +113,7 @@ def encode_policy(setup: TaskSetup) -> PromptVectors | None:
     return vectors
 
 
+@collected_once()
 def _encode(setup: TaskSetup) -> PromptVectors | None:
     import torch
 

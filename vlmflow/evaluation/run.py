@@ -28,6 +28,7 @@ from vlmflow.config import CatalogConfig, Job, ModelConfig, SourceConfig
 from vlmflow.engine import enrich
 from vlmflow.engine.cluster import ray_cluster
 from vlmflow.engine.faults import get
+from vlmflow.engine.garbage import collected_once
 from vlmflow.engine.prepare import Prepared, prepare
 from vlmflow.engine.progress import ProgressDisplay
 from vlmflow.errors import ConfigError, EvaluationError
@@ -197,6 +198,7 @@ class Run:
             return np.concatenate([get(part) for part in parts])
 
 
+@collected_once()
 def _encode(config: ModelConfig, texts: list[str], device: str) -> NDArray[np.float32]:
     from vlmflow.models import load_embedder
 

@@ -6,13 +6,14 @@ import importlib
 import json
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import ray
 import yaml
 
+from tests.flows import HeldImages, held_images
 from tests.pictures import write_broken, write_pictures
 from tests.processes import started, wait_for
 from vlmflow.catalog import Catalog
@@ -36,6 +37,12 @@ def job_file(make_job: Callable[..., Job], tmp_path: Path) -> Path:
     path = tmp_path / "job.yaml"
     path.write_text(yaml.safe_dump({name: job[name] for name in ("models", "policy", "max_caption_tokens")}))
     return path
+
+
+@pytest.fixture
+def held() -> Iterator[HeldImages]:
+    with held_images(num_free=24) as server:
+        yield server
 
 
 STARTER = ["{catalog}", "--profile", "starter"]
@@ -135,16 +142,16 @@ def test_plan_enrich_show_export(job_file: Path, tmp_path: Path, capfd: pytest.C
 
 @pytest.mark.usefixtures("ray_session")
 def test_interrupted_it_goes_on_where_it_stopped(
-    job_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    job_file: Path, held: HeldImages, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Ctrl-C in the middle of a run: exit 130, what was committed stays, the same command does the rest."""
-    num_images = 900  # in many commits, of which most must be left when the first is seen
-    write_pictures(tmp_path / "images", num_images)
-    config = yaml.safe_load(job_file.read_text()) | {"commit": {"max_rows": 60}, "tasks": ["embed"]}
+    num_images = 40
+    config = yaml.safe_load(job_file.read_text()) | {"commit": {"max_rows": 8}, "tasks": ["embed"]}
     config["pools"] = [{"tasks": ["embed"], "cpus": 0.5, "batch_size": 4}]
+    config["source"] = {"http": {"allow_private_addresses": True, "timeout_s": 250}}
     job_file.write_text(yaml.safe_dump(config))
-    command = ["enrich", tmp_path / "images", tmp_path / "catalog"]
-    command += ["--profile", "starter", "--config", job_file, "--json"]
+    manifest = held.manifest(tmp_path / "images.csv", num_images)
+    command = ["enrich", manifest, tmp_path / "catalog", "--profile", "starter", "--config", job_file, "--json"]
     commits = tmp_path / "catalog" / "images" / "_delta_log"
     log = tmp_path / "log"
     with started([sys.executable, "-m", "vlmflow", *map(str, command)], log) as process:
@@ -156,8 +163,9 @@ def test_interrupted_it_goes_on_where_it_stopped(
     assert "run the same command again" in errors
     config_ = CatalogConfig(uri=str(tmp_path / "catalog"))
     committed = Catalog.open(config_).images(["image_id"]).num_rows
-    assert 0 < committed < num_images
+    assert 0 < committed <= held.num_free
 
+    held.released.set()
     assert run(*command) == 0
     report = json.loads(capfd.readouterr().out.splitlines()[-1])
     assert report["num_added"] == num_images - committed

@@ -8,7 +8,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.compute as pc
+
 from vlmflow.catalog import Catalog
+from vlmflow.catalog.columns import flat
+from vlmflow.catalog.judged import LIST_PREFIX
 from vlmflow.catalog.known_images import Kind, KnownList
 from vlmflow.config import CatalogConfig, Frozen, ImageLimits
 from vlmflow.errors import ImageError, KnownImagesError
@@ -89,9 +93,19 @@ def remove_list(config: CatalogConfig, name: str) -> KnownReport:
         KnownImagesError: there is none of this name.
     """
     catalog = Catalog.open(config)
-    catalog.known_images.remove(name)
+    try:
+        catalog.known_images.remove(name)
+    except KnownImagesError:
+        # Who has removed it may have been killed before the rows followed, or could not write them.
+        if not _stands_in_rows(catalog, name):
+            raise
     result = catalog.apply_verdicts(lists_changed=True)
     return KnownReport(catalog=catalog.uri, name=name, num_changed=result.num_changed, flips=result.flips)
+
+
+def _stands_in_rows(catalog: Catalog, name: str) -> bool:
+    reviewers = (pc.struct_field(flat(rows["verdict"]), "reviewer") for rows in catalog.image_batches(["verdict"]))
+    return any(pc.any(pc.equal(some, f"{LIST_PREFIX}{name}")).as_py() for some in reviewers)
 
 
 def is_text(path: Path) -> bool:

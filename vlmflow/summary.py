@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vlmflow import schema
-from vlmflow.catalog import Catalog
+from vlmflow.catalog import Catalog, RunInfo
 from vlmflow.catalog.rows import POLICY_COLUMNS, policy_names
 from vlmflow.config import CatalogConfig, Frozen
 
@@ -47,7 +47,10 @@ class RunLine(Frozen):
     """A run in one line.
 
     Attributes:
+        state: running, dead, or how it ended.
+        operation: what it was if it was no enrichment, such as erase.
         num_columns_updated: rows of which nothing but the caller's columns was updated.
+        num_moved: rows that a remoderation put under another policy.
     """
 
     run_id: str
@@ -56,8 +59,10 @@ class RunLine(Frozen):
     num_added: int
     num_replaced: int
     num_columns_updated: int = 0
+    num_moved: int = 0
     images_per_s: float
     message: str
+    operation: str | None = None
 
 
 class CatalogSummary(Frozen):
@@ -121,7 +126,7 @@ def summarize(config: CatalogConfig) -> CatalogSummary:
         alt_texts=dict(counts["alt"].most_common()),
         flagged=tuple(flagged),
         examples=tuple(examples),
-        runs=tuple(_run_line(run.run_id, run.state, run.record) for run in islice(catalog.runs.newest(), _NUM_RUNS)),
+        runs=tuple(_run_line(run) for run in islice(catalog.runs.newest(), _NUM_RUNS)),
     )
 
 
@@ -143,14 +148,19 @@ def _gather(examples: list[Example], rows: pa.Table) -> None:
         examples.extend(Example(**row) for row in rows.select(names).slice(0, wanted).to_pylist())
 
 
-def _run_line(run_id: str, state: str, record: dict[str, Any]) -> RunLine:
+def _run_line(run: RunInfo) -> RunLine:
+    record = run.record
+    # A record says `running` until its run ends: of one that was killed, for ever.
+    end = str(record.get("state", record.get("status", run.state)))
     return RunLine(
-        run_id=run_id,
-        state=str(record.get("state", state)),
+        run_id=run.run_id,
+        state=end if run.has_ended and end != "running" else run.state,
         started_at=str(record.get("started_at", "")),
         num_added=int(record.get("num_added", 0)),
         num_replaced=int(record.get("num_replaced", 0)),
         num_columns_updated=int(record.get("num_columns_updated", 0)),
+        num_moved=int(record.get("num_moved", 0)),
         images_per_s=float(record.get("images_per_s", 0.0)),
         message=str(record.get("message", "")),
+        operation=record.get("operation"),
     )

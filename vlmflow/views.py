@@ -165,6 +165,8 @@ def print_summary(summary: CatalogSummary, console: Console) -> None:
         started = run.started_at[:19].replace("T", " ")
         counts = (f"{run.num_added:,}", f"{run.num_replaced:,}", f"{run.images_per_s:,.1f}")
         note = f"columns of {counted(run.num_columns_updated, 'row')}" if run.num_columns_updated else ""
+        if run.operation is not None:
+            note = run.operation + (f": {counted(run.num_moved, 'row')}" if run.num_moved else "")
         table.add_row(run.run_id, run.state, started, *counts, escape(printable(run.message or note)))
     console.print(table)
 

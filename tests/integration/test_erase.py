@@ -137,8 +137,12 @@ def test_a_run_in_flight_does_not_bring_it_in(catalog: Catalog, root: Path, plan
     assert sorted(rows_by_name(catalog)) == ["a", "b"]
     assert vectors(catalog) == 4
     assert all(image_id("secret") not in everything_of(root / path) for path in files(root) if "tombstones" not in path)
-    catalog.runs.finish("flight", {})
-    assert catalog.erase(key("secret")).is_complete
+    example = {"image_id": image_id("secret"), "uri": "mem://secret", "before": "allow"}
+    catalog.runs.finish("flight", {"examples": [example, {**example, "image_id": image_id("a"), "uri": "mem://a"}]})
+    last = catalog.erase(key("secret"))  # by its id: the files that told its address are gone
+    assert (last.is_complete, last.num_records) == (True, 1)
+    assert "mem://secret" not in (text := everything(root))
+    assert "mem://a" in text
 
 
 @pytest.mark.parametrize("turn", [1, 2])
@@ -206,15 +210,18 @@ def after(owner, name, count=1):
     setattr(owner, name, call)
 
 {"tombstone": lambda: after(Tombstones, "put"), "images": lambda: after(erase, "commit"),
- "embeddings": lambda: after(erase, "commit", 2), "deleting": lambda: setattr(Folder, "delete_all", die)}[point]()
+ "embeddings": lambda: after(erase, "commit", 2), "deleting": lambda: setattr(Folder, "delete_all", die),
+ "deleted": lambda: after(Folder, "delete_all")}[point]()
 Catalog.open(config_of(root)).erase(key("secret"))
 """
 
 
-@pytest.mark.parametrize("point", ["tombstone", "images", "embeddings", "deleting"])
+@pytest.mark.parametrize("point", ["tombstone", "images", "embeddings", "deleting", "deleted"])
 def test_killed_anywhere_the_same_command_finishes(catalog: Catalog, root: Path, point: str) -> None:
     enrich(catalog, "r0", [references(NAMES)])
     enrich(catalog, "r1", [references(NAMES, version="v2")])
+    start(catalog, "told")
+    catalog.runs.finish("told", {"message": "1 of 3 images did not come out, such as mem://secret"})
     killed = subprocess.run(
         [sys.executable, "-c", CHILD, str(root), point], check=False, env=os.environ | {"PYTHONPATH": "."}
     )

@@ -11,6 +11,7 @@ alone, so each image that is found by its address becomes erased by its id too b
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import json
 import os
@@ -115,13 +116,14 @@ def erase(
     doomed = [*holding, *of_embeddings.holding(states, runs.now())]
     wanted = index_of(keys)
     result.num_reviews = _erase_reviews(folder, wanted)
+    # Before the files go: of an image erased by its id nothing else tells the address, and a kill may come in between.
+    result.num_records = _redact(folder, states, {*uris, *rows["uri"].to_pylist()}, wanted)
     failed = [*folder.delete_all(doomed), *_being_written(folder, runs.now())]
     result.num_files = len(set(doomed) - set(failed))
     of_indexes = files_holding(folder, wanted)
     kept = folder.delete_all(of_indexes)
     result.num_index_files = len(of_indexes) - len(kept)
     result.failed = (*failed, *kept)
-    result.num_records = _redact(folder, states, {*uris, *rows["uri"].to_pylist()})
     result.live_runs = tuple(sorted(run for run, state in states.items() if state == "running"))
     return result
 
@@ -316,19 +318,40 @@ _REVIEW_READERS: dict[str, Callable[[Folder, str], pa.Table]] = {
 }
 
 
-def _redact(folder: Folder, states: Mapping[str, str], texts: set[str]) -> int:
-    """Blots addresses out of the records of runs that are over."""
-    blotted = _blotter(json.dumps(text, ensure_ascii=False)[1:-1] for text in texts if len(text) >= _SHORTEST_URI)
+def _redact(folder: Folder, states: Mapping[str, str], texts: set[str], wanted: KeyIndex) -> int:
+    """Blots addresses out of the records of runs that are over, also those that stand beside the id of an image."""
+    blotted = _blotter(_as_in_json(texts))
 
     def redact(path: str) -> bool:
         before = (folder.read(path) or b"").decode("utf-8")
         after = blotted(before)
+        # Of a run that was at work at the first asking: the files that told the address were removed by then.
+        after = _blotter(_as_in_json(_addresses_in(after, wanted)))(after)
         if after != before:
             folder.write(path, after.encode("utf-8"))
         return after != before
 
     with Threads(_AT_ONCE) as pool:
         return sum(pool.map(redact, _records(folder, states)))
+
+
+def _as_in_json(texts: Iterable[str]) -> Iterator[str]:
+    return (json.dumps(text, ensure_ascii=False)[1:-1] for text in texts if len(text) >= _SHORTEST_URI)
+
+
+def _addresses_in(record: str, wanted: KeyIndex) -> list[str]:
+    """The addresses that stand in a record beside the ids of images, as examples do."""
+    found: list[tuple[str, str]] = []
+
+    def look(part: dict[str, object]) -> None:
+        image, uri = part.get("image_id"), part.get("uri")
+        if isinstance(image, str) and isinstance(uri, str) and uri != _REDACTED:
+            found.append((image, uri))
+
+    with contextlib.suppress(ValueError):  # a record of another program
+        json.loads(record, object_hook=look)
+    ids = to_binary(pa.array([image for image, _ in found], pa.string()))
+    return [uri for (_, uri), at in zip(found, wanted.find(*to_words(ids)), strict=True) if at >= 0]
 
 
 def _blotter(texts: Iterable[str]) -> Callable[[str], str]:

@@ -73,6 +73,7 @@ def look_through(
     for log in logs:
         live = log.refresh().files.keys()
         removed, expired = log.removed_files(dt.timedelta()), log.removed_files(retention)
+        lately: frozenset[str] | None = None  # looked up where a file is in doubt
         for file in listed[log.name]:
             path = file.path.removeprefix(f"{log.name}/")
             run_id = writer_of(file.finished_path)
@@ -82,8 +83,11 @@ def look_through(
                 yield Found(file, "foreign")
             elif path in removed:
                 yield Found(file, "old", expired=path in expired)
+            elif not is_over(file, run_id):
+                yield Found(file, "pending")
             else:
-                yield Found(file, "orphan" if is_over(file, run_id) else "pending")
+                lately = log.removed_lately(now) if lately is None else lately
+                yield Found(file, "old" if path in lately else "orphan")
     for file in staged:
         run_id = writer_of(file.finished_path)
         if run_id is None:

@@ -298,6 +298,23 @@ class TableLog:
         )
         return frozenset(unquote(path) for path in found)
 
+    def removed_lately(self, now: dt.datetime) -> frozenset[str]:
+        """The paths of files that commits of the last hours have removed, whatever the time that they say.
+
+        :meth:`removed_files` goes by the clocks of who removed them and of this machine, and passes over what seems to
+        lie in the future.
+
+        Args:
+            now: by the store's clock.
+        """
+        since = now - 2 * _CLOCKS_DIFFER
+        there = list(self.folder.list(f"{self.name}/_delta_log"))
+        late = [file.path for file in there if _ENTRY.fullmatch(file.path) and file.modified_at > since]
+        with Threads(_READ_AT_ONCE) as pool:
+            entries = b"\n".join(entry or b"" for entry in pool.map(self.folder.read, late))
+        actions = (json.loads(line) for line in entries.splitlines() if b'"remove"' in line)
+        return frozenset(unquote(action["remove"]["path"]) for action in actions if "remove" in action)
+
     def files_at(self, version: int) -> frozenset[str]:
         """The paths of the files that were live at an earlier version; -1: before the table was there.
 

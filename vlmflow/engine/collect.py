@@ -103,6 +103,7 @@ class Collected:
     num_added: int = 0
     num_replaced: int = 0
     num_by_others: int = 0
+    num_erased: int = 0  # left out: erased while the run was at work
     num_conflicts: int = 0  # commits that were made anew because another writer was first
     num_copied: int = 0
     num_shared: int = 0
@@ -240,6 +241,7 @@ class Collector:
         collected.num_replaced += result.num_replaced
         collected.statuses.update(result.statuses)
         collected.num_by_others += result.num_dropped + result.num_superseded
+        collected.num_erased += result.num_erased
         collected.num_conflicts += result.num_conflicts
         images = files.filter(pa.compute.equal(files["table"], "images"))
         collected.num_rows += pa.compute.sum(images["num_rows"]).as_py() or 0

@@ -59,7 +59,8 @@ class RunReport(Frozen):
         num_listed: images that the source listed.
         num_unchanged: of these, images with nothing due.
         num_exhausted: of these, images that failed three times and are not tried again.
-        num_erased: further images listed that were erased from the catalog; they are left out.
+        num_erased: images that were erased from the catalog, before the run or while it was at work; they are left
+            out. Those of before are not among the images listed.
         num_policy_differs: rows decided under another policy; only a remoderation changes them.
         num_unwatched: images at http(s) urls of which no run sees that they have changed.
         due: images due by task and reason.
@@ -254,6 +255,7 @@ def finished_report(
             "num_added": collected.num_added,
             "num_replaced": collected.num_replaced,
             "num_by_others": collected.num_by_others,
+            "num_erased": report.num_erased + collected.num_erased,
             "num_columns_updated": collected.num_columns_updated,
             "num_copied": collected.num_copied,
             "num_shared": collected.num_shared,

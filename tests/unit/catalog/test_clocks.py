@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +14,10 @@ import pytest
 
 from pipelines import at_work
 from pipelines.at_work import backfill_at_work, night_at_work
-from tests.catalog_samples import config_of
+from tests.catalog_samples import config_of, enrich, open_catalog, references
 from tests.report_samples import put_rows, record
 from vlmflow.catalog import Catalog
+from vlmflow.catalog import commit as commit_module
 from vlmflow.catalog import runs as runs_module
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.runs import RunStore
@@ -52,6 +54,21 @@ def test_a_vacuum_and_an_erasure_know_that_it_lives(config: CatalogConfig) -> No
     result = Catalog.open(config).vacuum()
     assert (result.revoked, result.live_runs) == ((), ("live",))
     assert Catalog.open(config).erase(pa.array([b"0" * 16], pa.binary(16))).live_runs == ("live",)
+
+
+def test_what_a_machine_that_is_ahead_has_replaced_is_an_old_file_and_no_orphan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    catalog = open_catalog(tmp_path)
+    catalog.runs.start("r0", {})
+    enrich(catalog, "r0", [references(["a"])])
+    catalog.runs.finish("r0", {})
+    ahead = SimpleNamespace(time=lambda: time.time() + HOUR.total_seconds(), sleep=time.sleep)
+    monkeypatch.setattr(commit_module, "time", ahead)
+    enrich(catalog, "r1", [references(["a"], version="v2")])
+    result = catalog.vacuum()
+    assert (result.num_kept, sum(result.num_files.values())) == (1, 0)
+    assert len(list((tmp_path / "images").glob("ingest_date=*/r0-*.parquet"))) == 1
 
 
 def test_of_two_backfills_the_second_is_refused(config: CatalogConfig, monkeypatch: pytest.MonkeyPatch) -> None:

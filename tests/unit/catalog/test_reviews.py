@@ -10,7 +10,17 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from tests.catalog_samples import enrich, fingerprints, image_id, open_catalog, references, request, rows_by_name, write
+from tests.catalog_samples import (
+    config_of,
+    enrich,
+    fingerprints,
+    image_id,
+    open_catalog,
+    references,
+    request,
+    rows_by_name,
+    write,
+)
 from vlmflow.catalog import Catalog
 from vlmflow.catalog import commit as commit_module
 from vlmflow.catalog.due import PlanRequest
@@ -18,6 +28,8 @@ from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.known_images import KnownList
 from vlmflow.catalog.reviews import EVENT, ReviewStore
 from vlmflow.config import CatalogConfig
+from vlmflow.errors import KnownImagesError
+from vlmflow.known import add_list, remove_list
 from vlmflow.moderation.verdicts import reviewed
 
 NAMES = ["a", "b", "c"]
@@ -197,6 +209,19 @@ def test_lists_and_people(catalog: Catalog) -> None:
     catalog.known_images.remove("banned")
     catalog.apply_verdicts(lists_changed=True)
     assert decided(catalog) == dict.fromkeys(NAMES, ("allow", "cat"))
+
+
+def test_a_list_that_was_removed_before_its_rows_were_decided_anew_is_removed_by_the_same_command(
+    catalog: Catalog, tmp_path: Path
+) -> None:
+    config = config_of(tmp_path / "catalog")
+    add_list(config, "banned", "block", ["bytes-mem://a"])
+    catalog.known_images.remove("banned")  # and the command was killed, or found no room for the rows
+    assert decided(catalog)["a"][0] == "block"
+    assert remove_list(config, "banned").num_changed == 1
+    assert decided(catalog)["a"] == ("allow", "cat")
+    with pytest.raises(KnownImagesError, match="'banned' is not in the catalog"):
+        remove_list(config, "banned")
 
 
 def test_compaction_and_verdicts_go_together(catalog: Catalog, tmp_path: Path) -> None:

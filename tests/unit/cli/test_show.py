@@ -1,4 +1,4 @@
-"""`vlmflow show`: what its headings say of the rows below them."""
+"""`vlmflow show`: what its headings say of the rows below them, and what it says of runs."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.integration.test_vacuum import let_die
 from tests.report_samples import put_rows
+from vlmflow.catalog import Catalog
 from vlmflow.cli import main
 from vlmflow.config import CatalogConfig
+from vlmflow.summary import summarize
 
 
 @pytest.mark.parametrize(("policy", "heading"), [(None, "not moderated yet"), ("demo", "flagged")])
@@ -22,3 +25,27 @@ def test_images_that_no_policy_has_seen_are_not_called_flagged(
     shown = capsys.readouterr().out
     assert heading in shown
     assert ("flagged" in shown) == (heading == "flagged")
+
+
+def test_a_run_of_upkeep_is_named_and_how_it_ended_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    config = CatalogConfig(uri=str(tmp_path / "catalog"))
+    put_rows(config, ["a"])
+    runs = Catalog.open(config).runs
+    moderation = {"operation": "remoderate", "num_moved": 0, "started_at": "2099-01-01T00:00:00+00:00"}
+    for run_id in ("killed", "at-work"):
+        runs.start(run_id, moderation | {"status": "running", "state": "running"})
+    let_die(tmp_path / "catalog", "killed")
+    runs.finish("moved", moderation | {"status": "done", "state": "done", "num_moved": 1200})
+    with pytest.raises(KeyError), runs.recorded("erase") as erasure:
+        raise KeyError
+    lines = {line.run_id: line for line in summarize(config).runs}
+    states = {name: lines[name].state for name in ("killed", "at-work", "moved", erasure)}
+    assert states == {"killed": "dead", "at-work": "running", "moved": "done", erasure: "failed"}
+    with pytest.raises(SystemExit):
+        main(["show", config.uri])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "erase" in shown
+    assert "remoderate: 1,200 rows" in shown

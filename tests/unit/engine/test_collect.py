@@ -9,11 +9,13 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from tests.catalog_samples import enrich, fingerprints, finish, open_catalog, references, request
+from tests.catalog_samples import enrich, fingerprints, finish, open_catalog, references, request, write
+from tests.erasing import key
 from tests.report_samples import record
 from vlmflow.catalog import Catalog, PlanRequest
-from vlmflow.engine.collect import decisions_given
-from vlmflow.engine.report import RunReport
+from vlmflow.engine.collect import Collected, Collector, decisions_given
+from vlmflow.engine.progress import Tally
+from vlmflow.engine.report import RunReport, finished_report
 from vlmflow.report.run_section import run_section
 from vlmflow.report.runs import RunFacts
 
@@ -86,6 +88,18 @@ def test_images_that_are_other_ones_or_were_lost_count_once(catalog: Catalog) ->
     again = finished(catalog, request(retry=("unreadable",)), version="v2", problem=BROKEN)
     assert again.num_rows == 3
     assert decisions_given(again) == {}
+
+
+def test_images_that_are_erased_while_the_run_is_at_work_are_told(catalog: Catalog) -> None:
+    files = write(catalog, "r2", [references([*NAMES, "secret"], version="v2")], request(FIRST))
+    catalog.erase(key("a", "secret"))
+    collector = Collector.__new__(Collector)
+    collector.__dict__ |= {"_catalog": catalog, "_run_id": "r2", "_files": [files], "_tally": Tally(), "_started": 0.0}
+    collector.collected = Collected()
+    collector._commit_files()
+    before = RunReport.model_validate(record("r2", num_erased=1))
+    after = finished_report(before, collector.collected, "done", "", seconds=1, startup_s=0, num_first=0)
+    assert (after.num_added, after.num_replaced, after.num_erased) == (0, 2, 1 + 2)
 
 
 @pytest.mark.parametrize(("decisions", "is_shown"), [({"allow": 2, "review": 1}, True), ({}, False)])

@@ -150,6 +150,22 @@ def test_a_file_that_comes_again_brings_no_older_verdict_back(catalog: CatalogCo
     assert row_of(catalog)["decision"] == "allow"
 
 
+def test_of_two_people_who_differ_in_one_file_neither_counts_until_it_says_who_came_last(
+    catalog: CatalogConfig, tmp_path: Path
+) -> None:
+    before = row_of(catalog)["decision"]
+    ada, bob = said(catalog, "allow"), said(catalog, "block", "bob")
+    agreed = [said(catalog, "block", name, 1) for name in ("ada", "bob")]
+    report = import_verdicts(catalog, filled_in(tmp_path, MONDAY, bob, ada, *agreed))
+    assert report.left_out == {"differs from another row of the file, and neither is newer: fill in `at`": 2}
+    assert (report.num_new, row_of(catalog)["decision"], row_of(catalog, 1)["decision"]) == (2, before, "block")
+    times = [ada | {"at": MONDAY.isoformat()}, bob | {"at": TUESDAY.isoformat()}]
+    assert import_verdicts(catalog, filled_in(tmp_path, WEDNESDAY, *reversed(times))).left_out == {}
+    assert row_of(catalog)["decision"] == "block"
+    labels = [ada | {"verdict": "", "label": "gun", "value": value} for value in ("true", "false")]
+    assert import_verdicts(catalog, filled_in(tmp_path, WEDNESDAY, *labels)).num_verdicts == 0
+
+
 def test_files_count_by_when_they_were_changed_not_by_when_they_are_imported(
     catalog: CatalogConfig, tmp_path: Path
 ) -> None:

@@ -26,7 +26,7 @@ _COUNTED = (
     *POLICY_COLUMNS,
     "alt_text_rule",
 )
-_ALT_TEXT_IS_FINE = "keeps every rule"
+_ALT_TEXT_IS_FINE = "keeps every rule of a single image"  # that others share it, `vlmflow alt-text` tells
 
 
 class Example(Frozen):

@@ -21,6 +21,7 @@ from vlmflow.moderation.verdicts import reviewed
 _ROW = ("image_id", "uri", "content_hash")
 _Event: TypeAlias = dict[str, Any]  # a row of EVENT; ``at`` may be null yet
 _SAID_BEFORE = "said before, and somebody has decided otherwise since: fill in `at` to say it again"
+_DISPUTED = "differs from another row of the file, and neither is newer: fill in `at`"
 
 
 class QueueReport(Frozen):
@@ -87,8 +88,9 @@ def import_verdicts(config: CatalogConfig, source: Path, *, reviewer: str | None
 
     A verdict is bound to the bytes that were judged: those of ``content_hash``, else those that the catalog holds now.
     It is the row's decision until the bytes change, whatever models and policies say meanwhile. Of several on the same
-    bytes the newest counts. One without a time is of the time when the file was last changed, unless the same person
-    has said the very same before: then it is that, and importing a file again, or a copy of it, changes nothing.
+    bytes the newest counts; of those in one file that differ and are of one time, none. One without a time is of the
+    time when the file was last changed, unless the same person has said the very same before: then it is that, and
+    importing a file again, or a copy of it, changes nothing.
 
     Args:
         reviewer: of rows that name none.
@@ -103,9 +105,9 @@ def import_verdicts(config: CatalogConfig, source: Path, *, reviewer: str | None
     given, left_out = _events(words, catalog.image_batches(_ROW))
     before = catalog.reviews.events()
     timed, num_overruled = _with_times(given, before, changed_at(source, now))
-    if num_overruled:
-        left_out[_SAID_BEFORE] = num_overruled
-    events = pa.Table.from_pylist(timed, schema=EVENT)
+    kept = _undisputed(timed)
+    left_out += Counter({_SAID_BEFORE: num_overruled, _DISPUTED: len(timed) - len(kept)})
+    events = pa.Table.from_pylist(kept, schema=EVENT)
     catalog.reviews.add(events)
     num_new = catalog.reviews.events().num_rows - before.num_rows
     result = catalog.apply_verdicts()
@@ -170,12 +172,25 @@ def _with_times(events: list[_Event], held: pa.Table, file_time: dt.datetime) ->
             timed.append(event)
             continue
         at = before.get(tuple(event[name] for name in EVENT.names if name != "at"))
-        what = "value" if event["decision"] is None else "decision"
-        if at is not None and newest[_subject(event)][what] != event[what]:
+        if at is not None and _what(newest[_subject(event)]) != _what(event):
             num_overruled += 1
         else:
             timed.append(event | {"at": at or file_time})
     return timed, num_overruled
+
+
+def _undisputed(events: list[_Event]) -> list[_Event]:
+    """The events without those that say otherwise than another of the same time: neither is the newer one."""
+    at_once: dict[tuple[Any, ...], set[Any]] = {}
+    for event in events:
+        at_once.setdefault((event["at"], *_subject(event)), set()).add(_what(event))
+    return [event for event in events if len(at_once[event["at"], *_subject(event)]) == 1]
+
+
+def _what(event: _Event) -> str | bool | None:
+    """What is said of the subject of an event."""
+    said: str | bool | None = event["value"] if event["decision"] is None else event["decision"]
+    return said
 
 
 def _subject(event: _Event) -> tuple[Any, ...]:

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vlmflow.search.results import Hit
+
 if TYPE_CHECKING:
     from vlmflow.alt_text_report import BrokenAltTexts
     from vlmflow.search.build import IndexReport
@@ -62,7 +64,7 @@ def csv_pieces(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> Iterat
 
 def search_csv(result: SearchResult) -> str:
     """The hits of a search as CSV."""
-    names = list(type(result.hits[0]).model_fields) if result.hits else ["rank", "score", "image_id", "uri"]
+    names = list(Hit.model_fields)
     return as_csv(names, ([getattr(hit, name) for name in names] for hit in result.hits))
 
 

@@ -14,6 +14,7 @@ from vlmflow import alt_text_report
 from vlmflow.alt_text import MAX_CHARS, RULES, alt_text
 from vlmflow.alt_text_report import AltTextReport, broken_alt_texts, find_alt_texts
 from vlmflow.config import CatalogConfig
+from vlmflow.summary import summarize
 from vlmflow.views_search import alt_texts_csv, print_alt_texts
 
 URI = "s3://shop/img/sku-0042.jpg"
@@ -127,6 +128,8 @@ def test_the_catalog_tells_which_texts_are_shared(tmp_path: Path) -> None:
     console = Console(record=True, width=120)
     print_alt_texts(found, console)
     assert "3 of 7 images have an alternative text that keeps every rule" in console.export_text()
+    # `show` counts what the rows say, and must not seem to say the same.
+    assert summarize(config).alt_texts == {"keeps every rule of a single image": 6, "too_short": 1}
 
 
 def test_rows_that_keep_every_rule_are_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,6 +152,15 @@ class ImageErrors:
         return self.missing | self.unreadable | self.failed
 
 
+def error_classes(errors: pa.ChunkedArray) -> tuple[npt.NDArray[np.int64], pa.Array]:
+    """The classes of each row's errors, each once a row, however many tasks failed so: the rows, and the classes."""
+    rows, items = explode(errors)
+    coded = pc.dictionary_encode(pc.fill_null(pc.struct_field(items, "class"), ""))
+    count = max(1, len(coded.dictionary))
+    pairs = np.unique(rows * count + coded.indices.to_numpy())
+    return pairs // count, coded.dictionary.take(pa.array(pairs % count))
+
+
 def rows_of_image_errors(errors: pa.ChunkedArray) -> ImageErrors:
     """Which rows carry an error of reading or decoding. ``errors``: a column of type ``schema.ERRORS``."""
     rows, items = explode(errors)

@@ -16,7 +16,7 @@ from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.keys import to_binary
 from vlmflow.catalog.log import DataFile, TableName, file_stats
 from vlmflow.catalog.masks import holds
-from vlmflow.catalog.rows import RunConstants, stage_rows
+from vlmflow.catalog.rows import RunConstants, error_classes, stage_rows
 from vlmflow.catalog.tombstones import keyed_addresses
 from vlmflow.errors import CatalogError
 from vlmflow.imaging.frames import split_views
@@ -113,7 +113,7 @@ class CatalogWriter:
             "stats": file.stats or None,
             "plan_version": self._versions[table],
             "statuses": _counts(rows["status"]) if images else [],
-            "errors": _counts(pc.struct_field(pc.list_flatten(rows["errors"]), "class")) if images else [],
+            "errors": _counts(error_classes(rows["errors"])[1]) if images else [],
         }
         keyed = images and rows["key"].null_count < rows.num_rows
         lists = {

@@ -136,10 +136,11 @@ def evaluate_predictions(data: Dataset, path: Path) -> EvaluationReport:
     if data.task == "caption":
         scored, missing = _given_captions(data, said, path)
     else:
-        questions = [question for several in data.rows["questions"].to_pylist() for question in several]
-        _some_known(said, [str(question["question_id"]) for question in questions], path, name)
+        questions = data.rows["questions"].to_pylist()
+        asked = [str(question["question_id"]) for several in questions for question in several]
+        _some_known(said, asked, path, name)
         scored = score_answers(said, questions)
-        missing = sum(str(question["question_id"]) not in said for question in questions)
+        missing = sum(question not in said for question in asked)
     return _report(data, scored, missing, time.monotonic() - start)
 
 
@@ -214,7 +215,8 @@ def _caption(run: Run, data: Dataset, _: Choices) -> Outcome:
 def _match(run: Run, data: Dataset, _: Choices) -> Outcome:
     rows = run.column("text_itm", "text_itc")
     itm, itc = (rows[name].to_numpy().astype(np.float64) for name in ("text_itm", "text_itc"))
-    scored = score_match(itm, itc, data.rows["match"].to_numpy())
+    images = data.rows["uri"].combine_chunks().dictionary_encode().indices.to_numpy().astype(np.int64)
+    scored = score_match(itm, itc, data.rows["match"].to_numpy(), images)
     found = itm if np.isfinite(itm).any() else itc  # some models have the contrastive heads alone
     return Outcome(scored, found, int((~np.isfinite(found)).sum()))
 
@@ -238,7 +240,7 @@ def _moderate(run: Run, data: Dataset, _: Choices) -> Outcome:
 def _answer(run: Run, data: Dataset, _: Choices) -> Outcome:
     questions = data.rows["questions"].to_pylist()
     answers = answers_of(run.column("answers"), questions)
-    scored = score_answers(answers, [question for several in questions for question in several])
+    scored = score_answers(answers, questions)
     return Outcome(scored, [answers], sum(answer is None for answer in answers.values()))
 
 

@@ -5,7 +5,7 @@ What is missing (None, or not finite) counts as wrong.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,7 +18,7 @@ from vlmflow.evaluation.metrics.classes import average_precision, bootstrap, mea
 from vlmflow.evaluation.metrics.java import meteor, missing_for_meteor, missing_for_spice, spice
 from vlmflow.evaluation.metrics.meteor import meteor_2005
 from vlmflow.evaluation.metrics.ptb import tokenize
-from vlmflow.evaluation.metrics.retrieval import KS, retrieval_recalls
+from vlmflow.evaluation.metrics.retrieval import KS, retrieval_recalls, text_ranks
 from vlmflow.evaluation.metrics.vqa import vqa_accuracy
 from vlmflow.evaluation.report import Figure
 from vlmflow.moderation.fit import Sample, rates_at, wilson
@@ -64,18 +64,13 @@ def score_retrieval(
     images: NDArray[np.float32], texts: NDArray[np.float32], image_of: NDArray[np.int64], *, benchmark: str | None
 ) -> Scored:
     """Recall@1, 5 and 10 both ways; of COCO's 5,000 test images also the mean of its five folds of 1,000."""
-    settings = {"": 1}
+    of_images, of_texts = text_ranks(images, texts, image_of)
+    figures = {f"image-to-text R@{k}": _share(float((of_images < k).mean()), len(images)) for k in KS}
+    figures |= {f"text-to-image R@{k}": _mean(of_texts < k, image_of) for k in KS}
     if benchmark == "coco" and len(images) == _COCO_5K:
-        settings["1k: "] = _COCO_FOLDS
-    figures: dict[str, Figure] = {}
-    for prefix, folds in settings.items():
-        recalls = retrieval_recalls(images, texts, image_of, folds=folds)
-        for way, found, num in (
-            ("image-to-text", recalls.image_to_text, len(images)),
-            ("text-to-image", recalls.text_to_image, len(texts)),
-        ):
-            for k in KS:
-                figures[f"{prefix}{way} R@{k}"] = _share(found[k], num) if folds == 1 else Figure(value=found[k])
+        folds = retrieval_recalls(images, texts, image_of, folds=_COCO_FOLDS)
+        for way, found in (("image-to-text", folds.image_to_text), ("text-to-image", folds.text_to_image)):
+            figures |= {f"1k: {way} R@{k}": Figure(value=found[k]) for k in KS}
     return Scored(figures)
 
 
@@ -97,49 +92,50 @@ def score_zeroshot(similar: NDArray[np.float32], truth: NDArray[np.int64], class
     return Scored(figures, {"class": by_class})
 
 
-def score_match(itm: NDArray[np.float64], itc: NDArray[np.float64], matches: NDArray[np.bool_]) -> Scored:
+def score_match(
+    itm: NDArray[np.float64], itc: NDArray[np.float64], matches: NDArray[np.bool_], image_of: NDArray[np.int64]
+) -> Scored:
     """ROC AUC of both heads, and the accuracy of the matching head's probability at one half.
 
     Args:
         itm, itc: (N,) of pairs; not finite: there is none, which is the lowest.
+        image_of: (N,) the image of each pair.
     """
-    num = len(matches)
     figures: dict[str, Figure] = {}
+    rarer = int(min(matches.sum(), (~matches).sum()))
     for name, scores in (("ITM AUC", itm), ("ITC AUC", itc)):
         if not np.isfinite(scores).any():
             continue  # the model has no such head
         known = np.where(np.isfinite(scores), scores, np.where(matches, -np.inf, np.inf))
-        interval = bootstrap(roc_auc, known, matches)
-        low, high = interval or (None, None)
-        figures[name] = Figure(value=roc_auc(known, matches), low=low, high=high, num=num)
+        figures[name] = _area(roc_auc, known, matches, image_of, rarer).model_copy(update={"num": len(matches)})
     if np.isfinite(itm).any():
         right = np.isfinite(itm) & ((itm >= _MATCHES) == matches)
-        figures["ITM accuracy"] = _share(float(right.mean()), num)
+        figures["ITM accuracy"] = _mean(right, image_of)
     return Scored(figures)
 
 
-def score_answers(answers: Mapping[str, str | None], questions: Sequence[Mapping[str, object]]) -> Scored:
+def score_answers(answers: Mapping[str, str | None], questions: Sequence[Sequence[Mapping[str, object]]]) -> Scored:
     """The VQA challenge's accuracy: of all questions, by question type and by answer type.
 
     Args:
         answers: by ``question_id``; what has none, or None, is wrong.
-        questions: as ``QUESTION`` in :mod:`vlmflow.evaluation.dataset`.
+        questions: of each image, as ``QUESTION`` in :mod:`vlmflow.evaluation.dataset`.
     """
-    every: list[float] = []
-    by: dict[str, dict[str, list[float]]] = {"question type": {}, "answer type": {}}
-    for question in questions:
+    every: list[tuple[float, int]] = []  # accuracies, each with the image
+    by: dict[str, dict[str, list[tuple[float, int]]]] = {"question type": {}, "answer type": {}}
+    for image, question in ((image, question) for image, several in enumerate(questions) for question in several):
         given: Sequence[str] = question["answers"]  # type: ignore[assignment]
-        accuracy = vqa_accuracy(answers.get(str(question["question_id"])), given)
+        accuracy = (vqa_accuracy(answers.get(str(question["question_id"])), given), image)
         every.append(accuracy)
         for name, column in (("question type", "question_type"), ("answer type", "answer_type")):
             if question.get(column) is not None:
                 by[name].setdefault(str(question[column]), []).append(accuracy)
     groups = {
-        name: {kind: {"accuracy": _mean(found)} for kind, found in sorted(kinds.items())}
+        name: {kind: {"accuracy": _mean(*_columns(found))} for kind, found in sorted(kinds.items())}
         for name, kinds in by.items()
         if kinds
     }
-    return Scored({"accuracy": _mean(every)}, groups)
+    return Scored({"accuracy": _mean(*_columns(every))}, groups)
 
 
 def score_moderation(
@@ -206,8 +202,7 @@ def _rates(scores: NDArray[np.float64], severity: NDArray[np.int64], positive: N
         ):
             low, high = interval or (None, None)
             figures[f"{kind}, {name}"] = Figure(value=value, low=low, high=high, num=num)
-    low, high = bootstrap(average_precision, scores, positive) or (None, None)
-    figures["AP"] = Figure(value=average_precision(scores, positive), low=low, high=high, num=int(positive.sum()))
+    figures["AP"] = _area(average_precision, scores, positive, np.arange(len(scores)), int(positive.sum()))
     return figures
 
 
@@ -243,10 +238,44 @@ def _share(value: float, num: int) -> Figure:
     return Figure(value=value, low=low, high=high, num=num)
 
 
-def _mean(values: Sequence[float]) -> Figure:
-    """The mean of accuracies in [0, 1], with Wilson's interval.
+def _columns(pairs: Sequence[tuple[float, int]]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    values, images = zip(*pairs, strict=True)
+    return np.array(values, np.float64), np.array(images, np.int64)
 
-    Soft ones scatter less than shares do, so it is too wide rather than too narrow. By their own scatter it had no
-    width where a few questions are all right, or all wrong.
+
+def _mean(values: NDArray[np.float64] | NDArray[np.bool_], image_of: NDArray[np.int64]) -> Figure:
+    """The mean of accuracies in [0, 1], several of which may be of one image, with Wilson's interval.
+
+    What is asked of one image goes right or wrong together, so that five texts of an image say less than texts of five
+    images. They count for as many independent ones as would scatter as the sums over images do (Kish's design effect),
+    and for no more than there are: soft ones scatter less than shares, and their interval is rather too wide. Where
+    nothing scatters, because all are right or all are wrong, they count for as many as there are images.
     """
-    return _share(float(np.mean(values)), len(values))
+    value, num = float(np.mean(values)), len(values)
+    _, image, counts = np.unique(image_of, return_inverse=True, return_counts=True)
+    several = len(counts)
+    off = np.bincount(image, weights=values) - counts * value
+    variance = float((off**2).sum()) / num**2 * several / max(1, several - 1)
+    spread = value * (1 - value)
+    worth = several if spread <= 0 or several == 1 else min(num, spread / max(variance, spread / num))
+    low, high = wilson(value, worth)
+    return Figure(value=value, low=low, high=high, num=num)
+
+
+def _area(
+    metric: Callable[[NDArray[np.float64], NDArray[np.bool_], NDArray[np.float64] | None], float | None],
+    scores: NDArray[np.float64],
+    positive: NDArray[np.bool_],
+    image_of: NDArray[np.int64],
+    num: int,
+) -> Figure:
+    """AUC or AP of ``num`` that count, with an interval by drawing images anew.
+
+    That has no width where all are in order, or none is, and so is every draw. Then it is Wilson's: a few in order do
+    not say that all will be.
+    """
+    value, interval = metric(scores, positive, None), bootstrap(metric, scores, positive, image_of)
+    if value is None or interval is None:
+        return Figure(value=value, num=num)
+    low, high = wilson(value, num) if interval[0] == interval[1] else interval
+    return Figure(value=value, low=low, high=high, num=num)

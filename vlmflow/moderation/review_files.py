@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet as pq
 
 from vlmflow.catalog.judged import LIST_PREFIX
 from vlmflow.errors import ReviewError, SourceError
 from vlmflow.files import put_file
+from vlmflow.moderation.verdict_tables import read_verdict_table
 from vlmflow.moderation.verdicts import NO_VALUE
 from vlmflow.sources.uris import normalise_uri
 from vlmflow.views_search import as_csv
@@ -116,19 +116,7 @@ def _filled(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _table(path: Path) -> pa.Table:
-    try:
-        if path.suffix == ".parquet":
-            table = pq.read_table(path)
-        else:
-            types = dict.fromkeys(_TEXTS, pa.string())
-            table = pyarrow.csv.read_csv(
-                path,
-                parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
-                convert_options=pyarrow.csv.ConvertOptions(column_types=types),
-            )
-    except (OSError, pa.ArrowException) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ReviewError(f"{path} cannot be read: {reason}", remedy="Name a Parquet, CSV or JSON file.") from error
+    table = read_verdict_table(path, _TEXTS, ("weight",), ReviewError)
     names = table.column_names
     if not {"image_id", "uri"} & set(names) or not {"verdict", "value"} & set(names):
         raise ReviewError(

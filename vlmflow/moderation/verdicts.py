@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -11,8 +12,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from vlmflow.catalog.columns import flat
@@ -20,6 +19,7 @@ from vlmflow.catalog.judged import by_model
 from vlmflow.catalog.keys import KeyIndex, index_of, to_binary, to_words
 from vlmflow.errors import CalibrationError, SourceError
 from vlmflow.moderation.scoring import Scorer
+from vlmflow.moderation.verdict_tables import read_verdict_table
 from vlmflow.sources.uris import normalise_uri
 
 _VALUES = {"true": True, "1": True, "1.0": True, "yes": True, "false": False, "0": False, "0.0": False, "no": False}
@@ -134,20 +134,11 @@ def reviewed(events: pa.Table) -> VerdictFile:
 
 
 def _read_table(path: Path) -> pa.Table:
-    try:
-        if path.suffix == ".parquet":
-            return pq.read_table(path)
-        if path.suffix == ".csv":
-            as_text = dict.fromkeys(("image_id", "uri", "label", "value", "content_hash"), pa.string())
-            return pyarrow.csv.read_csv(
-                path,
-                parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True),
-                convert_options=pyarrow.csv.ConvertOptions(column_types=as_text),
-            )
-    except (OSError, pa.ArrowException) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise CalibrationError(f"{path} cannot be read: {reason}", remedy="Name a Parquet or CSV file.") from error
-    raise CalibrationError(f"{path}: neither .parquet nor .csv", remedy="Name a Parquet or CSV file.")
+    if path.suffix not in (".parquet", ".csv"):
+        raise CalibrationError(f"{path}: neither .parquet nor .csv", remedy="Name a Parquet or CSV file.")
+    return read_verdict_table(
+        path, ("image_id", "uri", "label", "value", "content_hash"), ("weight",), CalibrationError
+    )
 
 
 def _is_blank(value: object) -> bool:
@@ -158,9 +149,13 @@ def _weight(path: Path, number: int, row: dict[str, Any]) -> float | None:
     weight = row.get("weight")
     if _is_blank(weight):
         return None
-    if not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+    try:
+        found = float(str(weight))
+    except ValueError:
+        found = math.nan
+    if not 0 < found < math.inf:
         raise CalibrationError(f"{path}, row {number}: weight {weight!r}", remedy="Write a number above 0, or nothing.")
-    return float(weight)
+    return found
 
 
 def _verdict(path: Path, number: int, row: dict[str, Any], key: str, weight: float) -> Verdict:

@@ -15,7 +15,7 @@ from vlmflow import schema
 from vlmflow.catalog import Catalog
 from vlmflow.catalog.keys import KeyIndex, index_of, to_binary, to_words
 from vlmflow.catalog.masks import as_mask, equal, is_valid
-from vlmflow.catalog.rows import POLICY_COLUMNS, policy_names
+from vlmflow.catalog.rows import POLICY_COLUMNS, error_classes, policy_names
 from vlmflow.report.labels import Counts, LabelFacts, Labels, histogram
 from vlmflow.report.rows import COLUMNS, Pick, Row, as_row
 
@@ -116,7 +116,7 @@ def _count(facts: Facts, rows: pa.Table) -> None:
     add_counts(facts.decisions, rows["decision"])
     flagged = rows.filter(pa.array(as_mask(pc.not_equal(rows["decision"], "allow"))))
     add_counts(facts.reasons, pc.fill_null(flagged["decision_reason"], "no reason given"))
-    add_counts(facts.errors, pc.struct_field(pc.list_flatten(rows["errors"]), "class"))
+    add_counts(facts.errors, error_classes(rows["errors"])[1])
     add_counts(facts.policies, policy_names(rows))
     for name in MATCHES:
         scores = rows[name].drop_null().to_numpy()

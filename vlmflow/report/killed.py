@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from vlmflow.catalog import Catalog
 from vlmflow.catalog.masks import equal
+from vlmflow.catalog.rows import error_classes
 from vlmflow.engine.report import RunReport
 from vlmflow.report.collect import add_counts
 
@@ -48,7 +48,7 @@ def with_counts(catalog: Catalog, reports: Sequence[RunReport]) -> list[RunRepor
             counts.num_new += int(equal(of_run["ingest_date"], pa.scalar(report.date, pa.date32())).sum())
             add_counts(counts.statuses, of_run["status"])
             add_counts(counts.decisions, of_run["decision"])
-            add_counts(counts.errors, pc.struct_field(pc.list_flatten(of_run["errors"]), "class"))
+            add_counts(counts.errors, error_classes(of_run["errors"])[1])
     return [_filled(*killed[report.run_id]) if report.run_id in killed else report for report in reports]
 
 

@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from vlmflow.catalog.masks import explode
+from vlmflow.moderation.decide import DECISIONS
 
 NUM_BINS = 20
 Counts = NDArray[np.int64]
@@ -33,7 +34,7 @@ class LabelFacts:
     Attributes:
         reviews, blocks: the thresholds that rows have; several where policies, or prompts and detectors, differ. None:
             no such threshold.
-        counts: (NUM_BINS,) its scores.
+        counts: (NUM_BINS,) its scores, of each row the highest.
         calibrated: whether these are probabilities; both where rows differ.
         examples: the rows with its highest scores, with the score as last column ``value``.
     """
@@ -76,12 +77,13 @@ class Labels:
         coded = pc.dictionary_encode(names)
         codes = coded.indices.to_numpy()
         values = pc.coalesce(pc.struct_field(items, "probability"), pc.struct_field(items, "score"))
-        scores = values.to_numpy(zero_copy_only=False).astype(np.float64)
-        decisions = pc.struct_field(items, "decision")
-        marks = {
-            name: pc.fill_null(pc.equal(decisions, name), False).to_numpy(zero_copy_only=False)
-            for name in ("review", "block")
-        }
+        decisions = pc.index_in(pc.struct_field(items, "decision"), pa.array(DECISIONS))
+        # A row counts once for a label, by the gravest and the highest that prompts and detectors say of it.
+        pairs, at = np.unique(places * len(coded.dictionary) + codes, return_inverse=True)
+        scores, gravest = np.full(len(pairs), np.nan), np.zeros(len(pairs), np.int64)
+        np.fmax.at(scores, at, values.to_numpy(zero_copy_only=False).astype(np.float64))
+        np.maximum.at(gravest, at, pc.fill_null(decisions, 0).to_numpy(zero_copy_only=False))
+        places, codes = pairs // len(coded.dictionary), pairs % len(coded.dictionary)
         order = np.lexsort((places, -scores, codes))  # NaN comes last within its label
         starts = np.searchsorted(codes[order], np.arange(len(coded.dictionary) + 1))
         for code, name in enumerate(coded.dictionary.to_pylist()):
@@ -90,8 +92,8 @@ class Labels:
             num_unscored = int(np.isnan(scores[here]).sum())
             facts.num_scored += len(here) - num_unscored
             facts.num_unscored += num_unscored
-            facts.num_review += int(marks["review"][here].sum())
-            facts.num_block += int(marks["block"][here].sum())
+            facts.num_review += int((gravest[here] == DECISIONS.index("review")).sum())
+            facts.num_block += int((gravest[here] == DECISIONS.index("block")).sum())
             facts.counts += histogram(scores[here])
             best = here[: len(here) - num_unscored][: self._num_examples]
             self._keep(facts, rows.take(pa.array(places[best])), scores[best])

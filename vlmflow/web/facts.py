@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -22,13 +22,14 @@ from vlmflow.catalog.judged import of_list
 from vlmflow.catalog.log import DataFile
 from vlmflow.catalog.masks import Mask, is_valid
 from vlmflow.catalog.read import read_each
-from vlmflow.catalog.rows import POLICY_COLUMNS, policy_names
+from vlmflow.catalog.rows import POLICY_COLUMNS, error_classes, policy_names
 from vlmflow.moderation.queue import threshold_gaps
 
 DECISIONS = ("allow", "review", "block")
 VERDICTS = ("nobody", "person", "list")
-# Facets of which every row has one value; `label` beside them has any number: the labels that flag the row.
-FACETS = ("decision", "status", "verdict", "error", "policy", "date")
+# Facets of which every row has one value, and those of which it may have several: labels that flag it, error classes.
+FACETS = ("decision", "status", "verdict", "policy", "date")
+LISTS = ("label", "error")
 _LABEL_FIELDS = (
     "label",
     "category",
@@ -51,7 +52,8 @@ _COLUMNS = [
 ]
 _FIELDS = [schema.IMAGES.field(name) for name in dict.fromkeys(name.partition(".")[0] for name in _COLUMNS)]
 
-Codes = NDArray[np.int32]
+Codes: TypeAlias = NDArray[np.int32]
+Pairs: TypeAlias = tuple[NDArray[np.int64], Codes]  # rows, and the numbers of values
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,15 +65,14 @@ class FileFacts:
         is_judgeable: rows whose bytes were read once: a verdict can be bound to them.
         gap: how near the nearest label is to one of its thresholds; infinite without scores.
         match: the match score of the caller's text; infinite without one.
-        flag_rows, flag_codes: the pairs of a row and a label that flags it.
+        pairs: by facet of those with several values, the pairs of a row and a value, each once.
     """
 
     codes: dict[str, Codes]
     is_judgeable: Mask
     gap: NDArray[np.float32]
     match: NDArray[np.float32]
-    flag_rows: NDArray[np.int64]
-    flag_codes: Codes
+    pairs: dict[str, Pairs]
 
 
 class Names:
@@ -97,7 +98,7 @@ class FactReader:
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
         self._held: dict[str, FileFacts] = {}
-        self._names = {facet: Names() for facet in (*FACETS, "label")}
+        self._names = {facet: Names() for facet in (*FACETS, *LISTS)}
         self._names["decision"] = Names(DECISIONS)
         self._names["verdict"] = Names(VERDICTS)
 
@@ -118,7 +119,6 @@ class FactReader:
                 rows = rows.append_column(field, pa.nulls(count, field.type))
         date = pa.repeat(file.ingest_date.isoformat(), count)
         values = {"decision": rows["decision"], "status": rows["status"], "policy": policy_names(rows), "date": date}
-        values["error"] = _first_class(rows["errors"])
         codes = {facet: self._names[facet].of(column) for facet, column in values.items()}
         verdict = flat(rows["verdict"])
         codes["verdict"] = np.where(of_list(verdict), 2, is_valid(verdict)).astype(np.int32)
@@ -128,20 +128,26 @@ class FactReader:
         name = pc.binary_join_element_wise(
             pc.fill_null(pc.struct_field(items, "category"), ""), pc.fill_null(pc.struct_field(items, "label"), ""), "/"
         )
-        # Prompts and detectors may flag a row for the same label: it counts once.
         flag_rows = np.asarray(pc.list_parent_indices(labels).filter(flags), np.int64)
-        flag_codes = self._names["label"].of(name.filter(flags))
-        num_labels = max(1, len(self._names["label"]))
-        pairs = np.unique(flag_rows * num_labels + flag_codes)
+        pairs = {
+            "label": self._pairs("label", flag_rows, name.filter(flags)),
+            "error": self._pairs("error", *_classes(rows["errors"])),
+        }
         match = pc.fill_null(flat(rows["text_itm"]).cast(pa.float32()), np.inf)
         return FileFacts(
             codes=codes,
             is_judgeable=is_valid(rows["content_hash"]),
             gap=threshold_gaps(rows).astype(np.float32),
             match=np.nan_to_num(match.to_numpy(zero_copy_only=False), nan=np.inf, posinf=np.inf),
-            flag_rows=pairs // num_labels,
-            flag_codes=(pairs % num_labels).astype(np.int32),
+            pairs=pairs,
         )
+
+    def _pairs(self, facet: str, rows: NDArray[np.int64], values: pa.Array) -> Pairs:
+        """Each pair once: prompts and detectors may flag a row for the same label."""
+        codes = self._names[facet].of(values)
+        count = max(1, len(self._names[facet]))
+        pairs = np.unique(rows * count + codes)
+        return pairs // count, (pairs % count).astype(np.int32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,8 +163,7 @@ class Facts:
     is_judgeable: Mask
     gap: NDArray[np.float32]
     match: NDArray[np.float32]
-    flag_rows: NDArray[np.int64]
-    flag_codes: Codes
+    pairs: dict[str, Pairs]
 
     def __len__(self) -> int:
         return len(self.gap)
@@ -178,9 +183,10 @@ class Facts:
         """(N,) rows that have one of these values."""
         names = self.names[facet]
         wanted = [names.index(value) for value in values if value in names]
-        if facet == "label":
+        if facet in self.pairs:
+            rows, codes = self.pairs[facet]
             mask = np.zeros(len(self), np.bool_)
-            mask[self.flag_rows[np.isin(self.flag_codes, wanted)]] = True
+            mask[rows[np.isin(codes, wanted)]] = True
             return mask
         marks = np.zeros(len(names) + 1, np.bool_)
         marks[wanted] = True
@@ -188,8 +194,9 @@ class Facts:
 
     def counts(self, facet: str, among: Mask | None) -> dict[str, int]:
         """How many rows have each value, of those marked; values that none has are left out."""
-        if facet == "label":
-            codes = self.flag_codes if among is None else self.flag_codes[among[self.flag_rows]]
+        if facet in self.pairs:
+            rows, codes = self.pairs[facet]
+            codes = codes if among is None else codes[among[rows]]
         else:
             codes = self.codes[facet] if among is None else self.codes[facet][among]
         found = np.bincount(codes, minlength=len(self.names[facet])).tolist()
@@ -208,16 +215,18 @@ def _joined(parts: Sequence[FileFacts], names: dict[str, tuple[str, ...]]) -> Fa
         is_judgeable=join((part.is_judgeable for part in parts), np.bool_),
         gap=join((part.gap for part in parts), np.float32),
         match=join((part.match for part in parts), np.float32),
-        flag_rows=join((part.flag_rows + start for part, start in zip(parts, starts, strict=False)), np.int64),
-        flag_codes=join((part.flag_codes for part in parts), np.int32),
+        pairs={
+            facet: (
+                join((part.pairs[facet][0] + start for part, start in zip(parts, starts, strict=False)), np.int64),
+                join((part.pairs[facet][1] for part in parts), np.int32),
+            )
+            for facet in LISTS
+        },
     )
 
 
-def _first_class(errors: pa.ChunkedArray) -> pa.Array:
-    """(N,) the class of each row's first error; null without one."""
-    lists = flat(errors)
-    items, parents = pc.list_flatten(lists), np.asarray(pc.list_parent_indices(lists), np.int64)
-    rows, first = np.unique(parents, return_index=True)
-    places = np.full(len(lists), -1, np.int64)
-    places[rows] = first
-    return pc.struct_field(items, "class").take(pa.array(places, mask=places < 0))
+def _classes(errors: pa.ChunkedArray) -> tuple[NDArray[np.int64], pa.Array]:
+    """The classes of each row's errors; of a row without one the empty text."""
+    rows, classes = error_classes(errors)
+    without = np.setdiff1d(np.arange(len(errors)), rows, assume_unique=False)
+    return np.concatenate([rows, without]), pa.concat_arrays([classes, pa.array([""] * len(without), pa.string())])

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from urllib.parse import urlencode
 
 from vlmflow.errors import ConfigError
-from vlmflow.web.facts import FACETS
+from vlmflow.web.facts import FACETS, LISTS
 
 ALL_FACETS = ("decision", "label", "status", "verdict", "error", "policy", "date")
 SORTS = {
@@ -20,7 +20,7 @@ _FIELDS = {"find": "Address contains", "where": "Condition in SQL"}  # as the pa
 _MAX_CHARS = 4_000
 _MAX_CHOICES = 50
 
-assert {*FACETS, "label"} == set(ALL_FACETS)
+assert {*FACETS, *LISTS} == set(ALL_FACETS)
 
 
 @dataclass(frozen=True)

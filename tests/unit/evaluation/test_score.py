@@ -20,6 +20,7 @@ from vlmflow.evaluation.metrics.meteor import meteor_2005
 from vlmflow.evaluation.prompts import check_templates, default_names, ensemble, prompts_of, read_class_names
 from vlmflow.evaluation.published import published
 from vlmflow.evaluation.score import (
+    _mean,
     answers_of,
     score_answers,
     score_captions,
@@ -28,6 +29,7 @@ from vlmflow.evaluation.score import (
     score_retrieval,
     score_zeroshot,
 )
+from vlmflow.moderation.fit import wilson
 
 
 def question(number: int, answers: list[str], kind: str = "what") -> dict[str, object]:
@@ -80,6 +82,44 @@ def test_retrieval_of_the_5k_also_gives_the_1k() -> None:
     assert len(score_retrieval(images[:50], texts[:100], image_of[:100], benchmark=None).figures) == 6
 
 
+def test_texts_of_one_image_count_as_one_where_they_go_right_together() -> None:
+    """Against drawing whole images anew, as far as that has a width."""
+    rng = np.random.default_rng(0)
+    image_of = np.repeat(np.arange(200), 5)
+    together = np.repeat(rng.random(200) < 0.7, 5)
+    alone = rng.random(1000) < 0.7
+    for right in (together, alone):
+        figure = _mean(right, image_of)
+        drawn = right.reshape(200, 5).mean(axis=1)[rng.integers(200, size=(2000, 200))].mean(axis=1)
+        assert (figure.low, figure.high) == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])), abs=0.01)
+    # None is wrong: that says no more than as many images do.
+    perfect = score_retrieval(
+        np.eye(4), np.eye(4)[np.repeat(np.arange(4), 5)], np.repeat(np.arange(4), 5), benchmark=None
+    )
+    assert perfect.figures["text-to-image R@1"].low == perfect.figures["image-to-text R@1"].low == wilson(1.0, 4)[0]
+    questions = [[question(number, ["yes"] * 10, "is") for number in range(start, start + 5)] for start in (0, 5)]
+    assert (
+        score_answers(dict.fromkeys(map(str, range(10)), "yes"), questions).figures["accuracy"].low == wilson(1.0, 2)[0]
+    )
+
+
+def test_pairs_of_one_image_are_drawn_together() -> None:
+    rng = np.random.default_rng(0)
+    scores, matches = rng.random(40), np.arange(40) % 2 == 0
+    alone = score_match(scores, np.full(40, np.nan), matches, np.arange(40)).figures["ITM AUC"]
+    repeated = score_match(*(np.repeat(values, 9) for values in (scores, np.full(40, np.nan), matches, np.arange(40))))
+    assert (repeated.figures["ITM AUC"].low, repeated.figures["ITM AUC"].high) == (alone.low, alone.high)
+
+
+def test_a_few_in_order_have_an_interval_with_a_width() -> None:
+    scores, positive = np.array([0.9, 0.8, 0.7, 0.2, 0.1]), np.array([True, True, True, False, False])
+    figure = score_match(scores, np.full(5, np.nan), positive, np.arange(5)).figures["ITM AUC"]
+    assert (figure.value, figure.low, figure.high, figure.num) == (1.0, *wilson(1.0, 2), 5)
+    labels = [[label("gun", float(score), "allow")] for score in scores]
+    average = score_moderation(["allow"] * 5, labels, [None] * 5, positive).figures["AP"]
+    assert (average.value, average.low, average.high) == (1.0, *wilson(1.0, 3))
+
+
 def test_zeroshot_counts_an_image_without_a_vector_as_wrong() -> None:
     similar = np.array([[0.9, 0.1], [0.2, 0.8], [np.nan, np.nan], [0.7, 0.3]], np.float32)
     scored = score_zeroshot(similar, np.array([0, 1, 1, 1]), ("cat", "dog"))
@@ -91,11 +131,11 @@ def test_zeroshot_counts_an_image_without_a_vector_as_wrong() -> None:
 
 def test_match_takes_what_is_missing_for_wrong() -> None:
     nan, matches = np.nan, np.array([True, True, False, False])
-    scored = score_match(np.array([0.9, nan, 0.2, nan]), np.array([nan] * 4), matches)
+    scored = score_match(np.array([0.9, nan, 0.2, nan]), np.array([nan] * 4), matches, np.arange(4))
     assert "ITC AUC" not in scored.figures, "the model has no such head"
     assert scored.figures["ITM AUC"].value == 0.25
     assert scored.figures["ITM accuracy"].value == 0.5
-    contrastive = score_match(np.array([nan] * 4), np.array([0.9, nan, 0.2, nan]), matches)
+    contrastive = score_match(np.array([nan] * 4), np.array([0.9, nan, 0.2, nan]), matches, np.arange(4))
     assert list(contrastive.figures) == ["ITC AUC"], "the model has no matching head"
     assert contrastive.figures["ITC AUC"].value == scored.figures["ITM AUC"].value
 
@@ -103,7 +143,7 @@ def test_match_takes_what_is_missing_for_wrong() -> None:
 def test_pairs_scored_by_the_contrastive_heads_alone_are_not_missing() -> None:
     pairs: dict[str, list[float | None]] = {"text_itm": [None] * 3, "text_itc": [0.9, None, 0.2]}
     run = SimpleNamespace(column=lambda *_: pa.table(pairs, pa.schema([(name, pa.float32()) for name in pairs])))
-    data = SimpleNamespace(rows=pa.table({"match": [True, True, False]}))
+    data = SimpleNamespace(rows=pa.table({"match": [True, True, False], "uri": ["/a.jpg", "/b.jpg", "/b.jpg"]}))
     outcome = _match(run, data, Choices())  # type: ignore[arg-type]
     assert outcome.num_missing == 1
     np.testing.assert_allclose(outcome.predictions, [0.9, np.nan, 0.2], rtol=1e-6)
@@ -111,7 +151,7 @@ def test_pairs_scored_by_the_contrastive_heads_alone_are_not_missing() -> None:
 
 def test_answers_by_type_and_without_one() -> None:
     questions = [question(1, ["yes"] * 10, "is"), question(2, ["2"] * 10, "how many"), question(3, ["cat"] * 10)]
-    scored = score_answers({"1": "Yes!", "2": "two", "9": "x"}, questions)
+    scored = score_answers({"1": "Yes!", "2": "two", "9": "x"}, [questions])
     assert scored.figures["accuracy"].value == pytest.approx(2 / 3)
     assert scored.groups["question type"]["what"]["accuracy"].value == 0.0
     assert scored.groups["answer type"]["other"]["accuracy"].num == 3

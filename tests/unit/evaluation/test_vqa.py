@@ -71,7 +71,7 @@ def test_of_few_answers_one_counts_by_how_many_of_the_others_gave_it() -> None:
 def test_a_tables_answers_are_spelled_as_what_is_judged(tmp_path: Path, answers: str, said: str) -> None:
     (tmp_path / "q.csv").write_text(f"uri,question,answers\na.png,what?,{answers}\n")
     data = read_dataset("answer", str(tmp_path / "q.csv"), ReadOptions())
-    scored = score_answers({"1": said}, data.rows["questions"][0].as_py())
+    scored = score_answers({"1": said}, data.rows["questions"].to_pylist())
     assert scored.figures["accuracy"].value == 1.0
 
 

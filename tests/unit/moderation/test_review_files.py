@@ -19,6 +19,7 @@ from vlmflow.config import CatalogConfig
 from vlmflow.errors import ReviewError
 from vlmflow.moderation.queue import QUEUE, QueueSizes
 from vlmflow.moderation.review_files import Word, read_words, write_queue
+from vlmflow.moderation.verdicts import read_verdicts
 from vlmflow.review import export_queue, import_verdicts
 
 
@@ -58,6 +59,32 @@ def test_a_weight_that_is_no_number_above_0_is_refused(tmp_path: Path, weight: s
     with pytest.raises(ReviewError, match=r"verdicts.csv, row 2: weight ") as caught:
         words_of(tmp_path / "verdicts.csv", f"image_id,verdict,weight\na,,{weight}\nb,allow,{weight}\n")
     assert caught.value.remedy == "Write a number above 0, or nothing."
+
+
+@pytest.mark.parametrize(
+    ("delimiter", "end", "weight"),
+    [(";", "\r\n", "12,5"), (";", "\n", "12.5"), ("\t", "\r\n", "12.5"), (",", "\r", "12.5")],
+)
+def test_a_file_is_read_as_spreadsheets_save_it(tmp_path: Path, delimiter: str, end: str, weight: str) -> None:
+    """With a mark at its start, the separators of their country, and columns as people retype and move them."""
+    rows = [
+        ["Weight", "Value", " Verdict", "uri", "image_id", "label"],
+        [weight, "TRUE", "Allow", "a,b;c", "f" * 32, "gun"],
+    ]
+    text = "\ufeff" + "".join(delimiter.join(f'"{cell}"' for cell in row) + end for row in rows)
+    (word,) = words_of(tmp_path / "verdicts.csv", text)
+    assert (word.decision, word.label, word.value, word.weight, word.image) == ("allow", "gun", True, 12.5, "f" * 32)
+    (verdict,) = read_verdicts(tmp_path / "verdicts.csv").verdicts
+    assert (verdict.label, verdict.value, verdict.weight, verdict.image) == ("gun", True, 12.5, "f" * 32)
+
+
+def test_a_column_that_stands_twice_and_other_letters_than_utf_8_are_said(tmp_path: Path) -> None:
+    with pytest.raises(ReviewError, match="the column verdict stands twice"):
+        words_of(tmp_path / "verdicts.csv", f"image_id,verdict,Verdict\n{'f' * 32},allow,block\n")
+    (tmp_path / "verdicts.csv").write_bytes("image_id;verdict;reason\nf;allow;schön\n".encode("cp1252"))
+    with pytest.raises(ReviewError, match="invalid UTF8") as caught:
+        read_words(tmp_path / "verdicts.csv", "ada", dt.datetime.now(dt.UTC))
+    assert "CSV UTF-8" in caught.value.remedy
 
 
 def test_a_large_file_may_have_line_breaks_in_its_cells(tmp_path: Path) -> None:
@@ -121,6 +148,22 @@ def test_a_file_that_comes_again_brings_no_older_verdict_back(catalog: CatalogCo
     again = said(catalog, "allow") | {"at": WEDNESDAY.isoformat()}
     assert import_verdicts(catalog, filled_in(tmp_path, WEDNESDAY, again)).num_new == 1
     assert row_of(catalog)["decision"] == "allow"
+
+
+def test_of_two_people_who_differ_in_one_file_neither_counts_until_it_says_who_came_last(
+    catalog: CatalogConfig, tmp_path: Path
+) -> None:
+    before = row_of(catalog)["decision"]
+    ada, bob = said(catalog, "allow"), said(catalog, "block", "bob")
+    agreed = [said(catalog, "block", name, 1) for name in ("ada", "bob")]
+    report = import_verdicts(catalog, filled_in(tmp_path, MONDAY, bob, ada, *agreed))
+    assert report.left_out == {"differs from another row of the file, and neither is newer: fill in `at`": 2}
+    assert (report.num_new, row_of(catalog)["decision"], row_of(catalog, 1)["decision"]) == (2, before, "block")
+    times = [ada | {"at": MONDAY.isoformat()}, bob | {"at": TUESDAY.isoformat()}]
+    assert import_verdicts(catalog, filled_in(tmp_path, WEDNESDAY, *reversed(times))).left_out == {}
+    assert row_of(catalog)["decision"] == "block"
+    labels = [ada | {"verdict": "", "label": "gun", "value": value} for value in ("true", "false")]
+    assert import_verdicts(catalog, filled_in(tmp_path, WEDNESDAY, *labels)).num_verdicts == 0
 
 
 def test_files_count_by_when_they_were_changed_not_by_when_they_are_imported(

@@ -68,6 +68,36 @@ def test_only_so_many_rows_are_kept_and_the_total_is_known(tmp_path: Path) -> No
     assert [found for found, _ in facts.examples["weapons/gun"]] == best
 
 
+def test_an_image_counts_once_for_each_class_of_its_errors_everywhere(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    twice = [{"stage": task, "class": "endpoint_timeout", "message": ""} for task in ("caption", "answer")]
+    other = {"stage": "frames", "class": "corrupt", "message": ""}
+    put_rows(config, ["a", "b", "c"], errors=[twice, [other, twice[0]], None], status=["partial", "partial", "ok"])
+    expected = {"endpoint_timeout": 2, "corrupt": 1}
+    catalog = Catalog.open(config)
+    assert collect(catalog, None).errors == expected
+    assert summarize(config).errors == expected
+    facts = FactReader(Folder(config)).read(list(catalog.live_files("images").values()))
+    assert facts.counts("error", None) == expected | {"": 1}
+    assert facts.mask("error", ["endpoint_timeout"]).sum() == 2, "a filter finds what is not the first"
+
+
+def test_an_image_counts_once_for_a_label_that_prompts_and_detectors_look_for(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    by_detector = {"detector": "arms"}
+    flags = [
+        [label("gun", 0.6, "review"), label("gun", 0.95, "block") | by_detector],
+        [label("gun", 0.3, "allow"), label("gun", None, "review") | by_detector],
+        [label("gun", None, "review"), label("gun", None, "review") | by_detector],
+    ]
+    put_rows(config, ["a", "b", "c"], decision=["block", "review", "review"], labels=labels_of(flags))
+    facts = collect(Catalog.open(config), None)
+    gun = facts.labels["weapons/gun"]
+    assert (gun.num_block, gun.num_review, gun.num_scored, gun.num_unscored) == (1, 2, 2, 1)
+    assert gun.counts.sum() == 2
+    assert facts.examples["weapons/gun"] == [(image_id("a"), pytest.approx(0.95)), (image_id("b"), pytest.approx(0.3))]
+
+
 def test_policies_of_one_name_and_version_are_told_apart_by_their_digests(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     put_rows(config, ["a", "b"], policy_digest=["ab" * 32] * 2)

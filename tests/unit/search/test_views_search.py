@@ -178,6 +178,10 @@ def test_csv_keeps_the_text(text: str) -> None:
     assert "\x00" not in written
 
 
+def test_a_search_that_finds_nothing_has_the_columns_of_one_that_does() -> None:
+    assert search_csv(result()).splitlines() == search_csv(result(hit("a"))).splitlines()[:1]
+
+
 def test_hostile_values_come_through_a_catalog(tmp_path: Path) -> None:
     texts = [text for text in HOSTILE.values() if text != HOSTILE["surrogate"]]  # which no Parquet file holds
     count = len(texts)

@@ -82,18 +82,24 @@ def bootstrap(
     metric: Callable[[Floats, Flags, Floats], float | None],
     scores: Floats,
     positive: Flags,
+    image_of: NDArray[np.int64] | None = None,
     *,
     confidence: float = 0.95,
     seed: Sequence[int] = (0,),
 ) -> tuple[float, float] | None:
-    """An interval of a metric by drawing the images anew, with replacement (Efron 1979); None: too few have it."""
+    """An interval of a metric by drawing the images anew, with replacement (Efron 1979); None: too few have it.
+
+    Args:
+        image_of: (N,) the image of each score, which is drawn with all of its scores; None: each has one.
+    """
     rng = np.random.default_rng(list(seed))
-    num = len(scores)
+    images = np.arange(len(scores)) if image_of is None else np.unique(image_of, return_inverse=True)[1]
+    num = int(images.max(initial=-1)) + 1
     if num == 0:
         return None
     values = []
     for _ in range(NUM_DRAWS):
-        drawn = np.bincount(rng.integers(num, size=num), minlength=num).astype(np.float64)
+        drawn = np.bincount(rng.integers(num, size=num), minlength=num).astype(np.float64)[images]
         value = metric(scores, positive, drawn)
         if value is not None:
             values.append(value)

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vlmflow.catalog import Catalog
-from vlmflow.catalog.reviews import EVENT
+from vlmflow.catalog.reviews import EVENT, WITHDRAWN
 from vlmflow.config import CatalogConfig, Frozen
 from vlmflow.moderation.queue import COLUMNS, QueueSizes, make_queue
 from vlmflow.moderation.review_files import Word, changed_at, check_suffix, read_words, write_queue
@@ -21,7 +21,8 @@ from vlmflow.moderation.verdicts import reviewed
 _ROW = ("image_id", "uri", "content_hash")
 _Event: TypeAlias = dict[str, Any]  # a row of EVENT; ``at`` may be null yet
 _SAID_BEFORE = "said before, and somebody has decided otherwise since: fill in `at` to say it again"
-_DISPUTED = "differs from another row of the file, and neither is newer: fill in `at`"
+_GRAVITY = ("allow", WITHDRAWN, "review", "block")  # what is taken back leaves it to the models, who may block
+_DISPUTED = "another row of the file says otherwise, and neither is newer: fill in `at`"
 
 
 class QueueReport(Frozen):
@@ -88,9 +89,9 @@ def import_verdicts(config: CatalogConfig, source: Path, *, reviewer: str | None
 
     A verdict is bound to the bytes that were judged: those of ``content_hash``, else those that the catalog holds now.
     It is the row's decision until the bytes change, whatever models and policies say meanwhile. Of several on the same
-    bytes the newest counts; of those in one file that differ and are of one time, none. One without a time is of the
-    time when the file was last changed, unless the same person has said the very same before: then it is that, and
-    importing a file again, or a copy of it, changes nothing.
+    bytes the newest counts; of decisions in one file that differ and are of one time the gravest, of words on a label
+    none. One without a time is of the time when the file was last changed, unless the same person has said the very
+    same before: then it is that, and importing a file again, or a copy of it, changes nothing.
 
     Args:
         reviewer: of rows that name none.
@@ -180,11 +181,21 @@ def _with_times(events: list[_Event], held: pa.Table, file_time: dt.datetime) ->
 
 
 def _undisputed(events: list[_Event]) -> list[_Event]:
-    """The events without those that say otherwise than another of the same time: neither is the newer one."""
+    """The events without those that say otherwise than another of the same time: neither is the newer one.
+
+    Of decisions the gravest stays, so that nothing is allowed that somebody would not allow.
+    """
     at_once: dict[tuple[Any, ...], set[Any]] = {}
     for event in events:
         at_once.setdefault((event["at"], *_subject(event)), set()).add(_what(event))
-    return [event for event in events if len(at_once[event["at"], *_subject(event)]) == 1]
+
+    def counts(event: _Event) -> bool:
+        said = at_once[event["at"], *_subject(event)]
+        if event["decision"] is None:
+            return len(said) == 1
+        return bool(event["decision"] == max(said, key=_GRAVITY.index))
+
+    return [event for event in events if counts(event)]
 
 
 def _what(event: _Event) -> str | bool | None:

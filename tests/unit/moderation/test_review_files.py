@@ -150,18 +150,22 @@ def test_a_file_that_comes_again_brings_no_older_verdict_back(catalog: CatalogCo
     assert row_of(catalog)["decision"] == "allow"
 
 
-def test_of_two_people_who_differ_in_one_file_neither_counts_until_it_says_who_came_last(
+def test_of_two_people_who_differ_in_one_file_the_gravest_counts_until_it_says_who_came_last(
     catalog: CatalogConfig, tmp_path: Path
 ) -> None:
-    before = row_of(catalog)["decision"]
+    by_model = row_of(catalog)["decision"]
+    assert by_model != "allow"
     ada, bob = said(catalog, "allow"), said(catalog, "block", "bob")
     agreed = [said(catalog, "block", name, 1) for name in ("ada", "bob")]
     report = import_verdicts(catalog, filled_in(tmp_path, MONDAY, bob, ada, *agreed))
-    assert report.left_out == {"differs from another row of the file, and neither is newer: fill in `at`": 2}
-    assert (report.num_new, row_of(catalog)["decision"], row_of(catalog, 1)["decision"]) == (2, before, "block")
-    times = [ada | {"at": MONDAY.isoformat()}, bob | {"at": TUESDAY.isoformat()}]
-    assert import_verdicts(catalog, filled_in(tmp_path, WEDNESDAY, *reversed(times))).left_out == {}
-    assert row_of(catalog)["decision"] == "block"
+    assert report.left_out == {"another row of the file says otherwise, and neither is newer: fill in `at`": 1}
+    assert (report.num_new, row_of(catalog)["decision"], row_of(catalog, 1)["decision"]) == (3, "block", "block")
+    times = [ada | {"at": WEDNESDAY.isoformat()}, bob | {"at": TUESDAY.isoformat()}]
+    assert import_verdicts(catalog, filled_in(tmp_path, WEDNESDAY, *times)).left_out == {}
+    assert row_of(catalog)["decision"] == "allow"
+    withdrawn = filled_in(tmp_path, WEDNESDAY + dt.timedelta(1), ada, said(catalog, "none", "bob"))
+    assert import_verdicts(catalog, withdrawn).num_new == 1
+    assert row_of(catalog)["decision"] == by_model, "who takes a word back leaves it to the models, who may block"
     labels = [ada | {"verdict": "", "label": "gun", "value": value} for value in ("true", "false")]
     assert import_verdicts(catalog, filled_in(tmp_path, WEDNESDAY, *labels)).num_verdicts == 0
 

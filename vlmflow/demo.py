@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from importlib import resources
 from pathlib import Path
 
@@ -45,18 +46,20 @@ def run_demo(catalog: str, display: ProgressDisplay, console: Console) -> RunRep
     _print_misfits(job.catalog, console)
     page = write_report(job.catalog, _page(job.catalog)).path
     shown = escape(catalog)
+    word = escape(shlex.quote(catalog))
     console.print(
         f"""
 The starter models know drawings of a small world; `vlmflow profiles` names those for photographs.
 Open {escape(str(page))} in a browser: what the run did, what was flagged and why, what does not fit its title.
 Look further:
-  vlmflow show {shown}
-  vlmflow serve {shown}                    search it and review it in your browser
-  vlmflow export {shown} demo-parquet      plain Parquet, for any reader
-  vlmflow demo {shown}                     once more: nothing is due
+  vlmflow show {word}
+  vlmflow serve {word}                    search it and review it in your browser
+  vlmflow export {word} demo-parquet      plain Parquet, for any reader
+  vlmflow demo {word}                     once more: nothing is due
 In Python: vlmflow.Catalog.open(vlmflow.CatalogConfig(uri="{shown}")).images()
 Anywhere else: {shown}/images and {shown}/embeddings are Delta tables (polars.read_delta, Spark, Trino, ...)""",
         highlight=False,
+        soft_wrap=True,  # commands and paths are copied
     )
     return report
 

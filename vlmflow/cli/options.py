@@ -233,7 +233,7 @@ def shown_progress(*, as_json: bool, verbose: bool) -> Iterator[ProgressDisplay]
                 "message": "interrupted; what was committed stays",
             }
             emit(json.dumps(told | {"remedy": "Run the same command again to go on."}))
-        typer.secho("vlmflow: interrupted; what was committed stays, run the same command again to go on", err=True)
+        typer.echo("vlmflow: interrupted; what was committed stays, run the same command again to go on", err=True)
         raise typer.Exit(130) from None
     finally:
         display.close()

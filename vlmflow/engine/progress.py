@@ -142,7 +142,7 @@ class LiveProgress:
 
     def __init__(self, console: Console) -> None:
         self._progress = _BarAndCounts(
-            SpinnerColumn(),
+            SpinnerColumn("dots" if console.encoding.startswith("utf") else "line"),
             TextColumn("{task.description}"),
             BarColumn(),
             TaskProgressColumn(),

@@ -49,16 +49,19 @@ def test_names_and_captions_of_a_catalog_are_shown_as_text(
     assert "[bold]x[/bold] :dog:" in shown
 
 
-@pytest.mark.parametrize(("no_color", "is_coloured"), [("", True), ("1", False)])
+@pytest.mark.parametrize(
+    ("no_color", "term", "is_coloured"), [("", "xterm", True), ("1", "xterm", False), ("", "dumb", False)]
+)
 def test_errors_are_without_colour_where_none_is_wanted(
-    no_color: str, is_coloured: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    no_color: str, term: str, is_coloured: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setenv("TERM", term)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     with pytest.raises(SystemExit):
         main(["show", "no-such-\x1b[2Jcatalog"])
     shown = capsys.readouterr().err
-    assert shown.startswith("\x1b[31m") == is_coloured
+    assert shown.startswith("\x1b[31m") == ("\x1b" in shown) == is_coloured
     assert "no-such-\\u001b[2Jcatalog" in shown
 
 

@@ -72,3 +72,13 @@ def test_a_terminal_sees_no_rate_before_there_is_one() -> None:
     display.update(Tally(total=213, done=32, num_first=32))
     display.close()
     assert "32/213 images, 0 saved" in screen.getvalue()
+
+
+def test_a_terminal_without_unicode_gets_letters_that_it_has() -> None:
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    display = LiveProgress(Console(file=screen, force_terminal=True, width=80))
+    display.stage("enriching")
+    display.update(Tally(total=100, done=40))
+    display.close()  # a letter that the terminal lacks would raise
+    screen.seek(0)
+    assert "40/100 images" in screen.read()

@@ -163,3 +163,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    """What completion and ``help`` show: the names that are imported at their first use too."""
+    return sorted({*globals(), *__all__})

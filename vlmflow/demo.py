@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from importlib import resources
 from pathlib import Path
 
@@ -45,17 +46,28 @@ def run_demo(catalog: str, display: ProgressDisplay, console: Console) -> RunRep
     _print_misfits(job.catalog, console)
     page = write_report(job.catalog, _page(job.catalog)).path
     shown = escape(catalog)
+    word = escape(shlex.quote(catalog))
     console.print(
-        f"""
+        """
 The starter models know drawings of a small world; `vlmflow profiles` names those for photographs.
-Open {escape(str(page))} in a browser: what the run did, what was flagged and why, what does not fit its title.
+Open in a browser, to see what the run did, what was flagged and why, what does not fit its title:""",
+        highlight=False,
+    )
+    # What is copied is on lines that nothing folds.
+    console.print(
+        f"""  {escape(str(page))}
 Look further:
-  vlmflow show {shown}
-  vlmflow serve {shown}                    search it and review it in your browser
-  vlmflow export {shown} demo-parquet      plain Parquet, for any reader
-  vlmflow demo {shown}                     once more: nothing is due
-In Python: vlmflow.Catalog.open(vlmflow.CatalogConfig(uri="{shown}")).images()
-Anywhere else: {shown}/images and {shown}/embeddings are Delta tables (polars.read_delta, Spark, Trino, ...)""",
+  vlmflow show {word}
+  vlmflow serve {word}                    search it and review it in your browser
+  vlmflow export {word} demo-parquet      plain Parquet, for any reader
+  vlmflow demo {word}                     once more: nothing is due
+In Python:
+  vlmflow.Catalog.open(vlmflow.CatalogConfig(uri="{shown}")).images()""",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(
+        f"Anywhere else: {shown}/images and {shown}/embeddings are Delta tables (polars.read_delta, Spark, Trino, ...)",
         highlight=False,
     )
     return report

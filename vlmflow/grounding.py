@@ -9,10 +9,9 @@ import torch
 
 from vlmflow.config import Frozen, ImageLimits, ModelConfig
 from vlmflow.errors import ConfigError
-from vlmflow.imaging import decode
 from vlmflow.models import locate, pixel_request
 from vlmflow.models.vilbert.adapter import VilbertGrounder
-from vlmflow.search.query import read_image
+from vlmflow.search.query import decode_image
 
 
 class GroundedRegion(Frozen):
@@ -56,7 +55,7 @@ class PhraseGrounder:
             ConfigError: the file cannot be read.
             QuestionError: a phrase is longer than the model can take.
         """
-        decoded = decode(read_image(image, self._limits), [self._request], self._limits)
+        decoded = decode_image(image, [self._request], self._limits)
         _, shown = decoded.pixels[self._request.key][0]
         pixels = torch.from_numpy(np.require(shown, requirements=["C", "W"])).permute(2, 0, 1)[None]
         scale = np.array([decoded.facts.width, decoded.facts.height] * 2)

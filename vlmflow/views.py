@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -49,7 +50,7 @@ def print_report(report: RunReport, console: Console) -> None:
         _print_unused_note(report.unused, console)
         return
     rows = report.num_added + report.num_replaced
-    rate = f"{report.startup_s:.0f} s of start-up"
+    rate = f"{duration(report.startup_s)} of start-up"
     if report.images_per_s:
         rate += f", then {report.images_per_s:,.1f} images/s"
     console.print(
@@ -91,7 +92,9 @@ def print_report(report: RunReport, console: Console) -> None:
     _print_policy_note(report.num_policy_differs, console)
     _print_unwatched_note(report.num_unwatched, console)
     _print_unused_note(report.unused, console)
-    console.print(f"run {report.run_id}; look at it with: vlmflow show {escape(report.catalog)}")
+    # A command is copied: on a line that nothing folds, and as the shell takes it.
+    command = f"vlmflow show {escape(shlex.quote(report.catalog))}"
+    console.print(f"run {report.run_id}; look at it with: {command}", soft_wrap=True)
 
 
 def print_stages(stages: Sequence[StageReport], console: Console) -> None:

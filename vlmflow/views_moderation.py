@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -104,10 +105,8 @@ def print_queue(report: QueueReport, console: Console) -> None:
             f"{report.num_labelled:,} images are left out: labels were said of them, and no verdict. `vlmflow serve` "
             "shows them among those that nobody has decided."
         )
-    console.print(
-        f"Fill in verdict and reviewer, then: vlmflow review import {escape(report.catalog)} {escape(report.output)}",
-        soft_wrap=True,
-    )
+    places = escape(shlex.join([report.catalog, report.output]))
+    console.print(f"Fill in verdict and reviewer, then: vlmflow review import {places}", soft_wrap=True)
 
 
 def print_review(report: ReviewReport, console: Console) -> None:

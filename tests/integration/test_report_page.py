@@ -42,7 +42,7 @@ def demo(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with (root / "log").open("w", encoding="utf-8") as log:
         run_demo(str(root / "catalog"), SilentProgress(), Console(file=log, width=500))
     page = root / "catalog" / "report.html"
-    assert f"Open {page} in a browser" in (root / "log").read_text(encoding="utf-8")
+    assert f"\n  {page}\n" in (root / "log").read_text(encoding="utf-8")
     return page
 
 

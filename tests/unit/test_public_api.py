@@ -15,6 +15,10 @@ def test_every_public_name_is_there() -> None:
         assert getattr(vlmflow, name) is not None
 
 
+def test_completion_and_help_know_names_before_their_first_use() -> None:
+    assert set(vlmflow.__all__) <= set(dir(vlmflow))
+
+
 def test_no_public_name_is_that_of_a_module_which_would_take_its_place_once_imported() -> None:
     for name in vlmflow.__all__:
         assert not isinstance(getattr(vlmflow, name), ModuleType), name

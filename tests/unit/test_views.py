@@ -14,8 +14,9 @@ from vlmflow.engine.report import PlanSummary, RunReport
 from vlmflow.engine.sizing import PreflightReport
 from vlmflow.errors import ExplainError
 from vlmflow.explain import write_heatmap
+from vlmflow.review import QueueReport
 from vlmflow.views import print_plan, print_report
-from vlmflow.views_moderation import print_remoderation
+from vlmflow.views_moderation import print_queue, print_remoderation
 from vlmflow.views_preflight import print_preflight
 
 
@@ -77,6 +78,19 @@ def test_a_plan_counts_rows_that_get_new_columns_and_names_these() -> None:
             "run: price 3,000, [title] 1"
         )
         assert (line in console.export_text()) == bool(columns)
+
+
+def test_commands_to_go_on_with_can_be_copied() -> None:
+    catalog = "/mnt/team share/catalogs/[2026] every picture of the shop/catalog"
+    facts = {"run_id": "r", "status": "done", "source": "list.csv", "catalog": catalog, "profile": "starter"}
+    facts |= {"tasks": ("embed",), "date": dt.date(2026, 3, 1), "started_at": dt.datetime.now(dt.UTC)}
+    console = Console(record=True, width=50)
+    print_report(RunReport.model_validate(facts | {"startup_s": 157.2, "seconds": 173}), console)
+    print_queue(QueueReport(catalog=catalog, output="my queue.csv", num_images=0, queues={}), console)
+    said = console.export_text()
+    assert f"vlmflow show '{catalog}'\n" in said
+    assert f"vlmflow review import '{catalog}' 'my queue.csv'\n" in said
+    assert "in 2 min 53 s, 2 min 37 s of start-up" in " ".join(said.split())
 
 
 @pytest.mark.parametrize("status", ["done", "nothing_due"])

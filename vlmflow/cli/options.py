@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from pydantic import ValidationError
 
-from vlmflow.cli.screen import Screen
+from vlmflow.cli.screen import Screen, emit
 from vlmflow.config import TASKS_TO_ASK_FOR, CatalogConfig, Job, StorageConfig, load_job
 from vlmflow.errors import ConfigError
 from vlmflow.validation import describe_validation
@@ -209,13 +210,15 @@ def shown_progress(*, as_json: bool, verbose: bool) -> Iterator[ProgressDisplay]
     from vlmflow.engine.progress import JsonProgress, LiveProgress, LogProgress
 
     console = Screen(stderr=True)
-    if verbose or not (as_json or console.is_terminal):
+    # A dumb terminal would show nothing of a live display.
+    is_live = console.is_interactive and not (as_json or verbose)
+    if verbose or not (as_json or is_live):
         logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
         logging.getLogger("vlmflow").setLevel(logging.INFO)
     display: ProgressDisplay
     if as_json:
         display = JsonProgress(sys.stdout)
-    elif console.is_terminal and not verbose:
+    elif is_live:
         display = LiveProgress(console)
     else:
         display = LogProgress()
@@ -223,7 +226,14 @@ def shown_progress(*, as_json: bool, verbose: bool) -> Iterator[ProgressDisplay]
         yield display
     except KeyboardInterrupt:
         display.close()
-        typer.secho("vlmflow: interrupted; what was committed stays, run the same command again to go on", err=True)
+        if as_json:
+            told = {
+                "event": "error",
+                "class": KeyboardInterrupt.__name__,
+                "message": "interrupted; what was committed stays",
+            }
+            emit(json.dumps(told | {"remedy": "Run the same command again to go on."}))
+        typer.echo("vlmflow: interrupted; what was committed stays, run the same command again to go on", err=True)
         raise typer.Exit(130) from None
     finally:
         display.close()

@@ -25,9 +25,13 @@ class Screen(Console):
 
 
 def tell(message: str, colour: str) -> None:
-    """Writes one line to standard error, coloured on a terminal unless NO_COLOR is set (https://no-color.org)."""
+    """Writes one line to standard error, coloured on a terminal unless NO_COLOR is set (https://no-color.org).
+
+    A dumb terminal would show the codes of colours, the one that ends them too.
+    """
     line = printable(" ".join(message.split()))
-    typer.secho(line, err=True, fg=None if os.environ.get("NO_COLOR") else colour)
+    is_plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    typer.echo(line if is_plain else typer.style(line, fg=colour), err=True)
 
 
 def emit(text: str, *, end: str = "\n") -> None:

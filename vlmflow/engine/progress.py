@@ -6,11 +6,13 @@ import json
 import logging
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol, TextIO
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
+from rich.text import Text
 
 logger = logging.getLogger("vlmflow")
 
@@ -136,20 +138,18 @@ class JsonProgress:
 
 
 class LiveProgress:
-    """A live bar on a terminal."""
+    """A live bar on a terminal, and under it the line that a log would have."""
 
     def __init__(self, console: Console) -> None:
-        self._progress = Progress(
-            SpinnerColumn(),
+        self._progress = _BarAndCounts(
+            SpinnerColumn("dots" if console.encoding.startswith("utf") else "line"),
             TextColumn("{task.description}"),
             BarColumn(),
             TaskProgressColumn(),
-            TextColumn("{task.fields[counts]}"),
-            TimeRemainingColumn(),
             console=console,
             transient=True,
         )
-        self._task = self._progress.add_task("starting", total=None, counts="")
+        self._task = self._progress.add_task("starting", total=None)
         self._progress.start()
 
     def stage(self, text: str) -> None:
@@ -158,13 +158,24 @@ class LiveProgress:
 
     def update(self, tally: Tally) -> None:
         """Moves the bar."""
-        errors = f", {sum(tally.errors.values())} with errors" if tally.errors else ""
-        counts = f"{tally.done:,}/{tally.total:,} images, {tally.images_per_s:.1f}/s, {tally.committed:,} saved{errors}"
-        self._progress.update(self._task, total=tally.total, completed=tally.done, counts=counts)
+        self._progress.counts = describe(tally)
+        self._progress.update(self._task, total=tally.total, completed=tally.done)
 
     def close(self) -> None:
         """Takes the bar off the screen."""
         self._progress.stop()
+
+
+class _BarAndCounts(Progress):
+    """A bar beside which the counts have no room in 80 columns: theirs is a line of their own, folded where need be."""
+
+    counts = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """The bar, then the counts once there are some."""
+        yield from super().get_renderables()
+        if self.counts:
+            yield Text(self.counts)
 
 
 def describe(tally: Tally) -> str:

@@ -114,7 +114,7 @@ def _speed(report: RunReport) -> Html:
         )
         for pool in report.pools[:50]
     ]
-    rate = f"{report.startup_s:.0f} s of start-up"
+    rate = f"{duration(report.startup_s)} of start-up"
     if report.images_per_s:
         rate += f", then {report.images_per_s:,.1f} images/s"
     limited = what_limited(report)

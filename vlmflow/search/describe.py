@@ -11,8 +11,8 @@ from pydantic import ConfigDict
 
 from vlmflow import schema
 from vlmflow.config import Frozen, Job
-from vlmflow.imaging import decode, merge_requests
-from vlmflow.search.query import read_image
+from vlmflow.imaging import merge_requests
+from vlmflow.search.query import decode_image
 from vlmflow.tasks.pixels import pixel_columns
 from vlmflow.tasks.setup import load_task, prepare_prompts, prepare_tasks, with_policy
 
@@ -78,7 +78,7 @@ class ImageDescriber:
             ImageError: it cannot be decoded, or exceeds the limits.
             ConfigError: the file cannot be read.
         """
-        decoded = decode(read_image(image, self._limits), self._requests, self._limits)
+        decoded = decode_image(image, self._requests, self._limits)
         columns: dict[str, pa.Array[Any]] = {}
         for request in self._requests:
             pixels, views = pixel_columns(request)

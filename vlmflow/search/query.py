@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
 from pathlib import Path
@@ -11,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from vlmflow.config import CatalogConfig, ImageLimits, Job
-from vlmflow.errors import ConfigError
-from vlmflow.imaging import decode
+from vlmflow.errors import ConfigError, ImageError
+from vlmflow.imaging import DecodedImage, PixelRequest, decode
 from vlmflow.imaging.pixels import VIEWS
 from vlmflow.models import ImageEmbedder, load_embedder
 from vlmflow.search.live import VIEW
@@ -94,7 +95,7 @@ class QueryEncoder:
             vector = self._embedder.embed_texts([_readable(query.text)])[0]
         else:
             assert query.image is not None
-            pixels = decode(read_image(query.image, self._limits), [self._request], self._limits).pixels
+            pixels = decode_image(query.image, [self._request], self._limits).pixels
             ((_, first),) = pixels[self._request.key]
             batch = torch.from_numpy(np.array(first)).permute(2, 0, 1)[None]
             vector = self._embedder.embed_images(batch)[0]
@@ -106,6 +107,22 @@ class QueryEncoder:
 def _readable(text: str) -> str:
     """What a tokenizer can read: not too long, and without lone surrogates, which a command line may hold."""
     return text[:_MAX_QUERY_CHARS].encode("utf-8", "replace").decode("utf-8")
+
+
+def decode_image(image: str | Path | bytes, requests: Sequence[PixelRequest], limits: ImageLimits) -> DecodedImage:
+    """An image that somebody names or hands over, decoded.
+
+    Raises:
+        ImageError: it cannot be decoded, or exceeds the limits; a file is named.
+        ConfigError: the file cannot be read.
+    """
+    data = read_image(image, limits)
+    try:
+        return decode(data, requests, limits)
+    except ImageError as error:
+        if isinstance(image, bytes):
+            raise
+        raise ImageError(f"image {image}: {error}", error_class=error.error_class, remedy=error.remedy) from error
 
 
 def read_image(image: str | Path | bytes, limits: ImageLimits) -> bytes:

@@ -9,13 +9,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from rich.markup import escape
 from rich.table import Table
 
 from tests.report_samples import put_rows
 from vlmflow.cli import main
+from vlmflow.cli.options import shown_progress
 from vlmflow.cli.screen import Screen, emit
 from vlmflow.config import CatalogConfig
+from vlmflow.engine.progress import LiveProgress, LogProgress
 from vlmflow.moderation.policy import read_text, shipped_policies
 
 EVIL = "\x1b[31mred\x1b]0;title\x07\u202e[bold]x[/bold] :dog: [link=http://evil]\x9b2J"
@@ -46,16 +49,19 @@ def test_names_and_captions_of_a_catalog_are_shown_as_text(
     assert "[bold]x[/bold] :dog:" in shown
 
 
-@pytest.mark.parametrize(("no_color", "is_coloured"), [("", True), ("1", False)])
+@pytest.mark.parametrize(
+    ("no_color", "term", "is_coloured"), [("", "xterm", True), ("1", "xterm", False), ("", "dumb", False)]
+)
 def test_errors_are_without_colour_where_none_is_wanted(
-    no_color: str, is_coloured: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    no_color: str, term: str, is_coloured: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setenv("TERM", term)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     with pytest.raises(SystemExit):
         main(["show", "no-such-\x1b[2Jcatalog"])
     shown = capsys.readouterr().err
-    assert shown.startswith("\x1b[31m") == is_coloured
+    assert shown.startswith("\x1b[31m") == ("\x1b" in shown) == is_coloured
     assert "no-such-\\u001b[2Jcatalog" in shown
 
 
@@ -85,3 +91,24 @@ def test_data_is_utf_8_whatever_the_locale(encoding: str, tmp_path: Path, monkey
     assert "caf\u00e9 \U0001f642" in json.dumps(
         json.loads(written_by("show", config.uri, "--json")), ensure_ascii=False
     )
+
+
+def test_machines_are_told_of_an_interrupt_too(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as ended, shown_progress(as_json=True, verbose=False):
+        raise KeyboardInterrupt
+    shown = capsys.readouterr()
+    last = [json.loads(line) for line in shown.out.splitlines()][-1]
+    assert ended.value.exit_code == 130
+    assert (last["event"], last["class"]) == ("error", "KeyboardInterrupt")
+    assert "what was committed stays" in last["message"]
+    assert "run the same command again" in shown.err
+
+
+@pytest.mark.parametrize(("term", "shown_as"), [("xterm", LiveProgress), ("dumb", LogProgress)])
+def test_a_terminal_that_cannot_move_its_cursor_gets_lines(
+    term: str, shown_as: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", term)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with shown_progress(as_json=False, verbose=False) as display:
+        assert isinstance(display, shown_as)

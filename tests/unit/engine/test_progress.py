@@ -52,10 +52,33 @@ def test_log_lines_are_thinned_out(caplog: pytest.LogCaptureFixture) -> None:
     assert len(caplog.records) == 1
 
 
-def test_a_terminal_sees_the_counts() -> None:
+@pytest.mark.parametrize("width", [50, 80])
+def test_a_terminal_has_room_for_the_counts_of_a_large_run(width: int) -> None:
     screen = io.StringIO()
-    display = LiveProgress(Console(file=screen, force_terminal=True, width=160))
+    display = LiveProgress(Console(file=screen, force_terminal=True, width=width))
     display.stage("enriching")
-    display.update(Tally(total=100, done=40, committed=20, elapsed_s=4, errors=Counter({"missing": 3})))
+    tally = Tally(total=2_000_000, done=1_234_567, committed=1_233_000, elapsed_s=1480)
+    tally.errors.update(missing=4_321, truncated=45)
+    display.update(tally)
     display.close()
-    assert "40/100 images, 10.0/s, 20 saved, 3 with errors" in screen.getvalue()
+    shown = " ".join(screen.getvalue().split())
+    assert "1,234,567/2,000,000 images, 834.2 images/s, 15 min 18 s to go" in shown
+    assert "1,233,000 saved, errors: missing 4,321, truncated 45" in shown
+
+
+def test_a_terminal_sees_no_rate_before_there_is_one() -> None:
+    screen = io.StringIO()
+    display = LiveProgress(Console(file=screen, force_terminal=True, width=80))
+    display.update(Tally(total=213, done=32, num_first=32))
+    display.close()
+    assert "32/213 images, 0 saved" in screen.getvalue()
+
+
+def test_a_terminal_without_unicode_gets_letters_that_it_has() -> None:
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    display = LiveProgress(Console(file=screen, force_terminal=True, width=80))
+    display.stage("enriching")
+    display.update(Tally(total=100, done=40))
+    display.close()  # a letter that the terminal lacks would raise
+    screen.seek(0)
+    assert "40/100 images" in screen.read()

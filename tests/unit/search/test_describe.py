@@ -10,8 +10,8 @@ from tests.images import encode, scene
 from tests.models import make_clip
 from vlmflow import Query, describe_image
 from vlmflow.config import ImageLimits, Job
-from vlmflow.errors import ConfigError
-from vlmflow.search.query import QueryEncoder, read_image
+from vlmflow.errors import ConfigError, ImageError, RowErrorClass
+from vlmflow.search.query import QueryEncoder, decode_image, read_image
 
 
 @pytest.fixture
@@ -35,3 +35,12 @@ def test_an_image_is_a_name_a_path_or_bytes_and_the_policy_that_of_a_run(job: Jo
 def test_a_name_without_a_file_is_named() -> None:
     with pytest.raises(ConfigError, match=r"image none\.jpg: No such file"):
         read_image("none.jpg", ImageLimits())
+
+
+def test_a_file_that_is_no_image_is_named(tmp_path: Path) -> None:
+    (path := tmp_path / "notes.jpg").write_bytes(b"these are no pixels")
+    with pytest.raises(ImageError, match=r"image .*notes\.jpg: the content is not that of an image") as refused:
+        decode_image(path, (), ImageLimits())
+    assert refused.value.error_class == RowErrorClass.NOT_AN_IMAGE
+    with pytest.raises(ImageError, match=r"^the content"):
+        decode_image(path.read_bytes(), (), ImageLimits())

@@ -199,6 +199,11 @@ def test_help_names_every_command_and_teaches(capfd: pytest.CaptureFixture[str])
         assert command in shown
 
 
+def test_the_version_is_that_of_the_package(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run("--version") == 0
+    assert capfd.readouterr().out == f"vlmflow {installed_versions()['vlmflow']}\n"
+
+
 def test_profiles_say_what_each_is_for(capfd: pytest.CaptureFixture[str]) -> None:
     assert run("profiles", "--json") == 0
     described = {profile["name"]: profile for profile in json.loads(capfd.readouterr().out)}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+from typing import Annotated
+
 import typer
 
 app = typer.Typer(
@@ -18,3 +21,18 @@ and only what is due is done.
 Try it without any set-up or network: `vlmflow demo`
 """,
 )
+
+
+def _tell_version(is_wanted: bool) -> None:
+    if is_wanted:
+        typer.echo(f"vlmflow {version('vlmflow')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _before_commands(
+    _version: Annotated[
+        bool,
+        typer.Option("--version", callback=_tell_version, is_eager=True, help="Print the version; doctor prints all."),
+    ] = False,
+) -> None: ...

@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError, RayTaskError
+from ray.util import get_node_ip_address
 
 from vlmflow import errors
 from vlmflow.errors import ClusterError, ModelsKilledError, StoreLostError, VlmflowError
@@ -20,6 +21,12 @@ _REMEDIES: dict[type[VlmflowError], str] = {
     ModelsKilledError: "Most often the memory does not suffice for all models at once, as the kernel's log tells: set "
     "pools with fewer max_actors or tasks, or take smaller models. It may be a driver or library that crashes, too.",
 }
+# What one node may lack and others have. Other errors are those of the job, wherever they are found.
+_OF_NODES = (
+    *(errors.CatalogError, errors.ClusterError, errors.DetectorError, errors.ModelsKilledError),
+    *(errors.StorageAccessError, errors.TransientError, errors.WeightsError, errors.WorkspaceError),
+)
+_NODE = re.compile(r"\bip=([0-9A-Fa-f.:]+)")
 _REMEDY = "`vlmflow doctor` and `vlmflow profiles` tell more."
 
 
@@ -34,6 +41,8 @@ def told() -> Iterator[None]:
         yield
     except RayError as error:
         if isinstance(error, RayTaskError) and isinstance(error.cause, VlmflowError):
+            if isinstance(error.cause, _OF_NODES):
+                error.cause.args = (of_node(str(error.cause), error.ip),)
             raise error.cause from None
         raise in_our_words(error) from error
 
@@ -66,12 +75,24 @@ def in_our_words(error: RayError) -> VlmflowError:
         found = _OURS.search(line)
         error_type = getattr(errors, found[1], None) if found else None
         if found and isinstance(error_type, type) and issubclass(error_type, VlmflowError):
-            return error_type(found[2][:_MAX_REASON_CHARS], remedy=_REMEDIES.get(error_type, _REMEDY))
+            reason, nodes = found[2][:_MAX_REASON_CHARS], _NODE.findall(str(error))
+            if nodes and issubclass(error_type, _OF_NODES):
+                reason = of_node(reason, nodes[-1])
+            return error_type(reason, remedy=_REMEDIES.get(error_type, _REMEDY))
     reason = lines[-1][:_MAX_REASON_CHARS] if lines else "no reason given"
     return ClusterError(
         f"the cluster gave up: {type(error).__name__}: {reason}",
         remedy="What was committed stays. `vlmflow doctor` tests the workers; then run the same command again.",
     )
+
+
+def of_node(message: str, node: str | None) -> str:
+    """A message, with the node that it comes from if that is another than this one.
+
+    Args:
+        node: its address; None: not known.
+    """
+    return message if node in (None, get_node_ip_address()) else f"on node {node}: {message}"
 
 
 def lost_in_mid_run(error: VlmflowError) -> StoreLostError:

@@ -15,11 +15,19 @@ from typing import Any
 
 import pytest
 from ray.data import DataContext
-from ray.exceptions import NodeDiedError, ObjectStoreFullError, OutOfDiskError, RayError, RayTaskError
+from ray.exceptions import (
+    NodeDiedError,
+    ObjectStoreFullError,
+    OutOfDiskError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
+from ray.util import get_node_ip_address
 
 from vlmflow.config import RayConfig
-from vlmflow.engine import cluster
-from vlmflow.errors import ClusterError, ConfigError, VlmflowError, WeightsError
+from vlmflow.engine import cluster, faults
+from vlmflow.errors import ClusterError, ConfigError, SourceError, VlmflowError, WeightsError
 
 
 @pytest.mark.parametrize(("given", "told"), [(None, "6"), ("1", "1")])
@@ -86,6 +94,27 @@ def test_whatever_ray_raises_during_a_run_is_told_in_our_words(
     with pytest.raises(expected) as caught, cluster.ray_cluster(RayConfig()):
         raise error
     assert words in caught.value.remedy
+
+
+IN_A_CONSTRUCTOR = """The actor died because of an error raised in its creation task, ray::MapWorker.__init__()
+(pid=7, ip=10.0.0.7, actor_id=01, repr=MapWorker(MapBatches(PoolWorker)))
+  File "weights.py", line 1, in identify
+vlmflow.errors.WeightsError: no folder /models/clip"""
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RayTaskError("f", "trace", WeightsError("absent"), ip="10.0.0.7"), "on node 10.0.0.7: absent"),
+        (RayActorError(error_msg=IN_A_CONSTRUCTOR), "on node 10.0.0.7: no folder /models/clip"),
+        (RayTaskError("f", "trace", WeightsError("absent"), ip=get_node_ip_address()), "absent"),
+        (RayTaskError("f", "trace", SourceError("listed twice"), ip="10.0.0.7"), "listed twice"),
+    ],
+)
+def test_what_another_node_lacks_is_told_with_its_name(error: RayError, message: str) -> None:
+    with pytest.raises(VlmflowError) as caught, faults.told():
+        raise error
+    assert str(caught.value) == message
 
 
 @pytest.mark.parametrize(("address", "told"), [(None, "local"), ("auto", "auto"), ("ray://head:10001",) * 2])

@@ -36,6 +36,7 @@ class Cluster:
         gpus: GPUs of all nodes.
         embedded: started by this process, and stopped with it.
         memory: bytes of all nodes that Ray leaves to workers, beside its object store; inf: not known.
+        nodes: CPUs and GPUs of each node; none: there is one.
     """
 
     cpus: float
@@ -43,6 +44,11 @@ class Cluster:
     num_nodes: int
     embedded: bool
     memory: float = math.inf
+    nodes: tuple[tuple[float, float], ...] = ()
+
+    def has_node_for(self, cpus: float, gpus: float = 0.0) -> bool:
+        """Whether a node of the cluster, as it is now, has so many CPUs and GPUs at once."""
+        return any(cpus <= node[0] and gpus <= node[1] for node in self.nodes or ((self.cpus, self.gpus),))
 
     @contextlib.contextmanager
     def worker_errors(self) -> Iterator[WorkerErrors]:
@@ -100,13 +106,14 @@ def ray_cluster(config: RayConfig) -> Iterator[Cluster]:
         logging.getLogger(logger).setLevel(logging.ERROR)
     try:
         with told():
-            resources = ray.cluster_resources()
+            resources, nodes = ray.cluster_resources(), [node for node in ray.nodes() if node["Alive"]]
             yield Cluster(
                 cpus=resources.get("CPU", 0.0),
                 gpus=resources.get("GPU", 0.0),
-                num_nodes=sum(1 for node in ray.nodes() if node["Alive"]),
+                num_nodes=len(nodes),
                 embedded=not already and config.address is None,
                 memory=resources.get("memory", math.inf),
+                nodes=tuple((node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0)) for node in nodes),
             )
     finally:
         _connection.leave()

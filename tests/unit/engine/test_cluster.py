@@ -160,7 +160,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     for name in ("init", "shutdown", "is_initialized"):
         monkeypatch.setattr(cluster.ray, name, getattr(fake, name))
     monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"CPU": 2.0})
-    monkeypatch.setattr(cluster.ray, "nodes", lambda: [{"Alive": True}])
+    monkeypatch.setattr(cluster.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0}}])
     return fake
 
 

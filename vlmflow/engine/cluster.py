@@ -18,6 +18,7 @@ from typing import Any
 import ray
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray.data import DataContext
+from ray.util.client import ray as client
 
 from vlmflow.config import RayConfig
 from vlmflow.engine.faults import told
@@ -97,7 +98,7 @@ def ray_cluster(config: RayConfig) -> Iterator[Cluster]:
     Raises:
         ClusterError: no cluster answers at the address, an embedded one does not start, another block is at work on
             another cluster, or Ray raised in the block.
-        ConfigError: this is a job of a Ray cluster, and no address is given.
+        ConfigError: this is a job of a Ray cluster, and no address is given; or the address is that of Ray's client.
     """
     already = _connection.join(config)
     # A run of few images has fewer blocks than actors; that is no concern of the user's.
@@ -137,6 +138,7 @@ class _Connection:
                     if not self._is_callers:
                         undo.callback(ray.shutdown)  # also of what comes about half
                         _connect(config)
+                    _refuse_client()
                     undo.enter_context(_our_settings())
                     self._undo = undo.pop_all()
             elif not self._is_callers and config != self._configs[0]:
@@ -248,6 +250,16 @@ def _connect(config: RayConfig) -> None:
         if config.address is None:
             raise ClusterError(f"an embedded Ray does not start: {reason}", remedy=_EMBEDDED) from error
         raise ClusterError(f"Ray at {config.address} does not answer: {reason}", remedy=_AT_ADDRESS) from error
+
+
+def _refuse_client() -> None:
+    """Ray Data runs where the driver is, and needs more of it than Ray's client has."""
+    if client.is_connected():
+        raise ConfigError(
+            "a connection through Ray's client (ray://) does not do: Ray Data needs a driver within the cluster",
+            remedy="Give the address of the cluster's head, such as head:6379, on a machine that reaches all nodes, or "
+            "submit the job to the cluster: `python -m pipelines.adhoc --help`.",
+        )
 
 
 _EMBEDDED = (

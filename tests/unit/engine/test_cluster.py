@@ -117,7 +117,7 @@ def test_what_another_node_lacks_is_told_with_its_name(error: RayError, message:
     assert str(caught.value) == message
 
 
-@pytest.mark.parametrize(("address", "told"), [(None, "local"), ("auto", "auto"), ("ray://head:10001",) * 2])
+@pytest.mark.parametrize(("address", "told"), [(None, "local"), ("auto", "auto"), ("head:6379",) * 2])
 def test_an_embedded_cluster_is_no_other_that_ray_finds(
     address: str | None, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,6 +196,15 @@ def test_threads_that_begin_at_once_start_one_cluster(fake: FakeRay) -> None:
     with ThreadPoolExecutor(2) as threads:
         for done in [threads.submit(work) for _ in range(2)]:
             done.result()
+    assert fake.calls == ["init", "shutdown"]
+
+
+def test_ray_s_client_is_refused(fake: FakeRay, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where RAY_ADDRESS or the caller has chosen it."""
+    monkeypatch.setattr(cluster.client, "is_connected", fake.is_initialized)
+    with pytest.raises(ConfigError, match="ray://") as caught, cluster.ray_cluster(RayConfig(address="auto")):
+        pass
+    assert "head:6379" in caught.value.remedy
     assert fake.calls == ["init", "shutdown"]
 
 

@@ -1,19 +1,24 @@
-"""A worker whose node lacks the disk of the images: they are not taken for gone."""
+"""Nodes that lack what the driver has: the disk of the images, which are not taken for gone, the weights, the code."""
 
 from __future__ import annotations
 
+import dataclasses
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pyarrow as pa
 import pytest
 
 from tests.images import encode, scene
-from vlmflow.config import ImageLimits, SourceConfig
-from vlmflow.engine import columns
+from vlmflow.config import ImageLimits, PoolConfig, SourceConfig
+from vlmflow.engine import columns, loading
 from vlmflow.engine.decoding import ReadAndDecode
 from vlmflow.engine.nodes import check_disks, unfound
-from vlmflow.errors import ClusterError
+from vlmflow.errors import ClusterError, WeightsError
 from vlmflow.imaging import PixelRequest
+from vlmflow.models import ModelIdentity
 from vlmflow.sources import open_source
 
 
@@ -56,3 +61,18 @@ def test_images_that_the_driver_has_no_more_are_gone(disk: Path, change: str) ->
     rows = read_where_it_is_not_mounted(disk)
     (disk / "2.png").write_bytes(b"another") if change == "others" else (disk / "2.png").unlink()
     check_disks(unfound(rows))
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [({}, None), ({"weights_digest": "other"}, WeightsError), ({"code_version": 7}, ClusterError)],
+)
+def test_a_node_with_other_weights_or_another_vlmflow_computes_nothing(
+    change: dict[str, Any], error: type[Exception] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rows would name what they were not made with."""
+    planned = ModelIdentity("a/model", "local", "digest", "squash", 1)
+    monkeypatch.setattr(loading, "identify", lambda *_: dataclasses.replace(planned, **change))
+    setup = SimpleNamespace(models={"embed": None}, identities={"embed": planned})
+    with pytest.raises(error) if error else nullcontext():
+        loading.check_weights(PoolConfig(tasks=("embed", "moderate")), setup)  # type: ignore[arg-type]

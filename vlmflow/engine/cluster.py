@@ -16,16 +16,22 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import worker as ray_worker
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray.data import DataContext
 from ray.util.client import ray as client
 
 from vlmflow.config import RayConfig
 from vlmflow.engine.faults import told
+from vlmflow.engine.head import watched
 from vlmflow.errors import ClusterError, ConfigError
 
 # Ray Data logs every execution plan and every operator at INFO; our own progress says what a user needs.
 _QUIET_LOGGERS = ("ray", "ray.data", "ray.data._internal", "ray.util")
+_MAX_EVENT_CHARS = 300
+_HEAD_PATIENCE = "RAY_gcs_rpc_server_reconnect_timeout_s"
+
+logger = logging.getLogger("vlmflow")
 
 
 @dataclass(frozen=True)
@@ -140,6 +146,7 @@ class _Connection:
                         _connect(config)
                     _refuse_client()
                     undo.enter_context(_our_settings())
+                    undo.enter_context(watched(ray.get_runtime_context().gcs_address, _head_patience_s()))
                     self._undo = undo.pop_all()
             elif not self._is_callers and config != self._configs[0]:
                 first, second = (one.model_dump_json(exclude_defaults=True) for one in (self._configs[0], config))
@@ -171,12 +178,20 @@ def _our_settings() -> Iterator[None]:
         setattr(context, name, value)
     ray_data.handlers = [handler for handler in handlers if not _is_console(handler)]
     ray_data.propagate = False
+    printing, ray_worker.print_to_stdstream = ray_worker.print_to_stdstream, _log_event
     try:
         yield
     finally:
+        ray_worker.print_to_stdstream = printing
         for name, value in before.items():
             setattr(context, name, value)
         ray_data.handlers, ray_data.propagate = handlers, propagates
+
+
+def _log_event(event: dict[str, Any], **_: object) -> None:
+    """Logs what a node says: that another is gone, that memory runs out. Ray prints it among what a command gives."""
+    for text in event["lines"]:
+        logger.info("Ray: %s", text.strip().partition("\n")[0][:_MAX_EVENT_CHARS])
 
 
 # A poison image kills its worker again and again, and Ray Data would retry it for ever or end the job: a bounded
@@ -250,6 +265,10 @@ def _connect(config: RayConfig) -> None:
         if config.address is None:
             raise ClusterError(f"an embedded Ray does not start: {reason}", remedy=_EMBEDDED) from error
         raise ClusterError(f"Ray at {config.address} does not answer: {reason}", remedy=_AT_ADDRESS) from error
+
+
+def _head_patience_s() -> float:
+    return float(os.environ.get(_HEAD_PATIENCE) or 60)  # Ray's default
 
 
 def _refuse_client() -> None:

@@ -22,7 +22,7 @@ from vlmflow.config import CommitConfig
 from vlmflow.engine import columns
 from vlmflow.engine.budget import ErrorBudget, FreshRows
 from vlmflow.engine.equal_bytes import put_copied
-from vlmflow.engine.faults import get, of_node
+from vlmflow.engine.faults import get, of_node, wait_for_one
 from vlmflow.engine.nodes import Unfound, check_disks, unfound
 from vlmflow.engine.progress import Tally
 from vlmflow.engine.report import CommitReport
@@ -205,7 +205,7 @@ class Collector:
     def _reap(self, *, wait: bool) -> None:
         if not self._writes:
             return
-        done, self._writes = ray.wait(self._writes, num_returns=1, timeout=None if wait else 0)
+        done, self._writes = wait_for_one(self._writes) if wait else ray.wait(self._writes, timeout=0)
         for ref in done:
             self._take(get(ref))
         if done:

@@ -11,6 +11,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from ray.exceptions import (
     NodeDiedError,
     ObjectStoreFullError,
     OutOfDiskError,
+    OutOfMemoryError,
     RayActorError,
     RayError,
     RayTaskError,
@@ -76,12 +78,19 @@ def test_whatever_keeps_ray_from_starting_is_an_error_of_ours(
     assert words in caught.value.remedy
 
 
+OOM = """2 worker(s) were killed due to the node running low on memory. \
+Memory on the node (IP: 10.0.0.7, ID: 68218436aa53) was 3.03GB used / 23.54GB limit (0.128642)
+OOM kill reason: Memory usage 3251625984B exceeded threshold
+Refer to the documentation on how to address the out of memory issue: https://docs.ray.io/"""
+
+
 @pytest.mark.parametrize(
     ("error", "expected", "words"),
     [
         (OutOfDiskError("Local disk is full"), ClusterError, "RAY_TMPDIR"),
         (ObjectStoreFullError("full"), ClusterError, "RAY_TMPDIR"),
         (NodeDiedError("node is gone"), ClusterError, "What was committed stays"),
+        (OutOfMemoryError(OOM), ClusterError, "fewer max_actors"),
         (RayTaskError("f", "trace", WeightsError("absent", remedy="Fetch them.")), WeightsError, "Fetch them."),
     ],
 )
@@ -91,6 +100,7 @@ def test_whatever_ray_raises_during_a_run_is_told_in_our_words(
     monkeypatch.setattr(cluster.ray, "is_initialized", lambda: True)
     monkeypatch.setattr(cluster.ray, "cluster_resources", dict)
     monkeypatch.setattr(cluster.ray, "nodes", list)
+    monkeypatch.setattr(cluster.ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="127.0.0.1:6379"))
     with pytest.raises(expected) as caught, cluster.ray_cluster(RayConfig()):
         raise error
     assert words in caught.value.remedy
@@ -109,6 +119,10 @@ vlmflow.errors.WeightsError: no folder /models/clip"""
         (RayActorError(error_msg=IN_A_CONSTRUCTOR), "on node 10.0.0.7: no folder /models/clip"),
         (RayTaskError("f", "trace", WeightsError("absent"), ip=get_node_ip_address()), "absent"),
         (RayTaskError("f", "trace", SourceError("listed twice"), ip="10.0.0.7"), "listed twice"),
+        (
+            OutOfMemoryError(OOM),
+            "the memory of node 10.0.0.7 ran out: Ray killed what the run had there (3.03GB used / 23.54GB)",
+        ),
     ],
 )
 def test_what_another_node_lacks_is_told_with_its_name(error: RayError, message: str) -> None:
@@ -160,6 +174,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     for name in ("init", "shutdown", "is_initialized"):
         monkeypatch.setattr(cluster.ray, name, getattr(fake, name))
     monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr(cluster.ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="127.0.0.1:6379"))
     monkeypatch.setattr(cluster.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0}}])
     return fake
 
@@ -197,6 +212,19 @@ def test_threads_that_begin_at_once_start_one_cluster(fake: FakeRay) -> None:
         for done in [threads.submit(work) for _ in range(2)]:
             done.result()
     assert fake.calls == ["init", "shutdown"]
+
+
+def test_what_nodes_say_is_logged_and_not_printed(
+    fake: FakeRay, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Standard output is what a command gives, to machines with --json."""
+    said = {"lines": ["Task f failed due to oom.\nand much more"], "pid": "raylet", "is_err": False}
+    printing = cluster.ray_worker.print_to_stdstream
+    with caplog.at_level(logging.INFO, "vlmflow"), cluster.ray_cluster(RayConfig()):
+        cluster.ray_worker.print_to_stdstream(said, ignore_prefix=False)
+    assert capsys.readouterr().out == ""
+    assert caplog.messages == ["Ray: Task f failed due to oom."]
+    assert cluster.ray_worker.print_to_stdstream is printing
 
 
 def test_ray_s_client_is_refused(fake: FakeRay, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,7 @@ def told() -> Iterator[None]:
     except RayError as error:
         if isinstance(error, RayTaskError) and isinstance(error.cause, VlmflowError):
             if isinstance(error.cause, _OF_NODES):
-                error.cause.args = (of_node(str(error.cause), error.ip),)
+                error.cause.args = (of_node(str(error.cause), _node_of(error)),)
             raise error.cause from None
         raise in_our_words(error) from error
 
@@ -100,15 +100,21 @@ def in_our_words(error: RayError) -> VlmflowError:
         found = _OURS.search(line)
         error_type = getattr(errors, found[1], None) if found else None
         if found and isinstance(error_type, type) and issubclass(error_type, VlmflowError):
-            reason, nodes = found[2][:_MAX_REASON_CHARS], _NODE.findall(str(error))
-            if nodes and issubclass(error_type, _OF_NODES):
-                reason = of_node(reason, nodes[-1])
+            reason = found[2][:_MAX_REASON_CHARS]
+            if issubclass(error_type, _OF_NODES):
+                reason = of_node(reason, _node_of(error))
             return error_type(reason, remedy=_REMEDIES.get(error_type, _REMEDY))
     reason = lines[-1][:_MAX_REASON_CHARS] if lines else "no reason given"
     return ClusterError(
         f"the cluster gave up: {type(error).__name__}: {reason}",
         remedy="What was committed stays. `vlmflow doctor` tests the workers; then run the same command again.",
     )
+
+
+def _node_of(error: RayError) -> str | None:
+    """The address of the node that an error comes from, which Ray keeps in its text alone."""
+    nodes = _NODE.findall(str(error))
+    return nodes[-1] if nodes else None
 
 
 def of_node(message: str, node: str | None) -> str:

@@ -112,13 +112,20 @@ IN_A_CONSTRUCTOR = """The actor died because of an error raised in its creation 
 vlmflow.errors.WeightsError: no folder /models/clip"""
 
 
+def of_a_task(cause: VlmflowError, node: str) -> RayError:
+    """As Ray raises it."""
+    error = RayTaskError("f", "Traceback (most recent call last):\n  File", cause, ip=node)
+    raised: RayError = error.as_instanceof_cause()
+    return raised
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (RayTaskError("f", "trace", WeightsError("absent"), ip="10.0.0.7"), "on node 10.0.0.7: absent"),
+        (of_a_task(WeightsError("absent"), "10.0.0.7"), "on node 10.0.0.7: absent"),
         (RayActorError(error_msg=IN_A_CONSTRUCTOR), "on node 10.0.0.7: no folder /models/clip"),
-        (RayTaskError("f", "trace", WeightsError("absent"), ip=get_node_ip_address()), "absent"),
-        (RayTaskError("f", "trace", SourceError("listed twice"), ip="10.0.0.7"), "listed twice"),
+        (of_a_task(WeightsError("absent"), get_node_ip_address()), "absent"),
+        (of_a_task(SourceError("listed twice"), "10.0.0.7"), "listed twice"),
         (
             OutOfMemoryError(OOM),
             "the memory of node 10.0.0.7 ran out: Ray killed what the run had there (3.03GB used / 23.54GB)",

@@ -28,6 +28,7 @@ from vlmflow.catalog import Catalog
 from vlmflow.config import CatalogConfig, SourceConfig, load_job
 from vlmflow.engine import enrich
 from vlmflow.engine.report import RunReport
+from vlmflow.errors import ClusterError
 from vlmflow.verification import verify
 
 DATE = dt.date(2026, 11, 1)
@@ -182,7 +183,9 @@ def test_the_head_is_killed(images: Path, config: Path, undisturbed: Rows, tmp_p
     ):
         wait_for(lambda: num_rows(root) > 0, driver)
         end_family(ray.head)
-        assert driver.wait(600) != 0  # it ends by itself
+        assert driver.wait(600) == ClusterError.exit_code, log.read_text()[-3000:]
+    (record,) = Catalog.open(CatalogConfig(uri=str(root))).runs.list()
+    assert (record.state, "has not answered" in record.record["message"]) == ("finished", True)
     run_to_its_end(images, root, config)
     assert comparable(root) == undisturbed
     check_sound(images, root)

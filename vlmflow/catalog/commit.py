@@ -29,7 +29,7 @@ from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.log import APPLICATION_ID, COMMIT_ID, REVOKED, RUN_ID, DataFile, Snapshot, TableLog
 from vlmflow.catalog.runs import DEAD_AFTER
 from vlmflow.errors import CatalogChangedError, CommitError, RunRevokedError
-from vlmflow.storage import access_error
+from vlmflow.storage import access_error, parse_address
 
 OPERATION = "vlmflow.operation"
 
@@ -160,10 +160,13 @@ def _check(folder: Folder, table: str, change: Change, snapshot: Snapshot) -> No
         found = folder.stat(f"{table}/{file.path}")
         if found is None or found.size_bytes != file.size_bytes:
             state = "does not exist" if found is None else f"has {found.size_bytes} bytes, not {file.size_bytes}"
-            raise CommitError(
-                f"{table}: {file.path} is to be added but {state}",
-                remedy="Run again: what was not committed is computed anew.",
-            )
+            remedy = "Run again: what was not committed is computed anew."
+            if found is None and parse_address(folder.config.uri).is_local:
+                remedy += (
+                    " Where other nodes of a Ray cluster wrote it, see that all have the catalog's folder at the same "
+                    "path, or name a catalog in a store."
+                )
+            raise CommitError(f"{table}: {file.path} is to be added but {state}", remedy=remedy)
 
 
 def _write(table: DeltaTable, request: CommitRequest, change: Change, number: int) -> None:

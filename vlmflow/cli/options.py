@@ -81,7 +81,7 @@ AddressOption = Annotated[
     str | None,
     typer.Option(
         "--ray-address",
-        help="An existing Ray cluster (auto, host:port, ray://...). Default: one of its own, whatever RAY_ADDRESS "
+        help="An existing Ray cluster (auto, host:port). Default: one of its own, whatever RAY_ADDRESS "
         "says; auto takes that.",
     ),
 ]

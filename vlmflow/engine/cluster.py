@@ -16,15 +16,22 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import worker as ray_worker
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray.data import DataContext
+from ray.util.client import ray as client
 
 from vlmflow.config import RayConfig
 from vlmflow.engine.faults import told
+from vlmflow.engine.head import watched
 from vlmflow.errors import ClusterError, ConfigError
 
 # Ray Data logs every execution plan and every operator at INFO; our own progress says what a user needs.
 _QUIET_LOGGERS = ("ray", "ray.data", "ray.data._internal", "ray.util")
+_MAX_EVENT_CHARS = 300
+_HEAD_PATIENCE = "RAY_gcs_rpc_server_reconnect_timeout_s"
+
+logger = logging.getLogger("vlmflow")
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,7 @@ class Cluster:
         gpus: GPUs of all nodes.
         embedded: started by this process, and stopped with it.
         memory: bytes of all nodes that Ray leaves to workers, beside its object store; inf: not known.
+        nodes: CPUs and GPUs of each node; none: there is one.
     """
 
     cpus: float
@@ -43,6 +51,11 @@ class Cluster:
     num_nodes: int
     embedded: bool
     memory: float = math.inf
+    nodes: tuple[tuple[float, float], ...] = ()
+
+    def has_node_for(self, cpus: float, gpus: float = 0.0) -> bool:
+        """Whether a node of the cluster, as it is now, has so many CPUs and GPUs at once."""
+        return any(cpus <= node[0] and gpus <= node[1] for node in self.nodes or ((self.cpus, self.gpus),))
 
     @contextlib.contextmanager
     def worker_errors(self) -> Iterator[WorkerErrors]:
@@ -91,7 +104,7 @@ def ray_cluster(config: RayConfig) -> Iterator[Cluster]:
     Raises:
         ClusterError: no cluster answers at the address, an embedded one does not start, another block is at work on
             another cluster, or Ray raised in the block.
-        ConfigError: this is a job of a Ray cluster, and no address is given.
+        ConfigError: this is a job of a Ray cluster, and no address is given; or the address is that of Ray's client.
     """
     already = _connection.join(config)
     # A run of few images has fewer blocks than actors; that is no concern of the user's.
@@ -100,13 +113,14 @@ def ray_cluster(config: RayConfig) -> Iterator[Cluster]:
         logging.getLogger(logger).setLevel(logging.ERROR)
     try:
         with told():
-            resources = ray.cluster_resources()
+            resources, nodes = ray.cluster_resources(), [node for node in ray.nodes() if node["Alive"]]
             yield Cluster(
                 cpus=resources.get("CPU", 0.0),
                 gpus=resources.get("GPU", 0.0),
-                num_nodes=sum(1 for node in ray.nodes() if node["Alive"]),
+                num_nodes=len(nodes),
                 embedded=not already and config.address is None,
                 memory=resources.get("memory", math.inf),
+                nodes=tuple((node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0)) for node in nodes),
             )
     finally:
         _connection.leave()
@@ -130,7 +144,9 @@ class _Connection:
                     if not self._is_callers:
                         undo.callback(ray.shutdown)  # also of what comes about half
                         _connect(config)
+                    _refuse_client()
                     undo.enter_context(_our_settings())
+                    undo.enter_context(watched(ray.get_runtime_context().gcs_address, _head_patience_s()))
                     self._undo = undo.pop_all()
             elif not self._is_callers and config != self._configs[0]:
                 first, second = (one.model_dump_json(exclude_defaults=True) for one in (self._configs[0], config))
@@ -162,12 +178,20 @@ def _our_settings() -> Iterator[None]:
         setattr(context, name, value)
     ray_data.handlers = [handler for handler in handlers if not _is_console(handler)]
     ray_data.propagate = False
+    printing, ray_worker.print_to_stdstream = ray_worker.print_to_stdstream, _log_event
     try:
         yield
     finally:
+        ray_worker.print_to_stdstream = printing
         for name, value in before.items():
             setattr(context, name, value)
         ray_data.handlers, ray_data.propagate = handlers, propagates
+
+
+def _log_event(event: dict[str, Any], **_: object) -> None:
+    """Logs what a node says: that another is gone, that memory runs out. Ray prints it among what a command gives."""
+    for text in event["lines"]:
+        logger.info("Ray: %s", text.strip().partition("\n")[0][:_MAX_EVENT_CHARS])
 
 
 # A poison image kills its worker again and again, and Ray Data would retry it for ever or end the job: a bounded
@@ -241,6 +265,20 @@ def _connect(config: RayConfig) -> None:
         if config.address is None:
             raise ClusterError(f"an embedded Ray does not start: {reason}", remedy=_EMBEDDED) from error
         raise ClusterError(f"Ray at {config.address} does not answer: {reason}", remedy=_AT_ADDRESS) from error
+
+
+def _head_patience_s() -> float:
+    return float(os.environ.get(_HEAD_PATIENCE) or 60)  # Ray's default
+
+
+def _refuse_client() -> None:
+    """Ray Data runs where the driver is, and needs more of it than Ray's client has."""
+    if client.is_connected():
+        raise ConfigError(
+            "a connection through Ray's client (ray://) does not do: Ray Data needs a driver within the cluster",
+            remedy="Give the address of the cluster's head, such as head:6379, on a machine that reaches all nodes, or "
+            "submit the job to the cluster: `python -m pipelines.adhoc --help`.",
+        )
 
 
 _EMBEDDED = (

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -22,7 +22,8 @@ from vlmflow.config import CommitConfig
 from vlmflow.engine import columns
 from vlmflow.engine.budget import ErrorBudget, FreshRows
 from vlmflow.engine.equal_bytes import put_copied
-from vlmflow.engine.faults import get
+from vlmflow.engine.faults import get, of_node, wait_for_one
+from vlmflow.engine.nodes import Unfound, check_disks, unfound
 from vlmflow.engine.progress import Tally
 from vlmflow.engine.report import CommitReport
 from vlmflow.errors import StoreLostError
@@ -47,6 +48,8 @@ class Written:
         num_shared: images with results of another image of this run with equal bytes.
         fresh: what counts for the error budget.
         fatal: why the run must end; then nothing was written.
+        fatal_node: of the cluster, that says so.
+        unfound: files that workers did not find.
     """
 
     files: pa.Table
@@ -58,6 +61,8 @@ class Written:
     num_shared: int
     fresh: FreshRows
     fatal: str | None
+    fatal_node: str | None = None
+    unfound: Sequence[Unfound] = ()
 
 
 def write_blocks(writer: CatalogWriter, known: KnownImages, *blocks: pa.Table) -> Written:
@@ -67,9 +72,10 @@ def write_blocks(writer: CatalogWriter, known: KnownImages, *blocks: pa.Table) -
         known: decides on images of its lists, whatever the models say.
     """
     rows = pa.concat_tables([block for block in blocks if block.num_rows], promote_options="permissive")
-    fatal = next((reason for reason in rows[columns.FATAL].unique().to_pylist() if reason), None)
-    if fatal is not None:
-        return Written(writer.write(rows.slice(0, 0)), {}, {}, {}, {}, 0, 0, FreshRows(), fatal)
+    fatal = rows.filter(pa.compute.is_valid(rows[columns.FATAL])).select([columns.FATAL, columns.NODE]).slice(0, 1)
+    if fatal.num_rows:
+        (reason,), (node,) = (column.to_pylist() for column in fatal.columns)
+        return Written(writer.write(rows.slice(0, 0)), {}, {}, {}, {}, 0, 0, FreshRows(), reason, node)
     sums = {
         name: float(pa.compute.sum(rows[name]).as_py() or 0.0)
         for name in rows.column_names
@@ -92,8 +98,9 @@ def write_blocks(writer: CatalogWriter, known: KnownImages, *blocks: pa.Table) -
     if len(known):
         field = schema.WRITER_OPTIONAL.field("verdict")
         rows = rows.append_column(field, known.verdicts(rows["content_hash"], rows["phash"]))
-    decisions, fresh = decisions_given(rows), FreshRows.of(rows)
-    return Written(writer.write(rows), sums, dict(worked), decisions, at_once, copied, shared, fresh, None)
+    decisions, fresh, files = decisions_given(rows), FreshRows.of(rows), writer.write(rows)
+    absent = unfound(rows)
+    return Written(files, sums, dict(worked), decisions, at_once, copied, shared, fresh, None, unfound=absent)
 
 
 @dataclass
@@ -171,6 +178,7 @@ class Collector:
 
         Raises:
             StoreLostError: a worker lost the source's store.
+            ClusterError: a node does not see the disk of the source.
             ErrorBudgetError: too many of the first rows are bad.
             CommitError: a commit could not be made.
         """
@@ -198,7 +206,7 @@ class Collector:
     def _reap(self, *, wait: bool) -> None:
         if not self._writes:
             return
-        done, self._writes = ray.wait(self._writes, num_returns=1, timeout=None if wait else 0)
+        done, self._writes = wait_for_one(self._writes) if wait else ray.wait(self._writes, timeout=0)
         for ref in done:
             self._take(get(ref))
         if done:
@@ -209,9 +217,10 @@ class Collector:
     def _take(self, written: Written) -> None:
         if written.fatal is not None:
             raise StoreLostError(
-                written.fatal,
+                of_node(written.fatal, written.fatal_node),
                 remedy="What was committed stays; mend the access and run the same command again to go on.",
             )
+        check_disks(written.unfound)
         self._files.append(written.files)
         self.collected.sums.update(written.sums)
         self.collected.worked.update(written.worked)

@@ -25,6 +25,9 @@ TASKS_SHARED = "tasks_shared"
 # blocks, would swallow an exception, so the message travels as a value.
 FATAL = "fatal"
 
+# The address of the node that read the image.
+NODE = "node"
+
 # Seconds of work, spread evenly over the rows of the batch so that sums stay right however blocks are cut.
 SECONDS_PREFIX = "seconds_"
 # Batches likewise: 1 / rows on each row.

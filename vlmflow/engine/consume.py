@@ -14,6 +14,7 @@ from ray.data import Dataset
 from ray.exceptions import RayError
 
 from vlmflow.engine.faults import in_our_words
+from vlmflow.engine.head import check_head
 
 # Blocks that wait for the driver hold memory in the object store; a few hide the time of a commit.
 _MAX_WAITING = 64
@@ -67,6 +68,7 @@ class FinishedBlocks:
         try:
             item = self._queue.get(timeout=timeout_s)
         except queue.Empty:
+            check_head()
             return []
         if isinstance(item, RayError):
             raise in_our_words(item) from item

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+from ray.util import get_node_ip_address
 
 from vlmflow import schema
 from vlmflow.catalog import KnownBytes
@@ -171,6 +172,7 @@ class ReadAndDecode:
         added[columns.UNMODIFIED] = pa.array([item.unmodified is not None for item in read])
         added[columns.seconds_column("read")] = columns.spread(read_s, num_rows)
         added[columns.seconds_column("decode")] = columns.spread(decode_s, num_rows)
+        added[columns.NODE] = pa.repeat(get_node_ip_address(), num_rows)
         added[columns.FATAL] = pa.repeat(pa.scalar(fatal, pa.string()), num_rows)
         for name, values in added.items():
             batch = batch.append_column(name, values)

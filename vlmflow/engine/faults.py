@@ -8,18 +8,28 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray
-from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError, RayTaskError
+from ray.exceptions import ObjectStoreFullError, OutOfDiskError, OutOfMemoryError, RayError, RayTaskError
+from ray.util import get_node_ip_address
 
 from vlmflow import errors
+from vlmflow.engine.head import check_head
 from vlmflow.errors import ClusterError, ModelsKilledError, StoreLostError, VlmflowError
 
 _OURS = re.compile(r"(?:vlmflow\.errors\.)(\w+): (.+)")
 _MAX_REASON_CHARS = 400
+_TICK_S = 1.0
 # Of errors that workers raise in constructors, whose own remedy is lost on the way.
 _REMEDIES: dict[type[VlmflowError], str] = {
     ModelsKilledError: "Most often the memory does not suffice for all models at once, as the kernel's log tells: set "
     "pools with fewer max_actors or tasks, or take smaller models. It may be a driver or library that crashes, too.",
 }
+# What one node may lack and others have. Other errors are those of the job, wherever they are found.
+_OF_NODES = (
+    *(errors.CatalogError, errors.ClusterError, errors.DetectorError, errors.ModelsKilledError),
+    *(errors.StorageAccessError, errors.TransientError, errors.WeightsError, errors.WorkspaceError),
+)
+_MEMORY_OF = re.compile(r"Memory on the node \(IP: ([^,]+), .*?\) was ([\d.]+GB used / [\d.]+GB)")
+_NODE = re.compile(r"\bip=([0-9A-Fa-f.:]+)")
 _REMEDY = "`vlmflow doctor` and `vlmflow profiles` tell more."
 
 
@@ -34,6 +44,8 @@ def told() -> Iterator[None]:
         yield
     except RayError as error:
         if isinstance(error, RayTaskError) and isinstance(error.cause, VlmflowError):
+            if isinstance(error.cause, _OF_NODES):
+                error.cause.args = (of_node(str(error.cause), _node_of(error)),)
             raise error.cause from None
         raise in_our_words(error) from error
 
@@ -45,7 +57,21 @@ def get(ref: Any) -> Any:
     Raises:
         ClusterError: the task failed in any other way.
     """
+    wait_for_one([ref])
     return ray.get(ref)
+
+
+def wait_for_one(refs: list[Any]) -> tuple[list[Any], list[Any]]:
+    """Waits for the first result; returns its reference, and the others.
+
+    Raises:
+        ClusterError: the head of the cluster is gone: Ray would wait until it ends this process.
+    """
+    while True:
+        done, others = ray.wait(refs, num_returns=1, timeout=_TICK_S)
+        if done:
+            return done, others
+        check_head()
 
 
 def in_our_words(error: RayError) -> VlmflowError:
@@ -61,17 +87,43 @@ def in_our_words(error: RayError) -> VlmflowError:
             "another in RAY_TMPDIR (it is /tmp otherwise), and run the same command again. More of them stay in memory "
             "with a higher ray.object_store_bytes, and fewer are there at once with a lower read_ahead.",
         )
+    if isinstance(error, OutOfMemoryError):
+        node = _MEMORY_OF.search(str(error))
+        return ClusterError(
+            f"the memory of {f'node {node[1]}' if node else 'a node'} ran out: Ray killed what the run had there"
+            + (f" ({node[2]})" if node else ""),
+            remedy="What was committed stays. Give the nodes more memory, or less at once to do: fewer max_actors or "
+            "smaller batches in pools, a lower read_ahead, no other work beside it. Then run the same command again.",
+        )
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     for line in reversed(lines):
         found = _OURS.search(line)
         error_type = getattr(errors, found[1], None) if found else None
         if found and isinstance(error_type, type) and issubclass(error_type, VlmflowError):
-            return error_type(found[2][:_MAX_REASON_CHARS], remedy=_REMEDIES.get(error_type, _REMEDY))
+            reason = found[2][:_MAX_REASON_CHARS]
+            if issubclass(error_type, _OF_NODES):
+                reason = of_node(reason, _node_of(error))
+            return error_type(reason, remedy=_REMEDIES.get(error_type, _REMEDY))
     reason = lines[-1][:_MAX_REASON_CHARS] if lines else "no reason given"
     return ClusterError(
         f"the cluster gave up: {type(error).__name__}: {reason}",
         remedy="What was committed stays. `vlmflow doctor` tests the workers; then run the same command again.",
     )
+
+
+def _node_of(error: RayError) -> str | None:
+    """The address of the node that an error comes from, which Ray keeps in its text alone."""
+    nodes = _NODE.findall(str(error))
+    return nodes[-1] if nodes else None
+
+
+def of_node(message: str, node: str | None) -> str:
+    """A message, with the node that it comes from if that is another than this one.
+
+    Args:
+        node: its address; None: not known.
+    """
+    return message if node in (None, get_node_ip_address()) else f"on node {node}: {message}"
 
 
 def lost_in_mid_run(error: VlmflowError) -> StoreLostError:

@@ -94,17 +94,24 @@ def wait_for_device(device: str) -> None:
 
 
 def check_weights(pool: PoolConfig, setup: TaskSetup) -> None:
-    """Makes sure that this node holds the weights that the run was planned with.
+    """Makes sure that this node holds the weights that the run was planned with, and the code that its rows will name.
 
     Raises:
         WeightsError: they are absent here, or others.
+        ClusterError: it is another.
     """
     for role in pool.tasks:
         if role not in setup.models:
             continue
-        found, planned = identify(role, setup.models[role]).weights_digest, setup.identities[role].weights_digest
-        if found != planned:
+        found, planned = identify(role, setup.models[role]), setup.identities[role]
+        if found.weights_digest != planned.weights_digest:
             raise WeightsError(
-                f"weights of {role} on this node have the digest {found[:12]}, the run was planned with {planned[:12]}",
+                f"weights of {role} on this node have the digest {found.weights_digest[:12]}, the run was planned with "
+                f"{planned.weights_digest[:12]}",
                 remedy="Put the same weights on every node.",
+            )
+        if found != planned:
+            raise ClusterError(
+                f"vlmflow on this node would run the model of {role} in another way than the run was planned with",
+                remedy="Install vlmflow in one version on every node; `vlmflow doctor` names those that have another.",
             )

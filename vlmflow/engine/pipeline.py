@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Callable
@@ -31,6 +32,8 @@ from vlmflow.tasks.setup import TaskSetup
 
 # Unequal to what a pool's actors ask for: Ray Data fuses a map into the actors behind it when both ask for the same.
 DECODE_CPUS = 0.45
+# Of an actor without a GPU, by default, where there are enough for several.
+_CPUS_OF_ACTOR = 3
 # Images that one decode call reads at once: their encoded bytes are in memory together.
 DECODE_BATCH = 64
 # Of an actor that decodes on a processor: it feeds one batch while it computes another.
@@ -57,6 +60,13 @@ TASK_LIMITS = {"max_retries": 2}
 ACTOR_LIMITS = {"max_restarts": -1, "max_task_retries": 2}
 
 
+_WAITING = (
+    "Until it has grown, images wait. If it is not to grow, end the run and lower cpus, gpus or min_actors in pools."
+)
+
+logger = logging.getLogger("vlmflow")
+
+
 def default_pools(prepared: Prepared, cluster: Cluster) -> tuple[PoolConfig, ...]:
     """All tasks in one pool: on each GPU, or on the CPUs, of which decoding keeps a share."""
     job = prepared.job
@@ -69,11 +79,11 @@ def default_pools(prepared: Prepared, cluster: Cluster) -> tuple[PoolConfig, ...
         size = _gpu_batch(prepared.setup)
         return (PoolConfig(tasks=job.tasks, gpus=1, cpus=1, max_actors=num_gpus, batch_size=size),)
     cores = max(1, int(cluster.cpus))
-    if cores <= 4:
+    if cores <= 4 or not cluster.has_node_for(_CPUS_OF_ACTOR):
         # One thread each: for small batches, actors side by side do more than threads inside one.
         return (PoolConfig(tasks=job.tasks, cpus=0.5, min_actors=cores, max_actors=cores),)
     num_actors = cores // 4
-    return (PoolConfig(tasks=job.tasks, cpus=3, min_actors=1, max_actors=num_actors),)
+    return (PoolConfig(tasks=job.tasks, cpus=_CPUS_OF_ACTOR, min_actors=1, max_actors=num_actors),)
 
 
 def _gpu_batch(setup: TaskSetup) -> int:
@@ -91,24 +101,30 @@ def open_pools(prepared: Prepared, cluster: Cluster) -> tuple[PoolConfig, ...]:
 
 
 def check_pools(pools: tuple[PoolConfig, ...], cluster: Cluster) -> None:
-    """Refuses pools that an embedded cluster can never start: Ray would wait for them without an end.
+    """Refuses pools that an embedded cluster can never start: Ray would wait for them without an end, and silently.
 
-    Other clusters may grow when asked, so there the waiting is left to Ray.
+    Other clusters may grow when asked, so there the waiting is left to Ray, and the user is told what for.
 
     Raises:
         ClusterError: too few GPUs or CPUs.
     """
-    if not cluster.embedded:
-        return
+    for pool in pools:
+        if not cluster.embedded and not cluster.has_node_for(pool.cpus, pool.gpus):
+            actor = pool.cpus, pool.gpus, "+".join(pool.tasks)
+            logger.warning("no node has the %g CPUs and %g GPUs of an actor of pool %s. %s", *actor, _WAITING)
+            return
     for name, asked, offered in (
         ("GPU", sum(pool.min_actors * pool.gpus for pool in pools), cluster.gpus),
         ("CPU", sum(pool.min_actors * pool.cpus for pool in pools) + DECODE_CPUS, cluster.cpus),
     ):
-        if asked > offered:
-            raise ClusterError(
-                f"pools ask for {asked:g} {name}s, decoding included, and this machine offers {offered:g}",
-                remedy="Lower min_actors, cpus or gpus in pools, or give --ray-address.",
-            )
+        if asked <= offered:
+            continue
+        place = "this machine" if cluster.embedded else "the cluster"
+        problem = f"pools ask for {asked:g} {name}s, decoding included, and {place} offers {offered:g}"
+        if cluster.embedded:
+            remedy = "Lower min_actors, cpus or gpus in pools, or give --ray-address."
+            raise ClusterError(problem, remedy=remedy)
+        logger.warning("%s. %s", problem, _WAITING)
 
 
 def stages_of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from vlmflow.catalog.columns import taken
 from vlmflow.catalog.plan_parts import NUM_BUCKETS, Ledger, buckets_of
 from vlmflow.engine.faults import get
 
+logger = logging.getLogger("vlmflow")
+
 _TASKS_PER_CPU = 2  # under way at once, so that the next is there when one ends
 
 
@@ -31,6 +34,8 @@ class OnCluster:
     """
 
     def __init__(self, num_cpus: float) -> None:
+        if num_cpus < 1:
+            logger.warning("no node of the cluster has a CPU now: planning waits until one joins that has")
         self._num_tasks = max(2, int(num_cpus) * _TASKS_PER_CPU)
 
     def spread(

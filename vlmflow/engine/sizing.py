@@ -13,7 +13,8 @@ from vlmflow.catalog import Plan
 from vlmflow.config import Frozen, PoolConfig
 from vlmflow.engine import columns
 from vlmflow.engine.cluster import Cluster
-from vlmflow.engine.faults import get
+from vlmflow.engine.faults import get, of_node
+from vlmflow.engine.nodes import check_disks, unfound
 from vlmflow.engine.quarantine import Stages
 from vlmflow.engine.trials import Trial, TriedPool, choose, resources
 from vlmflow.errors import SourceError
@@ -126,9 +127,10 @@ def _decoded(planned: Plan, stages: Stages) -> tuple[pa.Table, float, float]:
     # Once to set up libraries and connections, once to be timed.
     worker = ray.remote(num_cpus=1)(lambda rows: (decode(rows.slice(0, 4)), decode(rows))[1])
     sample: pa.Table = get(worker.remote(first.take(pa.array(chosen))))
-    lost = next((message for message in sample[columns.FATAL].to_pylist() if message), None)
+    lost, node = (sample[name][0].as_py() for name in (columns.FATAL, columns.NODE))
     if lost:
-        raise SourceError(lost, remedy="Mend the access to the source's store.")
+        raise SourceError(of_node(lost, node), remedy="Mend the access to the source's store.")
+    check_disks(unfound(sample))
     spent = [float(pa.compute.sum(sample[columns.seconds_column(stage)]).as_py()) for stage in ("read", "decode")]
     timing = [name for name in sample.column_names if name.startswith(columns.SECONDS_PREFIX)]
     return sample.drop_columns(timing), spent[0], spent[1]

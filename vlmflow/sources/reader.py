@@ -43,10 +43,12 @@ from vlmflow.threads import in_thread
 if TYPE_CHECKING:
     from obstore import GetOptions
 
+GONE = "listed, but gone when read"
+
 _COLUMNS = ["object_version", "size_bytes", "locator", "offset", "length", "row"]
 
 _FAULT_CLASSES = {
-    Fault.MISSING: (RowErrorClass.MISSING, "listed, but gone when read"),
+    Fault.MISSING: (RowErrorClass.MISSING, GONE),
     Fault.DENIED: (RowErrorClass.ACCESS_DENIED, "the store refused this object"),
     Fault.TIMEOUT: (RowErrorClass.READ_TIMEOUT, "the store did not answer in time, after all retries"),
     Fault.TRANSIENT: (RowErrorClass.READ_FAILED, "the store failed, after all retries"),

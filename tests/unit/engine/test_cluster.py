@@ -11,15 +11,25 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ray.data import DataContext
-from ray.exceptions import NodeDiedError, ObjectStoreFullError, OutOfDiskError, RayError, RayTaskError
+from ray.exceptions import (
+    NodeDiedError,
+    ObjectStoreFullError,
+    OutOfDiskError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
+from ray.util import get_node_ip_address
 
 from vlmflow.config import RayConfig
-from vlmflow.engine import cluster
-from vlmflow.errors import ClusterError, ConfigError, VlmflowError, WeightsError
+from vlmflow.engine import cluster, faults
+from vlmflow.errors import ClusterError, ConfigError, SourceError, VlmflowError, WeightsError
 
 
 @pytest.mark.parametrize(("given", "told"), [(None, "6"), ("1", "1")])
@@ -68,12 +78,19 @@ def test_whatever_keeps_ray_from_starting_is_an_error_of_ours(
     assert words in caught.value.remedy
 
 
+OOM = """2 worker(s) were killed due to the node running low on memory. \
+Memory on the node (IP: 10.0.0.7, ID: 68218436aa53) was 3.03GB used / 23.54GB limit (0.128642)
+OOM kill reason: Memory usage 3251625984B exceeded threshold
+Refer to the documentation on how to address the out of memory issue: https://docs.ray.io/"""
+
+
 @pytest.mark.parametrize(
     ("error", "expected", "words"),
     [
         (OutOfDiskError("Local disk is full"), ClusterError, "RAY_TMPDIR"),
         (ObjectStoreFullError("full"), ClusterError, "RAY_TMPDIR"),
         (NodeDiedError("node is gone"), ClusterError, "What was committed stays"),
+        (OutOfMemoryError(OOM), ClusterError, "fewer max_actors"),
         (RayTaskError("f", "trace", WeightsError("absent", remedy="Fetch them.")), WeightsError, "Fetch them."),
     ],
 )
@@ -83,12 +100,45 @@ def test_whatever_ray_raises_during_a_run_is_told_in_our_words(
     monkeypatch.setattr(cluster.ray, "is_initialized", lambda: True)
     monkeypatch.setattr(cluster.ray, "cluster_resources", dict)
     monkeypatch.setattr(cluster.ray, "nodes", list)
+    monkeypatch.setattr(cluster.ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="127.0.0.1:6379"))
     with pytest.raises(expected) as caught, cluster.ray_cluster(RayConfig()):
         raise error
     assert words in caught.value.remedy
 
 
-@pytest.mark.parametrize(("address", "told"), [(None, "local"), ("auto", "auto"), ("ray://head:10001",) * 2])
+IN_A_CONSTRUCTOR = """The actor died because of an error raised in its creation task, ray::MapWorker.__init__()
+(pid=7, ip=10.0.0.7, actor_id=01, repr=MapWorker(MapBatches(PoolWorker)))
+  File "weights.py", line 1, in identify
+vlmflow.errors.WeightsError: no folder /models/clip"""
+
+
+def of_a_task(cause: VlmflowError, node: str) -> RayError:
+    """As Ray raises it."""
+    error = RayTaskError("f", "Traceback (most recent call last):\n  File", cause, ip=node)
+    raised: RayError = error.as_instanceof_cause()
+    return raised
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (of_a_task(WeightsError("absent"), "10.0.0.7"), "on node 10.0.0.7: absent"),
+        (RayActorError(error_msg=IN_A_CONSTRUCTOR), "on node 10.0.0.7: no folder /models/clip"),
+        (of_a_task(WeightsError("absent"), get_node_ip_address()), "absent"),
+        (of_a_task(SourceError("listed twice"), "10.0.0.7"), "listed twice"),
+        (
+            OutOfMemoryError(OOM),
+            "the memory of node 10.0.0.7 ran out: Ray killed what the run had there (3.03GB used / 23.54GB)",
+        ),
+    ],
+)
+def test_what_another_node_lacks_is_told_with_its_name(error: RayError, message: str) -> None:
+    with pytest.raises(VlmflowError) as caught, faults.told():
+        raise error
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(("address", "told"), [(None, "local"), ("auto", "auto"), ("head:6379",) * 2])
 def test_an_embedded_cluster_is_no_other_that_ray_finds(
     address: str | None, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,7 +181,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     for name in ("init", "shutdown", "is_initialized"):
         monkeypatch.setattr(cluster.ray, name, getattr(fake, name))
     monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"CPU": 2.0})
-    monkeypatch.setattr(cluster.ray, "nodes", lambda: [{"Alive": True}])
+    monkeypatch.setattr(cluster.ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="127.0.0.1:6379"))
+    monkeypatch.setattr(cluster.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0}}])
     return fake
 
 
@@ -167,6 +218,28 @@ def test_threads_that_begin_at_once_start_one_cluster(fake: FakeRay) -> None:
     with ThreadPoolExecutor(2) as threads:
         for done in [threads.submit(work) for _ in range(2)]:
             done.result()
+    assert fake.calls == ["init", "shutdown"]
+
+
+def test_what_nodes_say_is_logged_and_not_printed(
+    fake: FakeRay, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Standard output is what a command gives, to machines with --json."""
+    said = {"lines": ["Task f failed due to oom.\nand much more"], "pid": "raylet", "is_err": False}
+    printing = cluster.ray_worker.print_to_stdstream
+    with caplog.at_level(logging.INFO, "vlmflow"), cluster.ray_cluster(RayConfig()):
+        cluster.ray_worker.print_to_stdstream(said, ignore_prefix=False)
+    assert capsys.readouterr().out == ""
+    assert caplog.messages == ["Ray: Task f failed due to oom."]
+    assert cluster.ray_worker.print_to_stdstream is printing
+
+
+def test_ray_s_client_is_refused(fake: FakeRay, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where RAY_ADDRESS or the caller has chosen it."""
+    monkeypatch.setattr(cluster.client, "is_connected", fake.is_initialized)
+    with pytest.raises(ConfigError, match="ray://") as caught, cluster.ray_cluster(RayConfig(address="auto")):
+        pass
+    assert "head:6379" in caught.value.remedy
     assert fake.calls == ["init", "shutdown"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import re
 import threading
 import time
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from vlmflow.engine.pipeline import (
     GPU_CALLS_AT_ONCE,
     block_rows,
     build_pipeline,
+    check_pools,
     default_pools,
     planned_block_rows,
     stages_of,
@@ -118,6 +120,36 @@ def test_a_gpu_is_given_as_many_images_as_its_models_leave_room_for(
     assert (pool.batch_size, pool.max_actors) == (size, 2)
     (pool,) = default_pools(prepared, Cluster(cpus=16, gpus=0, num_nodes=1, embedded=True))
     assert pool.batch_size == 32, "on processors it is small for any"
+
+
+def test_no_actor_asks_for_more_cores_than_a_node_has() -> None:
+    """Such an actor is never started, whatever the nodes have together."""
+    job = Job.model_construct(pools=(), tasks=("embed", "caption"))
+    prepared = Prepared(job, dt.date(2026, 1, 1), None, {})  # type: ignore[arg-type]
+    for node, cpus in ((2.0, 0.5), (4.0, 3.0)):
+        cluster = Cluster(cpus=8 * node, gpus=0, num_nodes=8, embedded=False, nodes=((node, 0.0),) * 8)
+        (pool,) = default_pools(prepared, cluster)
+        assert pool.cpus == cpus
+        assert pool.max_actors * pool.cpus < cluster.cpus, "decoding has its share"
+
+
+@pytest.mark.parametrize(
+    ("pool", "words"),
+    [
+        ({"gpus": 1}, "no node has the 1 CPUs and 1 GPUs of an actor of pool embed.caption"),
+        ({"cpus": 4}, "no node has the 4 CPUs and 0 GPUs"),
+        ({"cpus": 2, "min_actors": 3, "max_actors": 3}, "pools ask for 6.45 CPUs, .* and the cluster offers 4"),
+        ({"cpus": 1.5, "min_actors": 2, "max_actors": 3}, None),
+    ],
+)
+def test_what_a_run_on_a_cluster_waits_for_is_told(
+    pool: dict[str, Any], words: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    cluster = Cluster(cpus=4, gpus=0, num_nodes=2, embedded=False, nodes=((2.0, 0.0),) * 2)
+    check_pools((PoolConfig(tasks=("embed", "caption"), **pool),), cluster)
+    assert len(caplog.messages) == (words is not None)
+    assert words is None or re.search(words, caplog.text)
+    assert words is None or "images wait" in caplog.text
 
 
 @pytest.mark.parametrize(("pools", "by_memory"), [((), True), ((PoolConfig(tasks=("embed",), gpus=1),), False)])

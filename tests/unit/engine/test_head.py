@@ -1,0 +1,56 @@
+"""A head that is gone is told before Ray ends the process."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from threading import Event
+
+import pytest
+
+from tests.processes import wait_for
+from vlmflow.engine import faults, head
+from vlmflow.engine.consume import FinishedBlocks
+from vlmflow.errors import ClusterError
+
+
+class Silent:
+    """A dataset that waits for a cluster."""
+
+    def __init__(self) -> None:
+        self.over = Event()
+
+    def iter_internal_ref_bundles(self) -> list[object]:
+        self.over.wait(60)
+        return []
+
+
+@pytest.fixture
+def address(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Of a head that answers a few times, and no more."""
+    monkeypatch.setattr(head, "_POLL_S", 0.01)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with head.watched(address, 0.1):
+            for _ in range(3):
+                server.accept()[0].close()
+            head.check_head()
+            server.close()
+            yield address
+    head.check_head()  # of a connection that is over nobody is told
+
+
+def test_who_waits_is_told_that_the_head_is_gone(
+    address: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    wait_for(lambda: bool(caplog.messages), seconds=20)
+    assert f"{address} has not answered" in caplog.text
+    dataset = Silent()
+    with FinishedBlocks(dataset) as finished:  # type: ignore[arg-type]
+        with pytest.raises(ClusterError, match=f"{address} has not answered") as caught:
+            finished.next(0.01)
+        dataset.over.set()
+    assert "stays" in caught.value.remedy
+    monkeypatch.setattr(faults.ray, "wait", lambda refs, **_: ([], refs))
+    with pytest.raises(ClusterError, match="has not answered"):
+        faults.get(object())

@@ -1,0 +1,78 @@
+"""Nodes that lack what the driver has: the disk of the images, which are not taken for gone, the weights, the code."""
+
+from __future__ import annotations
+
+import dataclasses
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from tests.images import encode, scene
+from vlmflow.config import ImageLimits, PoolConfig, SourceConfig
+from vlmflow.engine import columns, loading
+from vlmflow.engine.decoding import ReadAndDecode
+from vlmflow.engine.nodes import check_disks, unfound
+from vlmflow.errors import ClusterError, WeightsError
+from vlmflow.imaging import PixelRequest
+from vlmflow.models import ModelIdentity
+from vlmflow.sources import open_source
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    """Images that a manifest names, which lies elsewhere."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    for number in range(3):
+        (disk / f"{number}.png").write_bytes(encode(scene(number, 16, 16), "PNG"))
+    uris = [str(disk / f"{number}.png") for number in range(3)]
+    (tmp_path / "list.csv").write_text("\n".join(["uri", *uris, str(disk / "never.png")]) + "\n", encoding="utf-8")
+    return disk
+
+
+def read_where_it_is_not_mounted(disk: Path) -> pa.Table:
+    source = open_source(SourceConfig(uri=str(disk.parent / "list.csv")))
+    refs = pa.Table.from_batches(list(source.list()))
+    due = pa.array([["embed"]] * refs.num_rows, pa.list_(pa.string()))
+    refs = refs.append_column("due", due).append_column("due_if_same", pa.nulls(refs.num_rows, due.type))
+    refs = refs.append_column("previous_hash", pa.nulls(refs.num_rows, pa.string()))
+    decode = ReadAndDecode(source.reader(ImageLimits()), (PixelRequest(16, "bicubic", ("squash",)),), ImageLimits())
+    away = disk.rename(disk.parent / "elsewhere")
+    rows = decode(refs)
+    away.rename(disk)
+    assert [[error["class"] for error in errors] for errors in rows["errors"].to_pylist()] == [["missing"]] * 4
+    return rows
+
+
+def test_images_that_the_driver_still_has_end_the_run(disk: Path) -> None:
+    rows = read_where_it_is_not_mounted(disk)
+    rows = columns.set_column(rows, columns.NODE, pa.array(["10.0.0.7"] * rows.num_rows))
+    with pytest.raises(ClusterError, match=rf"^node 10\.0\.0\.7 .* {disk}/0\.png, which is there") as caught:
+        check_disks(unfound(rows))
+    assert "every node" in caught.value.remedy
+
+
+@pytest.mark.parametrize("change", ["gone", "others"])
+def test_images_that_the_driver_has_no_more_are_gone(disk: Path, change: str) -> None:
+    rows = read_where_it_is_not_mounted(disk)
+    (disk / "2.png").write_bytes(b"another") if change == "others" else (disk / "2.png").unlink()
+    check_disks(unfound(rows))
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [({}, None), ({"weights_digest": "other"}, WeightsError), ({"code_version": 7}, ClusterError)],
+)
+def test_a_node_with_other_weights_or_another_vlmflow_computes_nothing(
+    change: dict[str, Any], error: type[Exception] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rows would name what they were not made with."""
+    planned = ModelIdentity("a/model", "local", "digest", "squash", 1)
+    monkeypatch.setattr(loading, "identify", lambda *_: dataclasses.replace(planned, **change))
+    setup = SimpleNamespace(models={"embed": None}, identities={"embed": planned})
+    with pytest.raises(error) if error else nullcontext():
+        loading.check_weights(PoolConfig(tasks=("embed", "moderate")), setup)  # type: ignore[arg-type]

@@ -1,0 +1,82 @@
+"""The head of the cluster: where it is gone, Ray ends the process after a minute, without a word or a record."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+from vlmflow.errors import ClusterError
+
+logger = logging.getLogger("vlmflow")
+
+_POLL_S = 5.0
+# Of the time after which Ray ends the process.
+_PART = 2 / 3
+
+
+_watches: list[_Watch] = []  # of a process one, at most
+
+
+@contextlib.contextmanager
+def watched(address: str, patience_s: float) -> Iterator[None]:
+    """Looks in a thread whether the head still answers, while the block runs.
+
+    Args:
+        address: of its control store.
+        patience_s: for so long Ray waits for a head that may be started again, before it ends the process.
+    """
+    watch = _Watch(address, _PART * patience_s)
+    threading.Thread(target=watch.run, name="vlmflow-head", daemon=True).start()
+    _watches.append(watch)
+    try:
+        yield
+    finally:
+        _watches.remove(watch)
+        watch.stop.set()
+
+
+def check_head() -> None:
+    """To be called now and then by who waits for the cluster.
+
+    Raises:
+        ClusterError: its head has not answered for long.
+    """
+    for watch in _watches:
+        if watch.lost is not None:
+            raise watch.lost
+
+
+class _Watch:
+    def __init__(self, address: str, max_silence_s: float) -> None:
+        self._address, self._max_silence_s = address, max_silence_s
+        self.lost: ClusterError | None = None
+        self.stop = threading.Event()
+
+    def run(self) -> None:
+        answered_at = time.monotonic()
+        while not self.stop.wait(_POLL_S):
+            if self._answers():
+                answered_at = time.monotonic()
+            elif time.monotonic() - answered_at > self._max_silence_s:
+                message = (
+                    f"the head of the Ray cluster at {self._address} has not answered for {self._max_silence_s:.0f} s"
+                )
+                self.lost = ClusterError(message, remedy=_REMEDY)
+                # Who waits for Ray otherwise does not come to ask.
+                logger.error("%s: Ray will end this process", message)
+                return
+
+    def _answers(self) -> bool:
+        host, _, port = self._address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_POLL_S).close()
+        except OSError:
+            return False
+        return True
+
+
+_REMEDY = "What was committed stays. See that the head runs, then run the same command again to go on."

@@ -1,0 +1,74 @@
+"""Nodes that do not see the disk of the source: an image that the driver still has is not gone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+
+from vlmflow.engine import columns
+from vlmflow.errors import ClusterError, RowErrorClass
+from vlmflow.sources.reader import GONE
+from vlmflow.sources.uris import is_http
+from vlmflow.storage import local_version, parse_address
+
+_MAX_EXAMPLES = 8  # of a node, of each write
+
+
+class Unfound(NamedTuple):
+    """A file that a worker did not find.
+
+    Attributes:
+        version: as it was listed.
+    """
+
+    node: str
+    path: str
+    version: str
+
+
+def unfound(rows: pa.Table) -> list[Unfound]:
+    """Images of local disks that were gone when workers read them: some of each node.
+
+    Args:
+        rows: finished.
+    """
+    failed = rows.filter(pa.compute.greater(pa.compute.list_value_length(rows["errors"]), 0))
+    found: dict[str, list[Unfound]] = {}
+    for row in failed.select(["errors", "locator", "object_version", columns.NODE]).to_pylist():
+        is_gone = any((error["class"], error["message"]) == (RowErrorClass.MISSING, GONE) for error in row["errors"])
+        if not is_gone or row["object_version"] is None or is_http(row["locator"]):
+            continue
+        address, of_node = parse_address(row["locator"]), found.setdefault(row[columns.NODE], [])
+        if address.is_local and len(of_node) < _MAX_EXAMPLES:
+            of_node.append(Unfound(row[columns.NODE], address.path, row["object_version"]))
+    return [one for some in found.values() for one in some]
+
+
+def check_disks(found: Iterable[Unfound]) -> None:
+    """Makes sure that what workers did not find is not found here either. To be called by the driver.
+
+    Raises:
+        ClusterError: all that a node did not find are here, as they were listed.
+    """
+    by_node: dict[str, list[Unfound]] = {}
+    for one in found:
+        by_node.setdefault(one.node, []).append(one)
+    for node, some in by_node.items():
+        if all(_is_here(one) for one in some):
+            raise ClusterError(
+                f"node {node} of the cluster does not find {some[0].path}, which is there on this machine",
+                remedy="Mount the disk of the images at the same path on every node, or put them into a store that "
+                "all nodes reach. What was committed stays; then run the same command again to go on.",
+            )
+
+
+def _is_here(one: Unfound) -> bool:
+    try:
+        version = local_version(Path(one.path).stat())
+    except OSError:
+        return False
+    # Of a part of a file, the version begins with that of the whole.
+    return one.version == version or one.version.startswith(f"{version}-")

@@ -10,8 +10,9 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from vlmflow.errors import ClusterError, ConfigError
 # Ray Data logs every execution plan and every operator at INFO; our own progress says what a user needs.
 _QUIET_LOGGERS = ("ray", "ray.data", "ray.data._internal", "ray.util")
 _MAX_EVENT_CHARS = 300
+_OF_NODES = ("raylet", "autoscaler")  # as Ray calls what is no worker
 _HEAD_PATIENCE = "RAY_gcs_rpc_server_reconnect_timeout_s"
 
 logger = logging.getLogger("vlmflow")
@@ -178,7 +180,8 @@ def _our_settings() -> Iterator[None]:
         setattr(context, name, value)
     ray_data.handlers = [handler for handler in handlers if not _is_console(handler)]
     ray_data.propagate = False
-    printing, ray_worker.print_to_stdstream = ray_worker.print_to_stdstream, _log_event
+    printing = ray_worker.print_to_stdstream
+    ray_worker.print_to_stdstream = partial(_log_event, printing)
     try:
         yield
     finally:
@@ -188,8 +191,14 @@ def _our_settings() -> Iterator[None]:
         ray_data.handlers, ray_data.propagate = handlers, propagates
 
 
-def _log_event(event: dict[str, Any], **_: object) -> None:
-    """Logs what a node says: that another is gone, that memory runs out. Ray prints it among what a command gives."""
+def _log_event(printing: Callable[..., None], event: dict[str, Any], **options: object) -> None:
+    """Logs what a node says: that another is gone, that memory runs out. Ray prints it among what a command gives.
+
+    What workers print is left to Ray: where it comes to the driver, the caller has asked for that.
+    """
+    if event.get("pid") not in _OF_NODES:
+        printing(event, **options)
+        return
     for text in event["lines"]:
         logger.info("Ray: %s", text.strip().partition("\n")[0][:_MAX_EVENT_CHARS])
 

@@ -30,7 +30,9 @@ class Unfound(NamedTuple):
 
 
 def unfound(rows: pa.Table) -> list[Unfound]:
-    """Images of local disks that were gone when workers read them: some of each node.
+    """Images of local disks that were gone when workers read them: some of each node that read no other such image.
+
+    A shared disk may show a node an old listing: what it does not find there says nothing of the disk.
 
     Args:
         rows: finished.
@@ -44,7 +46,14 @@ def unfound(rows: pa.Table) -> list[Unfound]:
         address, of_node = parse_address(row["locator"]), found.setdefault(row[columns.NODE], [])
         if address.is_local and len(of_node) < _MAX_EXAMPLES:
             of_node.append(Unfound(row[columns.NODE], address.path, row["object_version"]))
-    return [one for some in found.values() for one in some]
+    seeing = _seeing(rows) if any(found.values()) else set()
+    return [one for node, some in found.items() for one in some if node not in seeing]
+
+
+def _seeing(rows: pa.Table) -> set[str]:
+    """The nodes that read an image of a local disk."""
+    read = rows.filter(pa.compute.is_valid(rows["content_hash"])).select(["locator", columns.NODE]).to_pylist()
+    return {row[columns.NODE] for row in read if not is_http(row["locator"]) and parse_address(row["locator"]).is_local}
 
 
 def check_disks(found: Iterable[Unfound]) -> None:

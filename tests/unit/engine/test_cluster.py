@@ -229,7 +229,10 @@ def test_what_nodes_say_is_logged_and_not_printed(
     printing = cluster.ray_worker.print_to_stdstream
     with caplog.at_level(logging.INFO, "vlmflow"), cluster.ray_cluster(RayConfig()):
         cluster.ray_worker.print_to_stdstream(said, ignore_prefix=False)
-    assert capsys.readouterr().out == ""
+        assert capsys.readouterr().out == ""
+        of_worker = {"lines": ["printed by a worker"], "pid": 7, "is_err": False, "ip": "", "actor_name": None}
+        cluster.ray_worker.print_to_stdstream(of_worker | {"task_name": None, "job": None}, ignore_prefix=True)
+        assert capsys.readouterr().out == "printed by a worker\n"
     assert caplog.messages == ["Ray: Task f failed due to oom."]
     assert cluster.ray_worker.print_to_stdstream is printing
 

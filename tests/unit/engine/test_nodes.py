@@ -35,17 +35,22 @@ def disk(tmp_path: Path) -> Path:
 
 
 def read_where_it_is_not_mounted(disk: Path) -> pa.Table:
-    source = open_source(SourceConfig(uri=str(disk.parent / "list.csv")))
-    refs = pa.Table.from_batches(list(source.list()))
-    due = pa.array([["embed"]] * refs.num_rows, pa.list_(pa.string()))
-    refs = refs.append_column("due", due).append_column("due_if_same", pa.nulls(refs.num_rows, due.type))
-    refs = refs.append_column("previous_hash", pa.nulls(refs.num_rows, pa.string()))
-    decode = ReadAndDecode(source.reader(ImageLimits()), (PixelRequest(16, "bicubic", ("squash",)),), ImageLimits())
+    """The rows of a node without the disk."""
+    decode, refs = decoding_of(disk)
     away = disk.rename(disk.parent / "elsewhere")
     rows = decode(refs)
     away.rename(disk)
     assert [[error["class"] for error in errors] for errors in rows["errors"].to_pylist()] == [["missing"]] * 4
     return rows
+
+
+def decoding_of(disk: Path) -> tuple[ReadAndDecode, pa.Table]:
+    source = open_source(SourceConfig(uri=str(disk.parent / "list.csv")))
+    refs = pa.Table.from_batches(list(source.list()))
+    due = pa.array([["embed"]] * refs.num_rows, pa.list_(pa.string()))
+    refs = refs.append_column("due", due).append_column("due_if_same", pa.nulls(refs.num_rows, due.type))
+    refs = refs.append_column("previous_hash", pa.nulls(refs.num_rows, pa.string()))
+    return ReadAndDecode(source.reader(ImageLimits()), (PixelRequest(16, "bicubic", ("squash",)),), ImageLimits()), refs
 
 
 def test_images_that_the_driver_still_has_end_the_run(disk: Path) -> None:
@@ -54,6 +59,16 @@ def test_images_that_the_driver_still_has_end_the_run(disk: Path) -> None:
     with pytest.raises(ClusterError, match=rf"^node 10\.0\.0\.7 .* {disk}/0\.png, which is there") as caught:
         check_disks(unfound(rows))
     assert "every node" in caught.value.remedy
+
+
+def test_an_image_that_a_node_does_not_see_yet_beside_others_that_it_reads_is_missing(disk: Path) -> None:
+    """As where a shared disk shows it an old listing: the next run reads it."""
+    decode, refs = decoding_of(disk)
+    late = (disk / "2.png").rename(disk / "late.png")
+    rows = decode(refs)
+    late.rename(disk / "2.png")
+    assert [len(errors) for errors in rows["errors"].to_pylist()] == [0, 0, 1, 1]
+    assert unfound(rows) == []
 
 
 @pytest.mark.parametrize("change", ["gone", "others"])

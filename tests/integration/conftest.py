@@ -21,8 +21,11 @@ from tests.s3 import CREDENTIALS, S3Server
 from tests.web_samples import NUM, Served, serving, small_catalog
 from vlmflow.catalog import Catalog
 from vlmflow.config import CatalogConfig, Job, ModelConfig
+from vlmflow.engine import prepare, remoderate, run
 from vlmflow.models import identify
-from vlmflow.moderation.policy import bind, load_policy, write_binding
+from vlmflow.moderation.policy import bind, load_policy, prompts_digest, write_binding
+from vlmflow.moderation.prompts import PromptVectors
+from vlmflow.tasks.setup import TaskSetup
 
 POLICY = """
 name: test
@@ -57,6 +60,28 @@ def ray_session() -> Iterator[None]:
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _prompts_encoded_once() -> Iterator[None]:
+    """What a run of this process encodes for a new catalog, it encodes once for all tests: each time takes seconds.
+
+    Runs in processes of their own, as those of the command line and of flows, encode them as ever.
+    """
+    kept: dict[object, PromptVectors | None] = {}
+
+    def encode_policy(setup: TaskSetup) -> PromptVectors | None:
+        if setup.policy is None:
+            return None
+        key = prompts_digest(setup.policy), setup.identities["embed"]
+        if key not in kept:
+            kept[key] = prepare.encode_policy(setup)
+        return kept[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (run, remoderate):
+            patch.setattr(module, "encode_policy", encode_policy)
+        yield
 
 
 @pytest.fixture(scope="session")

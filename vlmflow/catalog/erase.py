@@ -15,6 +15,7 @@ import contextlib
 import datetime as dt
 import json
 import os
+import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -43,6 +44,7 @@ from vlmflow.threads import Threads
 
 _REDACTED = "<erased>"
 _AT_ONCE = 16  # small files that are read and written at a time, and columns of others that are read
+_ID = re.compile("[0-9a-f]{32}")
 _SHORTEST_URI = 6  # a shorter text might stand in a record by chance
 
 
@@ -323,12 +325,13 @@ def _redact(folder: Folder, states: Mapping[str, str], texts: set[str], wanted: 
     blotted = _blotter(_as_in_json(texts))
 
     def redact(path: str) -> bool:
-        before = (folder.read(path) or b"").decode("utf-8")
+        # What is damaged, or of another program, keeps nothing from being erased.
+        before = (folder.read(path) or b"").decode("utf-8", "surrogateescape")
         after = blotted(before)
         # Of a run that was at work at the first asking: the files that told the address were removed by then.
         after = _blotter(_as_in_json(_addresses_in(after, wanted)))(after)
         if after != before:
-            folder.write(path, after.encode("utf-8"))
+            folder.write(path, after.encode("utf-8", "surrogateescape"))
         return after != before
 
     with Threads(_AT_ONCE) as pool:
@@ -345,10 +348,10 @@ def _addresses_in(record: str, wanted: KeyIndex) -> list[str]:
 
     def look(part: dict[str, object]) -> None:
         image, uri = part.get("image_id"), part.get("uri")
-        if isinstance(image, str) and isinstance(uri, str) and uri != _REDACTED:
+        if isinstance(image, str) and _ID.fullmatch(image) and isinstance(uri, str) and uri != _REDACTED:
             found.append((image, uri))
 
-    with contextlib.suppress(ValueError):  # a record of another program
+    with contextlib.suppress(ValueError, RecursionError):
         json.loads(record, object_hook=look)
     ids = to_binary(pa.array([image for image, _ in found], pa.string()))
     return [uri for (_, uri), at in zip(found, wanted.find(*to_words(ids)), strict=True) if at >= 0]

@@ -17,6 +17,7 @@ from vlmflow.catalog.erase import _blotter
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.keys import to_binary
 from vlmflow.catalog.reviews import REVIEWS
+from vlmflow.catalog.runs import RUNS
 from vlmflow.catalog.tombstones import Tombstones
 
 
@@ -80,6 +81,18 @@ def test_many_verdicts_and_records_are_looked_through_at_once(
     assert max(counts) > 4
     records = [catalog.runs.get(f"run{number}") or {} for number in range(20)]
     assert [record["message"] for record in records].count("such as <erased>") == 1
+
+
+@pytest.mark.parametrize(
+    "strange",
+    [b'{"image_id": "abc", "uri": "mem://x", "message": "mem://secret"}', b'"mem://secret \xff', b"[" * 100_000, b""],
+)
+def test_a_record_that_is_damaged_or_of_others_keeps_nothing_from_being_erased(
+    catalog: Catalog, strange: bytes
+) -> None:
+    catalog._folder.write(f"{RUNS}/strange.json", strange)
+    assert catalog.erase(to_binary(pa.array([image_id("secret")]))).is_complete
+    assert catalog._folder.read(f"{RUNS}/strange.json") == strange.replace(b"mem://secret", b"<erased>")
 
 
 def test_files_that_no_version_refers_to_are_read_at_once(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,11 +13,11 @@ Importing it starts nothing: the engine, with Ray, is imported by the first use 
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vlmflow.config import CatalogConfig, Job, SourceConfig, load_job
 from vlmflow.errors import VlmflowError
+from vlmflow.lazy import imported_at_first_use
 
 if TYPE_CHECKING:
     from vlmflow.alt_text_report import AltTextReport, find_alt_texts
@@ -104,65 +104,62 @@ __all__ = [
     "write_report",
 ]
 
-_HOMES = {
-    "AltTextReport": "vlmflow.alt_text_report",
-    "CalibrationReport": "vlmflow.moderation.calibrate",
-    "Catalog": "vlmflow.catalog",
-    "CatalogSummary": "vlmflow.summary",
-    "Check": "vlmflow.checks",
-    "ConversionInputs": "vlmflow.models.convert",
-    "ConversionReport": "vlmflow.models.convert",
-    "DuplicateReport": "vlmflow.search.duplicates",
-    "EvaluationReport": "vlmflow.evaluation",
-    "GroundedRegion": "vlmflow.grounding",
-    "ImageDescriber": "vlmflow.search.describe",
-    "ImageDescription": "vlmflow.search.describe",
-    "IndexReport": "vlmflow.search.build",
-    "PhraseGrounder": "vlmflow.grounding",
-    "PlanSummary": "vlmflow.engine",
-    "PreflightReport": "vlmflow.engine",
-    "Query": "vlmflow.search.query",
-    "QueueReport": "vlmflow.review",
-    "RemoderateReport": "vlmflow.engine.remoderate_report",
-    "ReviewReport": "vlmflow.review",
-    "RunReport": "vlmflow.engine",
-    "Scope": "vlmflow.engine.remoderate",
-    "SearchResult": "vlmflow.search.results",
-    "Searcher": "vlmflow.search.searcher",
-    "ServeConfig": "vlmflow.web.server",
-    "Targets": "vlmflow.moderation.calibrate",
-    "TitleReport": "vlmflow.search.titles",
-    "WrittenReport": "vlmflow.report.write",
-    "calibrate": "vlmflow.calibration",
-    "convert_weights": "vlmflow.models.convert",
-    "describe_image": "vlmflow.search.describe",
-    "describe_profiles": "vlmflow.models.profiles",
-    "doctor": "vlmflow.checks",
-    "enrich": "vlmflow.engine",
-    "evaluate": "vlmflow.evaluation",
-    "export_queue": "vlmflow.review",
-    "find_alt_texts": "vlmflow.alt_text_report",
-    "find_duplicates": "vlmflow.search.duplicates",
-    "find_titles": "vlmflow.search.titles",
-    "ground_phrases": "vlmflow.grounding",
-    "import_verdicts": "vlmflow.review",
-    "plan": "vlmflow.engine",
-    "preflight": "vlmflow.engine",
-    "read_dataset": "vlmflow.evaluation",
-    "remoderate": "vlmflow.engine.remoderate",
-    "search_images": "vlmflow.search.searcher",
-    "serve": "vlmflow.web.server",
-    "summarize": "vlmflow.summary",
-    "update_index": "vlmflow.search.build",
-    "verify": "vlmflow.verification",
-    "write_report": "vlmflow.report.write",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+__getattr__ = imported_at_first_use(
+    __name__,
+    {
+        "AltTextReport": "vlmflow.alt_text_report",
+        "CalibrationReport": "vlmflow.moderation.calibrate",
+        "Catalog": "vlmflow.catalog",
+        "CatalogSummary": "vlmflow.summary",
+        "Check": "vlmflow.checks",
+        "ConversionInputs": "vlmflow.models.convert",
+        "ConversionReport": "vlmflow.models.convert",
+        "DuplicateReport": "vlmflow.search.duplicates",
+        "EvaluationReport": "vlmflow.evaluation",
+        "GroundedRegion": "vlmflow.grounding",
+        "ImageDescriber": "vlmflow.search.describe",
+        "ImageDescription": "vlmflow.search.describe",
+        "IndexReport": "vlmflow.search.build",
+        "PhraseGrounder": "vlmflow.grounding",
+        "PlanSummary": "vlmflow.engine",
+        "PreflightReport": "vlmflow.engine",
+        "Query": "vlmflow.search.query",
+        "QueueReport": "vlmflow.review",
+        "RemoderateReport": "vlmflow.engine.remoderate_report",
+        "ReviewReport": "vlmflow.review",
+        "RunReport": "vlmflow.engine",
+        "Scope": "vlmflow.engine.remoderate",
+        "SearchResult": "vlmflow.search.results",
+        "Searcher": "vlmflow.search.searcher",
+        "ServeConfig": "vlmflow.web.server",
+        "Targets": "vlmflow.moderation.calibrate",
+        "TitleReport": "vlmflow.search.titles",
+        "WrittenReport": "vlmflow.report.write",
+        "calibrate": "vlmflow.calibration",
+        "convert_weights": "vlmflow.models.convert",
+        "describe_image": "vlmflow.search.describe",
+        "describe_profiles": "vlmflow.models.profiles",
+        "doctor": "vlmflow.checks",
+        "enrich": "vlmflow.engine",
+        "evaluate": "vlmflow.evaluation",
+        "export_queue": "vlmflow.review",
+        "find_alt_texts": "vlmflow.alt_text_report",
+        "find_duplicates": "vlmflow.search.duplicates",
+        "find_titles": "vlmflow.search.titles",
+        "ground_phrases": "vlmflow.grounding",
+        "import_verdicts": "vlmflow.review",
+        "plan": "vlmflow.engine",
+        "preflight": "vlmflow.engine",
+        "read_dataset": "vlmflow.evaluation",
+        "remoderate": "vlmflow.engine.remoderate",
+        "search_images": "vlmflow.search.searcher",
+        "serve": "vlmflow.web.server",
+        "summarize": "vlmflow.summary",
+        "update_index": "vlmflow.search.build",
+        "verify": "vlmflow.verification",
+        "write_report": "vlmflow.report.write",
+    },
+)
 
 
 def __dir__() -> list[str]:

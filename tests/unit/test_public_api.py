@@ -31,3 +31,14 @@ def test_importing_loads_neither_torch_nor_ray() -> None:
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.strip() == "[]"
+
+
+def test_a_worker_imports_no_more_than_it_needs() -> None:
+    """Each process of a run pays for it: readers and pools do without the driver's tables, displays and http."""
+    unneeded = ("httpcore", "rich", "torch", "vlmflow.catalog.catalog", "vlmflow.engine.run", "vlmflow.engine.report")
+    code = (
+        "import sys, vlmflow.engine.decoding, vlmflow.engine.pools;"
+        f"print([name for name in {unneeded} if name in sys.modules])"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown.strip() == "[]"

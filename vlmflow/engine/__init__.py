@@ -1,14 +1,23 @@
-"""From a job to committed tables: planning, the Ray Data pipeline, commits, the run record."""
+"""From a job to committed tables: planning, the Ray Data pipeline, commits, the run record.
+
+Workers import one module of this package or two; what the driver alone needs is imported at the first use of its name.
+"""
+
+from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
+
+from vlmflow.lazy import imported_at_first_use
 
 # Ray reads this when it is imported. A thread that outlives an interrupted run would otherwise start a new cluster.
 os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 
-from vlmflow.engine.report import CommitReport, PlanSummary, RunReport
-from vlmflow.engine.run import enrich, plan, preflight
-from vlmflow.engine.sizing import PreflightReport
-from vlmflow.engine.stages import PoolReport, StageReport
+if TYPE_CHECKING:
+    from vlmflow.engine.report import CommitReport, PlanSummary, RunReport
+    from vlmflow.engine.run import enrich, plan, preflight
+    from vlmflow.engine.sizing import PreflightReport
+    from vlmflow.engine.stages import PoolReport, StageReport
 
 __all__ = [
     "CommitReport",
@@ -21,3 +30,18 @@ __all__ = [
     "plan",
     "preflight",
 ]
+
+__getattr__ = imported_at_first_use(
+    __name__,
+    {
+        "CommitReport": "vlmflow.engine.report",
+        "PlanSummary": "vlmflow.engine.report",
+        "PoolReport": "vlmflow.engine.stages",
+        "PreflightReport": "vlmflow.engine.sizing",
+        "RunReport": "vlmflow.engine.report",
+        "StageReport": "vlmflow.engine.stages",
+        "enrich": "vlmflow.engine.run",
+        "plan": "vlmflow.engine.run",
+        "preflight": "vlmflow.engine.run",
+    },
+)

@@ -9,15 +9,17 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.util.metrics import Counter, Gauge, Histogram, Metric
 
 from vlmflow.config import PoolConfig
-from vlmflow.engine.collect import Collected
-from vlmflow.engine.progress import Tally
 from vlmflow.engine.stages import stage_reports
+
+if TYPE_CHECKING:  # a worker of a pool needs neither, nor what they import
+    from vlmflow.engine.collect import Collected
+    from vlmflow.engine.progress import Tally
 
 logger = logging.getLogger("vlmflow")
 

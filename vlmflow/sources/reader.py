@@ -26,7 +26,6 @@ from vlmflow.errors import (
 from vlmflow.retry import retried_async
 from vlmflow.sources.base import Fetched
 from vlmflow.sources.disk import Home, check_files, check_folder, see_file, see_folder
-from vlmflow.sources.http import HttpFetcher
 from vlmflow.sources.parquet_rows import is_damage, read_cells
 from vlmflow.sources.stores import CONCURRENT_REQUESTS, Failure, Silence, Stores, run_in_loop
 from vlmflow.sources.uris import is_http
@@ -42,6 +41,8 @@ from vlmflow.threads import in_thread
 
 if TYPE_CHECKING:
     from obstore import GetOptions
+
+    from vlmflow.sources.http import HttpFetcher
 
 GONE = "listed, but gone when read"
 
@@ -121,6 +122,8 @@ class SourceReader:
         async with AsyncExitStack() as stack:
             http = None
             if any(is_http(row["locator"]) for row in rows):
+                from vlmflow.sources.http import HttpFetcher  # its libraries take a worker a quarter of a second
+
                 http = await stack.enter_async_context(HttpFetcher(self._config.http, self._limits.max_bytes))
 
             async def read(index: int) -> None:

@@ -11,9 +11,12 @@ from vlmflow.catalog import keys
 from vlmflow.engine.quarantine import Stages
 from vlmflow.errors import UnreconciledError
 
-# An image that kills its worker costs its block. Where that makes more than may be run alone, they are sent through the
-# pipeline again in blocks of so many rows, and then so many.
+# An image that kills its worker costs its block. Where that makes many, they are sent through the pipeline again in
+# blocks of so many rows, and then so many.
 SMALL_BLOCKS = (16, 4)
+# So many are done alone, some two a second, by the time that another pipeline has its models. A node that goes down
+# takes more with it, and nothing is wrong with them.
+SOON_ALONE = 100
 # Of the images that were sent, a share that no single ones take down: then something else is wrong, such as the models.
 NOT_OF_IMAGES = 0.9
 
@@ -31,6 +34,16 @@ def lost_rows(planned: Iterable[pa.Table], committed: Sequence[pa.Array]) -> pa.
         rows.filter(pa.array(index.find(*keys.to_words(keys.to_binary(rows["image_id"]))) < 0)) for rows in planned
     ]
     return pa.concat_tables(absent)
+
+
+def want_small_blocks(num_lost: int, num_sent: int, max_images: int) -> bool:
+    """Whether lost images are sent through the pipeline in smaller blocks before they are run alone.
+
+    Args:
+        num_lost: of the ``num_sent`` that were sent last.
+        max_images: how many may be run alone.
+    """
+    return min(max_images, SOON_ALONE) < num_lost <= NOT_OF_IMAGES * num_sent
 
 
 def in_small_batches(stages: Stages, num_rows: int) -> Stages:

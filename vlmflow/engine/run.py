@@ -23,7 +23,7 @@ from vlmflow.engine.collect import Collected, Collector
 from vlmflow.engine.consume import Block, FinishedBlocks
 from vlmflow.engine.faults import lost_in_mid_run, told
 from vlmflow.engine.late_verdicts import bring_in_late_verdicts
-from vlmflow.engine.lost import NOT_OF_IMAGES, SMALL_BLOCKS, in_small_batches, lost_rows, unreconciled
+from vlmflow.engine.lost import SMALL_BLOCKS, in_small_batches, lost_rows, unreconciled, want_small_blocks
 from vlmflow.engine.metrics import RunMetrics
 from vlmflow.engine.pipeline import (
     build_pipeline,
@@ -329,7 +329,7 @@ class _Run:
         self._verdicts_due = False
 
     def _run_lost(self, stages: Stages, collector: Collector, metrics: RunMetrics) -> None:
-        """Runs the images that went in and did not come out: in smaller blocks while they are too many, then alone.
+        """Runs the images that went in and did not come out: in smaller blocks while they are many, then alone.
 
         Raises:
             UnreconciledError: they remain too many.
@@ -337,7 +337,7 @@ class _Run:
         max_images = self._job.quarantine.max_images
         sent, lost = self._plan.num_planned, self._lost()
         for num_rows in SMALL_BLOCKS:
-            if lost.num_rows <= max_images or lost.num_rows > NOT_OF_IMAGES * sent:
+            if not want_small_blocks(lost.num_rows, sent, max_images):
                 break
             self._display.stage(f"running {lost.num_rows:,} images in small blocks that came back from no worker")
             self._run_in_blocks(lost, in_small_batches(stages, num_rows), num_rows, collector, metrics)

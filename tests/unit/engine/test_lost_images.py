@@ -13,7 +13,7 @@ from ray.exceptions import ActorDiedError, GetTimeoutError, RayError
 
 from vlmflow.catalog import keys
 from vlmflow.engine import quarantine
-from vlmflow.engine.lost import lost_rows
+from vlmflow.engine.lost import lost_rows, want_small_blocks
 from vlmflow.engine.quarantine import Quarantine
 from vlmflow.errors import ClusterError
 
@@ -31,6 +31,23 @@ def test_rows_without_a_committed_key_are_lost_and_millions_are_looked_up_at_onc
 
     assert lost["image_id"].to_pylist() == [ids[5].as_py(), ids[350_000].as_py()]
     assert lost_rows(tables[:1], [])["image_id"].to_pylist() == ids[:rows_per_table].to_pylist()
+
+
+@pytest.mark.parametrize(
+    ("num_lost", "num_sent", "max_images", "wanted"),
+    [
+        (30, 100_000, 2_000, False),  # alone they are done sooner
+        (1_800, 100_000, 2_000, True),  # a node that went down: alone they would take a quarter of an hour
+        (5_000, 100_000, 2_000, True),
+        (30, 100_000, 5, True),  # more than may be run alone
+        (1_800, 1_900, 2_000, False),  # smaller blocks have not helped
+        (100_000, 100_000, 2_000, False),
+    ],
+)
+def test_many_lost_images_are_not_run_alone_before_smaller_blocks(
+    num_lost: int, num_sent: int, max_images: int, wanted: bool
+) -> None:
+    assert want_small_blocks(num_lost, num_sent, max_images) is wanted
 
 
 @pytest.mark.parametrize("error", [ActorDiedError(), GetTimeoutError("not ready"), RayError("gone")])

@@ -138,13 +138,15 @@ def parse_address(uri: str) -> Address:
 
 
 def check_on_disk(path: Path) -> None:
-    """Refuses what was meant as a uri where a path of this machine is wanted.
+    """Refuses what was meant as a uri, or as standard output, where a path of this machine is wanted.
 
     :class:`Path` makes ``s3:/bucket`` of ``s3://bucket``, a folder like any other.
 
     Raises:
-        ConfigError: the path begins as a uri does.
+        ConfigError: the path begins as a uri does, or is ``-``.
     """
+    if path == Path("-"):
+        raise ConfigError("-: standard input and output cannot be used here", remedy="Name a path of this machine.")
     scheme, begins_so, rest = path.as_posix().partition(":/")
     if begins_so and _SCHEME.match(f"{scheme}://"):
         remedy = "Name a path of this machine, and copy what it holds from or to the store."

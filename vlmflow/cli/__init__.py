@@ -7,8 +7,11 @@ configuration, 3 unreconciled, over the error budget or not finished, 4 store lo
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
 import json
+import os
 import signal
 import sys
 import threading
@@ -72,3 +75,11 @@ def main(arguments: list[str] | None = None) -> None:
         message = f"vlmflow: {error}" + (f" - {error.remedy}" if error.remedy else "")
         tell(message, "red")
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        place = error.filename or "standard output, or a temporary file"
+        tell(f"vlmflow: {place}: {error.strerror} - Make room there, then run the command again.", "red")
+        with contextlib.suppress(OSError, ValueError):  # else what is not yet written fails once more as Python ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(2)

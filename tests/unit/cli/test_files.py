@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,21 @@ def test_the_uri_of_a_store_is_refused_where_a_path_is_wanted(
 def test_what_a_path_made_of_a_uri_is_told_by_its_uri(uri: str) -> None:
     with pytest.raises(ConfigError, match=r"^\w+://"):
         check_on_disk(Path(uri))
+
+
+def test_standard_output_is_no_file() -> None:
+    with pytest.raises(ConfigError, match=r"^-: standard input and output"):
+        check_on_disk(Path("-"))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("arguments", [["profiles"], ["policy", "show", "demo"]], ids=" ".join)
+def test_a_full_disk_under_standard_output_is_one_line(arguments: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "vlmflow", *arguments]
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (ended.returncode, len(ended.stderr.splitlines())) == (2, 1), ended.stderr
+    assert "standard output, or a temporary file: No space left on device - Make room there" in ended.stderr
 
 
 @pytest.mark.parametrize("path", ["out", "/tmp/s3:/x", "a:b/c", "folder/s3:/x", ".", "s3:"])

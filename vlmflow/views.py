@@ -164,6 +164,7 @@ def print_summary(summary: CatalogSummary, console: Console) -> None:
     _print_examples("allowed", summary.examples, console)
     _print_examples("flagged" if summary.policies else "not moderated yet", summary.flagged, console)
     table = _table("run", "state", "started (UTC)", "new", "updated", "images/s", "")
+    table.columns[0].no_wrap = True  # ids are copied
     for run in summary.runs:
         started = run.started_at[:19].replace("T", " ")
         counts = (f"{run.num_added:,}", f"{run.num_replaced:,}", f"{run.images_per_s:,.1f}")

@@ -49,3 +49,7 @@ def test_a_run_of_upkeep_is_named_and_how_it_ended_told(
     shown = " ".join(capsys.readouterr().out.split())
     assert "erase" in shown
     assert "remoderate: 1,200 rows" in shown
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main(["show", config.uri])
+    assert erasure in capsys.readouterr().out  # in one piece

@@ -13,10 +13,12 @@ from prefect.blocks.abstract import NotificationBlock
 from prefect.blocks.core import Block
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.events import emit_event
+from prefect.logging.loggers import flow_run_logger
 from prefect.utilities.asyncutils import run_coro_as_sync
 
 from vlmflow.catalog.runs import RunInfo
 from vlmflow.engine import RunReport
+from vlmflow.errors import VlmflowError
 
 logger = logging.getLogger("vlmflow")
 
@@ -67,8 +69,15 @@ def send(notify: str | None, subject: str, body: str) -> bool:
 
 
 def tell_failure(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
-    """A hook for the failure or crash of a flow: sends what the state says, unreconciled rows among it."""
+    """A hook for the failure or crash of a flow: sends what the state says, unreconciled rows among it.
+
+    What can be done about it, which no state says, is sent too, and logged for those who look at the flow run.
+    """
     message = " ".join((state.message or "no message").split())[:1000]
+    error = state.result(raise_on_failure=False) if state.is_failed() else None
+    if isinstance(error, VlmflowError) and error.remedy:
+        flow_run_logger(flow_run, flow).error("What to do: %s", error.remedy)
+        message += f" - {error.remedy}"
     send(flow_run.parameters.get("notify"), f"{flow.name} {flow_run.name} {state.name}", message)
 
 

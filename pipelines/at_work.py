@@ -7,6 +7,7 @@ started again: the flow run that holds it is ended, for it cannot renew the leas
 
 from __future__ import annotations
 
+import datetime as dt
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -122,20 +123,29 @@ def _said(flows: RunStore, what: str) -> Iterator[str]:
 
 
 def _living(*meant: tuple[RunStore, Callable[[RunInfo], bool]]) -> RunInfo | None:
-    """A run that gives a sign of life while one looks, which takes a minute and a half where none comes.
+    """A run that gives a sign of life while one looks, which ends when each has been silent for a minute and a half.
 
-    That its lease is young does not suffice: it may have been killed since.
+    That its lease is young does not suffice: it may have been killed since. Who looks again at the same ones, as a
+    night does before each of its steps, does not wait again.
 
     Args:
-        meant: stores, and which of their runs one looks for. All are waited for at once.
+        meant: stores that have set their clock, and which of their runs one looks for. All are waited for at once.
     """
-    found = [(runs, run) for runs, is_meant in meant for run in runs.running() if not run.has_ended and is_meant(run)]
-    until = time.monotonic() + _LOOK_S
-    while found and time.monotonic() < until:
+    meant_runs = ((runs, run) for runs, is_meant in meant for run in runs.running() if is_meant(run))
+    found = [(runs, run) for runs, run in meant_runs if not run.has_ended and _may_live(runs, run.seen_at)]
+    if found:
+        names = ", ".join(run.run_id for _, run in found)
+        logger.info("waiting for a sign of life, for up to %d seconds, of what may be at work: %s", _LOOK_S, names)
+    while found:
         time.sleep(_POLL_S)
         now = [runs.seen_at(run.run_id) for runs, run in found]
         for (_, run), seen_at in zip(found, now, strict=True):
             if seen_at not in (None, run.seen_at):
                 return run
-        found = [one for one, seen_at in zip(found, now, strict=True) if seen_at is not None]  # the others are over
+        found = [one for one, seen_at in zip(found, now, strict=True) if _may_live(one[0], seen_at)]
     return None
+
+
+def _may_live(runs: RunStore, seen_at: dt.datetime | None) -> bool:
+    """Whether the last sign of life, by the store's clock, is young; without one a run is over."""
+    return seen_at is not None and runs.now() - seen_at < dt.timedelta(seconds=_LOOK_S)

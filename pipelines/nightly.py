@@ -130,8 +130,8 @@ def nightly_enrichment(
             report = enrich_due(steps, job, name)
         night.take(report, name)
         _check_catalog(steps, job, name, night)
-    for key, run in night.runs:
-        publish(job, run, folder, report_url, keep_reports, key)
+        for key, run in night.runs:
+            publish(job, run, folder, report_url, keep_reports, key)
     runs = [run for _, run in night.runs]
     return Completed(message=_summary(runs, plan, day) if runs else _nothing(plan, report, day))
 

@@ -336,3 +336,18 @@ def test_a_flow_that_was_started_again_follows_its_own_job(
     steps.is_followed = True
     assert night(steps).name == "Completed"
     assert steps.outcomes == []
+
+
+def test_a_night_is_at_work_until_its_report_is_there(
+    night: Callable[..., Any], config: CatalogConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else one that begins meanwhile would find the run without a report, and tell of it as of its own."""
+    made, seen = nightly.publish_report, []
+
+    def publish_report(*given: Any) -> Any:
+        seen.extend(run.record["operation"] for run in Catalog.open(config).flows.running())
+        return made(*given)
+
+    monkeypatch.setattr(nightly, "publish_report", publish_report)
+    assert night(GivenSteps(tonight())).name == "Completed"
+    assert seen == ["night: /images"]

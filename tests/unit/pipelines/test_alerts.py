@@ -8,17 +8,21 @@ import logging
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from prefect.blocks.core import Block
 from prefect.blocks.notifications import CustomWebhookNotificationBlock, MattermostWebhook
 from prefect.blocks.system import Secret
+from prefect.client.schemas.objects import FlowRun
+from prefect.settings import PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
 from prefect.states import Failed
 
 from pipelines import alerts
 from tests.messenger import Messenger, running_messenger
 from vlmflow.catalog.runs import RunInfo
 from vlmflow.engine import RunReport
+from vlmflow.errors import ConfigError
 
 TOKEN = "t0ps3cr3t-token-0123456789"
 
@@ -99,6 +103,20 @@ def test_a_failed_flow_says_what_it_failed_with(block: str, messenger: Messenger
     assert "nightly-enrichment nightly 2026-11-01 Failed" in json.dumps(message)
     assert "3 rows do not reconcile" in message["text"]
     assert len(message["text"]) < 2000
+
+
+def test_a_failed_flow_says_what_can_be_done(
+    block: str, messenger: Messenger, caplog: pytest.LogCaptureFixture
+) -> None:
+    flow: Any = SimpleNamespace(name="nightly-enrichment")
+    flow_run = FlowRun(flow_id=uuid4(), name="nightly 2026-11-01", parameters={"notify": block})
+    error = ConfigError("config x.yaml: No such file", remedy="Name an existing YAML file.")
+    alone = temporary_settings({PREFECT_LOGGING_TO_API_ENABLED: False})  # else a server would be started for the log
+    with alone, caplog.at_level(logging.INFO, "prefect.flow_runs"):
+        alerts.tell_failure(flow, flow_run, Failed(message=f"ConfigError: {error}", data=error))
+    (message,) = messenger.received
+    assert "ConfigError: config x.yaml: No such file - Name an existing YAML file." in message["text"]
+    assert "What to do: Name an existing YAML file." in caplog.text
 
 
 def report(allowed: int, flagged: int, policy: str | None = "p 1") -> RunReport:

@@ -146,16 +146,19 @@ def test_a_night_that_was_killed_keeps_nobody_away(config: CatalogConfig, monkey
 
 
 def test_a_night_that_was_killed_at_work_is_looked_for_once(
-    config: CatalogConfig, monkeypatch: pytest.MonkeyPatch
+    config: CatalogConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(at_work, "_LOOK_S", 10.0)
     monkeypatch.setattr(at_work, "_POLL_S", 1.0)
     catalog, slept = Catalog.open(config), []
     catalog.runs.start("killed", record("killed", status="running", **NIGHT))
     catalog.flows.start(FIRST, {"operation": "night: /photos", "started_at": "2026-03-01T02:00:00+00:00"})
-    monkeypatch.setattr(at_work, "time", SimpleNamespace(monotonic=lambda: sum(slept), sleep=slept.append))
-    assert found(config) is None
-    assert sum(slept) == 10.0
+    monkeypatch.setattr(at_work, "time", SimpleNamespace(sleep=slept.append))
+    monkeypatch.setattr(runs, "time", SimpleNamespace(monotonic=lambda: sum(slept)))
+    with caplog.at_level("INFO", "vlmflow"):
+        assert found(config) is None
+    assert 9.0 <= sum(slept) <= 10.0
+    assert f"for up to 10 seconds, of what may be at work: killed, {FIRST}" in caplog.text
 
 
 def test_a_night_that_ends_while_one_looks_is_not_waited_for(
@@ -168,7 +171,17 @@ def test_a_night_that_ends_while_one_looks_is_not_waited_for(
     def sleep(_: float) -> None:
         store.finish("ending", record("ending", status="done", **NIGHT))
 
-    monkeypatch.setattr(at_work, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
+    monkeypatch.setattr(at_work, "time", SimpleNamespace(sleep=sleep))
+    assert found(config) is None
+
+
+def test_who_has_been_silent_for_long_is_not_waited_for(config: CatalogConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a night, which looks before each of its steps, waits once for one that was killed."""
+    monkeypatch.setattr(at_work, "_LOOK_S", 90.0)
+    Catalog.open(config).runs.start("killed", record("killed", status="running", **NIGHT))
+    silent = time.time() - 95
+    os.utime(Path(config.uri) / "runs" / "killed.lease", (silent, silent))
+    monkeypatch.setattr(at_work, "time", SimpleNamespace(sleep=lambda _: pytest.fail("it was waited for")))
     assert found(config) is None
 
 

@@ -57,6 +57,7 @@ def _read_job(given: Mapping[str, Any]) -> Job:
     name="adhoc-job",
     flow_run_name=_run_name,
     persist_result=False,
+    on_running=[alerts.check_messenger],
     on_failure=[alerts.tell_failure],
     on_crashed=[alerts.tell_failure],
     on_cancellation=[stop_jobs_of(lambda flow_run: [enrich_command(_read_job(flow_run.parameters))])],

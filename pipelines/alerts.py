@@ -68,6 +68,23 @@ def send(notify: str | None, subject: str, body: str) -> bool:
     return True
 
 
+def check_messenger(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
+    """A hook for the start of a flow: logs that its ``notify`` could send nothing. The work is done all the same."""
+    notify = flow_run.parameters.get("notify")
+    if notify is None:
+        return
+    try:
+        found = isinstance(Block.load(notify), NotificationBlock)
+    except Exception:  # noqa: BLE001 - as above
+        found = False
+    if not found:
+        flow_run_logger(flow_run, flow).error(
+            "notify: %r is no notification block that can be loaded, so nobody will be told of a failure or an alert. "
+            "Name one as type/name; `prefect block ls` lists them",
+            notify,
+        )
+
+
 def tell_failure(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
     """A hook for the failure or crash of a flow: sends what the state says, unreconciled rows among it.
 

@@ -97,6 +97,7 @@ def _commands(flow_run: FlowRun) -> Iterator[Command]:
     flow_run_name=_run_name,
     task_runner=_RUNNER,
     persist_result=False,
+    on_running=[alerts.check_messenger],
     on_failure=[alerts.tell_failure],
     on_crashed=[alerts.tell_failure],
     on_cancellation=[stop_jobs_of(_commands)],

@@ -71,6 +71,7 @@ def _commands(flow_run: FlowRun) -> list[Command]:
     flow_run_name=_run_name,
     timeout_seconds=24 * 3600,
     persist_result=False,
+    on_running=[alerts.check_messenger],
     on_failure=[alerts.tell_failure, stop_jobs_of(_commands)],
     on_crashed=[alerts.tell_failure],
     on_cancellation=[stop_jobs_of(_commands)],

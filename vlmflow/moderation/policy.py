@@ -289,7 +289,8 @@ def check_binding(policy: Policy, identity: ModelIdentity, *, accept_unbound: bo
     raise UnboundPolicyError(
         f"policy {policy.name} {policy.version}: {reason} {identity.id} "
         f"(weights {identity.weights_digest[:12]}; bound: {bound})",
-        remedy="Begin with --accept-unbound: every decision is `review` until `vlmflow calibrate` has set them.",
+        remedy="Begin with --accept-unbound, or `accept_unbound: true` in the job: every decision is `review` until "
+        "`vlmflow calibrate` has set them.",
     )
 
 

@@ -16,7 +16,7 @@ from prefect.blocks.notifications import CustomWebhookNotificationBlock, Matterm
 from prefect.blocks.system import Secret
 from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
-from prefect.states import Failed
+from prefect.states import Failed, Running
 
 from pipelines import alerts
 from tests.messenger import Messenger, running_messenger
@@ -117,6 +117,23 @@ def test_a_failed_flow_says_what_can_be_done(
     (message,) = messenger.received
     assert "ConfigError: config x.yaml: No such file - Name an existing YAML file." in message["text"]
     assert "What to do: Name an existing YAML file." in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("notify", "is_told"), [("slack-webhook/absent", True), ("secret/x", True), ("good/one", False), (None, False)]
+)
+def test_a_messenger_that_could_send_nothing_is_told_at_the_start(
+    notify: str | None, is_told: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    blocks = {"secret/x": Secret(value=TOKEN), "good/one": MattermostWebhook(hostname="127.0.0.1", token=TOKEN)}
+    monkeypatch.setattr(Block, "load", classmethod(lambda cls, name: blocks[name]))
+    flow: Any = SimpleNamespace(name="nightly-enrichment")
+    flow_run = FlowRun(flow_id=uuid4(), name="nightly 2026-11-01", parameters={"notify": notify})
+    alone = temporary_settings({PREFECT_LOGGING_TO_API_ENABLED: False})
+    with alone, caplog.at_level(logging.INFO, "prefect.flow_runs"):
+        alerts.check_messenger(flow, flow_run, Running())
+    assert (f"notify: '{notify}' is no notification block" in caplog.text) is is_told
+    assert TOKEN not in caplog.text
 
 
 def report(allowed: int, flagged: int, policy: str | None = "p 1") -> RunReport:

@@ -237,7 +237,7 @@ class QuarantineConfig(Frozen):
 
     timeout_s: Seconds = 120.0  # per stage of one image
     max_memory_bytes: Annotated[int, Field(gt=0)] = 4096 * MIB  # beyond what the models need; not limited on GPUs
-    # More than these are tried in small blocks first; if as many remain, something else is wrong.
+    # More than 512 are tried in small blocks first, or more than these; if as many remain, something else is wrong.
     max_images: Annotated[int, Field(ge=0)] = 2_000
 
 

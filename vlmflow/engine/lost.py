@@ -14,6 +14,9 @@ from vlmflow.errors import UnreconciledError
 # An image that kills its worker costs its block. Where that makes more than may be run alone, they are sent through the
 # pipeline again in blocks of so many rows, and then so many.
 SMALL_BLOCKS = (16, 4)
+# So many are run alone at once: one image may take a block of them down. A node that dies takes more, and nothing is
+# wrong with them; alone they would take many times as long.
+FEW = 512
 # Of the images that were sent, a share that no single ones take down: then something else is wrong, such as the models.
 NOT_OF_IMAGES = 0.9
 

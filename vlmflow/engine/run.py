@@ -23,7 +23,7 @@ from vlmflow.engine.collect import Collected, Collector
 from vlmflow.engine.consume import Block, FinishedBlocks
 from vlmflow.engine.faults import lost_in_mid_run, told
 from vlmflow.engine.late_verdicts import bring_in_late_verdicts
-from vlmflow.engine.lost import NOT_OF_IMAGES, SMALL_BLOCKS, in_small_batches, lost_rows, unreconciled
+from vlmflow.engine.lost import FEW, NOT_OF_IMAGES, SMALL_BLOCKS, in_small_batches, lost_rows, unreconciled
 from vlmflow.engine.metrics import RunMetrics
 from vlmflow.engine.pipeline import (
     build_pipeline,
@@ -337,7 +337,7 @@ class _Run:
         max_images = self._job.quarantine.max_images
         sent, lost = self._plan.num_planned, self._lost()
         for num_rows in SMALL_BLOCKS:
-            if lost.num_rows <= max_images or lost.num_rows > NOT_OF_IMAGES * sent:
+            if lost.num_rows <= min(max_images, FEW) or lost.num_rows > NOT_OF_IMAGES * sent:
                 break
             self._display.stage(f"running {lost.num_rows:,} images in small blocks that came back from no worker")
             self._run_in_blocks(lost, in_small_batches(stages, num_rows), num_rows, collector, metrics)
@@ -363,10 +363,12 @@ class _Run:
     def _run_alone(self, lost: pa.Table, stages: Stages, collector: Collector, metrics: RunMetrics) -> None:
         self._display.stage(f"running {lost.num_rows:,} images alone that came back from no worker")
         quarantine = Quarantine(stages, self._job.quarantine)
+        started = time.monotonic() - self._tally.elapsed_s
         try:
             for index in range(lost.num_rows):
                 collector.add([(ray.put(quarantine.run(lost.slice(index, 1))), 1)])
                 collector.tick()
+                self._tally.elapsed_s = time.monotonic() - started
                 self._display.update(self._tally)
                 metrics.update(self._tally, self._collected, num_alone=index + 1)
         finally:

@@ -47,6 +47,18 @@ def test_what_takes_too_much_memory_is_not_retried_for_ever(
     assert environment["RAY_task_oom_retries"] == told
 
 
+def test_what_fails_and_nobody_waits_for_prints_no_trace(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ray Data's actor that counts, killed for want of memory and started again, failed so every five seconds."""
+    worker = cluster.ray_worker.Worker()
+    monkeypatch.setattr(worker, "deserialize_objects", lambda *_: [RayError("of counts")])
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(cluster.ray, "init", lambda **_: worker.raise_errors([], []))
+    cluster._connect(RayConfig())
+    assert (caplog.messages, capsys.readouterr()) == ([], ("", ""))
+
+
 def test_a_signal_while_ray_starts_is_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
     def start(**_: Any) -> None:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # as Ray does

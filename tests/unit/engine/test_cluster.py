@@ -124,6 +124,9 @@ IN_A_CONSTRUCTOR = """The actor died because of an error raised in its creation 
 vlmflow.errors.WeightsError: no folder /models/clip"""
 
 
+NOT_IMPORTED = IN_A_CONSTRUCTOR.rpartition("\n")[0] + "\nModuleNotFoundError: No module named 'open_clip'"
+
+
 def of_a_task(cause: VlmflowError, node: str) -> RayError:
     """As Ray raises it."""
     error = RayTaskError("f", "Traceback (most recent call last):\n  File", cause, ip=node)
@@ -136,6 +139,10 @@ def of_a_task(cause: VlmflowError, node: str) -> RayError:
     [
         (of_a_task(WeightsError("absent"), "10.0.0.7"), "on node 10.0.0.7: absent"),
         (RayActorError(error_msg=IN_A_CONSTRUCTOR), "on node 10.0.0.7: no folder /models/clip"),
+        (
+            RayActorError(error_msg=NOT_IMPORTED),
+            "the cluster gave up: RayActorError: on node 10.0.0.7: ModuleNotFoundError: No module named 'open_clip'",
+        ),
         (of_a_task(WeightsError("absent"), get_node_ip_address()), "absent"),
         (of_a_task(SourceError("listed twice"), "10.0.0.7"), "listed twice"),
         (

@@ -251,6 +251,8 @@ def _connect(config: RayConfig) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    # What nobody waits for may fail: Ray Data's counts, which a restarted actor of its own does not know, every 5 s.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     # A task whose worker is killed for want of memory is not retried by the count for other deaths but without end; one
     # image that takes too much would hold the run up for ever. Over a minute: it may have been the fault of others.
     os.environ.setdefault("RAY_task_oom_retries", "6")

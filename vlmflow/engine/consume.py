@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from types import TracebackType
 from typing import Self
 
@@ -21,6 +22,9 @@ _MAX_WAITING = 64
 _POLL_S = 0.2
 _JOIN_S = 2.0
 _THREAD = "vlmflow-consume"
+_SILENCE_S = 300.0
+
+logger = logging.getLogger("vlmflow")
 
 Block = tuple["ray.ObjectRef[pa.Table]", int]  # a reference and the number of rows behind it
 
@@ -41,6 +45,7 @@ class FinishedBlocks:
         self._dataset = dataset
         self._queue: queue.Queue[list[Block] | BaseException | None] = queue.Queue(maxsize=_MAX_WAITING)
         self._stop = threading.Event()
+        self._silent_since: float | None = time.monotonic()  # None: the user was told of this silence
         self._thread = threading.Thread(target=self._consume, name=_THREAD, daemon=True)
 
     def __enter__(self) -> Self:
@@ -69,12 +74,25 @@ class FinishedBlocks:
             item = self._queue.get(timeout=timeout_s)
         except queue.Empty:
             check_head()
+            self._tell_of_silence()
             return []
+        self._silent_since = time.monotonic()
         if isinstance(item, RayError):
             raise in_our_words(item) from item
         if isinstance(item, BaseException):
             raise item
         return item
+
+    def _tell_of_silence(self) -> None:
+        """Actors that were restarted on fewer nodes, or those of another run, may hold all that decoding waits for."""
+        if self._silent_since is None or time.monotonic() - self._silent_since < _SILENCE_S:
+            return
+        self._silent_since = None
+        logger.warning(
+            "no image has come out of the pools for %.0f minutes. Models may be slow, or the run waits for processors "
+            "that its actors or other runs hold, or for a node: `ray status` tells what the cluster has and waits for",
+            _SILENCE_S / 60,
+        )
 
     def _consume(self) -> None:
         try:

@@ -104,7 +104,7 @@ def in_our_words(error: RayError) -> VlmflowError:
             if issubclass(error_type, _OF_NODES):
                 reason = of_node(reason, _node_of(error))
             return error_type(reason, remedy=_REMEDIES.get(error_type, _REMEDY))
-    reason = lines[-1][:_MAX_REASON_CHARS] if lines else "no reason given"
+    reason = of_node(lines[-1][:_MAX_REASON_CHARS] if lines else "no reason given", _node_of(error))
     return ClusterError(
         f"the cluster gave up: {type(error).__name__}: {reason}",
         remedy="What was committed stays. `vlmflow doctor` tests the workers; then run the same command again.",

@@ -14,9 +14,9 @@ from vlmflow.errors import UnreconciledError
 # An image that kills its worker costs its block. Where that makes many, they are sent through the pipeline again in
 # blocks of so many rows, and then so many.
 SMALL_BLOCKS = (16, 4)
-# So many are done alone, some two a second, by the time that another pipeline has its models. A node that goes down
-# takes more with it, and nothing is wrong with them.
-SOON_ALONE = 100
+# So many are run alone at once: one image may take a block of them down, and another pipeline needs its models first. A
+# node that dies takes more, and nothing is wrong with them; alone they would take many times as long.
+SOON_ALONE = 512
 # Of the images that were sent, a share that no single ones take down: then something else is wrong, such as the models.
 NOT_OF_IMAGES = 0.9
 

@@ -81,7 +81,10 @@ def default_pools(prepared: Prepared, cluster: Cluster) -> tuple[PoolConfig, ...
     cores = max(1, int(cluster.cpus))
     if cores <= 4 or not cluster.has_node_for(_CPUS_OF_ACTOR):
         # One thread each: for small batches, actors side by side do more than threads inside one.
-        return (PoolConfig(tasks=job.tasks, cpus=0.5, min_actors=cores, max_actors=cores),)
+        # Where nodes may go away, actors must be able to: restarted on those that are left, they would hold every core,
+        # and decoding, which they wait for, would get none.
+        num_kept = cores if cluster.embedded else 1
+        return (PoolConfig(tasks=job.tasks, cpus=0.5, min_actors=num_kept, max_actors=cores),)
     num_actors = cores // 4
     return (PoolConfig(tasks=job.tasks, cpus=_CPUS_OF_ACTOR, min_actors=1, max_actors=num_actors),)
 

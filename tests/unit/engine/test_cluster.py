@@ -47,6 +47,18 @@ def test_what_takes_too_much_memory_is_not_retried_for_ever(
     assert environment["RAY_task_oom_retries"] == told
 
 
+def test_what_fails_and_nobody_waits_for_prints_no_trace(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ray Data's actor that counts, killed for want of memory and started again, failed so every five seconds."""
+    worker = cluster.ray_worker.Worker()
+    monkeypatch.setattr(worker, "deserialize_objects", lambda *_: [RayError("of counts")])
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(cluster.ray, "init", lambda **_: worker.raise_errors([], []))
+    cluster._connect(RayConfig())
+    assert (caplog.messages, capsys.readouterr()) == ([], ("", ""))
+
+
 def test_a_signal_while_ray_starts_is_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
     def start(**_: Any) -> None:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # as Ray does
@@ -112,6 +124,9 @@ IN_A_CONSTRUCTOR = """The actor died because of an error raised in its creation 
 vlmflow.errors.WeightsError: no folder /models/clip"""
 
 
+NOT_IMPORTED = IN_A_CONSTRUCTOR.rpartition("\n")[0] + "\nModuleNotFoundError: No module named 'open_clip'"
+
+
 def of_a_task(cause: VlmflowError, node: str) -> RayError:
     """As Ray raises it."""
     error = RayTaskError("f", "Traceback (most recent call last):\n  File", cause, ip=node)
@@ -124,6 +139,10 @@ def of_a_task(cause: VlmflowError, node: str) -> RayError:
     [
         (of_a_task(WeightsError("absent"), "10.0.0.7"), "on node 10.0.0.7: absent"),
         (RayActorError(error_msg=IN_A_CONSTRUCTOR), "on node 10.0.0.7: no folder /models/clip"),
+        (
+            RayActorError(error_msg=NOT_IMPORTED),
+            "the cluster gave up: RayActorError: on node 10.0.0.7: ModuleNotFoundError: No module named 'open_clip'",
+        ),
         (of_a_task(WeightsError("absent"), get_node_ip_address()), "absent"),
         (of_a_task(SourceError("listed twice"), "10.0.0.7"), "listed twice"),
         (

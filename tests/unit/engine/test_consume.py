@@ -1,14 +1,17 @@
-"""What ends the thread that takes finished blocks."""
+"""The thread that takes finished blocks: what ends it, and what is told while none comes."""
 
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from ray.data.exceptions import omit_traceback_stdout
 
+from vlmflow.engine import consume
 from vlmflow.engine.consume import FinishedBlocks
 
 
@@ -38,3 +41,32 @@ def test_it_is_raised_and_not_printed_as_well(printed: list[str]) -> None:
     with pytest.raises(RuntimeError):  # of everybody else Ray Data says it
         Stopped().iter_internal_ref_bundles()
     assert any("Full stack trace" in message for message in printed)
+
+
+class Slow:
+    """A dataset whose next block comes when it is let go."""
+
+    def __init__(self) -> None:
+        self.go = threading.Semaphore(0)
+
+    def iter_internal_ref_bundles(self) -> Iterator[Any]:
+        for _ in range(2):
+            self.go.acquire()
+            yield SimpleNamespace(blocks=[])
+
+
+def test_that_no_image_comes_is_told_once_in_each_silence(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    slow = Slow()
+    with FinishedBlocks(slow) as finished:  # type: ignore[arg-type]
+        assert finished.next(0.01) == []
+        assert caplog.messages == [], "there was no time for one"
+        monkeypatch.setattr(consume, "_SILENCE_S", 0.0)
+        for num_told in (1, 2):
+            assert [finished.next(0.01) for _ in range(3)] == [[], [], []]
+            assert len(caplog.messages) == num_told
+            slow.go.release()
+            assert finished.next(60) == []
+        assert finished.next(60) is None
+    assert "`ray status`" in caplog.messages[0]

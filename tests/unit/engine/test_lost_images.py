@@ -12,8 +12,9 @@ import pytest
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayError
 
 from vlmflow.catalog import keys
-from vlmflow.engine import quarantine
+from vlmflow.engine import quarantine, run
 from vlmflow.engine.lost import lost_rows, want_small_blocks
+from vlmflow.engine.progress import Tally
 from vlmflow.engine.quarantine import Quarantine
 from vlmflow.errors import ClusterError
 
@@ -67,3 +68,46 @@ def test_a_process_that_does_not_start_is_an_error_of_ours(monkeypatch: pytest.M
     with pytest.raises(ClusterError, match=r"not ready within 600 s|the cluster gave up") as raised:
         alone.run(pa.table({"uri": ["a"]}))
     assert "What was committed stays" in raised.value.remedy
+
+
+class Losing(run._Run):
+    """A run that lost images, as many as are said, and then none; notes how it gets them back."""
+
+    def __init__(self, num_lost: int) -> None:
+        self._job = SimpleNamespace(quarantine=SimpleNamespace(max_images=2_000))  # type: ignore[assignment]
+        self._plan = SimpleNamespace(num_planned=100_000)  # type: ignore[assignment]
+        self._display = SimpleNamespace(stage=lambda _: None, update=lambda _: None)  # type: ignore[assignment]
+        self._tally = Tally(total=num_lost)
+        self._nums_lost = [num_lost]
+        self.ways: list[str] = []
+
+    def _lost(self) -> pa.Table:
+        return pa.table({"uri": ["a"] * (self._nums_lost.pop() if self._nums_lost else 0)})
+
+    def _run_in_blocks(self, rows: pa.Table, stages: Any, num_rows: int, *_: Any) -> None:
+        self.ways.append(f"{len(rows)} in blocks of {num_rows}")
+
+    def _run_alone(self, lost: pa.Table, *_: Any) -> None:
+        self.ways.append(f"{len(lost)} alone")
+
+
+@pytest.mark.parametrize(("num_lost", "way"), [(512, "512 alone"), (513, "513 in blocks of 16")])
+def test_what_a_node_takes_with_it_is_not_run_alone(num_lost: int, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "in_small_batches", lambda stages, _: stages)
+    losing = Losing(num_lost)
+    losing._run_lost(None, None, None)  # type: ignore[arg-type]
+    assert losing.ways == [way]
+
+
+def test_images_that_are_run_alone_take_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rate and the time to go were those of all images before, many times too good."""
+    alone = SimpleNamespace(run=lambda row: time.sleep(0.01) or row, close=lambda: None)
+    monkeypatch.setattr(run, "Quarantine", lambda *_: alone)
+    monkeypatch.setattr(run.ray, "put", lambda row: row)
+    nothing = SimpleNamespace(add=lambda _: None, tick=lambda: None, finish=lambda: None)
+    losing = Losing(3)
+    losing._collected = None  # type: ignore[assignment]
+    losing._tally.elapsed_s = 100.0
+    metrics = SimpleNamespace(update=lambda *_, **__: None)
+    run._Run._run_alone(losing, losing._lost(), None, nothing, metrics)  # type: ignore[arg-type]
+    assert 100.02 < losing._tally.elapsed_s < 110

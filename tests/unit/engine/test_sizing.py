@@ -133,6 +133,17 @@ def test_no_actor_asks_for_more_cores_than_a_node_has() -> None:
         assert pool.max_actors * pool.cpus < cluster.cpus, "decoding has its share"
 
 
+@pytest.mark.parametrize("node", [1.0, 2.0, 6.0])
+def test_actors_that_outnumber_the_nodes_left_may_end(node: float) -> None:
+    """Ray restarts those of a node that is gone on the others; where they take all cores, decoding waits for ever."""
+    job = Job.model_construct(pools=(), tasks=("embed", "caption"))
+    prepared = Prepared(job, dt.date(2026, 1, 1), None, {})  # type: ignore[arg-type]
+    cluster = Cluster(cpus=2 * node, gpus=0, num_nodes=2, embedded=False, nodes=((node, 0.0),) * 2)
+    (pool,) = default_pools(prepared, cluster)
+    assert pool.max_actors * pool.cpus >= node, "those of both nodes fill one"
+    assert pool.min_actors * pool.cpus + pipeline.DECODE_CPUS <= node
+
+
 @pytest.mark.parametrize(
     ("pool", "words"),
     [

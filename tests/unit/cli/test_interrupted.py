@@ -55,5 +55,8 @@ def test_of_a_run_what_was_committed_stays(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vlmflow.engine.enrich", interrupt)
-    _, told = told_by(["enrich", str(tmp_path), str(tmp_path / "catalog"), "--profile", "starter"], capsys)
+    command = ["enrich", str(tmp_path), str(tmp_path / "catalog"), "--profile", "starter", "--json"]
+    out, told = told_by(command, capsys)
+    last = json.loads(out.splitlines()[-1])
+    assert (last["event"], last["message"]) == ("error", "interrupted; what was committed stays")
     assert told == "vlmflow: interrupted; what was committed stays - Run the same command again to go on.\n"

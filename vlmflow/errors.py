@@ -194,6 +194,12 @@ class DeadlineError(SubmittedJobError):
     """A submitted job was stopped because it ran past its deadline; what it committed stays."""
 
 
+class InterruptedByUserError(VlmflowError):
+    """Ctrl-C, or what a job, a pod or a service is stopped with."""
+
+    exit_code = 130
+
+
 class RowErrorClass(StrEnum):
     """The closed set of classes under which a row records what went wrong with its image."""
 

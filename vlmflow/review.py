@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vlmflow.catalog import Catalog
-from vlmflow.catalog.reviews import EVENT, WITHDRAWN
+from vlmflow.catalog.reviews import EVENT, WITHDRAWN, distinct
 from vlmflow.config import CatalogConfig, Frozen
 from vlmflow.moderation.queue import COLUMNS, QueueSizes, make_queue
 from vlmflow.moderation.review_files import Word, changed_at, check_suffix, read_words, write_queue
@@ -110,7 +110,7 @@ def import_verdicts(config: CatalogConfig, source: Path, *, reviewer: str | None
     left_out += Counter({_SAID_BEFORE: num_overruled, _DISPUTED: len(timed) - len(kept)})
     events = pa.Table.from_pylist(kept, schema=EVENT)
     catalog.reviews.add(events)
-    num_new = catalog.reviews.events().num_rows - before.num_rows
+    num_new = distinct([before, events]).num_rows - before.num_rows  # not what others say meanwhile
     result = catalog.apply_verdicts()
     return ReviewReport(
         catalog=catalog.uri,

@@ -160,7 +160,7 @@ def test_interrupted_it_goes_on_where_it_stopped(
         process.wait(300)
     errors = log.read_text()
     assert process.returncode == 130, errors
-    assert "run the same command again" in errors
+    assert "Run the same command again" in errors
     config_ = CatalogConfig(uri=str(tmp_path / "catalog"))
     committed = Catalog.open(config_).images(["image_id"]).num_rows
     assert 0 < committed <= held.num_free

@@ -130,7 +130,8 @@ def commit(log: TableLog, request: CommitRequest, propose: Callable[[Snapshot], 
         except (DeltaError, OSError) as error:
             # deltalake's words for a bucket that is gone are those for a file that is.
             log.folder.check_access()
-            logger.info("%s: the commit failed and is looked at again: %s", log.name, error)
+            told = access_error(error, log.folder.config.uri)
+            logger.info("%s: the commit failed and is looked at again: %s", log.name, told)
             faults.append(error)
         else:
             return Committed(log.refresh().version, attempt, repeated=False)

@@ -61,7 +61,8 @@ def export(folder: Folder, images: Snapshot, embeddings: Snapshot | None, target
                 if (place / name).exists():
                     (place / name).rename(target / name)
     except OSError as error:
-        raise CatalogError(f"{target} cannot be written: {error.strerror}", remedy="Name another folder.") from error
+        reason = os.strerror(error.errno) if error.errno else error  # Arrow says what it was about as well
+        raise CatalogError(f"{target} cannot be written: {reason}", remedy="Name another folder.") from error
     return ExportResult(num_images, num_embeddings, num_files)
 
 

@@ -107,7 +107,7 @@ class ReviewStore:
 
     def events(self) -> pa.Table:
         """All verdicts, the oldest first; equal ones that stand in two files once."""
-        return _distinct(self.files().values())
+        return distinct(self.files().values())
 
     def files(self) -> dict[str, pa.Table]:
         """The files of verdicts by path, each as :data:`EVENT`. What was read stays in memory."""
@@ -134,7 +134,7 @@ class ReviewStore:
         small = [path for path, (_, rows) in files.items() if rows.num_rows < _SMALL_ROWS and path not in done]
         if len(small) >= _MANY:
             some, erased = small[:_MOST], tombstones.erased()
-            every = _distinct(files[path][1] for path in some)
+            every = distinct(files[path][1] for path in some)
             rows = _without(every, erased)
             if rows.num_rows < every.num_rows:  # an erasure is about to remove these files itself
                 some = [path for path in some if _without(files[path][1], erased).num_rows == files[path][1].num_rows]
@@ -181,7 +181,7 @@ class ReviewStore:
         return decided.take(last["position_max"])
 
 
-def _distinct(tables: Iterable[pa.Table]) -> pa.Table:
+def distinct(tables: Iterable[pa.Table]) -> pa.Table:
     """Their verdicts, each once, the oldest first."""
     every = pa.concat_tables([EVENT.empty_table(), *tables])
     return every.group_by(EVENT.names, use_threads=False).aggregate([]).select(EVENT.names).sort_by("at")

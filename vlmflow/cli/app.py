@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
+
+from vlmflow.errors import InterruptedByUserError
+
+
+class _Commands(TyperGroup):
+    """The commands; one that is interrupted says so, where Typer would end it without a word."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (KeyboardInterrupt, typer.Abort):  # Abort: at a question
+            raise InterruptedByUserError("interrupted", remedy="Run the same command again.") from None
+
 
 app = typer.Typer(
+    cls=_Commands,
     name="vlmflow",
     no_args_is_help=True,
     add_completion=False,

@@ -156,7 +156,7 @@ def evaluate(
             class_names=None if classes is None else read_class_names(classes, dataset.classes),
             templates=templates,
         )
-        with shown_progress(as_json=as_json, verbose=verbose) as display:
+        with shown_progress(as_json=as_json, verbose=verbose, is_kept=catalog is not None) as display:
             report = run(dataset.first(job.limit), job, choices, progress=display)
     if as_json:
         typer.echo(json.dumps({"event": "report", **report.model_dump(mode="json")}))

@@ -76,7 +76,7 @@ def accept(
 
     check_outputs(accepted)
     job, source = _job(golden, config, profile, tasks, policy, ray_address, endpoint, accept_unbound)
-    with shown_progress(as_json=as_json, verbose=verbose) as display:
+    with shown_progress(as_json=as_json, verbose=verbose, is_kept=False) as display:
         values = golden_values(job, source, scratch=scratch, progress=display)
     write_accepted(accepted, values)
     if as_json:
@@ -119,7 +119,7 @@ def check(
 
     expected = read_accepted(accepted)
     job, source = _job(golden, config, profile, tasks, policy, ray_address, endpoint, accept_unbound)
-    with shown_progress(as_json=as_json, verbose=verbose) as display:
+    with shown_progress(as_json=as_json, verbose=verbose, is_kept=False) as display:
         observed = golden_values(job, source, scratch=scratch, progress=display)
     limits = GateLimits(min_equal_captions=min_equal_captions, max_margin_shift=max_margin_shift)
     report = compare(expected, observed, limits)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -14,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from pydantic import ValidationError
 
-from vlmflow.cli.screen import Screen, emit
+from vlmflow.cli.screen import Screen
 from vlmflow.config import TASKS_TO_ASK_FOR, CatalogConfig, Job, StorageConfig, load_job
-from vlmflow.errors import ConfigError
+from vlmflow.errors import ConfigError, InterruptedByUserError
 from vlmflow.validation import describe_validation
 
 if TYPE_CHECKING:
@@ -205,8 +204,12 @@ def catalog_of(uri: str, endpoint: str | None, job: Job | None) -> CatalogConfig
 
 
 @contextlib.contextmanager
-def shown_progress(*, as_json: bool, verbose: bool) -> Iterator[ProgressDisplay]:
-    """The display that fits where the output goes; also what an interrupted user is told."""
+def shown_progress(*, as_json: bool, verbose: bool, is_kept: bool = True) -> Iterator[ProgressDisplay]:
+    """The display that fits where the output goes; also what an interrupted user is told.
+
+    Args:
+        is_kept: what is committed stays after the command; False: it goes into a scratch catalog, or nowhere.
+    """
     from vlmflow.engine.progress import JsonProgress, LiveProgress, LogProgress
 
     console = Screen(stderr=True)
@@ -225,15 +228,10 @@ def shown_progress(*, as_json: bool, verbose: bool) -> Iterator[ProgressDisplay]
     try:
         yield display
     except KeyboardInterrupt:
-        display.close()
-        if as_json:
-            told = {
-                "event": "error",
-                "class": KeyboardInterrupt.__name__,
-                "message": "interrupted; what was committed stays",
-            }
-            emit(json.dumps(told | {"remedy": "Run the same command again to go on."}))
-        typer.echo("vlmflow: interrupted; what was committed stays, run the same command again to go on", err=True)
-        raise typer.Exit(130) from None
+        if not is_kept:
+            message, remedy = "interrupted; nothing is kept", "Run the same command again: it starts anew."
+        else:
+            message, remedy = "interrupted; what was committed stays", "Run the same command again to go on."
+        raise InterruptedByUserError(message, remedy=remedy) from None
     finally:
         display.close()

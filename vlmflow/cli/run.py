@@ -97,7 +97,7 @@ def enrich(
     )
     _check_read(job, policy, text_column, question, questions_column)
     if preflight:
-        with shown_progress(as_json=False, verbose=verbose) as display:
+        with shown_progress(as_json=False, verbose=verbose, is_kept=False) as display:
             tried = try_out(job, progress=display)
         if as_json:
             emit(tried.model_dump_json())

@@ -5,9 +5,12 @@ A pickle is read with ``weights_only``: one that holds more than tensors in plai
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,23 +65,43 @@ def convert_weights(
         raise WeightsError(f"convert: {folder} is not empty", remedy="Name one that is empty, or does not exist yet.")
     check_on_disk(folder)
     target = folder.resolve()  # "." has no name
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
+        with _partial(target) as partial:
+            report = _CONVERTERS[family](source, partial, inputs or ConversionInputs())
+            if target.exists():
+                # The folder itself stays: a shell may stand in it, or a disk be mounted there.
+                for path in sorted(partial.iterdir()):
+                    shutil.move(path, target / path.name)
+            else:
+                partial.rename(target)
     except OSError as error:
-        raise ConfigError(f"convert: {folder}: {error.strerror}", remedy="Name another folder.") from error
-    try:
-        report = _CONVERTERS[family](source, partial, inputs or ConversionInputs())
-        if target.exists():
-            # The folder itself stays: a shell may stand in it, or a disk be mounted there.
-            for path in sorted(partial.iterdir()):
-                shutil.move(path, target / path.name)
-        else:
-            partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        reason = error.strerror or error
+        remedy = "Make room there, or name another folder."
+        raise ConfigError(f"convert: {folder}: {reason}", remedy=remedy) from error
     return report.model_copy(update={"folder": folder})
+
+
+@contextlib.contextmanager
+def _partial(target: Path) -> Iterator[Path]:
+    """An empty folder beside the target, in place of what a killed conversion has left; it goes with the block."""
+    place = target.with_name(f".{target.name}.partial")
+    place.mkdir(parents=True, exist_ok=True)
+    lock = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it when a process is killed
+            except BlockingIOError as error:
+                remedy = "Wait until it is done, or name another folder."
+                raise ConfigError(f"convert: another conversion is writing to {target}", remedy=remedy) from error
+        try:
+            for path in place.iterdir():
+                path.unlink()
+            yield place
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+    finally:
+        os.close(lock)
 
 
 def read_pickle(path: Path) -> dict[str, torch.Tensor]:

@@ -21,6 +21,7 @@ from tests.catalog_samples import (
     rows_by_name,
     write,
 )
+from tests.report_samples import put_rows
 from vlmflow.catalog import Catalog
 from vlmflow.catalog import commit as commit_module
 from vlmflow.catalog.due import PlanRequest
@@ -31,6 +32,7 @@ from vlmflow.config import CatalogConfig
 from vlmflow.errors import KnownImagesError
 from vlmflow.known import add_list, remove_list
 from vlmflow.moderation.verdicts import reviewed
+from vlmflow.review import import_verdicts
 
 NAMES = ["a", "b", "c"]
 AT = dt.datetime(2026, 11, 20, tzinfo=dt.UTC)
@@ -298,3 +300,22 @@ def test_a_row_says_when_a_verdict_or_a_list_last_changed_it(catalog: Catalog) -
     files = write(catalog, "r2", [references(NAMES)], newer_caption())
     assert changed_by(lambda: say(catalog, "c", "block")) == {"c"}
     assert changed_by(lambda: catalog.commit("r2", files)) == set(NAMES), "whenever they were staged"
+
+
+def test_an_import_counts_as_new_what_it_brought_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = CatalogConfig(uri=str(tmp_path / "catalog"))
+    put_rows(config, ["a", "b"])
+    files = [tmp_path / f"{name}.csv" for name in ("ada", "eve")]
+    for file in files:
+        file.write_text(f"uri,verdict,reviewer\nmem://a,block,{file.stem}\nmem://b,block,{file.stem}\n")
+    adding = ReviewStore.add
+
+    def add_second(self: ReviewStore, events: pa.Table) -> str:
+        """Somebody else imports in between."""
+        monkeypatch.setattr(ReviewStore, "add", adding)
+        import_verdicts(config, files[1])
+        return adding(self, events)
+
+    monkeypatch.setattr(ReviewStore, "add", add_second)
+    assert import_verdicts(config, files[0]).num_new == 2
+    assert import_verdicts(config, files[0]).num_new == 0

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import typer
 from rich.markup import escape
 from rich.table import Table
 
@@ -91,17 +90,6 @@ def test_data_is_utf_8_whatever_the_locale(encoding: str, tmp_path: Path, monkey
     assert "caf\u00e9 \U0001f642" in json.dumps(
         json.loads(written_by("show", config.uri, "--json")), ensure_ascii=False
     )
-
-
-def test_machines_are_told_of_an_interrupt_too(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(typer.Exit) as ended, shown_progress(as_json=True, verbose=False):
-        raise KeyboardInterrupt
-    shown = capsys.readouterr()
-    last = [json.loads(line) for line in shown.out.splitlines()][-1]
-    assert ended.value.exit_code == 130
-    assert (last["event"], last["class"]) == ("error", "KeyboardInterrupt")
-    assert "what was committed stays" in last["message"]
-    assert "run the same command again" in shown.err
 
 
 @pytest.mark.parametrize(("term", "shown_as"), [("xterm", LiveProgress), ("dumb", LogProgress)])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from vlmflow.errors import WeightsError
@@ -50,7 +51,10 @@ def convert_vilbert(source: Path, folder: Path, inputs: ConversionInputs) -> Con
     _write(folder / "config.json", read_json(config_file) | config.model_dump(mode="json"))
     _write(folder / REGIONS_FILE, ColumnRegions(kind="columns", max_regions=_PUBLISHED_REGIONS).model_dump())
     missing = _write_answers(folder, config, answers_file)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    try:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    except SafetensorError as error:  # all that it says of a full disk
+        raise OSError(str(error)) from error
     return ConversionReport(
         folder=folder,
         files=sorted(path.name for path in folder.iterdir()),

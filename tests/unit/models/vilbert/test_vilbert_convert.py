@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import pickle
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -152,3 +156,34 @@ def test_the_command_says_what_it_wrote_and_what_is_missing(tmp_path: Path) -> N
     shown = " ".join(result.output.split())
     assert "model.safetensors" in shown
     assert "missing: answers.json" in shown
+
+
+def test_two_at_once_do_not_write_into_one_another(tmp_path: Path) -> None:
+    source = make_published(tmp_path / "published")
+    (other := tmp_path / ".out.partial").mkdir()
+    (other / "model.safetensors").write_bytes(b"half")
+    lock = os.open(other, os.O_RDONLY | os.O_DIRECTORY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        with pytest.raises(ConfigError, match=f"another conversion is writing to {tmp_path / 'out'}"):
+            convert_weights("vilbert", source, tmp_path / "out")
+        assert (other / "model.safetensors").read_bytes() == b"half"
+    finally:
+        os.close(lock)  # as if it had been killed: what it left goes
+    convert_weights("vilbert", source, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "published"}
+
+
+def test_a_disk_that_fills_up_is_told_and_leaves_nothing(tmp_path: Path) -> None:
+    source = make_published(tmp_path / "published")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        # Files are no larger than the weights want to be; the smaller ones before them fit.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        with pytest.raises(ConfigError, match=rf"convert: {tmp_path / 'out'}: .*File too large"):
+            convert_weights("vilbert", source, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert {path.name for path in tmp_path.iterdir()} == {"published"}

@@ -1,0 +1,32 @@
+"""A commit that the store refuses is told in our words, in one line."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+from deltalake.exceptions import DeltaError
+
+from tests.search_samples import clustered, names, put
+from vlmflow.catalog import commit as commit_module
+from vlmflow.errors import StorageAccessError
+
+REFUSAL = "Generic LocalFileSystem error\n \x1b[31m↳\x1b[0m Unable to open file\n Read-only file system (os error 30)\n"
+
+
+def test_a_refused_commit_is_told_in_our_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    put(tmp_path, names(2), clustered(2))
+
+    def refuse(*_: object) -> None:
+        raise DeltaError(REFUSAL)
+
+    monkeypatch.setattr(commit_module, "_write", refuse)
+    caplog.set_level(logging.INFO, "vlmflow")
+    with pytest.raises(StorageAccessError, match="refuses this user"):
+        put(tmp_path, names(2, 2), clustered(2), run="r1")
+    told = [record.getMessage() for record in caplog.records if "looked at again" in record.getMessage()]
+    assert told
+    assert all("refuses this user" in line and not {"\n", "\x1b"} & set(line) for line in told)

@@ -50,6 +50,11 @@ class RunInfo:
     seen_at: dt.datetime | None  # last heartbeat; None for a finished run
 
     @property
+    def started_at(self) -> dt.datetime:
+        """When it started, to the second: by its id, else by its record; long ago where neither says it."""
+        return _second_of(self.run_id) or _started_at(self.record).replace(microsecond=0)
+
+    @property
     def has_ended(self) -> bool:
         """Whether its record says how it ended. It may keep a lease all the same; see :meth:`RunStore.finish`."""
         return self.state == "finished" or _says_its_end(self.record)

@@ -152,7 +152,7 @@ class References:
 
     def __init__(self, folder: Folder, images: Snapshot, date: dt.date) -> None:
         keys, runs = [], []
-        files = files_by_date(images).get(date, [])
+        files = [file for file in images.files.values() if file.ingest_date == date]
         for _, rows in read_each(folder, "images", files, ["image_id", "embed_run_id"], ahead=8):
             rows = rows.filter(pc.is_valid(rows["embed_run_id"]))
             keys.append(to_binary(rows["image_id"]))

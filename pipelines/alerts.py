@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import logging
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from itertools import dropwhile, islice
 from typing import Any
 
 from prefect import Flow
@@ -28,6 +29,7 @@ REGRESSION = "vlmflow.gate.closed"
 
 MIN_ROWS = 50  # of fewer, a share says little
 _NIGHTS = 7
+_LOOKED_THROUGH = 200  # runs, for so many nights of the same policy
 
 
 def emit(event: str, catalog: str, subject: str, body: str, facts: Mapping[str, Any] | None = None) -> None:
@@ -104,26 +106,27 @@ def flagged_share(decisions: Mapping[str, int]) -> float | None:
     return None if total < MIN_ROWS else (total - decisions.get("allow", 0)) / total
 
 
-def flagged_jump(report: RunReport, runs: Sequence[RunInfo], max_jump: float) -> tuple[float, float] | None:
+def flagged_jump(report: RunReport, runs: Iterable[RunInfo], max_jump: float) -> tuple[float, float] | None:
     """Whether a run flagged many more images than the runs before it, under the same policy.
 
     Args:
-        runs: of the catalog, the newest first.
+        runs: of the catalog, the newest first, this one among them. They are read no further back than needed: there
+            may be years of them.
         max_jump: how much the share may exceed the median of up to seven runs before.
 
     Returns:
         The share and that median, if it jumped; None: it did not, or there is nothing to compare with.
     """
     share = flagged_share(report.decisions)
-    ids = [run.run_id for run in runs]
-    older = runs[ids.index(report.run_id) + 1 :] if report.run_id in ids else runs
-    before = [
+    older = islice(dropwhile(lambda run: run.run_id != report.run_id, runs), 1, 1 + _LOOKED_THROUGH)
+    shares = (
         found
         for run in older
         if run.state == "finished"
         and run.record.get("policy") == report.policy
         and (found := flagged_share(run.record.get("decisions") or {})) is not None
-    ][:_NIGHTS]
+    )
+    before = list(islice(shares, _NIGHTS))
     if share is None or not before:
         return None
     usual = statistics.median(before)

@@ -333,7 +333,7 @@ def look_back(job: Job, day: dt.date, folder: str, keep: int) -> list[RunReport]
       retry_condition_fn=may_pass)  # fmt: skip
 def watch(job: Job, report: RunReport, folder: str, max_jump: float, notify: str | None) -> None:
     """Tells people if the run flagged many more images than those before it, and notes that they know."""
-    jump = alerts.flagged_jump(report, Catalog.open(job.catalog).runs.list(), max_jump)
+    jump = alerts.flagged_jump(report, Catalog.open(job.catalog).runs.newest(), max_jump)
     if jump is not None:
         share, usual = jump
         subject = "vlmflow: many more images are flagged"

@@ -61,6 +61,8 @@ def unreported(job: Job, day: dt.date, folder: str, keep: int) -> list[RunReport
     found: list[RunReport] = []
     catalog = Catalog.open(job.catalog)
     for run in catalog.runs.newest():
+        if run.started_at.date() < day - _LOOK_BACK - dt.timedelta(days=1):  # nights begin when their date has
+            break
         at_work = run.state == "running" and not run.has_ended
         if at_work or run.run_id in reported or run.run_id < oldest:
             continue

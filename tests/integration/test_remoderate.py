@@ -234,6 +234,7 @@ def test_killed_after_some_partitions_it_goes_on(
     new = job.model_copy(update={"policy": write_policy("new", version='"2"', gun="review: 0.3, block: 0.9")})
     original = Catalog.swap_images
     commits: list[str] = []
+    monkeypatch.setattr(module, "_COMMIT_FILES", 1)
 
     def killed(self: Catalog, *arguments: Any) -> list[DataFile]:
         if len(commits) == 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import os
 import shutil
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from vlmflow.storage import check_on_disk
 
 # In the target, for what is not whole yet: as long as it is there, all else there is an unfinished export's too.
 _UNFINISHED = ".unfinished"
+_FILE_BYTES = 64 * 1024 * 1024  # in memory, about
 _TABLES = ("embeddings", "images")  # in the order in which they appear: where images are, all is
 
 
@@ -111,16 +113,19 @@ def _remove_all(target: Path, place: Path) -> None:
 
 
 def _write(target: Path, tables: Iterator[pa.Table]) -> tuple[int, int]:
-    """Writes each table that holds rows as a file; an empty one if none does, so that a reader finds the columns."""
+    """Writes the rows of all tables, small ones together; at least one file, so that readers find the columns.
+
+    A catalog has a file or more for each night, most of them small.
+    """
     target.mkdir()
-    num_rows = num_files = 0
-    empty = next(tables)
-    for rows in tables:
-        if rows.num_rows:
-            pq.write_table(rows, target / f"part-{num_files:05d}.parquet", compression="zstd")
+    num_rows = num_files = num_bytes = 0
+    waiting = [next(tables)]
+    for rows in itertools.chain(tables, [None]):
+        if rows is not None and rows.num_rows:
+            waiting.append(rows)
             num_rows += rows.num_rows
-            num_files += 1
-    if not num_files:
-        pq.write_table(empty, target / "part-00000.parquet")
-        num_files = 1
+            num_bytes += rows.nbytes
+        if num_bytes >= _FILE_BYTES or (rows is None and waiting):
+            pq.write_table(pa.concat_tables(waiting), target / f"part-{num_files:05d}.parquet", compression="zstd")
+            num_files, num_bytes, waiting = num_files + 1, 0, []
     return num_rows, num_files

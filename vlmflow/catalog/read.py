@@ -19,6 +19,7 @@ from vlmflow.catalog.keys import KeyIndex, concat, index_of, to_binary, to_words
 from vlmflow.catalog.log import DataFile, Snapshot, TableLog, TableName
 from vlmflow.threads import Threads
 
+_SMALL_AHEAD, _SMALL_BYTES = 8, 32 * 1024 * 1024  # so many files are read ahead that have no more bytes together
 _CLAIMED_BY = ("image_id", "embed_run_id", "view")  # what :meth:`References.claim` reads
 
 
@@ -37,12 +38,16 @@ def read_rows(folder: Folder, table: TableName, file: DataFile, columns: Sequenc
 def read_each(
     folder: Folder, table: TableName, files: Iterable[DataFile], columns: Sequence[str], *, ahead: int
 ) -> Iterator[tuple[DataFile, pa.Table]]:
-    """Reads files one after the other, the next ``ahead`` of them meanwhile: a store answers late, but many at once."""
-    with Threads(ahead) as pool:
+    """Reads files one after the other, the next ``ahead`` of them meanwhile: a store answers late, but many at once.
+
+    Of small files more: a catalog of years has thousands.
+    """
+    with Threads(max(ahead, _SMALL_AHEAD)) as pool:
         pending: deque[tuple[DataFile, Future[pa.Table]]] = deque()
         for file in files:
             pending.append((file, pool.submit(read_rows, folder, table, file, columns)))
-            if len(pending) > ahead:
+            are_small = sum(waiting.size_bytes for waiting, _ in pending) <= _SMALL_BYTES
+            if len(pending) > (max(ahead, _SMALL_AHEAD) if are_small else ahead):
                 first, rows = pending.popleft()
                 yield first, rows.result()
         for first, rows in pending:
@@ -147,7 +152,7 @@ class References:
 
     def __init__(self, folder: Folder, images: Snapshot, date: dt.date) -> None:
         keys, runs = [], []
-        files = files_by_date(images).get(date, [])
+        files = [file for file in images.files.values() if file.ingest_date == date]
         for _, rows in read_each(folder, "images", files, ["image_id", "embed_run_id"], ahead=8):
             rows = rows.filter(pc.is_valid(rows["embed_run_id"]))
             keys.append(to_binary(rows["image_id"]))

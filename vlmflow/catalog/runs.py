@@ -9,7 +9,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -26,6 +26,7 @@ DEAD_AFTER = dt.timedelta(minutes=10)
 HEARTBEAT_S = 30.0
 _STAMP = "%Y%m%dT%H%M%S"
 _READ_AT_ONCE = 16  # records
+_UPKEEP_BYTES = 1024  # no record of :meth:`RunStore.recorded` has more
 _CLOCK = "clock"  # file that is written to learn what time the store has
 # In the record of a run that has brought late verdicts into all rows: when it began to, by the store's clock.
 _EVERY_ROW = "every_row"
@@ -48,6 +49,11 @@ class RunInfo:
     state: RunState  # dead: no heartbeat for DEAD_AFTER, and never finished
     record: dict[str, Any]
     seen_at: dt.datetime | None  # last heartbeat; None for a finished run
+
+    @property
+    def started_at(self) -> dt.datetime:
+        """When it started, to the second: by its id, else by its record; long ago where neither says it."""
+        return _second_of(self.run_id) or _started_at(self.record).replace(microsecond=0)
 
     @property
     def has_ended(self) -> bool:
@@ -222,12 +228,17 @@ class RunStore:
                 infos, key=lambda run: (starts[run.run_id], _started_at(run.record), run.run_id), reverse=True
             )
 
-    def spent(self, operation: str, age: dt.timedelta) -> Sequence[str]:
-        """Runs of upkeep of one kind that have ended, and began longer ago than that."""
+    def spent(self, operations: Collection[str], age: dt.timedelta) -> Sequence[str]:
+        """Runs of upkeep of some kinds that have ended, and began longer ago than that.
+
+        Records that are longer than those of upkeep are not read: a catalog of years has thousands.
+        """
         since = dt.datetime.now(dt.UTC) - age
-        seconds = {run: _second_of(run) for run, seen_at in self._leases().items() if seen_at is None}
-        records = self._read([run for run, second in seconds.items() if second is not None and second < since])
-        return [run for run, record in records.items() if record.get("operation") == operation]
+        sizes = {file.path.removeprefix(f"{self._below}/"): file.size_bytes for file in self._folder.list(self._below)}
+        short = [name.removesuffix(".json") for name, size in sizes.items() if size <= _UPKEEP_BYTES]
+        old = [run for run in short if (second := _second_of(run)) is not None and second < since]
+        over = [run for run in old if f"{run}.json" in sizes and f"{run}{LEASE_SUFFIX}" not in sizes]
+        return [run for run, record in self._read(over).items() if record.get("operation") in operations]
 
     def forget(self, run_ids: Sequence[str]) -> None:
         """Removes the records of runs that are over."""

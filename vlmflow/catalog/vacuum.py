@@ -30,8 +30,8 @@ class VacuumResult:
         revoked: dead runs that may commit no more.
         live_runs: runs that write at the moment.
         failed: paths that could not be deleted; another vacuum tries again.
-        num_records: records of bringing verdicts in, past the retention, that were removed too: they say no more than
-            when that was.
+        num_records: records of vacuums and of bringing verdicts in, past the retention, that were removed too: they
+            say no more than when that was.
     """
 
     dry_run: bool
@@ -93,7 +93,7 @@ def vacuum(
             if found.kind == "foreign" and len(foreign) < _NUM_EXAMPLES:
                 foreign.append(found.file.path)
     failed = [] if dry_run else folder.delete_all(doomed)
-    spent = runs.spent("review", retention)
+    spent = runs.spent(("review", "vacuum"), retention)
     if not dry_run:
         runs.forget(spent)
     return VacuumResult(

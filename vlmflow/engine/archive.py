@@ -13,10 +13,12 @@ from vlmflow.errors import CatalogError, ConfigError, PolicyError
 from vlmflow.models import ModelIdentity
 from vlmflow.moderation.policy import Policy, prompts_digest
 from vlmflow.moderation.prompts import PromptVectors
+from vlmflow.threads import Threads
 
 logger = logging.getLogger("vlmflow")
 
 _POLICY = "policy.json"
+_READ_AT_ONCE = 16  # files
 
 
 def archive_policy(
@@ -43,7 +45,7 @@ def archived_policy(catalog: Catalog, digest: str) -> Policy:
     Raises:
         CatalogError: none of this digest is archived, or what is there is damaged, or of a later version.
     """
-    policy = _policy(catalog.policies.get(digest).get(_POLICY, b""), digest)
+    policy = _policy(catalog.policies.read(digest, _POLICY) or b"", digest)
     if policy is None:
         raise CatalogError(
             f"{catalog.uri}: the archived policy {digest} cannot be read",
@@ -54,13 +56,18 @@ def archived_policy(catalog: Catalog, digest: str) -> Policy:
 
 def archived_policies(catalog: Catalog) -> dict[str, Policy]:
     """All that can be read, by digest; of the others it is said that they are left out."""
-    found = {}
-    for digest in catalog.policies.digests():
+
+    def read(digest: str) -> Policy | None:
         try:
-            found[digest] = archived_policy(catalog, digest)
+            return archived_policy(catalog, digest)
         except CatalogError as error:
             logger.warning("%s: margins stored under it are not used", error)
-    return found
+            return None
+
+    digests = catalog.policies.digests()
+    with Threads(_READ_AT_ONCE) as pool:
+        found = dict(zip(digests, pool.map(read, digests), strict=True))
+    return {digest: policy for digest, policy in found.items() if policy is not None}
 
 
 def _policy(data: bytes, digest: str) -> Policy | None:
@@ -75,14 +82,19 @@ def _policy(data: bytes, digest: str) -> Policy | None:
 def archived_prompts(catalog: Catalog, policy: Policy, identity: ModelIdentity) -> PromptVectors | None:
     """Vectors of these prompts by this model, kept with any policy that has the same; None: none can be read."""
     name = _prompts_name(identity)
+    data = catalog.policies.read(policy.digest, name)
+    vectors = None if data is None else _vectors(data, policy)
+    if vectors is not None:
+        return vectors
+    if data is not None:
+        logger.warning("policy %s: its archived prompt vectors are damaged, and replaced", policy.digest[:12])
     others = (digest for digest in catalog.policies.digests() if digest != policy.digest)
-    for digest in itertools.chain([policy.digest], others):
-        data = catalog.policies.read(digest, name)
-        vectors = None if data is None else _vectors(data, policy)
-        if vectors is not None:
-            return vectors
-        if data is not None and digest == policy.digest:
-            logger.warning("policy %s: its archived prompt vectors are damaged, and replaced", digest[:12])
+    with Threads(_READ_AT_ONCE) as pool:
+        while some := list(itertools.islice(others, _READ_AT_ONCE)):
+            for data in pool.map(lambda digest: catalog.policies.read(digest, name), some):
+                vectors = None if data is None else _vectors(data, policy)
+                if vectors is not None:
+                    return vectors
     return None
 
 

@@ -17,9 +17,11 @@ import ray
 from vlmflow.catalog.columns import taken
 from vlmflow.catalog.plan_parts import NUM_BUCKETS, Ledger, buckets_of
 from vlmflow.engine.faults import get
+from vlmflow.threads import Threads
 
 logger = logging.getLogger("vlmflow")
 
+_READ_AT_ONCE = 4  # files in a task
 _TASKS_PER_CPU = 2  # under way at once, so that the next is there when one ends
 
 
@@ -65,7 +67,8 @@ def _call(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def _read_buckets(read: Callable[[int], pa.Table], numbers: Sequence[int]) -> list[pa.Table]:
-    tables = [read(number) for number in numbers]
+    with Threads(_READ_AT_ONCE) as pool:  # small ones for the most part, and a store answers late
+        tables = list(pool.map(read, numbers))
     rows = pa.concat_tables(tables)
     buckets = buckets_of(rows)
     order = np.argsort(buckets, kind="stable")

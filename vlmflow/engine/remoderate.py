@@ -46,6 +46,7 @@ _MAX_ROUNDS = 20
 _TASKS_PER_CPU = 2
 _COMMIT_FILES = 32
 _COMMIT_S = 30.0
+_LIST_S = 10.0  # age up to which a list of the files of vectors serves
 
 
 @dataclass(frozen=True)
@@ -245,32 +246,38 @@ class _Remoderation:
 
     def _round(self, scans: list[Scan], images: Snapshot, target: Target, seen: set[str]) -> None:
         """One pass over files of a version, with its columns. What others have moved meanwhile is left to the next."""
-        shared = ray.put(target)
-        for date in sorted({scan.file.ingest_date for scan in scans}):
-            part = [scan for scan in scans if scan.file.ingest_date == date]
-            scored = self._score(date, shared) if any(scan.num_computed for scan in part) else []
-            pending: list[Done] = []
-            since = time.monotonic()
-            for done in self._in_order(relabel_file, part, self._arguments_of(images, shared, scored)):
-                self._count(done)
-                if done.new is not None:
-                    pending.append(done)
-                if len(pending) >= _COMMIT_FILES or time.monotonic() - since >= _COMMIT_S:
-                    self._swap(pending, seen)
-                    pending, since = [], time.monotonic()
-            self._swap(pending, seen)
+        scans = sorted(scans, key=lambda scan: scan.file.ingest_date)
+        pending: list[Done] = []
+        since = time.monotonic()
+        for done in self._in_order(relabel_file, scans, self._arguments_of(images, ray.put(target))):
+            self._count(done)
+            if done.new is not None:
+                pending.append(done)
+            if len(pending) >= _COMMIT_FILES or time.monotonic() - since >= _COMMIT_S:
+                self._swap(pending, seen)
+                pending, since = [], time.monotonic()
+        self._swap(pending, seen)
 
-    def _arguments_of(
-        self, images: Snapshot, target: ray.ObjectRef[Target], scored: list[ray.ObjectRef[ScoredVectors]]
-    ) -> Callable[[Scan], tuple[Any, ...]]:
+    def _arguments_of(self, images: Snapshot, target: ray.ObjectRef[Target]) -> Callable[[Scan], tuple[Any, ...]]:
+        """Gives the arguments of files that come in the order of their dates: vectors are scored date by date."""
+        date: dt.date | None = None
+        scored: list[ray.ObjectRef[ScoredVectors]] = []
+        files, listed_at = self._catalog.live_files("embeddings"), time.monotonic()
+
         def arguments(scan: Scan) -> tuple[Any, ...]:
+            nonlocal date, scored, files, listed_at
+            if scan.num_computed and scan.file.ingest_date != date:
+                # Not once for all: an erasure takes files away. Not for each date: there may be a thousand.
+                if time.monotonic() - listed_at >= _LIST_S:
+                    files, listed_at = self._catalog.live_files("embeddings"), time.monotonic()
+                date = scan.file.ingest_date
+                scored = self._score([file for file in files.values() if file.ingest_date == date], target)
             needed = scored if scan.num_computed else []
             return (self._folder, scan.file, images.schema, target, self._scope.where, self._dry_run, *needed)
 
         return arguments
 
-    def _score(self, date: dt.date, target: ray.ObjectRef[Target]) -> list[ray.ObjectRef[ScoredVectors]]:
-        files = [file for file in self._catalog.live_files("embeddings").values() if file.ingest_date == date]
+    def _score(self, files: list[DataFile], target: ray.ObjectRef[Target]) -> list[ray.ObjectRef[ScoredVectors]]:
         remote = ray.remote(num_cpus=1)(score_file)
         refs: list[ray.ObjectRef[ScoredVectors]] = []
         running: list[ray.ObjectRef[ScoredVectors]] = []

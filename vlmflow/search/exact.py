@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -21,6 +22,7 @@ from vlmflow.errors import CatalogError
 from vlmflow.search.live import VIEW, LiveRows, Positions
 
 BLOCK_ROWS = 65_536
+_SMALL_BYTES = 8 * 1024 * 1024  # of a file
 Block: TypeAlias = tuple[Positions, NDArray[np.float32]]  # (B,) numbers of live rows, (B, D) their vectors
 _KEY_COLUMNS = ["image_id", "embed_run_id", "view"]
 
@@ -77,17 +79,22 @@ def search_exact(blocks: Iterator[Block], query: NDArray[np.float32], top_k: int
 def vector_blocks(folder: Folder, embeddings: Snapshot, live: LiveRows, wanted: Mask) -> Iterator[Block]:
     """The vectors of marked live rows, each row once, in blocks: (B,) numbers of rows and (B, D) float32.
 
-    Files that hold none of them are passed over after a look at their keys.
+    Large files that hold none of them are passed over after a look at their keys; small ones, of which a catalog of
+    years has thousands, are read at once.
     """
     left = wanted.copy()
     dates = live.dates_of(left)
     files = sorted((file for file in embeddings.files.values() if file.ingest_date in dates), key=lambda f: f.path)
-    for file, keys in read_each(folder, "embeddings", files, _KEY_COLUMNS, ahead=4):
+    small = [file for file in files if file.size_bytes <= _SMALL_BYTES]
+    large = [file for file in files if file.size_bytes > _SMALL_BYTES]
+    both = read_each(folder, "embeddings", small, [*_KEY_COLUMNS, "vector"], ahead=4)
+    for file, keys in itertools.chain(both, read_each(folder, "embeddings", large, _KEY_COLUMNS, ahead=4)):
         at = _claim(keys, live, left)
         rows = np.flatnonzero(at >= 0)
         if not len(rows):
             continue
-        vectors = _to_matrix(read_rows(folder, "embeddings", file, ["vector"])["vector"])
+        held = keys if "vector" in keys.column_names else read_rows(folder, "embeddings", file, ["vector"])
+        vectors = _to_matrix(held["vector"])
         for start in range(0, len(rows), BLOCK_ROWS):
             block = rows[start : start + BLOCK_ROWS]
             is_run = int(block[-1] - block[0]) + 1 == len(block)

@@ -45,6 +45,7 @@ class LiveRows:
         self._folder = folder
         self.files: list[DataFile] = sorted(snapshot.files.values(), key=lambda file: (file.ingest_date, file.path))
         self._cache: OrderedDict[tuple[str, tuple[str, ...]], pa.Table] = OrderedDict()
+        self._num_cached = 0  # bytes of these
         held = {} if before is None else before._spans()
         runs = _Codes({} if before is None else before._run_names)
         models = _Codes({} if before is None else before._model_names)
@@ -163,22 +164,32 @@ class LiveRows:
         wanted = pa.schema([self.columns.field(name) for name in names])
         files = np.searchsorted(self.starts, positions, side="right") - 1
         parts, order = [wanted.empty_table()], []
-        for number in np.unique(files).tolist():
+        numbers = np.unique(files).tolist()
+        unread = {number for number in numbers if (self.files[number].path, tuple(names)) not in self._cache}
+        coming = (self.files[number] for number in numbers if number in unread)
+        fresh = read_each(self._folder, "images", coming, names, ahead=_AHEAD)
+        for number in numbers:
             here = np.flatnonzero(files == number)
-            parts.append(self._columns_of(number, wanted).take(pa.array(positions[here] - self.starts[number])))
+            rows = next(fresh)[1] if number in unread else None
+            parts.append(self._columns_of(number, wanted, rows).take(pa.array(positions[here] - self.starts[number])))
             order.append(here)
         inverse = np.argsort(np.concatenate(order)) if order else np.empty(0, np.int64)
         return pa.concat_tables(parts).take(pa.array(inverse))
 
-    def _columns_of(self, number: int, wanted: pa.Schema) -> pa.Table:
+    def _columns_of(self, number: int, wanted: pa.Schema, rows: pa.Table | None) -> pa.Table:
+        """Columns of a file: of what was read of it just now, else of what is kept, which may be gone by now."""
         key = (self.files[number].path, tuple(wanted.names))
-        if key in self._cache:
+        if rows is None and key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
-        rows = conform(read_rows(self._folder, "images", self.files[number], wanted.names), wanted)
+        read = read_rows(self._folder, "images", self.files[number], wanted.names) if rows is None else rows
+        rows = conform(read, wanted)
+        if (held := self._cache.pop(key, None)) is not None:
+            self._num_cached -= held.nbytes
         self._cache[key] = rows
-        while sum(table.nbytes for table in self._cache.values()) > _CACHED_BYTES and len(self._cache) > 1:
-            self._cache.popitem(last=False)
+        self._num_cached += rows.nbytes
+        while self._num_cached > _CACHED_BYTES and len(self._cache) > 1:
+            self._num_cached -= self._cache.popitem(last=False)[1].nbytes
         return rows
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from tests.catalog_samples import DATE, enrich, image_id, open_catalog, references, request, rows_by_name, write
 from vlmflow.catalog import Catalog
+from vlmflow.catalog import read as read_module
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.keys import to_binary
 from vlmflow.catalog.reviews import EVENT
@@ -56,8 +57,9 @@ def erase_before_reading(monkeypatch: pytest.MonkeyPatch, catalog: Catalog, tabl
     ids=["images", "embeddings"],
 )
 def test_a_reader_of_the_version_before_is_told_to_ask_again(
-    catalog: Catalog, batches: Callable[[Catalog], Any]
+    catalog: Catalog, batches: Callable[[Catalog], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(read_module, "_SMALL_BYTES", 0)  # else all files have been read already
     reading = batches(catalog)
     next(reading)
     next(reading)

@@ -12,6 +12,7 @@ import numpy as np
 import obstore
 import pyarrow as pa
 import pytest
+from obstore.exceptions import NotSupportedError
 
 from tests.catalog_samples import config_of
 from vlmflow.catalog.folder import Folder
@@ -58,6 +59,38 @@ def test_a_footer_longer_than_the_first_request_is_read(folder: Folder) -> None:
     folder.write_parquet("wide.parquet", wide)
     wanted = wide.column_names[7:9]
     assert folder.read_parquet("wide.parquet", wanted).equals(wide.select(wanted))
+
+
+def test_a_small_file_is_read_with_one_request(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A catalog of years has a file or two for each night."""
+    folder.write_parquet("a.parquet", ROWS)
+    asked: list[str] = []
+    for name in ("get", "head", "get_range", "get_ranges"):
+        original = getattr(obstore, name)
+
+        def noted(*args: Any, _name: str = name, _original: Any = original, **given: Any) -> Any:
+            asked.append(_name)
+            return _original(*args, **given)
+
+        monkeypatch.setattr(obstore, name, noted)
+    for read in ways_to_read(folder):
+        read()
+    assert asked == ["get"] * 3
+
+
+def test_a_store_that_gives_no_end_of_a_file_is_asked_for_its_size(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    get = obstore.get
+
+    def without(*args: Any, options: Any = None) -> Any:
+        if options is not None:
+            raise NotSupportedError("Azure does not support suffix range requests")
+        return get(*args)
+
+    monkeypatch.setattr(obstore, "get", without)
+    folder.write_parquet("a.parquet", ROWS, row_group_size=100)
+    assert folder.read_parquet("a.parquet", ["vector"]).equals(ROWS.select(["vector"]))
 
 
 def _cut(data: bytes) -> bytes:
@@ -115,11 +148,15 @@ def test_no_thread_of_arrows_frees_memory_of_pythons(folder: Folder, monkeypatch
         def __init__(self, answer: Any) -> None:
             self._answer = answer
 
+        @property
+        def meta(self) -> Any:
+            return self._answer.meta
+
         def bytes(self) -> Piece:
             return Piece(self._answer.bytes())
 
     get, get_range, get_ranges = obstore.get, obstore.get_range, obstore.get_ranges
-    monkeypatch.setattr(obstore, "get", lambda *args: Answer(get(*args)))
+    monkeypatch.setattr(obstore, "get", lambda *args, **given: Answer(get(*args, **given)))
     monkeypatch.setattr(obstore, "get_range", lambda *args, **given: Piece(get_range(*args, **given)))
     monkeypatch.setattr(obstore, "get_ranges", lambda *args, **given: [*map(Piece, get_ranges(*args, **given))])
     folder.write_parquet("a.parquet", ROWS, row_group_size=100)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
 from tests.catalog_samples import config_of, enrich, image_id, open_catalog, references
-from vlmflow.catalog import Catalog, writer
+from vlmflow.catalog import Catalog, export, writer
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.keys import index_of, to_binary
 from vlmflow.catalog.pieces import ParquetPieces
 from vlmflow.catalog.read import images_named
+from vlmflow.search.live import LiveRows
 from vlmflow.summary import summarize
 
 NAMES = ["a", "b", "c"]
@@ -28,6 +32,43 @@ def catalog(tmp_path: Path) -> Catalog:
     enrich(catalog, "r0", [references(NAMES)])
     catalog.runs.finish("r0", {})
     return catalog
+
+
+def test_an_export_joins_the_small_files_of_many_nights(
+    catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(5):
+        enrich(catalog, f"r{number + 1}", [references([f"{number}-{name}" for name in NAMES])])
+    result = catalog.export(tmp_path / "one", with_embeddings=True)
+    assert (result.num_images, result.num_embeddings, result.num_files) == (18, 36, 2)
+    monkeypatch.setattr(export, "_FILE_BYTES", 1)
+    assert catalog.export(tmp_path / "many", with_embeddings=False).num_files == 6
+    one, many = (pq.read_table(tmp_path / name / "images").sort_by("uri") for name in ("one", "many"))
+    assert one.num_rows == 18
+    assert one.equals(many)
+
+
+def test_rows_of_many_files_are_read_while_others_come(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(5):
+        enrich(catalog, f"r{number + 1}", [references([f"{number}-{name}" for name in NAMES])])
+    live = LiveRows(Folder(config_of(catalog.uri)), catalog.newest_images)
+    together = threading.Barrier(3)
+    read, met = Folder.read_parquet, []
+
+    def waiting(self: Folder, path: str, columns: Sequence[str] | None = None) -> pa.Table:
+        met.append(path)
+        together.wait(timeout=60)  # broken where one is read after the other
+        return read(self, path, columns)
+
+    monkeypatch.setattr(Folder, "read_parquet", waiting)
+    positions = np.arange(len(live))[::-1]
+    rows = live.take(positions, ["uri"])
+    assert len(met) == 6
+    assert live.take(positions, ["uri"]).equals(rows)
+    assert len(met) == 6, "they are kept"
+    monkeypatch.setattr(Folder, "read_parquet", read)
+    everything = pa.concat_tables(part for _, part in live.read(["uri"]))
+    assert rows.equals(everything.take(pa.array(positions)))
 
 
 def test_vectors_are_counted_without_being_read(

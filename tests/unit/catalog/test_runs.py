@@ -134,6 +134,23 @@ def test_runs_that_are_spent_are_those_of_one_kind_that_have_ended(runs: RunStor
     runs.start("20260301T020000-c", {"operation": "review"})
     with runs.recorded("review"):
         pass
-    assert runs.spent("review", dt.timedelta(days=1)) == ["20260301T020000-a"]
+    assert runs.spent(["review"], dt.timedelta(days=1)) == ["20260301T020000-a"]
+    assert sorted(runs.spent(("review", "erase"), dt.timedelta(days=1))) == ["20260301T020000-a", "20260301T020000-b"]
     runs.forget(["20260301T020000-a"])
     assert runs.get("20260301T020000-a") is None
+
+
+def test_to_find_spent_runs_no_record_of_an_enrichment_is_read(runs: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    enrichment = {"status": "done", "stages": [{"stage": "decode", "images": 3}] * 50}
+    for year in range(2000, 2025):
+        runs.finish(f"{year}0301T020000-{year:08x}", enrichment)
+    runs.finish("20260301T020000-a", {"operation": "vacuum", "status": "done"})
+    read: list[str] = []
+    original = RunStore.get
+
+    def noted(self: RunStore, run_id: str) -> dict[str, object] | None:
+        read.append(run_id)
+        return original(self, run_id)
+
+    monkeypatch.setattr(RunStore, "get", noted)
+    assert runs.spent(("review", "vacuum"), dt.timedelta(days=1)) == read == ["20260301T020000-a"]

@@ -11,6 +11,7 @@ import pytest
 
 from tests.catalog_samples import open_catalog
 from vlmflow.catalog import Catalog
+from vlmflow.catalog.folder import Folder
 from vlmflow.engine.archive import archive_policy, archived_policies, archived_policy, archived_prompts, full_digest
 from vlmflow.errors import CatalogError, ConfigError
 from vlmflow.models import ModelIdentity
@@ -139,3 +140,20 @@ def test_an_empty_digest_names_no_policy_even_where_there_is_one(catalog: Catalo
     for beginning in ("", " "):
         with pytest.raises(ConfigError, match="the digest of a policy is empty"):
             full_digest(catalog, beginning)
+
+
+def test_of_many_policies_no_vectors_are_read(
+    catalog: Catalog, policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are large, and a catalog of years keeps hundreds."""
+    renamed = next_version(policy)
+    archive_policy(catalog, renamed, vectors_of(renamed), MODEL)
+    original, asked = Folder.read, []
+
+    def noted(self: Folder, path: str) -> bytes | None:
+        asked.append(path.rpartition("/")[2])
+        return original(self, path)
+
+    monkeypatch.setattr(Folder, "read", noted)
+    assert len(archived_policies(catalog)) == 2
+    assert asked == ["policy.json"] * 2

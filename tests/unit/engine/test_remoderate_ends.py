@@ -1,18 +1,24 @@
-"""How a backfill ends whose store goes away."""
+"""How a backfill ends whose store goes away, and how it gets through a catalog of many dates."""
 
 from __future__ import annotations
 
+import datetime as dt
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
+import ray
 
-from tests.catalog_samples import config_of
+from tests.catalog_samples import DATE, config_of
 from vlmflow.catalog import Catalog
+from vlmflow.catalog.log import DataFile
 from vlmflow.catalog.runs import RunStore
-from vlmflow.engine.remoderate import _Remoderation
+from vlmflow.engine.relabel_files import Done, Scan
+from vlmflow.engine.remoderate import Scope, _Remoderation
 from vlmflow.errors import StorageAccessError, StoreLostError, TransientError, VlmflowError
+from vlmflow.moderation.relabel import Changes
 
 
 def ending_with(error: BaseException, catalog: Catalog) -> _Remoderation:
@@ -51,3 +57,35 @@ def test_a_record_that_cannot_be_completed_hides_nothing(
     with pytest.raises(ValueError, match="what ended it"):
         ending_with(ValueError("what ended it"), catalog).execute()
     assert "record of run r1 could not be completed: the store is away" in caplog.text
+
+
+def test_files_of_many_dates_are_committed_together_and_vectors_listed_once(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "put", lambda value: value)
+    listed, scored, swapped = [], [], []
+
+    def live_files(self: Catalog, table: str) -> dict[str, DataFile]:
+        listed.append(table)
+        return {path: DataFile(path, 1, 1, file.ingest_date) for path, file in files.items()}
+
+    def in_order(_: Any, scans: list[Scan], arguments: Any) -> Iterator[Done]:
+        for scan in scans:
+            assert arguments(scan)[-1] == f"scores of {scan.file.path}"
+            yield Done(scan.file, scan.file, Changes())
+
+    def score(some: list[DataFile], _: Any) -> list[str]:
+        scored.extend(file.path for file in some)
+        return [f"scores of {file.path}" for file in some]
+
+    files = {f"{day:02}": DataFile(f"{day:02}", 1, 1, DATE + dt.timedelta(days=day)) for day in range(40)}
+    monkeypatch.setattr(Catalog, "live_files", live_files)
+    remoderation = _Remoderation.__new__(_Remoderation)
+    given = {"_catalog": catalog, "_folder": None, "_scope": Scope(), "_dry_run": False, "_count": lambda _: None}
+    given |= {"_in_order": in_order, "_score": score, "_swap": lambda pending, _: swapped.append(len(pending))}
+    remoderation.__dict__ |= given
+    target: Any = None
+    remoderation._round([Scan(file, 1, 1) for file in files.values()], catalog.newest_images, target, set())
+    assert listed == ["embeddings"]
+    assert scored == list(files)
+    assert swapped == [32, 8]

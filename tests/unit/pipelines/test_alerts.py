@@ -147,15 +147,24 @@ def run(number: int, allowed: int, flagged: int, *, policy: str | None = "p 1", 
     return RunInfo(f"run {number}", state, record, None)
 
 
+TONIGHT = RunInfo("now", "finished", {"policy": "p 1", "decisions": {"allow": 70, "block": 30}}, None)
+
+
 def test_a_jump_is_told_against_the_median_of_the_nights_before() -> None:
     usual = [run(number, 95, 5) for number in range(6)]
-    assert alerts.flagged_jump(report(70, 30), usual, 0.1) == (0.3, 0.05)
-    assert alerts.flagged_jump(report(86, 14), usual, 0.1) is None
-    assert alerts.flagged_jump(report(70, 30), [run(0, 0, 100), *usual], 0.1) == (0.3, 0.05)  # one bad night
-    assert alerts.flagged_jump(report(70, 30), [*usual, *[run(9, 0, 100)] * 9], 0.1) == (0.3, 0.05)  # long ago
+    assert alerts.flagged_jump(report(70, 30), [TONIGHT, *usual], 0.1) == (0.3, 0.05)
+    assert alerts.flagged_jump(report(86, 14), [TONIGHT, *usual], 0.1) is None
+    assert alerts.flagged_jump(report(70, 30), [TONIGHT, run(0, 0, 100), *usual], 0.1) == (0.3, 0.05)  # one bad night
+    assert alerts.flagged_jump(report(70, 30), [TONIGHT, *usual, *[run(9, 0, 100)] * 9], 0.1) == (0.3, 0.05)  # long ago
     later = [run(8, 0, 100)] * 7  # such as over images that arrived during the night
-    tonight = RunInfo("now", "finished", {"policy": "p 1", "decisions": {"allow": 70, "block": 30}}, None)
-    assert alerts.flagged_jump(report(70, 30), [*later, tonight, *usual], 0.1) == (0.3, 0.05)
+    assert alerts.flagged_jump(report(70, 30), [*later, TONIGHT, *usual], 0.1) == (0.3, 0.05)
+
+
+@pytest.mark.parametrize(("policy", "most"), [("p 1", 8), ("another", 201)])
+def test_of_years_of_runs_the_last_ones_are_looked_at(policy: str, most: int) -> None:
+    runs = iter([TONIGHT, *(run(number, 95, 5, policy=policy) for number in range(1000))])
+    alerts.flagged_jump(report(70, 30), runs, 0.1)
+    assert 1001 - len(list(runs)) <= most
 
 
 @pytest.mark.parametrize(
@@ -165,14 +174,13 @@ def test_a_jump_is_told_against_the_median_of_the_nights_before() -> None:
         [run(0, 3, 1)],  # few rows say little
         [run(0, 95, 5, policy="p 2")],  # another policy flags another share
         [run(0, 95, 5, state="dead")],
-        [RunInfo("now", "finished", {"policy": "p 1", "decisions": {"allow": 95, "block": 5}}, None)],
         [RunInfo("vacuum", "finished", {"operation": "vacuum"}, None)],
     ],
 )
 def test_without_nights_to_compare_with_there_is_no_jump(before: list[RunInfo]) -> None:
-    assert alerts.flagged_jump(report(10, 90), before, 0.1) is None
+    assert alerts.flagged_jump(report(10, 90), [TONIGHT, *before], 0.1) is None
 
 
 def test_of_few_rows_no_share_is_taken() -> None:
-    assert alerts.flagged_jump(report(0, 49), [run(0, 95, 5)], 0.1) is None
+    assert alerts.flagged_jump(report(0, 49), [TONIGHT, run(0, 95, 5)], 0.1) is None
     assert alerts.flagged_share({"allow": 25, "review": 15, "block": 10}) == 0.5

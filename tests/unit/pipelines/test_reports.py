@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from pipelines.reports import default_folder, is_told, note_told, publish_report, unreported
 from tests.report_samples import put_record, put_rows, record
 from vlmflow.catalog import Catalog
+from vlmflow.catalog.runs import RunStore
 from vlmflow.config import CatalogConfig, Job, SourceConfig
 from vlmflow.engine import RunReport
 
@@ -184,3 +186,19 @@ def test_a_run_that_changed_nothing_or_is_none_of_a_night_needs_no_report(config
 def test_a_record_of_another_version_is_passed_over(config: CatalogConfig) -> None:
     put_night(config, IDS[1], tasks="embed", added_by_a_later_version=1)
     assert found(config) == IDS[:1]
+
+
+def test_runs_of_years_ago_are_not_looked_at(config: CatalogConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    for year in range(2000, 2025):
+        put_night(config, f"{year}0301T020000-{year:08x}", date=f"{year}-03-01")
+    put_night(config, IDS[1])
+    read: list[str] = []
+    original = RunStore._read
+
+    def noted(self: RunStore, run_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+        read.extend(run_ids)
+        return original(self, run_ids)
+
+    monkeypatch.setattr(RunStore, "_read", noted)
+    assert found(config) == IDS[:2]
+    assert len(read) <= 16

@@ -15,6 +15,7 @@ from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.keys import to_binary
 from vlmflow.catalog.log import DataFile, TableLog, TableName
 from vlmflow.errors import CatalogError, ConfigError, SearchError
+from vlmflow.search import exact
 from vlmflow.search import live as live_module
 from vlmflow.search.live import LiveRows, _columns_in
 from vlmflow.search.query import Query
@@ -32,6 +33,33 @@ def test_the_nearest_over_several_files(tmp_path: Path) -> None:
     assert scores == sorted(scores, reverse=True)
     assert scores[0] == pytest.approx(vectors[images.index(expected[0])] @ vectors[7], abs=1e-6)
     assert (result.num_rows, result.num_matching, result.num_indexed) == (300, 299, 0)
+
+
+@pytest.mark.parametrize("num_reads", [3, 4], ids=["small files", "large files"])
+def test_vectors_of_small_files_come_with_their_keys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_reads: int
+) -> None:
+    images, vectors = names(300), clustered(300)
+    for start in range(0, 300, 100):
+        put(tmp_path, images[start : start + 100], vectors[start : start + 100], run=f"r{start}")
+    live = LiveRows(Folder(config_of(tmp_path)), open_catalog(tmp_path).newest_images)
+    wanted = np.zeros(300, np.bool_)
+    (at,) = live.find(to_binary(pa.array([image_id(images[150])])))
+    wanted[at] = True
+    read, paths = Folder.read_parquet, []
+
+    def noted(self: Folder, path: str, columns: Any = None) -> pa.Table:
+        paths.append(path)
+        return read(self, path, columns)
+
+    monkeypatch.setattr(Folder, "read_parquet", noted)
+    if num_reads == 4:
+        monkeypatch.setattr(exact, "_SMALL_BYTES", 0)
+    embeddings = TableLog.open(live._folder, "embeddings").refresh()
+    ((positions, found_vectors),) = exact.vector_blocks(live._folder, embeddings, live, wanted)
+    assert positions.tolist() == [at]
+    assert np.array_equal(found_vectors, vectors[150:151])
+    assert len(paths) == num_reads
 
 
 def test_a_condition_over_any_column(tmp_path: Path) -> None:

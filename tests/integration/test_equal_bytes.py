@@ -102,6 +102,7 @@ def test_images_moved_to_another_folder_are_copied_and_not_computed(
     assert enrich(make_job(tmp_path / "new")).status == "nothing_due"
 
 
+@pytest.mark.slow
 def test_a_copy_with_another_text_is_matched_anew(make_job: Callable[..., Job], tmp_path: Path) -> None:
     write_pictures(tmp_path / "old", 3)
     shutil.copytree(tmp_path / "old", tmp_path / "new")

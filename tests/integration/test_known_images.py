@@ -132,6 +132,7 @@ def test_a_known_image_is_blocked_though_its_model_failed(
     assert others == ["review", "review"]
 
 
+@pytest.mark.slow
 def test_a_clip_that_is_blocked_by_its_look_stays_so_whatever_the_later_runs_look_at(
     make_job: Callable[..., Job], tmp_path: Path
 ) -> None:

@@ -61,11 +61,32 @@ def enriched(make_job_in: Callable[..., Job], tmp_path_factory: pytest.TempPathF
     return made
 
 
+def in_a_copy(job: Job, folder: Path) -> Job:
+    """The job, over a copy of its catalog."""
+    shutil.copytree(job.catalog.uri, folder / "catalog")
+    return job.model_copy(update={"catalog": CatalogConfig(uri=str(folder / "catalog"))})
+
+
 @pytest.fixture
 def job(enriched: Job, tmp_path: Path) -> Job:
     """Nine images in a catalog of the test's own."""
-    shutil.copytree(enriched.catalog.uri, tmp_path / "catalog")
-    return enriched.model_copy(update={"catalog": CatalogConfig(uri=str(tmp_path / "catalog"))})
+    return in_a_copy(enriched, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def enriched_on_two_days(make_job_in: Callable[..., Job], tmp_path_factory: pytest.TempPathFactory) -> Job:
+    folder = tmp_path_factory.mktemp("two-days")
+    made = make_job_in(folder, folder / "images", tasks=("embed", "moderate"))
+    for num_images, date in ((4, OLD_DATE), (6, NEW_DATE)):
+        write_pictures(folder / "images", num_images)
+        enrich(made.model_copy(update={"date": date}))
+    return made
+
+
+@pytest.fixture
+def job_of_two_days(enriched_on_two_days: Job, tmp_path: Path) -> Job:
+    """Four images of the old date and two of the new one, in a catalog of the test's own."""
+    return in_a_copy(enriched_on_two_days, tmp_path)
 
 
 def rows_of(job: Job, columns: Sequence[str] = MODERATION) -> Rows:
@@ -153,14 +174,8 @@ def test_thresholds_alone_load_no_model_and_come_back(
     assert rows_of(job) == {name: {column: row[column] for column in MODERATION} for name, row in before.items()}
 
 
-def test_only_the_rows_asked_for(
-    make_job: Callable[..., Job], write_policy: Callable[..., str], tmp_path: Path
-) -> None:
-    write_pictures(tmp_path / "images", 4)
-    job = make_job(tmp_path / "images", tasks=("embed", "moderate"), date=OLD_DATE)
-    enrich(job)
-    write_pictures(tmp_path / "images", 6)
-    enrich(job.model_copy(update={"date": NEW_DATE}))
+def test_only_the_rows_asked_for(job_of_two_days: Job, write_policy: Callable[..., str]) -> None:
+    job = job_of_two_days
     new = job.model_copy(update={"policy": write_policy("new", version='"2"', gun="review: 0.3, block: 0.9")})
 
     assert remoderate(new, scope=Scope(start=NEW_DATE), dry_run=True).partitions == {NEW_DATE.isoformat(): 2}
@@ -221,16 +236,9 @@ def test_a_nightly_run_in_the_middle_loses_nothing(
 
 
 def test_killed_after_some_partitions_it_goes_on(
-    make_job: Callable[..., Job],
-    write_policy: Callable[..., str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    job_of_two_days: Job, write_policy: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = make_job(tmp_path / "images", tasks=("embed",))
-    job = job.model_copy(update={"tasks": ("embed", "moderate")})
-    for day in range(2):
-        write_pictures(tmp_path / "images", 2 * (day + 1))
-        enrich(job.model_copy(update={"date": OLD_DATE + dt.timedelta(days=day)}))
+    job = job_of_two_days
     new = job.model_copy(update={"policy": write_policy("new", version='"2"', gun="review: 0.3, block: 0.9")})
     original = Catalog.swap_images
     commits: list[str] = []
@@ -247,7 +255,7 @@ def test_killed_after_some_partitions_it_goes_on(
         remoderate(new)
     monkeypatch.undo()
     done = [row["policy_version"] for row in rows_of(job, ["policy_version"]).values()]
-    assert sorted(done) == ["1", "1", "2", "2"]
+    assert sorted(done) == ["1"] * 2 + ["2"] * 4
     assert Catalog.open(job.catalog).runs.list()[0].record["status"] == "interrupted"
     assert remoderate(new).num_moved == 2
     assert {row["policy_version"] for row in rows_of(job, ["policy_version"]).values()} == {"2"}

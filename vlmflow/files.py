@@ -4,10 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from vlmflow.errors import VlmflowError
+
+
+@contextlib.contextmanager
+def locked(folder: Path, error: VlmflowError) -> Iterator[None]:
+    """Keeps other processes from working in a folder while the block runs; where a file system has no locks, nobody.
+
+    Args:
+        error: is raised where another process works there.
+    """
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it when a process is killed
+            except BlockingIOError as held:
+                raise error from held
+        yield
+    finally:
+        os.close(lock)
 
 
 def put_file(path: Path, data: str | bytes | Iterable[str]) -> None:

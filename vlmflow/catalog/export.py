@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import itertools
 import os
 import shutil
@@ -18,6 +17,7 @@ from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.log import Snapshot
 from vlmflow.catalog.read import embedding_batches, image_batches
 from vlmflow.errors import CatalogError
+from vlmflow.files import locked
 from vlmflow.storage import check_on_disk
 
 # In the target, for what is not whole yet: as long as it is there, all else there is an unfinished export's too.
@@ -81,14 +81,8 @@ def _unfinished(target: Path) -> Iterator[Path]:
         is_new = True
     except FileExistsError:
         is_new = False
-    lock = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it when a process is killed
-            except BlockingIOError as error:
-                remedy = "Wait until it is done, or name another folder."
-                raise CatalogError(f"another export is writing to {target}", remedy=remedy) from error
+    remedy = "Wait until it is done, or name another folder."
+    with locked(place, CatalogError(f"another export is writing to {target}", remedy=remedy)):
         if not place.exists():  # it was that, and has just ended
             raise full
         if is_new and any((target / name).exists() for name in _TABLES):  # those of one that ended while this looked
@@ -102,8 +96,6 @@ def _unfinished(target: Path) -> Iterator[Path]:
             raise
         finally:
             place.rmdir()
-    finally:
-        os.close(lock)
 
 
 def _remove_all(target: Path, place: Path) -> None:

@@ -6,8 +6,6 @@ A pickle is read with ``weights_only``: one that holds more than tensors in plai
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 import pickle
 import shutil
 from collections.abc import Callable, Iterator
@@ -17,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from vlmflow.errors import ConfigError, WeightsError
+from vlmflow.files import locked
 from vlmflow.storage import check_on_disk
 
 if TYPE_CHECKING:
@@ -86,22 +85,14 @@ def _partial(target: Path) -> Iterator[Path]:
     """An empty folder beside the target, in place of what a killed conversion has left; it goes with the block."""
     place = target.with_name(f".{target.name}.partial")
     place.mkdir(parents=True, exist_ok=True)
-    lock = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it when a process is killed
-            except BlockingIOError as error:
-                remedy = "Wait until it is done, or name another folder."
-                raise ConfigError(f"convert: another conversion is writing to {target}", remedy=remedy) from error
+    remedy = "Wait until it is done, or name another folder."
+    with locked(place, ConfigError(f"convert: another conversion is writing to {target}", remedy=remedy)):
         try:
             for path in place.iterdir():
                 path.unlink()
             yield place
         finally:
             shutil.rmtree(place, ignore_errors=True)
-    finally:
-        os.close(lock)
 
 
 def read_pickle(path: Path) -> dict[str, torch.Tensor]:

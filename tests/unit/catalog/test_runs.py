@@ -63,14 +63,8 @@ def test_runs_are_listed_newest_first(runs: RunStore, tmp_path: Path) -> None:
     assert listed["r1"].seen_at is None
 
 
-def test_records_are_read_as_they_are_asked_for(runs: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An id begins with when its run started; runs of one second come as their records say, on whatever page."""
-    monkeypatch.setattr(runs_module, "_READ_AT_ONCE", 2)
-    for number in range(20):
-        run = f"2026030{1 + number // 10}T0200{number % 10:02}-{(7 * number) % 20:08x}"
-        runs.start(run, {"number": number, "started_at": "2020-01-01T00:00:00Z"})
-    for run, second in (("20260302T020009-f", "09.1"), ("20260302T020009-0", "09.2"), ("flight", "08.5")):
-        runs.start(run, {"started_at": f"2026-03-02T02:00:{second}Z"})
+def noted_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Ids of runs whose records are read from now on."""
     read: list[str] = []
     original = RunStore.get
 
@@ -79,6 +73,18 @@ def test_records_are_read_as_they_are_asked_for(runs: RunStore, monkeypatch: pyt
         return original(self, run_id)
 
     monkeypatch.setattr(RunStore, "get", noted)
+    return read
+
+
+def test_records_are_read_as_they_are_asked_for(runs: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An id begins with when its run started; runs of one second come as their records say, on whatever page."""
+    monkeypatch.setattr(runs_module, "_READ_AT_ONCE", 2)
+    for number in range(20):
+        run = f"2026030{1 + number // 10}T0200{number % 10:02}-{(7 * number) % 20:08x}"
+        runs.start(run, {"number": number, "started_at": "2020-01-01T00:00:00Z"})
+    for run, second in (("20260302T020009-f", "09.1"), ("20260302T020009-0", "09.2"), ("flight", "08.5")):
+        runs.start(run, {"started_at": f"2026-03-02T02:00:{second}Z"})
+    read = noted_reads(monkeypatch)
     newest = runs.newest()
     assert [next(newest).run_id for _ in range(2)] == ["20260302T020009-0", "20260302T020009-f"]
     assert len(read) <= 4
@@ -145,12 +151,5 @@ def test_to_find_spent_runs_no_record_of_an_enrichment_is_read(runs: RunStore, m
     for year in range(2000, 2025):
         runs.finish(f"{year}0301T020000-{year:08x}", enrichment)
     runs.finish("20260301T020000-a", {"operation": "vacuum", "status": "done"})
-    read: list[str] = []
-    original = RunStore.get
-
-    def noted(self: RunStore, run_id: str) -> dict[str, object] | None:
-        read.append(run_id)
-        return original(self, run_id)
-
-    monkeypatch.setattr(RunStore, "get", noted)
+    read = noted_reads(monkeypatch)
     assert runs.spent(("review", "vacuum"), dt.timedelta(days=1)) == read == ["20260301T020000-a"]

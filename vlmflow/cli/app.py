@@ -17,7 +17,9 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except (KeyboardInterrupt, typer.Abort):  # Abort: at a question
+        except (KeyboardInterrupt, typer.Abort) as error:
+            if isinstance(error, typer.Abort):
+                typer.echo(err=True)  # ends the line of the question that it came at
             raise InterruptedByUserError("interrupted", remedy="Run the same command again.") from None
 
 

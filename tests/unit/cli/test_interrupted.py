@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from tests.report_samples import put_rows
 from vlmflow import gate
 from vlmflow.catalog import Catalog
 from vlmflow.cli import main
+from vlmflow.config import CatalogConfig
 
 
 def interrupt(*_: Any, **__: Any) -> Any:
@@ -32,6 +35,16 @@ def test_a_command_that_is_interrupted_says_so(
     monkeypatch.setattr(Catalog, "open", interrupt)
     told = told_by([word.format(tmp=tmp_path) for word in command], capsys)
     assert told == ("", "vlmflow: interrupted - Run the same command again.\n")
+
+
+def test_at_a_question_the_line_of_the_question_ends(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_rows(CatalogConfig(uri=str(tmp_path / "catalog")), ["a"])
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True, readline=interrupt))
+    monkeypatch.setattr("typer._click.termui.visible_prompt_func", interrupt)
+    _, told = told_by(["erase", str(tmp_path / "catalog"), "--uri", "mem://a"], capsys)
+    assert told.endswith("[y/N]:\nvlmflow: interrupted - Run the same command again.\n")
 
 
 def test_machines_are_told_too(

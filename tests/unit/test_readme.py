@@ -1,4 +1,4 @@
-"""What the README and the help show can be done as it stands."""
+"""What the README, its chapters and the help show can be done as it stands."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ from vlmflow.cli.run import enrich
 from vlmflow.config import load_job
 from vlmflow.moderation.policy import load_policy, shipped_policies
 
-README = (Path(vlmflow.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(vlmflow.__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CHAPTERS = sorted(path for room in ("vlmflow", "benchmarks", "deploy") for path in (ROOT / room).rglob("README.md"))
+DOCUMENTS = [ROOT / "README.md", *(path for path in CHAPTERS if "starter" not in path.parts)]
+ALL_TEXT = "\n".join(path.read_text(encoding="utf-8") for path in DOCUMENTS)
 UNBOUND = [name for name in shipped_policies() if not load_policy(name).bindings]
 
 
@@ -33,8 +37,8 @@ def test_a_policy_that_is_bound_to_no_model_is_shown_with_what_lets_it_run(text:
 
 
 def read_as_shown(catalog: Path) -> tuple[dict[str, Any], str]:
-    """The names that the README's way of reading the tables of ``catalog`` leaves, and how it calls DuckDB."""
-    (block,) = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "embedded = " in block]
+    """The names that the documented way of reading the tables of ``catalog`` leaves, and how it calls DuckDB."""
+    (block,) = [block for block in re.findall(r"```python\n(.*?)```", ALL_TEXT, re.DOTALL) if "embedded = " in block]
     names: dict[str, Any] = {}
     exec(block.replace("demo-catalog", config_of(catalog).uri), names)
     (call,) = re.findall(r"^duckdb\.read_parquet\(.*\)", block, re.MULTILINE)
@@ -65,8 +69,18 @@ def test_vectors_are_joined_with_the_rows_that_refer_to_them(tmp_path: Path) -> 
 
 
 def test_job_files_of_the_readme_can_be_loaded(tmp_path: Path) -> None:
-    blocks = [block for block in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL) if "source:" in block]
+    blocks = [block for block in re.findall(r"```yaml\n(.*?)```", ALL_TEXT, re.DOTALL) if "source:" in block]
     assert len(blocks) == 2
     for block in blocks:
         (tmp_path / "job.yaml").write_text(block)
         assert load_job(tmp_path / "job.yaml", {}).source.uri == yaml.safe_load(block)["source"]["uri"]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(document: Path) -> None:
+    for target, heading in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", document.read_text(encoding="utf-8")):
+        linked = (document.parent / target).resolve() if target else document
+        assert linked.is_file(), target
+        if heading:
+            headings = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
+            assert heading in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in headings], heading

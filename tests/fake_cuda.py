@@ -51,6 +51,8 @@ def cast(model: Any, dtype: torch.dtype) -> Any:
 class HostReads(TorchFunctionMode):
     """Answers what would be read from the device, and notes where; makes the constants that fake mode would run.
 
+    Copies to the device from memory that is not pinned, for which the host waits as well, are noted too.
+
     All values are zero, and finite. Yet a count is one, something is true of any, nothing of all: decoding goes on.
 
     ``found``: how often by ``file:function`` of the library.
@@ -67,6 +69,7 @@ class HostReads(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if func is torch.tensor and "device" in kwargs:
             device = kwargs.pop("device")
+            self._note_copy(torch.device(device))
             made = func(*args, **kwargs)
             return torch.empty(made.shape, dtype=made.dtype, device=device)
         if not args or not isinstance(args[0], FakeTensor):
@@ -78,13 +81,21 @@ class HostReads(TorchFunctionMode):
         if name == "nonzero":
             self._note(tensor)
             return tensor.new_empty((max(1, len(tensor) // 2), tensor.ndim), dtype=torch.int64)
+        if name == "pin_memory":  # of fake tensors those of one constant are still known, and run as such
+            pinned: Any = torch.empty(tensor.shape, dtype=tensor.dtype)
+            pinned.is_in_pinned_memory = True
+            return pinned
         if name == "__getitem__" and isinstance(args[1], list):
+            self._note_copy(tensor.device)
             return func(tensor, tensor.new_empty(len(args[1]), dtype=torch.int64))
         if name == "__getitem__" and not tensor.is_cuda:  # which fake mode lets pass
             assert not any(isinstance(leaf, torch.Tensor) and leaf.is_cuda for leaf in tree_leaves(args[1]))
         out = func(*args, **kwargs)
         if name in ("any", "isfinite"):
             out.is_true = True
+        is_waited_for = not (kwargs.get("non_blocking") and hasattr(tensor, "is_in_pinned_memory"))
+        if name == "to" and not tensor.is_cuda and is_waited_for:
+            self._note_copy(out.device)
         if name in ("cpu", "to") and out.device.type == "cpu":
             if kwargs.get("non_blocking"):
                 out.is_on_its_way = True  # whoever reads it must have waited for the device
@@ -95,8 +106,15 @@ class HostReads(TorchFunctionMode):
         return out
 
     def _note(self, tensor: torch.Tensor) -> None:
-        if tensor.device.type != "cuda" and not hasattr(tensor, "is_on_its_way"):
-            return
+        if tensor.device.type == "cuda" or hasattr(tensor, "is_on_its_way"):
+            self._count()
+
+    def _note_copy(self, to: torch.device) -> None:
+        """From memory that is not pinned: CUDA's stream is waited for."""
+        if to.type == "cuda":
+            self._count()
+
+    def _count(self) -> None:
         frame = sys._getframe()
         while frame.f_back is not None and not Path(frame.f_code.co_filename).is_relative_to(_LIBRARY):
             frame = frame.f_back

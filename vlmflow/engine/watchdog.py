@@ -18,6 +18,7 @@ _STANDARD_ERROR = 2
 _enabled = True
 # There is one timer per process, and a pool's actor has several threads at work: it is set for whichever ends first.
 _deadlines: dict[object, float] = {}
+_set_for: float | None = None
 _lock = threading.Lock()
 
 
@@ -46,8 +47,14 @@ def at_most(seconds: float) -> Iterator[None]:
 
 
 def _set_timer() -> None:
-    if not _deadlines:
+    global _set_for
+    earliest = min(_deadlines.values(), default=None)
+    # To set it ends a thread and starts another, and no thread of Python runs meanwhile.
+    if earliest == _set_for:
+        return
+    _set_for = earliest
+    if earliest is None:
         faulthandler.cancel_dump_traceback_later()
         return
-    left = max(0.001, min(_deadlines.values()) - time.monotonic())
+    left = max(0.001, earliest - time.monotonic())
     faulthandler.dump_traceback_later(left, exit=True, file=_STANDARD_ERROR)

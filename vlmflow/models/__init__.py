@@ -89,7 +89,9 @@ class EncodedImages:
 
     def take(self, rows: Sequence[int]) -> EncodedImages:
         """Those of the given rows."""
-        return EncodedImages(self.embeds[list(rows)])
+        from vlmflow.models.upload import numbers
+
+        return EncodedImages(self.embeds[numbers(rows, self.embeds.device)])
 
     def pairs_with(self, texts: Sequence[str]) -> bool:
         """Whether there is any pair of an image and a text.

@@ -21,6 +21,7 @@ from vlmflow.models.pixels import PixelNormalizer, model_dtype
 from vlmflow.models.preprocessing import read_preprocessing
 from vlmflow.models.pretrained import load_model, load_tokenizer
 from vlmflow.models.towers import SharedTower, VisionTowers
+from vlmflow.models.upload import numbers
 from vlmflow.models.weights import check_keys
 
 # Texts of up to so many tokens are taken together: more groups would have less of a device's work each.
@@ -154,12 +155,15 @@ class BlipMatcher:
             self._threads.last = last = (list(texts), self._tokens(texts))
         groups, found = last[1], []
         for group in groups:
-            shown = features if features is None or len(groups) == 1 else features[group.rows]
+            shown = features
+            if features is not None and len(groups) > 1:
+                shown = features[numbers(group.rows, features.device)]
             found.append(self._encoder.encode(group.ids, group.mask, shown)[:, 0])
         if len(groups) == 1:
             return found[0]
         rows = [row for group in groups for row in group.rows]
-        return torch.cat(found)[sorted(range(len(rows)), key=rows.__getitem__)]
+        places = sorted(range(len(rows)), key=rows.__getitem__)
+        return torch.cat(found)[numbers(places, found[0].device)]
 
     def _tokens(self, texts: Sequence[str]) -> list[_Texts]:
         """The texts by length, to the next power of two: few groups, and no short text padded to the longest."""
@@ -192,10 +196,10 @@ class _Texts:
         """Padded to the longest, by what the mask hides."""
         lengths = [len(tokens) for tokens in ids]
         longest = max(lengths)
-        padded = torch.tensor([[*tokens, *[0] * (longest - len(tokens))] for tokens in ids], device=device)
+        padded = numbers([[*tokens, *[0] * (longest - len(tokens))] for tokens in ids], device)
         if min(lengths) == longest:
             return cls(rows, padded, None)
-        is_word = torch.arange(longest, device=device) < torch.tensor(lengths, device=device).unsqueeze(1)
+        is_word = torch.arange(longest, device=device) < numbers(lengths, device).unsqueeze(1)
         return cls(rows, padded, is_word)
 
 

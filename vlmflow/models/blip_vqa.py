@@ -18,6 +18,7 @@ from vlmflow.models.blip_fast import SpecialTokens, TextTower
 from vlmflow.models.blip_fast.cache import SlicedCache
 from vlmflow.models.questions import check_paired, check_scores, tokenize
 from vlmflow.models.towers import SharedTower
+from vlmflow.models.upload import numbers
 
 _MAX_ANSWER_TOKENS = 20  # the end counted
 _PAIRS_AT_ONCE = 256  # of an image and a question
@@ -66,8 +67,8 @@ class BlipAnswerer:
         images = self._vision(pixels)
         found: list[Answer | None] = [None] * len(rows)
         for pairs in _of_one_length(ids):
-            tokens = torch.tensor([ids[pair] for pair in pairs], device=images.device)
-            asked_of = [rows[pair] for pair in pairs]
+            tokens = numbers([ids[pair] for pair in pairs], images.device)
+            asked_of = numbers([rows[pair] for pair in pairs], images.device)
             with growing(images.device):
                 states = self._encoder.encode(tokens, None, images[asked_of])
                 answers = self._decode(states.to(images.dtype))

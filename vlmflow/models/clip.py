@@ -25,6 +25,7 @@ from vlmflow.models.pixels import PixelNormalizer, model_dtype
 from vlmflow.models.preprocessing import read_preprocessing
 from vlmflow.models.pretrained import in_our_words
 from vlmflow.models.sizes import in_few_sizes
+from vlmflow.models.upload import to_device
 from vlmflow.models.weights import check_keys, find_weights, read_open_clip_model
 
 _TEXTS_AT_ONCE = 256
@@ -84,7 +85,7 @@ class ClipEmbedder:
         tokens = self._tokenize(list(texts))
         with growing(device):
             parts = [
-                _unit(self._model.encode_text(tokens[start : start + _TEXTS_AT_ONCE].to(device)))  # type: ignore[operator]
+                _unit(self._model.encode_text(to_device(tokens[start : start + _TEXTS_AT_ONCE], device)))  # type: ignore[operator]
                 for start in range(0, len(tokens), _TEXTS_AT_ONCE)
             ]
         return np.concatenate(parts)

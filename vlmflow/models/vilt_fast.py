@@ -24,6 +24,7 @@ from vlmflow.models.linear import PackedLinear
 from vlmflow.models.norm import Norm
 from vlmflow.models.patches import Patches
 from vlmflow.models.pixels import PixelNormalizer
+from vlmflow.models.upload import numbers
 
 # Pairs that pass all layers together on a GPU.
 _PAIRS_AT_ONCE = 256
@@ -86,19 +87,20 @@ class ViltTower:
         with growing(images.device):
             for start in range(0, len(order), at_once):
                 pairs = order[start : start + at_once]
-                found.append(self._ask(images[[rows[pair] for pair in pairs]], [ids[pair] for pair in pairs]))
+                asked_of = numbers([rows[pair] for pair in pairs], images.device)
+                found.append(self._ask(images[asked_of], [ids[pair] for pair in pairs]))
         places = sorted(range(len(order)), key=order.__getitem__)
-        return torch.cat(found)[places]
+        return torch.cat(found)[numbers(places, images.device)]
 
     def _ask(self, images: torch.Tensor, ids: list[Sequence[int]]) -> torch.Tensor:
         """(M, T, D), and the tokens of M questions, the longest at the end -> (M, C)."""
         length, device = len(ids[-1]), images.device
-        tokens = torch.tensor([[*asked, *[0] * (length - len(asked))] for asked in ids], device=device)
+        tokens = numbers([[*asked, *[0] * (length - len(asked))] for asked in ids], device)
         texts = self._text_norm(self._words(tokens) + self._text_positions[:length]) + self._text_kind
         states = torch.cat([texts, images], dim=1)
         visible = None
         if len(ids[0]) < length:
-            lengths = torch.tensor([len(asked) for asked in ids], device=device)
+            lengths = numbers([len(asked) for asked in ids], device)
             is_word = torch.arange(length, device=device) < lengths.unsqueeze(1)
             visible = torch.cat([is_word, is_word.new_ones(images.shape[:2])], dim=1)[:, None, None]
         states, normed = self._layers(states, visible, num_kept=1)

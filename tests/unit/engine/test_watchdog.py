@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import faulthandler
 import subprocess
 import sys
+
+import pytest
+
+from vlmflow.engine.watchdog import at_most
 
 HANGS = """
 import re
@@ -36,3 +41,18 @@ def test_what_returns_in_time_is_left_alone() -> None:
 
 def test_it_can_be_switched_off() -> None:
     assert run(before="watchdog.disable()", length=22, seconds=0.0001).stdout == "came back\n"
+
+
+def test_the_timer_is_set_anew_only_where_another_block_is_to_end_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda left, **_: told.append(f"in {round(left)} s"))
+    monkeypatch.setattr(faulthandler, "cancel_dump_traceback_later", lambda: told.append("never"))
+    with at_most(60.0):
+        assert told == ["in 60 s"]
+        with at_most(90.0), at_most(100.0):
+            pass
+        assert told == ["in 60 s"]
+        with at_most(30.0):
+            assert told == ["in 60 s", "in 30 s"]
+        assert told == ["in 60 s", "in 30 s", "in 60 s"]
+    assert told == ["in 60 s", "in 30 s", "in 60 s", "never"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from anyio.to_thread import run_sync
@@ -30,7 +29,6 @@ _MAX_JSON_BYTES = 64 * 1024
 _KEPT = {"Cache-Control": "private, max-age=600"}
 
 Parsed = TypeVar("Parsed", bound=Frozen)
-Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 class VerdictForm(Frozen):

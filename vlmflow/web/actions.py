@@ -21,7 +21,7 @@ from vlmflow.web import pictures
 from vlmflow.web.desk import Desk
 from vlmflow.web.filters import url
 from vlmflow.web.judging import Judgement, Said, check_reviewer
-from vlmflow.web.sessions import Session, Undo
+from vlmflow.web.sessions import Session, Undo, session_of
 
 MAX_UPLOAD_BYTES = 20 * 1024 * 1024
 _MAX_JSON_BYTES = 64 * 1024
@@ -92,18 +92,18 @@ class Actions:
     async def verdict(self, request: Request) -> Response:
         """Takes a judgement."""
         form = await _form(request, VerdictForm)
-        return await run_sync(self._judge, _session(request), form)
+        return await run_sync(self._judge, session_of(request), form)
 
     async def undo(self, request: Request) -> Response:
         """Takes the last judgement of this session back."""
         await _form(request, NoForm)
-        return await run_sync(self._undo, _session(request))
+        return await run_sync(self._undo, session_of(request))
 
     async def reviewer(self, request: Request) -> Response:
         """Notes who reviews."""
         form = await _form(request, ReviewerForm)
         check_reviewer(form.name)
-        _session(request).reviewer = form.name.strip()
+        session_of(request).reviewer = form.name.strip()
         return JSONResponse({"message": f"You review as {form.name.strip()}.", "reviewer": form.name.strip()})
 
     async def query_image(self, request: Request) -> Response:
@@ -219,11 +219,6 @@ def _meanwhile(said: Said | None) -> Response:
         },
         409,
     )
-
-
-def _session(request: Request) -> Session:
-    session: Session = request.scope["session"]
-    return session
 
 
 async def _body(request: Request, max_bytes: int) -> bytes:

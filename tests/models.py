@@ -8,12 +8,14 @@ from typing import Any
 
 import open_clip
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.normalizers import Lowercase
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
+from torchvision.transforms.functional import to_pil_image
 from transformers import (
     BertTokenizerFast,
     BlipConfig,
@@ -212,6 +214,11 @@ def random_pixels(num_images: int, *, size: int = IMAGE_SIZE, seed: int = 0) -> 
     colours = torch.randint(0, 256, (num_images, 3, 1, 1), generator=generator)
     noise = torch.randint(-60, 60, (num_images, 3, size, size), generator=generator)
     return (colours + noise).clamp(0, 255).to(torch.uint8)
+
+
+def as_images(pixels: torch.Tensor) -> list[Image.Image]:
+    """Pixels as pictures, for the libraries' own processors."""
+    return [to_pil_image(image) for image in pixels]
 
 
 def write_json(path: Path, content: object) -> None:

@@ -8,12 +8,12 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
+from tests.catalog_samples import rows_of
 from tests.pictures import picture, write_broken, write_pictures
 from vlmflow.catalog import Catalog
 from vlmflow.config import CatalogConfig, Job, ModelConfig, PoolConfig
@@ -214,13 +214,10 @@ def test_new_prices_come_into_the_rows_and_no_image_is_read_for_them(
         lines = [f"{name},{price},title of {name}" for name in names]
         manifest.write_text("\n".join(["uri,price,title", *lines]), encoding="utf-8")
 
-    def rows() -> dict[str, dict[str, Any]]:
-        return {row["uri"].rsplit("/", 1)[-1]: row for row in Catalog.open(job.catalog).images().to_pylist()}
-
     job = make_job(manifest, tasks=("embed", "moderate"))
     list_at(1, names[:3])
     enrich(job)
-    before = rows()
+    before = rows_of(job)
     list_at(2, names[:3])
     assert (plan(job).num_outdated, plan(job).outdated_columns) == (3, {"price": 3})
     with monkeypatch.context() as without_ray:
@@ -229,7 +226,7 @@ def test_new_prices_come_into_the_rows_and_no_image_is_read_for_them(
     assert (report.status, report.num_columns_updated, report.num_unchanged) == ("nothing_due", 3, 3)
     record = Catalog.open(job.catalog).runs.get(report.run_id) or {}
     assert (record["status"], record["num_columns_updated"]) == ("nothing_due", 3)
-    after = rows()
+    after = rows_of(job)
     for name in names[:3]:
         assert after[name]["source"] == {"price": "2", "title": f"title of {name}"}
         assert after[name]["updated_at"] > before[name]["updated_at"]
@@ -246,13 +243,13 @@ def test_new_prices_come_into_the_rows_and_no_image_is_read_for_them(
         with pytest.raises(ColumnsError, match="columns of 3 of 3 rows were not updated: other writers") as raised:
             enrich(job)
     assert "What the run computed is in the catalog" in raised.value.remedy
-    assert {name: row["source"]["price"] for name, row in rows().items()} == dict.fromkeys(names[:3], "2") | {
+    assert {name: row["source"]["price"] for name, row in rows_of(job).items()} == dict.fromkeys(names[:3], "2") | {
         names[3]: "3"
     }
     newest = next(Catalog.open(job.catalog).runs.newest())
     assert (newest.record["status"], newest.record["num_added"]) == ("failed", 1)
     assert enrich(job).num_columns_updated == 3
-    assert {row["source"]["price"] for row in rows().values()} == {"3"}
+    assert {row["source"]["price"] for row in rows_of(job).values()} == {"3"}
 
 
 def _other_writers_win(*_: object) -> Iterator[tuple[int, int]]:

@@ -29,11 +29,6 @@ from vlmflow.errors import ConfigError, RunRevokedError
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return tmp_path / "catalog"
-
-
-@pytest.fixture
 def catalog(root: Path) -> Catalog:
     return open_catalog(root, pa.schema([("title", pa.string())]))
 

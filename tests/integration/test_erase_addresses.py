@@ -19,11 +19,6 @@ from vlmflow.sources import open_source
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return tmp_path / "catalog"
-
-
-@pytest.fixture
 def catalog(root: Path) -> Catalog:
     return open_catalog(root, pa.schema([("title", pa.string())]))
 

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image, ImageDraw
 
+from tests.catalog_samples import rows_of
 from tests.pictures import write_broken, write_pictures
 from vlmflow.catalog import Catalog
 from vlmflow.catalog.reviews import EVENT
@@ -35,10 +36,6 @@ from vlmflow.sources.uris import ids_of_normalised
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 DEMO = Path(str(resources.files("vlmflow"))) / "starter" / "demo"
-
-
-def rows_of(job: Job) -> dict[str, dict[str, Any]]:
-    return {row["uri"].rsplit("/", 1)[-1]: row for row in Catalog.open(job.catalog).images().to_pylist()}
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.catalog_samples import rows_of
 from tests.pictures import picture, write_broken, write_pictures
 from tests.terminal import run
 from vlmflow.catalog import Catalog
@@ -27,10 +28,6 @@ from vlmflow.review import export_queue, import_verdicts
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 Row = dict[str, Any]
-
-
-def rows_of(job: Job) -> dict[str, Row]:
-    return {row["uri"].rsplit("/", 1)[-1]: row for row in Catalog.open(job.catalog).images().to_pylist()}
 
 
 def write_csv(path: Path, rows: list[Row]) -> Path:

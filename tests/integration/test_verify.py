@@ -33,11 +33,6 @@ NAMES = ["a", "b", "c"]
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return tmp_path / "catalog"
-
-
-@pytest.fixture
 def catalog(root: Path) -> Catalog:
     catalog = open_catalog(root)
     enrich(catalog, "r0", [references(NAMES)])

@@ -114,8 +114,8 @@ def nothing_due(report: RunReport) -> str:
 class RunProgress:
     """Progress of a run, as lines of the log and as an artifact of the flow run."""
 
-    def __init__(self, key: str, interval_s: float = _PROGRESS_INTERVAL_S) -> None:
-        self._key, self._interval_s = key, interval_s
+    def __init__(self, key: str) -> None:
+        self._key = key
         self._artifact: UUID | None = None
         self._last = self._silent_until = float("-inf")
 
@@ -126,7 +126,7 @@ class RunProgress:
     def update(self, tally: Tally) -> None:
         """Shows the counts, if they are old enough or complete."""
         now, over = time.monotonic(), tally.total > 0 and tally.committed >= tally.total
-        if now - self._last < self._interval_s and not over:
+        if now - self._last < _PROGRESS_INTERVAL_S and not over:
             return
         self._last = now
         logger.info("%s", describe(tally))

@@ -13,7 +13,7 @@ from vlmflow import schema
 from vlmflow.catalog import Catalog, CommitResult, PlanRequest, RunConstants
 from vlmflow.catalog.detections import Detection
 from vlmflow.catalog.keys import digest_of
-from vlmflow.config import CatalogConfig
+from vlmflow.config import CatalogConfig, Job
 
 TASKS = ("embed", "moderate", "caption", "match")
 DATE = dt.date(2026, 3, 1)
@@ -190,6 +190,11 @@ def enrich(
 ) -> CommitResult:
     """Plans, writes and commits in one go."""
     return catalog.commit(run_id, write(catalog, run_id, batches, asked, **given))
+
+
+def rows_of(job: Job) -> dict[str, dict[str, Any]]:
+    """The live rows of a job's catalog by the last part of their address."""
+    return {row["uri"].rsplit("/", 1)[-1]: row for row in Catalog.open(job.catalog).images().to_pylist()}
 
 
 def rows_by_name(catalog: Catalog) -> dict[str, dict[str, Any]]:

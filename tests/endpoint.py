@@ -28,11 +28,10 @@ class Reply:
     drips: bool = False  # byte by byte, without an end
 
 
-def completion(text: object, *, usage: bool = True, **message: object) -> Reply:
+def completion(text: object, **message: object) -> Reply:
     """An answer as the real ones look."""
-    content = {"choices": [{"index": 0, "message": {"role": "assistant", "content": text, **message}}]}
-    if usage:
-        content |= {"usage": {"prompt_tokens": 100, "completion_tokens": 7}}
+    choice = {"index": 0, "message": {"role": "assistant", "content": text, **message}}
+    content = {"choices": [choice], "usage": {"prompt_tokens": 100, "completion_tokens": 7}}
     return Reply(json.dumps(content).encode(), headers={"Content-Type": "application/json"})
 
 

@@ -13,7 +13,6 @@ import pytest
 from tests.catalog_samples import image_id
 from vlmflow.catalog import commit as commit_module
 from vlmflow.catalog.keys import to_binary
-from vlmflow.cli import main
 
 NAMES = ["a", "b", "secret"]
 
@@ -55,9 +54,3 @@ def at_write(monkeypatch: pytest.MonkeyPatch, turn: int, action: Callable[[], ob
         original(*arguments)
 
     monkeypatch.setattr(commit_module, "_write", write_later)
-
-
-def run(arguments: list[str]) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    return int(ended.value.code or 0)

@@ -33,7 +33,7 @@ from transformers import (
     ShieldGemma2Processor,
 )
 
-from tests.models import CHAT_TEMPLATE, CLIP_MEAN, CLIP_STD, IMAGE_SIZE, WORDS, write_json
+from tests.models import CHAT_TEMPLATE, IMAGE_SIZE, PREPROCESSOR, WORDS, write_json
 
 _SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "<image>")
@@ -43,10 +43,10 @@ _VOCAB_SIZE = len(_SPECIAL) + len(WORDS)
 _RANGE = {"initializer_range": 0.2}
 
 
-def make_blip2_captioner(folder: Path, *, seed: int = 0, t5: bool = False) -> Path:
+def make_blip2_captioner(folder: Path, *, t5: bool = False) -> Path:
     """Writes a `Blip2ForConditionalGeneration` folder, with an OPT or a T5 as its language model."""
     config = _blip2_config(_t5() if t5 else _opt())
-    model = _build(Blip2ForConditionalGeneration, config, seed)
+    model = _build(Blip2ForConditionalGeneration, config)
     with torch.no_grad():
         model.language_projection.weight.mul_(8)  # let the picture outweigh the first word
         if t5:
@@ -60,7 +60,7 @@ def make_blip2_captioner(folder: Path, *, seed: int = 0, t5: bool = False) -> Pa
     if t5:
         _publish_as_flan(folder)
     _save_tokenizer(folder)
-    write_json(folder / "preprocessor_config.json", _processor("BlipImageProcessor"))
+    write_json(folder / "preprocessor_config.json", PREPROCESSOR)
     return folder
 
 
@@ -74,11 +74,11 @@ def make_blip2_matcher(folder: Path, *, seed: int = 0, vision_of: Path | None = 
         model.itm_head.weight.mul_(4)
     model.save_pretrained(folder)
     _save_tokenizer(folder)
-    write_json(folder / "preprocessor_config.json", _processor("BlipImageProcessor"))
+    write_json(folder / "preprocessor_config.json", PREPROCESSOR)
     return folder
 
 
-def make_gemma(folder: Path, *, seed: int = 0, shield: bool = False) -> Path:
+def make_gemma(folder: Path, *, shield: bool = False) -> Path:
     """Writes a Gemma 3 folder, or one of ShieldGemma 2, with a chat template that begins as the tokenizer does."""
     special = ["<pad>", "<bos>", "<eos>", "<unk>", "<boi>", "<img>", "<eoi>", "Yes", "No"]
     vocab = {word: number for number, word in enumerate([*special, "violate?", *WORDS])}
@@ -104,7 +104,7 @@ def make_gemma(folder: Path, *, seed: int = 0, shield: bool = False) -> Path:
     )
     if shield:
         config.yes_token_index, config.no_token_index = vocab["Yes"], vocab["No"]
-    model = _build(ShieldGemma2ForImageClassification if shield else Gemma3ForConditionalGeneration, config, seed)
+    model = _build(ShieldGemma2ForImageClassification if shield else Gemma3ForConditionalGeneration, config)
     with torch.no_grad():  # as built it is zero, and all images look the same
         (model.model if shield else model).model.multi_modal_projector.mm_input_projection_weight.normal_()
     model.save_pretrained(folder)
@@ -129,11 +129,13 @@ def make_git(folder: Path, *, seed: int = 0, num_frames: int | None = None) -> P
     _save_tokenizer(folder)
     crop = {"do_center_crop": True, "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE}}
     size = {"size": {"shortest_edge": IMAGE_SIZE}}
-    write_json(folder / "preprocessor_config.json", _processor("CLIPImageProcessor") | crop | size)
+    write_json(
+        folder / "preprocessor_config.json", PREPROCESSOR | {"image_processor_type": "CLIPImageProcessor"} | crop | size
+    )
     return folder
 
 
-def make_flava(folder: Path, *, seed: int = 0, with_head: bool = True) -> Path:
+def make_flava(folder: Path, *, with_head: bool = True) -> Path:
     """Writes a `FlavaForPreTraining` folder with its image codebook, or a `FlavaModel`, which has no matching head."""
     image = _SIZES | _RANGE | {"image_size": IMAGE_SIZE, "patch_size": 8, "vocab_size": 16}
     text = _SIZES | _RANGE | {"vocab_size": _VOCAB_SIZE, "max_position_embeddings": 24}
@@ -146,7 +148,7 @@ def make_flava(folder: Path, *, seed: int = 0, with_head: bool = True) -> Path:
         projection_dim=24,
         **_RANGE,
     )
-    model = _build(FlavaForPreTraining if with_head else FlavaModel, config, seed)
+    model = _build(FlavaForPreTraining if with_head else FlavaModel, config)
     if with_head:
         with torch.no_grad():
             model.itm_head.seq_relationship.weight.mul_(4)
@@ -154,11 +156,13 @@ def make_flava(folder: Path, *, seed: int = 0, with_head: bool = True) -> Path:
     _save_tokenizer(folder)
     side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     crop = {"do_center_crop": True, "crop_size": side, "size": side}
-    write_json(folder / "preprocessor_config.json", _processor("FlavaImageProcessor") | crop)
+    write_json(
+        folder / "preprocessor_config.json", PREPROCESSOR | {"image_processor_type": "FlavaImageProcessor"} | crop
+    )
     return folder
 
 
-def make_align(folder: Path, *, seed: int = 0) -> Path:
+def make_align(folder: Path) -> Path:
     """Writes an `AlignModel` folder; its processor crops and offsets, as the published one does."""
     vision = {
         "image_size": IMAGE_SIZE,
@@ -174,8 +178,8 @@ def make_align(folder: Path, *, seed: int = 0) -> Path:
         **_RANGE,
     }
     text = _SIZES | _RANGE | {"vocab_size": _VOCAB_SIZE, "max_position_embeddings": 24}
-    model = _build(AlignModel, AlignConfig(text_config=text, vision_config=vision, projection_dim=24), seed)
-    generator = torch.Generator().manual_seed(seed)
+    model = _build(AlignModel, AlignConfig(text_config=text, vision_config=vision, projection_dim=24))
+    generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):  # statistics of training, which a new model has not
             module.running_mean.normal_(std=0.1, generator=generator)
@@ -186,7 +190,10 @@ def make_align(folder: Path, *, seed: int = 0) -> Path:
     changes = {"resample": 2, "rescale_factor": 1 / 127.5, "rescale_offset": True, "include_top": False}
     changes |= {"do_normalize": False, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     changes |= {"do_center_crop": True, "crop_size": side, "size": larger}
-    write_json(folder / "preprocessor_config.json", _processor("EfficientNetImageProcessor") | changes)
+    write_json(
+        folder / "preprocessor_config.json",
+        PREPROCESSOR | {"image_processor_type": "EfficientNetImageProcessor"} | changes,
+    )
     return folder
 
 
@@ -220,7 +227,7 @@ def _publish_as_flan(folder: Path) -> None:
     write_json(path, config)
 
 
-def _build(model_class: Any, config: Any, seed: int) -> Any:
+def _build(model_class: Any, config: Any, seed: int = 0) -> Any:
     torch.manual_seed(seed)
     model = model_class(config).eval()
     with torch.no_grad():
@@ -230,20 +237,6 @@ def _build(model_class: Any, config: Any, seed: int) -> Any:
             elif name.endswith("bias"):
                 weights.normal_(std=0.1)
     return model
-
-
-def _processor(name: str) -> dict[str, Any]:
-    return {
-        "image_processor_type": name,
-        "do_resize": True,
-        "do_rescale": True,
-        "do_normalize": True,
-        "image_mean": CLIP_MEAN,
-        "image_std": CLIP_STD,
-        "resample": 3,
-        "rescale_factor": 1 / 255,
-        "size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-    }
 
 
 def _save_tokenizer(folder: Path) -> None:

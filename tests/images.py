@@ -79,8 +79,9 @@ def png_bomb(side: int = 50_000) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + body + png_chunk(b"IEND", b"")
 
 
-def tiff(width: int, height: int, data: bytes = b"\0" * 16, *, next_directory: int = 0) -> bytes:
+def tiff(width: int, height: int, *, next_directory: int = 0) -> bytes:
     """A little-endian TIFF of uncompressed grey with the dimensions that it is told to claim."""
+    data = bytes(16)
     entries = [
         (256, 4, 1, width),
         (257, 4, 1, height),

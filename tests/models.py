@@ -8,12 +8,14 @@ from typing import Any
 
 import open_clip
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.normalizers import Lowercase
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
+from torchvision.transforms.functional import to_pil_image
 from transformers import (
     BertTokenizerFast,
     BlipConfig,
@@ -44,7 +46,7 @@ CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% for part in m['content'] %}"
     "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
 )
-_PREPROCESSOR = {
+PREPROCESSOR = {
     "image_processor_type": "BlipImageProcessor",
     "do_resize": True,
     "do_rescale": True,
@@ -85,11 +87,11 @@ def make_clip(
     return folder
 
 
-def make_captioner(folder: Path, *, seed: int = 2, half: bool = False) -> Path:
+def make_captioner(folder: Path, *, seed: int = 2) -> Path:
     """Writes a `BlipForConditionalGeneration` folder whose captions differ in content and length."""
     model = _make_blip(BlipForConditionalGeneration, folder, seed)
     _stir(model.text_decoder)
-    _save(model, folder, half=half)
+    model.save_pretrained(folder)
     return folder
 
 
@@ -97,22 +99,22 @@ def make_blip_vqa(folder: Path, *, seed: int = 2) -> Path:
     """Writes a `BlipForQuestionAnswering` folder whose answers differ with picture and question."""
     model = _make_blip(BlipForQuestionAnswering, folder, seed)
     _stir(model.text_decoder)
-    _save(model, folder, half=False)
+    model.save_pretrained(folder)
     return folder
 
 
-def make_vilt(folder: Path, *, seed: int = 3, patches: int = 4) -> Path:
-    """Writes a `ViltForQuestionAnswering` folder; ``patches``: along a side, as many as the positions are for."""
+def make_vilt(folder: Path) -> Path:
+    """Writes a `ViltForQuestionAnswering` folder."""
     folder.mkdir(parents=True, exist_ok=True)
     vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
     (folder / "vocab.txt").write_text("\n".join(vocab), encoding="utf-8")
     BertTokenizerFast(vocab=str(folder / "vocab.txt"), do_lower_case=True).save_pretrained(folder)
     side = {"image_processor_type": "ViltImageProcessor", "size": {"shortest_edge": IMAGE_SIZE}, "size_divisor": 8}
-    write_json(folder / "preprocessor_config.json", _PREPROCESSOR | side | {"do_pad": True})
+    write_json(folder / "preprocessor_config.json", PREPROCESSOR | side | {"do_pad": True})
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = ViltConfig(
         vocab_size=len(vocab),
-        image_size=8 * patches,
+        image_size=IMAGE_SIZE,
         patch_size=8,
         max_position_embeddings=16,
         initializer_range=0.4,
@@ -120,7 +122,7 @@ def make_vilt(folder: Path, *, seed: int = 3, patches: int = 4) -> Path:
         label2id={word: number for number, word in enumerate(WORDS)},
         **sizes,
     )
-    torch.manual_seed(seed)
+    torch.manual_seed(3)
     model = ViltForQuestionAnswering(config).eval()
     with torch.no_grad():  # as built all positions are equal, and so are all answers
         model.vilt.embeddings.position_embeddings.normal_(std=0.4)
@@ -129,18 +131,18 @@ def make_vilt(folder: Path, *, seed: int = 3, patches: int = 4) -> Path:
     return folder
 
 
-def make_matcher(folder: Path, *, seed: int = 0, half: bool = False) -> Path:
+def make_matcher(folder: Path) -> Path:
     """Writes a `BlipForImageTextRetrieval` folder."""
-    model = _make_blip(BlipForImageTextRetrieval, folder, seed)
+    model = _make_blip(BlipForImageTextRetrieval, folder, 0)
     with torch.no_grad():
         model.itm_head.weight.mul_(20)
-    _save(model, folder, half=half)
+    model.save_pretrained(folder)
     return folder
 
 
-def make_classifier(folder: Path, *, seed: int = 0) -> Path:
+def make_classifier(folder: Path) -> Path:
     """Writes a ViT with a classification head, as transformers saves it."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     classes = {0: "drawings", 1: "hentai", 2: "neutral"}
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     config = ViTConfig(
@@ -155,7 +157,7 @@ def make_classifier(folder: Path, *, seed: int = 0) -> Path:
     return folder
 
 
-def make_judge(folder: Path, *, seed: int = 1, chat: bool = False) -> Path:
+def make_judge(folder: Path, *, chat: bool = False) -> Path:
     """Writes a LLaVA with word-level tokens, as transformers saves it.
 
     Args:
@@ -186,7 +188,7 @@ def make_judge(folder: Path, *, seed: int = 1, chat: bool = False) -> Path:
     if chat:
         first = [("<s>", words.index("<s>"))]
         fast.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=first)
-    torch.manual_seed(seed)
+    torch.manual_seed(1)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(image_size=IMAGE_SIZE, patch_size=8, **sizes),
@@ -214,6 +216,11 @@ def random_pixels(num_images: int, *, size: int = IMAGE_SIZE, seed: int = 0) -> 
     return (colours + noise).clamp(0, 255).to(torch.uint8)
 
 
+def as_images(pixels: torch.Tensor) -> list[Image.Image]:
+    """Pixels as pictures, for the libraries' own processors."""
+    return [to_pil_image(image) for image in pixels]
+
+
 def write_json(path: Path, content: object) -> None:
     """Writes a configuration file."""
     path.write_text(json.dumps(content), encoding="utf-8")
@@ -224,7 +231,7 @@ def _make_blip(model_class: Any, folder: Path, seed: int) -> Any:
     vocab = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", *WORDS]
     (folder / "vocab.txt").write_text("\n".join(vocab), encoding="utf-8")
     BertTokenizerFast(vocab=str(folder / "vocab.txt"), do_lower_case=True, bos_token="[DEC]").save_pretrained(folder)
-    write_json(folder / "preprocessor_config.json", _PREPROCESSOR)
+    write_json(folder / "preprocessor_config.json", PREPROCESSOR)
     text = {"vocab_size": len(vocab), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     text |= {"num_attention_heads": 2, "max_position_embeddings": 40, "initializer_range": 0.2}
     text |= {"bos_token_id": 5, "pad_token_id": 0, "sep_token_id": 3, "eos_token_id": 3}
@@ -245,10 +252,6 @@ def _stir(decoder: Any) -> None:
         for layer in decoder.bert.encoder.layer:
             layer.crossattention.output.dense.weight.mul_(2)
         decoder.cls.predictions.bias[3] = 0.9  # [SEP]: some captions end early
-
-
-def _save(model: Any, folder: Path, *, half: bool) -> None:
-    (model.half() if half else model).save_pretrained(folder)
 
 
 def _save_word_tokenizer(folder: Path, *, siglip: bool) -> int:

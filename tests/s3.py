@@ -37,9 +37,9 @@ class S3Server:
         """How vlmflow reaches it; it gives up soon."""
         return StorageConfig(endpoint=self.endpoint, region="us-east-1", timeout_s=10, max_retries=1)
 
-    def make_bucket(self, name: str | None = None) -> str:
-        """Creates a bucket, under a name of its own unless one is given."""
-        name = name or f"test-{uuid4().hex[:12]}"
+    def make_bucket(self) -> str:
+        """Creates a bucket, under a name of its own."""
+        name = f"test-{uuid4().hex[:12]}"
         self.client.create_bucket(Bucket=name)
         return name
 

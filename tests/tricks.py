@@ -165,8 +165,8 @@ def _gif_file(width: int, height: int, body: bytes) -> bytes:
     return b"GIF89a" + struct.pack("<HHBBB", width, height, 0x80, 0, 0) + b"\0\0\0\xff\xff\xff" + body + b";"
 
 
-def _gif_frame(left: int, top: int, width: int, height: int, code_bits: int = 2, blocks: bytes = b"\2L\1\0") -> bytes:
-    return struct.pack("<BHHHHBB", 0x2C, left, top, width, height, 0, code_bits) + blocks
+def _gif_frame(left: int, top: int, width: int, height: int, code_bits: int = 2) -> bytes:
+    return struct.pack("<BHHHHBB", 0x2C, left, top, width, height, 0, code_bits) + b"\2L\1\0"
 
 
 def _gif() -> dict[str, Trick]:

@@ -16,16 +16,8 @@ class VlmflowError(Exception):
     exit_code = 2
 
     def __init__(self, message: str, *, remedy: str = "") -> None:
-        super().__init__(message)  # Ray rebuilds a pickled error from this argument alone
+        super().__init__(message)  # pickle rebuilds an error from this argument alone, and adds the attributes then
         self.remedy = remedy
-
-    def __reduce__(self) -> tuple[object, ...]:
-        # Pickle would rebuild the error from its arguments and lose the remedy.
-        return (_rebuild, (type(self), str(self), self.remedy))
-
-
-def _rebuild(error_type: type[VlmflowError], message: str, remedy: str) -> VlmflowError:
-    return error_type(message, remedy=remedy)
 
 
 class ConfigError(VlmflowError):
@@ -240,14 +232,6 @@ class ImageError(VlmflowError):
         super().__init__(message, remedy=remedy)
         self.error_class = error_class
 
-    def __reduce__(self) -> tuple[object, ...]:
-        """Keeps the error class through pickling."""
-        return (_rebuild_image_error, (str(self), self.error_class, self.remedy))
-
-
-def _rebuild_image_error(message: str, error_class: RowErrorClass, remedy: str) -> ImageError:
-    return ImageError(message, error_class=error_class, remedy=remedy)
-
 
 class AnswerError(VlmflowError):
     """A model that is asked in words wrote nothing about an image; it costs the row of this image and no other."""
@@ -264,11 +248,3 @@ class EndpointError(VlmflowError):
     ) -> None:
         super().__init__(message, remedy=remedy)
         self.error_class = error_class
-
-    def __reduce__(self) -> tuple[object, ...]:
-        """Keeps the error class through pickling."""
-        return (_rebuild_endpoint_error, (str(self), self.error_class, self.remedy))
-
-
-def _rebuild_endpoint_error(message: str, error_class: RowErrorClass, remedy: str) -> EndpointError:
-    return EndpointError(message, error_class=error_class, remedy=remedy)

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from vlmflow import schema
 from vlmflow.catalog import Catalog, RunInfo
-from vlmflow.catalog.rows import POLICY_COLUMNS, error_classes, policy_names
+from vlmflow.catalog.rows import POLICY_COLUMNS, add_counts, error_classes, policy_names
 from vlmflow.config import CatalogConfig, Frozen
 
 _NUM_EXAMPLES = 5
@@ -105,12 +105,12 @@ def summarize(config: CatalogConfig) -> CatalogSummary:
     columns = [*Example.model_fields, "errors", *_COUNTED[2:]]
     for batch in catalog.image_batches(columns):
         for name in ("status", "decision"):
-            _count(counts[name], batch[name])
-        _count(counts["errors"], error_classes(batch["errors"])[1])
-        _count(counts["policy"], policy_names(batch))
-        _count(counts["alt"], _rules(batch))
+            add_counts(counts[name], batch[name])
+        add_counts(counts["errors"], error_classes(batch["errors"])[1])
+        add_counts(counts["policy"], policy_names(batch))
+        add_counts(counts["alt"], _rules(batch))
         for task, counter in models.items():
-            _count(counter, batch[f"{task}_model"])
+            add_counts(counter, batch[f"{task}_model"])
         _gather(flagged, batch.filter(pc.is_in(batch["decision"], pa.array(["review", "block"]))))
         _gather(examples, batch.filter(pc.equal(batch["decision"], "allow")))
     return CatalogSummary(
@@ -134,11 +134,6 @@ def _rules(rows: pa.Table) -> pa.ChunkedArray:
     """The rule that each alternative text breaks, in words where it breaks none; null where there is no caption."""
     fine = pc.if_else(pc.is_valid(rows["alt_text"]), pa.scalar(_ALT_TEXT_IS_FINE), pa.scalar(None, pa.string()))
     return pc.coalesce(rows["alt_text_rule"], fine)
-
-
-def _count(counter: Counter[str], values: pa.ChunkedArray | pa.Array) -> None:
-    for entry in values.drop_null().value_counts().to_pylist():
-        counter[entry["values"]] += entry["counts"]
 
 
 def _gather(examples: list[Example], rows: pa.Table) -> None:

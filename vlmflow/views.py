@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from vlmflow.engine.limits import what_limited
 from vlmflow.engine.progress import duration
 from vlmflow.engine.report import PlanSummary, RunReport
 from vlmflow.engine.stages import StageReport
 from vlmflow.summary import CatalogSummary, Example, summarize
-from vlmflow.views_search import printable
+from vlmflow.views_search import printable, table_of
 from vlmflow.views_upkeep import counted
 
 if TYPE_CHECKING:
@@ -99,7 +98,7 @@ def print_report(report: RunReport, console: Console) -> None:
 
 def print_stages(stages: Sequence[StageReport], console: Console) -> None:
     """Prints where the time went, and how near the models came to what the device can do."""
-    table = _table("stage", "images", "busy", "images/s of one worker", "share", "waiting", "TFLOP/s", "of ceiling")
+    table = table_of("stage", "images", "busy", "images/s of one worker", "share", "waiting", "TFLOP/s", "of ceiling")
     for stage in stages:
         table.add_row(
             stage.stage,
@@ -136,7 +135,7 @@ def print_plan(summary: PlanSummary, console: Console) -> None:
     if summary.num_duplicates:
         console.print(f"{summary.num_duplicates:,} references repeat an image and count once")
     _print_left_out_note(summary, console)
-    table = _table("task", "images", "because")
+    table = table_of("task", "images", "because")
     for task, reasons in summary.due.items():
         because = ", ".join(f"{reason} {count:,}" for reason, count in reasons.items())
         table.add_row(task, f"{sum(reasons.values()):,}", because or "nothing due")
@@ -163,7 +162,7 @@ def print_summary(summary: CatalogSummary, console: Console) -> None:
     _print_counts("alternative texts", summary.alt_texts, console)
     _print_examples("allowed", summary.examples, console)
     _print_examples("flagged" if summary.policies else "not moderated yet", summary.flagged, console)
-    table = _table("run", "state", "started (UTC)", "new", "updated", "images/s", "")
+    table = table_of("run", "state", "started (UTC)", "new", "updated", "images/s", "")
     table.columns[0].no_wrap = True  # ids are copied
     for run in summary.runs:
         started = run.started_at[:19].replace("T", " ")
@@ -179,7 +178,7 @@ def print_profiles(profiles: Sequence[ProfileStatus], console: Console) -> None:
     """Prints the named sets of models."""
     for profile in profiles:
         console.print(f"[bold]{profile.name}[/bold]: {profile.purpose}")
-        table = _table("role", "model", "licence", "size", "weights")
+        table = table_of("role", "model", "licence", "size", "weights")
         for model in profile.models:
             size = f"{model.size_bytes / 1e6:,.0f} MB"
             found = "[red]damaged[/red]" if model.problem else "[yellow]absent[/yellow]"
@@ -227,7 +226,7 @@ def _print_examples(name: str, examples: Sequence[Example], console: Console) ->
     if not examples:
         return
     asked = any(example.answers for example in examples)
-    table = _table(name, "decision", "caption", "caption match", "text match", *(["answers"] if asked else []))
+    table = table_of(name, "decision", "caption", "caption match", "text match", *(["answers"] if asked else []))
     for example in examples:
         decision = example.decision + (f" ({example.decision_reason})" if example.decision_reason else "")
         file_name = example.uri.rsplit("/", 1)[-1]
@@ -291,10 +290,3 @@ def _print_columns_note(num_updated: int, console: Console) -> None:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
-
-
-def _table(*headings: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for heading in headings:
-        table.add_column(heading, overflow="fold")
-    return table

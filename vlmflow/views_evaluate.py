@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from vlmflow.views_search import printable
+from vlmflow.views_search import printable, table_of
 
 if TYPE_CHECKING:
     from vlmflow.evaluation import EvaluationReport, Figure
@@ -24,7 +23,7 @@ def print_evaluation(report: EvaluationReport, console: Console) -> None:
     if report.num_missing:
         how = "review" if report.task == "moderate" else "wrong"  # moderation fails closed
         console.print(f"[yellow]{report.num_missing:,} without a result count as {how}[/yellow]", highlight=False)
-    table = _table("figure", "%", "95% interval", "of")
+    table = table_of("figure", "%", "95% interval", "of")
     for name, figure in report.figures.items():
         table.add_row(escape(name), *_cells(figure))
     console.print(table)
@@ -40,7 +39,7 @@ def print_evaluation(report: EvaluationReport, console: Console) -> None:
 
 def _print_group(group: str, members: dict[str, dict[str, Figure]], console: Console) -> None:
     names = list(dict.fromkeys(name for figures in members.values() for name in figures))
-    table = _table(group, *(f"{name} %" for name in names), "of")
+    table = table_of(group, *(f"{name} %" for name in names), "of")
     for member, figures in list(members.items())[:_MAX_GROUPS]:
         most = max((figure.num or 0 for figure in figures.values()), default=0)
         cells = [_percent(figures[name].value) if name in figures else "-" for name in names]
@@ -54,7 +53,7 @@ def _print_group(group: str, members: dict[str, dict[str, Figure]], console: Con
 def _print_published(report: EvaluationReport, console: Console) -> None:
     """Ours first, then the papers' rows, with the figures that any of them has."""
     names = [name for name in report.figures if any(name in row.figures for row in report.published)]
-    table = _table("model", *(f"{name} %" for name in names), "setting", "source")
+    table = table_of("model", *(f"{name} %" for name in names), "setting", "source")
     ours = [_percent(report.figures[name].value) for name in names]
     table.add_row("[bold]this run[/bold]", *ours, escape(report.profile or "predictions"), "")
     for row in report.published:
@@ -71,10 +70,3 @@ def _cells(figure: Figure) -> tuple[str, str, str]:
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
-
-
-def _table(*heads: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for head in heads:
-        table.add_column(head, overflow="fold", justify="right" if head.endswith("%") else "left")
-    return table

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from vlmflow.engine.progress import duration
-from vlmflow.views_search import printable
+from vlmflow.views_search import printable, table_of
 
 if TYPE_CHECKING:
     from vlmflow.engine.remoderate_report import RemoderateReport
@@ -35,12 +34,12 @@ def print_remoderation(report: RemoderateReport, console: Console) -> None:
     _print_counts("decisions", report.decisions, console)
     _print_counts("changed", report.flips, console)
     if report.label_flips:
-        table = _table("label", "changes")
+        table = table_of("label", "changes")
         for label, flips in report.label_flips.items():
             table.add_row(escape(label), ", ".join(f"{change} {count:,}" for change, count in flips.items()))
         console.print(table)
     if report.examples:
-        table = _table("change", "image", "because")
+        table = table_of("change", "image", "because")
         for example in report.examples:
             change = f"{example['before']} -> {example['after']}"
             table.add_row(change, escape(printable(example["uri"] or "")), escape(example["decision_reason"] or "-"))
@@ -83,7 +82,7 @@ def print_evidence(evidence: Evidence, console: Console) -> None:
     for line in lines:
         console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
     if evidence.labels:
-        table = _table("label", "decision", "value", "review", "block", "margin", "view", "by")
+        table = table_of("label", "decision", "value", "review", "block", "margin", "view", "by")
         for label in evidence.labels:
             value = label["probability"] if label["probability"] is not None else label["score"]
             view = (label["view"] or "-") + (f" at {label['time_s']:.2f} s" if label["time_s"] is not None else "")
@@ -125,10 +124,3 @@ def print_review(report: ReviewReport, console: Console) -> None:
 def _print_counts(name: str, counts: dict[str, int], console: Console) -> None:
     if counts:
         console.print(f"{name}: " + ", ".join(f"{value} {count:,}" for value, count in counts.items()))
-
-
-def _table(*headings: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for heading in headings:
-        table.add_column(heading, overflow="fold")
-    return table

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+
+from vlmflow.views_search import table_of
 
 if TYPE_CHECKING:
     from vlmflow.moderation.calibrate import CalibrationReport
@@ -19,7 +20,7 @@ _COLORS = {"error": "red", "warning": "yellow", "note": "dim"}
 
 def print_policies(policies: list[Policy], console: Console) -> None:
     """Prints the policies that ship, one a line."""
-    table = _table("policy", "version", "labels", "thresholds set for", "what it is for")
+    table = table_of("policy", "version", "labels", "thresholds set for", "what it is for")
     for policy in policies:
         bound = ", ".join(binding.model for binding in policy.bindings) or "no model yet"
         row = (policy.name, policy.version, str(len(policy.labels)), bound, policy.description)
@@ -52,7 +53,7 @@ def print_policy_diff(diff: PolicyDiff, console: Console) -> None:
         for line in lines:
             console.print(f"    {escape(line)}")
     if diff.changes:
-        table = _table("where", "what", "before", "after")
+        table = table_of("where", "what", "before", "after")
         for moved in diff.changes:
             table.add_row(escape(moved.where), escape(moved.what), _shown(moved.before), _shown(moved.after))
         console.print(table)
@@ -65,17 +66,10 @@ def _shown(value: str | float | None) -> str:
     return "-" if value is None else escape(f"{value:g}" if isinstance(value, float) else value)
 
 
-def _table(*headings: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for heading in headings:
-        table.add_column(heading, overflow="fold")
-    return table
-
-
 def print_calibration(report: CalibrationReport, console: Console) -> None:
     """Prints what a calibration set, label by label, and what to mind."""
     console.print(escape(f"{report.policy}: {report.num_verdicts:,} verdicts on {report.num_images:,} images"))
-    table = _table("label", "+/-", "review", "block", "precision at block", "recall at review")
+    table = table_of("label", "+/-", "review", "block", "precision at block", "recall at review")
     for label in report.labels:
         counts = f"{label.num_positive:,}/{label.num_negative:,}"
         if label.fit is None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import yaml
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from vlmflow.config import PoolConfig
 from vlmflow.engine.progress import duration
 from vlmflow.engine.sizing import PreflightReport
+from vlmflow.views_search import table_of
 
 _GIB = 1024**3
 
@@ -25,9 +25,7 @@ def print_preflight(report: PreflightReport, console: Console) -> None:
         f"decoding {report.decode_images_per_s:,.1f} of one processor"
     )
     for plan in report.pools:
-        table = Table(box=None, pad_edge=False, header_style="dim")
-        for heading in ("batch", "images/s of an actor", "memory", "images/s by task"):
-            table.add_column(heading, overflow="fold")
+        table = table_of("batch", "images/s of an actor", "memory", "images/s by task")
         for trial in plan.trials:
             chosen = "[green]*[/green]" if trial.batch_size == plan.pool.batch_size else ""
             memory = f"{trial.memory_bytes / _GIB:.1f} of {plan.memory_total / _GIB:.0f} GiB"

@@ -93,7 +93,7 @@ def alt_texts_csv(found: BrokenAltTexts) -> Iterator[str]:
 
 def print_search(result: SearchResult, console: Console) -> None:
     """Prints the hits as a table, and what a person should know of them."""
-    table = _table("", "score", "decision", "uri", "caption")
+    table = table_of("", "score", "decision", "uri", "caption")
     for hit in result.hits:
         table.add_row(str(hit.rank), f"{hit.score:.4f}", _decision(hit.decision), _text(hit.uri), _text(hit.caption))
     console.print(table if result.hits else "Nothing found.")
@@ -120,7 +120,7 @@ def print_index(report: IndexReport, console: Console) -> None:
 
 def print_duplicates(report: DuplicateReport, console: Console) -> None:
     """Prints the first groups, each with a few of its members."""
-    table = _table("group", "kind", "like it", "decision", "pixels", "uri")
+    table = table_of("group", "kind", "like it", "decision", "pixels", "uri")
     for number, group in enumerate(report.groups[:_MAX_SHOWN_GROUPS], start=1):
         for place, member in enumerate(group.members[:_MAX_SHOWN_MEMBERS]):
             head = (str(number), group.kind, "keeps") if place == 0 else ("", "", f"{member.similarity:.3f}")
@@ -144,7 +144,7 @@ def print_duplicates(report: DuplicateReport, console: Console) -> None:
 
 def print_titles(report: TitleReport, console: Console) -> None:
     """Prints the ranked rows."""
-    table = _table("", "match", "text", "caption", "decision", "uri")
+    table = table_of("", "match", "text", "caption", "decision", "uri")
     for title in report.titles:
         match = f"{title.text_itm:.3f}"
         row = (_text(title.text), _text(title.caption), _decision(title.decision), _text(title.uri))
@@ -155,7 +155,7 @@ def print_titles(report: TitleReport, console: Console) -> None:
 
 def print_alt_texts(found: BrokenAltTexts, console: Console) -> None:
     """Prints a few texts of each rule, and how many there are."""
-    table = _table("rule", "alternative text", "uri")
+    table = table_of("rule", "alternative text", "uri")
     for text in found.examples(_MAX_SHOWN_MEMBERS):
         table.add_row(text.rule, _text(text.alt_text), _text(text.uri))
     if table.row_count:
@@ -175,10 +175,15 @@ def _cell(value: object) -> object:
     return f"'{text}" if _FORMULA.match(text) else text
 
 
-def _table(*heads: str) -> Table:
+def table_of(*heads: str) -> Table:
+    """An empty table of the terminal, as all are drawn here; long cells are folded.
+
+    Args:
+        heads: those that end in a percent sign are of figures, which stand to the right.
+    """
     table = Table(box=None, pad_edge=False, header_style="dim")
     for head in heads:
-        table.add_column(head, overflow="fold")
+        table.add_column(head, overflow="fold", justify="right" if head.endswith("%") else "left")
     return table
 
 

@@ -48,7 +48,6 @@ BARS = (
     ("clip", "demo catalog", "flagged of those", 0.90),
     ("matcher", "demo catalog", "wrong titles below the median right one", 0.80),
 )
-MAX_FALSE_FLAGS = 0.05
 
 _TRIED = """\
 What was tried: near misses in half of every batch; starting from the trained tower; more training, which is what moved

@@ -163,8 +163,21 @@ def config(request: pytest.FixtureRequest, tmp_path: Path) -> CatalogConfig:
 
 
 @pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """The folder of a catalog on the local disk."""
+    return tmp_path / "catalog"
+
+
+@pytest.fixture
 def catalog(config: CatalogConfig) -> Catalog:
     return Catalog.open_or_create(config, pa.schema([]))
+
+
+@pytest.fixture(scope="module")
+def read_only(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """The app over a small catalog that all tests of a file only read."""
+    with serving(small_catalog(tmp_path_factory.mktemp("app"), NUM)) as served:
+        yield served
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 import vlmflow
 from tests.catalog_samples import constants, finish, image_id, open_catalog, references, request
 from tests.pictures import write_pictures
+from tests.terminal import run
 from vlmflow.catalog import Catalog
-from vlmflow.cli import main
 from vlmflow.config import Job
 from vlmflow.errors import CalibrationError, PolicyError
 from vlmflow.moderation.decide import Moderator
@@ -82,12 +82,6 @@ def scene(make_job: Callable[..., Job], tmp_path: Path) -> Scene:
     job_file = tmp_path / "job.yaml"
     job_file.write_text(yaml.safe_dump({"profile": "starter", "models": job.model_dump(mode="json")["models"]}))
     return Scene(job, job_file, setup, margins, tmp_path / "verdicts.parquet")
-
-
-def run(*arguments: str | Path) -> int:
-    with pytest.raises(SystemExit) as stopped:
-        main([str(argument) for argument in arguments])
-    return int(stopped.value.code or 0)
 
 
 def command(scene: Scene, *more: str | Path) -> list[str | Path]:

@@ -16,18 +16,12 @@ import yaml
 from tests.flows import HeldImages, held_images
 from tests.pictures import write_broken, write_pictures
 from tests.processes import started, wait_for
+from tests.terminal import run
 from vlmflow.catalog import Catalog
 from vlmflow.checks import Check, doctor
-from vlmflow.cli import main
 from vlmflow.config import CatalogConfig, Job
 from vlmflow.engine.report import installed_versions
 from vlmflow.errors import ConfigError
-
-
-def run(*arguments: str | Path) -> int:
-    with pytest.raises(SystemExit) as stopped:
-        main([str(argument) for argument in arguments])
-    return int(stopped.value.code or 0)
 
 
 @pytest.fixture

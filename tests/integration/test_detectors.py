@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from tests.catalog_samples import rows_of
 from tests.pictures import write_broken, write_pictures
-from vlmflow.catalog import Catalog
 from vlmflow.config import Job, ModelConfig
 from vlmflow.engine import enrich, plan
 from vlmflow.engine.remoderate import remoderate
@@ -55,10 +55,6 @@ def photographs(tmp_path: Path) -> Path:
         Image.fromarray(pixels).save(folder / f"{name}.jpg")
     write_broken(folder)
     return folder
-
-
-def rows_of(job: Job) -> dict[str, dict[str, Any]]:
-    return {row["uri"].rsplit("/", 1)[-1]: row for row in Catalog.open(job.catalog).images().to_pylist()}
 
 
 def nudity(row: dict[str, Any]) -> dict[str, Any]:

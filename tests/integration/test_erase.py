@@ -15,9 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.catalog_samples import config_of, enrich, image_id, open_catalog, references, request, rows_by_name, write
-from tests.erasing import NAMES, at_write, everything, everything_of, key, run
+from tests.erasing import NAMES, at_write, everything, everything_of, key
 from tests.integration.test_vacuum import files, let_die, start
 from tests.s3 import S3Server
+from tests.terminal import run
 from vlmflow.catalog import Catalog
 from vlmflow.catalog import catalog as catalog_module
 from vlmflow.catalog import erase as erase_module
@@ -25,11 +26,6 @@ from vlmflow.catalog.files import Found
 from vlmflow.config import CatalogConfig
 from vlmflow.erasure import find_images
 from vlmflow.errors import ConfigError, RunRevokedError
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return tmp_path / "catalog"
 
 
 @pytest.fixture
@@ -265,7 +261,7 @@ def test_an_empty_address_or_list_names_no_image(catalog: Catalog, root: Path, t
         (tmp_path / name).write_text(text)
         with pytest.raises(ConfigError, match=f"{name} holds no image_id"):
             find_images(catalog, ["mem://a"], tmp_path / name)
-    assert run(["erase", str(root), "--uri", "", "--yes"]) == 2
+    assert run("erase", str(root), "--uri", "", "--yes") == 2
     assert len(Catalog.open(config_of(root)).erased_keys) == 0
 
 
@@ -275,29 +271,29 @@ def test_the_command_line_asks_first(
     enrich(catalog, "r0", [references(NAMES)])
     command = ["erase", str(root), "--uri", "mem://secret"]
     monkeypatch.setattr(catalog_module, "erase", None)
-    assert run(command) == 2
+    assert run(*command) == 2
     assert "--yes" in capsys.readouterr().err
-    assert run([*command, "--dry-run"]) == 0
+    assert run(*command, "--dry-run") == 0
     # The row's own id, made up here, and the one that the address has without a key.
     assert "would erase 2 images, 1 row now" in capsys.readouterr().out
-    assert run([*command, "--dry-run", "--json"]) == 0
+    assert run(*command, "--dry-run", "--json") == 0
     told = {"dry_run": True, "lift": False, "num_images": 2, "num_rows": 1, "erased_before": [], "absent": []}
     assert json.loads(capsys.readouterr().out) == told
     monkeypatch.undo()
     start(catalog, "live")
-    assert run([*command, "--yes"]) == 3
+    assert run(*command, "--yes") == 3
     assert "not finished: live at work" in " ".join(capsys.readouterr().out.split())
     catalog.runs.finish("live", {})
-    assert run([*command, "--yes", "--json"]) == 0
+    assert run(*command, "--yes", "--json") == 0
     assert json.loads(capsys.readouterr().out)["is_complete"] is True
     assert sorted(rows_by_name(catalog)) == ["a", "b"]
     command += ["--lift", "--json"]
     monkeypatch.setattr("sys.stdin", Terminal("n\ny\n"))
-    assert run(command) == 130
+    assert run(*command) == 130
     asked = capsys.readouterr()
     assert "let 1 erased image come back with the next run?" in asked.err
     assert (asked.out.strip(), len(catalog.erased_keys)) == ("", 2)
-    assert run(command) == 0
+    assert run(*command) == 0
     assert json.loads(capsys.readouterr().out) == told | {
         "dry_run": False,
         "lift": True,

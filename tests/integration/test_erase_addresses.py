@@ -10,16 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.catalog_samples import config_of, enrich, image_id, open_catalog, references, request, rows_by_name, write
-from tests.erasing import NAMES, at_write, everything, everything_of, key, run
+from tests.erasing import NAMES, at_write, everything, everything_of, key
 from tests.integration.test_vacuum import files, let_die, start
+from tests.terminal import run
 from vlmflow.catalog import Catalog
 from vlmflow.config import SourceConfig
 from vlmflow.sources import open_source
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return tmp_path / "catalog"
 
 
 @pytest.fixture
@@ -31,7 +27,7 @@ def test_an_address_without_a_row_is_named(catalog: Catalog, root: Path, capsys:
     enrich(catalog, "r0", [references(NAMES)])
 
     def said(*names: str) -> str:
-        assert run(["erase", str(root), *(f"--uri=mem://{name}" for name in names), "--yes"]) == 0
+        assert run("erase", str(root), *(f"--uri=mem://{name}" for name in names), "--yes") == 0
         return " ".join(capsys.readouterr().out.split())
 
     assert "named had rows" not in said("secret")
@@ -61,7 +57,7 @@ def test_an_address_stays_away_under_any_key(catalog: Catalog, root: Path, capsy
     (first,) = (batch.slice(0, 1) for batch in listed("A1"))
     enrich(catalog, "r0", [first])
     command = ["erase", str(root), "--uri", had, "--uri", new]
-    assert run([*command, "--yes"]) == 0
+    assert run(*command, "--yes") == 0
     said = " ".join(capsys.readouterr().out.split())
     assert said.startswith("1 row erased, 2 vectors")
     assert said.endswith(f"kept from coming back all the same: {new}")
@@ -74,10 +70,10 @@ def test_an_address_stays_away_under_any_key(catalog: Catalog, root: Path, capsy
     assert not any(".jpg" in everything_of(path) for path in stones(root))
     # Named by its id it stays, and that is said.
     (root.parent / "ids.txt").write_text(first["image_id"][0].as_py())
-    assert run(["erase", str(root), "--ids", str(root.parent / "ids.txt"), "--lift", "--yes"]) == 0
+    assert run("erase", str(root), "--ids", str(root.parent / "ids.txt"), "--lift", "--yes") == 0
     said = " ".join(capsys.readouterr().out.split())
     assert said.startswith("0 images may come back with the next run stays away until its address is lifted")
-    assert run([*command, "--uri=mem://no-such", "--lift", "--yes"]) == 0
+    assert run(*command, "--uri=mem://no-such", "--lift", "--yes") == 0
     said = " ".join(capsys.readouterr().out.split())
     assert said == "2 images may come back with the next run was not erased by this address or id: mem://no-such"
     enrich(catalog, "r2", listed("A1", "A2"))

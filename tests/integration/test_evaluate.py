@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
 from tests.pictures import picture
+from tests.terminal import run
 from vlmflow.catalog import Catalog
-from vlmflow.cli import main
 from vlmflow.config import CatalogConfig, Job, ModelConfig
 from vlmflow.evaluation.metrics.captions import bleu
 from vlmflow.evaluation.metrics.ptb import tokenize
@@ -24,12 +24,6 @@ from vlmflow.models import load_embedder
 
 NUM = 6
 TEXTS = ("a red car", "two apples", "a dog on a table", "a house", "a white cup", "four guns")
-
-
-def run(*arguments: str | Path) -> int:
-    with pytest.raises(SystemExit) as stopped:
-        main([str(argument) for argument in arguments])
-    return int(stopped.value.code or 0)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlmflow.cli import main
+from tests.terminal import run
 from vlmflow.config import CatalogConfig, Job, SourceConfig
 from vlmflow.engine import enrich
 from vlmflow.errors import ExplainError
@@ -85,15 +85,12 @@ def test_evidence_and_map_of_a_flagged_image(job: Job, tmp_path: Path, capsys: p
     blurred, shown = (np.asarray(Image.open(tmp_path / name).convert("L"), float) for name in ("why.png", "clear.png"))
     assert np.abs(np.diff(blurred, axis=1)).mean() < 0.7 * np.abs(np.diff(shown, axis=1)).mean(), "a flagged image"
 
-    with pytest.raises(SystemExit) as ended:
-        main(["explain", job.catalog.uri, address(job, "both.png"), "--heatmap", str(tmp_path / "cli.png")])
-    assert ended.value.code == 0
+    assert run("explain", job.catalog.uri, address(job, "both.png"), "--heatmap", str(tmp_path / "cli.png")) == 0
     shown_text = capsys.readouterr().out
     assert "weapon/bomb" in shown_text
     assert "policy demo 1" in shown_text
     assert (tmp_path / "cli.png").is_file()
-    with pytest.raises(SystemExit):
-        main(["explain", job.catalog.uri, evidence.image_id, "--json"])
+    run("explain", job.catalog.uri, evidence.image_id, "--json")
     assert json.loads(capsys.readouterr().out)["decision"] == evidence.decision
 
 

@@ -98,7 +98,7 @@ def test_a_profile_fills_the_tables(done: Callable[[str], tuple[Job, RunReport]]
     assert report.statuses == {"ok": NUM_IMAGES, "unreadable": 4}
     good = [row for row in Catalog.open(job.catalog).images().to_pylist() if row["status"] == "ok"]
     assert len({row["caption"] for row in good}) > 5
-    assert {row["decision"] for row in good} == {"review"}  # the policy is bound to no model
+    assert {(row["decision"], row["decision_reason"]) for row in good} == {("review", "unbound")}
     assert all(len(row["labels"]) == 2 for row in good)
     for row in good:
         given = {"caption": bool(row["caption"]), "text": row["source"]["title"] == "a red car"}

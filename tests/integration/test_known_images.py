@@ -17,6 +17,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image, ImageDraw
 
+from tests.catalog_samples import config_of, open_catalog, rows_of
 from tests.pictures import write_broken, write_pictures
 from vlmflow.catalog import Catalog
 from vlmflow.catalog.reviews import EVENT
@@ -35,10 +36,6 @@ from vlmflow.sources.uris import ids_of_normalised
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 DEMO = Path(str(resources.files("vlmflow"))) / "starter" / "demo"
-
-
-def rows_of(job: Job) -> dict[str, dict[str, Any]]:
-    return {row["uri"].rsplit("/", 1)[-1]: row for row in Catalog.open(job.catalog).images().to_pylist()}
 
 
 @pytest.fixture
@@ -231,7 +228,9 @@ def test_different_drawings_are_far_apart() -> None:
     assert (distances <= 4).mean() < 0.001
 
 
-def test_what_cannot_be_used_is_said(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_used_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = config_of(tmp_path / "catalog")
+    open_catalog(tmp_path / "catalog")
     sha, look = "a" * 64, "b" * 16
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"name": "Bad Name", "kind": "block", "hashes": [sha]}, "list 'Bad Name'"),
@@ -242,9 +241,9 @@ def test_what_cannot_be_used_is_said(job: Job, tmp_path: Path, capsys: pytest.Ca
     ]
     for arguments, message in wrong:
         with pytest.raises(KnownImagesError, match=message):
-            add_list(job.catalog, **arguments)
+            add_list(config, **arguments)
     with pytest.raises(KnownImagesError, match="'x' is not in the catalog"):
-        remove_list(job.catalog, "x")
+        remove_list(config, "x")
     path = tmp_path / "list.txt"
     path.write_text(f"# banned\n{sha}  a\u2028b.jpg\r\n\n{look.upper()};why\n{sha}\n")
     assert read_hashes(path, with_look=True) == ([sha], [look])
@@ -258,12 +257,12 @@ def test_what_cannot_be_used_is_said(job: Job, tmp_path: Path, capsys: pytest.Ca
     file = BytesIO()
     Image.new("RGB", (64, 64), "red").save(file, "PNG")
     (tmp_path / "one.png").write_bytes(file.getvalue())
-    for command in (["add", job.catalog.uri, str(tmp_path / "one.png"), "--block"], ["list", job.catalog.uri]):
+    for command in (["add", config.uri, str(tmp_path / "one.png"), "--block"], ["list", config.uri]):
         with pytest.raises(SystemExit) as ended:
             main(["known", *command])
         assert ended.value.code == 0
     shown = capsys.readouterr().out
     assert "list one: 1 hashes of bytes, 0 perceptual ones" in shown
     assert "the image is plain" in shown
-    assert add_list(job.catalog, "plain", "block", [sha], [look, f"{1 << 63:016x}"]).num_without_look == 1
+    assert add_list(config, "plain", "block", [sha], [look, f"{1 << 63:016x}"]).num_without_look == 1
     assert "block" in shown

@@ -12,8 +12,8 @@ import pytest
 
 from tests.pictures import picture
 from tests.site import PRIVATE_ALLOWED, serving
+from tests.terminal import run
 from vlmflow.catalog import Catalog
-from vlmflow.cli import main
 from vlmflow.config import Job
 from vlmflow.engine import enrich, plan
 from vlmflow.known import add_list
@@ -52,8 +52,7 @@ def test_a_picture_that_becomes_a_banned_one(
         assert (planned.num_due, planned.num_unwatched) == (0, 2)
         job_file = tmp_path / "job.yaml"
         job_file.write_text(job().model_dump_json(exclude_defaults=True))
-        with pytest.raises(SystemExit):
-            main(["plan", "--config", str(job_file)])
+        run("plan", "--config", str(job_file))
         assert "recheck_days" in capsys.readouterr().out
         assert enrich(job(recheck_days=30)).status == "nothing_due"
         assert row() == first

@@ -14,9 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.catalog_samples import rows_of
 from tests.pictures import picture, write_broken, write_pictures
+from tests.terminal import run
 from vlmflow.catalog import Catalog
-from vlmflow.cli import main
 from vlmflow.config import CatalogConfig, Job
 from vlmflow.engine import enrich
 from vlmflow.engine.remoderate import remoderate
@@ -27,10 +28,6 @@ from vlmflow.review import export_queue, import_verdicts
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 Row = dict[str, Any]
-
-
-def rows_of(job: Job) -> dict[str, Row]:
-    return {row["uri"].rsplit("/", 1)[-1]: row for row in Catalog.open(job.catalog).images().to_pylist()}
 
 
 def write_csv(path: Path, rows: list[Row]) -> Path:
@@ -264,14 +261,10 @@ def test_verdicts_on_labels_feed_calibrate_and_erasure_takes_them(
     models = tmp_path / "job.yaml"
     models.write_text(json.dumps({"models": {name: model.model_dump() for name, model in job.models.items()}}))
     command = ["calibrate", job.catalog.uri, "--policy", policy, "--profile", "starter", "--config", str(models)]
-    with pytest.raises(SystemExit) as ended:
-        main([*command, "--output", str(tmp_path / "new.yaml")])
-    assert ended.value.code == 2
+    assert run(*command, "--output", str(tmp_path / "new.yaml")) == 2
     assert "20" in capsys.readouterr().err, "eight verdicts are too few, and that is what it says"
 
     gone = rows[0]
-    with pytest.raises(SystemExit) as erased:
-        main(["erase", job.catalog.uri, "--uri", gone["uri"], "--yes"])
-    assert erased.value.code == 0
+    assert run("erase", job.catalog.uri, "--uri", gone["uri"], "--yes") == 0
     assert gone["image_id"] not in Catalog.open(job.catalog).reviews.events()["image_id"].to_pylist()
     assert Catalog.open(job.catalog).reviews.events().num_rows == 7

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tests.images import png_bomb
-from tests.integration.test_cli import run
+from tests.terminal import run
 from vlmflow import Catalog, CatalogConfig, Job, Query, SearchResult, describe_image, enrich, search_images
 from vlmflow.errors import ImageError, RowErrorClass, SearchError
 from vlmflow.search.duplicates import THRESHOLD

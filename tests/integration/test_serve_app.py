@@ -30,13 +30,6 @@ from vlmflow.config import CatalogConfig
 from vlmflow.views_search import printable
 from vlmflow.web.desk import PAGE_SIZE
 
-
-@pytest.fixture(scope="module")
-def read_only(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serving(small_catalog(tmp_path_factory.mktemp("app"), NUM)) as served:
-        yield served
-
-
 # Lists, filters, pages
 
 

@@ -26,12 +26,6 @@ from vlmflow.catalog import Catalog
 
 
 @pytest.fixture(scope="module")
-def read_only(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serving(small_catalog(tmp_path_factory.mktemp("app"), NUM)) as served:
-        yield served
-
-
-@pytest.fixture(scope="module")
 def starter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     with serving(starter_catalog(tmp_path_factory.mktemp("search"))) as served:
         yield served

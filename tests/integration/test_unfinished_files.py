@@ -29,11 +29,6 @@ Folder(CatalogConfig(uri=sys.argv[1])).write(sys.argv[2], bytes(2 << 20))
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return tmp_path / "catalog"
-
-
-@pytest.fixture
 def catalog(root: Path) -> Catalog:
     catalog = open_catalog(root)
     enrich(catalog, "r0", [references(NAMES)])

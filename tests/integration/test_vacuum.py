@@ -28,11 +28,6 @@ NOW = dt.timedelta()
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return tmp_path / "catalog"
-
-
-@pytest.fixture
 def catalog(root: Path) -> Catalog:
     return open_catalog(root)
 

@@ -23,18 +23,13 @@ from tests.catalog_samples import (
 from tests.integration.test_vacuum import let_die, start
 from tests.pictures import write_pictures
 from tests.s3 import S3Server
+from tests.terminal import run
 from vlmflow.catalog import Catalog, Verification
 from vlmflow.catalog.keys import to_binary
-from vlmflow.cli import main
 from vlmflow.config import CatalogConfig
 from vlmflow.sources.uris import image_ids
 
 NAMES = ["a", "b", "c"]
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return tmp_path / "catalog"
 
 
 @pytest.fixture
@@ -138,7 +133,7 @@ def test_erased_images_are_not_missing(catalog: Catalog) -> None:
 def test_the_command_line(tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = write_pictures(tmp_path / "photos", 3)
     catalog = open_catalog(root)
-    assert run(["verify", str(tmp_path / "photos"), str(root)]) == 1
+    assert run("verify", str(tmp_path / "photos"), str(root)) == 1
     shown = " ".join(capsys.readouterr().out.split())
     assert "3 images in the source, 0 rows in the catalog" in shown
     assert "error: 3 images of the source without a row" in shown
@@ -156,7 +151,7 @@ def test_the_command_line(tmp_path: Path, root: Path, capsys: pytest.CaptureFixt
     enrich(catalog, "r0", [batch], request())
     catalog.runs.start("r9", {"fingerprints": {"caption": "caption-2"}})
     catalog.runs.finish("r9", {"fingerprints": {"caption": "caption-2"}})
-    assert run(["verify", str(tmp_path / "photos"), str(root), "--json"]) == 1
+    assert run("verify", str(tmp_path / "photos"), str(root), "--json") == 1
     found = json.loads(capsys.readouterr().out)
     assert found["findings"]["stale"]["count"] == 3
     assert found["findings"]["old_fingerprint"]["tasks"] == {"caption": 3}
@@ -171,9 +166,3 @@ def test_on_a_store(s3_server: S3Server) -> None:
     key = next(f"catalog/images/{path}" for path in catalog.live_files("images"))
     s3_server.client.delete_object(Bucket=bucket, Key=key)
     assert counts(verify(catalog)) == {"lost_files": 1, "missing": 3}
-
-
-def run(arguments: list[str]) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    return int(ended.value.code or 0)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from vlmflow.cli import main
+from tests.terminal import run
 from vlmflow.engine.remoderate_report import RemoderateReport
 from vlmflow.engine.report import PlanSummary, RunReport
 from vlmflow.engine.sizing import PreflightReport
@@ -145,9 +145,7 @@ def test_a_run_says_how_many_images_their_servers_still_had() -> None:
 def test_an_option_that_another_needs_is_named(
     arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    assert ended.value.code == 2
+    assert run(*arguments) == 2
     assert named in capsys.readouterr().err
 
 

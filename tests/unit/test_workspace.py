@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.catalog_samples import config_of, enrich, open_catalog, references, request
+from tests.terminal import run
 from vlmflow.catalog.folder import Folder
-from vlmflow.cli import main
 from vlmflow.errors import WorkspaceError
 from vlmflow.search.build import _Update, update_index
 from vlmflow.search.searcher import Searcher
@@ -131,7 +131,5 @@ def test_a_temporary_folder_that_cannot_be_used_is_an_error_of_ours(
     place.rmdir()
     with pytest.raises(WorkspaceError, match="No such file or directory"):
         catalog.plan([references(["a"])], request())
-    with pytest.raises(SystemExit) as ended:
-        main(["verify", str(tmp_path), str(tmp_path / "catalog")])
-    assert ended.value.code == 2
+    assert run("verify", str(tmp_path), str(tmp_path / "catalog")) == 2
     assert "the temporary folder" in " ".join(capsys.readouterr().err.split())

@@ -9,15 +9,12 @@ from vlmflow.lazy import imported_at_first_use
 if TYPE_CHECKING:
     from vlmflow.catalog.apply import CommitResult
     from vlmflow.catalog.catalog import Catalog
-    from vlmflow.catalog.compact import CompactResult
     from vlmflow.catalog.due import PlanRequest
     from vlmflow.catalog.erase import EraseResult
-    from vlmflow.catalog.export import ExportResult
     from vlmflow.catalog.known import KnownBytes
     from vlmflow.catalog.plan import Plan, plan_without_catalog
-    from vlmflow.catalog.policies import PolicyStore
     from vlmflow.catalog.rows import RunConstants
-    from vlmflow.catalog.runs import RunInfo, RunStore
+    from vlmflow.catalog.runs import RunInfo
     from vlmflow.catalog.vacuum import VacuumResult
     from vlmflow.catalog.verify import Verification
     from vlmflow.catalog.writer import CatalogWriter
@@ -26,16 +23,12 @@ __all__ = [
     "Catalog",
     "CatalogWriter",
     "CommitResult",
-    "CompactResult",
     "EraseResult",
-    "ExportResult",
     "KnownBytes",
     "Plan",
     "PlanRequest",
-    "PolicyStore",
     "RunConstants",
     "RunInfo",
-    "RunStore",
     "VacuumResult",
     "Verification",
     "plan_without_catalog",
@@ -47,16 +40,12 @@ __getattr__ = imported_at_first_use(
         "Catalog": "vlmflow.catalog.catalog",
         "CatalogWriter": "vlmflow.catalog.writer",
         "CommitResult": "vlmflow.catalog.apply",
-        "CompactResult": "vlmflow.catalog.compact",
         "EraseResult": "vlmflow.catalog.erase",
-        "ExportResult": "vlmflow.catalog.export",
         "KnownBytes": "vlmflow.catalog.known",
         "Plan": "vlmflow.catalog.plan",
         "PlanRequest": "vlmflow.catalog.due",
-        "PolicyStore": "vlmflow.catalog.policies",
         "RunConstants": "vlmflow.catalog.rows",
         "RunInfo": "vlmflow.catalog.runs",
-        "RunStore": "vlmflow.catalog.runs",
         "VacuumResult": "vlmflow.catalog.vacuum",
         "Verification": "vlmflow.catalog.verify",
         "plan_without_catalog": "vlmflow.catalog.plan",

@@ -122,6 +122,11 @@ def _gathered(batches: Sequence[pa.RecordBatch], starts: npt.NDArray[np.int64], 
     return found.take(pa.array(np.argsort(np.concatenate(places))))
 
 
+def constant(value: str | None, count: int) -> pa.Array:
+    """A column that says the same in every row."""
+    return pa.repeat(pa.scalar(value, pa.string()), count)
+
+
 def member(values: pa.StructArray, name: str) -> pa.Array:
     """A column of the caller's, null where there is no struct; by its number, for a name may begin with a dot."""
     # Unlike StructArray.field it heeds the parent's offset and nulls; of a name it would take `.a` for the field `a`.

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from vlmflow import schema
 from vlmflow.catalog.columns import flat
-from vlmflow.catalog.masks import Mask, is_valid
+from vlmflow.catalog.masks import Mask, chosen, is_valid
 
 LIST_PREFIX = "list:"  # of the reviewer of a verdict that a list of known images gave
 BY_VERDICT = "verdict"  # decision_reason of a row that a verdict decides
@@ -92,9 +92,3 @@ def of_list(verdicts: pa.StructArray) -> Mask:
     """Verdicts that a list of known images gave, not a person."""
     reviewers = pc.struct_field(verdicts, "reviewer")
     return np.asarray(pc.fill_null(pc.starts_with(reviewers, LIST_PREFIX), False), np.bool_)
-
-
-def chosen(mask: Mask, yes: pa.StructArray, no: pa.StructArray) -> pa.StructArray:
-    """Row by row the one or the other."""
-    places = np.arange(len(mask)) + np.where(mask, 0, len(mask))
-    return pa.concat_arrays([yes, no]).take(pa.array(places))

@@ -13,8 +13,8 @@ import pyarrow.compute as pc
 
 from vlmflow import schema
 from vlmflow.catalog.columns import conform_column, flat, member
-from vlmflow.catalog.judged import BY_VERDICT, by_model, chosen, of_list, with_verdicts
-from vlmflow.catalog.masks import Mask, as_mask, equal, explode, field_strings, holds, is_valid, same_or_null
+from vlmflow.catalog.judged import BY_VERDICT, by_model, of_list, with_verdicts
+from vlmflow.catalog.masks import Mask, as_mask, chosen, equal, explode, field_strings, holds, is_valid, same_or_null
 from vlmflow.catalog.rows import (
     FAILED,
     OK,

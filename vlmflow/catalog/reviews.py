@@ -22,11 +22,11 @@ import pyarrow.compute as pc
 from vlmflow import schema
 from vlmflow.catalog.columns import conform, flat
 from vlmflow.catalog.folder import FileInfo, Folder
-from vlmflow.catalog.judged import chosen, judge, of_list
+from vlmflow.catalog.judged import judge, of_list
 from vlmflow.catalog.keys import KeyIndex, index_of, to_binary, to_words
 from vlmflow.catalog.known_images import KnownImages
 from vlmflow.catalog.log import DataFile, Snapshot
-from vlmflow.catalog.masks import Mask, equal, is_valid
+from vlmflow.catalog.masks import Mask, chosen, equal, is_valid
 from vlmflow.catalog.read import read_each, read_rows
 from vlmflow.catalog.rows import rows_of_image_errors
 from vlmflow.catalog.tombstones import Erased, Tombstones

@@ -7,6 +7,7 @@ write it, with the columns of :data:`STAGED` behind it, which say what the run d
 from __future__ import annotations
 
 import datetime as dt
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ import pyarrow.types as pt
 
 from vlmflow import schema
 from vlmflow.alt_text import QUOTE, alt_text, quotes
-from vlmflow.catalog.columns import conform_column, flat, member, taken
+from vlmflow.catalog.columns import conform_column, constant, flat, member, taken
 from vlmflow.catalog.judged import with_verdicts
 from vlmflow.catalog.keys import digest_of, questions_digests, text_digests
 from vlmflow.catalog.masks import Mask, alike, as_mask, equal, explode, field_strings, holds, is_valid
@@ -113,12 +114,12 @@ def stage_rows(rows: pa.Table, constants: RunConstants, columns: pa.Schema) -> p
         "attempt_digest": pc.if_else(
             pa.array(images.any), image_attempt_digest(constants.decoder), constants.attempt_digest
         ),
-        "decoder": _constant(constants.decoder, rows.num_rows),
-        "run_id": _constant(constants.run_id, rows.num_rows),
+        "decoder": constant(constants.decoder, rows.num_rows),
+        "run_id": constant(constants.run_id, rows.num_rows),
         "read_at": now,
         "updated_at": now,
         "source_columns": pa.repeat(pa.scalar(_source_columns(rows), pa.list_(pa.string())), rows.num_rows),
-        "found_text_column": _constant(constants.found_text_column, rows.num_rows),
+        "found_text_column": constant(constants.found_text_column, rows.num_rows),
     }
     for task in schema.TASKS:
         filled |= _task_columns(task, rows, constants, run[task])
@@ -212,7 +213,7 @@ def _task_columns(task: str, rows: pa.Table, constants: RunConstants, run: Mask)
         elif field.name == "questions_digest":
             value = questions_digests(rows["questions"], constants.questions)
         elif field.name in given:
-            value = _constant(given[field.name], rows.num_rows)
+            value = constant(given[field.name], rows.num_rows)
         else:
             value = conform_column(rows, field)
         out[field.name] = pc.if_else(mask, value, pa.scalar(None, field.type))
@@ -340,6 +341,12 @@ def failed_tasks(errors: pa.ChunkedArray) -> dict[str, Mask]:
     return out
 
 
+def add_counts(counter: Counter[str], values: pa.ChunkedArray | pa.Array) -> None:
+    """Adds how often each value occurs; nulls are left out."""
+    for entry in values.drop_null().value_counts().to_pylist():
+        counter[entry["values"]] += entry["counts"]
+
+
 def policy_names(rows: pa.Table) -> pa.Array | pa.ChunkedArray:
     """(N,) ``name version (digest)`` of each row's policy, as :attr:`Policy.full_name`; null where there is none.
 
@@ -359,7 +366,3 @@ def unseen_frames(errors: pa.ChunkedArray | pa.Array) -> Mask:
     marks = np.zeros(len(errors), dtype=np.bool_)
     marks[rows[field_strings(items, "class") == RowErrorClass.FRAMES_UNSEEN]] = True
     return marks
-
-
-def _constant(value: str | None, count: int) -> pa.Array:
-    return pa.repeat(pa.scalar(value, pa.string()), count)

@@ -20,14 +20,13 @@ from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.keys import duplicates, index_of, to_binary, to_words
 from vlmflow.catalog.log import TableLog
 from vlmflow.catalog.masks import equal, is_valid
+from vlmflow.catalog.plan_parts import NUM_BUCKETS, buckets_of
 from vlmflow.catalog.read import References, files_by_date, of_one_time, read_each
 from vlmflow.catalog.rows import OK, UNREADABLE
 from vlmflow.catalog.runs import RunStore
 from vlmflow.catalog.spill import Spill
 from vlmflow.catalog.tombstones import Erased, Tombstones
 from vlmflow.workspace import Workspace
-
-NUM_BUCKETS = 64
 
 ERRORS = {
     "missing": "images of the source without a row",
@@ -171,12 +170,12 @@ class _Check:
         listed = Spill(self._workspace / "listed", _LISTED, NUM_BUCKETS)
         for batch in references:
             rows = conform(pa.Table.from_batches([batch]), _LISTED)
-            listed.append(rows, _buckets(rows))
+            listed.append(rows, buckets_of(rows))
         listed.close()
         held = Spill(self._workspace / "rows", _ROWS, NUM_BUCKETS)
         files = [file for path, file in images.refresh().files.items() if f"images/{path}" not in lost]
         for _, rows in read_each(self._folder, "images", files, _ROWS.names, ahead=8):
-            held.append(conform(rows, _ROWS), _buckets(rows))
+            held.append(conform(rows, _ROWS), buckets_of(rows))
         held.close()
         erased = tombstones.erased()
         for bucket in range(NUM_BUCKETS):
@@ -244,8 +243,3 @@ class _Check:
 
     def _note(self, kind: str, names: list[str]) -> None:
         self.result.note(kind, len(names), names, self._num_examples)
-
-
-def _buckets(rows: pa.Table) -> npt.NDArray[np.int64]:
-    high, _ = to_words(to_binary(rows["image_id"]))
-    return (high >> np.uint64(64 - (NUM_BUCKETS - 1).bit_length())).astype(np.int64)

@@ -16,9 +16,8 @@ from vlmflow.cli.options import (
     JsonOption,
     ProfileOption,
     as_its_catalog,
-    catalog_config,
     catalog_of,
-    make_job,
+    moderation_job,
 )
 from vlmflow.cli.screen import Screen, emit
 from vlmflow.errors import ConfigError
@@ -49,7 +48,6 @@ def explain(
 
     Example: `vlmflow explain catalog/ photos/1.jpg --heatmap why.png`
     """
-    from vlmflow.engine.report import last_profile
     from vlmflow.explain import find_evidence, write_heatmap
     from vlmflow.moderation.detections import name_of
     from vlmflow.views_moderation import print_evidence
@@ -61,21 +59,9 @@ def explain(
             remedy="Give --heatmap FILE.png too, or leave it out: the table shows all labels.",
         )
     check_outputs(heatmap)
-    if heatmap is not None and profile is None and config is None:
-        profile = last_profile(catalog_config(catalog, endpoint))
     job = None
-    if profile is not None or config is not None:
-        job = make_job(
-            catalog,  # in place of a source, which is not listed
-            catalog,
-            config,
-            endpoint,
-            profile=profile,
-            tasks="embed,moderate",
-            pools=(),
-            accept_unbound=True,
-            defaults=as_its_catalog,
-        )
+    if heatmap is not None or profile is not None or config is not None:
+        job = moderation_job(catalog, config, endpoint, profile, accept_unbound=True, defaults=as_its_catalog)
     evidence = find_evidence(catalog_of(catalog, endpoint, job), image)
     drawn = None
     if heatmap is not None and job is not None:

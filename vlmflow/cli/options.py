@@ -165,6 +165,20 @@ def make_job(
     return load_job(config, overrides, defaults)
 
 
+def moderation_job(catalog: str, config: Path | None, endpoint: str | None, profile: str | None, **options: Any) -> Job:
+    """The job that moderates what a catalog holds: by the profile of its newest run, where none is named.
+
+    Raises:
+        ConfigError: no run names a profile, or as :func:`make_job`.
+    """
+    from vlmflow.engine.report import last_profile
+
+    if profile is None and config is None:
+        profile = last_profile(catalog_config(catalog, endpoint))
+    # The catalog stands in place of a source, which is not read.
+    return make_job(catalog, catalog, config, endpoint, profile=profile, tasks="embed,moderate", pools=(), **options)
+
+
 def as_its_catalog(data: dict[str, Any]) -> dict[str, Any]:
     """The source of a job file that tells of none: images are read from stores that are reached as the catalog's is."""
     catalog = data.get("catalog")

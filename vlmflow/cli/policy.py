@@ -17,9 +17,9 @@ from vlmflow.cli.options import (
     JsonOption,
     ProfileOption,
     catalog_config,
-    make_job,
+    moderation_job,
 )
-from vlmflow.cli.screen import Screen, emit
+from vlmflow.cli.screen import Screen, emit, show_result
 from vlmflow.errors import ConfigError, PolicyError
 
 if TYPE_CHECKING:
@@ -111,10 +111,7 @@ def check(
         config = resolve_models(job)["embed"]
         embedder, identity = load_embedder(config, "cpu"), identify("embed", config)
     report = check_policy(file, embedder=embedder, identity=identity)
-    if as_json:
-        emit(report.model_dump_json())
-    else:
-        print_policy_check(report, Screen())
+    show_result(report, print_policy_check, as_json=as_json)
     if report.count("error") or (strict and report.count("warning")):
         raise typer.Exit(2)
 
@@ -134,10 +131,7 @@ def diff(
     from vlmflow.views_policy import print_policy_diff
 
     found = diff_policies(_load(before, endpoint), _load(after, endpoint))
-    if as_json:
-        emit(found.model_dump_json())
-    else:
-        print_policy_diff(found, Screen())
+    show_result(found, print_policy_diff, as_json=as_json)
 
 
 def _load(name: str, endpoint: str | None) -> Policy:
@@ -202,7 +196,6 @@ def calibrate(
     Example: `vlmflow calibrate catalog/ --labels verdicts.parquet --policy mine.yaml --report calibration.html`
     """
     from vlmflow.calibration import calibrate as run
-    from vlmflow.engine.report import last_profile
     from vlmflow.moderation.calibrate import Targets
     from vlmflow.moderation.calibration_report import calibration_html
     from vlmflow.views_policy import print_calibration
@@ -210,28 +203,13 @@ def calibrate(
     if report is not None and report.suffix not in (".html", ".json"):
         raise ConfigError(f"--report {report}: neither .html nor .json", remedy="Name an .html or .json file.")
     check_outputs(report)  # once the policy is written it is too late: the next version is there then
-    if profile is None and config is None:
-        profile = last_profile(catalog_config(catalog, endpoint))
-    job = make_job(
-        catalog,  # in place of a source, which is not read
-        catalog,
-        config,
-        endpoint,
-        profile=profile,
-        tasks="embed,moderate",
-        pools=(),
-        policy=policy,
-        accept_unbound=True,
-    )
+    job = moderation_job(catalog, config, endpoint, profile, policy=policy, accept_unbound=True)
     precisions, recalls = _targets("precision", precision, 0.95), _targets("recall", recall, 0.9)
     targets = Targets(precision=precisions.pop(""), recall=recalls.pop(""), precisions=precisions, recalls=recalls)
     done = run(job, labels, output=output, targets=targets, accept_uncalibrated=accept_uncalibrated)
     if report is not None:
         write_output(report, calibration_html(done) if report.suffix == ".html" else done.model_dump_json(indent=2))
-    if as_json:
-        emit(done.model_dump_json())
-    else:
-        print_calibration(done, Screen())
+    show_result(done, print_calibration, as_json=as_json)
 
 
 def _targets(name: str, given: list[str] | None, default: float) -> dict[str, float]:

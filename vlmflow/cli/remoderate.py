@@ -18,11 +18,10 @@ from vlmflow.cli.options import (
     ProfileOption,
     UnboundOption,
     VerboseOption,
-    catalog_config,
-    make_job,
+    moderation_job,
     shown_progress,
 )
-from vlmflow.cli.screen import Screen, emit
+from vlmflow.cli.screen import show_result
 from vlmflow.errors import ConfigError
 
 
@@ -59,7 +58,6 @@ def remoderate(
     """
     from vlmflow.engine.remoderate import Scope
     from vlmflow.engine.remoderate import remoderate as run
-    from vlmflow.engine.report import last_profile
     from vlmflow.views_moderation import print_remoderation
 
     if policy is not None and rollback is not None:
@@ -69,24 +67,10 @@ def remoderate(
         )
     if policy is None and rollback is None and config is None:
         raise ConfigError("remoderate takes --policy or --rollback, one of them", remedy="Name a policy to go to.")
-    if profile is None and config is None:
-        profile = last_profile(catalog_config(catalog, endpoint))
-    job = make_job(
-        catalog,  # in place of a source, which is not read
-        catalog,
-        config,
-        endpoint,
-        profile=profile,
-        tasks="embed,moderate",
-        pools=(),
-        policy=policy,
-        ray_address=ray_address,
-        accept_unbound=accept_unbound,
+    job = moderation_job(
+        catalog, config, endpoint, profile, policy=policy, ray_address=ray_address, accept_unbound=accept_unbound
     )
     scope = Scope(start and start.date(), end and end.date(), where)
     with shown_progress(as_json=as_json, verbose=verbose) as display:
         report = run(job, scope=scope, rollback=rollback, dry_run=dry_run, progress=display)
-    if as_json:
-        emit(report.model_dump_json())
-    else:
-        print_remoderation(report, Screen())
+    show_result(report, print_remoderation, as_json=as_json)

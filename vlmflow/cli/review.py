@@ -10,7 +10,7 @@ import typer
 from vlmflow.cli.app import app
 from vlmflow.cli.files import check_outputs
 from vlmflow.cli.options import CatalogOnly, EndpointOption, JsonOption, catalog_config
-from vlmflow.cli.screen import Screen, emit
+from vlmflow.cli.screen import show_result
 
 review_app = typer.Typer(
     name="review", no_args_is_help=True, help="Send images to people, and take their verdicts into the catalog."
@@ -51,10 +51,7 @@ def export_command(
     check_outputs(output)
     sizes = QueueSizes(near, disagreement, random)
     report = export_queue(catalog_config(catalog, endpoint), output, sizes=sizes, seed=seed)
-    if as_json:
-        emit(report.model_dump_json())
-    else:
-        print_queue(report, Screen())
+    show_result(report, print_queue, as_json=as_json)
 
 
 @review_app.command("import")
@@ -80,7 +77,4 @@ def import_command(
     from vlmflow.views_moderation import print_review
 
     report = import_verdicts(catalog_config(catalog, endpoint), source, reviewer=reviewer)
-    if as_json:
-        emit(report.model_dump_json())
-    else:
-        print_review(report, Screen())
+    show_result(report, print_review, as_json=as_json)

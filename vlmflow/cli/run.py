@@ -32,7 +32,7 @@ from vlmflow.cli.options import (
     make_job,
     shown_progress,
 )
-from vlmflow.cli.screen import Screen, emit
+from vlmflow.cli.screen import Screen, show_result
 from vlmflow.config import Job
 from vlmflow.errors import ConfigError
 
@@ -99,10 +99,7 @@ def enrich(
     if preflight:
         with shown_progress(as_json=False, verbose=verbose, is_kept=False) as display:
             tried = try_out(job, progress=display)
-        if as_json:
-            emit(tried.model_dump_json())
-        else:
-            print_preflight(tried, Screen())
+        show_result(tried, print_preflight, as_json=as_json)
         return
     with shown_progress(as_json=as_json, verbose=verbose) as display:
         report = run(job, progress=display)
@@ -157,10 +154,7 @@ def plan(
     )
     _check_read(job, policy, text_column, question, questions_column)
     summary = make_plan(job)
-    if as_json:
-        emit(summary.model_dump_json())
-    else:
-        print_plan(summary, Screen())
+    show_result(summary, print_plan, as_json=as_json)
 
 
 def _check_read(

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import typer
+from pydantic import BaseModel
 from rich.console import Console
 from rich.text import Text
 
 from vlmflow.views_search import printable
+
+Result = TypeVar("Result", bound=BaseModel)
 
 
 class Screen(Console):
@@ -39,3 +43,11 @@ def emit(text: str, *, end: str = "\n") -> None:
     text += end
     # What takes text alone, such as an io.StringIO that output is redirected to, has no encoding that could change it.
     typer.echo(text.encode() if hasattr(sys.stdout, "buffer") else text, nl=False)
+
+
+def show_result(result: Result, view: Callable[[Result, Screen], None], *, as_json: bool) -> None:
+    """Prints what a command found: as JSON, for machines, or as its view shows it."""
+    if as_json:
+        emit(result.model_dump_json())
+    else:
+        view(result, Screen())

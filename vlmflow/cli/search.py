@@ -20,7 +20,7 @@ from vlmflow.cli.options import (
     catalog_of,
     make_job,
 )
-from vlmflow.cli.screen import Screen, emit
+from vlmflow.cli.screen import Screen, emit, show_result
 from vlmflow.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -144,10 +144,7 @@ def duplicates(
     )
     if csv is not None:
         write_output(csv, duplicates_csv(report))
-    if as_json:
-        emit(report.model_dump_json())
-    else:
-        print_duplicates(report, Screen())
+    show_result(report, print_duplicates, as_json=as_json)
 
 
 @app.command()
@@ -170,10 +167,7 @@ def titles(
     report = find_titles(catalog_config(catalog, endpoint), top_k=top_k, where=where)
     if csv is not None:
         write_output(csv, titles_csv(report))
-    if as_json:
-        emit(report.model_dump_json())
-    else:
-        print_titles(report, Screen())
+    show_result(report, print_titles, as_json=as_json)
 
 
 @app.command(name="alt-text")

@@ -18,7 +18,7 @@ from vlmflow.cli.options import (
     catalog_config,
     storage_config,
 )
-from vlmflow.cli.screen import Screen, emit
+from vlmflow.cli.screen import Screen, show_result
 from vlmflow.config import RayConfig, SourceConfig, load_job
 
 
@@ -35,10 +35,7 @@ def show(catalog: CatalogOnly, endpoint: EndpointOption = None, as_json: JsonOpt
     from vlmflow.views import print_summary, summarize
 
     summary = summarize(catalog_config(catalog, endpoint))
-    if as_json:
-        emit(summary.model_dump_json())
-    else:
-        print_summary(summary, Screen())
+    show_result(summary, print_summary, as_json=as_json)
 
 
 @app.command()

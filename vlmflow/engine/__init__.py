@@ -14,18 +14,14 @@ from vlmflow.lazy import imported_at_first_use
 os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
 
 if TYPE_CHECKING:
-    from vlmflow.engine.report import CommitReport, PlanSummary, RunReport
+    from vlmflow.engine.report import PlanSummary, RunReport
     from vlmflow.engine.run import enrich, plan, preflight
     from vlmflow.engine.sizing import PreflightReport
-    from vlmflow.engine.stages import PoolReport, StageReport
 
 __all__ = [
-    "CommitReport",
     "PlanSummary",
-    "PoolReport",
     "PreflightReport",
     "RunReport",
-    "StageReport",
     "enrich",
     "plan",
     "preflight",
@@ -34,12 +30,9 @@ __all__ = [
 __getattr__ = imported_at_first_use(
     __name__,
     {
-        "CommitReport": "vlmflow.engine.report",
         "PlanSummary": "vlmflow.engine.report",
-        "PoolReport": "vlmflow.engine.stages",
         "PreflightReport": "vlmflow.engine.sizing",
         "RunReport": "vlmflow.engine.report",
-        "StageReport": "vlmflow.engine.stages",
         "enrich": "vlmflow.engine.run",
         "plan": "vlmflow.engine.run",
         "preflight": "vlmflow.engine.run",

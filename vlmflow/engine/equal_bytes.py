@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from vlmflow import schema
 from vlmflow.catalog import KnownBytes, keys
 from vlmflow.catalog.columns import flat
-from vlmflow.catalog.masks import Mask, holds
+from vlmflow.catalog.masks import Mask, chosen, holds
 from vlmflow.engine import columns
 from vlmflow.imaging import ImageFacts
 from vlmflow.tasks import Columns, Task
@@ -138,16 +138,10 @@ def put_copied(rows: pa.Table) -> pa.Table:
         if not mask.any():
             continue
         ours = pa.nulls(rows.num_rows, field.type) if index < 0 else flat(rows[field.name]).cast(field.type)
-        values = _chosen(mask, pc.struct_field(copied, field.name), ours)
+        values = chosen(mask, pc.struct_field(copied, field.name), ours)
         rows = rows.append_column(field, values) if index < 0 else rows.set_column(index, field, values)
     additions: list[list[object]] = [list(tasks) for tasks in rows[columns.TASKS_COPIED].to_pylist()]
     return columns.append_to_lists(rows.drop_columns([columns.COPIED]), columns.TASKS_RUN, additions)
-
-
-def _chosen(mask: Mask, yes: pa.Array, no: pa.Array) -> pa.Array:
-    """Row by row the one or the other; Arrow's if_else knows no nested lists."""
-    places = np.arange(len(mask)) + np.where(mask, 0, len(mask))
-    return pa.concat_arrays([yes, no]).take(pa.array(places))
 
 
 class RecentResults:

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vlmflow.config import Dtype
 from vlmflow.device_errors import is_device_broken, is_out_of_memory
+from vlmflow.engine.loading import wait_for_device
 from vlmflow.models.linear import PackedLinear
 from vlmflow.models.pixels import model_dtype
 from vlmflow.tasks import Columns, Task
@@ -114,17 +115,12 @@ def matmul_ceiling(device: str, dtype: torch.dtype) -> float:
     best = math.inf
     with torch.inference_mode():
         for _ in range(_CEILING_REPEATS):
-            _wait_for(device)
+            wait_for_device(device)
             started = time.perf_counter()
             call(x)
-            _wait_for(device)
+            wait_for_device(device)
             best = min(best, time.perf_counter() - started)
     return 2.0 * rows * inner * outer / best
-
-
-def _wait_for(device: str) -> None:
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
 
 
 def _count(call: Callable[[], Columns]) -> tuple[Columns, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from vlmflow.evaluation.dataset import TASKS, Dataset, EvaluationTask
 from vlmflow.evaluation.measure import Choices, evaluate, evaluate_predictions
 from vlmflow.evaluation.readers import ReadOptions, read_dataset
-from vlmflow.evaluation.report import EvaluationReport, Figure, PublishedRow
+from vlmflow.evaluation.report import EvaluationReport, Figure
 
 __all__ = [
     "TASKS",
@@ -14,7 +14,6 @@ __all__ = [
     "EvaluationReport",
     "EvaluationTask",
     "Figure",
-    "PublishedRow",
     "ReadOptions",
     "evaluate",
     "evaluate_predictions",

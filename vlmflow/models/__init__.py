@@ -16,7 +16,7 @@ from vlmflow.config import PROMPTED, Dtype, EndpointConfig, ModelConfig
 from vlmflow.imaging import PixelRequest
 from vlmflow.models.identity import CODE_VERSIONS, ModelIdentity, short_digest
 from vlmflow.models.preprocessing import Preprocessing, read_preprocessing
-from vlmflow.models.profiles import ModelStatus, ProfileStatus, check_family, describe_profiles, resolve_models
+from vlmflow.models.profiles import check_family, describe_profiles, resolve_models
 from vlmflow.models.prompts import prompt_of
 from vlmflow.models.vilbert import region_preprocessing
 from vlmflow.models.weights import locate, weights_digest
@@ -40,8 +40,6 @@ __all__ = [
     "Matcher",
     "Metered",
     "ModelIdentity",
-    "ModelStatus",
-    "ProfileStatus",
     "Usage",
     "describe_profiles",
     "identify",

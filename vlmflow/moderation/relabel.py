@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from vlmflow import schema
-from vlmflow.catalog.columns import flat
+from vlmflow.catalog.columns import constant, flat
 from vlmflow.catalog.judged import BY_VERDICT, by_model, with_verdicts
 from vlmflow.catalog.keys import KeyIndex, Words, digest_of, to_binary, to_words
 from vlmflow.catalog.masks import Mask, equal, is_valid
@@ -273,14 +273,14 @@ def _with_moderation(old: pa.Table, result: Moderation, found: Mask, target: Tar
             is_valid(judged),
             by_person,
         ),
-        "policy_name": _constant(target.policy.name, old.num_rows),
-        "policy_version": _constant(target.policy.version, old.num_rows),
-        "policy_digest": _constant(target.policy.digest, old.num_rows),
+        "policy_name": constant(target.policy.name, old.num_rows),
+        "policy_version": constant(target.policy.version, old.num_rows),
+        "policy_digest": constant(target.policy.digest, old.num_rows),
         "previous_policy": previous,
         _FINGERPRINT: pc.if_else(doubtful, pa.scalar(None, pa.string()), fingerprint),
         "errors": errors,
         "status": status,
-        "run_id": _constant(target.run_id, old.num_rows),
+        "run_id": constant(target.run_id, old.num_rows),
         "updated_at": pa.repeat(pa.scalar(dt.datetime.now(dt.UTC), schema.TIMESTAMP), old.num_rows),
     }
     columns = [values[field.name].cast(field.type) if field.name in values else old[field.name] for field in old.schema]
@@ -362,7 +362,3 @@ def _keys(rows: pa.Table) -> tuple[Words, Words]:
 
 def _floats(items: pa.StructArray, name: str) -> NDArray[np.float32]:
     return np.asarray(pc.fill_null(pc.struct_field(items, name), np.nan), np.float32)
-
-
-def _constant(value: str, count: int) -> pa.Array:
-    return pa.repeat(pa.scalar(value, pa.string()), count)

@@ -116,7 +116,7 @@ def _filled(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _table(path: Path) -> pa.Table:
-    table = read_verdict_table(path, _TEXTS, ("weight",), ReviewError)
+    table = read_verdict_table(path, _TEXTS, ReviewError)
     names = table.column_names
     if not {"image_id", "uri"} & set(names) or not {"verdict", "value"} & set(names):
         raise ReviewError(

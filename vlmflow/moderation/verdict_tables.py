@@ -17,12 +17,12 @@ _MAX_HEADER_BYTES = 1 << 20
 
 
 def read_verdict_table(
-    path: Path, texts: Collection[str], numbers: Collection[str], error_class: type[ReviewError | CalibrationError]
+    path: Path, texts: Collection[str], error_class: type[ReviewError | CalibrationError]
 ) -> pa.Table:
     """Reads a Parquet or CSV file; its columns are called in lower case and without blanks around, as ours are.
 
     Args:
-        texts, numbers: columns that are used. In CSV, texts are not guessed to be anything else.
+        texts: columns that are used, beside `weight`. In CSV they are not guessed to be anything but texts.
 
     Raises:
         ReviewError, CalibrationError: the file cannot be read, or has a column that is used twice.
@@ -34,7 +34,7 @@ def read_verdict_table(
         remedy = "Name a Parquet file, or a CSV file in UTF-8 with a line of columns: spreadsheets call it CSV UTF-8."
         raise error_class(f"{path} cannot be read: {reason}", remedy=remedy) from error
     names = [_plain(name) for name in table.column_names]
-    twice = [name for name in (*texts, *numbers) if names.count(name) > 1]
+    twice = [name for name in (*texts, "weight") if names.count(name) > 1]
     if twice:
         raise error_class(f"{path}: the column {twice[0]} stands twice", remedy="Keep one of them.")
     return table.rename_columns(names)

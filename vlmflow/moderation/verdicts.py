@@ -136,9 +136,7 @@ def reviewed(events: pa.Table) -> VerdictFile:
 def _read_table(path: Path) -> pa.Table:
     if path.suffix not in (".parquet", ".csv"):
         raise CalibrationError(f"{path}: neither .parquet nor .csv", remedy="Name a Parquet or CSV file.")
-    return read_verdict_table(
-        path, ("image_id", "uri", "label", "value", "content_hash"), ("weight",), CalibrationError
-    )
+    return read_verdict_table(path, ("image_id", "uri", "label", "value", "content_hash"), CalibrationError)
 
 
 def _is_blank(value: object) -> bool:

@@ -15,7 +15,7 @@ from vlmflow import schema
 from vlmflow.catalog import Catalog
 from vlmflow.catalog.keys import KeyIndex, index_of, to_binary, to_words
 from vlmflow.catalog.masks import as_mask, equal, is_valid
-from vlmflow.catalog.rows import POLICY_COLUMNS, error_classes, policy_names
+from vlmflow.catalog.rows import POLICY_COLUMNS, add_counts, error_classes, policy_names
 from vlmflow.report.labels import Counts, LabelFacts, Labels, histogram
 from vlmflow.report.rows import COLUMNS, Pick, Row, as_row
 
@@ -122,12 +122,6 @@ def _count(facts: Facts, rows: pa.Table) -> None:
         scores = rows[name].drop_null().to_numpy()
         if len(scores):
             facts.matches[name] = facts.matches.get(name, 0) + histogram(scores.astype(np.float64))
-
-
-def add_counts(counter: Counter[str], values: pa.ChunkedArray | pa.Array) -> None:
-    """Adds how often each value occurs; nulls are left out."""
-    for entry in values.drop_null().value_counts().to_pylist():
-        counter[entry["values"]] += entry["counts"]
 
 
 def _show(facts: Facts, pick: Pick, name: str, texts: Sequence[str]) -> list[str]:

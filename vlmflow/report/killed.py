@@ -10,9 +10,8 @@ import pyarrow as pa
 
 from vlmflow.catalog import Catalog
 from vlmflow.catalog.masks import equal
-from vlmflow.catalog.rows import error_classes
+from vlmflow.catalog.rows import add_counts, error_classes
 from vlmflow.engine.report import RunReport
-from vlmflow.report.collect import add_counts
 
 
 @dataclass

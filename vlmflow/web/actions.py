@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from anyio.to_thread import run_sync
@@ -22,7 +21,7 @@ from vlmflow.web import pictures
 from vlmflow.web.desk import Desk
 from vlmflow.web.filters import url
 from vlmflow.web.judging import Judgement, Said, check_reviewer
-from vlmflow.web.sessions import Session, Undo
+from vlmflow.web.sessions import Session, Undo, session_of
 
 MAX_UPLOAD_BYTES = 20 * 1024 * 1024
 _MAX_JSON_BYTES = 64 * 1024
@@ -30,7 +29,6 @@ _MAX_JSON_BYTES = 64 * 1024
 _KEPT = {"Cache-Control": "private, max-age=600"}
 
 Parsed = TypeVar("Parsed", bound=Frozen)
-Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 class VerdictForm(Frozen):
@@ -94,18 +92,18 @@ class Actions:
     async def verdict(self, request: Request) -> Response:
         """Takes a judgement."""
         form = await _form(request, VerdictForm)
-        return await run_sync(self._judge, _session(request), form)
+        return await run_sync(self._judge, session_of(request), form)
 
     async def undo(self, request: Request) -> Response:
         """Takes the last judgement of this session back."""
         await _form(request, NoForm)
-        return await run_sync(self._undo, _session(request))
+        return await run_sync(self._undo, session_of(request))
 
     async def reviewer(self, request: Request) -> Response:
         """Notes who reviews."""
         form = await _form(request, ReviewerForm)
         check_reviewer(form.name)
-        _session(request).reviewer = form.name.strip()
+        session_of(request).reviewer = form.name.strip()
         return JSONResponse({"message": f"You review as {form.name.strip()}.", "reviewer": form.name.strip()})
 
     async def query_image(self, request: Request) -> Response:
@@ -221,11 +219,6 @@ def _meanwhile(said: Said | None) -> Response:
         },
         409,
     )
-
-
-def _session(request: Request) -> Session:
-    session: Session = request.scope["session"]
-    return session
 
 
 async def _body(request: Request, max_bytes: int) -> bytes:

@@ -14,13 +14,14 @@ from starlette.responses import HTMLResponse, Response
 
 from vlmflow.errors import ConfigError, VlmflowError
 from vlmflow.moderation.detections import name_of
+from vlmflow.report.rows import label_value
 from vlmflow.search.page import link
 from vlmflow.search.searcher import Asked
 from vlmflow.views_search import printable, sentence
 from vlmflow.web.desk import PAGE_SIZE, Desk, Listing
 from vlmflow.web.filters import ALL_FACETS, SORTS, Filter, url
 from vlmflow.web.pictures import why_unread
-from vlmflow.web.sessions import Session
+from vlmflow.web.sessions import session_of
 
 MAX_QUERY_CHARS = 2_000
 _MAX_FOUND = 480
@@ -120,7 +121,7 @@ class Pages:
 
     def review(self, request: Request) -> Response:
         """One image after the other, to be judged."""
-        query, session = request.query_params, _session(request)
+        query, session = request.query_params, session_of(request)
         wanted = Filter.of(query.multi_items(), sort="near")
         queue = self._desk.queue(session.key, wanted, at=query.get("at", ""), after=query.get("after", ""))
         home = url("/review", wanted.pairs())
@@ -197,15 +198,15 @@ class Pages:
             row["labels"] or [],
             key=lambda label: (
                 order.index(label["decision"]) if label["decision"] in order else 1,
-                -(_value(label) or 0.0),
+                -(label_value(label) or 0.0),
             ),
         )
         said = self._desk.said(row)
-        session = _session(request)
+        session = session_of(request)
         names = list(dict.fromkeys(label["label"] for label in labels if label["label"]))
         return {
             "row": row,
-            "labels": [label | {"value": _value(label), "name": name_of(label)} for label in labels],
+            "labels": [label | {"value": label_value(label), "name": name_of(label)} for label in labels],
             "names": names,
             "judged": self._desk.judging.labels_of(row["image_id"], row["content_hash"], session.reviewer, names),
             "newest": said,
@@ -215,7 +216,7 @@ class Pages:
         }
 
     def _page(self, request: Request, name: str, status: int = 200, **values: Any) -> Response:
-        session = _session(request)
+        session = session_of(request)
         desk = self._desk
         common = {
             "csrf": session.csrf,
@@ -227,11 +228,6 @@ class Pages:
             "num_waiting": desk.judging.num_waiting,
         }
         return HTMLResponse(self._templates.get_template(name).render(common | values), status)
-
-
-def _session(request: Request) -> Session:
-    session: Session = request.scope["session"]
-    return session
 
 
 def _count(text: str) -> int:
@@ -262,12 +258,6 @@ def _order_of(facet: str, counts: Mapping[str, int]) -> Any:
     if facet == "date":
         return lambda name: [-ord(character) for character in name]
     return lambda name: (-counts[name], name)
-
-
-def _value(label: Mapping[str, Any]) -> float | None:
-    """What thresholds are compared with."""
-    value = label["score"] if label["probability"] is None else label["probability"]
-    return None if value is None else float(value)
 
 
 def _shown(value: Any) -> Any:

@@ -9,6 +9,8 @@ import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
+from starlette.requests import Request
+
 from vlmflow.web.judging import Said
 
 _MAX_SESSIONS = 1_000
@@ -93,6 +95,12 @@ class Sessions:
             if key in self._held:
                 self._held.move_to_end(key)
             return self._held.get(key)
+
+
+def session_of(request: Request) -> Session:
+    """The session of a request that was let in."""
+    session: Session = request.scope["session"]
+    return session
 
 
 def _digest(token: str) -> bytes:

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from tests.report_samples import put_rows
+from tests.terminal import run
 from vlmflow import gate
 from vlmflow.catalog import Catalog
-from vlmflow.cli import main
 from vlmflow.config import CatalogConfig
 
 
@@ -21,9 +21,7 @@ def interrupt(*_: Any, **__: Any) -> Any:
 
 
 def told_by(command: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[str, str]:
-    with pytest.raises(SystemExit) as ended:
-        main(command)
-    assert ended.value.code == 130
+    assert run(*command) == 130
     shown = capsys.readouterr()
     return shown.out, shown.err
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.report_samples import put_rows
+from tests.terminal import run
 from vlmflow.catalog import Catalog
-from vlmflow.cli import main
 from vlmflow.config import CatalogConfig
 from vlmflow.erasure import find_images
 from vlmflow.errors import ConfigError, ExplainError
@@ -30,12 +30,6 @@ def catalog(tmp_path: Path) -> CatalogConfig:
     config = CatalogConfig(uri=str(tmp_path / "catalog"))
     put_rows(config, ["a", "b"], uri=[MEMBER, SIMILAR])
     return config
-
-
-def run(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main(list(arguments))
-    return int(ended.value.code or 0)
 
 
 def test_a_name_is_spelled_as_rows_have_it() -> None:

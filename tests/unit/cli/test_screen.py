@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tests.report_samples import put_rows
-from vlmflow.cli import main
+from tests.terminal import run
 from vlmflow.cli.options import shown_progress
 from vlmflow.cli.screen import Screen, emit
 from vlmflow.config import CatalogConfig
@@ -40,8 +40,7 @@ def test_names_and_captions_of_a_catalog_are_shown_as_text(
     monkeypatch.setenv("COLUMNS", "200")
     config = CatalogConfig(uri=str(tmp_path / "catalog"))
     put_rows(config, ["a"], caption=[f"{EVIL}\nsecond"], uri=["mem://:dog:\x1b[2J\n[red]x.jpg"])
-    with pytest.raises(SystemExit):
-        main(["show", config.uri])
+    run("show", config.uri)
     shown = capsys.readouterr().out
     assert "\x1b" not in shown
     assert ":dog:\\u001b[2J\\u000a[red]x.jpg" in shown
@@ -57,8 +56,7 @@ def test_errors_are_without_colour_where_none_is_wanted(
     monkeypatch.setenv("NO_COLOR", no_color)
     monkeypatch.setenv("TERM", term)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with pytest.raises(SystemExit):
-        main(["show", "no-such-\x1b[2Jcatalog"])
+    run("show", "no-such-\x1b[2Jcatalog")
     shown = capsys.readouterr().err
     assert shown.startswith("\x1b[31m") == ("\x1b" in shown) == is_coloured
     assert "no-such-\\u001b[2Jcatalog" in shown
@@ -82,8 +80,7 @@ def test_data_is_utf_8_whatever_the_locale(encoding: str, tmp_path: Path, monkey
     def written_by(*arguments: str) -> bytes:
         sink = io.BytesIO()
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(sink, encoding=encoding))
-        with pytest.raises(SystemExit):
-            main(list(arguments))
+        run(*arguments)
         return sink.getvalue()
 
     assert written_by("policy", "show", str(policy)) == text.encode()

@@ -8,8 +8,8 @@ import pytest
 
 from tests.integration.test_vacuum import let_die
 from tests.report_samples import put_rows
+from tests.terminal import run
 from vlmflow.catalog import Catalog
-from vlmflow.cli import main
 from vlmflow.config import CatalogConfig
 from vlmflow.summary import summarize
 
@@ -20,8 +20,7 @@ def test_images_that_no_policy_has_seen_are_not_called_flagged(
 ) -> None:
     config = CatalogConfig(uri=str(tmp_path / "catalog"))
     put_rows(config, ["a"], decision=["review"], policy_name=[policy], policy_version=[policy])
-    with pytest.raises(SystemExit):
-        main(["show", config.uri])
+    run("show", config.uri)
     shown = capsys.readouterr().out
     assert heading in shown
     assert ("flagged" in shown) == (heading == "flagged")
@@ -44,12 +43,10 @@ def test_a_run_of_upkeep_is_named_and_how_it_ended_told(
     lines = {line.run_id: line for line in summarize(config).runs}
     states = {name: lines[name].state for name in ("killed", "at-work", "moved", erasure)}
     assert states == {"killed": "dead", "at-work": "running", "moved": "done", erasure: "failed"}
-    with pytest.raises(SystemExit):
-        main(["show", config.uri])
+    run("show", config.uri)
     shown = " ".join(capsys.readouterr().out.split())
     assert "erase" in shown
     assert "remoderate: 1,200 rows" in shown
     monkeypatch.setenv("COLUMNS", "80")
-    with pytest.raises(SystemExit):
-        main(["show", config.uri])
+    run("show", config.uri)
     assert erasure in capsys.readouterr().out  # in one piece

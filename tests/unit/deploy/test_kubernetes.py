@@ -40,10 +40,8 @@ def manifests() -> list[dict[str, Any]]:
     return [found for path in files for found in yaml.safe_load_all(path.read_text(encoding="utf-8"))]
 
 
-def one(kind: str, name: str = "") -> dict[str, Any]:
-    (found,) = (
-        item for item in manifests() if item["kind"] == kind and (not name or item["metadata"].get("name") == name)
-    )
+def one(kind: str) -> dict[str, Any]:
+    (found,) = (item for item in manifests() if item["kind"] == kind)
     return found
 
 

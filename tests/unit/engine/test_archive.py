@@ -47,8 +47,8 @@ def next_version(policy: Policy) -> Policy:
     return Policy.model_validate(policy.model_dump() | {"version": policy.version + "-next"})
 
 
-def is_found(catalog: Catalog, policy: Policy, identity: ModelIdentity = MODEL) -> bool:
-    found = archived_prompts(catalog, policy, identity)
+def is_found(catalog: Catalog, policy: Policy) -> bool:
+    found = archived_prompts(catalog, policy, MODEL)
     return found is not None and np.array_equal(found.labels, vectors_of(policy).labels)
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from tests.terminal import run
 from vlmflow.checks import doctor_of
-from vlmflow.cli import main
 from vlmflow.config import Job
 from vlmflow.engine import plan
 from vlmflow.engine.report import RunReport
@@ -79,7 +79,5 @@ def test_plan_report_and_doctor_tell_of_it(tmp_path: Path, monkeypatch: pytest.M
 def test_an_option_for_a_task_that_will_not_run_is_refused(
     command: str, options: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main([command, str(tmp_path), str(tmp_path / "catalog"), "--profile", "starter", *options])
-    assert ended.value.code == 2
+    assert run(command, str(tmp_path), str(tmp_path / "catalog"), "--profile", "starter", *options) == 2
     assert told in " ".join(capsys.readouterr().err.split())

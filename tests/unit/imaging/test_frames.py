@@ -41,20 +41,20 @@ def plain(color: str, width: int = 64, height: int = 48) -> Image.Image:
     return Image.new("RGB", (width, height), color)
 
 
-def animation(images: list[Image.Image], image_format: str, duration: int = 100) -> bytes:
+def animation(images: list[Image.Image], image_format: str) -> bytes:
     file = BytesIO()
     options = {"lossless": True} if image_format == "WEBP" else {"disposal": 2} if image_format == "PNG" else {}
-    images[0].save(file, image_format, save_all=True, append_images=images[1:], duration=duration, loop=0, **options)
+    images[0].save(file, image_format, save_all=True, append_images=images[1:], duration=100, loop=0, **options)
     return file.getvalue()
 
 
-def numbered(count: int, odd: int, color: str = "red") -> list[Image.Image]:
+def numbered(count: int, odd: int) -> list[Image.Image]:
     """Frames that hardly differ, because some formats join those that do not, and one that does."""
     images = []
     for number in range(count):
         image = plain("white")
         image.putpixel((number % 64, number // 64), (250, 250, 250))
-        images.append(plain(color) if number == odd else image)
+        images.append(plain("red") if number == odd else image)
     return images
 
 

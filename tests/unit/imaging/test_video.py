@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -28,22 +29,15 @@ def frame(color: tuple[int, int, int], number: int = 0, width: int = 160, height
     return pixels
 
 
-def make_video(
-    frames: list[NDArray[np.uint8]],
-    kind: str = "mp4",
-    codec: str = "mpeg4",
-    rate: int = 10,
-    gop: int = 12,
-    movflags: str = "",
-) -> bytes:
-    return make_tracks([frames], kind, codec, rate, gop, movflags)
+def make_video(frames: list[NDArray[np.uint8]], *given: str, **options: Any) -> bytes:
+    """As :func:`make_tracks`, with one track."""
+    return make_tracks([frames], *given, **options)
 
 
 def make_tracks(
     tracks: list[list[NDArray[np.uint8]]],
     kind: str = "mp4",
     codec: str = "mpeg4",
-    rate: int = 10,
     gop: int = 12,
     movflags: str = "",
 ) -> bytes:
@@ -51,7 +45,7 @@ def make_tracks(
     with av.open(file, "w", format=kind, options={"movflags": movflags} if movflags else {}) as container:
         streams = []
         for frames in tracks:
-            stream = container.add_stream(codec, rate=rate)
+            stream = container.add_stream(codec, rate=10)
             stream.height, stream.width = frames[0].shape[:2]
             stream.pix_fmt = "yuv420p"
             stream.codec_context.gop_size = gop

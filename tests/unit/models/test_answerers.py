@@ -10,9 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
-from torchvision.transforms.functional import to_pil_image
 from transformers import (
     AutoTokenizer,
     BlipConfig,
@@ -24,7 +22,16 @@ from transformers import (
 )
 
 from benchmarks.clip_cpu import demo_pixels
-from tests.models import IMAGE_SIZE, make_blip_vqa, make_captioner, make_judge, make_vilt, random_pixels, write_json
+from tests.models import (
+    IMAGE_SIZE,
+    as_images,
+    make_blip_vqa,
+    make_captioner,
+    make_judge,
+    make_vilt,
+    random_pixels,
+    write_json,
+)
 from vlmflow.config import Dtype, ModelConfig
 from vlmflow.errors import QuestionError
 from vlmflow.imaging import PixelRequest
@@ -53,10 +60,6 @@ def vilt_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load(family: str, folder: Path, towers: VisionTowers | None = None) -> Answerer:
     return load_answerer(ModelConfig.model_validate({"family": family, "path": str(folder)}), "cpu", towers=towers)
-
-
-def as_images(pixels: torch.Tensor) -> list[Image.Image]:
-    return [to_pil_image(image) for image in pixels]
 
 
 def vilt_reference(folder: Path, pixels: torch.Tensor, questions: list[str]) -> list[Answer]:

@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from torchvision.transforms.functional import to_pil_image
 from transformers import (
     AlignModel,
     AutoImageProcessor,
@@ -26,7 +24,7 @@ from transformers import (
 )
 
 from tests.families import make_align, make_blip2_captioner, make_blip2_matcher, make_flava, make_git
-from tests.models import WORDS, random_pixels
+from tests.models import WORDS, as_images, random_pixels
 from vlmflow.config import Family, ModelConfig
 from vlmflow.models import EncodedImages, load_captioner, load_embedder, load_matcher
 from vlmflow.models.towers import VisionTowers
@@ -50,10 +48,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def config_of(family: Family, folder: Path) -> ModelConfig:
     return ModelConfig(family=family, path=str(folder))
-
-
-def as_images(pixels: torch.Tensor) -> list[Image.Image]:
-    return [to_pil_image(image) for image in pixels]
 
 
 def processed(folder: Path, pixels: torch.Tensor, **options: Any) -> torch.Tensor:

@@ -8,11 +8,9 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from PIL import Image
-from torchvision.transforms.functional import to_pil_image
 from transformers import AutoTokenizer, BlipForConditionalGeneration, BlipForImageTextRetrieval, BlipImageProcessor
 
-from tests.models import IMAGE_SIZE, WORDS, make_captioner, make_clip, make_matcher, random_pixels
+from tests.models import IMAGE_SIZE, WORDS, as_images, make_captioner, make_clip, make_matcher, random_pixels
 from vlmflow.config import ModelConfig
 from vlmflow.models import Captioner, load_captioner, load_embedder, load_matcher, load_text_embedder
 from vlmflow.models.blip import BlipCaptioner, BlipMatcher
@@ -34,10 +32,6 @@ def captioner_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def matcher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_matcher(tmp_path_factory.mktemp("matcher"))
-
-
-def as_images(pixels: torch.Tensor) -> list[Image.Image]:
-    return [to_pil_image(image) for image in pixels]
 
 
 def load_captioner_from(folder: Path) -> Captioner:

@@ -60,34 +60,29 @@ def save(model: Any, processor: Any, folder: Path) -> Path:
     return folder
 
 
-def blip2(folder: Path) -> Path:
+def with_queries(config_class: Any, words: PreTrainedTokenizerFast) -> Any:
     torch.manual_seed(0)
-    words = tokenizer()
     sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "vocab_size": len(words)}
     text = T5Config(**sizes, decoder_start_token_id=0, eos_token_id=1, pad_token_id=0)
-    config = Blip2Config(
+    return config_class(
         vision_config={**TINY, "image_size": IMAGE_SIZE, "patch_size": 8},
         qformer_config={**TINY, "encoder_hidden_size": 32, "vocab_size": len(words)},
         text_config=text.to_dict(),
         num_query_tokens=4,
         image_token_index=words.convert_tokens_to_ids("<image>"),
     )
+
+
+def blip2(folder: Path) -> Path:
+    words = tokenizer()
+    config = with_queries(Blip2Config, words)
     processor = Blip2Processor(BlipImageProcessor(size=SIDE), words, num_query_tokens=4)
     return save(Blip2ForConditionalGeneration(config), processor, folder)
 
 
 def instructblip(folder: Path) -> Path:
-    torch.manual_seed(0)
     words = tokenizer()
-    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "vocab_size": len(words)}
-    text = T5Config(**sizes, decoder_start_token_id=0, eos_token_id=1, pad_token_id=0)
-    config = InstructBlipConfig(
-        vision_config={**TINY, "image_size": IMAGE_SIZE, "patch_size": 8},
-        qformer_config={**TINY, "encoder_hidden_size": 32, "vocab_size": len(words)},
-        text_config=text.to_dict(),
-        num_query_tokens=4,
-        image_token_index=words.convert_tokens_to_ids("<image>"),
-    )
+    config = with_queries(InstructBlipConfig, words)
     processor = InstructBlipProcessor(BlipImageProcessor(size=SIDE), words, tokenizer(), num_query_tokens=4)
     return save(InstructBlipForConditionalGeneration(config), processor, folder)
 

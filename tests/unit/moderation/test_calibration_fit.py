@@ -20,8 +20,8 @@ def draw(seed: int, num: int) -> Sample:
     return Sample(margins, rng.random(num) < logistic(SCALE * (margins - OFFSET)), np.ones(num))
 
 
-def sample_of(margins: list[float], positive: list[bool], weights: list[float] | None = None) -> Sample:
-    return Sample(np.array(margins), np.array(positive), np.array(weights or [1.0] * len(margins)))
+def sample_of(margins: list[float], positive: list[bool]) -> Sample:
+    return Sample(np.array(margins), np.array(positive), np.ones(len(margins)))
 
 
 def truth(precision: float, recall: float) -> dict[str, float]:

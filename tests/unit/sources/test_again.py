@@ -12,9 +12,9 @@ import pytest
 from tests.images import encode, scene
 from tests.report_samples import put_rows
 from tests.site import Site, serving
+from tests.terminal import run
 from vlmflow import explain
 from vlmflow.catalog import Catalog
-from vlmflow.cli import main
 from vlmflow.cli.search import query_job
 from vlmflow.config import CatalogConfig, ImageLimits, Job, SourceConfig, StorageConfig
 from vlmflow.errors import ExplainError, StorageAccessError, StoreLostError
@@ -125,9 +125,7 @@ def test_a_disk_that_is_lost_is_told_without_the_file_of_another_image(
 def test_the_command_takes_a_job_file(catalog: CatalogConfig, tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text(JOB.replace("profile: starter\n", ""))  # which loads no model
     page = str(tmp_path / "report.html")
-    with pytest.raises(SystemExit) as ended:
-        main(["report", catalog.uri, "-o", page, "--config", str(tmp_path / "job.yaml"), "--json"])
-    assert ended.value.code == 0
+    assert run("report", catalog.uri, "-o", page, "--config", str(tmp_path / "job.yaml"), "--json") == 0
     assert "data:image/jpeg" in Path(page).read_text(encoding="utf-8")
 
 
@@ -161,8 +159,7 @@ def test_a_map_of_a_job_file_without_a_source_reaches_the_image_as_its_catalog(
 
     monkeypatch.setattr(explain, "write_heatmap", write_heatmap)
     uri = Catalog.open(catalog).images(["uri"])["uri"][0].as_py()
-    with pytest.raises(SystemExit):
-        main(["explain", catalog.uri, uri, "--heatmap", str(tmp_path / "a.png"), "-c", str(tmp_path / "job.yaml")])
+    run("explain", catalog.uri, uri, "--heatmap", str(tmp_path / "a.png"), "-c", str(tmp_path / "job.yaml"))
     assert [job.source.storage.endpoint for job in jobs] == ["http://tables:1"]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -83,16 +83,13 @@ def bootstrap(
     scores: Floats,
     positive: Flags,
     image_of: NDArray[np.int64] | None = None,
-    *,
-    confidence: float = 0.95,
-    seed: Sequence[int] = (0,),
 ) -> tuple[float, float] | None:
-    """An interval of a metric by drawing the images anew, with replacement (Efron 1979); None: too few have it.
+    """A 95% interval of a metric by drawing the images anew, with replacement (Efron 1979); None: too few have it.
 
     Args:
         image_of: (N,) the image of each score, which is drawn with all of its scores; None: each has one.
     """
-    rng = np.random.default_rng(list(seed))
+    rng = np.random.default_rng([0])
     images = np.arange(len(scores)) if image_of is None else np.unique(image_of, return_inverse=True)[1]
     num = int(images.max(initial=-1)) + 1
     if num == 0:
@@ -105,5 +102,5 @@ def bootstrap(
             values.append(value)
     if len(values) < NUM_DRAWS / 2:
         return None
-    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)

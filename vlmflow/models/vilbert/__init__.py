@@ -3,6 +3,6 @@
 What identifies a model and says what it is to be shown imports no torch.
 """
 
-from vlmflow.models.vilbert.finders import reads_columns, region_preprocessing
+from vlmflow.models.vilbert.finders import region_preprocessing
 
-__all__ = ["reads_columns", "region_preprocessing"]
+__all__ = ["region_preprocessing"]

@@ -94,11 +94,6 @@ def read_region_source(folder: Path) -> RegionSource:
         ) from error
 
 
-def reads_columns(folder: Path) -> bool:
-    """Whether the model's regions are columns of the source, so that it looks at no pixels."""
-    return isinstance(read_region_source(folder), ColumnRegions)
-
-
 def region_preprocessing(folder: Path) -> Preprocessing | None:
     """What the pixels are that regions are found in; None: no pixels, regions are columns of the source.
 

@@ -24,8 +24,8 @@ from vlmflow.models.vilbert.regions import Regions, best_boxes, pad_regions, wit
 COLUMNS = {"kind": "columns", "max_regions": 4}
 
 
-def regions(counts: tuple[int, ...] = (3, 1, 4), num_features: int = 12, seed: int = 0) -> Regions:
-    rng = np.random.RandomState(seed)
+def regions(counts: tuple[int, ...] = (3, 1, 4), num_features: int = 12) -> Regions:
+    rng = np.random.RandomState(0)
     features, boxes = [], []
     for count in counts:
         features.append(torch.from_numpy(rng.standard_normal((count, num_features)).astype(np.float32)))

@@ -26,6 +26,7 @@ from benchmarks import (
     gpu_attention,
     gpu_enrich,
     gpu_pool,
+    interpreter_lock,
     opennsfw,
     random_models,
     rates,
@@ -121,6 +122,15 @@ def test_attention_by_itself() -> None:
     assert tower["flash"] > 0
     assert tower["flash_first_with_one_row_less"] > 0
     assert "No viable backend" in tower["cudnn"], "what does not run here says why, and ends nothing"
+
+
+def test_intervals_of_the_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = sys.getswitchinterval()
+    results = run(interpreter_lock, tmp_path, monkeypatch, "--repeats", "1", "--captions", "1")["results"]
+    assert sys.getswitchinterval() == usual
+    assert len(results) == 4 * len(interpreter_lock.INTERVALS_S)
+    assert all(result["twenty_steps_ms"] >= 20 for result in results)
+    assert all((result["rows_per_s"] > 0) == (result["threads_beside"] > 0) for result in results)
 
 
 def test_the_threads_of_a_profile_have_run_before(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,9 @@ _FOR_WHOLE_BATCHES = 38e9
 _MAX_HALVINGS = 4
 # Then: two are in tasks, of which both may be captions, and one is fed.
 _FEW_CALLS = 3
+# So long a thread that wants the interpreter waits for one that computes; 5 ms unless told otherwise. A thread that
+# launches kernels wants it at each of them, while others read and finish batches: `benchmarks.interpreter_lock`.
+_SWITCH_INTERVAL_S = 0.0002
 
 
 def set_up_torch(pool: PoolConfig, dtype: Dtype = "auto") -> str:
@@ -46,6 +50,7 @@ def set_up_torch(pool: PoolConfig, dtype: Dtype = "auto") -> str:
         # torch gives nothing back by itself: the first actor on a GPU would take what the others are to have.
         torch.cuda.set_per_process_memory_fraction(_OF_ITS_SHARE * pool.gpus)
     allow_tf32(model_dtype("cuda", dtype) != torch.float32)
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     return "cuda"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -129,8 +130,9 @@ def pool_with(
 @pytest.fixture
 def _torch_as_before() -> Iterator[None]:
     threads, tf32 = torch.get_num_threads(), torch.backends.cudnn.allow_tf32
-    precision = torch.get_float32_matmul_precision()
+    precision, interval = torch.get_float32_matmul_precision(), sys.getswitchinterval()
     yield
+    sys.setswitchinterval(interval)
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision(precision)
     torch.backends.cudnn.allow_tf32 = tf32
@@ -180,6 +182,19 @@ def test_actors_that_share_a_gpu_keep_to_their_part_of_its_memory(
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", kept.append)
     loading.set_up_torch(PoolConfig(tasks=("embed",), gpus=gpus))
     assert kept == fraction
+
+
+@pytest.mark.usefixtures("_torch_as_before")
+def test_a_thread_that_feeds_a_gpu_need_not_wait_for_the_interpreter_as_long_as_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    usual = sys.getswitchinterval()
+    loading.set_up_torch(PoolConfig(tasks=("embed",)))
+    assert sys.getswitchinterval() == usual
+    loading.set_up_torch(PoolConfig(tasks=("embed",), gpus=1))
+    assert sys.getswitchinterval() < usual / 10
 
 
 GB = 1_000_000_000

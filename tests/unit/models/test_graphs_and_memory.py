@@ -150,6 +150,23 @@ def test_a_failure_on_the_stream_is_waited_for_as_well(device: Device, monkeypat
     assert order == ["stream waits", "at work", "own waits"]
 
 
+def test_replays_under_way_are_waited_for_where_memory_runs_out(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the step's memory would be given to another batch while they still write to it."""
+    waited: list[str] = []
+
+    def fail(_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(graph, "FixedStep", lambda *_: SimpleNamespace(capture=lambda: None, decode=fail))
+    graphs = DecodeGraphs(SimpleNamespace(), SimpleNamespace())  # type: ignore[arg-type]
+    graphs._stream = SimpleNamespace(synchronize=lambda: waited.append("stream"))  # type: ignore[assignment]
+    with pytest.raises(torch.OutOfMemoryError):
+        graphs.decode(Images(8), 4)  # type: ignore[arg-type]
+    assert waited == ["stream"]
+
+
 class Vanishing(dict[tuple[int, ...], Any]):
     """Steps that another thread lets go of whenever they are looked at."""
 

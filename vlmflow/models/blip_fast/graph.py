@@ -75,6 +75,10 @@ class DecodeGraphs:
                 torch.cuda.current_stream().synchronize()
             return tokens
         except RuntimeError as error:
+            if is_out_of_memory(error) and self._stream is not None:
+                # The step's memory goes back to the thread that made it, which knows nothing of replays under way.
+                with contextlib.suppress(RuntimeError):  # of a broken device, which shows itself again
+                    self._stream.synchronize()
             if is_out_of_memory(error) or is_device_broken(error):
                 raise
             logger.warning("CUDA cannot capture a decoding step, which runs without a graph: %s", error)

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from tests.web_samples import Served, by_id, flush, shown_ids
-from vlmflow.catalog import Catalog, reviews
+from vlmflow.catalog import Catalog, small_files
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.keys import to_binary
 from vlmflow.catalog.known_images import KnownList
@@ -90,8 +90,8 @@ def test_a_verdict_lists_the_others_once_and_reads_none_again(served: Served, mo
 def test_files_of_verdicts_that_become_one_change_nothing_of_what_was_said(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reviews, "_MANY", 4)
-    monkeypatch.setattr(reviews, "_SETTLED", dt.timedelta(0))
+    monkeypatch.setattr(small_files, "_MANY", 4)
+    monkeypatch.setattr(small_files, "_SETTLED", dt.timedelta(0))
     browser, rows = served.browser().review_as("ada"), list(by_id(served).values())
     judging = served.desk.judging
     for row in rows[:6]:

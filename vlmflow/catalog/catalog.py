@@ -222,6 +222,7 @@ class Catalog:
             for run in result.revoked:
                 self.runs.bury(run)
             self.reviews.merge(self._tombstones, self.runs.now())
+            self._tombstones.merge(self.runs.now())
             return result
 
     def erase(self, keys: pa.Array, uris: Sequence[str] = ()) -> EraseResult:

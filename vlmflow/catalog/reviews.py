@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import datetime as dt
 import hashlib
-import json
-import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,7 +19,7 @@ import pyarrow.compute as pc
 
 from vlmflow import schema
 from vlmflow.catalog.columns import conform, flat
-from vlmflow.catalog.folder import FileInfo, Folder
+from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.judged import judge, of_list
 from vlmflow.catalog.keys import KeyIndex, index_of, to_binary, to_words
 from vlmflow.catalog.known_images import KnownImages
@@ -29,22 +27,14 @@ from vlmflow.catalog.log import DataFile, Snapshot
 from vlmflow.catalog.masks import Mask, chosen, equal, is_valid
 from vlmflow.catalog.read import read_each, read_rows
 from vlmflow.catalog.rows import rows_of_image_errors
+from vlmflow.catalog.small_files import SmallFiles
 from vlmflow.catalog.tombstones import Erased, Tombstones
 from vlmflow.catalog.writer import write_file
 from vlmflow.errors import CatalogChangedError, CatalogError
-from vlmflow.threads import Threads
 
 REVIEWS = "reviews"
 WITHDRAWN = "none"  # a decision that takes an earlier one back
 _MAX_ROUNDS = 20
-_AT_ONCE = 8  # files of verdicts that are read at a time: the app adds many small ones
-_TRIES = 10  # of reading them, beside those who remove some
-# So many files with fewer rows are put into one, up to so many at a time.
-_MANY, _SMALL_ROWS, _MOST = 64, 10_000, 5_000
-_SETTLED = dt.timedelta(minutes=10)  # no listing takes longer, and clocks of stores differ by less
-# In the metadata of such a file: the paths of those that it was made of. `vlmflow.verdicts_of`, of older ones, is not
-# read: copies made by an erasure kept it, though they no longer held all that these files did.
-_SOURCES = b"vlmflow.made_of"
 _LOOKED_AT = ("image_id", "content_hash", "phash", "verdict")
 
 # One row per word on an image: a decision on the whole, or the value of one label, or both.
@@ -83,9 +73,7 @@ class ReviewStore:
 
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
-        # By path: a file of verdicts never changes. Threads share them: they are put in place whole.
-        self._read: dict[str, pa.Table] = {}
-        self._sources: dict[str, frozenset[str]] = {}  # by path of one that holds what others did: their paths
+        self._files = SmallFiles(folder, REVIEWS, EVENT)
 
     def add(self, events: pa.Table) -> str:
         """Adds verdicts; returns the path of their file. The same once more change nothing.
@@ -99,11 +87,7 @@ class ReviewStore:
         digest = hashlib.sha256()
         for batch in events.combine_chunks().to_batches():
             digest.update(batch.serialize())
-        path = f"{REVIEWS}/{digest.hexdigest()[:32]}.parquet"
-        if self._folder.stat(path) is None:
-            self._folder.write_parquet(path, events)
-        self._read = self._read | {path: events}
-        return path
+        return self._files.add(digest.hexdigest()[:32], events)
 
     def events(self) -> pa.Table:
         """All verdicts, the oldest first; equal ones that stand in two files once."""
@@ -111,62 +95,33 @@ class ReviewStore:
 
     def files(self) -> dict[str, pa.Table]:
         """The files of verdicts by path, each as :data:`EVENT`. What was read stays in memory."""
-        return {path: rows for path, (_, rows) in self._look().items()}
+        return {path: rows for path, (_, rows) in self._files.look().items()}
 
     @property
     def merged(self) -> frozenset[str]:
-        """Files whose verdicts stand in another too, of those that were read: they may go, and nothing is lost."""
-        return frozenset().union(*self._sources.values())
+        """Files whose verdicts stand in another too; see :attr:`SmallFiles.joined`."""
+        return self._files.joined
 
     def merge(self, tombstones: Tombstones, now: dt.datetime) -> None:
-        """Puts what many small files hold into one, and removes those of which one was made a while ago.
-
-        Not at once: whoever is listing the folder meanwhile may miss the new file, and must find those that it was
-        made of. Who is killed in between leaves verdicts twice, which :meth:`events` takes for once.
+        """Puts what many small files hold into one; see :class:`SmallFiles`.
 
         To be called with the lease of a run: an erasure of this time knows then that it has to be asked for again.
 
         Args:
             now: by the store's clock.
         """
-        files = self._look()
-        done = self.merged
-        small = [path for path, (_, rows) in files.items() if rows.num_rows < _SMALL_ROWS and path not in done]
-        if len(small) >= _MANY:
-            some, erased = small[:_MOST], tombstones.erased()
+        files = self._files.look()
+        if some := self._files.to_join(files):
+            erased = tombstones.erased()
             every = distinct(files[path][1] for path in some)
             rows = _without(every, erased)
             if rows.num_rows < every.num_rows:  # an erasure is about to remove these files itself
                 some = [path for path in some if _without(files[path][1], erased).num_rows == files[path][1].num_rows]
-            path = f"{REVIEWS}/{uuid.uuid4().hex}.parquet"
-            self._folder.write_parquet(path, rows.replace_schema_metadata({_SOURCES: json.dumps(some)}))
+            path = self._files.join(some, rows)
             # An erasure that looked through the folder before this file was there has not looked into it.
             if _without(rows, tombstones.erased()).num_rows < rows.num_rows:
                 self._folder.delete(path)
-        since = now - _SETTLED
-        settled = (self._sources.get(path, ()) for path, (file, _) in files.items() if file.modified_at < since)
-        self._folder.delete_all(sorted(files.keys() & frozenset().union(*settled)))
-
-    def _look(self) -> dict[str, tuple[FileInfo, pa.Table]]:
-        """The files by path, and what they hold."""
-        for attempt in range(1, _TRIES + 1):
-            held, sources = self._read, self._sources  # once: another thread may put what it has listed in their place
-            listed = {file.path: file for file in self._folder.list(REVIEWS) if file.path.endswith(".parquet")}
-            new = sorted(listed.keys() - held.keys())
-            try:
-                with Threads(_AT_ONCE) as pool:
-                    tables = dict(zip(new, pool.map(self._folder.read_parquet, new), strict=True))
-            except CatalogError:
-                # One that is gone was merged, or written anew by an erasure: in another, which may not be listed here.
-                if attempt == _TRIES or all(self._folder.stat(path) is not None for path in new):
-                    raise
-                continue
-            sources = sources | {path: _sources_of(rows) for path, rows in tables.items()}
-            held = held | {path: conform(rows, EVENT) for path, rows in tables.items()}
-            self._sources = {path: sources.get(path, frozenset()) for path in listed}
-            self._read = {path: held[path] for path in listed}
-            return {path: (listed[path], held[path]) for path in sorted(listed)}
-        raise AssertionError("unreachable")
+        self._files.remove_joined(files, now)
 
     def newest(self) -> pa.Table:
         """The newest decision on each image and its bytes, those taken back included."""
@@ -189,11 +144,6 @@ def distinct(tables: Iterable[pa.Table]) -> pa.Table:
 
 def _without(events: pa.Table, erased: Erased) -> pa.Table:
     return events.filter(pa.array(erased.ids.find(*to_words(to_binary(events["image_id"]))) < 0))
-
-
-def _sources_of(rows: pa.Table) -> frozenset[str]:
-    """The files that a file of verdicts was made of; none of most."""
-    return frozenset(json.loads((rows.schema.metadata or {}).get(_SOURCES, b"[]")))
 
 
 @dataclass(frozen=True)

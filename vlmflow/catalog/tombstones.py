@@ -16,13 +16,12 @@ from vlmflow import schema
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.keys import KEY_BYTES, KeyIndex, concat, from_bytes, index_of, to_binary, to_words
 from vlmflow.catalog.masks import Mask, is_valid
-from vlmflow.threads import Threads
+from vlmflow.catalog.small_files import SmallFiles
 
 TOMBSTONES = "tombstones"
-_READ_AT_ONCE = 16  # files; each erasure adds one
 
 # One row per image and erasure, or its lifting; an address that was erased whatever its images are is one too, and
-# stands in both columns. Files are added and never changed; old ones lack the last column.
+# stands in both columns. Each erasure adds a file, which never changes; old ones lack the last column.
 _EVENT = pa.schema(
     [
         ("image_id", schema.KEY),
@@ -76,8 +75,8 @@ class Tombstones:
     """Reads and adds tombstones. What was read is remembered: a run asks before each of its commits."""
 
     def __init__(self, folder: Folder) -> None:
-        self._folder = folder
-        self._files: dict[str, pa.Table] = {}
+        self._files = SmallFiles(folder, TOMBSTONES, _EVENT)
+        self._read: dict[str, pa.Table] = {}  # by path
         self._images: pa.Table | None = None  # that are erased now, by which address if by one
         self._erased: Erased | None = None
 
@@ -117,27 +116,38 @@ class Tombstones:
         assert self._erased is not None
         return self._erased
 
+    def merge(self, now: dt.datetime) -> None:
+        """Puts what many small files hold into one; see :class:`SmallFiles`.
+
+        Args:
+            now: by the store's clock.
+        """
+        files = self._files.look()
+        if some := self._files.to_join(files):
+            every = pa.concat_tables([files[path][1] for path in some])
+            self._files.join(some, every.group_by(_EVENT.names).aggregate([]).select(_EVENT.names).sort_by("at"))
+        self._files.remove_joined(files, now)
+
     def _add(self, keys: pa.Array, addresses: pa.Array, *, lifted: bool = False) -> None:
         count = len(keys)
         at = self._after_all_others()
         ats, lifts = pa.repeat(pa.scalar(at, schema.TIMESTAMP), count), pa.repeat(pa.scalar(lifted), count)
-        name = f"{at:%Y%m%dT%H%M%S%f}-{secrets.token_hex(4)}.parquet"
-        self._folder.write_parquet(f"{TOMBSTONES}/{name}", pa.table([keys, ats, lifts, addresses], schema=_EVENT))
+        name = f"{at:%Y%m%dT%H%M%S%f}-{secrets.token_hex(4)}"
+        self._files.add(name, pa.table([keys, ats, lifts, addresses], schema=_EVENT))
 
     def _after_all_others(self) -> dt.datetime:
         """The time; of a clock that is behind that of whoever came before, a moment after his."""
         self._now()
         now = dt.datetime.now(dt.UTC)
-        newest: list[dt.datetime] = [pc.max(events["at"]).as_py() for events in self._files.values() if events.num_rows]
+        newest: list[dt.datetime] = [pc.max(events["at"]).as_py() for events in self._read.values() if events.num_rows]
         return max([now, *(at + dt.timedelta(microseconds=1) for at in newest)])
 
     def _now(self) -> pa.Table:
         """The images that are erased now by id, with the address by which they were."""
-        new = [file.path for file in self._folder.list(TOMBSTONES) if file.path not in self._files]
-        if new or self._images is None:
-            with Threads(_READ_AT_ONCE) as pool:
-                self._files |= dict(zip(new, pool.map(self._folder.read_parquet, new), strict=True))
-            every = pa.concat_tables([_EVENT.empty_table(), *self._files.values()], promote_options="default")
+        read = {path: rows for path, (_, rows) in self._files.look().items()}
+        if read.keys() != self._read.keys() or self._images is None:
+            self._read = read
+            every = pa.concat_tables([_EVENT.empty_table(), *read.values()])
             erased = _newest(every)
             of_address = pc.fill_null(pc.equal(erased["image_id"], erased["address"]), False)
             self._images = erased.filter(pc.invert(of_address))

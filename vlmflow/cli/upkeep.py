@@ -47,7 +47,7 @@ def vacuum(
 
     Safe beside running jobs: what a live run has written and not yet committed is never touched. A run without a sign
     of life for ten minutes is dead; it is shut out from committing before its files go. Records of vacuums and of
-    bringing verdicts into rows go as old files do, and many small files of verdicts become one.
+    bringing verdicts into rows go as old files do, and many small files of verdicts, or of tombstones, become one.
     """
     from vlmflow.catalog import Catalog
     from vlmflow.catalog.log import LONGEST_RETENTION

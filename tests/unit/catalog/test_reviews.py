@@ -190,7 +190,7 @@ def test_files_of_verdicts_are_read_by_two_threads_at_once(catalog: Catalog, mon
     original = Folder.read_parquet
 
     def beside_one_that_listed_earlier(self: Folder, path: str, columns: object = None) -> pa.Table:
-        catalog.reviews._read = {}
+        catalog.reviews._files._read = {}
         return original(self, path, columns)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Folder, "read_parquet", beside_one_that_listed_earlier)

@@ -13,8 +13,7 @@ import pyarrow as pa
 import pytest
 
 from tests.catalog_samples import config_of, image_id, open_catalog
-from vlmflow.catalog import Catalog
-from vlmflow.catalog import reviews as reviews_module
+from vlmflow.catalog import Catalog, small_files
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.keys import to_binary
 from vlmflow.catalog.reviews import EVENT, ReviewStore
@@ -26,7 +25,7 @@ MANY = 8
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(reviews_module, "_MANY", MANY)
+    monkeypatch.setattr(small_files, "_MANY", MANY)
     open_catalog(tmp_path / "catalog")
     return tmp_path / "catalog"
 
@@ -57,7 +56,7 @@ def merge(root: Path) -> None:
 
 
 def make_old(root: Path) -> None:
-    then = time.time() - reviews_module._SETTLED.total_seconds() - 5
+    then = time.time() - small_files._SETTLED.total_seconds() - 5
     for path in (root / "reviews").glob("*.parquet"):
         os.utime(path, (then, then))
 
@@ -97,7 +96,7 @@ def test_what_was_merged_is_merged_again_with_what_came_later(root: Path) -> Non
 
 
 def test_large_files_are_left_alone(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reviews_module, "_SMALL_ROWS", 1)
+    monkeypatch.setattr(small_files, "_SMALL_ROWS", 1)
     say(root, *"abcdefgh")
     merge(root)
     assert len(files(root)) == MANY
@@ -159,7 +158,7 @@ def test_an_erasure_that_has_listed_what_goes_finds_it_where_it_is_now(
 
 
 def test_readers_beside_writers_and_merges_miss_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reviews_module, "_SETTLED", dt.timedelta(milliseconds=200))
+    monkeypatch.setattr(small_files, "_SETTLED", dt.timedelta(milliseconds=200))
     stop, missed = Event(), []
 
     def read() -> None:

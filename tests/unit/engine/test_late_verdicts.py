@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,13 +17,14 @@ from tests.catalog_samples import config_of, enrich, image_id, open_catalog, ref
 from vlmflow.catalog import Catalog, keys
 from vlmflow.catalog.known_images import KnownImages
 from vlmflow.catalog.reviews import EVENT
-from vlmflow.catalog.runs import DEAD_AFTER
+from vlmflow.catalog.runs import DEAD_AFTER, RunStore
 from vlmflow.engine.collect import Collected
 from vlmflow.engine.late_verdicts import bring_in_late_verdicts
 from vlmflow.engine.run import _Run
 from vlmflow.errors import ClusterError
 from vlmflow.known import add_list, remove_list
 from vlmflow.report.runs import find_run
+from vlmflow.review import import_verdicts
 
 NAMES = ["a", "b", "c"]
 NO_LISTS = KnownImages([])
@@ -92,6 +93,32 @@ def test_the_run_after_one_that_was_killed_looks_at_every_row(catalog: Catalog) 
     block(catalog, "c")
     bring_in_late_verdicts(catalog, "r3", None, [])
     assert blocked(catalog) == {"b"}
+
+
+def test_what_was_said_by_a_command_that_was_killed_before_the_rows_followed(
+    catalog: Catalog, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, verdicts = config_of(catalog.uri), tmp_path / "verdicts.csv"
+    verdicts.write_text("uri,verdict\nmem://b,block\n")
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    def after_a_kill_of(command: Callable[[], object], number: int) -> set[str]:
+        with monkeypatch.context() as patch:
+            patch.setattr(Catalog, "apply_verdicts", killed)
+            patch.setattr(RunStore, "conclude", lambda *_, **__: None)  # nothing is done after a kill
+            with pytest.raises(KeyboardInterrupt):
+                command()
+        bring_in_late_verdicts(catalog, f"next{number}", None, [])
+        found = blocked(catalog)
+        for run_id in catalog.runs.states():
+            catalog.runs.conclude(run_id, None)
+        return found
+
+    assert after_a_kill_of(lambda: add_list(config, "banned", "block", ["bytes-mem://a"]), 1) == {"a"}
+    assert after_a_kill_of(lambda: import_verdicts(config, verdicts, reviewer="ada"), 2) == {"a", "b"}
+    assert after_a_kill_of(lambda: remove_list(config, "banned"), 3) == {"b"}
 
 
 def test_every_row_is_looked_at_once_for_a_run_that_died(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.keys import to_binary
 from vlmflow.catalog.known_images import KnownList
 from vlmflow.catalog.reviews import EVENT
+from vlmflow.engine.late_verdicts import bring_in_late_verdicts
 
 
 def test_what_a_list_blocks_stays_blocked_when_a_verdict_is_taken_back(served: Served) -> None:
@@ -66,6 +67,15 @@ def test_verdicts_leave_no_record_each_time_they_are_brought_in(served: Served) 
         assert browser.judge(row, "block").status_code == 200
         assert served.desk.judging.flush() == 1
     assert runs.states().keys() == before
+
+
+def test_the_next_run_brings_in_what_an_app_that_was_killed_had_not(served: Served) -> None:
+    """As long as a verdict waits for its row, the app has a lease, which a killed one leaves behind."""
+    row = next(row for row in by_id(served).values() if row["decision"] == "allow")
+    served.browser().review_as("ada").judge(row, "block")
+    assert by_id(served)[row["image_id"]]["decision"] == "allow"
+    bring_in_late_verdicts(Catalog.open(served.config), "night", None, [])
+    assert by_id(served)[row["image_id"]]["decision"] == "block"
 
 
 def test_a_verdict_lists_the_others_once_and_reads_none_again(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

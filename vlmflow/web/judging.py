@@ -16,6 +16,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -150,6 +151,8 @@ class Judging:
         self._restored: dict[str, str] = {}  # by mark of a verdict: the mark it has since an undo put it back
         self._files: frozenset[str] = frozenset()  # of verdicts, that these were read from
         self._waiting: dict[str, int] = {}  # images whose rows are to follow, with the number of the change
+        # Held while some wait: who is killed then leaves it, for which the next run looks at all rows.
+        self._lease: ExitStack | None = None
         # What was said here, and the version whose rows show it; None: none does yet.
         self._fresh: dict[tuple[str, str], int | None] = {}
         self.changes = 0  # grows with whatever is said: part of keys of caches
@@ -226,7 +229,12 @@ class Judging:
             if held is not None:  # of a clock that is ahead of ours
                 now = max(now, held.at + dt.timedelta(microseconds=1))
             events = _events(judgement, now)
-            path = self._shelf.catalog.reviews.add(events)
+            with ExitStack() as lease:
+                if judgement.decision is not None and self._lease is None:
+                    lease.enter_context(self._shelf.catalog.runs.recorded("review", is_kept=False))
+                path = self._shelf.catalog.reviews.add(events)
+                if judgement.decision is not None:
+                    self._lease = self._lease or lease.pop_all()
             for row in events.to_pylist():
                 self._add(row)
             self._files |= {path}
@@ -261,6 +269,9 @@ class Judging:
                 if self._waiting[image_id] == change:  # else it was judged again meanwhile
                     del self._waiting[image_id]
             self._fresh |= {key: shown for key in fresh if key[0] not in self._waiting and key in self._fresh}
+            if not self._waiting and self._lease is not None:
+                self._lease.close()
+                self._lease = None
         self._shelf.look()
         return result.num_changed
 

@@ -59,10 +59,10 @@ def run(counts: Any, max_rows: int, *, fails_on: int = -1) -> int:
             raise ValueError("a block that is given up")
         return batch
 
-    blocks = [ray.put(pa.table({"number": np.arange(start, start + 32)})) for start in range(0, 1_600, 32)]
+    blocks = [pa.table({"number": np.arange(start, start + 32)}) for start in range(0, 1_600, 32)]
     with ray_cluster(RayConfig()):
         limit_read_ahead(max_rows)
-        dataset = ray.data.from_arrow_refs(blocks)
+        dataset = ray.data.from_blocks(blocks)
         dataset = dataset.map_batches(read_and_decode, batch_format="pyarrow", num_cpus=0.2, **TASK_LIMITS)
         dataset = dataset.map_batches(
             Model,

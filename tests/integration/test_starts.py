@@ -10,7 +10,6 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-import ray
 from ray.data import Dataset
 
 from vlmflow.config import ImageLimits, PoolConfig
@@ -50,7 +49,7 @@ def test_a_pool_whose_actors_are_killed_whenever_they_load_ends_the_run(
     monkeypatch.setattr(pipeline, "_as_function", lambda _: lambda batch: batch)
     decode = ReadAndDecode(NoReader(), (), ImageLimits(), None)  # type: ignore[arg-type]
     stages = Stages(decode, (PoolConfig(tasks=("embed", "caption"), cpus=0.5),), None, None)  # type: ignore[arg-type]
-    dataset = pipeline.build_pipeline([ray.put(pa.table({"number": [1, 2]}))], stages, 2)
+    dataset = pipeline.build_pipeline([pa.table({"number": [1, 2]})], stages, 2)
     with pytest.raises(ModelsKilledError, match=r"pool embed\+caption: .* killed 3 times") as caught:
         wait_for_blocks(dataset, time.monotonic() + 120)
     assert "memory" in caught.value.remedy

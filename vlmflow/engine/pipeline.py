@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pyarrow as pa
 import ray
@@ -179,9 +179,7 @@ def block_rows(num_images: int, cluster: Cluster, max_rows: int, batch_size: int
     return part if 2 * part > rows else rows
 
 
-def build_pipeline(
-    blocks: list[ray.ObjectRef[pa.Table]], stages: Stages, num_rows: int, read_ahead: int | None = None
-) -> Dataset:
+def build_pipeline(blocks: Iterable[pa.Table], stages: Stages, num_rows: int, read_ahead: int | None = None) -> Dataset:
     """Chains decoding and the pools; nothing runs until the dataset is consumed.
 
     Args:
@@ -196,7 +194,8 @@ def build_pipeline(
     # decoded lies in memory until the pool has come to it.
     decoding = num_tasks * (max(num_rows, DECODE_BATCH) if leaves_jpegs else 2 * DECODE_BATCH)
     limit_read_ahead(read_ahead_rows(read_ahead, stages.pools, calls, decoding))
-    dataset = ray.data.from_arrow_refs(blocks)
+    # Of references to blocks Ray Data would run a task for each, to ask how many rows it has.
+    dataset = ray.data.from_blocks(list(blocks))
     with warnings.catch_warnings():
         # Ray 2.60 announces named parameters for these arguments and has none for the retries yet.
         warnings.filterwarnings("ignore", message=".*ray_remote_args.*")

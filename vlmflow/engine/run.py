@@ -189,8 +189,7 @@ class _Run:
                 self._display.stage("trying batch sizes")
                 stages = self._tried(stages, cluster)
             num_rows = planned_block_rows(self._plan, stages, cluster, self._job.commit.max_rows)
-            blocks = [ray.put(block) for block in self._plan.batches(num_rows)]
-            dataset = build_pipeline(blocks, stages, num_rows, self._job.read_ahead)
+            dataset = build_pipeline(self._plan.batches(num_rows), stages, num_rows, self._job.read_ahead)
             with FinishedBlocks(dataset) as finished:
                 # Models that do not load end the run here, before anything is written.
                 first = self._first(finished)
@@ -356,7 +355,7 @@ class _Run:
     def _run_in_blocks(
         self, rows: pa.Table, stages: Stages, num_rows: int, collector: Collector, metrics: RunMetrics
     ) -> None:
-        blocks = [ray.put(rows.slice(start, num_rows)) for start in range(0, rows.num_rows, num_rows)]
+        blocks = [rows.slice(start, num_rows) for start in range(0, rows.num_rows, num_rows)]
         with FinishedBlocks(build_pipeline(blocks, stages, num_rows, self._job.read_ahead)) as finished:
             self._consume([], finished, collector, metrics)
 

@@ -227,9 +227,18 @@ class DeviceDecoder:
         if matrix is None:
             while len(kept) >= _MAX_COEFFICIENTS:
                 kept.popitem(last=False)
-            matrix = coefficients(*key, self._device).to(self._dtype)
+            matrix = self._coefficients(*key)
         kept[key] = matrix
         return matrix
+
+    def _coefficients(self, length: int, start: float, end: float, size: int, interpolation: str) -> torch.Tensor:
+        matrix = torch.empty((size, length), dtype=self._dtype, device=self._device)
+        if can_fuse(matrix):
+            from vlmflow.imaging import triton_levels
+
+            if attempt(triton_levels.coefficients, matrix, start, end, interpolation) is not None:
+                return matrix
+        return coefficients(length, start, end, size, interpolation, self._device).to(self._dtype)
 
 
 def coefficients(

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from vlmflow.imaging.device import coefficients
 from vlmflow.models import fused
 from vlmflow.models.attention import attend, split_heads
 
@@ -85,10 +86,16 @@ LEVELS = (
     ],
     [torch.arange(-20, 600, dtype=dtype).div(2).repeat(9) for dtype in (torch.float32, torch.float16)],
 )
+# Length, start and end of what is shown, size, interpolation: made smaller and larger, whole and in part.
+COEFFICIENTS = [
+    (length, start, end, size, interpolation)
+    for interpolation in ("bicubic", "bilinear")
+    for length, start, end, size in [(1201, 0, 1201, 6), (5, 0, 5, 8), (601, 200 / 3, 400.7, 4), (1, 0, 1, 2)]
+]
 # Triton's own functions are made for its interpreter when it is imported: in another process.
 INTERPRETED = """
 import sys, torch
-from vlmflow.imaging.triton_levels import stack, to_levels
+from vlmflow.imaging.triton_levels import coefficients, stack, to_levels
 from vlmflow.models.triton_attention import attend_step, attend_to_features, attend_within
 from vlmflow.models.triton_norm import NormOf, NormSizes, norm
 
@@ -109,6 +116,8 @@ found += [[attend(**case) for case in given[name]] for name, attend in
 images, values = given["levels"]
 found.append([stack(images, torch.full((len(images), *images[0].shape), torch.nan, dtype=kind)) for kind in
               (torch.float32, torch.float16)] + [to_levels(each.clone()) for each in values])
+found.append([coefficients(torch.full((size, length), torch.nan, dtype=torch.float64), start, end, interpolation)
+              for length, start, end, size, interpolation in given["coefficients"]])
 torch.save(found, sys.argv[2])
 """
 
@@ -167,15 +176,19 @@ pointers = dict(addresses="*i64", out="*fp16")
 found = compiled(triton_levels._stack, None, [*pointers, "size"], **pointers, size="i32", block=[4096])
 assert "ld.global.v4" in found.asm["ptx"], "bytes that are read one by one"
 compiled(triton_levels._to_levels, None, ["values"], values="*fp16", size="i32", block=[4096])
+numbers = dict.fromkeys(("start", "start_rest", "scale", "scale_rest"), "fp32")
+for bicubic in (True, False):
+    compiled(triton_levels._coefficients, out="*fp16", length="i32", **numbers, bicubic=bicubic, block=[512])
 """
 
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What the kernels give for NORMS, for STEPS, for CROSSES, for TEXTS and for LEVELS."""
+    """What the kernels give for NORMS, for STEPS, for CROSSES, for TEXTS, for LEVELS and for COEFFICIENTS."""
     pytest.importorskip("triton")
     folder = tmp_path_factory.mktemp("triton")
     given = {"norms": NORMS, "steps": STEPS, "crosses": CROSSES, "texts": TEXTS, "levels": LEVELS}
+    given |= {"coefficients": COEFFICIENTS}
     torch.save(given, folder / "given.pt")
     command = [sys.executable, "-c", INTERPRETED, str(folder / "given.pt"), str(folder / "found.pt")]
     subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, check=True)
@@ -251,6 +264,12 @@ def test_bytes_become_levels(interpreted: Any) -> None:
         assert given.min() < -1
         assert given.max() > 256
         assert torch.equal(found, given.round().clamp(0, 255))
+
+
+def test_coefficients_of_a_resize(interpreted: Any) -> None:
+    for found, (*given, interpolation) in zip(interpreted[5], COEFFICIENTS, strict=True):
+        expected = coefficients(*given, interpolation, torch.device("cpu"))
+        torch.testing.assert_close(found, expected, atol=1e-9, rtol=0)
 
 
 def test_a_kernel_that_cannot_run_is_left_out_and_told_of_once(

@@ -27,9 +27,9 @@ from vlmflow.tasks.setup import prepare_prompts, prepare_tasks
 
 def calibrate(
     job: Job,
-    verdicts: Path | None,
+    verdicts: str | Path | None,
     *,
-    output: Path | None = None,
+    output: str | Path | None = None,
     targets: Targets | None = None,
     accept_uncalibrated: bool = False,
     seed: int = 0,
@@ -49,6 +49,7 @@ def calibrate(
         seed: of the bootstrap.
 
     Raises:
+        ConfigError: the job names no policy, or an unknown profile.
         CalibrationError: verdicts that cannot be used or do not suffice, or embeddings of another model.
         PolicyError: the policy cannot be used, or the output is no YAML file by its name, or is there already.
         CatalogError: there is no catalog.
@@ -64,6 +65,7 @@ def calibrate(
     if output is None:
         folder = Path() if job.policy in shipped_policies() else source.parent
         output = folder / f"{policy.name}-v{next_version(policy.version)}.yaml"
+    output = Path(output)
     # Before all else: it would be in vain.
     if output.suffix not in POLICY_SUFFIXES:
         remedy = "End its name with .yaml: no policy is read from another file."
@@ -73,7 +75,7 @@ def calibrate(
     catalog = Catalog.open(job.catalog)
     labels = tuple(ref.label for ref in policy.labels)
     source_name = str(verdicts) if verdicts is not None else f"reviews of {catalog.uri}"
-    given = read_verdicts(verdicts) if verdicts is not None else reviewed(catalog.reviews.events())
+    given = read_verdicts(Path(verdicts)) if verdicts is not None else reviewed(catalog.reviews.events())
     matched = match_verdicts(given, catalog.image_batches(IMAGE_COLUMNS), labels)
     if not matched.ids:
         reasons = (

@@ -341,14 +341,14 @@ _REMEDIES = {
 
 def load_job(
     path: str | Path | None,
-    overrides: dict[str, Any],
+    overrides: dict[str, Any] | None = None,
     defaults: Callable[[dict[str, Any]], dict[str, Any]] = dict.copy,
 ) -> Job:
     """Builds a job from a YAML file and from what the command line says, which wins.
 
     Args:
         path: a YAML file; None: the overrides alone.
-        overrides: a nested mapping with the shape of :class:`Job`; None values are left out.
+        overrides: a nested mapping with the shape of :class:`Job`; None values are left out. None: the file alone.
         defaults: makes of what the file says what it is taken to say of keys that it lacks or leaves empty.
 
     Raises:
@@ -368,7 +368,7 @@ def load_job(
             raise ConfigError(f"config {path} holds a {type(data).__name__}", remedy="Write `key: value` lines.")
     filled = data | {key: value for key, value in defaults(data).items() if data.get(key) is None}
     try:
-        return Job.model_validate(merged(filled, overrides))
+        return Job.model_validate(merged(filled, overrides or {}))
     except ValidationError as error:
         message = describe_validation(error, what=str(path or "job"), of=Job)
         missing = missing_keys(error)

@@ -70,5 +70,13 @@ class PhraseGrounder:
 
 
 def ground_phrases(image: str | Path | bytes, phrases: list[str], model: ModelConfig) -> list[list[GroundedRegion]]:
-    """Looks for phrases in one image; see :class:`PhraseGrounder`, which is faster for more than one."""
+    """Looks for phrases in one image; see :class:`PhraseGrounder`, which is faster for more than one.
+
+    Returns:
+        For each phrase the regions of the image, the likeliest first.
+
+    Raises:
+        ConfigError, WeightsError: as :class:`PhraseGrounder`.
+        ImageError, QuestionError: as :meth:`PhraseGrounder.ground`.
+    """
     return PhraseGrounder(model).ground(image, phrases)

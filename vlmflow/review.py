@@ -62,13 +62,21 @@ class ReviewReport(Frozen):
     flips: dict[str, int]
 
 
-def export_queue(config: CatalogConfig, output: Path, *, sizes: QueueSizes | None = None, seed: int = 0) -> QueueReport:
+def export_queue(
+    config: CatalogConfig, output: str | Path, *, sizes: QueueSizes | None = None, seed: int = 0
+) -> QueueReport:
     """Writes the images that a person should look at; by the suffix Parquet, CSV or JSON for Label Studio.
+
+    Args:
+        output: a file that is written anew.
+        sizes: how many images of each kind, a :class:`vlmflow.review.QueueSizes`; None: its defaults.
+        seed: of the random audit sample.
 
     Raises:
         ReviewError: the file cannot be written.
         CatalogError: there is no catalog.
     """
+    output = Path(output)
     check_suffix(output)
     catalog = Catalog.open(config)
     said = reviewed(catalog.reviews.events()).verdicts
@@ -84,7 +92,7 @@ def export_queue(config: CatalogConfig, output: Path, *, sizes: QueueSizes | Non
     )
 
 
-def import_verdicts(config: CatalogConfig, source: Path, *, reviewer: str | None = None) -> ReviewReport:
+def import_verdicts(config: CatalogConfig, source: str | Path, *, reviewer: str | None = None) -> ReviewReport:
     """Takes people's verdicts into a catalog, and into the rows that they are about.
 
     A verdict is bound to the bytes that were judged: those of ``content_hash``, else those that the catalog holds now.
@@ -94,13 +102,14 @@ def import_verdicts(config: CatalogConfig, source: Path, *, reviewer: str | None
     same before: then it is that, and importing a file again, or a copy of it, changes nothing.
 
     Args:
+        source: a queue that was filled in, or an export of Label Studio.
         reviewer: of rows that name none.
 
     Raises:
         ReviewError: the file cannot be used; nothing was taken.
         CatalogError: there is no catalog, or other writers are always first.
     """
-    now = dt.datetime.now(dt.UTC)
+    source, now = Path(source), dt.datetime.now(dt.UTC)
     words, unsaid = read_words(source, reviewer, now)
     catalog = Catalog.open(config)
     given, left_out = _events(words, catalog.image_batches(_ROW))

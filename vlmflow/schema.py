@@ -133,12 +133,36 @@ VERDICT = pa.struct(
     ]
 )
 
+# What each task writes of an image: its `writes`. Results that are copied from an image of equal bytes are these.
+TASK_OUTPUTS: dict[str, pa.Schema] = {
+    "embed": pa.schema(
+        [
+            ("vectors", pa.list_(pa.list_(pa.float32()))),  # one unit vector per view; go to the embeddings table
+            ("vector_views", pa.list_(pa.string())),
+        ]
+    ),
+    "detect": pa.schema([("detections", pa.list_(DETECTION))]),
+    "moderate": pa.schema([("labels", pa.list_(LABEL)), ("decision", pa.string()), ("decision_reason", pa.string())]),
+    "caption": pa.schema([("caption", pa.string())]),
+    "match": pa.schema(
+        [
+            # Null of a head that the model lacks.
+            ("caption_itm", pa.float32()),  # probability that image and generated caption match, matching head
+            ("caption_itc", pa.float32()),  # cosine of image and generated caption, contrastive heads
+            ("text_itm", pa.float32()),  # the same for the caller's text
+            ("text_itc", pa.float32()),
+        ]
+    ),
+    "answer": pa.schema([("answers", pa.list_(ANSWER))]),  # in the order of the questions: the job's, then its own
+}
+
+# What the images table holds of each task: of its outputs those that stay in the row, and what the writer adds.
 TASK_COLUMNS: dict[str, pa.Schema] = {
     "embed": pa.schema([("embed_run_id", pa.string()), ("embed_model", pa.string())]),
-    "detect": pa.schema([("detections", pa.list_(DETECTION))]),
+    "detect": TASK_OUTPUTS["detect"],
     "moderate": pa.schema(
         [
-            ("labels", pa.list_(LABEL)),
+            TASK_OUTPUTS["moderate"].field("labels"),
             ("policy_name", pa.string()),
             ("policy_version", pa.string()),
             ("policy_digest", pa.string()),
@@ -147,7 +171,7 @@ TASK_COLUMNS: dict[str, pa.Schema] = {
     ),
     "caption": pa.schema(
         [
-            ("caption", pa.string()),
+            *TASK_OUTPUTS["caption"],
             ("alt_text", pa.string()),  # of the caption and the text that the caller found in the image
             ("alt_text_rule", pa.string()),  # the rule of alternative texts that it breaks; null: none
             ("caption_model", pa.string()),
@@ -155,18 +179,14 @@ TASK_COLUMNS: dict[str, pa.Schema] = {
     ),
     "match": pa.schema(
         [
-            # Null of a head that the model lacks.
-            ("caption_itm", pa.float32()),  # probability that image and generated caption match, matching head
-            ("caption_itc", pa.float32()),  # cosine of image and generated caption, contrastive heads
-            ("text_itm", pa.float32()),  # the same for the caller's text
-            ("text_itc", pa.float32()),
+            *TASK_OUTPUTS["match"],
             ("text_digest", pa.string()),  # of the caller's text that was scored
             ("match_model", pa.string()),
         ]
     ),
     "answer": pa.schema(
         [
-            ("answers", pa.list_(ANSWER)),  # in the order of the questions: the job's, then the image's own
+            *TASK_OUTPUTS["answer"],
             ("questions_digest", pa.string()),  # of the questions that were asked
             ("answer_model", pa.string()),
         ]
@@ -211,19 +231,8 @@ IMAGES = pa.schema(
 # Outputs of the tasks, each of which the writer takes if it is there.
 WRITER_OPTIONAL = pa.schema(
     [
-        ("detections", pa.list_(DETECTION)),
-        ("labels", pa.list_(LABEL)),
-        ("decision", pa.string()),
-        ("decision_reason", pa.string()),
+        *[field for outputs in TASK_OUTPUTS.values() for field in outputs],
         ("verdict", VERDICT),  # of a list of known images
-        ("caption", pa.string()),
-        ("caption_itm", pa.float32()),
-        ("caption_itc", pa.float32()),
-        ("text_itm", pa.float32()),
-        ("text_itc", pa.float32()),
-        ("answers", pa.list_(ANSWER)),
-        ("vectors", pa.list_(pa.list_(pa.float32()))),  # one unit vector per view
-        ("vector_views", pa.list_(pa.string())),
     ]
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from vlmflow import schema
 from vlmflow.catalog import Catalog, Verification
 from vlmflow.config import CatalogConfig, Job, SourceConfig
 from vlmflow.sources import open_source
@@ -37,5 +38,6 @@ def _last_fingerprints(catalog: Catalog) -> Mapping[str, str]:
     for run in catalog.runs.newest():
         found = run.record.get("fingerprints")
         if run.state == "finished" and isinstance(found, dict) and found:
-            return found
+            # The rest is of a newer version, which rows were made with, and which this one knows nothing of.
+            return {task: fingerprint for task, fingerprint in found.items() if task in schema.TASKS}
     return {}

@@ -135,7 +135,7 @@ def test_the_next_version_lies_beside_the_old_one_and_is_not_overwritten(
             vlmflow.calibrate(job, scene.verdicts)
         for _ in range(2):
             with pytest.raises(PolicyError, match=r"policy .*/stricter: neither \.yaml nor \.yml"):
-                vlmflow.calibrate(job, scene.verdicts, output=tmp_path / "stricter")
+                vlmflow.calibrate(job, str(scene.verdicts), output=str(tmp_path / "stricter"))
     job = job.model_copy(update={"policy": report.output})
     assert vlmflow.calibrate(job, scene.verdicts).output == str(tmp_path / "test-v3.yaml")
 

@@ -165,7 +165,7 @@ def test_a_queue_goes_out_and_comes_back_in_every_format(job: Job, tmp_path: Pat
     sizes = QueueSizes(near=3, disagreement=2, random=2)
     for number, suffix in enumerate(("csv", "parquet", "json")):
         path = tmp_path / f"queue.{suffix}"
-        report = export_queue(job.catalog, path, sizes=sizes, seed=number)
+        report = export_queue(job.catalog, str(path), sizes=sizes, seed=number)
         assert report.queues.items() >= {"near": 3, "random": 2}.items()
         if suffix == "json":
             tasks = json.loads(path.read_text())

@@ -156,6 +156,12 @@ def test_the_command_line(tmp_path: Path, root: Path, capsys: pytest.CaptureFixt
     assert found["findings"]["stale"]["count"] == 3
     assert found["findings"]["old_fingerprint"]["tasks"] == {"caption": 3}
 
+    newest = {"fingerprints": {"caption": "caption-2", "depth": "depth-1"}}  # of a version with a task more
+    catalog.runs.start("s0", newest)
+    catalog.runs.finish("s0", newest)
+    assert run(["verify", str(tmp_path / "photos"), str(root), "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["findings"] == found["findings"]
+
 
 def test_on_a_store(s3_server: S3Server) -> None:
     config = CatalogConfig(uri=f"s3://{s3_server.make_bucket()}/catalog", storage=s3_server.storage)

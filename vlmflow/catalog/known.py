@@ -37,22 +37,14 @@ MAX_ROWS = 10_000_000
 _KEY_DIGITS = 32  # of a content hash: the first 128 bits find it, all of it is compared before anything is copied
 _CACHED_GROUPS = 8  # row groups that a worker keeps: images that were copied come in runs
 
-# What is copied of a row, by task; facts come along.
-_RESULTS: dict[str, tuple[str, ...]] = {
-    "embed": ("vectors", "vector_views"),
-    "detect": ("detections",),
-    "moderate": ("labels", "decision", "decision_reason"),
-    "caption": ("caption",),
-    "match": ("caption_itm", "caption_itc", "text_itm", "text_itc"),
-    "answer": ("answers",),
-}
+# What is copied of a row: the tasks' outputs, of which the vectors lie in their own table, and facts.
 _IMAGE_COLUMNS = (
     "image_id",
     "text_digest",
     "questions_digest",
     "verdict",
     *schema.FACTS.names,
-    *(name for task in ("detect", "moderate", "caption", "match", "answer") for name in _RESULTS[task]),
+    *(name for task in schema.TASKS if task != "embed" for name in schema.TASK_OUTPUTS[task].names),
 )
 _COPY = pa.schema(
     [

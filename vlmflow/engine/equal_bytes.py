@@ -23,21 +23,7 @@ from vlmflow.tasks import Columns, Task
 # The outputs of the tasks, of which a row has those that TASKS_COPIED names.
 COPIED_TYPE = pa.struct([field for field in schema.WRITER_OPTIONAL if field.name != "verdict"])
 
-_TASK_OF = {
-    "vectors": "embed",
-    "vector_views": "embed",
-    "detections": "detect",
-    "labels": "moderate",
-    "decision": "moderate",
-    "decision_reason": "moderate",
-    "caption": "caption",
-    "caption_itm": "match",
-    "caption_itc": "match",
-    "text_itm": "match",
-    "text_itc": "match",
-    "answers": "answer",
-}
-
+_TASK_OF = {name: task for task, outputs in schema.TASK_OUTPUTS.items() for name in outputs.names}
 
 _Identity: TypeAlias = tuple[str | tuple[str, ...] | None, ...]  # the bytes, and what else a task reads
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from urllib.parse import urlsplit
 
 from vlmflow.config import PROMPTED, Dtype, EndpointConfig, ModelConfig
+from vlmflow.errors import ConfigError
 from vlmflow.imaging import PixelRequest
 from vlmflow.models.identity import CODE_VERSIONS, ModelIdentity, short_digest
 from vlmflow.models.preprocessing import Preprocessing, read_preprocessing
@@ -231,6 +232,7 @@ def load_embedder(config: ModelConfig, device: str, dtype: Dtype = "auto") -> Im
         dtype: `auto`: bfloat16 on CUDA devices that have it, float32 elsewhere.
 
     Raises:
+        ConfigError: the family does something else.
         WeightsError: the weights are absent, unsafe to load, or do not fit.
     """
     match config.family:
@@ -242,10 +244,12 @@ def load_embedder(config: ModelConfig, device: str, dtype: Dtype = "auto") -> Im
             from vlmflow.models.align import AlignEmbedder
 
             return AlignEmbedder.load(locate(config), config, device, dtype)
-        case _:
+        case "open_clip":
             from vlmflow.models.clip import ClipEmbedder
 
             return ClipEmbedder.load(locate(config), config, device, dtype)
+        case _:
+            raise _no_adapter("embed", config)
 
 
 def load_text_embedder(config: ModelConfig) -> ImageEmbedder:
@@ -271,6 +275,7 @@ def load_captioner(
         towers: of the worker; a vision tower with equal weights is shared. None: the model has its own.
 
     Raises:
+        ConfigError: the family does something else.
         WeightsError: the weights are absent, unsafe to load, or do not fit.
     """
     if config.family in PROMPTED:
@@ -288,10 +293,12 @@ def load_captioner(
             from vlmflow.models.git import GitCaptioner
 
             return GitCaptioner.load(locate(config), config, device, dtype)
-        case _:
+        case "blip_caption":
             from vlmflow.models.blip import BlipCaptioner
 
             return BlipCaptioner.load(locate(config), config, device, dtype, towers)
+        case _:
+            raise _no_adapter("caption", config)
 
 
 def load_matcher(
@@ -304,6 +311,7 @@ def load_matcher(
         towers: of the worker; a vision tower with equal weights is shared. None: the model has its own.
 
     Raises:
+        ConfigError: the family does something else.
         WeightsError: the weights are absent, unsafe to load, or do not fit.
     """
     match config.family:
@@ -323,10 +331,12 @@ def load_matcher(
             from vlmflow.models.vilbert.adapter import VilbertMatcher
 
             return VilbertMatcher.load(locate(config), device, dtype)
-        case _:
+        case "blip_itm":
             from vlmflow.models.blip import BlipMatcher
 
             return BlipMatcher.load(locate(config), config, device, dtype, towers)
+        case _:
+            raise _no_adapter("match", config)
 
 
 def load_answerer(
@@ -339,6 +349,7 @@ def load_answerer(
         towers: of the worker; a vision tower with equal weights is shared. None: the model has its own.
 
     Raises:
+        ConfigError: the family does something else.
         WeightsError: the weights are absent, unsafe to load, or do not fit.
     """
     if config.family in PROMPTED:
@@ -347,17 +358,29 @@ def load_answerer(
         prompt = prompt_of("answer", config)
         assert prompt is not None
         return PromptedAnswerer(_load_chat(config, device, dtype), prompt, config.max_answer_tokens)
-    if config.family == "blip_vqa":
-        from vlmflow.models.blip_vqa import BlipAnswerer
+    match config.family:
+        case "blip_vqa":
+            from vlmflow.models.blip_vqa import BlipAnswerer
 
-        return BlipAnswerer.load(locate(config), config, device, dtype, towers)
-    if config.family == "vilbert":
-        from vlmflow.models.vilbert.adapter import VilbertAnswerer
+            return BlipAnswerer.load(locate(config), config, device, dtype, towers)
+        case "vilbert":
+            from vlmflow.models.vilbert.adapter import VilbertAnswerer
 
-        return VilbertAnswerer.load(locate(config), device, dtype)
-    from vlmflow.models.vilt import ViltAnswerer
+            return VilbertAnswerer.load(locate(config), device, dtype)
+        case "vilt":
+            from vlmflow.models.vilt import ViltAnswerer
 
-    return ViltAnswerer.load(locate(config), config, device, dtype)
+            return ViltAnswerer.load(locate(config), config, device, dtype)
+        case _:
+            raise _no_adapter("answer", config)
+
+
+def _no_adapter(role: str, config: ModelConfig) -> ConfigError:
+    """Never that of another family: weights that happened to fit would compute something else."""
+    return ConfigError(
+        f"models.{role}: no adapter is loaded for the family {config.family}",
+        remedy="Use a model of another family, or load it where the adapters of the others are (models/__init__.py).",
+    )
 
 
 def _load_chat(config: ModelConfig, device: str, dtype: Dtype) -> VisionChat:

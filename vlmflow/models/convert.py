@@ -43,7 +43,7 @@ class ConversionReport(BaseModel):
 
 
 def convert_weights(
-    family: str, source: Path, folder: Path, inputs: ConversionInputs | None = None
+    family: str, source: str | Path, folder: str | Path, inputs: ConversionInputs | None = None
 ) -> ConversionReport:
     """Converts a published checkpoint.
 
@@ -58,6 +58,7 @@ def convert_weights(
     """
     if family not in _CONVERTERS:
         raise ConfigError(f"convert {family}: unknown", remedy=f"Use one of {', '.join(_CONVERTERS)}.")
+    source, folder = Path(source), Path(folder)
     if not source.exists():
         raise WeightsError(f"convert: {source} does not exist", remedy="Name the downloaded file or its folder.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

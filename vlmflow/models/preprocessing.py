@@ -76,17 +76,16 @@ def read_preprocessing(folder: Path, config: ModelConfig) -> Preprocessing:
 def _read(folder: Path, config: ModelConfig) -> Preprocessing:
     if config.family == "open_clip":
         return _read_open_clip(folder, config.architecture)
-    if config.family in ("image_classification", "vilt"):
-        return _read_processor(folder, config.family)
     if config.family in ("vlm", "vllm", "vlm_judge"):
         return Preprocessing(_prompted_side(folder), "bicubic", CLIP_MEAN, CLIP_STD)
     if config.family == "align":
         return _read_align(folder, config.family)
+    if config.family in ("blip_caption", "blip_itm", "blip_vqa"):
+        return _read_blip(folder, config.family)
+    preprocessing = _read_processor(folder, config.family)
     if config.family in _IMAGE_SECTIONS:
-        preprocessing = _read_processor(folder, config.family)
         _check_size(folder, _IMAGE_SECTIONS[config.family], preprocessing.size)
-        return preprocessing
-    return _read_blip(folder, config.family)
+    return preprocessing
 
 
 def _read_open_clip(folder: Path, architecture: str | None) -> Preprocessing:

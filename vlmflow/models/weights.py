@@ -15,26 +15,15 @@ from vlmflow.config import ModelConfig
 from vlmflow.errors import WeightsError
 from vlmflow.models.identity import short_digest
 
-# In the order of preference. A CLIP repository of the hub often holds the same weights twice: in open_clip's names,
-# and as `model.safetensors` in those of transformers, which open_clip does not read.
-_WEIGHT_NAMES = {
+# In the order of preference; those of transformers, and of the families that have names of their own. A CLIP repository
+# of the hub often holds the same weights twice: in open_clip's names, and as `model.safetensors` in those of
+# transformers, which open_clip does not read.
+_WEIGHT_NAMES = ("model.safetensors", "model.safetensors.index.json")
+_OTHER_WEIGHT_NAMES = {
     "open_clip": ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors"),
-    "blip_caption": ("model.safetensors", "model.safetensors.index.json"),
-    "blip_itm": ("model.safetensors", "model.safetensors.index.json"),
-    "vilt": ("model.safetensors", "model.safetensors.index.json"),
-    "blip_vqa": ("model.safetensors", "model.safetensors.index.json"),
-    "vlm": ("model.safetensors", "model.safetensors.index.json"),
-    "vllm": ("model.safetensors", "model.safetensors.index.json"),
-    "vilbert": ("model.safetensors", "model.safetensors.index.json"),
-    "image_classification": ("model.safetensors", "model.safetensors.index.json"),
-    "vlm_judge": ("model.safetensors", "model.safetensors.index.json"),
-    "blip2_caption": ("model.safetensors", "model.safetensors.index.json"),
-    "blip2_itm": ("model.safetensors", "model.safetensors.index.json"),
-    "git": ("model.safetensors", "model.safetensors.index.json"),
-    "flava": ("model.safetensors", "model.safetensors.index.json"),
-    "align": ("model.safetensors", "model.safetensors.index.json"),
 }
-_CONFIG_NAMES = dict.fromkeys(_WEIGHT_NAMES, "config.json") | {"open_clip": "open_clip_config.json"}
+_CONFIG_NAME = "config.json"
+_OTHER_CONFIG_NAMES = {"open_clip": "open_clip_config.json"}
 # What the processor of a prompted model makes of images and questions.
 _PROCESSOR_NAMES = ("chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json")
 # Files beside the weights that loading reads too.
@@ -92,7 +81,7 @@ def require_folder(config: ModelConfig, *, licence: str | None = None) -> Path:
         if pickled:
             raise WeightsError(
                 f"weights: {folder / pickled[0]} is a pickle, which can run code when it is loaded",
-                remedy=f"Use the safetensors files of {origin}, or convert it to {_WEIGHT_NAMES[config.family][0]}.",
+                remedy=f"Use the safetensors files of {origin}, or convert it to {_weight_names(config.family)[0]}.",
             )
         raise WeightsError(f"weights: no safetensors file in {folder}", remedy=f"Put the files of {origin} there.")
     return folder
@@ -104,7 +93,7 @@ def find_weights(folder: Path, family: str) -> list[Path]:
     Raises:
         WeightsError: the list of the shards is damaged.
     """
-    for name in _WEIGHT_NAMES[family]:
+    for name in _weight_names(family):
         path = folder / name
         if not path.is_file():
             continue
@@ -121,6 +110,10 @@ def find_weights(folder: Path, family: str) -> list[Path]:
     return []
 
 
+def _weight_names(family: str) -> tuple[str, ...]:
+    return _OTHER_WEIGHT_NAMES.get(family, _WEIGHT_NAMES)
+
+
 def weights_digest(folder: Path, family: str, architecture: str | None = None) -> str:
     """SHA-256 over names and contents of the files that loading reads: weights, configuration, tokenizer.
 
@@ -130,13 +123,14 @@ def weights_digest(folder: Path, family: str, architecture: str | None = None) -
     Raises:
         WeightsError: open_clip has no such architecture.
     """
-    names = [_CONFIG_NAMES[family], *_TOKENIZER_NAMES, *_COMPANION_NAMES.get(family, ())]
+    config = _OTHER_CONFIG_NAMES.get(family, _CONFIG_NAME)
+    names = [config, *_TOKENIZER_NAMES, *_COMPANION_NAMES.get(family, ())]
     files = [*find_weights(folder, family), *(folder / name for name in names if (folder / name).is_file())]
     total = hashlib.sha256()
     for path in sorted(files):
         stat = path.stat()
         total.update(f"{path.name} {_file_digest(str(path), stat.st_size, stat.st_mtime_ns)}\n".encode())
-    if architecture is not None and family == "open_clip" and not (folder / _CONFIG_NAMES[family]).is_file():
+    if architecture is not None and family == "open_clip" and not (folder / config).is_file():
         # By its content: equal weights are another model with another activation, which no tensor tells.
         total.update(f"architecture {short_digest(read_open_clip_model(folder, architecture))}\n".encode())
     return total.hexdigest()
@@ -229,7 +223,13 @@ def _download(repo: str, revision: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    patterns = ["*.safetensors", "*.safetensors.index.json", *_TOKENIZER_NAMES, *set(_CONFIG_NAMES.values())]
+    patterns = [
+        "*.safetensors",
+        "*.safetensors.index.json",
+        *_TOKENIZER_NAMES,
+        _CONFIG_NAME,
+        *_OTHER_CONFIG_NAMES.values(),
+    ]
     patterns += [name for names in _COMPANION_NAMES.values() for name in names]
     patterns += ["p*processor_config.json", "chat_template.*"]  # "preprocessor_config.json" too
     try:

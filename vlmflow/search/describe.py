@@ -23,7 +23,10 @@ class ImageDescription(Frozen):
     """What vlmflow says of one image.
 
     Attributes:
-        vectors: by view, unit vectors of D float32 numbers.
+        content_hash: sha256 of the bytes, hexadecimal.
+        width: in pixels as displayed, as is ``height``.
+        vectors: by view, unit vectors of D float32 numbers; empty: the job does not embed.
+        caption: None: the job does not caption.
         labels: as in the images table; None: the job does not moderate.
         decision: allow, review or block; `review` (``unscored``) where the job does not moderate.
     """
@@ -109,5 +112,15 @@ class ImageDescriber:
 
 
 def describe_image(image: str | Path | bytes, job: Job) -> ImageDescription:
-    """Describes one image; see :class:`ImageDescriber`, which is faster for more than one."""
+    """Describes one image, on the CPU; see :class:`ImageDescriber`, which is faster for more than one.
+
+    Args:
+        image: a file, or the bytes of one.
+        job: profile, policy, models and limits count; source and catalog are not looked at.
+
+    Raises:
+        ImageError: the image cannot be decoded, or exceeds the limits.
+        ConfigError: the file cannot be read, or the profile is unknown.
+        WeightsError, PolicyError: as :class:`ImageDescriber`.
+    """
     return ImageDescriber(job).describe(image)

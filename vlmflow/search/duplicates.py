@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import blake2b
 from itertools import pairwise
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 import pyarrow.compute as pc
@@ -99,16 +99,19 @@ def find_duplicates(
     """Groups the images of a catalog.
 
     Args:
+        kinds: of groups: equal bytes, equal looks (pHash), and near ones by embedding.
         threshold: least cosine of an image with the representative of its semantic group.
         where: a condition in SQL; other images are left out.
 
     Raises:
-        ConfigError: the threshold or the condition cannot be used.
+        ConfigError: there is no such kind, or the threshold or the condition cannot be used.
         SearchError: too many images to compare each with each, and no index.
         TooManyPairsError: so many pairs that the threshold tells nothing apart, where no other kind is asked for; else
             the groups of the others are reported, with a note.
         CatalogError: there is no catalog.
     """
+    if not kinds or isinstance(kinds, str) or not set(kinds) <= set(get_args(Kind)):
+        raise ConfigError(f"kinds {kinds!r}", remedy=f"Give a list of some of {', '.join(get_args(Kind))}.")
     if not 0 < threshold <= 1:
         raise ConfigError(f"--threshold {threshold}", remedy="Give a cosine above 0 and up to 1.")
     searcher = Searcher(catalog)

@@ -362,5 +362,16 @@ def search_images(
     job: Job | None = None,
     exact: bool = False,
 ) -> SearchResult:
-    """Searches a catalog once; see :class:`Searcher`, which is faster for more than one query."""
+    """Searches a catalog once, the best hits first; see :class:`Searcher`, which is faster for more than one query.
+
+    Args:
+        where: a condition in SQL (DuckDB) over the columns of the images table; other rows are left out.
+        top_k: at most so many hits.
+        job: profile, models and limits count; None: the profile of the newest run.
+        exact: compares every vector, whatever the index.
+
+    Raises:
+        CatalogError: there is no catalog.
+        ConfigError, SearchError, ImageError, WeightsError: as :meth:`Searcher.search`.
+    """
     return Searcher(catalog, job=job, exact=exact).search(query, where=where, top_k=top_k)

@@ -320,4 +320,4 @@ def test_an_import_counts_as_new_what_it_brought_itself(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(ReviewStore, "add", add_second)
     assert import_verdicts(config, files[0]).num_new == 2
-    assert import_verdicts(config, files[0]).num_new == 0
+    assert import_verdicts(config, str(files[0])).num_new == 0

@@ -51,7 +51,7 @@ def test_karpathy_split_of_coco(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("num", "dataset", "benchmark"), [(5000, "coco", "coco"), (1000, "flickr30k", "flickr30k")])
 def test_whole_test_splits_are_known_as_benchmarks(tmp_path: Path, num: int, dataset: str, benchmark: str) -> None:
     data = write_json(tmp_path / "d.json", karpathy(num, dataset))
-    found = read_dataset("retrieval", data, ReadOptions())
+    found = read_dataset("retrieval", data)
     assert found.benchmark == benchmark
     assert found.first(10).benchmark is None
     assert found.first(10).rows.num_rows == 10

@@ -147,7 +147,8 @@ def test_outputs_are_those_recorded_for_the_code_version(tmp_path: Path) -> None
     for family, version in CODE_VERSIONS.items():
         if family in ELSEWHERE:
             continue
-        recorded = RECORDED[f"{family} {version}"]
+        recorded = RECORDED.get(f"{family} {version}")
+        assert recorded is not None, f"{family} {version}: run this file, which records what `outputs` computes of it"
         message = f"{family}: outputs moved. If that is meant, raise its code version and record the new ones."
         if family in ("blip_caption", "blip_vqa", "vlm", "blip2_caption", "git"):
             assert found[family] == recorded, message

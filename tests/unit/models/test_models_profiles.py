@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from rich.console import Console
 
 from tests.models import make_captioner, make_clip, make_matcher, write_json
 from vlmflow.checks import _weights
-from vlmflow.config import CatalogConfig, Job, ModelConfig, SourceConfig
+from vlmflow.config import CatalogConfig, Family, Job, ModelConfig, SourceConfig
 from vlmflow.errors import ConfigError, WeightsError
-from vlmflow.models import describe_profiles, identify, resolve_models
+from vlmflow.models import (
+    describe_profiles,
+    identify,
+    load_answerer,
+    load_captioner,
+    load_embedder,
+    load_matcher,
+    resolve_models,
+)
 from vlmflow.models.identity import CODE_VERSIONS
-from vlmflow.models.profiles import FAMILIES, PROFILES, Profile
+from vlmflow.models.profiles import FAMILIES, PROFILES, Profile, Role
 from vlmflow.models.weights import locate
 from vlmflow.views import print_profiles
 
@@ -137,3 +146,23 @@ def test_the_profile_without_matching_head_says_so() -> None:
 def test_the_starter_is_not_said_to_be_for_photographs() -> None:
     (starter,) = (profile for profile in describe_profiles() if profile.name == "starter")
     assert "NOT for photographs" in starter.purpose
+
+
+LOADERS = {"embed": load_embedder, "caption": load_captioner, "match": load_matcher, "answer": load_answerer}
+PLAYED = [(role, family) for role, families in FAMILIES.items() for family in families if family != "endpoint"]
+
+
+@pytest.mark.parametrize(("role", "family"), PLAYED)
+def test_a_family_that_can_play_a_role_has_a_code_version_and_an_adapter(
+    role: Role, family: Family, tmp_path: Path
+) -> None:
+    assert family in CODE_VERSIONS, "models/identity.py counts the versions of an adapter"
+    with pytest.raises(WeightsError, match="no safetensors file"):  # an adapter went and looked for them
+        LOADERS[role](ModelConfig(family=family, path=str(tmp_path)), "cpu")
+
+
+@pytest.mark.parametrize("role", LOADERS)
+def test_a_family_without_an_adapter_is_never_loaded_by_that_of_another(role: Role, tmp_path: Path) -> None:
+    for family in set(get_args(Family)) - {*FAMILIES[role], "endpoint"}:
+        with pytest.raises(ConfigError, match=rf"models\.{role}: no adapter is loaded for the family {family}"):
+            LOADERS[role](ModelConfig(family=family, path=str(tmp_path)), "cpu")

@@ -16,7 +16,7 @@ from vlmflow.catalog.keys import digest_of
 from vlmflow.errors import ConfigError, SearchError, TooManyPairsError
 from vlmflow.search import duplicates, near
 from vlmflow.search.build import FEWEST_ROWS, update_index
-from vlmflow.search.duplicates import find_duplicates
+from vlmflow.search.duplicates import Kind, find_duplicates
 from vlmflow.search.live import LiveRows
 from vlmflow.search.titles import find_titles
 
@@ -100,6 +100,14 @@ def test_equal_vectors_reach_a_threshold_of_one(tmp_path: Path, monkeypatch: pyt
 
 def test_as_many_images_as_get_no_index_are_compared_each_with_each() -> None:
     assert duplicates.ALL_PAIRS >= FEWEST_ROWS - 1, "else the remedy, to make an index, would do nothing"
+
+
+@pytest.mark.parametrize("kinds", [["semantical"], [], "exact"])
+def test_a_kind_that_there_is_not_is_told_of_and_not_taken_for_no_duplicates(tmp_path: Path, kinds: list[Kind]) -> None:
+    put(tmp_path, ["a"], clustered(1))
+    with pytest.raises(ConfigError, match="kinds") as caught:
+        find_duplicates(config_of(tmp_path), kinds=kinds)
+    assert "exact, perceptual, semantic" in caught.value.remedy
 
 
 def test_too_many_pairs_are_refused_where_no_other_kind_is_asked_for(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import get_args
 
 import numpy as np
 import pyarrow as pa
@@ -10,6 +13,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+import vlmflow.tasks
+from vlmflow import schema
+from vlmflow.config import TaskName
 from vlmflow.imaging import PixelRequest
 from vlmflow.models import EncodedImages, ModelIdentity
 from vlmflow.moderation.decide import Moderator
@@ -223,3 +229,19 @@ def test_columns_that_are_not_those_announced_are_refused(columns: dict[str, pa.
 def test_a_column_that_is_there_already_is_refused() -> None:
     with pytest.raises(ValueError, match="has this column already"):
         add_columns(pa.table({"caption": ["x"]}), WRITES, {"caption": strings("a")})
+
+
+@pytest.mark.parametrize("name", get_args(TaskName))
+def test_a_task_s_columns_stand_in_the_schema(name: TaskName) -> None:
+    """Those that do not are kept nowhere, and images of equal bytes get none of them, marked as done."""
+    (task,) = (made for made in task_classes() if made.name == name)
+    assert task.writes.equals(schema.TASK_OUTPUTS[name]), "schema.TASK_OUTPUTS says what a task writes"
+    for field in task.writes:
+        if name != "embed":  # its vectors lie in a table of their own
+            assert schema.IMAGES.field(field.name).type == field.type, "schema.TASK_COLUMNS says what rows hold"
+
+
+def task_classes() -> list[type[Task]]:
+    modules = [import_module(f"vlmflow.tasks.{module.name}") for module in iter_modules(vlmflow.tasks.__path__)]
+    found = [made for module in modules for made in vars(module).values() if isinstance(made, type)]
+    return [made for made in found if made.__name__.endswith("Task") and hasattr(made, "writes")]

@@ -19,14 +19,19 @@ __all__ = ["ReadOptions", "read_dataset"]
 _TABLES = (".csv", ".jsonl", ".ndjson", ".parquet")
 
 
-def read_dataset(task: EvaluationTask, data: str, options: ReadOptions) -> Dataset:
+def read_dataset(task: EvaluationTask, data: str, options: ReadOptions | None = None) -> Dataset:
     """Reads what DATA names, by what it is.
+
+    Args:
+        task: retrieval, caption, answer, zeroshot, match or moderate.
+        data: a file or a folder on this machine.
+        options: what the file itself does not say, a :class:`vlmflow.evaluation.ReadOptions`.
 
     Raises:
         EvaluationError: it is not there, is none of the known files, does not hold what the task needs, or an option
             says nothing of such a file.
     """
-    path = Path(data)
+    path, options = Path(data), options or ReadOptions()
     if path.is_dir():
         _only(task, ("zeroshot",), f"{data} is a folder of images")
         options.check_only((), data, "folders of classes")

@@ -58,7 +58,7 @@ def test_older_names_and_wrappers_are_understood(tmp_path: Path) -> None:
         for name, t in tensors.items()
     }
     torch.save({"model_state_dict": older, "global_step": 7}, path)
-    report = convert_weights("vilbert", source, tmp_path / "out")
+    report = convert_weights("vilbert", str(source), str(tmp_path / "out"))
     assert report.num_tensors == len(tensors) - 1, "the tied weight is kept once"
     assert "answers.json" in report.missing[0]
     loaded = load_vilbert(tmp_path / "out").state_dict()

@@ -7,8 +7,9 @@ third of them. Then a profile of as many calls as a run has, by threads that hav
 in which the GPU was at work, the time of its kernels for a batch, which bounds the rate, and the longest of them by
 name. Before all that attention by itself, see ``benchmarks/gpu_attention.py``: by estimate ten seconds.
 
-    python -m benchmarks.gpu_pool --device cuda           # by estimate two minutes
-    python -m benchmarks.gpu_pool --device cpu --tiny     # the same with tiny models: a test of the script
+    python -m benchmarks.gpu_pool --device cuda                 # by estimate two minutes
+    python -m benchmarks.gpu_pool --device cuda --sizes 1024    # no two of one size, as catalogs may have them
+    python -m benchmarks.gpu_pool --device cpu --tiny           # the same with tiny models: a test of the script
 """
 
 from __future__ import annotations
@@ -139,6 +140,7 @@ def profile(worker: PoolWorker, first: Sequence[pa.Table], batches: Sequence[pa.
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calls", type=int, action="append", help="batches at once; default: 1, 3 and 5")
+    parser.add_argument("--sizes", type=int, default=1, help="different sizes of photographs; default: 1")
     parser.add_argument("--batches", type=int, default=24, help="of each measurement; default: 24")
     add_gpu_options(parser)
     options = parse_gpu_options(parser)
@@ -153,7 +155,7 @@ def main() -> None:
     print(attention, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        mean_bytes = write_jpegs(root / "images", options.images, *options.size)
+        mean_bytes = write_jpegs(root / "images", options.images, *options.size, num_sizes=options.sizes)
         job = Job(
             source=SourceConfig(uri=str(root / "images")),
             catalog=CatalogConfig(uri=str(root / "catalog")),
@@ -171,8 +173,9 @@ def main() -> None:
         worker = PoolWorker(pool, setup, prepare_prompts(setup), decoding=PoolDecoding(requests, job.limits))
     width, height = options.size
     result: dict[str, Any] = {
-        "workload": f"batches of {options.batch} JPEGs of {width} x {height}, {mean_bytes / 1024:.0f} KB on average; "
-        f"{'tiny' if options.tiny else 'real'} model sizes, {NUM_TOKENS} caption tokens",
+        "workload": f"batches of {options.batch} JPEGs of {width} x {height} and {options.sizes - 1} sizes below, "
+        f"{mean_bytes / 1024:.0f} KB on average; {'tiny' if options.tiny else 'real'} model sizes, "
+        f"{NUM_TOKENS} caption tokens",
         "device": options.device,
         "attention": attention,
         "runs": [],
@@ -188,7 +191,8 @@ def main() -> None:
         parts = (options.batches // 2, options.batches // 2)
         result |= profile(worker, *(list(batches.take(count)) for count in parts))
         print({name: value for name, value in result.items() if name.startswith(("gpu", "kernels", "images"))})
-    name = f"gpu_pool-{options.device}{'-tiny' if options.tiny else ''}"
+    sizes = f"-{options.sizes}-sizes" if options.sizes > 1 else ""
+    name = f"gpu_pool-{options.device}{'-tiny' if options.tiny else ''}{sizes}"
     print(save_result(name, result, options.results))
 
 

@@ -46,7 +46,13 @@ def encoded(image: Image.Image, image_format: str) -> bytes:
 
 
 def write_jpegs(
-    folder: Path, num_images: int, width: int = 1600, height: int = 1200, *, num_different: int | None = None
+    folder: Path,
+    num_images: int,
+    width: int = 1600,
+    height: int = 1200,
+    *,
+    num_different: int | None = None,
+    num_sizes: int = 1,
 ) -> int:
     """Writes photographs of which no two are equal, nor look alike to a model; returns the mean of their bytes.
 
@@ -55,11 +61,22 @@ def write_jpegs(
     Args:
         num_different: the others are copies of these with another comment: files of other bytes and the same pixels.
             None: there are no others.
+        num_sizes: each size is a pixel narrower and lower than the one before.
     """
     folder.mkdir(parents=True, exist_ok=True)
     num_processes = os.cpu_count() or 1
     different = min(num_images, num_different or num_images)
-    command = [sys.executable, "-m", "benchmarks.photographs", folder, different, width, height, num_processes]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.photographs",
+        folder,
+        different,
+        width,
+        height,
+        num_sizes,
+        num_processes,
+    ]
     processes = [
         subprocess.Popen([*map(str, command), str(number)], stdout=subprocess.PIPE, cwd=Path(__file__).parents[1])
         for number in range(num_processes)
@@ -85,7 +102,9 @@ def _copy(folder: Path, num_different: int, number: int) -> int:
     return (folder / _name(number)).write_bytes(data[:at] + marker + comment + data[at:])
 
 
-def _write(folder: Path, num_images: int, size: tuple[int, int], num_processes: int, process: int) -> int:
+def _write(
+    folder: Path, num_images: int, size: tuple[int, int], num_sizes: int, num_processes: int, process: int
+) -> int:
     """What one process writes: photographs that lie together when all are sorted by scene; returns their bytes."""
     by_scene = sorted(range(num_images), key=lambda number: number % _NUM_SCENES)
     share = slice(process * num_images // num_processes, (process + 1) * num_images // num_processes)
@@ -95,12 +114,13 @@ def _write(folder: Path, num_images: int, size: tuple[int, int], num_processes: 
         shift = tuple(int(random.integers(0, side)) for side in reversed(size))
         pixels = np.asarray(scene(*size, number % _NUM_SCENES))
         shown = np.roll(pixels, shift, (0, 1))[:, :, random.permutation(3)]
-        data = encoded(Image.fromarray(shown), "JPEG")
+        less = number % num_sizes
+        data = encoded(Image.fromarray(shown[: size[1] - less, : size[0] - less]), "JPEG")
         (folder / _name(number)).write_bytes(data)
         num_bytes += len(data)
     return num_bytes
 
 
 if __name__ == "__main__":
-    num_images, width, height, num_processes, process = map(int, sys.argv[2:])
-    print(_write(Path(sys.argv[1]), num_images, (width, height), num_processes, process))
+    num_images, width, height, num_sizes, num_processes, process = map(int, sys.argv[2:])
+    print(_write(Path(sys.argv[1]), num_images, (width, height), num_sizes, num_processes, process))

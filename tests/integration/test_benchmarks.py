@@ -107,7 +107,7 @@ def test_ours_beside_open_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_pool_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = ("--device", "cpu", "--tiny", "--calls", "1", "--calls", "3", "--batches", "6")
+    options = ("--device", "cpu", "--tiny", "--calls", "1", "--calls", "3", "--batches", "6", "--sizes", "5")
     runs = run(gpu_pool, tmp_path, monkeypatch, *options)["runs"]
     assert [(one["calls_at_once"], one["errors"]) for one in runs] == [(1, 0), (3, 0)]
     assert all(0 < one["images_per_s"] < math.inf for one in runs)

@@ -65,13 +65,7 @@ def calibrate(
     if output is None:
         folder = Path() if job.policy in shipped_policies() else source.parent
         output = folder / f"{policy.name}-v{next_version(policy.version)}.yaml"
-    output = Path(output)
-    # Before all else: it would be in vain.
-    if output.suffix not in POLICY_SUFFIXES:
-        remedy = "End its name with .yaml: no policy is read from another file."
-        raise PolicyError(f"policy {output}: neither {' nor '.join(POLICY_SUFFIXES)}", remedy=remedy)
-    if output.exists():
-        raise PolicyError(f"policy {output}: is there already", remedy="Name another file with --output.")
+    output = _new_file(Path(output))  # before all else: it would be in vain
     catalog = Catalog.open(job.catalog)
     labels = tuple(ref.label for ref in policy.labels)
     source_name = str(verdicts) if verdicts is not None else f"reviews of {catalog.uri}"
@@ -113,3 +107,12 @@ def calibrate(
         labels=tuple(done.labels),
         warnings=tuple(done.warnings),
     )
+
+
+def _new_file(output: Path) -> Path:
+    if output.suffix not in POLICY_SUFFIXES:
+        remedy = "End its name with .yaml: no policy is read from another file."
+        raise PolicyError(f"policy {output}: neither {' nor '.join(POLICY_SUFFIXES)}", remedy=remedy)
+    if output.exists():
+        raise PolicyError(f"policy {output}: is there already", remedy="Name another file with --output.")
+    return output

@@ -228,10 +228,7 @@ def apply_verdicts(
             for file, keys in read_each(folder, "images", files, _LOOKED_AT, ahead=4):
                 seen.add(file.path)
                 keys = conform(keys, pa.schema([columns.field(name) for name in _LOOKED_AT]))
-                concerned = said.images.find(*to_words(to_binary(keys["image_id"]))) >= 0
-                if lists_changed:
-                    listed = said.known.verdicts(keys["content_hash"], keys["phash"])
-                    concerned |= is_valid(listed) | of_list(flat(keys["verdict"]))
+                concerned = _concerned(keys, said, lists_changed)
                 if not concerned.any():
                     continue
                 left.difference_update(keys["image_id"].filter(pa.array(concerned)).to_pylist())
@@ -260,6 +257,15 @@ def apply_verdicts(
         "verdicts: other writers are always first",
         remedy="Import the verdicts, or add the list, again when they are done.",
     )
+
+
+def _concerned(keys: pa.Table, said: Said, lists_changed: bool) -> Mask:
+    """Rows that somebody has judged; where lists have changed, those too that one knows now, or has judged."""
+    concerned: Mask = said.images.find(*to_words(to_binary(keys["image_id"]))) >= 0
+    if lists_changed:
+        listed = said.known.verdicts(keys["content_hash"], keys["phash"])
+        concerned |= is_valid(listed) | of_list(flat(keys["verdict"]))
+    return concerned
 
 
 def _judged(rows: pa.Table, by: Said, concerned: Mask, matched: set[str]) -> tuple[pa.Table, Mask]:

@@ -47,6 +47,7 @@ class ReviewReport(Frozen):
         num_verdicts: that were read and are about images of the catalog as they are.
         num_new: of these, verdicts that the catalog did not have before.
         left_out: verdicts that do not count, by reason.
+        num_outdated: verdicts that are kept and do not count, for the catalog has a newer one that says otherwise.
         num_changed: rows under another verdict than before.
         num_waiting: verdicts of this and earlier imports on bytes that the catalog does not hold now.
         flips: rows by change of their decision.
@@ -57,6 +58,7 @@ class ReviewReport(Frozen):
     num_verdicts: int
     num_new: int
     left_out: dict[str, int]
+    num_outdated: int = 0
     num_changed: int
     num_waiting: int
     flips: dict[str, int]
@@ -129,6 +131,7 @@ def import_verdicts(config: CatalogConfig, source: str | Path, *, reviewer: str 
         num_verdicts=events.num_rows,
         num_new=num_new,
         left_out=dict(left_out + unsaid),
+        num_outdated=_num_outdated(kept, before),
         num_changed=result.num_changed,
         num_waiting=result.num_waiting,
         flips=result.flips,
@@ -172,10 +175,9 @@ def _with_times(events: list[_Event], held: pa.Table, file_time: dt.datetime) ->
         held: what was said before, the oldest first.
         file_time: of what is said for the first time.
     """
-    images = pa.array(sorted({event["image_id"] for event in events if event["at"] is None}), pa.string())
     before: dict[tuple[Any, ...], dt.datetime] = {}
     newest: dict[tuple[Any, ...], _Event] = {}
-    for event in held.filter(pc.is_in(held["image_id"], value_set=images)).to_pylist():
+    for event in _on_images_of([event for event in events if event["at"] is None], held):
         before[tuple(event[name] for name in EVENT.names if name != "at")] = event["at"]
         newest[_subject(event)] = event
     timed, num_overruled = [], 0
@@ -189,6 +191,23 @@ def _with_times(events: list[_Event], held: pa.Table, file_time: dt.datetime) ->
         else:
             timed.append(event | {"at": at or file_time})
     return timed, num_overruled
+
+
+def _num_outdated(events: list[_Event], held: pa.Table) -> int:
+    """How many of the events do not count, for what was said before is newer and says otherwise.
+
+    Its time may be that of a clock that is ahead, and a block would not come into force without anybody knowing.
+    """
+    newest = {_subject(event): event for event in _on_images_of(events, held)}
+    last = [(event, newest.get(_subject(event))) for event in events]
+    return sum(1 for event, said in last if said and said["at"] > event["at"] and _what(said) != _what(event))
+
+
+def _on_images_of(events: list[_Event], held: pa.Table) -> list[_Event]:
+    """What was said before of the images of the events, the oldest first."""
+    images = pa.array(sorted({event["image_id"] for event in events}), pa.string())
+    found: list[_Event] = held.filter(pc.is_in(held["image_id"], value_set=images)).to_pylist()
+    return found
 
 
 def _undisputed(events: list[_Event]) -> list[_Event]:

@@ -117,6 +117,11 @@ def print_review(report: ReviewReport, console: Console) -> None:
     _print_counts("changed", report.flips, console)
     for reason, count in report.left_out.items():
         console.print(f"[yellow]left out[/yellow] {count:,}: {escape(reason)}")
+    if report.num_outdated:
+        console.print(
+            f"[yellow]without effect[/yellow] {report.num_outdated:,}: the catalog has a newer verdict that says "
+            "otherwise. Where yours came last, fill in `at` with a later time"
+        )
     if report.num_waiting:
         console.print(f"{report.num_waiting:,} verdicts are on bytes that the catalog does not hold now; they wait")
 

@@ -1,21 +1,24 @@
-"""Actors that are killed while they load: the run ends, with an error that says so."""
+"""What ends a run before its first images: actors that are killed while they load, and a signal."""
 
 from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
+import ray
 from ray.data import Dataset
 
 from vlmflow.config import ImageLimits, PoolConfig
 from vlmflow.engine import pipeline
 from vlmflow.engine.consume import FinishedBlocks
 from vlmflow.engine.decoding import ReadAndDecode
+from vlmflow.engine.faults import get
 from vlmflow.engine.quarantine import Stages
 from vlmflow.engine.starts import MAX_KILLED, Starts
 from vlmflow.errors import ModelsKilledError
@@ -54,3 +57,27 @@ def test_a_pool_whose_actors_are_killed_whenever_they_load_ends_the_run(
         wait_for_blocks(dataset, time.monotonic() + 120)
     assert "memory" in caught.value.remedy
     assert len(list(tmp_path.iterdir())) == MAX_KILLED
+
+
+class Ended(BaseException):
+    """As Prefect ends a flow run that was cancelled, or has taken too long."""
+
+
+def test_a_signal_ends_a_run_that_waits_for_its_models(ray_session: None) -> None:
+    def end(*_: object) -> None:
+        raise Ended
+
+    def load() -> None:
+        time.sleep(3600)
+
+    before = signal.signal(signal.SIGUSR1, end)
+    loading = ray.remote(num_cpus=0)(load).remote()
+    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGUSR1))
+    timer.start()
+    try:
+        with pytest.raises(Ended):
+            get(loading)
+    finally:
+        timer.join()
+        signal.signal(signal.SIGUSR1, before)
+        ray.cancel(loading, force=True)

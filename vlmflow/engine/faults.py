@@ -37,11 +37,16 @@ _REMEDY = "`vlmflow doctor` and `vlmflow profiles` tell more."
 def told() -> Iterator[None]:
     """Tells in our words of whatever Ray raises in the block; an error of ours that ended a task is raised as it was.
 
+    What the handler of a signal raises, such as the end of a flow run by force, is raised as it was, too: of that Ray's
+    C code passes on Ctrl-C and an exit, and calls the rest an error of its own.
+
     Raises:
         ClusterError: it is another.
     """
     try:
         yield
+    except SystemError as error:
+        raise (error.__cause__ or error) from None
     except RayError as error:
         if isinstance(error, RayTaskError) and isinstance(error.cause, VlmflowError):
             if isinstance(error.cause, _OF_NODES):
@@ -61,6 +66,7 @@ def get(ref: Any) -> Any:
     return ray.get(ref)
 
 
+@told()
 def wait_for_one(refs: list[Any]) -> tuple[list[Any], list[Any]]:
     """Waits for the first result; returns its reference, and the others.
 

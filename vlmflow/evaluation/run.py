@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shutil
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -37,6 +38,7 @@ from vlmflow.models import pixel_request, resolve_models
 from vlmflow.moderation.policy import Policy
 from vlmflow.schema import fingerprint_column
 from vlmflow.sources.uris import image_ids
+from vlmflow.storage import parse_address
 from vlmflow.validation import describe_validation
 from vlmflow.workspace import Workspace
 
@@ -78,6 +80,8 @@ def scratch_catalog(job: Job, scratch: str | None, prefix: str) -> Iterator[Cata
         left = files.delete_all([info.path for info in (*files.list(""), *files.unfinished(""))])
         if left:
             logger.warning("%d files of the scratch catalog %s could not be removed", len(left), config.uri)
+        elif (place := parse_address(config.uri)).is_local:
+            shutil.rmtree(place.path, ignore_errors=True)  # a disk keeps empty folders
 
 
 def trial_job(job: Job, what: str, **changes: Any) -> Job:

@@ -118,6 +118,23 @@ def test_whatever_ray_raises_during_a_run_is_told_in_our_words(
     assert words in caught.value.remedy
 
 
+class Ended(BaseException):
+    """As Prefect ends a flow run that was cancelled, or has taken too long."""
+
+
+def test_what_ends_a_run_by_a_signal_while_it_waits_for_ray_is_no_error_of_ray_s(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def wait(*_: Any, **__: Any) -> None:
+        raise SystemError("<cyfunction CoreWorker.wait> returned a result with an exception set") from Ended()
+
+    monkeypatch.setattr(faults.ray, "wait", wait)
+    with pytest.raises(Ended):
+        faults.wait_for_one([])
+    with pytest.raises(SystemError, match="of its own"), faults.told():
+        raise SystemError("of its own")
+
+
 IN_A_CONSTRUCTOR = """The actor died because of an error raised in its creation task, ray::MapWorker.__init__()
 (pid=7, ip=10.0.0.7, actor_id=01, repr=MapWorker(MapBatches(PoolWorker)))
   File "weights.py", line 1, in identify

@@ -14,7 +14,7 @@ from vlmflow.engine.prepare import prepare
 from vlmflow.errors import EvaluationError
 from vlmflow.evaluation import measure
 from vlmflow.evaluation.dataset import Dataset, EvaluationTask, table_of
-from vlmflow.evaluation.run import Run, _job_for
+from vlmflow.evaluation.run import Run, _job_for, scratch_catalog
 from vlmflow.sources.uris import image_ids
 
 CATALOG = CatalogConfig(uri="kept")
@@ -93,3 +93,10 @@ def test_of_moderation_the_models_decisions_are_measured_and_not_peoples(
     )  # fmt: skip
     monkeypatch.setattr("vlmflow.evaluation.run.enrich", lambda *_, **__: None)  # all is there
     assert Run(given, asked, kept, None).column("decision")["decision"].to_pylist() == ["allow", "review"]
+
+
+def test_a_scratch_catalog_leaves_nothing_where_it_was_asked_to_be(tmp_path: Path) -> None:
+    with scratch_catalog(job(), str(tmp_path), "gate") as catalog:
+        put_rows(catalog, ["a"])
+        assert list(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import datetime as dt
+import io
 import os
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
 from tests.hostile import HOSTILE
 from tests.web_samples import small_catalog
@@ -21,6 +23,7 @@ from vlmflow.moderation.queue import QUEUE, QueueSizes
 from vlmflow.moderation.review_files import Word, read_words, write_queue
 from vlmflow.moderation.verdicts import read_verdicts
 from vlmflow.review import export_queue, import_verdicts
+from vlmflow.views_moderation import print_review
 
 
 @pytest.mark.parametrize("start", ["=1+1", "+1", "-1", "@sum(1)", "|x", "\t=1", "\n=1", "＝1", HOSTILE["formula"]])
@@ -173,11 +176,16 @@ def test_of_two_people_who_differ_in_one_file_the_gravest_counts_until_it_says_w
 def test_files_count_by_when_they_were_changed_not_by_when_they_are_imported(
     catalog: CatalogConfig, tmp_path: Path
 ) -> None:
-    import_verdicts(catalog, filled_in(tmp_path, TUESDAY, said(catalog, "block")))
-    import_verdicts(catalog, filled_in(tmp_path, MONDAY, said(catalog, "allow")))
+    import_verdicts(catalog, filled_in(tmp_path, TUESDAY, said(catalog, "block"), said(catalog, "allow", number=1)))
+    older = said(catalog, "allow"), said(catalog, "allow", "bob", number=1), said(catalog, "block", number=2)
+    report = import_verdicts(catalog, filled_in(tmp_path, MONDAY, *older))
     assert row_of(catalog)["decision"] == "block"
+    assert (report.num_new, report.num_outdated) == (3, 1), "who says the same, or is alone, is not overruled"
+    console = Console(file=io.StringIO(), width=200)
+    print_review(report, console)
+    assert "without effect 1: the catalog has a newer verdict that says otherwise" in console.file.getvalue()
     events = Catalog.open(catalog).reviews.events()
-    assert events["at"].to_pylist() == [MONDAY, TUESDAY]
+    assert events["at"].to_pylist() == [MONDAY] * 3 + [TUESDAY] * 2
 
 
 def test_a_file_of_a_clock_that_is_ahead_is_of_now(catalog: CatalogConfig, tmp_path: Path) -> None:

@@ -73,10 +73,14 @@ def test_a_signal_ends_a_run_that_waits_for_its_models(ray_session: None) -> Non
     before = signal.signal(signal.SIGUSR1, end)
     loading = ray.remote(num_cpus=0)(load).remote()
     timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGUSR1))
+
+    def wait() -> None:
+        timer.start()
+        get(loading)
+
     try:
         with pytest.raises(Ended):
-            timer.start()
-            get(loading)
+            wait()
     finally:
         timer.join()
         signal.signal(signal.SIGUSR1, before)

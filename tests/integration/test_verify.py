@@ -159,7 +159,7 @@ def test_the_command_line(tmp_path: Path, root: Path, capsys: pytest.CaptureFixt
     newest = {"fingerprints": {"caption": "caption-2", "depth": "depth-1"}}  # of a version with a task more
     catalog.runs.start("s0", newest)
     catalog.runs.finish("s0", newest)
-    assert run(["verify", str(tmp_path / "photos"), str(root), "--json"]) == 1
+    assert run("verify", str(tmp_path / "photos"), str(root), "--json") == 1
     assert json.loads(capsys.readouterr().out)["findings"] == found["findings"]
 
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import datetime as dt
+import gc
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
 
-from tests.web_samples import Served, by_id, flush, shown_ids
+from tests.web_samples import Served, by_id, flush, serving, shown_ids, small_catalog
 from vlmflow.catalog import Catalog, small_files
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.keys import to_binary
 from vlmflow.catalog.known_images import KnownList
 from vlmflow.catalog.reviews import EVENT
 from vlmflow.engine.late_verdicts import bring_in_late_verdicts
+from vlmflow.errors import CatalogError
 
 
 def test_what_a_list_blocks_stays_blocked_when_a_verdict_is_taken_back(served: Served) -> None:
@@ -76,6 +79,31 @@ def test_the_next_run_brings_in_what_an_app_that_was_killed_had_not(served: Serv
     assert by_id(served)[row["image_id"]]["decision"] == "allow"
     bring_in_late_verdicts(Catalog.open(served.config), "night", None, [])
     assert by_id(served)[row["image_id"]]["decision"] == "block"
+
+
+def test_the_next_run_brings_in_what_the_app_could_not_write_before_it_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_catalog(tmp_path, 3)
+
+    def busy(*_: object, **__: object) -> None:
+        raise CatalogError("other writers are always first")
+
+    def serve() -> str:
+        with serving(config) as served:
+            row = next(row for row in by_id(served).values() if row["decision"] == "allow")
+            served.browser().review_as("ada").judge(row, "block")
+            monkeypatch.setattr(Catalog, "apply_verdicts", busy)
+        raise AssertionError("it was to fail")
+
+    with pytest.raises(CatalogError):
+        serve()
+    monkeypatch.undo()
+    gc.collect()
+    catalog = Catalog.open(config)
+    assert catalog.images(["verdict"])["verdict"].null_count == 3
+    bring_in_late_verdicts(catalog, "night", None, [])
+    assert catalog.images(["verdict"])["verdict"].null_count == 2
 
 
 def test_a_verdict_lists_the_others_once_and_reads_none_again(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

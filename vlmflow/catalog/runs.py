@@ -158,12 +158,16 @@ class RunStore:
             with self.keep_alive(run_id):
                 yield run_id
             status = "done"
+        except GeneratorExit:  # it was let go of before its end: it leaves what a killed one does
+            status = ""
+            raise
         except Exception:
             status = "failed"
             raise
         finally:
             ended = record | {"status": status, "finished_at": dt.datetime.now(dt.UTC).isoformat()}
-            self.conclude(run_id, ended if is_kept else None)
+            if status:
+                self.conclude(run_id, ended if is_kept else None)
 
     def conclude(self, run_id: str, record: dict[str, Any] | None, *, keep_lease: bool = False) -> None:
         """Finishes a run that has done what it could: what fails here is logged, and hides nothing that ended it.

@@ -43,7 +43,7 @@ def print_vacuum(result: VacuumResult, console: Console) -> None:
         if result.num_files[kind]:
             console.print(f"  {result.num_files[kind]:,} {text}, {result.num_bytes[kind] / 1e6:,.1f} MB")
     if result.num_records:
-        console.print(f"{verb} {counted(result.num_records, 'record')} of vacuums and of bringing verdicts in")
+        console.print(f"{verb} {counted(result.num_records, 'record')} of upkeep")
     if result.revoked:
         verb = "would be" if result.dry_run else "are"
         console.print(f"{len(result.revoked)} dead runs {verb} shut out from committing: {', '.join(result.revoked)}")

@@ -15,6 +15,8 @@ from vlmflow.catalog.runs import RunStore
 from vlmflow.errors import ConfigError
 
 RETENTION = dt.timedelta(days=7)
+# Operations whose records go with the retention. Of an erasure its tombstones tell when it was, and for good.
+UPKEEP = ("erase", "index", "review", "vacuum")
 _NUM_EXAMPLES = 5
 
 
@@ -30,8 +32,7 @@ class VacuumResult:
         revoked: dead runs that may commit no more.
         live_runs: runs that write at the moment.
         failed: paths that could not be deleted; another vacuum tries again.
-        num_records: records of vacuums and of bringing verdicts in, past the retention, that were removed too: they
-            say no more than when that was.
+        num_records: records of upkeep past the retention that were removed too: they say no more than when it was.
     """
 
     dry_run: bool
@@ -93,7 +94,7 @@ def vacuum(
             if found.kind == "foreign" and len(foreign) < _NUM_EXAMPLES:
                 foreign.append(found.file.path)
     failed = [] if dry_run else folder.delete_all(doomed)
-    spent = runs.spent(("review", "vacuum"), retention)
+    spent = runs.spent(UPKEEP, retention)
     if not dry_run:
         runs.forget(spent)
     return VacuumResult(

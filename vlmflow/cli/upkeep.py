@@ -46,8 +46,9 @@ def vacuum(
     """Remove leftovers of killed runs, and files of old versions, from CATALOG.
 
     Safe beside running jobs: what a live run has written and not yet committed is never touched. A run without a sign
-    of life for ten minutes is dead; it is shut out from committing before its files go. Records of vacuums and of
-    bringing verdicts into rows go as old files do, and many small files of verdicts, or of tombstones, become one.
+    of life for ten minutes is dead; it is shut out from committing before its files go. Records of upkeep (erasures,
+    vacuums, updates of indexes, verdicts brought into rows) go as old files do. Many small files of verdicts, or of
+    tombstones, become one.
     """
     from vlmflow.catalog import Catalog
     from vlmflow.catalog.log import LONGEST_RETENTION

@@ -11,7 +11,12 @@ Beside it the rate from the first commit to the last full one, and that of the w
 straightforward way: Pillow in as many threads as cores, transformers and open_clip, batch 64, one process, one Parquet
 file at the end; warmed up by a batch. What has been measured is printed and saved at once.
 
+With `--change` the job runs again for each change of the code, and before and behind them without: what a constant is
+worth on this machine. Each run has workers of its own.
+
     python -m benchmarks.gpu_enrich --device cuda                # by estimate 6 minutes and 16 GB of disk
+    python -m benchmarks.gpu_enrich --device cuda --images 16000 --change vlmflow.engine.pipeline:GPU_CALLS_AT_ONCE=6 \
+        --change benchmarks.changes:sleep_while_waiting
     python -m benchmarks.gpu_enrich --device cpu --tiny          # the same with tiny models: a test of the script
 """
 
@@ -25,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import straightforward
+from benchmarks.changes import Change, made
 from benchmarks.machine import add_gpu_options, parse_gpu_options, save_result
 from benchmarks.photographs import write_jpegs
 from benchmarks.random_models import write_models
@@ -37,12 +43,14 @@ NUM_TOKENS = 20
 TASKS = ("embed", "moderate", "caption", "match")
 
 
-def job_of(root: Path, models: dict[str, ModelConfig], options: argparse.Namespace, num_images: int) -> Job:
+def job_of(
+    root: Path, catalog: str, models: dict[str, ModelConfig], options: argparse.Namespace, num_images: int
+) -> Job:
     is_cuda = options.device == "cuda"
     pools = [PoolConfig(tasks=TASKS, gpus=1, cpus=2, batch_size=options.batch)] if is_cuda else []
     return Job(
         source=SourceConfig(uri=str(root / "images")),
-        catalog=CatalogConfig(uri=str(root / f"catalog-{num_images}-{options.decode}")),
+        catalog=CatalogConfig(uri=catalog),
         profile="base",
         models=models,
         policy="marketplace",
@@ -56,9 +64,11 @@ def job_of(root: Path, models: dict[str, ModelConfig], options: argparse.Namespa
 
 
 def measure_ours(root: Path, models: dict[str, ModelConfig], options: argparse.Namespace) -> dict[str, Any]:
-    with ray_cluster(RayConfig()):
+    """One run over all images, behind one over few; the catalogs are removed afterwards."""
+    with tempfile.TemporaryDirectory(dir=root) as folder, ray_cluster(RayConfig()):
         counts = [options.warm, options.images] if options.warm else [options.images]
-        *warm, every = (_told(enrich(job_of(root, models, options, count))) for count in counts)
+        jobs = [job_of(root, f"{folder}/{count}", models, options, count) for count in counts]
+        *warm, every = (_told(enrich(job)) for job in jobs)
     return {
         "statuses": every.statuses,
         "errors": every.errors,
@@ -70,6 +80,19 @@ def measure_ours(root: Path, models: dict[str, ModelConfig], options: argparse.N
         "report": every.model_dump(mode="json", include={"seconds", "startup_s", "stages", "pools", "commits"}),
         "warmed_up_by": {"images": options.warm, "seconds": [round(run.seconds, 1) for run in warm]},
     }
+
+
+def measure_changes(root: Path, models: dict[str, ModelConfig], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rates of the same run with each change, and with none at first and at last."""
+    found = []
+    none = Change.parse("benchmarks.changes:nothing")
+    for change in [none, *options.change, none]:
+        print(f"with the change {change.text}:", flush=True)
+        with made(change):
+            run = measure_ours(root, models, options)
+        rates = {key: value for key, value in run.items() if key.startswith("images_per_s")}
+        found.append({"change": change.text, "statuses": run["statuses"]} | rates)
+    return found
 
 
 def rate_between_commits(report: RunReport) -> float | None:
@@ -110,6 +133,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--warm", type=int, help="images of the run before; 0: none. Default: 2048; with --tiny 100")
     parser.add_argument("--other-images", type=int, help="of the straightforward way; default: 2000; with --tiny 120")
     parser.add_argument("--batch", type=int, default=256, help="of our pool, with CUDA; default: 256")
+    parser.add_argument(
+        "--change",
+        type=Change.parse,
+        action="append",
+        default=[],
+        metavar="MODULE:NAME=VALUE",
+        help="run once more with this constant changed; again for another",
+    )
     parser.add_argument("--decode", choices=["auto", "cpu", "pool"], default="auto", help="as in a job; default: auto")
     add_gpu_options(parser)
     options = parse_gpu_options(parser)
@@ -139,6 +170,8 @@ def main() -> None:
         ours = measure_ours(root, models, options)
         print(f"ours {ours['images_per_s']} images/s; {ours['limited_by']}", flush=True)
         save_result(name, result | {"ours": ours}, options.results)
+        if options.change:
+            result["changes"] = measure_changes(root, models, options)
         other = measure_other(root, models, options)
     ratio = round(ours["images_per_s"] / other["images_per_s"], 2)
     loads = [[round(value, 2) for value in load] for load in (load_before, os.getloadavg())]

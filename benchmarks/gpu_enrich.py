@@ -46,8 +46,8 @@ TASKS = ("embed", "moderate", "caption", "match")
 def job_of(
     root: Path, catalog: str, models: dict[str, ModelConfig], options: argparse.Namespace, num_images: int
 ) -> Job:
-    is_cuda = options.device == "cuda"
-    pools = [PoolConfig(tasks=TASKS, gpus=1, cpus=2, batch_size=options.batch)] if is_cuda else []
+    count = options.actors
+    pool = PoolConfig(tasks=TASKS, gpus=1 / count, cpus=2, min_actors=count, max_actors=count, batch_size=options.batch)
     return Job(
         source=SourceConfig(uri=str(root / "images")),
         catalog=CatalogConfig(uri=catalog),
@@ -58,7 +58,7 @@ def job_of(
         views=("squash",),
         max_caption_tokens=NUM_TOKENS,
         limit=num_images,
-        pools=tuple(pools),
+        pools=(pool,) if options.device == "cuda" else (),
         decode=options.decode,
     )
 
@@ -133,6 +133,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--warm", type=int, help="images of the run before; 0: none. Default: 2048; with --tiny 100")
     parser.add_argument("--other-images", type=int, help="of the straightforward way; default: 2000; with --tiny 120")
     parser.add_argument("--batch", type=int, default=256, help="of our pool, with CUDA; default: 256")
+    parser.add_argument("--actors", type=int, default=1, help="that share the GPU, with CUDA; default: 1")
     parser.add_argument(
         "--change",
         type=Change.parse,
@@ -163,7 +164,8 @@ def main() -> None:
         result: dict[str, object] = {
             "workload": f"{options.images} JPEGs of {width} x {height}, {mean_bytes / 1024:.0f} KB on average, "
             f"{options.different} different to the eye; "
-            f"{'tiny' if options.tiny else 'real'} model sizes, {NUM_TOKENS} caption tokens, decode={options.decode}",
+            f"{'tiny' if options.tiny else 'real'} model sizes, {NUM_TOKENS} caption tokens, decode={options.decode}"
+            + (f", {options.actors} actors" if options.actors > 1 else ""),
             "device": options.device,
         }
         name = f"gpu_enrich-{options.device}{'-tiny' if options.tiny else ''}"

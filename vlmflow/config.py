@@ -13,6 +13,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from vlmflow.errors import ConfigError
+from vlmflow.families import FAMILIES, Role
 from vlmflow.validation import describe_validation, merged, missing_keys, read_yaml
 
 TaskName = Literal["embed", "detect", "moderate", "caption", "match", "answer"]
@@ -20,26 +21,6 @@ TASKS_TO_ASK_FOR = "embed, moderate, caption, match, answer (detect comes with a
 RetriedStatus = Literal["failed", "partial", "missing", "unreadable"]
 ViewName = Literal["squash", "center", "tiles", "black", "frames"]
 Dtype = Literal["auto", "float32", "bfloat16"]
-Family = Literal[
-    "open_clip",
-    "blip_caption",
-    "blip_itm",
-    "vilt",
-    "blip_vqa",
-    "vlm",
-    "vllm",
-    "endpoint",
-    "vilbert",
-    "image_classification",
-    "vlm_judge",
-    "blip2_caption",
-    "blip2_itm",
-    "git",
-    "flava",
-    "align",
-]
-PROMPTED: tuple[Family, ...] = ("vlm", "vllm", "endpoint")  # what they are asked stands in a prompt
-WITHOUT_BEAMS: tuple[Family, ...] = ("vllm", "endpoint")  # captioners that decode greedily, whatever the job says
 DecodePlace = Literal["auto", "cpu", "pool"]
 SourceKind = Literal["auto", "prefix", "manifest", "webdataset", "parquet"]
 
@@ -59,6 +40,13 @@ def _known_tasks(value: object) -> object:
         if not value:
             raise ValueError(f"names none; there are {TASKS_TO_ASK_FOR}")
     return value
+
+
+def _known_family(name: str) -> str:
+    known = [family for family, facts in FAMILIES.items() if not facts.is_packaged]
+    if name not in known:
+        raise ValueError(f"no family is called {name}; there are {', '.join(known)}")
+    return name
 
 
 def _in_one_order(views: tuple[ViewName, ...]) -> tuple[ViewName, ...]:
@@ -184,7 +172,7 @@ class EndpointConfig(Frozen):
 class ModelConfig(Frozen):
     """Weights of one task: a local folder, a repository of the hub at a pinned revision, or an endpoint."""
 
-    family: Family
+    family: Annotated[str, AfterValidator(_known_family)]  # one of `vlmflow.families`
     path: HomePath | None = None  # a local folder
     repo: str | None = None  # a hub repository; needs `revision`
     revision: str | None = None  # a commit hash
@@ -197,8 +185,9 @@ class ModelConfig(Frozen):
     def _family_fits(self) -> Self:
         if (self.family == "endpoint") != (self.endpoint is not None):
             raise ValueError("the family endpoint needs `endpoint`, and no other takes it")
-        if self.prompt is not None and (self.family not in PROMPTED or not self.prompt.strip()):
-            raise ValueError(f"a prompt is for {', '.join(PROMPTED)}, and must say something")
+        prompted = [name for name, family in FAMILIES.items() if family.takes_prompt]
+        if self.prompt is not None and (self.family not in prompted or not self.prompt.strip()):
+            raise ValueError(f"a prompt is for {', '.join(prompted)}, and must say something")
         return self
 
 
@@ -256,7 +245,7 @@ class Job(Frozen):
     catalog: CatalogConfig
     profile: str
     tasks: Tasks = ("embed", "moderate", "caption", "match")
-    models: dict[Literal["embed", "caption", "match", "answer"], ModelConfig] = {}  # instead of the profile's
+    models: dict[Role, ModelConfig] = {}  # instead of the profile's
     # Where profiles look for weights; default: $VLMFLOW_MODELS, else ~/.cache/vlmflow/models
     models_dir: Annotated[Path, AfterValidator(_at_home)] | None = None
     questions: tuple[str, ...] = ()  # that `answer` asks of every image

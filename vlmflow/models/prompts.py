@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from vlmflow.config import PROMPTED, ModelConfig
+from vlmflow.config import ModelConfig
 from vlmflow.errors import ConfigError
+from vlmflow.families import FAMILIES
 
 QUESTION = "{question}"
 _DEFAULTS = {
@@ -18,7 +19,7 @@ def prompt_of(role: str, config: ModelConfig) -> str | None:
     Raises:
         ConfigError: a prompt for questions has no place for them.
     """
-    if config.family not in PROMPTED:
+    if not FAMILIES[config.family].takes_prompt:
         return None
     prompt = config.prompt or _DEFAULTS[role]
     if (role == "answer") != (QUESTION in prompt):

@@ -1,4 +1,7 @@
-"""The job: one tree of frozen models, loaded from YAML and checked once. YAML holds data, never class names."""
+"""The job: one tree of frozen models, loaded from YAML and checked once.
+
+YAML holds data and no class names, but for the family of a model of one's own.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from vlmflow.errors import ConfigError
-from vlmflow.families import FAMILIES, Role
+from vlmflow.families import FAMILIES, Role, is_own
 from vlmflow.validation import describe_validation, merged, missing_keys, read_yaml
 
 TaskName = Literal["embed", "detect", "moderate", "caption", "match", "answer"]
@@ -44,8 +47,8 @@ def _known_tasks(value: object) -> object:
 
 def _known_family(name: str) -> str:
     known = [family for family, facts in FAMILIES.items() if not facts.is_packaged]
-    if name not in known:
-        raise ValueError(f"no family is called {name}; there are {', '.join(known)}")
+    if name not in known and not is_own(name):
+        raise ValueError(f"no family is called {name}; there are {', '.join(known)}, and your own as module:Class")
     return name
 
 
@@ -172,22 +175,25 @@ class EndpointConfig(Frozen):
 class ModelConfig(Frozen):
     """Weights of one task: a local folder, a repository of the hub at a pinned revision, or an endpoint."""
 
-    family: Annotated[str, AfterValidator(_known_family)]  # one of `vlmflow.families`
+    family: Annotated[str, AfterValidator(_known_family)]  # of `vlmflow.families`, or your own: module:Class
     path: HomePath | None = None  # a local folder
     repo: str | None = None  # a hub repository; needs `revision`
     revision: str | None = None  # a commit hash
     architecture: str | None = None  # open_clip's name, where the folder holds no open_clip_config.json
     endpoint: EndpointConfig | None = None  # of the family endpoint
-    prompt: str | None = None  # of vlm, vllm and endpoint; for `answer` with {question} in it. None: ours
-    max_answer_tokens: Annotated[int, Field(ge=1, le=512)] = 32  # of vlm, vllm and endpoint
+    prompt: str | None = None  # of families that take one; for `answer` with {question} in it. None: ours
+    max_answer_tokens: Annotated[int, Field(ge=1, le=512)] = 32  # of families that take a prompt
 
     @model_validator(mode="after")
     def _family_fits(self) -> Self:
         if (self.family == "endpoint") != (self.endpoint is not None):
             raise ValueError("the family endpoint needs `endpoint`, and no other takes it")
         prompted = [name for name, family in FAMILIES.items() if family.takes_prompt]
-        if self.prompt is not None and (self.family not in prompted or not self.prompt.strip()):
+        may_take = self.family in prompted or is_own(self.family)  # of one's own the entry says it, once it is imported
+        if self.prompt is not None and not (may_take and self.prompt.strip()):
             raise ValueError(f"a prompt is for {', '.join(prompted)}, and must say something")
+        if self.architecture is not None and is_own(self.family):
+            raise ValueError("architecture is a name of open_clip's, and no family of your own takes it")
         return self
 
 

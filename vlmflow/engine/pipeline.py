@@ -23,7 +23,7 @@ from vlmflow.engine.read_ahead import limit_read_ahead, read_ahead_rows
 from vlmflow.engine.starts import Starts
 from vlmflow.engine.stored import Stored
 from vlmflow.errors import ClusterError
-from vlmflow.families import FAMILIES
+from vlmflow.families import family_of
 from vlmflow.imaging import merge_requests
 from vlmflow.imaging.jpeg import MAX_JPEG_BYTES
 from vlmflow.moderation.prompts import PromptVectors
@@ -90,7 +90,7 @@ def default_pools(prepared: Prepared, cluster: Cluster) -> tuple[PoolConfig, ...
 
 
 def _gpu_batch(setup: TaskSetup) -> int:
-    is_small = all(FAMILIES[model.family].is_small for model in setup.models.values())
+    is_small = all(family_of(model.family).is_small for model in setup.models.values())
     return _GPU_BATCH if is_small and not setup.detectors and setup.num_beams == 1 else _GPU_BATCH_OF_LARGE
 
 

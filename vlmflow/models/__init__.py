@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from vlmflow.config import Dtype, EndpointConfig, ModelConfig
 from vlmflow.errors import ConfigError
-from vlmflow.families import FAMILIES, Role
+from vlmflow.families import FAMILIES, Role, check_model, family_of, is_own, told_of
 from vlmflow.imaging import PixelRequest
 from vlmflow.models.identity import ModelIdentity, short_digest
 from vlmflow.models.preprocessing import Preprocessing, read_preprocessing
@@ -176,6 +176,7 @@ def identify(role: str, config: ModelConfig) -> ModelIdentity:
 
     Raises:
         ConfigError: the model does not belong to the family of the role.
+        FamilyError: the family is one's own, and its class cannot be used.
         WeightsError: the files are absent, or cannot be used.
     """
     check_family(role, config)
@@ -188,7 +189,7 @@ def identify(role: str, config: ModelConfig) -> ModelIdentity:
         revision=config.revision or "local",
         weights_digest=weights_digest(folder, config.family, config.architecture),
         preprocessing=preprocessing.describe() if preprocessing else "regions of the source",
-        code_version=FAMILIES[config.family].code_version,
+        code_version=family_of(config.family).code_version,
     )
 
 
@@ -234,6 +235,7 @@ def load_embedder(config: ModelConfig, device: str, dtype: Dtype = "auto") -> Im
 
     Raises:
         ConfigError: the family does something else.
+        FamilyError: it is one's own, and its class cannot be used or fails.
         WeightsError: the weights are absent, unsafe to load, or do not fit.
     """
     embedder: ImageEmbedder = _load("embed", config, device, dtype)
@@ -264,9 +266,10 @@ def load_captioner(
 
     Raises:
         ConfigError: the family does something else.
+        FamilyError: it is one's own, and its class cannot be used or fails.
         WeightsError: the weights are absent, unsafe to load, or do not fit.
     """
-    if FAMILIES[config.family].takes_prompt:
+    if _is_chat(config):
         from vlmflow.models.prompted import PromptedCaptioner
 
         prompt = prompt_of("caption", config)
@@ -287,6 +290,7 @@ def load_matcher(
 
     Raises:
         ConfigError: the family does something else.
+        FamilyError: it is one's own, and its class cannot be used or fails.
         WeightsError: the weights are absent, unsafe to load, or do not fit.
     """
     matcher: Matcher = _load("match", config, device, dtype, towers)
@@ -304,9 +308,10 @@ def load_answerer(
 
     Raises:
         ConfigError: the family does something else.
+        FamilyError: it is one's own, and its class cannot be used or fails.
         WeightsError: the weights are absent, unsafe to load, or do not fit.
     """
-    if FAMILIES[config.family].takes_prompt:
+    if _is_chat(config):
         from vlmflow.models.prompted import PromptedAnswerer
 
         prompt = prompt_of("answer", config)
@@ -318,14 +323,27 @@ def load_answerer(
 
 def _load(role: Role, config: ModelConfig, device: str, dtype: Dtype, towers: VisionTowers | None = None) -> Any:
     """Never by the adapter of another family: weights that happened to fit would compute something else."""
-    family = FAMILIES[config.family]
+    family = family_of(config.family)
     if role not in family.roles:
         raise ConfigError(
             f"models.{role}: no adapter is loaded for the family {config.family}",
             remedy="Use a model of another family, or name an adapter in the table of them (vlmflow/families.py).",
         )
-    shared = (towers,) if family.shares_tower else ()
-    return family.adapter(role).load(locate(config), config, device, dtype, *shared)
+    folder = locate(config)
+    if not is_own(config.family):
+        shared = (towers,) if family.shares_tower else ()
+        return family.adapter(role).load(folder, config, device, dtype, *shared)
+    asked = config.model_copy(update={"prompt": prompt_of(role, config)})  # as rows will say that it was asked
+    with told_of(config.family, "load"):
+        model = family.adapter(role).load(folder, asked, device, dtype)
+    check_model(config.family, role, model)
+    return model
+
+
+def _is_chat(config: ModelConfig) -> bool:
+    """Whether the model is asked in words by an adapter of ours, whatever writes."""
+    family = family_of(config.family)
+    return family.takes_prompt and not family.adapters
 
 
 def _load_chat(config: ModelConfig, device: str, dtype: Dtype) -> VisionChat:

@@ -10,7 +10,7 @@ from typing import Any, Literal, assert_never, cast
 
 from vlmflow.config import ModelConfig
 from vlmflow.errors import WeightsError
-from vlmflow.families import FAMILIES, Family
+from vlmflow.families import Family, family_of
 from vlmflow.models.processors import CLIP_MEAN, CLIP_STD, with_defaults
 from vlmflow.models.weights import read_json, read_open_clip_model, section_of
 
@@ -56,7 +56,7 @@ def read_preprocessing(folder: Path, config: ModelConfig) -> Preprocessing:
 
 
 def _read(folder: Path, config: ModelConfig) -> Preprocessing:
-    family = FAMILIES[config.family]
+    family = family_of(config.family)
     match family.reader:
         case "open_clip":
             return _read_open_clip(folder, config.architecture)

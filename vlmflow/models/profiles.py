@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import get_args
 
 from vlmflow.config import Job, ModelConfig, default_models_dir
-from vlmflow.errors import ConfigError, WeightsError
-from vlmflow.families import Role, families_of
+from vlmflow.errors import ConfigError, FamilyError, WeightsError
+from vlmflow.families import Role, families_of, family_of, is_own
 from vlmflow.models.weights import find_weights, require_folder
 
 STARTER = "starter"
@@ -166,7 +166,16 @@ def check_family(role: str, config: ModelConfig) -> None:
 
     Raises:
         ConfigError: it belongs to the family of another role.
+        FamilyError: the family is one's own, and cannot be used.
     """
+    if is_own(config.family):
+        roles = family_of(config.family).roles
+        if role not in roles:
+            raise FamilyError(
+                f"models.{role}: family {config.family} is for {', '.join(roles)}",
+                remedy=f"Name it under `models: {roles[0]}:`, or a class whose entry has the role {role}.",
+            )
+        return
     families = families_of(role)
     if config.family not in families:
         known = families[0] if len(families) == 1 else f"{', '.join(families[:-1])} or {families[-1]}"

@@ -1,4 +1,7 @@
-"""The job: one tree of frozen models, loaded from YAML and checked once. YAML holds data, never class names."""
+"""The job: one tree of frozen models, loaded from YAML and checked once.
+
+YAML holds data and no class names, but for the family of a model of one's own.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from vlmflow.errors import ConfigError
+from vlmflow.families import FAMILIES, Role, is_own
 from vlmflow.validation import describe_validation, merged, missing_keys, read_yaml
 
 TaskName = Literal["embed", "detect", "moderate", "caption", "match", "answer"]
@@ -20,26 +24,6 @@ TASKS_TO_ASK_FOR = "embed, moderate, caption, match, answer (detect comes with a
 RetriedStatus = Literal["failed", "partial", "missing", "unreadable"]
 ViewName = Literal["squash", "center", "tiles", "black", "frames"]
 Dtype = Literal["auto", "float32", "bfloat16"]
-Family = Literal[
-    "open_clip",
-    "blip_caption",
-    "blip_itm",
-    "vilt",
-    "blip_vqa",
-    "vlm",
-    "vllm",
-    "endpoint",
-    "vilbert",
-    "image_classification",
-    "vlm_judge",
-    "blip2_caption",
-    "blip2_itm",
-    "git",
-    "flava",
-    "align",
-]
-PROMPTED: tuple[Family, ...] = ("vlm", "vllm", "endpoint")  # what they are asked stands in a prompt
-WITHOUT_BEAMS: tuple[Family, ...] = ("vllm", "endpoint")  # captioners that decode greedily, whatever the job says
 DecodePlace = Literal["auto", "cpu", "pool"]
 SourceKind = Literal["auto", "prefix", "manifest", "webdataset", "parquet"]
 
@@ -59,6 +43,13 @@ def _known_tasks(value: object) -> object:
         if not value:
             raise ValueError(f"names none; there are {TASKS_TO_ASK_FOR}")
     return value
+
+
+def _known_family(name: str) -> str:
+    known = [family for family, facts in FAMILIES.items() if not facts.is_packaged]
+    if name not in known and not is_own(name):
+        raise ValueError(f"no family is called {name}; there are {', '.join(known)}, and your own as module:Class")
+    return name
 
 
 def _in_one_order(views: tuple[ViewName, ...]) -> tuple[ViewName, ...]:
@@ -184,21 +175,25 @@ class EndpointConfig(Frozen):
 class ModelConfig(Frozen):
     """Weights of one task: a local folder, a repository of the hub at a pinned revision, or an endpoint."""
 
-    family: Family
+    family: Annotated[str, AfterValidator(_known_family)]  # of `vlmflow.families`, or your own: module:Class
     path: HomePath | None = None  # a local folder
     repo: str | None = None  # a hub repository; needs `revision`
     revision: str | None = None  # a commit hash
     architecture: str | None = None  # open_clip's name, where the folder holds no open_clip_config.json
     endpoint: EndpointConfig | None = None  # of the family endpoint
-    prompt: str | None = None  # of vlm, vllm and endpoint; for `answer` with {question} in it. None: ours
-    max_answer_tokens: Annotated[int, Field(ge=1, le=512)] = 32  # of vlm, vllm and endpoint
+    prompt: str | None = None  # of families that take one; for `answer` with {question} in it. None: ours
+    max_answer_tokens: Annotated[int, Field(ge=1, le=512)] = 32  # of families that take a prompt
 
     @model_validator(mode="after")
     def _family_fits(self) -> Self:
         if (self.family == "endpoint") != (self.endpoint is not None):
             raise ValueError("the family endpoint needs `endpoint`, and no other takes it")
-        if self.prompt is not None and (self.family not in PROMPTED or not self.prompt.strip()):
-            raise ValueError(f"a prompt is for {', '.join(PROMPTED)}, and must say something")
+        prompted = [name for name, family in FAMILIES.items() if family.takes_prompt]
+        may_take = self.family in prompted or is_own(self.family)  # of one's own the entry says it, once it is imported
+        if self.prompt is not None and not (may_take and self.prompt.strip()):
+            raise ValueError(f"a prompt is for {', '.join(prompted)}, and must say something")
+        if self.architecture is not None and is_own(self.family):
+            raise ValueError("architecture is a name of open_clip's, and no family of your own takes it")
         return self
 
 
@@ -256,7 +251,7 @@ class Job(Frozen):
     catalog: CatalogConfig
     profile: str
     tasks: Tasks = ("embed", "moderate", "caption", "match")
-    models: dict[Literal["embed", "caption", "match", "answer"], ModelConfig] = {}  # instead of the profile's
+    models: dict[Role, ModelConfig] = {}  # instead of the profile's
     # Where profiles look for weights; default: $VLMFLOW_MODELS, else ~/.cache/vlmflow/models
     models_dir: Annotated[Path, AfterValidator(_at_home)] | None = None
     questions: tuple[str, ...] = ()  # that `answer` asks of every image

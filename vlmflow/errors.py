@@ -24,6 +24,10 @@ class ConfigError(VlmflowError):
     """A job, profile or option that cannot be used as it stands."""
 
 
+class FamilyError(ConfigError):
+    """A family of one's own that cannot be used: its module, its class, the entry in it, or what it loads."""
+
+
 class SourceError(VlmflowError):
     """The source does not exist, cannot be read, or does not hold what was said of it."""
 

@@ -34,6 +34,14 @@ def blocks(document: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
+def write_modules(document: str, folder: Path) -> None:
+    """The blocks that are files: their first line names them."""
+    for block in blocks(document, "python"):
+        if named := re.match(r"# (\S+\.py)\n", block):
+            (folder / named[1]).parent.mkdir(exist_ok=True)
+            (folder / named[1]).write_text(block, encoding="utf-8")
+
+
 def fill_in_verdicts(folder: Path) -> None:
     with (folder / "queue.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -96,8 +104,9 @@ def test_every_command_runs_as_written(tmp_path: Path) -> None:
                     if command.startswith(beginning):
                         deed(tmp_path)
                 run(tmp_path, "bash", "-euc", command)
+        write_modules(document, tmp_path)
         for block in blocks(document, "yaml"):
-            if named := re.match(r"# (\S+): (vlmflow .*)", block):
+            if named := re.match(r"# (\S+): ((?:python -m )?vlmflow .*)", block):
                 (tmp_path / named[1]).write_text(block, encoding="utf-8")
                 if "s3://" not in block:  # no bucket is at hand
                     run(tmp_path, "bash", "-euc", named[2])

@@ -72,6 +72,9 @@ def test_a_part_without_keys_is_named_whatever_the_command_line_says(
             "source.storage.timeout_s: Input should be less",
         ),
         ({"limits": {"max_seconds": 1e10}}, "limits.max_seconds: Input should be less"),
+        ({"models": {"embed": {"family": "clip"}}}, "models.embed.family: no family is called clip; there are open_"),
+        ({"models": {"embed": {"family": "opennsfw"}}}, "no family is called opennsfw"),  # it has no folder to name
+        ({"models": {"embed": {"family": "git", "prompt": "x"}}}, "a prompt is for vlm, vllm, endpoint, and must"),
         ({"views": ["center"]}, "views must include squash"),
         ({"ray": {"address": ""}}, "ray.address: String should have at least 1 character"),
         ({"limit": 0}, "limit"),

@@ -70,7 +70,7 @@ def test_vectors_are_joined_with_the_rows_that_refer_to_them(tmp_path: Path) -> 
 
 def test_job_files_of_the_readme_can_be_loaded(tmp_path: Path) -> None:
     blocks = [block for block in re.findall(r"```yaml\n(.*?)```", ALL_TEXT, re.DOTALL) if "source:" in block]
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         (tmp_path / "job.yaml").write_text(block)
         assert load_job(tmp_path / "job.yaml", {}).source.uri == yaml.safe_load(block)["source"]["uri"]

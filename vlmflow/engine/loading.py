@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from vlmflow.config import Dtype, PoolConfig
-from vlmflow.errors import ClusterError, WeightsError
+from vlmflow.errors import ClusterError, FamilyError, WeightsError
+from vlmflow.families import is_own
 from vlmflow.models import identify
 from vlmflow.models.pixels import model_dtype
 from vlmflow.tasks.setup import TaskSetup
@@ -104,6 +105,7 @@ def check_weights(pool: PoolConfig, setup: TaskSetup) -> None:
     Raises:
         WeightsError: they are absent here, or others.
         ClusterError: it is another.
+        FamilyError: that of one's own family is another, or is not here.
     """
     for role in pool.tasks:
         if role not in setup.models:
@@ -114,6 +116,13 @@ def check_weights(pool: PoolConfig, setup: TaskSetup) -> None:
                 f"weights of {role} on this node have the digest {found.weights_digest[:12]}, the run was planned with "
                 f"{planned.weights_digest[:12]}",
                 remedy="Put the same weights on every node.",
+            )
+        family = setup.models[role].family
+        if found != planned and is_own(family):
+            raise FamilyError(
+                f"family {family} on this node would run its model in another way than the run was planned with: code "
+                f"version {found.code_version}, planned {planned.code_version}",
+                remedy="Install its module in one version on every node.",
             )
         if found != planned:
             raise ClusterError(

@@ -13,7 +13,7 @@ from ray.data import ActorPoolStrategy, Dataset
 
 from vlmflow.catalog import KnownBytes
 from vlmflow.catalog.plan import Plan
-from vlmflow.config import Family, Job, PoolConfig
+from vlmflow.config import Job, PoolConfig
 from vlmflow.engine.cluster import Cluster
 from vlmflow.engine.decoding import ReadAndDecode
 from vlmflow.engine.pools import PoolWorker
@@ -23,6 +23,7 @@ from vlmflow.engine.read_ahead import limit_read_ahead, read_ahead_rows
 from vlmflow.engine.starts import Starts
 from vlmflow.engine.stored import Stored
 from vlmflow.errors import ClusterError
+from vlmflow.families import family_of
 from vlmflow.imaging import merge_requests
 from vlmflow.imaging.jpeg import MAX_JPEG_BYTES
 from vlmflow.moderation.prompts import PromptVectors
@@ -53,7 +54,6 @@ _USUAL_BYTES = 500_000
 # fast; others, and beams, take the memory of many images for each. On GPUs of less than 40 GB an actor does a part of
 # its batch at once: the driver does not know them, and they need not be alike.
 _GPU_BATCH, _GPU_BATCH_OF_LARGE = 256, 64
-_SMALL_FAMILIES: frozenset[Family] = frozenset({"open_clip", "blip_caption", "blip_itm", "blip_vqa", "vilt"})
 # A worker that dies by a signal is retried without limit unless told otherwise. Actors are restarted without limit, for
 # many images may kill theirs; `starts` ends those that die before they have their models.
 TASK_LIMITS = {"max_retries": 2}
@@ -90,7 +90,7 @@ def default_pools(prepared: Prepared, cluster: Cluster) -> tuple[PoolConfig, ...
 
 
 def _gpu_batch(setup: TaskSetup) -> int:
-    is_small = all(model.family in _SMALL_FAMILIES for model in setup.models.values())
+    is_small = all(family_of(model.family).is_small for model in setup.models.values())
     return _GPU_BATCH if is_small and not setup.detectors and setup.num_beams == 1 else _GPU_BATCH_OF_LARGE
 
 

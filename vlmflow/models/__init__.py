@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from urllib.parse import urlsplit
 
-from vlmflow.config import PROMPTED, Dtype, EndpointConfig, ModelConfig
+from vlmflow.config import Dtype, EndpointConfig, ModelConfig
 from vlmflow.errors import ConfigError
+from vlmflow.families import FAMILIES, Role, check_model, family_of, is_own, told_of
 from vlmflow.imaging import PixelRequest
-from vlmflow.models.identity import CODE_VERSIONS, ModelIdentity, short_digest
+from vlmflow.models.identity import ModelIdentity, short_digest
 from vlmflow.models.preprocessing import Preprocessing, read_preprocessing
 from vlmflow.models.profiles import check_family, describe_profiles, resolve_models
 from vlmflow.models.prompts import prompt_of
@@ -175,6 +176,7 @@ def identify(role: str, config: ModelConfig) -> ModelIdentity:
 
     Raises:
         ConfigError: the model does not belong to the family of the role.
+        FamilyError: the family is one's own, and its class cannot be used.
         WeightsError: the files are absent, or cannot be used.
     """
     check_family(role, config)
@@ -187,7 +189,7 @@ def identify(role: str, config: ModelConfig) -> ModelIdentity:
         revision=config.revision or "local",
         weights_digest=weights_digest(folder, config.family, config.architecture),
         preprocessing=preprocessing.describe() if preprocessing else "regions of the source",
-        code_version=CODE_VERSIONS[config.family],
+        code_version=family_of(config.family).code_version,
     )
 
 
@@ -217,7 +219,7 @@ def _identify_endpoint(endpoint: EndpointConfig) -> ModelIdentity:
         revision=address.netloc,
         weights_digest=short_digest({"url": endpoint.url, "model": endpoint.model}),
         preprocessing=json.dumps([endpoint.max_side_px, "jpeg"]),
-        code_version=CODE_VERSIONS["endpoint"],
+        code_version=FAMILIES["endpoint"].code_version,
     )
 
 
@@ -233,23 +235,11 @@ def load_embedder(config: ModelConfig, device: str, dtype: Dtype = "auto") -> Im
 
     Raises:
         ConfigError: the family does something else.
+        FamilyError: it is one's own, and its class cannot be used or fails.
         WeightsError: the weights are absent, unsafe to load, or do not fit.
     """
-    match config.family:
-        case "flava":
-            from vlmflow.models.flava import FlavaEmbedder
-
-            return FlavaEmbedder.load(locate(config), config, device, dtype)
-        case "align":
-            from vlmflow.models.align import AlignEmbedder
-
-            return AlignEmbedder.load(locate(config), config, device, dtype)
-        case "open_clip":
-            from vlmflow.models.clip import ClipEmbedder
-
-            return ClipEmbedder.load(locate(config), config, device, dtype)
-        case _:
-            raise _no_adapter("embed", config)
+    embedder: ImageEmbedder = _load("embed", config, device, dtype)
+    return embedder
 
 
 def load_text_embedder(config: ModelConfig) -> ImageEmbedder:
@@ -276,29 +266,17 @@ def load_captioner(
 
     Raises:
         ConfigError: the family does something else.
+        FamilyError: it is one's own, and its class cannot be used or fails.
         WeightsError: the weights are absent, unsafe to load, or do not fit.
     """
-    if config.family in PROMPTED:
+    if _is_chat(config):
         from vlmflow.models.prompted import PromptedCaptioner
 
         prompt = prompt_of("caption", config)
         assert prompt is not None
         return PromptedCaptioner(_load_chat(config, device, dtype), prompt)
-    match config.family:
-        case "blip2_caption":
-            from vlmflow.models.blip2 import Blip2Captioner
-
-            return Blip2Captioner.load(locate(config), config, device, dtype, towers)
-        case "git":
-            from vlmflow.models.git import GitCaptioner
-
-            return GitCaptioner.load(locate(config), config, device, dtype)
-        case "blip_caption":
-            from vlmflow.models.blip import BlipCaptioner
-
-            return BlipCaptioner.load(locate(config), config, device, dtype, towers)
-        case _:
-            raise _no_adapter("caption", config)
+    captioner: Captioner = _load("caption", config, device, dtype, towers)
+    return captioner
 
 
 def load_matcher(
@@ -312,31 +290,11 @@ def load_matcher(
 
     Raises:
         ConfigError: the family does something else.
+        FamilyError: it is one's own, and its class cannot be used or fails.
         WeightsError: the weights are absent, unsafe to load, or do not fit.
     """
-    match config.family:
-        case "blip2_itm":
-            from vlmflow.models.blip2 import Blip2Matcher
-
-            return Blip2Matcher.load(locate(config), config, device, dtype, towers)
-        case "flava":
-            from vlmflow.models.flava import FlavaMatcher
-
-            return FlavaMatcher.load(locate(config), config, device, dtype)
-        case "align":
-            from vlmflow.models.align import AlignMatcher
-
-            return AlignMatcher.load(locate(config), config, device, dtype)
-        case "vilbert":
-            from vlmflow.models.vilbert.adapter import VilbertMatcher
-
-            return VilbertMatcher.load(locate(config), device, dtype)
-        case "blip_itm":
-            from vlmflow.models.blip import BlipMatcher
-
-            return BlipMatcher.load(locate(config), config, device, dtype, towers)
-        case _:
-            raise _no_adapter("match", config)
+    matcher: Matcher = _load("match", config, device, dtype, towers)
+    return matcher
 
 
 def load_answerer(
@@ -350,37 +308,42 @@ def load_answerer(
 
     Raises:
         ConfigError: the family does something else.
+        FamilyError: it is one's own, and its class cannot be used or fails.
         WeightsError: the weights are absent, unsafe to load, or do not fit.
     """
-    if config.family in PROMPTED:
+    if _is_chat(config):
         from vlmflow.models.prompted import PromptedAnswerer
 
         prompt = prompt_of("answer", config)
         assert prompt is not None
         return PromptedAnswerer(_load_chat(config, device, dtype), prompt, config.max_answer_tokens)
-    match config.family:
-        case "blip_vqa":
-            from vlmflow.models.blip_vqa import BlipAnswerer
-
-            return BlipAnswerer.load(locate(config), config, device, dtype, towers)
-        case "vilbert":
-            from vlmflow.models.vilbert.adapter import VilbertAnswerer
-
-            return VilbertAnswerer.load(locate(config), device, dtype)
-        case "vilt":
-            from vlmflow.models.vilt import ViltAnswerer
-
-            return ViltAnswerer.load(locate(config), config, device, dtype)
-        case _:
-            raise _no_adapter("answer", config)
+    answerer: Answerer = _load("answer", config, device, dtype, towers)
+    return answerer
 
 
-def _no_adapter(role: str, config: ModelConfig) -> ConfigError:
-    """Never that of another family: weights that happened to fit would compute something else."""
-    return ConfigError(
-        f"models.{role}: no adapter is loaded for the family {config.family}",
-        remedy="Use a model of another family, or load it where the adapters of the others are (models/__init__.py).",
-    )
+def _load(role: Role, config: ModelConfig, device: str, dtype: Dtype, towers: VisionTowers | None = None) -> Any:
+    """Never by the adapter of another family: weights that happened to fit would compute something else."""
+    family = family_of(config.family)
+    if role not in family.roles:
+        raise ConfigError(
+            f"models.{role}: no adapter is loaded for the family {config.family}",
+            remedy="Use a model of another family, or name an adapter in the table of them (vlmflow/families.py).",
+        )
+    folder = locate(config)
+    if not is_own(config.family):
+        shared = (towers,) if family.shares_tower else ()
+        return family.adapter(role).load(folder, config, device, dtype, *shared)
+    asked = config.model_copy(update={"prompt": prompt_of(role, config)})  # as rows will say that it was asked
+    with told_of(config.family, "load"):
+        model = family.adapter(role).load(folder, asked, device, dtype)
+    check_model(config.family, role, model)
+    return model
+
+
+def _is_chat(config: ModelConfig) -> bool:
+    """Whether the model is asked in words by an adapter of ours, whatever writes."""
+    family = family_of(config.family)
+    return family.takes_prompt and not family.adapters
 
 
 def _load_chat(config: ModelConfig, device: str, dtype: Dtype) -> VisionChat:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Protocol, assert_never
 
 from vlmflow.config import ModelConfig
 from vlmflow.errors import DetectorError, PolicyError
+from vlmflow.families import FAMILIES
 from vlmflow.imaging import PixelRequest
-from vlmflow.models.identity import CODE_VERSIONS, ModelIdentity
+from vlmflow.models.identity import ModelIdentity
 from vlmflow.models.preprocessing import read_preprocessing
 from vlmflow.models.weights import locate, read_json, section_of, weights_digest
 from vlmflow.moderation.policy import Detector, Policy
@@ -79,7 +80,7 @@ def _prepare(detector: Detector, policy: Policy, views: tuple[str, ...]) -> Dete
             revision=detector.revision or "local",
             weights_digest=weights_digest(folder, detector.family),
             preprocessing=preprocessing.describe(),
-            code_version=CODE_VERSIONS[detector.family],
+            code_version=FAMILIES[detector.family].code_version,
         )
         request = PixelRequest(preprocessing.size, preprocessing.interpolation, shown)
         if detector.family == "image_classification":

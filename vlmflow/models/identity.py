@@ -6,28 +6,6 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 
-# Raised by hand, per family, when the adapter's outputs move for equal weights and pixels. A golden test compares
-# outputs with those recorded for the version.
-CODE_VERSIONS = {
-    "open_clip": 1,
-    "blip_caption": 1,
-    "blip_itm": 1,
-    "vilt": 1,
-    "blip_vqa": 1,
-    "vlm": 2,
-    "vllm": 1,
-    "endpoint": 1,
-    "vilbert": 1,
-    "opennsfw": 1,
-    "image_classification": 1,
-    "vlm_judge": 2,
-    "blip2_caption": 1,
-    "blip2_itm": 1,
-    "git": 1,
-    "flava": 1,
-    "align": 1,
-}
-
 
 @dataclass(frozen=True)
 class ModelIdentity:

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vlmflow.errors import DetectorError
-from vlmflow.models.identity import CODE_VERSIONS, ModelIdentity
+from vlmflow.families import FAMILIES
+from vlmflow.models.identity import ModelIdentity
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +42,7 @@ def identify_opennsfw() -> ModelIdentity:
         revision="open-nsfw.onnx",
         weights_digest=hashlib.sha256(_weights()).hexdigest(),
         preprocessing="256 bilinear, centre 224, JPEG, BGR minus mean",
-        code_version=CODE_VERSIONS["opennsfw"],
+        code_version=FAMILIES["opennsfw"].code_version,
     )
 
 

@@ -6,10 +6,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, assert_never, cast
 
-from vlmflow.config import Family, ModelConfig
+from vlmflow.config import ModelConfig
 from vlmflow.errors import WeightsError
+from vlmflow.families import Family, family_of
 from vlmflow.models.processors import CLIP_MEAN, CLIP_STD, with_defaults
 from vlmflow.models.weights import read_json, read_open_clip_model, section_of
 
@@ -17,25 +18,6 @@ Interpolation = Literal["bicubic", "bilinear"]
 
 # Of vision-language models without a size of their own: two tiles of the usual 384 each way.
 _PROMPTED_SIDE, _MAX_PROMPTED_SIDE = 768, 1024
-# Where config.json says which pixels the vision tower takes, for families whose processors are transformers' own.
-_IMAGE_SECTIONS = {
-    "blip2_caption": "vision_config",
-    "blip2_itm": "vision_config",
-    "git": "vision_config",
-    "flava": "image_config",
-}
-# The image processor of a family, for files that name none.
-_PROCESSORS: dict[Family, str] = {
-    "blip_caption": "BlipImageProcessor",
-    "blip_itm": "BlipImageProcessor",
-    "blip_vqa": "BlipImageProcessor",
-    "blip2_caption": "BlipImageProcessor",
-    "blip2_itm": "BlipImageProcessor",
-    "git": "CLIPImageProcessor",
-    "flava": "FlavaImageProcessor",
-    "vilt": "ViltImageProcessor",
-    "align": "EfficientNetImageProcessor",
-}
 _PILLOW_FILTERS: dict[object, Interpolation] = {2: "bilinear", 3: "bicubic"}
 
 
@@ -74,18 +56,20 @@ def read_preprocessing(folder: Path, config: ModelConfig) -> Preprocessing:
 
 
 def _read(folder: Path, config: ModelConfig) -> Preprocessing:
-    if config.family == "open_clip":
-        return _read_open_clip(folder, config.architecture)
-    if config.family in ("vlm", "vllm", "vlm_judge"):
-        return Preprocessing(_prompted_side(folder), "bicubic", CLIP_MEAN, CLIP_STD)
-    if config.family == "align":
-        return _read_align(folder, config.family)
-    if config.family in ("blip_caption", "blip_itm", "blip_vqa"):
-        return _read_blip(folder, config.family)
-    preprocessing = _read_processor(folder, config.family)
-    if config.family in _IMAGE_SECTIONS:
-        _check_size(folder, _IMAGE_SECTIONS[config.family], preprocessing.size)
-    return preprocessing
+    family = family_of(config.family)
+    match family.reader:
+        case "open_clip":
+            return _read_open_clip(folder, config.architecture)
+        case "chat":
+            return Preprocessing(_prompted_side(folder), "bicubic", CLIP_MEAN, CLIP_STD)
+        case "align":
+            return _read_align(folder)
+        case "blip":
+            return _read_blip(folder)
+        case "processor":
+            return _read_processor(folder, family)
+        case _:
+            assert_never(family.reader)
 
 
 def _read_open_clip(folder: Path, architecture: str | None) -> Preprocessing:
@@ -118,9 +102,9 @@ def _pretrained_preprocessing(architecture: str) -> dict[str, Any]:
     return {key: configs[0].get(key) for key in keys}
 
 
-def _read_blip(folder: Path, family: Family) -> Preprocessing:
+def _read_blip(folder: Path) -> Preprocessing:
     path = folder / "preprocessor_config.json"
-    values, config = with_defaults(read_json(path), _PROCESSORS[family], path), folder / "config.json"
+    values, config = with_defaults(read_json(path), "BlipImageProcessor", path), folder / "config.json"
     image_size = section_of(read_json(config), "vision_config", config).get("image_size", 384)
     size = values["size"]
     side = _square([size.get("height"), size.get("width")] if isinstance(size, dict) else size, path)
@@ -139,16 +123,19 @@ def _read_processor(folder: Path, family: Family) -> Preprocessing:
     The whole image is squashed to it where they would show its middle: moderation must not overlook the ends.
     """
     values, path = _processor_values(folder)
-    return _squashed(with_defaults(values, _PROCESSORS.get(family), path), path)
+    preprocessing = _squashed(with_defaults(values, family.processor, path), path)
+    if family.image_section is not None:
+        _check_size(folder, family.image_section, preprocessing.size)
+    return preprocessing
 
 
-def _read_align(folder: Path, family: Family) -> Preprocessing:
+def _read_align(folder: Path) -> Preprocessing:
     """That of ALIGN: the side of its crop; [0, 255] becomes [-1, 1] by an offset, which is a mean and std of 0.5.
 
     Its processor resizes to 346 and cuts 289 out of the middle; here 289 show the whole image.
     """
     values, path = _processor_values(folder)
-    values = with_defaults(values, _PROCESSORS[family], path)
+    values = with_defaults(values, "EfficientNetImageProcessor", path)
     scale = _rescale_factor(values, path)
     if values["rescale_offset"] and not values["do_normalize"] and abs(scale * 127.5 - 1) < 1e-6:
         values |= {"rescale_factor": 1 / 255, "do_normalize": True, "image_mean": 0.5, "image_std": 0.5}

@@ -5,21 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Literal, cast
+from typing import get_args
 
-from vlmflow.config import PROMPTED, Family, Job, ModelConfig, default_models_dir
-from vlmflow.errors import ConfigError, WeightsError
+from vlmflow.config import Job, ModelConfig, default_models_dir
+from vlmflow.errors import ConfigError, FamilyError, WeightsError
+from vlmflow.families import Role, families_of, family_of, is_own
 from vlmflow.models.weights import find_weights, require_folder
 
-Role = Literal["embed", "caption", "match", "answer"]
-
-# The families that can play a role; the first is that of a profile's model which names none.
-FAMILIES: dict[Role, tuple[Family, ...]] = {
-    "embed": ("open_clip", "flava", "align"),
-    "caption": ("blip_caption", "blip2_caption", "git", *PROMPTED),
-    "match": ("blip_itm", "blip2_itm", "flava", "align", "vilbert"),
-    "answer": ("vilt", "blip_vqa", "vilbert", *PROMPTED),
-}
 STARTER = "starter"
 
 
@@ -31,11 +23,11 @@ class ProfileModel:
     folder: str  # under the models folder; for the starter models, in the package
     licence: str
     num_parameters: int
-    family: Family | None = None  # None: the first that can play the role
+    family: str | None = None  # None: the first that can play the role
 
-    def family_as(self, role: Role) -> Family:
+    def family_as(self, role: Role) -> str:
         """The family of the model in a role."""
-        return self.family or FAMILIES[role][0]
+        return self.family or families_of(role)[0]
 
 
 @dataclass(frozen=True)
@@ -158,7 +150,7 @@ def resolve_models(job: Job) -> dict[str, ModelConfig]:
     if job.profile not in PROFILES:
         raise ConfigError(f"profile {job.profile}: unknown", remedy=f"Use one of {', '.join(PROFILES)}.")
     configs: dict[str, ModelConfig] = {}
-    for role in FAMILIES:
+    for role in get_args(Role):
         if role not in job.tasks:
             continue
         config = job.models.get(role) or _profile_config(job.profile, role, job.models_dir)
@@ -174,8 +166,17 @@ def check_family(role: str, config: ModelConfig) -> None:
 
     Raises:
         ConfigError: it belongs to the family of another role.
+        FamilyError: the family is one's own, and cannot be used.
     """
-    families = FAMILIES[cast(Role, role)]
+    if is_own(config.family):
+        roles = family_of(config.family).roles
+        if role not in roles:
+            raise FamilyError(
+                f"models.{role}: family {config.family} is for {', '.join(roles)}",
+                remedy=f"Name it under `models: {roles[0]}:`, or a class whose entry has the role {role}.",
+            )
+        return
+    families = families_of(role)
     if config.family not in families:
         known = families[0] if len(families) == 1 else f"{', '.join(families[:-1])} or {families[-1]}"
         raise ConfigError(f"models.{role}: family {config.family}", remedy=f"Use a model of the family {known}.")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from vlmflow.config import PROMPTED, ModelConfig
+from vlmflow.config import ModelConfig
 from vlmflow.errors import ConfigError
+from vlmflow.families import family_of
 
 QUESTION = "{question}"
 _DEFAULTS = {
@@ -16,9 +17,14 @@ def prompt_of(role: str, config: ModelConfig) -> str | None:
     """The prompt of a model in a role; None: its family takes none.
 
     Raises:
-        ConfigError: a prompt for questions has no place for them.
+        ConfigError: a prompt for questions has no place for them, or a family of one's own takes none.
     """
-    if config.family not in PROMPTED:
+    if not family_of(config.family).takes_prompt:
+        if config.prompt is not None:
+            raise ConfigError(
+                f"models.{role}.prompt: the family {config.family} takes none",
+                remedy="Leave it out, or let the entry of the class say takes_prompt=True.",
+            )
         return None
     prompt = config.prompt or _DEFAULTS[role]
     if (role == "answer") != (QUESTION in prompt):

@@ -13,26 +13,9 @@ from typing import Any
 
 from vlmflow.config import ModelConfig
 from vlmflow.errors import WeightsError
+from vlmflow.families import FAMILIES, family_of, is_own
 from vlmflow.models.identity import short_digest
 
-# In the order of preference; those of transformers, and of the families that have names of their own. A CLIP repository
-# of the hub often holds the same weights twice: in open_clip's names, and as `model.safetensors` in those of
-# transformers, which open_clip does not read.
-_WEIGHT_NAMES = ("model.safetensors", "model.safetensors.index.json")
-_OTHER_WEIGHT_NAMES = {
-    "open_clip": ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors"),
-}
-_CONFIG_NAME = "config.json"
-_OTHER_CONFIG_NAMES = {"open_clip": "open_clip_config.json"}
-# What the processor of a prompted model makes of images and questions.
-_PROCESSOR_NAMES = ("chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json")
-# Files beside the weights that loading reads too.
-_COMPANION_NAMES = {
-    "vilbert": ("answers.json", "detector.safetensors", "regions.json", "regions.safetensors"),
-    "vlm": (*_PROCESSOR_NAMES, "generation_config.json"),  # repetition penalties and the like
-    "vllm": (*_PROCESSOR_NAMES, "generation_config.json"),  # tokens that end a text
-    "vlm_judge": _PROCESSOR_NAMES,
-}
 _TOKENIZER_NAMES = (
     "added_tokens.json",
     "merges.txt",
@@ -63,7 +46,7 @@ def locate(config: ModelConfig) -> Path:
             f"{config.repo}: revision {config.revision or 'missing'} is no commit hash",
             remedy="Pin the repository: set `revision` to the 40 digits of the commit that you reviewed.",
         )
-    return _download(config.repo, config.revision)
+    return _download(config.repo, config.revision, config.family)
 
 
 def require_folder(config: ModelConfig, *, licence: str | None = None) -> Path:
@@ -77,13 +60,15 @@ def require_folder(config: ModelConfig, *, licence: str | None = None) -> Path:
     if not folder.is_dir():
         raise WeightsError(f"weights: no folder {folder}", remedy=f"Put the files of {origin} there.")
     if not find_weights(folder, config.family):
+        names = family_of(config.family).weight_names
         pickled = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
         if pickled:
             raise WeightsError(
                 f"weights: {folder / pickled[0]} is a pickle, which can run code when it is loaded",
-                remedy=f"Use the safetensors files of {origin}, or convert it to {_weight_names(config.family)[0]}.",
+                remedy=f"Use the safetensors files of {origin}, or convert it to {names[0]}.",
             )
-        raise WeightsError(f"weights: no safetensors file in {folder}", remedy=f"Put the files of {origin} there.")
+        what = f"file {' or '.join(names)}" if is_own(config.family) else "safetensors file"
+        raise WeightsError(f"weights: no {what} in {folder}", remedy=f"Put the files of {origin} there.")
     return folder
 
 
@@ -93,7 +78,7 @@ def find_weights(folder: Path, family: str) -> list[Path]:
     Raises:
         WeightsError: the list of the shards is damaged.
     """
-    for name in _weight_names(family):
+    for name in family_of(family).weight_names:
         path = folder / name
         if not path.is_file():
             continue
@@ -110,29 +95,28 @@ def find_weights(folder: Path, family: str) -> list[Path]:
     return []
 
 
-def _weight_names(family: str) -> tuple[str, ...]:
-    return _OTHER_WEIGHT_NAMES.get(family, _WEIGHT_NAMES)
-
-
 def weights_digest(folder: Path, family: str, architecture: str | None = None) -> str:
     """SHA-256 over names and contents of the files that loading reads: weights, configuration, tokenizer.
 
     Args:
+        family: one's own counts by its name too.
         architecture: open_clip's name; its configuration counts where the folder has none of its own.
 
     Raises:
         WeightsError: open_clip has no such architecture.
     """
-    config = _OTHER_CONFIG_NAMES.get(family, _CONFIG_NAME)
-    names = [config, *_TOKENIZER_NAMES, *_COMPANION_NAMES.get(family, ())]
+    facts = family_of(family)
+    names = [facts.config_name, *_TOKENIZER_NAMES, *facts.companion_names]
     files = [*find_weights(folder, family), *(folder / name for name in names if (folder / name).is_file())]
     total = hashlib.sha256()
     for path in sorted(files):
         stat = path.stat()
         total.update(f"{path.name} {_file_digest(str(path), stat.st_size, stat.st_mtime_ns)}\n".encode())
-    if architecture is not None and family == "open_clip" and not (folder / config).is_file():
+    if architecture is not None and family == "open_clip" and not (folder / facts.config_name).is_file():
         # By its content: equal weights are another model with another activation, which no tensor tells.
         total.update(f"architecture {short_digest(read_open_clip_model(folder, architecture))}\n".encode())
+    if is_own(family):  # another class makes other outputs of equal files: thresholds and prompts' vectors are not its
+        total.update(f"family {family}\n".encode())
     return total.hexdigest()
 
 
@@ -219,18 +203,14 @@ def check_keys(folder: Path, missing: Iterable[str], unexpected: Iterable[str]) 
         )
 
 
-def _download(repo: str, revision: str) -> Path:
+def _download(repo: str, revision: str, family: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    patterns = [
-        "*.safetensors",
-        "*.safetensors.index.json",
-        *_TOKENIZER_NAMES,
-        _CONFIG_NAME,
-        *_OTHER_CONFIG_NAMES.values(),
-    ]
-    patterns += [name for names in _COMPANION_NAMES.values() for name in names]
+    patterns = ["*.safetensors", "*.safetensors.index.json", *_TOKENIZER_NAMES]
+    patterns += [name for facts in FAMILIES.values() for name in (facts.config_name, *facts.companion_names)]
+    facts = family_of(family)
+    patterns += [*facts.weight_names, facts.config_name, *facts.companion_names]
     patterns += ["p*processor_config.json", "chat_template.*"]  # "preprocessor_config.json" too
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 
 from vlmflow.errors import PolicyError
+from vlmflow.models.unit import check_unit
 from vlmflow.moderation.policy import Policy, prompts_digest
 
 if TYPE_CHECKING:
@@ -56,9 +57,13 @@ def encode_prompts(policy: Policy, embedder: ImageEmbedder) -> PromptVectors:
 
     A label's vector is the mean of its prompts' unit vectors and is not scaled back to unit length: its product
     with an image is then the mean of the cosines, comparable between labels with one prompt and with many.
+
+    Raises:
+        ValueError: the embedder gave something other than a unit vector for each prompt.
     """
     prompts = [prompt for label in policy.each_label() for prompt in label.prompts]
     vectors = embedder.embed_texts([*prompts, *policy.neutral])
+    check_unit(vectors, (len(prompts) + len(policy.neutral), embedder.dim))
     means, start = [], 0
     for label in policy.each_label():
         stop = start + len(label.prompts)

@@ -37,11 +37,19 @@ class AnswerTask:
         self.reads: tuple[str, ...] = (shown_column(request), "questions")
 
     def __call__(self, batch: pa.Table) -> Columns:
-        """The answers, in the order of the questions, null where the model wrote nothing; scores where it tells any."""
+        """The answers, in the order of the questions, null where the model wrote nothing; scores where it tells any.
+
+        Raises:
+            ValueError: the model gave something other than one answer for each question.
+        """
         asked = [asked_of(self._questions, own) for own in batch["questions"].to_pylist()]
         given = self._answerer.answer(shown(batch, self._request), asked)
         if [len(answers) for answers in given] != [len(questions) for questions in asked]:
             raise ValueError("the model gave another number of answers than there are questions")
+        if not all(
+            isinstance(answer, Answer) and not math.isinf(answer.score) for answers in given for answer in answers
+        ):
+            raise ValueError("the model gave an answer that is none, or whose score is not finite")
         rows = [
             [_row(question, answer) for question, answer in zip(questions, answers, strict=True)]
             for questions, answers in zip(asked, given, strict=True)

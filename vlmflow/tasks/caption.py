@@ -27,7 +27,16 @@ class CaptionTask:
         self.reads: tuple[str, ...] = (pixel_columns(request)[0],)
 
     def __call__(self, batch: pa.Table) -> Columns:
-        """The captions, as the model words them."""
+        """The captions, as the model words them.
+
+        Raises:
+            ValueError: the model gave something other than a text for each image.
+        """
         pixels = first_views(batch, self._request)
         captions = self._captioner.caption(pixels, self._max_tokens, self._num_beams)
+        # Null would pass for an image that has no caption yet, and a text is a sequence of texts.
+        if isinstance(captions, str) or not all(isinstance(caption, str) for caption in captions):
+            raise ValueError("the model gave captions that are no list of texts")
+        if len(captions) != len(pixels):
+            raise ValueError(f"the model gave {len(captions)} captions of {len(pixels)} images")
         return {"caption": pa.array(captions, pa.string())}

@@ -7,6 +7,7 @@ import pyarrow as pa
 
 from vlmflow.imaging import PixelRequest
 from vlmflow.models import ImageEmbedder
+from vlmflow.models.unit import check_unit
 from vlmflow.tasks import Columns
 from vlmflow.tasks.pixels import all_views, pixel_columns
 
@@ -25,12 +26,15 @@ class EmbedTask:
         self.reads: tuple[str, ...] = pixel_columns(request)
 
     def __call__(self, batch: pa.Table) -> Columns:
-        """Vectors of unit length, in the order of the views."""
+        """Vectors of unit length, in the order of the views.
+
+        Raises:
+            ValueError: the model gave something other than a unit vector for each view.
+        """
         pixels, offsets = all_views(batch, self._request)
         vectors = self._embedder.embed_images(pixels)
-        # A vector that is not finite would be stored as an embedding and searched for ever after.
-        if not np.isfinite(vectors).all():
-            raise ValueError("the model gave a vector that is not finite")
+        # Such a vector would be stored as an embedding and searched for ever after.
+        check_unit(vectors, (len(pixels), self._embedder.dim))
         inner = pa.array(np.arange(len(vectors) + 1) * vectors.shape[1], pa.int32())
         flat = pa.ListArray.from_arrays(inner, pa.array(vectors.ravel(), pa.float32()))
         views = batch[pixel_columns(self._request)[1]].combine_chunks()

@@ -32,8 +32,14 @@ class MatchTask:
         self.reads: tuple[str, ...] = (shown_column(request), "previous_caption", "text")
 
     def __call__(self, batch: pa.Table) -> Columns:
-        """Probabilities (itm) and cosines (itc)."""
+        """Probabilities (itm) and cosines (itc).
+
+        Raises:
+            ValueError: the model gave something other than a finite score for each pair, or not as many images as rows.
+        """
         images = self._matcher.encode_images(shown(batch, self._request))
+        if len(images) != batch.num_rows:
+            raise ValueError(f"the model gave {len(images)} encoded images of {batch.num_rows}")
         captions = batch["previous_caption"].to_pylist()
         if "caption" in batch.column_names:
             written = batch["caption"].to_pylist()
@@ -61,6 +67,8 @@ class MatchTask:
             ):
                 if found is None:
                     continue
+                if np.shape(found) != (len(rows),):  # one score for all pairs would be taken for that of each
+                    raise ValueError(f"the model gave scores of shape {np.shape(found)} for {len(rows)} pairs")
                 # Null means that there was no text or no head, so what is no number must not pass for it.
                 if not np.isfinite(found).all():
                     raise ValueError("the model gave a score that is not finite")

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, assert_never
 
 from vlmflow.catalog.detections import Detection
-from vlmflow.config import WITHOUT_BEAMS, Dtype, Job, ModelConfig, TaskName
+from vlmflow.config import Dtype, Job, ModelConfig, TaskName
 from vlmflow.errors import ConfigError
+from vlmflow.families import family_of, told_of
 from vlmflow.imaging import PixelRequest, merge_requests
 from vlmflow.models import (
     ModelIdentity,
@@ -165,7 +166,7 @@ def prepare_tasks(job: Job) -> TaskSetup:
 
 def _check_beams(job: Job, models: dict[str, ModelConfig]) -> None:
     captioner = models.get("caption")
-    if job.num_beams > 1 and captioner is not None and captioner.family in WITHOUT_BEAMS:
+    if job.num_beams > 1 and captioner is not None and not family_of(captioner.family).has_beams:
         raise ConfigError(
             f"num_beams: {job.num_beams}, but captioners of the family {captioner.family} search with no beams",
             remedy="Leave num_beams out, or caption with a model of another family.",
@@ -195,10 +196,14 @@ def prepare_prompts(setup: TaskSetup) -> PromptVectors | None:
 
     Raises:
         WeightsError: the embedder's weights do not fit.
+        FamilyError: the embedder is of one's own family, and fails.
     """
     if setup.policy is None:
         return None
-    return encode_prompts(setup.policy, load_text_embedder(setup.models["embed"]))
+    config = setup.models["embed"]
+    embedder = load_text_embedder(config)
+    with told_of(config.family, "embed_texts"):
+        return encode_prompts(setup.policy, embedder)
 
 
 def load_task(

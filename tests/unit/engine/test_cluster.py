@@ -29,7 +29,7 @@ from ray.util import get_node_ip_address
 
 from vlmflow.config import RayConfig
 from vlmflow.engine import cluster, faults
-from vlmflow.errors import ClusterError, ConfigError, SourceError, VlmflowError, WeightsError
+from vlmflow.errors import ClusterError, ConfigError, FamilyError, SourceError, VlmflowError, WeightsError
 
 
 @pytest.mark.parametrize(("given", "told"), [(None, "6"), ("1", "1")])
@@ -141,6 +141,9 @@ IN_A_CONSTRUCTOR = """The actor died because of an error raised in its creation 
 vlmflow.errors.WeightsError: no folder /models/clip"""
 
 
+NO_MODULE = (
+    IN_A_CONSTRUCTOR.rpartition("\n")[0] + "\nvlmflow.errors.FamilyError: family shop:A: there is no module shop"
+)
 NOT_IMPORTED = IN_A_CONSTRUCTOR.rpartition("\n")[0] + "\nModuleNotFoundError: No module named 'open_clip'"
 
 
@@ -172,6 +175,15 @@ def test_what_another_node_lacks_is_told_with_its_name(error: RayError, message:
     with pytest.raises(VlmflowError) as caught, faults.told():
         raise error
     assert str(caught.value) == message
+
+
+def test_a_module_that_the_driver_alone_has_is_told_with_what_workers_need() -> None:
+    with (
+        pytest.raises(FamilyError, match=r"^on node 10\.0\.0\.7: family shop:A: there is no module shop") as caught,
+        faults.told(),
+    ):
+        raise RayActorError(error_msg=NO_MODULE)
+    assert "install it on every node" in caught.value.remedy
 
 
 @pytest.mark.parametrize(("address", "told"), [(None, "local"), ("auto", "auto"), ("head:6379",) * 2])

@@ -16,7 +16,7 @@ from vlmflow.config import ImageLimits, PoolConfig, SourceConfig
 from vlmflow.engine import columns, loading
 from vlmflow.engine.decoding import ReadAndDecode
 from vlmflow.engine.nodes import check_disks, unfound
-from vlmflow.errors import ClusterError, WeightsError
+from vlmflow.errors import ClusterError, FamilyError, WeightsError
 from vlmflow.imaging import PixelRequest
 from vlmflow.models import ModelIdentity
 from vlmflow.sources import open_source
@@ -79,15 +79,21 @@ def test_images_that_the_driver_has_no_more_are_gone(disk: Path, change: str) ->
 
 
 @pytest.mark.parametrize(
-    ("change", "error"),
-    [({}, None), ({"weights_digest": "other"}, WeightsError), ({"code_version": 7}, ClusterError)],
+    ("family", "change", "error"),
+    [
+        ("open_clip", {}, None),
+        ("open_clip", {"weights_digest": "other"}, WeightsError),
+        ("open_clip", {"code_version": 7}, ClusterError),
+        ("shop:Embedder", {}, None),
+        ("shop:Embedder", {"code_version": 7}, FamilyError),
+    ],
 )
 def test_a_node_with_other_weights_or_another_vlmflow_computes_nothing(
-    change: dict[str, Any], error: type[Exception] | None, monkeypatch: pytest.MonkeyPatch
+    family: str, change: dict[str, Any], error: type[Exception] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its rows would name what they were not made with."""
     planned = ModelIdentity("a/model", "local", "digest", "squash", 1)
     monkeypatch.setattr(loading, "identify", lambda *_: dataclasses.replace(planned, **change))
-    setup = SimpleNamespace(models={"embed": None}, identities={"embed": planned})
+    setup = SimpleNamespace(models={"embed": SimpleNamespace(family=family)}, identities={"embed": planned})
     with pytest.raises(error) if error else nullcontext():
         loading.check_weights(PoolConfig(tasks=("embed", "moderate")), setup)  # type: ignore[arg-type]

@@ -23,15 +23,16 @@ from tests.models import (
 )
 from tests.vilbert import make_vilbert
 from vlmflow.config import ModelConfig
+from vlmflow.families import FAMILIES
 from vlmflow.models import ModelIdentity, load_answerer, load_captioner, load_embedder, load_matcher
 from vlmflow.models.classifier import ImageClassifier
-from vlmflow.models.identity import CODE_VERSIONS
 from vlmflow.models.judge import VlmJudge
 from vlmflow.models.opennsfw import OpenNsfw
-from vlmflow.models.vilbert.adapter import VilbertAnswerer, VilbertGrounder, VilbertMatcher
+from vlmflow.models.vilbert.adapter import VilbertGrounder
 from vlmflow.models.vilbert.regions import Regions
 from vlmflow.models.vlm import TransformersChat
 
+CODE_VERSIONS = {name: family.code_version for name, family in FAMILIES.items()}
 ELSEWHERE = ("vllm", "endpoint")  # what they give is not computed by code of ours
 RECORDED = json.loads((Path(__file__).parent / "golden.json").read_text())
 
@@ -110,7 +111,8 @@ def vilbert_outputs(folder: Path, texts: list[str]) -> list[Any]:
     wave = torch.sin(torch.arange(3 * 4 * 12, dtype=torch.float64) * 0.7391).float().reshape(3, 4, 12)
     boxes = torch.tensor([[0.1, 0.2, 0.5, 0.9], [0, 0, 0.3, 0.3], [0.4, 0, 1, 1], [0.5, 0.5, 0.6, 0.8]]).expand(3, 4, 4)
     regions = Regions(wave, boxes, torch.ones(3, 4, dtype=torch.bool))
-    matcher, answerer = VilbertMatcher.load(path, "cpu"), VilbertAnswerer.load(path, "cpu")
+    config = ModelConfig(family="vilbert", path=str(path))
+    matcher, answerer = load_matcher(config, "cpu"), load_answerer(config, "cpu")
     matched = matcher.match_itm(matcher.encode_images(regions), texts)
     answered = np.array([answer.score for of in answerer.answer(regions, [texts] * 3) for answer in of])
     grounded = VilbertGrounder.load(path).ground(regions, [[text] for text in texts])

@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 
 from tests.models import IMAGE_SIZE, make_captioner, random_pixels, write_json
 from tests.unit.models.test_models_weights import edit_json
-from vlmflow.config import Family, ModelConfig
+from vlmflow.config import ModelConfig
 from vlmflow.errors import WeightsError
 from vlmflow.models.pixels import PixelNormalizer
 from vlmflow.models.preprocessing import Preprocessing, read_preprocessing
@@ -36,7 +36,7 @@ CROPPED = {"do_center_crop": True, "crop_size": IMAGE_SIZE, "size": {"shortest_e
 MOBILE = CROPPED | {"image_processor_type": "MobileViTImageProcessor", "resample": 2, "rescale_factor": 1 / 255}
 
 
-def read(folder: Path, values: dict[str, Any], family: Family = "image_classification") -> Preprocessing:
+def read(folder: Path, values: dict[str, Any], family: str = "image_classification") -> Preprocessing:
     write_json(folder / "preprocessor_config.json", values)
     return read_preprocessing(folder, ModelConfig(family=family, path=str(folder)))
 

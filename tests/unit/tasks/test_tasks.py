@@ -46,6 +46,10 @@ def reds(pixels: torch.Tensor) -> list[int]:
     return [int(value) for value in pixels[:, 0, 0, 0]]
 
 
+def unit(angle: int) -> list[float]:
+    return [np.cos(angle), np.sin(angle)]
+
+
 class FakeEmbedder:
     dim = 2
 
@@ -54,7 +58,7 @@ class FakeEmbedder:
 
     def embed_images(self, pixels: torch.Tensor) -> NDArray[np.float32]:
         self.batches.append(len(pixels))
-        return np.array([[red, np.nan if red == 99 else 1] for red in reds(pixels)], np.float32)
+        return np.array([unit(red) if red != 99 else [np.nan, 1] for red in reds(pixels)], np.float32)
 
     def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
         raise NotImplementedError
@@ -123,7 +127,9 @@ def test_embed_runs_all_views_of_all_rows_in_one_batch() -> None:
     embedder = FakeEmbedder()
     out = run(EmbedTask(embedder, REQUEST), batch_of([10, 20], [30]))
     assert embedder.batches == [3]
-    assert out["vectors"].to_pylist() == [[[10, 1], [20, 1]], [[30, 1]]]
+    first, second = out["vectors"].to_pylist()
+    np.testing.assert_allclose([*first, *second], [unit(10), unit(20), unit(30)], rtol=1e-6)
+    assert len(first) == 2
     assert out["vector_views"].to_pylist() == [["squash", "center"], ["squash"]]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from vlmflow.config import Dtype
+from vlmflow.config import Dtype, ModelConfig
 from vlmflow.errors import WeightsError
 from vlmflow.models import Answer, EncodedImages
 from vlmflow.models.questions import check_paired, check_scores, tokenize
@@ -54,7 +54,7 @@ class VilbertMatcher:
         self._parts = parts
 
     @classmethod
-    def load(cls, folder: Path, device: str, dtype: Dtype = "auto") -> VilbertMatcher:
+    def load(cls, folder: Path, config: ModelConfig, device: str, dtype: Dtype = "auto") -> VilbertMatcher:
         """Loads a model with ``vil_logit``, else with the alignment head of pretraining.
 
         Raises:
@@ -115,7 +115,7 @@ class VilbertAnswerer:
         self._parts, self._answers = parts, tuple(answers)
 
     @classmethod
-    def load(cls, folder: Path, device: str, dtype: Dtype = "auto") -> VilbertAnswerer:
+    def load(cls, folder: Path, config: ModelConfig, device: str, dtype: Dtype = "auto") -> VilbertAnswerer:
         """Loads a model with ``vil_prediction`` and its `answers.json`.
 
         Raises:

@@ -16,7 +16,7 @@ from tests.vilbert import make_detector, make_vilbert
 from vlmflow.config import ModelConfig
 from vlmflow.errors import QuestionError, WeightsError
 from vlmflow.models import identify, load_answerer, load_matcher, pixel_request
-from vlmflow.models.vilbert.adapter import VilbertAnswerer, VilbertGrounder, VilbertMatcher
+from vlmflow.models.vilbert.adapter import VilbertGrounder
 from vlmflow.models.vilbert.detector import load_detector_regions
 from vlmflow.models.vilbert.finders import DetectorRegions
 from vlmflow.models.vilbert.regions import Regions, best_boxes, pad_regions, with_whole_image
@@ -79,7 +79,7 @@ def test_scores_belong_to_the_pair_whatever_else_is_in_the_batch(folder: Path) -
 
 
 def test_a_pretrained_model_matches_with_its_alignment_head(tmp_path: Path) -> None:
-    matcher = VilbertMatcher.load(make_vilbert(tmp_path / "m", COLUMNS, heads=["cls"]), "cpu")
+    matcher = load_matcher(config(make_vilbert(tmp_path / "m", COLUMNS, heads=["cls"])), "cpu")
     images = matcher.encode_images(regions())
     scores = matcher.match_itm(images, ["a cat", "a dog", "a car"])
     parts = matcher._parts
@@ -228,12 +228,12 @@ def test_what_does_not_fit_is_told_with_a_remedy(tmp_path: Path, what: str, told
     folder = make_vilbert(tmp_path / "m", COLUMNS)
     broken(folder, what)
     with pytest.raises(WeightsError, match=told) as caught:
-        VilbertAnswerer.load(folder, "cpu")
+        load_answerer(config(folder), "cpu")
     assert caught.value.remedy
 
 
 def test_regions_of_another_detector_are_refused(folder: Path) -> None:
-    matcher = VilbertMatcher.load(folder, "cpu")
+    matcher = load_matcher(config(folder), "cpu")
     with pytest.raises(ValueError, match="regions of 7 features, the model reads 12"):
         matcher.encode_images(regions(num_features=7))
     with pytest.raises(ValueError, match="columns of the source"):
@@ -243,6 +243,6 @@ def test_regions_of_another_detector_are_refused(folder: Path) -> None:
 
 def test_a_head_that_is_not_there_is_named(tmp_path: Path) -> None:
     folder = make_vilbert(tmp_path / "m", COLUMNS, heads=["vision_logit"])
-    for load, head in ((VilbertMatcher.load, "vil_logit or cls"), (VilbertAnswerer.load, "vil_prediction")):
+    for load, head in ((load_matcher, "vil_logit or cls"), (load_answerer, "vil_prediction")):
         with pytest.raises(WeightsError, match=head):
-            load(folder, "cpu")
+            load(config(folder), "cpu")

@@ -166,6 +166,8 @@ def stop_jobs_of(commands: Callable[[FlowRun], Iterable[Command]]) -> Callable[.
         url = flow_run.parameters.get("ray_jobs_url")
         if url is None or (state.is_failed() and state.name != "TimedOut"):
             return
+        if not flow_run.run_count:  # cancelled before it began: jobs of these names are those of other runs
+            return
         told = flow_run_logger(flow_run, flow)
         names = set()
         try:

@@ -24,6 +24,7 @@ from pipelines.common import (
     RETRY_DELAYS_S,
     RunProgress,
     also_left,
+    has_completed,
     log_to_flow_run,
     make_steps,
     may_pass,
@@ -102,7 +103,8 @@ def adhoc_job(
     }
     log_to_flow_run()
     job = _read_job(given)
-    report = follow_job(make_steps(ray_jobs_url, deadline_hours, once=True), job, slug(job.catalog.uri))
+    steps = make_steps(ray_jobs_url, deadline_hours, once=not has_completed())
+    report = follow_job(steps, job, slug(job.catalog.uri))
     if report.status == "nothing_due":
         return Completed(message=f"Nothing was due: {nothing_due(report)}.")
     return Completed(message=f"{rows_changed([report])}; run {report.run_id}{also_left(report)}.")

@@ -14,6 +14,7 @@ from uuid import UUID
 
 from prefect import Flow, runtime
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun, State, TaskRun
 from prefect.exceptions import ParameterTypeError
 from prefect.logging.handlers import APILogHandler
@@ -70,6 +71,13 @@ def make_steps(ray_jobs_url: str | None, deadline_hours: float, *, once: bool = 
         return InProcess()
     owner = str(runtime.flow_run.id)
     return OnCluster(ray_jobs_url, owner=owner, on_line=_log_line, deadline_s=deadline_hours * 3600, once=once)
+
+
+def has_completed() -> bool:
+    """Whether the present flow run has been completed before, and is retried to do its work anew."""
+    with get_client(sync_client=True) as client:
+        states = client.read_flow_run_states(UUID(str(runtime.flow_run.id)))
+    return any(state.is_completed() for state in states)
 
 
 def _log_line(line: str) -> None:
@@ -165,6 +173,8 @@ def stop_jobs_of(commands: Callable[[FlowRun], Iterable[Command]]) -> Callable[.
     def stop_ray_jobs(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
         url = flow_run.parameters.get("ray_jobs_url")
         if url is None or (state.is_failed() and state.name != "TimedOut"):
+            return
+        if not flow_run.run_count:  # cancelled before it began: jobs of these names are those of other runs
             return
         told = flow_run_logger(flow_run, flow)
         names = set()

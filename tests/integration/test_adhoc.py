@@ -106,6 +106,21 @@ def test_two_that_begin_at_once_end_up_with_one_job(
 
 
 @pytest.mark.slow
+def test_a_completed_run_that_is_retried_does_its_job_anew(
+    prefect: Prefect, nodes: RayNodes, jobs: Jobs, held: HeldImages, job_file: Path, tmp_path: Path
+) -> None:
+    held.released.set()
+    with process(prefect, tmp_path / "flow.log", *flow(job_file, nodes)) as started:
+        assert started.wait(200) == 0, (tmp_path / "flow.log").read_text()
+    run_id = prefect.runs("adhoc-job")[0]["id"]
+    assert prefect.run(run_id)["state"]["message"].startswith(f"{NUM_IMAGES} rows new")
+    retried = prefect.command("flow-run", "retry", run_id, "--entrypoint", "pipelines/adhoc.py:adhoc_job")
+    assert retried.returncode == 0, retried.stdout + retried.stderr
+    assert prefect.run(run_id)["state"]["message"].startswith("Nothing was due")
+    assert list(jobs.statuses().values()) == ["SUCCEEDED"] * 2
+
+
+@pytest.mark.slow
 def test_past_its_deadline_the_job_is_stopped(
     prefect: Prefect, nodes: RayNodes, jobs: Jobs, held: HeldImages, job_file: Path, tmp_path: Path
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -20,29 +20,60 @@ from pipelines.ray_jobs import Attempt
 from pipelines.steps import enrich_command
 from vlmflow.config import load_job
 
+Told = list[tuple[str, Collection[str]]]
 
-@pytest.mark.parametrize("flow", [nightly_enrichment, adhoc_job])
-@pytest.mark.parametrize("date", ["2026-02-01", "2026-02-01T00:00:00Z"])
-def test_a_cancelled_run_stops_its_jobs_however_its_date_was_written(
-    flow: Flow[..., Any], date: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job_file = tmp_path / "job.yaml"
-    job_file.write_text("{source: {uri: s3://b/p/}, catalog: {uri: s3://b/c}, profile: starter}", encoding="utf-8")
-    told = []
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> Told:
+    """Who told a cluster to stop what it submitted, and jobs of which names."""
+    found: Told = []
 
     class Jobs:
         def __init__(self, url: str) -> None: ...
 
         def stop_all(self, owner: str, names: Collection[str]) -> list[Attempt]:
-            told.append((owner, names))
+            found.append((owner, names))
             return []
 
     monkeypatch.setattr(common, "RayJobs", Jobs)
-    given = {"job_file": str(job_file), "ray_jobs_url": "http://ray-head:8265", "date": date}
-    run = FlowRun(flow_id=uuid4(), name="a-run", parameters=given)
-    for hook in flow.on_cancellation_hooks:
-        hook(flow, run, Cancelled())
+    return found
 
+
+@pytest.fixture
+def job_file(tmp_path: Path) -> Path:
+    path = tmp_path / "job.yaml"
+    path.write_text("{source: {uri: s3://b/p/}, catalog: {uri: s3://b/c}, profile: starter}", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def cancel(job_file: Path) -> Callable[..., FlowRun]:
+    """Runs the hooks of a flow run that is cancelled."""
+
+    def cancelled(flow: Flow[..., Any], date: str, run_count: int) -> FlowRun:
+        given = {"job_file": str(job_file), "ray_jobs_url": "http://ray-head:8265", "date": date}
+        run = FlowRun(flow_id=uuid4(), name="a-run", parameters=given, run_count=run_count)
+        for hook in flow.on_cancellation_hooks:
+            hook(flow, run, Cancelled())
+        return run
+
+    return cancelled
+
+
+@pytest.mark.parametrize("flow", [nightly_enrichment, adhoc_job])
+@pytest.mark.parametrize("date", ["2026-02-01", "2026-02-01T00:00:00Z"])
+def test_a_cancelled_run_stops_its_jobs_however_its_date_was_written(
+    flow: Flow[..., Any], date: str, job_file: Path, cancel: Callable[..., FlowRun], told: Told
+) -> None:
+    run = cancel(flow, date, run_count=1)
     ((owner, names),) = told
     assert owner == str(run.id)
     assert enrich_command(load_job(job_file, {"date": dt.date(2026, 2, 1)})).name in names
+
+
+@pytest.mark.parametrize("flow", [nightly_enrichment, adhoc_job])
+def test_a_run_that_is_cancelled_before_it_began_leaves_jobs_of_others_alone(
+    flow: Flow[..., Any], cancel: Callable[..., FlowRun], told: Told
+) -> None:
+    cancel(flow, "2026-02-01", run_count=0)
+    assert told == []

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
+from vlmflow import schema
 from vlmflow.catalog import Catalog
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.read import images_named
@@ -43,6 +44,7 @@ EVIDENCE_COLUMNS = (
     "policy_version",
     "policy_digest",
     "embed_model",
+    schema.fingerprint_column("embed"),
     "caption",
     "run_id",
     "updated_at",
@@ -76,6 +78,7 @@ class Evidence(Frozen):
     policy: str | None
     policy_digest: str | None
     embed_model: str | None
+    embed_fingerprint: str | None
     caption: str | None
     run_id: str
     updated_at: str
@@ -205,10 +208,11 @@ def _chosen(evidence: Evidence, label: str | None) -> dict[str, Any]:
 def _scorer(job: Job, evidence: Evidence, label: dict[str, Any]) -> tuple[PixelRequest, Any]:
     """What the model behind a label is shown, and how it scores that."""
     from vlmflow.engine.archive import archived_policy, archived_prompts
-    from vlmflow.models import identify, load_embedder, pixel_request, resolve_models
+    from vlmflow.models import load_embedder
     from vlmflow.models.detectors import load_detector, prepare_detectors
     from vlmflow.moderation.prompts import encode_prompts
     from vlmflow.moderation.scoring import Scorer
+    from vlmflow.tasks.setup import prepare_tasks
 
     assert evidence.policy_digest is not None
     catalog = Catalog.open(job.catalog)
@@ -220,20 +224,20 @@ def _scorer(job: Job, evidence: Evidence, label: dict[str, Any]) -> tuple[PixelR
         number = setup.outputs.index(output)
         detector = load_detector(setup, "cpu")
         return setup.request, lambda pixels: detector.score(pixels)[:, number]
-    config = resolve_models(job.model_copy(update={"tasks": ("embed", "moderate")}))["embed"]
-    identity = identify("embed", config)
-    if evidence.embed_model != f"{identity.id}@{identity.revision}":
+    ours = prepare_tasks(job.model_copy(update={"tasks": ("embed",), "policy": None}))
+    config, identity = ours.models["embed"], ours.identities["embed"]
+    if evidence.embed_fingerprint not in ours.embed_fingerprints():
+        here = f"{identity.id}@{identity.revision}"
+        what = "other weights or code of " if evidence.embed_model == here else ""
         raise ExplainError(
-            f"{evidence.uri} was scored by {evidence.embed_model}, the profile has {identity.id}@{identity.revision}",
-            remedy="Give the --profile that the catalog was enriched with.",
+            f"{evidence.uri} was scored by {what}{evidence.embed_model}, not by {here} of the profile as it is now",
+            remedy="Give the --profile that the catalog was enriched with, and its weights as they were.",
         )
     embedder = load_embedder(config, "cpu")
     prompts = archived_prompts(catalog, policy, identity) or encode_prompts(policy, embedder)
     scorer = Scorer(prompts)
     number = [ref.label for ref in policy.labels].index(label["label"])
-    request = pixel_request("embed", config, job.views)
-    assert request is not None  # every embedder wants pixels
-    return request, lambda pixels: scorer.score(embedder.embed_images(pixels))[:, number]
+    return ours.requests["embed"], lambda pixels: scorer.score(embedder.embed_images(pixels))[:, number]
 
 
 def _output_behind(evidence: Evidence, label: dict[str, Any], setup: DetectorSetup) -> str:

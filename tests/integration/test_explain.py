@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from importlib import resources
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from tests.terminal import run
 from vlmflow.config import CatalogConfig, Job, SourceConfig
 from vlmflow.engine import enrich
 from vlmflow.errors import ExplainError
 from vlmflow.explain import find_evidence, write_heatmap
+from vlmflow.models import resolve_models
 from vlmflow.moderation.heatmap import occlusion_map
 
 DEMO = Path(str(resources.files("vlmflow"))) / "starter" / "demo"
@@ -92,6 +95,19 @@ def test_evidence_and_map_of_a_flagged_image(job: Job, tmp_path: Path, capsys: p
     assert (tmp_path / "cli.png").is_file()
     run("explain", job.catalog.uri, evidence.image_id, "--json")
     assert json.loads(capsys.readouterr().out)["decision"] == evidence.decision
+
+
+def test_other_weights_of_the_same_name_explain_nothing(job: Job, tmp_path: Path) -> None:
+    config = resolve_models(job)["embed"]
+    folder = Path(shutil.copytree(str(config.path), tmp_path / Path(str(config.path)).name))
+    weights = next(folder.glob("*.safetensors"))
+    save_file(load_file(weights), weights, metadata={"format": "pt", "trained": "once more"})
+    other = job.model_copy(update={"models": {"embed": config.model_copy(update={"path": str(folder)})}})
+    evidence = find_evidence(job.catalog, address(job, "both.png"))
+    with pytest.raises(ExplainError, match=f"was scored by other weights or code of {evidence.embed_model}, not by"):
+        write_heatmap(other, evidence, tmp_path / "x.png", label="bomb")
+    fewer = job.model_copy(update={"views": ("squash", "tiles")})
+    assert write_heatmap(fewer, evidence, tmp_path / "x.png", label="bomb")["label"] == "bomb"
 
 
 def test_what_cannot_be_explained_is_said(job: Job, tmp_path: Path) -> None:

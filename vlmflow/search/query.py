@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +13,9 @@ from numpy.typing import NDArray
 from vlmflow.config import CatalogConfig, ImageLimits, Job
 from vlmflow.errors import ConfigError, ImageError
 from vlmflow.imaging import DecodedImage, PixelRequest, decode
-from vlmflow.imaging.pixels import VIEWS
 from vlmflow.models import ImageEmbedder, load_embedder
 from vlmflow.search.live import VIEW
-from vlmflow.tasks.setup import TaskSetup, prepare_tasks
+from vlmflow.tasks.setup import prepare_tasks
 
 _MAX_QUERY_CHARS = 20_000  # far beyond what any text tower looks at
 
@@ -79,7 +77,7 @@ class QueryEncoder:
         self._limits = job.limits
         self._embedder: ImageEmbedder | None = None
         self.model = setup.identities["embed"].id
-        self.fingerprints = _fingerprints(setup)
+        self.fingerprints = setup.embed_fingerprints()
 
     def encode(self, query: Query) -> NDArray[np.float32]:
         """(D,) of unit length, for a query with a text or an image.
@@ -138,13 +136,3 @@ def read_image(image: str | Path | bytes, limits: ImageLimits) -> bytes:
             return file.read(limits.max_bytes + 1)
     except OSError as error:
         raise ConfigError(f"image {image}: {error.strerror or error}", remedy="Name an image file.") from error
-
-
-def _fingerprints(setup: TaskSetup) -> tuple[str, ...]:
-    """Of vectors that this model makes: which views a run stored beside the whole image makes no difference here."""
-    request = setup.requests["embed"]
-    # In any order: before jobs put them into one, rows were marked with the order of their job file.
-    chosen = (views for count in range(1, len(VIEWS) + 1) for views in permutations(VIEWS, count) if VIEW in views)
-    others = [request, *(replace(request, views=views) for views in chosen)]
-    setups = (replace(setup, requests={**setup.requests, "embed": other}) for other in others)
-    return tuple(dict.fromkeys(other.fingerprints(("embed",))["embed"] for other in setups))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import permutations
 from typing import TYPE_CHECKING, assert_never
 
 from vlmflow.catalog.detections import Detection
@@ -11,6 +12,7 @@ from vlmflow.config import Dtype, Job, ModelConfig, TaskName
 from vlmflow.errors import ConfigError
 from vlmflow.families import family_of, told_of
 from vlmflow.imaging import PixelRequest, merge_requests
+from vlmflow.imaging.pixels import VIEWS
 from vlmflow.models import (
     ModelIdentity,
     identify,
@@ -61,6 +63,19 @@ class TaskSetup:
     def fingerprints(self, tasks: tuple[TaskName, ...]) -> dict[str, str]:
         """What decides whether a task is due: its model and settings. The policy is compared apart from it."""
         return {task: self._fingerprint(task) for task in tasks}
+
+    def embed_fingerprints(self) -> tuple[str, ...]:
+        """Those of all vectors that the embedder makes, whatever the views of the job that stored them.
+
+        The first is that of this job.
+        """
+        request = self.requests["embed"]
+        whole = request.views[0]
+        # In any order: before jobs put them into one, rows were marked with the order of their job file.
+        chosen = (views for count in range(1, len(VIEWS) + 1) for views in permutations(VIEWS, count) if whole in views)
+        others = [request, *(replace(request, views=views) for views in chosen)]
+        setups = (replace(self, requests={**self.requests, "embed": other}) for other in others)
+        return tuple(dict.fromkeys(other._fingerprint("embed") for other in setups))
 
     def pixel_requests(self) -> list[PixelRequest]:
         """What the models are shown."""

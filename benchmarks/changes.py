@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
-import ctypes
 import importlib
 import os
 from collections.abc import Iterator
@@ -19,7 +18,6 @@ import ray
 
 _CHANGE = "VLMFLOW_BENCHMARK_CHANGE"
 _ROOT = str(Path(__file__).parents[1])
-_SLEEPING_WAITS = 4  # CU_CTX_SCHED_BLOCKING_SYNC
 
 
 @dataclass(frozen=True)
@@ -90,14 +88,3 @@ def change_worker() -> None:
 
 def nothing() -> None:
     """Changes nothing."""
-
-
-def sleep_while_waiting() -> None:
-    """Has threads that wait for the GPU sleep until it wakes them, where they would ask again and again.
-
-    To be called before torch has a context on it (CUDA driver API, cuDevicePrimaryCtxSetFlags).
-    """
-    with contextlib.suppress(OSError):  # no driver, as in workers without a GPU
-        driver = ctypes.CDLL("libcuda.so.1")
-        if driver.cuInit(0) == 0:
-            driver.cuDevicePrimaryCtxSetFlags(0, _SLEEPING_WAITS)

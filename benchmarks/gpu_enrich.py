@@ -16,7 +16,7 @@ worth on this machine. Each run has workers of its own.
 
     python -m benchmarks.gpu_enrich --device cuda                # by estimate 6 minutes and 16 GB of disk
     python -m benchmarks.gpu_enrich --device cuda --images 16000 --change vlmflow.engine.pipeline:GPU_CALLS_AT_ONCE=6 \
-        --change benchmarks.changes:sleep_while_waiting
+        --change vlmflow.engine.loading:_WAITS=0
     python -m benchmarks.gpu_enrich --device cpu --tiny          # the same with tiny models: a test of the script
 """
 

@@ -12,6 +12,7 @@ from torchvision.ops import box_iou
 
 from benchmarks.starter.questions import KINDS, Question
 from benchmarks.starter.vilbert import GROUNDED, Phrase
+from vlmflow.config import ModelConfig
 from vlmflow.evaluation.metrics.classes import roc_auc
 from vlmflow.models.vilbert.adapter import VilbertAnswerer, VilbertGrounder, VilbertMatcher
 
@@ -28,7 +29,9 @@ class Roles:
 
     @classmethod
     def load(cls, folder: Path) -> Roles:
-        return cls(*(role.load(folder, "cpu") for role in (VilbertAnswerer, VilbertMatcher, VilbertGrounder)))
+        config = ModelConfig(family="vilbert", path=str(folder))
+        answerer, matcher = (role.load(folder, config, "cpu") for role in (VilbertAnswerer, VilbertMatcher))
+        return cls(answerer, matcher, VilbertGrounder.load(folder))
 
     def answering(self, pixels: torch.Tensor, asked: Sequence[Question]) -> Figures:
         """Share of the questions that are answered rightly, overall and by kind."""

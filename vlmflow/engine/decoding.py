@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +31,8 @@ from vlmflow.sources.regions import RegionReader
 _READ_AT_ONCE_BYTES = 512 * MIB
 # Stores have time limits and retries of their own, each image several minutes' worth: this is for what they miss.
 _MAX_READ_S = 1800.0
+# Beyond Ray's workers, which have a niceness of 15.
+_NICER = 4
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,16 @@ class PoolDecoding:
 
     requests: tuple[PixelRequest, ...]  # of all pools
     limits: ImageLimits
+
+
+@cache
+def give_way() -> None:
+    """Lets pools have the cores before this process, which decodes for them: once, and for as long as it lives.
+
+    A thread that feeds a GPU must not wait for its turn among all that decode, of which there are more than cores; see
+    `benchmarks.crowded_cores`. What decodes has whatever they leave.
+    """
+    os.nice(_NICER)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import logging
 import math
 import sys
@@ -28,6 +30,10 @@ _FEW_CALLS = 3
 # So long a thread that wants the interpreter waits for one that computes; 5 ms unless told otherwise. A thread that
 # launches kernels wants it at each of them, while others read and finish batches: `benchmarks.interpreter_lock`.
 _SWITCH_INTERVAL_S = 0.0002
+# How threads wait for the device: CU_CTX_SCHED_BLOCKING_SYNC. CUDA's own choice is to ask again and again: each of an
+# actor's threads takes a core then, and where decoding wants it too, the scheduler lets a thread wait that has just
+# asked so often, also before it launches the next kernels: `benchmarks.crowded_cores`.
+_WAITS = 4
 
 
 def set_up_torch(pool: PoolConfig, dtype: Dtype = "auto") -> str:
@@ -47,12 +53,24 @@ def set_up_torch(pool: PoolConfig, dtype: Dtype = "auto") -> str:
             f"pool {'+'.join(pool.tasks)} asks for {pool.gpus:g} GPU, but torch {torch.__version__} finds none",
             remedy="Install a CUDA build of torch on the GPU nodes; `vlmflow doctor` tells what it finds.",
         )
+    _choose_how_to_wait()
     if pool.gpus < 1:
         # torch gives nothing back by itself: the first actor on a GPU would take what the others are to have.
         torch.cuda.set_per_process_memory_fraction(_OF_ITS_SHARE * pool.gpus)
     allow_tf32(model_dtype("cuda", dtype) != torch.float32)
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     return "cuda"
+
+
+def _choose_how_to_wait() -> None:
+    """Has threads that wait for the device sleep until it wakes them, where CUDA's driver can.
+
+    To be called before there is a context on the device (CUDA driver API, cuDevicePrimaryCtxSetFlags).
+    """
+    with contextlib.suppress(OSError, AttributeError):  # of a driver that is another, or none
+        driver = ctypes.CDLL("libcuda.so.1")
+        if driver.cuInit(0) == 0:
+            driver.cuDevicePrimaryCtxSetFlags_v2(0, _WAITS)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import warnings
@@ -15,7 +16,7 @@ from vlmflow.catalog import KnownBytes
 from vlmflow.catalog.plan import Plan
 from vlmflow.config import Job, PoolConfig
 from vlmflow.engine.cluster import Cluster
-from vlmflow.engine.decoding import ReadAndDecode
+from vlmflow.engine.decoding import ReadAndDecode, give_way
 from vlmflow.engine.pools import PoolWorker
 from vlmflow.engine.prepare import Prepared
 from vlmflow.engine.quarantine import Stages
@@ -179,6 +180,28 @@ def block_rows(num_images: int, cluster: Cluster, max_rows: int, batch_size: int
     return part if 2 * part > rows else rows
 
 
+def fit_to_plan(stages: Stages, job: Job, plan: Plan, cluster: Cluster) -> tuple[Stages, int]:
+    """The rows of a block of planned images, see :func:`block_rows`, and no more actors than there are blocks.
+
+    Others would load their models, which takes most of a small run, and be given nothing. How many the job itself asks
+    for, it gets.
+    """
+    num_rows = planned_block_rows(plan, stages, cluster, job.commit.max_rows)
+    if job.pools:
+        return stages, num_rows
+    num_blocks = math.ceil(plan.num_planned / num_rows)
+    pools = (
+        pool.model_copy(
+            update={
+                "min_actors": min(pool.min_actors, num_blocks),
+                "max_actors": min(pool.max_actors, num_blocks),
+            }
+        )
+        for pool in stages.pools
+    )
+    return dataclasses.replace(stages, pools=tuple(pools)), num_rows
+
+
 def build_pipeline(blocks: Iterable[pa.Table], stages: Stages, num_rows: int, read_ahead: int | None = None) -> Dataset:
     """Chains decoding and the pools; nothing runs until the dataset is consumed.
 
@@ -252,6 +275,7 @@ def decodes_in_pool(job: Job, pools: tuple[PoolConfig, ...]) -> bool:
 def _as_function(decode: ReadAndDecode) -> Callable[[pa.Table], pa.Table]:
     # Ray Data takes a callable object for a class to be built in actors; a function runs in tasks.
     def read_and_decode(batch: pa.Table) -> pa.Table:
+        give_way()
         return decode(batch)
 
     return read_and_decode

@@ -29,8 +29,8 @@ from vlmflow.engine.pipeline import (
     build_pipeline,
     check_pools,
     default_pools,
+    fit_to_plan,
     open_pools,
-    planned_block_rows,
     stages_of,
 )
 from vlmflow.engine.planning import OnCluster
@@ -188,7 +188,7 @@ class _Run:
             if self._job.preflight:
                 self._display.stage("trying batch sizes")
                 stages = self._tried(stages, cluster)
-            num_rows = planned_block_rows(self._plan, stages, cluster, self._job.commit.max_rows)
+            stages, num_rows = fit_to_plan(stages, self._job, self._plan, cluster)
             dataset = build_pipeline(self._plan.batches(num_rows), stages, num_rows, self._job.read_ahead)
             with FinishedBlocks(dataset) as finished:
                 # Models that do not load end the run here, before anything is written.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import pytest
 from tests.images import encode, scene
 from vlmflow.config import ImageLimits, SourceConfig
 from vlmflow.engine import columns
-from vlmflow.engine.decoding import ReadAndDecode
+from vlmflow.engine.decoding import ReadAndDecode, give_way
+from vlmflow.engine.pipeline import _as_function
 from vlmflow.imaging import PixelRequest
 from vlmflow.sources import Fetched, Reader, open_source
 
@@ -56,3 +58,15 @@ def test_files_that_are_known_to_be_large_are_read_a_few_at_a_time(
     unknown = refs.set_column(refs.schema.get_field_index("size_bytes"), "size_bytes", pa.nulls(9, pa.int64()))
     decode(unknown)
     assert reader.asked[-1] == 9
+
+
+def test_a_process_that_decodes_lets_pools_have_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[int] = []
+    monkeypatch.setattr(os, "nice", steps.append)
+    give_way.cache_clear()
+    decode = _as_function(lambda batch: batch)  # type: ignore[arg-type]
+    batch = pa.table({"uri": ["a"]})
+    assert [decode(batch), decode(batch)] == [batch, batch]
+    give_way.cache_clear()
+    assert len(steps) == 1, "once, or it would get fewer and fewer"
+    assert 15 < 15 + steps[0] <= 19, "Ray starts workers at 15, and there is no more than 19"

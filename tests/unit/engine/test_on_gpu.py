@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,6 +33,22 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+
+
+def test_the_driver_has_threads_sleep_while_they_wait() -> None:
+    """In a process of its own, as actors are: where there is a context, the flags are those of its beginning."""
+    script = """
+import ctypes, torch
+from vlmflow.config import PoolConfig
+from vlmflow.engine.loading import set_up_torch
+set_up_torch(PoolConfig(tasks=("embed",), gpus=1))
+torch.ones(1, device="cuda").sum().item()
+flags, is_active = ctypes.c_uint(), ctypes.c_int()
+assert ctypes.CDLL("libcuda.so.1").cuDevicePrimaryCtxGetState(0, ctypes.byref(flags), ctypes.byref(is_active)) == 0
+print(is_active.value, flags.value & 7)
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=True)
+    assert ran.stdout.split() == ["1", "4"]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -195,6 +197,34 @@ def test_a_thread_that_feeds_a_gpu_need_not_wait_for_the_interpreter_as_long_as_
     assert sys.getswitchinterval() == usual
     loading.set_up_torch(PoolConfig(tasks=("embed",), gpus=1))
     assert sys.getswitchinterval() < usual / 10
+
+
+@pytest.mark.usefixtures("_torch_as_before")
+@pytest.mark.parametrize(
+    ("initialised", "expected"),
+    [(0, [("cuInit", 0), ("cuDevicePrimaryCtxSetFlags_v2", 0, 4)]), (100, [("cuInit", 0)]), (None, [])],
+    ids=["driver", "no device", "no driver"],
+)
+def test_threads_that_wait_for_a_gpu_sleep(
+    monkeypatch: pytest.MonkeyPatch, initialised: int | None, expected: list[tuple[Any, ...]]
+) -> None:
+    called: list[tuple[Any, ...]] = []
+
+    class Driver:
+        def __init__(self, name: str) -> None:
+            if initialised is None:
+                raise OSError(name)
+
+        def __getattr__(self, name: str) -> Callable[..., int | None]:
+            return lambda *given: called.append((name, *given)) or initialised
+
+    monkeypatch.setattr(ctypes, "CDLL", Driver)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    loading.set_up_torch(PoolConfig(tasks=("embed",)))
+    assert not called
+    loading.set_up_torch(PoolConfig(tasks=("embed",), gpus=1))
+    assert called == expected
 
 
 GB = 1_000_000_000

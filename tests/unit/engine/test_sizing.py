@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from vlmflow.config import CatalogConfig, Job, ModelConfig, PoolConfig, SourceConfig
+from vlmflow.config import CatalogConfig, CommitConfig, Job, ModelConfig, PoolConfig, SourceConfig
 from vlmflow.engine import pipeline, sizing
 from vlmflow.engine import trials as trials_module
 from vlmflow.engine.cluster import Cluster
@@ -24,10 +24,12 @@ from vlmflow.engine.pipeline import (
     build_pipeline,
     check_pools,
     default_pools,
+    fit_to_plan,
     planned_block_rows,
     stages_of,
 )
 from vlmflow.engine.prepare import Prepared
+from vlmflow.engine.quarantine import Stages
 from vlmflow.engine.sizing import PoolPlan, _planned, _projected, _sized
 from vlmflow.engine.trials import Trial, TriedPool, choose
 from vlmflow.errors import SourceError
@@ -284,6 +286,23 @@ def test_blocks_are_so_small_that_ray_data_leaves_them_whole(in_pool: bool, usua
     planned = SimpleNamespace(num_planned=100_000, usual_size=lambda: usual)
     cluster = Cluster(cpus=16, gpus=1, num_nodes=1, embedded=True)
     assert planned_block_rows(planned, stages, cluster, 5_000) == expected  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("num_images", "own", "expected"),
+    [(1, False, (1, 1)), (32, False, (1, 1)), (33, False, (2, 2)), (900, False, (2, 4)), (1, True, (2, 4))],
+)
+def test_no_actor_is_started_that_would_be_given_nothing(
+    num_images: int, own: bool, expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "planned_block_rows", lambda *_: 32)
+    pool = PoolConfig(tasks=("embed",), min_actors=2, max_actors=4)
+    stages = Stages(None, (pool,), None, None)  # type: ignore[arg-type]
+    job = Job.model_construct(pools=(pool,) if own else (), commit=CommitConfig())
+    planned: Any = SimpleNamespace(num_planned=num_images)
+    cluster = Cluster(cpus=8, gpus=0, num_nodes=1, embedded=True)
+    fitted, num_rows = fit_to_plan(stages, job, planned, cluster)
+    assert (num_rows, fitted.pools[0].min_actors, fitted.pools[0].max_actors) == (32, *expected)
 
 
 class Sleeping:

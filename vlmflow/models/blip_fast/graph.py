@@ -197,7 +197,11 @@ class _HaveEnded:
     def __init__(self, running: torch.Tensor, stream: torch.cuda.Stream | None) -> None:
         """``running``: (N,) bool; ``stream``: None: there is nothing to wait for."""
         self._is_any = running.any().to("cpu", non_blocking=True)  # pinned, or the host would wait here
-        self._told = None if stream is None else stream.record_event()
+        self._told: torch.cuda.Event | None = None
+        if stream is not None:
+            # Waited for asleep: other threads want the core, and the device has steps to do meanwhile.
+            event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            self._told = stream.record_event(event)
 
     def answer(self) -> bool:
         if self._told is not None:

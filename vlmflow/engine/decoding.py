@@ -47,8 +47,9 @@ class PoolDecoding:
 def give_way() -> None:
     """Lets pools have the cores before this process, which decodes for them: once, and for as long as it lives.
 
-    A thread that feeds a GPU must not wait for its turn among all that decode, of which there are more than cores; see
-    `benchmarks.crowded_cores`. What decodes has whatever they leave.
+    For pools with a GPU: a thread that feeds one must not wait for its turn among all that decode, of which there are
+    more than cores; see `benchmarks.crowded_cores`. Where models run on the same cores, nothing is gained by it, and
+    what else runs there would leave decoding next to nothing.
     """
     os.nice(_NICER)
 

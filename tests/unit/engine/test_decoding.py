@@ -64,8 +64,10 @@ def test_a_process_that_decodes_lets_pools_have_the_cores(monkeypatch: pytest.Mo
     steps: list[int] = []
     monkeypatch.setattr(os, "nice", steps.append)
     give_way.cache_clear()
-    decode = _as_function(lambda batch: batch)  # type: ignore[arg-type]
     batch = pa.table({"uri": ["a"]})
+    assert _as_function(lambda batch: batch, gives_way=False)(batch) == batch  # type: ignore[arg-type]
+    assert not steps
+    decode = _as_function(lambda batch: batch, gives_way=True)  # type: ignore[arg-type]
     assert [decode(batch), decode(batch)] == [batch, batch]
     give_way.cache_clear()
     assert len(steps) == 1, "once, or it would get fewer and fewer"

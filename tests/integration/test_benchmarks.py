@@ -21,6 +21,7 @@ from PIL import Image
 from benchmarks import (
     blip_caption,
     clip_embed,
+    crowded_cores,
     decode,
     evaluation,
     gpu_attention,
@@ -131,6 +132,15 @@ def test_intervals_of_the_interpreter(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(results) == 4 * len(interpreter_lock.INTERVALS_S)
     assert all(result["twenty_steps_ms"] >= 20 for result in results)
     assert all((result["rows_per_s"] > 0) == (result["threads_beside"] > 0) for result in results)
+
+
+def test_crowded_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "nice", lambda _: 15)  # of this process, which goes on to other tests
+    results = run(crowded_cores, tmp_path, monkeypatch, "--repeats", "1", "--captions", "1")["results"]
+    assert [result["waits"] for result in results] == ["asleep", "asking"] * 3
+    assert all(result["twenty_steps_ms"] >= 20 for result in results)
+    assert [result["their_niceness"] for result in results] == [15] * 4 + [19] * 2
+    assert [result["decoding_processes"] > 0 for result in results] == [False] * 2 + [True] * 4
 
 
 def test_the_threads_of_a_profile_have_run_before(monkeypatch: pytest.MonkeyPatch) -> None:

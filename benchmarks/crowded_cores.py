@@ -23,9 +23,11 @@ from multiprocessing.sharedctypes import Synchronized
 import numpy as np
 from PIL import Image
 
-# What else is imported stands where it is used: every process that decodes imports this module.
+# Torch and Ray are imported where they are used: every process that decodes imports this module.
+
 _NICENESS = 15  # of Ray's workers
 _STEPS, _STEP_S = 20, 0.001
+_START_S = 120
 
 
 def main() -> None:
@@ -94,9 +96,10 @@ def _decoding(number: int, niceness: int) -> Iterator[Synchronized[int]]:
     processes = [context.Process(target=_decode, args=(niceness, done, ready), daemon=True) for _ in range(number)]
     for process in processes:
         process.start()
-    for _ in processes:
-        ready.acquire()
     try:
+        for _ in processes:
+            if not ready.acquire(timeout=_START_S):
+                raise RuntimeError(f"a process that decodes did not start within {_START_S} s")
         yield done
     finally:
         for process in processes:

@@ -29,9 +29,9 @@ def test_a_constant_is_another_for_a_while_also_in_workers(monkeypatch: pytest.M
     assert before == pipeline.GPU_CALLS_AT_ONCE
     (given,) = options
     assert given["address"] == "local"
+    monkeypatch.setattr(pipeline, "GPU_CALLS_AT_ONCE", before)  # for the end of this test: the worker is this process
     in_worker(given["runtime_env"], monkeypatch)
     assert before + 4 == pipeline.GPU_CALLS_AT_ONCE
-    monkeypatch.setattr(pipeline, "GPU_CALLS_AT_ONCE", before)
 
 
 def in_worker(env: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Parts that the integration tests share: a Ray cluster, tiny models, a policy bound to them, folders of images."""
+"""Parts that the integration tests share: a Ray cluster, light models, a policy bound to them, folders of images."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import ray
 
 from tests.endpoint import KEY, KEY_VARIABLE
 from tests.flows import Prefect
+from tests.light import make_light
 from tests.models import make_captioner, make_clip, make_matcher
 from tests.processes import RayNodes, prefect_server, ray_nodes
 from tests.s3 import CREDENTIALS, S3Server
@@ -49,6 +50,8 @@ bindings: []
 def ray_session() -> Iterator[None]:
     """One embedded Ray cluster for all tests of the session: starting one takes seconds."""
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    # Ray ends workers beyond the number of CPUs that idle for a second: those of the next test would be started anew.
+    os.environ.setdefault("RAY_num_workers_soft_limit", "8")
     for name, value in (*CREDENTIALS.items(), (KEY_VARIABLE, KEY)):  # workers have the environment of this moment
         os.environ.setdefault(name, value)
     ray.init(
@@ -86,19 +89,35 @@ def _prompts_encoded_once() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """Tiny random models by role, as a job's `models`."""
+    """Models of `tests.light` by role, as a job's `models`."""
     folder = tmp_path_factory.mktemp("models")
+    named = {"embed": "LightEmbedder", "caption": "LightCaptioner", "match": "LightMatcher"}
     return {
-        "embed": {"family": "open_clip", "path": str(make_clip(folder / "clip"))},
-        "caption": {"family": "blip_caption", "path": str(make_captioner(folder / "captioner"))},
-        "match": {"family": "blip_itm", "path": str(make_matcher(folder / "matcher"))},
+        role: {"family": f"tests.light:{name}", "path": str(make_light(folder / role, number))}
+        for number, (role, name) in enumerate(named.items())
     }
 
 
 @pytest.fixture(scope="session")
 def policy(tmp_path_factory: pytest.TempPathFactory, models: dict[str, dict[str, Any]]) -> str:
-    """A policy file bound to the tiny embedder."""
-    path = tmp_path_factory.mktemp("policy") / "test.yaml"
+    """A policy file bound to the light embedder."""
+    return bound_policy(tmp_path_factory.mktemp("policy"), models)
+
+
+@pytest.fixture(scope="session")
+def real(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Tiny random models of real architectures, and the policy bound to them: `models` and `policy` of a job."""
+    folder = tmp_path_factory.mktemp("models")
+    models = {
+        "embed": {"family": "open_clip", "path": str(make_clip(folder / "clip"))},
+        "caption": {"family": "blip_caption", "path": str(make_captioner(folder / "captioner"))},
+        "match": {"family": "blip_itm", "path": str(make_matcher(folder / "matcher"))},
+    }
+    return {"models": models, "policy": bound_policy(folder, models)}
+
+
+def bound_policy(folder: Path, models: dict[str, dict[str, Any]]) -> str:
+    path = folder / "test.yaml"
     path.write_text(POLICY, encoding="utf-8")
     write_binding(path, bind(load_policy(str(path)), identify("embed", ModelConfig(**models["embed"]))))
     return str(path)
@@ -106,7 +125,7 @@ def policy(tmp_path_factory: pytest.TempPathFactory, models: dict[str, dict[str,
 
 @pytest.fixture(scope="session")
 def make_job_in(models: dict[str, dict[str, Any]], policy: str) -> Callable[..., Job]:
-    """Builds jobs over the tiny models with their catalog in a folder; keyword arguments are those of :class:`Job`."""
+    """Builds jobs over the light models with their catalog in a folder; keyword arguments are those of :class:`Job`."""
 
     def make(folder: Path, source: str | Path, **options: Any) -> Job:
         source_options = options.pop("source_options", {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from sklearn.datasets import load_sample_images
 
 from tests.catalog_samples import rows_of
 from tests.pictures import write_broken, write_pictures
-from vlmflow.config import Job, ModelConfig
+from vlmflow.config import CatalogConfig, Job, ModelConfig
 from vlmflow.engine import enrich, plan
 from vlmflow.engine.remoderate import remoderate
+from vlmflow.engine.report import RunReport
 from vlmflow.models import identify
 from vlmflow.models.opennsfw import OpenNsfw
 from vlmflow.moderation.policy import bind, load_policy, write_binding
@@ -31,14 +33,17 @@ detectors:
 """
 
 
-@pytest.fixture
-def write_policy(models: dict[str, dict[str, Any]], policy: str, tmp_path: Path) -> Callable[..., str]:
+@pytest.fixture(scope="module")
+def write_policy(
+    models: dict[str, dict[str, Any]], policy: str, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., str]:
     """The policy of conftest with a detector."""
+    folder = tmp_path_factory.mktemp("policies")
 
     def write(name: str, review: float, *, version: str = "2", detector: str = "opennsfw") -> str:
         text = Path(policy).read_text(encoding="utf-8").partition("\nbindings:")[0]
         text = text.replace('version: "1"', f'version: "{version}"')
-        path = tmp_path / f"{name}.yaml"
+        path = folder / f"{name}.yaml"
         detectors = DETECTORS.replace("REVIEW", str(review)).replace("name: opennsfw", f"name: {detector}")
         path.write_text(f"{text}{detectors}bindings: []\n", encoding="utf-8")
         write_binding(path, bind(load_policy(str(path)), identify("embed", ModelConfig(**models["embed"]))))
@@ -47,14 +52,34 @@ def write_policy(models: dict[str, dict[str, Any]], policy: str, tmp_path: Path)
     return write
 
 
-@pytest.fixture
-def photographs(tmp_path: Path) -> Path:
-    folder = tmp_path / "images"
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
     write_pictures(folder, 4)
     for name, pixels in zip(("temple", "flower"), load_sample_images().images, strict=True):
         Image.fromarray(pixels).save(folder / f"{name}.jpg")
     write_broken(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def detected(
+    make_job_in: Callable[..., Job],
+    write_policy: Callable[..., str],
+    photographs: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Job, RunReport]:
+    """A catalog with the detector's scores, of which a test that changes it takes a copy."""
+    policy = write_policy("strict", 0.4)
+    job = make_job_in(tmp_path_factory.mktemp("detected"), photographs, policy=policy, tasks=("embed", "moderate"))
+    return job, enrich(job)
+
+
+@pytest.fixture
+def job(detected: tuple[Job, RunReport], tmp_path: Path) -> Job:
+    """A copy of that catalog."""
+    shutil.copytree(detected[0].catalog.uri, tmp_path / "catalog")
+    return detected[0].model_copy(update={"catalog": CatalogConfig(uri=str(tmp_path / "catalog"))})
 
 
 def nudity(row: dict[str, Any]) -> dict[str, Any]:
@@ -64,14 +89,9 @@ def nudity(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_a_detector_runs_in_the_pools_and_its_scores_serve_later_policies(
-    make_job: Callable[..., Job],
-    write_policy: Callable[..., str],
-    photographs: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    detected: tuple[Job, RunReport], job: Job, write_policy: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = make_job(photographs, policy=write_policy("strict", 0.4), tasks=("embed", "moderate"))
-    report = enrich(job)
-
+    _, report = detected
     rows = rows_of(job)
     good = {name: row for name, row in rows.items() if row["status"] == "ok"}
     assert len(good) == 6
@@ -113,7 +133,10 @@ def test_a_detector_runs_in_the_pools_and_its_scores_serve_later_policies(
 
 
 def test_a_policy_with_a_new_detector_waits_for_the_images(
-    make_job: Callable[..., Job], write_policy: Callable[..., str], photographs: Path
+    detected: tuple[Job, RunReport],
+    make_job: Callable[..., Job],
+    write_policy: Callable[..., str],
+    photographs: Path,
 ) -> None:
     job = make_job(photographs, tasks=("embed", "moderate"))
     enrich(job)
@@ -130,19 +153,15 @@ def test_a_policy_with_a_new_detector_waits_for_the_images(
     after = [row for row in rows_of(job).values() if row["status"] == "ok"]
     assert {row["policy_version"] for row in after} == {"2"}
     assert all(len(row["detections"]) == 1 for row in after)
-    fresh = with_detector.model_copy(update={"catalog": job.catalog.model_copy(update={"uri": f"{job.catalog.uri}-2"})})
-    enrich(fresh)
-    for name, row in rows_of(fresh).items():
+    for name, row in rows_of(detected[0]).items():
         mine = rows_of(job)[name]
         for column in ("labels", "decision", "decision_reason", "detections"):
             assert mine[column] == row[column], (name, column)
 
 
 def test_a_policy_that_renames_a_detector_is_applied_by_the_next_run(
-    make_job: Callable[..., Job], write_policy: Callable[..., str], photographs: Path
+    job: Job, write_policy: Callable[..., str]
 ) -> None:
-    job = make_job(photographs, policy=write_policy("old", 0.4), tasks=("embed", "moderate"))
-    enrich(job)
     renamed = job.model_copy(update={"policy": write_policy("renamed", 0.4, version="3", detector="adult")})
     assert remoderate(renamed).num_undetected == 6
     assert plan(renamed).due["detect"] == {"undetected": 6}

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,11 +51,13 @@ class Enriched:
 
 
 @pytest.fixture(scope="module")
-def enriched(make_job_in: Callable[..., Job], tmp_path_factory: pytest.TempPathFactory) -> Enriched:
-    """For tests that change nothing in it."""
+def enriched(
+    make_job_in: Callable[..., Job], real: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Enriched:
+    """By real architectures, for tests that change nothing in it."""
     folder = tmp_path_factory.mktemp("enriched")
     good, broken = write_pictures(folder / "images", 14), write_broken(folder / "images")
-    job = make_job_in(folder, folder / "images", date=dt.date(2026, 11, 1))
+    job = make_job_in(folder, folder / "images", date=dt.date(2026, 11, 1), **real)
     return Enriched(job, good, broken, enrich(job))
 
 
@@ -257,12 +260,12 @@ def _other_writers_win(*_: object) -> Iterator[tuple[int, int]]:
     raise CommitError("other writers won", remedy="Run the same command again.")
 
 
-def test_two_pools_give_the_rows_of_one(enriched: Enriched, make_job: Callable[..., Job]) -> None:
+def test_two_pools_give_the_rows_of_one(enriched: Enriched, make_job: Callable[..., Job], real: dict[str, Any]) -> None:
     pools = (
         {"tasks": ("embed", "moderate"), "cpus": 0.5, "batch_size": 4},
         {"tasks": ("caption", "match"), "cpus": 0.5, "batch_size": 3},
     )
-    two = make_job(enriched.job.source.uri, pools=pools)
+    two = make_job(enriched.job.source.uri, pools=pools, **real)
     report = enrich(two)
     assert {pool.tasks for pool in report.pools} == {("embed", "moderate"), ("caption", "match")}
     first, second = rows_by_name(Catalog.open(enriched.job.catalog)), rows_by_name(Catalog.open(two.catalog))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -20,14 +21,16 @@ from vlmflow.views_preflight import as_yaml, print_preflight
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
-def test_pools_are_tried_in_their_order_and_nothing_is_written(make_job: Callable[..., Job], tmp_path: Path) -> None:
+def test_pools_are_tried_in_their_order_and_nothing_is_written(
+    make_job: Callable[..., Job], real: dict[str, Any], tmp_path: Path
+) -> None:
     write_pictures(tmp_path / "images", 12)
     write_broken(tmp_path / "images")
     pools = (
         {"tasks": ("embed", "moderate"), "cpus": 0.5},
         {"tasks": ("caption", "match"), "cpus": 0.5, "batch_size": 6, "max_actors": 2},
     )
-    report = preflight(make_job(tmp_path / "images", pools=pools))
+    report = preflight(make_job(tmp_path / "images", pools=pools, **real))
 
     assert not (tmp_path / "catalog").exists()
     assert (report.num_due, report.num_sampled) == (16, 16)

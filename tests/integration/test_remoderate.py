@@ -39,14 +39,14 @@ Rows = dict[str, dict[str, Any]]
 def write_policy(models: dict[str, dict[str, Any]], policy: str, tmp_path: Path) -> Callable[..., str]:
     """Writes a bound policy: the one of conftest with some texts replaced."""
 
-    def write(name: str, **replaced: str) -> str:
+    def write(name: str, embedder: dict[str, Any] = models["embed"], **replaced: str) -> str:
         text = Path(policy).read_text(encoding="utf-8").partition("\nbindings:")[0] + "\nbindings: []\n"
         for old, new in ({"version": '"1"'} | replaced).items():
             known = {"version": 'version: "1"', "gun": "review: 0.45, block: 0.9", "prompt": "a bottle of wine"}[old]
             text = text.replace(known, f"version: {new}" if old == "version" else new)
         path = tmp_path / f"{name}.yaml"
         path.write_text(text, encoding="utf-8")
-        write_binding(path, bind(load_policy(str(path)), identify("embed", ModelConfig(**models["embed"]))))
+        write_binding(path, bind(load_policy(str(path)), identify("embed", ModelConfig(**embedder))))
         return str(path)
 
     return write
@@ -101,24 +101,27 @@ def no_model(*_: object) -> None:
 
 
 def test_backfilled_and_online_moderation_are_equal_to_the_bit(
-    make_job: Callable[..., Job], write_policy: Callable[..., str], tmp_path: Path
+    make_job: Callable[..., Job], write_policy: Callable[..., str], real: dict[str, Any], tmp_path: Path
 ) -> None:
     write_pictures(tmp_path / "images", 12)
     write_broken(tmp_path / "images")
     # The models see the same batches in both runs: vectors of other batches differ in their last bits.
     pools = [{"tasks": ("embed", "moderate"), "cpus": 0.5, "batch_size": 4}]
     options: dict[str, Any] = {"tasks": ("embed", "moderate"), "pools": pools, "commit": {"max_rows": 4}}
-    job = make_job(tmp_path / "images", date=OLD_DATE, **options)
+    job = make_job(tmp_path / "images", date=OLD_DATE, **real, **options)
     enrich(job)
     before = Catalog.open(job.catalog).images()
-    other = write_policy("other", version='"2"', gun="review: 0.2, block: 0.5", prompt="a red car and a tree")
+    embedder = real["models"]["embed"]
+    other = write_policy("other", embedder, version='"2"', gun="review: 0.2, block: 0.5", prompt="a red car and a tree")
     damaged = tmp_path / "catalog" / "policies" / ("0" * 64)
     damaged.mkdir()
     (damaged / "policy.json").write_text("{")  # of no row: in nobody's way
 
     report = remoderate(job.model_copy(update={"policy": other}))
 
-    fresh = make_job(tmp_path / "images", policy=other, catalog={"uri": str(tmp_path / "f")}, **options)
+    fresh = make_job(
+        tmp_path / "images", models=real["models"], policy=other, catalog={"uri": str(tmp_path / "f")}, **options
+    )
     enrich(fresh)
     assert rows_of(job) == rows_of(fresh)
     assert (report.num_moved, report.num_from_margins, report.num_without_vectors) == (12, 0, 0)

@@ -41,24 +41,31 @@ def comparable(catalog: Catalog) -> list[dict[str, object]]:
     return [{name: value for name, value in row.items() if name not in PLACE} for row in named]
 
 
-def test_the_same_rows_from_a_bucket_as_from_a_folder(
-    make_job: Callable[..., Job], tmp_path: Path, s3_server: S3Server
-) -> None:
-    folder = tmp_path / "images"
+@pytest.fixture(scope="module")
+def local(make_job_in: Callable[..., Job], tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """Images in a folder, good and broken, and their catalog beside it, which tests only read."""
+    place = tmp_path_factory.mktemp("local")
+    folder = place / "images"
     write_pictures(folder, 9)
     write_broken(folder)
     (folder / "mit Leerzeichen und ü.png").write_bytes((folder / "picture 00001.png").read_bytes())
+    job = make_job_in(place, folder)
+    enrich(job)
+    return job
+
+
+def test_the_same_rows_from_a_bucket_as_from_a_folder(
+    local: Job, make_job: Callable[..., Job], s3_server: S3Server
+) -> None:
     bucket = s3_server.make_bucket()
-    for path in folder.iterdir():
+    for path in Path(local.source.uri).iterdir():
         s3_server.client.put_object(Bucket=bucket, Key=f"images/{path.name}", Body=path.read_bytes())
     storage = {"endpoint": s3_server.endpoint}
-    local = make_job(folder)
     remote = make_job(
         f"s3://{bucket}/images",
         source_options={"storage": storage},
         catalog={"uri": f"s3://{bucket}/catalog", "storage": storage},
     )
-    enrich(local)
     enrich(remote)
 
     there, here = Catalog.open(remote.catalog), Catalog.open(local.catalog)
@@ -89,14 +96,11 @@ def test_other_readers_see_every_row_once(make_job: Callable[..., Job], tmp_path
     assert {(row["uri"], row["caption"], row["decision"]) for row in by_pyarrow} == expected
 
 
-def test_an_export_is_plain_parquet(make_job: Callable[..., Job], tmp_path: Path) -> None:
-    write_pictures(tmp_path / "images", 5)
-    job = make_job(tmp_path / "images")
-    enrich(job)
-    catalog = Catalog.open(job.catalog)
+def test_an_export_is_plain_parquet(local: Job, tmp_path: Path) -> None:
+    catalog = Catalog.open(local.catalog)
     catalog.export(tmp_path / "out", with_embeddings=True)
     images = pq.read_table(tmp_path / "out" / "images")
     vectors = duckdb.sql(f"select * from '{tmp_path}/out/embeddings/*.parquet'").fetchall()
-    assert images.num_rows == 5
+    assert images.num_rows == catalog.images().num_rows == 14
     assert images["ingest_date"].null_count == 0
-    assert len(vectors) == catalog.embeddings().num_rows
+    assert len(vectors) == catalog.embeddings().num_rows > 0

@@ -8,7 +8,6 @@ from typing import Protocol
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from torchvision.ops import nms
 
 
 @dataclass(frozen=True)
@@ -77,5 +76,8 @@ def best_boxes(
         (K,) int64, the best first.
     """
     likely = (scores >= min_score).nonzero()[:, 0]
+    # Importing it takes a worker as long as torch itself, and tasks import this module for models that see no regions.
+    from torchvision.ops import nms
+
     kept = nms(boxes[likely].float(), scores[likely].float(), max_overlap)
     return likely[kept[:max_regions]]

@@ -20,7 +20,7 @@ from vlmflow.engine.decoding import ReadAndDecode, give_way
 from vlmflow.engine.pools import PoolWorker
 from vlmflow.engine.prepare import Prepared
 from vlmflow.engine.quarantine import Stages
-from vlmflow.engine.read_ahead import limit_read_ahead, read_ahead_rows
+from vlmflow.engine.read_ahead import ReadAheadRows, limit_read_ahead
 from vlmflow.engine.starts import Starts
 from vlmflow.engine.stored import Stored
 from vlmflow.errors import ClusterError
@@ -209,14 +209,14 @@ def build_pipeline(blocks: Iterable[pa.Table], stages: Stages, num_rows: int, re
         num_rows: of each block, see :func:`block_rows`.
         read_ahead: as in the job.
     """
-    # Decoding tasks as Ray starts them: as many as their share of a processor allows.
-    num_tasks = math.ceil(ray.cluster_resources().get("CPU", 1.0) / DECODE_CPUS)
     leaves_jpegs = stages.decode.leaves_jpegs
-    calls = [_calls_at_once(pool, decodes=leaves_jpegs and number == 0) for number, pool in enumerate(stages.pools)]
+    calls = tuple(
+        _calls_at_once(pool, decodes=leaves_jpegs and number == 0) for number, pool in enumerate(stages.pools)
+    )
     # A pool that decodes is as fast as all of them together. Before another some wait for their turn: what they have
     # decoded lies in memory until the pool has come to it.
-    decoding = num_tasks * (max(num_rows, DECODE_BATCH) if leaves_jpegs else 2 * DECODE_BATCH)
-    limit_read_ahead(read_ahead_rows(read_ahead, stages.pools, calls, decoding))
+    rows_per_task = max(num_rows, DECODE_BATCH) if leaves_jpegs else 2 * DECODE_BATCH
+    limit_read_ahead(ReadAheadRows(read_ahead, stages.pools, calls, rows_per_task, DECODE_CPUS))
     # Of references to blocks Ray Data would run a task for each, to ask how many rows it has.
     dataset = ray.data.from_blocks(list(blocks))
     with warnings.catch_warnings():

@@ -33,7 +33,7 @@ from vlmflow.engine.quarantine import Quarantine, Stages
 from vlmflow.engine.report import PlanSummary, RunReport, RunStatus, finished_report, initial_report, plan_summary
 from vlmflow.engine.sizing import PreflightReport, measure
 from vlmflow.engine.stored import Stored
-from vlmflow.engine.waiting import Waiting
+from vlmflow.engine.waiting import Nodes, Waiting
 from vlmflow.errors import (
     ClusterError,
     ConfigError,
@@ -107,12 +107,12 @@ def preflight(job: Job, *, progress: ProgressDisplay | None = None) -> Preflight
         if planned.num_planned == 0:
             raise ConfigError("preflight: nothing is due, so nothing can be tried", remedy="`vlmflow plan` says why.")
         display.stage("starting Ray")
-        with ray_cluster(prepared.job.ray) as cluster, cluster.worker_errors():
+        with ray_cluster(prepared.job.ray) as cluster, cluster.worker_errors(), Nodes() as nodes:
             pools = open_pools(prepared, cluster)
             check_pools(pools, cluster)
             stages = stages_of(prepared, source, pools, encode_policy(prepared.setup), None)
             display.stage("trying batch sizes")
-            Waiting(pools, cluster, display).tell("trying batch sizes")
+            Waiting(pools, cluster, nodes, display).tell("trying batch sizes")
             return measure(planned, stages, cluster)
 
 
@@ -154,7 +154,7 @@ class _Run:
         self._worker_errors = WorkerErrors()
         self._clock = time.monotonic()
         self._startup_s = 0.0
-        self._num_cpus = 0.0
+        self._nodes = Nodes()
         self._verdicts_due = False  # late ones may be lacking in rows that it has committed
 
     def _tried(self, stages: Stages, cluster: Cluster) -> Stages:
@@ -173,12 +173,11 @@ class _Run:
         if self._plan.num_planned == 0:
             return self._without_images()
         self._display.stage("starting Ray")
-        with ray_cluster(self._job.ray) as cluster, cluster.worker_errors() as self._worker_errors:
-            self._num_cpus = cluster.cpus
+        with ray_cluster(self._job.ray) as cluster, cluster.worker_errors() as self._worker_errors, self._nodes:
             self._display.stage("loading models")
             pools = (open_pools if self._job.preflight else default_pools)(self._prepared, cluster)
             check_pools(pools, cluster)
-            waiting = Waiting(pools, cluster, self._display)
+            waiting = Waiting(pools, cluster, self._nodes, self._display)
             prompts = self._prompts()
             stages = stages_of(self._prepared, self._source, pools, prompts, self._known_bytes())
             if self._job.preflight:
@@ -223,6 +222,7 @@ class _Run:
         while (blocks := finished.next(_TICK_S)) == []:
             waiting.tell("loading models")
         self._startup_s = time.monotonic() - self._clock
+        self._nodes.restart()
         return blocks
 
     @contextlib.contextmanager
@@ -254,7 +254,7 @@ class _Run:
     def _collector(self, catalog: Catalog, cluster: Cluster) -> Collector:
         writer = catalog.writer(self._prepared.constants(self._run_id), self._plan.version)
         commit, budget = self._job.commit, ErrorBudget(self._job.max_error_fraction, self._plan.num_fresh)
-        collector = Collector(catalog, writer, self._run_id, commit, self._tally, budget, cluster.cpus)
+        collector = Collector(catalog, writer, self._run_id, commit, self._tally, budget, cluster.grown.cpus)
         self._collected = collector.collected
         return collector
 
@@ -385,7 +385,7 @@ class _Run:
             seconds=seconds,
             startup_s=self._startup_s,
             num_first=self._tally.num_first,
-            num_cpus=self._num_cpus,
+            num_cpus=self._nodes.mean_cpus(),
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import logging
 import math
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,7 @@ from vlmflow.engine.pipeline import block_rows, check_pools, default_pools, fit_
 from vlmflow.engine.prepare import Prepared
 from vlmflow.engine.progress import SilentProgress
 from vlmflow.engine.quarantine import Stages
-from vlmflow.engine.waiting import Waiting
+from vlmflow.engine.waiting import Nodes, Waiting
 from vlmflow.errors import ClusterError
 
 GIB = 1 << 30
@@ -174,22 +175,53 @@ def test_a_node_that_is_waited_for_is_told_until_it_comes(
     told: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    shown, now, there = Shown(), [0.0], [nodes]
-    monkeypatch.setattr(waiting, "nodes_now", lambda: there[0])
-    monkeypatch.setattr(waiting.time, "monotonic", lambda: now[0])
+    shown, seen = Shown(), Nodes()
     pools = (PoolConfig(tasks=("embed",), **pool),)  # type: ignore[arg-type]
-    found = Waiting(pools, cluster(*groups), shown)
-    for now[0] in (0.0, 1.0, 6.0):
+    found = Waiting(pools, cluster(*groups), seen, shown)
+    seen.there = nodes
+    for _ in range(3):
         found.tell("loading models")
     assert shown.stages == [f"waiting for a node with {told}"]
-    there[0] = ((8.0, 1.0),)
-    for now[0] in (7.0, 12.0, 18.0):
+    seen.there = ((8.0, 1.0),)
+    for _ in range(3):
         found.tell("loading models")
     assert shown.stages[1:] == ["loading models"]
 
 
-def test_a_run_that_waits_for_no_node_shows_its_stage_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    shown = Shown()
-    monkeypatch.setattr(waiting, "nodes_now", lambda: ((2.0, 0.0),))
-    Waiting((PoolConfig(tasks=("embed",)),), cluster(), shown).tell("loading models")
+def test_a_run_that_waits_for_no_node_shows_its_stage_once() -> None:
+    shown, seen = Shown(), Nodes()
+    seen.there = ((2.0, 0.0),)
+    Waiting((PoolConfig(tasks=("embed",)),), cluster(), seen, shown).tell("loading models")
     assert shown.stages == []
+
+
+def test_the_share_of_processors_is_of_those_that_were_there_while_images_came(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    there = iter([((8.0, 0.0),), ((8.0, 0.0),), ((8.0, 0.0),) * 2, ((8.0, 0.0), (8.0, 1.0), (8.0, 1.0))])
+    monkeypatch.setattr(waiting, "nodes_now", lambda: next(there))
+    nodes = Nodes()
+    assert nodes.mean_cpus() == 0.0
+    for _ in range(2):
+        nodes._look()
+    nodes.restart()
+    for _ in range(2):
+        nodes._look()
+    assert (nodes.mean_cpus(), nodes.there[-1]) == (16.0, (8.0, 1.0))
+
+
+def test_a_head_that_is_gone_holds_nobody_up_but_the_thread_that_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone, asked = threading.Event(), threading.Event()
+
+    def nodes_now() -> tuple[tuple[float, float], ...]:
+        if asked.is_set():
+            gone.wait(30)
+        asked.set()
+        return ((8.0, 0.0),)
+
+    monkeypatch.setattr(waiting, "nodes_now", nodes_now)
+    monkeypatch.setattr(waiting, "_LOOK_S", 0.01)
+    monkeypatch.setattr(waiting, "_JOIN_S", 0.01)
+    with Nodes() as nodes:
+        assert (nodes.there, nodes.mean_cpus()) == (((8.0, 0.0),), 8.0)
+    gone.set()

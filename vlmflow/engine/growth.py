@@ -56,14 +56,14 @@ def _of_kuberay() -> Iterator[NodeGroup]:
     name, namespace = os.environ.get("RAY_CLUSTER_NAME"), _SERVICE_ACCOUNT / "namespace"
     if name is None or not namespace.exists():
         return
-    from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
-    from ray.autoscaler._private.kuberay.node_provider import KubernetesHttpApiClient
-
     try:
+        from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+        from ray.autoscaler._private.kuberay.node_provider import KubernetesHttpApiClient
+
         cluster = KubernetesHttpApiClient(namespace.read_text(encoding="utf-8")).get(f"rayclusters/{name}")
         grows = cluster["spec"].get("enableInTreeAutoscaling", False)
         kinds = _derive_autoscaling_config_from_ray_cr(cluster)["available_node_types"] if grows else {}
-    except Exception as error:  # noqa: BLE001  of a store of resources that may refuse, or have changed: not needed
+    except Exception as error:  # noqa: BLE001  Kubernetes may refuse, Ray's own part have changed: it can be done without
         logger.info("what the cluster may grow to is not known: %s", str(error).partition("\n")[0])
         return
     for kind in kinds.values():

@@ -58,7 +58,7 @@ class Nodes:
 
     def _look(self) -> None:
         self.there = nodes_now()
-        self._cpus = [*self._cpus, sum(cpus for cpus, _ in self.there)]
+        self._cpus.append(sum(cpus for cpus, _ in self.there))
 
 
 class Waiting:

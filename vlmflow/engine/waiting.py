@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import statistics
@@ -53,8 +54,9 @@ class Nodes:
         return statistics.fmean(self._cpus) if self._cpus else 0.0
 
     def _watch(self) -> None:
-        while not self._stop.wait(_LOOK_S):
-            self._look()
+        with contextlib.suppress(Exception):  # of a cluster that is lost, which the run itself is told, or has ended
+            while not self._stop.wait(_LOOK_S):
+                self._look()
 
     def _look(self) -> None:
         self.there = nodes_now()

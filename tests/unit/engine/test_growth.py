@@ -225,3 +225,16 @@ def test_a_head_that_is_gone_holds_nobody_up_but_the_thread_that_looks(monkeypat
     with Nodes() as nodes:
         assert (nodes.there, nodes.mean_cpus()) == (((8.0, 0.0),), 8.0)
     gone.set()
+
+
+def test_a_cluster_that_is_lost_ends_the_looking_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = iter([((2.0, 0.0),)])
+    monkeypatch.setattr(waiting, "nodes_now", lambda: next(looks))  # then it raises
+    monkeypatch.setattr(waiting, "_LOOK_S", 0.01)
+    told: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", told.append)
+    with Nodes() as nodes:
+        nodes._thread.join(60)
+        assert not nodes._thread.is_alive()
+    assert told == []
+    assert nodes.there == ((2.0, 0.0),)

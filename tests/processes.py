@@ -121,7 +121,7 @@ def ray_nodes(folder: Path, *, dashboard: bool = False, cpus: int = 1) -> Iterat
         for number, command_line in enumerate((head, node)):
             log = folder / f"ray-{number}.log"
             processes.append(stack.enter_context(started(command_line, log, environment=environment)))
-            wait_for(lambda at=number: _num_nodes(address) == at + 1, processes[-1])  # type: ignore[misc]
+            wait_for(lambda at=number: num_nodes(address) == at + 1, processes[-1])  # type: ignore[misc]
         jobs_url = f"http://127.0.0.1:{dashboard_port}" if dashboard else ""
         if dashboard:
             wait_for(lambda: _takes_jobs(jobs_url), processes[-1])
@@ -138,7 +138,7 @@ def _takes_jobs(jobs_url: str) -> bool:
     return answer.status_code == 200 or "already" in answer.text
 
 
-def _num_nodes(address: str) -> int:
+def num_nodes(address: str) -> int:
     """Nodes that the head at this address has; none while it does not answer. A driver that asks takes seconds."""
     host, _, port = address.rpartition(":")
     try:

@@ -242,6 +242,8 @@ def _ray(config: RayConfig) -> Iterator[Check]:
     try:
         with ray_cluster(config) as cluster:
             found = f"{cluster.num_nodes} node(s), {cluster.cpus:g} CPUs, {cluster.gpus:g} GPUs"
+            if cluster.groups:
+                found += f"; may grow to {cluster.grown.cpus:g} CPUs, {cluster.grown.gpus:g} GPUs"
             yield Check(name, "ok", found)
             yield _workers()
     except VlmflowError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,9 @@ import torch
 from obstore.exceptions import AlreadyExistsError, GenericError, PermissionDeniedError
 
 from vlmflow import checks
-from vlmflow.config import StorageConfig
+from vlmflow.config import RayConfig, StorageConfig
+from vlmflow.engine.cluster import Cluster
+from vlmflow.engine.growth import NodeGroup
 from vlmflow.errors import ClusterError, ConfigError, SourceError, StorageAccessError, TransientError, VlmflowError
 from vlmflow.models import fused
 from vlmflow.models.pixels import model_dtype
@@ -104,6 +107,14 @@ def test_a_gpu_without_memory_is_told_of_and_ends_nothing(monkeypatch: pytest.Mo
     monkeypatch.setattr(fused, "why_not", full)
     check = checks._triton()
     assert (check.verdict, check.found) == ("fail", "CUDA out of memory. Tried to allocate 2.00 MiB.")
+
+
+def test_what_a_cluster_may_grow_to_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = (NodeGroup(8.0, 1.0, 1.0, 4),)
+    for grows, told in (((), ""), (groups, "; may grow to 32 CPUs, 4 GPUs")):
+        found = Cluster(cpus=2.0, gpus=0.0, num_nodes=1, embedded=False, groups=grows)
+        monkeypatch.setattr(checks, "ray_cluster", lambda _, found=found: nullcontext(found))
+        assert next(checks._ray(RayConfig())).found == f"1 node(s), 2 CPUs, 0 GPUs{told}"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 import os
@@ -24,6 +25,7 @@ from ray.util.client import ray as client
 
 from vlmflow.config import RayConfig
 from vlmflow.engine.faults import told
+from vlmflow.engine.growth import NodeGroup, node_groups
 from vlmflow.engine.head import watched
 from vlmflow.errors import ClusterError, ConfigError
 
@@ -38,7 +40,7 @@ logger = logging.getLogger("vlmflow")
 
 @dataclass(frozen=True)
 class Cluster:
-    """What the cluster offers.
+    """What the cluster offers now.
 
     Attributes:
         cpus: CPUs of all nodes.
@@ -46,6 +48,7 @@ class Cluster:
         embedded: started by this process, and stopped with it.
         memory: bytes of all nodes that Ray leaves to workers, beside its object store; inf: not known.
         nodes: CPUs and GPUs of each node; none: there is one.
+        groups: of nodes that its autoscaler may start; none: it does not grow, or that is not known.
     """
 
     cpus: float
@@ -54,9 +57,25 @@ class Cluster:
     embedded: bool
     memory: float = math.inf
     nodes: tuple[tuple[float, float], ...] = ()
+    groups: tuple[NodeGroup, ...] = ()
+
+    @property
+    def grown(self) -> Cluster:
+        """The cluster when it has all nodes that it may have; as it is where nothing is known of others."""
+        if not self.groups:
+            return self
+        return dataclasses.replace(
+            self,
+            cpus=max(self.cpus, sum(group.max_nodes * group.cpus for group in self.groups)),
+            gpus=max(self.gpus, sum(group.max_nodes * group.gpus for group in self.groups)),
+            num_nodes=max(self.num_nodes, sum(group.max_nodes for group in self.groups)),
+            memory=max(self.memory, sum(group.max_nodes * group.memory for group in self.groups)),
+            nodes=(*self.nodes, *((group.cpus, group.gpus) for group in self.groups)),
+            groups=(),
+        )
 
     def has_node_for(self, cpus: float, gpus: float = 0.0) -> bool:
-        """Whether a node of the cluster, as it is now, has so many CPUs and GPUs at once."""
+        """Whether a node of the cluster has so many CPUs and GPUs at once."""
         return any(cpus <= node[0] and gpus <= node[1] for node in self.nodes or ((self.cpus, self.gpus),))
 
     @contextlib.contextmanager
@@ -115,17 +134,25 @@ def ray_cluster(config: RayConfig) -> Iterator[Cluster]:
         logging.getLogger(logger).setLevel(logging.ERROR)
     try:
         with told():
-            resources, nodes = ray.cluster_resources(), [node for node in ray.nodes() if node["Alive"]]
+            resources, nodes = ray.cluster_resources(), nodes_now()
+            embedded = not already and config.address is None
             yield Cluster(
                 cpus=resources.get("CPU", 0.0),
                 gpus=resources.get("GPU", 0.0),
                 num_nodes=len(nodes),
-                embedded=not already and config.address is None,
+                embedded=embedded,
                 memory=resources.get("memory", math.inf),
-                nodes=tuple((node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0)) for node in nodes),
+                nodes=nodes,
+                groups=() if embedded else node_groups(),
             )
     finally:
         _connection.leave()
+
+
+def nodes_now() -> tuple[tuple[float, float], ...]:
+    """CPUs and GPUs of each node that the cluster has at this moment."""
+    alive = (node["Resources"] for node in ray.nodes() if node["Alive"])
+    return tuple((resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in alive)
 
 
 class _Connection:

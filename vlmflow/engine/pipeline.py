@@ -20,7 +20,7 @@ from vlmflow.engine.decoding import ReadAndDecode, give_way
 from vlmflow.engine.pools import PoolWorker
 from vlmflow.engine.prepare import Prepared
 from vlmflow.engine.quarantine import Stages
-from vlmflow.engine.read_ahead import limit_read_ahead, read_ahead_rows
+from vlmflow.engine.read_ahead import ReadAheadRows, limit_read_ahead
 from vlmflow.engine.starts import Starts
 from vlmflow.engine.stored import Stored
 from vlmflow.errors import ClusterError
@@ -55,6 +55,8 @@ _USUAL_BYTES = 500_000
 # fast; others, and beams, take the memory of many images for each. On GPUs of less than 40 GB an actor does a part of
 # its batch at once: the driver does not know them, and they need not be alike.
 _GPU_BATCH, _GPU_BATCH_OF_LARGE = 256, 64
+# Of an actor for which a node has to start, which takes minutes: some minutes of work.
+_BATCHES_WORTH_A_NODE = 64
 # A worker that dies by a signal is retried without limit unless told otherwise. Actors are restarted without limit, for
 # many images may kill theirs; `starts` ends those that die before they have their models.
 TASK_LIMITS = {"max_retries": 2}
@@ -69,8 +71,12 @@ logger = logging.getLogger("vlmflow")
 
 
 def default_pools(prepared: Prepared, cluster: Cluster) -> tuple[PoolConfig, ...]:
-    """All tasks in one pool: on each GPU, or on the CPUs, of which decoding keeps a share."""
-    job = prepared.job
+    """All tasks in one pool: on each GPU, or on the CPUs, of which decoding keeps a share.
+
+    They are for the cluster as it may grow: it starts a node with a GPU only for actors that ask for one. On CPUs that
+    happen to be there before, images would be computed for days.
+    """
+    job, cluster = prepared.job, cluster.grown
     if job.pools:
         wanted = set(job.tasks)
         kept = [(pool, tuple(task for task in pool.tasks if task in wanted)) for pool in job.pools]
@@ -107,15 +113,20 @@ def open_pools(prepared: Prepared, cluster: Cluster) -> tuple[PoolConfig, ...]:
 def check_pools(pools: tuple[PoolConfig, ...], cluster: Cluster) -> None:
     """Refuses pools that an embedded cluster can never start: Ray would wait for them without an end, and silently.
 
-    Other clusters may grow when asked, so there the waiting is left to Ray, and the user is told what for.
+    Other clusters may grow when asked, so there the waiting is left to Ray, and the user is told what for. Where it is
+    known what one may grow to, pools that this does not bear are refused, too.
 
     Raises:
         ClusterError: too few GPUs or CPUs.
     """
+    is_known, cluster = bool(cluster.groups), cluster.grown
     for pool in pools:
         if not cluster.embedded and not cluster.has_node_for(pool.cpus, pool.gpus):
-            actor = pool.cpus, pool.gpus, "+".join(pool.tasks)
-            logger.warning("no node has the %g CPUs and %g GPUs of an actor of pool %s. %s", *actor, _WAITING)
+            actor = f"the {pool.cpus:g} CPUs and {pool.gpus:g} GPUs of an actor of pool {'+'.join(pool.tasks)}"
+            if is_known:
+                remedy = "Lower cpus or gpus in pools, or let the cluster have such nodes."
+                raise ClusterError(f"no node that the cluster has or may start has {actor}", remedy=remedy)
+            logger.warning("no node has %s. %s", actor, _WAITING)
             return
     for name, asked, offered in (
         ("GPU", sum(pool.min_actors * pool.gpus for pool in pools), cluster.gpus),
@@ -166,12 +177,14 @@ def block_rows(num_images: int, cluster: Cluster, max_rows: int, batch_size: int
     An actor is given whole blocks at a call, and what is left of them beyond its batches is a small batch of its own;
     so a block is some whole batches, or an equal part of one.
 
+    The cores are those of the cluster as it may grow.
+
     Args:
         max_rows: after how many rows the job wants a commit; an unfinished block is in none.
         batch_size: of the first pool. Where no part of it comes near, blocks do not fit it.
         row_bytes: of an image as the decoding stage gives it, about.
     """
-    per_core = num_images / max(1.0, 4 * cluster.cpus)
+    per_core = num_images / max(1.0, 4 * cluster.grown.cpus)
     in_one_piece = max(_MIN_LARGE_ROWS, _MAX_BLOCK_BYTES / max(1.0, row_bytes))
     rows = int(min(_MAX_BLOCK_ROWS, max_rows, max(_MIN_BLOCK_ROWS, per_core), in_one_piece))
     if rows >= batch_size:
@@ -183,22 +196,20 @@ def block_rows(num_images: int, cluster: Cluster, max_rows: int, batch_size: int
 def fit_to_plan(stages: Stages, job: Job, plan: Plan, cluster: Cluster) -> tuple[Stages, int]:
     """The rows of a block of planned images, see :func:`block_rows`, and no more actors than there are blocks.
 
-    Others would load their models, which takes most of a small run, and be given nothing. How many the job itself asks
-    for, it gets.
+    Others would load their models, which takes most of a small run, and be given nothing. Nor more than there is room
+    for, unless those have enough to do that a node is worth its start. How many the job itself asks for, it gets.
     """
     num_rows = planned_block_rows(plan, stages, cluster, job.commit.max_rows)
     if job.pools:
         return stages, num_rows
     num_blocks = math.ceil(plan.num_planned / num_rows)
-    pools = (
-        pool.model_copy(
-            update={
-                "min_actors": min(pool.min_actors, num_blocks),
-                "max_actors": min(pool.max_actors, num_blocks),
-            }
-        )
-        for pool in stages.pools
-    )
+    pools = []
+    for pool in stages.pools:
+        room = math.floor(cluster.gpus / pool.gpus if pool.gpus else cluster.cpus / pool.cpus)
+        worth = math.ceil(plan.num_planned / (_BATCHES_WORTH_A_NODE * pool.batch_size))
+        num_actors = min(pool.max_actors, num_blocks, max(room, worth))
+        changes = {"min_actors": min(pool.min_actors, num_actors), "max_actors": num_actors}
+        pools.append(pool.model_copy(update=changes))
     return dataclasses.replace(stages, pools=tuple(pools)), num_rows
 
 
@@ -209,14 +220,14 @@ def build_pipeline(blocks: Iterable[pa.Table], stages: Stages, num_rows: int, re
         num_rows: of each block, see :func:`block_rows`.
         read_ahead: as in the job.
     """
-    # Decoding tasks as Ray starts them: as many as their share of a processor allows.
-    num_tasks = math.ceil(ray.cluster_resources().get("CPU", 1.0) / DECODE_CPUS)
     leaves_jpegs = stages.decode.leaves_jpegs
-    calls = [_calls_at_once(pool, decodes=leaves_jpegs and number == 0) for number, pool in enumerate(stages.pools)]
+    calls = tuple(
+        _calls_at_once(pool, decodes=leaves_jpegs and number == 0) for number, pool in enumerate(stages.pools)
+    )
     # A pool that decodes is as fast as all of them together. Before another some wait for their turn: what they have
     # decoded lies in memory until the pool has come to it.
-    decoding = num_tasks * (max(num_rows, DECODE_BATCH) if leaves_jpegs else 2 * DECODE_BATCH)
-    limit_read_ahead(read_ahead_rows(read_ahead, stages.pools, calls, decoding))
+    rows_per_task = max(num_rows, DECODE_BATCH) if leaves_jpegs else 2 * DECODE_BATCH
+    limit_read_ahead(ReadAheadRows(read_ahead, stages.pools, calls, rows_per_task, DECODE_CPUS))
     # Of references to blocks Ray Data would run a task for each, to ask how many rows it has.
     dataset = ray.data.from_blocks(list(blocks))
     with warnings.catch_warnings():

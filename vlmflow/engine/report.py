@@ -239,7 +239,7 @@ def finished_report(
 
     Args:
         num_first: images of the first blocks, whose work fell into the start-up.
-        num_cpus: of the cluster; 0: there was none.
+        num_cpus: of the cluster, which may have grown: on average; 0: there was none.
     """
     num_after_first = sum(commit.rows for commit in collected.commits) - num_first
     working_s = seconds - startup_s

@@ -25,14 +25,7 @@ from vlmflow.engine.faults import lost_in_mid_run, told
 from vlmflow.engine.late_verdicts import bring_in_late_verdicts
 from vlmflow.engine.lost import SMALL_BLOCKS, in_small_batches, lost_rows, unreconciled, want_small_blocks
 from vlmflow.engine.metrics import RunMetrics
-from vlmflow.engine.pipeline import (
-    build_pipeline,
-    check_pools,
-    default_pools,
-    fit_to_plan,
-    open_pools,
-    stages_of,
-)
+from vlmflow.engine.pipeline import build_pipeline, check_pools, default_pools, fit_to_plan, open_pools, stages_of
 from vlmflow.engine.planning import OnCluster
 from vlmflow.engine.prepare import Prepared, encode_policy, prepare
 from vlmflow.engine.progress import ProgressDisplay, SilentProgress, Tally
@@ -40,6 +33,7 @@ from vlmflow.engine.quarantine import Quarantine, Stages
 from vlmflow.engine.report import PlanSummary, RunReport, RunStatus, finished_report, initial_report, plan_summary
 from vlmflow.engine.sizing import PreflightReport, measure
 from vlmflow.engine.stored import Stored
+from vlmflow.engine.waiting import Nodes, Waiting
 from vlmflow.errors import (
     ClusterError,
     ConfigError,
@@ -113,11 +107,12 @@ def preflight(job: Job, *, progress: ProgressDisplay | None = None) -> Preflight
         if planned.num_planned == 0:
             raise ConfigError("preflight: nothing is due, so nothing can be tried", remedy="`vlmflow plan` says why.")
         display.stage("starting Ray")
-        with ray_cluster(prepared.job.ray) as cluster, cluster.worker_errors():
+        with ray_cluster(prepared.job.ray) as cluster, cluster.worker_errors(), Nodes() as nodes:
             pools = open_pools(prepared, cluster)
             check_pools(pools, cluster)
             stages = stages_of(prepared, source, pools, encode_policy(prepared.setup), None)
             display.stage("trying batch sizes")
+            Waiting(pools, cluster, nodes, display).tell("trying batch sizes")
             return measure(planned, stages, cluster)
 
 
@@ -159,7 +154,7 @@ class _Run:
         self._worker_errors = WorkerErrors()
         self._clock = time.monotonic()
         self._startup_s = 0.0
-        self._num_cpus = 0.0
+        self._nodes = Nodes()
         self._verdicts_due = False  # late ones may be lacking in rows that it has committed
 
     def _tried(self, stages: Stages, cluster: Cluster) -> Stages:
@@ -178,21 +173,22 @@ class _Run:
         if self._plan.num_planned == 0:
             return self._without_images()
         self._display.stage("starting Ray")
-        with ray_cluster(self._job.ray) as cluster, cluster.worker_errors() as self._worker_errors:
-            self._num_cpus = cluster.cpus
+        with ray_cluster(self._job.ray) as cluster, cluster.worker_errors() as self._worker_errors, self._nodes:
             self._display.stage("loading models")
             pools = (open_pools if self._job.preflight else default_pools)(self._prepared, cluster)
             check_pools(pools, cluster)
+            waiting = Waiting(pools, cluster, self._nodes, self._display)
             prompts = self._prompts()
             stages = stages_of(self._prepared, self._source, pools, prompts, self._known_bytes())
             if self._job.preflight:
                 self._display.stage("trying batch sizes")
+                waiting.tell("trying batch sizes")
                 stages = self._tried(stages, cluster)
             stages, num_rows = fit_to_plan(stages, self._job, self._plan, cluster)
             dataset = build_pipeline(self._plan.batches(num_rows), stages, num_rows, self._job.read_ahead)
             with FinishedBlocks(dataset) as finished:
                 # Models that do not load end the run here, before anything is written.
-                first = self._first(finished)
+                first = self._first(finished, waiting)
                 catalog = Catalog.open_or_create(self._job.catalog, self._source.columns)
                 with self._recorded(catalog):
                     self._archive_policy(catalog, prompts)
@@ -221,11 +217,12 @@ class _Run:
             return self._done
         return self._finished("nothing_due")
 
-    def _first(self, finished: FinishedBlocks) -> list[Block] | None:
+    def _first(self, finished: FinishedBlocks, waiting: Waiting) -> list[Block] | None:
         """Waits for the first images to come through: the models are loaded, and rates begin to mean something."""
         while (blocks := finished.next(_TICK_S)) == []:
-            continue
+            waiting.tell("loading models")
         self._startup_s = time.monotonic() - self._clock
+        self._nodes.restart()
         return blocks
 
     @contextlib.contextmanager
@@ -257,7 +254,7 @@ class _Run:
     def _collector(self, catalog: Catalog, cluster: Cluster) -> Collector:
         writer = catalog.writer(self._prepared.constants(self._run_id), self._plan.version)
         commit, budget = self._job.commit, ErrorBudget(self._job.max_error_fraction, self._plan.num_fresh)
-        collector = Collector(catalog, writer, self._run_id, commit, self._tally, budget, cluster.cpus)
+        collector = Collector(catalog, writer, self._run_id, commit, self._tally, budget, cluster.grown.cpus)
         self._collected = collector.collected
         return collector
 
@@ -388,7 +385,7 @@ class _Run:
             seconds=seconds,
             startup_s=self._startup_s,
             num_first=self._tally.num_first,
-            num_cpus=self._num_cpus,
+            num_cpus=self._nodes.mean_cpus(),
         )
 
 

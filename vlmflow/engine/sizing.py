@@ -72,6 +72,8 @@ class PreflightReport(Frozen):
 def measure(planned: Plan, stages: Stages, cluster: Cluster) -> PreflightReport:
     """Tries each pool on some of the images that are due, in workers that are gone afterwards. Writes nothing.
 
+    What is projected is for the cluster as it may grow.
+
     Raises:
         SourceError: none of the images tried can be decoded, or has anything to compute.
         WeightsError: a model's weights do not fit.
@@ -81,7 +83,7 @@ def measure(planned: Plan, stages: Stages, cluster: Cluster) -> PreflightReport:
     usable = sample.filter(pa.compute.greater(pa.compute.list_value_length(sample[columns.RUN_TASKS]), 0))
     if not usable.num_rows:
         raise _nothing_to_try(sample)
-    core_s = decode_s / num_sampled
+    core_s, cluster = decode_s / num_sampled, cluster.grown
     plans: list[PoolPlan] = []
     for number, pool in enumerate(stages.pools):
         actor = ray.remote(**resources(pool), max_restarts=0)(TriedPool).remote(stages, number)

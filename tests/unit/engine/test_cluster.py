@@ -112,6 +112,7 @@ def test_whatever_ray_raises_during_a_run_is_told_in_our_words(
     monkeypatch.setattr(cluster.ray, "is_initialized", lambda: True)
     monkeypatch.setattr(cluster.ray, "cluster_resources", dict)
     monkeypatch.setattr(cluster.ray, "nodes", list)
+    monkeypatch.setattr(cluster, "node_groups", tuple)
     monkeypatch.setattr(cluster.ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="127.0.0.1:6379"))
     with pytest.raises(expected) as caught, cluster.ray_cluster(RayConfig()):
         raise error
@@ -231,6 +232,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"CPU": 2.0})
     monkeypatch.setattr(cluster.ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="127.0.0.1:6379"))
     monkeypatch.setattr(cluster.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0}}])
+    monkeypatch.setattr(cluster, "node_groups", tuple)
     return fake
 
 

@@ -17,6 +17,7 @@ from vlmflow.errors import ConfigError
 from vlmflow.families import FAMILIES, Role, check_model, family_of, is_own, told_of
 from vlmflow.imaging import PixelRequest
 from vlmflow.models.identity import ModelIdentity, short_digest
+from vlmflow.models.own import OwnEmbedder
 from vlmflow.models.preprocessing import Preprocessing, read_preprocessing
 from vlmflow.models.profiles import check_family, describe_profiles, resolve_models
 from vlmflow.models.prompts import prompt_of
@@ -239,7 +240,7 @@ def load_embedder(config: ModelConfig, device: str, dtype: Dtype = "auto") -> Im
         WeightsError: the weights are absent, unsafe to load, or do not fit.
     """
     embedder: ImageEmbedder = _load("embed", config, device, dtype)
-    return embedder
+    return OwnEmbedder(config.family, embedder) if is_own(config.family) else embedder
 
 
 def load_text_embedder(config: ModelConfig) -> ImageEmbedder:

@@ -56,6 +56,9 @@ def test_it_captions_and_its_code_version_makes_rows_due(tmp_path: Path) -> None
     assert len(first) == NUM_IMAGES + num_broken
     captions = [caption for status, caption, *_ in first.values() if status == "ok"]
     assert len(captions) == NUM_IMAGES
+    catalog = Catalog.open(CatalogConfig(uri=str(tmp_path / "shop-catalog")))
+    models = {model for model in catalog.images(["caption_model"])["caption_model"].to_pylist() if model is not None}
+    assert models == {"shop_models.captioner:ShopCaptioner(captioner)@local"}
     assert all(str(caption).startswith("In our shop: ") for caption in captions)
 
     # The next version gives no caption of a white image: it costs the row of this one.

@@ -185,8 +185,9 @@ def identify(role: str, config: ModelConfig) -> ModelIdentity:
         return _identify_endpoint(config.endpoint)
     folder = locate(config)
     preprocessing = _preprocessing(folder, config)
+    files = config.repo or folder.name
     return ModelIdentity(
-        id=config.repo or folder.name,
+        id=f"{config.family}({files})" if is_own(config.family) else files,
         revision=config.revision or "local",
         weights_digest=weights_digest(folder, config.family, config.architecture),
         preprocessing=preprocessing.describe() if preprocessing else "regions of the source",

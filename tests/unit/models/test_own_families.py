@@ -15,6 +15,7 @@ from tests.images import encode, scene
 from tests.models import make_captioner, make_clip, random_pixels
 from vlmflow.config import Job, ModelConfig, load_job
 from vlmflow.engine.pipeline import _gpu_batch
+from vlmflow.engine.prepare import prepare
 from vlmflow.errors import ConfigError, FamilyError, UnboundPolicyError, WeightsError
 from vlmflow.families import family_of
 from vlmflow.models import identify, load_captioner, load_embedder, load_matcher, resolve_models
@@ -274,6 +275,12 @@ def test_a_fingerprint_holds_name_version_and_files(write: Callable[[str], str],
     (path / "words.txt").write_text("dear")
     again = {what: identify("caption", config).fingerprint("caption") for what, config in configs.items()}
     assert [what for what in codes if again[what] != found[what]] == ["with words"]
+
+
+def test_rows_and_records_tell_the_class(write: Callable[[str], str], folder: Path) -> None:
+    name = f"{write(CAPTIONER)}:Captioner"
+    assert prepare(job("caption", name, folder)).model_names() == {"caption": f"{name}(m)@local"}
+    assert prepare(job("caption", "blip_caption", folder)).model_names() == {"caption": "m@local"}
 
 
 def test_weights_of_another_kind_are_looked_for_by_their_name(write: Callable[[str], str], tmp_path: Path) -> None:

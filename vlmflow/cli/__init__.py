@@ -63,10 +63,10 @@ def main(arguments: list[str] | None = None) -> None:
     if threading.current_thread() is threading.main_thread():
         # What stops a job, a pod or a service sends this: the run is to be recorded as interrupted, as by Ctrl-C.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if isinstance(sys.stdout, io.TextIOWrapper) and isinstance(sys.stdout.buffer, io.RawIOBase):
+    own = sys.__stdout__
+    if sys.stdout is own and isinstance(own, io.TextIOWrapper) and isinstance(own.buffer, io.RawIOBase):
         # PYTHONUNBUFFERED: of what a disk takes a part of before it is full, Python drops the rest without an error.
-        whole = io.BufferedWriter(sys.stdout.buffer)
-        sys.stdout = io.TextIOWrapper(whole, encoding=sys.stdout.encoding, line_buffering=True)
+        sys.stdout = io.TextIOWrapper(io.BufferedWriter(own.buffer), encoding=own.encoding, line_buffering=True)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what people read; data goes past it, see vlmflow.cli.screen.emit
             stream.reconfigure(errors="backslashreplace")

@@ -94,9 +94,15 @@ def tell_failure(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> 
     """
     message = " ".join((state.message or "no message").split())[:1000]
     error = state.result(raise_on_failure=False) if state.is_failed() else None
-    if isinstance(error, VlmflowError) and error.remedy:
-        flow_run_logger(flow_run, flow).error("What to do: %s", error.remedy)
-        message += f" - {error.remedy}"
+    remedy = error.remedy if isinstance(error, VlmflowError) else ""
+    if state.is_crashed() and (
+        unknown := [name for name in flow_run.parameters if name not in flow.parameters.properties]
+    ):
+        # Prefect deploys such a parameter, and ends the run's process before the flow begins.
+        remedy = f"The flow has no parameter {', '.join(unknown)}: leave it out of the deployment, and deploy it again."
+    if remedy:
+        flow_run_logger(flow_run, flow).error("What to do: %s", remedy)
+        message += f" - {remedy}"
     send(flow_run.parameters.get("notify"), f"{flow.name} {flow_run.name} {state.name}", message)
 
 

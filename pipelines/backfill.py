@@ -145,7 +145,8 @@ def moderation_backfill(
         span = f"{start or 'the first'} to {end or 'the last'}"
         return Completed(message=f"Nothing to do: catalog {job.catalog.uri} holds no partition from {span}.")
     steps = make_steps(ray_jobs_url, deadline_hours)
-    alone = nullcontext() if dry_run else backfill_at_work(job.catalog, _target(job, rollback))
+    target = _target(job, rollback)  # of a dry run too: a policy that cannot be read would fail in each partition
+    alone = nullcontext() if dry_run else backfill_at_work(job.catalog, target)
     with alone, steps.session(job), tags(TAG):
         reports = _all_partitions(steps, job, dates, where, rollback, dry_run, partitions_at_once)
     title, moved = _title(reports, rollback, dry_run), sum(report.num_moved for report in reports)
@@ -155,7 +156,11 @@ def moderation_backfill(
 
 
 def _target(job: Job, rollback: str | None) -> str:
-    """Where a backfill leads, in words that are equal for equal targets."""
+    """Where a backfill leads, in words that are equal for equal targets.
+
+    Raises:
+        PolicyError: the policy cannot be used.
+    """
     if job.policy is None or rollback is not None:
         return f"rollback of policy {rollback}"
     return f"policy {load_policy(job.policy).full_name}"

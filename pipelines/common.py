@@ -75,9 +75,19 @@ def make_steps(ray_jobs_url: str | None, deadline_hours: float, *, once: bool = 
 
 def has_completed() -> bool:
     """Whether the present flow run has been completed before, and is retried to do its work anew."""
+    return any(state.is_completed() for state in _states(UUID(str(runtime.flow_run.id))))
+
+
+def _states(flow_run_id: UUID) -> list[State[Any]]:
+    """The states that a flow run has had, in their order."""
     with get_client(sync_client=True) as client:
-        states = client.read_flow_run_states(UUID(str(runtime.flow_run.id)))
-    return any(state.is_completed() for state in states)
+        return client.read_flow_run_states(flow_run_id)
+
+
+def _waits(flow_run: FlowRun) -> bool:
+    """Whether a flow run that was ended was not at work: it is retried, and waited for its start."""
+    before = [state for state in _states(flow_run.id) if not (state.is_cancelling() or state.is_final())]
+    return bool(before) and not before[-1].is_running()
 
 
 def _log_line(line: str) -> None:
@@ -174,15 +184,16 @@ def stop_jobs_of(commands: Callable[[FlowRun], Iterable[Command]]) -> Callable[.
         url = flow_run.parameters.get("ray_jobs_url")
         if url is None or (state.is_failed() and state.name != "TimedOut"):
             return
-        if not flow_run.run_count:  # cancelled before it began: jobs of these names are those of other runs
+        if not flow_run.run_count:  # cancelled before it began: it has submitted none
             return
         told = flow_run_logger(flow_run, flow)
         names = set()
         try:
-            # The run keeps them as they were given: a date may have a time of midnight.
-            given = flow.validate_parameters(flow_run.parameters)
-            names = {command.name for command in commands(flow_run.model_copy(update={"parameters": given}))}
-        except (VlmflowError, ParameterTypeError) as error:
+            if not _waits(flow_run):  # else jobs of these names are those of other runs
+                # The run keeps them as they were given: a date may have a time of midnight.
+                given = flow.validate_parameters(flow_run.parameters)
+                names = {command.name for command in commands(flow_run.model_copy(update={"parameters": given}))}
+        except (VlmflowError, ParameterTypeError, *SERVER_ERRORS) as error:
             told.warning("the jobs that others submitted and this flow run follows cannot be named: %s", error)
         try:
             for attempt in RayJobs(url).stop_all(str(flow_run.id), names):

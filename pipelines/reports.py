@@ -6,10 +6,8 @@ import contextlib
 import datetime as dt
 import logging
 import re
-import tempfile
 from collections.abc import Mapping
 from operator import itemgetter
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -22,6 +20,7 @@ from vlmflow.errors import VlmflowError
 from vlmflow.report.killed import with_counts
 from vlmflow.report.write import WrittenReport, write_report
 from vlmflow.sources import normalise_uri
+from vlmflow.workspace import Workspace
 
 logger = logging.getLogger("vlmflow")
 
@@ -130,8 +129,8 @@ def publish_report(job: Job, run_id: str, date: dt.date, folder: str, keep: int)
         VlmflowError: the report cannot be made, or the folder cannot be written.
     """
     name = _name(date, run_id, "html")
-    with tempfile.TemporaryDirectory(prefix="vlmflow-report-") as scratch:
-        path = Path(scratch) / name
+    with Workspace() as workspace:  # what a killed night leaves of it would outlive an erasure too
+        path = workspace.path / name
         written = write_report(job.catalog, path, run=run_id, job=job)
         data = path.read_bytes()
     files = _folder(job.catalog, folder)

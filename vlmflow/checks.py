@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +21,8 @@ from vlmflow.engine.cluster import ray_cluster
 from vlmflow.engine.prepare import prepare
 from vlmflow.engine.report import installed_versions, policy_name
 from vlmflow.engine.unused import unused_settings
-from vlmflow.errors import MAY_PASS, VlmflowError
+from vlmflow.errors import MAY_PASS, FamilyError, VlmflowError
+from vlmflow.families import family_of, is_own
 from vlmflow.models.profiles import describe_profiles
 from vlmflow.sources import open_source
 from vlmflow.storage import access_error, open_store, parse_address
@@ -60,12 +61,14 @@ def doctor(
     catalog_uri: str | None = None,
     catalog_storage: StorageConfig | None = None,
     models_dir: Path | None = None,
+    families: Sequence[str] = (),
 ) -> Iterator[Check]:
     """Checks Python, torch, the GPU, Ray and its workers, storage and weights, one after the other.
 
     Args:
         source: also lists the first images of it.
         catalog_uri: also writes, reads and deletes a small object there, and tests conditional writes.
+        families: of one's own, which workers are to import as this process does.
 
     Yields:
         A check as soon as it is done; none of them raises.
@@ -80,7 +83,7 @@ def doctor(
         yield _guarded(f"source {source.uri}", lambda: _source(source, catalog))
     if catalog_uri is not None:
         yield from _catalog(catalog_uri, catalog_storage or StorageConfig())
-    yield from _ray(ray or RayConfig())
+    yield from _ray(ray or RayConfig(), families)
 
 
 def doctor_of(job: Job) -> Iterator[Check]:
@@ -94,12 +97,14 @@ def doctor_of(job: Job) -> Iterator[Check]:
     if unused:
         found = f"set, and read by none of the tasks: {', '.join(unused)}"
         yield Check("job", "warn", found, "Add the task, or leave the key out.")
+    own = sorted({model.family for role, model in job.models.items() if role in job.tasks and is_own(model.family)})
     yield from doctor(
         ray=job.ray,
         source=job.source,
         catalog_uri=job.catalog.uri,
         catalog_storage=job.catalog.storage,
         models_dir=job.models_dir,
+        families=own,
     )
 
 
@@ -237,7 +242,7 @@ def _conditional_writes(store: ObjectStore, path: str, uri: str) -> Check:
     return Check(name, "fail", two, remedy)
 
 
-def _ray(config: RayConfig) -> Iterator[Check]:
+def _ray(config: RayConfig, families: Sequence[str]) -> Iterator[Check]:
     name = f"ray at {config.address}" if config.address else "ray (embedded)"
     try:
         with ray_cluster(config) as cluster:
@@ -245,22 +250,22 @@ def _ray(config: RayConfig) -> Iterator[Check]:
             if cluster.groups:
                 found += f"; may grow to {cluster.grown.cpus:g} CPUs, {cluster.grown.gpus:g} GPUs"
             yield Check(name, "ok", found)
-            yield _workers()
+            yield _workers(families)
     except VlmflowError as error:
         yield _failed(name, error)
 
 
-def _workers() -> Check:
-    """Whether a worker starts on every node of the cluster, and has the driver's versions."""
+def _workers(families: Sequence[str]) -> Check:
+    """Whether a worker starts on every node of the cluster, and has the driver's versions, of one's families too."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    probe, here = ray.remote(num_cpus=0)(_worker_versions), _worker_versions()
+    probe, here = ray.remote(num_cpus=0)(_worker_versions), _worker_versions(families)
     asked = []
     for node in ray.nodes():
         if node["Alive"]:
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            asked.append((node, probe.options(scheduling_strategy=there).remote()))
+            asked.append((node, probe.options(scheduling_strategy=there).remote(families)))
     until = time.monotonic() + _WORKERS_S
     problems: dict[str, list[str]] = {}
     for node, answer in asked:
@@ -273,9 +278,12 @@ def _workers() -> Check:
         if problem:
             problems.setdefault(problem, []).append(node["NodeManagerAddress"])
     if not problems:
-        return Check("ray workers", "ok", f"start on {len(asked)} node(s), and import vlmflow in the driver's versions")
+        own = "".join(f", {name} as the driver does" for name in families)
+        found = f"start on {len(asked)} node(s), and import vlmflow in the driver's versions{own}"
+        return Check("ray workers", "ok", found)
     found = "; ".join(f"{', '.join(nodes[:_MAX_NAMED])}: {problem}" for problem, nodes in problems.items())
-    return Check("ray workers", "fail", found, "Install vlmflow on every node, in the versions that the driver has.")
+    remedy = "Install vlmflow, and modules of your own, on every node, in the versions that the driver has."
+    return Check("ray workers", "fail", found, remedy)
 
 
 def _difference(here: dict[str, str], there: dict[str, str]) -> str:
@@ -284,9 +292,21 @@ def _difference(here: dict[str, str], there: dict[str, str]) -> str:
     return ", ".join(f"{name} {here[name]} here, {there.get(name, 'none')} there" for name in other)
 
 
-def _worker_versions() -> dict[str, str]:
-    """The versions of this process, without what only says for which device a package was built: 2.14.1+cpu."""
-    return {name: version.partition("+")[0] for name, version in installed_versions().items()}
+def _worker_versions(families: Sequence[str]) -> dict[str, str]:
+    """The versions of this process, without what only says for which device a package was built: 2.14.1+cpu.
+
+    Args:
+        families: of one's own, each of which has a code version here, or something that is wrong with it.
+    """
+    versions = {name: version.partition("+")[0] for name, version in installed_versions().items()}
+    return versions | {f"family {name}:": _family_version(name) for name in families}
+
+
+def _family_version(name: str) -> str:
+    try:
+        return f"code version {family_of(name).code_version}"
+    except FamilyError as error:
+        return str(error).removeprefix(f"family {name}: ")
 
 
 def _first_line(error: Exception) -> str:

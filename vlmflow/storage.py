@@ -258,11 +258,16 @@ def passes(error: Exception) -> bool:
     return fault is Fault.TRANSIENT or (fault is Fault.TIMEOUT and not _RETRIED.search(text))
 
 
+def is_full(error: Exception) -> bool:
+    """Whether a store's disk has no room left."""
+    return _FULL.search(str(error)) is not None
+
+
 def access_error(error: Exception, uri: str) -> VlmflowError:
     """The error for a store that cannot be used at all, in our words: the store's own may hold signatures."""
     address = parse_address(uri)
     root = address.root or address.path
-    if _FULL.search(str(error)):
+    if is_full(error):
         remedy = "Free some, and run again: what was committed stays."
         return StoreLostError(f"{root}: no space is left on the disk", remedy=remedy)
     fault = fault_of(error)

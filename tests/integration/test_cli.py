@@ -18,7 +18,7 @@ from tests.pictures import write_broken, write_pictures
 from tests.processes import started, wait_for
 from tests.terminal import run
 from vlmflow.catalog import Catalog
-from vlmflow.checks import Check, doctor
+from vlmflow.checks import Check, doctor, doctor_of
 from vlmflow.config import CatalogConfig, Job
 from vlmflow.engine.report import installed_versions
 from vlmflow.errors import ConfigError
@@ -288,3 +288,36 @@ def test_doctor_asks_every_node_and_takes_builds_for_other_devices_as_equal(monk
     assert check.verdict == "fail"
     assert f"torch 1.13.0 here, {here['torch'].partition('+')[0]} there" in check.found
     assert "10.9.8.7: " in check.found
+
+
+OWN = """
+from vlmflow.families import Family
+
+
+class Captioner:
+    family = Family(("caption",), code_version={version})
+    load = caption = print
+"""
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_doctor_of_a_job_asks_every_node_for_modules_of_one_s_own(
+    make_job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers find no module in a folder that the driver alone looks in."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "shop_of_the_driver.py").write_text(OWN.format(version=3))
+    job = make_job(tmp_path)
+    own = job.models["caption"].model_copy(update={"family": "shop_of_the_driver:Captioner"})
+    *_, check = doctor_of(job.model_copy(update={"models": job.models | {"caption": own}}))
+    there = "there is no module shop_of_the_driver there"
+    assert check.verdict == "fail"
+    assert f": family shop_of_the_driver:Captioner: code version 3 here, {there}" in check.found
+    assert "modules of your own" in check.remedy
+    nowhere = own.model_copy(update={"family": "shop_of_nobody:Captioner"})
+    first, *_, check = doctor_of(job.model_copy(update={"models": job.models | {"caption": nowhere}}))
+    assert first.found == "family shop_of_nobody:Captioner: there is no module shop_of_nobody"
+    assert (check.verdict, check.found.partition("versions")[2]) == (
+        "ok",
+        ", shop_of_nobody:Captioner as the driver does",
+    )

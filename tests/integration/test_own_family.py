@@ -71,6 +71,9 @@ def test_it_captions_and_its_code_version_makes_rows_due(tmp_path: Path) -> None
     captions = [caption for status, caption, *_ in made.values() if status == "ok"]
     assert len(captions) == NUM_IMAGES
     assert all(str(caption).startswith("In our shop: ") for caption in captions)
+    catalog = Catalog.open(CatalogConfig(uri=str(tmp_path / "shop-catalog")))
+    models = {model for model in catalog.images(["caption_model"])["caption_model"].to_pylist() if model is not None}
+    assert models == {"shop_models.captioner:ShopCaptioner(captioner)@local"}
 
     # Its next version makes other captions: what has one is due, and what failed is due again.
     module.write_text(code.replace("code_version=1", "code_version=2"))

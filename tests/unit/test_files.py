@@ -5,11 +5,13 @@ from __future__ import annotations
 import datetime as dt
 import errno
 import os
+import signal
 import stat
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -20,6 +22,15 @@ from vlmflow.files import put_file
 from vlmflow.gate import GoldenImage, GoldenValues, write_accepted
 from vlmflow.moderation.policy import load_policy, shipped_policies, write_binding, write_version
 from vlmflow.moderation.review_files import write_queue
+
+# In the middle of the file.
+KILLED = """
+import pathlib, resource, signal, sys
+from vlmflow.moderation.policy import load_policy, shipped_policies, write_version
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
+write_version(shipped_policies()["demo"], pathlib.Path(sys.argv[1]), load_policy("demo").bindings[0])
+"""
 
 
 def _full(*_: object) -> None:
@@ -69,20 +80,18 @@ def test_a_full_disk_leaves_a_queue_that_somebody_filled_in(
 
 
 def test_half_a_new_version_of_a_policy_does_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = Path.open
-
-    def half(path: Path, mode: str = "r", **options: Any) -> Any:
-        if mode == "x":
-            path.touch()
-            _full()
-        return opened(path, mode, **options)
-
     source, output, binding = shipped_policies()["demo"], tmp_path / "new.yaml", load_policy("demo").bindings[0]
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "open", half)
+        patched.setattr(os, "fsync", _full)
         with pytest.raises(PolicyError, match="No space left on device"):
             write_version(source, output, binding)
+    assert [*tmp_path.iterdir()] == []
+    done = subprocess.run([sys.executable, "-c", KILLED, str(output)], check=False)
+    assert done.returncode == -signal.SIGXFSZ
+    assert not output.exists()
     assert write_version(source, output, binding).name == "demo"
+    with pytest.raises(PolicyError, match="is there already"):
+        write_version(source, output, binding)
 
 
 def test_mode_and_link_stay(tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError, TableNotFoundError
 
 from vlmflow.catalog.folder import Folder
-from vlmflow.errors import CatalogError
+from vlmflow.errors import CatalogError, VlmflowError
 from vlmflow.retry import retried
-from vlmflow.storage import access_error
+from vlmflow.storage import access_error, is_full
 from vlmflow.threads import Threads
 
 TableName: TypeAlias = Literal["images", "embeddings"]
@@ -181,7 +181,12 @@ class TableLog:
 
     @classmethod
     def open_or_create(cls, folder: Folder, name: TableName, columns: pa.Schema) -> TableLog:
-        """Opens the table, created first if it is absent. Several runs may do so at once."""
+        """Opens the table, created first if it is absent. Several runs may do so at once.
+
+        Raises:
+            CatalogError: it cannot be created.
+            StoreLostError: the disk is full.
+        """
 
         def create_once() -> None:
             if not cls.exists(folder, name):  # else another run has just created it
@@ -370,7 +375,9 @@ def _create(folder: Folder, name: TableName, columns: pa.Schema) -> None:
     )
 
 
-def _unusable(folder: Folder, name: TableName, what: str, error: Exception) -> CatalogError:
+def _unusable(folder: Folder, name: TableName, what: str, error: Exception) -> VlmflowError:
+    if is_full(error):  # deltalake says so in its last line
+        return access_error(error, folder.config.uri)
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return CatalogError(
         f"{folder.config.uri}: table {name} {what}: {reason}",

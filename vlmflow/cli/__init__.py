@@ -63,6 +63,10 @@ def main(arguments: list[str] | None = None) -> None:
     if threading.current_thread() is threading.main_thread():
         # What stops a job, a pod or a service sends this: the run is to be recorded as interrupted, as by Ctrl-C.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+    own = sys.__stdout__
+    if sys.stdout is own and isinstance(own, io.TextIOWrapper) and isinstance(own.buffer, io.RawIOBase):
+        # PYTHONUNBUFFERED: of what a disk takes a part of before it is full, Python drops the rest without an error.
+        sys.stdout = io.TextIOWrapper(io.BufferedWriter(own.buffer), encoding=own.encoding, line_buffering=True)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # what people read; data goes past it, see vlmflow.cli.screen.emit
             stream.reconfigure(errors="backslashreplace")
@@ -76,7 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
         tell(message, "red")
         sys.exit(error.exit_code)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         place = error.filename or "standard output, or a temporary file"
         tell(f"vlmflow: {place}: {error.strerror} - Make room there, then run the command again.", "red")

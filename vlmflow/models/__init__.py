@@ -17,6 +17,7 @@ from vlmflow.errors import ConfigError
 from vlmflow.families import FAMILIES, Role, check_model, family_of, is_own, told_of
 from vlmflow.imaging import PixelRequest
 from vlmflow.models.identity import ModelIdentity, short_digest
+from vlmflow.models.own import OwnEmbedder
 from vlmflow.models.preprocessing import Preprocessing, read_preprocessing
 from vlmflow.models.profiles import check_family, describe_profiles, resolve_models
 from vlmflow.models.prompts import prompt_of
@@ -184,8 +185,9 @@ def identify(role: str, config: ModelConfig) -> ModelIdentity:
         return _identify_endpoint(config.endpoint)
     folder = locate(config)
     preprocessing = _preprocessing(folder, config)
+    files = config.repo or folder.name
     return ModelIdentity(
-        id=config.repo or folder.name,
+        id=f"{config.family}({files})" if is_own(config.family) else files,
         revision=config.revision or "local",
         weights_digest=weights_digest(folder, config.family, config.architecture),
         preprocessing=preprocessing.describe() if preprocessing else "regions of the source",
@@ -239,7 +241,7 @@ def load_embedder(config: ModelConfig, device: str, dtype: Dtype = "auto") -> Im
         WeightsError: the weights are absent, unsafe to load, or do not fit.
     """
     embedder: ImageEmbedder = _load("embed", config, device, dtype)
-    return embedder
+    return OwnEmbedder(config.family, embedder) if is_own(config.family) else embedder
 
 
 def load_text_embedder(config: ModelConfig) -> ImageEmbedder:

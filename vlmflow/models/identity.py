@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 class ModelIdentity:
     """A model as rows remember it: never the device, the dtype, or the path it was loaded from."""
 
-    id: str  # the hub repository, or the name of the folder
+    id: str  # the hub repository, or the name of the folder; of one's own family with the class: module:Class(folder)
     revision: str  # commit hash of the hub, or "local"
     weights_digest: str  # SHA-256 of the weights, configuration and tokenizer files
     preprocessing: str  # logical: size, interpolation, mean, std

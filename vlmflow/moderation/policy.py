@@ -6,7 +6,6 @@ policy lists *bindings*: the digests of a model's weights and of the prompts, wi
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import re
@@ -339,14 +338,11 @@ def write_version(path: Path, output: Path, binding: Binding) -> Policy:
     text, found = _VERSION_LINE.subn(rf'\g<1>"{version}"', _with_binding(path, binding), count=1)
     if not found:
         raise PolicyError(f"policy {path}: no line `version: ...`", remedy="Give the version a line of its own.")
+    if output.exists():
+        raise PolicyError(f"policy {output}: is there already", remedy="Name another file with --output.")
     try:
-        with output.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError as error:
-        raise PolicyError(f"policy {output}: is there already", remedy="Name another file with --output.") from error
+        put_file(output, text)  # never half a policy, which would stand in the way of the next try
     except OSError as error:
-        with contextlib.suppress(OSError):
-            output.unlink(missing_ok=True)  # half a policy, which would stand in the way of the next try
         raise PolicyError(f"policy {output}: {error.strerror}", remedy="Name another file with --output.") from error
     return load_policy(str(output))
 

@@ -60,6 +60,7 @@ def encode_prompts(policy: Policy, embedder: ImageEmbedder) -> PromptVectors:
 
     Raises:
         ValueError: the embedder gave something other than a unit vector for each prompt.
+        FamilyError: it is of one's own family, and did, or failed.
     """
     prompts = [prompt for label in policy.each_label() for prompt in label.prompts]
     vectors = embedder.embed_texts([*prompts, *policy.neutral])

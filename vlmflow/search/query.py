@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from vlmflow.config import CatalogConfig, ImageLimits, Job
 from vlmflow.errors import ConfigError, ImageError
+from vlmflow.families import told_of
 from vlmflow.imaging import DecodedImage, PixelRequest, decode
 from vlmflow.models import ImageEmbedder, load_embedder
 from vlmflow.search.live import VIEW
@@ -85,6 +86,7 @@ class QueryEncoder:
         Raises:
             ImageError: the image cannot be decoded, or exceeds the limits.
             ConfigError: the image file cannot be read.
+            FamilyError: the embedder is of one's own family, and fails.
         """
         if self._embedder is None:
             self._embedder = load_embedder(self._config, "cpu")
@@ -96,7 +98,8 @@ class QueryEncoder:
             pixels = decode_image(query.image, [self._request], self._limits).pixels
             ((_, first),) = pixels[self._request.key]
             batch = torch.from_numpy(np.array(first)).permute(2, 0, 1)[None]
-            vector = self._embedder.embed_images(batch)[0]
+            with told_of(self._config.family, "embed_images"):
+                vector = self._embedder.embed_images(batch)[0]
         if not np.isfinite(vector).all():
             raise ConfigError("the model gave a vector that is not finite", remedy="Check the weights.")
         return vector

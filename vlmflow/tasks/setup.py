@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, assert_never
 from vlmflow.catalog.detections import Detection
 from vlmflow.config import Dtype, Job, ModelConfig, TaskName
 from vlmflow.errors import ConfigError
-from vlmflow.families import family_of, told_of
+from vlmflow.families import family_of
 from vlmflow.imaging import PixelRequest, merge_requests
 from vlmflow.imaging.pixels import VIEWS
 from vlmflow.models import (
@@ -215,10 +215,7 @@ def prepare_prompts(setup: TaskSetup) -> PromptVectors | None:
     """
     if setup.policy is None:
         return None
-    config = setup.models["embed"]
-    embedder = load_text_embedder(config)
-    with told_of(config.family, "embed_texts"):
-        return encode_prompts(setup.policy, embedder)
+    return encode_prompts(setup.policy, load_text_embedder(setup.models["embed"]))
 
 
 def load_task(

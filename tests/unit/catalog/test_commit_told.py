@@ -1,4 +1,4 @@
-"""A commit that the store refuses is told in our words, in one line."""
+"""Writes to the tables that the store refuses are told in our words, in one line."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from deltalake.exceptions import DeltaError
 
 from tests.search_samples import clustered, names, put
 from vlmflow.catalog import commit as commit_module
-from vlmflow.errors import StorageAccessError
+from vlmflow.catalog import log as log_module
+from vlmflow.errors import StorageAccessError, StoreLostError
 
+FULL = "Generic LocalFileSystem error\n \x1b[31m↳\x1b[0m Unable to copy data\n No space left on device (os error 28)\n"
 REFUSAL = "Generic LocalFileSystem error\n \x1b[31m↳\x1b[0m Unable to open file\n Read-only file system (os error 30)\n"
 
 
@@ -30,3 +32,14 @@ def test_a_refused_commit_is_told_in_our_words(
     told = [record.getMessage() for record in caplog.records if "looked at again" in record.getMessage()]
     assert told
     assert all("refuses this user" in line and not {"\n", "\x1b"} & set(line) for line in told)
+
+
+def test_a_disk_that_is_full_before_there_is_a_table_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(FULL)
+
+    monkeypatch.setattr(log_module, "_create", refuse)
+    with pytest.raises(StoreLostError, match=r"^\S+: no space is left on the disk$"):
+        put(tmp_path, names(2), clustered(2))

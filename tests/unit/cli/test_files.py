@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,25 @@ def test_a_full_disk_under_standard_output_is_one_line(arguments: list[str]) -> 
         ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert (ended.returncode, len(ended.stderr.splitlines())) == (2, 1), ended.stderr
     assert "standard output, or a temporary file: No space left on device - Make room there" in ended.stderr
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [["profiles", "--json"], ["policy", "show", "demo"]], ids=" ".join)
+def test_output_of_which_only_a_part_has_room_is_not_taken_for_the_whole(
+    arguments: list[str], unbuffered: str, tmp_path: Path
+) -> None:
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
+
+    with (tmp_path / "out").open("w") as out:
+        command = [sys.executable, "-m", "vlmflow", *arguments]
+        environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+        ended = subprocess.run(
+            command, stdout=out, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=limit
+        )
+    assert (tmp_path / "out").stat().st_size <= 1024
+    assert (ended.returncode, len(ended.stderr.splitlines())) == (2, 1), ended.stderr
+    assert "standard output, or a temporary file: File too large - Make room there" in ended.stderr
 
 
 @pytest.mark.parametrize("path", ["out", "/tmp/s3:/x", "a:b/c", "folder/s3:/x", ".", "s3:"])

@@ -11,13 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.images import encode, scene
 from tests.models import make_captioner, make_clip, random_pixels
 from vlmflow.config import Job, ModelConfig, load_job
 from vlmflow.engine.pipeline import _gpu_batch
+from vlmflow.engine.prepare import prepare
 from vlmflow.errors import ConfigError, FamilyError, UnboundPolicyError, WeightsError
 from vlmflow.families import family_of
 from vlmflow.models import identify, load_captioner, load_embedder, load_matcher, resolve_models
 from vlmflow.moderation.policy import bind, check_binding, load_policy
+from vlmflow.search.query import Query, QueryEncoder
 from vlmflow.tasks.setup import prepare_prompts, prepare_tasks
 
 _NUMBERS = itertools.count()
@@ -204,18 +207,38 @@ def test_an_embedder_says_how_many_dimensions_it_has(write: Callable[[str], str]
     ("texts", "told"),
     [
         ("np.eye(1, 3, dtype=np.float32)", r"embed_texts raises ValueError: the model gave vectors of shape \(1, 3\)"),
+        (
+            "np.eye(1, 2, dtype=np.float32).repeat(len(texts), 0) * np.nan",
+            "embed_texts raises ValueError: .* not finite",
+        ),
+        ("[]", r"embed_texts raises ValueError: the model gave vectors of shape \(0,\)"),
         ("1 / 0", "embed_texts raises ZeroDivisionError"),
     ],
 )
-def test_prompts_that_are_not_embedded_end_the_run(
+def test_texts_that_are_not_embedded_end_the_run_and_the_query(
     write: Callable[[str], str], clip: Path, texts: str, told: str
 ) -> None:
     head, mark, tail = EMBEDDER.rpartition("return ")
     name = f"{write(head + mark + texts)}:Embedder"
     assert "texts" in tail
     own = job("embed", name, clip, tasks=["embed", "moderate"], policy="demo", accept_unbound=True)
-    with pytest.raises(FamilyError, match=f"family {name}: {told}"):
-        prepare_prompts(prepare_tasks(own))
+    encoders = (
+        lambda: prepare_prompts(prepare_tasks(own)),
+        lambda: QueryEncoder(own).encode(Query(text="a dog")),
+        lambda: load_embedder(own.models["embed"], "cpu").embed_texts(["a dog", "a cat"]),  # as `evaluate` does
+    )
+    for embed in encoders:
+        with pytest.raises(FamilyError, match=f"family {name}: {told}") as caught:
+            embed()
+        assert caught.value.remedy
+
+
+def test_an_image_that_is_looked_for_and_not_embedded(write: Callable[[str], str], clip: Path, tmp_path: Path) -> None:
+    code = EMBEDDER.replace("return np.eye(1, 2, dtype=np.float32).repeat(len(pixels), 0)", "return 1 / 0")
+    name = f"{write(code)}:Embedder"
+    encoder = QueryEncoder(job("embed", name, clip))
+    with pytest.raises(FamilyError, match=f"family {name}: embed_images raises ZeroDivisionError"):
+        encoder.encode(Query(image=encode(scene(), "PNG")))
 
 
 def test_thresholds_of_another_class_over_the_same_weights_are_not_its_own(
@@ -252,6 +275,12 @@ def test_a_fingerprint_holds_name_version_and_files(write: Callable[[str], str],
     (path / "words.txt").write_text("dear")
     again = {what: identify("caption", config).fingerprint("caption") for what, config in configs.items()}
     assert [what for what in codes if again[what] != found[what]] == ["with words"]
+
+
+def test_rows_and_records_tell_the_class(write: Callable[[str], str], folder: Path) -> None:
+    name = f"{write(CAPTIONER)}:Captioner"
+    assert prepare(job("caption", name, folder)).model_names() == {"caption": f"{name}(m)@local"}
+    assert prepare(job("caption", "blip_caption", folder)).model_names() == {"caption": "m@local"}
 
 
 def test_weights_of_another_kind_are_looked_for_by_their_name(write: Callable[[str], str], tmp_path: Path) -> None:

@@ -16,9 +16,10 @@ from prefect.blocks.notifications import CustomWebhookNotificationBlock, Matterm
 from prefect.blocks.system import Secret
 from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
-from prefect.states import Failed, Running
+from prefect.states import Crashed, Failed, Running
 
 from pipelines import alerts
+from pipelines.nightly import nightly_enrichment
 from tests.messenger import Messenger, running_messenger
 from vlmflow.catalog.runs import RunInfo
 from vlmflow.engine import RunReport
@@ -117,6 +118,21 @@ def test_a_failed_flow_says_what_can_be_done(
     (message,) = messenger.received
     assert "ConfigError: config x.yaml: No such file - Name an existing YAML file." in message["text"]
     assert "What to do: Name an existing YAML file." in caplog.text
+
+
+@pytest.mark.parametrize("given", [{}, {"report_foldr": "reports", "golden_set": None}])
+def test_a_flow_that_crashed_says_which_parameters_it_does_not_have(
+    given: dict[str, Any], block: str, messenger: Messenger, caplog: pytest.LogCaptureFixture
+) -> None:
+    known = {"job_file": "job.yaml", "date": "2026-11-01", "notify": block}
+    flow_run = FlowRun(flow_id=uuid4(), name="nightly 2026-11-01", parameters=known | given)
+    alone = temporary_settings({PREFECT_LOGGING_TO_API_ENABLED: False})
+    with alone, caplog.at_level(logging.INFO, "prefect.flow_runs"):
+        alerts.tell_failure(nightly_enrichment, flow_run, Crashed(message="Process exited with status code: 1."))
+    (message,) = messenger.received
+    told = "The flow has no parameter report_foldr, golden_set: leave it out of the deployment"
+    assert "Process exited with status code: 1." in message["text"]
+    assert [told in message["text"], told in caplog.text] == [bool(given)] * 2
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ import datetime as dt
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
@@ -14,9 +16,10 @@ import pytest
 from prefect.futures import PrefectConcurrentFuture
 
 from pipelines import artifacts, backfill
+from tests.flows import write_job
 from vlmflow.config import Job
 from vlmflow.engine.remoderate_report import RemoderateReport
-from vlmflow.errors import CatalogError
+from vlmflow.errors import CatalogError, PolicyError
 
 JOB = Job.model_validate({"source": {"uri": "/images"}, "catalog": {"uri": "/catalog"}, "profile": "starter"})
 DATES = [dt.date(2026, 11, day) for day in range(1, 21)]
@@ -98,6 +101,19 @@ def test_one_that_fails_ends_the_backfill_once_those_beside_it_are_over(
     assert moves.begun == DATES[:2]
     assert moves.done == [DATES[1 - fails]]
     assert shown == [1], "what was done before is shown"
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_policy_that_cannot_be_used_fails_before_any_partition(
+    moves: Moves, shown: list[int], dry_run: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backfill, "log_to_flow_run", lambda: None)
+    monkeypatch.setattr(backfill, "partitions", lambda *_: DATES)
+    monkeypatch.setattr(backfill, "make_steps", lambda *_: SimpleNamespace(session=lambda _: nullcontext()))
+    job_file = write_job(JOB, tmp_path / "job.yaml")
+    with pytest.raises(PolicyError, match=r"no_such\.yaml"):
+        backfill.moderation_backfill.fn(job_file, policy="no_such.yaml", dry_run=dry_run, partitions_at_once=4)
+    assert moves.begun == []
 
 
 def test_of_many_partitions_tables_are_made_now_and_then(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -11,7 +11,7 @@ from uuid import uuid4
 import pytest
 from prefect import Flow
 from prefect.client.schemas.objects import FlowRun
-from prefect.states import Cancelled
+from prefect.states import AwaitingRetry, Cancelling, Failed, Pending, Running, State
 
 from pipelines import common
 from pipelines.adhoc import adhoc_job
@@ -47,14 +47,17 @@ def job_file(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def cancel(job_file: Path) -> Callable[..., FlowRun]:
-    """Runs the hooks of a flow run that is cancelled."""
+def cancel(job_file: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., FlowRun]:
+    """Runs the hooks of a flow run that is cancelled after it has had some states."""
 
-    def cancelled(flow: Flow[..., Any], date: str, run_count: int) -> FlowRun:
+    def cancelled(
+        flow: Flow[..., Any], date: str, run_count: int, states: Sequence[State[Any]] = (Pending(), Running())
+    ) -> FlowRun:
+        monkeypatch.setattr(common, "_states", lambda _: [*states, Cancelling()])
         given = {"job_file": str(job_file), "ray_jobs_url": "http://ray-head:8265", "date": date}
         run = FlowRun(flow_id=uuid4(), name="a-run", parameters=given, run_count=run_count)
         for hook in flow.on_cancellation_hooks:
-            hook(flow, run, Cancelled())
+            hook(flow, run, Cancelling())
         return run
 
     return cancelled
@@ -77,3 +80,16 @@ def test_a_run_that_is_cancelled_before_it_began_leaves_jobs_of_others_alone(
 ) -> None:
     cancel(flow, "2026-02-01", run_count=0)
     assert told == []
+
+
+@pytest.mark.parametrize("flow", [nightly_enrichment, adhoc_job])
+def test_a_retried_run_that_is_cancelled_before_it_begins_again_stops_what_it_submitted_alone(
+    flow: Flow[..., Any], cancel: Callable[..., FlowRun], told: Told
+) -> None:
+    states = (Pending(), Running(), Failed(), AwaitingRetry(), Pending(name="Submitting"))
+    run = cancel(flow, "2026-02-01", run_count=1, states=states)
+    assert told == [(str(run.id), set())]
+    told.clear()
+    cancel(flow, "2026-02-01", run_count=2, states=(*states, Running()))
+    ((_, names),) = told
+    assert names

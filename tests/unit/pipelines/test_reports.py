@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import datetime as dt
 import os
+import signal
+import subprocess
+import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +21,15 @@ from vlmflow.catalog.runs import RunStore
 from vlmflow.config import CatalogConfig, Job, SourceConfig
 from vlmflow.engine import RunReport
 
+# Once the report is written, and before it is where it belongs.
+KILLED = """
+import datetime as dt, os, signal, sys
+from pipelines import reports
+from vlmflow.config import Job
+write = reports.write_report
+reports.write_report = lambda *given, **options: (write(*given, **options), os.kill(os.getpid(), signal.SIGKILL))
+reports.publish_report(Job.model_validate_json(sys.argv[1]), sys.argv[2], dt.date(2026, 3, 1), sys.argv[3], 30)
+"""
 NIGHT = dt.date(2026, 3, 1)
 NEXT = NIGHT + dt.timedelta(days=1)
 IDS = [f"2026030{day}T020000-0000000{day}" for day in range(1, 6)]
@@ -58,6 +71,20 @@ def test_reports_lie_beside_the_catalog(config: CatalogConfig) -> None:
     assert place == f"{config.uri}-reports/2026-03-01-20260301T020000-00000001.html"
     assert Path(place).read_text(encoding="utf-8").startswith("<!doctype html>")
     assert written.num_images == 2
+
+
+def test_of_a_report_whose_night_is_killed_nothing_stays(
+    config: CatalogConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    killed = [sys.executable, "-c", KILLED, job_of(config).model_dump_json(), IDS[0], default_folder(config)]
+    done = subprocess.run(killed, env=os.environ | {"TMPDIR": str(temporary)}, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert list(temporary.rglob("*.html")), "it was killed with a report written"
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    publish(config, IDS[0])
+    assert list(temporary.iterdir()) == []
 
 
 def test_only_the_newest_of_ours_are_kept(config: CatalogConfig) -> None:

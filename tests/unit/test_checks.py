@@ -114,7 +114,7 @@ def test_what_a_cluster_may_grow_to_is_told(monkeypatch: pytest.MonkeyPatch) -> 
     for grows, told in (((), ""), (groups, "; may grow to 32 CPUs, 4 GPUs")):
         found = Cluster(cpus=2.0, gpus=0.0, num_nodes=1, embedded=False, groups=grows)
         monkeypatch.setattr(checks, "ray_cluster", lambda _, found=found: nullcontext(found))
-        assert next(checks._ray(RayConfig())).found == f"1 node(s), 2 CPUs, 0 GPUs{told}"
+        assert next(checks._ray(RayConfig(), ())).found == f"1 node(s), 2 CPUs, 0 GPUs{told}"
 
 
 @pytest.mark.parametrize(

@@ -50,17 +50,18 @@ bindings: []
 def ray_session() -> Iterator[None]:
     """One embedded Ray cluster for all tests of the session: starting one takes seconds."""
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    # Ray ends workers beyond the number of CPUs that idle for a second: those of the next test would be started anew.
-    os.environ.setdefault("RAY_num_workers_soft_limit", "8")
     for name, value in (*CREDENTIALS.items(), (KEY_VARIABLE, KEY)):  # workers have the environment of this moment
         os.environ.setdefault(name, value)
-    ray.init(
-        num_cpus=2,
-        object_store_memory=400 * 1024 * 1024,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        # Ray ends workers beyond the number of CPUs that idle for a second: those of the next test would start anew.
+        patch.setenv("RAY_num_workers_soft_limit", "8")
+        ray.init(
+            num_cpus=2,
+            object_store_memory=400 * 1024 * 1024,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
     yield
     ray.shutdown()
 

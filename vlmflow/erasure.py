@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,7 +17,7 @@ from vlmflow import schema
 from vlmflow.catalog import Catalog
 from vlmflow.catalog.keys import concat, duplicates, index_of, to_binary, to_words
 from vlmflow.errors import ConfigError
-from vlmflow.sources.uris import image_ids, normalise_uri, spelled
+from vlmflow.sources.uris import ids_of_normalised, spelled, spellings
 
 _ID = re.compile(r"[0-9a-f]{32}")
 
@@ -28,7 +29,7 @@ class Images:
     Attributes:
         keys: the ids that were given, and of each address the id that its image has without a key of the caller's, as
             ``schema.KEY``, each once.
-        uris: the addresses that were given, normalised.
+        uris: the addresses that were given, normalised; of signed urls also as earlier versions may have had them.
         num_images: these, and the images of rows that have one of the addresses, each once.
         num_rows: of them in the newest version of the catalog.
         num_named: addresses and ids that were given, each once.
@@ -58,33 +59,38 @@ def find_images(catalog: Catalog, uris: Sequence[str], ids_file: Path | None) ->
     if any(not uri.strip() for uri in uris):  # it would have a tombstone of its own, and all would seem to be erased
         remedy = "Give the address of an image; a variable that is not set leaves it empty. Nothing was erased."
         raise ConfigError("an address of --uri is empty", remedy=remedy)
-    normal = tuple(dict.fromkeys(normalise_uri(spelled(uri)) for uri in uris))
+    addresses: dict[str, list[str]] = {}  # by the normalised one, all that rows may have
+    for normal, *former in (spellings(spelled(uri)) for uri in uris):
+        addresses.setdefault(normal, [normal]).extend(former)
+    every = tuple(dict.fromkeys(chain.from_iterable(addresses.values())))
     ids = to_binary(pa.array([], pa.string())) if ids_file is None else _read_ids(ids_file)
-    own = to_binary(pa.array(image_ids(normal), pa.string()))
+    own = to_binary(pa.array(ids_of_normalised(every, None), pa.string()))
     keys = _once(concat([ids, own]))
-    wanted, addresses = index_of(keys), pa.array(normal, pa.string())
-    found = [keys]
+    wanted, asked = index_of(keys), pa.array(every, pa.string())
+    found = [ids, to_binary(pa.array(ids_of_normalised(addresses, None), pa.string()))]
     num_rows = 0
     held: set[str] = set()  # addresses and ids of the rows
     for rows in catalog.image_batches(["image_id", "uri"]):
         by_id = wanted.find(*to_words(to_binary(rows["image_id"]))) >= 0
-        hits = rows.filter(pc.or_(pa.array(by_id), pc.is_in(rows["uri"], value_set=addresses)))
+        hits = rows.filter(pc.or_(pa.array(by_id), pc.is_in(rows["uri"], value_set=asked)))
         found.append(to_binary(hits["image_id"]))
         num_rows += hits.num_rows
         held |= {*hits["image_id"].to_pylist(), *hits["uri"].to_pylist()}
-    named = dict(zip(normal, own.to_pylist(), strict=True)) | {key.hex(): key for key in ids.to_pylist()}
-    without = {name: key for name, key in named.items() if name not in held}
-    before = index_of(catalog.erased_keys).find(*to_words(pa.array(without.values(), schema.KEY))) >= 0
-    erased = tuple(name for name, is_erased in zip(without, before, strict=True) if is_erased)
-    absent = tuple(name for name, is_erased in zip(without, before, strict=True) if not is_erased)
+    key_of = dict(zip(every, own.to_pylist(), strict=True))
+    named = {name: [key_of[uri] for uri in several] for name, several in addresses.items()}
+    named |= {key.hex(): [key] for key in ids.to_pylist()}
+    without = [name for name in named if held.isdisjoint(addresses.get(name, [name]))]
+    pairs = [(name, key) for name in without for key in named[name]]
+    hits = index_of(catalog.erased_keys).find(*to_words(pa.array([key for _, key in pairs], schema.KEY))) >= 0
+    before = {name for (name, _), is_erased in zip(pairs, hits, strict=True) if is_erased}
     return Images(
         keys=keys,
-        uris=normal,
+        uris=every,
         num_images=len(_once(concat(found))),
         num_rows=num_rows,
         num_named=len(named),
-        erased=erased,
-        absent=absent,
+        erased=tuple(name for name in without if name in before),
+        absent=tuple(name for name in without if name not in before),
     )
 
 

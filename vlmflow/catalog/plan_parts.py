@@ -207,7 +207,7 @@ class Join:
         return pa.table(told, schema=columns)
 
     def _without_erased(self, listed: pa.Table) -> pa.Table:
-        gone = self.erased.mask(listed)
+        gone = self.erased.mask_listed(listed)
         return listed.filter(pa.array(~gone)) if gone.any() else listed
 
     def _planned(self, listed: pa.Table, live: pa.Table, due: Due) -> pa.Table:

@@ -15,8 +15,9 @@ import pyarrow.compute as pc
 from vlmflow import schema
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.keys import KEY_BYTES, KeyIndex, concat, from_bytes, index_of, to_binary, to_words
-from vlmflow.catalog.masks import Mask, is_valid
+from vlmflow.catalog.masks import Mask, as_mask, is_valid
 from vlmflow.catalog.small_files import SmallFiles
+from vlmflow.sources.uris import SIGNED_SINCE, ids_of_normalised, spellings
 
 TOMBSTONES = "tombstones"
 
@@ -64,6 +65,19 @@ class Erased:
         """Marks them among rows with the columns ``image_id``, ``uri`` and ``key``."""
         gone: Mask = self.ids.find(*to_words(to_binary(rows["image_id"]))) >= 0
         return gone | self.by_address(keyed_addresses(rows)) if len(self.addresses) else gone
+
+    def mask_listed(self, references: pa.Table) -> Mask:
+        """As :meth:`mask`, of references; those too that an earlier version erased by another spelling of their url."""
+        gone = self.mask(references)
+        if not len(self.ids) and not len(self.addresses):
+            return gone
+        signed = np.flatnonzero(as_mask(pc.match_substring_regex(references["locator"], SIGNED_SINCE)) & ~gone)
+        rows = references.select(["locator", "key"]).take(pa.array(signed))
+        uris, keys = [spellings(url)[-1] for url in rows["locator"].to_pylist()], rows["key"].to_pylist()
+        former = {"image_id": ids_of_normalised(uris, keys), "uri": uris, "key": keys}
+        columns = pa.schema([schema.REFERENCE.field(name) for name in former])
+        gone[signed] = self.mask(pa.table(former, schema=columns))
+        return gone
 
     def by_address(self, addresses: pa.Array) -> Mask:
         """Marks those of :func:`keyed_addresses` that are erased."""

@@ -44,7 +44,7 @@ WARNINGS = {
     "old_fingerprint": "rows whose values come from another model, or other settings, than are asked for",
 }
 
-_LISTED = pa.schema([(name, pa.string()) for name in ("image_id", "uri", "key", "object_version")])
+_LISTED = pa.schema([(name, pa.string()) for name in ("image_id", "uri", "key", "locator", "object_version")])
 _ROW_COLUMNS = ("image_id", "uri", "seen_version", "status", "attempts")
 _FINGERPRINTS = tuple(schema.fingerprint_column(task) for task in schema.TASKS)
 _ROWS = pa.schema([schema.IMAGES.field(name) for name in (*_ROW_COLUMNS, *_FINGERPRINTS)]).remove_metadata()
@@ -183,7 +183,7 @@ class _Check:
 
     def _bucket(self, listed: pa.Table, rows: pa.Table, erased: Erased) -> None:
         listed = listed.filter(pa.array(~duplicates(to_binary(listed["image_id"]))))
-        gone = erased.mask(listed)
+        gone = erased.mask_listed(listed)
         self.result.num_erased += int(gone.sum())
         listed = listed.filter(pa.array(~gone))
         again = duplicates(to_binary(rows["image_id"]))

@@ -62,6 +62,21 @@ _SIGNED_SETS: tuple[tuple[frozenset[str], frozenset[str]], ...] = (
         ),
     ),
 )
+# Earlier versions knew these alone: the signatures of other services were a part of the address, by which an image may
+# have been erased.
+_SIGNED_PREFIXES_BEFORE = ("x-amz-", "x-goog-")
+_SIGNED_SETS_BEFORE = (
+    (
+        frozenset({"awsaccesskeyid", "googleaccessid", "ossaccesskeyid", "key-pair-id"}),
+        frozenset(
+            {"awsaccesskeyid", "googleaccessid", "ossaccesskeyid", "key-pair-id", "signature", "expires", "policy"}
+            | {"security-token", "hash-algorithm"}
+        ),
+    ),
+    _SIGNED_SETS[-1],
+)
+# What a url has whose address was another then; for RE2.
+SIGNED_SINCE = r"(?i)^https?://[^?#]*\?.*(x-tos-[a-z0-9-]+|x-oss-signature|q-signature|accesskeyid|keyname)="
 # Google Cloud CDN: only the two together are its own.
 _CDN_MARKS, _CDN_SET = {"keyname", "signature"}, {"keyname", "signature", "expires", "urlprefix"}
 
@@ -109,15 +124,30 @@ def normalise_uri(uri: str) -> str:
 
 def _normalise_http(uri: str) -> str:
     try:
-        parts, host, port = _take_apart(uri.strip())
+        return _normal_url(*_take_apart(uri.strip()))
     except ValueError:
         return _misspelled(uri.strip())
+
+
+def _normal_url(parts: SplitResult, host: str, port: int | None, *, as_before: bool = False) -> str:
     scheme = parts.scheme.lower()
     authority = f"[{host}]" if ":" in host else host
     if port is not None and port != _DEFAULT_PORTS[scheme]:
         authority = f"{authority}:{port}"
     path = _requote(parts.path, _PATH_SAFE) or "/"
-    return urlunsplit((scheme, authority, path, _unsigned(parts.query), ""))
+    return urlunsplit((scheme, authority, path, _unsigned(parts.query, as_before=as_before), ""))
+
+
+def spellings(uri: str) -> tuple[str, ...]:
+    """The normal spelling of a uri and, of a signed url that earlier versions knew by another, that one too."""
+    normal = normalise_uri(uri)
+    if not is_http(uri.strip()):
+        return (normal,)
+    try:
+        former = _normal_url(*_take_apart(uri.strip()), as_before=True)
+    except ValueError:
+        return (normal,)
+    return (normal,) if former == normal else (normal, former)
 
 
 def _take_apart(url: str) -> tuple[SplitResult, str, int | None]:
@@ -179,16 +209,17 @@ def _requote(text: str, safe: str) -> str:
     return "".join(spelled)
 
 
-def _unsigned(query: str) -> str:
+def _unsigned(query: str, *, as_before: bool = False) -> str:
     parameters = [(item, unquote(item.partition("=")[0]).lower()) for item in query.split("&") if item]
     names = {name for _, name in parameters}
     dropped: set[str] = set()
-    for marks, members in _SIGNED_SETS:
+    for marks, members in _SIGNED_SETS_BEFORE if as_before else _SIGNED_SETS:
         if marks & names:
             dropped |= members
-    if names >= _CDN_MARKS:
+    if names >= _CDN_MARKS and not as_before:
         dropped |= _CDN_SET
-    kept = [item for item, name in parameters if name not in dropped and not name.startswith(_SIGNED_PREFIXES)]
+    prefixes = _SIGNED_PREFIXES_BEFORE if as_before else _SIGNED_PREFIXES
+    kept = [item for item, name in parameters if name not in dropped and not name.startswith(prefixes)]
     return "&".join(_requote(item, _PATH_SAFE + "?") for item in kept)
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from vlmflow.sources import image_ids, normalise_uri
-from vlmflow.sources.uris import resolve
+from vlmflow.sources.uris import SIGNED_SINCE, resolve, spellings
 from vlmflow.storage import Address
 
 GOLDEN = ["73d27d696480c1329d57a660ae6333c8", "79c1e8fa8cb66c936aae406ac82d86bc"]
@@ -72,6 +74,27 @@ def test_a_relative_path_becomes_absolute(tmp_path: Path, monkeypatch: pytest.Mo
 def test_the_signature_of_a_presigned_url_is_dropped(signature: str) -> None:
     normalised = normalise_uri(f"https://host.example/a.jpg?width=3&{signature}&page=2")
     assert normalised == "https://host.example/a.jpg?width=3&page=2"
+
+
+@pytest.mark.parametrize(
+    ("url", "former"),
+    [
+        (
+            "https://host/a.jpg?w=3&x-oss-signature=1&x-oss-date=2",
+            ["https://host/a.jpg?w=3&x-oss-signature=1&x-oss-date=2"],
+        ),
+        ("HTTPS://u:p@host:443/a b.jpg?q-signature=1#top", ["https://host/a%20b.jpg?q-signature=1"]),
+        ("https://host/a.jpg?AccessKeyId=k&Signature=1", ["https://host/a.jpg?AccessKeyId=k&Signature=1"]),
+        ("https://host/a.jpg?X-Tos-Signature=1&sig=2&se=3", ["https://host/a.jpg?X-Tos-Signature=1"]),
+        ("https://host/a.jpg?Expires=1&KeyName=k&Signature=2", ["https://host/a.jpg?Expires=1&KeyName=k&Signature=2"]),
+        ("https://host/a.jpg?AWSAccessKeyId=k&Signature=1", []),
+        ("https://host:port/a.jpg?q-signature=1", []),
+        ("s3://bucket/a.jpg?q-signature=1", []),
+    ],
+)
+def test_signatures_that_came_later_were_a_part_of_the_address(url: str, former: list[str]) -> None:
+    assert spellings(url) == (normalise_uri(url), *former)
+    assert not former or pc.match_substring_regex(pa.scalar(url), SIGNED_SINCE).as_py()
 
 
 def test_parameters_that_only_look_like_a_signature_stay() -> None:

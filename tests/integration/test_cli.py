@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -302,12 +303,12 @@ class Captioner:
 
 @pytest.mark.usefixtures("ray_session")
 def test_doctor_of_a_job_asks_every_node_for_modules_of_one_s_own(
-    make_job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_job: Callable[..., Job], real: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Workers find no module in a folder that the driver alone looks in."""
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "shop_of_the_driver.py").write_text(OWN.format(version=3))
-    job = make_job(tmp_path)
+    job = make_job(tmp_path, **real)
     own = job.models["caption"].model_copy(update={"family": "shop_of_the_driver:Captioner"})
     *_, check = doctor_of(job.model_copy(update={"models": job.models | {"caption": own}}))
     there = "there is no module shop_of_the_driver there"

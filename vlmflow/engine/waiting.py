@@ -54,8 +54,8 @@ class Nodes:
         return statistics.fmean(self._cpus) if self._cpus else 0.0
 
     def _watch(self) -> None:
-        with contextlib.suppress(Exception):  # of a cluster that is lost, which the run itself is told, or has ended
-            while not self._stop.wait(_LOOK_S):
+        while not self._stop.wait(_LOOK_S):
+            with contextlib.suppress(Exception):  # of a cluster that is lost, of which the run itself is told
                 self._look()
 
     def _look(self) -> None:

@@ -227,14 +227,25 @@ def test_a_head_that_is_gone_holds_nobody_up_but_the_thread_that_looks(monkeypat
     gone.set()
 
 
-def test_a_cluster_that_is_lost_ends_the_looking_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
-    looks = iter([((2.0, 0.0),)])
-    monkeypatch.setattr(waiting, "nodes_now", lambda: next(looks))  # then it raises
+def test_a_look_that_fails_says_nothing_and_is_followed_by_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks, failed, seen = [0], threading.Event(), threading.Event()
+
+    def nodes_now() -> tuple[tuple[float, float], ...]:
+        looks[0] += 1
+        if looks[0] == 2:
+            failed.set()
+            raise RuntimeError("the head does not answer")
+        if looks[0] == 4:  # what the third has found is there by now
+            seen.set()
+        return ((float(looks[0]), 0.0),)
+
+    monkeypatch.setattr(waiting, "nodes_now", nodes_now)
     monkeypatch.setattr(waiting, "_LOOK_S", 0.01)
     told: list[threading.ExceptHookArgs] = []
     monkeypatch.setattr(threading, "excepthook", told.append)
     with Nodes() as nodes:
-        nodes._thread.join(60)
-        assert not nodes._thread.is_alive()
+        assert nodes.there == ((1.0, 0.0),)
+        assert seen.wait(60)
+        assert failed.is_set()
+    assert nodes.there[0][0] >= 3
     assert told == []
-    assert nodes.there == ((2.0, 0.0),)

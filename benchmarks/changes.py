@@ -66,7 +66,12 @@ def made(change: Change) -> Iterator[None]:
     """Makes the change here and in the workers of clusters that this process starts meanwhile.
 
     Such workers start more slowly than others; a run to compare with is one with the change :func:`nothing`.
+
+    Raises:
+        RuntimeError: a cluster is running already, whose workers would be without the change.
     """
+    if ray.is_initialized():
+        raise RuntimeError("this process has a cluster of Ray already, whose workers would not make the change")
     path = os.pathsep.join([_ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])  # workers have the driver's later
     env = {_CHANGE: change.text, "PYTHONPATH": path}
     runtime_env = {"worker_process_setup_hook": f"{__name__}.change_worker", "env_vars": env}

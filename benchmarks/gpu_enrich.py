@@ -11,10 +11,12 @@ Beside it the rate from the first commit to the last full one, and that of the w
 straightforward way: Pillow in as many threads as cores, transformers and open_clip, batch 64, one process, one Parquet
 file at the end; warmed up by a batch. What has been measured is printed and saved at once.
 
-With `--change` the job runs again for each change of the code, and before and behind them without: what a constant is
-worth on this machine. Each run has workers of its own.
+With `--in-turn` the job runs once more, and its actor is profiled and then takes turns between settings: what each is
+worth on this machine, see `benchmarks.in_turn`. With `--change` it runs again for each change of the code, and before
+and behind them without. With `--actors` more than once it runs for each number. Each run has workers of its own.
 
     python -m benchmarks.gpu_enrich --device cuda                # by estimate 6 minutes and 16 GB of disk
+    python -m benchmarks.gpu_enrich --device cuda --images 65536 --in-turn traces --actors 1 --actors 2
     python -m benchmarks.gpu_enrich --device cuda --change vlmflow.engine.pipeline:GPU_CALLS_AT_ONCE=6
     python -m benchmarks.gpu_enrich --device cpu --tiny          # the same with tiny models: a test of the script
 """
@@ -26,12 +28,13 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks import straightforward
+from benchmarks import in_turn, job_profile, straightforward
 from benchmarks.changes import Change, made
-from benchmarks.machine import add_gpu_options, parse_gpu_options, save_result
+from benchmarks.machine import add_gpu_options, parse_gpu_options, save_result, watched_gpu
 from benchmarks.photographs import write_jpegs
 from benchmarks.random_models import write_models
 from vlmflow.config import CatalogConfig, Job, ModelConfig, PoolConfig, RayConfig, SourceConfig
@@ -45,9 +48,9 @@ TASKS = ("embed", "moderate", "caption", "match")
 
 
 def job_of(
-    root: Path, catalog: str, models: dict[str, ModelConfig], options: argparse.Namespace, num_images: int
+    root: Path, catalog: str, models: dict[str, ModelConfig], options: argparse.Namespace, num_images: int, count: int
 ) -> Job:
-    count = options.actors
+    """``count``: actors that share the GPU."""
     pool = PoolConfig(tasks=TASKS, gpus=1 / count, cpus=2, min_actors=count, max_actors=count, batch_size=options.batch)
     return Job(
         source=SourceConfig(uri=str(root / "images")),
@@ -64,11 +67,14 @@ def job_of(
     )
 
 
-def measure_ours(root: Path, models: dict[str, ModelConfig], options: argparse.Namespace) -> dict[str, Any]:
+def measure_ours(
+    root: Path, models: dict[str, ModelConfig], options: argparse.Namespace, actors: int | None = None
+) -> dict[str, Any]:
     """One run over all images, behind one over few; the catalogs are removed afterwards."""
-    with tempfile.TemporaryDirectory(dir=root) as folder, ray_cluster(RayConfig()):
-        counts = [options.warm, options.images] if options.warm else [options.images]
-        jobs = [job_of(root, f"{folder}/{count}", models, options, count) for count in counts]
+    count = actors or options.actors[0]
+    with tempfile.TemporaryDirectory(dir=root) as folder, ray_cluster(RayConfig()), watched_gpu() as gpu:
+        sizes = [options.warm, options.images] if options.warm else [options.images]
+        jobs = [job_of(root, f"{folder}/{size}", models, options, size, count) for size in sizes]
         *warm, every = (_told(enrich(job)) for job in jobs)
     return {
         "statuses": every.statuses,
@@ -77,10 +83,25 @@ def measure_ours(root: Path, models: dict[str, ModelConfig], options: argparse.N
         "images_per_s_between_commits": rate_between_commits(every),
         "images_per_s_with_startup": round(options.images / every.seconds, 2),
         "limited_by": what_limited(every),
+        "gpu": gpu,
         "tflops_per_s": round(_tflop(every) / (every.seconds - every.startup_s), 3),
         "report": every.model_dump(mode="json", include={"seconds", "startup_s", "stages", "pools", "commits"}),
         "warmed_up_by": {"images": options.warm, "seconds": [round(run.seconds, 1) for run in warm]},
     }
+
+
+def measure_in_turn(root: Path, models: dict[str, ModelConfig], options: argparse.Namespace) -> dict[str, Any]:
+    """The rates of one actor by setting, and what it and the GPU were at before the first turn."""
+    folder: Path = options.in_turn
+    turns = in_turn.Options(tuple(in_turn.SETTINGS))
+    if options.tiny:
+        turns = replace(turns, first=2, batches=3, passed_over=1, profile_s=1.0)
+    with in_turn.taking_turns(folder, turns):
+        run = measure_ours(root, models, options)
+    rates = in_turn.rates(folder)
+    rate = rates[in_turn.AS_IT_IS]["images_per_s"] if in_turn.AS_IT_IS in rates else None
+    profiles = job_profile.summaries(folder, rate, options.batch)
+    return {"statuses": run["statuses"], "gpu": run["gpu"], "settings": rates, "profiles": profiles}
 
 
 def measure_changes(
@@ -97,8 +118,11 @@ def measure_changes(
             print(f"it ended: {error}", flush=True)
             yield {"change": change.text, "error": str(error)}
             continue
-        rates = {key: value for key, value in run.items() if key.startswith("images_per_s")}
-        yield {"change": change.text, "statuses": run["statuses"]} | rates
+        yield {"change": change.text} | _rates(run)
+
+
+def _rates(run: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in run.items() if key.startswith(("images_per_s", "statuses"))}
 
 
 def rate_between_commits(report: RunReport) -> float | None:
@@ -139,7 +163,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--warm", type=int, help="images of the run before; 0: none. Default: 2048; with --tiny 100")
     parser.add_argument("--other-images", type=int, help="of the straightforward way; default: 2000; with --tiny 120")
     parser.add_argument("--batch", type=int, default=256, help="of our pool, with CUDA; default: 256")
-    parser.add_argument("--actors", type=int, default=1, help="that share the GPU, with CUDA; default: 1")
+    parser.add_argument(
+        "--actors", type=int, action="append", help="that share the GPU, with CUDA; again: another run. Default: 1"
+    )
+    parser.add_argument(
+        "--in-turn", type=Path, metavar="FOLDER", help="run once more, in turn between settings; the traces are kept"
+    )
     parser.add_argument(
         "--change",
         type=Change.parse,
@@ -151,6 +180,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--decode", choices=["auto", "cpu", "pool"], default="auto", help="as in a job; default: auto")
     add_gpu_options(parser)
     options = parse_gpu_options(parser)
+    options.actors = options.actors or [1]
     options.images = options.images or (1_000 if options.tiny else 32_000)
     options.different = options.different or max(1, options.images // 8)
     options.warm = (100 if options.tiny else 2_048) if options.warm is None else options.warm
@@ -171,7 +201,7 @@ def main() -> None:
             "workload": f"{options.images} JPEGs of {width} x {height}, {mean_bytes / 1024:.0f} KB on average, "
             f"{options.different} different to the eye; "
             f"{'tiny' if options.tiny else 'real'} model sizes, {NUM_TOKENS} caption tokens, decode={options.decode}"
-            + (f", {options.actors} actors" if options.actors > 1 else ""),
+            + (f", {options.actors[0]} actors" if options.actors[0] > 1 else ""),
             "device": options.device,
         }
         name = f"gpu_enrich-{options.device}{'-tiny' if options.tiny else ''}"
@@ -184,6 +214,12 @@ def main() -> None:
         print(f"straightforward {other['images_per_s']} images/s; ratio {ratio}", flush=True)
         result |= {"ours": ours, "straightforward": other, "ratio": ratio, "load_before_and_after": loads}
         print(save_result(name, result, options.results), flush=True)
+        if options.in_turn:
+            result["in_turn"] = measure_in_turn(root, models, options)
+            save_result(name, result, options.results)
+        for count in options.actors[1:]:
+            result[f"{count}_actors"] = _rates(measure_ours(root, models, options, count))
+            save_result(name, result, options.results)
         changes: list[dict[str, Any]] = []
         for found in measure_changes(root, models, options):
             changes.append(found)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
-from collections.abc import Mapping
+import statistics
+import subprocess
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -61,6 +64,34 @@ def save_result(name: str, result: Mapping[str, object], folder: Path = RESULTS)
     path = folder / f"{name}.json"
     path.write_text(json.dumps({**result, "machine": describe_machine()}, indent=2) + "\n", encoding="utf-8")
     return path
+
+
+@contextlib.contextmanager
+def watched_gpu() -> Iterator[dict[str, float]]:
+    """Looks at the first GPU once a second, through nvidia-smi: behind the block the means of when it was at work.
+
+    A card that has reached its power limit lowers its clock, and with it every figure; empty without such a card.
+    """
+    found: dict[str, float] = {}
+    fields = {"utilization.gpu": "busy_percent", "clocks.sm": "sm_mhz", "power.draw": "power_w"}
+    command = ["nvidia-smi", "--id=0", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", "-l", "1"]
+    try:
+        watch = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    except OSError:
+        yield found
+        return
+    try:
+        yield found
+    finally:
+        watch.terminate()
+        lines = watch.communicate()[0].splitlines()
+    looks = [[float(value) for value in line.split(",")] for line in lines if line.count(",") == len(fields) - 1]
+    if at_work := [look for look in looks if look[0] > 0]:
+        found |= {
+            name: round(statistics.mean(column), 1)
+            for name, column in zip(fields.values(), zip(*at_work, strict=True), strict=True)
+        }
+        found["looks"] = len(at_work)
 
 
 def _processor() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import subprocess
 import sys
 import threading
 from collections import Counter
@@ -202,6 +203,30 @@ def test_gpu_enrich(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ours["images_per_s_with_startup"] < ours["images_per_s"]
     assert ours["warmed_up_by"]["images"] == 16
     assert len(ours["warmed_up_by"]["seconds"]) == 1
+
+
+@pytest.mark.slow
+def test_gpu_enrich_in_turn(tmp_path: Path) -> None:
+    """In a process of its own: its workers must be those of a cluster that it starts."""
+    options = (
+        "--device",
+        "cpu",
+        "--tiny",
+        "--images",
+        "960",
+        "--warm",
+        "0",
+        "--different",
+        "40",
+        "--other-images",
+        "16",
+    )
+    folders = ("--in-turn", tmp_path / "traces", "--results", tmp_path / "results")
+    command = map(str, (sys.executable, "-m", "benchmarks.gpu_enrich", *options, *folders))
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[2])
+    found = json.loads((tmp_path / "results" / "gpu_enrich-cpu-tiny.json").read_text(encoding="utf-8"))["in_turn"]
+    assert found["statuses"] == {"ok": 960}
+    assert found["settings"]["as_it_is"]["images_per_s"] > 0
 
 
 def test_a_rate_between_commits_leaves_out_the_first_and_the_last() -> None:

@@ -23,6 +23,7 @@ def test_a_constant_is_another_for_a_while_also_in_workers(monkeypatch: pytest.M
     before = pipeline.GPU_CALLS_AT_ONCE
     options: list[dict[str, Any]] = []
     monkeypatch.setattr(ray, "init", lambda **given: options.append(given))
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
     with made(Change.parse(f"{CALLS}={before + 4}")):
         assert before + 4 == pipeline.GPU_CALLS_AT_ONCE
         ray.init(address="local")
@@ -32,6 +33,12 @@ def test_a_constant_is_another_for_a_while_also_in_workers(monkeypatch: pytest.M
     monkeypatch.setattr(pipeline, "GPU_CALLS_AT_ONCE", before)  # for the end of this test: the worker is this process
     in_worker(given["runtime_env"], monkeypatch)
     assert before + 4 == pipeline.GPU_CALLS_AT_ONCE
+
+
+def test_no_change_is_made_beside_a_cluster_that_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    with pytest.raises(RuntimeError, match="has a cluster of Ray already"), made(Change.parse(NOTHING)):
+        pass
 
 
 def in_worker(env: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,7 @@ def test_a_pool_whose_actors_are_killed_whenever_they_load_ends_the_run(
             return batch
 
     monkeypatch.setattr(pipeline, "PoolWorker", Loading)
-    monkeypatch.setattr(pipeline, "_as_function", lambda _: lambda batch: batch)
+    monkeypatch.setattr(pipeline, "_as_function", lambda *_, **__: lambda batch: batch)
     decode = ReadAndDecode(NoReader(), (), ImageLimits(), None)  # type: ignore[arg-type]
     stages = Stages(decode, (PoolConfig(tasks=("embed", "caption"), cpus=0.5),), None, None)  # type: ignore[arg-type]
     dataset = pipeline.build_pipeline([pa.table({"number": [1, 2]})], stages, 2)

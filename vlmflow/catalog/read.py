@@ -148,19 +148,24 @@ def files_by_date(snapshot: Snapshot) -> dict[dt.date, list[DataFile]]:
 
 
 class References:
-    """Which embeddings the image rows of one date refer to: those of the run that ``embed_run_id`` names."""
+    """Which embeddings the image rows of one date refer to: those of the run that ``embed_run_id`` names.
+
+    A first night puts all of a catalog under one date: some 50 bytes of each image are held.
+    """
 
     def __init__(self, folder: Folder, images: Snapshot, date: dt.date) -> None:
+        self._run_numbers: dict[str, int] = {}
         keys, runs = [], []
         files = [file for file in images.files.values() if file.ingest_date == date]
         for _, rows in read_each(folder, "images", files, ["image_id", "embed_run_id"], ahead=8):
             rows = rows.filter(pc.is_valid(rows["embed_run_id"]))
             keys.append(to_binary(rows["image_id"]))
-            runs.append(rows["embed_run_id"])
+            runs.append(self._numbered(rows["embed_run_id"], are_new=True))
         self._keys = concat(keys)
+        del keys
         self._index = index_of(self._keys)
-        self._runs = pa.chunked_array([chunk for run in runs for chunk in run.chunks], pa.string())
-        self._claimed_in = np.full(len(self._runs), -1, dtype=np.int64)
+        self._runs = np.concatenate([np.empty(0, np.int32), *runs])
+        self._claimed_in = np.full(len(self._runs), -1, dtype=np.int32)
         self._num_files = 0
 
     def __len__(self) -> int:
@@ -173,8 +178,8 @@ class References:
     def find(self, rows: pa.Table) -> npt.NDArray[np.int64]:
         """The image that refers to each embedding, as a number; -1: none does."""
         at = self._index.find(*to_words(to_binary(rows["image_id"])))
-        runs = self._runs.take(pa.array(at, mask=at < 0))
-        same = pc.fill_null(pc.equal(runs, rows["embed_run_id"]), False).to_numpy()
+        same = at >= 0
+        same[same] = self._runs[at[same]] == self._numbered(rows["embed_run_id"], are_new=False)[same]
         return np.where(same, at, -1)
 
     def claim(self, rows: pa.Table) -> npt.NDArray[np.bool_]:
@@ -193,6 +198,21 @@ class References:
         once[first] = True
         marks: npt.NDArray[np.bool_] = counts & once
         return marks
+
+    def _numbered(self, runs: pa.ChunkedArray, *, are_new: bool) -> npt.NDArray[np.int32]:
+        """Runs as numbers; -1: none, or one that no image row has told of.
+
+        Args:
+            are_new: those without a number get one.
+        """
+        coded = pc.dictionary_encode(flat(runs))
+        names = coded.dictionary.to_pylist()
+        if are_new:
+            for name in names:
+                self._run_numbers.setdefault(name, len(self._run_numbers))
+        numbers = np.array([*(self._run_numbers.get(name, -1) for name in names), -1], np.int32)
+        found: npt.NDArray[np.int32] = numbers[pc.fill_null(coded.indices, -1).to_numpy(zero_copy_only=False)]
+        return found
 
 
 def readable(images: pa.Schema) -> pa.Schema:

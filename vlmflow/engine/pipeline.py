@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Iterable
 
 import pyarrow as pa
-import ray
 from ray.data import ActorPoolStrategy, Dataset
 
 from vlmflow.catalog import KnownBytes
@@ -17,6 +16,7 @@ from vlmflow.catalog.plan import Plan
 from vlmflow.config import Job, PoolConfig
 from vlmflow.engine.cluster import Cluster
 from vlmflow.engine.decoding import ReadAndDecode, give_way
+from vlmflow.engine.planned_blocks import dataset_of
 from vlmflow.engine.pools import PoolWorker
 from vlmflow.engine.prepare import Prepared
 from vlmflow.engine.quarantine import Stages
@@ -228,8 +228,7 @@ def build_pipeline(blocks: Iterable[pa.Table], stages: Stages, num_rows: int, re
     # decoded lies in memory until the pool has come to it.
     rows_per_task = max(num_rows, DECODE_BATCH) if leaves_jpegs else 2 * DECODE_BATCH
     limit_read_ahead(ReadAheadRows(read_ahead, stages.pools, calls, rows_per_task, DECODE_CPUS))
-    # Of references to blocks Ray Data would run a task for each, to ask how many rows it has.
-    dataset = ray.data.from_blocks(list(blocks))
+    dataset = dataset_of(blocks)
     with warnings.catch_warnings():
         # Ray 2.60 announces named parameters for these arguments and has none for the retries yet.
         warnings.filterwarnings("ignore", message=".*ray_remote_args.*")

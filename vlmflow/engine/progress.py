@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol, TextIO
@@ -17,6 +17,8 @@ from rich.text import Text
 logger = logging.getLogger("vlmflow")
 
 LOG_INTERVAL_S = 10.0
+# The rate is that of the last minutes: over a night the cluster grows, or a store slows down.
+_RATE_S = 300.0
 
 
 @dataclass
@@ -38,15 +40,28 @@ class Tally:
     errors: Counter[str] = field(default_factory=Counter)
     elapsed_s: float = 0.0
     num_first: int = 0
+    _came: deque[tuple[float, int]] = field(default_factory=deque, repr=False)  # when, and how many were done then
+
+    def at(self, elapsed_s: float) -> None:
+        """Moves the clock to now, as the counts are."""
+        self.elapsed_s = elapsed_s
+        if not self._came:
+            self._came.append((0.0, self.num_first))
+        if self.done > self._came[-1][1]:
+            self._came.append((elapsed_s, self.done))
+        # Two stay, however old: with slow models an image may take minutes.
+        while len(self._came) > 2 and self._came[1][0] <= elapsed_s - _RATE_S:
+            self._came.popleft()
 
     @property
     def images_per_s(self) -> float:
-        """Images per second since the first ones came out; 0 until there are more."""
-        return (self.done - self.num_first) / self.elapsed_s if self.elapsed_s > 0 else 0.0
+        """Images per second of the last minutes, without the first ones to come out; 0 until there are more."""
+        since_s, before = self._came[0] if self._came else (0.0, self.num_first)
+        return (self.done - before) / (self.elapsed_s - since_s) if self.elapsed_s > since_s else 0.0
 
     @property
     def eta_s(self) -> float | None:
-        """Seconds to go at the present rate; None before there is one."""
+        """Seconds to go at that rate; None before there is one."""
         return (self.total - self.done) / self.images_per_s if self.images_per_s > 0 else None
 
 

@@ -292,7 +292,7 @@ class _Run:
         while blocks is not None:
             collector.add(blocks)
             collector.tick()
-            self._tally.elapsed_s = time.monotonic() - started
+            self._tally.at(time.monotonic() - started)
             self._display.update(self._tally)
             metrics.update(self._tally, self._collected, num_blocks=finished.num_waiting)
             blocks = finished.next(_TICK_S)
@@ -364,7 +364,7 @@ class _Run:
             for index in range(lost.num_rows):
                 collector.add([(ray.put(quarantine.run(lost.slice(index, 1))), 1)])
                 collector.tick()
-                self._tally.elapsed_s = time.monotonic() - started
+                self._tally.at(time.monotonic() - started)
                 self._display.update(self._tally)
                 metrics.update(self._tally, self._collected, num_alone=index + 1)
         finally:

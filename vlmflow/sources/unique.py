@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator
 from hashlib import blake2b
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from vlmflow.errors import SourceError
 
@@ -20,7 +22,7 @@ class UniqueReferences:
 
     Args:
         batches: reads the references from the start, each time it is called. It is called again and again, so that
-            only identities are kept in memory (some 36 bytes an image), not the rows.
+            only halves of identities are in memory (8 bytes an image, twice that for a moment), not the rows.
 
     Attributes:
         num_repeated: further rows of the images, known as soon as the first batch is there.
@@ -36,11 +38,7 @@ class UniqueReferences:
         Raises:
             SourceError: rows of one image differ, before anything is yielded.
         """
-        ids = pa.chunked_array([batch["image_id"] for batch in self._batches()], pa.string())
-        counts = ids.value_counts()
-        self.num_repeated = len(ids) - len(counts)
-        repeated = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
-        del ids, counts
+        repeated = self._repeated()
         if len(repeated) == 0:
             yield from self._batches()
             return
@@ -54,6 +52,34 @@ class UniqueReferences:
                 if again:
                     seen.add(image_id)
             yield batch.filter(pa.array(keep, pa.bool_()))
+
+    def _repeated(self) -> pa.Array:
+        """The ids that come more than once; counts how often they come again."""
+        halves = np.concatenate([np.empty(0, np.uint64), *(_halves(batch) for batch in self._batches())])
+        halves.sort()
+        again = np.unique(halves[1:][halves[1:] == halves[:-1]])
+        del halves
+        if not len(again):
+            self.num_repeated = 0
+            return pa.array([], pa.string())
+        # As good as all of these are equal to the end.
+        alike = [batch["image_id"].filter(pa.array(_are_in(_halves(batch), again))) for batch in self._batches()]
+        counts = pa.chunked_array(alike, pa.string()).value_counts()
+        repeated = counts.filter(pc.greater(counts.field("counts"), 1))
+        self.num_repeated = (pc.sum(repeated.field("counts")).as_py() or 0) - len(repeated)
+        return repeated.field("values")
+
+
+def _halves(batch: pa.RecordBatch) -> NDArray[np.uint64]:
+    """The first 64 bits of each id, in the byte order of this machine."""
+    data = bytes.fromhex("".join(batch["image_id"].to_pylist()))
+    return np.frombuffer(data, np.uint64)[::2].copy()
+
+
+def _are_in(values: NDArray[np.uint64], ordered: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    at = np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)
+    found: NDArray[np.bool_] = ordered[at] == values
+    return found
 
 
 def _refuse_conflicts(batches: Callable[[], Iterator[pa.RecordBatch]], repeated: pa.Array) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import threading
-from collections.abc import Sequence
+import tracemalloc
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.catalog_samples import config_of, enrich, image_id, open_catalog, references
-from vlmflow.catalog import Catalog, export, writer
+from vlmflow.catalog import Catalog, export, read, writer
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.keys import index_of, to_binary
+from vlmflow.catalog.log import DataFile, Snapshot
 from vlmflow.catalog.pieces import ParquetPieces
-from vlmflow.catalog.read import images_named
+from vlmflow.catalog.read import References, images_named
 from vlmflow.search.live import LiveRows
 from vlmflow.summary import summarize
 
@@ -164,3 +167,28 @@ def test_vectors_that_are_replaced_meanwhile_are_not_called_lost(
     replace_vectors(catalog, monkeypatch, at_look=3)  # two are for the files
     assert "lost_vectors" not in catalog.verify([references(NAMES)], {}).findings
     assert catalog.embeddings(["embed_run_id"])["embed_run_id"].to_pylist() == ["r1"] * 6
+
+
+def test_what_a_date_refers_to_takes_few_bytes_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    num_files, num_rows = 20, 20_000
+    date = dt.date(2026, 11, 28)
+    files = {str(number): DataFile(str(number), 1, num_rows, date) for number in range(num_files)}
+
+    def read_each(*_: object, ahead: int) -> Iterator[tuple[DataFile, pa.Table]]:
+        for number, file in enumerate(files.values()):
+            data = np.random.default_rng(number).bytes(16 * num_rows).hex()
+            ids = pa.array([data[at : at + 32] for at in range(0, len(data), 32)])
+            yield file, pa.table({"image_id": ids, "embed_run_id": pa.repeat("20261128T020611-35a41333", num_rows)})
+
+    monkeypatch.setattr(read, "read_each", read_each)
+    before = pa.total_allocated_bytes()
+    tracemalloc.start()
+    references = References(None, Snapshot(0, 0, files, pa.schema([])), date)  # type: ignore[arg-type]
+    held = tracemalloc.get_traced_memory()[0] + pa.total_allocated_bytes() - before
+    tracemalloc.stop()
+    assert held < 60 * num_files * num_rows
+    for number, (_, rows) in enumerate(read_each(ahead=1)):
+        assert references.find(rows).tolist() == list(range(number * num_rows, (number + 1) * num_rows))
+    others = rows.set_column(1, "embed_run_id", pa.nulls(num_rows, pa.string()))
+    assert (references.find(others) == -1).all()
+    assert (references.find(others.set_column(1, "embed_run_id", pa.repeat("another", num_rows))) == -1).all()

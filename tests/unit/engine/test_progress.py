@@ -26,6 +26,28 @@ def test_finished_there_is_none_either() -> None:
     assert "to go" not in describe(Tally(total=10, done=10, elapsed_s=1))
 
 
+def ran(tally: Tally, *parts: tuple[int, float]) -> Tally:
+    """The run some seconds further in each part, with so many images each second; it is looked at as they come."""
+    for seconds, rate in parts:
+        done, elapsed_s = tally.done, tally.elapsed_s
+        for second in range(1, seconds + 1):
+            tally.done = done + int(second * rate)
+            tally.at(elapsed_s + second)
+    return tally
+
+
+def test_the_rate_is_that_of_the_last_minutes() -> None:
+    grown = ran(Tally(total=2_000_000, done=512, num_first=512), (3600, 100), (300, 1000))
+    assert grown.images_per_s == pytest.approx(1000)
+    assert grown.eta_s == pytest.approx((2_000_000 - grown.done) / 1000)
+    assert ran(grown, (1800, 0)).images_per_s < 1, "nothing has come for half an hour"
+
+
+def test_images_that_take_minutes_have_a_rate_too() -> None:
+    slow = ran(Tally(total=100), (4000, 1 / 600))
+    assert slow.images_per_s == pytest.approx(1 / 600, rel=0.5)
+
+
 @pytest.mark.parametrize(
     ("seconds", "shown"), [(0.4, "0 s"), (59, "59 s"), (60, "1 min 0 s"), (185, "3 min 5 s"), (7800, "2 h 10 min")]
 )

@@ -175,8 +175,7 @@ def test_only_sizes_that_nobody_chose_depend_on_the_memory_of_a_gpu(
             return self
 
     given: list[dict[str, Any]] = []
-    monkeypatch.setattr(pipeline.ray, "cluster_resources", dict)
-    monkeypatch.setattr(pipeline.ray.data, "from_blocks", lambda _: Dataset())
+    monkeypatch.setattr(pipeline, "dataset_of", lambda _: Dataset())
     monkeypatch.setattr(pipeline, "limit_read_ahead", lambda _: None)
     places = {"source": SourceConfig(uri="a"), "catalog": CatalogConfig(uri="b")}
     job = Job(**places, profile="starter", tasks=("embed",), pools=pools)  # type: ignore[arg-type]

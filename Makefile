@@ -36,6 +36,8 @@ SIDE_BY_SIDE := -n 2 --dist loadfile --no-loadscope-reorder
 
 # Ray's workers and torch's threads would fight for the cores; tests measure no speed.
 test test-all: export OMP_NUM_THREADS = 1
+# Hundreds of processes import the same modules: without, each would compile them anew where images ask for that.
+test test-all: export PYTHONDONTWRITEBYTECODE =
 
 test: lint types ## lint, types and the tests that take minutes, not more
 	$(BIN)/python -m pytest -m "not slow" $(SIDE_BY_SIDE) --durations 25

@@ -55,6 +55,8 @@ def ray_session() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         # Ray ends workers beyond the number of CPUs that idle for a second: those of the next test would start anew.
         patch.setenv("RAY_num_workers_soft_limit", "8")
+        # How its processes do is looked at every five seconds otherwise.
+        patch.setenv("REPORTER_UPDATE_INTERVAL_MS", "30000")
         ray.init(
             num_cpus=2,
             object_store_memory=400 * 1024 * 1024,
@@ -62,6 +64,8 @@ def ray_session() -> Iterator[None]:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
+    # Nobody is shown what workers say, and looking for it in their files ten times a second never ends.
+    ray._private.worker._global_node.kill_log_monitor()
     yield
     ray.shutdown()
 

@@ -103,7 +103,11 @@ def write_flat(folder: Path, num_images: int) -> None:
         Image.new("RGB", (64, 64), (16 * index, 0, 0)).save(folder / f"{index:02d}.png")
 
 
-def remote_job(folder: Path, url: str, **changes: Any) -> Job:
+Models = dict[str, dict[str, Any]]
+
+
+def remote_job(light: Models, folder: Path, url: str, **changes: Any) -> Job:
+    """Captions from an endpoint, embeddings by the light model of conftest."""
     settings = {"url": url, "model": "tiny-vlm", "api_key_env": KEY_VARIABLE, "max_retries": 1, "timeout_s": 6}
     settings |= {"input_price": 1.0, "output_price": 10.0, "max_side_px": 64}
     return Job.model_validate(
@@ -112,7 +116,10 @@ def remote_job(folder: Path, url: str, **changes: Any) -> Job:
             "catalog": {"uri": str(folder / "catalog")},
             "profile": "starter",
             "tasks": ["embed", "caption"],
-            "models": {"caption": {"family": "endpoint", "endpoint": settings, "prompt": "Say what."}},
+            "models": {
+                "embed": light["embed"],
+                "caption": {"family": "endpoint", "endpoint": settings, "prompt": "Say what."},
+            },
             "pools": [{"tasks": ["embed", "caption"], "cpus": 0.5, "batch_size": 16}],
             **changes,
         }
@@ -129,7 +136,7 @@ BAD = {
 }
 
 
-def test_an_endpoint_that_misbehaves_costs_each_image_its_own_row(tmp_path: Path) -> None:
+def test_an_endpoint_that_misbehaves_costs_each_image_its_own_row(models: Models, tmp_path: Path) -> None:
     write_flat(tmp_path / "images", 12)
 
     def answer(asked: Asked) -> Reply:
@@ -137,7 +144,7 @@ def test_an_endpoint_that_misbehaves_costs_each_image_its_own_row(tmp_path: Path
         return BAD[number][0] if number in BAD else completion(f"a red square of shade {number}")
 
     with endpoint(answer) as server:
-        job = remote_job(tmp_path, server.url)
+        job = remote_job(models, tmp_path, server.url)
         report = enrich(job)
         numbers = Counter(asked.colour[0] // 16 for asked in server.asked)
         assert {asked.headers["Authorization"] for asked in server.asked} == {f"Bearer {KEY}"}
@@ -165,27 +172,27 @@ def test_an_endpoint_that_misbehaves_costs_each_image_its_own_row(tmp_path: Path
 
     assert plan(job).due["caption"] == {"retry": 6}
     # The address stands in the identity: elsewhere it is another model, and all are due.
-    elsewhere = remote_job(tmp_path, "http://elsewhere/v1")
+    elsewhere = remote_job(models, tmp_path, "http://elsewhere/v1")
     assert plan(elsewhere).due["caption"] == {"fingerprint": 6, "retry": 6}
 
 
-def test_a_dead_endpoint_leaves_a_row_for_every_image(tmp_path: Path) -> None:
+def test_a_dead_endpoint_leaves_a_row_for_every_image(models: Models, tmp_path: Path) -> None:
     write_flat(tmp_path / "images", 12)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        job = remote_job(tmp_path, f"http://127.0.0.1:{free.getsockname()[1]}/v1")
+        job = remote_job(models, tmp_path, f"http://127.0.0.1:{free.getsockname()[1]}/v1")
     report = enrich(job)
     assert report.statuses == {"partial": 12}
     assert report.errors == {"endpoint_unreachable": 12}
     assert plan(job).due["caption"] == {"retry": 12}
 
 
-def test_a_missing_key_ends_the_run_before_any_row(tmp_path: Path) -> None:
+def test_a_missing_key_ends_the_run_before_any_row(models: Models, tmp_path: Path) -> None:
     write_flat(tmp_path / "images", 1)
     assert "NO_SUCH_KEY" not in os.environ
     settings = {"url": "http://a/v1", "model": "m", "api_key_env": "NO_SUCH_KEY"}
-    models = {"caption": {"family": "endpoint", "endpoint": settings}}
-    job = remote_job(tmp_path, "http://a/v1", models=models)
+    without_key = {"embed": models["embed"], "caption": {"family": "endpoint", "endpoint": settings}}
+    job = remote_job(models, tmp_path, "http://a/v1", models=without_key)
     with pytest.raises(ConfigError, match="environment variable NO_SUCH_KEY is not set"):
         enrich(job)
     assert not Catalog.exists(job.catalog)

@@ -17,7 +17,8 @@ from typing import Any
 
 import pyarrow as pa
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from vlmflow.config import Dtype
 from vlmflow.device_errors import is_device_broken, is_out_of_memory
@@ -124,10 +125,10 @@ def matmul_ceiling(device: str, dtype: torch.dtype) -> float:
 
 
 def _count(call: Callable[[], Columns]) -> tuple[Columns, float]:
-    counter = FlopCounterMode(display=False, custom_mapping=_formulas())
+    counter = _Counter()
     try:
         with counter:
-            return call(), float(counter.get_total_flops())
+            return call(), float(counter.flops)
     except Exception as error:  # the counter's fault or the batch's: without it we shall know
         if is_out_of_memory(error) or is_device_broken(error):
             raise
@@ -135,9 +136,34 @@ def _count(call: Callable[[], Columns]) -> tuple[Columns, float]:
     return call(), 0.0
 
 
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts as torch's FlopCounterMode, which loads torch's compiler: more than a second of every worker's start."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: keeping the compiler out of the method below is what would load it."""
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not torch.ops.prim.device.default:
+            with self:  # what an operator is made of is counted instead of it
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        out = func(*args, **kwargs)
+        if formula := _formulas().get(func.overloadpacket):
+            self.flops += formula(*args, **kwargs, out_val=out)
+        return out
+
+
 @cache
 def _formulas() -> dict[Any, Callable[..., int]]:
-    """For operators that torch's counter does not know."""
+    """Those of torch's counter, and for operators that it does not know."""
     found: dict[Any, Callable[..., int]] = {
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
         torch.ops.aten._native_multi_head_attention: _multi_head_attention,
@@ -146,7 +172,8 @@ def _formulas() -> dict[Any, Callable[..., int]]:
     }
     if torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         found[torch.ops.mkldnn._linear_pointwise] = _linear
-    return found
+    ours = {operator: shape_wrapper(formula) for operator, formula in found.items()}  # type: ignore[no-untyped-call]
+    return flop_registry | ours
 
 
 def _linear(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:

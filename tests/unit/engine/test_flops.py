@@ -8,10 +8,11 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.models import WORDS, make_captioner, make_vilt, random_pixels
 from vlmflow.config import ModelConfig
-from vlmflow.engine.flops import Ceilings, CountedTask, _count, matmul_ceiling
+from vlmflow.engine.flops import Ceilings, CountedTask, _count, _formulas, matmul_ceiling
 from vlmflow.models import load_answerer, load_captioner
 from vlmflow.models.blip import BlipCaptioner
 from vlmflow.models.linear import PackedLinear
@@ -79,14 +80,18 @@ def test_a_batch_that_fails_raises_as_it_would_uncounted() -> None:
         task(pa.table({"number": [-1.0]}))
 
 
-def test_what_is_counted_runs_as_ever(tmp_path_factory: pytest.TempPathFactory) -> None:
-    folder = make_captioner(tmp_path_factory.mktemp("captioner"))
+def test_what_is_counted_runs_as_ever_and_counts_as_with_torch_s_counter(tmp_path: Path) -> None:
+    folder = make_captioner(tmp_path)
     captioner = load_captioner(ModelConfig(family="blip_caption", path=str(folder)), "cpu")
     pixels = random_pixels(6)
     expected = captioner.caption(pixels, 12)
     captions, counted = _count(lambda: {"caption": pa.array(captioner.caption(pixels, 12))})
     assert captions["caption"].to_pylist() == expected
-    assert counted > 0
+    counter = FlopCounterMode(display=False)
+    counter.flop_registry = _formulas()
+    with counter:
+        captioner.caption(pixels, 12)
+    assert counted == counter.get_total_flops() > 0
 
 
 def test_answers_cost_what_their_arithmetic_says(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ class Options:
     """
 
     settings: Sequence[str]
-    first: int = 20
+    first: int = 40
     batches: int = 18
     passed_over: int = MORE_AT_ONCE
     profile_s: float = 4.0

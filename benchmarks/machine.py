@@ -85,13 +85,20 @@ def watched_gpu() -> Iterator[dict[str, float]]:
     finally:
         watch.terminate()
         lines = watch.communicate()[0].splitlines()
-    looks = [[float(value) for value in line.split(",")] for line in lines if line.count(",") == len(fields) - 1]
-    if at_work := [look for look in looks if look[0] > 0]:
-        found |= {
-            name: round(statistics.mean(column), 1)
-            for name, column in zip(fields.values(), zip(*at_work, strict=True), strict=True)
-        }
+    looks = [dict(zip(fields.values(), map(_number, line.split(",")), strict=False)) for line in lines]
+    at_work = [look for look in looks if look.get("busy_percent")]
+    for name in fields.values():
+        if told := [value for look in at_work if (value := look.get(name)) is not None]:
+            found[name] = round(statistics.mean(told), 1)
+    if at_work:
         found["looks"] = len(at_work)
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:  # "[N/A]": not every card tells everything
+        return None
 
 
 def _processor() -> str:

@@ -153,13 +153,13 @@ def test_a_card_is_watched_while_it_is_at_work(tmp_path: Path, monkeypatch: pyte
     told = tmp_path / "told"
     fake = tmp_path / "nvidia-smi"
     fake.write_text(
-        f"#!/bin/sh\nprintf '0, 345, 70.5\\n90, 1700, 690.0\\n100, 1600, 700.5\\n'\n: > {told}\nexec sleep 600\n"
+        f"#!/bin/sh\nprintf '0, 345, 70.5\\n90, 1700, 690.0\\n100, 1600, [N/A]\\n'\n: > {told}\nexec sleep 600\n"
     )
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     with watched_gpu() as found:
         wait_for(told.exists)
-    assert found == {"busy_percent": 95.0, "sm_mhz": 1650.0, "power_w": 695.2, "looks": 2}
+    assert found == {"busy_percent": 95.0, "sm_mhz": 1650.0, "power_w": 690.0, "looks": 2}
 
 
 def test_where_there_is_no_card_nothing_is_told_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -180,6 +180,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--decode", choices=["auto", "cpu", "pool"], default="auto", help="as in a job; default: auto")
     add_gpu_options(parser)
     options = parse_gpu_options(parser)
+    if options.in_turn and options.in_turn.is_dir() and any(options.in_turn.iterdir()):
+        parser.error(f"--in-turn {options.in_turn}: it holds files, which would be taken for this run's")
     options.actors = options.actors or [1]
     options.images = options.images or (1_000 if options.tiny else 32_000)
     options.different = options.different or max(1, options.images // 8)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import ray
 
-from benchmarks import in_turn, job_profile
+from benchmarks import gpu_enrich, in_turn, job_profile
 from benchmarks.machine import watched_gpu
 from tests.processes import wait_for
 
@@ -147,6 +147,17 @@ def test_turns_are_taken_in_the_worker_and_told_by_setting(tmp_path: Path, monke
 def test_a_setting_that_there_is_not_is_named() -> None:
     with pytest.raises(ValueError, match=r"^no settings: faster; known: as_it_is, one_at_captions, "):
         in_turn.Options(("faster",))
+
+
+def test_traces_of_another_run_are_not_taken_for_those_of_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "1.jsonl").touch()
+    command = ["gpu_enrich", "--device", "cpu", "--tiny", "--in-turn", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit):
+        gpu_enrich.main()
+    assert f"--in-turn {tmp_path}: it holds files" in capsys.readouterr().err
 
 
 def test_a_card_is_watched_while_it_is_at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

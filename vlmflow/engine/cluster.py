@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -125,7 +126,8 @@ def ray_cluster(config: RayConfig) -> Iterator[Cluster]:
     Raises:
         ClusterError: no cluster answers at the address, an embedded one does not start, another block is at work on
             another cluster, or Ray raised in the block.
-        ConfigError: this is a job of a Ray cluster, and no address is given; or the address is that of Ray's client.
+        ConfigError: this is a job of a Ray cluster, and no address is given; the address is that of Ray's client; or
+            the cluster has other versions of Ray or Python.
     """
     already = _connection.join(config)
     # A run of few images has fewer blocks than actors; that is no concern of the user's.
@@ -302,6 +304,14 @@ def _connect(config: RayConfig) -> None:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if config.address is None:
             raise ClusterError(f"an embedded Ray does not start: {reason}", remedy=_EMBEDDED) from error
+        if versions := _OTHER_VERSIONS.search(str(error)):
+            theirs_ray, theirs_python, our_ray, our_python = versions.groups()
+            raise ConfigError(
+                f"the cluster at {config.address} runs Ray {theirs_ray} on Python {theirs_python}, "
+                f"this process Ray {our_ray} on Python {our_python}",
+                remedy="Install the cluster's versions here, or submit the job to the cluster, which then runs it: "
+                "`python -m pipelines.adhoc --help`.",
+            ) from error
         raise ClusterError(f"Ray at {config.address} does not answer: {reason}", remedy=_AT_ADDRESS) from error
 
 
@@ -319,11 +329,13 @@ def _refuse_client() -> None:
         )
 
 
+# Ray wants a driver to have the cluster's, down to the last number of Python's, and says so in six lines.
+_OTHER_VERSIONS = re.compile(".*".join(2 * [r"Ray: (\S+)\s+Python: (\S+)"]), re.DOTALL)
 _EMBEDDED = (
     "See that the machine has memory to spare, and that there is room for Ray's temporary files in a folder that can "
     "be written to: RAY_TMPDIR, else /tmp. Its logs are there, in ray/session_latest/logs."
 )
 _AT_ADDRESS = (
-    "Check the address, and that its Ray version equals the installed one; `vlmflow doctor` tests both. "
-    "A cluster with token authentication wants RAY_AUTH_MODE=token and its token in RAY_AUTH_TOKEN_PATH."
+    "Check the address; `vlmflow doctor` tests it. A cluster that asks for Ray's token, as one of `ray start` often does, "
+    "wants RAY_AUTH_MODE=token, and the token in ~/.ray/auth_token or in the file that RAY_AUTH_TOKEN_PATH names."
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import re
 import signal
 import sys
@@ -15,6 +16,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
+from ray._private.utils import check_version_info
 from ray.data import DataContext
 from ray.exceptions import (
     NodeDiedError,
@@ -88,6 +91,18 @@ def test_whatever_keeps_ray_from_starting_is_an_error_of_ours(
     with pytest.raises(ClusterError, match=re.escape(str(error).splitlines()[0]) + "$") as caught:
         cluster._connect(RayConfig(address=address))
     assert words in caught.value.remedy
+
+
+def test_a_cluster_of_other_versions_is_told_with_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(**_: Any) -> None:
+        check_version_info({"ray_version": "2.59.1", "python_version": "3.12.3"}, "10.0.0.7:6379")
+
+    monkeypatch.setattr(cluster.ray, "init", start)
+    ours = f"Ray {ray.__version__} on Python {platform.python_version()}"
+    message = f"the cluster at head:6379 runs Ray 2.59.1 on Python 3.12.3, this process {ours}"
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$") as caught:  # no night tries that again
+        cluster._connect(RayConfig(address="head:6379"))
+    assert "pipelines.adhoc" in caught.value.remedy
 
 
 OOM = """2 worker(s) were killed due to the node running low on memory. \

@@ -336,6 +336,6 @@ _EMBEDDED = (
     "be written to: RAY_TMPDIR, else /tmp. Its logs are there, in ray/session_latest/logs."
 )
 _AT_ADDRESS = (
-    "Check the address; `vlmflow doctor` tests it. A cluster that asks for Ray's token, as one of `ray start` often does, "
-    "wants RAY_AUTH_MODE=token, and the token in ~/.ray/auth_token or in the file that RAY_AUTH_TOKEN_PATH names."
+    "Check the address; `vlmflow doctor` tests it. A cluster that asks for Ray's token, as one of `ray start` often "
+    "does, wants RAY_AUTH_MODE=token, and the token in ~/.ray/auth_token or in the file that RAY_AUTH_TOKEN_PATH names."
 )

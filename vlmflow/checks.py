@@ -17,7 +17,7 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
 
 from vlmflow.config import CatalogConfig, Job, RayConfig, SourceConfig, StorageConfig
-from vlmflow.engine.cluster import ray_cluster
+from vlmflow.engine.cluster import MORE_SHARED_MEMORY, ray_cluster
 from vlmflow.engine.prepare import prepare
 from vlmflow.engine.report import installed_versions, policy_name
 from vlmflow.engine.unused import unused_settings
@@ -250,6 +250,8 @@ def _ray(config: RayConfig, families: Sequence[str]) -> Iterator[Check]:
             if cluster.groups:
                 found += f"; may grow to {cluster.grown.cpus:g} CPUs, {cluster.grown.gpus:g} GPUs"
             yield Check(name, "ok", found)
+            if cluster.slow_store:
+                yield Check("shared memory", "warn", cluster.slow_store, MORE_SHARED_MEMORY)
             yield _workers(families)
     except VlmflowError as error:
         yield _failed(name, error)

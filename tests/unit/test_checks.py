@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -115,6 +116,14 @@ def test_what_a_cluster_may_grow_to_is_told(monkeypatch: pytest.MonkeyPatch) -> 
         found = Cluster(cpus=2.0, gpus=0.0, num_nodes=1, embedded=False, groups=grows)
         monkeypatch.setattr(checks, "ray_cluster", lambda _, found=found: nullcontext(found))
         assert next(checks._ray(RayConfig(), ())).found == f"1 node(s), 2 CPUs, 0 GPUs{told}"
+
+
+def test_an_object_store_on_a_disk_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Cluster(cpus=2.0, gpus=0.0, num_nodes=1, embedded=True, slow_store="decoded images go through a disk")
+    monkeypatch.setattr(checks, "ray_cluster", lambda _: nullcontext(found))
+    _, check = itertools.islice(checks._ray(RayConfig(), ()), 2)
+    assert (check.verdict, check.found) == ("warn", "decoded images go through a disk")
+    assert "--shm-size" in check.remedy
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -34,6 +35,7 @@ from vlmflow.errors import ClusterError, ConfigError
 _QUIET_LOGGERS = ("ray", "ray.data", "ray.data._internal", "ray.util")
 _MAX_EVENT_CHARS = 300
 _OF_NODES = ("raylet", "autoscaler")  # as Ray calls what is no worker
+_SHARED_MEMORY = Path("/dev/shm")
 _HEAD_PATIENCE = "RAY_gcs_rpc_server_reconnect_timeout_s"
 
 logger = logging.getLogger("vlmflow")
@@ -50,6 +52,7 @@ class Cluster:
         memory: bytes of all nodes that Ray leaves to workers, beside its object store; inf: not known.
         nodes: CPUs and GPUs of each node; none: there is one.
         groups: of nodes that its autoscaler may start; none: it does not grow, or that is not known.
+        slow_store: why the object store of an embedded one is slow; empty: it is not.
     """
 
     cpus: float
@@ -59,6 +62,7 @@ class Cluster:
     memory: float = math.inf
     nodes: tuple[tuple[float, float], ...] = ()
     groups: tuple[NodeGroup, ...] = ()
+    slow_store: str = ""
 
     @property
     def grown(self) -> Cluster:
@@ -78,6 +82,11 @@ class Cluster:
     def has_node_for(self, cpus: float, gpus: float = 0.0) -> bool:
         """Whether a node of the cluster has so many CPUs and GPUs at once."""
         return any(cpus <= node[0] and gpus <= node[1] for node in self.nodes or ((self.cpus, self.gpus),))
+
+    def tell(self) -> None:
+        """Logs what makes a run slower than it could be here."""
+        if self.slow_store:
+            logger.warning("%s. %s", self.slow_store, MORE_SHARED_MEMORY)
 
     @contextlib.contextmanager
     def worker_errors(self) -> Iterator[WorkerErrors]:
@@ -146,6 +155,7 @@ def ray_cluster(config: RayConfig) -> Iterator[Cluster]:
                 memory=resources.get("memory", math.inf),
                 nodes=nodes,
                 groups=() if embedded else node_groups(),
+                slow_store=_slow_store(resources.get("object_store_memory", 0.0)) if embedded else "",
             )
     finally:
         _connection.leave()
@@ -155,6 +165,14 @@ def nodes_now() -> tuple[tuple[float, float], ...]:
     """CPUs and GPUs of each node that the cluster has at this moment."""
     alive = (node["Resources"] for node in ray.nodes() if node["Alive"])
     return tuple((resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in alive)
+
+
+def _slow_store(num_bytes: float) -> str:
+    """Ray puts its object store on a disk where shared memory has less room, and says so in a log that nobody reads."""
+    if not _SHARED_MEMORY.is_dir() or num_bytes <= (free := shutil.disk_usage(_SHARED_MEMORY).free):
+        return ""
+    found = f"{_SHARED_MEMORY} has {free / 1e9:.2f} GB free"
+    return f"decoded images go through a disk: {found}, and Ray's object store takes {num_bytes / 1e9:.1f}"
 
 
 class _Connection:
@@ -331,6 +349,9 @@ def _refuse_client() -> None:
 
 # Ray wants a driver to have the cluster's, down to the last number of Python's, and says so in six lines.
 _OTHER_VERSIONS = re.compile(".*".join(2 * [r"Ray: (\S+)\s+Python: (\S+)"]), re.DOTALL)
+MORE_SHARED_MEMORY = (
+    "Give the container more shared memory (docker run --shm-size), or set ray.object_store_bytes to less than is free."
+)
 _EMBEDDED = (
     "See that the machine has memory to spare, and that there is room for Ray's temporary files in a folder that can "
     "be written to: RAY_TMPDIR, else /tmp. Its logs are there, in ray/session_latest/logs."

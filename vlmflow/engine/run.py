@@ -108,6 +108,7 @@ def preflight(job: Job, *, progress: ProgressDisplay | None = None) -> Preflight
             raise ConfigError("preflight: nothing is due, so nothing can be tried", remedy="`vlmflow plan` says why.")
         display.stage("starting Ray")
         with ray_cluster(prepared.job.ray) as cluster, cluster.worker_errors(), Nodes() as nodes:
+            cluster.tell()
             pools = open_pools(prepared, cluster)
             check_pools(pools, cluster)
             stages = stages_of(prepared, source, pools, encode_policy(prepared.setup), None)
@@ -174,6 +175,7 @@ class _Run:
             return self._without_images()
         self._display.stage("starting Ray")
         with ray_cluster(self._job.ray) as cluster, cluster.worker_errors() as self._worker_errors, self._nodes:
+            cluster.tell()
             self._display.stage("loading models")
             pools = (open_pools if self._job.preflight else default_pools)(self._prepared, cluster)
             check_pools(pools, cluster)

@@ -286,6 +286,20 @@ def test_threads_that_begin_at_once_start_one_cluster(fake: FakeRay) -> None:
     assert fake.calls == ["init", "shutdown"]
 
 
+@pytest.mark.parametrize(("free", "told"), [(64e6, True), (4e9, False)])
+def test_an_object_store_that_found_no_room_in_shared_memory_is_told_of(
+    free: float, told: bool, fake: FakeRay, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"CPU": 2.0, "object_store_memory": 2e9})
+    monkeypatch.setattr(cluster.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    with cluster.ray_cluster(RayConfig()) as found:
+        found.tell()
+    assert ("/dev/shm has 0.06 GB free, and Ray's object store takes 2.0. Give" in caplog.text) == told
+    assert bool(caplog.messages) == told
+    with cluster.ray_cluster(RayConfig(address="auto")) as found:
+        assert found.slow_store == ""  # of its nodes nothing is known here
+
+
 def test_what_nodes_say_is_logged_and_not_printed(
     fake: FakeRay, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -12,7 +12,7 @@ from vlmflow.catalog import Catalog, plan_without_catalog
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.log import SCHEMA_VERSION, TableLog
 from vlmflow.config import CatalogConfig
-from vlmflow.errors import CatalogError, StorageAccessError
+from vlmflow.errors import CatalogError, ConfigError, StorageAccessError
 
 NAMES = [f"image {number}" for number in range(6)]
 
@@ -21,6 +21,20 @@ def test_a_place_that_cannot_hold_a_catalog_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(CatalogError, match=f"{tmp_path}/file is a file"):
         Catalog.open_or_create(CatalogConfig(uri=str(tmp_path / "file")), pa.schema([]))
+
+
+@on_both_stores
+def test_a_folder_of_any_name_holds_a_catalog_unless_deltalake_cannot_read_it(config: CatalogConfig) -> None:
+    hard = config.model_copy(update={"uri": f"{config.uri}/Grüße #1?x=50%"})
+    catalog = Catalog.open_or_create(hard, pa.schema([]))
+    enrich(catalog, "r1", [references(["a"])])
+    assert list(rows_by_name(Catalog.open(hard))) == ["a"]
+    for name in ("a%20b", "a%41b", "%e9"):
+        refused = config.model_copy(update={"uri": f"{config.uri}/{name}"})
+        with pytest.raises(ConfigError, match=f"{name}: Delta tables cannot lie in a folder with %"):
+            Catalog.exists(refused)
+        with pytest.raises(ConfigError, match="Delta tables cannot lie"):
+            Catalog.open_or_create(refused, pa.schema([]))
 
 
 def test_the_other_run_creates_the_tables_first(config: CatalogConfig, monkeypatch: pytest.MonkeyPatch) -> None:

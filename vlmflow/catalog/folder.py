@@ -25,7 +25,7 @@ from deltalake.exceptions import DeltaError, TableNotFoundError
 
 from vlmflow.catalog.pieces import ParquetPieces
 from vlmflow.config import CatalogConfig
-from vlmflow.errors import CatalogChangedError, CatalogError, VlmflowError
+from vlmflow.errors import CatalogChangedError, CatalogError, ConfigError, VlmflowError
 from vlmflow.retry import retried
 from vlmflow.storage import STORE_ERRORS, access_error, delta_storage_options, open_store, parse_address
 from vlmflow.workspace import in_our_words
@@ -40,6 +40,7 @@ _DELETED_AT_ONCE = 500
 _TABLES = ("images", "embeddings")
 # How obstore calls a file of a local disk until it is whole: listings leave such names out, and it takes none.
 _UNFINISHED = re.compile(r"(.+)#\d+")
+_ESCAPE = re.compile("%[0-9A-Fa-f]{2}")
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,18 @@ class Folder:
         return {"config": self.config}
 
     def table_uri(self, table: str) -> str:
-        """Where the Delta table ``table`` lies, as deltalake takes it."""
+        """Where the Delta table ``table`` lies, as deltalake takes it.
+
+        Raises:
+            ConfigError: deltalake cannot open a table there.
+        """
         address = parse_address(self.config.uri)
+        if escape := _ESCAPE.search(address.path):
+            # However it is written: deltalake decodes once what it makes a table with, and twice to read it.
+            raise ConfigError(
+                f"{address}: Delta tables cannot lie in a folder with {escape[0]} in its name",
+                remedy="Name a folder without a percent sign, or rename this one.",
+            )
         if not address.is_local:  # a uri there, of whose path no more than these two is taken for something else
             address = address._replace(path=address.path.replace("#", "%23").replace("?", "%3F"))
         return address.child(table)

@@ -16,13 +16,14 @@ import pyarrow.parquet as pq
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.log import Snapshot
 from vlmflow.catalog.read import embedding_batches, image_batches
-from vlmflow.errors import CatalogError
+from vlmflow.errors import CatalogError, ConfigError
 from vlmflow.files import locked
 from vlmflow.storage import check_on_disk
 
 # In the target, for what is not whole yet: as long as it is there, all else there is an unfinished export's too.
 _UNFINISHED = ".unfinished"
 _FILE_BYTES = 64 * 1024 * 1024  # in memory, about
+_OTHER_FORMATS = {".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".xlsx"}
 _TABLES = ("embeddings", "images")  # in the order in which they appear: where images are, all is
 
 
@@ -47,9 +48,12 @@ def export(folder: Folder, images: Snapshot, embeddings: Snapshot | None, target
     Raises:
         CatalogError: ``target`` holds something else, cannot be written, or another export is writing to it;
             CatalogChangedError: an erasure came in between.
-        ConfigError: ``target`` is in a store.
+        ConfigError: ``target`` is in a store, or named like a file of another format.
     """
     check_on_disk(target)
+    if target.suffix.lower() in _OTHER_FORMATS:
+        remedy = "Name a folder; what reads Parquet, such as DuckDB or pandas, makes that of its images."
+        raise ConfigError(f"{target} is the name of a file, and a folder of Parquet files is written", remedy=remedy)
     try:
         target.mkdir(parents=True, exist_ok=True)
         with _unfinished(target) as place:

@@ -160,7 +160,7 @@ def make_job(
     }
     if config is None and (source is None or catalog is None):
         raise ConfigError(
-            "SOURCE or CATALOG is not given", remedy="Write `vlmflow enrich SOURCE CATALOG`, or --config."
+            "SOURCE or CATALOG is not given", remedy="Name both, in that order, or a job file that does with --config."
         )
     return load_job(config, overrides, defaults)
 

@@ -119,6 +119,15 @@ def test_an_export_from_python_refuses_the_uri_of_a_store(tmp_path: Path) -> Non
         Catalog.open(config).export("s3://bucket/out", with_embeddings=False)
 
 
+def test_an_export_is_no_file_of_another_format(tmp_path: Path) -> None:
+    config = CatalogConfig(uri=str(tmp_path / "catalog"))
+    put_rows(config, ["a"], run="first")
+    with pytest.raises(ConfigError, match=r"rows\.csv is the name of a file") as caught:
+        Catalog.open(config).export(tmp_path / "rows.csv", with_embeddings=False)
+    assert "DuckDB" in caught.value.remedy
+    assert not (tmp_path / "rows.csv").exists()
+
+
 def test_a_policy_that_is_there_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (mine := tmp_path / "mine.yaml").write_text("my work")
     with pytest.raises(SystemExit) as ended:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+import shutil
 import sys
 import time
 import uuid
@@ -17,7 +19,7 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
 
 from vlmflow.config import CatalogConfig, Job, RayConfig, SourceConfig, StorageConfig
-from vlmflow.engine.cluster import MORE_SHARED_MEMORY, ray_cluster
+from vlmflow.engine.cluster import MORE_SHARED_MEMORY, SHARED_MEMORY, ray_cluster
 from vlmflow.engine.prepare import prepare
 from vlmflow.engine.report import installed_versions, policy_name
 from vlmflow.engine.unused import unused_settings
@@ -250,19 +252,20 @@ def _ray(config: RayConfig, families: Sequence[str]) -> Iterator[Check]:
             if cluster.groups:
                 found += f"; may grow to {cluster.grown.cpus:g} CPUs, {cluster.grown.gpus:g} GPUs"
             yield Check(name, "ok", found)
-            if cluster.slow_store:
-                yield Check("shared memory", "warn", cluster.slow_store, MORE_SHARED_MEMORY)
-            yield _workers(families)
+            yield from _workers(families)
     except VlmflowError as error:
         yield _failed(name, error)
 
 
-def _workers(families: Sequence[str]) -> Check:
-    """Whether a worker starts on every node of the cluster, and has the driver's versions, of one's families too."""
+def _workers(families: Sequence[str]) -> Iterator[Check]:
+    """Whether a worker starts on every node of the cluster, and has the driver's versions, of one's families too.
+
+    And whether the node keeps images in memory.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    probe, here = ray.remote(num_cpus=0)(_worker_versions), _worker_versions(families)
+    probe, here = ray.remote(num_cpus=0)(_of_worker), _worker_versions(families)
     asked = []
     for node in ray.nodes():
         if node["Alive"]:
@@ -270,9 +273,13 @@ def _workers(families: Sequence[str]) -> Check:
             asked.append((node, probe.options(scheduling_strategy=there).remote(families)))
     until = time.monotonic() + _WORKERS_S
     problems: dict[str, list[str]] = {}
+    on_disk: list[str] = []
     for node, answer in asked:
         try:
-            problem = _difference(here, ray.get(answer, timeout=max(until - time.monotonic(), 1.0)))
+            versions, shared_bytes = ray.get(answer, timeout=max(until - time.monotonic(), 1.0))
+            problem = _difference(here, versions)
+            if node["Resources"].get("object_store_memory", 0) > shared_bytes:
+                on_disk.append(node["NodeManagerAddress"])
         except ray.exceptions.RayError as error:
             gone = {other["NodeID"] for other in ray.nodes() if not other["Alive"]}
             # A cluster that shrinks meanwhile has lost nothing that the job needs.
@@ -282,16 +289,25 @@ def _workers(families: Sequence[str]) -> Check:
     if not problems:
         own = "".join(f", {name} as the driver does" for name in families)
         found = f"start on {len(asked)} node(s), and import vlmflow in the driver's versions{own}"
-        return Check("ray workers", "ok", found)
-    found = "; ".join(f"{', '.join(nodes[:_MAX_NAMED])}: {problem}" for problem, nodes in problems.items())
-    remedy = "Install vlmflow, and modules of your own, on every node, in the versions that the driver has."
-    return Check("ray workers", "fail", found, remedy)
+        yield Check("ray workers", "ok", found)
+    else:
+        found = "; ".join(f"{', '.join(nodes[:_MAX_NAMED])}: {problem}" for problem, nodes in problems.items())
+        remedy = "Install vlmflow, and modules of your own, on every node, in the versions that the driver has."
+        yield Check("ray workers", "fail", found, remedy)
+    if on_disk:
+        found = f"less than Ray's object store takes, so images go through a disk: {', '.join(on_disk[:_MAX_NAMED])}"
+        yield Check("shared memory", "warn", found, MORE_SHARED_MEMORY)
 
 
 def _difference(here: dict[str, str], there: dict[str, str]) -> str:
     """The packages of which two places have other versions; empty: there is none."""
     other = [name for name in here if here[name] != there.get(name)]
     return ", ".join(f"{name} {here[name]} here, {there.get(name, 'none')} there" for name in other)
+
+
+def _of_worker(families: Sequence[str]) -> tuple[dict[str, str], float]:
+    """Its versions, and the bytes of shared memory that its node may have; inf: that is not known."""
+    return _worker_versions(families), shutil.disk_usage(SHARED_MEMORY).total if SHARED_MEMORY.is_dir() else math.inf
 
 
 def _worker_versions(families: Sequence[str]) -> dict[str, str]:

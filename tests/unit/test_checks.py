@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +10,7 @@ from typing import Any
 
 import obstore
 import pytest
+import ray
 import torch
 from obstore.exceptions import AlreadyExistsError, GenericError, PermissionDeniedError
 
@@ -118,12 +119,30 @@ def test_what_a_cluster_may_grow_to_is_told(monkeypatch: pytest.MonkeyPatch) -> 
         assert next(checks._ray(RayConfig(), ())).found == f"1 node(s), 2 CPUs, 0 GPUs{told}"
 
 
-def test_an_object_store_on_a_disk_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = Cluster(cpus=2.0, gpus=0.0, num_nodes=1, embedded=True, slow_store="decoded images go through a disk")
-    monkeypatch.setattr(checks, "ray_cluster", lambda _: nullcontext(found))
-    _, check = itertools.islice(checks._ray(RayConfig(), ()), 2)
-    assert (check.verdict, check.found) == ("warn", "decoded images go through a disk")
-    assert "--shm-size" in check.remedy
+class Probe:
+    """A function of Ray's that runs at once, here."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.remote = function
+
+    def options(self, **_: Any) -> Probe:
+        return self
+
+
+@pytest.mark.parametrize(("shared_bytes", "warned"), [(64e6, True), (4e9, False)])
+def test_nodes_whose_images_go_through_a_disk_are_told(
+    shared_bytes: float, warned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resources = {"CPU": 2.0, "object_store_memory": 2e9}
+    node = {"Alive": True, "NodeID": "a" * 56, "NodeManagerAddress": "10.0.0.7", "Resources": resources}
+    monkeypatch.setattr(ray, "nodes", lambda: [node])
+    monkeypatch.setattr(ray, "remote", lambda **_: Probe)
+    monkeypatch.setattr(ray, "get", lambda answer, **_: answer)
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: SimpleNamespace(total=shared_bytes))
+    versions, *shared = checks._workers(())
+    assert versions.verdict == "ok"
+    assert [(check.verdict, check.found.rpartition(": ")[2]) for check in shared] == [("warn", "10.0.0.7")] * warned
+    assert all("/dev/shm" in check.remedy for check in shared)
 
 
 @pytest.mark.parametrize(

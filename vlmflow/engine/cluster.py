@@ -35,7 +35,7 @@ from vlmflow.errors import ClusterError, ConfigError
 _QUIET_LOGGERS = ("ray", "ray.data", "ray.data._internal", "ray.util")
 _MAX_EVENT_CHARS = 300
 _OF_NODES = ("raylet", "autoscaler")  # as Ray calls what is no worker
-_SHARED_MEMORY = Path("/dev/shm")
+SHARED_MEMORY = Path("/dev/shm")
 _HEAD_PATIENCE = "RAY_gcs_rpc_server_reconnect_timeout_s"
 
 logger = logging.getLogger("vlmflow")
@@ -169,9 +169,9 @@ def nodes_now() -> tuple[tuple[float, float], ...]:
 
 def _slow_store(num_bytes: float) -> str:
     """Ray puts its object store on a disk where shared memory has less room, and says so in a log that nobody reads."""
-    if not _SHARED_MEMORY.is_dir() or num_bytes <= (free := shutil.disk_usage(_SHARED_MEMORY).free):
+    if not SHARED_MEMORY.is_dir() or num_bytes <= (free := shutil.disk_usage(SHARED_MEMORY).free):
         return ""
-    found = f"{_SHARED_MEMORY} has {free / 1e9:.2f} GB free"
+    found = f"{SHARED_MEMORY} has {free / 1e9:.2f} GB free"
     return f"decoded images go through a disk: {found}, and Ray's object store takes {num_bytes / 1e9:.1f}"
 
 
@@ -350,7 +350,8 @@ def _refuse_client() -> None:
 # Ray wants a driver to have the cluster's, down to the last number of Python's, and says so in six lines.
 _OTHER_VERSIONS = re.compile(".*".join(2 * [r"Ray: (\S+)\s+Python: (\S+)"]), re.DOTALL)
 MORE_SHARED_MEMORY = (
-    "Give the container more shared memory (docker run --shm-size), or set ray.object_store_bytes to less than is free."
+    "Give the container more (docker run --shm-size; in Kubernetes an emptyDir of medium Memory at /dev/shm), or its "
+    "object store less (ray.object_store_bytes; of nodes `ray start --object-store-memory`)."
 )
 _EMBEDDED = (
     "See that the machine has memory to spare, and that there is room for Ray's temporary files in a folder that can "

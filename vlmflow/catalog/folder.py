@@ -219,6 +219,12 @@ class Folder:
             for meta in page:
                 yield FileInfo(meta["path"][skip:], meta["size"], meta["last_modified"])
 
+    def folders(self) -> Sequence[str]:
+        """The names of its sub-folders; what lies in them is not listed."""
+        with self._in_our_words():
+            found = retried(lambda: obstore.list_with_delimiter(self._store, prefix=self._at("")))
+        return [path.rstrip("/").rpartition("/")[2] for path in found["common_prefixes"]]
+
     def unfinished(self, below: str) -> Iterator[FileInfo]:
         """The files under a sub-folder, at any depth, that somebody is writing or was when he died.
 

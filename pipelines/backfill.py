@@ -38,12 +38,12 @@ from pipelines.common import (
     stop_jobs_of,
 )
 from pipelines.ray_jobs import Command
-from pipelines.steps import Steps, remoderate_command
+from pipelines.steps import Steps, check_command, remoderate_command
 from vlmflow.catalog import Catalog
 from vlmflow.config import CatalogConfig, Job
 from vlmflow.engine.progress import SilentProgress
-from vlmflow.engine.remoderate import Scope
 from vlmflow.engine.remoderate_report import RemoderateReport
+from vlmflow.engine.scope import Scope
 from vlmflow.errors import ConfigError
 from vlmflow.moderation.policy import load_policy
 
@@ -87,6 +87,7 @@ def _commands(flow_run: FlowRun) -> Iterator[Command]:
     """What a flow run may follow on a Ray cluster."""
     given = flow_run.parameters
     job = _read_job(given)
+    yield check_command(job, given.get("where"), given.get("rollback"))
     for date in partitions(job.catalog, given.get("start"), given.get("end")):
         scope = Scope(date, date, given.get("where"))
         yield remoderate_command(job, scope, given.get("rollback"), dry_run=bool(given.get("dry_run")))
@@ -145,7 +146,8 @@ def moderation_backfill(
         span = f"{start or 'the first'} to {end or 'the last'}"
         return Completed(message=f"Nothing to do: catalog {job.catalog.uri} holds no partition from {span}.")
     steps = make_steps(ray_jobs_url, deadline_hours)
-    target = _target(job, rollback)  # of a dry run too: a policy that cannot be read would fail in each partition
+    target = _target(job, rollback)
+    check(steps, job, where, rollback)  # of a dry run too: what cannot be used would fail in each partition
     alone = nullcontext() if dry_run else backfill_at_work(job.catalog, target)
     with alone, steps.session(job), tags(TAG):
         reports = _all_partitions(steps, job, dates, where, rollback, dry_run, partitions_at_once)
@@ -244,6 +246,13 @@ class _Done:
     @property
     def _so_far(self) -> str:
         return f"{len(self.reports)} of {len(self._found)} partitions"
+
+
+@task(name="check", cache_policy=NO_CACHE, persist_result=False, retries=RETRIES,
+      retry_delay_seconds=list(RETRY_DELAYS_S), retry_condition_fn=may_pass)  # fmt: skip
+def check(steps: Steps, job: Job, where: str | None, rollback: str | None) -> None:
+    """Refuses a policy, a rollback or a condition that no partition could use."""
+    steps.check_remoderation(job, where, rollback)
 
 
 @task(

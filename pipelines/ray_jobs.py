@@ -12,7 +12,6 @@ import logging
 import os
 import re
 import shlex
-import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from ray.exceptions import RayError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from vlmflow.errors import ClusterError, ConfigError, DeadlineError, SubmittedJobError, VlmflowError
+from vlmflow.workspace import Workspace
 
 logger = logging.getLogger("vlmflow")
 
@@ -277,15 +277,15 @@ class RayJobs:
     def _submit(self, command: Command, number: int, owner: str) -> Attempt | None:
         """Submits an attempt; None: there is one of that number."""
         submission_id = f"{command.name}-{number}"
-        with tempfile.TemporaryDirectory(prefix="vlmflow-job-") as folder:
+        with Workspace() as workspace:
             for name, content in command.files.items():
-                (Path(folder) / name).write_text(content, encoding="utf-8")
+                (workspace.path / name).write_text(content, encoding="utf-8")
             try:
                 with self._asking() as client:
                     client.submit_job(
                         entrypoint=command.entrypoint,
                         submission_id=submission_id,
-                        runtime_env={"working_dir": folder} if command.files else {},
+                        runtime_env={"working_dir": str(workspace.path)} if command.files else {},
                         metadata={OWNER: owner},
                     )
             except ClusterError as error:

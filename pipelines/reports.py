@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from vlmflow.catalog import Catalog
+from vlmflow.catalog.files import is_being_written
 from vlmflow.catalog.folder import Folder
 from vlmflow.config import CatalogConfig, Job
 from vlmflow.engine import RunReport
@@ -108,6 +109,13 @@ def _ours(folder: Folder) -> list[re.Match[str]]:
     return [match for match in found if match is not None]
 
 
+def _left(folder: Folder) -> list[str]:
+    """What killed nights were putting into a folder, and no listing shows."""
+    now = dt.datetime.now(dt.UTC)  # of a disk, which alone shows such files
+    ours = (info for info in folder.unfinished("") if _OURS.fullmatch(info.finished_path))
+    return [info.path for info in ours if not is_being_written(info, now)]
+
+
 def default_folder(catalog: CatalogConfig) -> str:
     """Beside the catalog, so that neither an export nor a reader of the catalog meets it."""
     return f"{catalog.uri.rstrip('/')}-reports"
@@ -142,5 +150,5 @@ def publish_report(job: Job, run_id: str, date: dt.date, folder: str, keep: int)
     reports = sorted((match for match in found if match["kind"] == "html"), key=itemgetter("run"), reverse=True)
     # Runs of which no night makes the report any more.
     notes = [match for match in found if match["kind"] == "told" and match["date"] <= str(date - _LOOK_BACK)]
-    files.delete_all([match.string for match in (*reports[keep:], *notes)])
+    files.delete_all([match.string for match in (*reports[keep:], *notes)] + _left(files))
     return f"{folder.rstrip('/')}/{name}", written

@@ -6,6 +6,7 @@ submitted as a command line with a job file, through the Jobs API; so a flow tha
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -22,8 +23,9 @@ from vlmflow.config import Frozen, Job
 from vlmflow.engine import PlanSummary, RunReport, enrich, plan
 from vlmflow.engine.cluster import ray_cluster
 from vlmflow.engine.progress import ProgressDisplay, Tally
-from vlmflow.engine.remoderate import Scope, remoderate
+from vlmflow.engine.remoderate import check_remoderation, remoderate
 from vlmflow.engine.remoderate_report import RemoderateReport
+from vlmflow.engine.scope import Scope
 from vlmflow.errors import ConfigError, SubmittedJobError, VlmflowError
 from vlmflow.gate import GateLimits, GateReport, compare, golden_values, read_accepted
 from vlmflow.moderation.policy import load_policy
@@ -68,6 +70,9 @@ class Steps(Protocol):
     def enrich(self, job: Job, progress: ProgressDisplay) -> RunReport:
         """Does what is due."""
 
+    def check_remoderation(self, job: Job, where: str | None, rollback: str | None) -> None:
+        """Refuses what :meth:`remoderate` would refuse of any dates: nothing is moved, nor looked through."""
+
     def remoderate(
         self, job: Job, scope: Scope, rollback: str | None, *, dry_run: bool, progress: ProgressDisplay
     ) -> RemoderateReport:
@@ -103,6 +108,10 @@ class InProcess:
     def enrich(self, job: Job, progress: ProgressDisplay) -> RunReport:
         """Does what is due."""
         return enrich(job, progress=progress)
+
+    def check_remoderation(self, job: Job, where: str | None, rollback: str | None) -> None:
+        """Refuses what :meth:`remoderate` would refuse of any dates: nothing is moved, nor looked through."""
+        check_remoderation(job, Scope(where=where), rollback)
 
     def remoderate(
         self, job: Job, scope: Scope, rollback: str | None, *, dry_run: bool, progress: ProgressDisplay
@@ -158,6 +167,11 @@ class OnCluster:
         """Does what is due."""
         attempt, lines = self._run(enrich_command(job), progress)
         return _report(RunReport, attempt, lines)
+
+    def check_remoderation(self, job: Job, where: str | None, rollback: str | None) -> None:
+        """Refuses what :meth:`remoderate` would refuse of any dates: nothing is moved, nor looked through."""
+        attempt, lines = self._run(check_command(job, where, rollback))
+        _report(RemoderateReport, attempt, lines)
 
     def remoderate(
         self, job: Job, scope: Scope, rollback: str | None, *, dry_run: bool, progress: ProgressDisplay
@@ -299,6 +313,11 @@ def remoderate_command(job: Job, scope: Scope, rollback: str | None, *, dry_run:
             arguments += (option, str(value))
     label = f"remoderate {scope.start or ''}"
     return Command(label, arguments + (("--dry-run",) if dry_run else ()), job_files(job))
+
+
+def check_command(job: Job, where: str | None, rollback: str | None) -> Command:
+    """``vlmflow remoderate`` of a date before all others: it checks what it is given, and finds no rows."""
+    return remoderate_command(job, Scope(dt.date.min, dt.date.min, where), rollback, dry_run=True)
 
 
 def _report(model: type[_Model], attempt: Attempt, lines: Sequence[Mapping[str, Any]]) -> _Model:

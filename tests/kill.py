@@ -83,7 +83,7 @@ POINTS: dict[str, Callable[[int], None]] = {
     "between commits": lambda n: _at(Catalog, "commit", n, after=True),
     "updating columns, before the commit": lambda n: _at(outdated, "write_file", n, after=True),
     "updating columns, after the commit": lambda n: _at(outdated, "commit", n, after=True),
-    "in compaction, before its commit": lambda n: _at(compact, "write_file", n, after=True),
+    "in compaction, before its commit": lambda n: _at(compact, "write_joined", n, after=True),
     "in compaction, after its commit": lambda n: _at(compact, "commit", n, after=True),
     "in vacuum, after revoking": lambda n: _at(vacuum, "revoke", n, after=True),
     "in vacuum, half deleted": _half_deleted,

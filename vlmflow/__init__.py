@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from vlmflow.catalog import Catalog
     from vlmflow.checks import Check, doctor
     from vlmflow.engine import PlanSummary, PreflightReport, RunReport, enrich, plan, preflight
-    from vlmflow.engine.remoderate import Scope, remoderate
+    from vlmflow.engine.remoderate import remoderate
     from vlmflow.engine.remoderate_report import RemoderateReport
+    from vlmflow.engine.scope import Scope
     from vlmflow.evaluation import EvaluationReport, evaluate, read_dataset
     from vlmflow.grounding import GroundedRegion, PhraseGrounder, ground_phrases
     from vlmflow.models.convert import ConversionInputs, ConversionReport, convert_weights
@@ -131,7 +132,7 @@ __getattr__ = imported_at_first_use(
         "RemoderateReport": "vlmflow.engine.remoderate_report",
         "ReviewReport": "vlmflow.review",
         "RunReport": "vlmflow.engine",
-        "Scope": "vlmflow.engine.remoderate",
+        "Scope": "vlmflow.engine.scope",
         "SearchResult": "vlmflow.search.results",
         "Searcher": "vlmflow.search.searcher",
         "ServeConfig": "vlmflow.web.server",

@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import os
 import secrets
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from vlmflow.errors import VlmflowError
+
+_LEFT_AFTER_S = 3600.0  # nobody is so long over a piece of a file
 
 
 @contextlib.contextmanager
@@ -35,6 +39,8 @@ def locked(folder: Path, error: VlmflowError) -> Iterator[None]:
 def put_file(path: Path, data: str | bytes | Iterable[str]) -> None:
     """Writes a file anew: beside the old one, whose place and mode it takes. A symbolic link stays one.
 
+    What a kill leaves of it is removed by who writes the file an hour later or more.
+
     A device or a pipe, a file in a folder that may not be written to, and one that is mounted by itself are written in
     place: nothing can take theirs.
 
@@ -48,7 +54,12 @@ def put_file(path: Path, data: str | bytes | Iterable[str]) -> None:
     if path.exists() and not path.is_file():
         _write(path, "wb", data)
         return
-    part = path.with_name(f".{path.name[:64]}.{secrets.token_hex(4)}.part")
+    beginning = f".{path.name[:64]}."
+    for left in path.parent.glob(f"{glob.escape(beginning)}{'[0-9a-f]' * 8}.part"):
+        with contextlib.suppress(OSError):  # somebody else's, or gone
+            if time.time() - left.stat().st_mtime > _LEFT_AFTER_S:
+                left.unlink()
+    part = path.with_name(f"{beginning}{secrets.token_hex(4)}.part")
     try:
         try:
             _write(part, "xb", data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import re
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from pipelines import at_work
+from pipelines import at_work, backfill
 from pipelines.backfill import moderation_backfill
 from pipelines.nightly import nightly_enrichment
 from tests.flows import Prefect, process, write_job
@@ -19,7 +20,7 @@ from tests.pictures import picture, write_pictures
 from vlmflow.catalog import Catalog, runs
 from vlmflow.config import Job, ModelConfig
 from vlmflow.engine import enrich
-from vlmflow.errors import BackfillError, ConfigError
+from vlmflow.errors import BackfillError, ConfigError, UnboundPolicyError
 from vlmflow.models import identify
 from vlmflow.moderation.policy import bind, load_policy, write_binding
 
@@ -118,12 +119,20 @@ def test_what_cannot_be_asked_for_is_named(
 ) -> None:
     job = job_of(make_job, tmp_path, [NIGHT])
     job_file = write_job(job, tmp_path / "job.yaml")
-    with pytest.raises(ConfigError, match="names both a policy and a rollback"):
-        run(job_file, policy=strict, rollback="abc").result()
-    with pytest.raises(ConfigError, match="no_such_column"):
-        run(job_file, policy=strict, where="no_such_column = 1").result()
-    with pytest.raises(ConfigError, match="abcabc"):
-        run(job_file, rollback="abcabc").result()
+    unbound = tmp_path / "unbound.yaml"
+    unbound.write_text(re.sub(r"(?ms)^bindings:.*", "", Path(strict).read_text(encoding="utf-8")), encoding="utf-8")
+    with monkeypatch.context() as patched:
+        for begun in ("_all_partitions", "backfill_at_work"):
+            patched.setattr(backfill, begun, lambda *_: pytest.fail("the backfill has begun"))
+        with pytest.raises(ConfigError, match="names both a policy and a rollback"):
+            run(job_file, policy=strict, rollback="abc").result()
+        for dry_run in (False, True):
+            with pytest.raises(ConfigError, match="no_such_column"):
+                run(job_file, policy=strict, where="no_such_column = 1", dry_run=dry_run).result()
+        with pytest.raises(ConfigError, match="abcabc"):
+            run(job_file, rollback="abcabc").result()
+        with pytest.raises(UnboundPolicyError, match="bound: none"):
+            run(job_file, policy=str(unbound)).result()
     nothing = run(job_file, policy=strict, start=dt.date(2030, 1, 1))
     assert nothing.message.startswith("Nothing to do: ")
     monkeypatch.setattr(runs, "HEARTBEAT_S", 0.05)

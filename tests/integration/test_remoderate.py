@@ -21,8 +21,9 @@ from vlmflow.catalog.log import SCHEMA_VERSION, DataFile
 from vlmflow.config import CatalogConfig, Job, ModelConfig
 from vlmflow.engine import enrich
 from vlmflow.engine import remoderate as module
-from vlmflow.engine.remoderate import Scope, remoderate
+from vlmflow.engine.remoderate import remoderate
 from vlmflow.engine.remoderate_report import RemoderateReport
+from vlmflow.engine.scope import Scope
 from vlmflow.errors import ConfigError
 from vlmflow.models import identify
 from vlmflow.moderation.policy import bind, load_policy, write_binding

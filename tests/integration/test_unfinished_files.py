@@ -84,8 +84,10 @@ def test_of_runs_that_are_over_they_go_and_of_others_they_stay(catalog: Catalog,
 
 
 def test_of_nobodys_run_they_go_when_nobody_can_be_writing_them_any_more(catalog: Catalog, root: Path) -> None:
-    old = leave(root, "reviews/v.parquet#1", "runs/r9.lease#2", age_s=DEAD_AFTER.total_seconds() + 5)
-    stay = leave(root, "reviews/w.parquet#1")
+    log = "_delta_log/00000000000000000009"
+    killed = "reviews/v.parquet#1", "runs/r9.lease#2", f"images/{log}.json#1", f"embeddings/{log}.checkpoint.parquet#1"
+    old = leave(root, *killed, age_s=DEAD_AFTER.total_seconds() + 5)
+    stay = leave(root, "reviews/w.parquet#1", "images/_delta_log/00000000000000000010.json#1")
     assert catalog.vacuum(retention=NOW, dry_run=True).num_files["orphan"] == len(old)
     assert catalog.vacuum(retention=NOW).num_files["orphan"] == len(old)
     assert unfinished(root) == stay

@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +31,14 @@ from vlmflow.moderation.policy import load_policy, shipped_policies, write_versi
 signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
 write_version(shipped_policies()["demo"], pathlib.Path(sys.argv[1]), load_policy("demo").bindings[0])
+"""
+KILLED_ANYWHERE = """
+import os, pathlib, signal, sys
+from vlmflow.files import put_file
+def lines():
+    yield "half"
+    os.kill(os.getpid(), signal.SIGKILL)
+put_file(pathlib.Path(sys.argv[1]), lines())
 """
 
 
@@ -108,6 +117,22 @@ def test_mode_and_link_stay(tmp_path: Path) -> None:
     plain.write_text("")
     put_file(tmp_path / "new", b"new")
     assert (tmp_path / "new").stat().st_mode == plain.stat().st_mode
+
+
+def test_what_a_kill_leaves_of_a_file_goes_with_the_next_an_hour_later(tmp_path: Path) -> None:
+    path = tmp_path / "of [mine].csv"
+    done = subprocess.run([sys.executable, "-c", KILLED_ANYWHERE, str(path)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    others = {tmp_path / name for name in (f".{path.name}.part", f".another.{left.suffixes[-2][1:]}.part")}
+    for other in others:
+        other.touch()
+        os.utime(other, (0, 0))
+    put_file(path, "new")
+    assert {*tmp_path.iterdir()} == {path, left, *others}, "somebody may be at it"
+    os.utime(left, (time.time() - 3601,) * 2)
+    put_file(path, "newer")
+    assert {*tmp_path.iterdir()} == {path, *others}
 
 
 def test_where_nothing_can_take_its_place_a_file_is_written_in_place(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import datetime as dt
+import itertools
 import logging
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,8 +17,8 @@ from vlmflow.catalog.columns import conform
 from vlmflow.catalog.commit import Change, CommitRequest, commit
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.log import DataFile, Snapshot, TableLog
-from vlmflow.catalog.read import References, files_by_date, read_rows
-from vlmflow.catalog.writer import write_file, writer_of
+from vlmflow.catalog.read import References, files_by_date, read_each, read_rows
+from vlmflow.catalog.writer import write_joined, writer_of
 from vlmflow.errors import CatalogChangedError
 
 logger = logging.getLogger(__name__)
@@ -151,11 +152,21 @@ class _Step:
         return (dt.datetime.now(dt.UTC).date() - self._date).days % _LOOK_EVERY_DAYS == 0
 
     def _join(self, files: Sequence[DataFile], columns: pa.Schema) -> tuple[DataFile | None, int]:
-        tables = [conform(read_rows(self._folder, self._table, file), columns) for file in files]
-        rows = pa.concat_tables(tables)
-        count = rows.num_rows
-        if self._unreferenced is not None:
-            rows = rows.filter(pa.array(~self._unreferenced.mask(self._date, rows)))
-        if not rows.num_rows:
-            return None, count
-        return write_file(self._folder, self._table, rows, self._date, self._run_id), count - rows.num_rows
+        num_dropped = 0
+
+        def kept() -> Iterator[pa.Table]:
+            nonlocal num_dropped
+            for _, rows in read_each(self._folder, self._table, files, None, ahead=1):
+                if self._unreferenced is not None:
+                    marks = self._unreferenced.mask(self._date, rows)
+                    num_dropped += int(marks.sum())
+                    rows = rows.filter(pa.array(~marks))
+                if rows.num_rows:
+                    yield conform(rows, columns)
+
+        parts = kept()
+        first = next(parts, None)
+        if first is None:
+            return None, num_dropped
+        parts = itertools.chain([first], parts)
+        return write_joined(self._folder, self._table, parts, self._date, self._run_id), num_dropped

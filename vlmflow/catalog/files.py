@@ -49,7 +49,7 @@ def look_through(
     now: dt.datetime,
     retention: dt.timedelta,
 ) -> Iterator[Found]:
-    """Tells what each file of the tables, each staged file, and each unfinished one of the other folders is.
+    """Tells what each file of the tables, each staged file, and each unfinished one of logs and other folders is.
 
     The folder is listed before the logs are read. So a file that is listed and in no version is either of a run that
     may still commit, or an orphan for good.
@@ -94,7 +94,7 @@ def look_through(
             yield Found(file, "foreign")
         else:
             yield Found(file, "staged" if is_over(file, run_id) else "pending")
-    for name in _OTHERS:
+    for name in (*_OTHERS, *(f"{log.name}/_delta_log" for log in logs)):
         for file in folder.unfinished(name):
             yield Found(file, "pending" if is_being_written(file, now) else "orphan")
 

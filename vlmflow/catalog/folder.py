@@ -230,6 +230,12 @@ class Folder:
             for meta in page:
                 yield FileInfo(meta["path"][skip:], meta["size"], meta["last_modified"])
 
+    def folders(self) -> Sequence[str]:
+        """The names of its sub-folders; what lies in them is not listed."""
+        with self._in_our_words():
+            found = retried(lambda: obstore.list_with_delimiter(self._store, prefix=self._at("")))
+        return [path.rstrip("/").rpartition("/")[2] for path in found["common_prefixes"]]
+
     def unfinished(self, below: str) -> Iterator[FileInfo]:
         """The files under a sub-folder, at any depth, that somebody is writing or was when he died.
 
@@ -248,14 +254,21 @@ class Folder:
                         found.append(FileInfo(file.relative_to(root).as_posix(), status.st_size, changed))
         yield from found
 
-    def write_parquet(self, path: str, rows: pa.Table, **options: Any) -> int:
+    def write_parquet(self, path: str, rows: pa.Table | Iterator[pa.Table], **options: Any) -> int:
         """Writes rows as one Parquet file in one step; returns its size in bytes.
 
         Args:
+            rows: a table, or one after the other, at least one: each begins a row group, and is then let go of.
             options: of :func:`pyarrow.parquet.write_table`.
         """
+        row_group_size = options.pop("row_group_size", None)
+        parts = iter([rows]) if isinstance(rows, pa.Table) else rows
+        part = next(parts)
         sink = pa.BufferOutputStream()
-        pq.write_table(rows, sink, compression="zstd", **options)
+        with pq.ParquetWriter(sink, part.schema, compression="zstd", **options) as writer:
+            while part is not None:
+                writer.write_table(part, row_group_size)
+                part = next(parts, None)
         data = sink.getvalue()
         with self._in_our_words():
             retried(lambda: obstore.put(self._store, self._at(path), memoryview(data).cast("B")))

@@ -36,7 +36,7 @@ def read_rows(folder: Folder, table: TableName, file: DataFile, columns: Sequenc
 
 
 def read_each(
-    folder: Folder, table: TableName, files: Iterable[DataFile], columns: Sequence[str], *, ahead: int
+    folder: Folder, table: TableName, files: Iterable[DataFile], columns: Sequence[str] | None, *, ahead: int
 ) -> Iterator[tuple[DataFile, pa.Table]]:
     """Reads files one after the other, the next ``ahead`` of them meanwhile: a store answers late, but many at once.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import re
 import uuid
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -14,7 +15,7 @@ from vlmflow import schema
 from vlmflow.catalog.columns import conform, flat
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.keys import to_binary
-from vlmflow.catalog.log import DataFile, TableName, file_stats
+from vlmflow.catalog.log import STATS_COLUMNS, DataFile, TableName, file_stats
 from vlmflow.catalog.masks import holds
 from vlmflow.catalog.rows import RunConstants, error_classes, stage_rows
 from vlmflow.catalog.tombstones import keyed_addresses
@@ -136,11 +137,36 @@ def write_file(folder: Folder, table: TableName, rows: pa.Table, date: dt.date, 
         rows: columns of the table; the partition's own column stays out of the file, its name is in the path.
         run_id: of the run that writes; it stands in the name, so that a vacuum knows whose file it is.
     """
+    return write_joined(folder, table, iter([rows]), date, run_id)
+
+
+def write_joined(folder: Folder, table: TableName, parts: Iterator[pa.Table], date: dt.date, run_id: str) -> DataFile:
+    """As :func:`write_file`, of rows that come piece by piece, at least one: no more are held than a row group has."""
     path = f"ingest_date={date.isoformat()}/{run_id}-{uuid.uuid4().hex}.parquet"
     options = _EMBEDDING_OPTIONS if table == "embeddings" else _IMAGE_OPTIONS
-    columns = [name for name in rows.column_names if name != "ingest_date"]
-    size = folder.write_parquet(f"{table}/{path}", rows.select(columns), **options)
+    told: list[pa.Table] = []
+
+    def groups() -> Iterator[pa.Table]:
+        for rows in _whole_groups(parts, options["row_group_size"]):
+            told.append(rows.select(STATS_COLUMNS[table]))
+            yield rows.drop_columns("ingest_date") if "ingest_date" in rows.column_names else rows
+
+    size = folder.write_parquet(f"{table}/{path}", groups(), **options)
+    rows = pa.concat_tables(told)
     return DataFile(path, size, rows.num_rows, date, file_stats(table, rows))
+
+
+def _whole_groups(parts: Iterator[pa.Table], num_rows: int) -> Iterator[pa.Table]:
+    """Tables put together so that the rows of each but the last fill row groups."""
+    waiting = [next(parts)]
+    for part in parts:
+        if sum(rows.num_rows for rows in waiting) >= num_rows:
+            rows = pa.concat_tables(waiting)
+            end = rows.num_rows - rows.num_rows % num_rows
+            yield rows.slice(0, end)
+            waiting = [rows.slice(end)]
+        waiting.append(part)
+    yield pa.concat_tables(waiting)
 
 
 def writer_of(path: str) -> str | None:

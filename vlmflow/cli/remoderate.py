@@ -56,8 +56,8 @@ def remoderate(
 
     Example: `vlmflow remoderate catalog/ --policy stricter.yaml --dry-run`
     """
-    from vlmflow.engine.remoderate import Scope
     from vlmflow.engine.remoderate import remoderate as run
+    from vlmflow.engine.scope import Scope
     from vlmflow.views_moderation import print_remoderation
 
     if policy is not None and rollback is not None:

@@ -30,7 +30,8 @@ from vlmflow.engine.prepare import Prepared, encode_policy, prepare
 from vlmflow.engine.progress import ProgressDisplay, SilentProgress, Tally
 from vlmflow.engine.relabel_files import Done, Scan, relabel_file, scan_file, score_file
 from vlmflow.engine.remoderate_report import RemoderateReport
-from vlmflow.errors import ConfigError, StorageAccessError, TransientError
+from vlmflow.engine.scope import Scope
+from vlmflow.errors import StorageAccessError, TransientError
 from vlmflow.models.detectors import prepare_detectors
 from vlmflow.moderation.decide import Moderator
 from vlmflow.moderation.policy import Policy, check_binding, prompts_digest
@@ -47,29 +48,6 @@ _TASKS_PER_CPU = 2
 _COMMIT_FILES = 32
 _COMMIT_S = 30.0
 _LIST_S = 10.0  # age up to which a list of the files of vectors serves
-
-
-@dataclass(frozen=True)
-class Scope:
-    """Which rows are asked for: ingest dates from ``start`` to ``end``, both included, and a condition in SQL.
-
-    Raises:
-        ConfigError: the first date is later than the last.
-    """
-
-    start: dt.date | None = None
-    end: dt.date | None = None
-    where: str | None = None
-
-    def __post_init__(self) -> None:
-        """Refuses a range that no date lies in, of which everything would seem to be done."""
-        if self.start is not None and self.end is not None and self.start > self.end:
-            remedy = "Give the earlier date first."
-            raise ConfigError(f"no ingest date is from {self.start} to {self.end}", remedy=remedy)
-
-    def holds(self, file: DataFile) -> bool:
-        """Whether a file's partition lies within."""
-        return (self.start or dt.date.min) <= file.ingest_date <= (self.end or dt.date.max)
 
 
 def remoderate(
@@ -99,16 +77,23 @@ def remoderate(
         WeightsError: weights of the embedder or of a detector are absent or do not fit.
         StoreLostError: the store went away in mid-run; what was committed stays.
     """
-    display = progress or SilentProgress()
+    return _begun(job, scope or Scope(), rollback, dry_run, progress or SilentProgress()).execute()
+
+
+def check_remoderation(job: Job, scope: Scope, rollback: str | None) -> None:
+    """Refuses what :func:`remoderate` refuses before it starts Ray, with its errors; no row is read."""
+    _begun(job, scope, rollback, True, SilentProgress())
+
+
+def _begun(job: Job, scope: Scope, rollback: str | None, dry_run: bool, display: ProgressDisplay) -> _Remoderation:
     display.stage("checking model and policy")
-    scope = scope or Scope()
     # A rollback goes back to policies that the catalog holds: the job's own need neither exist nor fit the model.
     tasks = ("embed", "moderate") if rollback is None else ("embed",)
     prepared = prepare(job.model_copy(update={"tasks": tasks}))
     catalog = Catalog.open(job.catalog)
     if scope.where is not None:
         check_where(scope.where, catalog.newest_images.schema)
-    return _Remoderation(prepared, catalog, scope, rollback, dry_run, display).execute()
+    return _Remoderation(prepared, catalog, scope, rollback, dry_run, display)
 
 
 @dataclass

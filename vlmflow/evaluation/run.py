@@ -7,7 +7,9 @@ where it was interrupted.
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
 import logging
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -21,7 +23,8 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from vlmflow.catalog import Catalog
-from vlmflow.catalog.folder import Folder
+from vlmflow.catalog.files import UNKNOWN_RUN_AGE
+from vlmflow.catalog.folder import FileInfo, Folder
 from vlmflow.catalog.judged import by_model
 from vlmflow.catalog.keys import index_of, to_binary, to_words
 from vlmflow.catalog.runs import new_run_id
@@ -65,6 +68,8 @@ _OF_MODERATION = ("policy_digest", "decision", "decision_reason", "verdict")
 def scratch_catalog(job: Job, scratch: str | None, prefix: str) -> Iterator[CatalogConfig]:
     """A place for a catalog, removed afterwards with all that was written to it.
 
+    So is, before, what others left there that were killed a day ago or more.
+
     Args:
         scratch: where it is made, in a folder of its own; None: a temporary folder of this machine.
     """
@@ -72,16 +77,40 @@ def scratch_catalog(job: Job, scratch: str | None, prefix: str) -> Iterator[Cata
         with Workspace() as workspace:
             yield CatalogConfig(uri=str(workspace.path / "catalog"))
         return
-    config = CatalogConfig(uri=f"{scratch.rstrip('/')}/{prefix}-{new_run_id()}", storage=job.catalog.storage)
+    place = CatalogConfig(uri=scratch.rstrip("/"), storage=job.catalog.storage)
+    for name in Folder(place).folders():
+        left = _inside(place, name)
+        if re.fullmatch(rf"{prefix}-\d{{8}}T\d{{6}}-[0-9a-f]{{8}}", name) and _is_forsaken(left):
+            _remove(left)
+    config = _inside(place, f"{prefix}-{new_run_id()}")
     try:
         yield config
     finally:
-        files = Folder(config)
-        left = files.delete_all([info.path for info in (*files.list(""), *files.unfinished(""))])
-        if left:
-            logger.warning("%d files of the scratch catalog %s could not be removed", len(left), config.uri)
-        elif (place := parse_address(config.uri)).is_local:
-            shutil.rmtree(place.path, ignore_errors=True)  # a disk keeps empty folders
+        _remove(config)
+
+
+def _inside(place: CatalogConfig, name: str) -> CatalogConfig:
+    return CatalogConfig(uri=f"{place.uri}/{name}", storage=place.storage)
+
+
+def _files(config: CatalogConfig) -> list[FileInfo]:
+    folder = Folder(config)
+    return [*folder.list(""), *folder.unfinished("")]
+
+
+def _is_forsaken(config: CatalogConfig) -> bool:
+    """Whether nothing was written to a scratch catalog for a day: who works on one gives signs of life there."""
+    since = dt.datetime.now(dt.UTC) - UNKNOWN_RUN_AGE
+    files = _files(config)
+    return bool(files) and all(info.modified_at < since for info in files)
+
+
+def _remove(config: CatalogConfig) -> None:
+    left = Folder(config).delete_all([info.path for info in _files(config)])
+    if left:
+        logger.warning("%d files of the scratch catalog %s could not be removed", len(left), config.uri)
+    elif (place := parse_address(config.uri)).is_local:
+        shutil.rmtree(place.path, ignore_errors=True)  # a disk keeps empty folders
 
 
 def trial_job(job: Job, what: str, **changes: Any) -> Job:

@@ -225,12 +225,19 @@ def _equal_vectors(searcher: Searcher, model: str, mask: Mask, ranks: NDArray[np
 
     Vectors that are equal there have a cosine within ``ROUNDING`` of 1. Of images with equal pixels the last bits may
     differ, by the batch that they were in.
+
+    Raises:
+        SearchError: too many of them are unlike to compare each with each, and the index does not cover all rows.
     """
     keys, rows = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
+    unlike: NDArray[np.uint64] | None = np.empty(0, np.uint64)  # None: they are too many to compare each with each
     for positions, vectors in searcher.vectors(model, mask):
         digests = b"".join(blake2b(vector, digest_size=8).digest() for vector in vectors.astype(np.float16))
         keys.append(np.frombuffer(digests, np.uint64))
         rows.append(positions)
+        if unlike is not None and len(unlike := np.union1d(unlike, keys[-1])) > ALL_PAIRS:
+            searcher.covering(model, mask)  # now, and not when all vectors are read, of which there may be millions
+            unlike = None
     return Equals.of(np.concatenate(keys), np.concatenate(rows), ranks)
 
 

@@ -16,7 +16,8 @@ from vlmflow.catalog import Catalog
 from vlmflow.catalog.log import DataFile
 from vlmflow.catalog.runs import RunStore
 from vlmflow.engine.relabel_files import Done, Scan
-from vlmflow.engine.remoderate import Scope, _Remoderation
+from vlmflow.engine.remoderate import _Remoderation
+from vlmflow.engine.scope import Scope
 from vlmflow.errors import StorageAccessError, StoreLostError, TransientError, VlmflowError
 from vlmflow.moderation.relabel import Changes
 

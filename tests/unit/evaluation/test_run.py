@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.catalog_samples import config_of
 from tests.report_samples import label, labels_of, put_rows
 from tests.vilbert import make_vilbert
+from vlmflow.catalog.folder import Folder
 from vlmflow.config import CatalogConfig, Job
 from vlmflow.engine.prepare import prepare
 from vlmflow.errors import EvaluationError
@@ -100,3 +103,17 @@ def test_a_scratch_catalog_leaves_nothing_where_it_was_asked_to_be(tmp_path: Pat
         put_rows(catalog, ["a"])
         assert list(tmp_path.iterdir())
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_one_left_goes_with_the_next_a_day_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = Folder(config_of(tmp_path))
+    ours, others = "gate-20260301T020000-00000001", {"gate-golden/a.png", "evaluate-20260301T020000-00000001/runs/r"}
+    for path in (f"{ours}/images/a.parquet", f"{ours}/runs/r.lease", *others):
+        place.write(path, b"x")
+    with scratch_catalog(job(), str(tmp_path), "gate"):
+        assert ours in place.folders(), "its gate may be at work"
+    monkeypatch.setattr("vlmflow.evaluation.run.UNKNOWN_RUN_AGE", dt.timedelta(seconds=-5))
+    with scratch_catalog(job(), str(tmp_path), "gate") as catalog:
+        put_rows(catalog, ["a"])
+        assert ours not in place.folders()
+    assert {info.path for info in place.list("")} == others

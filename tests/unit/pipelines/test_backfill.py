@@ -6,7 +6,6 @@ import datetime as dt
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -109,7 +108,7 @@ def test_a_policy_that_cannot_be_used_fails_before_any_partition(
 ) -> None:
     monkeypatch.setattr(backfill, "log_to_flow_run", lambda: None)
     monkeypatch.setattr(backfill, "partitions", lambda *_: DATES)
-    monkeypatch.setattr(backfill, "make_steps", lambda *_: SimpleNamespace(session=lambda _: nullcontext()))
+    monkeypatch.setattr(backfill, "make_steps", lambda *_: SimpleNamespace())
     job_file = write_job(JOB, tmp_path / "job.yaml")
     with pytest.raises(PolicyError, match=r"no_such\.yaml"):
         backfill.moderation_backfill.fn(job_file, policy="no_such.yaml", dry_run=dry_run, partitions_at_once=4)

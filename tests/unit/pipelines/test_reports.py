@@ -87,6 +87,18 @@ def test_of_a_report_whose_night_is_killed_nothing_stays(
     assert list(temporary.iterdir()) == []
 
 
+def test_what_a_night_that_was_killed_had_put_there_goes_with_the_next(config: CatalogConfig) -> None:
+    folder = Path(default_folder(config))
+    folder.mkdir()
+    ours, young, others = (folder / name for name in (f"{NIGHT}-{IDS[1]}.html#1", f"{NIGHT}-{IDS[2]}.html#1", "a#1"))
+    for path in (ours, young, others):
+        path.write_text("half a report")
+    for path in (ours, others):
+        os.utime(path, (0, 0))
+    publish(config, IDS[0])
+    assert {path.name for path in folder.iterdir()} == {f"{NIGHT}-{IDS[0]}.html", young.name, others.name}
+
+
 def test_only_the_newest_of_ours_are_kept(config: CatalogConfig) -> None:
     folder = Path(default_folder(config))
     folder.mkdir()

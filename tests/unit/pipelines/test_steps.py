@@ -24,6 +24,7 @@ from pipelines.steps import (
     Golden,
     OnCluster,
     Output,
+    check_command,
     doctor_command,
     enrich_command,
     gate_command,
@@ -35,7 +36,7 @@ from vlmflow.checks import Check
 from vlmflow.cli import app
 from vlmflow.config import Job
 from vlmflow.engine.progress import ProgressDisplay, Tally
-from vlmflow.engine.remoderate import Scope
+from vlmflow.engine.scope import Scope
 from vlmflow.errors import (
     ClusterError,
     ConfigError,
@@ -128,6 +129,7 @@ def commands(job: Job, tmp_path: Path) -> list[Command]:
         doctor_command(job),
         plan_command(job),
         enrich_command(job),
+        check_command(job, "width > 10", None),
         gate_command(job, golden),
         remoderate_command(job, scope, None, dry_run=True),
         remoderate_command(job, scope, "abc", dry_run=False),
@@ -144,7 +146,7 @@ def test_every_command_is_one_that_the_command_line_knows(job: Job, tmp_path: Pa
             found = found.commands[arguments.pop(0)]
         with found.make_context(found.name, arguments) as context:
             assert context.params["as_json"] is True
-    assert len({command.name for command in commands(job, tmp_path)}) == 6
+    assert len({command.name for command in commands(job, tmp_path)}) == 7
 
 
 def test_local_paths_of_a_command_are_whole(job: Job, tmp_path: Path) -> None:

@@ -13,11 +13,14 @@ import pytest
 from tests.catalog_samples import config_of
 from tests.search_samples import clustered, names, put, unit
 from vlmflow.catalog.keys import digest_of
+from vlmflow.catalog.masks import Mask
 from vlmflow.errors import ConfigError, SearchError, TooManyPairsError
 from vlmflow.search import duplicates, near
 from vlmflow.search.build import FEWEST_ROWS, update_index
 from vlmflow.search.duplicates import Kind, find_duplicates
+from vlmflow.search.exact import Block
 from vlmflow.search.live import LiveRows
+from vlmflow.search.searcher import Searcher
 from vlmflow.search.titles import find_titles
 
 
@@ -83,6 +86,31 @@ def test_the_index_finds_the_groups_that_comparing_all_finds(tmp_path: Path, mon
     update_index(config_of(tmp_path), min_rows=0)
     found = groups_of(tmp_path)
     assert len({tuple(sorted(m)) for _, m in found} & {tuple(sorted(m)) for _, m in expected}) >= 0.97 * len(expected)
+
+
+@pytest.mark.parametrize("are_equal", [False, True])
+def test_without_an_index_no_more_vectors_are_read_than_tell_that_they_are_too_many(
+    are_equal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(duplicates, "ALL_PAIRS", 10)
+    for number in range(6):
+        rows = turned(*[0] * 8) if are_equal else clustered(8, seed=number)
+        put(tmp_path, names(8, 8 * number), rows, run=f"r{number}")
+    vectors, num_read = Searcher.vectors, 0
+
+    def counted(self: Searcher, model: str, wanted: Mask) -> Iterator[Block]:
+        nonlocal num_read
+        for positions, block in vectors(self, model, wanted):
+            num_read += len(block)
+            yield positions, block
+
+    monkeypatch.setattr(Searcher, "vectors", counted)
+    if are_equal:  # however many rows have them: they are compared once
+        assert [len(members) for _, members in groups_of(tmp_path)] == [48]
+        return
+    with pytest.raises(SearchError, match=r"48 of 48 images are not in the index"):
+        groups_of(tmp_path)
+    assert num_read == 16
 
 
 def test_equal_vectors_reach_a_threshold_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from vlmflow.errors import EvaluationError
+from vlmflow.workspace import Workspace
 
 _METEOR = "meteor/meteor-1.5.jar"
 _SPICE = "spice/spice-1.0.jar"
@@ -93,8 +94,8 @@ def spice(candidates: Sequence[str], references: Sequence[Sequence[str]], folder
         {"image_id": number, "test": candidate, "refs": list(several)}
         for number, (candidate, several) in enumerate(zip(candidates, references, strict=True))
     ]
-    with tempfile.TemporaryDirectory(prefix="vlmflow-spice-") as place:
-        given, out = Path(place) / "captions.json", Path(place) / "scores.json"
+    with Workspace() as workspace:
+        given, out = workspace.path / "captions.json", workspace.path / "scores.json"
         given.write_text(json.dumps(items), encoding="utf-8")
         command = ["java", _UTF8, "-jar", "-Xmx8G", Path(_SPICE).name, str(given), "-out", str(out), "-silent"]
         done = subprocess.run(command, cwd=_jars(folder) / "spice", capture_output=True, text=True, check=False)

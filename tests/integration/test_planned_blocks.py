@@ -15,6 +15,7 @@ from vlmflow.engine import planned_blocks
 from vlmflow.engine.cluster import RayConfig, ray_cluster
 from vlmflow.engine.consume import FinishedBlocks
 from vlmflow.engine.planned_blocks import dataset_of
+from vlmflow.engine.stored import put_table
 from vlmflow.errors import WorkspaceError
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -82,3 +83,18 @@ def test_what_a_plan_raises_ends_the_run() -> None:
         dataset = dataset_of(Plan(300, fails_at=200)).map_batches(first_of, batch_format="pyarrow", batch_size=None)
         with pytest.raises(WorkspaceError, match="folder is gone"):
             run_to_end(dataset)
+
+
+def test_of_a_part_of_a_table_that_part_alone_is_put() -> None:
+    columns = {
+        "number": pa.array(range(100_000)),
+        "text": pa.array([None, "a", "", "bc"] * 25_000),
+        "tasks": pa.array([["embed"], [], None, ["a", None]] * 25_000),
+        "source": pa.array([{"title": "a", "none": None}, None] * 50_000),
+    }
+    whole = pa.concat_tables([pa.table(columns)] * 2)
+    for part in (whole.slice(99_997, 7), whole.slice(3, 0), whole.select([])):
+        found = ray.get(put_table(part))
+        assert found.equals(part)
+        assert found.schema.equals(part.schema)
+        assert found.get_total_buffer_size() < 10_000

@@ -21,6 +21,8 @@ from ray.data._internal.planner.planner import Planner
 from ray.data._internal.stats import DatasetStats
 from ray.data.block import BlockMetadata
 
+from vlmflow.engine.stored import put_table
+
 # That wait to be read. Ray Data looks for more several times a second.
 _MAX_WAITING = 64
 # Of blocks that were given last. From them Ray makes anew what was read and is lost with its node; of older ones the
@@ -82,10 +84,11 @@ class _Input(InputDataBuffer):  # type: ignore[misc]
         block = self._next
         assert block is not None, "asked for where `has_next` says there is none"
         self._next = next(self._blocks, None)
-        metadata = BlockMetadata(block.num_rows, block.nbytes, None, None)
-        reference = ray.put(block)
-        self._keep(reference, block.nbytes)
+        num_bytes = block.nbytes
+        reference = put_table(block)
+        self._keep(reference, num_bytes)
         self._num_given += 1
+        metadata = BlockMetadata(block.num_rows, num_bytes, None, None)
         return RefBundle([BlockEntry(reference, metadata)], owns_blocks=False, schema=block.schema)
 
     def _keep(self, reference: ray.ObjectRef[pa.Table], num_bytes: int) -> None:

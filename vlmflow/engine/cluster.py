@@ -172,7 +172,7 @@ def _slow_store(num_bytes: float) -> str:
     if not SHARED_MEMORY.is_dir() or num_bytes <= (free := shutil.disk_usage(SHARED_MEMORY).free):
         return ""
     found = f"{SHARED_MEMORY} has {free / 1e9:.2f} GB free"
-    return f"decoded images go through a disk: {found}, and Ray's object store takes {num_bytes / 1e9:.1f}"
+    return f"decoded images go through a disk: {found}, and Ray's object store takes {num_bytes / 1e9:.1f} GB"
 
 
 class _Connection:

@@ -294,7 +294,7 @@ def test_an_object_store_that_found_no_room_in_shared_memory_is_told_of(
     monkeypatch.setattr(cluster.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     with cluster.ray_cluster(RayConfig()) as found:
         found.tell()
-    assert ("/dev/shm has 0.06 GB free, and Ray's object store takes 2.0. Give" in caplog.text) == told
+    assert ("/dev/shm has 0.06 GB free, and Ray's object store takes 2.0 GB. Give" in caplog.text) == told
     assert bool(caplog.messages) == told
     with cluster.ray_cluster(RayConfig(address="auto")) as found:
         assert found.slow_store == ""  # of its nodes nothing is known here

@@ -155,7 +155,7 @@ def ray_cluster(config: RayConfig) -> Iterator[Cluster]:
                 memory=resources.get("memory", math.inf),
                 nodes=nodes,
                 groups=() if embedded else node_groups(),
-                slow_store=_slow_store(resources.get("object_store_memory", 0.0)) if embedded else "",
+                slow_store=_connection.slow_store if embedded else "",
             )
     finally:
         _connection.leave()
@@ -167,11 +167,17 @@ def nodes_now() -> tuple[tuple[float, float], ...]:
     return tuple((resources.get("CPU", 0.0), resources.get("GPU", 0.0)) for resources in alive)
 
 
-def _slow_store(num_bytes: float) -> str:
+def _free_bytes() -> float:
+    """Of shared memory; inf: that is not known."""
+    return shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else math.inf
+
+
+def _slow_store(free_before: float) -> str:
     """Ray puts its object store on a disk where shared memory has less room, and says so in a log that nobody reads."""
-    if not SHARED_MEMORY.is_dir() or num_bytes <= (free := shutil.disk_usage(SHARED_MEMORY).free):
+    num_bytes = ray.cluster_resources().get("object_store_memory", 0.0)
+    if num_bytes <= free_before:
         return ""
-    found = f"{SHARED_MEMORY} has {free / 1e9:.2f} GB free"
+    found = f"{SHARED_MEMORY} has {free_before / 1e9:.2f} GB free"
     return f"decoded images go through a disk: {found}, and Ray's object store takes {num_bytes / 1e9:.1f} GB"
 
 
@@ -183,6 +189,7 @@ class _Connection:
         self._configs: list[RayConfig] = []  # of the blocks that have not ended
         self._is_callers = False
         self._undo = contextlib.ExitStack()
+        self.slow_store = ""  # of the embedded cluster, as Ray found shared memory: what runs put there takes of it
 
     def join(self, config: RayConfig) -> bool:
         """Connects, unless that is done; returns whether the caller had, before any block."""
@@ -192,7 +199,9 @@ class _Connection:
                 with contextlib.ExitStack() as undo:
                     if not self._is_callers:
                         undo.callback(ray.shutdown)  # also of what comes about half
+                        free = _free_bytes()
                         _connect(config)
+                        self.slow_store = _slow_store(free) if config.address is None else ""
                     _refuse_client()
                     undo.enter_context(_our_settings())
                     undo.enter_context(watched(ray.get_runtime_context().gcs_address, _head_patience_s()))

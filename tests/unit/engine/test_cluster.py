@@ -293,6 +293,10 @@ def test_an_object_store_that_found_no_room_in_shared_memory_is_told_of(
     monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"CPU": 2.0, "object_store_memory": 2e9})
     monkeypatch.setattr(cluster.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     with cluster.ray_cluster(RayConfig()) as found:
+        # What a run puts there takes of it, and makes no slow store of one that is in memory.
+        monkeypatch.setattr(cluster.shutil, "disk_usage", lambda _: SimpleNamespace(free=1e9))
+        with cluster.ray_cluster(RayConfig()) as found_later:
+            assert found_later.slow_store == found.slow_store
         found.tell()
     assert ("/dev/shm has 0.06 GB free, and Ray's object store takes 2.0 GB. Give" in caplog.text) == told
     assert bool(caplog.messages) == told

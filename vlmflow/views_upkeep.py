@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime as dt
 import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -10,10 +11,13 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.markup import escape
 
-from vlmflow.views_search import printable
+from vlmflow.views_search import printable, table_of
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from vlmflow.catalog import EraseResult, VacuumResult, Verification
+    from vlmflow.catalog.follow import ChangesResult
     from vlmflow.erasure import Images
 
 _NUM_NAMES = 5  # of addresses that were not found
@@ -122,6 +126,61 @@ def lifted(images: Images, kept_out: Sequence[str]) -> list[str]:
 def _some(names: Sequence[str]) -> str:
     more = len(names) - _NUM_NAMES
     return ", ".join(printable(name) for name in names[:_NUM_NAMES]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def print_changes(
+    result: ChangesResult, catalog: str, directory: Path | None, bookmark: Path | None, console: Console
+) -> None:
+    """Prints how many rows have changed since a version, in which columns, and how to go on from there."""
+    counts = result.counts
+    from_to = f"version {result.since} ({_minute(result.since_at)}) to {result.version} ({_minute(result.version_at)})"
+    console.print(f"[bold]{escape(catalog)}[/bold]: {from_to}", soft_wrap=True)
+    table = table_of("rows", "", "")
+    table.add_row("added", f"{counts.num_added:,}", "")
+    columns = ", ".join(f"{name} {count:,}" for name, count in counts.columns.most_common())
+    table.add_row("changed", f"{counts.num_changed:,}", escape(columns))
+    table.add_row("removed", f"{counts.num_removed:,}", "")
+    console.print(table)
+    if counts.decisions:
+        moves = [f"{before} -> {now} {count:,}" for (before, now), count in counts.decisions.most_common()]
+        console.print(f"decisions: {', '.join(moves)}")
+    if counts.num_unknown:
+        console.print(
+            f"[yellow]of {counts.num_unknown:,} of the changed rows it is not known any more how they were[/yellow]: a "
+            "vacuum or an erasure has removed the files"
+        )
+    if directory is not None:
+        vectors = "" if result.num_vectors is None else f", {counted(result.num_vectors, 'new vector')}"
+        console.print(f"written to {escape(str(directory))}{vectors}", soft_wrap=True)
+    where = (
+        f"next time: --since {result.version}" if bookmark is None else f"{bookmark} stands at version {result.version}"
+    )
+    console.print(escape(where), soft_wrap=True)
+
+
+def changes_as_json(result: ChangesResult) -> str:
+    """The same on one line, for machines."""
+    counts = result.counts
+    moves = [{"before": before, "now": now, "num_rows": count} for (before, now), count in counts.decisions.items()]
+    times = {name: time and time.isoformat() for name, time in vars(result).items() if name.endswith("_at")}
+    told = {
+        "since": result.since,
+        "version": result.version,
+        **times,
+        "table_id": result.bookmark.table_id,
+        "num_added": counts.num_added,
+        "num_changed": counts.num_changed,
+        "num_removed": counts.num_removed,
+        "num_unknown": counts.num_unknown,
+        "columns": dict(counts.columns),
+        "decisions": moves,
+        "num_vectors": result.num_vectors,
+    }
+    return json.dumps(told)
+
+
+def _minute(time: dt.datetime | None) -> str:
+    return "of an unknown time" if time is None else f"{time:%Y-%m-%d %H:%M} UTC"
 
 
 def print_verification(found: Verification, console: Console) -> None:

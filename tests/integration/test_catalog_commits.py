@@ -16,11 +16,13 @@ from tests.catalog_samples import enrich, image_id, on_both_stores, references, 
 from vlmflow import retry as retry_module
 from vlmflow.catalog import Catalog
 from vlmflow.catalog import commit as commit_module
+from vlmflow.catalog import history as history_module
 from vlmflow.catalog import log as log_module
 from vlmflow.catalog.commit import Change, CommitRequest, commit
 from vlmflow.catalog.folder import Folder
+from vlmflow.catalog.history import COMMIT_ID
 from vlmflow.catalog.keys import to_binary
-from vlmflow.catalog.log import COMMIT_ID, Snapshot, TableLog
+from vlmflow.catalog.log import Snapshot, TableLog
 from vlmflow.catalog.read import read_rows
 from vlmflow.catalog.runs import LONG_AGO
 from vlmflow.catalog.writer import write_file
@@ -183,15 +185,16 @@ def test_a_store_that_is_lost_between_two_looks_at_a_table_is_told_in_our_words(
 
         is_deltatable = __init__
 
-    files = write(catalog, "r1", [references(NAMES)])
+    enrich(catalog, "r1", [references(["another"])])
+    files = write(catalog, "r2", [references(NAMES)])
     monkeypatch.setattr(retry_module, "ATTEMPTS", 1)
     monkeypatch.setattr(log_module, "DeltaTable", Lost)
     with pytest.raises(TransientError, match="out of reach"):
-        catalog.commit("r1", files)
+        catalog.commit("r2", files)
     with pytest.raises(TransientError, match="out of reach"):
         Catalog.exists(config)
     monkeypatch.undo()
-    assert catalog.commit("r1", files).num_added == len(NAMES)
+    assert catalog.commit("r2", files).num_added == len(NAMES)
 
 
 def test_the_log_is_read_once_for_commit_ids(catalog: Catalog, config: CatalogConfig) -> None:
@@ -232,7 +235,7 @@ def test_versions_are_counted_up_to_the_handle_however_far_the_log_is(catalog: C
 def test_entries_from_before_a_run_are_not_read_for_its_first_commit(
     catalog: Catalog, config: CatalogConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(log_module, "_LOOKED_AT_ONCE", 2)
+    monkeypatch.setattr(history_module, "_LOOKED_AT_ONCE", 2)
     for number in range(1, 7):
         enrich(catalog, f"r{min(number, 5)}", [references([f"n{number}"])])
     started_at = {number: dt.datetime(2026, 11, 20 + number, tzinfo=dt.UTC) for number in range(7)}
@@ -249,7 +252,7 @@ def test_entries_from_before_a_run_are_not_read_for_its_first_commit(
     ):
         log = TableLog.open(folder, "images")
         assert log.first_commit_of(run, started_at[since]) == first
-        assert log._notes.keys() == read
+        assert log.history._notes.keys() == read
 
 
 @on_both_stores

@@ -1,7 +1,7 @@
 """Runs, replacements, backfills, compactions, vacuums and erasures in any order: no key is lost, none is doubled.
 
 Hypothesis drives them step by step against one catalog on disk, each run with its own plan and its own handles. A
-model of a few lines says what every row must hold afterwards.
+model of a few lines says what every row must hold afterwards; a reader that follows the changes must hold the same.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from tests.catalog_samples import (
     request,
     rows_by_name,
 )
+from tests.following import Follower
 from vlmflow import schema
 from vlmflow.catalog import Catalog, CatalogWriter
 from vlmflow.catalog import commit as commit_module
@@ -102,9 +103,11 @@ class Interleavings(RuleBasedStateMachine):
         self.erased: set[str] = set()
         self.all_runs: list[Run] = []
         self.clock = 0
+        self.follower = Follower()
 
     def teardown(self) -> None:
         try:
+            self.follow()
             found = self.catalog.verify([references(sorted(self.live))], {})
             errors = {kind for kind in found.findings if kind not in ("stale", "orphan_files", "dead_runs")}
             assert errors <= set(), found.findings
@@ -215,6 +218,11 @@ class Interleavings(RuleBasedStateMachine):
         if name in self.erased:
             self.catalog.lift(key(name))
             self.erased.discard(name)
+
+    @rule()
+    def follow(self) -> None:
+        """A reader takes over what has changed; it checks itself that it holds all then, and was told no more."""
+        self.follower.follow(Catalog.open(config_of(self.root / "catalog")))
 
     @invariant()
     def every_row_is_there_once_and_as_it_must_be(self) -> None:

@@ -17,7 +17,7 @@ from tests.processes import ROOT, started, wait_for
 from vlmflow.catalog import Catalog
 from vlmflow.config import CatalogConfig
 
-DOCUMENTS = ("README.md", "vlmflow/models/README.md", "vlmflow/engine/README.md")
+DOCUMENTS = ("README.md", "vlmflow/models/README.md", "vlmflow/engine/README.md", "vlmflow/catalog/README.md")
 CONTRIBUTORS = "vlmflow/models/README.md"  # whose commands run tests
 ELSEWHERE = {
     "make demo     # enriches the demo catalog with the starter models and shows what came out": (

@@ -24,7 +24,7 @@ def flagged_before(folder: Folder, images: TableLog, run_id: str, started_at: dt
         first = images.first_commit_of(run_id, started_at)
         if first is None:
             return None
-        old = sorted(images.files_at(first - 1) - snapshot.files.keys())
+        old = sorted(images.files_at(first - 1).keys() - snapshot.files.keys())
         tables = [folder.read_parquet(f"images/{path}", ["image_id", "decision"]) for path in old]
     except VlmflowError:  # the log or a file of then has been cleaned away
         return None

@@ -21,6 +21,7 @@ from vlmflow.catalog.due import PlanRequest
 from vlmflow.catalog.erase import EraseResult, erase, without_erased
 from vlmflow.catalog.export import ExportResult, export
 from vlmflow.catalog.folder import Folder
+from vlmflow.catalog.follow import Bookmark, ChangeFeed, Since
 from vlmflow.catalog.keys import KeyIndex, digest_of, to_binary
 from vlmflow.catalog.known import KnownBytes, known_bytes
 from vlmflow.catalog.known_images import KnownStore
@@ -35,7 +36,7 @@ from vlmflow.catalog.rows import RunConstants
 from vlmflow.catalog.runs import FLOWS, RunStore
 from vlmflow.catalog.swap import swap_files
 from vlmflow.catalog.tombstones import ErasedOf, Tombstones
-from vlmflow.catalog.upgrade import upgrade
+from vlmflow.catalog.upgrade import add_source_columns, upgrade
 from vlmflow.catalog.vacuum import RETENTION, VacuumResult, vacuum
 from vlmflow.catalog.verify import Verification, verify
 from vlmflow.catalog.writer import CatalogWriter
@@ -96,7 +97,7 @@ class Catalog:
         images = TableLog.open_or_create(folder, "images", schema.with_source(schema.IMAGES, wanted))
         catalog = cls(folder, images, embeddings)
         catalog.upgrade()
-        catalog._add_source_columns(wanted)
+        add_source_columns(images, wanted)
         return catalog
 
     def upgrade(self) -> None:
@@ -337,6 +338,10 @@ class Catalog:
         images, embeddings = of_one_time(self._images, self._embeddings)
         return export(self._folder, images, embeddings if with_embeddings else None, Path(folder))
 
+    def changes(self, since: Since | Bookmark, columns: Sequence[str] | None = None) -> ChangeFeed:
+        """Tells what has changed since a version, or a time; see :class:`vlmflow.catalog.follow.ChangeFeed`."""
+        return ChangeFeed(self._folder, (self._images, self._embeddings), self._tombstones, since, columns)
+
     def file_uris(self, table: TableName) -> list[str]:
         """Addresses of the table's live files, for readers of plain Parquet.
 
@@ -384,16 +389,8 @@ class Catalog:
 
     def _added_since(self, version: int) -> AddedKeys:
         if version not in self._added:
-            self._added[version] = AddedKeys(self._images.files_at(version), self._keys_of)
+            self._added[version] = AddedKeys(frozenset(self._images.files_at(version)), self._keys_of)
         return self._added[version]
 
     def _keys_of(self, path: str) -> pa.Array:
         return to_binary(self._folder.read_parquet(f"images/{path}", ["image_id"])["image_id"])
-
-    def _add_source_columns(self, wanted: pa.Schema) -> None:
-        def propose(snapshot: Snapshot) -> Change:
-            return Change(new_fields=missing_columns(snapshot.schema, wanted))
-
-        names = ",".join(wanted.names)
-        request = CommitRequest(digest_of("add_columns", names), "", "add_columns", self.version)
-        commit(self._images, request, propose)

@@ -26,7 +26,8 @@ from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import AddAction, CommitProperties, RemoveAction, Transaction
 
 from vlmflow.catalog.folder import Folder
-from vlmflow.catalog.log import APPLICATION_ID, COMMIT_ID, REVOKED, RUN_ID, DataFile, Snapshot, TableLog
+from vlmflow.catalog.history import COMMIT_ID, REVOKED, RUN_ID
+from vlmflow.catalog.log import APPLICATION_ID, DataFile, Snapshot, TableLog
 from vlmflow.catalog.runs import DEAD_AFTER
 from vlmflow.errors import CatalogChangedError, CommitError, RunRevokedError
 from vlmflow.storage import access_error, parse_address

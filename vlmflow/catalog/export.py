@@ -50,18 +50,40 @@ def export(folder: Folder, images: Snapshot, embeddings: Snapshot | None, target
             CatalogChangedError: an erasure came in between.
         ConfigError: ``target`` is in a store, or named like a file of another format.
     """
+    vectors = None if embeddings is None else embedding_batches(folder, images, embeddings)
+    return write_tables(target, image_batches(folder, images), vectors)
+
+
+def check_target(target: Path) -> None:
+    """Before the work: whether the name is that of a folder of this machine.
+
+    Raises:
+        ConfigError: it is not.
+    """
     check_on_disk(target)
     if target.suffix.lower() in _OTHER_FORMATS:
         remedy = "Name a folder; what reads Parquet, such as DuckDB or pandas, makes that of its images."
         raise ConfigError(f"{target} is the name of a file, and a folder of Parquet files is written", remedy=remedy)
+
+
+def write_tables(target: Path, images: Iterator[pa.Table], embeddings: Iterator[pa.Table] | None) -> ExportResult:
+    """Writes ``target/images/*.parquet`` and ``target/embeddings/*.parquet``, which appear once they are whole.
+
+    Args:
+        images: read to its end before the first of ``embeddings``.
+        embeddings: None: images alone.
+
+    Raises:
+        CatalogError, ConfigError: as :func:`export`.
+    """
+    check_target(target)
     try:
         target.mkdir(parents=True, exist_ok=True)
         with _unfinished(target) as place:
-            num_images, num_files = _write(place / "images", image_batches(folder, images))
+            num_images, num_files = _write(place / "images", images)
             num_embeddings = 0
             if embeddings is not None:
-                batches = embedding_batches(folder, images, embeddings)
-                num_embeddings, num_further = _write(place / "embeddings", batches)
+                num_embeddings, num_further = _write(place / "embeddings", embeddings)
                 num_files += num_further
             for name in _TABLES:
                 if (place / name).exists():

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Literal, TypeAlias, TypeVar
 from urllib.parse import unquote
 
 import pyarrow as pa
@@ -15,7 +14,8 @@ from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError, TableNotFoundError
 
 from vlmflow.catalog.folder import Folder
-from vlmflow.errors import CatalogError, VlmflowError
+from vlmflow.catalog.history import CLOCKS_DIFFER, ENTRY, READ_AT_ONCE, History, forgotten
+from vlmflow.errors import CatalogError, StorageAccessError, TransientError, VlmflowError
 from vlmflow.retry import retried
 from vlmflow.storage import access_error, is_full
 from vlmflow.threads import Threads
@@ -24,15 +24,7 @@ TableName: TypeAlias = Literal["images", "embeddings"]
 Answer = TypeVar("Answer")
 
 APPLICATION_ID = "vlmflow"  # shared by all writers: each commit takes its next number
-# In the metadata of a commit:
-COMMIT_ID = "vlmflow.commit_id"
-RUN_ID = "vlmflow.run_id"
-REVOKED = "vlmflow.revoked"  # ids of runs that may commit no more, separated by commas
 _DELTA_ERRORS = (DeltaError, OSError)
-_READ_AT_ONCE = 8  # entries of the log
-_LOOKED_AT_ONCE = 4 * _READ_AT_ONCE  # on the way back to the first commit of a run
-_CLOCKS_DIFFER = dt.timedelta(hours=1)  # by less, of machines that write to one catalog
-_ENTRY = re.compile(r".*/(\d{20})\.json")
 
 LONGEST_RETENTION = dt.timedelta(days=30)  # of files of old versions
 SCHEMA_VERSION = "5"  # of IMAGES and EMBEDDINGS; raised together with a migration
@@ -68,26 +60,6 @@ class Snapshot:
     schema: pa.Schema
 
 
-@dataclass(frozen=True)
-class _Notes:
-    """What a commit says of itself."""
-
-    commit_id: str | None
-    run_id: str | None
-    revoked: frozenset[str]
-    at: dt.datetime | None  # by the clock of who made it
-
-    @classmethod
-    def of(cls, entry: bytes) -> _Notes:
-        """Reads an entry of the log, one action a line; one that another program made may say nothing."""
-        actions = (json.loads(line) for line in entry.splitlines() if b'"commitInfo"' in line)
-        info: dict[str, Any] = next((action["commitInfo"] for action in actions if "commitInfo" in action), {})
-        runs = str(info.get(REVOKED) or "")
-        ms = info.get("timestamp")
-        at = dt.datetime.fromtimestamp(ms / 1000, dt.UTC) if isinstance(ms, int) else None
-        return cls(info.get(COMMIT_ID), info.get(RUN_ID), frozenset(runs.split(",")) if runs else frozenset(), at)
-
-
 class TableLog:
     """A handle on one table, moved to its newest version before each use. Driver only: it must not cross a fork.
 
@@ -103,7 +75,7 @@ class TableLog:
         self.name: TableName = name
         self.table = table
         self.opened_at: int = table.version()
-        self._notes: dict[int, _Notes] = {}  # by version; of those looked at, which never change
+        self.history = History(folder, name)
 
     @classmethod
     def open(cls, folder: Folder, name: TableName) -> TableLog:
@@ -146,7 +118,7 @@ class TableLog:
             CatalogError, StorageAccessError, TransientError: as :meth:`open`.
         """
         log = TableLog.open(self.folder, self.name)
-        log._notes = self._notes  # of versions that do not change: what was read is not read again
+        log.history = self.history  # of versions that do not change: what was read is not read again
         return log
 
     @property
@@ -225,7 +197,7 @@ class TableLog:
         Raises:
             CatalogError: the log does not go back so far any more.
         """
-        return any(notes.commit_id == commit_id for notes in self._notes_after(since))
+        return any(notes.commit_id == commit_id for notes in self.history.after(since, self.table.version()))
 
     def revoked(self, since: int) -> frozenset[str]:
         """The runs that were revoked after version ``since``, up to the one that the handle is at.
@@ -233,52 +205,11 @@ class TableLog:
         Raises:
             CatalogError: the log does not go back so far any more.
         """
-        return frozenset[str]().union(*(notes.revoked for notes in self._notes_after(since)))
+        return frozenset[str]().union(*(notes.revoked for notes in self.history.after(since, self.table.version())))
 
     def first_commit_of(self, run_id: str, started_at: dt.datetime) -> int | None:
-        """The first version of those in the log, up to the one that the handle is at, that a run made; None: none.
-
-        Args:
-            started_at: of the run: entries that are older by more than clocks differ are not read.
-        """
-        names = (_ENTRY.fullmatch(file.path) for file in self.folder.list(f"{self.name}/_delta_log"))
-        there = sorted(number for name in names if name and (number := int(name[1])) <= self.table.version())
-        first = None
-        while there:
-            there, some = there[:-_LOOKED_AT_ONCE], there[-_LOOKED_AT_ONCE:]
-            self._read_notes(some)
-            notes = [self._notes[number] for number in some]
-            first = next((number for number, of in zip(some, notes, strict=True) if of.run_id == run_id), first)
-            # All of them: one may be of a machine whose clock is wrong.
-            if all(of.at is not None and of.at < started_at - _CLOCKS_DIFFER for of in notes):
-                break
-        return first
-
-    def _notes_after(self, since: int) -> list[_Notes]:
-        numbers = range(since + 1, self.table.version() + 1)
-        self._read_notes(numbers)
-        return [self._notes[number] for number in numbers]
-
-    def _read_notes(self, numbers: Sequence[int]) -> None:
-        """Reads what commits say of themselves, once each: a run asks before each of its commits.
-
-        Each by its name: ``DeltaTable.history`` begins with the newest entry of the log, which others may have made
-        a moment ago, and calls it the version that the handle is at.
-        """
-        unread = [number for number in numbers if number not in self._notes]
-        if unread:
-            with Threads(_READ_AT_ONCE) as pool:
-                self._notes.update(zip(unread, pool.map(self._notes_of, unread), strict=True))
-
-    def _notes_of(self, number: int) -> _Notes:
-        entry = self.folder.read(f"{self.name}/_delta_log/{number:020d}.json")
-        if entry is None:  # the log forgets what is older than 30 days, at a checkpoint
-            raise CatalogError(
-                f"{self.folder.config.uri}: the log of table {self.name} does not hold version {number} any more, so "
-                "it cannot be told whether the change was made before, or its run revoked",
-                remedy="Run the same command again: it begins at the newest version.",
-            )
-        return _Notes.of(entry)
+        """As :meth:`History.first_commit_of`, up to the version that the handle is at."""
+        return self.history.first_commit_of(run_id, started_at, self.table.version())
 
     def delete_leftovers(self, paths: Sequence[str]) -> None:
         """Removes what a commit has left out; never a file that the table holds, whatever was made of the commit.
@@ -312,24 +243,35 @@ class TableLog:
         Args:
             now: by the store's clock.
         """
-        since = now - 2 * _CLOCKS_DIFFER
+        since = now - 2 * CLOCKS_DIFFER
         there = list(self.folder.list(f"{self.name}/_delta_log"))
-        late = [file.path for file in there if _ENTRY.fullmatch(file.path) and file.modified_at > since]
-        with Threads(_READ_AT_ONCE) as pool:
+        late = [file.path for file in there if ENTRY.fullmatch(file.path) and file.modified_at > since]
+        with Threads(READ_AT_ONCE) as pool:
             entries = b"\n".join(entry or b"" for entry in pool.map(self.folder.read, late))
         actions = (json.loads(line) for line in entries.splitlines() if b'"remove"' in line)
         return frozenset(unquote(action["remove"]["path"]) for action in actions if "remove" in action)
 
-    def files_at(self, version: int) -> frozenset[str]:
-        """The paths of the files that were live at an earlier version; -1: before the table was there.
+    @property
+    def table_id(self) -> str:
+        """What tells this table from another that is made later in its place."""
+        return str(self.table.metadata().id)
+
+    def files_at(self, version: int) -> dict[str, DataFile]:
+        """The files that were live at an earlier version, by path. Tables are made empty, as version 0.
 
         Raises:
+            CatalogError: the log does not go back so far any more.
             StorageAccessError, TransientError: as :meth:`refreshed_table`.
         """
-        if version < 0:
-            return frozenset()
+        if version <= 0:
+            return {}
         uri, options = self.folder.table_uri(self.name), self.folder.storage_options
-        return _answered(self.folder, lambda: frozenset(_live_files(DeltaTable(uri, version, storage_options=options))))
+        try:
+            return _answered(self.folder, lambda: _live_files(DeltaTable(uri, version, storage_options=options)))
+        except (StorageAccessError, TransientError) as error:
+            if self.history.holds(version):
+                raise
+            raise forgotten(self.folder, self.name, version) from error
 
 
 def file_stats(name: TableName, rows: pa.Table) -> str:

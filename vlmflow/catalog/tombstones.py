@@ -124,6 +124,14 @@ class Tombstones:
         """The images that are erased now by id, as ``schema.KEY``, sorted by nothing."""
         return concat([self._now()["image_id"]])
 
+    def since(self, time: dt.datetime | None) -> pa.Array:
+        """The images that were erased by id, or let come back, at that time or later, as ``schema.KEY``; None: ever."""
+        self._now()
+        events = pa.concat_tables([_EVENT.empty_table(), *self._read.values()])
+        late = events if time is None else events.filter(pc.greater_equal(events["at"], time))
+        addresses = pc.unique(concat([events["address"].drop_null()]))
+        return concat([late.filter(pc.invert(pc.is_in(late["image_id"], value_set=addresses)))["image_id"].unique()])
+
     def erased(self) -> Erased:
         """What is erased now, to look images up."""
         self._now()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pyarrow as pa
 
 from vlmflow import schema
+from vlmflow.catalog.columns import missing_columns
 from vlmflow.catalog.commit import Change, CommitRequest, commit
 from vlmflow.catalog.keys import digest_of
 from vlmflow.catalog.log import SCHEMA_VERSION, Snapshot, TableLog
@@ -31,6 +32,21 @@ def upgrade(log: TableLog) -> None:
     since = log.refresh().version
     commit(log, CommitRequest(digest_of("upgrade", SCHEMA_VERSION), "", "upgrade", since), propose)
     log.set_schema_version()
+
+
+def add_source_columns(images: TableLog, wanted: pa.Schema) -> None:
+    """Adds those of the caller's columns that the images table lacks.
+
+    Raises:
+        CatalogError: it holds one of them under another type.
+        StorageAccessError, CommitError: as :func:`upgrade`.
+    """
+
+    def propose(snapshot: Snapshot) -> Change:
+        return Change(new_fields=missing_columns(snapshot.schema, wanted))
+
+    commit_id = digest_of("add_columns", ",".join(wanted.names))
+    commit(images, CommitRequest(commit_id, "", "add_columns", images.refresh().version), propose)
 
 
 def _nullable(field: pa.Field) -> pa.Field:

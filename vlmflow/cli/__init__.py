@@ -19,6 +19,7 @@ import threading
 import typer
 
 from vlmflow.cli import (
+    changes,
     convert,
     evaluate,
     explain,
@@ -40,6 +41,7 @@ from vlmflow.errors import VlmflowError
 
 __all__ = [
     "app",
+    "changes",
     "convert",
     "evaluate",
     "explain",

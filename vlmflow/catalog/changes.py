@@ -10,7 +10,6 @@ has it, or of one that he never had; never too little.
 
 from __future__ import annotations
 
-import contextlib
 import datetime as dt
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -269,8 +268,7 @@ class _Before:
         numbers = np.searchsorted(self._starts, at, side="right") - 1
         places: list[Positions] = [np.empty(0, np.int64)]
         parts = [self._columns.empty_table()]
-        for number in np.unique(numbers[at >= 0]).tolist():
-            rows = self._read(number)
+        for number, rows in self._read(np.unique(numbers[at >= 0]).tolist()):
             if rows is None:
                 continue
             mine = np.flatnonzero((at >= 0) & (numbers == number))
@@ -284,18 +282,27 @@ class _Before:
         except CatalogChangedError:
             return None
 
-    def _read(self, number: int) -> pa.Table | None:
-        if number not in self._cache:
-            rows = None
-            with contextlib.suppress(CatalogChangedError):
-                rows = read_rows(self._folder, "images", self._files[number], self._columns.names)
-                rows = conform(rows, self._columns)
-            self._cache[number] = rows, 0 if rows is None else rows.nbytes
-            self._num_cached += self._cache[number][1]
-        self._cache.move_to_end(number)
+    def _read(self, numbers: Sequence[int]) -> list[tuple[int, pa.Table | None]]:
+        """The rows of files by their numbers: a compaction has put many into one."""
+        unread = [number for number in numbers if number not in self._cache]
+        with Threads(_READ_AT_ONCE) as pool:
+            for number, rows in zip(unread, pool.map(self._rows_of, unread), strict=True):
+                self._cache[number] = rows, 0 if rows is None else rows.nbytes
+                self._num_cached += self._cache[number][1]
+        found = []
+        for number in numbers:
+            self._cache.move_to_end(number)
+            found.append((number, self._cache[number][0]))
         while len(self._cache) > 1 and self._num_cached > _CACHED_BYTES:
             self._num_cached -= self._cache.popitem(last=False)[1][1]
-        return self._cache[number][0]
+        return found
+
+    def _rows_of(self, number: int) -> pa.Table | None:
+        try:
+            rows = read_rows(self._folder, "images", self._files[number], self._columns.names)
+        except CatalogChangedError:
+            return None
+        return conform(rows, self._columns)
 
 
 def _by_date(table: Snapshot, files: dict[str, DataFile]) -> dict[dt.date, list[DataFile]]:

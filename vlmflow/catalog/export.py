@@ -29,8 +29,9 @@ _TABLES = ("embeddings", "images")  # in the order in which they appear: where i
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What was written."""
+    """What was written, of which version of the images table."""
 
+    version: int
     num_images: int
     num_embeddings: int
     num_files: int
@@ -51,7 +52,7 @@ def export(folder: Folder, images: Snapshot, embeddings: Snapshot | None, target
         ConfigError: ``target`` is in a store, or named like a file of another format.
     """
     vectors = None if embeddings is None else embedding_batches(folder, images, embeddings)
-    return write_tables(target, image_batches(folder, images), vectors)
+    return write_tables(target, images.version, image_batches(folder, images), vectors)
 
 
 def check_target(target: Path) -> None:
@@ -66,10 +67,13 @@ def check_target(target: Path) -> None:
         raise ConfigError(f"{target} is the name of a file, and a folder of Parquet files is written", remedy=remedy)
 
 
-def write_tables(target: Path, images: Iterator[pa.Table], embeddings: Iterator[pa.Table] | None) -> ExportResult:
+def write_tables(
+    target: Path, version: int, images: Iterator[pa.Table], embeddings: Iterator[pa.Table] | None
+) -> ExportResult:
     """Writes ``target/images/*.parquet`` and ``target/embeddings/*.parquet``, which appear once they are whole.
 
     Args:
+        version: of the images table.
         images: read to its end before the first of ``embeddings``.
         embeddings: None: images alone.
 
@@ -91,7 +95,7 @@ def write_tables(target: Path, images: Iterator[pa.Table], embeddings: Iterator[
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else error  # Arrow says what it was about as well
         raise CatalogError(f"{target} cannot be written: {reason}", remedy="Name another folder.") from error
-    return ExportResult(num_images, num_embeddings, num_files)
+    return ExportResult(version, num_images, num_embeddings, num_files)
 
 
 @contextlib.contextmanager

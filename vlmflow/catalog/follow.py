@@ -129,7 +129,7 @@ class ChangeFeed:
             for _ in self.tables():
                 pass
         else:
-            written = write_tables(target, self.tables(), self.vectors() if with_embeddings else None)
+            written = write_tables(target, self.version, self.tables(), self.vectors() if with_embeddings else None)
             num_vectors = written.num_embeddings if with_embeddings else None
         made_at = self._images.history.made_at
         times = made_at(self.since), made_at(self.version)

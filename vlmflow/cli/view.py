@@ -49,14 +49,16 @@ def export(
 ) -> None:
     """Write the current rows of CATALOG to DIR as plain Parquet, for readers that know no Delta tables.
 
-    DIR/embeddings and then DIR/images appear once they are whole. After a kill the same command starts over.
+    DIR/embeddings and then DIR/images appear once they are whole. After a kill the same command starts over. What comes
+    after the version that is printed, `vlmflow changes` tells.
     """
     from vlmflow.catalog import Catalog
 
     written = Catalog.open(catalog_config(catalog, endpoint)).export(
         directory, with_embeddings=embeddings is Embeddings.WITH
     )
-    typer.echo(f"{written.num_images:,} images and {written.num_embeddings:,} vectors in {directory}")
+    counts = f"{written.num_images:,} images and {written.num_embeddings:,} vectors"
+    typer.echo(f"{counts} in {directory}, of version {written.version}")
 
 
 @app.command()

@@ -9,7 +9,7 @@
     >>> report.num_added, report.statuses  # doctest: +SKIP
 
 A job whose values do not fit raises ``pydantic.ValidationError``; ``vlmflow.load_job("job.yaml")`` and all that follows
-raise a :class:`VlmflowError`. What a job may say stands in ``vlmflow/config.py``, key by key.
+raise a :class:`VlmflowError`. What a job may say ``vlmflow job`` prints, key by key.
 
 Importing it starts nothing: the engine, with Ray, is imported by the first use of a name that needs it.
 """

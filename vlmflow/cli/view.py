@@ -1,7 +1,8 @@
-"""Commands that change nothing: show, export, profiles, doctor."""
+"""Commands that change nothing: show, export, profiles, job, doctor."""
 
 from __future__ import annotations
 
+import json
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -18,7 +19,7 @@ from vlmflow.cli.options import (
     catalog_config,
     storage_config,
 )
-from vlmflow.cli.screen import Screen, show_result
+from vlmflow.cli.screen import Screen, emit, show_result
 from vlmflow.config import RayConfig, SourceConfig, load_job
 
 
@@ -72,6 +73,21 @@ def profiles(as_json: JsonOption = False) -> None:
         typer.echo(profiles_as_json(described))
     else:
         print_profiles(described, Screen())
+
+
+@app.command()
+def job(
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON schema of job files instead, for editors that check YAML.")
+    ] = False,
+) -> None:
+    """Print a job file with every key: what it means, what it may be, and what it is by default.
+
+    Example: `vlmflow job > job.yaml`, then `vlmflow enrich --config job.yaml`
+    """
+    from vlmflow.job_file import job_schema, job_template
+
+    emit(json.dumps(job_schema(), indent=2) if schema else job_template(), end="\n" if schema else "")
 
 
 @app.command()

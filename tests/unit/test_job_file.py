@@ -1,0 +1,92 @@
+"""The job file that is printed, and the schema for editors: true to what a job takes, each key told."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from tests.processes import ROOT
+from tests.terminal import run
+from vlmflow.config import Job, ModelConfig, PoolConfig, load_job
+from vlmflow.errors import ConfigError
+from vlmflow.job_file import job_schema, job_template
+
+
+def uncommented(text: str) -> str:
+    """With every key that stands behind a ``#``."""
+    return re.sub(r"^#(?=\S| {2,})", "", text, flags=re.MULTILINE)
+
+
+def properties(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    for name, part in {"Job": schema, **schema["$defs"]}.items():
+        for key, said in part["properties"].items():
+            of = next((one["$ref"] for one in [said, *said.get("anyOf", ())] if "$ref" in one), "")
+            yield f"{name}.{key}", said, schema["$defs"].get(of.rpartition("/")[2], {})
+
+
+def test_the_file_as_it_is_printed_is_a_job_of_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(job_template())
+    assert load_job(file) == Job.model_validate(
+        {"source": {"uri": "photos/"}, "catalog": {"uri": "catalog/"}, "profile": "base"}
+    )
+
+
+def test_what_is_behind_a_hash_is_the_default_but_for_examples(tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(uncommented(job_template()))
+    held = load_job(file)
+    assert held.model_dump(exclude={"models", "pools"}) == Job.model_validate(
+        {"source": {"uri": "photos/"}, "catalog": {"uri": "catalog/"}, "profile": "base"}
+    ).model_dump(exclude={"models", "pools"})
+    assert held.models["caption"] == ModelConfig(family="blip_caption", path="models/blip")
+    assert held.models["answer"].endpoint is not None
+    assert held.pools[1] == PoolConfig(tasks=("caption", "match"), gpus=0.5)
+    names = {key.partition(".")[2] for key, _, _ in properties(job_schema())}
+    text = file.read_text()
+    assert {name for name in names if not re.search(rf"^ *(- |# )?{name}( \(.*\))?:", text, re.MULTILINE)} == set()
+
+
+def test_every_key_has_a_description() -> None:
+    silent = [key for key, said, part in properties(job_schema()) if not (said.get("description") or part)]
+    assert silent == []
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "deploy" / "jobs").glob("*.yaml")), ids=lambda file: file.name)
+def test_the_schema_takes_the_files_that_ship(file: Path) -> None:
+    jsonschema.validate(json.loads(json.dumps(yaml.safe_load(file.read_text()), default=str)), job_schema())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"profil": "base"}, "profil"), ({"tasks": ["paint"]}, "paint"), ({"num_beams": 0}, "minimum of 1")],
+)
+def test_the_schema_refuses_what_a_job_does(change: dict[str, Any], message: str) -> None:
+    job = {"source": {"uri": "photos/"}, "catalog": {"uri": "catalog/"}, "profile": "base"}
+    jsonschema.validate(job, job_schema())
+    with pytest.raises(jsonschema.ValidationError, match=message):
+        jsonschema.validate(job | change, job_schema())
+    with pytest.raises(ConfigError):
+        load_job(None, job | change)
+
+
+def test_the_command_prints_both(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("job") == 0
+    assert capsys.readouterr().out == job_template()
+    assert run("job", "--schema") == 0
+    assert json.loads(capsys.readouterr().out) == job_schema()
+
+
+def test_who_names_a_key_that_there_is_not_is_told_where_all_are(tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text("source: {uri: photos/, kin: prefix}\ncatalog: {uri: c}\nprofile: base\n")
+    with pytest.raises(ConfigError, match="kin") as refused:
+        load_job(file)
+    assert "`vlmflow job`" in refused.value.remedy

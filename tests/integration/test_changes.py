@@ -233,7 +233,10 @@ def test_more_of_the_earlier_version_than_fits_is_read_again(
     follower.follow(catalog)
     catalog.compact("upkeep")
     monkeypatch.setattr(changes_module, "_CACHED_BYTES", 0)
+    monkeypatch.setattr(changes_module, "_PIECE_BYTES", 1)  # and a row at a time
     assert follower.follow(catalog) == ChangeCounts()
+    enrich(catalog, "r5", [references(NAMES[:2], version="v2")], content="other", caption="a dog")
+    assert follower.follow(catalog).num_changed == 2
 
 
 @on_disk

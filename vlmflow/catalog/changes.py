@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from vlmflow.catalog.columns import conform, flat, member, source_columns
+from vlmflow.catalog.columns import conform, flat, member, source_columns, taken
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.keys import KeyIndex, concat, duplicates, index_of, to_binary, to_words
 from vlmflow.catalog.log import DataFile, Snapshot
@@ -36,6 +36,7 @@ BOOKKEEPING = frozenset(
 _VECTORS = "embed_run_id"  # moves with the vectors
 _FIRST = ("image_id", "uri")
 _READ_AT_ONCE = 8
+_PIECE_BYTES = 128 * 1024 * 1024  # of rows that are compared at a time
 _CACHED_BYTES = 256 * 1024 * 1024  # of files of the earlier version
 
 Positions = npt.NDArray[np.int64]
@@ -131,12 +132,12 @@ class Changes:
         is_back = np.zeros(len(removed), dtype=np.bool_)
         for date, files in self._new.items():
             before = _Before(self._folder, self._old.get(date, []), self._read)
-            for _, rows in read_each(self._folder, "images", files, self._read.names, ahead=2):
-                rows = conform(rows, self._read)
-                keys = to_binary(rows["image_id"])
-                back = returned.find(*to_words(keys))
-                is_back[back[back >= 0]] = True
-                yield self._changed(rows, keys, before, back >= 0)
+            for _, whole in read_each(self._folder, "images", files, self._read.names, ahead=2):
+                for rows in _pieces(conform(whole, self._read)):
+                    keys = to_binary(rows["image_id"])
+                    back = returned.find(*to_words(keys))
+                    is_back[back[back >= 0]] = True
+                    yield self._changed(rows, keys, before, back >= 0)
         removed = removed.filter(pa.array(~is_back))
         self.counts.num_removed = len(removed)
         if len(removed):
@@ -152,7 +153,7 @@ class Changes:
         held, old = before.rows(at)
         is_known = np.zeros(len(at), dtype=np.bool_)
         is_known[held] = True
-        names, differs = self._compare(rows.take(pa.array(held)), old)
+        names, differs = self._compare(taken(rows, held), old)
         marks = np.zeros((len(names), len(at)), dtype=np.bool_)
         marks[:, held] = differs
         is_added = (at < 0) & before.is_whole & ~back
@@ -165,7 +166,7 @@ class Changes:
         if self._with_decision:
             decisions[held] = old["decision"].to_numpy(zero_copy_only=False)
         self._count(rows, names, marks, is_added, is_unknown, told, decisions)
-        found = rows.take(pa.array(told))
+        found = taken(rows, told)
         columns = {
             "change": pa.array(np.where(is_added[told], ADDED, CHANGED), pa.string()),
             "changed_columns": _name_lists(names, marks[:, told], ~is_known[told]),
@@ -273,7 +274,7 @@ class _Before:
                 continue
             mine = np.flatnonzero((at >= 0) & (numbers == number))
             places.append(mine)
-            parts.append(rows.take(pa.array(at[mine] - self._starts[number])))
+            parts.append(taken(rows, at[mine] - self._starts[number]))
         return np.concatenate(places), pa.concat_tables(parts)
 
     def _keys_of(self, file: DataFile) -> pa.Array | None:
@@ -307,6 +308,12 @@ class _Before:
 
 def _by_date(table: Snapshot, files: dict[str, DataFile]) -> dict[dt.date, list[DataFile]]:
     return files_by_date(Snapshot(table.version, table.number, files, table.schema))
+
+
+def _pieces(rows: pa.Table) -> Iterator[pa.Table]:
+    """The rows, so many at a time as can be in one piece: callers' texts may be of any length."""
+    step = max(1, rows.num_rows * _PIECE_BYTES // max(1, rows.nbytes))
+    yield from (rows.slice(start, step) for start in range(0, rows.num_rows, step))
 
 
 def _name_lists(names: Sequence[str], marks: npt.NDArray[np.bool_], is_null: Mask) -> pa.Array:

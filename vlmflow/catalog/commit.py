@@ -94,7 +94,7 @@ def commit(log: TableLog, request: CommitRequest, propose: Callable[[Snapshot], 
             file to add does not exist or is in the table), or other writers won every attempt.
         CatalogError: the log does not go back to the version that the change was planned on any more, or deltalake
             cannot commit to the table.
-        StorageAccessError: the store refuses to be written to, or is gone.
+        StorageAccessError: the store refuses to be written to, would let commits overwrite each other, or is gone.
         TransientError: the store failed again and again.
     """
     looked_up_to = request.since
@@ -123,6 +123,7 @@ def commit(log: TableLog, request: CommitRequest, propose: Callable[[Snapshot], 
             continue
         if change.is_empty and not request.always:
             return Committed(snapshot.version, attempt, repeated=False)
+        log.folder.check_exclusive()
         _check(log.folder, log.name, change, snapshot)
         try:
             _write(log.table, request, change, snapshot.number + 1)

@@ -92,7 +92,8 @@ class Frozen(BaseModel):
 class StorageConfig(Frozen):
     """How to reach an object store. Credentials come from the environment or the machine's role, never from here."""
 
-    endpoint: PlainUrl | None = None  # of an S3-compatible store, such as http://127.0.0.1:9000
+    # Of an S3-compatible store, such as http://127.0.0.1:9000, or of Azurite: http://127.0.0.1:10000/devstoreaccount1
+    endpoint: PlainUrl | None = None
     region: str | None = None
     anonymous: bool = False  # unsigned requests, for public buckets
     # Of one request. A store that has fallen silent is given up after two, and a worker must live to say so.

@@ -3,7 +3,8 @@
 Faults that pass when they are tried again, each for a share of the requests: ``slowdown`` (503), ``internal`` (500),
 ``reset`` (the connection, before any answer), ``cut`` (the connection, in the middle of the body), ``stall`` (no answer
 for longer than a client waits) and ``lost`` (the request is carried out, its answer is lost). And, switched on for
-one bucket, those that do not: ``denied`` and ``gone``.
+one bucket, those that do not: ``denied`` and ``gone``; and a store that makes nothing of conditional writes, or knows
+none: ``overwrites`` and ``unknown``.
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ from typing import Any
 FAULTS = ("slowdown", "internal", "reset", "cut", "stall", "lost")
 STALL_S = 4.0
 _CONTROL = "/__proxy__/"
+_CONDITION = "If-None-Match"
 _FATAL = {
     "denied": (403, "InvalidAccessKeyId", "The AWS Access Key Id you provided does not exist in our records."),
     "expired": (400, "ExpiredToken", "The provided token has expired."),
+    "unknown": (501, "NotImplemented", "A header you provided implies functionality that is not implemented"),
     "gone": (404, "NoSuchBucket", "The specified bucket does not exist"),
 }
 
@@ -95,7 +98,10 @@ class _Handler(BaseHTTPRequestHandler):
             fatal = self.failing.get(bucket)
             if fatal or fault:
                 self.counts[fatal or str(fault)] += 1
-        if fatal:
+        if fatal == "overwrites" or (fatal == "unknown" and _CONDITION not in self.headers):
+            del self.headers[_CONDITION]
+            self._pass_on(body, fault)
+        elif fatal:
             self._error(*_FATAL[fatal])
         elif fault == "slowdown":
             self._error(503, "SlowDown", "Please reduce your request rate.")

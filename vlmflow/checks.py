@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
 
+from vlmflow.catalog.exclusive import HONOURING
 from vlmflow.config import CatalogConfig, Job, RayConfig, SourceConfig, StorageConfig
 from vlmflow.engine.cluster import MORE_SHARED_MEMORY, SHARED_MEMORY, ray_cluster
 from vlmflow.engine.prepare import prepare
@@ -207,7 +208,7 @@ def _catalog(uri: str, storage: StorageConfig) -> Iterator[Check]:
         yield Check(name, "fail", f"cannot be written: {_first_line(error)}", remedy, _may_pass(error, uri))
         return
     # Told only when the object is gone: whoever listens may stop doing so.
-    found = [Check(name, "ok", "can be written"), _conditional_writes(store, path, uri)]
+    found = [Check(name, "ok", "can be written"), _conditional_writes(store, path, uri), _listings(store, path, uri)]
     try:
         interruptible(lambda: obstore.delete(store, path))
     except (BaseError, OSError) as error:
@@ -232,7 +233,7 @@ def _may_pass(error: Exception, uri: str) -> bool:
 
 def _conditional_writes(store: ObjectStore, path: str, uri: str) -> Check:
     name = "conditional writes"
-    remedy = "Use a store that honours If-None-Match (S3, GCS, Azure, MinIO, R2, Ceph from Squid on)."
+    remedy = f"{HONOURING}."
     try:
         interruptible(lambda: obstore.put(store, path, b"again", mode="create"))
     except AlreadyExistsError:
@@ -242,6 +243,29 @@ def _conditional_writes(store: ObjectStore, path: str, uri: str) -> Check:
         return Check(name, "fail", detail, remedy, _may_pass(error, uri))
     two = "a second writer of one file is accepted, so two runs could overwrite each other's commits"
     return Check(name, "fail", two, remedy)
+
+
+def _listings(store: ObjectStore, path: str, uri: str) -> Check:
+    """Whether a listing begins where it is told to, as deltalake looks for what others have committed."""
+    name, folder = "listings", path.rpartition("/")[0]
+    remedy = "Use a store whose listings honour start-after (S3) or startFrom (Azure)."
+    if "azure" in type(store).__name__.lower():
+        remedy += (
+            " Azurite 3.37 does, 3.35 does not: set AZURE_STORAGE_USE_EMULATOR=true and "
+            "AZURITE_BLOB_STORAGE_URL=http://host:port, and no endpoint."
+        )
+
+    def holds(offset: str) -> bool:
+        pages = obstore.list(store, prefix=folder or None, offset=offset)
+        return any(meta["path"] == path for page in pages for meta in page)
+
+    try:
+        before, after = interruptible(lambda: (holds(path[:-1]), holds(f"{path}~")))
+    except (BaseError, OSError) as error:
+        return Check(name, "fail", f"cannot be made: {_first_line(error)}", remedy, _may_pass(error, uri))
+    if before and not after:
+        return Check(name, "ok", "begin where they are told to")
+    return Check(name, "fail", "do not begin where they are told to, so commits after the first fail", remedy)
 
 
 def _ray(config: RayConfig, families: Sequence[str]) -> Iterator[Check]:

@@ -97,7 +97,7 @@ class StorageConfig(Described):
     """How to reach an object store. Credentials come from the environment or the machine's role, never from here."""
 
     endpoint: PlainUrl | None = None
-    """Of an S3-compatible store, such as http://127.0.0.1:9000."""
+    """Of an S3-compatible store, such as http://127.0.0.1:9000, or of Azurite: http://127.0.0.1:10000/devstoreaccount1."""
     region: str | None = None
     """Of the bucket, where the environment does not say it."""
     anonymous: bool = False

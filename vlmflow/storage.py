@@ -45,12 +45,21 @@ STORE_ERRORS = (BaseError, OSError, ValueError)
 _OBJECT_SCHEMES = {"s3", "s3a", "gs", "az", "azure", "adl", "abfs", "abfss"}
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _AROUND_PATH = re.compile(r"^[^/?#]*|[?#].*$", re.DOTALL)  # in the rest of a file:// url
+# Of whoever may use a store, by the word with which deltalake's settings of it begin.
+_VARIABLES = {
+    "aws": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY",
+    "google": "GOOGLE_SERVICE_ACCOUNT",
+    "azure": "AZURE_STORAGE_ACCOUNT_NAME, AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN",
+}
 _MAX_BACKOFF = timedelta(seconds=5)  # eight retries take about 16 s, not minutes
 
 # What obstore's text says of an answer: its status and, in the body, the store's own code. The text also holds the
 # name of the object, which may be anything, so nothing is searched for in the whole of it.
 _ANSWER = re.compile(r"Server returned non-2xx status code: (\d{3})(?:.*?<Code>([\w.]+)</Code>)?", re.DOTALL)
+# deltalake lays the causes of an error out on lines of their own, in colour; obstore has them on one, after colons.
+_CAUSE = re.compile(r"\s*\n\s*(?:\x1b\[\d+m)?↳(?:\x1b\[0m)?\s*")
 _LISTING = re.compile(r"Generic \w+ error: Error performing list request")
+_STORE = re.compile(r"Generic (?:S3|GCS|MicrosoftAzure|LocalFileSystem) error|HTTP error|[Oo]bject ?[Ss]tore")
 _METADATA_SERVER = re.compile(r"Error performing \w+ http://(169\.254\.169\.254|metadata\.google)")
 _FULL = re.compile(r"No space left on device|Disk quota exceeded|os error (28|122)\b")
 _TIMEOUT = re.compile(r"TimedOut|timed out", re.IGNORECASE)
@@ -186,7 +195,7 @@ def open_store(uri: str, config: StorageConfig) -> tuple[ObjectStore, str]:
         store: ObjectStore = from_url(address.root, config=settings, client_options=client, retry_config=retry)
     except STORE_ERRORS as error:
         reason = str(error).splitlines()[0]
-        remedy = "Check storage.* in the job, and the store's environment variables."
+        remedy = f"Check storage.* in the job, and the store's variables ({_VARIABLES[_provider(address)]}, ...)."
         raise ConfigError(f"{address.root} cannot be opened: {reason}", remedy=remedy) from error
     return store, address.path
 
@@ -202,7 +211,7 @@ def delta_storage_options(config: StorageConfig, uri: str) -> dict[str, str]:
         "max_retries": str(config.max_retries),
         "backoff_config.max_backoff": f"{_MAX_BACKOFF.total_seconds():g}s",
     }
-    prefix = {"s3": "aws", "gs": "google"}.get(address.root.partition(":")[0], "azure")
+    prefix = _provider(address)
     if config.endpoint is not None:
         options["google_base_url" if prefix == "google" else f"{prefix}_endpoint"] = config.endpoint
     if config.region is not None and prefix == "aws":
@@ -210,6 +219,10 @@ def delta_storage_options(config: StorageConfig, uri: str) -> dict[str, str]:
     if config.anonymous:
         options[f"{prefix}_skip_signature"] = "true"
     return options
+
+
+def _provider(address: Address) -> str:
+    return {"s3": "aws", "gs": "google"}.get(address.root.partition(":")[0], "azure")
 
 
 def object_version(meta: ObjectMeta) -> str:
@@ -223,9 +236,14 @@ def local_version(status: os.stat_result) -> str:
     return f"{status.st_mtime_ns:x}-{status.st_size:x}"
 
 
+def text_of(error: Exception) -> str:
+    """What an error of obstore or of deltalake says, as obstore would say it."""
+    return _CAUSE.sub(": ", str(error))
+
+
 def fault_of(error: Exception) -> Fault:
-    """Tells what an error of obstore means. Its classes say too little: listings raise one class for everything."""
-    text = str(error)
+    """Tells what an error of a store means. Its classes say too little: listings raise one class for everything."""
+    text = text_of(error)
     answer = _ANSWER.search(text)
     status, code = (int(answer[1]), answer[2]) if answer else (0, None)
     if code in _GONE_CODES or (status == 404 and _LISTING.match(text)):
@@ -251,11 +269,22 @@ def passes(error: Exception) -> bool:
 
     One that the client itself has made again until it gave up, always without an answer, has had minutes.
     """
-    text = str(error)
-    if _FULL.search(text) or "LocalFileSystem" in text or isinstance(error, ImageError):
+    text = text_of(error)
+    if _FULL.search(text) or is_unknown(error) or "LocalFileSystem" in text or isinstance(error, ImageError):
         return False
     fault = fault_of(error)
     return fault is Fault.TRANSIENT or (fault is Fault.TIMEOUT and not _RETRIED.search(text))
+
+
+def is_of_store(error: Exception) -> bool:
+    """Whether a store caused an error of deltalake, which wraps some in its own and has others that are none."""
+    return isinstance(error, OSError) or fault_of(error) is not Fault.TRANSIENT or _STORE.search(str(error)) is not None
+
+
+def is_unknown(error: Exception) -> bool:
+    """Whether a store says that it has no such request, as of conditional ones: 501, Not Implemented."""
+    answer = _ANSWER.search(text_of(error))
+    return answer is not None and answer[1] == "501"
 
 
 def is_full(error: Exception) -> bool:
@@ -267,6 +296,7 @@ def access_error(error: Exception, uri: str) -> VlmflowError:
     """The error for a store that cannot be used at all, in our words: the store's own may hold signatures."""
     address = parse_address(uri)
     root = address.root or address.path
+    variables = _VARIABLES.get(_provider(address), "")
     if is_full(error):
         remedy = "Free some, and run again: what was committed stays."
         return StoreLostError(f"{root}: no space is left on the disk", remedy=remedy)
@@ -274,7 +304,7 @@ def access_error(error: Exception, uri: str) -> VlmflowError:
     if fault is Fault.GONE:
         return StorageAccessError(f"{root} does not exist", remedy="Check the name, the endpoint and the region.")
     if fault is Fault.NO_CREDENTIALS:
-        remedy = "Set the store's variables (AWS_ACCESS_KEY_ID, ...), use a machine with a role, or storage.anonymous."
+        remedy = f"Set the store's variables ({variables}, ...), use a machine with a role, or storage.anonymous."
         return StorageAccessError(f"{root}: no credentials were found", remedy=remedy)
     if fault is Fault.DENIED and address.is_local:
         return StorageAccessError(f"{root} refuses this user", remedy="Check its permissions and how it is mounted.")

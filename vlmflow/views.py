@@ -61,7 +61,8 @@ def print_report(report: RunReport, console: Console) -> None:
         console.print(f"{report.num_by_others:,} more were committed by another run meanwhile")
     _print_columns_note(report.num_columns_updated, console)
     if report.num_copied or report.num_shared:
-        share = (report.num_copied + report.num_shared) / max(1, rows)
+        # Of what was run, whoever committed it.
+        share = (report.num_copied + report.num_shared) / max(1, rows + report.num_by_others)
         console.print(
             f"equal bytes: {report.num_copied:,} images took results from the catalog, {report.num_shared:,} from each "
             f"other ({share:.1%} not computed again)"

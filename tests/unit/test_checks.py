@@ -60,17 +60,33 @@ def test_nothing_is_left_in_the_catalog_whatever_the_second_write_says(
         put(store, path, data, **options)
 
     monkeypatch.setattr(obstore, "put", second)
-    told = [f"{check.verdict} {check.found}" for check in checks._catalog(str(tmp_path), StorageConfig())]
+    *told, listings = [f"{check.verdict} {check.found}" for check in checks._catalog(str(tmp_path), StorageConfig())]
+    assert listings == "ok begin where they are told to"
     assert len(told) == len(found)
     assert all(one.startswith(start) for one, start in zip(told, found, strict=True))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_store_whose_listings_begin_elsewhere_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: bool
+) -> None:
+    names = obstore.list
+
+    def listed(store: Any, prefix: str, offset: str) -> list[list[Any]]:
+        return [[meta for meta in page if kept] for page in names(store, prefix=prefix)]
+
+    monkeypatch.setattr(obstore, "list", listed)
+    *_, listings = checks._catalog(str(tmp_path), StorageConfig())
+    assert (listings.name, listings.verdict) == ("listings", "fail")
+    assert "commits after the first fail" in listings.found
 
 
 def test_no_folder_is_left_of_a_catalog_that_is_none_yet(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     for name in ("new", "deep/new", "there"):
         told = [check.verdict for check in checks._catalog(str(tmp_path / name), StorageConfig())]
-        assert told == ["ok", "ok"]
+        assert told == ["ok", "ok", "ok"]
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 

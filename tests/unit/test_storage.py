@@ -181,3 +181,47 @@ def without_rights(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.seteuid(0)
+
+
+# As deltalake prints them, in colour.
+DELTA_REFUSAL = (
+    "Generic MicrosoftAzure error\n    \x1b[31m↳\x1b[0m Error performing list request\n    \x1b[31m↳\x1b[0m Error "
+    "performing GET REDACTED in 2.9ms - Server returned non-2xx status code\n    \x1b[31m↳\x1b[0m 403 Forbidden\n    "
+    "\x1b[31m↳\x1b[0m <?xml version='1.0'?>\n<Error>\n  <Code>AuthorizationFailure</Code>\n"
+)
+DELTA_DEAD = (
+    "Generic MicrosoftAzure error\n    \x1b[31m↳\x1b[0m Error performing list request\n    \x1b[31m↳\x1b[0m Error "
+    "performing GET http://127.0.0.1:9/a/b in 102ms, after 1 retries, max_retries\n    \x1b[31m↳\x1b[0m 1, "
+    "retry_timeout\n    \x1b[31m↳\x1b[0m 180s  - HTTP error\n    \x1b[31m↳\x1b[0m error sending request\n"
+)
+
+
+def test_errors_that_deltalake_lays_out_on_lines_are_told_apart() -> None:
+    refused = access_error(OSError(DELTA_REFUSAL), "az://shop/catalog")
+    assert (type(refused), str(refused)) == (StorageAccessError, "az://shop refused the credentials")
+    gone = DELTA_REFUSAL.replace("403 Forbidden", "404 Not Found").replace("AuthorizationFailure", "ContainerNotFound")
+    assert fault_of(OSError(gone)) is Fault.GONE
+    assert fault_of(OSError(DELTA_DEAD)) is Fault.TRANSIENT
+    assert not passes(OSError(DELTA_REFUSAL))
+
+
+@pytest.mark.parametrize(
+    ("uri", "variable"),
+    [
+        ("s3://shop/x", "AWS_ACCESS_KEY_ID"),
+        ("gs://shop/x", "GOOGLE_SERVICE_ACCOUNT"),
+        ("az://shop/x", "AZURE_STORAGE_ACCOUNT_NAME"),
+        ("abfss://shop@account.dfs.core.windows.net/x", "AZURE_STORAGE_ACCOUNT_NAME"),
+    ],
+)
+def test_absent_credentials_are_named_as_their_store_names_them(uri: str, variable: str) -> None:
+    said = "Error performing token request: Error performing GET http://169.254.169.254/metadata in 1ms - refused"
+    assert variable in access_error(GenericError(said), uri).remedy
+
+
+def test_an_azure_store_without_an_account_says_which_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("AZURE_")]:
+        monkeypatch.delenv(name)
+    with pytest.raises(ConfigError, match="Account must be specified") as caught:
+        open_store("az://shop/x", StorageConfig())
+    assert "AZURE_STORAGE_ACCOUNT_NAME" in caught.value.remedy

@@ -152,3 +152,13 @@ def test_an_option_that_another_needs_is_named(
 def test_a_map_is_png() -> None:
     with pytest.raises(ExplainError, match=r"why\.jpg: a map is written as PNG"):
         write_heatmap(None, None, Path("why.jpg"))  # type: ignore[arg-type]
+
+
+def test_the_share_of_equal_bytes_is_of_what_was_run_whoever_committed_it() -> None:
+    names = {"run_id": "r", "status": "done", "source": "s", "catalog": "c", "profile": "starter", "tasks": ("embed",)}
+    counts = {"num_due": 215, "num_by_others": 215, "num_shared": 4}
+    now = dt.datetime.now(dt.UTC)
+    report = RunReport.model_validate(names | counts | {"date": now.date(), "started_at": now})
+    console = Console(record=True, width=200)
+    print_report(report, console)
+    assert "4 from each other (1.9% not computed again)" in console.export_text()

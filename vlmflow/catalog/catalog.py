@@ -88,11 +88,12 @@ class Catalog:
 
         Raises:
             CatalogError: another version of vlmflow wrote it, or it holds one of the columns under another type.
-            StorageAccessError: the bucket does not exist, or refuses.
+            StorageAccessError: the bucket does not exist, or refuses, or would let commits overwrite each other.
         """
         wanted = storable(source)
         folder = Folder(config)
         folder.check_access()
+        folder.check_exclusive()
         embeddings = TableLog.open_or_create(folder, "embeddings", schema.EMBEDDINGS)
         images = TableLog.open_or_create(folder, "images", schema.with_source(schema.IMAGES, wanted))
         catalog = cls(folder, images, embeddings)

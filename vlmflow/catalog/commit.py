@@ -27,10 +27,10 @@ from deltalake.transaction import AddAction, CommitProperties, RemoveAction, Tra
 
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.history import COMMIT_ID, REVOKED, RUN_ID
-from vlmflow.catalog.log import APPLICATION_ID, DataFile, Snapshot, TableLog
+from vlmflow.catalog.log import APPLICATION_ID, DataFile, Snapshot, TableLog, unusable
 from vlmflow.catalog.runs import DEAD_AFTER
 from vlmflow.errors import CatalogChangedError, CommitError, RunRevokedError
-from vlmflow.storage import access_error, parse_address
+from vlmflow.storage import access_error, is_of_store, parse_address, text_of
 
 OPERATION = "vlmflow.operation"
 
@@ -93,8 +93,9 @@ def commit(log: TableLog, request: CommitRequest, propose: Callable[[Snapshot], 
         RunRevokedError: the run was taken for dead, and what it wrote is being removed.
         CommitError: the change does not fit the snapshot that it was decided on (a file to remove is not live, a
             file to add does not exist or is in the table), or other writers won every attempt.
-        CatalogError: the log does not go back to the version that the change was planned on any more.
-        StorageAccessError: the store refuses to be written to, or is gone.
+        CatalogError: the log does not go back to the version that the change was planned on any more, or deltalake
+            cannot commit to the table.
+        StorageAccessError: the store refuses to be written to, would let commits overwrite each other, or is gone.
         TransientError: the store failed again and again.
     """
     looked_up_to = request.since
@@ -123,6 +124,7 @@ def commit(log: TableLog, request: CommitRequest, propose: Callable[[Snapshot], 
             continue
         if change.is_empty and not request.always:
             return Committed(snapshot.version, attempt, repeated=False)
+        log.folder.check_exclusive()
         _check(log.folder, log.name, change, snapshot)
         try:
             _write(log.table, request, change, snapshot.number + 1)
@@ -131,13 +133,15 @@ def commit(log: TableLog, request: CommitRequest, propose: Callable[[Snapshot], 
         except (DeltaError, OSError) as error:
             # deltalake's words for a bucket that is gone are those for a file that is.
             log.folder.check_access()
-            told = access_error(error, log.folder.config.uri)
+            told = access_error(error, log.folder.config.uri) if is_of_store(error) else text_of(error)
             logger.info("%s: the commit failed and is looked at again: %s", log.name, told)
             faults.append(error)
         else:
             return Committed(log.refresh().version, attempt, repeated=False)
     if len(faults) == MAX_FAULTS:
-        raise access_error(faults[-1], log.folder.config.uri) from faults[-1]
+        if is_of_store(faults[-1]):
+            raise access_error(faults[-1], log.folder.config.uri) from faults[-1]
+        raise unusable(log.folder, log.name, "cannot be committed to", faults[-1]) from faults[-1]
     what = f"{log.name}: other writers won {MAX_ATTEMPTS} times over a commit of run {request.run_id}"
     raise CommitError(what, remedy="Run the same command again when fewer runs write to this catalog.")
 

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError, TableNotFoundError
 
+from vlmflow.catalog.exclusive import PROBE, check_exclusive
 from vlmflow.catalog.pieces import ParquetPieces
 from vlmflow.config import CatalogConfig
 from vlmflow.errors import CatalogChangedError, CatalogError, ConfigError, VlmflowError
@@ -65,6 +66,8 @@ class FileInfo:
 
 class Folder:
     """Files under the catalog's uri. Picklable: a worker opens its own store on first use."""
+
+    _is_exclusive = False  # not yet known to be
 
     def __init__(self, config: CatalogConfig) -> None:
         self.config = config
@@ -112,6 +115,13 @@ class Folder:
         with self._in_our_words():
             prefix = self._at("images/_delta_log")
             retried(lambda: next(iter(obstore.list(self._store, prefix=prefix, chunk_size=1)), None))
+
+    def check_exclusive(self) -> None:
+        """Makes sure, once, that the store refuses to overwrite; see :mod:`vlmflow.catalog.exclusive`."""
+        if not self._is_exclusive and not parse_address(self.config.uri).is_local:
+            with self._in_our_words():
+                check_exclusive(self._store, self._at(PROBE), self.config.uri)
+        self._is_exclusive = True
 
     def read(self, path: str) -> bytes | None:
         """The bytes of a file; None: there is none."""

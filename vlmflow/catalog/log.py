@@ -17,7 +17,7 @@ from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.history import CLOCKS_DIFFER, ENTRY, READ_AT_ONCE, History, forgotten
 from vlmflow.errors import CatalogError, StorageAccessError, TransientError, VlmflowError
 from vlmflow.retry import retried
-from vlmflow.storage import access_error, is_full
+from vlmflow.storage import Fault, access_error, fault_of, is_full, text_of
 from vlmflow.threads import Threads
 
 TableName: TypeAlias = Literal["images", "embeddings"]
@@ -99,7 +99,7 @@ class TableLog:
             ) from error
         except (DeltaError, OSError) as error:
             folder.check_access()
-            raise _unusable(folder, name, "cannot be read", error) from error
+            raise unusable(folder, name, "cannot be read", error) from error
         found = table.metadata().configuration.get(_SCHEMA_VERSION_KEY)
         if found not in (SCHEMA_VERSION, *UPGRADABLE):
             raise CatalogError(
@@ -168,7 +168,7 @@ class TableLog:
             retried(create_once, _DELTA_ERRORS)
         except (DeltaError, OSError) as error:
             if not cls.exists(folder, name):
-                raise _unusable(folder, name, "cannot be created", error) from error
+                raise unusable(folder, name, "cannot be created", error) from error
         return cls.open(folder, name)
 
     def refreshed_table(self) -> DeltaTable:
@@ -317,10 +317,11 @@ def _create(folder: Folder, name: TableName, columns: pa.Schema) -> None:
     )
 
 
-def _unusable(folder: Folder, name: TableName, what: str, error: Exception) -> VlmflowError:
-    if is_full(error):  # deltalake says so in its last line
+def unusable(folder: Folder, name: TableName, what: str, error: Exception) -> VlmflowError:
+    """The error for a table with which deltalake cannot do something."""
+    if is_full(error) or fault_of(error) is Fault.DENIED:
         return access_error(error, folder.config.uri)
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    reason = text_of(error).splitlines()[0] if str(error) else type(error).__name__
     return CatalogError(
         f"{folder.config.uri}: table {name} {what}: {reason}",
         remedy="Check the address and that the place may be written to; `vlmflow doctor` tries it.",

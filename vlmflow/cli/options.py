@@ -86,7 +86,12 @@ AddressOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON on standard output, for machines.")]
 EndpointOption = Annotated[
-    str | None, typer.Option("--endpoint", help="Endpoint of an S3-compatible store, such as http://127.0.0.1:9000.")
+    str | None,
+    typer.Option(
+        "--endpoint",
+        help="Endpoint of an S3-compatible store, such as http://127.0.0.1:9000, or of Azurite: "
+        "http://127.0.0.1:10000/devstoreaccount1.",
+    ),
 ]
 AllowEmptyOption = Annotated[bool, typer.Option("--allow-empty", help="A source without images is no error.")]
 UnboundOption = Annotated[

@@ -1,0 +1,66 @@
+"""Stores that let a second writer of one file overwrite it get no commits: rows would be lost without a word."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pyarrow as pa
+import pytest
+
+from tests.catalog_samples import enrich, references
+from tests.faulty_proxy import FaultyProxy, running_proxy
+from tests.s3 import S3Server
+from vlmflow.catalog import Catalog
+from vlmflow.checks import _catalog
+from vlmflow.config import CatalogConfig
+from vlmflow.errors import StorageAccessError
+
+STORES = [("overwrites", "accepts a second writer of one file"), ("unknown", "knows no conditional writes")]
+
+
+@pytest.fixture(scope="module")
+def proxy(s3_server: S3Server) -> Iterator[FaultyProxy]:
+    with running_proxy(s3_server.endpoint, 0.0) as running:
+        yield running
+
+
+@pytest.fixture
+def config(s3_server: S3Server, proxy: FaultyProxy) -> CatalogConfig:
+    storage = s3_server.storage.model_copy(update={"endpoint": proxy.endpoint})
+    return CatalogConfig(uri=f"s3://{s3_server.make_bucket()}/catalog", storage=storage)
+
+
+def bucket_of(config: CatalogConfig) -> str:
+    return config.uri.split("/")[2]
+
+
+@pytest.mark.parametrize(("how", "said"), STORES)
+def test_no_catalog_is_made_there(config: CatalogConfig, proxy: FaultyProxy, how: str, said: str) -> None:
+    proxy.fail(bucket_of(config), how)
+    with pytest.raises(StorageAccessError, match=rf"^s3://\S+ {said}, so two runs could .* lose rows$") as caught:
+        Catalog.open_or_create(config, pa.schema([]))
+    assert "If-None-Match" in caught.value.remedy
+    assert not Catalog.exists(config)
+
+
+@pytest.mark.parametrize(("how", "said"), STORES)
+def test_nothing_is_committed_to_one_that_is_there(
+    config: CatalogConfig, proxy: FaultyProxy, how: str, said: str
+) -> None:
+    enrich(Catalog.open_or_create(config, pa.schema([])), "r1", [references(["a"])])
+    proxy.fail(bucket_of(config), how)
+    catalog = Catalog.open(config)
+    with pytest.raises(StorageAccessError, match=said):
+        enrich(catalog, "r2", [references(["b"])])
+    assert Catalog.open(config).images(["uri"]).num_rows == 1
+
+
+@pytest.mark.parametrize("how", ["", *(how for how, _ in STORES)])
+def test_doctor_says_so(config: CatalogConfig, proxy: FaultyProxy, how: str) -> None:
+    proxy.fail(bucket_of(config), how)
+    verdicts = {check.name: check.verdict for check in _catalog(config.uri, config.storage)}
+    writes = "fail" if how else "ok"
+    if how == "unknown":  # its first file is written so, too
+        assert verdicts == {f"catalog {config.uri}": "fail"}
+    else:
+        assert verdicts == {f"catalog {config.uri}": "ok", "conditional writes": writes, "listings": "ok"}

@@ -216,8 +216,8 @@ def _unseen(sample: Sample) -> tuple[int, float]:
 
 
 def _thresholds(fit: Fit) -> Thresholds:
-    block = None if np.isinf(fit.block.value) else round(fit.block.value, 9)
-    review = round(fit.review.value, 9)
+    block = None if np.isinf(fit.block.value) else _short(fit.block.value)
+    review = _short(fit.review.value)
     # An easy label is caught far above its block threshold: what blocks is never allowed, so review is no higher.
     return Thresholds(review=review if block is None else min(review, block), block=block)
 

@@ -65,6 +65,22 @@ def test_a_calibrated_binding_decides_as_the_report_says() -> None:
     assert gun.offset == pytest.approx(0.12, abs=0.02)
 
 
+@pytest.mark.parametrize("scale", [150.0, 300.0])
+def test_a_recall_of_all_has_a_threshold_that_rounding_moves_no_image_across(scale: float) -> None:
+    # Probabilities there are of a millionth and less.
+    rng = np.random.default_rng(3)
+    margins = rng.normal(0.02, 0.02, (2000, 2)).astype(np.float32)
+    margins = np.where(rng.random((2000, 2)) < 0.5, margins, margins + np.float32(0.1)).astype(np.float32)
+    values = (rng.random((2000, 2)) < logistic(scale * (margins.astype(np.float64) - 0.1))).astype(np.int8)
+    ids = [f"{number:032x}" for number in range(2000)]
+    matched = Matched(ids, values, np.ones((2000, 2)), False, Counter(), (0.1, 0.1))
+    done = calibrate(matched, margins, targets=Targets(recall=1.0))
+    decisions = Moderator(POLICY, done.binding, None).decide_labels(margins)
+    for number, label in enumerate(done.labels):
+        assert label.fit is not None
+        assert ((decisions[:, number] >= 1) == (margins[:, number] > label.fit.review_margin.value)).all()
+
+
 def test_targets_hold_by_label() -> None:
     matched, margins = verdicts(1000, wine=1000)
     plain = calibrate(matched, margins, targets=Targets(precision=0.8, recall=0.7))

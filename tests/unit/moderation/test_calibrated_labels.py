@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from vlmflow.errors import CalibrationError
 from vlmflow.models import ModelIdentity
-from vlmflow.moderation.calibrate import Calibration, CalibrationReport, Targets, calibrate_labels
+from vlmflow.moderation.calibrate import Calibration, CalibrationReport, Targets, _is_shifted, calibrate_labels
 from vlmflow.moderation.calibration_report import calibration_html
 from vlmflow.moderation.decide import Moderator
 from vlmflow.moderation.fit import logistic
@@ -171,6 +171,39 @@ def test_a_sample_from_the_review_queue_is_warned_of_unless_it_is_weighted() -> 
     unbound = Matched(matched.ids, matched.values, matched.weights, False, Counter(), (1.0, 1.0))
     assert "it cannot be told whether the labelled ones are a random sample" in calibrate(unbound, margins).warnings[0]
     assert calibrate(matched, margins).warnings == []
+
+
+@pytest.mark.parametrize(
+    ("labelled", "overall", "is_said"),
+    [
+        (0.084, 0.0042, True),  # those nearest to a threshold, of a catalog of which little is flagged
+        (0.0, 0.04, True),
+        (0.04, 0.0, True),
+        (0.13, 0.08, False),  # at most so by chance
+        (0.0075, 0.005, False),
+        (0.0, 0.0, False),
+        (0.45, 0.53, False),
+    ],
+)
+def test_a_sample_of_a_catalog_of_which_little_is_flagged_is_warned_of_too(
+    labelled: float, overall: float, is_said: bool
+) -> None:
+    matched, margins = verdicts()
+    flagged = Matched(matched.ids, matched.values, matched.weights, False, Counter(), (labelled, overall))
+    said = calibrate(flagged, margins).warnings
+    assert bool(said) == is_said
+    if labelled == 0.084:
+        assert "8.4% of the labelled images are flagged at present, of the catalog 0.42%" in said[0]
+
+
+def test_random_samples_are_hardly_ever_taken_for_others() -> None:
+    rng = np.random.default_rng(0)
+    shares = rng.choice([0.001, 0.002, 0.01, 0.05], 4000)
+    nums = rng.choice([40, 100, 400, 1000], 4000)
+    found = rng.binomial(nums, shares) / nums
+    samples = zip(found.tolist(), shares.tolist(), nums.tolist(), strict=True)
+    alarms = [_is_shifted(*sample) for sample in samples if abs(sample[0] - sample[1]) <= 0.1]
+    assert sum(alarms) <= 4
 
 
 def test_review_never_starts_above_block() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from vlmflow.moderation.decide import DECISIONS
 
 T = TypeVar("T")
+_DECIMALS = 12
 
 
 def differing(accepted: Sequence[T | None], observed: Sequence[T | None]) -> tuple[list[int], float | None]:
@@ -21,7 +22,8 @@ def differing(accepted: Sequence[T | None], observed: Sequence[T | None]) -> tup
     """
     asked = [at for at, value in enumerate(accepted) if value is not None]
     other = [at for at in asked if accepted[at] != observed[at]]
-    return other, 1 - len(other) / len(asked) if asked else None
+    # Divided at once: 1 - 4/5 is less than 0.2, and a limit would not be met at its edge.
+    return other, (len(asked) - len(other)) / len(asked) if asked else None
 
 
 def decision_flips(accepted: Sequence[str], observed: Sequence[str]) -> tuple[list[int], list[int]]:
@@ -52,4 +54,5 @@ def score_shifts(
                 unscored.append((label, at))
             else:
                 shifts[label].append(abs(now - score))
-    return {label: float(np.mean(values)) for label, values in sorted(shifts.items())}, unscored
+    # Values have six decimals: what is beyond comes of their sums, and would pass a limit that is met at its edge.
+    return {label: round(float(np.mean(values)), _DECIMALS) for label, values in sorted(shifts.items())}, unscored

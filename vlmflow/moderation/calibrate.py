@@ -22,6 +22,7 @@ _FEW_VERDICTS = 100
 _WIDE = 0.2
 _MAX_UNSEEN = 0.5  # of a label's images: where most may be unseen, thresholds are those of the few that are not
 _SHIFTED = 0.1
+_ODDS, _CHANCE = 2, 1e-3  # so far off that it matters, and by chance no more often than that
 _NUM_BINS = 10
 _NUM_BARS = 24
 _MAX_POINTS = 200
@@ -216,8 +217,8 @@ def _unseen(sample: Sample) -> tuple[int, float]:
 
 
 def _thresholds(fit: Fit) -> Thresholds:
-    block = None if np.isinf(fit.block.value) else round(fit.block.value, 9)
-    review = round(fit.review.value, 9)
+    block = None if np.isinf(fit.block.value) else _short(fit.block.value)
+    review = _short(fit.review.value)
     # An easy label is caught far above its block threshold: what blocks is never allowed, so review is no higher.
     return Thresholds(review=review if block is None else min(review, block), block=block)
 
@@ -364,10 +365,33 @@ def _warnings(matched: Matched) -> list[str]:
             "every image of the catalog is flagged at present, so it cannot be told whether the labelled ones are a "
             "random sample: if they are not, precision, recall and probabilities are those of the sample"
         ]
-    if matched.is_weighted or abs(labelled - overall) <= _SHIFTED:
+    if matched.is_weighted or not _is_shifted(labelled, overall, len(matched.ids)):
         return []
+    shown, of_all = (f"{100 * share:.3g}%" for share in matched.flagged)
     return [
-        f"{labelled:.0%} of the labelled images are flagged at present, of the catalog {overall:.0%}: they are no "
+        f"{shown} of the labelled images are flagged at present, of the catalog {of_all}: they are no "
         "random sample, so precision, recall and probabilities are those of the sample. Label at random, or give each "
         "row a weight: how many images of the catalog it stands for."
     ]
+
+
+def _is_shifted(labelled: float, overall: float, num: int) -> bool:
+    """Whether ``num`` labelled images are no random sample, by how many are flagged of them and of the catalog.
+
+    Where few are flagged at all, those near a threshold are flagged by a few points more often, which is many times
+    as often: whatever is far below a threshold is missing, and recall counts without it.
+    """
+    if abs(labelled - overall) > _SHIFTED:
+        return True
+    less, more = sorted((labelled * (1 - overall), overall * (1 - labelled)))
+    return more > _ODDS * less and _chance(round(labelled * num), num, overall) < _CHANCE / 2
+
+
+def _chance(found: int, num: int, share: float) -> float:
+    """How likely so few of ``num`` drawn at random are found, or so many, whichever is less: the binomial's tail."""
+    share = min(max(share, 1e-9), 1 - 1e-9)
+    logs = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, num + 1)))])
+    counts = np.arange(num + 1)
+    log_odds = counts * np.log(share) + (num - counts) * np.log1p(-share)
+    chances = np.exp(logs[num] - logs[counts] - logs[num - counts] + log_odds)
+    return float(min(chances[: found + 1].sum(), chances[found:].sum()))

@@ -199,17 +199,20 @@ def match_verdicts(file: VerdictFile, images: Iterable[pa.Table], labels: tuple[
             left_out[reason] += 1
         else:
             said.setdefault((rows[0]["image_id"], labels.index(verdict.label)), []).append(verdict)
-    ids = sorted({image for image, _ in said})
-    at = {image: number for number, image in enumerate(ids)}
-    values = np.full((len(ids), len(labels)), -1, np.int8)
-    weights = np.ones((len(ids), len(labels)))
-    for (image, label), verdicts in said.items():
+    agreed = {}
+    for at, verdicts in said.items():
         if len({verdict.value for verdict in verdicts}) > 1:
             left_out["contradicted by another verdict"] += len(verdicts)
-            continue
-        left_out["said before"] += len(verdicts) - 1
-        values[at[image], label] = verdicts[0].value
-        weights[at[image], label] = max(verdict.weight for verdict in verdicts)
+        else:
+            left_out["said before"] += len(verdicts) - 1
+            agreed[at] = verdicts
+    ids = sorted({image for image, _ in agreed})
+    numbers = {image: number for number, image in enumerate(ids)}
+    values = np.full((len(ids), len(labels)), -1, np.int8)
+    weights = np.ones((len(ids), len(labels)))
+    for (image, label), verdicts in agreed.items():
+        values[numbers[image], label] = verdicts[0].value
+        weights[numbers[image], label] = max(verdict.weight for verdict in verdicts)
     decisions = {row["image_id"]: row["decision"] for rows in found.values() for row in rows}
     flagged = float(np.mean([decisions[image] != "allow" for image in ids])) if ids else 0.0
     overall = float(counts[1] / counts[0]) if counts[0] else 0.0

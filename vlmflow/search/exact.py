@@ -70,7 +70,8 @@ def search_exact(blocks: Iterator[Block], query: NDArray[np.float32], top_k: int
             )
         scores = vectors @ query
         if len(scores) > top_k:
-            some = np.argpartition(scores, -top_k)[-top_k:]
+            # All that equal the last of the best, of which some selection would be another for another top_k.
+            some = scores >= np.partition(scores, -top_k)[-top_k]
             positions, scores = positions[some], scores[some]
         found = best([found, Found(positions, scores)], top_k)
     return found

@@ -319,6 +319,15 @@ def test_agreement_asks_for_what_was_accepted() -> None:
     assert missing == [("gun", 1)]
 
 
+@pytest.mark.parametrize("num", [5, 20, 25, 40])
+def test_limits_are_met_at_their_edges(num: int) -> None:
+    for equal in range(num + 1):
+        assert differing(["a"] * num, ["a"] * equal + ["b"] * (num - equal))[1] == equal / num
+    for start in (-0.31, 0.1, 0.3, 0.7):
+        accepted, observed = [{"gun": start}] * num, [{"gun": round(start + 0.02, 6)}] * num
+        assert score_shifts(accepted, observed)[0]["gun"] == 0.02
+
+
 def fake_java(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A program named java: the real ones' models are not to be had here."""
     program = folder / "bin" / "java"

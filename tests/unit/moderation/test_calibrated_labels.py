@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from vlmflow.errors import CalibrationError
 from vlmflow.models import ModelIdentity
-from vlmflow.moderation.calibrate import Calibration, CalibrationReport, Targets, calibrate_labels
+from vlmflow.moderation.calibrate import Calibration, CalibrationReport, Targets, _is_shifted, calibrate_labels
 from vlmflow.moderation.calibration_report import calibration_html
 from vlmflow.moderation.decide import Moderator
 from vlmflow.moderation.fit import logistic
@@ -63,6 +63,22 @@ def test_a_calibrated_binding_decides_as_the_report_says() -> None:
     gun = done.binding.calibration["gun"]
     assert gun.scale == pytest.approx(30, rel=0.3)
     assert gun.offset == pytest.approx(0.12, abs=0.02)
+
+
+@pytest.mark.parametrize("scale", [150.0, 300.0])
+def test_a_recall_of_all_has_a_threshold_that_rounding_moves_no_image_across(scale: float) -> None:
+    # Probabilities there are of a millionth and less.
+    rng = np.random.default_rng(3)
+    margins = rng.normal(0.02, 0.02, (2000, 2)).astype(np.float32)
+    margins = np.where(rng.random((2000, 2)) < 0.5, margins, margins + np.float32(0.1)).astype(np.float32)
+    values = (rng.random((2000, 2)) < logistic(scale * (margins.astype(np.float64) - 0.1))).astype(np.int8)
+    ids = [f"{number:032x}" for number in range(2000)]
+    matched = Matched(ids, values, np.ones((2000, 2)), False, Counter(), (0.1, 0.1))
+    done = calibrate(matched, margins, targets=Targets(recall=1.0))
+    decisions = Moderator(POLICY, done.binding, None).decide_labels(margins)
+    for number, label in enumerate(done.labels):
+        assert label.fit is not None
+        assert ((decisions[:, number] >= 1) == (margins[:, number] > label.fit.review_margin.value)).all()
 
 
 def test_targets_hold_by_label() -> None:
@@ -155,6 +171,39 @@ def test_a_sample_from_the_review_queue_is_warned_of_unless_it_is_weighted() -> 
     unbound = Matched(matched.ids, matched.values, matched.weights, False, Counter(), (1.0, 1.0))
     assert "it cannot be told whether the labelled ones are a random sample" in calibrate(unbound, margins).warnings[0]
     assert calibrate(matched, margins).warnings == []
+
+
+@pytest.mark.parametrize(
+    ("labelled", "overall", "is_said"),
+    [
+        (0.084, 0.0042, True),  # those nearest to a threshold, of a catalog of which little is flagged
+        (0.0, 0.04, True),
+        (0.04, 0.0, True),
+        (0.13, 0.08, False),  # at most so by chance
+        (0.0075, 0.005, False),
+        (0.0, 0.0, False),
+        (0.45, 0.53, False),
+    ],
+)
+def test_a_sample_of_a_catalog_of_which_little_is_flagged_is_warned_of_too(
+    labelled: float, overall: float, is_said: bool
+) -> None:
+    matched, margins = verdicts()
+    flagged = Matched(matched.ids, matched.values, matched.weights, False, Counter(), (labelled, overall))
+    said = calibrate(flagged, margins).warnings
+    assert bool(said) == is_said
+    if labelled == 0.084:
+        assert "8.4% of the labelled images are flagged at present, of the catalog 0.42%" in said[0]
+
+
+def test_random_samples_are_hardly_ever_taken_for_others() -> None:
+    rng = np.random.default_rng(0)
+    shares = rng.choice([0.001, 0.002, 0.01, 0.05], 4000)
+    nums = rng.choice([40, 100, 400, 1000], 4000)
+    found = rng.binomial(nums, shares) / nums
+    samples = zip(found.tolist(), shares.tolist(), nums.tolist(), strict=True)
+    alarms = [_is_shifted(*sample) for sample in samples if abs(sample[0] - sample[1]) <= 0.1]
+    assert sum(alarms) <= 4
 
 
 def test_review_never_starts_above_block() -> None:

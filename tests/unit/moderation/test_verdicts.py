@@ -117,6 +117,16 @@ def test_every_verdict_counts_once_or_is_left_out_with_a_reason(tmp_path: Path) 
     assert matched.flagged == (0.5, 0.5)
 
 
+def test_an_image_of_which_all_that_was_said_is_contradicted_is_not_among_those_that_count(tmp_path: Path) -> None:
+    said = [("mem://a", "gun", True, None), ("mem://a", "gun", False, None)]
+    batch = images(a="block", b="allow")
+    matched = match_verdicts(file_of(tmp_path, *said, ("mem://b", "gun", False, None)), [batch], LABELS)
+    assert matched.ids == [image_id("b")]
+    assert (matched.values.tolist(), matched.weights.shape) == ([[0, -1]], (1, 2))
+    assert matched.flagged == (0.0, 0.5)
+    assert match_verdicts(file_of(tmp_path, *said), [batch], LABELS).ids == []  # calibrate says why none counts
+
+
 def test_a_queue_as_it_was_exported_can_be_read_and_weighs_what_its_import_would(tmp_path: Path) -> None:
     path = tmp_path / "queue.csv"
     path.write_text(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -14,6 +15,7 @@ from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.keys import to_binary, to_words
 from vlmflow.errors import ConfigError
 from vlmflow.report.collect import NUM_NEW, NUM_PER_LABEL, collect
+from vlmflow.report.labels import NUM_BINS, histogram
 from vlmflow.report.runs import find_run
 from vlmflow.report.sections import scores_section
 from vlmflow.summary import summarize
@@ -80,6 +82,14 @@ def test_an_image_counts_once_for_each_class_of_its_errors_everywhere(tmp_path: 
     facts = FactReader(Folder(config)).read(list(catalog.live_files("images").values()))
     assert facts.counts("error", None) == expected | {"": 1}
     assert facts.mask("error", ["endpoint_timeout"]).sum() == 2, "a filter finds what is not the first"
+
+
+def test_a_score_at_the_edge_of_a_bar_is_in_the_one_that_begins_there() -> None:
+    edges = np.arange(NUM_BINS + 1) / NUM_BINS
+    for values in (edges, edges.astype(np.float32), edges.astype(np.float32).astype(np.float64)):
+        assert histogram(values).tolist() == [1] * (NUM_BINS - 1) + [2]
+    below = np.nextafter(edges[1:].astype(np.float32), np.float32(0))
+    assert histogram(below).tolist() == [1] * NUM_BINS
 
 
 def test_an_image_counts_once_for_a_label_that_prompts_and_detectors_look_for(tmp_path: Path) -> None:

@@ -202,3 +202,17 @@ def test_columns_come_in_the_order_asked_for(tmp_path: Path) -> None:
     order = np.array([15, 2, 19, 0, 11])
     whole = [uri for _, rows in live.read(["uri"]) for uri in rows["uri"].to_pylist()]
     assert live.take(order, ["uri"])["uri"].to_pylist() == [whole[row] for row in order]
+
+
+@pytest.mark.parametrize("block_rows", [7, 64])
+def test_of_equal_images_more_of_an_answer_begin_with_the_fewer(block_rows: int) -> None:
+    vectors = unit(np.array([[1.0, 0.2], [0.1, 1.0]], np.float32)[np.arange(60) % 2])  # thirty of each
+    positions = np.arange(60)
+    blocks = [
+        (positions[start : start + block_rows], vectors[start : start + block_rows])
+        for start in range(0, 60, block_rows)
+    ]
+    query = np.array([1.0, 0.0], np.float32)
+    answers = [exact.search_exact(iter(blocks), query, top_k).positions.tolist() for top_k in range(1, 61)]
+    assert answers[-1] == [*range(0, 60, 2), *range(1, 60, 2)]
+    assert [answers[-1][: len(answer)] for answer in answers] == answers

@@ -89,7 +89,8 @@ class Job(Described):
     questions: tuple[str, ...] = ()
     """That `answer` asks of every image."""
     policy: HomePath | None = None
-    """A policy file, or the name of one that ships; needed by `moderate`."""
+    """A policy file, or the name of one that ships, that `moderate` decides by. Default: marketplace; demo with the
+    profile starter."""
     accept_unbound: bool = False
     """Moderate although the policy has no binding for the model: every decision is `review`."""
     date: dt.date | None = None

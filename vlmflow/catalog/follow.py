@@ -137,6 +137,7 @@ class ChangeFeed:
 
     def _version_of(self, since: Since | Bookmark) -> int:
         if isinstance(since, dt.datetime):
+            since = since if since.tzinfo else since.replace(tzinfo=dt.UTC)
             return self._images.history.version_before(since, self.version)
         uri = self._folder.config.uri
         if isinstance(since, Bookmark):

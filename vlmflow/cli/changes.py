@@ -40,8 +40,8 @@ def changes(
         Path | None,
         typer.Option(
             "--bookmark",
-            help="In place of --since: a file that says how far the last such command came, and is moved on once all "
-            "is written. Absent: all rows are new.",
+            help="In place of --since: a file that says how far the last such command came. Absent: all rows are new. "
+            "With DIR it is moved on, once all is written.",
         ),
     ] = None,
     columns: Annotated[
@@ -90,7 +90,7 @@ def changes(
     with_embeddings = embeddings is Embeddings.WITH if embeddings is not None else columns is None
     feed = Catalog.open(catalog_config(catalog, endpoint)).changes(start, names)
     result = feed.write(directory, with_embeddings=with_embeddings)
-    if bookmark is not None:
+    if bookmark is not None and directory is not None:  # who only looks has taken nothing over
         write_output(bookmark, result.bookmark.as_json())
     if as_json:
         emit(changes_as_json(result))

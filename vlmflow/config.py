@@ -112,7 +112,7 @@ class Job(Described):
     """Of a caption."""
     num_beams: Annotated[int, Field(ge=1, le=16)] = 1
     """Of a caption: 1 takes the most probable token at every step; more search for the best caption among so many at a
-    time, and take about as many times longer for the words (not for the image)."""
+    time, and take about as many times longer for the words (not for the image). vllm and endpoint take 1 alone."""
     read_ahead: Annotated[int, Field(ge=1)] | None = None
     """Images between the start of reading and the end of the last pool: of those a kill loses all that no commit holds.
     Default: as many as keep every actor at work."""

@@ -16,6 +16,7 @@ from tests.processes import ROOT
 from tests.terminal import run
 from vlmflow.config import Job, ModelConfig, PoolConfig, load_job
 from vlmflow.errors import ConfigError
+from vlmflow.families import FAMILIES
 from vlmflow.job_file import job_schema, job_template
 from vlmflow.tasks.setup import with_policy
 
@@ -107,3 +108,10 @@ def test_what_a_job_without_a_policy_moderates_under_is_told_as_it_is() -> None:
     for profile in ("base", "starter"):
         job = with_policy(Job.model_validate({"source": {"uri": "p"}, "catalog": {"uri": "c"}, "profile": profile}))
         assert str(job.policy) in said
+
+
+def test_only_families_that_a_task_can_have_are_named_and_those_without_beams() -> None:
+    schema = job_schema()
+    assert all(FAMILIES[name].roles for name in schema["$defs"]["ModelConfig"]["properties"]["family"]["examples"])
+    greedy = [name for name, family in FAMILIES.items() if "caption" in family.roles and not family.has_beams]
+    assert f"{' and '.join(greedy)} take 1 alone" in schema["properties"]["num_beams"]["description"]

@@ -358,6 +358,7 @@ def test_a_bookmark_of_another_catalog_is_refused(
         (["--since", "yesterday"], "'yesterday' is neither a version nor a time"),
         (["--since", "2999-01-01"], "still to come"),
         (["--since", "1", "--embeddings", "with"], "no DIR"),
+        (["--since", "1", "--columns", " ,"], "--columns names none"),
         (["--bookmark", "{tmp}"], "is a folder"),
         (["--bookmark", "{tmp}/none/mark"], "no folder"),
         (["--bookmark", "{tmp}/text"], "it is no bookmark"),

@@ -87,6 +87,8 @@ def changes(
         check_target(directory)
     start = _parsed(since) if bookmark is None else Bookmark.read(bookmark) or 0
     names = None if columns is None else [name.strip() for name in columns.split(",") if name.strip()]
+    if names == []:  # of an empty variable, say: of what changed he would be told nothing
+        raise ConfigError("--columns names none", remedy="Name some, or leave it out: then all are compared.")
     with_embeddings = embeddings is Embeddings.WITH if embeddings is not None else columns is None
     feed = Catalog.open(catalog_config(catalog, endpoint)).changes(start, names)
     result = feed.write(directory, with_embeddings=with_embeddings)

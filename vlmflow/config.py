@@ -107,7 +107,7 @@ class Job(Described):
     """Try the pools on some images first, and set batch sizes and numbers of actors by that where `pools` does not."""
     views: Annotated[tuple[ViewName, ...], AfterValidator(in_one_order)] = get_args(ViewName)
     """What moderation and embeddings are made of, where these differ: the whole image, its centre, the length of long
-    ones, transparent ones on black, the frames of animations."""
+    ones, transparent ones on black, the frames of animations. `squash`, the whole image, is always among them."""
     max_caption_tokens: Annotated[int, Field(ge=1, le=512)] = 20
     """Of a caption."""
     num_beams: Annotated[int, Field(ge=1, le=16)] = 1
@@ -128,7 +128,8 @@ class Job(Described):
     quarantine: QuarantineConfig = QuarantineConfig()
     ray: RayConfig = RayConfig()
     max_error_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Of the first 1,000 rows, those left out that failed the last time too; 1 turns it off."""
+    """A run stops before its first commit if more than this part of its first 1,000 images is bad: a wrong prefix, say.
+    Those that failed the last time too do not count, and runs of fewer go on. 1 turns it off."""
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:

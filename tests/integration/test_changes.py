@@ -286,6 +286,20 @@ def test_versions_and_columns_that_are_not_there_are_refused(catalog: Catalog) -
     with pytest.raises(ConfigError, match="no column 'captoin'") as refused:
         catalog.changes(0, ["captoin", "decision"])
     assert "caption" in refused.value.remedy
+    with pytest.raises(ConfigError, match=r"no column 'source\.price'") as refused:
+        catalog.changes(0, ["source.price"])
+    assert refused.value.remedy == "Name `source`: all of the caller's columns are in it."
+
+
+def test_vectors_that_are_asked_for_before_the_rows_are_not_silently_none(catalog: Catalog) -> None:
+    feed = catalog.changes(0)
+    rows = feed.tables()
+    for _ in range(2):
+        next(rows)
+        with pytest.raises(ValueError, match="to its end"):
+            list(feed.vectors())
+    assert list(rows) == []
+    assert sum(table.num_rows for table in feed.vectors()) == 2 * len(NAMES)
 
 
 @on_disk

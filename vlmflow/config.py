@@ -154,9 +154,11 @@ class Job(Described):
         if not self.pools:
             return
         pooled = [task for pool in self.pools for task in pool.tasks]
-        missing, doubled = set(self.tasks) - set(pooled), len(pooled) != len(set(pooled))
-        if missing or doubled:
-            raise ValueError(f"every task runs in exactly one pool; missing: {', '.join(sorted(missing)) or 'none'}")
+        in_none, in_two = set(self.tasks) - set(pooled), {task for task in pooled if pooled.count(task) > 1}
+        if in_none or in_two:
+            wrong = [("none", in_none), ("two", in_two)]
+            found = [f"in {count}: {', '.join(sorted(tasks))}" for count, tasks in wrong if tasks]
+            raise ValueError(f"every task runs in exactly one pool; {'; '.join(found)}")
         remote = {role for role, model in self.models.items() if model.family == "endpoint"}
         for pool in self.pools:
             if remote & set(pool.tasks) and pool.timeout_s < ENDPOINT_TIMEOUT_S:

@@ -11,19 +11,24 @@ TOLD = ("change", "changed_columns", "decision_before")
 
 
 class Follower:
-    """A copy of a catalog's rows and vectors."""
+    """A copy of a catalog's rows and vectors.
 
-    def __init__(self) -> None:
+    Args:
+        columns: that it follows, ``image_id``, ``uri`` and ``embed_run_id`` among them; None: all.
+    """
+
+    def __init__(self, columns: list[str] | None = None) -> None:
+        self._columns = columns
         self.rows: dict[str, dict[str, Any]] = {}
         self.vectors: dict[str, dict[str, list[float]]] = {}
         self.since: Any = 0
 
     def follow(self, catalog: Catalog) -> ChangeCounts:
         """Takes over what has changed; then it holds what the catalog does."""
-        feed = catalog.changes(self.since)
+        feed = catalog.changes(self.since, self._columns)
         for table in feed.tables():
             for row in table.to_pylist():
-                told = {name: row.pop(name) for name in TOLD}
+                told = {name: row.pop(name, None) for name in TOLD}
                 self._take(row, **told)
         new: dict[str, dict[str, list[float]]] = {}
         for table in feed.vectors():
@@ -52,13 +57,13 @@ class Follower:
         elif changed_columns is not None:
             assert held is not None
             assert set(changed_columns) == differing(held, row)
-            assert decision_before == held["decision"]
+            assert decision_before == held.get("decision")
         self.rows[image] = row
         if row["embed_run_id"] is None:
             self.vectors.pop(image, None)
 
     def _check(self, catalog: Catalog) -> None:
-        rows = {row["image_id"]: row for row in catalog.images().to_pylist()}
+        rows = {row["image_id"]: row for row in catalog.images(self._columns).to_pylist()}
         assert rows.keys() == self.rows.keys()
         assert {image for image, row in rows.items() if differing(row, self.rows[image])} == set()
         vectors: dict[str, dict[str, list[float]]] = {}

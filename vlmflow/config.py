@@ -89,7 +89,8 @@ class Job(Described):
     questions: tuple[str, ...] = ()
     """That `answer` asks of every image."""
     policy: HomePath | None = None
-    """A policy file, or the name of one that ships; needed by `moderate`."""
+    """A policy file, or the name of one that ships, that `moderate` decides by. Default: marketplace; demo with the
+    profile starter."""
     accept_unbound: bool = False
     """Moderate although the policy has no binding for the model: every decision is `review`."""
     date: dt.date | None = None
@@ -106,12 +107,12 @@ class Job(Described):
     """Try the pools on some images first, and set batch sizes and numbers of actors by that where `pools` does not."""
     views: Annotated[tuple[ViewName, ...], AfterValidator(in_one_order)] = get_args(ViewName)
     """What moderation and embeddings are made of, where these differ: the whole image, its centre, the length of long
-    ones, transparent ones on black, the frames of animations."""
+    ones, transparent ones on black, the frames of animations. `squash`, the whole image, is always among them."""
     max_caption_tokens: Annotated[int, Field(ge=1, le=512)] = 20
     """Of a caption."""
     num_beams: Annotated[int, Field(ge=1, le=16)] = 1
     """Of a caption: 1 takes the most probable token at every step; more search for the best caption among so many at a
-    time, and take about as many times longer for the words (not for the image)."""
+    time, and take about as many times longer for the words (not for the image). vllm and endpoint take 1 alone."""
     read_ahead: Annotated[int, Field(ge=1)] | None = None
     """Images between the start of reading and the end of the last pool: of those a kill loses all that no commit holds.
     Default: as many as keep every actor at work."""
@@ -127,7 +128,8 @@ class Job(Described):
     quarantine: QuarantineConfig = QuarantineConfig()
     ray: RayConfig = RayConfig()
     max_error_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Of the first 1,000 rows, those left out that failed the last time too; 1 turns it off."""
+    """A run stops before its first commit if more than this part of its first 1,000 images is bad: a wrong prefix, say.
+    Those that failed the last time too do not count, and runs of fewer go on. 1 turns it off."""
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
@@ -152,9 +154,11 @@ class Job(Described):
         if not self.pools:
             return
         pooled = [task for pool in self.pools for task in pool.tasks]
-        missing, doubled = set(self.tasks) - set(pooled), len(pooled) != len(set(pooled))
-        if missing or doubled:
-            raise ValueError(f"every task runs in exactly one pool; missing: {', '.join(sorted(missing)) or 'none'}")
+        in_none, in_two = set(self.tasks) - set(pooled), {task for task in pooled if pooled.count(task) > 1}
+        if in_none or in_two:
+            wrong = [("none", in_none), ("two", in_two)]
+            found = [f"in {count}: {', '.join(sorted(tasks))}" for count, tasks in wrong if tasks]
+            raise ValueError(f"every task runs in exactly one pool; {'; '.join(found)}")
         remote = {role for role, model in self.models.items() if model.family == "endpoint"}
         for pool in self.pools:
             if remote & set(pool.tasks) and pool.timeout_s < ENDPOINT_TIMEOUT_S:

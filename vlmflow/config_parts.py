@@ -41,6 +41,7 @@ def _known_tasks(value: object) -> object:
 
 
 _KNOWN_FAMILIES = [family for family, facts in FAMILIES.items() if not facts.is_packaged]
+_FAMILIES_OF_TASKS = [family for family, facts in FAMILIES.items() if facts.roles]  # others are detectors of policies
 
 
 def _known_family(name: str) -> str:
@@ -211,7 +212,7 @@ class EndpointConfig(Described):
 class ModelConfig(Described):
     """Weights of one task: a local folder, a repository of the hub at a pinned revision, or an endpoint."""
 
-    family: Annotated[str, AfterValidator(_known_family), Field(examples=_KNOWN_FAMILIES)]
+    family: Annotated[str, AfterValidator(_known_family), Field(examples=_FAMILIES_OF_TASKS)]
     """The kind of model, or a class of your own as module:Class; see vlmflow/models/README.md."""
     path: HomePath | None = None
     """A local folder with the weights."""

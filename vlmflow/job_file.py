@@ -15,7 +15,8 @@ Schema: TypeAlias = Mapping[str, Any]
 _WIDTH = 110
 _HEAD = """\
 # A job file: `vlmflow enrich --config job.yaml`; what the command line says wins over it.
-# A key behind a `#` has the value that it has when it is left out."""
+# A key behind a `#` has the value that it has when it is left out. To set one, take its `#` away, and that of the key
+# that it stands below, if any."""
 # What has no default, and what a list or a mapping would hold.
 _EXAMPLES: Mapping[str, Any] = {
     "source.uri": "photos/",
@@ -110,7 +111,9 @@ def _reference(key: Schema) -> str:
 
 
 def _line(text: str, depth: int, *, is_set: bool) -> str:
-    return ("" if is_set else "#") + "  " * depth + text
+    # Before the key, not the line: editors take the blank after a `#` away with it.
+    key = text.lstrip(" ")
+    return "  " * depth + " " * (len(text) - len(key)) + ("" if is_set else "#") + key
 
 
 def _inline(value: Any) -> str:

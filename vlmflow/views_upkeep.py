@@ -152,10 +152,15 @@ def print_changes(
     if directory is not None:
         vectors = "" if result.num_vectors is None else f", {counted(result.num_vectors, 'new vector')}"
         console.print(f"written to {escape(str(directory))}{vectors}", soft_wrap=True)
-    where = (
-        f"next time: --since {result.version}" if bookmark is None else f"{bookmark} stands at version {result.version}"
-    )
-    console.print(escape(where), soft_wrap=True)
+    console.print(escape(_next_time(result, directory, bookmark)), soft_wrap=True)
+
+
+def _next_time(result: ChangesResult, directory: Path | None, bookmark: Path | None) -> str:
+    if bookmark is None:
+        return f"next time: --since {result.version}"
+    if directory is None:
+        return f"{bookmark} was left at version {result.since}: with DIR rows are written, and it is moved on"
+    return f"{bookmark} stands at version {result.version}"
 
 
 def changes_as_json(result: ChangesResult) -> str:

@@ -259,6 +259,8 @@ def test_a_time_stands_for_the_version_before_the_first_that_came_after_it(
 
     assert [since(1), since(2), since(2, 12), since(3, 23), since(4), since(9)] == [0, 1, 1, 2, 3, 3]
     assert open_catalog(catalog.uri).changes(dt.datetime(2025, 1, 1, tzinfo=dt.UTC)).since == 0
+    assert open_catalog(catalog.uri).changes(dt.datetime.min.replace(tzinfo=dt.UTC)).since == 0
+    assert open_catalog(catalog.uri).changes(dt.datetime(2026, 3, 2)).since == 1
     times[3] = dt.datetime(2026, 3, 2, 12, tzinfo=dt.UTC)  # of a machine whose clock is late
     assert [since(2), since(2, 12), since(3)] == [1, 1, 3]
     times[3], times[2] = times[2], dt.datetime(2026, 3, 5, tzinfo=dt.UTC)  # and early
@@ -287,6 +289,20 @@ def test_versions_and_columns_that_are_not_there_are_refused(catalog: Catalog) -
     with pytest.raises(ConfigError, match="no column 'captoin'") as refused:
         catalog.changes(0, ["captoin", "decision"])
     assert "caption" in refused.value.remedy
+    with pytest.raises(ConfigError, match=r"no column 'source\.price'") as refused:
+        catalog.changes(0, ["source.price"])
+    assert refused.value.remedy == "Name `source`: all of the caller's columns are in it."
+
+
+def test_vectors_that_are_asked_for_before_the_rows_are_not_silently_none(catalog: Catalog) -> None:
+    feed = catalog.changes(0)
+    rows = feed.tables()
+    for _ in range(2):
+        next(rows)
+        with pytest.raises(ValueError, match="to its end"):
+            list(feed.vectors())
+    assert list(rows) == []
+    assert sum(table.num_rows for table in feed.vectors()) == 2 * len(NAMES)
 
 
 @on_disk
@@ -319,6 +335,23 @@ def test_the_command_writes_what_changed_and_moves_its_bookmark(
 
 
 @on_disk
+def test_who_only_looks_moves_no_bookmark(catalog: Catalog, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """He has taken nothing over: the rows that he was told the number of would never be told again."""
+    mark = tmp_path / "shop.bookmark"
+    assert run("changes", catalog.uri, "--bookmark", mark) == 0
+    assert "was left at version 0: with DIR rows are written" in " ".join(capsys.readouterr().out.split())
+    assert not mark.exists()
+    assert run("changes", catalog.uri, tmp_path / "first", "--bookmark", mark) == 0
+    enrich(catalog, "r2", [references(["new"])])
+    before = mark.read_text()
+    assert run("changes", catalog.uri, "--bookmark", mark) == 0
+    assert mark.read_text() == before
+    assert run("changes", catalog.uri, tmp_path / "second", "--bookmark", mark) == 0
+    assert polars.read_parquet(tmp_path / "second" / "images" / "*.parquet")["change"].to_list() == ["added"]
+    assert Bookmark.read(mark) == catalog.changes(2).bookmark
+
+
+@on_disk
 def test_a_bookmark_of_another_catalog_is_refused(
     catalog: Catalog, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -342,6 +375,7 @@ def test_a_bookmark_of_another_catalog_is_refused(
         (["--since", "yesterday"], "'yesterday' is neither a version nor a time"),
         (["--since", "2999-01-01"], "still to come"),
         (["--since", "1", "--embeddings", "with"], "no DIR"),
+        (["--since", "1", "--columns", " ,"], "--columns names none"),
         (["--bookmark", "{tmp}"], "is a folder"),
         (["--bookmark", "{tmp}/none/mark"], "no folder"),
         (["--bookmark", "{tmp}/text"], "it is no bookmark"),

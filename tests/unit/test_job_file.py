@@ -16,12 +16,14 @@ from tests.processes import ROOT
 from tests.terminal import run
 from vlmflow.config import Job, ModelConfig, PoolConfig, load_job
 from vlmflow.errors import ConfigError
+from vlmflow.families import FAMILIES
 from vlmflow.job_file import job_schema, job_template
+from vlmflow.tasks.setup import with_policy
 
 
 def uncommented(text: str) -> str:
     """With every key that stands behind a ``#``."""
-    return re.sub(r"^#(?=\S| {2,})", "", text, flags=re.MULTILINE)
+    return re.sub(r"^( *)#(?=\S)", r"\1", text, flags=re.MULTILINE)
 
 
 def properties(schema: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
@@ -52,6 +54,15 @@ def test_what_is_behind_a_hash_is_the_default_but_for_examples(tmp_path: Path) -
     names = {key.partition(".")[2] for key, _, _ in properties(job_schema())}
     text = file.read_text()
     assert {name for name in names if not re.search(rf"^ *(- |# )?{name}( \(.*\))?:", text, re.MULTILINE)} == set()
+
+
+def test_an_editor_that_takes_a_comment_sign_away_with_its_blank_leaves_the_key_where_it_belongs(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(re.sub(r"^(\s*)# ?(\s*(kind|limits|max_bytes):.*)$", r"\1\2", job_template(), flags=re.MULTILINE))
+    assert load_job(file).model_fields_set == {"source", "catalog", "profile", "limits"}
+    assert load_job(file).source.model_fields_set == {"uri", "kind"}
 
 
 def test_every_key_has_a_description() -> None:
@@ -90,3 +101,17 @@ def test_who_names_a_key_that_there_is_not_is_told_where_all_are(tmp_path: Path)
     with pytest.raises(ConfigError, match="kin") as refused:
         load_job(file)
     assert "`vlmflow job`" in refused.value.remedy
+
+
+def test_what_a_job_without_a_policy_moderates_under_is_told_as_it_is() -> None:
+    said = job_schema()["properties"]["policy"]["description"]
+    for profile in ("base", "starter"):
+        job = with_policy(Job.model_validate({"source": {"uri": "p"}, "catalog": {"uri": "c"}, "profile": profile}))
+        assert str(job.policy) in said
+
+
+def test_only_families_that_a_task_can_have_are_named_and_those_without_beams() -> None:
+    schema = job_schema()
+    assert all(FAMILIES[name].roles for name in schema["$defs"]["ModelConfig"]["properties"]["family"]["examples"])
+    greedy = [name for name, family in FAMILIES.items() if "caption" in family.roles and not family.has_beams]
+    assert f"{' and '.join(greedy)} take 1 alone" in schema["properties"]["num_beams"]["description"]

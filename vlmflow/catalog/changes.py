@@ -73,6 +73,7 @@ class Changes:
         counts: of the rows that :meth:`tables` has given out.
         schema: of these.
         new_vectors: the images that it has given out and whose vectors are others than before, as ``schema.KEY``.
+        is_read: it has given out all.
 
     Raises:
         ConfigError: the table has no such column.
@@ -113,6 +114,7 @@ class Changes:
             ]
         )
         self.counts = ChangeCounts()
+        self.is_read = False
         self._new_vectors: list[pa.Array] = []
 
     @property
@@ -146,6 +148,7 @@ class Changes:
             yield pa.table(
                 [columns.get(field.name, pa.nulls(len(ids), field.type)) for field in self.schema], schema=self.schema
             )
+        self.is_read = True
 
     def _changed(self, rows: pa.Table, keys: pa.Array, before: _Before, back: Mask) -> pa.Table:
         """Of the rows of one file those that were added or changed."""
@@ -327,6 +330,7 @@ def _name_lists(names: Sequence[str], marks: npt.NDArray[np.bool_], is_null: Mas
 def _check_columns(held: pa.Schema, columns: Sequence[str]) -> None:
     unknown = [name for name in columns if name not in held.names]
     if unknown:
-        raise ConfigError(
-            f"the catalog has no column {', '.join(map(repr, unknown))}", remedy=f"It has {', '.join(held.names)}."
-        )
+        remedy = f"It has {', '.join(held.names)}."
+        if any(name.startswith("source.") for name in unknown):  # as what changed in them is told
+            remedy = "Name `source`: all of the caller's columns are in it."
+        raise ConfigError(f"the catalog has no column {', '.join(map(repr, unknown))}", remedy=remedy)

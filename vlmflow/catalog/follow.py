@@ -112,8 +112,14 @@ class ChangeFeed:
         return self._changes.tables()
 
     def vectors(self) -> Iterator[pa.Table]:
-        """The vectors of those rows of :meth:`tables`, which is to be read before, that have others than they had."""
-        keys = self._changes.new_vectors  # when the first is asked for
+        """The vectors of those rows of :meth:`tables` that have others than they had.
+
+        Raises:
+            ValueError: :meth:`tables` has not been read to its end, so some would be missing.
+        """
+        if not self._changes.is_read:
+            raise ValueError("read tables() of the changes to its end before vectors(): it finds which are new")
+        keys = self._changes.new_vectors
         yield from embedding_batches(self._folder, self._now, self._vectors, of=index_of(keys))
 
     def write(self, target: Path | None, *, with_embeddings: bool = False) -> ChangesResult:
@@ -137,6 +143,7 @@ class ChangeFeed:
 
     def _version_of(self, since: Since | Bookmark) -> int:
         if isinstance(since, dt.datetime):
+            since = since if since.tzinfo else since.replace(tzinfo=dt.UTC)
             return self._images.history.version_before(since, self.version)
         uri = self._folder.config.uri
         if isinstance(since, Bookmark):

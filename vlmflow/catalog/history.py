@@ -116,7 +116,7 @@ class History:
             found = self._read(some)
             yield from zip(reversed(some), reversed(found), strict=True)
             # All of them: one may be of a machine whose clock is wrong.
-            if all(of.at is not None and of.at < time - CLOCKS_DIFFER for of in found):
+            if all(of.at is not None and time - of.at > CLOCKS_DIFFER for of in found):
                 return
 
     def _read(self, numbers: Sequence[int]) -> list[Notes]:

@@ -40,8 +40,8 @@ def changes(
         Path | None,
         typer.Option(
             "--bookmark",
-            help="In place of --since: a file that says how far the last such command came, and is moved on once all "
-            "is written. Absent: all rows are new.",
+            help="In place of --since: a file that says how far the last such command came. Absent: all rows are new. "
+            "With DIR it is moved on, once all is written.",
         ),
     ] = None,
     columns: Annotated[
@@ -87,10 +87,12 @@ def changes(
         check_target(directory)
     start = _parsed(since) if bookmark is None else Bookmark.read(bookmark) or 0
     names = None if columns is None else [name.strip() for name in columns.split(",") if name.strip()]
+    if names == []:  # of an empty variable, say: of what changed he would be told nothing
+        raise ConfigError("--columns names none", remedy="Name some, or leave it out: then all are compared.")
     with_embeddings = embeddings is Embeddings.WITH if embeddings is not None else columns is None
     feed = Catalog.open(catalog_config(catalog, endpoint)).changes(start, names)
     result = feed.write(directory, with_embeddings=with_embeddings)
-    if bookmark is not None:
+    if bookmark is not None and directory is not None:  # who only looks has taken nothing over
         write_output(bookmark, result.bookmark.as_json())
     if as_json:
         emit(changes_as_json(result))

@@ -3,8 +3,8 @@
 Faults that pass when they are tried again, each for a share of the requests: ``slowdown`` (503), ``internal`` (500),
 ``reset`` (the connection, before any answer), ``cut`` (the connection, in the middle of the body), ``stall`` (no answer
 for longer than a client waits) and ``lost`` (the request is carried out, its answer is lost). And, switched on for
-one bucket, those that do not: ``denied`` and ``gone``; and a store that makes nothing of conditional writes, or knows
-none: ``overwrites`` and ``unknown``.
+one bucket, those that do not: ``denied`` and ``gone``; and a store that makes nothing of conditional writes, knows
+none, or looks whether there is a file before it takes the new one in: ``overwrites``, ``unknown`` and ``races``.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from typing import Any
 
 FAULTS = ("slowdown", "internal", "reset", "cut", "stall", "lost")
 STALL_S = 4.0
+_ALONE_S = 2.0  # who has looked waits for another so long
 _CONTROL = "/__proxy__/"
 _CONDITION = "If-None-Match"
 _FATAL = {
@@ -80,6 +81,8 @@ class _Handler(BaseHTTPRequestHandler):
     failing: dict[str, str] = {}
     holding: dict[str, int] = {}  # requests that a bucket still answers
     lock = threading.Lock()
+    looked = threading.Condition()
+    lookers: Counter[str] = Counter()  # by path, who have found no file there
 
     def handle_request(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
@@ -98,7 +101,9 @@ class _Handler(BaseHTTPRequestHandler):
             fatal = self.failing.get(bucket)
             if fatal or fault:
                 self.counts[fatal or str(fault)] += 1
-        if fatal == "overwrites" or (fatal == "unknown" and _CONDITION not in self.headers):
+        if fatal == "races":
+            self._race(body)
+        elif fatal == "overwrites" or (fatal == "unknown" and _CONDITION not in self.headers):
             del self.headers[_CONDITION]
             self._pass_on(body, fault)
         elif fatal:
@@ -116,6 +121,23 @@ class _Handler(BaseHTTPRequestHandler):
             self._pass_on(body, fault)
 
     do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_request  # noqa: N815  names of the library
+
+    def _race(self, body: bytes) -> None:
+        """Looks first, and writes when another has looked too."""
+        if _CONDITION in self.headers:
+            connection = http.client.HTTPConnection(self.upstream, timeout=60)
+            connection.request("HEAD", self.path)
+            found = connection.getresponse().status == 200
+            connection.close()
+            if found:
+                self._error(412, "PreconditionFailed", "At least one of the pre-conditions you specified did not hold")
+                return
+            with self.looked:
+                self.lookers[self.path] += 1
+                self.looked.notify_all()
+                self.looked.wait_for(lambda: self.lookers[self.path] > 1, timeout=_ALONE_S)
+            del self.headers[_CONDITION]
+        self._pass_on(body, None)
 
     def _pass_on(self, body: bytes, fault: str | None) -> None:
         connection = http.client.HTTPConnection(self.upstream, timeout=60)

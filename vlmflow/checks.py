@@ -29,7 +29,7 @@ from vlmflow.families import family_of, is_own
 from vlmflow.models.profiles import describe_profiles
 from vlmflow.sources import open_source
 from vlmflow.storage import access_error, open_store, parse_address
-from vlmflow.threads import interruptible
+from vlmflow.threads import Threads, interruptible
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -38,6 +38,8 @@ Verdict = Literal["ok", "warn", "fail"]
 
 _WORKERS_S = 120.0  # for all nodes together: a worker imports torch first
 _MAX_NAMED = 5
+_TURNS, _WRITERS = 3, 4  # of writing one file at once
+_SO = "so two runs could overwrite each other's commits"
 
 
 @dataclass(frozen=True)
@@ -237,12 +239,36 @@ def _conditional_writes(store: ObjectStore, path: str, uri: str) -> Check:
     try:
         interruptible(lambda: obstore.put(store, path, b"again", mode="create"))
     except AlreadyExistsError:
-        return Check(name, "ok", "a second writer of one file is refused")
+        try:
+            are_refused = all(_one_at_most_is_first(store, f"{path}-{turn}") for turn in range(_TURNS))
+        except (BaseError, OSError) as error:
+            return Check(name, "fail", f"several at once fail: {_first_line(error)}", remedy, _may_pass(error, uri))
+        if are_refused:
+            return Check(name, "ok", "a second writer of one file is refused, of several at once all but one")
+        remedy += " SeaweedFS 4.16 is such a store; later ones are not."
+        return Check(name, "fail", f"several writers of one file at once are accepted, {_SO}", remedy)
     except (BaseError, OSError) as error:
         detail = f"whether there is a file already is not told: {_first_line(error)}"
         return Check(name, "fail", detail, remedy, _may_pass(error, uri))
-    two = "a second writer of one file is accepted, so two runs could overwrite each other's commits"
-    return Check(name, "fail", two, remedy)
+    return Check(name, "fail", f"a second writer of one file is accepted, {_SO}", remedy)
+
+
+def _one_at_most_is_first(store: ObjectStore, path: str) -> bool:
+    """Whether of several who write a file at once no more than one is told that it is the first."""
+
+    def is_first(_: int) -> bool:
+        try:
+            obstore.put(store, path, b"vlmflow", mode="create")
+        except AlreadyExistsError:
+            return False
+        return True
+
+    try:
+        with Threads(_WRITERS) as pool:
+            return sum(pool.map(is_first, range(_WRITERS))) <= 1
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            interruptible(lambda: obstore.delete(store, path))
 
 
 def _listings(store: ObjectStore, path: str, uri: str) -> Check:

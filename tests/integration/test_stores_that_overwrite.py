@@ -11,6 +11,7 @@ from tests.catalog_samples import enrich, references
 from tests.faulty_proxy import FaultyProxy, running_proxy
 from tests.s3 import S3Server
 from vlmflow.catalog import Catalog
+from vlmflow.catalog.folder import Folder
 from vlmflow.checks import _catalog
 from vlmflow.config import CatalogConfig
 from vlmflow.errors import StorageAccessError
@@ -55,7 +56,7 @@ def test_nothing_is_committed_to_one_that_is_there(
     assert Catalog.open(config).images(["uri"]).num_rows == 1
 
 
-@pytest.mark.parametrize("how", ["", *(how for how, _ in STORES)])
+@pytest.mark.parametrize("how", ["", "races", *(how for how, _ in STORES)])
 def test_doctor_says_so(config: CatalogConfig, proxy: FaultyProxy, how: str) -> None:
     proxy.fail(bucket_of(config), how)
     verdicts = {check.name: check.verdict for check in _catalog(config.uri, config.storage)}
@@ -64,3 +65,8 @@ def test_doctor_says_so(config: CatalogConfig, proxy: FaultyProxy, how: str) -> 
         assert verdicts == {f"catalog {config.uri}": "fail"}
     else:
         assert verdicts == {f"catalog {config.uri}": "ok", "conditional writes": writes, "listings": "ok"}
+
+
+def test_doctor_leaves_nothing(config: CatalogConfig, s3_server: S3Server) -> None:
+    assert {check.verdict for check in _catalog(config.uri, config.storage)} == {"ok"}
+    assert list(Folder(config).list("")) == []

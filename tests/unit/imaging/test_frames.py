@@ -48,6 +48,22 @@ def animation(images: list[Image.Image], image_format: str) -> bytes:
     return file.getvalue()
 
 
+def moved(data: bytes, frame: int, left: int) -> bytes:
+    """A GIF, one frame of which lies elsewhere: its place stands behind the comma that begins it."""
+    at = 13 + (3 << (data[10] & 7) + 1)
+    while True:
+        if data[at] == 0x2C and frame == 0:
+            return data[: at + 1] + struct.pack("<H", left) + data[at + 3 :]
+        if data[at] == 0x2C:
+            frame -= 1
+            at += 11 + (3 << (data[at + 9] & 7) + 1 if data[at + 9] & 0x80 else 0)
+        else:
+            at += 2
+        while data[at]:
+            at += data[at] + 1
+        at += 1
+
+
 def numbered(count: int, odd: int) -> list[Image.Image]:
     """Frames that hardly differ, because some formats join those that do not, and one that does."""
     images = []
@@ -233,3 +249,11 @@ def test_times_travel_in_the_names_of_views() -> None:
     assert times.to_pylist() == [None, 1.25, 1.25]
     back = join_times(pa.chunked_array([names]), pa.chunked_array([times]))
     assert back.to_pylist() == ["squash", "frame-2@1.250", "frame-2@1.250"]
+
+
+def test_a_frame_of_a_gif_that_reaches_over_the_others_is_shown_whole() -> None:
+    views = views_of(moved(animation([plain("red"), plain("blue"), plain("green")], "GIF"), 1, left=64))
+    assert {pixels.shape for pixels in views.values()} == {(32, 32, 3)}
+    beside = views["frame-1@0.100"]
+    assert beside[0, 0].tolist() == [255, 0, 0]
+    assert beside[0, 31].tolist() == [0, 0, 255]

@@ -257,3 +257,20 @@ def test_a_frame_of_a_gif_that_reaches_over_the_others_is_shown_whole() -> None:
     beside = views["frame-1@0.100"]
     assert beside[0, 0].tolist() == [255, 0, 0]
     assert beside[0, 31].tolist() == [0, 0, 255]
+
+
+def test_a_frame_before_one_that_reaches_over_it_is_shown_as_large_as_it_is() -> None:
+    views = views_of(moved(animation([plain("red"), plain("green"), plain("blue")], "GIF"), 2, left=64))
+    assert np.unique(views["frame-1@0.100"].reshape(-1, 3), axis=0).tolist() == [[0, 128, 0]]
+    assert views["frame-2@0.200"][0, 0].tolist() == [0, 128, 0]
+    assert views["frame-2@0.200"][0, 31].tolist() == [0, 0, 255]
+
+
+def test_a_frame_that_makes_a_gif_larger_and_transparent_is_shown_on_both_grounds() -> None:
+    data = bytes.fromhex(
+        "47494638396101000f008100008c47af1047f500000000000021f9040c010000002c0000000001000f0000080b0003081c48"
+        "5020808301010021f9040d010002002c0000000001000f00812d2d2d9b9b9b000000000000080b0003081c48108041830101"
+        "0021f9041f010001002c0000c80001000f0081ba4e5e00000000000000000008080001081c48b06040003b"
+    )
+    names = [name for name, _ in decoded(data).pixels[REQUEST.key] if name.startswith("frame")]
+    assert names == ["frame-1@0.010", "frame-2@0.020", "frame-3@0.020"]

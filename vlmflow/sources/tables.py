@@ -23,12 +23,10 @@ import pyarrow.parquet as pq
 from vlmflow.errors import SourceError, VlmflowError
 from vlmflow.sources.base import BATCH_ROWS
 from vlmflow.sources.csv_faults import check_quotes, fault_of
+from vlmflow.sources.json_columns import MISFITS, first_misfit, is_large, widened
 from vlmflow.sources.parquet_rows import is_damage
 from vlmflow.sources.regions import check_regions
 from vlmflow.storage import access_error
-
-# What Arrow raises where values of JSON do not become a column.
-_MISFITS = (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError)
 
 
 class TableFile(Protocol):
@@ -283,10 +281,7 @@ class JsonTable:
     def schema(self) -> pa.Schema:
         """All its columns, found by reading the file once; integers are doubles, unless one is too large for that."""
         schema, large = self._found
-        wide = [
-            pa.field(field.name, pa.float64()) if pa.types.is_integer(field.type) and field.name not in large else field
-            for field in schema
-        ]
+        wide = [field if field.name in large else pa.field(field.name, widened(field.type)) for field in schema]
         return pa.schema(wide)
 
     def batches(self) -> Iterator[pa.Table]:
@@ -296,7 +291,7 @@ class JsonTable:
         for lines, rows in self._rows():
             try:
                 table = pa.Table.from_pylist(rows, schema=typed)
-            except _MISFITS as error:  # an integer, where a later one of the column is none
+            except MISFITS as error:  # an integer, where a later one of the column is none
                 raise self._misfit(error, lines, rows, typed) from error
             yield to_portable(table, schema, self._name)
 
@@ -311,9 +306,9 @@ class JsonTable:
                 # Not Table.from_pylist: it takes its columns from the first row alone.
                 batch = pa.RecordBatch.from_struct_array(pa.array(rows))
                 schema = pa.unify_schemas([schema, batch.schema], promote_options="permissive")
-            except _MISFITS as error:
+            except MISFITS as error:
                 raise self._misfit(error, lines, rows, schema) from error
-            large |= {name for name in batch.schema.names if _is_large(batch[name])}
+            large |= {name for name in batch.schema.names if is_large(batch[name])}
         return portable_schema(schema, self._name), large
 
     def _misfit(
@@ -324,7 +319,7 @@ class JsonTable:
         Args:
             schema: of what there is before them.
         """
-        at, column, error = _first_misfit(rows, schema) or (0, None, error)
+        at, column, error = first_misfit(rows, schema) or (0, None, error)
         where = f"{self._name}, line {lines[at]}, column {column}" if column else f"{self._name}, lines from {lines[0]}"
         if isinstance(error, UnicodeEncodeError):
             message = f"{where}: a text holds half a character: {_line(error)}"
@@ -362,37 +357,6 @@ class JsonTable:
             message = f"{self._name}, line {number} holds a {type(row).__name__}"
             raise SourceError(message, remedy="Write one object a line.")
         return row
-
-
-def _first_misfit(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> tuple[int, str, Exception] | None:
-    """The first row that does not become part of a column with those before it: its number, the column and why."""
-    found: tuple[int, str, Exception] | None = None
-    for column in dict.fromkeys(name for row in rows for name in row):
-        values = [row.get(column) for row in rows]
-        before = pa.schema([schema.field(column)] if column in schema.names else [])
-        fits, fails, why = 0, len(values) + 1, None
-        while fails - fits > 1:  # the first so many values fit, and so many do not
-            half = (fits + fails) // 2
-            try:
-                own = pa.schema([(column, pa.array(values[:half]).type)])
-                pa.array(values[:half], pa.unify_schemas([before, own], promote_options="permissive").field(0).type)
-                fits = half
-            except _MISFITS as error:
-                fails, why = half, error
-        if why is not None and (found is None or fails - 1 < found[0]):
-            found = fails - 1, column, why
-    return found
-
-
-def _is_large(values: pa.Array) -> bool:
-    """Whether these are integers of which a double does not hold one."""
-    if not pa.types.is_integer(values.type):
-        return False
-    try:
-        values.cast(pa.float64())
-    except pa.ArrowInvalid:
-        return True
-    return False
 
 
 def _line(error: Exception) -> str:

@@ -73,7 +73,8 @@ def checked_numbers(batches: Iterable[pa.RecordBatch], table: pa.Schema) -> Iter
     for batch in batches:
         for field in source_columns(batch.schema):
             kind = held.get(field.name, field.type)
-            if {pt.is_floating(field.type), pt.is_floating(kind)} == {False, True} and not pt.is_null(field.type):
+            is_mixed = {pt.is_floating(field.type), pt.is_floating(kind)} == {False, True}
+            if (is_mixed or pt.is_nested(kind)) and field.type != kind and not pt.is_null(field.type):
                 _cast(member(batch["source"], field.name), field.with_type(kind))
         yield batch
 
@@ -183,6 +184,13 @@ def _check_cases(names: list[str]) -> None:
 
 
 def _fits(given: pa.DataType, held: pa.DataType) -> bool:
+    if pt.is_list(given) and pt.is_list(held):
+        return _fits(given.value_type, held.value_type)
+    if pt.is_struct(given) and pt.is_struct(held):
+        pairs = zip(given, held, strict=False)
+        return given.num_fields == held.num_fields and all(
+            one.name == other.name and _fits(one.type, other.type) for one, other in pairs
+        )
     if given == held or (pt.is_integer(given) and pt.is_integer(held) and given.bit_width <= held.bit_width):
         return True
     if pt.is_integer(held) and pt.is_floating(given):

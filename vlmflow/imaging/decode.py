@@ -207,7 +207,7 @@ def _add_frames(
         What was not looked at, and the hash of the first of all frames that is not plain.
     """
     image, orientation = opened.image, opened.orientation
-    looked = Looked()
+    looked, size = Looked(), image.size
     looked.add(0.0, grounds)
     num_pixels, unseen = 0, None
     wanted = min(opened.facts.num_frames, MAX_FRAMES_SEEN)
@@ -224,6 +224,8 @@ def _add_frames(
             phash = phash or perceptual_hash(shown[0][1])
     except (*BAD_BYTES, Image.DecompressionBombError, MemoryError):
         unseen = f"frames after the first {len(looked.times):,} of {opened.facts.num_frames:,} cannot be decoded"
+    if image.size != size:  # of a GIF that a frame has enlarged Pillow shows the earlier ones enlarged too
+        image = open_image(opened.data, limits, opened.facts.content_hash).image
     for number, views in looked.choose().items():
         try:
             image.seek(number)

@@ -120,6 +120,7 @@ class ImageFacts:
 class OpenedImage:
     """An image whose header has been read and found within the limits, its pixels not decoded."""
 
+    data: bytes
     image: ImageFile.ImageFile
     facts: ImageFacts
     orientation: int  # what remains to be applied to the pixels
@@ -162,9 +163,8 @@ def open_image(data: bytes, limits: ImageLimits, content_hash: str | None = None
     if orientation >= 5:
         width, height = height, width
     content_hash = content_hash or hash_of(data)
-    return OpenedImage(
-        image, ImageFacts(content_hash, image_format, image.mode, width, height, num_frames), orientation
-    )
+    facts = ImageFacts(content_hash, image_format, image.mode, width, height, num_frames)
+    return OpenedImage(data, image, facts, orientation)
 
 
 def _identify(data: bytes, limits: ImageLimits) -> str:

@@ -43,6 +43,7 @@ def to_rgb(image: Image.Image, ground: Literal["white", "black"] = "white") -> I
     agreed white: values within 16 bits (floats within 0 to 1) are scaled likewise, others from their least to their
     greatest.
     """
+    image.load()  # a frame of a GIF that reaches over the others is transparent there, and tells so only then
     if _is_deep_grey(image):
         return _grey_to_rgb(image, ground)
     if image.has_transparency_data:
@@ -55,6 +56,7 @@ def to_rgb(image: Image.Image, ground: Literal["white", "black"] = "white") -> I
 
 def shows_ground(image: Image.Image) -> bool:
     """Whether any pixel of a decoded image is transparent, so that it looks otherwise on another ground."""
+    image.load()  # as above
     if not image.has_transparency_data:
         return False
     if _is_deep_grey(image):

@@ -7,9 +7,9 @@ tomorrow may not be whole. A column without any value has no type yet.
 
 from __future__ import annotations
 
-import csv
 import json
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -22,13 +22,11 @@ import pyarrow.parquet as pq
 
 from vlmflow.errors import SourceError, VlmflowError
 from vlmflow.sources.base import BATCH_ROWS
+from vlmflow.sources.csv_faults import check_quotes, fault_of
+from vlmflow.sources.json_columns import MISFITS, first_misfit, is_large, widened
 from vlmflow.sources.parquet_rows import is_damage
 from vlmflow.sources.regions import check_regions
 from vlmflow.storage import access_error
-
-_MAX_FIELD_LETTERS = 1 << 24  # more than Arrow takes of a whole row
-# What Arrow raises where values of JSON do not become a column.
-_MISFITS = (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError)
 
 
 class TableFile(Protocol):
@@ -75,7 +73,7 @@ def open_table(
 def portable_type(kind: pa.DataType) -> pa.DataType | None:
     """The type under which a catalog keeps a column; None for one that Delta tables have no counterpart of.
 
-    Nulls, and lists that are all empty, have the null type: what they are a later listing says.
+    Nulls, and lists and structs that are all empty, have the null type: what they are a later listing says.
     """
     if pa.types.is_dictionary(kind):
         return portable_type(kind.value_type)
@@ -97,14 +95,11 @@ def portable_type(kind: pa.DataType) -> pa.DataType | None:
         inner = portable_type(kind.value_type)
         return inner if inner is None or pa.types.is_null(inner) else pa.list_(inner)
     if pa.types.is_struct(kind):
-        members = [(field.name, portable_type(field.type)) for field in kind]
-        # A member cannot be left out until it has values, as a column can.
-        portable = [
-            (name, pa.string() if pa.types.is_null(member) else member)
-            for name, member in members
-            if member is not None
-        ]
-        return pa.struct(portable) if portable and len(portable) == len(members) else None
+        if kind.num_fields == 0:  # of JSON: objects that are all empty
+            return pa.null()
+        members = [(field.name, _member_type(field.type)) for field in kind]
+        portable = [(name, member) for name, member in members if member is not None]
+        return pa.struct(portable) if len(portable) == len(members) else None
     known = (
         pa.types.is_string,
         pa.types.is_binary,
@@ -117,6 +112,17 @@ def portable_type(kind: pa.DataType) -> pa.DataType | None:
     return kind if any(is_kind(kind) for is_kind in known) else None
 
 
+def _member_type(kind: pa.DataType) -> pa.DataType | None:
+    """The portable type of a struct's member, which cannot be left out until it has values, as a column can."""
+    portable = portable_type(kind)
+    if portable is None or not pa.types.is_null(portable):
+        return portable
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        inner = _member_type(kind.value_type)
+        return None if inner is None else pa.list_(inner)
+    return None if pa.types.is_struct(kind) else pa.string()
+
+
 def portable_schema(schema: pa.Schema, name: str) -> pa.Schema:
     """Gives every column its portable type.
 
@@ -125,7 +131,8 @@ def portable_schema(schema: pa.Schema, name: str) -> pa.Schema:
     """
     doubled = sorted({column for column in schema.names if schema.names.count(column) > 1})
     if doubled:
-        raise SourceError(f"{name} has two columns {doubled[0]}", remedy="Give every column a name of its own.")
+        message = f"{name} has two columns {doubled[0] or 'without a name'}"
+        raise SourceError(message, remedy="Give every column a name of its own.")
     fields = []
     for field in schema:
         kind = portable_type(field.type)
@@ -217,32 +224,27 @@ class CsvTable:
     def _header(self) -> list[str]:
         try:
             with self._open({}) as reader:
-                return list(reader.schema.names)
+                names = list(reader.schema.names)
         except UnicodeDecodeError as error:
             raise self._damaged(error) from error
+        if any(re.search("[\r\n]", name) for name in names):
+            self._check_quotes()
+        return names
 
     def batches(self) -> Iterator[pa.Table]:
         """Yields its rows."""
         try:
             with self._open(dict.fromkeys(self.schema.names, pa.string())) as reader:
                 for batch in reader:
-                    if not self._are_quotes_checked and any(_has_lines(column) for column in batch.columns):
+                    if any(_has_lines(column) for column in batch.columns):
                         self._check_quotes()
                     yield pa.table(batch)
         except pa.ArrowInvalid as error:
             raise self._damaged(error) from error
 
     def _check_quotes(self) -> None:
-        """Makes sure that every quote is closed where its value ends: else Arrow takes the rows behind for a text."""
-        csv.field_size_limit(_MAX_FIELD_LETTERS)
-        with self._path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-            rows, line = csv.reader(file, strict=True), 1
-            try:
-                for _ in rows:
-                    line = rows.line_num + 1  # of the next row
-            except csv.Error as error:
-                message = f"{self._name}, line {line}: a quote is not closed, or not where its value ends"
-                raise SourceError(message, remedy='Close it, and write "" for a quote within quotes.') from error
+        if not self._are_quotes_checked:
+            check_quotes(self._path, self._name)
         self._are_quotes_checked = True
 
     def _open(self, types: dict[str, pa.DataType]) -> pa.csv.CSVStreamingReader:
@@ -258,6 +260,9 @@ class CsvTable:
             raise self._damaged(error) from error
 
     def _damaged(self, error: Exception) -> SourceError:
+        fault = fault_of(self._path, self._name, error)
+        if fault is not None:
+            return fault
         remedy = "Write it in UTF-8 with a header, commas, and as many fields in every row."
         return SourceError(f"{self._name} cannot be read as CSV: {_line(error)}", remedy=remedy)
 
@@ -276,41 +281,46 @@ class JsonTable:
     def schema(self) -> pa.Schema:
         """All its columns, found by reading the file once; integers are doubles, unless one is too large for that."""
         schema, large = self._found
-        wide = [
-            pa.field(field.name, pa.float64()) if pa.types.is_integer(field.type) and field.name not in large else field
-            for field in schema
-        ]
+        wide = [field if field.name in large else pa.field(field.name, widened(field.type)) for field in schema]
         return pa.schema(wide)
 
     def batches(self) -> Iterator[pa.Table]:
         """Yields its rows; what a row leaves out is null."""
         schema, _ = self._found
         typed = pa.schema([field for field in schema if not pa.types.is_null(field.type)])
-        for first_line, rows in self._rows():
+        for lines, rows in self._rows():
             try:
                 table = pa.Table.from_pylist(rows, schema=typed)
-            except _MISFITS as error:  # an integer, where a later one of the column is none
-                raise self._misfit(error, first_line) from error
+            except MISFITS as error:  # an integer, where a later one of the column is none
+                raise self._misfit(error, lines, rows, typed) from error
             yield to_portable(table, schema, self._name)
 
     @cached_property
     def _found(self) -> tuple[pa.Schema, set[str]]:
         """All columns as read, and those of integers that a double does not hold."""
         schema, large = pa.schema([]), set[str]()
-        for first_line, rows in self._rows():
+        for lines, rows in self._rows():
             if not rows:
                 continue
             try:
                 # Not Table.from_pylist: it takes its columns from the first row alone.
                 batch = pa.RecordBatch.from_struct_array(pa.array(rows))
                 schema = pa.unify_schemas([schema, batch.schema], promote_options="permissive")
-            except _MISFITS as error:
-                raise self._misfit(error, first_line) from error
-            large |= {name for name in batch.schema.names if _is_large(batch[name])}
+            except MISFITS as error:
+                raise self._misfit(error, lines, rows, schema) from error
+            large |= {name for name in batch.schema.names if is_large(batch[name])}
         return portable_schema(schema, self._name), large
 
-    def _misfit(self, error: Exception, first_line: int) -> SourceError:
-        where = f"{self._name}, lines from {first_line}"
+    def _misfit(
+        self, error: Exception, lines: Sequence[int], rows: Sequence[Mapping[str, Any]], schema: pa.Schema
+    ) -> SourceError:
+        """The error for rows that become no columns.
+
+        Args:
+            schema: of what there is before them.
+        """
+        at, column, error = first_misfit(rows, schema) or (0, None, error)
+        where = f"{self._name}, line {lines[at]}, column {column}" if column else f"{self._name}, lines from {lines[0]}"
         if isinstance(error, UnicodeEncodeError):
             message = f"{where}: a text holds half a character: {_line(error)}"
             return SourceError(message, remedy="Write both halves of the \\u escape, or leave it out.")
@@ -320,12 +330,14 @@ class JsonTable:
         remedy = "Give each column values of one type."
         return SourceError(f"{where}: values do not fit together: {_line(error)}", remedy=remedy)
 
-    def _rows(self) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    def _rows(self) -> Iterator[tuple[list[int], list[dict[str, Any]]]]:
+        """Yields rows and the lines that hold them."""
         with self._path.open(encoding="utf-8-sig") as file:
             numbered = enumerate(file, start=1)
             try:
                 while lines := list(islice(numbered, BATCH_ROWS)):
-                    yield lines[0][0], [self._parse(number, line) for number, line in lines if line.strip()]
+                    filled = [(number, line) for number, line in lines if line.strip()]
+                    yield [number for number, _ in filled], [self._parse(number, line) for number, line in filled]
             except UnicodeDecodeError as error:
                 raise SourceError(f"{self._name} is not in UTF-8", remedy="Write it in UTF-8.") from error
 
@@ -345,17 +357,6 @@ class JsonTable:
             message = f"{self._name}, line {number} holds a {type(row).__name__}"
             raise SourceError(message, remedy="Write one object a line.")
         return row
-
-
-def _is_large(values: pa.Array) -> bool:
-    """Whether these are integers of which a double does not hold one."""
-    if not pa.types.is_integer(values.type):
-        return False
-    try:
-        values.cast(pa.float64())
-    except pa.ArrowInvalid:
-        return True
-    return False
 
 
 def _line(error: Exception) -> str:

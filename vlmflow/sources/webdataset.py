@@ -38,6 +38,7 @@ logger = logging.getLogger("vlmflow")
 SIDE_COLUMNS = ("txt", "json", "cls")
 # What belongs to an image is hidden where that would be.
 _SIDE = re.compile(rf"\.({'|'.join(SIDE_COLUMNS)})\Z", re.IGNORECASE)
+_DOTS = re.compile(r"(^|/)\.\.?/")
 _COLUMNS = pa.schema([(name, pa.string()) for name in SIDE_COLUMNS])
 _MAX_SIDE_BYTES = 1024 * 1024
 _END = 2 * tarfile.BLOCKSIZE  # of a tar file, in zeros
@@ -153,7 +154,7 @@ def _samples(file: BinaryIO, uri: str) -> Iterator[_Sample]:
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
             tar.members = []  # type: ignore[attr-defined]  # it would keep every header
-            member.name = spelled(member.name.removeprefix("./"))
+            member.name = _plain(spelled(member.name.removeprefix("./")))
             is_link = member.islnk() or member.issym()
             if not (member.isreg() or is_link) or HIDDEN.search(_SIDE.sub(".jpg", member.name)):
                 continue
@@ -188,6 +189,11 @@ def _known_as(uri: str, name: str) -> str:
     return normalise_uri(f"{uri}#{name}")  # of a local shard, a//b is a/b
 
 
+def _plain(name: str) -> str:
+    """A member's name as tar would unpack it: ``photos/a.jpg`` of ``../photos/a.jpg``, which is no hidden file."""
+    return posixpath.normpath(f"/{name}")[1:] if _DOTS.search(name) else name
+
+
 def _followed(link: tarfile.TarInfo, parts: Mapping[str, tuple[int, int]], uri: str) -> tuple[int, int]:
     """Where the file lies that a link leads to, and its size.
 
@@ -198,8 +204,8 @@ def _followed(link: tarfile.TarInfo, parts: Mapping[str, tuple[int, int]], uri: 
         SourceError: it leads to none of these.
     """
     # A hard link names a member, a symbolic one a path from where it lies.
-    folder = posixpath.dirname(link.name) if link.issym() else ""
-    target = spelled(posixpath.normpath(posixpath.join(folder, link.linkname)))
+    path = posixpath.join(posixpath.dirname(link.name), link.linkname) if link.issym() else _plain(link.linkname)
+    target = spelled(posixpath.normpath(path))
     part = parts.get(_known_as(uri, target))
     if part is None:
         message = f"{uri} holds {link.name} as a link to {spelled(link.linkname)}, which is no file before it"

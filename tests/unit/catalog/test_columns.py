@@ -123,3 +123,18 @@ def test_numbers_that_are_whole_go_into_a_catalog_of_integers_and_others_end_the
     assert rows_by_name(catalog)["a"]["source"] == {"stock": 2}
     with pytest.raises(CatalogError, match=r"'stock' holds what does not become int64, .*1\.5"):
         catalog.plan([references(["b"], source=[{"stock": 1.5}], **given)], request())
+
+
+def test_nested_numbers_that_are_whole_go_into_a_catalog_of_integers_too(tmp_path: Path) -> None:
+    held = pa.schema([("dims", pa.struct([("w", pa.int64())])), ("sizes", pa.list_(pa.int64()))])
+    catalog = open_catalog(tmp_path / "catalog", held)
+    wide = pa.schema([("dims", pa.struct([("w", pa.float64())])), ("sizes", pa.list_(pa.float64()))])
+    catalog = open_catalog(tmp_path / "catalog", wide)
+    given = {"source_type": pa.struct(list(wide))}
+    listed = references(["a"], source=[{"dims": {"w": 2.0}, "sizes": [1.0, None]}], **given)
+    enrich(catalog, "r1", [listed])
+    assert rows_by_name(catalog)["a"]["source"] == {"dims": {"w": 2}, "sizes": [1, None]}
+    assert catalog.plan([listed], request()).num_outdated == 0
+    for one in ({"dims": {"w": 1.5}, "sizes": []}, {"dims": None, "sizes": [1.5]}):
+        with pytest.raises(CatalogError, match=r"holds what does not become .*int64"):
+            catalog.plan([references(["b"], source=[one], **given)], request())

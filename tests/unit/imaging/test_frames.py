@@ -48,6 +48,22 @@ def animation(images: list[Image.Image], image_format: str) -> bytes:
     return file.getvalue()
 
 
+def moved(data: bytes, frame: int, left: int) -> bytes:
+    """A GIF, one frame of which lies elsewhere: its place stands behind the comma that begins it."""
+    at = 13 + (3 << (data[10] & 7) + 1)
+    while True:
+        if data[at] == 0x2C and frame == 0:
+            return data[: at + 1] + struct.pack("<H", left) + data[at + 3 :]
+        if data[at] == 0x2C:
+            frame -= 1
+            at += 11 + (3 << (data[at + 9] & 7) + 1 if data[at + 9] & 0x80 else 0)
+        else:
+            at += 2
+        while data[at]:
+            at += data[at] + 1
+        at += 1
+
+
 def numbered(count: int, odd: int) -> list[Image.Image]:
     """Frames that hardly differ, because some formats join those that do not, and one that does."""
     images = []
@@ -233,3 +249,28 @@ def test_times_travel_in_the_names_of_views() -> None:
     assert times.to_pylist() == [None, 1.25, 1.25]
     back = join_times(pa.chunked_array([names]), pa.chunked_array([times]))
     assert back.to_pylist() == ["squash", "frame-2@1.250", "frame-2@1.250"]
+
+
+def test_a_frame_of_a_gif_that_reaches_over_the_others_is_shown_whole() -> None:
+    views = views_of(moved(animation([plain("red"), plain("blue"), plain("green")], "GIF"), 1, left=64))
+    assert {pixels.shape for pixels in views.values()} == {(32, 32, 3)}
+    beside = views["frame-1@0.100"]
+    assert beside[0, 0].tolist() == [255, 0, 0]
+    assert beside[0, 31].tolist() == [0, 0, 255]
+
+
+def test_a_frame_before_one_that_reaches_over_it_is_shown_as_large_as_it_is() -> None:
+    views = views_of(moved(animation([plain("red"), plain("green"), plain("blue")], "GIF"), 2, left=64))
+    assert np.unique(views["frame-1@0.100"].reshape(-1, 3), axis=0).tolist() == [[0, 128, 0]]
+    assert views["frame-2@0.200"][0, 0].tolist() == [0, 128, 0]
+    assert views["frame-2@0.200"][0, 31].tolist() == [0, 0, 255]
+
+
+def test_a_frame_that_makes_a_gif_larger_and_transparent_is_shown_on_both_grounds() -> None:
+    data = bytes.fromhex(
+        "47494638396101000f008100008c47af1047f500000000000021f9040c010000002c0000000001000f0000080b0003081c48"
+        "5020808301010021f9040d010002002c0000000001000f00812d2d2d9b9b9b000000000000080b0003081c48108041830101"
+        "0021f9041f010001002c0000c80001000f0081ba4e5e00000000000000000008080001081c48b06040003b"
+    )
+    names = [name for name, _ in decoded(data).pixels[REQUEST.key] if name.startswith("frame")]
+    assert names == ["frame-1@0.010", "frame-2@0.020", "frame-3@0.020"]

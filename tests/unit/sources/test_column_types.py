@@ -72,6 +72,21 @@ def test_whole_numbers_of_json_are_doubles_where_a_double_holds_them(tmp_path: P
     assert references(path)["source"].to_pylist() == [{"price": 1}, {"price": large}]
 
 
+def test_whole_numbers_within_lists_and_objects_of_json_are_doubles_too(tmp_path: Path) -> None:
+    large = 2**53 + 1
+    kinds = {
+        json.dumps([{"w": 1, "of": [2]}, None]): pa.list_(
+            pa.struct([("w", pa.float64()), ("of", pa.list_(pa.float64()))])
+        ),
+        json.dumps({"w": 1, "h": large}): pa.struct([("w", pa.int64()), ("h", pa.int64())]),
+        json.dumps([1, 2.5]): pa.list_(pa.float64()),
+    }
+    for value, kind in kinds.items():
+        path = manifest(tmp_path, "jsonl", [json.loads(value)])
+        assert kept_as(path) == kind
+        assert references(path)["source"].to_pylist() == [{"price": json.loads(value)}]
+
+
 def test_of_several_files_the_first_with_values_tells_the_type(tmp_path: Path) -> None:
     for name, prices in (("a", pa.nulls(1)), ("b", pa.array([1.5])), ("c", pa.nulls(1))):
         pq.write_table(pa.table({"image": pa.array([b"x"]), "price": prices}), tmp_path / f"{name}.parquet")

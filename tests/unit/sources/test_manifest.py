@@ -175,15 +175,23 @@ def test_a_row_without_a_uri_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("list.csv", "", "cannot be read as CSV"),
-        ("list.csv", "uri,title\na.jpg\n", "cannot be read as CSV"),
+        ("list.csv", "", "list.csv is empty"),
+        ("list.csv", "uri,title\na.jpg\n", "line 2: 1 fields, where the header has 2"),
         ("list.csv", "uri,uri\na.jpg,b.jpg\n", "has two columns uri"),
         ("list.jsonl", '{"uri": "a.jpg"}\n{"uri": \n', "line 2 is not JSON"),
         ("list.jsonl", '["a.jpg"]\n', "line 1 holds a list"),
-        ("list.jsonl", '{"uri": "a", "x": 1}\n{"uri": "b", "x": "one"}\n', "values do not fit together"),
-        ("list.jsonl", f'{{"uri": "a"}}\n{{"uri": "b", "x": {1 << 80}}}\n', "1: an integer has more than 64 bits"),
-        ("list.jsonl", '{"uri": "a", "x": {}}\n', "column x has the type struct<>"),
-        ("list.jsonl", '{"uri": "a\\ud800.jpg"}\n', "lines from 1: a text holds half a character"),
+        (
+            "list.jsonl",
+            '{"uri": "a", "x": 1}\n{"uri": "b", "x": "one"}\n',
+            "line 2, column x: values do not fit",
+        ),
+        (
+            "list.jsonl",
+            f'{{"uri": "a"}}\n{{"uri": "b", "x": {1 << 80}}}\n',
+            "2, column x: an integer has more than 64",
+        ),
+        ("list.jsonl", '{"uri": "a", "x": {"y": {}}}\n', "column x has the type struct<y: struct<>>"),
+        ("list.jsonl", '{"uri": "a\\ud800.jpg"}\n', "line 1, column uri: a text holds half a character"),
         ("list.jsonl", f'{{"uri": "a", "x": {"[" * 5000}{"]" * 5000}}}\n', "line 1 is nested too deep"),
         ("list.jsonl", f'{{"uri": "a", "x": {"1" * 5000}}}\n', "line 1 holds a number of too many digits"),
         ("list.jsonl", '{"uri": ["a.jpg"]}\n', r"column uri \(list<.*>\) holds no texts"),
@@ -210,7 +218,7 @@ def test_numbers_that_no_type_holds_together_are_an_error(tmp_path: Path, monkey
     monkeypatch.setattr("vlmflow.sources.tables.BATCH_ROWS", 1)
     path = tmp_path / "list.jsonl"
     path.write_text(f'{{"uri": "a.jpg", "x": {2**53 + 1}}}\n{{"uri": "b.jpg", "x": 1.5}}\n', encoding="utf-8")
-    with pytest.raises(SourceError, match="lines from 1: values do not fit together"):
+    with pytest.raises(SourceError, match="line 1, column x: values do not fit together"):
         references(path)
 
 

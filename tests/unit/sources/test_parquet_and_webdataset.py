@@ -186,6 +186,16 @@ def test_a_link_to_a_file_before_it_is_an_image_of_its_own(tmp_path: Path) -> No
     assert refs["size_bytes"].to_pylist() == [5] * 4
 
 
+def test_members_named_from_beside_the_shard_are_no_hidden_files(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", {"../p/0.jpg": b"zero", "../p/0.txt": b"a caption", "d/./1.jpg": b"one"})
+    hard, symbolic = tarfile.LNKTYPE, tarfile.SYMTYPE
+    add_links(path, {"../p/2.jpg": (hard, "../p/0.jpg"), "../p/3.jpg": (symbolic, "0.jpg"), "../.p/4.jpg": (hard, "x")})
+    refs = references(path)
+    assert refs["uri"].to_pylist() == [f"{path}#{name}" for name in ("p/0.jpg", "d/1.jpg", "p/2.jpg", "p/3.jpg")]
+    assert contents(path, refs) == [b"zero", b"one", b"zero", b"zero"]
+    assert refs["text"].to_pylist() == ["a caption", None, None, None]
+
+
 @pytest.mark.parametrize("target", ["gone.jpg", "../0.jpg", "d", "/d/0.jpg"])
 def test_a_link_that_leads_to_no_file_is_named(tmp_path: Path, target: str) -> None:
     path = add_links(write_tar(tmp_path / "a.tar", {"d/0.jpg": b"x"}), {"d/1.jpg": (tarfile.SYMTYPE, target)})

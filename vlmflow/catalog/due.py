@@ -256,9 +256,9 @@ def _pairs(reads: Mapping[str, tuple[str, ...]]) -> list[tuple[str, str]]:
 
 
 def _policy_differs(live: pa.Table, exists: Mask, reasons: dict[str, Reasons], request: PlanRequest) -> Mask:
-    """Rows that keep labels of another policy, because nothing but the policy differs."""
+    """Rows that keep labels of another policy, because nothing but the policy differs; if read again, most of them."""
     if request.policy_digest is None or "moderate" not in reasons:
         return np.zeros(len(exists), dtype=np.bool_)
     other = is_valid(live["policy_digest"]) & ~equal(live["policy_digest"], request.policy_digest)
-    keeps: Mask = exists & other & (reasons["moderate"] == NOT_DUE)
+    keeps: Mask = exists & other & np.isin(reasons["moderate"], (NOT_DUE, RECHECK))
     return keeps

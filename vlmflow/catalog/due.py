@@ -183,7 +183,7 @@ class _State:
     retried: Mask  # the whole image failed, or retrying was asked for, and it is tried again
     gave_up: Mask  # the whole image failed too often
     blocked: Mask  # not to be tried again, whatever the fingerprints say
-    failed: dict[str, Mask]  # the task failed
+    failed: dict[str, Mask]  # the task failed; of objects that have changed too: the bytes may be the same
     exhausted: dict[str, Mask]  # the task failed too often
 
     @classmethod
@@ -199,7 +199,7 @@ class _State:
         decoder_changed = unreadable & ~equal(live["decoder"], request.decoder)
         of_image = rows_of_image_errors(live["errors"]).any
         whole = same & (equal(live["status"], MISSING) | (equal(live["status"], FAILED) & of_image))
-        failed = {task: mask & same for task, mask in failed_tasks(live["errors"]).items()}
+        failed = failed_tasks(live["errors"])
         exhausted = {task: failed[task] & spent for task in request.tasks}
         if "embed" in exhausted and "moderate" in exhausted:
             # Without vectors there is nothing to moderate.
@@ -256,9 +256,9 @@ def _pairs(reads: Mapping[str, tuple[str, ...]]) -> list[tuple[str, str]]:
 
 
 def _policy_differs(live: pa.Table, exists: Mask, reasons: dict[str, Reasons], request: PlanRequest) -> Mask:
-    """Rows that keep labels of another policy, because nothing but the policy differs."""
+    """Rows that keep labels of another policy, because nothing but the policy differs; if read again, most of them."""
     if request.policy_digest is None or "moderate" not in reasons:
         return np.zeros(len(exists), dtype=np.bool_)
     other = is_valid(live["policy_digest"]) & ~equal(live["policy_digest"], request.policy_digest)
-    keeps: Mask = exists & other & (reasons["moderate"] == NOT_DUE)
+    keeps: Mask = exists & other & np.isin(reasons["moderate"], (NOT_DUE, RECHECK))
     return keeps

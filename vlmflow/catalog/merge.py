@@ -108,7 +108,12 @@ class _Verdict:
         ours = counts & ~marked
         same = equal(live["content_hash"], staged["content_hash"])
         run = {task: ours & holds(staged["tasks_run"], task) for task in schema.TASKS}
+        # Another run may have captioned the image since planning: a match of what it said before is due again.
+        caption = pc.if_else(pa.array(same), flat(live["caption"]), pa.scalar(None, pa.string()))
+        outrun = run["match"] & ~run["caption"] & ~same_or_null(caption, flat(staged["matched_caption"]))
+        run["match"] = run["match"] & ~outrun
         kept = {task: (~ours | same) & ~run[task] for task in schema.TASKS}
+        kept["match"] = kept["match"] & ~outrun
         # A match of the old caption says nothing of the new one.
         recaptioned = run["caption"] & ~equal(live["caption"], staged["caption"])
         kept["match"] = kept["match"] & ~recaptioned

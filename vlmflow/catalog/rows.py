@@ -50,6 +50,7 @@ STAGED = pa.schema(
         ("tasks_failed", pa.list_(pa.string())),
         ("live_file", pa.string()),
         ("previous_version", pa.string()),
+        ("matched_caption", pa.string()),  # that `match` scored, if it ran; null: there was none
         ("source_columns", pa.list_(pa.string())),  # the caller's columns that this run's source has; null: none
         ("found_text_column", pa.string()),  # of these, the one that alternative texts quote; null: none
     ]
@@ -123,6 +124,9 @@ def stage_rows(rows: pa.Table, constants: RunConstants, columns: pa.Schema) -> p
     }
     for task in schema.TASKS:
         filled |= _task_columns(task, rows, constants, run[task])
+    same = pa.array(equal(rows["content_hash"], rows["previous_hash"]))
+    before = pc.if_else(same, rows["previous_caption"], pa.scalar(None, pa.string()))
+    filled["matched_caption"] = pc.if_else(pa.array(run["caption"]), filled["caption"], before)
     filled |= alt_texts(rows, filled["caption"], constants.found_text_column)
     decision = conform_column(rows, schema.WRITER_OPTIONAL.field("decision"))
     reason = conform_column(rows, schema.WRITER_OPTIONAL.field("decision_reason"))

@@ -94,6 +94,7 @@ class ReadAndDecode:
         read_s = time.perf_counter() - started
         hashes = [_hash_of(item) for item in fetched]
         run = _due(batch, hashes)
+        batch = _without_captions_of_other_bytes(batch, hashes)
         copies = look_up(self.known.get(), batch, hashes, run) if self.known else None
         outcomes = [
             self._outcome(item, content_hash, tasks, copies.of(row) if copies else None)
@@ -243,6 +244,12 @@ def _due(batch: pa.Table, hashes: Sequence[str | None]) -> list[list[str]]:
         strict=True,
     )
     return [(same if found == previous else due) or [] for found, due, same, previous in rows]
+
+
+def _without_captions_of_other_bytes(batch: pa.Table, hashes: Sequence[str | None]) -> pa.Table:
+    """Takes captions of what the image was before: no row holds them any more, so `match` must not score them."""
+    same = pa.compute.equal(pa.array(hashes, pa.string()), batch["previous_hash"])
+    return columns.set_column(batch, "previous_caption", pa.compute.if_else(same, batch["previous_caption"], None))
 
 
 def _pixel_columns(request: PixelRequest, outcomes: Sequence[_Outcome]) -> dict[str, pa.Array]:

@@ -103,6 +103,15 @@ def test_a_changed_object_runs_everything_unless_its_bytes_are_the_same(catalog:
     assert reasons["caption"] == {"changed": 1}
 
 
+def test_a_task_that_failed_runs_again_on_the_same_bytes_under_another_version(catalog: Catalog) -> None:
+    enrich(catalog, "r1", [references(NAMES[:1])])
+    other = request(fingerprints=fingerprints(caption="caption-2"))
+    enrich(catalog, "r2", [references(NAMES[:1])], other, failed=["caption"])
+    enrich(catalog, "r3", [references(NAMES[:1], version="v2")])
+    assert rows_by_name(catalog)[NAMES[0]]["status"] == "ok"
+    assert planned(catalog, [references(NAMES[:1], version="v2")])[0] == {}
+
+
 def test_another_fingerprint_makes_its_task_due_and_those_that_read_it(catalog: Catalog) -> None:
     enrich(catalog, "r1", [references(NAMES)])
     rows, reasons = planned(catalog, [references(NAMES)], request(fingerprints=fingerprints(caption="caption-2")))

@@ -53,6 +53,11 @@ def test_of_equal_bytes_nothing_but_the_time_of_reading_moves(catalog: Catalog) 
     assert planned(catalog, UNKNOWN, read_before=before["a"]["read_at"] + dt.timedelta(microseconds=1)) == ([], set())
 
 
+def test_labels_of_another_policy_are_told_of_images_that_are_read_again_too(catalog: Catalog) -> None:
+    with catalog.plan([UNKNOWN], request(policy="policy-2", read_before=NOW + DAY)) as plan:
+        assert (plan.num_due, plan.num_policy_differs) == (2, 2)
+
+
 def test_of_other_bytes_everything_is_done_anew(catalog: Catalog) -> None:
     asked = request(read_before=NOW + DAY)
     enrich(catalog, "r2", [UNKNOWN], asked, version="tag-2", content="other", caption="a dog", decision="block")

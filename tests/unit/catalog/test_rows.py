@@ -37,7 +37,7 @@ def staged(
     row |= {"due": list(TASKS), "due_if_same": list(TASKS), "attempts": 0, "ingest_date": DATE}
     if live is not None:
         row |= {"replaces": True, "previous_version": live["seen_version"][0].as_py()}
-        row |= {"previous_hash": live["content_hash"][0].as_py()}
+        row |= {"previous_hash": live["content_hash"][0].as_py(), "previous_caption": live["caption"][0].as_py()}
     planned = pa.Table.from_pylist([row], schema=pa.schema([*schema.REFERENCE, *schema.PLANNED]))
     return stage_rows(finish(planned, **result), constants(run_id, asked), schema.IMAGES)
 
@@ -217,6 +217,16 @@ def test_a_match_of_the_old_caption_does_not_outlive_it() -> None:
     assert (row["caption"], row["caption_itm"], row["match_fingerprint"]) == ("a dog", None, None)
     row = merged(first(), run=["caption"], caption="a cat")
     assert row["match_fingerprint"] == "match-1"
+
+
+def test_a_match_of_a_caption_that_another_run_has_replaced_since_planning_does_not_join_the_new_one() -> None:
+    planned = first()
+    recaptioned, _ = merge(planned, staged(live=planned, run=["caption", "match"], caption="a dog", run_id="r2"))
+    late = staged(live=planned, run=["match"], run_id="r3")
+    (row,) = merge(recaptioned, late)[0].to_pylist()
+    assert (row["caption"], row["caption_itm"], row["match_fingerprint"]) == ("a dog", None, None)
+    (row,) = merge(planned, late)[0].to_pylist()
+    assert (row["caption"], row["match_fingerprint"]) == ("a cat", "match-1")
 
 
 def test_the_policy_before_is_kept_for_a_rollback() -> None:

@@ -14,7 +14,7 @@ from vlmflow.config import ImageLimits, SourceConfig
 from vlmflow.engine import columns
 from vlmflow.engine.decoding import ReadAndDecode, give_way
 from vlmflow.engine.pipeline import _as_function
-from vlmflow.imaging import PixelRequest
+from vlmflow.imaging import PixelRequest, hash_of
 from vlmflow.sources import Fetched, Reader, open_source
 
 LIMITS = ImageLimits(max_bytes=10_000)
@@ -43,7 +43,8 @@ def test_files_that_are_known_to_be_large_are_read_a_few_at_a_time(
     refs = pa.Table.from_batches(list(source.list()))
     due = pa.array([["embed"]] * refs.num_rows, pa.list_(pa.string()))
     refs = refs.append_column("due", due).append_column("due_if_same", pa.nulls(refs.num_rows, due.type))
-    refs = refs.append_column("previous_hash", pa.nulls(refs.num_rows, pa.string()))
+    for name in ("previous_hash", "previous_caption"):
+        refs = refs.append_column(name, pa.nulls(refs.num_rows, pa.string()))
     reader = Counting(source.reader(LIMITS))
     decode = ReadAndDecode(reader, REQUESTS, LIMITS)
     whole = decode(refs)
@@ -72,3 +73,25 @@ def test_a_process_that_decodes_lets_pools_have_the_cores(monkeypatch: pytest.Mo
     give_way.cache_clear()
     assert len(steps) == 1, "once, or it would get fewer and fewer"
     assert 15 < 15 + steps[0] <= 19, "Ray starts workers at 15, and there is no more than 19"
+
+
+def test_a_caption_goes_along_with_the_bytes_that_it_is_of_alone(tmp_path: Path) -> None:
+    """`match` without `caption` would score an image against what another was said to show."""
+    hashes = []
+    for number in range(3):
+        data = encode(scene(number, 16, 16), "PNG")
+        (tmp_path / f"{number}.png").write_bytes(data)
+        hashes.append(hash_of(data))
+    source = open_source(SourceConfig(uri=str(tmp_path)))
+    refs = pa.Table.from_batches(list(source.list()))
+    due = pa.array([["match"]] * 3, pa.list_(pa.string()))
+    planned = {
+        "due": due,
+        "due_if_same": due,
+        "previous_hash": pa.array([hashes[0], "of other bytes", None], pa.string()),
+        "previous_caption": pa.array(["a", "b", None], pa.string()),
+    }
+    for name, values in planned.items():
+        refs = refs.append_column(name, values)
+    rows = ReadAndDecode(source.reader(LIMITS), REQUESTS, LIMITS)(refs)
+    assert rows["previous_caption"].to_pylist() == ["a", None, None]

@@ -46,7 +46,8 @@ def read(folder: Path, *, leaves_jpegs: bool) -> pa.Table:
     due = pa.array([["embed", "caption"]] * num_rows, pa.list_(pa.string()))
     references = references.append_column("due", due)
     references = references.append_column("due_if_same", pa.nulls(num_rows, due.type))
-    references = references.append_column("previous_hash", pa.nulls(num_rows, pa.string()))
+    for name in ("previous_hash", "previous_caption"):
+        references = references.append_column(name, pa.nulls(num_rows, pa.string()))
     reader = source.reader(LIMITS)
     return ReadAndDecode(reader, REQUESTS, LIMITS, leaves_jpegs=leaves_jpegs)(references)
 

@@ -49,7 +49,8 @@ def decoding_of(disk: Path) -> tuple[ReadAndDecode, pa.Table]:
     refs = pa.Table.from_batches(list(source.list()))
     due = pa.array([["embed"]] * refs.num_rows, pa.list_(pa.string()))
     refs = refs.append_column("due", due).append_column("due_if_same", pa.nulls(refs.num_rows, due.type))
-    refs = refs.append_column("previous_hash", pa.nulls(refs.num_rows, pa.string()))
+    for name in ("previous_hash", "previous_caption"):
+        refs = refs.append_column(name, pa.nulls(refs.num_rows, pa.string()))
     return ReadAndDecode(source.reader(ImageLimits()), (PixelRequest(16, "bicubic", ("squash",)),), ImageLimits()), refs
 
 

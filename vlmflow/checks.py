@@ -267,7 +267,7 @@ def _one_at_most_is_first(store: ObjectStore, path: str) -> bool:
         with Threads(_WRITERS) as pool:
             return sum(pool.map(is_first, range(_WRITERS))) <= 1
     finally:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(BaseError, OSError):  # who may not delete is told so of the first file
             interruptible(lambda: obstore.delete(store, path))
 
 

@@ -22,16 +22,16 @@ def storable(columns: pa.Schema) -> pa.Schema:
     """The caller's columns under the types that the catalog keeps them in.
 
     Delta has no unsigned integers, dictionaries or nanoseconds, and timestamps without a zone would shut out
-    readers of protocol version 1, so they are taken as UTC. A column of nulls alone has no type yet: it is left out.
+    readers of protocol version 1, so they are taken as UTC. A column of nulls alone has no type yet: it is left out,
+    as are such members of structs.
 
     Raises:
         CatalogError: a type cannot be stored, or two names differ by their case only.
     """
-    fields = [
-        pa.field(field.name, _storable(field.name, field.type)) for field in columns if not pt.is_null(field.type)
-    ]
-    _check_cases([field.name for field in fields])
-    return pa.schema(fields)
+    fields = [pa.field(field.name, _storable(field.name, field.type)) for field in columns]
+    typed = [field for field in fields if not pt.is_null(field.type)]
+    _check_cases([field.name for field in typed])
+    return pa.schema(typed)
 
 
 def source_columns(table: pa.Schema) -> pa.Schema:
@@ -43,22 +43,32 @@ def source_columns(table: pa.Schema) -> pa.Schema:
 def missing_columns(table: pa.Schema, wanted: pa.Schema) -> tuple[pa.Field, ...]:
     """What the images table lacks of the caller's ``wanted`` columns: nothing, or a struct ``source`` to merge into it.
 
+    A column that is there may lack members of its structs: the struct to merge has the column with these alone.
+
     Raises:
-        CatalogError: the table holds a column under another type that cannot take the values, or under a name that
-            differs by its case only.
+        CatalogError: the table holds a column under another type that cannot take the values, or one or its member
+            under a name that differs by its case only.
     """
     held = {field.name: field.type for field in source_columns(table)}
-    _check_cases([*held, *(name for name in wanted.names if name not in held)])
-    new = []
     for field in wanted:
-        if field.name not in held:
-            new.append(field)
-        elif not _fits(field.type, held[field.name]):
+        if field.name in held and not _fits(field.type, held[field.name]):
             raise CatalogError(
                 f"source column {field.name!r} is {field.type} but the catalog holds it as {held[field.name]}",
                 remedy=_remedy(held[field.name]),
             )
-    return (pa.field("source", pa.struct(new)),) if new else ()
+    new = _new_members(pa.struct(list(wanted)), pa.struct(list(source_columns(table))))
+    return () if new is None else (pa.field("source", new),)
+
+
+def grown(held: pa.DataType, given: pa.DataType) -> pa.DataType:
+    """The type of a column that is there once it has the members that a listing's has besides."""
+    if pt.is_list(held) and pt.is_list(given):
+        return pa.list_(grown(held.value_type, given.value_type))
+    if not (pt.is_struct(held) and pt.is_struct(given)):
+        return held
+    types = {field.name: field.type for field in given}
+    kept = [pa.field(field.name, grown(field.type, types.pop(field.name, field.type))) for field in held]
+    return pa.struct([*kept, *(pa.field(name, kind) for name, kind in types.items())])
 
 
 def checked_numbers(batches: Iterable[pa.RecordBatch], table: pa.Schema) -> Iterator[pa.RecordBatch]:
@@ -183,14 +193,32 @@ def _check_cases(names: list[str]) -> None:
             )
 
 
+def _new_members(given: pa.DataType, held: pa.DataType, of: str = "") -> pa.DataType | None:
+    """What of a given type the held one, which it fits, lacks: structs with these members alone, in lists too."""
+    if pt.is_list(given) and pt.is_list(held):
+        items = _new_members(given.value_type, held.value_type, of)
+        return None if items is None else pa.list_(items)
+    if not (pt.is_struct(given) and pt.is_struct(held)):
+        return None
+    types = {field.name: field.type for field in held}
+    names = [*types, *(field.name for field in given if field.name not in types)]
+    if len(names) > len(types):
+        _check_cases([of + name for name in names])
+    lacking = []
+    for field in given:
+        inner = f"{of}{field.name}."
+        kind = _new_members(field.type, types[field.name], inner) if field.name in types else field.type
+        if kind is not None:
+            lacking.append(pa.field(field.name, kind))
+    return pa.struct(lacking) if lacking else None
+
+
 def _fits(given: pa.DataType, held: pa.DataType) -> bool:
     if pt.is_list(given) and pt.is_list(held):
         return _fits(given.value_type, held.value_type)
-    if pt.is_struct(given) and pt.is_struct(held):
-        pairs = zip(given, held, strict=False)
-        return given.num_fields == held.num_fields and all(
-            one.name == other.name and _fits(one.type, other.type) for one, other in pairs
-        )
+    if pt.is_struct(given) and pt.is_struct(held):  # either may have members that the other lacks
+        types = {field.name: field.type for field in held}
+        return all(_fits(field.type, types.get(field.name, field.type)) for field in given)
     if given == held or (pt.is_integer(given) and pt.is_integer(held) and given.bit_width <= held.bit_width):
         return True
     if pt.is_integer(held) and pt.is_floating(given):
@@ -214,9 +242,14 @@ def _storable(name: str, kind: pa.DataType) -> pa.DataType:
     if pt.is_large_binary(kind) or pt.is_binary_view(kind) or pt.is_fixed_size_binary(kind):
         return pa.binary()
     if pt.is_list(kind) or pt.is_large_list(kind) or pt.is_fixed_size_list(kind):
-        return pa.list_(_storable(name, kind.value_type))
+        items = _storable(name, kind.value_type)
+        return items if pt.is_null(items) else pa.list_(items)
     if pt.is_struct(kind):
-        return pa.struct([pa.field(child.name, _storable(name, child.type)) for child in kind])
+        members = [pa.field(child.name, _storable(name, child.type)) for child in kind]
+        typed = [member for member in members if not pt.is_null(member.type)]
+        return pa.struct(typed) if typed else pa.null()
+    if pt.is_null(kind):
+        return kind
     plain = pt.is_integer(kind) or pt.is_floating(kind) or pt.is_boolean(kind)
     if plain or pt.is_string(kind) or pt.is_binary(kind) or pt.is_decimal(kind):
         return kind

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from vlmflow import schema
 from vlmflow.catalog.added import AddedKeys
-from vlmflow.catalog.columns import conform, conform_column, flat, member, source_columns, storable, taken
+from vlmflow.catalog.columns import conform, conform_column, flat, grown, member, source_columns, storable, taken
 from vlmflow.catalog.commit import Change, CommitRequest, commit
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.keys import digest_of, index_of, to_binary, to_words
@@ -44,7 +44,9 @@ def held_as(table: pa.Schema, listed: pa.Schema) -> pa.Field:
     """
     columns = source_columns(listed)
     # Of a column that lists nulls alone the table's type is the only one; where it has none, there is nothing to hold.
-    types = {field.name: field.type for part in (storable(columns), source_columns(table)) for field in part}
+    types = {field.name: field.type for field in storable(columns)}
+    for field in source_columns(table):
+        types[field.name] = grown(field.type, types.get(field.name, field.type))
     fields = [pa.field(name, types[name]) for name in columns.names if name in types]
     return pa.field("source", pa.struct(fields))
 

@@ -162,6 +162,11 @@ def is_read(config: SourceConfig, column: str) -> bool:
     return is_kept(config, column) or column in own
 
 
+def is_list(kind: pa.DataType) -> bool:
+    """Whether values of a type are lists, of whatever length."""
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
 def source_struct(rows: pa.Table, columns: pa.Schema) -> pa.StructArray | None:
     """The caller's columns as one struct column; None if there are none."""
     if len(columns) == 0:

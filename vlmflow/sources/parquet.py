@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 
 import pyarrow as pa
@@ -15,6 +16,7 @@ from vlmflow.sources.base import (
     Reader,
     check_named,
     is_kept,
+    is_list,
     is_read,
     own_columns,
     reference_batch,
@@ -33,6 +35,8 @@ from vlmflow.sources.unique import UniqueReferences
 from vlmflow.sources.uris import normalise_uri, resolve
 from vlmflow.storage import STORE_ERRORS, Address, parse_address
 
+logger = logging.getLogger("vlmflow")
+
 
 class ParquetSource:
     """Lists the rows of Parquet files; reads their columns but not the bytes.
@@ -46,6 +50,7 @@ class ParquetSource:
         self._address = parse_address(config.uri)
         self._home = home_of(self._address.parent, self._address)
         self._unique = UniqueReferences(self._references)
+        self._told = False
         self.version: str | None = None
 
     @property
@@ -82,18 +87,19 @@ class ParquetSource:
         for uri in self._files:
             file, _ = self._stores.open_file(uri)
             with file:
-                schema = self._own_columns(_open(file, uri).schema_arrow, uri)
+                schema = _open(file, uri).schema_arrow
+            self._check(schema, uri)
+            own = self._own_columns(schema)
+            portable_schema(own, uri)
             # A column without values in one file may have some in the next, which tells its type.
-            found = pa.schema([_typed(field, schema) for field in found or schema])
-            if not any(pa.types.is_null(field.type) for field in found):
+            found = pa.schema([_typed(field, own) for field in found or own])
+            if all(_is_typed(field.type) for field in found):
                 break
-        return found
+        return portable_schema(found, self._config.uri)
 
-    def _own_columns(self, schema: pa.Schema, uri: str) -> pa.Schema:
-        self._check(schema, uri)
+    def _own_columns(self, schema: pa.Schema) -> pa.Schema:
         dropped = (self._config.bytes_column, self._config.uri_column, self._config.regions_column)
-        fields = [f for f in schema if f.name not in dropped and is_read(self._config, f.name)]
-        return portable_schema(pa.schema(fields), uri)
+        return pa.schema([f for f in schema if f.name not in dropped and is_read(self._config, f.name)])
 
     def _check(self, schema: pa.Schema, uri: str) -> None:
         there = ", ".join(f"{field.name} ({field.type})" for field in schema)
@@ -112,10 +118,23 @@ class ParquetSource:
             with file:
                 parquet = _open(file, uri)
                 self._check(parquet.schema_arrow, uri)
+                self._tell_passed_over(parquet.schema_arrow, uri)
                 try:
                     yield from self._rows(parquet, uri, head.object_version)
                 except (pa.ArrowException, *STORE_ERRORS) as error:
                     raise unreadable(error, uri) from error
+
+    def _tell_passed_over(self, schema: pa.Schema, uri: str) -> None:
+        """Says once what of a file is not kept because the first file lacks it."""
+        if self._told:
+            return
+        passed_over = list(_lacking(portable_schema(self._own_columns(schema), uri), self._columns))
+        if passed_over:
+            self._told = True
+            logger.warning(
+                "%s has columns that %s lacks and that no row keeps: %s; write all files with the same columns",
+                *(uri, self._files[0], ", ".join(passed_over)),
+            )
 
     def _rows(self, parquet: pq.ParquetFile, uri: str, file_version: str) -> Iterator[pa.RecordBatch]:
         has_uris = self._config.uri_column in parquet.schema_arrow.names
@@ -161,9 +180,40 @@ class ParquetSource:
         return reference_batch(given, source_struct(own, self.columns))
 
 
-def _typed(field: pa.Field, other: pa.Schema) -> pa.Field:
-    """The field; where it has no type yet, that of another file."""
-    return other.field(field.name) if pa.types.is_null(field.type) and field.name in other.names else field
+def _typed(field: pa.Field, other: Iterable[pa.Field]) -> pa.Field:
+    """The field; where it, or a member of it, has no type yet, with that of another file."""
+    found = next((one.type for one in other if one.name == field.name), field.type)
+    return field.with_type(_first_typed(field.type, found))
+
+
+def _first_typed(kind: pa.DataType, other: pa.DataType) -> pa.DataType:
+    if pa.types.is_null(kind):
+        return other
+    if pa.types.is_struct(kind) and pa.types.is_struct(other):
+        return pa.struct([_typed(field, other) for field in kind]) if kind.num_fields else other
+    if is_list(kind) and is_list(other):
+        return pa.list_(_first_typed(kind.value_type, other.value_type))
+    return kind
+
+
+def _is_typed(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return kind.num_fields > 0 and all(_is_typed(field.type) for field in kind)
+    return _is_typed(kind.value_type) if is_list(kind) else not pa.types.is_null(kind)
+
+
+def _lacking(given: Iterable[pa.Field], kept: Iterable[pa.Field], of: str = "") -> Iterator[str]:
+    """The columns, and members of columns, that are not kept."""
+    types = {field.name: field.type for field in kept}
+    for field in given:
+        name, kind, held = f"{of}{field.name}", field.type, types.get(field.name)
+        if held is None:
+            yield name
+            continue
+        while is_list(kind) and is_list(held):
+            kind, held = kind.value_type, held.value_type
+        if pa.types.is_struct(kind) and pa.types.is_struct(held):
+            yield from _lacking(kind, held, f"{name}.")
 
 
 def _open(file: object, uri: str) -> pq.ParquetFile:

@@ -21,7 +21,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from vlmflow.errors import SourceError, VlmflowError
-from vlmflow.sources.base import BATCH_ROWS
+from vlmflow.sources.base import BATCH_ROWS, is_list
 from vlmflow.sources.csv_faults import check_quotes, fault_of
 from vlmflow.sources.json_columns import MISFITS, first_misfit, is_large, widened
 from vlmflow.sources.parquet_rows import is_damage
@@ -73,7 +73,8 @@ def open_table(
 def portable_type(kind: pa.DataType) -> pa.DataType | None:
     """The type under which a catalog keeps a column; None for one that Delta tables have no counterpart of.
 
-    Nulls, and lists and structs that are all empty, have the null type: what they are a later listing says.
+    Nulls, and lists and structs that are all empty, have the null type: what they are a later listing says. Structs are
+    without such members.
     """
     if pa.types.is_dictionary(kind):
         return portable_type(kind.value_type)
@@ -91,15 +92,15 @@ def portable_type(kind: pa.DataType) -> pa.DataType | None:
         return pa.timestamp("us", kind.tz)
     if pa.types.is_date64(kind):
         return pa.date32()
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+    if is_list(kind):
         inner = portable_type(kind.value_type)
         return inner if inner is None or pa.types.is_null(inner) else pa.list_(inner)
     if pa.types.is_struct(kind):
-        if kind.num_fields == 0:  # of JSON: objects that are all empty
-            return pa.null()
-        members = [(field.name, _member_type(field.type)) for field in kind]
-        portable = [(name, member) for name, member in members if member is not None]
-        return pa.struct(portable) if len(portable) == len(members) else None
+        members = [(field.name, portable_type(field.type)) for field in kind]
+        if any(member is None for _, member in members):
+            return None
+        typed = [(name, member) for name, member in members if not pa.types.is_null(member)]
+        return pa.struct(typed) if typed else pa.null()
     known = (
         pa.types.is_string,
         pa.types.is_binary,
@@ -110,17 +111,6 @@ def portable_type(kind: pa.DataType) -> pa.DataType | None:
         pa.types.is_decimal128,
     )
     return kind if any(is_kind(kind) for is_kind in known) else None
-
-
-def _member_type(kind: pa.DataType) -> pa.DataType | None:
-    """The portable type of a struct's member, which cannot be left out until it has values, as a column can."""
-    portable = portable_type(kind)
-    if portable is None or not pa.types.is_null(portable):
-        return portable
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        inner = _member_type(kind.value_type)
-        return None if inner is None else pa.list_(inner)
-    return None if pa.types.is_struct(kind) else pa.string()
 
 
 def portable_schema(schema: pa.Schema, name: str) -> pa.Schema:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
 
 from tests.catalog_samples import enrich, open_catalog, references, request, rows_by_name
 from vlmflow import schema
+from vlmflow.catalog import Catalog
 from vlmflow.catalog.columns import conform, missing_columns, source_columns, storable
+from vlmflow.config import CatalogConfig
 from vlmflow.errors import CatalogError
 
 
@@ -60,6 +63,22 @@ def test_a_new_column_must_not_look_like_one_that_is_there() -> None:
     table = schema.with_source(schema.IMAGES, pa.schema([("title", pa.string())]))
     with pytest.raises(CatalogError, match="'title' and 'Title'"):
         missing_columns(table, pa.schema([("Title", pa.string())]))
+
+
+def test_of_objects_only_new_members_are_missing() -> None:
+    def kind(**members: pa.DataType) -> pa.Schema:
+        return pa.schema([("meta", pa.struct(list(members.items())))])
+
+    table = schema.with_source(schema.IMAGES, kind(a=pa.int64(), of=pa.list_(pa.struct([("x", pa.int64())]))))
+    for known in (kind(a=pa.int32()), kind(of=pa.list_(pa.struct([("x", pa.int64())])), a=pa.float64())):
+        assert missing_columns(table, known) == ()
+    inner = pa.list_(pa.struct([("y", pa.string())]))
+    (field,) = missing_columns(table, kind(b=pa.string(), of=inner))
+    assert field.type.field("meta").type == pa.struct([("b", pa.string()), ("of", inner)])
+    with pytest.raises(CatalogError, match="'meta' is struct<a: string> but the catalog holds it as"):
+        missing_columns(table, kind(a=pa.string()))
+    with pytest.raises(CatalogError, match=r"'meta\.of\.x' and 'meta\.of\.X' differ by case only"):
+        missing_columns(table, kind(of=pa.list_(pa.struct([("X", pa.int64())]))))
 
 
 def test_a_column_of_another_type_is_refused() -> None:
@@ -138,3 +157,42 @@ def test_nested_numbers_that_are_whole_go_into_a_catalog_of_integers_too(tmp_pat
     for one in ({"dims": {"w": 1.5}, "sizes": []}, {"dims": None, "sizes": [1.5]}):
         with pytest.raises(CatalogError, match=r"holds what does not become .*int64"):
             catalog.plan([references(["b"], source=[one], **given)], request())
+
+
+def test_objects_gain_and_lose_members_from_night_to_night(tmp_path: Path) -> None:
+    nights: list[dict[str, object]] = [
+        {"w": 1.5},
+        {"w": 2.5, "cut": {"x": 1.0}, "of": [{"k": "a"}]},
+        {"of": [{"n": 2.0, "k": "b"}, None], "cut": {"y": 3.0}},
+        {"w": 4.5},
+    ]
+    whole = {"w": None, "cut": None, "of": None}
+    held = [
+        {"w": 1.5},
+        {**whole, **nights[1]},
+        {"w": None, "cut": {"x": None, "y": 3.0}, "of": [{"k": "b", "n": 2.0}, None]},
+        {**whole, "w": 4.5},
+    ]
+    for night, (meta, kept) in enumerate(zip(nights, held, strict=True)):
+        own = pa.table({"meta": pa.array([meta, None])})
+        given = {"source": [{"meta": meta}, {"meta": None}], "source_type": pa.struct(list(own.schema))}
+        given["version"] = f"v{night // 2}"  # the second and the fourth are new values alone
+        if night:  # as `plan` does, which adds no column
+            opened = Catalog.open(CatalogConfig(uri=str(tmp_path / "catalog")))
+            assert num_outdated(opened, given) == night % 2
+        catalog = open_catalog(tmp_path / "catalog", own.schema)
+        with catalog.plan([references(["a", "b"], **given)], request()) as plan:
+            assert plan.num_due == 2 - night % 2 * 2
+            assert sum(changed for _, changed in catalog.update_columns(f"u{night}", plan)) == night % 2
+        enrich(catalog, f"r{night}", [references(["a", "b"], **given)])
+        assert num_outdated(catalog, given) == 0
+        rows = rows_by_name(catalog)
+        assert rows["a"]["source"] == {"meta": kept}
+        assert rows["b"]["source"] == {"meta": None}
+        catalog.compact(f"c{night}")
+        assert rows_by_name(catalog) == rows
+
+
+def num_outdated(catalog: Catalog, given: dict[str, Any]) -> int:
+    with catalog.plan([references(["a", "b"], **given)], request()) as plan:
+        return plan.num_outdated

@@ -95,6 +95,32 @@ def test_of_several_files_the_first_with_values_tells_the_type(tmp_path: Path) -
     assert refs.schema.field("source").type.field("price").type == pa.float64()
 
 
+def test_of_several_files_the_first_with_values_tells_the_types_of_members(tmp_path: Path) -> None:
+    metas = ({"a": None, "of": [], "b": 1.5}, {"a": "x", "of": [{"n": None}], "b": 2.5}, {"of": [{"n": 7}]})
+    for name, meta in zip("abc", metas, strict=True):
+        pq.write_table(pa.table({"image": pa.array([b"x"]), "meta": pa.array([meta])}), tmp_path / f"{name}.parquet")
+    refs = references(tmp_path, kind="parquet")
+    assert [row["meta"] for row in refs["source"].to_pylist()] == [
+        {"a": None, "of": [], "b": 1.5},
+        {"a": "x", "of": [{"n": None}], "b": 2.5},
+        {"a": None, "of": [{"n": 7}], "b": None},
+    ]
+
+
+def test_columns_and_members_that_the_first_file_lacks_are_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, own in (("a", {}), ("b", {"b": 1, "c": {"d": 1}}), ("c", {"b": 1})):
+        table = pa.table({"image": pa.array([b"x"]), "meta": pa.array([{"a": 1, **own}])})
+        table = table.append_column("more", pa.array([1])) if own else table
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+    refs = references(tmp_path, kind="parquet")
+    assert refs["source"].to_pylist() == [{"meta": {"a": 1}}] * 3
+    (told,) = caplog.messages
+    assert "b.parquet has columns that" in told
+    assert "a.parquet lacks and that no row keeps: meta.b, meta.c, more;" in told
+
+
 @pytest.mark.parametrize(("price", "told"), [(1.5, "does not become int64"), ("free", "holds it as int64")])
 def test_what_the_type_of_the_catalog_does_not_hold_is_refused_with_a_way_out(price: Any, told: str) -> None:
     table = pa.schema([("source", pa.struct([("price", pa.int64())]))])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pyarrow as pa
@@ -58,12 +59,17 @@ def test_a_value_that_does_not_fit_is_named_by_line_and_column(tmp_path: Path) -
         rows_of(opened(tmp_path, "list.jsonl", "\n".join(lines).encode()))
 
 
-def test_lists_that_are_all_empty_within_a_struct_are_kept(tmp_path: Path) -> None:
-    rows: list[dict[str, object]] = [{"uri": "a.jpg", "meta": {"tags": [], "of": [{"tags": []}]}}]
-    content = b'{"uri": "a.jpg", "meta": {"tags": [], "of": [{"tags": []}]}}\n'
-    assert rows_of(opened(tmp_path, "list.jsonl", content)) == rows
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "list.parquet")
-    assert rows_of(open_table(tmp_path / "list.parquet", "list.parquet")) == rows
+def test_members_without_a_value_have_no_type_yet(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [
+        {"uri": "a.jpg", "meta": {"tags": [], "of": [{"tags": []}], "none": None, "in": {"x": {}}, "name": "it"}},
+        {"uri": "b.jpg", "meta": {"tags": None, "of": [], "none": None, "in": {}, "name": None}},
+    ]
+    content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    kept = [{"uri": "a.jpg", "meta": {"name": "it"}}, {"uri": "b.jpg", "meta": {"name": None}}]
+    assert rows_of(opened(tmp_path, "list.jsonl", content)) == kept
+    table = pa.table({"uri": ["a.jpg"], "meta": pa.array([{"tags": [], "none": None, "name": "it"}])})
+    pq.write_table(table, tmp_path / "list.parquet")
+    assert rows_of(open_table(tmp_path / "list.parquet", "list.parquet")) == kept[:1]
 
 
 def test_objects_that_are_all_empty_have_no_type_yet(tmp_path: Path) -> None:

@@ -22,6 +22,17 @@ def widened(kind: pa.DataType) -> pa.DataType:
     return kind
 
 
+def is_deeper(value: Any, levels: int) -> bool:
+    """Whether a value of JSON has more lists and objects in each other than so many."""
+    inner = [value]
+    for _ in range(levels + 1):
+        nested = [one for one in inner if isinstance(one, (list, dict))]
+        if not nested:
+            return False
+        inner = [item for one in nested for item in (one.values() if isinstance(one, dict) else one)]
+    return True
+
+
 def is_large(values: pa.Array) -> bool:
     """Whether there is an integer among these that a double does not hold."""
     try:

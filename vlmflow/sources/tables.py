@@ -23,10 +23,14 @@ import pyarrow.parquet as pq
 from vlmflow.errors import SourceError, VlmflowError
 from vlmflow.sources.base import BATCH_ROWS, is_list
 from vlmflow.sources.csv_faults import check_quotes, fault_of
-from vlmflow.sources.json_columns import MISFITS, first_misfit, is_large, widened
+from vlmflow.sources.json_columns import MISFITS, first_misfit, is_deeper, is_large, widened
 from vlmflow.sources.parquet_rows import is_damage
 from vlmflow.sources.regions import check_regions
 from vlmflow.storage import access_error
+
+# Lists and structs in each other. Arrow hands types of 64 levels to other libraries, and no more; it reads Parquet
+# files of 100, where a list takes two.
+DEEPEST = 30
 
 
 class TableFile(Protocol):
@@ -125,12 +129,23 @@ def portable_schema(schema: pa.Schema, name: str) -> pa.Schema:
         raise SourceError(message, remedy="Give every column a name of its own.")
     fields = []
     for field in schema:
+        if _num_levels(field.type) > DEEPEST:
+            message = f"{name}: column {field.name} is nested in more than {DEEPEST} levels"
+            raise SourceError(message, remedy="Store it as a string, or leave it out.")
         kind = portable_type(field.type)
         if kind is None:
             remedy = "Store it as a string, number, boolean, date, timestamp, list or struct."
             raise SourceError(f"{name}: column {field.name} has the type {field.type}", remedy=remedy)
         fields.append(pa.field(field.name, kind))
     return pa.schema(fields)
+
+
+def _num_levels(kind: pa.DataType) -> int:
+    """In how many lists and structs, one in the other, values of a type may be."""
+    kinds, levels = [kind], 0
+    while kinds := [inner.field(at).type for inner in kinds for at in range(inner.num_fields)]:
+        levels += 1
+    return levels
 
 
 def to_portable(rows: pa.Table, columns: pa.Schema, name: str) -> pa.Table:
@@ -332,6 +347,10 @@ class JsonTable:
                 raise SourceError(f"{self._name} is not in UTF-8", remedy="Write it in UTF-8.") from error
 
     def _parse(self, number: int, line: str) -> dict[str, Any]:
+        too_deep = SourceError(
+            f"{self._name}, line {number} is nested too deep",
+            remedy=f"Store what is nested in more than {DEEPEST} levels as a string, or leave it out.",
+        )
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
@@ -341,11 +360,12 @@ class JsonTable:
             message = f"{self._name}, line {number} holds a number of too many digits"
             raise SourceError(message, remedy="Store it as a string, or leave it out.") from error
         except RecursionError as error:
-            message = f"{self._name}, line {number} is nested too deep"
-            raise SourceError(message, remedy="Store what is nested as a string, or leave it out.") from error
+            raise too_deep from error
         if not isinstance(row, dict):
             message = f"{self._name}, line {number} holds a {type(row).__name__}"
             raise SourceError(message, remedy="Write one object a line.")
+        if line.count("[") + line.count("{") > DEEPEST and is_deeper(row, DEEPEST + 1):
+            raise too_deep
         return row
 
 

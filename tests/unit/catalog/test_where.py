@@ -40,7 +40,7 @@ def test_what_reaches_beyond_the_rows_is_refused(condition: str) -> None:
         "row_number() OVER () = 1",
         "width = max(width)",
         "_row < 2",
-        "NOT " * 900 + "width = 1",
+        "NOT " * 2000 + "width = 1",
     ],
 )
 def test_what_looks_at_other_rows_is_refused(condition: str) -> None:

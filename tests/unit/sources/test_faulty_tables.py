@@ -9,6 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from vlmflow.catalog import Catalog
+from vlmflow.config import CatalogConfig
 from vlmflow.errors import SourceError
 from vlmflow.sources.tables import TableFile, open_table
 
@@ -76,3 +78,30 @@ def test_objects_that_are_all_empty_have_no_type_yet(tmp_path: Path) -> None:
     table = opened(tmp_path, "list.jsonl", b'{"uri": "a.jpg", "meta": {}, "more": [{}]}\n{"uri": "b.jpg"}\n')
     assert table.schema.field("meta").type == table.schema.field("more").type == pa.null()
     assert rows_of(table) == [{"uri": f"{name}.jpg", "meta": None, "more": None} for name in "ab"]
+
+
+@pytest.mark.parametrize("around", [("[", "]"), ('{"y": ', "}")])
+def test_what_is_nested_deeper_than_libraries_hand_on_is_refused(tmp_path: Path, around: tuple[str, str]) -> None:
+    def lines(levels: int) -> bytes:
+        value = around[0] * levels + "1" + around[1] * levels
+        return f'{{"uri": "a.jpg", "flat": {[[1]] * 60}}}\n{{"uri": "b.jpg", "x": {value}}}\n'.encode()
+
+    deepest = opened(tmp_path, "list.jsonl", lines(30))
+    catalog = Catalog.open_or_create(CatalogConfig(uri=str(tmp_path / "catalog")), deepest.schema)
+    assert catalog.source_columns.field("x").type == deepest.schema.field("x").type
+    rows = next(deepest.batches())
+    pq.write_table(pa.table({"source": rows.to_struct_array()}), tmp_path / "rows.parquet")
+    assert pq.read_table(tmp_path / "rows.parquet")["source"].to_pylist() == rows.to_pylist()
+    for levels in (31, 100, 900, 5000):
+        with pytest.raises(SourceError, match=r"list.jsonl, line 2 is nested too deep") as caught:
+            rows_of(opened(tmp_path, "list.jsonl", lines(levels)))
+        assert "more than 30 levels" in caught.value.remedy
+
+
+def test_a_nested_column_of_parquet_that_is_too_deep_is_named(tmp_path: Path) -> None:
+    kind = pa.int64()
+    for _ in range(31):
+        kind = pa.list_(kind)
+    pq.write_table(pa.table({"uri": ["a.jpg"], "x": pa.nulls(1, kind)}), tmp_path / "list.parquet")
+    with pytest.raises(SourceError, match=r"column x is nested in more than 30 levels"):
+        rows_of(open_table(tmp_path / "list.parquet", "list.parquet"))

@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 CONSTRAINTS := deploy/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo lint types test test-all gpu clean
+.PHONY: help setup demo lint types test test-all lowest gpu clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,11 +45,14 @@ test: lint types ## lint, types and the tests that take minutes, not more
 test-all: lint types ## every test, the slow ones too
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
+lowest: ## the tests of `make test` with the lowest versions that pyproject.toml allows, in .venv-lowest
+	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=deploy/constraints-lowest.txt
+
 gpu: setup ## with a CUDA device: the tests that want one, and the figures that wait for one; a quarter of an hour by estimate
 	@$(BIN)/python -m pytest -m gpu; failed=$$?; \
 	for script in blip_caption vilt_answer clip_embed gpu_pool gpu_enrich; do \
 		$(BIN)/python -m benchmarks.$$script --device cuda || failed=1; \
 	done; exit $$failed  # what fails does not keep the figures away
 
-clean: ## remove the demo catalog and caches; keeps .venv
+clean: ## remove the demo catalog and caches; keeps .venv and .venv-lowest
 	rm -rf demo-catalog .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

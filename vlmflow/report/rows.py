@@ -71,6 +71,9 @@ class Pick:
         self.num_seen += rows.num_rows
         if self._kept is not None:
             rows = pa.concat_tables([self._kept, rows])
+        if not rows.num_rows:  # of which Arrow 25 and earlier select nothing but an error
+            self._kept = rows
+            return
         order = pc.select_k_unstable(rows, k=min(self._count, rows.num_rows), sort_keys=self._keys)
         self._kept = rows.take(order)
 

@@ -62,7 +62,7 @@ def test_pixels_are_those_of_a_full_decode_by_pillow(size: tuple[int, int]) -> N
 def test_every_orientation_is_applied(orientation: int) -> None:
     data = with_orientation(photograph(150, 1).resize((150, 90)), orientation)
     (image,) = decode_here(data)
-    assert greatest_difference(data, image) <= 2
+    assert greatest_difference(data, image) <= 3  # of Pillow before 13; of that 2
 
 
 @pytest.mark.parametrize("size", [(300, 200), (50, 80), (90, 290)])

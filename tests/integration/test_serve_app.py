@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterator
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,25 @@ def test_filters_leave_the_rows_that_fit(read_only: Served, query: str, conditio
     assert page.status_code == 200
     expected = sorted(image_id for image_id, row in by_id(read_only).items() if condition(row))
     assert sorted(shown_ids(page.text)) == expected
+
+
+def test_a_click_on_a_filter_leaves_as_many_images_as_stand_beside_it(tmp_path: Path) -> None:
+    config = CatalogConfig(uri=str(tmp_path / "catalog"))
+    lost = [{"stage": "read", "class": "truncated", "message": ""}]
+    put_rows(
+        config, ["a", "b", "c"], errors=[None, lost, None], status=["ok", "partial", "ok"],
+        policy_name=["demo", "demo", None], decision=["allow", "review", "review"],
+    )  # fmt: skip
+    with serving(config) as served:
+        browser = served.browser()
+        page = browser.get("/").text
+        choices = re.findall(r'<a href="([^"]+)"><span class="what">([^<]*)</span> <span class="count">(\d)<', page)
+        assert {name: count for _, name, count in choices if name in ("no error", "not moderated")} == {
+            "no error": "2", "not moderated": "1",
+        }  # fmt: skip
+        for href, name, count in choices:
+            assert f"{count} image{'' if count == '1' else 's'}" in text_of(browser.get(unescape(href)).text), name
+        assert "Only error no error. " in text_of(browser.get("/review?error=").text)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from vlmflow.errors import CatalogError, TransientError, VlmflowError
+from vlmflow.errors import CatalogChangedError, CatalogError, TransientError, VlmflowError
 from vlmflow.web.actions import Actions, refused
 from vlmflow.web.desk import Desk
 from vlmflow.web.guard import Guard
@@ -37,6 +37,8 @@ def make_app(desk: Desk, sessions: Sessions, hosts: frozenset[str], cookie: str 
         assert isinstance(error, VlmflowError)
         if isinstance(error, CatalogError | TransientError):  # a file was cleaned away under the version held
             desk.shelf.look()
+        if isinstance(error, CatalogChangedError):  # whose remedy is one for commands
+            error = CatalogError("the catalog has changed this very moment", remedy="Reload the page in a few seconds.")
         if request.method != "GET" or request.url.path.startswith("/map/"):
             return refused(error)
         status = 503 if isinstance(error, CatalogError | TransientError) else 400

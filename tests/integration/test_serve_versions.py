@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import logging
 import threading
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tests.report_samples import put_rows
 from tests.search_samples import names, put, unit
 from tests.web_samples import Served, by_id, serving, shown_ids, small_catalog, starter_catalog, text_of
 from vlmflow.catalog import Catalog
+from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.keys import to_binary
 from vlmflow.catalog.pieces import ParquetPieces
 from vlmflow.catalog.reviews import EVENT
@@ -230,3 +232,23 @@ def test_a_verdict_is_taken_though_an_erasure_has_just_rewritten_the_file_of_its
     assert "not in the catalog any more" in gone.json()["error"]
     assert first["image_id"] not in Catalog.open(served.config).reviews.events()["image_id"].to_pylist()
     assert "nothing to undo" in browser.write("/undo", json={}).json()["error"]
+
+
+def test_nothing_is_kept_of_what_is_said_of_an_image_while_it_is_erased(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Verdicts are erased before the files are: until these are gone the app shows the image."""
+    browser, (row, *_) = served.browser().review_as("ada"), list(by_id(served).values())
+    refusals = []
+
+    def meanwhile(folder: Folder, paths: Iterable[str]) -> list[str]:
+        monkeypatch.undo()
+        for said in ({"decision": "block"}, {"decision": None, "labels": {"gun": True}}):
+            refusals.append(browser.judge(row, **said).json()["error"])
+        return folder.delete_all(paths)
+
+    served.desk.shelf.stop()  # it does not look again by itself
+    monkeypatch.setattr(Folder, "delete_all", meanwhile)
+    served.desk.shelf.catalog.erase(to_binary(pa.array([row["image_id"]])))
+    assert refusals == ["The image has been erased from the catalog. Reload the page."] * 2
+    assert not Catalog.open(served.config).reviews.events().num_rows

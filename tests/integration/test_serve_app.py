@@ -139,6 +139,19 @@ def test_a_page_behind_an_image_that_is_gone_is_the_first_and_says_so(read_only:
     assert "not in the catalog any more" in page
 
 
+def test_where_the_rows_of_a_page_have_left_the_filter_its_neighbour_is_shown(tmp_path: Path) -> None:
+    config, count = CatalogConfig(uri=str(tmp_path / "catalog")), PAGE_SIZE + 5
+    put_rows(config, [f"p{number}" for number in range(count)])
+    with serving(config) as served:
+        browser, ids = served.browser(), sorted(by_id(served))
+        first = browser.get(f"/?before={ids[0]}").text
+        assert (shown_ids(first), 'rel="prev"' in first, 'rel="next"' in first) == (ids[:PAGE_SIZE], False, True)
+        last = browser.get(f"/?after={ids[-1]}").text
+        assert (shown_ids(last), 'rel="prev"' in last, 'rel="next"' in last) == (ids[-PAGE_SIZE:], True, False)
+        nothing = browser.get(f"/?after={ids[3]}&where=false").text
+        assert (shown_ids(nothing), "Nothing fits." in text_of(nothing)) == ([], True)
+
+
 def test_each_score_of_a_label_has_its_own_map(served: Served) -> None:
     scored = [label("gun", 0.6, "review"), label("gun", 0.9, "block") | {"detector": "finder"}]
     put_rows(served.config, ["new"], run="run-9", uri=["mem://new.jpg"], labels=labels_of([scored]))

@@ -8,7 +8,7 @@ from importlib import resources
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
@@ -48,6 +48,9 @@ def make_app(desk: Desk, sessions: Sessions, hosts: frozenset[str], cookie: str 
         status = error.status_code if isinstance(error, HTTPException) else 404
         return pages.error(request, "There is no such page.", "Go to the catalog, above.", status)
 
+    def left(_: Request, error: Exception) -> Response:
+        return Response(status_code=400)  # nobody reads it: a tab was closed, or a connection lost, while it sent
+
     def broke(_: Request, error: Exception) -> Response:
         # The type alone: the text may hold what a person asked for.
         logger.error("a request failed: %s", type(error).__name__)
@@ -65,7 +68,7 @@ def make_app(desk: Desk, sessions: Sessions, hosts: frozenset[str], cookie: str 
         Route("/query-image", actions.query_image, methods=["POST"]),
         *(Route(f"/{name}", _file(name, kind)) for name, kind in _FILES.items()),
     ]
-    handlers = {VlmflowError: went_wrong, HTTPException: not_there, Exception: broke}
+    handlers = {VlmflowError: went_wrong, HTTPException: not_there, ClientDisconnect: left, Exception: broke}
     return Guard(Starlette(routes=routes, exception_handlers=handlers), sessions, hosts, cookie)
 
 

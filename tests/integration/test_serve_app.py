@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterator
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,25 @@ def test_filters_leave_the_rows_that_fit(read_only: Served, query: str, conditio
     assert sorted(shown_ids(page.text)) == expected
 
 
+def test_a_click_on_a_filter_leaves_as_many_images_as_stand_beside_it(tmp_path: Path) -> None:
+    config = CatalogConfig(uri=str(tmp_path / "catalog"))
+    lost = [{"stage": "read", "class": "truncated", "message": ""}]
+    put_rows(
+        config, ["a", "b", "c"], errors=[None, lost, None], status=["ok", "partial", "ok"],
+        policy_name=["demo", "demo", None], decision=["allow", "review", "review"],
+    )  # fmt: skip
+    with serving(config) as served:
+        browser = served.browser()
+        page = browser.get("/").text
+        choices = re.findall(r'<a href="([^"]+)"><span class="what">([^<]*)</span> <span class="count">(\d)<', page)
+        assert {name: count for _, name, count in choices if name in ("no error", "not moderated")} == {
+            "no error": "2", "not moderated": "1",
+        }  # fmt: skip
+        for href, name, count in choices:
+            assert f"{count} image{'' if count == '1' else 's'}" in text_of(browser.get(unescape(href)).text), name
+        assert "Only error no error. " in text_of(browser.get("/review?error=").text)
+
+
 @pytest.mark.parametrize(
     "query",
     ["where=bad(", "where=1%3D1)+UNION+SELECT+(1", "where=x;DROP+TABLE+y", "sort=size", "where=" + "x" * 5000],
@@ -117,6 +137,19 @@ def test_a_page_behind_an_image_that_is_gone_is_the_first_and_says_so(read_only:
     page = read_only.browser().get("/?after=" + "0" * 32).text
     assert len(shown_ids(page)) == NUM
     assert "not in the catalog any more" in page
+
+
+def test_where_the_rows_of_a_page_have_left_the_filter_its_neighbour_is_shown(tmp_path: Path) -> None:
+    config, count = CatalogConfig(uri=str(tmp_path / "catalog")), PAGE_SIZE + 5
+    put_rows(config, [f"p{number}" for number in range(count)])
+    with serving(config) as served:
+        browser, ids = served.browser(), sorted(by_id(served))
+        first = browser.get(f"/?before={ids[0]}").text
+        assert (shown_ids(first), 'rel="prev"' in first, 'rel="next"' in first) == (ids[:PAGE_SIZE], False, True)
+        last = browser.get(f"/?after={ids[-1]}").text
+        assert (shown_ids(last), 'rel="prev"' in last, 'rel="next"' in last) == (ids[-PAGE_SIZE:], True, False)
+        nothing = browser.get(f"/?after={ids[3]}&where=false").text
+        assert (shown_ids(nothing), "Nothing fits." in text_of(nothing)) == ([], True)
 
 
 def test_each_score_of_a_label_has_its_own_map(served: Served) -> None:

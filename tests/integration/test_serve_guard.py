@@ -220,6 +220,30 @@ def test_beyond_so_many_requests_others_come_again_and_verdicts_pass(monkeypatch
     anyio.run(asked)
 
 
+@pytest.mark.parametrize("path", ["/verdict", "/query-image"])
+def test_who_leaves_while_sending_is_no_failure_of_the_app(
+    served: Served, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    browser = served.browser()
+    names = {"host": HOST, "origin": ORIGIN, "x-vlmflow-csrf": browser.csrf()}
+    names["cookie"] = f"vlmflow={browser.cookies['vlmflow']}"
+    headers = [(name.encode(), value.encode()) for name, value in names.items()]
+    messages = [{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}]
+
+    async def leave() -> None:
+        async def receive() -> Any:
+            return messages.pop(0)
+
+        async def send(_: Any) -> None: ...
+
+        scope = {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": headers}
+        await served.app(scope, receive, send)
+
+    anyio.run(leave)
+    assert not messages
+    assert not [record for record in caplog.records if record.name == "vlmflow"]
+
+
 def test_many_sessions_do_not_pile_up() -> None:
     sessions = Sessions(TOKEN)
     opened = [sessions.enter(TOKEN) for _ in range(1_100)]

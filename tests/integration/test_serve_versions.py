@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import logging
 import threading
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from tests.report_samples import put_rows
 from tests.search_samples import names, put, unit
 from tests.web_samples import Served, by_id, serving, shown_ids, small_catalog, starter_catalog, text_of
 from vlmflow.catalog import Catalog
+from vlmflow.catalog.folder import Folder
+from vlmflow.catalog.keys import to_binary
 from vlmflow.catalog.pieces import ParquetPieces
 from vlmflow.catalog.reviews import EVENT
 from vlmflow.config import CatalogConfig
@@ -203,3 +206,49 @@ def test_it_is_asked_again_whether_rows_show_their_verdicts(tmp_path: Path, monk
     monkeypatch.setattr(Judging, "_catch_up", away_at_first)
     with serving(config, every_s=0.05) as served:
         wait_for(lambda: by_id(served)[row["image_id"]]["decision"] == "block", seconds=60)
+
+
+def test_a_verdict_is_taken_though_an_erasure_has_just_rewritten_the_file_of_its_row(served: Served) -> None:
+    served.desk.shelf.stop()  # it does not look again by itself
+    browser, (first, second, third, *_) = served.browser().review_as("ada"), list(by_id(served).values())
+    assert browser.judge(first, "block").status_code == 200
+    assert browser.judge(second, "block").status_code == 200
+    served.desk.shelf.catalog.erase(to_binary(pa.array([third["image_id"]])))
+
+    page = browser.get(f"/image/{second['image_id']}")
+    assert page.status_code == 503
+    assert "Reload the page in a few seconds." in text_of(page.text)
+    assert ".parquet" not in page.text
+    undone = browser.write("/undo", json={})
+    assert undone.status_code == 200
+    assert undone.json()["message"] == f"Undone: {second['uri'].rsplit('/', 1)[-1]}"
+
+    served.desk.shelf.catalog.erase(to_binary(pa.array([first["image_id"]])))
+    again = browser.judge(second, "allow", seen=undone.json()["seen"])
+    assert again.status_code == 200
+    assert browser.write("/undo", json={}).status_code == 200
+    gone = browser.write("/undo", json={})  # of what was said of the image that is erased
+    assert gone.status_code == 409
+    assert "not in the catalog any more" in gone.json()["error"]
+    assert first["image_id"] not in Catalog.open(served.config).reviews.events()["image_id"].to_pylist()
+    assert "nothing to undo" in browser.write("/undo", json={}).json()["error"]
+
+
+def test_nothing_is_kept_of_what_is_said_of_an_image_while_it_is_erased(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Verdicts are erased before the files are: until these are gone the app shows the image."""
+    browser, (row, *_) = served.browser().review_as("ada"), list(by_id(served).values())
+    refusals = []
+
+    def meanwhile(folder: Folder, paths: Iterable[str]) -> list[str]:
+        monkeypatch.undo()
+        for said in ({"decision": "block"}, {"decision": None, "labels": {"gun": True}}):
+            refusals.append(browser.judge(row, **said).json()["error"])
+        return folder.delete_all(paths)
+
+    served.desk.shelf.stop()  # it does not look again by itself
+    monkeypatch.setattr(Folder, "delete_all", meanwhile)
+    served.desk.shelf.catalog.erase(to_binary(pa.array([row["image_id"]])))
+    assert refusals == ["The image has been erased from the catalog. Reload the page."] * 2
+    assert not Catalog.open(served.config).reviews.events().num_rows

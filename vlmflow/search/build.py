@@ -145,7 +145,7 @@ class _Update:
         total = int(wanted.sum())
         if kept:
             path = self._folder.local_copy(kept[0].paths[0], workspace, kept[0].info.num_bytes)
-            empty = ivf.emptied(path)
+            empty = ivf.emptied(path, kept[0].paths[0])
             num_trained = kept[0].info.num_trained
         else:
             empty = ivf.train(self._sample(live, embeddings, wanted), ivf.num_cells(total))

@@ -259,9 +259,13 @@ def _grouped(parts: list[tuple[Positions, Positions, NDArray[np.float32]]], rank
         head = int(left[start])
         if head in taken:
             continue
-        free = [at for at in range(start, stop) if int(right[at]) not in taken]
+        free = []
+        for at, other in enumerate(right[start:stop].tolist(), start):
+            if other not in taken:  # nor earlier in this very group: the index may find a pair from both of its sides
+                taken.add(other)
+                free.append(at)
         if free:
-            taken |= {head, *right[free].tolist()}
+            taken.add(head)
             members = np.array([head, *right[free]], np.int64)
             groups.append((members, np.array([1.0, *scores[free]], np.float32)))
     return sorted(groups, key=lambda group: (-len(group[0]), int(ranks[group[0][0]])))

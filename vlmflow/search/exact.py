@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -95,7 +95,10 @@ def vector_blocks(folder: Folder, embeddings: Snapshot, live: LiveRows, wanted: 
         if not len(rows):
             continue
         held = keys if "vector" in keys.column_names else read_rows(folder, "embeddings", file, ["vector"])
-        vectors = _to_matrix(held["vector"])
+        lists = flat(held["vector"])
+        if not _are_even(lists):  # compaction has joined what several models made: only one of them was asked for
+            lists, at, rows = lists.take(pa.array(rows)), at[rows], np.arange(len(rows))
+        vectors = _to_matrix(lists)
         for start in range(0, len(rows), BLOCK_ROWS):
             block = rows[start : start + BLOCK_ROWS]
             is_run = int(block[-1] - block[0]) + 1 == len(block)
@@ -117,12 +120,16 @@ def _claim(keys: pa.Table, live: LiveRows, left: Mask) -> Positions:
     return once
 
 
-def _to_matrix(column: pa.ChunkedArray) -> NDArray[np.float32]:
-    vectors = flat(column)
+def _are_even(vectors: pa.ListArray[Any]) -> bool:
+    """Whether they have one number of dimensions."""
     lengths = np.asarray(pc.list_value_length(vectors))
-    if len(lengths) and (lengths != lengths[0]).any():
+    return not len(lengths) or bool((lengths == lengths[0]).all())
+
+
+def _to_matrix(vectors: pa.ListArray[Any]) -> NDArray[np.float32]:
+    if not _are_even(vectors):
         raise CatalogError(
-            "vectors of one file differ in their number of dimensions",
+            "vectors of one model differ in their number of dimensions",
             remedy="Restore the file, or embed again with `vlmflow enrich --tasks embed`.",
         )
     return np.asarray(pc.list_flatten(vectors), np.float32).reshape(len(vectors), -1)

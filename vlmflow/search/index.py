@@ -88,10 +88,10 @@ def train(sample: NDArray[np.float32], cells: int) -> Any:
     return _empty(centres)
 
 
-def emptied(path: Path) -> Any:
-    """An index without vectors, with the cells of one that is there."""
+def emptied(path: Path, name: str) -> Any:
+    """An index without vectors, with the cells of one that is there, whose file has this name in the catalog."""
     faiss = load_faiss()
-    held = _open(path)
+    held = _open(path, name)
     quantizer = faiss.downcast_index(held.quantizer)
     return _empty(quantizer.reconstruct_n(0, quantizer.ntotal))
 
@@ -128,13 +128,13 @@ def _empty(centres: NDArray[np.float32]) -> Any:
     return index
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path, name: str) -> Any:
     """Maps a file into memory; its lists are read as they are searched."""
     faiss = load_faiss()
     try:
         return faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
     except RuntimeError as error:
-        raise gone(path.name) from error
+        raise gone(name) from error
 
 
 class OpenSegment:
@@ -142,9 +142,9 @@ class OpenSegment:
 
     def __init__(self, segment: Segment, path: Path) -> None:
         self.segment = segment
-        self._index = _open(path)
+        self._index = _open(path, segment.paths[0])
         if self._index.ntotal != segment.info.num_rows or self._index.d != segment.info.dim:
-            raise gone(segment.path)
+            raise gone(segment.paths[0])
         self._positions = segment.positions
         self._live = self._positions >= 0
 

@@ -282,8 +282,9 @@ class Searcher:
         found = _rows_of(live, uri)
         if not len(found):
             raise ConfigError(f"image {uri!r} is not in {self._config.uri}", remedy="Name a uri of its rows.")
+        embedded = [row for row in found.tolist() if live.model_of(row) is not None]
         mask = np.zeros(len(live), np.bool_)
-        mask[found] = True
+        mask[embedded[:1]] = True  # of several with this uri: models may differ
         for positions, vectors in vector_blocks(self._folder, self._snapshot, live, mask):
             model = live.model_of(int(positions[0]))
             if model is not None:

@@ -134,7 +134,8 @@ def _read_rows(folder: Folder, path: str) -> tuple[SegmentInfo, pa.Table] | None
 
 
 def gone(path: str) -> CatalogError:
-    """The error of a segment that cannot be read."""
+    """The error of a segment that cannot be read: an update finds damage by the size of files alone."""
     return CatalogError(
-        f"index file {path} cannot be read", remedy="Update it with `vlmflow search --build-index`, or use --exact."
+        f"index file {path} cannot be read",
+        remedy="Remove that file from the catalog's folder and run `vlmflow search --build-index`, or use --exact.",
     )

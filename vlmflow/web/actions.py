@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from anyio.to_thread import run_sync
@@ -13,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 
 from vlmflow.catalog.reviews import WITHDRAWN
 from vlmflow.config import Frozen, ImageLimits, Job
-from vlmflow.errors import ConfigError, ImageError, TooLargeError, VlmflowError
+from vlmflow.errors import CatalogChangedError, ConfigError, ImageError, TooLargeError, VlmflowError
 from vlmflow.explain import EVIDENCE_COLUMNS
 from vlmflow.validation import describe_validation
 from vlmflow.views_search import sentence
@@ -122,7 +123,7 @@ class Actions:
         self._desk.shelf.ask(key, Query(image=data))
 
     def _judge(self, session: Session, form: VerdictForm) -> Response:
-        row = self._desk.image(form.image_id)
+        row = self._row(form.image_id)
         if row is None:
             raise ConfigError("there is no such image", remedy="Reload the page.")
         if row["content_hash"] is None:
@@ -158,12 +159,16 @@ class Actions:
             )
         )
         self._desk.claims.drop(session.key)
-        return self._said(form.image_id, decision or "labels", said)
+        return self._said(row, decision or "labels", said)
 
     def _undo(self, session: Session) -> Response:
         if not session.given:
             return JSONResponse({"error": "There is nothing to undo in this session."}, 409)
         last = session.given[-1]
+        row = self._row(last.image_id)
+        if row is None:  # erased, and whatever was said of it
+            session.forget()
+            return JSONResponse({"error": "The image of your last judgement is not in the catalog any more."}, 409)
         decision = None if not last.mark else WITHDRAWN if last.before is None else last.before.decision
         judgement = Judgement(
             last.image_id, last.content_hash, last.mark, last.reviewer, decision, last.labels, "undone", last.before
@@ -172,10 +177,17 @@ class Actions:
         session.forget()
         if not is_taken:
             return _meanwhile(said)
-        return self._said(last.image_id, "undone", said)
+        return self._said(row, "undone", said)
 
-    def _said(self, image_id: str, what: str, said: Said | None) -> Response:
-        row = self._desk.image(image_id, ("uri",)) or {"uri": ""}
+    def _row(self, image_id: str) -> dict[str, Any] | None:
+        """An image's row, before anything is written: what is written is not to end in an error."""
+        try:
+            return self._desk.image(image_id)
+        except CatalogChangedError:  # an erasure took files of the version held away, and no newer one is held yet
+            self._desk.shelf.refresh()
+            return self._desk.image(image_id)
+
+    def _said(self, row: Mapping[str, Any], what: str, said: Said | None) -> Response:
         name = row["uri"].rsplit("/", 1)[-1][:60]
         words = {
             "undone": "Undone:", "labels": "Labels noted:", WITHDRAWN: "Verdict taken back:", "allow": "Allowed:",
@@ -184,7 +196,7 @@ class Actions:
         return JSONResponse(
             {
                 "message": f"{words.get(what, what)} {name}",
-                "image_id": image_id,
+                "image_id": row["image_id"],
                 "seen": "" if said is None else said.mark,
                 "num_waiting": self._desk.judging.num_waiting,
             }

@@ -8,12 +8,12 @@ from importlib import resources
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from vlmflow.errors import CatalogError, TransientError, VlmflowError
+from vlmflow.errors import CatalogChangedError, CatalogError, TransientError, VlmflowError
 from vlmflow.web.actions import Actions, refused
 from vlmflow.web.desk import Desk
 from vlmflow.web.guard import Guard
@@ -37,6 +37,8 @@ def make_app(desk: Desk, sessions: Sessions, hosts: frozenset[str], cookie: str 
         assert isinstance(error, VlmflowError)
         if isinstance(error, CatalogError | TransientError):  # a file was cleaned away under the version held
             desk.shelf.look()
+        if isinstance(error, CatalogChangedError):  # whose remedy is one for commands
+            error = CatalogError("the catalog has changed this very moment", remedy="Reload the page in a few seconds.")
         if request.method != "GET" or request.url.path.startswith("/map/"):
             return refused(error)
         status = 503 if isinstance(error, CatalogError | TransientError) else 400
@@ -45,6 +47,9 @@ def make_app(desk: Desk, sessions: Sessions, hosts: frozenset[str], cookie: str 
     def not_there(request: Request, error: Exception) -> Response:
         status = error.status_code if isinstance(error, HTTPException) else 404
         return pages.error(request, "There is no such page.", "Go to the catalog, above.", status)
+
+    def left(_: Request, error: Exception) -> Response:
+        return Response(status_code=400)  # nobody reads it: a tab was closed, or a connection lost, while it sent
 
     def broke(_: Request, error: Exception) -> Response:
         # The type alone: the text may hold what a person asked for.
@@ -63,7 +68,7 @@ def make_app(desk: Desk, sessions: Sessions, hosts: frozenset[str], cookie: str 
         Route("/query-image", actions.query_image, methods=["POST"]),
         *(Route(f"/{name}", _file(name, kind)) for name, kind in _FILES.items()),
     ]
-    handlers = {VlmflowError: went_wrong, HTTPException: not_there, Exception: broke}
+    handlers = {VlmflowError: went_wrong, HTTPException: not_there, ClientDisconnect: left, Exception: broke}
     return Guard(Starlette(routes=routes, exception_handlers=handlers), sessions, hosts, cookie)
 
 

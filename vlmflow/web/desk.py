@@ -104,14 +104,18 @@ class Desk:
         num_matching, counts = self.counts(version, facts, wanted)
         order, places = version.orders[wanted.sort]
         edge, notes = self._edge(version, places, before or after)
-        if before and not notes:
-            found = _back(order, mask, edge, PAGE_SIZE + 1)
-            has_before, shown = len(found) > PAGE_SIZE, found[-PAGE_SIZE:]
-            has_after = True
+        is_back = bool(before) and not notes
+        found = _page(order, mask, edge if is_back else edge + 1, is_back=is_back)
+        # Rows leave the filter as they are judged: where none is left on that side, the page on the other one is shown.
+        is_edge = not len(found)
+        if is_edge:
+            is_back = not is_back
+            found = _page(order, mask, edge + 1 if is_back else edge, is_back=is_back)
+        if is_back:
+            has_before, has_after, shown = len(found) > PAGE_SIZE, not is_edge, found[-PAGE_SIZE:]
         else:
-            found = _on(order, mask, edge + 1, PAGE_SIZE + 1)
-            has_after, shown = len(found) > PAGE_SIZE, found[:PAGE_SIZE]
             has_before = bool(after) and not notes
+            has_after, shown = len(found) > PAGE_SIZE, found[:PAGE_SIZE]
         rows = self.cards(version, shown)
         return Listing(version.number, rows, len(version), num_matching, counts, has_before, has_after, notes)
 
@@ -269,6 +273,11 @@ def _whose(verdict: Mapping[str, Any] | None) -> str:
     if verdict is None:
         return "nobody"
     return "list" if verdict["reviewer"].startswith(LIST_PREFIX) else "person"
+
+
+def _page(order: Positions, mask: Mask | None, place: int, *, is_back: bool) -> Positions:
+    """The marked rows of a page from a place of an order on, or before it, and one more if there is one."""
+    return (_back if is_back else _on)(order, mask, place, PAGE_SIZE + 1)
 
 
 def _on(order: Positions, mask: Mask | None, start: int, count: int) -> Positions:

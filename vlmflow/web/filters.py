@@ -92,6 +92,6 @@ class Filter:
 
 
 def url(path: str, pairs: Iterable[tuple[str, str]]) -> str:
-    """A path with a query; parts without a value are left out."""
-    query = urlencode([pair for pair in pairs if pair[1]], errors="replace")
+    """A path with a query; parts without a value are left out, but for facets: no error is a value too."""
+    query = urlencode([pair for pair in pairs if pair[1] or pair[0] in ALL_FACETS], errors="replace")
     return f"{path}?{query}" if query else path

@@ -22,9 +22,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from vlmflow.catalog.judged import LIST_PREFIX
-from vlmflow.catalog.keys import digest_of
+from vlmflow.catalog.keys import digest_of, to_binary
 from vlmflow.catalog.reviews import EVENT, WITHDRAWN
 from vlmflow.errors import ConfigError, VlmflowError
 from vlmflow.moderation.decide import DECISIONS
@@ -212,7 +213,7 @@ class Judging:
         """Adds a verdict, unless another than the one that was seen is there; it is kept when this returns.
 
         Raises:
-            ConfigError: the judgement cannot be taken.
+            ConfigError: the judgement cannot be taken, or the image has been erased.
             VlmflowError: the store refused; nothing was taken.
         """
         judgement.check()
@@ -232,6 +233,7 @@ class Judging:
             with ExitStack() as lease:
                 if judgement.decision is not None and self._lease is None:
                     lease.enter_context(self._shelf.catalog.runs.recorded("review", is_kept=False))
+                self._refuse_erased(judgement.image_id)
                 path = self._shelf.catalog.reviews.add(events)
                 if judgement.decision is not None:
                     self._lease = self._lease or lease.pop_all()
@@ -247,6 +249,17 @@ class Judging:
             if restores is not None and said is not None and said.at == now:
                 self._restored[restores.mark] = said.mark
             return Outcome(True, said)
+
+    def _refuse_erased(self, image_id: str) -> None:
+        """Refuses a word on an image that was erased since the version held was read: it would stay for good.
+
+        Raises:
+            ConfigError: it was.
+        """
+        erased = self._shelf.catalog.erased_keys
+        if pc.index(erased, to_binary(pa.array([image_id]))[0]).as_py() >= 0:
+            self._shelf.look()
+            raise ConfigError("the image has been erased from the catalog", remedy="Reload the page.")
 
     def flush(self) -> int:
         """Brings what waits into the rows; returns the number of rows that changed.

@@ -65,6 +65,7 @@ def make_templates() -> Environment:
     )
     templates.filters |= {"cut": _cut, "number": _number, "last": _last_part, "address": _address, "full": _full}
     templates.filters["thousands"] = "{:,}".format
+    templates.filters["named"] = lambda values, facet: [_VALUE_NAMES.get((facet, value), value) for value in values]
     return templates
 
 

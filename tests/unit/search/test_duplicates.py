@@ -126,6 +126,22 @@ def test_equal_vectors_reach_a_threshold_of_one(tmp_path: Path, monkeypatch: pyt
         update_index(config_of(tmp_path), min_rows=0)
 
 
+def test_a_pair_that_half_precision_tells_from_one_side_alone_is_there_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random, least = np.random.default_rng(0), 0.95 + near.HALF_ERROR
+    first = unit(random.standard_normal((600, 32)))
+    aside = random.standard_normal(first.shape)
+    aside = unit(aside - (aside * first).sum(axis=1, keepdims=True) * first)
+    cosines = least + random.uniform(-1e-4, 1e-4, (600, 1))
+    put(tmp_path, names(1200), np.concatenate([first, unit(cosines * first + np.sqrt(1 - cosines**2) * aside)]))
+    expected = groups_of(tmp_path)
+    monkeypatch.setattr(duplicates, "ALL_PAIRS", 100)
+    update_index(config_of(tmp_path), min_rows=0)
+    assert sorted(groups_of(tmp_path)) == sorted(expected)
+    assert find_duplicates(config_of(tmp_path)).num_duplicates == len(expected) == 600
+
+
 def test_as_many_images_as_get_no_index_are_compared_each_with_each() -> None:
     assert duplicates.ALL_PAIRS >= FEWEST_ROWS - 1, "else the remedy, to make an index, would do nothing"
 

@@ -11,12 +11,15 @@ import pytest
 
 from tests.catalog_samples import config_of, enrich, image_id, open_catalog, references
 from tests.search_samples import clustered, found, names, nearest, put, unit
+from vlmflow.catalog import Catalog
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.keys import to_binary
 from vlmflow.catalog.log import DataFile, TableLog, TableName
 from vlmflow.errors import CatalogError, ConfigError, SearchError
 from vlmflow.search import exact
 from vlmflow.search import live as live_module
+from vlmflow.search.build import update_index
+from vlmflow.search.duplicates import find_duplicates
 from vlmflow.search.live import LiveRows, _columns_in
 from vlmflow.search.query import Query
 from vlmflow.search.searcher import Searcher, search_images
@@ -115,6 +118,23 @@ def test_rows_of_another_model_are_left_out_and_said(tmp_path: Path) -> None:
     assert set(found(result)) == set(names(5)[1:])
     assert result.num_other_model == 3
     assert any("another model" in note for note in result.notes)
+
+
+def test_vectors_of_two_models_are_found_though_one_file_holds_both(tmp_path: Path) -> None:
+    config, small, large = config_of(tmp_path), clustered(12), clustered(6, dim=24)
+    put(config, names(6), small[:6], run="r0", model="small")
+    put(config, names(6, 6), large, run="r1", model="large")
+    put(config, names(6, 12), small[6:], run="r2", model="small")
+    Catalog.open(config).compact("c")
+    assert len(Catalog.open(config).live_files("embeddings")) == 1
+    of_small = [*names(6), *names(6, 12)]
+    result = search_images(config, Query(like="mem://i00000"))
+    assert found(result) == nearest(of_small[1:], small[1:], small[0], 10)
+    result = search_images(config, Query(like="mem://i00006"))
+    assert found(result) == nearest(names(5, 7), large[1:], large[0], 10)
+    assert update_index(config, min_rows=0).num_covered == 18
+    assert found(search_images(config, Query(like="mem://i00006"))) == found(result)
+    assert find_duplicates(config, kinds=["semantic"]).num_images == 18
 
 
 def test_vectors_of_another_length_are_an_error_of_ours(tmp_path: Path) -> None:

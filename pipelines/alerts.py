@@ -113,7 +113,9 @@ def flagged_share(decisions: Mapping[str, int]) -> float | None:
 
 
 def flagged_jump(report: RunReport, runs: Iterable[RunInfo], max_jump: float) -> tuple[float, float] | None:
-    """Whether a run flagged many more images than the runs before it, under the same policy.
+    """Whether a run flagged many more images than the runs before it, over the same source under the same policy.
+
+    Of one catalog may be sources of which very different shares are usual.
 
     Args:
         runs: of the catalog, the newest first, this one among them. They are read no further back than needed: there
@@ -129,7 +131,7 @@ def flagged_jump(report: RunReport, runs: Iterable[RunInfo], max_jump: float) ->
         found
         for run in older
         if run.state == "finished"
-        and run.record.get("policy") == report.policy
+        and (run.record.get("source"), run.record.get("policy")) == (report.source, report.policy)
         and (found := flagged_share(run.record.get("decisions") or {})) is not None
     )
     before = list(islice(shares, _NIGHTS))

@@ -151,22 +151,28 @@ def _planned(pool: PoolConfig, trials: list[Trial], memory_total: int) -> PoolPl
 
 
 def _sized(plan: PoolPlan, plans: list[PoolPlan], cluster: Cluster, core_s: float) -> PoolPlan:
-    """With as many actors as the cluster bears, unless the job says how many."""
+    """With as many actors as the cluster bears beside those of which the job says how many, unless this is one."""
     pool = plan.pool
-    if "max_actors" in pool.model_fields_set:
+    if _is_said(plan):
         return plan
+    said, others = [other for other in plans if _is_said(other)], [other for other in plans if not _is_said(other)]
     if pool.gpus:
-        share = sum(other.pool.gpus for other in plans)
-        num_actors = _fitting(cluster.gpus, share)
+        taken = sum(_at_once(other.pool, cluster) * other.pool.gpus for other in said)
+        num_actors = _fitting(cluster.gpus - taken, sum(other.pool.gpus for other in others))
     else:
         # Every image takes its core-seconds in decoding and in each pool: the pool gets its part of the cores.
         busy_s = [_cores(other.pool) / max(other.images_per_s, 1e-9) for other in plans if not other.pool.gpus]
         mine = _cores(pool) / max(plan.images_per_s, 1e-9)
         num_actors = max(1, math.floor(cluster.cpus * mine / (sum(busy_s) + core_s) / _cores(pool) + 0.5))
-        held = sum(other.memory_bytes for other in plans if not other.pool.gpus)
-        fitting = _fitting(cluster.memory, held) if math.isfinite(cluster.memory) else num_actors
+        taken = sum(other.pool.max_actors * other.memory_bytes for other in said if not other.pool.gpus)
+        held = sum(other.memory_bytes for other in others if not other.pool.gpus)
+        fitting = _fitting(cluster.memory - taken, held) if math.isfinite(cluster.memory) else num_actors
         num_actors = min(num_actors, fitting, _fitting(cluster.cpus, pool.cpus))
     return plan.model_copy(update={"pool": PoolConfig(**pool.model_dump(exclude_unset=True), max_actors=num_actors)})
+
+
+def _is_said(plan: PoolPlan) -> bool:
+    return "max_actors" in plan.pool.model_fields_set
 
 
 def _fitting(there: float, share: float) -> int:

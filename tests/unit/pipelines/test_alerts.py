@@ -65,6 +65,31 @@ def test_a_message_arrives(block: str, messenger: Messenger) -> None:
     assert "Run r flagged 50.0% of its images." in message["text"]
 
 
+@pytest.fixture(autouse=True)
+def _without_delays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alerts, "_SEND_DELAYS_S", (0.0, 0.0))
+
+
+def test_a_messenger_that_refuses_for_a_moment_is_told_all_the_same(
+    block: str, messenger: Messenger, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    messenger.status = 503
+    waited: list[float] = []
+    monkeypatch.setattr(alerts, "_SEND_DELAYS_S", (0.25, 0.5))
+
+    def wait(delay_s: float) -> None:
+        waited.append(delay_s)
+        messenger.status = 503 if len(waited) < 2 else 200
+
+    monkeypatch.setattr(alerts, "time", SimpleNamespace(sleep=wait))
+    with caplog.at_level(logging.INFO, "vlmflow"):
+        assert alerts.send(block, "many more", "Run r.")
+    assert waited == [0.25, 0.5]
+    assert len(messenger.received) == 3
+    assert TOKEN not in caplog.text
+    assert "nobody was told" not in caplog.text
+
+
 @pytest.mark.parametrize("fault", ["refused", "no server"])
 def test_a_message_that_cannot_be_sent_fails_nothing_and_tells_no_secret(
     block: str, messenger: Messenger, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str], fault: str

@@ -15,6 +15,7 @@ from vlmflow.engine import columns
 from vlmflow.engine.cluster import Cluster
 from vlmflow.engine.faults import get, of_node
 from vlmflow.engine.nodes import check_disks, unfound
+from vlmflow.engine.pipeline import DECODE_CPUS
 from vlmflow.engine.quarantine import Stages
 from vlmflow.engine.trials import Trial, TriedPool, choose, resources
 from vlmflow.errors import SourceError
@@ -47,7 +48,7 @@ class PreflightReport(Frozen):
     Attributes:
         num_due: images that the run would do.
         num_sampled: images that were tried.
-        read_images_per_s: of one worker, which spends its time waiting for the store.
+        read_images_per_s: of one worker, which spends its time waiting for the store. Others wait beside it.
         decode_images_per_s: of one processor; where JPEGs are decoded in the pools, what is left to processors.
         images_per_s: that the run can be expected to reach, after its start-up.
         hours: of the run.
@@ -96,7 +97,7 @@ def measure(planned: Plan, stages: Stages, cluster: Cluster) -> PreflightReport:
             ray.kill(actor)
         plans.append(_planned(pool, trials, memory_total))
     plans = [_sized(plan, plans, cluster, core_s) for plan in plans]
-    rate, limited_by = _projected(plans, cluster, core_s)
+    rate, limited_by = _projected(plans, cluster, core_s, read_s / num_sampled)
     return PreflightReport(
         num_due=planned.num_planned,
         num_sampled=num_sampled,
@@ -180,8 +181,13 @@ def _fitting(there: float, share: float) -> int:
     return max(1, math.floor(there / share + 1e-9))
 
 
-def _projected(plans: list[PoolPlan], cluster: Cluster, core_s: float) -> tuple[float, str]:
-    """Images a second, and what limits them: the slowest pool, or the GPUs or processors that all share."""
+def _projected(plans: list[PoolPlan], cluster: Cluster, core_s: float, read_s: float = 0.0) -> tuple[float, str]:
+    """Images a second, and what limits them: the slowest pool, or the GPUs or processors that all share, or the store.
+
+    Args:
+        core_s: of a processor, for an image in decoding.
+        read_s: that the worker waits for the image before; others wait side by side, as many as there is room for.
+    """
     with_gpu = [plan for plan in plans if plan.pool.gpus]
     limits = {_name(plan): _at_once(plan.pool, cluster) * plan.images_per_s for plan in plans}
     if len(with_gpu) > 1 and cluster.embedded:
@@ -192,6 +198,9 @@ def _projected(plans: list[PoolPlan], cluster: Cluster, core_s: float) -> tuple[
     core_s_of["decoding"] = core_s
     num_cores = max(1.0, cluster.cpus - used)
     limits[f"the processors, most of all {_largest(core_s_of)}"] = num_cores / sum(core_s_of.values())
+    # Actors on processors may be fewer while they have nothing to do.
+    used += sum(plan.pool.min_actors * plan.pool.cpus for plan in plans if not plan.pool.gpus)
+    limits["reading"] = _fitting(cluster.cpus - used, DECODE_CPUS) / max(read_s + core_s, 1e-9)
     limited_by = min(limits, key=lambda name: limits[name])
     return limits[limited_by], limited_by
 

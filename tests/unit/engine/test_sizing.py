@@ -243,6 +243,20 @@ def test_the_projected_rate_is_that_of_the_narrowest_place() -> None:
     assert limited_by == "the processors, most of all pool embed"
 
 
+def test_a_store_that_answers_slowly_limits_what_is_projected() -> None:
+    """A worker that waits for images holds its share of a processor: so many wait at once, whatever the models do."""
+    cluster = Cluster(cpus=16, gpus=1, num_nodes=1, embedded=True)
+    gpu = plan(1_000.0, gpus=1.0, max_actors=1)
+    rate, limited_by = _projected([gpu], cluster, core_s=0.001, read_s=0.5)
+    assert limited_by == "reading"
+    assert rate == pytest.approx(33 / 0.501), "33 shares of 0.45 are in the 15 processors that the actor leaves"
+    assert _projected([gpu], cluster, core_s=0.001, read_s=0.005) == (1_000.0, "pool embed")
+    cpu = plan(2.0, cpus=1.0, min_actors=2, max_actors=16)
+    assert _projected([cpu], cluster, core_s=0.001, read_s=2.0)[0] == pytest.approx(31 / 2.001), "actors may go away"
+    full = plan(2.0, cpus=1.0, min_actors=16, max_actors=16)
+    assert _projected([full], cluster, core_s=0.001, read_s=1.0)[0] == pytest.approx(1 / 1.001), "one has room, always"
+
+
 def test_actors_for_which_there_is_no_gpu_speed_nothing_up() -> None:
     cluster = Cluster(cpus=16, gpus=1, num_nodes=1, embedded=True)
     alone = plan(1_000.0, gpus=1.0, max_actors=8)

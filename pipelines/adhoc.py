@@ -34,6 +34,7 @@ from pipelines.common import (
     slug,
     stop_jobs_of,
 )
+from pipelines.ray_jobs import without_user
 from pipelines.steps import Steps, enrich_command
 from vlmflow.config import Job, TaskName
 from vlmflow.engine import RunReport
@@ -45,7 +46,7 @@ _OVERRIDES = ("tasks", "profile", "policy", "limit", "date")
 
 def _run_name() -> str:
     given = runtime.flow_run.parameters
-    return f"{Path(str(given['job_file'])).stem} on {given['ray_jobs_url']}"
+    return f"{Path(str(given['job_file'])).stem} on {without_user(str(given['ray_jobs_url']))}"
 
 
 def _read_job(given: Mapping[str, Any]) -> Job:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import statistics
+import time
 from collections.abc import Iterable, Mapping
 from itertools import dropwhile, islice
 from typing import Any
@@ -28,6 +29,8 @@ UNRECONCILED = "vlmflow.rows.unreconciled"
 REGRESSION = "vlmflow.gate.closed"
 
 MIN_ROWS = 50  # of fewer, a share says little
+# A messenger that refuses for a moment is asked again: what it is not told now, nobody tells it later.
+_SEND_DELAYS_S = (3.0, 15.0)
 _NIGHTS = 7
 _LOOKED_THROUGH = 200  # runs, for so many nights of the same policy
 
@@ -59,15 +62,31 @@ def send(notify: str | None, subject: str, body: str) -> bool:
         if not isinstance(block, NotificationBlock):
             logger.error("%s is no notification block: nobody was told of: %s", notify, subject)
             return False
-        with block.raise_on_failure():  # most blocks would say nothing
-            sent: Any = block.notify(body, subject)
-            if inspect.iscoroutine(sent):  # within a running event loop
-                run_coro_as_sync(sent)
+        _deliver(block, subject, body)
     except Exception as error:  # noqa: BLE001 - whatever a messenger raises, the run is what matters
         # Its text may hold the address with its token.
         logger.error("nobody was told of %r: block %s failed with %s", subject, notify, type(error).__name__)
         return False
     return True
+
+
+def _deliver(block: NotificationBlock, subject: str, body: str) -> None:
+    """Sends a message, after a failure once more and once more; raises what the last failure was."""
+    for delay_s in (*_SEND_DELAYS_S, None):
+        try:
+            with block.raise_on_failure():  # most blocks would say nothing
+                sent: Any = block.notify(body, subject)
+                if inspect.iscoroutine(sent):  # within a running event loop
+                    run_coro_as_sync(sent)
+        except Exception as error:
+            if delay_s is None:
+                raise
+            logger.info(
+                "%r is sent again in %g s: the messenger failed with %s", subject, delay_s, type(error).__name__
+            )
+            time.sleep(delay_s)
+        else:
+            return
 
 
 def check_messenger(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
@@ -113,7 +132,9 @@ def flagged_share(decisions: Mapping[str, int]) -> float | None:
 
 
 def flagged_jump(report: RunReport, runs: Iterable[RunInfo], max_jump: float) -> tuple[float, float] | None:
-    """Whether a run flagged many more images than the runs before it, under the same policy.
+    """Whether a run flagged many more images than the runs before it, over the same source under the same policy.
+
+    Of one catalog may be sources of which very different shares are usual.
 
     Args:
         runs: of the catalog, the newest first, this one among them. They are read no further back than needed: there
@@ -129,7 +150,7 @@ def flagged_jump(report: RunReport, runs: Iterable[RunInfo], max_jump: float) ->
         found
         for run in older
         if run.state == "finished"
-        and run.record.get("policy") == report.policy
+        and (run.record.get("source"), run.record.get("policy")) == (report.source, report.policy)
         and (found := flagged_share(run.record.get("decisions") or {})) is not None
     )
     before = list(islice(shares, _NIGHTS))

@@ -44,7 +44,7 @@ from vlmflow.config import CatalogConfig, Job
 from vlmflow.engine.progress import SilentProgress
 from vlmflow.engine.remoderate_report import RemoderateReport
 from vlmflow.engine.scope import Scope
-from vlmflow.errors import ConfigError
+from vlmflow.errors import ConfigError, VlmflowError
 from vlmflow.moderation.policy import load_policy
 
 logger = logging.getLogger("vlmflow")
@@ -201,6 +201,8 @@ def _all_partitions(
                 report = future.result()
             except Exception as error:  # noqa: BLE001 - raised below, once nothing is at work
                 logger.error("partition %s failed, and no other begins: %s", date, error)
+                if isinstance(error, VlmflowError):  # who is told of it sees no log
+                    error.args = (f"partition {date}, when {len(done.reports)} of {len(dates)} were done: {error}",)
                 failure = failure or error
             else:
                 done.add(date, report)

@@ -104,8 +104,8 @@ def nightly_enrichment(
             Default: beside the catalog, with "-reports" at its end.
         report_url: Where people reach that folder in a browser; makes the report a link.
         keep_reports: Older reports are removed: their thumbnails outlive an erasure.
-        max_flagged_jump: How much the share of flagged images may exceed the median of the last seven runs before
-            someone is told.
+        max_flagged_jump: How much the share of flagged images may exceed the median of the last seven runs over the
+            source, under the same policy, before someone is told.
         notify: A notification block, as type/name, such as slack-webhook/moderation, for failures and alerts.
     """
     log_to_flow_run()

@@ -42,6 +42,7 @@ OWNER = "vlmflow_flow_run"  # key in a job's metadata: the flow run that submitt
 _MAX_LABEL = 100
 # Not where `splitlines` does: JSON leaves U+2028 and its like raw in a line, and file names may hold them.
 _LINE_END = re.compile(r"\r\n|\r|\n")
+_USER = re.compile(r"(?<=://)[^\s/?#]*@")  # in a web address, with a password
 # The name of a command, and the number of an attempt at it.
 _ID = re.compile(r"(vlmflow-[a-z0-9-]+-[0-9a-f]{12})-(\d+)")
 
@@ -113,6 +114,7 @@ class RayJobs:
 
     def __init__(self, url: str) -> None:
         self._url = url.rstrip("/")
+        self._shown = without_user(self._url)
 
     def last(self, command: Command) -> Attempt | None:
         """The newest attempt at a command; None: there was none since the cluster started."""
@@ -188,7 +190,7 @@ class RayJobs:
             if time.monotonic() > until:
                 raise SubmittedJobError(
                     f"Ray job {attempt.submission_id} was told to stop and still runs",
-                    remedy=f"`ray job stop --address {self._url} {attempt.submission_id}` tries again.",
+                    remedy=f"`ray job stop --address {self._shown} {attempt.submission_id}` tries again.",
                 )
             time.sleep(_POLL_S)
         return now
@@ -241,14 +243,15 @@ class RayJobs:
     def _client(self) -> _Client:
         if not self._url.startswith(("http://", "https://")):
             raise ConfigError(
-                f"Ray Jobs API {self._url}: not a web address",
+                f"Ray Jobs API {self._shown}: not a web address",
                 remedy="Give the address of the cluster's dashboard, such as http://ray-head:8265.",
             )
         for variable in _OVERRIDING:
             value = os.environ.get(variable, "").rstrip("/")
             if value not in ("", self._url):
                 raise ConfigError(
-                    f"Ray Jobs API {self._url}: {variable} is set to {value}, and Ray would go there instead",
+                    f"Ray Jobs API {self._shown}: {variable} is set to {without_user(value)}, "
+                    "and Ray would go there instead",
                     remedy=f"Unset {variable} where the flow runs.",
                 )
         return _Client(self._url)
@@ -260,7 +263,7 @@ class RayJobs:
             yield self._client
         except _LIBRARY_ERRORS as error:
             raise ClusterError(
-                f"Ray Jobs API {self._url}: {_first_line(error)}",
+                f"Ray Jobs API {self._shown}: {without_user(_first_line(error))}",
                 remedy="See whether the cluster's head runs, and whether this is the address of its dashboard.",
             ) from error
 
@@ -300,6 +303,13 @@ class RayJobs:
                 ) from error
         logger.info("submitted Ray job %s: %s", submission_id, command.entrypoint)
         return self.last(command)
+
+
+def without_user(text: str) -> str:
+    """A text without the users and passwords in its web addresses: a dashboard's may have them, for a proxy before it,
+    and what is said of it goes to logs and messengers.
+    """
+    return _USER.sub("", text)
 
 
 def read_files(paths: Sequence[Path]) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime as dt
 import logging
 import re
@@ -10,15 +9,13 @@ from collections.abc import Mapping
 from operator import itemgetter
 from typing import Any
 
-from pydantic import ValidationError
-
 from vlmflow.catalog import Catalog
 from vlmflow.catalog.files import is_being_written
 from vlmflow.catalog.folder import Folder
 from vlmflow.config import CatalogConfig, Job
 from vlmflow.engine import RunReport
 from vlmflow.errors import VlmflowError
-from vlmflow.report.killed import with_counts
+from vlmflow.report.killed import enrichment_of, with_counts
 from vlmflow.report.write import WrittenReport, write_report
 from vlmflow.sources import normalise_uri
 from vlmflow.workspace import Workspace
@@ -66,11 +63,9 @@ def unreported(job: Job, day: dt.date, folder: str, keep: int) -> list[RunReport
         at_work = run.state == "running" and not run.has_ended
         if at_work or run.run_id in reported or run.run_id < oldest:
             continue
-        known = {name: run.record[name] for name in RunReport.model_fields if name in run.record}
-        with contextlib.suppress(ValidationError):  # another kind of run, or written by another version
-            report = RunReport.model_validate(known)
-            if is_night(known, job) and day - _LOOK_BACK < report.date <= day:
-                found.append(report)
+        report = enrichment_of(run.record)
+        if report is not None and is_night(run.record, job) and day - _LOOK_BACK < report.date <= day:
+            found.append(report)
     return [report for report in with_counts(catalog, found[::-1]) if report.num_added + report.num_replaced]
 
 

@@ -13,6 +13,8 @@ from vlmflow import schema
 from vlmflow.catalog import Catalog, RunInfo
 from vlmflow.catalog.rows import POLICY_COLUMNS, add_counts, error_classes, policy_names
 from vlmflow.config import CatalogConfig, Frozen
+from vlmflow.engine.report import RunReport
+from vlmflow.report.killed import enrichment_of, with_counts
 
 _NUM_EXAMPLES = 5
 _NUM_RUNS = 5
@@ -49,6 +51,7 @@ class RunLine(Frozen):
     Attributes:
         state: running, dead, or how it ended.
         operation: what it was if it was no enrichment, such as erase.
+        num_added: rows that were new; of a run that was killed or still goes on, those with its date.
         num_columns_updated: rows of which nothing but the caller's columns was updated.
         num_moved: rows that a remoderation put under another policy.
     """
@@ -126,7 +129,7 @@ def summarize(config: CatalogConfig) -> CatalogSummary:
         alt_texts=dict(counts["alt"].most_common()),
         flagged=tuple(flagged),
         examples=tuple(examples),
-        runs=tuple(_run_line(run) for run in islice(catalog.runs.newest(), _NUM_RUNS)),
+        runs=tuple(_run_lines(catalog)),
     )
 
 
@@ -143,8 +146,16 @@ def _gather(examples: list[Example], rows: pa.Table) -> None:
         examples.extend(Example(**row) for row in rows.select(names).slice(0, wanted).to_pylist())
 
 
-def _run_line(run: RunInfo) -> RunLine:
-    record = run.record
+def _run_lines(catalog: Catalog) -> list[RunLine]:
+    """The newest runs. What one has committed that did not come to its end, or has not yet, the table tells."""
+    runs = list(islice(catalog.runs.newest(), _NUM_RUNS))
+    found = (enrichment_of(run.record) for run in runs if run.record.get("finished_at") is None)
+    counted = {report.run_id: report for report in with_counts(catalog, [one for one in found if one is not None])}
+    return [_run_line(run, counted.get(run.run_id)) for run in runs]
+
+
+def _run_line(run: RunInfo, counted: RunReport | None) -> RunLine:
+    record = run.record if counted is None else run.record | counted.model_dump(include={"num_added", "num_replaced"})
     # A record says `running` until its run ends: of one that was killed, for ever.
     end = str(record.get("state", record.get("status", run.state)))
     return RunLine(

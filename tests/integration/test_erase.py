@@ -43,7 +43,7 @@ def test_nothing_of_it_is_left(catalog: Catalog, root: Path) -> None:
     start(catalog, "r0", "r1", "killed")
     enrich(catalog, "r0", [references(["secret"], source=private)], caption=marks["caption"])
     enrich(catalog, "r1", [references(["a", "b"], source=plain)])
-    message = f"1 of 3 images did not come out of the run, such as {marks['uri']}"
+    message = f"1 of 3 images did not come out of run r, such as {marks['uri']}"
     catalog.runs.finish("r0", {"message": message})
     catalog.runs.finish("r1", {})
     write(catalog, "killed", [references(["secret"], version="v3", source=private)], caption=marks["caption"])

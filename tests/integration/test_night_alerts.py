@@ -78,7 +78,8 @@ def config(tmp_path: Path) -> CatalogConfig:
     put_rows(config, ["a", "b", "c"], run="tonight", decision=["allow", "review", "block"])
     for number in range(3):
         given = {"date": f"2026-02-0{number + 1}", "started_at": f"2026-02-0{number + 1}T02:00:00Z"}
-        put_record(config, f"night-{number}", decisions={"allow": 95, "review": 5}, **given)
+        for name, source in (("night", "photos/"), ("other", "/images")):
+            put_record(config, f"{name}-{number}", source=source, decisions={"allow": 95, "review": 5}, **given)
     put_record(config, "tonight", decisions={"allow": 50, "block": 50})
     return config
 

@@ -143,12 +143,14 @@ def test_too_many_of_them_stop_the_run_and_name_what_failed(
     make_deadly(monkeypatch, kills=(paths[3].name,))
     monkeypatch.setattr(run, "SMALL_BLOCKS", (16,))  # the test before has them all
     job = make_job(tmp_path / "images", tasks=("embed",), quarantine={"max_images": 5})
-    with pytest.raises(UnreconciledError, match="16 of 120 images did not come out of the run") as raised:
+    with pytest.raises(UnreconciledError, match="16 of 120 images did not come out of run ") as raised:
         enrich(job)
     assert "set quarantine.max_images (now 5) to at least 16" in raised.value.remedy
     catalog = Catalog.open(job.catalog)
     committed = catalog.images(["uri"]).num_rows
     assert 0 < committed < 120
-    assert catalog.runs.list()[0].record["status"] == "unreconciled"
+    (ended,) = catalog.runs.list()
+    assert ended.record["status"] == "unreconciled"
+    assert f"of run {ended.run_id}, such as" in str(raised.value), "people who are told look for its record"
     monkeypatch.undo()
     assert enrich(job).num_added == 120 - committed

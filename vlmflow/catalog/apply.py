@@ -21,6 +21,7 @@ from vlmflow.catalog.keys import concat, digest_of, duplicates, index_of, to_bin
 from vlmflow.catalog.log import DataFile, Snapshot
 from vlmflow.catalog.merge import merge
 from vlmflow.catalog.read import read_rows
+from vlmflow.catalog.rows import add_counts, error_classes
 from vlmflow.catalog.tombstones import ErasedOf
 from vlmflow.catalog.writer import write_file
 from vlmflow.errors import CatalogError
@@ -37,6 +38,8 @@ class CommitResult:
     num_dropped: int  # new rows left out: another run has added the image since planning
     num_superseded: int  # replacements left out: another run has met a newer object version
     statuses: dict[str, int] = field(default_factory=dict)  # of the rows as committed
+    errors: dict[str, int] = field(default_factory=dict)  # of the run's rows that went in, by class
+    others_decisions: dict[str, int] = field(default_factory=dict)  # of new rows that were left out
     num_erased: int = 0  # left out: the image has been erased since planning
     num_conflicts: int = 0  # attempts that other writers won
     repeated: bool = False  # this very commit had been made before: nothing was done
@@ -52,6 +55,8 @@ class Outcome:
     num_superseded: int = 0  # replacements left out: another run has met a newer object version
     num_erased: int = 0  # left out: the image has been erased since planning
     statuses: Counter[str] = field(default_factory=Counter)
+    errors: Counter[str] = field(default_factory=Counter)
+    others_decisions: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ class _Written:
     file: DataFile
     keys: pa.Array
     statuses: Counter[str]  # of the rows that are ours
+    errors: Counter[str]  # the same, as the run met them
     num_superseded: int = 0
 
 
@@ -82,6 +88,7 @@ class ImageChanges:
         self.staged_paths: list[str] = files.filter(pc.equal(files["kind"], "replace"))["path"].to_pylist()
         # Files never change, so what one attempt wrote serves the next, where it decides the same.
         self._written: dict[str, _Written | None] = {}
+        self._left_out: dict[str, Counter[str]] = {}  # their decisions
         self._erased = index_of(pa.array([], pa.binary(16)))
         self._committed: set[str] = set()
         self.outcome = Outcome()
@@ -99,6 +106,7 @@ class ImageChanges:
             self.outcome.num_superseded += written.num_superseded
             self.outcome.num_replaced += len(rows) - written.num_superseded
             self.outcome.statuses += written.statuses
+            self.outcome.errors += written.errors
             add.append(written)
             remove.append(snapshot.files[path])
         for written in add:
@@ -131,11 +139,12 @@ class ImageChanges:
         for new in files:
             mask, gone = (marks[start : start + len(new.keys)] for marks in (drop, erased))
             start += len(new.keys)
-            kept = new if not mask.any() else self._without(new, mask)
+            kept = self._without(new, mask) if mask.any() else new
             self.outcome.num_dropped += int((mask & ~gone).sum())
             if kept is not None:
                 self.outcome.num_added += kept.file.num_rows
                 self.outcome.statuses += kept.statuses
+                self.outcome.errors += kept.errors
                 add.append(kept)
         return add
 
@@ -143,13 +152,15 @@ class ImageChanges:
         """The file without some of its rows; None if none is left."""
         name = digest_of(new.file.path, drop.tobytes().hex())
         if name not in self._written:
-            self._written[name] = None if drop.all() else self._filtered(new.file, pa.array(~drop))
+            rows = self._read(new.file)
+            self._left_out[name] = _counts(rows["decision"].filter(pa.array(drop)))
+            self._written[name] = None if drop.all() else self._filtered(new.file, rows.filter(pa.array(~drop)))
+        self.outcome.others_decisions += self._left_out[name]
         return self._written[name]
 
-    def _filtered(self, file: DataFile, keep: pa.Array) -> _Written:
-        rows = self._read(file).filter(keep)
+    def _filtered(self, file: DataFile, rows: pa.Table) -> _Written:
         written = write_file(self._folder, "images", rows, file.ingest_date, self._run_id)
-        return _Written(written, to_binary(rows["image_id"]), _statuses(rows))
+        return _Written(written, to_binary(rows["image_id"]), _counts(rows["status"]), _errors(rows))
 
     def _groups(self, snapshot: Snapshot) -> tuple[dict[str, list[int]], list[int]]:
         """Staged rows by the file that holds their live row now, and those whose live row is nowhere."""
@@ -189,8 +200,9 @@ class ImageChanges:
         order[at] = rows.num_rows + np.arange(len(at))
         out = pa.concat_tables([rows, merged]).take(pa.array(order))
         written = write_file(self._folder, "images", out, file.ingest_date, self._run_id)
-        statuses = _statuses(merged.filter(pa.array(~superseded)))
-        return _Written(written, keys, statuses, int(superseded.sum()))
+        ours = pa.array(~superseded)
+        statuses, errors = _counts(merged["status"].filter(ours)), _errors(staged.filter(ours))
+        return _Written(written, keys, statuses, errors, int(superseded.sum()))
 
     def _write_vanished(self, vanished: list[int], snapshot: Snapshot) -> list[_Written]:
         rows = conform(self._staged.take(vanished), snapshot.schema)
@@ -201,7 +213,9 @@ class ImageChanges:
             held = self._written.get(name)
             if held is None:
                 file = write_file(self._folder, "images", part, date, self._run_id)
-                held = self._written[name] = _Written(file, to_binary(part["image_id"]), _statuses(part))
+                held = self._written[name] = _Written(
+                    file, to_binary(part["image_id"]), _counts(part["status"]), _errors(part)
+                )
             files.append(held)
         return files
 
@@ -222,9 +236,7 @@ def _new_files(files: pa.Table) -> list[_Written]:
     """The descriptors of files that go in as they are."""
     rows: list[dict[str, Any]] = files.drop_columns(["keys", "addresses"]).to_pylist()
     return [
-        _Written(
-            data_file(row), files["keys"][number].values, Counter({c["name"]: c["count"] for c in row["statuses"]})
-        )
+        _Written(data_file(row), files["keys"][number].values, _told(row["statuses"]), _told(row["errors"]))
         for number, row in enumerate(rows)
     ]
 
@@ -236,5 +248,15 @@ def data_file(row: dict[str, Any]) -> DataFile:
     return DataFile(path, row["size_bytes"], row["num_rows"], date, row["stats"])
 
 
-def _statuses(rows: pa.Table) -> Counter[str]:
-    return Counter(rows["status"].to_pylist())
+def _told(counts: list[dict[str, Any]]) -> Counter[str]:
+    return Counter({entry["name"]: entry["count"] for entry in counts})
+
+
+def _counts(values: pa.ChunkedArray | pa.Array) -> Counter[str]:
+    counter: Counter[str] = Counter()
+    add_counts(counter, values)
+    return counter
+
+
+def _errors(rows: pa.Table) -> Counter[str]:
+    return _counts(error_classes(rows["errors"])[1])

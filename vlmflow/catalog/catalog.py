@@ -194,6 +194,8 @@ class Catalog:
             num_superseded=outcome.num_superseded,
             num_erased=outcome.num_erased,
             statuses=dict(outcome.statuses),
+            errors=dict(outcome.errors),
+            others_decisions=dict(outcome.others_decisions),
             num_conflicts=embedded.num_conflicts + done.num_conflicts,
             repeated=done.repeated,
         )

@@ -158,6 +158,7 @@ class Collector:
         self._num_buffered = 0
         self._writes: list[ray.ObjectRef[Written]] = []
         self._files: list[pa.Table] = []
+        self._decisions: Counter[str] = Counter()  # of the rows in these files
         self._started = self._last_flush = time.monotonic()
         self.collected = Collected()
 
@@ -228,16 +229,15 @@ class Collector:
         self.collected.num_shared += written.num_shared
         for pool, size in written.at_once.items():
             self.collected.at_once[pool] = min(size, self.collected.at_once.get(pool, size))
-        errors = _counts(written.files, "errors")
-        self._tally.errors.update(errors)
-        self.collected.errors.update(errors)
-        self.collected.decisions.update(written.decisions)
+        self._tally.errors.update(_counts(written.files, "errors"))
+        self._decisions.update(written.decisions)
         self._budget.add(written.fresh)
 
     def _commit_files(self) -> None:
         if not self._files:
             return
         files, self._files = pa.concat_tables(self._files), []
+        decisions, self._decisions = self._decisions, Counter()
         if files.num_rows == 0:
             return
         started = time.monotonic()
@@ -249,6 +249,9 @@ class Collector:
         collected.num_added += result.num_added
         collected.num_replaced += result.num_replaced
         collected.statuses.update(result.statuses)
+        # Not before: what was not committed another run computes, and counts, again.
+        collected.errors.update(result.errors)
+        collected.decisions += decisions - Counter(result.others_decisions)
         collected.num_by_others += result.num_dropped + result.num_superseded
         collected.num_erased += result.num_erased
         collected.num_conflicts += result.num_conflicts

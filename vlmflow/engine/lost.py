@@ -52,8 +52,10 @@ def in_small_batches(stages: Stages, num_rows: int) -> Stages:
     return dataclasses.replace(stages, pools=tuple(pools))
 
 
-def unreconciled(lost: pa.Table, num_planned: int, max_images: int, reason: str | None) -> UnreconciledError:
-    """The error for images that stay lost.
+def unreconciled(
+    run_id: str, lost: pa.Table, num_planned: int, max_images: int, reason: str | None
+) -> UnreconciledError:
+    """The error for images that stay lost. It names the run: people are told of it, and look for its record.
 
     Args:
         max_images: how many are run alone.
@@ -62,7 +64,7 @@ def unreconciled(lost: pa.Table, num_planned: int, max_images: int, reason: str 
     because = f"; a worker failed with: {reason}" if reason else ""
     examples = ", ".join(lost["uri"].slice(0, 3).to_pylist())
     return UnreconciledError(
-        f"{lost.num_rows:,} of {num_planned:,} images did not come out of the run, such as {examples}{because}",
+        f"{lost.num_rows:,} of {num_planned:,} images did not come out of run {run_id}, such as {examples}{because}",
         remedy="The others are committed. Run the same command again: only these are due. If it is they that take "
         f"workers down, and not the models or the machines, set quarantine.max_images (now {max_images:,}) to at least "
         f"{lost.num_rows:,}: then each is run alone.",

@@ -71,7 +71,9 @@ class RunReport(Frozen):
         num_copied: images with results taken from a row of the catalog with equal bytes.
         num_shared: images with results taken from another image with equal bytes that the same actor had.
         num_unmodified: images at http(s) urls of which the server said that they are as they were; they were not read.
-        decisions: images by the decision that the run gave them; those that keep the one they had do not count.
+        decisions: rows that it committed by the decision that it gave them; those that keep the one they had do not
+            count.
+        errors: rows that it committed by class of what went wrong in this run.
         startup_s: seconds until the first block of images was finished: processes started, models loaded.
         images_per_s: the images after that block by the time after it; 0 where there was only one block.
         bytes_read: encoded bytes read from the source.

@@ -375,7 +375,8 @@ class _Run:
         metrics.update(self._tally, self._collected)
 
     def _unreconciled(self, lost: pa.Table) -> UnreconciledError:
-        return unreconciled(lost, self._plan.num_planned, self._job.quarantine.max_images, self._worker_errors.first())
+        max_images, reason = self._job.quarantine.max_images, self._worker_errors.first()
+        return unreconciled(self._run_id, lost, self._plan.num_planned, max_images, reason)
 
     def _finished(self, status: RunStatus, message: str = "") -> RunReport:
         seconds = time.monotonic() - self._clock

@@ -15,6 +15,7 @@ from vlmflow.engine import columns
 from vlmflow.engine.cluster import Cluster
 from vlmflow.engine.faults import get, of_node
 from vlmflow.engine.nodes import check_disks, unfound
+from vlmflow.engine.pipeline import DECODE_CPUS
 from vlmflow.engine.quarantine import Stages
 from vlmflow.engine.trials import Trial, TriedPool, choose, resources
 from vlmflow.errors import SourceError
@@ -47,7 +48,7 @@ class PreflightReport(Frozen):
     Attributes:
         num_due: images that the run would do.
         num_sampled: images that were tried.
-        read_images_per_s: of one worker, which spends its time waiting for the store.
+        read_images_per_s: of one worker, which spends its time waiting for the store. Others wait beside it.
         decode_images_per_s: of one processor; where JPEGs are decoded in the pools, what is left to processors.
         images_per_s: that the run can be expected to reach, after its start-up.
         hours: of the run.
@@ -96,7 +97,7 @@ def measure(planned: Plan, stages: Stages, cluster: Cluster) -> PreflightReport:
             ray.kill(actor)
         plans.append(_planned(pool, trials, memory_total))
     plans = [_sized(plan, plans, cluster, core_s) for plan in plans]
-    rate, limited_by = _projected(plans, cluster, core_s)
+    rate, limited_by = _projected(plans, cluster, core_s, read_s / num_sampled)
     return PreflightReport(
         num_due=planned.num_planned,
         num_sampled=num_sampled,
@@ -151,22 +152,28 @@ def _planned(pool: PoolConfig, trials: list[Trial], memory_total: int) -> PoolPl
 
 
 def _sized(plan: PoolPlan, plans: list[PoolPlan], cluster: Cluster, core_s: float) -> PoolPlan:
-    """With as many actors as the cluster bears, unless the job says how many."""
+    """With as many actors as the cluster bears beside those of which the job says how many, unless this is one."""
     pool = plan.pool
-    if "max_actors" in pool.model_fields_set:
+    if _is_said(plan):
         return plan
+    said, others = [other for other in plans if _is_said(other)], [other for other in plans if not _is_said(other)]
     if pool.gpus:
-        share = sum(other.pool.gpus for other in plans)
-        num_actors = _fitting(cluster.gpus, share)
+        taken = sum(_at_once(other.pool, cluster) * other.pool.gpus for other in said)
+        num_actors = _fitting(cluster.gpus - taken, sum(other.pool.gpus for other in others))
     else:
         # Every image takes its core-seconds in decoding and in each pool: the pool gets its part of the cores.
         busy_s = [_cores(other.pool) / max(other.images_per_s, 1e-9) for other in plans if not other.pool.gpus]
         mine = _cores(pool) / max(plan.images_per_s, 1e-9)
         num_actors = max(1, math.floor(cluster.cpus * mine / (sum(busy_s) + core_s) / _cores(pool) + 0.5))
-        held = sum(other.memory_bytes for other in plans if not other.pool.gpus)
-        fitting = _fitting(cluster.memory, held) if math.isfinite(cluster.memory) else num_actors
+        taken = sum(other.pool.max_actors * other.memory_bytes for other in said if not other.pool.gpus)
+        held = sum(other.memory_bytes for other in others if not other.pool.gpus)
+        fitting = _fitting(cluster.memory - taken, held) if math.isfinite(cluster.memory) else num_actors
         num_actors = min(num_actors, fitting, _fitting(cluster.cpus, pool.cpus))
     return plan.model_copy(update={"pool": PoolConfig(**pool.model_dump(exclude_unset=True), max_actors=num_actors)})
+
+
+def _is_said(plan: PoolPlan) -> bool:
+    return "max_actors" in plan.pool.model_fields_set
 
 
 def _fitting(there: float, share: float) -> int:
@@ -174,8 +181,13 @@ def _fitting(there: float, share: float) -> int:
     return max(1, math.floor(there / share + 1e-9))
 
 
-def _projected(plans: list[PoolPlan], cluster: Cluster, core_s: float) -> tuple[float, str]:
-    """Images a second, and what limits them: the slowest pool, or the GPUs or processors that all share."""
+def _projected(plans: list[PoolPlan], cluster: Cluster, core_s: float, read_s: float = 0.0) -> tuple[float, str]:
+    """Images a second, and what limits them: the slowest pool, or the GPUs or processors that all share, or the store.
+
+    Args:
+        core_s: of a processor, for an image in decoding.
+        read_s: that the worker waits for the image before; others wait side by side, as many as there is room for.
+    """
     with_gpu = [plan for plan in plans if plan.pool.gpus]
     limits = {_name(plan): _at_once(plan.pool, cluster) * plan.images_per_s for plan in plans}
     if len(with_gpu) > 1 and cluster.embedded:
@@ -186,6 +198,9 @@ def _projected(plans: list[PoolPlan], cluster: Cluster, core_s: float) -> tuple[
     core_s_of["decoding"] = core_s
     num_cores = max(1.0, cluster.cpus - used)
     limits[f"the processors, most of all {_largest(core_s_of)}"] = num_cores / sum(core_s_of.values())
+    # Actors on processors may be fewer while they have nothing to do.
+    used += sum(plan.pool.min_actors * plan.pool.cpus for plan in plans if not plan.pool.gpus)
+    limits["reading"] = _fitting(cluster.cpus - used, DECODE_CPUS) / max(read_s + core_s, 1e-9)
     limited_by = min(limits, key=lambda name: limits[name])
     return limits[limited_by], limited_by
 

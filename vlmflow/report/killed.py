@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import pyarrow as pa
+from pydantic import ValidationError
 
 from vlmflow.catalog import Catalog
 from vlmflow.catalog.masks import equal
@@ -21,6 +23,15 @@ class _Counts:
     statuses: Counter[str] = field(default_factory=Counter)
     decisions: Counter[str] = field(default_factory=Counter)
     errors: Counter[str] = field(default_factory=Counter)
+
+
+def enrichment_of(record: Mapping[str, Any]) -> RunReport | None:
+    """The record of a run as a report; None: another kind of run, or written by a version that we do not understand."""
+    known = {name: value for name, value in record.items() if name in RunReport.model_fields}
+    try:
+        return RunReport.model_validate(known)
+    except ValidationError:
+        return None
 
 
 def with_counts(catalog: Catalog, reports: Sequence[RunReport]) -> list[RunReport]:

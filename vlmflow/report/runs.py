@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from pydantic import ValidationError
-
 from vlmflow.catalog import Catalog, RunInfo
 from vlmflow.engine.report import RunReport
 from vlmflow.errors import ConfigError
-from vlmflow.report.killed import with_counts
+from vlmflow.report.killed import enrichment_of, with_counts
 
 _RUN_ID = re.compile("[A-Za-z0-9_-]{1,100}")
 
@@ -54,11 +52,7 @@ def find_run(catalog: Catalog, run_id: str | None) -> RunFacts | None:
 
 
 def _facts(catalog: Catalog, run: RunInfo) -> RunFacts:
-    known = {name: value for name, value in run.record.items() if name in RunReport.model_fields}
-    try:
-        report = RunReport.model_validate(known)
-    except ValidationError:
-        report = None
+    report = enrichment_of(run.record)
     state = "finished" if run.has_ended else run.state  # it has its figures then, though it may keep a lease
     if report is not None and state != "running":
         (report,) = with_counts(catalog, [report])

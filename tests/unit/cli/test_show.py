@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.test_vacuum import let_die
-from tests.report_samples import put_rows
+from tests.report_samples import put_rows, record
 from tests.terminal import run
 from vlmflow.catalog import Catalog
 from vlmflow.config import CatalogConfig
@@ -50,3 +50,19 @@ def test_a_run_of_upkeep_is_named_and_how_it_ended_told(
     monkeypatch.setenv("COLUMNS", "80")
     run("show", config.uri)
     assert erasure in capsys.readouterr().out  # in one piece
+
+
+def test_what_a_run_has_committed_that_was_killed_or_still_goes_on_is_shown(tmp_path: Path) -> None:
+    """Its record has no counts yet: as if it had done nothing."""
+    config = CatalogConfig(uri=str(tmp_path / "catalog"))
+    put_rows(config, ["a"], run="before")
+    unfinished = {"finished_at": None, "num_added": 0, "statuses": {}, "decisions": {}, "errors": {}}
+    runs = Catalog.open(config).runs
+    for run_id in ("killed", "at-work"):
+        runs.start(run_id, record(run_id, status="running", **unfinished))
+    runs.finish("done", record("done", num_added=7))
+    put_rows(config, ["b", "c"], run="killed")
+    put_rows(config, ["d"], run="at-work")
+    let_die(tmp_path / "catalog", "killed")
+    lines = {line.run_id: (line.state, line.num_added, line.num_replaced) for line in summarize(config).runs}
+    assert lines == {"killed": ("dead", 2, 0), "at-work": ("running", 1, 0), "done": ("done", 7, 0)}

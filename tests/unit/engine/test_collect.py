@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from tests.catalog_samples import enrich, fingerprints, finish, open_catalog, re
 from tests.erasing import key
 from tests.report_samples import record
 from vlmflow.catalog import Catalog, PlanRequest
-from vlmflow.engine.collect import Collected, Collector, decisions_given
+from vlmflow.engine.budget import ErrorBudget, FreshRows
+from vlmflow.engine.collect import Collected, Collector, Written, decisions_given
 from vlmflow.engine.progress import Tally
 from vlmflow.engine.report import RunReport, finished_report
 from vlmflow.report.run_section import run_section
@@ -38,6 +40,20 @@ def finished(
 ) -> pa.Table:
     with catalog.plan([references(names, version=version)], asked) as plan:
         return pa.concat_tables([finish(planned, **given) for planned in plan.batches()])
+
+
+def collector_of(
+    catalog: Catalog, run_id: str, batches: Sequence[pa.RecordBatch], asked: PlanRequest, **given: Any
+) -> Collector:
+    """One that was given what a run has written, and has committed nothing yet; it needs no Ray."""
+    collector = Collector.__new__(Collector)
+    state = {"_catalog": catalog, "_run_id": run_id, "_files": [], "_decisions": Counter(), "_tally": Tally()}
+    collector.__dict__ |= state | {"_started": 0.0, "_budget": ErrorBudget(1, 0), "collected": Collected()}
+    with catalog.plan(batches, asked) as plan:
+        rows = pa.concat_tables([finish(planned, **given) for planned in plan.batches()])
+    files = write(catalog, run_id, batches, asked, **given)
+    collector._take(Written(files, {}, {}, decisions_given(rows), {}, 0, 0, FreshRows(), None))
+    return collector
 
 
 def without_moderation(rows: pa.Table) -> pa.Table:
@@ -91,15 +107,39 @@ def test_images_that_are_other_ones_or_were_lost_count_once(catalog: Catalog) ->
 
 
 def test_images_that_are_erased_while_the_run_is_at_work_are_told(catalog: Catalog) -> None:
-    files = write(catalog, "r2", [references([*NAMES, "secret"], version="v2")], request(FIRST))
+    collector = collector_of(catalog, "r2", [references([*NAMES, "secret"], version="v2")], request(FIRST))
     catalog.erase(key("a", "secret"))
-    collector = Collector.__new__(Collector)
-    collector.__dict__ |= {"_catalog": catalog, "_run_id": "r2", "_files": [files], "_tally": Tally(), "_started": 0.0}
-    collector.collected = Collected()
     collector._commit_files()
     before = RunReport.model_validate(record("r2", num_erased=1))
     after = finished_report(before, collector.collected, "done", "", seconds=1, startup_s=0, num_first=0)
     assert (after.num_added, after.num_replaced, after.num_erased) == (0, 2, 1 + 2)
+
+
+def test_of_two_runs_at_once_each_counts_the_errors_and_decisions_of_its_own_rows(catalog: Catalog) -> None:
+    """Else a night that was beside another tells people of flagged images and errors that are the other's."""
+    theirs, both = ["x", "y"], ["x", "y", "z"]
+    collector = collector_of(catalog, "r2", [references(both)], request(FIRST), problem=BROKEN)
+    all_others = collector_of(catalog, "r3", [references(theirs)], request(FIRST), problem=BROKEN)
+    enrich(catalog, "r4", [references(theirs)], request(FIRST), decision="block")
+
+    collector._commit_files()
+    all_others._commit_files()
+
+    found = collector.collected
+    assert (found.num_added, found.num_by_others) == (1, 2)
+    assert (found.statuses, found.errors, found.decisions) == ({"unreadable": 1}, {"corrupt": 1}, {"review": 1})
+    found = all_others.collected
+    assert (found.num_added, found.num_by_others) == (0, 2)
+    assert (found.statuses, found.errors, found.decisions) == ({}, {}, {})
+
+
+def test_what_is_not_committed_does_not_count(catalog: Catalog) -> None:
+    """A run that is stopped between has left it to the next one, which counts it."""
+    collector = collector_of(catalog, "r2", [references(NAMES, version="v2")], request(FIRST), problem=BROKEN)
+    assert (collector.collected.errors, collector.collected.decisions) == ({}, {})
+    assert collector._tally.errors == {"corrupt": 3}, "while it goes on, they are shown"
+    collector._commit_files()
+    assert (collector.collected.errors, collector.collected.decisions) == ({"corrupt": 3}, {"review": 3})
 
 
 @pytest.mark.parametrize(("decisions", "is_shown"), [({"allow": 2, "review": 1}, True), ({}, False)])

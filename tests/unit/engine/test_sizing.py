@@ -91,6 +91,19 @@ def test_each_gpu_gets_an_actor_and_what_the_job_says_stays() -> None:
     assert [_sized(each, shared, cluster, 0.001).pool.max_actors for each in shared] == [4, 4]
 
 
+def test_what_the_job_says_of_one_pool_is_left_to_it_and_no_more() -> None:
+    """A job that gave one of two pools an actor left 3 of 8 GPUs idle, or two pools more memory than there is."""
+    cluster = Cluster(cpus=64, gpus=8, num_nodes=1, embedded=True, memory=16.0)
+    one, many = plan(500.0, gpus=1.0, max_actors=1), plan(500.0, gpus=0.5, max_actors=12)
+    found = plan(300.0, gpus=1.0)
+    assert _sized(found, [one, found], cluster, 0.001).pool.max_actors == 7
+    assert _sized(found, [many, found], cluster, 0.001).pool.max_actors == 2
+    assert _sized(found, [plan(1.0, gpus=1.0, max_actors=8), found], cluster, 0.001).pool.max_actors == 1
+    said, open_one = plan(2.0, max_actors=6), plan(2.0)
+    pools = [each.model_copy(update={"memory_bytes": 2}) for each in (said, open_one)]
+    assert _sized(pools[1], pools, cluster, 0.01).pool.max_actors == 2
+
+
 def test_shares_that_are_no_binary_fraction_leave_nothing_over() -> None:
     cluster = Cluster(cpus=32, gpus=1, num_nodes=1, embedded=True)
     for share, num_actors in ((0.2, 5), (0.1, 10), (0.05, 20), (0.25, 4), (0.3, 3)):
@@ -228,6 +241,20 @@ def test_the_projected_rate_is_that_of_the_narrowest_place() -> None:
     rate, limited_by = _projected([cpu], cluster, core_s=0.1)
     assert rate == pytest.approx(16 / 0.6)
     assert limited_by == "the processors, most of all pool embed"
+
+
+def test_a_store_that_answers_slowly_limits_what_is_projected() -> None:
+    """A worker that waits for images holds its share of a processor: so many wait at once, whatever the models do."""
+    cluster = Cluster(cpus=16, gpus=1, num_nodes=1, embedded=True)
+    gpu = plan(1_000.0, gpus=1.0, max_actors=1)
+    rate, limited_by = _projected([gpu], cluster, core_s=0.001, read_s=0.5)
+    assert limited_by == "reading"
+    assert rate == pytest.approx(33 / 0.501), "33 shares of 0.45 are in the 15 processors that the actor leaves"
+    assert _projected([gpu], cluster, core_s=0.001, read_s=0.005) == (1_000.0, "pool embed")
+    cpu = plan(2.0, cpus=1.0, min_actors=2, max_actors=16)
+    assert _projected([cpu], cluster, core_s=0.001, read_s=2.0)[0] == pytest.approx(31 / 2.001), "actors may go away"
+    full = plan(2.0, cpus=1.0, min_actors=16, max_actors=16)
+    assert _projected([full], cluster, core_s=0.001, read_s=1.0)[0] == pytest.approx(1 / 1.001), "one has room, always"
 
 
 def test_actors_for_which_there_is_no_gpu_speed_nothing_up() -> None:

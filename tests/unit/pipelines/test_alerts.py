@@ -65,6 +65,31 @@ def test_a_message_arrives(block: str, messenger: Messenger) -> None:
     assert "Run r flagged 50.0% of its images." in message["text"]
 
 
+@pytest.fixture(autouse=True)
+def _without_delays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alerts, "_SEND_DELAYS_S", (0.0, 0.0))
+
+
+def test_a_messenger_that_refuses_for_a_moment_is_told_all_the_same(
+    block: str, messenger: Messenger, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    messenger.status = 503
+    waited: list[float] = []
+    monkeypatch.setattr(alerts, "_SEND_DELAYS_S", (0.25, 0.5))
+
+    def wait(delay_s: float) -> None:
+        waited.append(delay_s)
+        messenger.status = 503 if len(waited) < 2 else 200
+
+    monkeypatch.setattr(alerts, "time", SimpleNamespace(sleep=wait))
+    with caplog.at_level(logging.INFO, "vlmflow"):
+        assert alerts.send(block, "many more", "Run r.")
+    assert waited == [0.25, 0.5]
+    assert len(messenger.received) == 3
+    assert TOKEN not in caplog.text
+    assert "nobody was told" not in caplog.text
+
+
 @pytest.mark.parametrize("fault", ["refused", "no server"])
 def test_a_message_that_cannot_be_sent_fails_nothing_and_tells_no_secret(
     block: str, messenger: Messenger, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str], fault: str
@@ -158,12 +183,14 @@ def report(allowed: int, flagged: int, policy: str | None = "p 1") -> RunReport:
                      decisions={"allow": allowed, "review": flagged})  # fmt: skip
 
 
-def run(number: int, allowed: int, flagged: int, *, policy: str | None = "p 1", state: Any = "finished") -> RunInfo:
-    record = {"policy": policy, "decisions": {"allow": allowed, "block": flagged}}
+def run(
+    number: int, allowed: int, flagged: int, *, policy: str = "p 1", source: str = "s", state: Any = "finished"
+) -> RunInfo:
+    record = {"policy": policy, "source": source, "decisions": {"allow": allowed, "block": flagged}}
     return RunInfo(f"run {number}", state, record, None)
 
 
-TONIGHT = RunInfo("now", "finished", {"policy": "p 1", "decisions": {"allow": 70, "block": 30}}, None)
+TONIGHT = RunInfo("now", "finished", {"policy": "p 1", "source": "s", "decisions": {"allow": 70, "block": 30}}, None)
 
 
 def test_a_jump_is_told_against_the_median_of_the_nights_before() -> None:
@@ -174,6 +201,13 @@ def test_a_jump_is_told_against_the_median_of_the_nights_before() -> None:
     assert alerts.flagged_jump(report(70, 30), [TONIGHT, *usual, *[run(9, 0, 100)] * 9], 0.1) == (0.3, 0.05)  # long ago
     later = [run(8, 0, 100)] * 7  # such as over images that arrived during the night
     assert alerts.flagged_jump(report(70, 30), [*later, TONIGHT, *usual], 0.1) == (0.3, 0.05)
+
+
+def test_of_two_sources_in_a_catalog_each_is_held_against_its_own_nights() -> None:
+    """Else the nights of the one that has more flagged images would tell people every time."""
+    nights = [run(number, 40, 60) if number % 2 else run(number, 95, 5, source="other") for number in range(20)]
+    assert alerts.flagged_jump(report(40, 60), [TONIGHT, *nights], 0.1) is None
+    assert alerts.flagged_jump(report(20, 80), [TONIGHT, *nights], 0.1) == (0.8, 0.6)
 
 
 @pytest.mark.parametrize(("policy", "most"), [("p 1", 8), ("another", 201)])
@@ -189,6 +223,7 @@ def test_of_years_of_runs_the_last_ones_are_looked_at(policy: str, most: int) ->
         [],
         [run(0, 3, 1)],  # few rows say little
         [run(0, 95, 5, policy="p 2")],  # another policy flags another share
+        [run(0, 95, 5, source="other")],  # so may another source
         [run(0, 95, 5, state="dead")],
         [RunInfo("vacuum", "finished", {"operation": "vacuum"}, None)],
     ],

@@ -95,7 +95,7 @@ def test_one_that_fails_ends_the_backfill_once_those_beside_it_are_over(
     moves: Moves, shown: list[int], fails: int
 ) -> None:
     moves.fails, moves.seconds = DATES[fails], 0.5
-    with pytest.raises(CatalogError, match="damaged"):
+    with pytest.raises(CatalogError, match=rf"partition {DATES[fails]}, when \d of 4 were done: .*damaged"):
         move(4, at_once=2)
     assert moves.begun == DATES[:2]
     assert moves.done == [DATES[1 - fails]]

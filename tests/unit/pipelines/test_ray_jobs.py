@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -11,9 +12,9 @@ from typing import Any
 import pytest
 import requests
 
-from pipelines import ray_jobs
+from pipelines import adhoc, ray_jobs
 from pipelines.ray_jobs import Attempt, Command, RayJobs, read_files
-from vlmflow.errors import ClusterError, ConfigError, DeadlineError, SubmittedJobError
+from vlmflow.errors import ClusterError, ConfigError, DeadlineError, SubmittedJobError, VlmflowError
 
 COMMAND = Command("enrich 2026-11-01", ("enrich", "--config", "job.yaml"), {"job.yaml": "source: {uri: /images}\n"})
 
@@ -275,6 +276,27 @@ def test_an_environment_that_leads_elsewhere_is_refused(
 def test_an_address_where_nothing_answers_is_named() -> None:
     with pytest.raises(ClusterError, match=r"Ray Jobs API http://127.0.0.1:9: Failed to connect"):
         RayJobs("http://127.0.0.1:9").last(COMMAND)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://ada:s3cr3t@127.0.0.1:9", "http://ada:s3cr@3t@127.0.0.1:9/", "ftp://ada:s3cr3t@127.0.0.1:9"]
+)
+def test_a_password_in_the_address_is_told_to_nobody(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ends a flow goes to its state, its log and its messenger."""
+    with pytest.raises(VlmflowError, match=r"Ray Jobs API \w+://127.0.0.1:9: ") as raised:
+        RayJobs(url).last(COMMAND)
+    assert "3t" not in str(raised.value) + raised.value.remedy
+    given = {"job_file": "jobs/night.yaml", "ray_jobs_url": url.rstrip("/")}
+    monkeypatch.setattr(adhoc, "runtime", SimpleNamespace(flow_run=SimpleNamespace(parameters=given)))
+    assert re.fullmatch(r"night on \w+://127.0.0.1:9", adhoc._run_name())
+
+
+def test_an_answer_that_repeats_the_address_is_told_without_the_password(api: Api) -> None:
+    url = "http://ada:s3cr3t@head:8265"
+    api.failures.append(requests.HTTPError(f"500 Server Error for url: {url}/api/jobs/"))
+    with pytest.raises(ClusterError) as raised:
+        RayJobs(url).last(COMMAND)
+    assert str(raised.value) == "Ray Jobs API http://head:8265: 500 Server Error for url: http://head:8265/api/jobs/"
 
 
 def test_a_dashboard_that_hangs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

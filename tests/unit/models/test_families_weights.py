@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.families import make_align, make_blip2_captioner, make_blip2_matcher, make_flava, make_git
+from tests.families import make_align, make_blip2_captioner, make_blip2_matcher, make_flava, make_gemma, make_git
 from tests.models import random_pixels
 from tests.unit.models.test_models_weights import Trap, edit_json
 from vlmflow.config import ModelConfig
@@ -61,6 +61,15 @@ def test_broken_folders_are_refused_in_our_words(tmp_path: Path, family: str) ->
     with pytest.raises(WeightsError, match=r"pytorch_model\.bin is a pickle"):
         load(family, folder)
     assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize("kind", ["GemmaTokenizer", "Qwen2Tokenizer"])
+def test_a_vision_language_model_without_its_vocabulary_is_refused(tmp_path: Path, kind: str) -> None:
+    folder = make_gemma(tmp_path)
+    (folder / "tokenizer.json").unlink()
+    edit_json(folder / "tokenizer_config.json", {"tokenizer_class": kind})  # as most published folders name theirs
+    with pytest.raises(WeightsError, match="knows no words"):
+        load_captioner(ModelConfig(family="vlm", path=str(folder)), "cpu")
 
 
 def test_a_configuration_of_the_wrong_type_is_refused(tmp_path: Path) -> None:

@@ -151,8 +151,9 @@ def build(
     (weights,) = find_weights(folder, "open_clip")
     try:
         keys = load_checkpoint(model, str(weights), strict=False)
-    except (RuntimeError, SafetensorError) as error:  # RuntimeError: shapes that differ
-        reason = " ".join(str(error).split())[:200]
+    # RuntimeError: shapes that differ; StopIteration: there is no tensor
+    except (RuntimeError, SafetensorError, StopIteration) as error:
+        reason = " ".join(str(error).split())[:200] or "it holds no tensors"
         raise WeightsError(
             f"weights: {weights} does not fit its architecture: {reason}",
             remedy="Use the configuration file that belongs to these weights.",

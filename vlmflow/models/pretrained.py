@@ -12,6 +12,7 @@ import transformers.utils.logging
 from transformers import AutoProcessor, AutoTokenizer
 
 from vlmflow.errors import WeightsError
+from vlmflow.models.weights import read_json
 
 _REMEDY = "Copy the model's whole folder: configuration, safetensors and tokenizer that belong together."
 
@@ -29,8 +30,9 @@ def load_model(
         The model; the tensors that it lacks; those that it has no use for. The caller knows which of them may differ.
 
     Raises:
-        WeightsError: the weights are absent or do not fit.
+        WeightsError: the weights or their configuration are absent or do not fit.
     """
+    read_json(folder / "config.json")  # without one, transformers would take the defaults of the class
     options = {} if config is None else {"config": config}
     with in_our_words(folder, model_class.__name__), _quietly():
         model, found = model_class.from_pretrained(

@@ -84,11 +84,24 @@ def test_a_model_of_videos_is_refused(tmp_path: Path) -> None:
         load("git", make_git(tmp_path, num_frames=3))
 
 
+@pytest.mark.parametrize("family", MAKERS)
+def test_a_folder_without_its_configuration_is_refused(tmp_path: Path, family: str) -> None:
+    """transformers would take the sizes of a published model, and tell of weights that do not fit."""
+    folder = MAKERS[family](tmp_path)
+    (folder / "config.json").unlink()
+    with pytest.raises(WeightsError, match=r"config\.json"):
+        load(family, folder)
+
+
 def test_a_captioner_needs_to_know_how_a_caption_begins(tmp_path: Path) -> None:
     folder = make_blip2_captioner(tmp_path)
     edit_json(folder / "config.json", {"text_config.bos_token_id": None})
     with pytest.raises(WeightsError, match="bos_token_id is missing"):
         load("blip2_caption", folder)
+    folder = make_git(tmp_path / "git")
+    edit_json(folder / "config.json", {"bos_token_id": None})
+    with pytest.raises(WeightsError, match="bos_token_id is missing"):
+        load("git", folder)
 
 
 def test_the_first_configurations_of_blip2_name_the_text_input_otherwise(tmp_path: Path) -> None:

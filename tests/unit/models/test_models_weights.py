@@ -202,6 +202,25 @@ def test_a_folder_without_its_vocabulary_is_refused(tmp_path: Path, family: str)
     assert "vocab.txt" in caught.value.remedy
 
 
+@pytest.mark.parametrize("family", ["blip_caption", "blip_vqa"])
+@pytest.mark.parametrize(
+    ("name", "token"), [("bos_token_id", None), ("pad_token_id", None), ("sep_token_id", -1), ("bos_token_id", 30522)]
+)
+def test_tokens_that_the_model_does_not_have_are_refused(
+    tmp_path: Path, family: str, name: str, token: int | None
+) -> None:
+    folder = MAKERS[family](tmp_path)
+    edit_json(folder / "config.json", {f"text_config.{name}": token})
+    with pytest.raises(WeightsError, match=f"text_config.{name} is {token}, which is none of the model's"):
+        load(family, folder)
+
+
+def test_open_clip_weights_of_no_tensor_are_refused(clip: Path) -> None:
+    save_file({}, clip / "open_clip_model.safetensors")
+    with pytest.raises(WeightsError, match="it holds no tensors"):
+        load_embedder(clip_config(clip), "cpu")
+
+
 def test_an_open_clip_folder_without_its_vocabulary_is_refused(clip: Path) -> None:
     (clip / "tokenizer.json").unlink()
     for kind, mark in (("BertTokenizer", "vocab.txt"), ("T5Tokenizer", "spiece.model")):

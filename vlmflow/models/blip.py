@@ -43,7 +43,7 @@ class BlipCaptioner:
         self._tokenizer = tokenizer
         self._vision = vision
         self._decoder = TextTower(model.text_decoder.bert, model.text_decoder.cls)
-        self._special = SpecialTokens(config.bos_token_id, config.sep_token_id, config.pad_token_id)
+        self._special = SpecialTokens.of(config)
         self._decode_greedily = GreedyDecoder(self._decoder, self._special)
 
     @classmethod

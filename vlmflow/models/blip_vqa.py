@@ -33,7 +33,7 @@ class BlipAnswerer:
         self._tokenizer, self._vision = tokenizer, vision
         self._encoder = TextTower(model.text_encoder)
         self._decoder = TextTower(model.text_decoder.bert, model.text_decoder.cls)
-        self._special = SpecialTokens(config.bos_token_id, config.sep_token_id, config.pad_token_id)
+        self._special = SpecialTokens.of(config)
 
     @classmethod
     def load(

@@ -23,7 +23,7 @@ from vlmflow.models.attention import growing
 from vlmflow.models.clip_packed import can_pack, pack_image_tower, take_pixels, takes_pixels
 from vlmflow.models.pixels import PixelNormalizer, model_dtype
 from vlmflow.models.preprocessing import read_preprocessing
-from vlmflow.models.pretrained import in_our_words
+from vlmflow.models.pretrained import check_words, in_our_words
 from vlmflow.models.sizes import in_few_sizes
 from vlmflow.models.upload import to_device
 from vlmflow.models.weights import check_keys, find_weights, read_open_clip_model
@@ -151,8 +151,9 @@ def build(
     (weights,) = find_weights(folder, "open_clip")
     try:
         keys = load_checkpoint(model, str(weights), strict=False)
-    except (RuntimeError, SafetensorError) as error:  # RuntimeError: shapes that differ
-        reason = " ".join(str(error).split())[:200]
+    # RuntimeError: shapes that differ; StopIteration: there is no tensor
+    except (RuntimeError, SafetensorError, StopIteration) as error:
+        reason = " ".join(str(error).split())[:200] or "it holds no tensors"
         raise WeightsError(
             f"weights: {weights} does not fit its architecture: {reason}",
             remedy="Use the configuration file that belongs to these weights.",
@@ -189,7 +190,8 @@ def _load_tokenizer(folder: Path, text_config: dict[str, Any]) -> Tokenize:
     with in_our_words(folder, "a tokenizer", "Copy the model's tokenizer files."):
         mode = text_config.get("tokenizer_mode")
         of_folder: Tokenize = HFTokenizer(str(folder), context_length=context_length, tokenizer_mode=mode, **options)
-        return of_folder
+    check_words(folder, of_folder.tokenizer)  # type: ignore[attr-defined]
+    return of_folder
 
 
 def _unit(features: torch.Tensor) -> NDArray[np.float32]:

@@ -29,7 +29,8 @@ class GitCaptioner:
         """Loads ``GitForCausalLM`` from a folder.
 
         Raises:
-            WeightsError: the weights are absent or do not fit, or are those of a model of videos.
+            WeightsError: the weights are absent or do not fit, or are those of a model of videos; or nothing says how
+                a caption begins.
         """
         wanted = model_dtype(device, dtype)
         model, missing, unexpected = load_model(GitForCausalLM, folder, wanted)
@@ -38,6 +39,11 @@ class GitCaptioner:
             raise WeightsError(
                 f"weights: {folder} captions videos of {model.config.num_image_with_embedding} frames, not images",
                 remedy="Use a GIT model of images, such as microsoft/git-large-coco.",
+            )
+        if model.config.bos_token_id is None:
+            raise WeightsError(
+                f"weights: {folder / 'config.json'}: bos_token_id is missing, which begins a caption",
+                remedy="Set it as the published configuration does: 101.",
             )
         # What begins and ends a caption, and no other settings that a folder may hold: those are not in its digest.
         model.generation_config = GenerationConfig.from_model_config(model.config)

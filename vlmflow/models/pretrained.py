@@ -12,6 +12,7 @@ import transformers.utils.logging
 from transformers import AutoProcessor, AutoTokenizer
 
 from vlmflow.errors import WeightsError
+from vlmflow.models.weights import read_json
 
 _REMEDY = "Copy the model's whole folder: configuration, safetensors and tokenizer that belong together."
 
@@ -29,8 +30,9 @@ def load_model(
         The model; the tensors that it lacks; those that it has no use for. The caller knows which of them may differ.
 
     Raises:
-        WeightsError: the weights are absent or do not fit.
+        WeightsError: the weights or their configuration are absent or do not fit.
     """
+    read_json(folder / "config.json")  # without one, transformers would take the defaults of the class
     options = {} if config is None else {"config": config}
     with in_our_words(folder, model_class.__name__), _quietly():
         model, found = model_class.from_pretrained(
@@ -61,21 +63,44 @@ def load_tokenizer(folder: Path) -> Any:
     """The folder's tokenizer.
 
     Raises:
-        WeightsError: it is absent, or needs code of its own.
+        WeightsError: it is absent, knows no words, or needs code of its own.
     """
     with in_our_words(folder, "a tokenizer"):
         # trust_remote_code must be given: left out, transformers asks on the terminal.
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    check_words(folder, tokenizer)
+    return tokenizer
 
 
 def load_processor(folder: Path) -> Any:
     """What the folder's model makes of images and texts.
 
     Raises:
-        WeightsError: it is absent, or needs code of its own.
+        WeightsError: it is absent, its tokenizer knows no words, or it needs code of its own.
     """
     with in_our_words(folder, "a processor"), _quietly():
-        return AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if (tokenizer := getattr(processor, "tokenizer", None)) is not None:
+        check_words(folder, tokenizer)
+    return processor
+
+
+def check_words(folder: Path, tokenizer: Any) -> None:
+    """Refuses a tokenizer without a vocabulary.
+
+    Where its files are absent, transformers builds most kinds of tokenizers all the same, of special tokens alone:
+    every word of every text would be an unknown one, and scores and answers would be given for that.
+
+    Raises:
+        WeightsError: it has none.
+    """
+    words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens) - set(tokenizer.get_added_vocab())
+    if len(words) <= 1:  # T5's has the mark of a space
+        names = ", ".join(sorted({"tokenizer.json", *tokenizer.vocab_files_names.values()}))
+        raise WeightsError(
+            f"weights: the tokenizer of {folder} knows no words: its vocabulary is absent or empty",
+            remedy=f"Copy the tokenizer's files from where the model was published: those there are of {names}.",
+        )
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], max_tokens: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -76,7 +76,7 @@ def find_weights(folder: Path, family: str) -> list[Path]:
     """The safetensors files that loading would read; empty: there are none.
 
     Raises:
-        WeightsError: the list of the shards is damaged.
+        WeightsError: the list of the shards is damaged, or names one that is absent.
     """
     for name in family_of(family).weight_names:
         path = folder / name
@@ -84,13 +84,21 @@ def find_weights(folder: Path, family: str) -> list[Path]:
             continue
         if path.suffix == ".json":
             names = section_of(read_json(path), "weight_map", path).values()
-            if not all(isinstance(name, str) for name in names):
+            if not names or not all(isinstance(name, str) for name in names):
                 raise WeightsError(
                     f"weights: {path}: weight_map names no files", remedy="Copy the model's folder again."
                 )
             shards = sorted({folder / name for name in names})
-            # The index could name a pickle, or a shard that was not copied.
-            return shards if all(s.suffix == ".safetensors" and s.is_file() for s in shards) else []
+            if any(shard.suffix != ".safetensors" for shard in shards):
+                return []  # an index of pickles
+            absent = [shard.name for shard in shards if not shard.is_file()]
+            if absent:
+                some = ", ".join(absent[:3]) + (", ..." if len(absent) > 3 else "")
+                raise WeightsError(
+                    f"weights: {folder} lacks {len(absent)} of the {len(shards)} files that {name} names: {some}",
+                    remedy="Copy those files too.",
+                )
+            return shards
         return [path]
     return []
 

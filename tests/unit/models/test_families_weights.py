@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.families import make_align, make_blip2_captioner, make_blip2_matcher, make_flava, make_git
+from tests.families import make_align, make_blip2_captioner, make_blip2_matcher, make_flava, make_gemma, make_git
 from tests.models import random_pixels
 from tests.unit.models.test_models_weights import Trap, edit_json
 from vlmflow.config import ModelConfig
@@ -63,6 +63,15 @@ def test_broken_folders_are_refused_in_our_words(tmp_path: Path, family: str) ->
     assert not (tmp_path / "mark").exists()
 
 
+@pytest.mark.parametrize("kind", ["GemmaTokenizer", "Qwen2Tokenizer"])
+def test_a_vision_language_model_without_its_vocabulary_is_refused(tmp_path: Path, kind: str) -> None:
+    folder = make_gemma(tmp_path)
+    (folder / "tokenizer.json").unlink()
+    edit_json(folder / "tokenizer_config.json", {"tokenizer_class": kind})  # as most published folders name theirs
+    with pytest.raises(WeightsError, match="knows no words"):
+        load_captioner(ModelConfig(family="vlm", path=str(folder)), "cpu")
+
+
 def test_a_configuration_of_the_wrong_type_is_refused(tmp_path: Path) -> None:
     folder = make_flava(tmp_path)
     edit_json(folder / "config.json", {"text_config.intermediate_size": "many"})
@@ -75,11 +84,24 @@ def test_a_model_of_videos_is_refused(tmp_path: Path) -> None:
         load("git", make_git(tmp_path, num_frames=3))
 
 
+@pytest.mark.parametrize("family", MAKERS)
+def test_a_folder_without_its_configuration_is_refused(tmp_path: Path, family: str) -> None:
+    """transformers would take the sizes of a published model, and tell of weights that do not fit."""
+    folder = MAKERS[family](tmp_path)
+    (folder / "config.json").unlink()
+    with pytest.raises(WeightsError, match=r"config\.json"):
+        load(family, folder)
+
+
 def test_a_captioner_needs_to_know_how_a_caption_begins(tmp_path: Path) -> None:
     folder = make_blip2_captioner(tmp_path)
     edit_json(folder / "config.json", {"text_config.bos_token_id": None})
     with pytest.raises(WeightsError, match="bos_token_id is missing"):
         load("blip2_caption", folder)
+    folder = make_git(tmp_path / "git")
+    edit_json(folder / "config.json", {"bos_token_id": None})
+    with pytest.raises(WeightsError, match="bos_token_id is missing"):
+        load("git", folder)
 
 
 def test_the_first_configurations_of_blip2_name_the_text_input_otherwise(tmp_path: Path) -> None:

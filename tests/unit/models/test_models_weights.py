@@ -189,6 +189,47 @@ def test_a_tokenizer_of_an_unknown_kind_is_told_in_our_words(tmp_path: Path) -> 
         load("vilt", folder)
 
 
+@pytest.mark.parametrize("family", ["blip_caption", "blip_itm", "blip_vqa", "vilt", "vilbert"])
+def test_a_folder_without_its_vocabulary_is_refused(tmp_path: Path, family: str) -> None:
+    """transformers makes a tokenizer of it all the same, to which every word is unknown."""
+    folder = MAKERS[family](tmp_path)
+    for name in ("tokenizer.json", "vocab.txt"):
+        (folder / name).unlink(missing_ok=True)
+    if family != "vilbert":  # which has one kind alone
+        edit_json(folder / "tokenizer_config.json", {"tokenizer_class": "BertTokenizer"})
+    with pytest.raises(WeightsError, match="knows no words: its vocabulary is absent or empty") as caught:
+        load(family, folder)
+    assert "vocab.txt" in caught.value.remedy
+
+
+@pytest.mark.parametrize("family", ["blip_caption", "blip_vqa"])
+@pytest.mark.parametrize(
+    ("name", "token"), [("bos_token_id", None), ("pad_token_id", None), ("sep_token_id", -1), ("bos_token_id", 30522)]
+)
+def test_tokens_that_the_model_does_not_have_are_refused(
+    tmp_path: Path, family: str, name: str, token: int | None
+) -> None:
+    folder = MAKERS[family](tmp_path)
+    edit_json(folder / "config.json", {f"text_config.{name}": token})
+    with pytest.raises(WeightsError, match=f"text_config.{name} is {token}, which is none of the model's"):
+        load(family, folder)
+
+
+def test_open_clip_weights_of_no_tensor_are_refused(clip: Path) -> None:
+    save_file({}, clip / "open_clip_model.safetensors")
+    with pytest.raises(WeightsError, match="it holds no tensors"):
+        load_embedder(clip_config(clip), "cpu")
+
+
+def test_an_open_clip_folder_without_its_vocabulary_is_refused(clip: Path) -> None:
+    (clip / "tokenizer.json").unlink()
+    for kind, mark in (("BertTokenizer", "vocab.txt"), ("T5Tokenizer", "spiece.model")):
+        edit_json(clip / "tokenizer_config.json", {"tokenizer_class": kind})
+        with pytest.raises(WeightsError, match="knows no words") as caught:
+            load_embedder(clip_config(clip), "cpu")
+        assert mark in caught.value.remedy
+
+
 def test_the_folder_cannot_switch_remote_code_on(clip: Path, tmp_path: Path) -> None:
     (clip / "evil.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'mark')!r})\nclass Evil: pass\n")
     edit_json(
@@ -282,10 +323,14 @@ def test_an_index_that_names_a_pickle_or_a_shard_that_is_not_there_is_refused(tm
     folder = make_captioner(tmp_path)
     (folder / "model.safetensors").rename(folder / "model-1.safetensors")
     index = folder / "model.safetensors.index.json"
-    for shard in ("pytorch_model.bin", "model-2.safetensors"):
+    lacking = r"lacks 1 of the 2 files that model\.safetensors\.index\.json names: model-2\.safetensors"
+    for shard, told in (("pytorch_model.bin", "no safetensors file"), ("model-2.safetensors", lacking)):
         index.write_text(json.dumps({"metadata": {}, "weight_map": {"a": "model-1.safetensors", "b": shard}}))
-        with pytest.raises(WeightsError, match="no safetensors file"):
+        with pytest.raises(WeightsError, match=told):
             locate(ModelConfig(family="blip_caption", path=str(folder)))
+    index.write_text(json.dumps({"metadata": {}}))
+    with pytest.raises(WeightsError, match="weight_map names no files"):
+        locate(ModelConfig(family="blip_caption", path=str(folder)))
     keys = load_file(folder / "model-1.safetensors").keys()
     index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(keys, "model-1.safetensors")}))
     assert load_captioner(ModelConfig(family="blip_caption", path=str(folder)), "cpu").caption(random_pixels(1), 3)

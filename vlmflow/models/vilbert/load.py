@@ -17,7 +17,7 @@ from vlmflow.config import Dtype
 from vlmflow.errors import WeightsError
 from vlmflow.models.attention import growing
 from vlmflow.models.pixels import model_dtype
-from vlmflow.models.pretrained import in_our_words
+from vlmflow.models.pretrained import check_words, in_our_words
 from vlmflow.models.vilbert.config import Head, read_config
 from vlmflow.models.vilbert.finders import REGIONS_FILE, load_finder, read_region_source
 from vlmflow.models.vilbert.layers import Stream
@@ -94,6 +94,7 @@ def load_parts(folder: Path, device: str, dtype: Dtype, heads: Sequence[Head]) -
         delattr(model, name)
     with in_our_words(folder, "BertTokenizer", "Put the vocab.txt of bert-base-uncased there, or the model's own."):
         tokenizer = BertTokenizer.from_pretrained(folder, local_files_only=True)
+    check_words(folder, tokenizer)
     if len(tokenizer) > model.config.vocab_size:
         raise WeightsError(
             f"weights: {folder} has a vocabulary of {len(tokenizer)}, the model one of {model.config.vocab_size}",

@@ -83,6 +83,12 @@ class Evidence(Frozen):
     run_id: str
     updated_at: str
 
+    @property
+    def by_model(self) -> tuple[str, str | None]:
+        """Decision and reason as they would be without a verdict."""
+        said = self.verdict
+        return (self.decision, self.decision_reason) if said is None else (said["model_decision"], said["model_reason"])
+
 
 def find_evidence(config: CatalogConfig, image: str) -> Evidence:
     """Reads what a decision rests on.
@@ -193,10 +199,13 @@ def _chosen(evidence: Evidence, label: str | None) -> dict[str, Any]:
                 remedy="Only images that decode have labels, and can be explained.",
             )
         raise ExplainError(f"{evidence.uri} has no labels", remedy="Moderate it first: `vlmflow enrich`.")
-    wanted = label or (evidence.decision_reason or "").rpartition("/")[2]
+    decision, reason = evidence.by_model
+    wanted = label or (reason or "").rpartition("/")[2]
     # A label by its prompts and by detectors are as many entries: a detector's by the label alone is the second choice.
     found = [one for one in evidence.labels if label in (name_of(one), f"{one['category']}/{name_of(one)}")]
     found += [one for one in evidence.labels if wanted in (one["label"], f"{one['category']}/{one['label']}")]
+    if label is None:  # prompts that a detector replaces may be graver, and have decided nothing
+        found.sort(key=lambda one: one["decision"] != decision)
     if found:
         return found[0]
     if label is not None:

@@ -46,7 +46,8 @@ class GoldenImage(Frozen):
     status: str
     caption: str | None
     decision: Decision
-    margins: dict[str, float | None]
+    # Python's JSON has a NaN: against one that somebody wrote in, no shift would be too large.
+    margins: dict[str, Annotated[float, Field(allow_inf_nan=False)] | None]
 
 
 class GoldenValues(Frozen):

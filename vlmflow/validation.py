@@ -69,7 +69,12 @@ def describe_validation(error: ValidationError, *, what: str, of: type[BaseModel
         of: the model that was to be made, so that an unknown key is told with the one that it resembles.
     """
     parts = []
-    for item in error.errors(include_url=False, include_input=False):
+    items = error.errors(include_url=False, include_input=False)
+    inside = {item["loc"][:depth] for item in items for depth in range(len(item["loc"]))}
+    for item in items:
+        # A list is short of what is wrong in it, so of `review: "0.5"` three keys would not fit.
+        if item["type"] == "too_short" and item["loc"] in inside:
+            continue
         where = ".".join(str(step) for step in item["loc"])
         reason = _REASONS.get(item["type"]) or item["msg"].removeprefix("Value error, ")
         if of is not None and item["type"] == "extra_forbidden":

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from vlmflow.engine.progress import duration
+from vlmflow.moderation.detections import why_not
 from vlmflow.views_search import printable, table_of
 
 if TYPE_CHECKING:
@@ -91,6 +92,11 @@ def print_evidence(evidence: Evidence, console: Console) -> None:
             name = escape(f"{label['category']}/{label['label']}")
             table.add_row(name, label["decision"], *shown, escape(view), escape(label["detector"] or "prompts"))
         console.print(table)
+        for label in evidence.labels:
+            because = why_not(label, evidence.labels, *evidence.by_model)
+            if because:
+                name = f"{label['category']}/{label['label']} by {label['detector'] or 'prompts'}"
+                console.print(f"{name}: {because}", markup=False, highlight=False, soft_wrap=True)
     names = f"policy {evidence.policy or '-'}, model {evidence.embed_model or '-'}, last run {evidence.run_id}"
     console.print(printable(names), markup=False, highlight=False, soft_wrap=True)
 

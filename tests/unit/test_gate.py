@@ -11,7 +11,8 @@ import pytest
 from pipelines import steps
 from vlmflow.cli import gate as gate_cli
 from vlmflow.config import Job, SourceConfig
-from vlmflow.gate import GoldenValues, _image_of, compare
+from vlmflow.errors import GateError
+from vlmflow.gate import GoldenValues, _image_of, compare, read_accepted, write_accepted
 from vlmflow.sources import open_source
 
 
@@ -45,6 +46,16 @@ def test_labels_without_accepted_margins_are_told() -> None:
     report = compare(values(label(0.12, 0.7)), values(label(0.12, 0.7), label(None, 0.9, "nsfw")))
     assert report.passed
     assert report.notes == ("1 labels have no accepted margins yet, such as nudity (nsfw)",)
+
+
+@pytest.mark.parametrize("margin", ["NaN", "Infinity", "1e999"])
+def test_accepted_values_that_are_no_numbers_are_refused(tmp_path: Path, margin: str) -> None:
+    """Nothing is farther than a limit from what is no number: whatever the label became, the gate stood open."""
+    path = tmp_path / "accepted.json"
+    write_accepted(path, values(label(0.12, 0.7)))
+    path.write_text(path.read_text().replace("0.12", margin))
+    with pytest.raises(GateError, match=r"images\.a\.margins\.nudity: Input should be a finite number"):
+        read_accepted(path)
 
 
 def test_a_golden_folder_serves_a_job_whose_rows_keep_some_columns_of_a_manifest(

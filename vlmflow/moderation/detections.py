@@ -5,7 +5,7 @@ S: images of which there are scores of either kind, L: labels with prompts, R: r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,16 +16,38 @@ from numpy.typing import NDArray
 
 from vlmflow import schema
 from vlmflow.catalog.detections import Detection, holds_all, places_of
+from vlmflow.catalog.rows import FAILED, UNREADABLE, UNSCORED
 from vlmflow.moderation.policy import DetectorOutput, Policy
 
 _ALLOW, _REVIEW, _BLOCK = 0, 1, 2
 DECISION_NAMES = ("allow", "review", "block")
+_OF_IMAGE = (UNREADABLE, FAILED, UNSCORED)  # reasons for which labels, whatever they say, do not decide
 
 
 def name_of(label: Mapping[str, Any]) -> str:
     """What an entry of a row's labels goes by: its label, or ``label (detector)`` where a detector gave the score."""
     name: str = label["label"]
     return name if label["detector"] is None else f"{name} ({label['detector']})"
+
+
+def why_not(label: Mapping[str, Any], labels: Sequence[Mapping[str, Any]], decision: str, reason: str | None) -> str:
+    """Why an entry of a row's labels decides less than its figures say; empty: it does not.
+
+    Args:
+        labels: all of the row.
+        decision, reason: of the row, by the model.
+    """
+    if label["detector"] is not None:
+        limit = label["block_threshold"]
+        reached = None not in (limit, label["score"]) and label["score"] >= limit
+        return "its prompts do not confirm block" if reached and label["decision"] == "review" else ""
+    graver = DECISION_NAMES[DECISION_NAMES.index(decision) + 1 :] if decision in DECISION_NAMES else ()
+    if label["decision"] not in graver or reason in _OF_IMAGE:
+        return ""
+    detectors = [
+        o["detector"] for o in labels if o["detector"] and o["label"] == label["label"] and o["score"] is not None
+    ]
+    return f"does not count: {' or '.join(dict.fromkeys(detectors))} replaces it" if detectors else ""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from vlmflow.errors import PolicyError, UnboundPolicyError
 from vlmflow.files import put_file
 from vlmflow.models.identity import ModelIdentity
+from vlmflow.moderation.policy_text import with_last, with_text
 from vlmflow.validation import describe_validation, read_yaml
 
 POLICY_SUFFIXES = (".yaml", ".yml")
@@ -316,10 +317,10 @@ def write_binding(path: Path, binding: Binding) -> None:
     """Writes a binding into a policy file, in place of any other of the same weights; the rest stays as it is.
 
     Raises:
-        PolicyError: ``bindings`` is not the last key of the file, the result is no valid policy, or the file cannot
-            be written.
+        PolicyError: ``bindings`` is not the last key of the file, the result is no valid policy, the file is spelled
+            so that nothing can be put into it, or it cannot be written.
     """
-    text = _with_binding(path, binding)
+    text = _changed(path, binding, None)
     try:
         put_file(path, text)
     except OSError as error:
@@ -331,13 +332,9 @@ def write_version(path: Path, output: Path, binding: Binding) -> Policy:
     """Writes the next version of a policy, with a binding, to another file; comments are kept.
 
     Raises:
-        PolicyError: ``output`` is there already, the version stands on no line of its own, or as
-            :func:`write_binding` says.
+        PolicyError: ``output`` is there already, or as :func:`write_binding` says.
     """
-    version = next_version(load_policy(str(path)).version)
-    text, found = _VERSION_LINE.subn(rf'\g<1>"{version}"', _with_binding(path, binding), count=1)
-    if not found:
-        raise PolicyError(f"policy {path}: no line `version: ...`", remedy="Give the version a line of its own.")
+    text = _changed(path, binding, next_version(load_policy(str(path)).version))
     if output.exists():
         raise PolicyError(f"policy {output}: is there already", remedy="Name another file with --output.")
     try:
@@ -353,30 +350,37 @@ def next_version(version: str) -> str:
     return f"{head}{int(number) + 1:0{len(number)}d}{tail}" if number else f"{version}.1"
 
 
-_VERSION_LINE = re.compile(r"^(version:[ \t]*)(\"[^\"\n]*\"|'[^'\n]*'|[^\s#]+)", re.MULTILINE)
-
-
-def _with_binding(path: Path, binding: Binding) -> str:
-    text = path.read_text(encoding="utf-8")
+def _changed(path: Path, binding: Binding, version: str | None) -> str:
+    """The file with a binding, and with another version unless that is None."""
     data = _read_yaml(path)
-    head, found, _ = text.partition("\nbindings:")
-    if not found or not isinstance(data, dict) or list(data)[-1] != "bindings":
+    if not isinstance(data, dict) or not data or list(data)[-1] != "bindings":
         raise PolicyError(f"policy {path}: bindings is not its last key", remedy="End the file with `bindings: []`.")
     kept = [old for old in data["bindings"] or [] if old.get("weights") != binding.weights]
-    new = binding.model_dump(mode="json", exclude_defaults=True)
+    wanted = data | {"bindings": [*kept, binding.model_dump(mode="json", exclude_defaults=True)]}
+    wanted |= {} if version is None else {"version": version}
     try:
-        Policy.model_validate({**data, "bindings": [*kept, new]})
+        Policy.model_validate(wanted)
     except ValidationError as error:
         raise PolicyError(
             describe_validation(error, what=f"policy {path}", of=Policy), remedy="Fix the keys named."
         ) from error
-    tail = yaml.safe_dump({"bindings": [*kept, new]}, sort_keys=False, allow_unicode=True, width=120)
-    return f"{head}\n{tail}"
+    text = _put_in(path.read_text(encoding="utf-8"), wanted["bindings"], version)
+    if text is None or read_yaml(text) != wanted:  # by an alias, say, or all of it in braces
+        what = "binding" if version is None else "version"
+        raise PolicyError(
+            f"policy {path}: its keys are spelled so that no {what} can be put in",
+            remedy='Write `version: "1"` on a line of its own, and end the file with `bindings: []`.',
+        )
+    return text
 
 
-def _unfit(error: ValidationError, path: Path) -> PolicyError:
-    message = describe_validation(error, what=f"policy {path}", of=Policy)
-    return PolicyError(message, remedy="Fix the keys named.")
+def _put_in(text: str, bindings: list[Any], version: str | None) -> str | None:
+    try:
+        changed = text if version is None else with_text(text, "version", version)
+        changed = None if changed is None else with_last(changed, "bindings", bindings)
+        return changed if changed is not None and read_yaml(changed) else None
+    except (yaml.YAMLError, ValueError):
+        return None
 
 
 def _read_yaml(path: Path) -> Any:

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 from vlmflow.errors import ConfigError, VlmflowError
-from vlmflow.moderation.detections import name_of
+from vlmflow.moderation.detections import name_of, why_not
 from vlmflow.report.rows import label_value
 from vlmflow.search.page import link
 from vlmflow.search.searcher import Asked
@@ -204,10 +204,19 @@ class Pages:
         )
         said = self._desk.said(row)
         session = session_of(request)
+        judged = row.get("verdict")
+        ruled = (
+            (judged["model_decision"], judged["model_reason"])
+            if judged
+            else (row["decision"], row.get("decision_reason"))
+        )
         names = list(dict.fromkeys(label["label"] for label in labels if label["label"]))
         return {
             "row": row,
-            "labels": [label | {"value": label_value(label), "name": name_of(label)} for label in labels],
+            "labels": [
+                label | {"value": label_value(label), "name": name_of(label), "note": why_not(label, labels, *ruled)}
+                for label in labels
+            ],
             "names": names,
             "judged": self._desk.judging.labels_of(row["image_id"], row["content_hash"], session.reviewer, names),
             "newest": said,

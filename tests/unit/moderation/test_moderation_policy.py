@@ -223,6 +223,24 @@ def test_severity_actions_and_external_names_are_carried_and_move_the_digest_of_
 
 
 @pytest.mark.parametrize(
+    ("written", "told"),
+    [
+        ({"review": "0.5"}, r"categories\.0\.labels\.0\.review: Input should be a valid number"),
+        ({"prompts": [" "]}, r"categories\.0\.labels\.0\.prompts\.0: String should have at least 1 character"),
+        ({"prompts": []}, r"categories\.0\.labels\.0\.prompts: Tuple should have at least 1 item[^;]*"),
+    ],
+)
+def test_one_value_that_does_not_fit_is_one_key_that_is_told(
+    tmp_path: Path, written: dict[str, Any], told: str
+) -> None:
+    """Not the lists around it too, as if they were empty."""
+    data = content()
+    data["categories"][0]["labels"][0] |= written
+    with pytest.raises(PolicyError, match=rf"policy\.yaml: {told}$"):
+        load_policy(write(tmp_path, data))
+
+
+@pytest.mark.parametrize(
     ("version", "after"),
     [("1", "2"), ("2.9", "2.10"), ("v3-rc", "v4-rc"), ("2026-01-09", "2026-01-10"), ("beta", "beta.1"), ("1\n", "2\n")],
 )

@@ -117,7 +117,7 @@ def test_a_damaged_folder_is_told_of_and_ends_nothing(
 @pytest.mark.parametrize("weight_map", [None, {}, []])
 def test_an_index_of_nothing_is_no_weights(tmp_path: Path, weight_map: object) -> None:
     write_json(tmp_path / "model.safetensors.index.json", {"weight_map": weight_map})
-    with pytest.raises(WeightsError, match="no safetensors file"):
+    with pytest.raises(WeightsError, match="weight_map names no files"):
         locate(ModelConfig(family="blip_itm", path=str(tmp_path)))
 
 

@@ -90,12 +90,11 @@ class ParquetSource:
                 schema = _open(file, uri).schema_arrow
             self._check(schema, uri)
             own = self._own_columns(schema)
-            portable_schema(own, uri)
             # A column without values in one file may have some in the next, which tells its type.
             found = pa.schema([_typed(field, own) for field in found or own])
             if all(_is_typed(field.type) for field in found):
                 break
-        return portable_schema(found, self._config.uri)
+        return portable_schema(found, self._files[0] if self._files else self._config.uri)
 
     def _own_columns(self, schema: pa.Schema) -> pa.Schema:
         dropped = (self._config.bytes_column, self._config.uri_column, self._config.regions_column)
@@ -128,7 +127,7 @@ class ParquetSource:
         """Says once what of a file is not kept because the first file lacks it."""
         if self._told:
             return
-        passed_over = list(_lacking(portable_schema(self._own_columns(schema), uri), self._columns))
+        passed_over = list(_lacking(self._own_columns(schema), self._columns))
         if passed_over:
             self._told = True
             logger.warning(
@@ -203,12 +202,13 @@ def _is_typed(kind: pa.DataType) -> bool:
 
 
 def _lacking(given: Iterable[pa.Field], kept: Iterable[pa.Field], of: str = "") -> Iterator[str]:
-    """The columns, and members of columns, that are not kept."""
+    """The columns, and members of columns, that have values, as far as their types tell, and are not kept."""
     types = {field.name: field.type for field in kept}
     for field in given:
         name, kind, held = f"{of}{field.name}", field.type, types.get(field.name)
         if held is None:
-            yield name
+            if _is_typed(kind):
+                yield name
             continue
         while is_list(kind) and is_list(held):
             kind, held = kind.value_type, held.value_type

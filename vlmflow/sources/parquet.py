@@ -35,6 +35,8 @@ from vlmflow.sources.unique import UniqueReferences
 from vlmflow.sources.uris import normalise_uri, resolve
 from vlmflow.storage import STORE_ERRORS, Address, parse_address
 
+_MOST_TOLD = 10  # columns, by name
+
 logger = logging.getLogger("vlmflow")
 
 
@@ -130,9 +132,10 @@ class ParquetSource:
         passed_over = list(_lacking(self._own_columns(schema), self._columns))
         if passed_over:
             self._told = True
+            more = f" and {len(passed_over) - _MOST_TOLD:,} more" if len(passed_over) > _MOST_TOLD else ""
             logger.warning(
-                "%s has columns that %s lacks and that no row keeps: %s; write all files with the same columns",
-                *(uri, self._files[0], ", ".join(passed_over)),
+                "%s has columns that %s lacks and that no row keeps: %s%s; write all files with the same columns",
+                *(uri, self._files[0], ", ".join(passed_over[:_MOST_TOLD]), more),
             )
 
     def _rows(self, parquet: pq.ParquetFile, uri: str, file_version: str) -> Iterator[pa.RecordBatch]:

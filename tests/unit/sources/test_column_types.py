@@ -122,6 +122,14 @@ def test_columns_and_members_that_the_first_file_lacks_are_told_once(
     assert "a.parquet lacks and that no row keeps: meta.b, meta.c, lasts;" in told
 
 
+def test_of_many_such_columns_some_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name, more in (("a", {}), ("b", {f"c{number}": [1] for number in range(12)})):
+        pq.write_table(pa.table({"image": pa.array([b"x"]), "title": ["x"], **more}), tmp_path / f"{name}.parquet")
+    references(tmp_path, kind="parquet")
+    (told,) = caplog.messages
+    assert "c8, c9 and 2 more;" in told
+
+
 @pytest.mark.parametrize(("price", "told"), [(1.5, "does not become int64"), ("free", "holds it as int64")])
 def test_what_the_type_of_the_catalog_does_not_hold_is_refused_with_a_way_out(price: Any, told: str) -> None:
     table = pa.schema([("source", pa.struct([("price", pa.int64())]))])

@@ -146,6 +146,12 @@ def parse_address(uri: str) -> Address:
     return Address(f"{'s3' if scheme == 's3a' else scheme}://{bucket}", path.strip("/"))
 
 
+def wherever(uri: str) -> str:
+    """The uri for processes that work in other folders: workers of a cluster are where it was started."""
+    address = parse_address(uri)
+    return str(address) if address.is_local else uri
+
+
 def check_on_disk(path: Path) -> None:
     """Refuses what was meant as a uri, or as standard output, where a path of this machine is wanted.
 

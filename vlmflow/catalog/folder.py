@@ -28,7 +28,7 @@ from vlmflow.catalog.pieces import ParquetPieces
 from vlmflow.config import CatalogConfig
 from vlmflow.errors import CatalogChangedError, CatalogError, ConfigError, VlmflowError
 from vlmflow.retry import retried
-from vlmflow.storage import STORE_ERRORS, access_error, delta_storage_options, open_store, parse_address
+from vlmflow.storage import STORE_ERRORS, access_error, delta_storage_options, open_store, parse_address, wherever
 from vlmflow.workspace import in_our_words
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Folder:
         self.config = config
 
     def __getstate__(self) -> dict[str, object]:
-        return {"config": self.config}
+        return {"config": self.config.model_copy(update={"uri": wherever(self.config.uri)})}
 
     def table_uri(self, table: str) -> str:
         """Where the Delta table ``table`` lies, as deltalake takes it.

@@ -91,6 +91,8 @@ def _prepare(detector: Detector, policy: Policy, views: tuple[str, ...]) -> Dete
             f"{identity.weights_digest[:12]}, its thresholds were set for {detector.weights[:12]}",
             remedy="Use the weights that the policy names, or set thresholds for these and change `weights`.",
         )
+    if detector.path is not None:  # workers of a cluster work in the folder where it was started
+        detector = detector.model_copy(update={"path": str(Path(detector.path).absolute())})
     return DetectorSetup(detector.name, detector, identity, request)
 
 

@@ -36,6 +36,7 @@ from vlmflow.storage import (
     local_version,
     object_version,
     parse_address,
+    wherever,
 )
 from vlmflow.threads import in_thread
 
@@ -96,7 +97,8 @@ class SourceReader:
 
     def __reduce__(self) -> tuple[partial[SourceReader], tuple[SourceConfig, ImageLimits, Home, Stores]]:
         made = partial(SourceReader, is_known=self._is_known)
-        return (made, (self._config, self._limits, self._home, self._stores))
+        config = self._config.model_copy(update={"uri": wherever(self._config.uri)})
+        return (made, (config, self._limits, self._home, self._stores))
 
     def read(self, refs: pa.Table) -> list[Fetched]:
         """Reads one image for each reference, in order; see :class:`vlmflow.sources.base.Reader`."""

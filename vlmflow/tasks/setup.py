@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from itertools import permutations
+from pathlib import Path
 from typing import TYPE_CHECKING, assert_never
 
 from vlmflow.catalog.detections import Detection
@@ -166,7 +167,7 @@ def prepare_tasks(job: Job) -> TaskSetup:
         binding = check_binding(policy, identities["embed"], accept_unbound=job.accept_unbound)
     detectors = prepare_detectors(policy, job.views) if policy else ()
     return TaskSetup(
-        models=models,
+        models={role: _wherever(config) for role, config in models.items()},
         identities=identities,
         requests=_requests(job, models),
         max_caption_tokens=job.max_caption_tokens,
@@ -186,6 +187,13 @@ def _check_beams(job: Job, models: dict[str, ModelConfig]) -> None:
             f"num_beams: {job.num_beams}, but captioners of the family {captioner.family} search with no beams",
             remedy="Leave num_beams out, or caption with a model of another family.",
         )
+
+
+def _wherever(config: ModelConfig) -> ModelConfig:
+    """The model for processes that work in other folders: workers of a cluster are where it was started."""
+    if config.path is None:
+        return config
+    return config.model_copy(update={"path": str(Path(config.path).absolute())})
 
 
 def _requests(job: Job, models: dict[str, ModelConfig]) -> dict[str, PixelRequest]:

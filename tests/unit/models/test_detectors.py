@@ -142,6 +142,15 @@ def test_fingerprints_tell_detectors_apart_and_not_thresholds(classifier: Path) 
     assert fingerprint() != other.fingerprint
 
 
+def test_workers_find_a_folder_that_is_named_from_where_the_driver_works(
+    classifier: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(classifier.parent)
+    given = policy(family="image_classification", path=classifier.name, outputs={"hentai": output()})
+    (setup,) = prepare_detectors(given, ("squash",))
+    assert setup.config.path == str(classifier)
+
+
 def test_a_pickled_classifier_is_refused(classifier: Path, tmp_path: Path) -> None:
     for path in classifier.glob("*.json"):
         (tmp_path / path.name).write_bytes(path.read_bytes())

@@ -43,7 +43,11 @@ def free_port() -> int:
 
 @contextmanager
 def started(
-    command: Sequence[str], log: Path, errors: Path | None = None, environment: dict[str, str] | None = None
+    command: Sequence[str],
+    log: Path,
+    errors: Path | None = None,
+    environment: dict[str, str] | None = None,
+    folder: Path = ROOT,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A process that ends with the block, and with it all that it started.
 
@@ -51,7 +55,7 @@ def started(
     one that is read has no end before that of the last who may write into it.
     """
     with log.open("wb") as out, errors.open("wb") if errors else nullcontext(out) as err:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=err, start_new_session=True)
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=out, stderr=err, start_new_session=True)
     try:
         yield process
     finally:

@@ -50,6 +50,8 @@ def print_report(report: RunReport, console: Console) -> None:
         return
     rows = report.num_added + report.num_replaced
     rate = f"{duration(report.startup_s)} of start-up"
+    if report.waited_s:
+        rate = f"{duration(report.waited_s)} of waiting for other runs, {rate}"
     if report.images_per_s:
         rate += f", then {report.images_per_s:,.1f} images/s"
     console.print(

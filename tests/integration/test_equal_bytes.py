@@ -158,7 +158,7 @@ def test_nothing_is_copied_where_results_would_differ_or_looking_costs_more(
     change: str, old: Job, make_job: Callable[..., Job], policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if change == "too few":
-        monkeypatch.setattr("vlmflow.engine.run.MAX_ROWS_PER_IMAGE", 0.5)
+        monkeypatch.setattr("vlmflow.engine.prepare.MAX_ROWS_PER_IMAGE", 0.5)
     shutil.copytree(old.catalog.uri, tmp_path / "catalog")
     shutil.copytree(old.source.uri, tmp_path / "new")
     other = tmp_path / "other.yaml"

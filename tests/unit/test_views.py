@@ -85,12 +85,12 @@ def test_commands_to_go_on_with_can_be_copied() -> None:
     facts = {"run_id": "r", "status": "done", "source": "list.csv", "catalog": catalog, "profile": "starter"}
     facts |= {"tasks": ("embed",), "date": dt.date(2026, 3, 1), "started_at": dt.datetime.now(dt.UTC)}
     console = Console(record=True, width=50)
-    print_report(RunReport.model_validate(facts | {"startup_s": 157.2, "seconds": 173}), console)
+    print_report(RunReport.model_validate(facts | {"startup_s": 127.2, "waited_s": 30, "seconds": 173}), console)
     print_queue(QueueReport(catalog=catalog, output="my queue.csv", num_images=0, queues={}), console)
     said = console.export_text()
     assert f"vlmflow show '{catalog}'\n" in said
     assert f"vlmflow review import '{catalog}' 'my queue.csv'\n" in said
-    assert "in 2 min 53 s, 2 min 37 s of start-up" in " ".join(said.split())
+    assert "in 2 min 53 s, 30 s of waiting for other runs, 2 min 7 s of start-up" in " ".join(said.split())
 
 
 @pytest.mark.parametrize("status", ["done", "nothing_due"])

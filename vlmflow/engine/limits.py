@@ -16,6 +16,11 @@ _DOING = {"read": "reading the images", "decode": "decoding", "feed": "decoding 
 def what_limited(report: RunReport) -> str:
     """In a sentence or two, what the run spent its time on; empty where the record does not tell."""
     sentences = []
+    if report.waited_s:
+        sentences.append(
+            f"Other runs: {duration(report.waited_s)} of {duration(report.seconds)} went by until the cluster had room "
+            "for this one beside them."
+        )
     if report.seconds and report.startup_s / report.seconds > _MIN_STARTUP:
         sentences.append(
             f"Start-up: {duration(report.startup_s)} of {duration(report.seconds)} went by before the first images "

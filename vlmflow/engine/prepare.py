@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import datetime as dt
+import logging
 import os
 from dataclasses import dataclass
 
 import ray
 
-from vlmflow.catalog import PlanRequest, RunConstants
+from vlmflow.catalog import Catalog, KnownBytes, Plan, PlanRequest, RunConstants
 from vlmflow.config import Job, TaskName
 from vlmflow.engine.faults import get
 from vlmflow.engine.garbage import collected_once
+from vlmflow.engine.stored import Stored
 from vlmflow.imaging import DECODER_VERSION
 from vlmflow.moderation.prompts import PromptVectors
 from vlmflow.tasks.setup import TaskSetup, prepare_prompts, prepare_tasks, with_policy
 
 # Of the task that encodes prompts, which takes half a minute with one and a large model.
 _ENCODING_THREADS = 4
+# Looking through a row for equal bytes costs about a microsecond, an image at least a millisecond: beyond so many rows
+# per image due, looking costs more than it can save.
+MAX_ROWS_PER_IMAGE = 1_000
+
+logger = logging.getLogger("vlmflow")
 
 
 @dataclass(frozen=True)
@@ -124,3 +131,16 @@ def _encode(setup: TaskSetup) -> PromptVectors | None:
         return prepare_prompts(setup)
     finally:
         torch.set_num_threads(before)
+
+
+def known_bytes(prepared: Prepared, plan: Plan) -> Stored[KnownBytes] | None:
+    """What the catalog holds for bytes that the planned images may have; None: nothing, or it is not wanted."""
+    if not prepared.job.reuse or plan.version < 0:
+        return None
+    catalog = Catalog.open(prepared.job.catalog)
+    num_rows = sum(file.num_rows for file in catalog.live_files("images").values())
+    if num_rows > MAX_ROWS_PER_IMAGE * plan.num_planned:
+        logger.info("%d images are too few to look for equal bytes among %d rows", plan.num_planned, num_rows)
+        return None
+    known = catalog.known_bytes(prepared.plan_request(), plan.sizes())
+    return None if known is None else Stored(known)

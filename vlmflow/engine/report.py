@@ -75,6 +75,7 @@ class RunReport(Frozen):
             count.
         errors: rows that it committed by class of what went wrong in this run.
         startup_s: seconds until the first block of images was finished: processes started, models loaded.
+        waited_s: seconds before that, until the cluster had room for it beside other runs.
         images_per_s: the images after that block by the time after it; 0 where there was only one block.
         bytes_read: encoded bytes read from the source.
         prompts: what models were asked, by role; of those that take a prompt.
@@ -94,6 +95,7 @@ class RunReport(Frozen):
     finished_at: dt.datetime | None = None
     seconds: float = 0.0
     startup_s: float = 0.0
+    waited_s: float = 0.0
     num_listed: int = 0
     num_unchanged: int = 0
     num_due: int = 0
@@ -234,6 +236,7 @@ def finished_report(
     *,
     seconds: float,
     startup_s: float,
+    waited_s: float,
     num_first: int,
     num_cpus: float = 0.0,
 ) -> RunReport:
@@ -244,7 +247,7 @@ def finished_report(
         num_cpus: of the cluster, which may have grown: on average; 0: there was none.
     """
     num_after_first = sum(commit.rows for commit in collected.commits) - num_first
-    working_s = seconds - startup_s
+    working_s = seconds - startup_s - waited_s
     # What one block alone took fell into the start-up, and has no share of the time after it.
     cpu_s = max(0.0, working_s) * num_cpus if num_after_first > 0 else 0.0
     return report.model_copy(
@@ -254,6 +257,7 @@ def finished_report(
             "finished_at": dt.datetime.now(dt.UTC),
             "seconds": round(seconds, 3),
             "startup_s": round(startup_s, 3),
+            "waited_s": round(waited_s, 3),
             "num_added": collected.num_added,
             "num_replaced": collected.num_replaced,
             "num_by_others": collected.num_by_others,

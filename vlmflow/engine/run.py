@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 import ray
 
-from vlmflow.catalog import Catalog, KnownBytes, Plan, plan_without_catalog
+from vlmflow.catalog import Catalog, Plan, plan_without_catalog
 from vlmflow.catalog.columns import storable
 from vlmflow.catalog.runs import new_run_id
 from vlmflow.config import Job
@@ -27,12 +27,12 @@ from vlmflow.engine.lost import SMALL_BLOCKS, in_small_batches, lost_rows, unrec
 from vlmflow.engine.metrics import RunMetrics
 from vlmflow.engine.pipeline import build_pipeline, check_pools, default_pools, fit_to_plan, open_pools, stages_of
 from vlmflow.engine.planning import OnCluster
-from vlmflow.engine.prepare import Prepared, encode_policy, prepare
+from vlmflow.engine.prepare import Prepared, encode_policy, known_bytes, prepare
 from vlmflow.engine.progress import ProgressDisplay, SilentProgress, Tally
 from vlmflow.engine.quarantine import Quarantine, Stages
 from vlmflow.engine.report import PlanSummary, RunReport, RunStatus, finished_report, initial_report, plan_summary
+from vlmflow.engine.room import Room
 from vlmflow.engine.sizing import PreflightReport, measure
-from vlmflow.engine.stored import Stored
 from vlmflow.engine.waiting import Nodes, Waiting
 from vlmflow.errors import (
     ClusterError,
@@ -49,9 +49,6 @@ from vlmflow.sources import Source, open_source
 logger = logging.getLogger("vlmflow")
 
 _TICK_S = 0.2
-# Looking through a row for equal bytes costs about a microsecond, an image at least a millisecond: beyond so many rows
-# per image due, looking costs more than it can save.
-MAX_ROWS_PER_IMAGE = 1_000
 
 
 def plan(job: Job) -> PlanSummary:
@@ -156,6 +153,7 @@ class _Run:
         self._clock = time.monotonic()
         self._startup_s = 0.0
         self._nodes = Nodes()
+        self._room = Room(self._run_id, self._report.catalog, display.stage)
         self._verdicts_due = False  # late ones may be lacking in rows that it has committed
 
     def _tried(self, stages: Stages, cluster: Cluster) -> Stages:
@@ -181,14 +179,14 @@ class _Run:
             check_pools(pools, cluster)
             waiting = Waiting(pools, cluster, self._nodes, self._display)
             prompts = self._prompts()
-            stages = stages_of(self._prepared, self._source, pools, prompts, self._known_bytes())
+            stages = stages_of(self._prepared, self._source, pools, prompts, known_bytes(self._prepared, self._plan))
             if self._job.preflight:
                 self._display.stage("trying batch sizes")
                 waiting.tell("trying batch sizes")
                 stages = self._tried(stages, cluster)
             stages, num_rows = fit_to_plan(stages, self._job, self._plan, cluster)
             dataset = build_pipeline(self._plan.batches(num_rows), stages, num_rows, self._job.read_ahead)
-            with FinishedBlocks(dataset) as finished:
+            with self._room.taken(stages.pools, cluster, then="loading models"), FinishedBlocks(dataset) as finished:
                 # Models that do not load end the run here, before anything is written.
                 first = self._first(finished, waiting)
                 catalog = Catalog.open_or_create(self._job.catalog, self._source.columns)
@@ -223,7 +221,7 @@ class _Run:
         """Waits for the first images to come through: the models are loaded, and rates begin to mean something."""
         while (blocks := finished.next(_TICK_S)) == []:
             waiting.tell("loading models")
-        self._startup_s = time.monotonic() - self._clock
+        self._startup_s = time.monotonic() - self._clock - self._room.waited_s
         self._nodes.restart()
         return blocks
 
@@ -274,18 +272,6 @@ class _Run:
         setup = self._prepared.setup
         if setup.policy is not None:
             archive_policy(catalog, setup.policy, prompts, setup.identities["embed"])
-
-    def _known_bytes(self) -> Stored[KnownBytes] | None:
-        """What the catalog holds for bytes that the planned images may have; None: nothing, or it is not wanted."""
-        if not self._job.reuse or self._plan.version < 0:
-            return None
-        catalog = Catalog.open(self._job.catalog)
-        num_rows = sum(file.num_rows for file in catalog.live_files("images").values())
-        if num_rows > MAX_ROWS_PER_IMAGE * self._plan.num_planned:
-            logger.info("%d images are too few to look for equal bytes among %d rows", self._plan.num_planned, num_rows)
-            return None
-        known = catalog.known_bytes(self._prepared.plan_request(), self._plan.sizes())
-        return None if known is None else Stored(known)
 
     def _consume(
         self, blocks: list[Block] | None, finished: FinishedBlocks, collector: Collector, metrics: RunMetrics
@@ -387,6 +373,7 @@ class _Run:
             message,
             seconds=seconds,
             startup_s=self._startup_s,
+            waited_s=self._room.waited_s,
             num_first=self._tally.num_first,
             num_cpus=self._nodes.mean_cpus(),
         )

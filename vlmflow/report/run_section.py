@@ -115,6 +115,8 @@ def _speed(report: RunReport) -> Html:
         for pool in report.pools[:50]
     ]
     rate = f"{duration(report.startup_s)} of start-up"
+    if report.waited_s:
+        rate = f"{duration(report.waited_s)} of waiting for other runs, {rate}"
     if report.images_per_s:
         rate += f", then {report.images_per_s:,.1f} images/s"
     limited = what_limited(report)

@@ -111,7 +111,7 @@ def test_images_that_are_erased_while_the_run_is_at_work_are_told(catalog: Catal
     catalog.erase(key("a", "secret"))
     collector._commit_files()
     before = RunReport.model_validate(record("r2", num_erased=1))
-    after = finished_report(before, collector.collected, "done", "", seconds=1, startup_s=0, num_first=0)
+    after = finished_report(before, collector.collected, "done", "", seconds=1, startup_s=0, waited_s=0, num_first=0)
     assert (after.num_added, after.num_replaced, after.num_erased) == (0, 2, 1 + 2)
 
 

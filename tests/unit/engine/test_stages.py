@@ -52,8 +52,9 @@ def test_what_was_read_in_the_start_up_alone_has_no_share_of_the_time_after_it()
             found,
             "done",
             "",
-            seconds=42.0,
+            seconds=72.0,
             startup_s=40.0,
+            waited_s=30.0,
             num_first=num_first,
             num_cpus=2.0,
         )

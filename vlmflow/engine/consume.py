@@ -12,6 +12,7 @@ from typing import Self
 import pyarrow as pa
 import ray
 from ray.data import Dataset
+from ray.data._internal.execution.streaming_executor import StreamingExecutor
 from ray.exceptions import RayError
 
 from vlmflow.engine.faults import in_our_words
@@ -20,7 +21,7 @@ from vlmflow.engine.head import check_head
 # Blocks that wait for the driver hold memory in the object store; a few hide the time of a commit.
 _MAX_WAITING = 64
 _POLL_S = 0.2
-_JOIN_S = 2.0
+_JOIN_S = 5.0
 _THREAD = "vlmflow-consume"
 _SILENCE_S = 300.0
 
@@ -38,11 +39,23 @@ def _is_of_others(record: logging.LogRecord) -> bool:
 logging.getLogger("ray.data.exceptions").addFilter(_is_of_others)
 
 
+def _executors_of(dataset: Dataset) -> list[StreamingExecutor]:
+    """What will run the dataset, from when it starts: Ray Data gives it with the first block, for which it may wait."""
+    create, executors = dataset._create_executor, []
+
+    def created() -> StreamingExecutor:
+        executors.append(create())
+        return executors[-1]
+
+    dataset._create_executor = created
+    return executors
+
+
 class FinishedBlocks:
-    """Runs a dataset; a context manager, which stops taking blocks when it ends."""
+    """Runs a dataset; a context manager, with whose end all that runs for it ends."""
 
     def __init__(self, dataset: Dataset) -> None:
-        self._dataset = dataset
+        self._dataset, self._executors = dataset, _executors_of(dataset)
         self._queue: queue.Queue[list[Block] | BaseException | None] = queue.Queue(maxsize=_MAX_WAITING)
         self._stop = threading.Event()
         self._silent_since: float | None = time.monotonic()  # None: the user was told of this silence
@@ -56,8 +69,11 @@ class FinishedBlocks:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop.set()
-        # It may be waiting for a block; then it ends with the next one, or with Ray.
-        self._thread.join(timeout=_JOIN_S)
+        # In a thread: a cluster whose head is gone does not answer.
+        ending = threading.Thread(target=self._end, name="vlmflow-end", daemon=True)
+        ending.start()
+        for thread in (ending, self._thread):
+            thread.join(timeout=_JOIN_S)
 
     @property
     def num_waiting(self) -> int:
@@ -93,6 +109,16 @@ class FinishedBlocks:
             "that its actors or other runs hold, or for a node: `ray status` tells what the cluster has and waits for",
             _SILENCE_S / 60,
         )
+
+    def _end(self) -> None:
+        """Ends what still runs: where a run was given up, its actors would hold their part of the cluster.
+
+        Without this they end with the next block, which may never come. And Ray, once stopped, ends the process of a
+        thread that asks it for something, without a word: nobody would be told why the run ended.
+        """
+        for executor in self._executors:
+            executor.shutdown(force=True)
+            executor.join(_JOIN_S)
 
     def _consume(self) -> None:
         try:

@@ -18,6 +18,8 @@ from vlmflow.engine.consume import FinishedBlocks
 class Stopped:
     """A dataset under which Ray was stopped."""
 
+    _create_executor = None
+
     @omit_traceback_stdout
     def iter_internal_ref_bundles(self) -> Iterator[Any]:
         raise RuntimeError("Ray has not been started yet")
@@ -45,6 +47,8 @@ def test_it_is_raised_and_not_printed_as_well(printed: list[str]) -> None:
 
 class Slow:
     """A dataset whose next block comes when it is let go."""
+
+    _create_executor = None
 
     def __init__(self) -> None:
         self.go = threading.Semaphore(0)

@@ -17,6 +17,8 @@ from vlmflow.errors import ClusterError
 class Silent:
     """A dataset that waits for a cluster."""
 
+    _create_executor = None
+
     def __init__(self) -> None:
         self.over = Event()
 

@@ -11,8 +11,10 @@ from subprocess import Popen
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from tests.autoscaling import autoscaling_ray
 from tests.flows import held_images
 from tests.pictures import write_pictures
 from tests.processes import ROOT, RayNodes, end_family, started, wait_for
@@ -24,13 +26,13 @@ POOLS = [{"tasks": [task], "cpus": 1, "batch_size": 4} for task in ("embed", "ca
 
 
 @contextmanager
-def run(folder: Path, source: str, nodes: RayNodes, job: dict[str, Any]) -> Iterator[tuple[Popen[bytes], Path]]:
+def run(folder: Path, source: str, address: str, job: dict[str, Any]) -> Iterator[tuple[Popen[bytes], Path]]:
     """A run that names its files from the folder that it works in, and what it says."""
     folder.mkdir(exist_ok=True)
     models = {role: {**model, "path": os.path.relpath(model["path"], folder)} for role, model in job["models"].items()}
     (folder / "job.yaml").write_text(yaml.safe_dump({**job, "models": models}))
     command = [sys.executable, "-m", "vlmflow", "enrich", source, "catalog", "--config", "job.yaml"]
-    command += ["--ray-address", nodes.address]
+    command += ["--ray-address", address]
     log = folder / "run.log"
     # What a driver has set, its workers have: where they look for modules, but not the folder that it works in.
     environment = os.environ | {"PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
@@ -38,25 +40,29 @@ def run(folder: Path, source: str, nodes: RayNodes, job: dict[str, Any]) -> Iter
         yield process, log
 
 
+def job_of(models: dict[str, dict[str, Any]], pools: list[dict[str, Any]]) -> dict[str, Any]:
+    http = {"allow_private_addresses": True, "timeout_s": 250}
+    tasks = [task for pool in pools for task in pool["tasks"]]
+    return {"profile": "starter", "models": models, "tasks": tasks, "pools": pools, "source": {"http": http}}
+
+
 def num_rows(folder: Path) -> int:
-    return len(Catalog.open(CatalogConfig(uri=str(folder / "catalog"))).images(["image_id", "caption"]).drop_null())
+    return Catalog.open(CatalogConfig(uri=str(folder / "catalog"))).images(["status"])["status"].to_pylist().count("ok")
 
 
 @pytest.mark.parametrize("end", [pytest.param("it ends", marks=pytest.mark.slow), "it is killed"])
 def test_a_run_that_would_leave_another_no_core_waits_for_its_end(
     nodes: RayNodes, models: dict[str, dict[str, Any]], tmp_path: Path, end: str
 ) -> None:
-    job = {"profile": "starter", "models": models, "tasks": ["embed", "caption"], "pools": POOLS}
-    job["source"] = {"http": {"allow_private_addresses": True, "timeout_s": 250}}
+    job = job_of(models, POOLS)
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir()
-    (second / "images").mkdir(parents=True)
     write_pictures(second / "images", 6)
     with held_images() as held:
         held.manifest(first / "images.csv", 6)
-        with run(first, "images.csv", nodes, job) as (holder, said):
+        with run(first, "images.csv", nodes.address, job) as (holder, said):
             wait_for(held.asked.is_set, holder)
-            with run(second, "images", nodes, job) as (waiting, log):
+            with run(second, "images", nodes.address, job) as (waiting, log):
                 wait_for(lambda: "waiting for room" in log.read_text(), waiting)
                 assert f"of {first / 'catalog'} has" in log.read_text()
                 if end == "it is killed":
@@ -68,3 +74,28 @@ def test_a_run_that_would_leave_another_no_core_waits_for_its_end(
                 assert waiting.wait(200) == 0, log.read_text()
                 assert num_rows(second) == 6
                 assert "of waiting for other runs" in log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="its nodes are all on this machine")
+def test_a_run_that_waits_has_a_cluster_grow_of_which_nobody_says_that_it_may(
+    models: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    job = job_of(models, [{"tasks": ["embed"], "cpus": 7, "batch_size": 4}])
+    # Planning has it grow by small ones.
+    groups = {
+        "small": {"resources": {"CPU": 2}, "min_workers": 1, "max_workers": 2},
+        "large": {"resources": {"CPU": 8}, "min_workers": 1, "max_workers": 2},
+    }
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    write_pictures(second / "images", 6)
+    with held_images() as held, autoscaling_ray(tmp_path, groups) as address:
+        held.manifest(first / "images.csv", 6)
+        with run(first, "images.csv", address, job) as (holder, _):
+            wait_for(held.asked.is_set, holder)
+            with run(second, "images", address, job) as (waiting, log):
+                assert waiting.wait(200) == 0, log.read_text()
+                assert "waiting for room" in log.read_text()
+                assert num_rows(second) == 6
+                assert holder.poll() is None

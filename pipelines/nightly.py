@@ -112,6 +112,7 @@ def nightly_enrichment(
     day = logical_date(date, runtime.flow_run.scheduled_start_time)
     job = read_job(job_file, {"date": day})
     name = slug(job.catalog.uri)
+    alerts.send_kept(notify, job.catalog)
     steps = make_steps(ray_jobs_url, deadline_hours)
     folder = report_folder or default_folder(job.catalog)
     night = _Night(job, day, folder, keep_reports, max_flagged_jump, notify)
@@ -340,7 +341,7 @@ def watch(job: Job, report: RunReport, folder: str, max_jump: float, notify: str
         body = f"Run {report.run_id} of {job.catalog.uri}: {share:.1%} of its images; of the runs before, {usual:.1%}."
         facts = {"share": share, "usual": usual, "run_id": report.run_id}
         alerts.emit(alerts.FLAGGED_JUMP, job.catalog.uri, subject, body, facts)
-        if alerts.send(notify, subject, body):
+        if alerts.send(notify, subject, body, job.catalog):
             note_told(job.catalog, report, folder)
 
 

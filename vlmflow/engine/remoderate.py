@@ -132,6 +132,7 @@ class _Remoderation:
         if self._dry_run:
             self._run()
             return self._report("dry run")
+        self._folder.check_exclusive()  # before the model is loaded, not at the first commit
         self._catalog.upgrade()  # rows are written with all columns that they are read with
         runs = self._catalog.runs
         runs.start(self._run_id, self._record("running"))

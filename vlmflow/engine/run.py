@@ -13,6 +13,7 @@ import ray
 
 from vlmflow.catalog import Catalog, KnownBytes, Plan, plan_without_catalog
 from vlmflow.catalog.columns import storable
+from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.runs import new_run_id
 from vlmflow.config import Job
 from vlmflow.engine.archive import archive_policy, archived_prompts
@@ -173,6 +174,7 @@ class _Run:
     def execute(self) -> RunReport:
         if self._plan.num_planned == 0:
             return self._without_images()
+        Folder(self._job.catalog).check_exclusive()  # minutes before the first commit asks for it
         self._display.stage("starting Ray")
         with ray_cluster(self._job.ray) as cluster, cluster.worker_errors() as self._worker_errors, self._nodes:
             cluster.tell()

@@ -362,18 +362,16 @@ class _Run:
 
     def _run_alone(self, lost: pa.Table, stages: Stages, collector: Collector, metrics: RunMetrics) -> None:
         self._display.stage(f"running {lost.num_rows:,} images alone that came back from no worker")
-        quarantine = Quarantine(stages, self._job.quarantine)
         started = time.monotonic() - self._tally.elapsed_s
-        try:
+        with contextlib.closing(Quarantine(stages, self._job.quarantine)) as quarantine:
             for index in range(lost.num_rows):
                 collector.add([(ray.put(quarantine.run(lost.slice(index, 1))), 1)])
                 collector.tick()
                 self._tally.at(time.monotonic() - started)
                 self._display.update(self._tally)
                 metrics.update(self._tally, self._collected, num_alone=index + 1)
-        finally:
-            quarantine.close()
         collector.finish()
+        self._display.update(self._tally)
         metrics.update(self._tally, self._collected)
 
     def _unreconciled(self, lost: pa.Table) -> UnreconciledError:

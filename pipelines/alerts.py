@@ -38,6 +38,7 @@ REGRESSION = "vlmflow.gate.closed"
 MIN_ROWS = 50  # of fewer, a share says little
 # A messenger that refuses for a moment is asked again: what it is not told now waits for another flow.
 _SEND_DELAYS_S = (3.0, 15.0)
+_MOST_REFUSED = 2
 _MAX_CHARS = 1000  # of what a state says
 _NIGHTS = 7
 _LOOKED_THROUGH = 200  # runs, for so many nights of the same policy
@@ -98,18 +99,23 @@ def _is_kept(catalog: CatalogConfig | None, subject: str, body: str) -> bool:
 def send_kept(notify: str | None, catalog: CatalogConfig) -> None:
     """Sends what could not be sent before, saying of when it is, the oldest first and each once. Fails nothing.
 
-    A messenger that refuses one is not asked again: the next flow does that.
+    A messenger that refuses two is not asked again: the next flow does that. One alone may be a message that it never
+    takes, and keeps no other.
     """
     try:
         store = MessageStore(Folder(catalog))
         store.give_up()
-        kept = store.left()
-        for number, message in enumerate(kept):
-            if not _is_sent_late(notify, message.message):
-                left = len(kept) - number
-                logger.error("%d messages of earlier flows are still undelivered; `vlmflow show` lists them", left)
-                return
-            store.drop(message)
+        kept, refused = store.left(), 0
+        for message in kept:
+            if _is_sent_late(notify, message.message):
+                store.drop(message)
+            else:
+                refused += 1
+            if refused == _MOST_REFUSED:
+                break
+        if refused:
+            left = len(store.left())
+            logger.error("%d messages of earlier flows are still undelivered; `vlmflow show` lists them", left)
     except VlmflowError as error:
         logger.warning("whether the catalog keeps messages that nobody was sent is not known: %s", error)
 

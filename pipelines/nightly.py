@@ -112,7 +112,6 @@ def nightly_enrichment(
     day = logical_date(date, runtime.flow_run.scheduled_start_time)
     job = read_job(job_file, {"date": day})
     name = slug(job.catalog.uri)
-    alerts.send_kept(notify, job.catalog)
     steps = make_steps(ray_jobs_url, deadline_hours)
     folder = report_folder or default_folder(job.catalog)
     night = _Night(job, day, folder, keep_reports, max_flagged_jump, notify)
@@ -121,6 +120,7 @@ def nightly_enrichment(
     with night_begun(job) as own:
         if own is not None and (other := look_around(steps, job, own)) is not None:  # one that began at the same time
             return _skipped(other, day)
+        alerts.send_kept(notify, job.catalog)  # of nights that begin at once one tells
         with steps.session(job):
             check(steps, job, f"doctor-{name}")
             if golden is not None:

@@ -180,6 +180,30 @@ def test_a_messenger_that_is_back_is_told_what_it_refused_before_too(
     assert kept(catalog) == []
 
 
+def test_a_message_that_a_messenger_never_takes_keeps_no_other(
+    block: str, messenger: Messenger, catalog: CatalogConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    messenger.status = 500
+    for number in range(5):
+        assert alerts.send(block, f"message {number}", "Run r.", catalog)
+    messenger.status, messenger.received[:] = 200, []
+    notify = alerts._notify
+
+    def refusing(block: Any, subject: str, body: str) -> None:
+        if subject.startswith(refused):
+            raise ValueError("too long")
+        notify(block, subject, body)
+
+    monkeypatch.setattr(alerts, "_notify", refusing)
+    refused = ("message 1", "message 3", "message 4")
+    alerts.send_kept(block, catalog)
+    assert kept(catalog) == [f"{name}: Run r." for name in refused]
+    assert len(messenger.received) == 2
+    refused = ("message 1",)
+    alerts.send_kept(block, catalog)
+    assert kept(catalog) == ["message 1: Run r."]
+
+
 def test_where_no_catalog_is_none_is_begun_for_a_message(
     block: str, messenger: Messenger, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -104,6 +104,7 @@ def adhoc_job(
     }
     log_to_flow_run()
     job = _read_job(given)
+    alerts.send_kept(notify, job.catalog)
     steps = make_steps(ray_jobs_url, deadline_hours, once=not has_completed())
     report = follow_job(steps, job, slug(job.catalog.uri))
     if report.status == "nothing_due":

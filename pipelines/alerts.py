@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import inspect
 import logging
 import statistics
 import time
 from collections.abc import Iterable, Mapping
 from itertools import dropwhile, islice
+from pathlib import Path
 from typing import Any
 
 from prefect import Flow
@@ -18,7 +20,12 @@ from prefect.events import emit_event
 from prefect.logging.loggers import flow_run_logger
 from prefect.utilities.asyncutils import run_coro_as_sync
 
+from pipelines.common import read_job
+from vlmflow.catalog import Catalog
+from vlmflow.catalog.folder import Folder
+from vlmflow.catalog.messages import Message, MessageStore
 from vlmflow.catalog.runs import RunInfo
+from vlmflow.config import CatalogConfig
 from vlmflow.engine import RunReport
 from vlmflow.errors import VlmflowError
 
@@ -29,8 +36,10 @@ UNRECONCILED = "vlmflow.rows.unreconciled"
 REGRESSION = "vlmflow.gate.closed"
 
 MIN_ROWS = 50  # of fewer, a share says little
-# A messenger that refuses for a moment is asked again: what it is not told now, nobody tells it later.
+# A messenger that refuses for a moment is asked again: what it is not told now waits for another flow.
 _SEND_DELAYS_S = (3.0, 15.0)
+_MOST_REFUSED = 2
+_MAX_CHARS = 1000  # of what a state says
 _NIGHTS = 7
 _LOOKED_THROUGH = 200  # runs, for so many nights of the same policy
 
@@ -46,14 +55,16 @@ def emit(event: str, catalog: str, subject: str, body: str, facts: Mapping[str, 
     emit_event(event, resource=resource, payload={"subject": subject, "body": body, **(facts or {})})
 
 
-def send(notify: str | None, subject: str, body: str) -> bool:
+def send(notify: str | None, subject: str, body: str, catalog: CatalogConfig | None = None) -> bool:
     """Sends a message through a notification block. A message that cannot be sent is logged and fails nothing.
 
     Args:
         notify: the block, as ``type/name``, such as ``slack-webhook/moderation``; None: no message.
+        catalog: the one it is about. It keeps a message that cannot be sent, for :func:`send_kept`; one that can be
+            sent takes along what is kept.
 
     Returns:
-        False: there was a message to be sent, and it could not be.
+        False: there was a message to be sent, and it is neither sent nor kept.
     """
     if notify is None:
         return True
@@ -61,23 +72,82 @@ def send(notify: str | None, subject: str, body: str) -> bool:
         block = Block.load(notify)
         if not isinstance(block, NotificationBlock):
             logger.error("%s is no notification block: nobody was told of: %s", notify, subject)
-            return False
+            return _is_kept(catalog, subject, body)
         _deliver(block, subject, body)
     except Exception as error:  # noqa: BLE001 - whatever a messenger raises, the run is what matters
         # Its text may hold the address with its token.
         logger.error("nobody was told of %r: block %s failed with %s", subject, notify, type(error).__name__)
-        return False
+        return _is_kept(catalog, subject, body)
+    if catalog is not None:
+        send_kept(notify, catalog)
     return True
+
+
+def _is_kept(catalog: CatalogConfig | None, subject: str, body: str) -> bool:
+    """Keeps a message with its catalog, if it can be."""
+    try:
+        if catalog is None or not Catalog.exists(catalog):  # it is not for a message to begin one
+            return False
+        MessageStore(Folder(catalog)).keep(subject, body)
+    except VlmflowError as error:
+        logger.error("the message %r could not be kept for later either: %s", subject, error)
+        return False
+    logger.warning("the message %r is kept in the catalog; the next flow over it that can sends it", subject)
+    return True
+
+
+def send_kept(notify: str | None, catalog: CatalogConfig) -> None:
+    """Sends what could not be sent before, saying of when it is, the oldest first and each once. Fails nothing.
+
+    A messenger that refuses two is not asked again: the next flow does that. One alone may be a message that it never
+    takes, and keeps no other.
+    """
+    try:
+        store = MessageStore(Folder(catalog))
+        store.give_up()
+        kept, refused = store.left(), 0
+        for message in kept:
+            if _is_sent_late(notify, message.message):
+                store.drop(message)
+            else:
+                refused += 1
+            if refused == _MOST_REFUSED:
+                break
+        if refused:
+            left = len(store.left())
+            logger.error("%d messages of earlier flows are still undelivered; `vlmflow show` lists them", left)
+    except VlmflowError as error:
+        logger.warning("whether the catalog keeps messages that nobody was sent is not known: %s", error)
+
+
+def _is_sent_late(notify: str | None, message: Message) -> bool:
+    if notify is None:
+        return False
+    at = f"{message.at.astimezone(dt.UTC):%Y-%m-%d %H:%M} UTC"
+    try:
+        block = Block.load(notify)
+        if not isinstance(block, NotificationBlock):
+            return False
+        _notify(block, f"{message.subject} (of {at})", f"This is of {at} and could not be sent then. {message.body}")
+    except Exception as error:  # noqa: BLE001 - whatever a messenger raises, the run is what matters
+        logger.warning("block %s failed with %s", notify, type(error).__name__)
+        return False
+    logger.info("%r of %s was sent now", message.subject, at)
+    return True
+
+
+def _notify(block: NotificationBlock, subject: str, body: str) -> None:
+    with block.raise_on_failure():  # most blocks would say nothing
+        sent: Any = block.notify(body, subject)
+        if inspect.iscoroutine(sent):  # within a running event loop
+            run_coro_as_sync(sent)
 
 
 def _deliver(block: NotificationBlock, subject: str, body: str) -> None:
     """Sends a message, after a failure once more and once more; raises what the last failure was."""
     for delay_s in (*_SEND_DELAYS_S, None):
         try:
-            with block.raise_on_failure():  # most blocks would say nothing
-                sent: Any = block.notify(body, subject)
-                if inspect.iscoroutine(sent):  # within a running event loop
-                    run_coro_as_sync(sent)
+            _notify(block, subject, body)
         except Exception as error:
             if delay_s is None:
                 raise
@@ -111,7 +181,7 @@ def tell_failure(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> 
 
     What can be done about it, which no state says, is sent too, and logged for those who look at the flow run.
     """
-    message = " ".join((state.message or "no message").split())[:1000]
+    message = _shortened(" ".join((state.message or "no message").split()))
     error = state.result(raise_on_failure=False) if state.is_failed() else None
     remedy = error.remedy if isinstance(error, VlmflowError) else ""
     if state.is_crashed() and (
@@ -122,7 +192,23 @@ def tell_failure(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> 
     if remedy:
         flow_run_logger(flow_run, flow).error("What to do: %s", remedy)
         message += f" - {remedy}"
-    send(flow_run.parameters.get("notify"), f"{flow.name} {flow_run.name} {state.name}", message)
+    notify = flow_run.parameters.get("notify")
+    if notify is not None:
+        send(notify, f"{flow.name} {flow_run.name} {state.name}", message, _catalog_of(flow_run.parameters))
+
+
+def _shortened(text: str) -> str:
+    """Cut before a word: part of an address would outlive an erasure."""
+    return text if len(text) <= _MAX_CHARS else text[: _MAX_CHARS + 1].rpartition(" ")[0] or text[:_MAX_CHARS]
+
+
+def _catalog_of(given: Mapping[str, Any]) -> CatalogConfig | None:
+    """The catalog that a flow run is about, by its parameters; None: its job cannot be read."""
+    over = {name: {"uri": given.get(name)} for name in ("source", "catalog")}
+    try:
+        return read_job(Path(given["job_file"]), {**over, "profile": given.get("profile")}).catalog
+    except (KeyError, TypeError, VlmflowError):
+        return None
 
 
 def flagged_share(decisions: Mapping[str, int]) -> float | None:

@@ -137,6 +137,7 @@ def moderation_backfill(
     """
     log_to_flow_run()
     job = _read_job({"job_file": job_file, "policy": policy})
+    alerts.send_kept(notify, job.catalog)
     if rollback is None and job.policy is None:
         raise ConfigError("the backfill names neither a policy nor a rollback", remedy="Give policy or rollback.")
     if rollback is not None and policy is not None:

@@ -120,6 +120,7 @@ def nightly_enrichment(
     with night_begun(job) as own:
         if own is not None and (other := look_around(steps, job, own)) is not None:  # one that began at the same time
             return _skipped(other, day)
+        alerts.send_kept(notify, job.catalog)  # of nights that begin at once one tells
         with steps.session(job):
             check(steps, job, f"doctor-{name}")
             if golden is not None:
@@ -340,7 +341,7 @@ def watch(job: Job, report: RunReport, folder: str, max_jump: float, notify: str
         body = f"Run {report.run_id} of {job.catalog.uri}: {share:.1%} of its images; of the runs before, {usual:.1%}."
         facts = {"share": share, "usual": usual, "run_id": report.run_id}
         alerts.emit(alerts.FLAGGED_JUMP, job.catalog.uri, subject, body, facts)
-        if alerts.send(notify, subject, body):
+        if alerts.send(notify, subject, body, job.catalog):
             note_told(job.catalog, report, folder)
 
 

@@ -22,6 +22,7 @@ from vlmflow.checks import Check, doctor_of
 from vlmflow.config import Frozen, Job
 from vlmflow.engine import PlanSummary, RunReport, enrich, plan
 from vlmflow.engine.cluster import ray_cluster
+from vlmflow.engine.prepare import EncodedPrompts
 from vlmflow.engine.progress import ProgressDisplay, Tally
 from vlmflow.engine.remoderate import check_remoderation, remoderate
 from vlmflow.engine.remoderate_report import RemoderateReport
@@ -82,6 +83,9 @@ class Steps(Protocol):
 class InProcess:
     """Steps as calls of the library."""
 
+    def __init__(self) -> None:
+        self._prompts = EncodedPrompts()
+
     def session(self, job: Job) -> AbstractContextManager[object]:
         """The job's Ray cluster."""
         return ray_cluster(job.ray)
@@ -117,7 +121,9 @@ class InProcess:
         self, job: Job, scope: Scope, rollback: str | None, *, dry_run: bool, progress: ProgressDisplay
     ) -> RemoderateReport:
         """Puts rows under the job's policy, or back under the one before."""
-        return remoderate(job, scope=scope, rollback=rollback, dry_run=dry_run, progress=progress)
+        return remoderate(
+            job, scope=scope, rollback=rollback, dry_run=dry_run, progress=progress, prompts=self._prompts
+        )
 
 
 class OnCluster:

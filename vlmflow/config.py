@@ -199,7 +199,7 @@ def load_job(
             data = read_yaml(Path(path).read_text(encoding="utf-8")) or {}
         except OSError as error:
             raise ConfigError(f"config {path}: {error.strerror}", remedy="Name an existing YAML file.") from error
-        except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, a date that there is not
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, a date that there is not
             raise ConfigError(
                 f"config {path} is not YAML: {' '.join(str(error).split())[:200]}", remedy="Fix the line named."
             ) from error

@@ -24,6 +24,10 @@ class ConfigError(VlmflowError):
     """A job, profile or option that cannot be used as it stands."""
 
 
+class ConditionError(ConfigError):
+    """A condition in SQL that cannot be used: no condition, too long, or over columns that are not there."""
+
+
 class FamilyError(ConfigError):
     """A family of one's own that cannot be used: its module, its class, the entry in it, or what it loads."""
 

@@ -11,6 +11,8 @@ import pyarrow.compute as pc
 
 from vlmflow import schema
 from vlmflow.catalog import Catalog, RunInfo
+from vlmflow.catalog.folder import Folder
+from vlmflow.catalog.messages import Message, MessageStore
 from vlmflow.catalog.rows import POLICY_COLUMNS, add_counts, error_classes, policy_names
 from vlmflow.config import CatalogConfig, Frozen
 from vlmflow.engine.report import RunReport
@@ -77,6 +79,7 @@ class CatalogSummary(Frozen):
         models: rows by model, per task.
         errors: rows by error class.
         alt_texts: rows with an alternative text by the rule that it breaks.
+        undelivered: messages to people that no messenger took, the oldest first; the next flow sends them.
     """
 
     catalog: str
@@ -92,6 +95,7 @@ class CatalogSummary(Frozen):
     flagged: tuple[Example, ...]
     examples: tuple[Example, ...]
     runs: tuple[RunLine, ...]
+    undelivered: tuple[Message, ...] = ()
 
 
 def summarize(config: CatalogConfig) -> CatalogSummary:
@@ -130,6 +134,7 @@ def summarize(config: CatalogConfig) -> CatalogSummary:
         flagged=tuple(flagged),
         examples=tuple(examples),
         runs=tuple(_run_lines(catalog)),
+        undelivered=tuple(kept.message for kept in MessageStore(Folder(config)).left()),
     )
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
-from typing import Any, get_args
+from collections.abc import Hashable, Iterator
+from typing import Any, ClassVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -17,22 +17,59 @@ _REASONS = {
     "dict_type": "must hold keys of its own, {key: value}",
     "tuple_type": "must be a list, such as [a, b]",
     "list_type": "must be a list, such as [a, b]",
-    "string_type": "must be a text",
+    "string_type": "must be a text, in quotes where it looks like a number or a date",
 }
 
 
+_MAX_DEPTH = 100  # of brackets; the parser sits for many seconds over thousands of them
+# What a key can hold: the order of a set is another in each process, and with it the digest of a policy that has one.
+_TAGS = ("null", "bool", "int", "float", "str", "seq", "map", "timestamp")
+
+
+def _tag_of(node: yaml.Node) -> str:
+    """A tag as people write it."""
+    return str(node.tag).replace("tag:yaml.org,2002:", "!!")
+
+
+def _refused(loader: yaml.SafeLoader, node: yaml.Node) -> Any:
+    what = f"the tag {_tag_of(node)} cannot be used: write texts, numbers, lists and mappings without one"
+    raise yaml.constructor.ConstructorError(None, None, what, node.start_mark)
+
+
 class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that is there twice, of which YAML would silently take the last."""
+    """Refuses a key that is there twice, of which YAML would silently take the last, and what makes other things than
+    texts, numbers, times, lists and mappings."""
+
+    yaml_constructors: ClassVar[dict[Any, Any]] = {
+        tag: maker
+        for tag, maker in yaml.SafeLoader.yaml_constructors.items()
+        if tag in [f"tag:yaml.org,2002:{name}" for name in _TAGS]
+    } | {None: _refused}
+
+    def fetch_flow_collection_start(self, token_class: Any) -> None:
+        if self.flow_level >= _MAX_DEPTH:
+            what = f"more than {_MAX_DEPTH} brackets in each other"
+            raise yaml.scanner.ScannerError(None, None, what, self.get_mark())
+        super().fetch_flow_collection_start(token_class)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (KeyError, AttributeError, IndexError) as error:  # `!!bool maybe`, `!!timestamp now`, `!!int ""`
+            what = f"this is no {_tag_of(node)}"
+            raise yaml.constructor.ConstructorError(None, None, what, node.start_mark) from error
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: list[object] = []
+        seen: set[object] = set()
         for key_node, _ in node.value:
             if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *other`, whose keys one beside it replaces
                 continue
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                continue  # refused below
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key} twice", key_node.start_mark)
-            seen.append(key)
+            seen.add(key)
         return super().construct_mapping(node, deep)
 
 
@@ -41,10 +78,12 @@ def read_yaml(text: str) -> Any:
 
     Raises:
         ValueError: it holds a date or a number that there is not.
-        yaml.YAMLError: it is none, or a key stands twice.
-        RecursionError: it is nested too deep.
+        yaml.YAMLError: it is none, a key stands twice, it is nested too deep, or a tag makes what is no data.
     """
-    return yaml.load(text, _StrictLoader)  # a SafeLoader
+    try:
+        return yaml.load(text, _StrictLoader)  # a SafeLoader
+    except RecursionError as error:
+        raise yaml.YAMLError("it is nested too deep") from error
 
 
 def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

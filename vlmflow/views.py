@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime as dt
 import json
 import shlex
 from collections.abc import Mapping, Sequence
@@ -175,6 +176,12 @@ def print_summary(summary: CatalogSummary, console: Console) -> None:
             note = run.operation + (f": {counted(run.num_moved, 'row')}" if run.num_moved else "")
         table.add_row(run.run_id, run.state, started, *counts, escape(printable(run.message or note)))
     console.print(table)
+    if summary.undelivered:
+        told = f"{counted(len(summary.undelivered), 'message')} could not be sent to people; the next flow does it:"
+        console.print(told, style="yellow")
+    for message in summary.undelivered:
+        line = f"{message.at.astimezone(dt.UTC):%Y-%m-%d %H:%M} UTC  {message.subject}: {message.body}"
+        console.print(printable(line), markup=False, highlight=False)
 
 
 def print_profiles(profiles: Sequence[ProfileStatus], console: Console) -> None:

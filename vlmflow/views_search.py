@@ -109,6 +109,8 @@ def print_search(result: SearchResult, console: Console) -> None:
 
 def print_index(report: IndexReport, console: Console) -> None:
     """Prints what an update of the index did."""
+    if report.num_damaged:
+        console.print(f"{report.num_damaged} segments were damaged and are made anew.", style="yellow")
     if report.num_small and not report.num_covered:
         console.print(f"No index: {report.num_small:,} vectors are compared one by one in well under a second.")
         return

@@ -379,6 +379,7 @@ def test_a_bookmark_of_another_catalog_is_refused(
         (["--bookmark", "{tmp}"], "is a folder"),
         (["--bookmark", "{tmp}/none/mark"], "no folder"),
         (["--bookmark", "{tmp}/text"], "it is no bookmark"),
+        (["--bookmark", "{tmp}/nested"], "it is no bookmark"),
         (["{tmp}/rows.csv", "--since", "0"], "is the name of a file"),
         (["{tmp}/full", "--since", "0"], "is not empty"),
     ],
@@ -387,6 +388,7 @@ def test_what_cannot_be_followed_is_refused_in_words(
     catalog: Catalog, tmp_path: Path, capsys: pytest.CaptureFixture[str], given: list[str], message: str
 ) -> None:
     (tmp_path / "text").write_text("[1]")
+    (tmp_path / "nested").write_text("[" * 200_000)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     assert run("changes", catalog.uri, *(one.replace("{tmp}", str(tmp_path)) for one in given)) == 2

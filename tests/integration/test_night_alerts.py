@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
 
-from pipelines import at_work, nightly
+from pipelines import alerts, at_work, nightly
 from tests.flows import Prefect
 from tests.messenger import Messenger, running_messenger
 from tests.processes import wait_for
@@ -260,6 +260,26 @@ def test_a_folder_of_reports_out_of_reach_silences_no_alert(
     jump, failure = messenger.received
     assert jump["title"] == "vlmflow: many more images are flagged"
     assert "s3://reports refuses access" in failure["text"]
+
+
+def test_what_a_night_could_tell_nobody_the_next_tells(
+    prefect: Prefect, night: Callable[..., Any], messenger: Messenger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(alerts, "_SEND_DELAYS_S", (0.0, 0.0))
+    messenger.status = 503
+    assert night(GivenSteps(UnreconciledError("2 images went in and did not come out"))).is_failed()
+    jump = tonight(decisions={"allow": 50, "block": 50})
+    assert night(GivenSteps(jump)).is_completed()
+    messenger.status, messenger.received[:] = 200, []
+    state = night(GivenSteps(tonight(status="nothing_due", num_added=0)), date=NEXT)
+    assert state.is_completed()
+    failure, flagged = messenger.received
+    assert failure["title"].startswith("nightly-enrichment nightly 2026-03-01 Failed (of 20")
+    assert "2 images went in and did not come out" in failure["text"]
+    assert flagged["title"].startswith("vlmflow: many more images are flagged (of 20")
+    wait_for(lambda: "was sent now" in prefect.log(str(state.state_details.flow_run_id)), seconds=30)
+    assert night(GivenSteps(tonight(status="nothing_due", num_added=0)), date=NEXT).is_completed()
+    assert len(messenger.received) == 2
 
 
 def test_a_usual_night_tells_nobody(night: Callable[..., Any], messenger: Messenger) -> None:

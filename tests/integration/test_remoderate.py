@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
+from pipelines.steps import InProcess
 from tests.pictures import picture, write_broken, write_pictures
 from tests.terminal import run
 from vlmflow.catalog import Catalog
@@ -21,12 +22,15 @@ from vlmflow.catalog.log import SCHEMA_VERSION, DataFile
 from vlmflow.config import CatalogConfig, Job, ModelConfig
 from vlmflow.engine import enrich
 from vlmflow.engine import remoderate as module
+from vlmflow.engine.progress import SilentProgress
 from vlmflow.engine.remoderate import remoderate
 from vlmflow.engine.remoderate_report import RemoderateReport
 from vlmflow.engine.scope import Scope
 from vlmflow.errors import ConfigError
 from vlmflow.models import identify
 from vlmflow.moderation.policy import bind, load_policy, write_binding
+from vlmflow.moderation.prompts import PromptVectors
+from vlmflow.tasks.setup import TaskSetup
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -135,6 +139,25 @@ def test_backfilled_and_online_moderation_are_equal_to_the_bit(
     assert after.sort_by(by_id).select(untouched).equals(before.sort_by(by_id).select(untouched))
     again = remoderate(job.model_copy(update={"policy": other}))
     assert (again.num_moved, again.num_commits) == (0, 0)
+
+
+def test_dry_runs_of_several_partitions_encode_the_prompts_once(
+    job_of_two_days: Job, write_policy: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the dry backfill does, which archives nothing: it loaded the model at each partition."""
+    encode, encoded = module.encode_policy, []
+
+    def counted(setup: TaskSetup) -> PromptVectors | None:
+        encoded.append(setup.policy)
+        return encode(setup)
+
+    monkeypatch.setattr(module, "encode_policy", counted)
+    other = write_policy("other", version='"2"', prompt="a red car and a tree")
+    job, steps = job_of_two_days.model_copy(update={"policy": other}), InProcess()
+    for date, num_images in ((OLD_DATE, 4), (NEW_DATE, 2)):
+        report = steps.remoderate(job, Scope(date, date), None, dry_run=True, progress=SilentProgress())
+        assert report.num_moved == num_images
+    assert len(encoded) == 1
 
 
 def test_thresholds_alone_load_no_model_and_come_back(

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
 from tests.catalog_samples import enrich, references
 from tests.faulty_proxy import FaultyProxy, running_proxy
+from tests.pictures import write_pictures
 from tests.s3 import S3Server
 from vlmflow.catalog import Catalog
 from vlmflow.catalog.folder import Folder
 from vlmflow.checks import _catalog
-from vlmflow.config import CatalogConfig
+from vlmflow.config import CatalogConfig, Job
+from vlmflow.engine import remoderate, run
 from vlmflow.errors import StorageAccessError
 
 STORES = [("overwrites", "accepts a second writer of one file"), ("unknown", "knows no conditional writes")]
@@ -54,6 +57,31 @@ def test_nothing_is_committed_to_one_that_is_there(
     with pytest.raises(StorageAccessError, match=said):
         enrich(catalog, "r2", [references(["b"])])
     assert Catalog.open(config).images(["uri"]).num_rows == 1
+
+
+@pytest.mark.parametrize(("how", "said"), STORES)
+def test_a_run_is_refused_before_it_starts_ray_and_loads_models(
+    config: CatalogConfig,
+    proxy: FaultyProxy,
+    make_job: Callable[..., Job],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    how: str,
+    said: str,
+) -> None:
+    for module in (run, remoderate):
+        monkeypatch.setattr(module, "ray_cluster", lambda _: pytest.fail("Ray was started"))
+    write_pictures(tmp_path / "photos", 1)
+    job = make_job(tmp_path / "photos", catalog=config, tasks=("embed", "moderate"), pools=())
+    proxy.fail(bucket_of(config), how)
+    with pytest.raises(StorageAccessError, match=said):
+        run.enrich(job)
+    assert not Catalog.exists(config)
+    proxy.fail(bucket_of(config), "")
+    enrich(Catalog.open_or_create(config, pa.schema([])), "r1", [references(["a"])])
+    proxy.fail(bucket_of(config), how)
+    with pytest.raises(StorageAccessError, match=said):
+        remoderate.remoderate(job)
 
 
 @pytest.mark.parametrize("how", ["", "races", *(how for how, _ in STORES)])

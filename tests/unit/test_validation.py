@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,46 @@ def test_a_key_of_a_job_file_stands_once(text: str, tmp_path: Path) -> None:
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"job\.yaml .*key \w+ twice in .*line \d"):
         load_job(path, PLACES)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("tasks: !!set {embed, caption}", r"the tag !!set cannot be used: write texts, .*line 1, column 8"),
+        ("tasks: !!omap [a: 1]", "the tag !!omap cannot be used"),
+        ("profile: !!binary aGVsbG8=", "the tag !!binary cannot be used"),
+        ("profile: !!python/name:os.system", "the tag !!python/name:os.system cannot be used"),
+        ("profile: !!python/object/apply:os.system ['true']", "the tag !!python/object/apply:os.system cannot"),
+        ("profile: !mine a", "the tag !mine cannot be used"),
+        ("accept_unbound: !!bool maybe", r"this is no !!bool in .*line 1, column 17"),
+        ("date: !!timestamp now", "this is no !!timestamp"),
+        ("limit: !!int ''", "this is no !!int"),
+        ("date: 2026-13-45", "month must be in 1..12"),
+        ("limit: " + "9" * 5000, "Exceeds the limit"),
+        ("[" * 100_000, "more than 100 brackets in each other"),
+        ("{a: " * 3000 + "1" + "}" * 3000, "more than 100 brackets in each other"),
+        ("- " * 20_000, "it is nested too deep"),
+        ("{[a]: 1}", "found unhashable key"),
+    ],
+)
+def test_a_job_file_of_strange_yaml_is_refused_at_once(text: str, told: str, tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(text)
+    began = time.thread_time()
+    with pytest.raises(ConfigError, match=rf"job\.yaml is not YAML: .*{told}"):
+        load_job(path, PLACES)
+    assert time.thread_time() - began < 2
+
+
+def test_anchors_that_explode_and_files_of_many_keys_are_told_in_one_line(tmp_path: Path) -> None:
+    laughs = ["l0: &l0 [x, x]", *(f"l{at}: &l{at} [{', '.join([f'*l{at - 1}'] * 9)}]" for at in range(1, 30))]
+    path = tmp_path / "job.yaml"
+    for lines in ([*laughs, "profile: *l29", "tasks: *l29"], [f"key{at}: 1" for at in range(10_000)]):
+        path.write_text("\n".join(lines))
+        began = time.thread_time()
+        with pytest.raises(ConfigError, match=r"job\.yaml: .*unknown key"):
+            load_job(path, PLACES)
+        assert time.thread_time() - began < 10
 
 
 def test_a_key_beside_those_of_an_anchor_replaces_them() -> None:

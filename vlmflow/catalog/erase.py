@@ -33,6 +33,7 @@ from vlmflow.catalog.indexes import INDEXES, files_holding
 from vlmflow.catalog.keys import KeyIndex, concat, duplicates, index_of, to_binary, to_words
 from vlmflow.catalog.log import DataFile, Snapshot, TableLog
 from vlmflow.catalog.masks import Mask, as_mask
+from vlmflow.catalog.messages import MESSAGES
 from vlmflow.catalog.read import read_each, read_rows
 from vlmflow.catalog.reviews import REVIEWS
 from vlmflow.catalog.runs import LEASE_SUFFIX, RUNS, RunState, RunStore
@@ -58,7 +59,7 @@ class EraseResult:
         num_files: older or never committed files that held the images, or could not be read, deleted. What a process
             left half written when it was killed is among them, whatever it holds.
         num_index_files: files of vector indexes, deleted whole; the next update of the index writes the others anew.
-        num_records: records of runs in which an address was blotted out.
+        num_records: records of runs, and messages, in which an address was blotted out.
         live_runs: runs at work, which may still hold the images in files that they have not committed. They will not
             commit them; the erasure is complete when it has been asked for again after their end.
         failed: files that could not be deleted, or that somebody may be writing at the moment.
@@ -132,7 +133,7 @@ def erase(
 
 _GONE = ("old", "orphan", "staged")
 _ROWS = pa.schema([("image_id", pa.string()), ("uri", pa.string())])
-_OTHERS = (REVIEWS, INDEXES, RUNS)  # folders whose files name images too
+_OTHERS = (REVIEWS, INDEXES, RUNS, MESSAGES)  # folders whose files name images too
 # By table: where its files lie, and those that are nobody's.
 _FOLDERS = {
     "images": ("images/", f"{STAGING}/", *(f"{name}/" for name in _OTHERS)),
@@ -321,7 +322,8 @@ _REVIEW_READERS: dict[str, Callable[[Folder, str], pa.Table]] = {
 
 
 def _redact(folder: Folder, states: Mapping[str, str], texts: set[str], wanted: KeyIndex) -> int:
-    """Blots addresses out of the records of runs that are over, also those that stand beside the id of an image."""
+    """Blots addresses out of the records of runs that are over, also those that stand beside the id of an image, and
+    out of messages that are still to be sent."""
     blotted = _blotter(_as_in_json(texts))
 
     def redact(path: str) -> bool:
@@ -382,6 +384,7 @@ def _blotter(texts: Iterable[str]) -> Callable[[str], str]:
 
 
 def _records(folder: Folder, states: Mapping[str, str]) -> Iterator[str]:
+    yield from (file.path for file in list(folder.list(MESSAGES)) if file.path.endswith(".json"))
     for file in list(folder.list(RUNS)):
         run_id = file.path.removeprefix(f"{RUNS}/").rpartition(".")[0]
         if file.path.endswith(".json") and states.get(run_id) != "running":

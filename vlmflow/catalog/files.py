@@ -11,6 +11,7 @@ from vlmflow.catalog.folder import FileInfo, Folder
 from vlmflow.catalog.indexes import INDEXES
 from vlmflow.catalog.known_images import KNOWN
 from vlmflow.catalog.log import TableLog
+from vlmflow.catalog.messages import MESSAGES
 from vlmflow.catalog.policies import POLICIES
 from vlmflow.catalog.reviews import REVIEWS
 from vlmflow.catalog.runs import DEAD_AFTER, FLOWS, RUNS, RunState
@@ -21,7 +22,7 @@ from vlmflow.catalog.writer import STAGING, writer_of
 # store may show the two in another order.
 UNKNOWN_RUN_AGE = dt.timedelta(hours=24)
 
-_OTHERS = (REVIEWS, RUNS, FLOWS, INDEXES, POLICIES, KNOWN, TOMBSTONES)  # folders whose files stand in no log
+_OTHERS = (REVIEWS, RUNS, FLOWS, INDEXES, POLICIES, KNOWN, TOMBSTONES, MESSAGES)  # folders whose files stand in no log
 
 FileKind: TypeAlias = Literal[
     "live",  # in the newest version of its table

@@ -45,7 +45,7 @@ class Bookmark:
             return cls(str(held["table_id"]), int(held["version"]))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is no bookmark"
             remedy = "Name a file that `vlmflow changes` wrote, or one that does not exist: then all rows are new."
             raise ConfigError(f"{path} cannot be read: {reason}", remedy=remedy) from error

@@ -196,6 +196,14 @@ class RunStore:
         if not keep_lease:
             self._folder.delete(self._lease(run_id))
 
+    def amend(self, run_id: str, **counts: int) -> None:
+        """Puts counts into the record of a run at work, for who meets it killed; what fails here is logged."""
+        try:
+            if (record := self.get(run_id)) is not None:
+                self._put(run_id, record | counts)
+        except VlmflowError as error:
+            logger.warning("the record of run %s could not be kept up: %s", run_id, error)
+
     def get(self, run_id: str) -> dict[str, Any] | None:
         """The record of a run; None: there is no such run."""
         return self._folder.read_json(self._record(run_id))

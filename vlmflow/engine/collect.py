@@ -248,6 +248,9 @@ class Collector:
         collected = self.collected
         collected.num_added += result.num_added
         collected.num_replaced += result.num_replaced
+        if result.num_replaced:
+            # Of a killed run the table tells how many rows it wrote, and not which of its own date were there before.
+            self._catalog.runs.amend(self._run_id, num_replaced=collected.num_replaced)
         collected.statuses.update(result.statuses)
         # Not before: what was not committed another run computes, and counts, again.
         collected.errors.update(result.errors)

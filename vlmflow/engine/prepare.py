@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime as dt
 import logging
 import os
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import ray
@@ -15,6 +17,8 @@ from vlmflow.engine.faults import get
 from vlmflow.engine.garbage import collected_once
 from vlmflow.engine.stored import Stored
 from vlmflow.imaging import DECODER_VERSION
+from vlmflow.models.identity import ModelIdentity
+from vlmflow.moderation.policy import prompts_digest
 from vlmflow.moderation.prompts import PromptVectors
 from vlmflow.tasks.setup import TaskSetup, prepare_prompts, prepare_tasks, with_policy
 
@@ -118,6 +122,24 @@ def encode_policy(setup: TaskSetup) -> PromptVectors | None:
         return None
     vectors: PromptVectors = get(ray.remote(num_cpus=1)(_encode).remote(setup))
     return vectors
+
+
+class EncodedPrompts:
+    """Vectors of prompts that this process has encoded: several dry runs of one policy archive none for each other."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._held: dict[tuple[str, ModelIdentity], PromptVectors | None] = {}
+
+    def of(self, setup: TaskSetup, encode: Callable[[TaskSetup], PromptVectors | None]) -> PromptVectors | None:
+        """Those of a policy: encoded now, unless they were before."""
+        if setup.policy is None:
+            return None
+        key = prompts_digest(setup.policy), setup.identities["embed"]
+        with self._lock:  # of partitions at work at the same time one encodes
+            if key not in self._held:
+                self._held[key] = encode(setup)
+            return self._held[key]
 
 
 @collected_once()

@@ -91,12 +91,28 @@ class SilentProgress:
         """Does nothing."""
 
 
+class _Lines:
+    """When a line is due: at most every so many seconds, and once when all is committed, so that the last is whole."""
+
+    def __init__(self, interval_s: float) -> None:
+        self._interval_s = interval_s
+        self._last, self._is_over = float("-inf"), False
+
+    def is_due(self, tally: Tally) -> bool:
+        """Whether to write one now; then it counts as written."""
+        now, was_over = time.monotonic(), self._is_over
+        self._is_over = tally.committed >= tally.total > 0
+        if was_over if self._is_over else now - self._last < self._interval_s:
+            return False
+        self._last = now
+        return True
+
+
 class LogProgress:
-    """A line in the log at most every ten seconds."""
+    """A line in the log at most every ten seconds, and the last."""
 
     def __init__(self, interval_s: float = LOG_INTERVAL_S) -> None:
-        self._interval_s = interval_s
-        self._last = float("-inf")
+        self._lines = _Lines(interval_s)
 
     def stage(self, text: str) -> None:
         """Logs the stage."""
@@ -104,9 +120,7 @@ class LogProgress:
 
     def update(self, tally: Tally) -> None:
         """Logs the counts if the last line is old enough."""
-        now = time.monotonic()
-        if now - self._last >= self._interval_s:
-            self._last = now
+        if self._lines.is_due(tally):
             logger.info("%s", describe(tally))
 
     def close(self) -> None:
@@ -118,8 +132,7 @@ class JsonProgress:
 
     def __init__(self, stream: TextIO, interval_s: float = LOG_INTERVAL_S) -> None:
         self._stream = stream
-        self._interval_s = interval_s
-        self._last = float("-inf")
+        self._lines = _Lines(interval_s)
 
     def stage(self, text: str) -> None:
         """Writes ``{"event": "stage", ...}``."""
@@ -127,10 +140,8 @@ class JsonProgress:
 
     def update(self, tally: Tally) -> None:
         """Writes ``{"event": "progress", ...}`` if the last line is old enough."""
-        now = time.monotonic()
-        if now - self._last < self._interval_s:
+        if not self._lines.is_due(tally):
             return
-        self._last = now
         eta_s = tally.eta_s
         self._write(
             {

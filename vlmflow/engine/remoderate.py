@@ -26,7 +26,7 @@ from vlmflow.config import Job
 from vlmflow.engine.archive import archive_policy, archived_policies, archived_policy, archived_prompts, full_digest
 from vlmflow.engine.cluster import ray_cluster
 from vlmflow.engine.faults import get, lost_in_mid_run
-from vlmflow.engine.prepare import Prepared, encode_policy, prepare
+from vlmflow.engine.prepare import EncodedPrompts, Prepared, encode_policy, prepare
 from vlmflow.engine.progress import ProgressDisplay, SilentProgress, Tally
 from vlmflow.engine.relabel_files import Done, Scan, relabel_file, scan_file, score_file
 from vlmflow.engine.remoderate_report import RemoderateReport
@@ -57,6 +57,7 @@ def remoderate(
     rollback: str | None = None,
     dry_run: bool = False,
     progress: ProgressDisplay | None = None,
+    prompts: EncodedPrompts | None = None,
 ) -> RemoderateReport:
     """Puts the rows of a catalog under the job's policy, from stored vectors and margins.
 
@@ -68,6 +69,7 @@ def remoderate(
         rollback: digest, or the beginning of it, of a policy: its rows go back to the policy that each had before, one
             step: a second rollback moves none of them. The job's policy is not used.
         dry_run: reports what would change, and writes nothing.
+        prompts: of several calls in one process, the same for all: what one has encoded serves the next.
 
     Raises:
         ConfigError: the condition cannot be used, or no archived policy begins with ``rollback``.
@@ -77,7 +79,9 @@ def remoderate(
         WeightsError: weights of the embedder or of a detector are absent or do not fit.
         StoreLostError: the store went away in mid-run; what was committed stays.
     """
-    return _begun(job, scope or Scope(), rollback, dry_run, progress or SilentProgress()).execute()
+    begun = _begun(job, scope or Scope(), rollback, dry_run, progress or SilentProgress())
+    begun.encoded = prompts or begun.encoded
+    return begun.execute()
 
 
 def check_remoderation(job: Job, scope: Scope, rollback: str | None) -> None:
@@ -127,11 +131,13 @@ class _Remoderation:
         self._totals = _Totals()
         self._tally = Tally()
         self._max_tasks = 1
+        self.encoded = EncodedPrompts()
 
     def execute(self) -> RemoderateReport:
         if self._dry_run:
             self._run()
             return self._report("dry run")
+        self._folder.check_exclusive()  # before the model is loaded, not at the first commit
         self._catalog.upgrade()  # rows are written with all columns that they are read with
         runs = self._catalog.runs
         runs.start(self._run_id, self._record("running"))
@@ -334,7 +340,7 @@ class _Remoderation:
         binding = check_binding(target.policy, identity, accept_unbound=self._prepared.job.accept_unbound)
         prompts = archived_prompts(self._catalog, target.policy, identity)
         if prompts is None:
-            prompts = encode_policy(replace(setup, policy=target.policy, binding=binding))
+            prompts = self.encoded.of(replace(setup, policy=target.policy, binding=binding), encode_policy)
         if not self._dry_run:
             archive_policy(self._catalog, target.policy, prompts, identity)
         moderator = Moderator(target.policy, binding, prompts, self._detectors_of(target.policy))

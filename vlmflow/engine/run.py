@@ -13,6 +13,7 @@ import ray
 
 from vlmflow.catalog import Catalog, Plan, plan_without_catalog
 from vlmflow.catalog.columns import storable
+from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.runs import new_run_id
 from vlmflow.config import Job
 from vlmflow.engine.archive import archive_policy, archived_prompts
@@ -171,6 +172,7 @@ class _Run:
     def execute(self) -> RunReport:
         if self._plan.num_planned == 0:
             return self._without_images()
+        Folder(self._job.catalog).check_exclusive()  # minutes before the first commit asks for it
         self._display.stage("starting Ray")
         with ray_cluster(self._job.ray) as cluster, cluster.worker_errors() as self._worker_errors, self._nodes:
             cluster.tell()
@@ -346,18 +348,16 @@ class _Run:
 
     def _run_alone(self, lost: pa.Table, stages: Stages, collector: Collector, metrics: RunMetrics) -> None:
         self._display.stage(f"running {lost.num_rows:,} images alone that came back from no worker")
-        quarantine = Quarantine(stages, self._job.quarantine)
         started = time.monotonic() - self._tally.elapsed_s
-        try:
+        with contextlib.closing(Quarantine(stages, self._job.quarantine)) as quarantine:
             for index in range(lost.num_rows):
                 collector.add([(ray.put(quarantine.run(lost.slice(index, 1))), 1)])
                 collector.tick()
                 self._tally.at(time.monotonic() - started)
                 self._display.update(self._tally)
                 metrics.update(self._tally, self._collected, num_alone=index + 1)
-        finally:
-            quarantine.close()
         collector.finish()
+        self._display.update(self._tally)
         metrics.update(self._tally, self._collected)
 
     def _unreconciled(self, lost: pa.Table) -> UnreconciledError:

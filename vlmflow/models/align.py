@@ -20,7 +20,7 @@ from vlmflow.config import Dtype, ModelConfig
 from vlmflow.models import EncodedImages
 from vlmflow.models.pixels import PixelNormalizer, model_dtype
 from vlmflow.models.preprocessing import read_preprocessing
-from vlmflow.models.pretrained import load_model, load_tokenizer, tokenize
+from vlmflow.models.pretrained import load_model, load_text_tokenizer, tokenize
 from vlmflow.models.vectors import TEXTS_AT_ONCE, cosines, to_unit
 from vlmflow.models.weights import check_keys
 
@@ -47,7 +47,7 @@ class AlignEmbedder:
         model, missing, unexpected = load_model(AlignModel, folder, wanted)
         check_keys(folder, missing, unexpected)
         normalizer = PixelNormalizer(read_preprocessing(folder, config), device, wanted)
-        return cls(model.to(device), load_tokenizer(folder), normalizer)
+        return cls(model.to(device), load_text_tokenizer(folder), normalizer)
 
     @torch.inference_mode()
     def embed_images(self, pixels: torch.Tensor) -> NDArray[np.float32]:

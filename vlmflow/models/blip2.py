@@ -24,7 +24,14 @@ from vlmflow.models.attention import growing
 from vlmflow.models.logits import NumberCheck
 from vlmflow.models.pixels import PixelNormalizer, model_dtype
 from vlmflow.models.preprocessing import read_preprocessing
-from vlmflow.models.pretrained import load_config, load_model, load_tokenizer, tokenize
+from vlmflow.models.pretrained import (
+    check_untied,
+    load_config,
+    load_model,
+    load_text_tokenizer,
+    load_tokenizer,
+    tokenize,
+)
 from vlmflow.models.towers import SharedTower, VisionTowers
 from vlmflow.models.weights import check_keys
 
@@ -53,6 +60,7 @@ class Blip2Captioner:
         wanted = model_dtype(device, dtype)
         model, missing, unexpected = load_model(Blip2ForConditionalGeneration, folder, wanted)
         check_keys(folder, missing, unexpected)
+        check_untied(folder, model)
         if model.config.text_config.bos_token_id is None:
             raise WeightsError(
                 f"weights: {folder / 'config.json'}: text_config.bos_token_id is missing, which begins a caption",
@@ -130,7 +138,7 @@ class Blip2Matcher:
         normalizer = PixelNormalizer(read_preprocessing(folder, config), device, wanted)
         model.vision_model.to(wanted)
         model = model.to(device)
-        return cls(model, load_tokenizer(folder), (towers or VisionTowers()).share(model.vision_model, normalizer))
+        return cls(model, load_text_tokenizer(folder), (towers or VisionTowers()).share(model.vision_model, normalizer))
 
     @torch.inference_mode()
     def encode_images(self, pixels: torch.Tensor) -> EncodedImages:

@@ -23,7 +23,7 @@ from vlmflow.models.attention import growing
 from vlmflow.models.clip_packed import can_pack, pack_image_tower, take_pixels, takes_pixels
 from vlmflow.models.pixels import PixelNormalizer, model_dtype
 from vlmflow.models.preprocessing import read_preprocessing
-from vlmflow.models.pretrained import check_words, in_our_words
+from vlmflow.models.pretrained import check_padding, check_words, in_our_words
 from vlmflow.models.sizes import in_few_sizes
 from vlmflow.models.upload import to_device
 from vlmflow.models.weights import check_keys, find_weights, read_open_clip_model
@@ -191,6 +191,7 @@ def _load_tokenizer(folder: Path, text_config: dict[str, Any]) -> Tokenize:
         mode = text_config.get("tokenizer_mode")
         of_folder: Tokenize = HFTokenizer(str(folder), context_length=context_length, tokenizer_mode=mode, **options)
     check_words(folder, of_folder.tokenizer)  # type: ignore[attr-defined]
+    check_padding(folder, of_folder.tokenizer)  # type: ignore[attr-defined]
     return of_folder
 
 

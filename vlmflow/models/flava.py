@@ -21,7 +21,7 @@ from vlmflow.config import Dtype, ModelConfig
 from vlmflow.models import EncodedImages
 from vlmflow.models.pixels import PixelNormalizer, model_dtype
 from vlmflow.models.preprocessing import read_preprocessing
-from vlmflow.models.pretrained import load_config, load_model, load_tokenizer, tokenize
+from vlmflow.models.pretrained import load_config, load_model, load_text_tokenizer, tokenize
 from vlmflow.models.vectors import TEXTS_AT_ONCE, cosines, to_unit
 from vlmflow.models.weights import check_keys
 
@@ -174,4 +174,4 @@ def _parts(
 ) -> tuple[Any, Any, PixelNormalizer]:
     normalizer = PixelNormalizer(read_preprocessing(folder, config), device, model_dtype(device, dtype))
     model.itm_head.to(device)
-    return model.flava.to(device), load_tokenizer(folder), normalizer
+    return model.flava.to(device), load_text_tokenizer(folder), normalizer

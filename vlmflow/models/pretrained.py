@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 import transformers.utils.logging
+from safetensors import safe_open
 from transformers import AutoProcessor, AutoTokenizer
 
 from vlmflow.errors import WeightsError
-from vlmflow.models.weights import read_json
+from vlmflow.models.weights import check_keys, find_weights, read_json, section_of
 
 _REMEDY = "Copy the model's whole folder: configuration, safetensors and tokenizer that belong together."
 
@@ -72,6 +73,17 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
+def load_text_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer, for batches of texts: see :func:`tokenize`.
+
+    Raises:
+        WeightsError: as :func:`load_tokenizer`, or it cannot fill up the shorter texts of a batch.
+    """
+    tokenizer = load_tokenizer(folder)
+    check_padding(folder, tokenizer)
+    return tokenizer
+
+
 def load_processor(folder: Path) -> Any:
     """What the folder's model makes of images and texts.
 
@@ -101,6 +113,44 @@ def check_words(folder: Path, tokenizer: Any) -> None:
             f"weights: the tokenizer of {folder} knows no words: its vocabulary is absent or empty",
             remedy=f"Copy the tokenizer's files from where the model was published: those there are of {names}.",
         )
+
+
+def check_padding(folder: Path, tokenizer: Any) -> None:
+    """Refuses a tokenizer without a padding token, which would fail at the first texts of different lengths.
+
+    Raises:
+        WeightsError: it has none.
+    """
+    if tokenizer.pad_token_id is None:
+        raise WeightsError(
+            f"weights: the tokenizer of {folder} has no padding token, so it can make no batch of texts",
+            remedy="Copy tokenizer_config.json and special_tokens_map.json from where the model was published: they "
+            "name it as pad_token.",
+        )
+
+
+def check_untied(folder: Path, model: Any) -> None:
+    """Refuses weights that lack one of two layers of words, where the configuration says that each has its own.
+
+    transformers would take the other layer in its place without a word, and captions would come out wrong.
+
+    Args:
+        model: with a ``language_model``, whose configuration is the folder's ``text_config``.
+
+    Raises:
+        WeightsError: names the tensors that are missing.
+    """
+    path = folder / "config.json"
+    settings = section_of(read_json(path), "text_config", path)
+    given, made = model.language_model.get_input_embeddings(), model.language_model.get_output_embeddings()
+    if settings.get("tie_word_embeddings") is not False or given.weight.data_ptr() != made.weight.data_ptr():
+        return
+    held: set[str] = set()
+    for file in find_weights(folder, "blip2_caption"):
+        with safe_open(file, "pt") as tensors:
+            held.update(tensors.keys())
+    names = [f"{name}.weight" for name, module in model.named_modules() if module is given or module is made]
+    check_keys(folder, [name for name in names if name not in held], [])
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], max_tokens: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -138,7 +138,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise WeightsError(f"weights: {path}: {error.strerror}", remedy="Copy the model's whole folder.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise WeightsError(f"weights: {path} is not JSON", remedy="Copy the model's folder again.") from error
     if not isinstance(content, dict):
         raise WeightsError(f"weights: {path} holds no JSON object", remedy="Copy the model's folder again.")

@@ -215,7 +215,10 @@ def load_policy(name_or_path: str) -> Policy:
         PolicyError: there is no such file, it is not YAML, or a key does not fit; one line names the key and why.
     """
     path = _path(name_or_path)
-    data = _read_yaml(path)
+    return _validated(_read_yaml(path), path)
+
+
+def _validated(data: Any, path: Path) -> Policy:
     try:
         return Policy.model_validate(data)
     except ValidationError as error:
@@ -355,15 +358,11 @@ def _changed(path: Path, binding: Binding, version: str | None) -> str:
     data = _read_yaml(path)
     if not isinstance(data, dict) or not data or list(data)[-1] != "bindings":
         raise PolicyError(f"policy {path}: bindings is not its last key", remedy="End the file with `bindings: []`.")
+    _validated(data, path)
     kept = [old for old in data["bindings"] or [] if old.get("weights") != binding.weights]
     wanted = data | {"bindings": [*kept, binding.model_dump(mode="json", exclude_defaults=True)]}
     wanted |= {} if version is None else {"version": version}
-    try:
-        Policy.model_validate(wanted)
-    except ValidationError as error:
-        raise PolicyError(
-            describe_validation(error, what=f"policy {path}", of=Policy), remedy="Fix the keys named."
-        ) from error
+    _validated(wanted, path)
     text = _put_in(path.read_text(encoding="utf-8"), wanted["bindings"], version)
     if text is None or read_yaml(text) != wanted:  # by an alias, say, or all of it in braces
         what = "binding" if version is None else "version"
@@ -388,7 +387,7 @@ def _read_yaml(path: Path) -> Any:
         return read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise PolicyError(f"policy {path}: {error.strerror}", remedy="Name an existing YAML file.") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, a date that there is not
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no UTF-8, a date that there is not
         reason = " ".join(str(error).split())[:200]
         raise PolicyError(f"policy {path} is no YAML mapping: {reason}", remedy="Fix the line named.") from error
 

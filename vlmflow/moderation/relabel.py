@@ -260,7 +260,11 @@ def _with_moderation(old: pa.Table, result: Moderation, found: Mask, target: Tar
         previous = pc.if_else(pc.is_valid(old["policy_digest"]), old["policy_digest"], old["previous_policy"])
     else:  # the one that is left was withdrawn, and of what there was before the one gone back to no row tells
         previous = pa.nulls(old.num_rows, pa.string())
-    errors, status = _without_failure(old, image)
+    # Detectors that failed are none of a policy without any. Nor are scores that they had given before: a later policy
+    # would take them for those of the failed attempt.
+    ends = ("moderate",) if len(target.moderator.rules) else ("moderate", "detect")
+    errors, status = _without_failures(old, image, ends)
+    doubted = failed_tasks(old["errors"])["detect"] & ("detect" in ends)
     judged = flat(old["verdict"])
     by_person = equal(old["decision_reason"], BY_VERDICT)
     old = by_model(old)
@@ -280,6 +284,7 @@ def _with_moderation(old: pa.Table, result: Moderation, found: Mask, target: Tar
         _FINGERPRINT: pc.if_else(doubtful, pa.scalar(None, pa.string()), fingerprint),
         "errors": errors,
         "status": status,
+        **_without_detections(old, doubted),
         "run_id": constant(target.run_id, old.num_rows),
         "updated_at": pa.repeat(pa.scalar(dt.datetime.now(dt.UTC), schema.TIMESTAMP), old.num_rows),
     }
@@ -287,18 +292,27 @@ def _with_moderation(old: pa.Table, result: Moderation, found: Mask, target: Tar
     return pa.table(columns, schema=old.schema)
 
 
-def _without_failure(old: pa.Table, image: ImageErrors) -> tuple[pa.Array, pa.Array]:
-    """Errors without those of an earlier moderation, and the status that is left."""
+def _without_failures(old: pa.Table, image: ImageErrors, ends: tuple[str, ...]) -> tuple[pa.Array, pa.Array]:
+    """Errors without those of tasks that a moderation puts an end to, and the status that is left."""
     failed = failed_tasks(old["errors"])
-    others = np.logical_or.reduce([marks for task, marks in failed.items() if task != "moderate"])
-    at = np.flatnonzero(failed["moderate"])
-    if not len(at):
+    others = np.logical_or.reduce([marks for task, marks in failed.items() if task not in ends])
+    ended = np.logical_or.reduce([failed[task] for task in ends])
+    if not ended.any():
         return old["errors"], old["status"]
     errors = old["errors"].to_pylist()
-    for row in at.tolist():
-        errors[row] = [error for error in errors[row] if error["stage"] != "moderate"]
+    for row in np.flatnonzero(ended).tolist():
+        errors[row] = [error for error in errors[row] if error["stage"] not in ends]
     status = status_of(image, np.ones(old.num_rows, np.bool_), others)
-    return pa.array(errors, schema.ERRORS), pc.if_else(pa.array(failed["moderate"]), status, flat(old["status"]))
+    return pa.array(errors, schema.ERRORS), pc.if_else(pa.array(ended), status, flat(old["status"]))
+
+
+def _without_detections(old: pa.Table, doubted: Mask) -> dict[str, pa.Array]:
+    columns = [*schema.TASK_COLUMNS["detect"].names, schema.fingerprint_column("detect")]
+    return {
+        name: pc.if_else(pa.array(doubted), pa.scalar(None, old.schema.field(name).type), flat(old[name]))
+        for name in columns
+        if name in old.column_names
+    }
 
 
 def _count(changes: Changes, old: pa.Table, new: pa.Table) -> None:

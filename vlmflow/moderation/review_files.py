@@ -129,7 +129,7 @@ def _table(path: Path) -> pa.Table:
 def _label_studio(path: Path) -> list[dict[str, Any]]:
     try:
         tasks = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ReviewError(f"{path} is no JSON file", remedy="Export from Label Studio as JSON.") from error
     if not isinstance(tasks, list) or not all(isinstance(task, dict) for task in tasks):
         raise ReviewError(f"{path} holds no list of tasks", remedy="Export from Label Studio as JSON.")

@@ -37,8 +37,9 @@ def enrichment_of(record: Mapping[str, Any]) -> RunReport | None:
 def with_counts(catalog: Catalog, reports: Sequence[RunReport]) -> list[RunReport]:
     """Fills in what killed runs committed, from the rows that they were the last to write; others stay as they are.
 
-    Rows that another run has written since count as that run's. A row whose image was first seen on the run's own date
-    counts as new, others as replaced. One pass over a few columns of the images table, and none without a killed run.
+    Rows that another run has written since count as that run's. A row whose image was first seen on another date than
+    the run's own counts as replaced; of the others as many as the run's record says, which tells up to the last commit
+    or the one before. One pass over a few columns of the images table, and none without a killed run.
 
     Args:
         reports: of runs that commit no more.
@@ -63,10 +64,11 @@ def with_counts(catalog: Catalog, reports: Sequence[RunReport]) -> list[RunRepor
 
 
 def _filled(report: RunReport, counts: _Counts) -> RunReport:
+    num_replaced = max(counts.num_rows - counts.num_new, min(report.num_replaced, counts.num_rows))
     return report.model_copy(
         update={
-            "num_added": counts.num_new,
-            "num_replaced": counts.num_rows - counts.num_new,
+            "num_added": counts.num_rows - num_replaced,
+            "num_replaced": num_replaced,
             "statuses": dict(counts.statuses),
             "decisions": dict(counts.decisions),
             "errors": dict(counts.errors),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,17 +15,21 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from vlmflow.catalog import Catalog
+from vlmflow.catalog.checksum import checksum, checksum_of
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.indexes import SEGMENT_ROWS, files_holding
 from vlmflow.catalog.keys import index_of
 from vlmflow.catalog.log import Snapshot, TableLog
 from vlmflow.catalog.masks import Mask
 from vlmflow.config import CatalogConfig, Frozen
+from vlmflow.errors import CatalogError
 from vlmflow.search import index as ivf
 from vlmflow.search.exact import Block, vector_blocks
 from vlmflow.search.live import LiveRows, Positions
 from vlmflow.search.segments import FORMAT, Index, Segment, SegmentInfo, read_index, write_segment
 from vlmflow.workspace import Workspace
+
+logger = logging.getLogger("vlmflow")
 
 # Below this many vectors of a model the whole table is searched in well under a second.
 FEWEST_ROWS = 50_000
@@ -44,6 +49,7 @@ class IndexReport(Frozen):
         num_added: rows that this update added.
         num_segments: segments now.
         num_removed: files removed.
+        num_damaged: segments of which the vectors were not what was written; others took their place.
         num_small: rows of models that have too few for an index; they are searched exactly.
     """
 
@@ -53,6 +59,7 @@ class IndexReport(Frozen):
     num_segments: int = 0
     num_removed: int = 0
     num_small: int = 0
+    num_damaged: int = 0
     seconds: float = 0.0
 
 
@@ -63,6 +70,7 @@ class _Totals:
     segments: int = 0
     removed: list[str] = field(default_factory=list)
     small: int = 0
+    damaged: int = 0
 
 
 def update_index(
@@ -118,6 +126,7 @@ class _Update:
             num_segments=totals.segments,
             num_removed=len(totals.removed),
             num_small=totals.small,
+            num_damaged=totals.damaged,
             seconds=time.monotonic() - started,
         )
 
@@ -125,6 +134,9 @@ class _Update:
         index = read_index(self._folder, live, (fingerprint,))
         wanted = live.of_models((fingerprint,))
         kept, dropped = _sort_out(index, int(wanted.sum()), self._segment_rows)
+        damaged = tuple(segment for segment in kept if not self._is_whole(segment, workspace))
+        kept, dropped = tuple(segment for segment in kept if segment not in damaged), (*dropped, *damaged)
+        self._totals.damaged += len(damaged)
         wanted &= ~Index(kept, ()).covered(len(live))
         self._totals.covered += sum(segment.num_live for segment in kept)
         self._totals.segments += len(kept)
@@ -132,6 +144,24 @@ class _Update:
             self._add(live, embeddings, fingerprint, kept, wanted, workspace)
         # Last, so that a search always finds one or the other.
         self._remove([path for segment in dropped for path in segment.paths])
+
+    def _is_whole(self, segment: Segment, workspace: Path) -> bool:
+        """Whether the vectors of a segment are what was written; of an older version's, whether they can be opened."""
+        path, written = segment.paths[0], segment.info.checksum
+        if written is not None:
+            is_whole = checksum(self._folder.config, path) == written
+        else:
+            file = self._folder.local_copy(path, workspace, segment.info.num_bytes)
+            try:
+                ivf.OpenSegment(segment, file)
+                is_whole = True
+            except CatalogError:
+                is_whole = False
+            if file.parent == workspace:
+                file.unlink()
+        if not is_whole:
+            logger.warning("index file %s is damaged: it is made anew", path)
+        return is_whole
 
     def _add(
         self,
@@ -164,6 +194,7 @@ class _Update:
                 num_bytes=file.stat().st_size,
                 embeddings_version=embeddings.version,
                 created_at=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+                checksum=checksum_of(file),
             )
             write_segment(self._folder, info, _rows_of(live, positions), file)
             file.unlink()

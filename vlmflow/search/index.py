@@ -171,7 +171,7 @@ class OpenSegment:
         selector = None if count == total else faiss.IDSelectorBitmap(bits)
         parameters = faiss.SearchParametersIVF(nprobe=probes, **({} if selector is None else {"sel": selector}))
         scores, at = self._index.search(query[None], min(top_k, count), params=parameters)
-        hits = at[0] >= 0
+        hits = self._hits(at[0])
         return Found(self._positions[at[0][hits]], scores[0][hits])
 
     def neighbours(
@@ -186,9 +186,17 @@ class OpenSegment:
         parameters = faiss.SearchParametersIVF(nprobe=min(self._index.nlist, PROBES // 10))
         limits, scores, at = self._index.range_search(queries, least, params=parameters)
         rows = np.repeat(np.arange(len(queries)), np.diff(limits.astype(np.int64)))
+        self._hits(at)
         positions = self._positions[at]
         keep = positions >= 0
         return rows[keep], positions[keep], scores[keep]
+
+    def _hits(self, at: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Marks what was found, as against places left empty."""
+        if len(at) and not -1 <= at.min() <= at.max() < len(self._positions):
+            raise gone(self.segment.paths[0])
+        hits: NDArray[np.bool_] = at >= 0
+        return hits
 
 
 def search_segments(segments: list[OpenSegment], query: NDArray[np.float32], top_k: int, wanted: Mask | None) -> Found:

@@ -35,6 +35,7 @@ class SegmentInfo:
         fingerprint: of the model that made the vectors.
         num_trained: rows of the catalog when its cells were found.
         embeddings_version: of the embeddings table that the vectors were read from.
+        checksum: of the file of vectors; None: of an older version, which wrote none.
     """
 
     format: int
@@ -46,6 +47,7 @@ class SegmentInfo:
     num_bytes: int  # of the file of vectors
     embeddings_version: int
     created_at: str
+    checksum: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,8 +136,8 @@ def _read_rows(folder: Folder, path: str) -> tuple[SegmentInfo, pa.Table] | None
 
 
 def gone(path: str) -> CatalogError:
-    """The error of a segment that cannot be read: an update finds damage by the size of files alone."""
+    """The error of a segment that cannot be read."""
     return CatalogError(
         f"index file {path} cannot be read",
-        remedy="Remove that file from the catalog's folder and run `vlmflow search --build-index`, or use --exact.",
+        remedy="`vlmflow search CATALOG --build-index` puts a new one in its place; --exact does without the index.",
     )

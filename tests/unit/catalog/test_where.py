@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 import pyarrow as pa
 import pytest
 
 from vlmflow.catalog import where
-from vlmflow.errors import ConfigError
+from vlmflow.errors import ConditionError, ConfigError
 
 ROWS = pa.table({"width": [1, 5, None]})
 
@@ -55,3 +57,40 @@ def test_what_looks_at_other_rows_is_refused(condition: str) -> None:
 )
 def test_what_looks_at_one_row_is_not(condition: str) -> None:
     where.check_where(condition, ROWS.schema)
+
+
+@pytest.mark.parametrize(
+    ("condition", "told"),
+    [
+        ("(" * 3000 + "width > 1" + ")" * 3000, "nests more than 100 brackets"),
+        ("(" * 3000, "nests more than 100 brackets"),
+        ("[" * 900 + "1" + "]" * 900 + " IS NOT NULL", "nests more than 100 brackets"),
+        ("(')' = '' OR " * 500 + "true" + ")" * 500, "nests more than 100 brackets"),
+        ("(E'\\')' = '' OR " * 500 + "true" + ")" * 500, "nests more than 100 brackets"),
+        ("width" + ".a" * 10_000 + " > 1", "a name of more than 20 parts"),
+        ("width" + ' . "a b"' * 2_000 + " > 1", "a name of more than 20 parts"),
+        ("width IN (" + "1, " * 50_000 + "1)", "has 150,012 characters, more than the 100,000"),
+    ],
+)
+def test_a_condition_that_would_keep_the_parser_busy_is_refused_before(condition: str, told: str) -> None:
+    for use in (lambda: where.check_where(condition, ROWS.schema), lambda: where.mask_where(ROWS, condition)):
+        began = time.thread_time()
+        with pytest.raises(ConditionError, match=told) as caught:
+            use()
+        assert time.thread_time() - began < 1.0, "of the quickest of them DuckDB took two seconds"
+        assert len(str(caught.value)) < 400
+        assert "shorter condition" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        "width IN (" + "5, " * 20_000 + "5)",
+        "(" * 90 + "width = 5" + ")" * 90,
+        "width = 5 AND '" + "(" * 500 + "' <> $$" + "[" * 500 + "$$ /* " + "{" * 500 + " */ -- " + "(" * 500 + "\n",
+        "width = 5 " + "AND width BETWEEN 0.5 AND 99.5 " * 100,
+    ],
+)
+def test_a_long_condition_that_nests_little_is_not(condition: str) -> None:
+    where.check_where(condition, ROWS.schema)
+    assert where.mask_where(ROWS, condition).tolist() == [False, True, False]

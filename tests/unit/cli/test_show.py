@@ -62,7 +62,9 @@ def test_what_a_run_has_committed_that_was_killed_or_still_goes_on_is_shown(tmp_
         runs.start(run_id, record(run_id, status="running", **unfinished))
     runs.finish("done", record("done", num_added=7))
     put_rows(config, ["b", "c"], run="killed")
+    runs.amend("killed", num_replaced=1)
+    runs.amend("nobody", num_replaced=1)
     put_rows(config, ["d"], run="at-work")
     let_die(tmp_path / "catalog", "killed")
     lines = {line.run_id: (line.state, line.num_added, line.num_replaced) for line in summarize(config).runs}
-    assert lines == {"killed": ("dead", 2, 0), "at-work": ("running", 1, 0), "done": ("done", 7, 0)}
+    assert lines == {"killed": ("dead", 1, 1), "at-work": ("running", 1, 0), "done": ("done", 7, 0)}

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from tests.catalog_samples import enrich, fingerprints, finish, open_catalog, references, request, write
+from tests.catalog_samples import DATE, enrich, fingerprints, finish, open_catalog, references, request, write
 from tests.erasing import key
 from tests.report_samples import record
 from vlmflow.catalog import Catalog, PlanRequest
@@ -18,6 +18,7 @@ from vlmflow.engine.budget import ErrorBudget, FreshRows
 from vlmflow.engine.collect import Collected, Collector, Written, decisions_given
 from vlmflow.engine.progress import Tally
 from vlmflow.engine.report import RunReport, finished_report
+from vlmflow.report.killed import enrichment_of, with_counts
 from vlmflow.report.run_section import run_section
 from vlmflow.report.runs import RunFacts
 
@@ -113,6 +114,17 @@ def test_images_that_are_erased_while_the_run_is_at_work_are_told(catalog: Catal
     before = RunReport.model_validate(record("r2", num_erased=1))
     after = finished_report(before, collector.collected, "done", "", seconds=1, startup_s=0, waited_s=0, num_first=0)
     assert (after.num_added, after.num_replaced, after.num_erased) == (0, 2, 1 + 2)
+
+
+def test_rows_that_a_killed_run_replaced_on_the_day_they_came_are_not_new(catalog: Catalog) -> None:
+    """The table alone does not tell: these have the run's own date too."""
+    begun = RunReport.model_validate(record("r2", finished_at=None, num_added=0, date=DATE.isoformat()))
+    catalog.runs.start("r2", begun.model_dump(mode="json"))
+    collector_of(catalog, "r2", [references([*NAMES, "new"], version="v2")], request(FIRST))._commit_files()
+    killed = enrichment_of(catalog.runs.get("r2") or {})
+    assert killed is not None
+    (report,) = with_counts(catalog, [killed])
+    assert (report.num_added, report.num_replaced, report.statuses) == (1, 3, {"ok": 4})
 
 
 def test_of_two_runs_at_once_each_counts_the_errors_and_decisions_of_its_own_rows(catalog: Catalog) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -104,10 +105,14 @@ def test_images_that_are_run_alone_take_their_time(monkeypatch: pytest.MonkeyPat
     alone = SimpleNamespace(run=lambda row: time.sleep(0.01) or row, close=lambda: None)
     monkeypatch.setattr(run, "Quarantine", lambda *_: alone)
     monkeypatch.setattr(run.ray, "put", lambda row: row)
-    nothing = SimpleNamespace(add=lambda _: None, tick=lambda: None, finish=lambda: None)
     losing = Losing(3)
+    shown: list[int] = []
+    losing._display = SimpleNamespace(update=lambda tally: shown.append(tally.committed), stage=lambda _: None)  # type: ignore[assignment]
+    finish = partial(setattr, losing._tally, "committed", 3)
+    nothing = SimpleNamespace(add=lambda _: None, tick=lambda: None, finish=finish)
     losing._collected = None  # type: ignore[assignment]
     losing._tally.elapsed_s = 100.0
     metrics = SimpleNamespace(update=lambda *_, **__: None)
     run._Run._run_alone(losing, losing._lost(), None, nothing, metrics)  # type: ignore[arg-type]
     assert 100.02 < losing._tally.elapsed_s < 110
+    assert shown == [0, 0, 0, 3], "what was committed at the end is shown too"

@@ -74,6 +74,18 @@ def test_log_lines_are_thinned_out(caplog: pytest.LogCaptureFixture) -> None:
     assert len(caplog.records) == 1
 
 
+def test_the_last_line_is_written_once_however_soon_it_comes(caplog: pytest.LogCaptureFixture) -> None:
+    """Else the log of a run that was over ends with images that look as if they had not been saved."""
+    stream = io.StringIO()
+    displays = [JsonProgress(stream, interval_s=3600), LogProgress(interval_s=3600)]
+    with caplog.at_level(logging.INFO, logger="vlmflow"):
+        for committed in (0, 1, 2, 2):
+            for display in displays:
+                display.update(Tally(total=2, done=2, committed=committed, elapsed_s=4))
+    assert [json.loads(line)["committed"] for line in stream.getvalue().splitlines()] == [0, 2]
+    assert [record.getMessage().rpartition(", ")[2] for record in caplog.records] == ["0 saved", "2 saved"]
+
+
 @pytest.mark.parametrize("width", [50, 80])
 def test_a_terminal_has_room_for_the_counts_of_a_large_run(width: int) -> None:
     screen = io.StringIO()

@@ -29,6 +29,7 @@ def ending_with(error: BaseException, catalog: Catalog) -> _Remoderation:
     remoderation = _Remoderation.__new__(_Remoderation)
     record = lambda status: {"operation": "remoderate", "status": status}  # noqa: E731
     remoderation.__dict__ |= {"_dry_run": False, "_catalog": catalog, "_run_id": "r1", "_record": record, "_run": run}
+    remoderation._folder = catalog._folder
     return remoderation
 
 

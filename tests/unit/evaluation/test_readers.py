@@ -196,7 +196,7 @@ def test_a_text_in_brackets_is_no_list_and_labels_have_no_order(tmp_path: Path) 
     )
     rows = read_dataset("caption", str(path), ReadOptions()).rows["captions"].to_pylist()
     assert rows == [["[Sale] Red shoe"], ["x", "y"], ["[2024] Shoe"], ["[3-Pack] Shoe"]]
-    for broken in ('"[""x"", ""y"""', "\"['x', 'y']\"", '"[1, 2"', '"[null,"', "["):
+    for broken in ('"[""x"", ""y"""', "\"['x', 'y']\"", '"[1, 2"', '"[null,"', "[", "[" * 100_000):
         path.write_text(f"uri,captions\na.jpg,{broken}\n")
         with pytest.raises(EvaluationError, match="captions is no JSON list"):
             read_dataset("caption", str(path), ReadOptions())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.families import make_align, make_blip2_captioner, make_blip2_matcher, make_flava, make_gemma, make_git
-from tests.models import random_pixels
+from tests.models import make_clip, random_pixels
 from tests.unit.models.test_models_weights import Trap, edit_json
 from vlmflow.config import ModelConfig
 from vlmflow.errors import WeightsError
@@ -102,6 +103,36 @@ def test_a_captioner_needs_to_know_how_a_caption_begins(tmp_path: Path) -> None:
     edit_json(folder / "config.json", {"bos_token_id": None})
     with pytest.raises(WeightsError, match="bos_token_id is missing"):
         load("git", folder)
+
+
+@pytest.mark.parametrize("lacks", [["lm_head"], ["shared"]])
+def test_a_t5_without_one_of_its_two_layers_of_words_is_refused(tmp_path: Path, lacks: list[str]) -> None:
+    """Flan-T5's are two; transformers ties them where one is missing, whatever the configuration says."""
+    folder = make_blip2_captioner(tmp_path, t5=True)
+    load("blip2_caption", folder)
+    weights = folder / "model.safetensors"
+    tensors = load_file(weights)
+    names = [f"language_model.{name}.weight" for name in lacks]
+    save_file({name: value for name, value in tensors.items() if name not in names}, weights, {"format": "pt"})
+    with pytest.raises(WeightsError, match=rf"does not fit its architecture: 1 missing \({re.escape(names[0])}\)"):
+        load("blip2_caption", folder)
+    edit_json(folder / "config.json", {"text_config.tie_word_embeddings": True})
+    load("blip2_caption", folder)
+
+
+@pytest.mark.parametrize("family", ["blip2_itm", "flava", "align", "open_clip"])
+def test_a_tokenizer_that_cannot_pad_is_refused_when_it_is_loaded(tmp_path: Path, family: str) -> None:
+    """It failed at the first texts of different lengths, in the middle of a run."""
+    make: Callable[[Path], Path] = make_clip if family == "open_clip" else MAKERS[family]
+    folder = make(tmp_path)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings.pop("pad_token", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)
+    config = ModelConfig(family=family, path=str(folder))  # type: ignore[arg-type]
+    with pytest.raises(WeightsError, match="has no padding token, so it can make no batch of texts") as refused:
+        (load_embedder if family == "open_clip" else load_matcher)(config, "cpu")
+    assert "pad_token" in refused.value.remedy
 
 
 def test_the_first_configurations_of_blip2_name_the_text_input_otherwise(tmp_path: Path) -> None:

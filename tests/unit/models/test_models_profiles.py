@@ -85,6 +85,7 @@ def test_profiles_say_what_is_present(tmp_path: Path) -> None:
     ("index", "told"),
     [
         ("{", "is not JSON"),
+        ("[" * 200_000, "is not JSON"),
         ('{"weight_map": ["a.safetensors"]}', "weight_map is no JSON object"),
         ('{"weight_map": "a.safetensors"}', "weight_map is no JSON object"),
         ('{"weight_map": {"a": 1}}', "weight_map names no files"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from typing import Any
 
 import numpy as np
@@ -9,12 +10,15 @@ import pyarrow as pa
 import pytest
 
 from vlmflow import schema
+from vlmflow.catalog.columns import conform
+from vlmflow.catalog.masks import is_valid
 from vlmflow.models import ModelIdentity
 from vlmflow.moderation.decide import Moderation, Moderator
 from vlmflow.moderation.policy import Policy, bind
 from vlmflow.moderation.prompts import PromptVectors
-from vlmflow.moderation.relabel import SCANNED, Target, wanted_rows
+from vlmflow.moderation.relabel import SCANNED, Target, relabel, wanted_rows
 
+DATE = dt.date(2026, 3, 1)
 IDENTITY = ModelIdentity("org/clip", "local", "a" * 64, "[32]", 1)
 # Prompts that make the margin of an image equal to the first entry of its vector.
 AXES = PromptVectors(np.eye(1, 2, dtype=np.float32), np.eye(1, 2, 1, dtype=np.float32), 1.0, "digest")
@@ -170,3 +174,36 @@ def test_scores_that_a_later_attempt_did_not_confirm_decide_nothing_anew() -> No
     wanted = wanted_rows(rows, target)
     assert wanted.computed.tolist() == [True, False, True]
     assert wanted.undetected.tolist() == [False, True, False]
+
+
+def test_under_a_policy_without_detectors_one_that_failed_makes_no_row_partial() -> None:
+    """Its scores of an earlier attempt go with the error: a policy with detectors must not take them for good ones."""
+    given = policy("any")
+    without = Policy.model_validate(given.model_dump(mode="json", exclude={"detectors"}))
+    target = Target(without, Moderator(without, bind(without, IDENTITY), AXES, {}), "e", "m", "run-2")
+    harmless = [detection("nsfw", 0.0), detection("arms", 0.0)]
+    failed = {"class": "task_failed", "message": ""}
+    errors = [
+        [],
+        [{"stage": "detect", **failed}],
+        [{"stage": "detect", **failed}, {"stage": "caption", **failed}],
+        [{"stage": "read", **failed}, {"stage": "detect", **failed}],
+    ]
+    row = {"policy_digest": "before", "embed_run_id": "r", "embed_fingerprint": "e", "image_id": "0" * 32}
+    row |= {"detections": harmless, "decision": "review", "uri": "a", "run_id": "r", "ingest_date": DATE}
+    statuses = ["ok", "partial", "partial", "failed"]
+    named = [row | {"errors": of_row, "status": status} for of_row, status in zip(errors, statuses, strict=True)]
+    columns = pa.schema([schema.IMAGES.field(name) for name in named[0]])
+    rows = conform(pa.Table.from_pylist(named, columns), schema.IMAGES)
+    moved, changes = relabel(rows, wanted_rows(rows, target), target, ())
+    assert changes.num_moved == 4
+    assert moved["status"].to_pylist() == ["ok", "ok", "partial", "failed"]
+    assert [[error["stage"] for error in of_row] for of_row in moved["errors"].to_pylist()] == [
+        [],
+        [],
+        ["caption"],
+        ["read"],
+    ]
+    assert is_valid(moved["detections"]).tolist() == [True, False, False, False]
+    back = Target(given, Moderator(given, bind(given, IDENTITY), AXES, MODELS), "e", "m", "run-3")
+    assert wanted_rows(moved, back).undetected.tolist() == [False, True, True, True]

@@ -192,6 +192,33 @@ def test_a_binding_is_not_written_where_it_would_cut_the_file(tmp_path: Path) ->
         write_binding(path, bind(Policy.model_validate(data), CLIP))
 
 
+@pytest.mark.parametrize(
+    ("bindings", "told"),
+    [(5, "bindings: must be a list"), ({"a": 1}, "bindings: must be a list"), (["a"], "bindings.0: must hold keys")],
+)
+def test_a_binding_is_not_written_beside_what_is_none(tmp_path: Path, bindings: object, told: str) -> None:
+    path = Path(write(tmp_path, {**content(), "bindings": bindings}))
+    with pytest.raises(PolicyError, match=told):
+        write_binding(path, bind(Policy.model_validate(content()), CLIP))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        ("version: '1'", "version: 2026-03-01", "version: must be a text, in quotes where it looks like a number or a"),
+        # Taken for a list, its order and the policy's digest with it were others in each process.
+        ("neutral:", "neutral: !!set {a, b}\nwas:", "the tag !!set cannot be used"),
+    ],
+)
+def test_what_yaml_makes_of_a_value_is_told(tmp_path: Path, before: str, after: str, told: str) -> None:
+    path = Path(write(tmp_path, content()))
+    text = path.read_text()
+    assert before in text
+    path.write_text(text.replace(before, after))
+    with pytest.raises(PolicyError, match=told):
+        load_policy(str(path))
+
+
 def test_the_digest_stays_when_the_software_learns_a_key_that_a_file_does_not_use() -> None:
     # Rows and archives hold digests: these must never move, whatever keys policies get.
     data = content(bindings=[{"model": "m", "weights": "a" * 64, "prompts": "b" * 64}])

@@ -216,3 +216,12 @@ def test_a_label_that_was_taken_back_does_not_return_with_an_old_file(catalog: C
     copy = shutil.copyfile(old, tmp_path / "copy.csv")
     assert sum(import_verdicts(catalog, copy).left_out.values()) == 1
     assert Catalog.open(catalog).reviews.events()["value"].to_pylist() == [True, False]
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, '{"a": ', "\ufeff[]", "9" * 5000])
+def test_what_label_studio_has_not_exported_is_told(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "tasks.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ReviewError, match=r"tasks\.json is no JSON file") as caught:
+        read_words(path, "ada", dt.datetime.now(dt.UTC))
+    assert caught.value.remedy == "Export from Label Studio as JSON."

@@ -6,6 +6,7 @@ import datetime as dt
 import json
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
@@ -20,8 +21,12 @@ from prefect.states import Crashed, Failed, Running
 
 from pipelines import alerts
 from pipelines.nightly import nightly_enrichment
+from tests.catalog_samples import config_of, open_catalog
 from tests.messenger import Messenger, running_messenger
+from vlmflow.catalog.folder import Folder
+from vlmflow.catalog.messages import MessageStore
 from vlmflow.catalog.runs import RunInfo
+from vlmflow.config import CatalogConfig
 from vlmflow.engine import RunReport
 from vlmflow.errors import ConfigError
 
@@ -119,6 +124,116 @@ def test_a_block_that_is_absent_or_no_messenger_is_named(
 def test_nobody_is_told_where_nobody_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Block, "load", classmethod(lambda cls, name: pytest.fail("a block was loaded")))
     assert alerts.send(None, "many more", "Run r.")
+
+
+@pytest.fixture
+def catalog(tmp_path: Path) -> CatalogConfig:
+    open_catalog(tmp_path)
+    return config_of(tmp_path)
+
+
+def kept(catalog: CatalogConfig) -> list[str]:
+    return [f"{one.message.subject}: {one.message.body}" for one in MessageStore(Folder(catalog)).left()]
+
+
+@pytest.mark.parametrize("fault", ["refused", "no server", "no block"])
+def test_a_message_that_cannot_be_sent_is_kept_and_sent_once_by_a_later_flow(
+    block: str, messenger: Messenger, catalog: CatalogConfig, caplog: pytest.LogCaptureFixture, fault: str
+) -> None:
+    messenger.status = 500
+    with caplog.at_level(logging.INFO, "vlmflow"):
+        # Kept is as good as told: nobody is to tell it a second time.
+        assert alerts.send("secret/absent" if fault == "no block" else block, "many more", "Run r.", catalog)
+        assert kept(catalog) == ["many more: Run r."]
+        assert "'many more' is kept in the catalog" in caplog.text
+        alerts.send_kept(block, catalog)
+        alerts.send_kept(None, catalog)
+        assert caplog.text.count("1 messages of earlier flows are still undelivered") == 2
+        messenger.status, messenger.received[:] = 200, []
+        alerts.send_kept(block, catalog)
+        alerts.send_kept(block, catalog)
+    (message,) = messenger.received
+    today = dt.datetime.now(dt.UTC).date()
+    assert f"many more (of {today} " in json.dumps(message)
+    assert f"This is of {today}" in message["text"]
+    assert message["text"].rstrip().endswith("could not be sent then. Run r.")
+    assert kept(catalog) == []
+    files = "".join(path.read_text() for path in Path(catalog.uri).rglob("*.json"))
+    assert TOKEN not in caplog.text + files
+
+
+def test_a_messenger_that_is_back_is_told_what_it_refused_before_too(
+    block: str, messenger: Messenger, catalog: CatalogConfig
+) -> None:
+    messenger.status = 500
+    for number in range(3):
+        assert alerts.send(block, f"first {number}", "Run r.", catalog)
+    messenger.status, messenger.received[:] = 200, []
+    assert alerts.send(block, "second", "Run s.", catalog)
+    said = [json.dumps(message) for message in messenger.received]
+    assert [next(name for name in ("second", "first 0", "first 1", "first 2") if name in one) for one in said] == [
+        "second",
+        "first 0",
+        "first 1",
+        "first 2",
+    ]
+    assert kept(catalog) == []
+
+
+def test_a_message_that_a_messenger_never_takes_keeps_no_other(
+    block: str, messenger: Messenger, catalog: CatalogConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    messenger.status = 500
+    for number in range(5):
+        assert alerts.send(block, f"message {number}", "Run r.", catalog)
+    messenger.status, messenger.received[:] = 200, []
+    notify = alerts._notify
+
+    def refusing(block: Any, subject: str, body: str) -> None:
+        if subject.startswith(refused):
+            raise ValueError("too long")
+        notify(block, subject, body)
+
+    monkeypatch.setattr(alerts, "_notify", refusing)
+    refused = ("message 1", "message 3", "message 4")
+    alerts.send_kept(block, catalog)
+    assert kept(catalog) == [f"{name}: Run r." for name in refused]
+    assert len(messenger.received) == 2
+    refused = ("message 1",)
+    alerts.send_kept(block, catalog)
+    assert kept(catalog) == ["message 1: Run r."]
+
+
+def test_where_no_catalog_is_none_is_begun_for_a_message(
+    block: str, messenger: Messenger, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    messenger.status = 500
+    absent = CatalogConfig(uri=str(tmp_path / "absent"))
+    assert not alerts.send(block, "many more", "Run r.", absent)
+    alerts.send_kept(block, absent)
+    assert not (tmp_path / "absent").exists()
+    (tmp_path / "file").write_text("")
+    assert not alerts.send(block, "many more", "Run r.", CatalogConfig(uri=str(tmp_path / "file")))
+    assert "'many more' could not be kept for later either" in caplog.text
+
+
+@pytest.mark.parametrize("given", [{}, {"catalog": "CATALOG", "source": "elsewhere/", "profile": "starter"}])
+def test_what_a_flow_failed_with_is_kept_by_the_catalog_of_its_job(
+    block: str, messenger: Messenger, catalog: CatalogConfig, tmp_path: Path, given: dict[str, Any]
+) -> None:
+    messenger.status = 500
+    job_file = tmp_path / "job.yaml"
+    if given:
+        given, text = given | {"catalog": catalog.uri}, "limit: 5\n"
+    else:
+        text = f"source: {{uri: photos/}}\ncatalog: {{uri: {catalog.uri}}}\nprofile: starter\n"
+    job_file.write_text(text)
+    flow: Any = SimpleNamespace(name="nightly-enrichment")
+    flow_run: Any = SimpleNamespace(name="tonight", parameters={"notify": block, "job_file": str(job_file), **given})
+    alerts.tell_failure(flow, flow_run, Failed(message=f"3 rows do not reconcile: {'mem://x, ' * 500}"))
+    (message,) = kept(catalog)
+    assert message.startswith("nightly-enrichment tonight Failed: 3 rows do not reconcile: mem://x, ")
+    assert message.endswith(" mem://x,"), "part of an address would outlive an erasure"
 
 
 def test_a_failed_flow_says_what_it_failed_with(block: str, messenger: Messenger) -> None:

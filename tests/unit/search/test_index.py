@@ -13,12 +13,15 @@ from tests.catalog_samples import config_of, image_id
 from tests.s3 import S3Server
 from tests.search_samples import MODEL, clustered, found, names, nearest, put, recall
 from vlmflow.catalog import Catalog
+from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.keys import to_binary
+from vlmflow.catalog.log import TableLog
 from vlmflow.config import CatalogConfig
 from vlmflow.errors import CatalogError, ConfigError
 from vlmflow.search import build, segments
 from vlmflow.search import index as ivf
 from vlmflow.search.build import update_index
+from vlmflow.search.live import LiveRows
 from vlmflow.search.query import Query
 from vlmflow.search.results import SearchResult
 from vlmflow.search.searcher import Searcher, search_images
@@ -178,14 +181,64 @@ def test_a_damaged_index_is_passed_over_and_repaired(root: Path, harm: str) -> N
     if harm == "garbage":  # of the right size: only the library can tell
         with pytest.raises(CatalogError, match=str(vectors.relative_to(root))) as refused:
             ask(root, 3)
-        assert "Remove that file" in refused.value.remedy
-        assert "--build-index" in refused.value.remedy
-        vectors.unlink()
+        assert "--build-index` puts a new one in its place" in refused.value.remedy
+        assert ask(root, 3, exact=True).num_indexed == 0
+        assert update_index(config_of(root), min_rows=0).num_damaged == 1
+        assert ask(root, 3).num_indexed == COUNT - 1
+        return
     result = ask(root, 3)
     assert result.num_indexed == 0
     assert found(result) == nearest(names(COUNT), clustered(COUNT), clustered(COUNT)[3], 11)[1:]
     assert update_index(config_of(root), min_rows=0).num_covered == COUNT
     assert len(index_files(root)) == 2
+
+
+@pytest.mark.parametrize("config", ["local", "s3"])
+@pytest.mark.parametrize("version", ["of now", "before checksums"])
+def test_an_update_finds_damage_that_leaves_the_size_as_it_was(
+    config: str, version: str, tmp_path: Path, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = config_of(tmp_path / "catalog")
+    if config == "s3":
+        place = CatalogConfig(uri=f"s3://{s3_server.make_bucket()}/catalog", storage=s3_server.storage)
+    put(place, names(400), clustered(400))
+    if version == "before checksums":
+        monkeypatch.setattr(build, "checksum_of", lambda _: None)
+    report = update_index(place, min_rows=0, segment_rows=250)
+    assert (report.num_segments, report.num_damaged) == (2, 0)
+    monkeypatch.undo()
+    folder = Folder(place)
+    paths = [file.path for file in folder.list("indexes") if file.path.endswith(".faiss")]
+    data = bytearray(folder.read(paths[0]) or b"")
+    if version == "of now":
+        data[len(data) // 2] ^= 1  # no library can tell
+    else:
+        data[:4] = b"\xff" * 4
+    folder.write(paths[0], bytes(data))
+    report = update_index(place, min_rows=0, segment_rows=250)
+    assert (report.num_damaged, report.num_segments, report.num_covered) == (1, 2, 400)
+    assert {file.path for file in folder.list("indexes")} & {*paths} == {paths[1]}
+    assert update_index(place, min_rows=0, segment_rows=250).num_damaged == 0
+
+
+def test_places_that_no_row_has_are_told_as_damage(root: Path) -> None:
+    update_index(config_of(root), min_rows=0)
+    vectors = next(path for path in index_files(root) if path.suffix == ".faiss")
+    size = vectors.stat().st_size
+    index = ivf.emptied(vectors, "index")
+    index.add_with_ids(clustered(COUNT), np.arange(COUNT) * 7)
+    ivf.save(index, vectors)
+    assert vectors.stat().st_size == size
+    folder = Folder(config_of(root))
+    live = LiveRows(folder, TableLog.open(folder, "images").refresh())
+    (segment,) = segments.read_index(folder, live, tuple(live.num_by_model)).segments
+    opened = ivf.OpenSegment(segment, vectors)
+    for search in (
+        lambda: opened.search(clustered(COUNT)[1999], 3, None),
+        lambda: opened.neighbours(clustered(COUNT)[1990:], 0.5),
+    ):
+        with pytest.raises(CatalogError, match=f"index file {vectors.relative_to(root)} cannot be read"):
+            search()
 
 
 def test_erasure_empties_the_index(root: Path) -> None:

@@ -121,7 +121,7 @@ class _Rows:
         if isinstance(found, str) and found.lstrip().startswith("["):
             try:
                 found = json.loads(found)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 if _LIST.match(found):
                     raise self.wrong(role, row, "is no JSON list") from error
         if found is None:

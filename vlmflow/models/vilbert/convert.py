@@ -112,10 +112,12 @@ def _write_answers(folder: Path, config: VilbertConfig, path: Path | None) -> li
         return ["a head for questions: this is a pretrained checkpoint, it can match and nothing else"]
     if path is None:
         return [f"{ANSWERS_FILE}, a JSON list of {config.num_answers} answers: without it, no questions are answered"]
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         answers = json.loads(text) if path.suffix == ".json" else text.splitlines()
-    except ValueError as error:
+    except OSError as error:
+        raise WeightsError(f"convert: {path}: {error.strerror}", remedy="Name a JSON list of texts.") from error
+    except (ValueError, RecursionError) as error:
         raise WeightsError(f"convert: {path} is not JSON", remedy="Write a JSON list of texts.") from error
     if not isinstance(answers, list) or len(answers) != config.num_answers:
         raise WeightsError(

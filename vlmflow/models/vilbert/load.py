@@ -147,7 +147,7 @@ def read_answers(folder: Path, num_answers: int) -> list[str]:
     path = folder / ANSWERS_FILE
     try:
         answers = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(
             f"weights: {path} cannot be read: {type(error).__name__}",
             remedy="Write the answers there as a JSON list, in the order that the model was trained with.",

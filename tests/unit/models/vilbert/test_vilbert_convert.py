@@ -40,6 +40,15 @@ def test_a_multi_task_checkpoint_keeps_every_tensor(tmp_path: Path) -> None:
     assert len(json.loads((tmp_path / "out" / "answers.json").read_text())) == 3129
 
 
+def test_answers_that_cannot_be_read_are_told(tmp_path: Path) -> None:
+    source, answers = make_published(tmp_path / "published"), tmp_path / "answers.json"
+    with pytest.raises(WeightsError, match=r"answers\.json does not exist"):
+        convert_weights("vilbert", source, tmp_path / "out", ConversionInputs(answers=answers))
+    answers.write_text("[" * 200_000)
+    with pytest.raises(WeightsError, match=r"answers\.json is not JSON"):
+        convert_weights("vilbert", source, tmp_path / "out", ConversionInputs(answers=answers))
+
+
 def test_the_folder_may_be_the_one_stood_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_published(tmp_path / "published")
     (tmp_path / "out").mkdir()

@@ -11,7 +11,7 @@ from subprocess import Popen
 from typing import Any
 
 import pytest
-import torch
+import ray
 import yaml
 
 from tests.autoscaling import autoscaling_ray
@@ -19,7 +19,9 @@ from tests.flows import held_images
 from tests.pictures import write_pictures
 from tests.processes import ROOT, RayNodes, end_family, started, wait_for
 from vlmflow.catalog import Catalog
-from vlmflow.config import CatalogConfig
+from vlmflow.config import CatalogConfig, PoolConfig, RayConfig
+from vlmflow.engine.cluster import ray_cluster
+from vlmflow.engine.room import Room
 
 # Two actors each: of four cores, two runs leave none for decoding.
 POOLS = [{"tasks": [task], "cpus": 1, "batch_size": 4} for task in ("embed", "caption")]
@@ -76,26 +78,29 @@ def test_a_run_that_would_leave_another_no_core_waits_for_its_end(
                 assert "of waiting for other runs" in log.read_text()
 
 
+@ray.remote(num_cpus=1.5)
+class Actor:
+    """What a pool begins with."""
+
+    def is_there(self) -> bool:
+        return True
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="its nodes are all on this machine")
-def test_a_run_that_waits_has_a_cluster_grow_of_which_nobody_says_that_it_may(
-    models: dict[str, dict[str, Any]], tmp_path: Path
+def test_who_waits_has_a_cluster_grow_of_which_nobody_says_that_it_may(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = job_of(models, [{"tasks": ["embed"], "cpus": 7, "batch_size": 4}])
-    # Planning has it grow by small ones.
-    groups = {
-        "small": {"resources": {"CPU": 2}, "min_workers": 1, "max_workers": 2},
-        "large": {"resources": {"CPU": 8}, "min_workers": 1, "max_workers": 2},
-    }
-    first, second = tmp_path / "first", tmp_path / "second"
-    first.mkdir()
-    write_pictures(second / "images", 6)
-    with held_images() as held, autoscaling_ray(tmp_path, groups) as address:
-        held.manifest(first / "images.csv", 6)
-        with run(first, "images.csv", address, job) as (holder, _):
-            wait_for(held.asked.is_set, holder)
-            with run(second, "images", address, job) as (waiting, log):
-                assert waiting.wait(200) == 0, log.read_text()
-                assert "waiting for room" in log.read_text()
-                assert num_rows(second) == 6
-                assert holder.poll() is None
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    pools, shown = [PoolConfig(tasks=("embed",), cpus=1.5)], list[str]()
+    groups = {"cpu": {"resources": {"CPU": 2}, "min_workers": 1, "max_workers": 2}}
+    with autoscaling_ray(tmp_path, groups) as address, ray_cluster(RayConfig(address=address)) as cluster:
+        assert not cluster.groups
+        first, second = (Room(name, f"catalog of {name}", shown.append) for name in ("first", "second"))
+        with first.taken(pools, cluster, then="on"):
+            actors = [Actor.remote()]
+            assert ray.get(actors[0].is_there.remote())
+            with second.taken(pools, cluster, then="on"):
+                assert shown == ["waiting for room on the cluster, which run first of catalog of first has", "on"]
+                actors.append(Actor.remote())
+                assert ray.get(actors[1].is_there.remote())
+    assert first.waited_s == 0 < second.waited_s

@@ -33,7 +33,7 @@ from vlmflow.schema import LEAST_PHASH_BITS
 
 # Part of the ledger: images recorded as unreadable are due again when it changes. Raise the number when we learn to
 # decode something new; Pillow's major version stands for what Pillow learned.
-DECODER_VERSION = f"3-pillow{PIL.__version__.split('.')[0]}"
+DECODER_VERSION = f"4-pillow{PIL.__version__.split('.')[0]}"
 
 # A JPEG is decoded at reduced scale when both sides stay at least this many times the largest target. Measured by
 # tests/unit/imaging/test_jpeg_draft.py: see there for the differences that remain.

@@ -8,7 +8,7 @@ import struct
 import threading
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
@@ -18,13 +18,13 @@ from PIL.AvifImagePlugin import AvifImageFile
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
 from PIL.JpegImagePlugin import JpegImageFile
-from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from vlmflow.config import ImageLimits
 from vlmflow.errors import ImageError, RowErrorClass
 from vlmflow.imaging import headers
+from vlmflow.imaging.png import PngFile
 
 _TIFF_SETUP = threading.Lock()
 
@@ -58,9 +58,15 @@ _OPENERS: dict[str, type[ImageFile.ImageFile]] = {
     "bmp": BmpImageFile,
     "gif": GifImageFile,
     "jpeg": JpegImageFile,
-    "png": PngImageFile,
+    "png": PngFile,
     "tiff": _TiffFile,
     "webp": WebPImageFile,
+}
+
+# Read here, where Pillow passes over some.
+_ICC_PROFILES: dict[str, Callable[[bytes], bytes | None]] = {
+    "bmp": headers.bmp_icc_profile,
+    "jpeg": headers.jpeg_icc_profile,
 }
 
 # What Pillow's plugins raise on bytes that do not fit their format.
@@ -156,7 +162,8 @@ def open_image(data: bytes, limits: ImageLimits, content_hash: str | None = None
             warnings.simplefilter("ignore")
             image = _OPENERS[image_format](BytesIO(data), "")
             check_pixels(image.size, limits)
-            _scale_transparency(image, data)
+            if image_format in _ICC_PROFILES:
+                image.info["icc_profile"] = _ICC_PROFILES[image_format](data)
             orientation = _orientation(image, data)
         num_frames = _count_frames(image, image_format, data)
     width, height = image.size
@@ -215,24 +222,12 @@ def check_pixels(size: tuple[int, int], limits: ImageLimits) -> None:
         raise ImageError(f"the header says {width} x {height} pixels", error_class=RowErrorClass.CORRUPT)
 
 
-def _scale_transparency(image: ImageFile.ImageFile, data: bytes) -> None:
-    """Pillow scales the pixels of a PNG to 8 bits, but not the colour among them that is transparent."""
-    transparent = image.info.get("transparency")
-    if not isinstance(image, PngImageFile) or len(data) < 25:
-        return
-    bit_depth = data[24]
-    if image.mode == "L" and bit_depth < 8 and isinstance(transparent, int):
-        image.info["transparency"] = transparent * 255 // (2**bit_depth - 1)
-    elif image.mode == "RGB" and bit_depth == 16 and isinstance(transparent, tuple):
-        image.info["transparency"] = tuple(value >> 8 for value in transparent)
-
-
 def _orientation(image: ImageFile.ImageFile, data: bytes) -> int:
     """The EXIF orientation, 1 to 8. One that cannot be read counts as 1, as in every viewer."""
     if isinstance(image, TiffImageFile):
         return 1  # its plugin turns the pixels itself, and has told the size after it
     try:
-        if isinstance(image, PngImageFile):
+        if isinstance(image, PngFile):
             late_exif = headers.png_orientation_exif(data)
             if late_exif is not None:
                 image.info.setdefault("exif", late_exif)

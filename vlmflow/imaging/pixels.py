@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 
+from vlmflow.imaging.colours import cmyk_to_rgb, in_srgb
+
 Pixels = NDArray[np.uint8]
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels of the image
 
@@ -41,17 +43,19 @@ def to_rgb(image: Image.Image, ground: Literal["white", "black"] = "white") -> I
 
     16-bit grey is scaled by 255/65535, that of a TIFF of 12 bits by 255/4095. Grey of 32 bits or floating point has no
     agreed white: values within 16 bits (floats within 0 to 1) are scaled likewise, others from their least to their
-    greatest.
+    greatest. Colours are those that the file means by its profile.
     """
     image.load()  # a frame of a GIF that reaches over the others is transparent there, and tells so only then
     if _is_deep_grey(image):
         return _grey_to_rgb(image, ground)
+    if image.mode == "CMYK":
+        return cmyk_to_rgb(image)
     if image.has_transparency_data:
-        rgba = image if image.mode == "RGBA" else image.convert("RGBA")
+        rgba = in_srgb(image if image.mode == "RGBA" else image.convert("RGBA"), image)
         canvas = Image.new("RGB", image.size, ground)
         canvas.paste(rgba, mask=rgba)  # by its alpha
         return canvas
-    return image if image.mode == "RGB" else image.convert("RGB")
+    return in_srgb(image if image.mode == "RGB" else image.convert("RGB"), image)
 
 
 def shows_ground(image: Image.Image) -> bool:
@@ -86,10 +90,11 @@ def _grey_to_rgb(image: Image.Image, ground: Literal["white", "black"]) -> Image
     grey = grey.reshape(values.shape)
     if is_inverted:
         grey = 255 - grey
+    shown = in_srgb(Image.fromarray(grey), image).convert("RGB")
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
-        grey[values == transparent] = 255 if ground == "white" else 0
-    return Image.fromarray(grey).convert("RGB")
+        shown.paste(ground, mask=Image.fromarray(values == transparent))
+    return shown
 
 
 def _grey_of_tiff(image: Image.Image) -> tuple[int, bool]:

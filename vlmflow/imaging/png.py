@@ -1,0 +1,131 @@
+"""PNG files as Pillow reads them, and what it passes over: their colours, and exactly which one is transparent."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterator
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+from PIL import Image, PngImagePlugin
+from PIL.PngImagePlugin import PngImageFile
+
+from vlmflow.imaging.profiles import SRGB, SRGB_CURVE, Curve, Profile, profile_of, profile_of_code_points
+
+_MAGIC_BYTES = 8
+_BIT_DEPTH_AT, _HEADER_END = 24, 33
+_MAX_CHUNKS = 100_000  # files of more are refused
+# Of gammas so near to that of screens browsers and libpng take sRGB's own curve.
+_GAMMA_OF_SCREENS, _NEAR = 2.2, 0.05
+_LARGEST_GAMMA = 10_000.0  # a number of a profile holds no more than 32,767
+_SCALE = 100_000  # of the integers that stand for fractions
+
+
+class PngFile(PngImageFile):
+    """A PNG whose transparent colour is that of its pixels, of which Pillow keeps eight bits.
+
+    Attributes:
+        colour_profiles: what the file says of its colours; the first that makes sense counts.
+    """
+
+    colour_profiles: tuple[bytes | Profile, ...] = ()
+
+    def _open(self) -> None:
+        super()._open()
+        assert isinstance(self.fp, BytesIO)
+        self._data = self.fp.getvalue()
+        chunks: dict[bytes, bytes] = {}
+        for kind, content in _chunks_before_pixels(self._data):
+            chunks.setdefault(kind, content)
+        self._key = chunks.get(b"tRNS", b"")
+        self.colour_profiles = tuple(_profiles(chunks))
+        self._scale_transparency()
+
+    def seek(self, frame: int) -> None:
+        """As Pillow does, which forgets what was changed here when it begins anew."""
+        super().seek(frame)
+        self._scale_transparency()
+
+    def load(self) -> Any:
+        """Reads the pixels; of 16-bit colours, of which one is transparent, as RGBA."""
+        is_deep = bool(self.tile) and self.mode == "RGB" and self._bit_depth == 16 and len(self._key) >= 6
+        loaded = super().load()
+        if is_deep and not self.is_animated:
+            self._set_alpha()
+        return loaded
+
+    @property
+    def _bit_depth(self) -> int:
+        return self._data[_BIT_DEPTH_AT]
+
+    def _scale_transparency(self) -> None:
+        """Pillow scales the pixels to 8 bits, but not the colour among them that is transparent."""
+        if "transparency" not in self.info:
+            return
+        if self.mode == "L" and self._bit_depth < 8 and len(self._key) >= 2:
+            (value,) = struct.unpack_from(">H", self._key)
+            self.info["transparency"] = value * 255 // (2**self._bit_depth - 1)
+        elif self.mode == "RGB" and self._bit_depth == 16 and len(self._key) >= 6:
+            self.info["transparency"] = tuple(value >> 8 for value in struct.unpack_from(">3H", self._key))
+
+    def _set_alpha(self) -> None:
+        """Colours that differ in their lower eight bits alone are not all transparent."""
+        lower = PngImageFile(BytesIO(self._data))
+        lower.tile = [tile._replace(args="RGB;16L") for tile in lower.tile]  # the second byte of each value
+        wanted = np.frombuffer(self._key[:6], np.uint8).reshape(3, 2)
+        is_clear = np.ones((self.height, self.width), bool)
+        for image, bytes_of_key in ((self, wanted[:, 0]), (lower, wanted[:, 1])):
+            for number, value in enumerate(bytes_of_key):
+                is_clear &= np.asarray(image.getchannel(number)) == value
+        whole = Image.merge("RGBA", (*self.split(), Image.fromarray(np.where(is_clear, np.uint8(0), np.uint8(255)))))
+        self._im, self._mode = whole.im, whole.mode
+        self.info.pop("transparency", None)
+
+
+def _profiles(chunks: dict[bytes, bytes]) -> Iterator[bytes | Profile]:
+    """In the order of precedence of the PNG specification (third edition)."""
+    if len(code_points := chunks.get(b"cICP", b"")) == 4:
+        named = profile_of_code_points(code_points[0], code_points[1])
+        if named is not None:
+            yield named
+    embedded = _embedded(chunks.get(b"iCCP", b""))
+    if embedded is not None:
+        yield embedded
+    if b"sRGB" in chunks or len(chunks.get(b"gAMA", b"")) != 4:
+        return
+    (number,) = struct.unpack(">I", chunks[b"gAMA"])
+    gamma = _SCALE / number if number else 0.0
+    if 0 < gamma <= _LARGEST_GAMMA:
+        curve = SRGB_CURVE if abs(_GAMMA_OF_SCREENS / gamma - 1) < _NEAR else Curve(gamma)
+        places = chunks.get(b"cHRM")
+        primaries = SRGB if places is None else tuple(value / _SCALE for (value,) in struct.iter_unpack(">I", places))
+        described = profile_of(curve, primaries)
+        if described is not None:
+            yield described
+
+
+def _embedded(content: bytes) -> bytes | None:
+    """The profile behind its name; None: there is none, or not all of it, and browsers do without."""
+    name, _, rest = content.partition(b"\0")
+    if not 0 < len(name) < 80 or rest[:1] != b"\0":
+        return None
+    unfolding = zlib.decompressobj()
+    try:
+        profile = unfolding.decompress(rest[1:], PngImagePlugin.MAX_TEXT_CHUNK)
+    except zlib.error:
+        return None
+    return profile if unfolding.eof else None
+
+
+def _chunks_before_pixels(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Types and contents; nobody heeds those that come later."""
+    at = _MAGIC_BYTES
+    for _ in range(_MAX_CHUNKS):
+        (size,) = struct.unpack_from(">I", data, at) if at + 8 <= len(data) else (0,)
+        kind = data[at + 4 : at + 8]
+        if kind in (b"", b"IDAT"):
+            return
+        yield kind, data[at + 8 : at + 8 + size]
+        at += size + 12

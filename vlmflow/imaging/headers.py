@@ -336,6 +336,21 @@ def png_orientation_exif(data: bytes) -> bytes | None:
     return None
 
 
+def exif_orientation(exif: bytes) -> int:
+    """1 to 8; 1 also where the first directory has none, or not as one SHORT, the type that it must have."""
+    exif = exif.removeprefix(b"Exif\0\0")
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
+    if order is None or len(exif) < 8:
+        return 1
+    (at,) = struct.unpack_from(order + "I", exif, 4)
+    count = int.from_bytes(exif[at : at + 2], "little" if order == "<" else "big")
+    entries = exif[at + 2 : at + 2 + 12 * count]
+    for tag, kind, number, value in struct.iter_unpack(order + "HHIH2x", entries[: len(entries) // 12 * 12]):
+        if (tag, kind, number) == (0x0112, 3, 1):
+            return value if 1 <= value <= 8 else 1
+    return 1
+
+
 def is_cut_short(data: bytes, image_format: str) -> bool:
     """Tells whether a file that did not decode lacks its end: the mark at it, or bytes that its header promises."""
     tail = data[-64:].rstrip(b"\0")

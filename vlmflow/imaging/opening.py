@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 
-from PIL import ExifTags, Image, ImageFile, TiffImagePlugin
+from PIL import Image, ImageFile, TiffImagePlugin
 from PIL.AvifImagePlugin import AvifImageFile
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
@@ -29,6 +29,10 @@ from vlmflow.imaging.png import PngFile
 _TIFF_SETUP = threading.Lock()
 
 
+class _NotReadError(RuntimeError):
+    """An image that is whole, and of a kind that no decoder here makes the right picture of."""
+
+
 class _TiffFile(TiffImageFile):
     """A TIFF, each page of which libtiff reads where Pillow by itself would make another picture of it."""
 
@@ -41,6 +45,8 @@ class _TiffFile(TiffImageFile):
                 super()._setup()
             finally:
                 TiffImagePlugin.READ_LIBTIFF = False
+        if is_planar and self.mode == "LA":  # Pillow takes the plane of transparency for nothing: all would be clear
+            raise _NotReadError("a TIFF of grey with its transparency in a plane apart")
         self.tile = [_in_native_order(tile) for tile in self.tile]
 
 
@@ -223,21 +229,16 @@ def check_pixels(size: tuple[int, int], limits: ImageLimits) -> None:
 
 
 def _orientation(image: ImageFile.ImageFile, data: bytes) -> int:
-    """The EXIF orientation, 1 to 8. One that cannot be read counts as 1, as in every viewer."""
+    """The EXIF orientation, 1 to 8. One that cannot be read counts as 1, as in every viewer.
+
+    Pillow takes it from other places too (XMP, texts of a PNG), and of other types, where no browser looks for it.
+    """
     if isinstance(image, TiffImageFile):
         return 1  # its plugin turns the pixels itself, and has told the size after it
-    try:
-        if isinstance(image, PngFile):
-            late_exif = headers.png_orientation_exif(data)
-            if late_exif is not None:
-                image.info.setdefault("exif", late_exif)
-            exif = Image.Image.getexif(image)  # the plugin's own decodes the pixels to look behind them
-        else:
-            exif = image.getexif()
-        orientation = exif.get(ExifTags.Base.Orientation, 1)
-    except BAD_BYTES:
-        return 1
-    return orientation if orientation in TRANSPOSE else 1
+    exif = image.info.get("exif")
+    if exif is None and isinstance(image, PngFile):
+        exif = headers.png_orientation_exif(data)
+    return headers.exif_orientation(exif) if isinstance(exif, bytes) else 1
 
 
 def _count_frames(image: ImageFile.ImageFile, image_format: str, data: bytes) -> int:
@@ -263,6 +264,8 @@ def bad_bytes(data: bytes, image_format: str) -> Iterator[None]:
     except MemoryError as error:
         message = f"not enough memory to decode this {image_format} file"
         raise ImageError(message, error_class=RowErrorClass.OUT_OF_MEMORY) from error
+    except _NotReadError as error:
+        raise ImageError(f"{error} is not decoded", error_class=RowErrorClass.UNSUPPORTED_FORMAT) from error
     except BAD_BYTES as error:
         # Pillow's own text is left to the log of the cause: some of it holds addresses of objects.
         if "truncated" in str(error).lower() or headers.is_cut_short(data, image_format):

@@ -188,39 +188,6 @@ def _count_jpeg_segments(data: bytes) -> int:
     return segments
 
 
-def jpeg_icc_profile(data: bytes) -> bytes | None:
-    """The colour profile of a JPEG, put together of its numbered pieces; None: there is none, or not all of it.
-
-    Pillow reads those before the frame header alone. Of pieces with one number the first counts.
-    """
-    at, pieces, count = 2, dict[int, bytes](), 0
-    for _ in range(MAX_PARTS):
-        mark = _JPEG_MARK.search(data, at)
-        if mark is None or mark[0][1] in (0xD9, 0xDA):
-            break
-        at = mark.end()
-        if mark[0][1] in _JPEG_BARE:
-            continue
-        size = max(int.from_bytes(data[at : at + 2], "big"), 2)
-        if mark[0][1] == 0xE2 and size >= 16 and data[at + 2 : at + 14] == b"ICC_PROFILE\0":
-            number, of = data[at + 14 : at + 16]
-            count = count or of
-            if of == count:
-                pieces.setdefault(number, data[at + 16 : at + size])
-        at += size
-    if not count or any(number not in pieces for number in range(1, count + 1)):
-        return None
-    return b"".join(pieces[number] for number in range(1, count + 1))
-
-
-def bmp_icc_profile(data: bytes) -> bytes | None:
-    """The colour profile of a BMP, which Pillow passes over."""
-    if len(data) < 138 or data[14] != 124 or data[70:74] != b"DEBM":
-        return None
-    at, size = struct.unpack_from("<II", data, 126)
-    return data[14 + at : 14 + at + size]
-
-
 def count_jpeg_scans(data: bytes) -> int:
     """Counts scans, those of images in the metadata included; phones append whole videos behind the image."""
     return data.count(b"\xff\xda", 0, _jpeg_end(data))

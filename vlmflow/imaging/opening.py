@@ -8,7 +8,7 @@ import struct
 import threading
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
@@ -24,6 +24,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 from vlmflow.config import ImageLimits
 from vlmflow.errors import ImageError, RowErrorClass
 from vlmflow.imaging import headers
+from vlmflow.imaging.embedded import READ_BY_HAND
 from vlmflow.imaging.png import PngFile
 
 _TIFF_SETUP = threading.Lock()
@@ -67,12 +68,6 @@ _OPENERS: dict[str, type[ImageFile.ImageFile]] = {
     "png": PngFile,
     "tiff": _TiffFile,
     "webp": WebPImageFile,
-}
-
-# Read here, where Pillow passes over some.
-_ICC_PROFILES: dict[str, Callable[[bytes], bytes | None]] = {
-    "bmp": headers.bmp_icc_profile,
-    "jpeg": headers.jpeg_icc_profile,
 }
 
 # What Pillow's plugins raise on bytes that do not fit their format.
@@ -168,8 +163,8 @@ def open_image(data: bytes, limits: ImageLimits, content_hash: str | None = None
             warnings.simplefilter("ignore")
             image = _OPENERS[image_format](BytesIO(data), "")
             check_pixels(image.size, limits)
-            if image_format in _ICC_PROFILES:
-                image.info["icc_profile"] = _ICC_PROFILES[image_format](data)
+            if image_format in READ_BY_HAND and (image_format != "avif" or "icc_profile" not in image.info):
+                image.info["icc_profile"] = READ_BY_HAND[image_format](data)
             orientation = _orientation(image, data)
         num_frames = _count_frames(image, image_format, data)
     width, height = image.size

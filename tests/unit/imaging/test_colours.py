@@ -217,6 +217,20 @@ def test_the_profile_of_a_bmp_is_heeded() -> None:
     assert near(shown(data), numbers()[..., [2, 0, 1]])
 
 
+def test_the_code_points_of_an_avif_are_heeded_where_it_has_no_profile() -> None:
+    def avif(code_points: bytes, **options: bytes) -> bytes:
+        data = encode(Image.fromarray(numbers()), "AVIF", quality=100, subsampling="4:4:4", **options)
+        assert bool(options) or data.count(b"nclx\0\1\0\x0d") == 1
+        return data.replace(b"nclx\0\1\0\x0d", b"nclx" + code_points)
+
+    for code_points in (b"\0\1\0\x0d", b"\0\1\0\1", b"\0\2\0\2"):  # sRGB, television, unspecified
+        assert near(shown(avif(code_points)), numbers(), 8)
+    assert near(shown(avif(b"\0\x0c\0\x0d")), from_p3(numbers()), 8)
+    assert near(shown(avif(b"\0\x0c\0\1")), from_p3(numbers()), 8)
+    with_profile = avif(b"\0\x0c\0\x0d", icc_profile=icc(primaries=SWAPPED))
+    assert near(shown(with_profile), numbers()[..., [2, 0, 1]], 8)
+
+
 def gama(value: float) -> bytes:
     return png_chunk(b"gAMA", struct.pack(">I", round(value * 100_000)))
 

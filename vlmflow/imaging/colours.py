@@ -21,6 +21,7 @@ _SAME = 2
 # What little CMS and Pillow raise on profiles that make no sense.
 _BAD_PROFILE = (ImageCms.PyCMSError, OSError, ValueError, TypeError, MemoryError)
 _MAX_KEPT = 16
+_COLOURS_OF = "colours of"  # in what Pillow keeps of an image
 _FAST, _EXACT = ImageCms.Flags.NONE, ImageCms.Flags.NOOPTIMIZE
 _NEARLY_SAME = 8
 
@@ -46,6 +47,12 @@ def in_srgb(image: Image.Image, of: Image.Image) -> Image.Image:
     return image if convert is None else convert(image)
 
 
+def shares_colours(image: Image.Image, of: Image.Image) -> Image.Image:
+    """The image, from now on one whose numbers mean what those of the other do, which was opened."""
+    image.info[_COLOURS_OF] = of
+    return image
+
+
 def cmyk_to_rgb(image: Image.Image) -> Image.Image:
     """An image of inks as RGB: by its profile, without one as if inks were perfect."""
     convert = _converter(image)
@@ -53,6 +60,7 @@ def cmyk_to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _converter(image: Image.Image) -> _Converter:
+    image = image.info.get(_COLOURS_OF, image)
     is_grey = image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;16")
     for found in _profiles_in(image):
         profile = read_profile(found) if isinstance(found, bytes) else found

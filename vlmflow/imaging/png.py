@@ -14,8 +14,8 @@ from PIL.PngImagePlugin import PngImageFile
 
 from vlmflow.imaging.profiles import SRGB, SRGB_CURVE, Curve, Profile, profile_of, profile_of_code_points
 
-_MAGIC_BYTES = 8
-_BIT_DEPTH_AT, _HEADER_END = 24, 33
+MAGIC = b"\x89PNG\r\n\x1a\n"
+_BIT_DEPTH_AT = 24
 _MAX_CHUNKS = 100_000  # files of more are refused
 # Of gammas so near to that of screens browsers and libpng take sRGB's own curve.
 _GAMMA_OF_SCREENS, _NEAR = 2.2, 0.05
@@ -37,7 +37,9 @@ class PngFile(PngImageFile):
         assert isinstance(self.fp, BytesIO)
         self._data = self.fp.getvalue()
         chunks: dict[bytes, bytes] = {}
-        for kind, content in _chunks_before_pixels(self._data):
+        for kind, content in png_chunks(self._data):
+            if kind == b"IDAT":  # nobody heeds what comes later
+                break
             chunks.setdefault(kind, content)
         self._key = chunks.get(b"tRNS", b"")
         self.colour_profiles = tuple(_profiles(chunks))
@@ -119,13 +121,17 @@ def _embedded(content: bytes) -> bytes | None:
     return profile if unfolding.eof else None
 
 
-def _chunks_before_pixels(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Types and contents; nobody heeds those that come later."""
-    at = _MAGIC_BYTES
+def png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Types and contents of the chunks of a PNG."""
+    at = len(MAGIC)
     for _ in range(_MAX_CHUNKS):
-        (size,) = struct.unpack_from(">I", data, at) if at + 8 <= len(data) else (0,)
-        kind = data[at + 4 : at + 8]
-        if kind in (b"", b"IDAT"):
+        if at + 8 > len(data):
             return
-        yield kind, data[at + 8 : at + 8 + size]
+        (size,) = struct.unpack_from(">I", data, at)
+        yield data[at + 4 : at + 8], data[at + 8 : at + 8 + size]
         at += size + 12
+
+
+def png_chunk(kind: bytes, content: bytes) -> bytes:
+    """One chunk as it stands in a file."""
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))

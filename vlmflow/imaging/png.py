@@ -42,6 +42,7 @@ class PngFile(PngImageFile):
                 break
             chunks.setdefault(kind, content)
         self._key = chunks.get(b"tRNS", b"")
+        self._num_colours = len(chunks.get(b"PLTE", b"")) // 3
         self.colour_profiles = tuple(_profiles(chunks))
         self._scale_transparency()
 
@@ -51,9 +52,18 @@ class PngFile(PngImageFile):
         self._scale_transparency()
 
     def load(self) -> Any:
-        """Reads the pixels; of 16-bit colours, of which one is transparent, as RGBA."""
-        is_deep = bool(self.tile) and self.mode == "RGB" and self._bit_depth == 16 and len(self._key) >= 6
+        """Reads the pixels; of 16-bit colours, of which one is transparent, as RGBA.
+
+        Raises:
+            ValueError: pixels have colours that the palette lacks: of such viewers make black, or the last one it has.
+        """
+        is_new = bool(self.tile)
+        is_deep = is_new and self.mode == "RGB" and self._bit_depth == 16 and len(self._key) >= 6
         loaded = super().load()
+        if is_new and self.mode == "P":
+            _, greatest = self.im.getextrema()
+            if greatest >= self._num_colours:
+                raise ValueError(f"colour {greatest} of a palette of {self._num_colours}")
         if is_deep and not self.is_animated:
             self._set_alpha()
         return loaded

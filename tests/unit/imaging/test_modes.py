@@ -12,6 +12,7 @@ from PIL import Image
 
 from tests.images import Array, encode, good_images, png, png_chunk, scene, with_orientation
 from vlmflow.config import ImageLimits
+from vlmflow.errors import ImageError
 from vlmflow.imaging import PixelRequest, decode, inspect
 
 LIMITS = ImageLimits()
@@ -60,6 +61,19 @@ def test_grey_becomes_three_equal_channels(format: str) -> None:
 def test_a_palette_is_looked_up() -> None:
     picture = Image.fromarray(rgb()).quantize(64)
     assert np.array_equal(squash(encode(picture, "PNG")), np.asarray(picture.convert("RGB")))
+
+
+@pytest.mark.parametrize("greatest", [3, 4])
+def test_a_colour_that_a_png_has_no_palette_for_is_refused(greatest: int) -> None:
+    """Decoders take it for black, Chromium for the last one: models would see plain black where people see more."""
+    indices = np.zeros((SIDE, SIDE), np.uint8)
+    indices[2:6, 2:6] = greatest
+    data = png(indices, 3, chunks=png_chunk(b"PLTE", bytes(9) + b"\xff" * 3))
+    if greatest == 3:
+        assert squash(data)[3, 3].tolist() == [255] * 3
+        return
+    with pytest.raises(ImageError, match="the png file is damaged"):
+        squash(data)
 
 
 def test_bilevel_is_black_and_white() -> None:

@@ -16,6 +16,8 @@ from vlmflow.imaging.profiles import SRGB, SRGB_CURVE, Curve, Profile, profile_o
 
 MAGIC = b"\x89PNG\r\n\x1a\n"
 _BIT_DEPTH_AT = 24
+_OF_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"acTL", b"fcTL", b"fdAT", b"eXIf")
+_BAD_BYTES = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, struct.error, zlib.error)
 _MAX_CHUNKS = 100_000  # files of more are refused
 # Of gammas so near to that of screens browsers and libpng take sRGB's own curve.
 _GAMMA_OF_SCREENS, _NEAR = 2.2, 0.05
@@ -33,11 +35,17 @@ class PngFile(PngImageFile):
     colour_profiles: tuple[bytes | Profile, ...] = ()
 
     def _open(self) -> None:
-        super()._open()
         assert isinstance(self.fp, BytesIO)
-        self._data = self.fp.getvalue()
+        self._data = data = self.fp.getvalue()
+        try:
+            super()._open()
+        except _BAD_BYTES:
+            # Damaged are perhaps remarks alone, for which Pillow refuses the image and no browser does.
+            self._data = _without_remarks(data)
+            self.fp = BytesIO(self._data)
+            super()._open()
         chunks: dict[bytes, bytes] = {}
-        for kind, content in png_chunks(self._data):
+        for kind, content in png_chunks(data):
             if kind == b"IDAT":  # nobody heeds what comes later
                 break
             chunks.setdefault(kind, content)
@@ -132,14 +140,40 @@ def _embedded(content: bytes) -> bytes | None:
 
 
 def png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Types and contents of the chunks of a PNG."""
+    """Types and contents of the chunks of a PNG, but for those that may be missing and are damaged."""
+    for kind, start, end in _places(data):
+        if not _is_damaged(data, kind, start, end):
+            yield kind, data[start + 8 : end - 4] if end <= len(data) else data[start + 8 :]
+
+
+def _is_damaged(data: bytes, kind: bytes, start: int, end: int) -> bool:
+    """Of a chunk that may be missing, whether the sum behind is not that of its bytes; others Pillow checks."""
+    return bool(kind[0] & 0x20) and zlib.crc32(data[start + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big")
+
+
+def _places(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Types of chunks, and where they begin and end, all of their bytes counted."""
     at = len(MAGIC)
     for _ in range(_MAX_CHUNKS):
         if at + 8 > len(data):
             return
-        (size,) = struct.unpack_from(">I", data, at)
-        yield data[at + 4 : at + 8], data[at + 8 : at + 8 + size]
-        at += size + 12
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        yield data[at + 4 : at + 8], at, end
+        at = end
+
+
+def _without_remarks(data: bytes) -> bytes:
+    """A PNG of those chunks alone that make its pixels."""
+    remarks = [
+        (start, end)
+        for kind, start, end in _places(data)
+        if kind not in _OF_PIXELS or _is_damaged(data, kind, start, end)
+    ]
+    kept, at = [], 0
+    for start, end in remarks:
+        kept.append(data[at:start])
+        at = end
+    return b"".join([*kept, data[at:]])
 
 
 def png_chunk(kind: bytes, content: bytes) -> bytes:

@@ -63,6 +63,23 @@ def test_a_palette_is_looked_up() -> None:
     assert np.array_equal(squash(encode(picture, "PNG")), np.asarray(picture.convert("RGB")))
 
 
+@pytest.mark.parametrize(
+    ("kind", "is_whole"),
+    [
+        (b"tRNS", False),
+        *((kind, is_whole) for kind in (b"tEXt", b"gAMA", b"iCCP", b"pHYs") for is_whole in (False, True)),
+    ],
+)
+def test_damage_to_what_a_png_says_beside_its_pixels_does_not_cost_the_image(kind: bytes, is_whole: bool) -> None:
+    damaged = png_chunk(kind, b"") if is_whole else png_chunk(kind, bytes(6))[:-4] + b"sums"
+    linear = png_chunk(b"gAMA", (100_000).to_bytes(4, "big"))
+    assert np.array_equal(squash(png(rgb(), 2, chunks=damaged)), rgb())
+    if kind != b"gAMA":
+        other = squash(png(rgb(), 2, chunks=damaged + linear))
+        assert np.array_equal(other, squash(png(rgb(), 2, chunks=linear)))
+        assert not np.array_equal(other, rgb())
+
+
 @pytest.mark.parametrize("greatest", [3, 4])
 def test_a_colour_that_a_png_has_no_palette_for_is_refused(greatest: int) -> None:
     """Decoders take it for black, Chromium for the last one: models would see plain black where people see more."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Literal
 
 import imagehash
@@ -14,6 +15,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from vlmflow.config import ImageLimits
 from vlmflow.errors import ImageError, RowErrorClass
+from vlmflow.imaging.composed import composed_frames, first_frame, is_composed
 from vlmflow.imaging.frames import MAX_FRAMES_SEEN, MAX_PIXELS_SEEN, Looked, frames_in
 from vlmflow.imaging.headers import count_png_frames
 from vlmflow.imaging.opening import (
@@ -33,7 +35,7 @@ from vlmflow.schema import LEAST_PHASH_BITS
 
 # Part of the ledger: images recorded as unreadable are due again when it changes. Raise the number when we learn to
 # decode something new; Pillow's major version stands for what Pillow learned.
-DECODER_VERSION = f"3-pillow{PIL.__version__.split('.')[0]}"
+DECODER_VERSION = f"4-pillow{PIL.__version__.split('.')[0]}"
 
 # A JPEG is decoded at reduced scale when both sides stay at least this many times the largest target. Measured by
 # tests/unit/imaging/test_jpeg_draft.py: see there for the differences that remain.
@@ -106,6 +108,7 @@ def decode(
             side = DRAFT_RATIO * max(request.size for request in merged)
             image.draft(None, (side, side))
         image.load()
+        image = first_frame(opened, limits)
         grounds = _grounds(image, opened.orientation, merged)
     phash = perceptual_hash(grounds[0][1])  # before another frame is decoded in this one's place
     pixels = {request.key: _views(request, grounds) for request in merged}
@@ -136,18 +139,30 @@ def perceptual_hash(image: Image.Image) -> str | None:
 
 def _hash_of_frames(opened: OpenedImage, limits: ImageLimits) -> str | None:
     """Of the few frames behind a plain first one, the hash of the first that is not plain."""
-    image, num_pixels = opened.image, 0
+    num_pixels = 0
     try:
-        for _ in frames_in(image, min(opened.facts.num_frames, _FRAMES_HASHED)):
+        for _, _, image in _frames_behind(opened, min(opened.facts.num_frames, _FRAMES_HASHED), limits):
             num_pixels += image.width * image.height
             if image.width * image.height > limits.max_pixels or num_pixels > MAX_PIXELS_SEEN:
                 break
             found = perceptual_hash(_shown(image, opened.orientation, "white"))
             if found is not None:
                 return found
-    except (*BAD_BYTES, Image.DecompressionBombError, MemoryError):
+    except (*BAD_BYTES, Image.DecompressionBombError, MemoryError, ImageError):
         pass  # that some cannot be decoded is said where frames are shown
     return None
+
+
+def _frames_behind(
+    opened: OpenedImage, num_frames: int, limits: ImageLimits
+) -> Iterator[tuple[int, float, Image.Image]]:
+    """Of the first frames all but the very first: number, seconds from the start, and the frame for the moment."""
+    if not is_composed(opened):
+        yield from ((number, time_s, opened.image) for number, time_s in frames_in(opened.image, num_frames))
+        return
+    for number, (time_s, image) in enumerate(islice(composed_frames(opened, limits), num_frames)):
+        if number:
+            yield number, time_s, image
 
 
 def _grounds(image: Image.Image, orientation: int, requests: Sequence[PixelRequest]) -> list[tuple[str, Image.Image]]:
@@ -206,34 +221,37 @@ def _add_frames(
     Returns:
         What was not looked at, and the hash of the first of all frames that is not plain.
     """
-    image, orientation = opened.image, opened.orientation
-    looked, size = Looked(), image.size
+    orientation, total = opened.orientation, opened.facts.num_frames
+    looked = Looked()
     looked.add(0.0, grounds)
     num_pixels, unseen = 0, None
-    wanted = min(opened.facts.num_frames, MAX_FRAMES_SEEN)
-    if wanted < opened.facts.num_frames:
-        unseen = f"frames after the first {wanted:,} of {opened.facts.num_frames:,} were not looked at"
+    wanted = min(total, MAX_FRAMES_SEEN)
+    if wanted < total:
+        unseen = f"frames after the first {wanted:,} of {total:,} were not looked at"
+    undecoded = (*BAD_BYTES, Image.DecompressionBombError, MemoryError)
     try:
-        for number, time_s in frames_in(image, wanted):
+        for number, time_s, image in _frames_behind(opened, wanted, limits):
             num_pixels += image.width * image.height
             if image.width * image.height > limits.max_pixels or num_pixels > MAX_PIXELS_SEEN:
-                unseen = f"frames after the first {number:,} of {opened.facts.num_frames:,} hold too many pixels"
+                unseen = f"frames after the first {number:,} of {total:,} hold too many pixels"
                 break
             shown = _grounds(image, orientation, requests)
             looked.add(time_s, shown)
             phash = phash or perceptual_hash(shown[0][1])
-    except (*BAD_BYTES, Image.DecompressionBombError, MemoryError):
-        unseen = f"frames after the first {len(looked.times):,} of {opened.facts.num_frames:,} cannot be decoded"
-    if image.size != size:  # of a GIF that a frame has enlarged Pillow shows the earlier ones enlarged too
-        image = open_image(opened.data, limits, opened.facts.content_hash).image
-    for number, views in looked.choose().items():
-        try:
-            image.seek(number)
-            shown = _grounds(image, orientation, requests)
-        except (*BAD_BYTES, MemoryError):
-            unseen = f"frame {number + 1:,} of {opened.facts.num_frames:,} cannot be decoded"
-            continue
-        _add_views(pixels, requests, shown, views)
+        else:
+            if len(looked.times) < wanted:
+                unseen = f"frames after the first {len(looked.times):,} of {total:,} are not there"
+    except ImageError:
+        unseen = f"frames after the first {len(looked.times):,} of {total:,} hold too many pixels"
+    except undecoded:
+        unseen = f"frames after the first {len(looked.times):,} of {total:,} cannot be decoded"
+    chosen = looked.choose()
+    try:
+        for number, _, image in _frames_behind(opened, max(chosen, default=0) + 1, limits):
+            if number in chosen:
+                _add_views(pixels, requests, _grounds(image, orientation, requests), chosen.pop(number))
+    except undecoded:
+        unseen = f"frame {min(chosen, default=0) + 1:,} of {total:,} cannot be decoded"
     return unseen, phash
 
 

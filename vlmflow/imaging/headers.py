@@ -109,24 +109,26 @@ def webp_canvas(data: bytes) -> tuple[int, int] | None:
 
 def count_gif_frames(data: bytes) -> int:
     """Counts the frames that are there, whole or not, of a GIF; at most ``MAX_COUNTED_FRAMES``."""
-    at = 13 + _gif_color_table(data[10]) if len(data) > 10 else len(data)
+    at = 13 + gif_color_table(data[10]) if len(data) > 10 else len(data)
     frames = 0
     while at < len(data) and frames < MAX_COUNTED_FRAMES:
         if data[at] == 0x21:  # an extension: its label, then blocks
-            at = _skip_gif_blocks(data, at + 2)
+            at = skip_gif_blocks(data, at + 2)
         elif data[at] == 0x2C and at + 9 < len(data):  # an image: ten bytes, a palette, the code size, blocks
             frames += 1
-            at = _skip_gif_blocks(data, at + 11 + _gif_color_table(data[at + 9]))
+            at = skip_gif_blocks(data, at + 11 + gif_color_table(data[at + 9]))
         else:  # the trailer, or rubbish
             break
     return max(frames, 1)
 
 
-def _gif_color_table(flags: int) -> int:
+def gif_color_table(flags: int) -> int:
+    """Bytes of the palette that stands behind these flags of a GIF, of the whole or of a frame."""
     return 3 << (flags & 7) + 1 if flags & 0x80 else 0
 
 
-def _skip_gif_blocks(data: bytes, at: int) -> int:
+def skip_gif_blocks(data: bytes, at: int) -> int:
+    """Where the blocks of a GIF end that begin here."""
     while at < len(data) and data[at]:
         at += data[at] + 1
     return at + 1
@@ -226,7 +228,7 @@ def _png_chunks(data: bytes) -> Iterator[bytes]:
 
 def _count_gif_extensions(data: bytes) -> int:
     """Counts extensions, and the blocks they are made of, before the first frame."""
-    at, parts = 13 + _gif_color_table(data[10]) if len(data) > 10 else len(data), 0
+    at, parts = 13 + gif_color_table(data[10]) if len(data) > 10 else len(data), 0
     while at < len(data) and data[at] != 0x2C and parts <= MAX_PARTS:
         if data[at] != 0x21:  # rubbish, which Pillow skips byte by byte
             at, parts = at + 1, parts + 1
@@ -301,6 +303,21 @@ def png_orientation_exif(data: bytes) -> bytes | None:
             return data[at + 8 : at + 8 + size]
         at += size + 12
     return None
+
+
+def exif_orientation(exif: bytes) -> int:
+    """1 to 8; 1 also where the first directory has none, or not as one SHORT, the type that it must have."""
+    exif = exif.removeprefix(b"Exif\0\0")
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
+    if order is None or len(exif) < 8:
+        return 1
+    (at,) = struct.unpack_from(order + "I", exif, 4)
+    count = int.from_bytes(exif[at : at + 2], "little" if order == "<" else "big")
+    entries = exif[at + 2 : at + 2 + 12 * count]
+    for tag, kind, number, value in struct.iter_unpack(order + "HHIH2x", entries[: len(entries) // 12 * 12]):
+        if (tag, kind, number) == (0x0112, 3, 1):
+            return value if 1 <= value <= 8 else 1
+    return 1
 
 
 def is_cut_short(data: bytes, image_format: str) -> bool:

@@ -9,6 +9,7 @@ import simplejpeg
 from PIL import Image
 
 from vlmflow.config import ImageLimits
+from vlmflow.imaging.colours import changes_colours
 from vlmflow.imaging.decode import PixelRequest, perceptual_hash
 from vlmflow.imaging.opening import TRANSPOSE, ImageFacts, open_image
 from vlmflow.imaging.pixels import REDUCING_GAP
@@ -52,6 +53,8 @@ def leave_encoded(
     if len(data) > MAX_JPEG_BYTES or not is_plain(data):
         return None
     opened = open_image(data, limits, content_hash)
+    if changes_colours(opened.image):
+        return None
     width, height = opened.image.size
     smallest = min((request.size for request in requests), default=1)
     # Pillow averages longer ones down before it resizes them, which the device's resize does not.

@@ -13,20 +13,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 
-from PIL import ExifTags, Image, ImageFile, TiffImagePlugin
+from PIL import Image, ImageFile, TiffImagePlugin
 from PIL.AvifImagePlugin import AvifImageFile
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
 from PIL.JpegImagePlugin import JpegImageFile
-from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from vlmflow.config import ImageLimits
 from vlmflow.errors import ImageError, RowErrorClass
 from vlmflow.imaging import headers
+from vlmflow.imaging.embedded import READ_BY_HAND
+from vlmflow.imaging.png import PngFile
 
 _TIFF_SETUP = threading.Lock()
+
+
+class _NotReadError(RuntimeError):
+    """An image that is whole, and of a kind that no decoder here makes the right picture of."""
 
 
 class _TiffFile(TiffImageFile):
@@ -41,6 +46,8 @@ class _TiffFile(TiffImageFile):
                 super()._setup()
             finally:
                 TiffImagePlugin.READ_LIBTIFF = False
+        if is_planar and self.mode == "LA":  # Pillow takes the plane of transparency for nothing: all would be clear
+            raise _NotReadError("a TIFF of grey with its transparency in a plane apart")
         self.tile = [_in_native_order(tile) for tile in self.tile]
 
 
@@ -58,7 +65,7 @@ _OPENERS: dict[str, type[ImageFile.ImageFile]] = {
     "bmp": BmpImageFile,
     "gif": GifImageFile,
     "jpeg": JpegImageFile,
-    "png": PngImageFile,
+    "png": PngFile,
     "tiff": _TiffFile,
     "webp": WebPImageFile,
 }
@@ -156,7 +163,8 @@ def open_image(data: bytes, limits: ImageLimits, content_hash: str | None = None
             warnings.simplefilter("ignore")
             image = _OPENERS[image_format](BytesIO(data), "")
             check_pixels(image.size, limits)
-            _scale_transparency(image, data)
+            if image_format in READ_BY_HAND and (image_format != "avif" or "icc_profile" not in image.info):
+                image.info["icc_profile"] = READ_BY_HAND[image_format](data)
             orientation = _orientation(image, data)
         num_frames = _count_frames(image, image_format, data)
     width, height = image.size
@@ -215,34 +223,17 @@ def check_pixels(size: tuple[int, int], limits: ImageLimits) -> None:
         raise ImageError(f"the header says {width} x {height} pixels", error_class=RowErrorClass.CORRUPT)
 
 
-def _scale_transparency(image: ImageFile.ImageFile, data: bytes) -> None:
-    """Pillow scales the pixels of a PNG to 8 bits, but not the colour among them that is transparent."""
-    transparent = image.info.get("transparency")
-    if not isinstance(image, PngImageFile) or len(data) < 25:
-        return
-    bit_depth = data[24]
-    if image.mode == "L" and bit_depth < 8 and isinstance(transparent, int):
-        image.info["transparency"] = transparent * 255 // (2**bit_depth - 1)
-    elif image.mode == "RGB" and bit_depth == 16 and isinstance(transparent, tuple):
-        image.info["transparency"] = tuple(value >> 8 for value in transparent)
-
-
 def _orientation(image: ImageFile.ImageFile, data: bytes) -> int:
-    """The EXIF orientation, 1 to 8. One that cannot be read counts as 1, as in every viewer."""
+    """The EXIF orientation, 1 to 8. One that cannot be read counts as 1, as in every viewer.
+
+    Pillow takes it from other places too (XMP, texts of a PNG), and of other types, where no browser looks for it.
+    """
     if isinstance(image, TiffImageFile):
         return 1  # its plugin turns the pixels itself, and has told the size after it
-    try:
-        if isinstance(image, PngImageFile):
-            late_exif = headers.png_orientation_exif(data)
-            if late_exif is not None:
-                image.info.setdefault("exif", late_exif)
-            exif = Image.Image.getexif(image)  # the plugin's own decodes the pixels to look behind them
-        else:
-            exif = image.getexif()
-        orientation = exif.get(ExifTags.Base.Orientation, 1)
-    except BAD_BYTES:
-        return 1
-    return orientation if orientation in TRANSPOSE else 1
+    exif = image.info.get("exif")
+    if exif is None and isinstance(image, PngFile):
+        exif = headers.png_orientation_exif(data)
+    return headers.exif_orientation(exif) if isinstance(exif, bytes) else 1
 
 
 def _count_frames(image: ImageFile.ImageFile, image_format: str, data: bytes) -> int:
@@ -268,6 +259,8 @@ def bad_bytes(data: bytes, image_format: str) -> Iterator[None]:
     except MemoryError as error:
         message = f"not enough memory to decode this {image_format} file"
         raise ImageError(message, error_class=RowErrorClass.OUT_OF_MEMORY) from error
+    except _NotReadError as error:
+        raise ImageError(f"{error} is not decoded", error_class=RowErrorClass.UNSUPPORTED_FORMAT) from error
     except BAD_BYTES as error:
         # Pillow's own text is left to the log of the cause: some of it holds addresses of objects.
         if "truncated" in str(error).lower() or headers.is_cut_short(data, image_format):

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 
+from vlmflow.imaging.colours import cmyk_to_rgb, in_srgb
+
 Pixels = NDArray[np.uint8]
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels of the image
 
@@ -29,7 +31,7 @@ _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling
 # least 64 times first, so that an image of one row and 100 million columns does not take 4 GB.
 REDUCING_GAP = 64.0
 
-_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262  # tags of a TIFF
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of a TIFF
 _WHITE_IS_ZERO = 0
 
 # Grey of more than 8 bits is converted in pieces of so many pixels: the floating-point copies take 50 bytes a pixel.
@@ -41,17 +43,19 @@ def to_rgb(image: Image.Image, ground: Literal["white", "black"] = "white") -> I
 
     16-bit grey is scaled by 255/65535, that of a TIFF of 12 bits by 255/4095. Grey of 32 bits or floating point has no
     agreed white: values within 16 bits (floats within 0 to 1) are scaled likewise, others from their least to their
-    greatest.
+    greatest. Colours are those that the file means by its profile.
     """
     image.load()  # a frame of a GIF that reaches over the others is transparent there, and tells so only then
     if _is_deep_grey(image):
         return _grey_to_rgb(image, ground)
+    if image.mode == "CMYK":
+        return cmyk_to_rgb(image)
     if image.has_transparency_data:
-        rgba = image if image.mode == "RGBA" else image.convert("RGBA")
+        rgba = in_srgb(image if image.mode == "RGBA" else image.convert("RGBA"), image)
         canvas = Image.new("RGB", image.size, ground)
         canvas.paste(rgba, mask=rgba)  # by its alpha
         return canvas
-    return image if image.mode == "RGB" else image.convert("RGB")
+    return in_srgb(image if image.mode == "RGB" else image.convert("RGB"), image)
 
 
 def shows_ground(image: Image.Image) -> bool:
@@ -73,6 +77,8 @@ def _is_deep_grey(image: Image.Image) -> bool:
 def _grey_to_rgb(image: Image.Image, ground: Literal["white", "black"]) -> Image.Image:
     """Scales integer grey of 16 or 32 bits and floating-point grey to 8 bits."""
     values = np.asarray(image)
+    if _is_unsigned(image) and values.dtype == np.int32:
+        values = values.view(np.uint32)
     blocks = [values.reshape(-1)[at : at + _GREY_BLOCK] for at in range(0, values.size, _GREY_BLOCK)]
     num_bits, is_inverted = _grey_of_tiff(image)
     low, high = 0.0, 1.0 if image.mode == "F" else 2.0**num_bits - 1
@@ -86,10 +92,11 @@ def _grey_to_rgb(image: Image.Image, ground: Literal["white", "black"]) -> Image
     grey = grey.reshape(values.shape)
     if is_inverted:
         grey = 255 - grey
+    shown = in_srgb(Image.fromarray(grey), image).convert("RGB")
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
-        grey[values == transparent] = 255 if ground == "white" else 0
-    return Image.fromarray(grey).convert("RGB")
+        shown.paste(ground, mask=Image.fromarray(values == transparent))
+    return shown
 
 
 def _grey_of_tiff(image: Image.Image) -> tuple[int, bool]:
@@ -99,6 +106,13 @@ def _grey_of_tiff(image: Image.Image) -> tuple[int, bool]:
     bits = image.tag_v2.get(_BITS_PER_SAMPLE, (16,))
     is_inverted = image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
     return (12 if tuple(bits) == (12,) else 16), is_inverted
+
+
+def _is_unsigned(image: Image.Image) -> bool:
+    """Of 32 bits, which Pillow takes for numbers with a sign, by which the bright half would be darker than black."""
+    if not isinstance(image, TiffImageFile) or tuple(image.tag_v2.get(_BITS_PER_SAMPLE, ())) != (32,):
+        return False
+    return tuple(image.tag_v2.get(_SAMPLE_FORMAT, (1,)))[:1] == (1,)
 
 
 def _finite(values: NDArray[Any]) -> NDArray[np.floating[Any]]:

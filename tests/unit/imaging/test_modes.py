@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import struct
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 
 from tests.images import Array, encode, good_images, png, png_chunk, scene, with_orientation
 from vlmflow.config import ImageLimits
+from vlmflow.errors import ImageError
 from vlmflow.imaging import PixelRequest, decode, inspect
 
 LIMITS = ImageLimits()
@@ -59,6 +61,36 @@ def test_grey_becomes_three_equal_channels(format: str) -> None:
 def test_a_palette_is_looked_up() -> None:
     picture = Image.fromarray(rgb()).quantize(64)
     assert np.array_equal(squash(encode(picture, "PNG")), np.asarray(picture.convert("RGB")))
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_whole"),
+    [
+        (b"tRNS", False),
+        *((kind, is_whole) for kind in (b"tEXt", b"gAMA", b"iCCP", b"pHYs") for is_whole in (False, True)),
+    ],
+)
+def test_damage_to_what_a_png_says_beside_its_pixels_does_not_cost_the_image(kind: bytes, is_whole: bool) -> None:
+    damaged = png_chunk(kind, b"") if is_whole else png_chunk(kind, bytes(6))[:-4] + b"sums"
+    linear = png_chunk(b"gAMA", (100_000).to_bytes(4, "big"))
+    assert np.array_equal(squash(png(rgb(), 2, chunks=damaged)), rgb())
+    if kind != b"gAMA":
+        other = squash(png(rgb(), 2, chunks=damaged + linear))
+        assert np.array_equal(other, squash(png(rgb(), 2, chunks=linear)))
+        assert not np.array_equal(other, rgb())
+
+
+@pytest.mark.parametrize("greatest", [3, 4])
+def test_a_colour_that_a_png_has_no_palette_for_is_refused(greatest: int) -> None:
+    """Decoders take it for black, Chromium for the last one: models would see plain black where people see more."""
+    indices = np.zeros((SIDE, SIDE), np.uint8)
+    indices[2:6, 2:6] = greatest
+    data = png(indices, 3, chunks=png_chunk(b"PLTE", bytes(9) + b"\xff" * 3))
+    if greatest == 3:
+        assert squash(data)[3, 3].tolist() == [255] * 3
+        return
+    with pytest.raises(ImageError, match="the png file is damaged"):
+        squash(data)
 
 
 def test_bilevel_is_black_and_white() -> None:
@@ -186,6 +218,42 @@ def test_a_png_that_tells_its_orientation_after_the_pixels_is_turned() -> None:
     data = data[:-12] + png_chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")) + data[-12:]
     facts = inspect(data, LIMITS)
     assert (facts.width, facts.height) == (10, 20)
+
+
+XMP = (
+    b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+    b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
+)
+
+
+def exif_of(kind: int, value: bytes) -> bytes:
+    return b"II*\0\x08\0\0\0\x01\0\x12\1" + struct.pack("<HI", kind, 1) + value.ljust(4, b"\0") + bytes(4)
+
+
+def test_an_orientation_counts_where_browsers_look_for_it_and_nowhere_else() -> None:
+    picture = Image.new("RGB", (20, 10))
+    jpeg, png_file, short = encode(picture, "JPEG"), encode(picture, "PNG"), exif_of(3, b"\6\0")
+    as_text = f"\nexif\n{len(short) + 6}\n{(b'Exif' + bytes(2) + short).hex()}\n".encode()
+
+    def with_app1(content: bytes) -> bytes:
+        return jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(content) + 2) + content + jpeg[2:]
+
+    turned = [
+        with_app1(b"Exif\0\0" + short),
+        png_file[:33] + png_chunk(b"eXIf", short) + png_file[33:],
+    ]
+    left = [
+        with_app1(b"http://ns.adobe.com/xap/1.0/\0" + XMP),
+        with_app1(b"Exif\0\0" + exif_of(4, b"\6")),  # a number of four bytes
+        with_app1(b"Exif\0\0" + exif_of(3, b"\11")),
+        png_file[:33] + png_chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP) + png_file[33:],
+        png_file[:33] + png_chunk(b"tEXt", b"Raw profile type exif\0" + as_text) + png_file[33:],
+        encode(picture, "WEBP", xmp=XMP),
+    ]
+    sizes = [
+        [(facts.width, facts.height) for facts in (inspect(data, LIMITS) for data in some)] for some in (turned, left)
+    ]
+    assert sizes == [[(10, 20)] * 2, [(20, 10)] * 6]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")

@@ -135,6 +135,15 @@ def test_floating_point_grey_may_have_its_white_at_zero_too() -> None:
     assert pixels[0, 0].tolist() == [191] * 3
 
 
+def test_of_32_bits_without_a_sign_the_bright_half_is_bright() -> None:
+    values = np.linspace(0, 2**32 - 1, 64).astype("<u4")
+    for sample_format, brightest in ((1, 63), (2, 31)):  # of numbers with a sign the largest is in the middle
+        entries = [(258, SHORT, 1, 32), (339, SHORT, 1, sample_format)]
+        pixels = decode(tiff_of([page(8, values.tobytes(), *entries)]), [REQUEST], LIMITS).pixels[REQUEST.key][0][1]
+        assert int(pixels[..., 0].argmax()) == brightest
+        assert (pixels.min(), pixels.max()) == (0, 255)
+
+
 def in_planes(planes: Sequence[bytes], bits: int, *changes: Entry) -> bytes:
     """A TIFF of 8 x 8 in RGB, each colour in a plane of its own, not compressed; planes beyond these follow."""
     count = len(planes)
@@ -171,3 +180,13 @@ def test_compressed_greys_are_as_bright_in_either_order_of_bytes(
     tags = [(258, SHORT, 1, 8 * values.itemsize), (259, SHORT, 1, 8), (339, SHORT, 1, sample_format)]
     data = tiff_of([page(8, zlib.compress(values.tobytes()), *tags)], order)
     assert decode(data, [REQUEST], LIMITS).pixels[REQUEST.key][0][1][0, 0].tolist() == [64] * 3
+
+
+def test_grey_with_its_transparency_in_a_plane_apart_is_refused() -> None:
+    """Pillow shows nothing of it: all would be transparent."""
+    data = in_planes([bytes(range(64)), b"\xff" * 64], 8, (338, SHORT, 1, 2))
+    data = data.replace(struct.pack("<HHII", 262, SHORT, 1, 2), struct.pack("<HHII", 262, SHORT, 1, 1))  # of grey
+    data = data.replace(struct.pack("<HHII", 258, SHORT, 2, 24), struct.pack("<HHI2H", 258, SHORT, 2, 8, 8))
+    with pytest.raises(ImageError, match="transparency in a plane apart is not decoded") as caught:
+        decode(data, [REQUEST], LIMITS)
+    assert caught.value.error_class is RowErrorClass.UNSUPPORTED_FORMAT

@@ -1,0 +1,309 @@
+"""Pixels are in the colours that a browser shows: by a file's profile, or what else it says of them."""
+
+from __future__ import annotations
+
+import itertools
+import struct
+import zlib
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.images import Array, encode, png, png_chunk
+from vlmflow.config import ImageLimits
+from vlmflow.imaging import PixelRequest, decode, hash_of
+from vlmflow.imaging.jpeg import leave_encoded
+from vlmflow.imaging.profiles import SRGB, SRGB_CURVE, Curve, Profile, profile_of, read_profile
+
+LIMITS = ImageLimits()
+SIDE = 16
+REQUEST = PixelRequest(SIDE, "bicubic", ("squash", "black"))
+P3 = (*SRGB[:2], 0.68, 0.32, 0.265, 0.69, 0.15, 0.06)
+SWAPPED = (*SRGB[:2], *SRGB[4:], *SRGB[2:4])  # what is called red is shown as green, and so on
+
+
+def icc(curve: Curve = SRGB_CURVE, primaries: tuple[float, ...] = SRGB) -> bytes:
+    profile = profile_of(curve, primaries)
+    assert profile is not None
+    return profile.file()
+
+
+def grey_icc(gamma: float) -> bytes:
+    tone = b"para" + struct.pack(">IHHi", 0, 0, 0, round(gamma * 65536))
+    return Profile(b"GRAY", b"XYZ ", {b"kTRC": tone}).file()
+
+
+def table_icc(space: bytes, reds: Callable[..., float], num_inks: int) -> bytes:
+    """Of a profile with a table: shades of grey, by the lightness L* (0 to 1) that a function gives numbers."""
+    levels = [
+        (round(255 * reds(*numbers)), 128, 128) for numbers in itertools.product((0.0, 0.5, 1.0), repeat=num_inks)
+    ]
+    matrix = struct.pack(">9i", *(65536 * (number % 4 == 0) for number in range(9)))
+    table = b"mft1" + bytes([0, 0, 0, 0, num_inks, 3, 3, 0]) + matrix + bytes(range(256)) * num_inks
+    return Profile(space, b"Lab ", {b"A2B0": table + bytes(itertools.chain(*levels)) + bytes(range(256)) * 3}).file()
+
+
+def shown(data: bytes, ground: str = "squash") -> Array:
+    pixels: Array = dict(decode(data, [REQUEST], LIMITS).pixels[REQUEST.key])[ground].astype(int)
+    return pixels
+
+
+def numbers() -> Array:
+    """Smooth, so that lossy formats keep it, and of a square as large as what models are shown."""
+    y, x = np.mgrid[0:SIDE, 0:SIDE] / (SIDE - 1)
+    return np.stack([40 + 180 * x, 30 + 150 * y, 60 + 90 * (x + y) / 2], -1).round().astype(np.uint8)
+
+
+def to_light(levels: Array) -> Array:
+    values = levels / 255
+    return np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+
+
+def to_levels(light: Array) -> Array:
+    clipped = np.clip(light, 0, 1)
+    return np.rint(255 * np.where(clipped <= 0.0031308, 12.92 * clipped, 1.055 * clipped ** (1 / 2.4) - 0.055))
+
+
+def from_p3(levels: Array) -> Array:
+    matrix = np.array([[1.22494, -0.22494, 0], [-0.04206, 1.04206, 0], [-0.01964, -0.07864, 1.09827]])
+    return to_levels(to_light(levels) @ matrix.T)
+
+
+def near(found: Array, expected: Array, tolerance: int = 2) -> bool:
+    return bool(np.abs(found - expected).max() <= tolerance)
+
+
+@pytest.mark.parametrize(
+    ("format", "options"),
+    [
+        ("PNG", {}),
+        ("TIFF", {}),
+        ("WEBP", {"lossless": True}),
+        ("JPEG", {"quality": 100, "subsampling": 0}),
+        ("JPEG", {"quality": 100, "subsampling": 0, "progressive": True}),
+        ("AVIF", {"quality": 100, "subsampling": "4:4:4"}),
+    ],
+)
+def test_colours_of_wide_gamuts_are_shown_as_on_a_screen(format: str, options: dict[str, object]) -> None:
+    data = encode(Image.fromarray(numbers()), format, icc_profile=icc(primaries=P3), **options)
+    assert near(shown(data), from_p3(numbers()), 8)  # to what lossy formats lose; numbers taken for sRGB are 76 off
+    data = encode(Image.fromarray(numbers()), format, icc_profile=icc(primaries=SWAPPED), **options)
+    assert near(shown(data), numbers()[..., [2, 0, 1]], 8)
+
+
+def test_a_picture_that_is_black_but_for_its_profile_is_seen() -> None:
+    dark = (numbers() // 32).astype(np.uint8)  # 8 levels, none above 7
+    plain, with_profile = (
+        shown(encode(Image.fromarray(dark), "PNG", **options)) for options in ({}, {"icc_profile": icc(Curve(0.2))})
+    )
+    assert plain.max() <= 7
+    assert with_profile.max() - with_profile.min() > 40
+
+
+def test_of_srgb_and_its_like_no_number_is_touched() -> None:
+    from PIL import ImageCms
+
+    for profile in (ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(), icc()):
+        assert np.array_equal(shown(encode(Image.fromarray(numbers()), "PNG", icc_profile=profile)), numbers())
+
+
+def damaged() -> list[bytes]:
+    whole = icc(primaries=SWAPPED)
+    other_white = whole[:68] + bytes(12) + whole[80:]
+    too_new = whole[:8] + b"\5" + whole[9:]
+    return [b"", b"no profile" * 20, whole[:131], whole[:-8], whole.replace(b"acsp", b"pasc"), other_white, too_new]
+
+
+@pytest.mark.parametrize("number", range(7))
+def test_a_damaged_profile_is_none(number: int) -> None:
+    data = encode(Image.fromarray(numbers()), "PNG", icc_profile=damaged()[number])
+    assert np.array_equal(shown(data), numbers())
+
+
+def test_a_profile_of_other_numbers_is_none() -> None:
+    picture = Image.fromarray(numbers())
+    for profile in (grey_icc(5.0), table_icc(b"CMYK", lambda *_: 0.0, 4)):
+        assert np.array_equal(shown(encode(picture, "PNG", icc_profile=profile)), numbers())
+    inks = encode(picture.convert("CMYK"), "TIFF", icc_profile=icc(primaries=SWAPPED))
+    assert near(shown(inks), numbers())
+
+
+def test_the_class_and_space_of_a_profile_may_be_nonsense() -> None:
+    whole = icc(primaries=SWAPPED)
+    for odd in (whole.replace(b"mntr", b"link"), whole.replace(b"RGB ", b"RGb ")):
+        assert near(shown(encode(Image.fromarray(numbers()), "PNG", icc_profile=odd)), numbers()[..., [2, 0, 1]])
+
+
+def test_numbers_that_no_screen_has_are_counted_right() -> None:
+    profile = read_profile(icc(primaries=SWAPPED))
+    assert profile is not None
+    large = {
+        name: data[:8] + struct.pack(">3i", 0, 40 << 16, 0) for name, data in profile.tags.items() if b"XYZ" in name
+    }
+    data = encode(Image.fromarray(numbers()), "PNG", icc_profile=Profile(b"RGB ", b"XYZ ", profile.tags | large).file())
+    assert shown(data)[..., 1].min() == 255  # all of it is brighter than white, and green: the fast way overflows
+
+
+def test_transparency_stays_and_palettes_have_profiles_too() -> None:
+    alpha = np.full((SIDE, SIDE), 255, np.uint8)
+    alpha[:8] = 0
+    rgba = Image.fromarray(np.dstack([numbers(), alpha]))
+    data = encode(rgba, "PNG", icc_profile=icc(primaries=SWAPPED))
+    assert near(shown(data)[:8], np.full((8, SIDE, 3), 255))
+    assert near(shown(data, "black")[:8], np.zeros((8, SIDE, 3)))
+    assert near(shown(data, "black")[8:], numbers()[8:, :, [2, 0, 1]])
+    palette = Image.fromarray(numbers()).quantize(16)
+    data = encode(palette, "PNG", icc_profile=icc(primaries=SWAPPED))
+    assert near(shown(data), np.asarray(palette.convert("RGB"))[..., [2, 0, 1]])
+
+
+@pytest.mark.parametrize("profile", [grey_icc(1.0), icc(Curve(1.0))])
+@pytest.mark.parametrize("mode", ["L", "LA", "I;16"])
+def test_grey_has_profiles_of_grey_and_of_colours(mode: str, profile: bytes) -> None:
+    grey = numbers()[..., 0]
+    expected = np.repeat(to_levels(grey[..., None] / 255), 3, -1)
+    image = Image.fromarray(grey.astype(np.uint16) * 257 if mode == "I;16" else grey)
+    data = encode(image.convert("LA") if mode == "LA" else image, "PNG", icc_profile=profile)
+    assert near(shown(data), expected)
+
+
+def test_tables_are_looked_up() -> None:
+    data = encode(Image.fromarray(numbers()), "PNG", icc_profile=table_icc(b"RGB ", lambda *_: 0.5, 3))
+    assert near(shown(data), np.full((SIDE, SIDE, 3), 119))  # L* of 50
+
+
+@pytest.mark.parametrize("format", ["JPEG", "TIFF"])
+def test_inks_are_shown_by_their_profile(format: str) -> None:
+    inks = Image.new("CMYK", (SIDE, SIDE), (0, 0, 0, 255))
+    assert shown(encode(inks, format)).max() <= 3
+    profile = table_icc(b"CMYK", lambda c, m, y, k: k, 4)  # a print on black, on which ink is white
+    assert shown(encode(inks, format, icc_profile=profile)).min() >= 250
+
+
+def in_pieces(*pieces: tuple[int, int, bytes], after_frame: bool = False) -> bytes:
+    data = encode(Image.fromarray(numbers()), "JPEG", quality=100, subsampling=0)
+    at = data.index(b"\xff\xda") if after_frame else 2
+    segments = [bytes([number, count]) + content for number, count, content in pieces]
+    written = [b"\xff\xe2" + struct.pack(">H", 14 + len(one)) + b"ICC_PROFILE\0" + one for one in segments]
+    return data[:at] + b"".join(written) + data[at:]
+
+
+def test_the_profile_of_a_jpeg_is_put_together_wherever_its_pieces_stand() -> None:
+    whole, other, swapped = icc(primaries=SWAPPED), icc(primaries=P3), numbers()[..., [2, 0, 1]]
+    half = len(whole) // 2
+    for data in (
+        in_pieces((1, 2, whole[:half]), (2, 2, whole[half:])),
+        in_pieces((2, 2, whole[half:]), (1, 2, whole[:half])),
+        in_pieces((1, 1, whole), after_frame=True),
+        in_pieces((1, 1, whole), (1, 1, other)),
+        in_pieces((1, 1, whole), (2, 2, b"more")),
+    ):
+        assert near(shown(data), swapped, 4)
+    for data in (
+        in_pieces((1, 2, whole)),
+        in_pieces((0, 1, whole)),
+        in_pieces((1, 2, whole[:half]), (2, 3, whole[half:])),
+    ):
+        assert near(shown(data), numbers(), 4)
+
+
+def test_the_profile_of_a_bmp_is_heeded() -> None:
+    rows, profile = np.ascontiguousarray(numbers()[::-1, :, ::-1]).tobytes(), icc(primaries=SWAPPED)
+    header = struct.pack("<IiiHHIIiiII", 124, SIDE, SIDE, 1, 24, 0, len(rows), 0, 0, 0, 0) + bytes(16) + b"DEBM"
+    header += bytes(48) + struct.pack("<4I", 4, 124 + len(rows), len(profile), 0)
+    data = b"BM" + struct.pack("<IHHI", 138 + len(rows) + len(profile), 0, 0, 138) + header + rows + profile
+    assert near(shown(data), numbers()[..., [2, 0, 1]])
+
+
+def test_the_code_points_of_an_avif_are_heeded_where_it_has_no_profile() -> None:
+    def avif(code_points: bytes, **options: bytes) -> bytes:
+        data = encode(Image.fromarray(numbers()), "AVIF", quality=100, subsampling="4:4:4", **options)
+        assert bool(options) or data.count(b"nclx\0\1\0\x0d") == 1
+        return data.replace(b"nclx\0\1\0\x0d", b"nclx" + code_points)
+
+    for code_points in (b"\0\1\0\x0d", b"\0\1\0\1", b"\0\2\0\2"):  # sRGB, television, unspecified
+        assert near(shown(avif(code_points)), numbers(), 8)
+    assert near(shown(avif(b"\0\x0c\0\x0d")), from_p3(numbers()), 8)
+    assert near(shown(avif(b"\0\x0c\0\1")), from_p3(numbers()), 8)
+    with_profile = avif(b"\0\x0c\0\x0d", icc_profile=icc(primaries=SWAPPED))
+    assert near(shown(with_profile), numbers()[..., [2, 0, 1]], 8)
+
+
+def gama(value: float) -> bytes:
+    return png_chunk(b"gAMA", struct.pack(">I", round(value * 100_000)))
+
+
+def chrm(primaries: tuple[float, ...]) -> bytes:
+    return png_chunk(b"cHRM", struct.pack(">8I", *(round(value * 100_000) for value in primaries)))
+
+
+def cicp(primaries: int, transfer: int) -> bytes:
+    return png_chunk(b"cICP", bytes([primaries, transfer, 0, 1]))
+
+
+def iccp(profile: bytes) -> bytes:
+    return png_chunk(b"iCCP", b"name\0\0" + zlib.compress(profile))
+
+
+SRGB_CHUNK = png_chunk(b"sRGB", b"\0")
+
+
+@pytest.mark.parametrize(
+    ("chunks", "expected"),
+    [
+        (gama(1.0), "light"),
+        (gama(0.45455), "same"),
+        (gama(0.45455) + chrm(SRGB), "same"),
+        (gama(0.45455) + chrm(SWAPPED), "swapped"),
+        (gama(0.0), "same"),
+        (chrm(SWAPPED), "same"),
+        (gama(1.0) + chrm((0.0,) * 8), "same"),
+        (cicp(1, 13), "same"),
+        (cicp(1, 8), "light"),
+        (cicp(12, 13), "p3"),
+        (cicp(2, 2) + gama(1.0), "light"),
+        # What goes before what.
+        (gama(1.0) + gama(0.45455), "light"),
+        (SRGB_CHUNK + gama(1.0), "same"),
+        (iccp(icc(primaries=SWAPPED)) + gama(1.0), "swapped"),
+        (iccp(b"no profile" * 20) + gama(1.0), "light"),
+        (iccp(grey_icc(5.0)) + gama(1.0), "same"),
+        (iccp(icc(primaries=SWAPPED)) + cicp(12, 13), "p3"),
+    ],
+)
+def test_what_a_png_says_of_its_colours_counts(chunks: bytes, expected: str) -> None:
+    given = numbers()
+    pixels = {
+        "same": given,
+        "light": to_levels(given / 255),
+        "swapped": given[..., [2, 0, 1]],
+        "p3": from_p3(given),
+    }
+    assert near(shown(png(given, 2, chunks=chunks)), pixels[expected])
+
+
+def test_what_a_png_says_behind_its_pixels_does_not_count() -> None:
+    data = png(numbers(), 2)
+    assert np.array_equal(shown(data[:-12] + gama(0.02) + data[-12:]), numbers())
+
+
+def test_of_16_bit_colours_those_alone_are_transparent_that_are_equal_in_all_bits() -> None:
+    pixels = np.full((SIDE, SIDE, 3), 0x1212, np.uint16)
+    pixels[4:12, 4:12] += 5
+    for interlaced in (False, True):
+        data = png(pixels, 2, 16, interlaced=interlaced, chunks=png_chunk(b"tRNS", b"\x12" * 6))
+        on_white = shown(data)
+        assert on_white[:3].min() == 255
+        assert set(on_white[6:10, 6:10].ravel()) == {0x12}
+        assert shown(data, "black")[:3].max() == 0
+        assert decode(data, [], LIMITS).facts.mode == "RGB"
+
+
+def test_a_device_decodes_no_jpeg_whose_profile_changes_its_colours() -> None:
+    picture = Image.fromarray(numbers())
+    for profile, is_left in ((b"", True), (icc(), True), (icc(primaries=P3), False)):
+        data = encode(picture, "JPEG", **({"icc_profile": profile} if profile else {}))
+        assert (leave_encoded(data, [REQUEST], LIMITS, hash_of(data)) is not None) is is_left
+    assert leave_encoded(in_pieces((1, 1, icc(primaries=P3)), after_frame=True), [REQUEST], LIMITS, "0") is None

@@ -1,0 +1,153 @@
+"""What a file says of its colours, and these colours in sRGB, as browsers show them and models know them.
+
+A colour profile may make any picture of any numbers: where these by themselves look black, people may see an image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from io import BytesIO
+
+import numpy as np
+from PIL import Image, ImageCms
+from PIL.TiffImagePlugin import ICCPROFILE, TiffImageFile
+
+from vlmflow.imaging.png import PngFile
+from vlmflow.imaging.profiles import Profile, read_profile
+
+# Levels of 255 by which a profile may move a colour and count as sRGB: its tables and numbers are rounded.
+_SAME = 2
+# What little CMS and Pillow raise on profiles that make no sense.
+_BAD_PROFILE = (ImageCms.PyCMSError, OSError, ValueError, TypeError, MemoryError)
+_MAX_KEPT = 16
+_COLOURS_OF = "colours of"  # in what Pillow keeps of an image
+_FAST, _EXACT = ImageCms.Flags.NONE, ImageCms.Flags.NOOPTIMIZE
+_NEARLY_SAME = 8
+
+# Converts an image, and keeps its transparency. None: its numbers are shown as they are.
+_Converter = Callable[[Image.Image], Image.Image] | None
+# Of the profiles met last, by the digest of each: a catalog has few, and every image brings its own copy.
+_kept: dict[bytes, _Converter] = {}
+
+
+def changes_colours(image: Image.Image) -> bool:
+    """Whether an image that has been opened is shown in other colours than its numbers have in sRGB."""
+    return _converter(image) is not None
+
+
+def in_srgb(image: Image.Image, of: Image.Image) -> Image.Image:
+    """An image in RGB, or RGBA, in the colours that the file means.
+
+    Args:
+        image: as RGB, RGBA or, of grey, L; its numbers those of the file.
+        of: as it was opened.
+    """
+    convert = None if of.mode == "CMYK" else _converter(of)
+    return image if convert is None else convert(image)
+
+
+def shares_colours(image: Image.Image, of: Image.Image) -> Image.Image:
+    """The image, from now on one whose numbers mean what those of the other do, which was opened."""
+    image.info[_COLOURS_OF] = of
+    return image
+
+
+def cmyk_to_rgb(image: Image.Image) -> Image.Image:
+    """An image of inks as RGB: by its profile, without one as if inks were perfect."""
+    convert = _converter(image)
+    return image.convert("RGB") if convert is None else convert(image)
+
+
+def _converter(image: Image.Image) -> _Converter:
+    image = image.info.get(_COLOURS_OF, image)
+    is_grey = image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;16")
+    for found in _profiles_in(image):
+        profile = read_profile(found) if isinstance(found, bytes) else found
+        if profile is None:
+            continue
+        # The first that makes sense decides, also if it is of other numbers than these.
+        fits = {b"RGB ": image.mode not in ("CMYK", "LAB"), b"GRAY": is_grey, b"CMYK": image.mode == "CMYK"}
+        return _converter_of(profile) if fits.get(profile.space, False) else None
+    return None
+
+
+def _profiles_in(image: Image.Image) -> Iterator[bytes | Profile]:
+    if isinstance(image, PngFile):
+        yield from image.colour_profiles
+        return
+    # Pillow leaves that of the page before where a page of a TIFF has none.
+    found = image.tag_v2.get(ICCPROFILE) if isinstance(image, TiffImageFile) else image.info.get("icc_profile")
+    if isinstance(found, bytes):
+        yield found
+
+
+def _converter_of(profile: Profile) -> _Converter:
+    data = profile.file()
+    digest = hashlib.sha256(data).digest()
+    if digest not in _kept:
+        while len(_kept) >= _MAX_KEPT:
+            _kept.pop(next(iter(_kept)), None)
+        _kept[digest] = _make(profile, data)
+    return _kept[digest]
+
+
+def _make(profile: Profile, data: bytes) -> _Converter:
+    try:
+        if profile.space == b"GRAY":
+            return _of_grey(data)
+        if profile.space == b"CMYK":
+            return _transform(data, "CMYK", "RGB").apply
+        return _of_rgb(data, profile.has_table)
+    except _BAD_PROFILE:
+        return None
+
+
+def _transform(data: bytes, mode: str, to_mode: str, flags: ImageCms.Flags = _FAST) -> ImageCms.ImageCmsTransform:
+    source = ImageCms.ImageCmsProfile(BytesIO(data))
+    target = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+    # With the other intents little CMS would move blacks, which browsers leave where they are.
+    return ImageCms.ImageCmsTransform(source, target, mode, to_mode, ImageCms.Intent.RELATIVE_COLORIMETRIC, flags=flags)
+
+
+def _of_rgb(data: bytes, has_table: bool) -> _Converter:
+    given = _samples()
+    shown, exact = (
+        np.asarray(_transform(data, "RGB", "RGB", flags).apply(given)).astype(int) for flags in (_FAST, _EXACT)
+    )
+    if not has_table and np.abs(shown - np.asarray(given)).max() <= _SAME:
+        return None
+    # The fast way counts in integers, which numbers that no screen has exceed.
+    flags = _FAST if np.abs(shown - exact).max() <= _NEARLY_SAME else _EXACT
+    plain, with_alpha = _transform(data, "RGB", "RGB", flags), _transform(data, "RGBA", "RGBA", flags)
+
+    def convert(image: Image.Image) -> Image.Image:
+        if image.mode == "L":
+            image = image.convert("RGB")
+        return (with_alpha if image.mode == "RGBA" else plain).apply(image)
+
+    return convert
+
+
+def _samples() -> Image.Image:
+    """The levels of each primary and of grey, which without a table tell all there is, and mixtures."""
+    ramp, dark = np.arange(256, dtype=np.uint8), np.zeros(256, np.uint8)
+    ramps = [np.stack((ramp, ramp, ramp), -1)]
+    ramps += [np.stack(channels, -1) for channels in ((ramp, dark, dark), (dark, ramp, dark), (dark, dark, ramp))]
+    steps = np.linspace(0, 255, 9).astype(np.uint8)
+    mixtures = np.stack(np.meshgrid(steps, steps, steps), -1).reshape(-1, 3)
+    return Image.fromarray(np.concatenate([*ramps, mixtures])[None])
+
+
+def _of_grey(data: bytes) -> _Converter:
+    ramp = np.arange(256, dtype=np.uint8)
+    shown = np.asarray(_transform(data, "L", "RGB").apply(Image.fromarray(ramp[None])))[0]
+    if np.abs(shown.astype(int) - ramp[:, None]).max() <= _SAME:
+        return None
+    levels = [int(level) for level in shown[:, 1]]
+
+    def convert(image: Image.Image) -> Image.Image:
+        kept = [*range(256)] if image.mode == "RGBA" else []
+        return image.point(levels * (len(image.getbands()) - bool(kept)) + kept)
+
+    return convert

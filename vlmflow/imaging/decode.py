@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Literal
@@ -15,6 +15,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from vlmflow.config import ImageLimits
 from vlmflow.errors import ImageError, RowErrorClass
+from vlmflow.imaging.colours import of_small
 from vlmflow.imaging.composed import composed_frames, first_frame, is_composed
 from vlmflow.imaging.frames import MAX_FRAMES_SEEN, MAX_PIXELS_SEEN, Looked, frames_in
 from vlmflow.imaging.headers import count_png_frames
@@ -109,9 +110,13 @@ def decode(
             image.draft(None, (side, side))
         image.load()
         image = first_frame(opened, limits)
-        grounds = _grounds(image, opened.orientation, merged)
-    phash = perceptual_hash(grounds[0][1])  # before another frame is decoded in this one's place
+        later = of_small(image) if opened.facts.num_frames == 1 else None
+        grounds = _grounds(image, opened.orientation, merged, is_to_convert=later is None)
+    phash = perceptual_hash(grounds[0][1], later)  # before another frame is decoded in this one's place
     pixels = {request.key: _views(request, grounds) for request in merged}
+    if later is not None:
+        for key, views in pixels.items():
+            pixels[key] = [(name, np.asarray(later(Image.fromarray(view)))) for name, view in views]
     unseen = None
     if any("frames" in request.views for request in merged):
         if opened.facts.num_frames > 1:
@@ -124,13 +129,17 @@ def decode(
     return DecodedImage(replace(opened.facts, phash=phash), pixels, unseen)
 
 
-def perceptual_hash(image: Image.Image) -> str | None:
+def perceptual_hash(image: Image.Image, later: Callable[[Image.Image], Image.Image] | None = None) -> str | None:
     """64 bits as 16 hexadecimal digits, of which images that look alike differ in few: pHash, by the package imagehash.
 
     Taken of the image squashed to 64 x 64 first, which makes it quick on large ones and moves a bit or two. None: the
     image is plain; all plain ones would have one hash, whatever their colour.
+
+    Args:
+        later: still to be done to the image.
     """
-    grey = image.resize((64, 64), Image.Resampling.BILINEAR, reducing_gap=2.0).convert("L")
+    small = image.resize((64, 64), Image.Resampling.BILINEAR, reducing_gap=2.0)
+    grey = (small if later is None else later(small)).convert("L")
     if np.ptp(np.asarray(grey).astype(np.int16)) < _LEAST_CONTRAST:
         return None
     found = imagehash.phash(grey)
@@ -165,8 +174,12 @@ def _frames_behind(
             yield number, time_s, image
 
 
-def _grounds(image: Image.Image, orientation: int, requests: Sequence[PixelRequest]) -> list[tuple[str, Image.Image]]:
+def _grounds(
+    image: Image.Image, orientation: int, requests: Sequence[PixelRequest], *, is_to_convert: bool = True
+) -> list[tuple[str, Image.Image]]:
     """An image as RGB on white and, where a model wants to be shown that and it looks otherwise, on black."""
+    if not is_to_convert:
+        return [("white", _turned(image, orientation))]
     grounds: list[Literal["white", "black"]] = ["white"]
     if any("black" in request.views for request in requests) and shows_ground(image):
         grounds.append("black")
@@ -174,8 +187,11 @@ def _grounds(image: Image.Image, orientation: int, requests: Sequence[PixelReque
 
 
 def _shown(image: Image.Image, orientation: int, ground: Literal["white", "black"]) -> Image.Image:
-    rgb = to_rgb(image, ground)
-    return rgb.transpose(TRANSPOSE[orientation]) if orientation in TRANSPOSE else rgb
+    return _turned(to_rgb(image, ground), orientation)
+
+
+def _turned(image: Image.Image, orientation: int) -> Image.Image:
+    return image.transpose(TRANSPOSE[orientation]) if orientation in TRANSPOSE else image
 
 
 def _views(request: PixelRequest, grounds: Sequence[tuple[str, Image.Image]]) -> list[tuple[str, Pixels]]:

@@ -6,14 +6,17 @@ import itertools
 import struct
 import zlib
 from collections.abc import Callable
+from io import BytesIO
 
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.datasets import load_sample_images
 
 from tests.images import Array, encode, png, png_chunk
 from vlmflow.config import ImageLimits
 from vlmflow.imaging import PixelRequest, decode, hash_of
+from vlmflow.imaging.colours import in_srgb, of_small
 from vlmflow.imaging.jpeg import leave_encoded
 from vlmflow.imaging.profiles import SRGB, SRGB_CURVE, Curve, Profile, profile_of, read_profile
 
@@ -21,6 +24,7 @@ LIMITS = ImageLimits()
 SIDE = 16
 REQUEST = PixelRequest(SIDE, "bicubic", ("squash", "black"))
 P3 = (*SRGB[:2], 0.68, 0.32, 0.265, 0.69, 0.15, 0.06)
+ADOBE = (*SRGB[:2], 0.64, 0.33, 0.21, 0.71, 0.15, 0.06)
 SWAPPED = (*SRGB[:2], *SRGB[4:], *SRGB[2:4])  # what is called red is shown as green, and so on
 
 
@@ -91,6 +95,26 @@ def test_colours_of_wide_gamuts_are_shown_as_on_a_screen(format: str, options: d
     assert near(shown(data), from_p3(numbers()), 8)  # to what lossy formats lose; numbers taken for sRGB are 76 off
     data = encode(Image.fromarray(numbers()), format, icc_profile=icc(primaries=SWAPPED), **options)
     assert near(shown(data), numbers()[..., [2, 0, 1]], 8)
+
+
+@pytest.mark.parametrize(
+    ("curve", "primaries", "most"), [(SRGB_CURVE, P3, 0.4), (Curve(2.19921875), ADOBE, 0.7), (Curve(1.0), SRGB, 0.05)]
+)
+def test_photographs_have_nearly_the_colours_that_they_have_at_their_full_size(
+    curve: Curve, primaries: tuple[float, ...], most: float
+) -> None:
+    """Profiles of screens and cameras are heeded once an image is small, which takes little time; others are not."""
+    request = PixelRequest(224, "bicubic", ("squash",))
+    for photograph in load_sample_images().images:
+        image = Image.fromarray(photograph)
+        given = encode(image, "PNG", icc_profile=icc(curve, primaries))
+        with Image.open(BytesIO(given)) as opened:
+            assert (of_small(opened) is not None) == (primaries != SRGB)
+            full = in_srgb(opened.convert("RGB"), opened).resize((224, 224), Image.Resampling.BICUBIC)
+        found = dict(decode(given, [request], LIMITS).pixels[request.key])["squash"].astype(int)
+        assert np.abs(found - np.asarray(full).astype(int)).mean() < most
+        plain = np.asarray(image.resize((224, 224), Image.Resampling.BICUBIC)).astype(int)
+        assert np.abs(found - plain).mean() > 3 * most
 
 
 def test_a_picture_that_is_black_but_for_its_profile_is_seen() -> None:

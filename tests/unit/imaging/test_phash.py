@@ -75,7 +75,7 @@ def test_few_frames_of_what_is_plain_are_decoded_for_it_alone(
 ) -> None:
     decoding, hashed = import_module("vlmflow.imaging.decode"), []
     hash_one = decoding.perceptual_hash
-    monkeypatch.setattr(decoding, "perceptual_hash", lambda image: (hashed.append(1), hash_one(image))[1])
+    monkeypatch.setattr(decoding, "perceptual_hash", lambda *given: (hashed.append(1), hash_one(*given))[1])
     data = clip([Image.new("RGB", (160, 120), (level, 255, 255)) for level in range(200, 240)], image_format)
     assert decode(data, REQUESTS[1:], LIMITS).facts.phash is None
     assert len(hashed) == 8

@@ -47,10 +47,11 @@ class Running:
 
 
 @contextmanager
-def running_over(config: CatalogConfig, log: Path) -> Iterator[Running]:
+def running_over(config: CatalogConfig, log: Path, *command: str) -> Iterator[Running]:
+    """The app over a catalog, by the command or by another way to start it."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "VLMFLOW_SERVE_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "vlmflow", "serve", config.uri, "--port", "0"]
-    with started(command, log, environment=environment) as process:
+    start = [sys.executable, "-m", *(command or ("vlmflow", "serve")), config.uri, "--port", "0"]
+    with started(start, log, environment=environment) as process:
         told = re.compile(r"(http://127\.0\.0\.1:\d+)/enter\?token=\$VLMFLOW_SERVE_TOKEN")
         wait_for(lambda: told.search(log.read_text()) is not None, process)
         found = told.search(log.read_text())
@@ -61,7 +62,7 @@ def running_over(config: CatalogConfig, log: Path) -> Iterator[Running]:
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     root = tmp_path_factory.mktemp("serve")
-    with running_over(starter_catalog(root), root / "log") as running:
+    with running_over(starter_catalog(root), root / "log", "tests.quick_serve") as running:
         yield running
 
 

@@ -301,6 +301,7 @@ class RefusingServer(http.server.ThreadingHTTPServer):
 def refusing(monkeypatch: pytest.MonkeyPatch) -> Iterator[RefusingServer]:
     for name, value in CREDENTIALS.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr("vlmflow.retry._FIRST_DELAY_S", 0.01)  # as many attempts, which come sooner
     server = RefusingServer(("127.0.0.1", 0), Refusing)
     thread = threading.Thread(target=server.serve_forever, args=[0.02], daemon=True)
     thread.start()

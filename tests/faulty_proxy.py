@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 FAULTS = ("slowdown", "internal", "reset", "cut", "stall", "lost")
-STALL_S = 4.0
+STALL_S = 3.0
 _ALONE_S = 2.0  # who has looked waits for another so long
 _CONTROL = "/__proxy__/"
 _CONDITION = "If-None-Match"

@@ -26,8 +26,8 @@ _COLOURS_OF = "colours of"  # in what Pillow keeps of an image
 _FAST, _EXACT = ImageCms.Flags.NONE, ImageCms.Flags.NOOPTIMIZE
 _NEARLY_SAME = 8
 
-# A profile that moves no colour, and no grey, by more levels than these, as Display P3 and Adobe RGB: converted once they
-# have the size that a model wants, photographs are 0.3 and 0.5 levels off on average, and take a tenth of the time.
+# Of a profile that moves colours and greys by no more levels than these, as Display P3 and Adobe RGB do. Converted once
+# they are small, photographs are 0.3 and 0.5 levels off on average, and take a tenth of the time.
 _GENTLE, _GENTLE_GREY = 128, 10
 
 

@@ -294,7 +294,12 @@ def _listings(store: ObjectStore, path: str, uri: str) -> Check:
     return Check(name, "fail", "do not begin where they are told to, so commits after the first fail", remedy)
 
 
+_WAITS = dict.fromkeys(("waits", "claims"), " (waits for room)")
+
+
 def _ray(config: RayConfig, families: Sequence[str]) -> Iterator[Check]:
+    from vlmflow.engine.room import runs_there
+
     name = f"ray at {config.address}" if config.address else "ray (embedded)"
     try:
         with ray_cluster(config) as cluster:
@@ -302,6 +307,9 @@ def _ray(config: RayConfig, families: Sequence[str]) -> Iterator[Check]:
             if cluster.groups:
                 found += f"; may grow to {cluster.grown.cpus:g} CPUs, {cluster.grown.gpus:g} GPUs"
             yield Check(name, "ok", found)
+            if runs := [f"{run.run_id} of {run.catalog}" + _WAITS.get(run.state, "") for run in runs_there()]:
+                more = f", and {len(runs) - _MAX_NAMED:,} more" if len(runs) > _MAX_NAMED else ""
+                yield Check("ray runs", "ok", f"at work: {', '.join(runs[:_MAX_NAMED])}{more}")
             yield from _workers(families)
     except VlmflowError as error:
         yield _failed(name, error)

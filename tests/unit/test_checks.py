@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from obstore.exceptions import AlreadyExistsError, GenericError, PermissionDenie
 
 from vlmflow import checks
 from vlmflow.config import RayConfig, StorageConfig
+from vlmflow.engine import room
 from vlmflow.engine.cluster import Cluster
 from vlmflow.engine.growth import NodeGroup
 from vlmflow.errors import ClusterError, ConfigError, SourceError, StorageAccessError, TransientError, VlmflowError
@@ -136,6 +138,17 @@ def test_what_a_cluster_may_grow_to_is_told(monkeypatch: pytest.MonkeyPatch) -> 
         found = Cluster(cpus=2.0, gpus=0.0, num_nodes=1, embedded=False, groups=grows)
         monkeypatch.setattr(checks, "ray_cluster", lambda _, found=found: nullcontext(found))
         assert next(checks._ray(RayConfig(), ())).found == f"1 node(s), 2 CPUs, 0 GPUs{told}"
+
+
+def test_runs_that_are_on_a_cluster_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = Cluster(cpus=2.0, gpus=0.0, num_nodes=1, embedded=False)
+    monkeypatch.setattr(checks, "ray_cluster", lambda _: nullcontext(cluster))
+    states = ("has", "waits", *("has",) * 5)
+    runs = [room.Entry(f"run-{at}", "c", "01000000", at, (), state) for at, state in enumerate(states)]
+    monkeypatch.setattr(room, "runs_there", lambda: runs)
+    found = list(islice(checks._ray(RayConfig(), ()), 2))[1]
+    told = "at work: run-0 of c, run-1 of c (waits for room), run-2 of c, run-3 of c, run-4 of c, and 2 more"
+    assert (found.name, found.verdict, found.found) == ("ray runs", "ok", told)
 
 
 class Probe:

@@ -171,7 +171,7 @@ class Room:
         _write(mine)
         while mine.state != "has":
             check_head()
-            others, before = _others(mine), mine
+            others, before = [other for other in runs_there() if other.run_id != mine.run_id], mine
             mine = next_state(mine, others, _nodes_of(cluster))
             if mine != before:
                 _write(mine)
@@ -232,10 +232,10 @@ def _withdraw(entry: Entry) -> None:
         _internal_kv_del(_PREFIX + entry.run_id)
 
 
-def _others(mine: Entry) -> list[Entry]:
-    """Entries of the other runs; those of drivers that are dead are removed."""
+def runs_there() -> list[Entry]:
+    """The runs on the cluster, in their order; entries of drivers that are dead are removed."""
     found = [_read(key) for key in _internal_kv_list(_PREFIX)]
-    entries = [entry for entry in found if entry is not None and entry.run_id != mine.run_id]
+    entries = sorted((entry for entry in found if entry is not None), key=lambda entry: entry.order)
     dead = {job["JobID"] for job in ray._private.state.state.job_table() if job["IsDead"]}
     for entry in entries:
         if entry.job in dead:

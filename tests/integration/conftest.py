@@ -173,7 +173,7 @@ def prefect(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect]:
 @pytest.fixture(scope="session")
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayNodes]:
     """One Ray cluster of two nodes with its dashboard, for tests that leave it whole."""
-    with ray_nodes(tmp_path_factory.mktemp("ray"), dashboard=True, cpus=2) as started:
+    with ray_nodes(tmp_path_factory.mktemp("ray"), dashboard=True) as started:
         yield started
 
 

@@ -1,10 +1,11 @@
-"""Runs in processes of their own that share a Ray cluster of four cores, and work in folders of their own."""
+"""Runs that share a Ray cluster: of a process, and in processes and folders of their own."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from subprocess import Popen
@@ -19,8 +20,10 @@ from tests.flows import held_images
 from tests.pictures import write_pictures
 from tests.processes import ROOT, RayNodes, end_family, started, wait_for
 from vlmflow.catalog import Catalog
-from vlmflow.config import CatalogConfig, PoolConfig, RayConfig
+from vlmflow.config import CatalogConfig, Job, PoolConfig, RayConfig
+from vlmflow.engine import enrich
 from vlmflow.engine.cluster import ray_cluster
+from vlmflow.engine.progress import SilentProgress
 from vlmflow.engine.room import Room
 
 # Two actors each: of four cores, two runs leave none for decoding.
@@ -52,7 +55,43 @@ def num_rows(folder: Path) -> int:
     return Catalog.open(CatalogConfig(uri=str(folder / "catalog"))).images(["status"])["status"].to_pylist().count("ok")
 
 
-@pytest.mark.parametrize("end", [pytest.param("it ends", marks=pytest.mark.slow), "it is killed"])
+class Stages(SilentProgress):
+    """What a run shows."""
+
+    def __init__(self) -> None:
+        self.shown: list[str] = []
+
+    def stage(self, text: str) -> None:
+        self.shown.append(text)
+
+
+def test_of_two_runs_of_a_process_the_later_waits(
+    ray_session: None, make_job_in: Callable[..., Job], tmp_path: Path
+) -> None:
+    pools = [{"tasks": [task], "cpus": 0.5, "batch_size": 4} for task in ("embed", "caption")]
+    http = {"allow_private_addresses": True, "timeout_s": 250}
+    write_pictures(tmp_path / "images", 4)
+    first, second = tmp_path / "first", tmp_path / "second"
+    with held_images() as held, ThreadPoolExecutor(2) as threads:
+        sources = held.manifest(tmp_path / "images.csv", 4), tmp_path / "images"
+        jobs = [
+            make_job_in(folder, source, tasks=("embed", "caption"), pools=pools, source_options={"http": http})
+            for folder, source in zip((first, second), sources, strict=True)
+        ]
+        shows = Stages()
+        holder = threads.submit(enrich, jobs[0])
+        wait_for(held.asked.is_set)
+        waiting = threads.submit(enrich, jobs[1], progress=shows)
+        wait_for(lambda: "waiting for room" in shows.shown[-1] if shows.shown else False)
+        assert f"of {first / 'catalog'} has" in shows.shown[-1]
+        held.released.set()
+        assert holder.result().waited_s == 0 < waiting.result().waited_s
+    assert "loading models" in shows.shown[shows.shown.index(next(text for text in shows.shown if "room" in text)) :]
+    assert num_rows(first) == num_rows(second) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["it ends", "it is killed"])
 def test_a_run_that_would_leave_another_no_core_waits_for_its_end(
     nodes: RayNodes, models: dict[str, dict[str, Any]], tmp_path: Path, end: str
 ) -> None:

@@ -117,7 +117,7 @@ class FinishedBlocks:
         thread that asks it for something, without a word: nobody would be told why the run ended.
         """
         for executor in self._executors:
-            executor.shutdown(force=True)
+            executor.shutdown(force=False)  # of actors that are killed at a batch Ray prints that they were
             executor.join(_JOIN_S)
 
     def _consume(self) -> None:

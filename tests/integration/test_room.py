@@ -65,15 +65,19 @@ class Stages(SilentProgress):
         self.shown.append(text)
 
 
+@pytest.mark.parametrize("work", ["of its own", "of the other"])
 def test_of_two_runs_of_a_process_the_later_waits(
-    ray_session: None, make_job_in: Callable[..., Job], tmp_path: Path
+    ray_session: None, make_job_in: Callable[..., Job], tmp_path: Path, work: str
 ) -> None:
+    """And does not do again what the other has done meanwhile."""
     pools = [{"tasks": [task], "cpus": 0.5, "batch_size": 4} for task in ("embed", "caption")]
     http = {"allow_private_addresses": True, "timeout_s": 250}
     write_pictures(tmp_path / "images", 4)
     first, second = tmp_path / "first", tmp_path / "second"
     with held_images() as held, ThreadPoolExecutor(2) as threads:
-        sources = held.manifest(tmp_path / "images.csv", 4), tmp_path / "images"
+        sources = [held.manifest(tmp_path / "images.csv", 4), tmp_path / "images"]
+        if work == "of the other":
+            sources[1], second = sources[0], first
         jobs = [
             make_job_in(folder, source, tasks=("embed", "caption"), pools=pools, source_options={"http": http})
             for folder, source in zip((first, second), sources, strict=True)
@@ -86,7 +90,8 @@ def test_of_two_runs_of_a_process_the_later_waits(
         assert f"of {first / 'catalog'} has" in shows.shown[-1]
         held.released.set()
         assert holder.result().waited_s == 0 < waiting.result().waited_s
-    assert "loading models" in shows.shown[shows.shown.index(next(text for text in shows.shown if "room" in text)) :]
+    assert waiting.result().status == ("nothing_due" if first == second else "done")
+    assert waiting.result().num_by_others == 0
     assert num_rows(first) == num_rows(second) == 4
 
 
@@ -135,11 +140,11 @@ def test_who_waits_has_a_cluster_grow_of_which_nobody_says_that_it_may(
     with autoscaling_ray(tmp_path, groups) as address, ray_cluster(RayConfig(address=address)) as cluster:
         assert not cluster.groups
         first, second = (Room(name, f"catalog of {name}", shown.append) for name in ("first", "second"))
-        with first.taken(pools, cluster, then="on"):
+        with first.taken(pools, cluster):
             actors = [Actor.remote()]
             assert ray.get(actors[0].is_there.remote())
-            with second.taken(pools, cluster, then="on"):
-                assert shown == ["waiting for room on the cluster, which run first of catalog of first has", "on"]
+            with second.taken(pools, cluster):
+                assert shown == ["waiting for room on the cluster, which run first of catalog of first has"]
                 actors.append(Actor.remote())
                 assert ray.get(actors[1].is_there.remote())
     assert first.waited_s == 0 < second.waited_s

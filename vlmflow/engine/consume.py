@@ -22,6 +22,7 @@ from vlmflow.engine.head import check_head
 _MAX_WAITING = 64
 _POLL_S = 0.2
 _JOIN_S = 5.0
+_SOON_S = 0.01
 _THREAD = "vlmflow-consume"
 _SILENCE_S = 300.0
 
@@ -39,11 +40,13 @@ def _is_of_others(record: logging.LogRecord) -> bool:
 logging.getLogger("ray.data.exceptions").addFilter(_is_of_others)
 
 
-def _executors_of(dataset: Dataset) -> list[StreamingExecutor]:
+def _executors_of(dataset: Dataset, stop: threading.Event) -> list[StreamingExecutor]:
     """What will run the dataset, from when it starts: Ray Data gives it with the first block, for which it may wait."""
     create, executors = dataset._create_executor, []
 
     def created() -> StreamingExecutor:
+        if stop.is_set():
+            raise RuntimeError("the run has left before its pipeline began")
         executors.append(create())
         return executors[-1]
 
@@ -55,9 +58,9 @@ class FinishedBlocks:
     """Runs a dataset; a context manager, with whose end all that runs for it ends."""
 
     def __init__(self, dataset: Dataset) -> None:
-        self._dataset, self._executors = dataset, _executors_of(dataset)
         self._queue: queue.Queue[list[Block] | BaseException | None] = queue.Queue(maxsize=_MAX_WAITING)
         self._stop = threading.Event()
+        self._dataset, self._executors = dataset, _executors_of(dataset, self._stop)
         self._silent_since: float | None = time.monotonic()  # None: the user was told of this silence
         self._thread = threading.Thread(target=self._consume, name=_THREAD, daemon=True)
 
@@ -116,9 +119,13 @@ class FinishedBlocks:
         Without this they end with the next block, which may never come. And Ray, once stopped, ends the process of a
         thread that asks it for something, without a word: nobody would be told why the run ended.
         """
+        until = time.monotonic() + _JOIN_S
         for executor in self._executors:
+            while executor.ident is None and self._thread.is_alive() and time.monotonic() < until:
+                time.sleep(_SOON_S)  # it is just about to be started, and has nothing to end before
             executor.shutdown(force=False)  # of actors that are killed at a batch Ray prints that they were
-            executor.join(_JOIN_S)
+            if executor.ident is not None:
+                executor.join(_JOIN_S)
 
     def _consume(self) -> None:
         try:

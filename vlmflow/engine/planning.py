@@ -1,7 +1,8 @@
-"""Planning on the workers of a cluster: they read the table's files and join the buckets."""
+"""The plan of a run; on a cluster its workers read the table's files and join the buckets."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,9 +15,13 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from vlmflow.catalog.columns import taken
+from vlmflow.catalog import Catalog, Plan, plan_without_catalog
+from vlmflow.catalog.columns import storable, taken
 from vlmflow.catalog.plan_parts import NUM_BUCKETS, Ledger, buckets_of
+from vlmflow.engine.cluster import ray_cluster
 from vlmflow.engine.faults import get
+from vlmflow.engine.prepare import Prepared
+from vlmflow.sources import Source
 from vlmflow.threads import Threads
 
 logger = logging.getLogger("vlmflow")
@@ -93,3 +98,26 @@ class _InObjectStore:
 
     def close(self) -> None:
         self.tables.clear()
+
+
+@contextlib.contextmanager
+def planned(prepared: Prepared, source: Source) -> Iterator[Plan]:
+    """Plans against the catalog as it is; one that does not exist yet is not created, so bad input writes nothing.
+
+    Where the job names a cluster, its workers share in it, and the connection stays for what follows.
+    """
+    request, config, ray_config = prepared.plan_request(), prepared.job.catalog, prepared.job.ray
+    with contextlib.ExitStack() as stack:
+        workers = None
+        if ray_config.address is not None:
+            workers = OnCluster(stack.enter_context(ray_cluster(ray_config)).cpus)
+        if Catalog.exists(config):
+            catalog = Catalog.open(config)
+            catalog.check_source(source.columns)
+            made = catalog.plan(source.list(), request, workers)
+        else:
+            storable(source.columns)  # what the catalog could not be created with is told now
+            made = plan_without_catalog(source.list(), request, workers)
+        made.num_duplicates += source.num_repeated
+        with made:
+            yield made

@@ -15,6 +15,7 @@ import contextlib
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
@@ -37,6 +38,8 @@ from vlmflow.engine.pipeline import DECODE_CPUS
 _PREFIX = "vlmflow-room-1-"  # of this form of entries
 _POLL_S = 1.0
 _EXACT = 1e-6  # Ray counts in ten-thousandths
+
+_here: set[str] = set()  # runs of this process that have an entry
 
 Needs = tuple[tuple[float, float], ...]  # CPUs and GPUs of each actor
 
@@ -144,11 +147,8 @@ class Room:
         self.waited_s = 0.0
 
     @contextlib.contextmanager
-    def taken(self, pools: Iterable[PoolConfig], cluster: Cluster, *, then: str) -> Iterator[None]:
-        """Has room for the block; waits for it first.
-
-        Args:
-            then: shown again once it has waited.
+    def taken(self, pools: Iterable[PoolConfig], cluster: Cluster) -> Iterator[bool]:
+        """Has room for the block; waits for it first, and tells whether it had to.
 
         Raises:
             ClusterError: the head of the cluster is gone.
@@ -158,12 +158,13 @@ class Room:
         started = time.monotonic()
         with contextlib.ExitStack() as stack:
             stack.callback(_withdraw, mine)
+            stack.callback(_here.discard, mine.run_id)
+            _here.add(mine.run_id)
             with told(), _Demand(cluster, mine.needs) as demand:
                 has_waited = self._wait(mine, cluster, demand)
             if has_waited:
                 self.waited_s = time.monotonic() - started
-                self._show(then)
-            yield
+            yield has_waited
 
     def _wait(self, mine: Entry, cluster: Cluster, demand: _Demand) -> bool:
         """Whether there was something to wait for."""
@@ -218,9 +219,10 @@ class _Demand:
 
 def _nodes_of(cluster: Cluster) -> list[tuple[float, float]]:
     """CPUs and GPUs of each node that there is or, where that is known, may be."""
-    groups = {(group.cpus, group.gpus): group.max_nodes for group in cluster.groups}
-    others = [node for node in nodes_now() if node not in groups]
-    return others + [node for node, most in groups.items() for _ in range(most)]
+    there, most = Counter(nodes_now()), Counter[tuple[float, float]]()
+    for group in cluster.groups:
+        most[group.cpus, group.gpus] += group.max_nodes
+    return list((there | most).elements())  # of each kind the larger number
 
 
 def _write(entry: Entry) -> None:
@@ -236,11 +238,13 @@ def runs_there() -> list[Entry]:
     """The runs on the cluster, in their order; entries of drivers that are dead are removed."""
     found = [_read(key) for key in _internal_kv_list(_PREFIX)]
     entries = sorted((entry for entry in found if entry is not None), key=lambda entry: entry.order)
+    ours = ray.get_runtime_context().get_job_id()
     dead = {job["JobID"] for job in ray._private.state.state.job_table() if job["IsDead"]}
-    for entry in entries:
-        if entry.job in dead:
-            _withdraw(entry)
-    return [entry for entry in entries if entry.job not in dead]
+    # Of a run that ended while the head did not answer, the entry stayed.
+    left = [entry for entry in entries if entry.job in dead or (entry.job == ours and entry.run_id not in _here)]
+    for entry in left:
+        _withdraw(entry)
+    return [entry for entry in entries if entry not in left]
 
 
 def _read(key: bytes) -> Entry | None:

@@ -11,8 +11,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 import ray
 
-from vlmflow.catalog import Catalog, Plan, plan_without_catalog
-from vlmflow.catalog.columns import storable
+from vlmflow.catalog import Catalog, Plan
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.runs import new_run_id
 from vlmflow.config import Job
@@ -27,7 +26,7 @@ from vlmflow.engine.late_verdicts import bring_in_late_verdicts
 from vlmflow.engine.lost import SMALL_BLOCKS, in_small_batches, lost_rows, unreconciled, want_small_blocks
 from vlmflow.engine.metrics import RunMetrics
 from vlmflow.engine.pipeline import build_pipeline, check_pools, default_pools, fit_to_plan, open_pools, stages_of
-from vlmflow.engine.planning import OnCluster
+from vlmflow.engine.planning import planned
 from vlmflow.engine.prepare import Prepared, encode_policy, known_bytes, prepare
 from vlmflow.engine.progress import ProgressDisplay, SilentProgress, Tally
 from vlmflow.engine.quarantine import Quarantine, Stages
@@ -59,8 +58,8 @@ def plan(job: Job) -> PlanSummary:
         VlmflowError: as :func:`enrich` does before its first image.
     """
     prepared = prepare(job)
-    with _planned(prepared, open_source(job.source, job.catalog)) as planned:
-        return plan_summary(prepared, planned)
+    with planned(prepared, open_source(job.source, job.catalog)) as found:
+        return plan_summary(prepared, found)
 
 
 def enrich(job: Job, *, progress: ProgressDisplay | None = None) -> RunReport:
@@ -85,8 +84,8 @@ def enrich(job: Job, *, progress: ProgressDisplay | None = None) -> RunReport:
     prepared = prepare(job)
     source = open_source(job.source, job.catalog)
     display.stage("listing and planning")
-    with _planned(prepared, source) as planned:
-        return _Run(prepared, source, planned, display).execute()
+    with planned(prepared, source) as found:
+        return _Run(prepared, source, found, display).execute()
 
 
 def preflight(job: Job, *, progress: ProgressDisplay | None = None) -> PreflightReport:
@@ -101,8 +100,8 @@ def preflight(job: Job, *, progress: ProgressDisplay | None = None) -> Preflight
     prepared = prepare(job)
     source = open_source(job.source, job.catalog)
     display.stage("listing and planning")
-    with _planned(prepared, source) as planned:
-        if planned.num_planned == 0:
+    with planned(prepared, source) as found:
+        if found.num_planned == 0:
             raise ConfigError("preflight: nothing is due, so nothing can be tried", remedy="`vlmflow plan` says why.")
         display.stage("starting Ray")
         with ray_cluster(prepared.job.ray) as cluster, cluster.worker_errors(), Nodes() as nodes:
@@ -112,30 +111,7 @@ def preflight(job: Job, *, progress: ProgressDisplay | None = None) -> Preflight
             stages = stages_of(prepared, source, pools, encode_policy(prepared.setup), None)
             display.stage("trying batch sizes")
             Waiting(pools, cluster, nodes, display).tell("trying batch sizes")
-            return measure(planned, stages, cluster)
-
-
-@contextlib.contextmanager
-def _planned(prepared: Prepared, source: Source) -> Iterator[Plan]:
-    """Plans against the catalog as it is; one that does not exist yet is not created, so bad input writes nothing.
-
-    Where the job names a cluster, its workers share in it, and the connection stays for what follows.
-    """
-    request, config, ray_config = prepared.plan_request(), prepared.job.catalog, prepared.job.ray
-    with contextlib.ExitStack() as stack:
-        workers = None
-        if ray_config.address is not None:
-            workers = OnCluster(stack.enter_context(ray_cluster(ray_config)).cpus)
-        if Catalog.exists(config):
-            catalog = Catalog.open(config)
-            catalog.check_source(source.columns)
-            made = catalog.plan(source.list(), request, workers)
-        else:
-            storable(source.columns)  # what the catalog could not be created with is told now
-            made = plan_without_catalog(source.list(), request, workers)
-        made.num_duplicates += source.num_repeated
-        with made:
-            yield made
+            return measure(found, stages, cluster)
 
 
 class _Run:
@@ -159,10 +135,8 @@ class _Run:
 
     def _tried(self, stages: Stages, cluster: Cluster) -> Stages:
         """With the pools that a preflight chooses; the default ones where no image of the sample could be tried."""
-        # Copies of known results would not be computed, so they say nothing of the pools.
-        plain = dataclasses.replace(stages, decode=dataclasses.replace(stages.decode, known=None))
         try:
-            tried = measure(self._plan, plain, cluster)
+            tried = measure(self._plan, stages, cluster)
         except (SourceError, ClusterError) as error:  # every image gets its row all the same
             logger.warning("preflight: nothing could be tried: %s", error)
             return dataclasses.replace(stages, pools=default_pools(self._prepared, cluster))
@@ -174,21 +148,34 @@ class _Run:
             return self._without_images()
         Folder(self._job.catalog).check_exclusive()  # minutes before the first commit asks for it
         self._display.stage("starting Ray")
-        with ray_cluster(self._job.ray) as cluster, cluster.worker_errors() as self._worker_errors, self._nodes:
+        with contextlib.ExitStack() as stack:
+            cluster = stack.enter_context(ray_cluster(self._job.ray))
+            self._worker_errors = stack.enter_context(cluster.worker_errors())
+            stack.enter_context(self._nodes)
             cluster.tell()
             self._display.stage("loading models")
             pools = (open_pools if self._job.preflight else default_pools)(self._prepared, cluster)
             check_pools(pools, cluster)
             waiting = Waiting(pools, cluster, self._nodes, self._display)
             prompts = self._prompts()
-            stages = stages_of(self._prepared, self._source, pools, prompts, known_bytes(self._prepared, self._plan))
+            # Copies of known results would not be computed, so they say nothing of the pools.
+            stages = stages_of(self._prepared, self._source, pools, prompts, None)
             if self._job.preflight:
                 self._display.stage("trying batch sizes")
                 waiting.tell("trying batch sizes")
                 stages = self._tried(stages, cluster)
-            stages, num_rows = fit_to_plan(stages, self._job, self._plan, cluster)
+            fitted, num_rows = fit_to_plan(stages, self._job, self._plan, cluster)
+            if stack.enter_context(self._room.taken(fitted.pools, cluster)):
+                stack.enter_context(self._planned_again())
+                if self._plan.num_planned == 0:
+                    return self._without_images()
+                self._display.stage("loading models")
+                fitted, num_rows = fit_to_plan(stages, self._job, self._plan, cluster)
+            known = known_bytes(self._prepared, self._plan)
+            made = stages_of(self._prepared, self._source, fitted.pools, prompts, known)
+            stages = dataclasses.replace(made, sized_by_memory=fitted.sized_by_memory)
             dataset = build_pipeline(self._plan.batches(num_rows), stages, num_rows, self._job.read_ahead)
-            with self._room.taken(stages.pools, cluster, then="loading models"), FinishedBlocks(dataset) as finished:
+            with FinishedBlocks(dataset) as finished:
                 # Models that do not load end the run here, before anything is written.
                 first = self._first(finished, waiting)
                 catalog = Catalog.open_or_create(self._job.catalog, self._source.columns)
@@ -204,6 +191,17 @@ class _Run:
                     self._display.stage("compacting")
                     catalog.compact(self._run_id)
         return self._done
+
+    @contextlib.contextmanager
+    def _planned_again(self) -> Iterator[None]:
+        """Has a new plan for the block: while the run waited, others may have done its work, and signatures ended."""
+        self._display.stage("listing and planning")
+        self._source = open_source(self._job.source, self._job.catalog)
+        with planned(self._prepared, self._source) as self._plan:
+            made = initial_report(self._run_id, self._prepared, self._plan)
+            self._report = self._done = made.model_copy(update={"started_at": self._report.started_at})
+            self._tally = Tally(total=self._plan.num_planned)
+            yield
 
     def _without_images(self) -> RunReport:
         """With nothing due no cluster is started: rows get what they lack of verdicts and of the caller's columns."""

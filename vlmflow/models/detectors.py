@@ -92,7 +92,8 @@ def _prepare(detector: Detector, policy: Policy, views: tuple[str, ...]) -> Dete
             remedy="Use the weights that the policy names, or set thresholds for these and change `weights`.",
         )
     if detector.path is not None:  # workers of a cluster work in the folder where it was started
-        detector = detector.model_copy(update={"path": str(Path(detector.path).absolute())})
+        path = Path(model_config(detector).path or "")
+        detector = detector.model_copy(update={"path": str(path.absolute())})
     return DetectorSetup(detector.name, detector, identity, request)
 
 

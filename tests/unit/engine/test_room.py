@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from vlmflow.config import PoolConfig
+from vlmflow.engine import room
+from vlmflow.engine.cluster import Cluster
+from vlmflow.engine.growth import NodeGroup
 from vlmflow.engine.room import Entry, first_actors, fits, next_state
 
 NODES = [(4.0, 2.0)]
@@ -130,3 +135,42 @@ def test_a_run_that_was_killed_while_it_claimed_is_in_nobodys_way_once_its_entry
     killed, late = entry(1, (1.0, 2.0), state="claims"), entry(2, (1.0, 2.0))
     assert begun(late, [killed]).state == "waits"
     assert begun(late, []).state == "has"
+
+
+@pytest.mark.parametrize(
+    ("there", "groups", "expected"),
+    [
+        ([(8, 1)], [], {(8, 1): 1}),
+        ([(8, 1), (2, 0)], [((8, 1), 4), ((8, 1), 1), ((16, 0), 2)], {(8, 1): 5, (16, 0): 2, (2, 0): 1}),
+        ([(8, 1)] * 3, [((8, 1), 2)], {(8, 1): 3}),
+    ],
+)
+def test_nodes_are_those_that_are_there_or_may_be(
+    monkeypatch: pytest.MonkeyPatch,
+    there: list[tuple[float, float]],
+    groups: list[tuple[tuple[float, float], int]],
+    expected: dict[tuple[float, float], int],
+) -> None:
+    made = tuple(NodeGroup(cpus, gpus, 1.0, most) for (cpus, gpus), most in groups)
+    monkeypatch.setattr(room, "nodes_now", lambda: tuple(there))
+    found = room._nodes_of(Cluster(cpus=1.0, gpus=0.0, num_nodes=1, embedded=False, groups=made))
+    assert Counter(found) == expected
+
+
+def test_entries_of_runs_that_are_no_more_are_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a driver that Ray calls dead, and of a run of this process that could not remove its own."""
+    store: dict[bytes, bytes] = {}
+    monkeypatch.setattr(room, "_internal_kv_put", lambda key, value: store.update({key.encode(): value.encode()}))
+    monkeypatch.setattr(
+        room, "_internal_kv_list", lambda prefix: [key for key in store if key.startswith(prefix.encode())]
+    )
+    monkeypatch.setattr(room, "_internal_kv_get", lambda key: store.get(key))
+    monkeypatch.setattr(room, "_internal_kv_del", lambda key: store.pop(key.encode()))
+    jobs = [{"JobID": job, "IsDead": job == "dead"} for job in ("dead", "ours", "another")]
+    monkeypatch.setattr(room.ray._private.state.state, "job_table", lambda: jobs)
+    monkeypatch.setattr(room.ray, "get_runtime_context", lambda: SimpleNamespace(get_job_id=lambda: "ours"))
+    monkeypatch.setattr(room, "_here", {"run-2"})
+    for came, job in enumerate(("dead", "ours", "ours", "another")):
+        room._write(entry(came, (1.0, 0.5), job=job))
+    assert room.runs_there() == [entry(2, (1.0, 0.5), job="ours"), entry(3, (1.0, 0.5), job="another")]
+    assert len(store) == 2

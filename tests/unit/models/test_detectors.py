@@ -146,9 +146,11 @@ def test_workers_find_a_folder_that_is_named_from_where_the_driver_works(
     classifier: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(classifier.parent)
-    given = policy(family="image_classification", path=classifier.name, outputs={"hentai": output()})
-    (setup,) = prepare_detectors(given, ("squash",))
-    assert setup.config.path == str(classifier)
+    monkeypatch.setenv("HOME", str(classifier.parent))
+    for path in (classifier.name, f"~/{classifier.name}"):
+        given = policy(family="image_classification", path=path, outputs={"hentai": output()})
+        (setup,) = prepare_detectors(given, ("squash",))
+        assert setup.config.path == str(classifier)
 
 
 def test_a_pickled_classifier_is_refused(classifier: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import yaml
 from tests.autoscaling import autoscaling_ray
 from tests.flows import held_images
 from tests.pictures import write_pictures
-from tests.processes import ROOT, RayNodes, end_family, started, wait_for
+from tests.processes import ROOT, RayNodes, end_family, ray_nodes, started, wait_for
 from vlmflow.catalog import Catalog
 from vlmflow.config import CatalogConfig, Job, PoolConfig, RayConfig
 from vlmflow.engine import enrich
@@ -28,6 +28,12 @@ from vlmflow.engine.room import Room
 
 # Two actors each: of four cores, two runs leave none for decoding.
 POOLS = [{"tasks": [task], "cpus": 1, "batch_size": 4} for task in ("embed", "caption")]
+
+
+@pytest.fixture(scope="module")
+def four_cores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayNodes]:
+    with ray_nodes(tmp_path_factory.mktemp("ray"), cpus=2) as started:
+        yield started
 
 
 @contextmanager
@@ -98,7 +104,7 @@ def test_of_two_runs_of_a_process_the_later_waits(
 @pytest.mark.slow
 @pytest.mark.parametrize("end", ["it ends", "it is killed"])
 def test_a_run_that_would_leave_another_no_core_waits_for_its_end(
-    nodes: RayNodes, models: dict[str, dict[str, Any]], tmp_path: Path, end: str
+    four_cores: RayNodes, models: dict[str, dict[str, Any]], tmp_path: Path, end: str
 ) -> None:
     job = job_of(models, POOLS)
     first, second = tmp_path / "first", tmp_path / "second"
@@ -106,9 +112,9 @@ def test_a_run_that_would_leave_another_no_core_waits_for_its_end(
     write_pictures(second / "images", 6)
     with held_images() as held:
         held.manifest(first / "images.csv", 6)
-        with run(first, "images.csv", nodes.address, job) as (holder, said):
+        with run(first, "images.csv", four_cores.address, job) as (holder, said):
             wait_for(held.asked.is_set, holder)
-            with run(second, "images", nodes.address, job) as (waiting, log):
+            with run(second, "images", four_cores.address, job) as (waiting, log):
                 wait_for(lambda: "waiting for room" in log.read_text(), waiting)
                 assert f"of {first / 'catalog'} has" in log.read_text()
                 if end == "it is killed":

@@ -97,32 +97,39 @@ def _is_kept(catalog: CatalogConfig | None, subject: str, body: str) -> bool:
 
 
 def send_kept(notify: str | None, catalog: CatalogConfig) -> None:
-    """Sends what could not be sent before, saying of when it is, the oldest first and each once. Fails nothing.
+    """Sends what could not be sent before, saying of when it is, the oldest first. Fails nothing.
 
-    A messenger that refuses two is not asked again: the next flow does that. One alone may be a message that it never
-    takes, and keeps no other.
+    Of flows at once each message is sent by one; it may come twice if that one is killed between sending and removing
+    it. A messenger that refuses two is not asked again: the next flow does that. One alone may be a message that it
+    never takes, and keeps no other.
     """
     try:
         store = MessageStore(Folder(catalog))
         store.give_up()
+        if notify is None:  # one that can send them is not to find them claimed
+            _tell_undelivered(store)
+            return
         kept, refused = store.left(), 0
         for message in kept:
-            if _is_sent_late(notify, message.message):
-                store.drop(message)
-            else:
-                refused += 1
+            with store.claimed(message) as is_mine:
+                if is_mine and _is_sent_late(notify, message.message):
+                    store.drop(message)
+                elif is_mine:
+                    refused += 1
             if refused == _MOST_REFUSED:
                 break
         if refused:
-            left = len(store.left())
-            logger.error("%d messages of earlier flows are still undelivered; `vlmflow show` lists them", left)
+            _tell_undelivered(store)
     except VlmflowError as error:
         logger.warning("whether the catalog keeps messages that nobody was sent is not known: %s", error)
 
 
-def _is_sent_late(notify: str | None, message: Message) -> bool:
-    if notify is None:
-        return False
+def _tell_undelivered(store: MessageStore) -> None:
+    if left := len(store.left()):
+        logger.error("%d messages of earlier flows are still undelivered; `vlmflow show` lists them", left)
+
+
+def _is_sent_late(notify: str, message: Message) -> bool:
     at = f"{message.at.astimezone(dt.UTC):%Y-%m-%d %H:%M} UTC"
     try:
         block = Block.load(notify)

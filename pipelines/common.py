@@ -26,7 +26,7 @@ from pipelines.ray_jobs import Command, RayJobs
 from pipelines.steps import InProcess, OnCluster, Steps
 from vlmflow.config import Job, load_job
 from vlmflow.engine import PlanSummary, RunReport
-from vlmflow.engine.progress import Tally, describe
+from vlmflow.engine.progress import Lines, Tally, describe
 from vlmflow.errors import MAY_PASS, VlmflowError
 
 logger = logging.getLogger("vlmflow")
@@ -135,25 +135,33 @@ class RunProgress:
     def __init__(self, key: str) -> None:
         self._key = key
         self._artifact: UUID | None = None
-        self._last = self._silent_until = float("-inf")
+        self._lines = Lines(_PROGRESS_INTERVAL_S)
+        self._silent_until = float("-inf")
 
     def stage(self, text: str) -> None:
-        """Logs the stage."""
+        """Logs the stage, and before it the counts of the one before."""
+        self.close()
         logger.info("%s", text)
 
     def update(self, tally: Tally) -> None:
         """Shows the counts, if they are old enough or complete."""
-        now, over = time.monotonic(), tally.total > 0 and tally.committed >= tally.total
-        if now - self._last < _PROGRESS_INTERVAL_S and not over:
-            return
-        self._last = now
+        if self._lines.is_due(tally):
+            self._show_counts(tally)
+
+    def close(self) -> None:
+        """Shows the counts that nothing shows yet."""
+        if (tally := self._lines.left()) is not None:
+            self._show_counts(tally)
+
+    def _show_counts(self, tally: Tally) -> None:
         logger.info("%s", describe(tally))
-        if now >= self._silent_until:
+        if time.monotonic() >= self._silent_until:
             percent = 100.0 * tally.committed / tally.total if tally.total else 0.0
             self.show(percent, describe(tally))
 
     def done(self, report: RunReport) -> None:
         """Shows that the run is over."""
+        self.close()
         self.show(100.0, rows_changed([report]))
 
     def show(self, percent: float, description: str) -> None:
@@ -167,9 +175,6 @@ class RunProgress:
         except SERVER_ERRORS as error:
             say_unshown(self._key, error)
             self._silent_until = time.monotonic() + _SILENCE_S
-
-    def close(self) -> None:
-        """Does nothing."""
 
 
 def stop_jobs_of(commands: Callable[[FlowRun], Iterable[Command]]) -> Callable[..., None]:

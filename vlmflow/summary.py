@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from itertools import islice
 from typing import Any
@@ -12,11 +13,14 @@ import pyarrow.compute as pc
 from vlmflow import schema
 from vlmflow.catalog import Catalog, RunInfo
 from vlmflow.catalog.folder import Folder
-from vlmflow.catalog.messages import Message, MessageStore
+from vlmflow.catalog.messages import MESSAGES, Message, MessageStore
 from vlmflow.catalog.rows import POLICY_COLUMNS, add_counts, error_classes, policy_names
 from vlmflow.config import CatalogConfig, Frozen
 from vlmflow.engine.report import RunReport
+from vlmflow.errors import StorageAccessError
 from vlmflow.report.killed import enrichment_of, with_counts
+
+logger = logging.getLogger("vlmflow")
 
 _NUM_EXAMPLES = 5
 _NUM_RUNS = 5
@@ -134,8 +138,17 @@ def summarize(config: CatalogConfig) -> CatalogSummary:
         flagged=tuple(flagged),
         examples=tuple(examples),
         runs=tuple(_run_lines(catalog)),
-        undelivered=tuple(kept.message for kept in MessageStore(Folder(config)).left()),
+        undelivered=_undelivered(config),
     )
+
+
+def _undelivered(config: CatalogConfig) -> tuple[Message, ...]:
+    """The messages that are kept; none where they are refused, to a role that may read the tables alone."""
+    try:
+        return tuple(kept.message for kept in MessageStore(Folder(config)).left())
+    except StorageAccessError as error:
+        logger.warning("whether %s/ keeps messages that nobody was sent is not known: %s", MESSAGES, error)
+        return ()
 
 
 def _rules(rows: pa.Table) -> pa.ChunkedArray:

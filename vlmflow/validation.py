@@ -55,13 +55,15 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
             return super().construct_object(node, deep)
-        except (KeyError, AttributeError, IndexError) as error:  # `!!bool maybe`, `!!timestamp now`, `!!int ""`
+        # `!!bool maybe`, `!!timestamp now`, `!!int ""`, `!!timestamp {=: now}`
+        except (KeyError, AttributeError, IndexError, TypeError) as error:
             what = f"this is no {_tag_of(node)}"
             raise yaml.constructor.ConstructorError(None, None, what, node.start_mark) from error
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[object] = set()
-        for key_node, _ in node.value:
+        pairs = node.value if isinstance(node, yaml.MappingNode) else ()  # `!!map [1]` is refused below
+        for key_node, _ in pairs:
             if key_node.tag == "tag:yaml.org,2002:merge":  # `<<: *other`, whose keys one beside it replaces
                 continue
             key = self.construct_object(key_node, deep=True)

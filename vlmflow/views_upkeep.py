@@ -91,8 +91,8 @@ def print_erasure(result: EraseResult, images: Images, console: Console) -> None
         )
     if result.failed:
         console.print(
-            f"[red]{len(result.failed):,} files could not be deleted, or somebody may be writing them; run the same "
-            "command again, in ten minutes[/red]"
+            f"[red]{len(result.failed):,} files could not be deleted or changed, or somebody may be writing them; run "
+            "the same command again, in ten minutes[/red]"
         )
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from vlmflow.config import CatalogConfig, Job, StorageConfig, load_job
@@ -43,6 +45,10 @@ def test_a_key_of_a_job_file_stands_once(text: str, tmp_path: Path) -> None:
         ("accept_unbound: !!bool maybe", r"this is no !!bool in .*line 1, column 17"),
         ("date: !!timestamp now", "this is no !!timestamp"),
         ("limit: !!int ''", "this is no !!int"),
+        ("date: !!timestamp {=: now}", "this is no !!timestamp"),
+        ("source: !!map [1]", "expected a mapping node, but found sequence"),
+        ("source: !!map x", "expected a mapping node, but found scalar"),
+        ("tasks: !!seq {}", "expected a sequence node, but found mapping"),
         ("date: 2026-13-45", "month must be in 1..12"),
         ("limit: " + "9" * 5000, "Exceeds the limit"),
         ("[" * 100_000, "more than 100 brackets in each other"),
@@ -58,6 +64,17 @@ def test_a_job_file_of_strange_yaml_is_refused_at_once(text: str, told: str, tmp
     with pytest.raises(ConfigError, match=rf"job\.yaml is not YAML: .*{told}"):
         load_job(path, PLACES)
     assert time.thread_time() - began < 2
+
+
+@pytest.mark.parametrize("place", ["{}", "a: {}", "- {}", "? {}\n: 1", "{{<<: {}}}", "&a {}"])
+@pytest.mark.parametrize(
+    "value",
+    ["x", "''", "~", "1:", ".", "=", "[]", "[1]", "[[1, 2]]", "[{a: 1, b: 2}]", "{}", "{a: 1}", "{[1]: 2}", "{=: 1}"],
+)
+def test_no_tag_on_any_value_ends_in_anything_but_an_error_that_is_told(value: str, place: str) -> None:
+    for tag in filter(None, yaml.SafeLoader.yaml_constructors):
+        with contextlib.suppress(yaml.YAMLError, ValueError):  # what a file that is no YAML is told with
+            read_yaml(place.format(f"!<{tag}> {value}"))
 
 
 def test_anchors_that_explode_and_files_of_many_keys_are_told_in_one_line(tmp_path: Path) -> None:

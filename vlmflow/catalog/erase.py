@@ -11,13 +11,9 @@ alone, so each image that is found by its address becomes erased by its id too b
 
 from __future__ import annotations
 
-import contextlib
 import datetime as dt
-import json
-import os
-import re
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -35,6 +31,7 @@ from vlmflow.catalog.log import DataFile, Snapshot, TableLog
 from vlmflow.catalog.masks import Mask, as_mask
 from vlmflow.catalog.messages import MESSAGES
 from vlmflow.catalog.read import read_each, read_rows
+from vlmflow.catalog.redact import redact
 from vlmflow.catalog.reviews import REVIEWS
 from vlmflow.catalog.runs import LEASE_SUFFIX, RUNS, RunState, RunStore
 from vlmflow.catalog.tombstones import Tombstones, address_keys
@@ -43,10 +40,7 @@ from vlmflow.catalog.writer import STAGING, write_file
 from vlmflow.errors import CatalogError
 from vlmflow.threads import Threads
 
-_REDACTED = "<erased>"
 _AT_ONCE = 16  # small files that are read and written at a time, and columns of others that are read
-_ID = re.compile("[0-9a-f]{32}")
-_SHORTEST_URI = 6  # a shorter text might stand in a record by chance
 
 
 @dataclass
@@ -62,7 +56,8 @@ class EraseResult:
         num_records: records of runs, and messages, in which an address was blotted out.
         live_runs: runs at work, which may still hold the images in files that they have not committed. They will not
             commit them; the erasure is complete when it has been asked for again after their end.
-        failed: files that could not be deleted, or that somebody may be writing at the moment.
+        failed: files that could not be deleted, or that somebody may be writing at the moment, and messages that the
+            store refuses.
     """
 
     num_images: int
@@ -120,13 +115,13 @@ def erase(
     wanted = index_of(keys)
     result.num_reviews = _erase_reviews(folder, wanted)
     # Before the files go: of an image erased by its id nothing else tells the address, and a kill may come in between.
-    result.num_records = _redact(folder, states, {*uris, *rows["uri"].to_pylist()}, wanted)
+    result.num_records, refused = redact(folder, states, {*uris, *rows["uri"].to_pylist()}, wanted)
     failed = [*folder.delete_all(doomed), *_being_written(folder, runs.now())]
     result.num_files = len(set(doomed) - set(failed))
     of_indexes = files_holding(folder, wanted)
     kept = folder.delete_all(of_indexes)
     result.num_index_files = len(of_indexes) - len(kept)
-    result.failed = (*failed, *kept)
+    result.failed = (*failed, *kept, *refused)
     result.live_runs = tuple(sorted(run for run, state in states.items() if state == "running"))
     return result
 
@@ -319,73 +314,3 @@ _REVIEW_READERS: dict[str, Callable[[Folder, str], pa.Table]] = {
     "parquet": lambda folder, path: folder.read_parquet(path),
     "jsonl": _read_json_lines,
 }
-
-
-def _redact(folder: Folder, states: Mapping[str, str], texts: set[str], wanted: KeyIndex) -> int:
-    """Blots addresses out of the records of runs that are over, also those that stand beside the id of an image, and
-    out of messages that are still to be sent."""
-    blotted = _blotter(_as_in_json(texts))
-
-    def redact(path: str) -> bool:
-        # What is damaged, or of another program, keeps nothing from being erased.
-        before = (folder.read(path) or b"").decode("utf-8", "surrogateescape")
-        after = blotted(before)
-        # Of a run that was at work at the first asking: the files that told the address were removed by then.
-        after = _blotter(_as_in_json(_addresses_in(after, wanted)))(after)
-        if after != before:
-            folder.write(path, after.encode("utf-8", "surrogateescape"))
-        return after != before
-
-    with Threads(_AT_ONCE) as pool:
-        return sum(pool.map(redact, _records(folder, states)))
-
-
-def _as_in_json(texts: Iterable[str]) -> Iterator[str]:
-    return (json.dumps(text, ensure_ascii=False)[1:-1] for text in texts if len(text) >= _SHORTEST_URI)
-
-
-def _addresses_in(record: str, wanted: KeyIndex) -> list[str]:
-    """The addresses that stand in a record beside the ids of images, as examples do."""
-    found: list[tuple[str, str]] = []
-
-    def look(part: dict[str, object]) -> None:
-        image, uri = part.get("image_id"), part.get("uri")
-        if isinstance(image, str) and _ID.fullmatch(image) and isinstance(uri, str) and uri != _REDACTED:
-            found.append((image, uri))
-
-    with contextlib.suppress(ValueError, RecursionError):
-        json.loads(record, object_hook=look)
-    ids = to_binary(pa.array([image for image, _ in found], pa.string()))
-    return [uri for (_, uri), at in zip(found, wanted.find(*to_words(ids)), strict=True) if at >= 0]
-
-
-def _blotter(texts: Iterable[str]) -> Callable[[str], str]:
-    """What replaces each of the texts in another, the longest of those that begin at a place: one may begin another.
-
-    A million of them take hardly longer than one.
-    """
-    wanted = set(texts)
-    prefix = os.path.commonprefix(list(wanted))  # noqa: RUF071 (of texts, not of paths)
-    lengths = sorted({len(text) for text in wanted}, reverse=True)
-    starts = {text[: lengths[-1]] for text in wanted}
-
-    def blotted(text: str) -> str:
-        parts, done, at = [], 0, 0
-        while lengths and (at := text.find(prefix, at)) >= 0 and at + lengths[-1] <= len(text):
-            begins = text[at : at + lengths[-1]] in starts
-            length = next((length for length in lengths if text[at : at + length] in wanted), 0) if begins else 0
-            if length:
-                parts += [text[done:at], _REDACTED]
-                done = at + length
-            at += length or 1
-        return "".join([*parts, text[done:]])
-
-    return blotted
-
-
-def _records(folder: Folder, states: Mapping[str, str]) -> Iterator[str]:
-    yield from (file.path for file in list(folder.list(MESSAGES)) if file.path.endswith(".json"))
-    for file in list(folder.list(RUNS)):
-        run_id = file.path.removeprefix(f"{RUNS}/").rpartition(".")[0]
-        if file.path.endswith(".json") and states.get(run_id) != "running":
-            yield file.path

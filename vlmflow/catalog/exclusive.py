@@ -18,6 +18,15 @@ PROBE = ".conditional-writes"
 HONOURING = "Use a store that honours If-None-Match (S3, GCS, Azure, MinIO, R2, Ceph from Squid on)"
 
 
+def create(store: ObjectStore, path: str) -> bool:
+    """Puts an empty file; False: there is one."""
+    try:
+        retried(lambda: obstore.put(store, path, b"", mode="create"), never=(AlreadyExistsError,))
+    except AlreadyExistsError:
+        return False
+    return True
+
+
 def check_exclusive(store: ObjectStore, path: str, uri: str) -> None:
     """Makes sure that a second writer of one file is refused.
 
@@ -31,10 +40,8 @@ def check_exclusive(store: ObjectStore, path: str, uri: str) -> None:
         StorageAccessError: the second is accepted, or the store knows no such writes.
     """
     try:
-        for _ in range(2):  # the first may make the file
-            retried(lambda: obstore.put(store, path, b"", mode="create"), never=(AlreadyExistsError,))
-    except AlreadyExistsError:
-        return
+        if not (create(store, path) and create(store, path)):  # the first may make the file
+            return
     except BaseError as error:
         if not is_unknown(error):
             raise

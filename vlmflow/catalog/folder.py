@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError, TableNotFoundError
 
-from vlmflow.catalog.exclusive import PROBE, check_exclusive
+from vlmflow.catalog.exclusive import PROBE, check_exclusive, create
 from vlmflow.catalog.pieces import ParquetPieces
 from vlmflow.config import CatalogConfig
 from vlmflow.errors import CatalogChangedError, CatalogError, ConfigError, VlmflowError
@@ -33,7 +33,6 @@ from vlmflow.workspace import in_our_words
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
-
 
 logger = logging.getLogger("vlmflow")
 
@@ -147,6 +146,11 @@ class Folder:
         with self._in_our_words():
             retried(lambda: obstore.put(self._store, self._at(path), data, attributes=attributes))
 
+    def create(self, path: str) -> bool:
+        """Puts an empty file; False: there is one, of another or of ourselves, where the store's answer was lost."""
+        with self._in_our_words():
+            return create(self._store, self._at(path))
+
     def upload(self, path: str, file: Path) -> None:
         """Puts a local file in place in one step, piece by piece: it need not fit into memory."""
         with self._in_our_words():
@@ -165,7 +169,7 @@ class Folder:
         address = parse_address(self.config.uri)
         if address.is_local:
             return Path(address.path) / path
-        target = folder / _copy_name(path)
+        target = folder / path.replace("/", "-")
         if target.exists() and target.stat().st_size == size_bytes:
             return target
         with self._in_our_words():
@@ -180,7 +184,7 @@ class Folder:
         copies = list(folder.iterdir())
         if not copies:
             return
-        held = {_copy_name(file.path) for file in self.list(below)}
+        held = {file.path.replace("/", "-") for file in self.list(below)}
         for copy in copies:
             if copy.name not in held:
                 copy.unlink()
@@ -394,7 +398,3 @@ class Folder:
 def _unless_absent(error: OSError) -> None:
     if not isinstance(error, FileNotFoundError):
         raise error
-
-
-def _copy_name(path: str) -> str:
-    return path.replace("/", "-")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import logging
 import re
 import secrets
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from pydantic import AwareDatetime, ValidationError
 
-from vlmflow.catalog.folder import Folder
+from vlmflow.catalog.folder import FileInfo, Folder
 from vlmflow.config_parts import Frozen
 
 logger = logging.getLogger("vlmflow")
@@ -18,7 +20,9 @@ logger = logging.getLogger("vlmflow")
 MESSAGES = "messages"
 KEPT_FOR = dt.timedelta(days=14)
 MOST_KEPT = 20
+CLAIMED_FOR = dt.timedelta(minutes=10)  # longer than any messenger takes: whoever has not let go was killed
 _MAX_SUBJECT_CHARS, _MAX_BODY_CHARS = 300, 2000
+_CLAIM = ".sending"
 _STAMP = "%Y%m%dT%H%M%S%f"
 _OURS = re.compile(rf"{MESSAGES}/(?P<stamp>\d{{8}}T\d{{12}})-[0-9a-f]{{8}}\.json")
 
@@ -63,13 +67,35 @@ class MessageStore:
         read = ((path, self._read(path)) for path in found)
         return [KeptMessage(path, message) for path, message in read if message is not None]
 
+    @contextlib.contextmanager
+    def claimed(self, kept: KeptMessage) -> Iterator[bool]:
+        """Keeps other flows from sending a message while the block runs.
+
+        Of a flow that is killed in the block others may send it ten minutes later: rather twice than never.
+
+        Yields:
+            False: another is at it, or has sent it.
+        """
+        claim = kept.path + _CLAIM
+        if not self._folder.create(claim):
+            yield False
+            return
+        try:
+            yield self._folder.stat(kept.path) is not None
+        finally:
+            self._folder.delete(claim)
+
     def drop(self, kept: KeptMessage) -> None:
         """Removes a message: it was sent."""
         self._folder.delete(kept.path)
 
     def give_up(self) -> None:
-        """Removes what is too old, and the oldest of what is too many."""
-        paths = self._paths()
+        """Removes what is too old, the oldest of what is too many, and claims of flows that were killed."""
+        files, now = list(self._folder.list(MESSAGES)), dt.datetime.now(dt.UTC)
+        paths = _messages(files)
+        dead = [f.path for f in files if f.path.endswith(_CLAIM) and now - f.modified_at > CLAIMED_FOR]
+        if dead:
+            self._folder.delete_all(dead)
         doomed = paths[:-MOST_KEPT] + [path for path in paths[-MOST_KEPT:] if _is_too_old(path)]
         if doomed:
             self._folder.delete_all(doomed)
@@ -77,7 +103,7 @@ class MessageStore:
             logger.error("%d undelivered messages to people were given up: %s", len(doomed), kept)
 
     def _paths(self) -> list[str]:
-        return sorted(file.path for file in self._folder.list(MESSAGES) if _OURS.fullmatch(file.path))
+        return _messages(self._folder.list(MESSAGES))
 
     def _read(self, path: str) -> Message | None:
         data = self._folder.read(path)
@@ -86,6 +112,10 @@ class MessageStore:
         except ValidationError:
             logger.warning("%s holds no message", path)
             return None
+
+
+def _messages(files: Iterable[FileInfo]) -> list[str]:
+    return sorted(file.path for file in files if _OURS.fullmatch(file.path))
 
 
 def _is_too_old(path: str) -> bool:

@@ -19,12 +19,17 @@ from vlmflow.errors import ConditionError
 _MAX_SECONDS, _MAX_MEMORY = 60.0, "2GiB"  # over one batch of rows
 # Over what is longer or nests more DuckDB's parser sits for seconds to minutes, and no timer ends it.
 _MAX_CHARS, _MAX_DEPTH = 100_000, 100
+# Brackets that open, those in texts and comments too. The depth hangs on what we take for a text; whatever DuckDB takes
+# for one, so many keep its parser busy for three to four seconds at worst (`[` in `[`), twice as many for over ten.
+_MAX_OPENS = 1_500
 _SHOWN_CHARS = 200
-# Texts and comments, whose brackets count for nothing; a name of too many parts; a bracket. What is not closed goes on
-# to the end.
+# Texts, names and comments, whose brackets count for nothing; a comment in a comment; a name of too many parts; a
+# bracket. What is not closed goes on to the end. In a name DuckDB takes dollars and all beyond ASCII but spaces.
 _TOKEN = re.compile(
-    r"""(?<![\w$])[eE]'(?:[^'\\]|\\.|'')*(?:'|\Z) | '(?:[^']|'')*(?:'|\Z) | "(?:[^"]|"")*(?:"|\Z)
-        | --[^\n]* | /\*.*?(?:\*/|\Z) | \$(?P<tag>\w*)\$.*?(?:\$(?P=tag)\$|\Z)
+    r"""[eE]'(?:[^'\\]|\\.|'')*(?:'|\Z) | '(?:[^']|'')*(?:'|\Z) | "(?:[^"]|"")*(?:"|\Z)
+        | [^\x00-@\[-^`{-\x7f\s][^\x00-\#%-/:-@\[-^`{-\x7f\s]*
+        | --[^\n\r]* | /\*(?:(?!/\*|\*/).)*(?:\*/|\Z) | (?P<nested>/\*)
+        | \$(?P<tag>(?:[^\x00-@\[-^`{-\x7f\s][^\x00-/:-@\[-^`{-\x7f\s]*)?)\$.*?(?:\$(?P=tag)\$|\Z)
         | (?P<parts>(?:\.\s*(?:\w+|"(?:[^"]|"")*")\s*){21}) | (?P<opens>[(\[{]) | (?P<closes>[)\]}])""",
     re.DOTALL | re.VERBOSE,
 )
@@ -34,8 +39,9 @@ def check_where(where: str, columns: pa.Schema) -> None:
     """Makes sure that a condition can be evaluated over any part of a table of these columns, row by row.
 
     Raises:
-        ConditionError: it is no condition, names a column that is not there, or looks at other rows than its own: a
-            table is read file by file, and what a subquery finds would be another thing in each.
+        ConditionError: it is no condition, is too long, has too many brackets or too many in each other, names a
+            column that is not there, or looks at other rows than its own: a table is read file by file, and what a
+            subquery finds would be another thing in each.
     """
     _select("1", columns.empty_table(), where)
     queries = [node for node in nodes_of(where) if isinstance(node, dict) and node.get("from_table")]
@@ -133,8 +139,13 @@ def _check_size(where: str) -> None:
     if len(where) > _MAX_CHARS:
         told = f"{_named(where)} has {len(where):,} characters, more than the {_MAX_CHARS:,} that one may have"
         raise ConditionError(told, remedy=_SHORTER)
+    if (opens := sum(where.count(bracket) for bracket in "([{")) > _MAX_OPENS:
+        told = f"{_named(where)} has {opens:,} opening brackets, more than the {_MAX_OPENS:,} that one may have"
+        raise ConditionError(f"{told}, those in texts and comments included", remedy=_FEWER)
     depth = 0
     for token in _TOKEN.finditer(where):
+        if token.lastgroup == "nested":
+            raise ConditionError(f"{_named(where)} has a comment in a comment", remedy="Leave the inner one out.")
         if token.lastgroup == "parts":
             raise ConditionError(f"{_named(where)} has a name of more than 20 parts", remedy=_SHORTER)
         depth = max(depth + {"opens": 1, "closes": -1}.get(token.lastgroup or "", 0), 0)
@@ -149,4 +160,5 @@ def _named(where: str) -> str:
 
 
 _SHORTER = "Write a shorter condition with fewer brackets in brackets, or give several commands a part each."
+_FEWER = "Write a shorter condition with fewer brackets, or give several commands a part each."
 _REMEDY = "Write a condition over the columns of the images table, such as \"decision = 'block' AND width > 500\"."

@@ -91,31 +91,47 @@ class SilentProgress:
         """Does nothing."""
 
 
-class _Lines:
-    """When a line is due: at most every so many seconds, and once when all is committed, so that the last is whole."""
+class Lines:
+    """When a line is due: at most every so many seconds, once when all is committed, and whatever is over then: of
+    some images another run keeps the rows, or an erasure, so that not all are ever committed."""
 
     def __init__(self, interval_s: float) -> None:
         self._interval_s = interval_s
         self._last, self._is_over = float("-inf"), False
+        self._tally: Tally | None = None
+        self._shown: object = None
 
     def is_due(self, tally: Tally) -> bool:
         """Whether to write one now; then it counts as written."""
+        self._tally = tally
         now, was_over = time.monotonic(), self._is_over
         self._is_over = tally.committed >= tally.total > 0
         if was_over if self._is_over else now - self._last < self._interval_s:
             return False
-        self._last = now
+        self._last, self._shown = now, _counts(tally)
         return True
+
+    def left(self) -> Tally | None:
+        """What no line shows yet, to be written where a stage or the run is over; then it counts as written."""
+        if self._tally is None or self._shown == _counts(self._tally):
+            return None
+        self._last, self._shown = time.monotonic(), _counts(self._tally)
+        return self._tally
+
+
+def _counts(tally: Tally) -> object:
+    return tally.total, tally.done, tally.committed, dict(tally.errors)
 
 
 class LogProgress:
-    """A line in the log at most every ten seconds, and the last."""
+    """A line in the log at most every ten seconds, and the last of each stage."""
 
     def __init__(self, interval_s: float = LOG_INTERVAL_S) -> None:
-        self._lines = _Lines(interval_s)
+        self._lines = Lines(interval_s)
 
     def stage(self, text: str) -> None:
-        """Logs the stage."""
+        """Logs the stage, and before it the counts of the one before."""
+        self.close()
         logger.info("%s", text)
 
     def update(self, tally: Tally) -> None:
@@ -124,7 +140,9 @@ class LogProgress:
             logger.info("%s", describe(tally))
 
     def close(self) -> None:
-        """Does nothing."""
+        """Logs the counts that no line shows yet."""
+        if (tally := self._lines.left()) is not None:
+            logger.info("%s", describe(tally))
 
 
 class JsonProgress:
@@ -132,16 +150,24 @@ class JsonProgress:
 
     def __init__(self, stream: TextIO, interval_s: float = LOG_INTERVAL_S) -> None:
         self._stream = stream
-        self._lines = _Lines(interval_s)
+        self._lines = Lines(interval_s)
 
     def stage(self, text: str) -> None:
-        """Writes ``{"event": "stage", ...}``."""
+        """Writes ``{"event": "stage", ...}``, and before it the counts of the stage before."""
+        self.close()
         self._write({"event": "stage", "stage": text})
 
     def update(self, tally: Tally) -> None:
         """Writes ``{"event": "progress", ...}`` if the last line is old enough."""
-        if not self._lines.is_due(tally):
-            return
+        if self._lines.is_due(tally):
+            self._write_counts(tally)
+
+    def close(self) -> None:
+        """Writes the counts that no line shows yet."""
+        if (tally := self._lines.left()) is not None:
+            self._write_counts(tally)
+
+    def _write_counts(self, tally: Tally) -> None:
         eta_s = tally.eta_s
         self._write(
             {
@@ -154,9 +180,6 @@ class JsonProgress:
                 "errors": dict(tally.errors),
             }
         )
-
-    def close(self) -> None:
-        """Does nothing."""
 
     def _write(self, event: dict[str, object]) -> None:
         self._stream.write(json.dumps(event) + "\n")

@@ -13,9 +13,9 @@ import pytest
 from tests.catalog_samples import config_of, enrich, image_id, open_catalog, references
 from vlmflow import schema
 from vlmflow.catalog import Catalog
-from vlmflow.catalog.erase import _blotter
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.keys import to_binary
+from vlmflow.catalog.redact import blotter
 from vlmflow.catalog.reviews import REVIEWS
 from vlmflow.catalog.runs import RUNS
 from vlmflow.catalog.tombstones import Tombstones
@@ -134,17 +134,17 @@ def test_verdicts_that_are_moved_to_another_file_meanwhile_are_found(
 
 
 def test_of_texts_that_begin_alike_the_longest_is_blotted_out() -> None:
-    blotted = _blotter(["s3://b/a", "s3://b/a.jpg", "s3://b/other"])
+    blotted = blotter(["s3://b/a", "s3://b/a.jpg", "s3://b/other"])
     assert blotted("s3://b/a.jpg, s3://b/a; s3://b/b s3://b/a.jp") == "<erased>, <erased>; s3://b/b <erased>.jp"
     assert blotted("s3://b/othe") == "s3://b/othe"
-    assert _blotter(["abcdef", "xyzxyz"])("_abcdefxyzxyzxyz") == "_<erased><erased>xyz"
-    assert _blotter([])("as it was") == "as it was"
+    assert blotter(["abcdef", "xyzxyz"])("_abcdefxyzxyzxyz") == "_<erased><erased>xyz"
+    assert blotter([])("as it was") == "as it was"
 
 
 def test_a_hundred_thousand_addresses_take_no_longer_than_few() -> None:
     texts = [f"s3://bucket/folder/{number}/image-{'x' * (number % 50)}.jpg" for number in range(100_000)]
     record = '{"message": "such as ' + ", ".join(texts[:3]) + '", "rows": ' + "[0, 1, 2], " * 2000 + "}"
-    blotted = _blotter(texts)
+    blotted = blotter(texts)
     started = time.thread_time()
     assert blotted(record).count("<erased>") == 3
     assert time.thread_time() - started < 0.2

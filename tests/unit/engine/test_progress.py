@@ -86,6 +86,29 @@ def test_the_last_line_is_written_once_however_soon_it_comes(caplog: pytest.LogC
     assert [record.getMessage().rpartition(", ")[2] for record in caplog.records] == ["0 saved", "2 saved"]
 
 
+def test_where_not_all_is_ever_committed_the_last_line_comes_when_the_stage_or_the_run_is_over(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Of some images another run keeps the rows, or they are erased meanwhile."""
+    stream = io.StringIO()
+    displays = [JsonProgress(stream, interval_s=3600), LogProgress(interval_s=3600)]
+    with caplog.at_level(logging.INFO, logger="vlmflow"):
+        for display in displays:
+            tally = Tally(total=3, done=1)
+            display.update(tally)
+            tally.done, tally.committed = 3, 1
+            display.update(tally)
+            display.stage("running 1 images alone")
+            tally.committed = 2
+            display.update(tally)
+            display.close()
+            display.close()
+    events = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [event.get("committed", event["event"]) for event in events] == [0, 1, "stage", 2]
+    told = [record.getMessage().rpartition(", ")[2] for record in caplog.records]
+    assert told == ["0 saved", "1 saved", "running 1 images alone", "2 saved"]
+
+
 @pytest.mark.parametrize("width", [50, 80])
 def test_a_terminal_has_room_for_the_counts_of_a_large_run(width: int) -> None:
     screen = io.StringIO()

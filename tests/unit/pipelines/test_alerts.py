@@ -23,8 +23,9 @@ from pipelines import alerts
 from pipelines.nightly import nightly_enrichment
 from tests.catalog_samples import config_of, open_catalog
 from tests.messenger import Messenger, running_messenger
+from vlmflow.catalog import messages
 from vlmflow.catalog.folder import Folder
-from vlmflow.catalog.messages import MessageStore
+from vlmflow.catalog.messages import Message, MessageStore
 from vlmflow.catalog.runs import RunInfo
 from vlmflow.config import CatalogConfig
 from vlmflow.engine import RunReport
@@ -202,6 +203,46 @@ def test_a_message_that_a_messenger_never_takes_keeps_no_other(
     refused = ("message 1",)
     alerts.send_kept(block, catalog)
     assert kept(catalog) == ["message 1: Run r."]
+
+
+def test_flows_at_once_send_each_message_once(
+    block: str, messenger: Messenger, catalog: CatalogConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    messenger.status = 500
+    for number in range(3):
+        assert alerts.send(block, f"message {number}", "Run r.", catalog)
+    messenger.status, messenger.received[:] = 200, []
+    sends = alerts._is_sent_late
+
+    def beside(notify: str, message: Message) -> bool:
+        monkeypatch.setattr(alerts, "_is_sent_late", sends)
+        alerts.send_kept(None, catalog)
+        alerts.send_kept(block, catalog)  # of another flow, while this one is at its first message
+        assert kept(catalog) == ["message 0: Run r."]
+        return sends(notify, message)
+
+    monkeypatch.setattr(alerts, "_is_sent_late", beside)
+    alerts.send_kept(block, catalog)
+    said = [json.dumps(message) for message in messenger.received]
+    assert [sum(f"message {number} (of" in one for one in said) for number in range(3)] == [1, 1, 1]
+    assert list(Folder(catalog).list("messages")) == []
+
+
+def test_a_message_of_a_flow_that_was_killed_as_it_sent_is_sent_by_a_later_one(
+    block: str, messenger: Messenger, catalog: CatalogConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    messenger.status = 500
+    assert alerts.send(block, "many more", "Run r.", catalog)
+    messenger.status, messenger.received[:] = 200, []
+    (message,) = MessageStore(Folder(catalog)).left()
+    assert Folder(catalog).create(f"{message.path}.sending")
+    alerts.send_kept(block, catalog)
+    assert messenger.received == []
+    assert kept(catalog) == ["many more: Run r."]
+    monkeypatch.setattr(messages, "CLAIMED_FOR", dt.timedelta())
+    alerts.send_kept(block, catalog)
+    assert len(messenger.received) == 1
+    assert list(Folder(catalog).list("messages")) == []
 
 
 def test_where_no_catalog_is_none_is_begun_for_a_message(

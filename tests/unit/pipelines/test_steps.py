@@ -35,6 +35,7 @@ from pipelines.steps import (
 from vlmflow.checks import Check
 from vlmflow.cli import app
 from vlmflow.config import Job
+from vlmflow.engine import progress as shown
 from vlmflow.engine.progress import ProgressDisplay, Tally
 from vlmflow.engine.scope import Scope
 from vlmflow.errors import (
@@ -288,7 +289,8 @@ def test_a_server_that_is_away_fails_no_run_and_is_told_again_later(
             raise fault
 
     clock = [0.0]
-    monkeypatch.setattr(common, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    for module in (common, shown):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     monkeypatch.setattr(common, "create_progress_artifact", lambda *_, **__: uuid4())
     monkeypatch.setattr(common, "update_progress_artifact", tell)
     progress = common.RunProgress("enrich-x")
@@ -300,6 +302,26 @@ def test_a_server_that_is_away_fails_no_run_and_is_told_again_later(
     assert told[:3] == [5, 605, 615]
     assert caplog.text.count("enrich-x is not shown: Prefect's server cannot be told") == 1
     assert caplog.text.count("/1,000 images") > 90
+
+
+def test_the_last_counts_of_a_run_stand_in_the_log_of_its_flow(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    percents: list[float] = []
+    monkeypatch.setattr(common.RunProgress, "show", lambda self, percent, text: percents.append(percent))
+    progress, tally = common.RunProgress("enrich-x"), Tally(total=4, done=2)
+    with caplog.at_level(logging.INFO, "vlmflow"):
+        progress.update(tally)
+        tally.done, tally.committed = 4, 3  # of one another run keeps the row
+        progress.update(tally)
+        progress.stage("compacting")
+        progress.close()
+    assert [record.getMessage() for record in caplog.records] == [
+        "2/4 images, 0 saved",
+        "4/4 images, 3 saved",
+        "compacting",
+    ]
+    assert percents == [0.0, 75.0]
 
 
 @pytest.mark.parametrize("uri", ["s3://Bucket/My Catalog/", "/", "", "ä" * 300, "a/../b", "x|y`z", "s3://b/---"])

@@ -15,7 +15,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from vlmflow.config import ImageLimits
 from vlmflow.errors import ImageError, RowErrorClass
-from vlmflow.imaging.colours import of_small
+from vlmflow.imaging.colours import is_scalable, of_small
 from vlmflow.imaging.composed import composed_frames, first_frame, is_composed
 from vlmflow.imaging.frames import MAX_FRAMES_SEEN, MAX_PIXELS_SEEN, Looked, frames_in
 from vlmflow.imaging.headers import count_png_frames
@@ -104,7 +104,8 @@ def decode(
     opened = open_image(data, limits, content_hash)
     image: Image.Image = opened.image
     with bad_bytes(data, opened.facts.format):
-        if isinstance(image, JpegImageFile) and merged:
+        # By an odd profile neighbours that are averaged may look like nothing that can be seen in the image.
+        if isinstance(image, JpegImageFile) and merged and is_scalable(image):
             # Pillow takes the strongest of 1/2, 1/4 and 1/8 that keeps both sides at or above this size.
             side = DRAFT_RATIO * max(request.size for request in merged)
             image.draft(None, (side, side))

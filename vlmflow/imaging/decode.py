@@ -30,7 +30,7 @@ from vlmflow.imaging.opening import (
     hash_of,
     open_image,
 )
-from vlmflow.imaging.pixels import Pixels, render, shows_ground, to_rgb
+from vlmflow.imaging.pixels import Pixels, boxes, names_of, render, shows_ground, to_rgb
 from vlmflow.imaging.video import Track, Video, open_video, sniff_video, unseen_gap
 from vlmflow.schema import LEAST_PHASH_BITS
 
@@ -44,6 +44,7 @@ DRAFT_RATIO = 2
 # Levels of grey, of 255, from the darkest to the brightest place of an image squashed to 64 x 64. Of less, the noise of
 # a camera or an encoder, the bits of a perceptual hash are chance.
 _LEAST_CONTRAST = 8
+_HASHED_SIDE = 64
 # Of a clip that begins plain, so many frames are decoded for the sake of its hash where none is to be shown.
 _FRAMES_HASHED = 8
 
@@ -111,7 +112,7 @@ def decode(
             image.draft(None, (side, side))
         image.load()
         image = first_frame(opened, limits)
-        later = of_small(image) if opened.facts.num_frames == 1 else None
+        later = of_small(image) if opened.facts.num_frames == 1 and _is_rendered_smaller(image.size, merged) else None
         grounds = _grounds(image, opened.orientation, merged, is_to_convert=later is None)
     phash = perceptual_hash(grounds[0][1], later)  # before another frame is decoded in this one's place
     pixels = {request.key: _views(request, grounds) for request in merged}
@@ -130,6 +131,15 @@ def decode(
     return DecodedImage(replace(opened.facts, phash=phash), pixels, unseen)
 
 
+def _is_rendered_smaller(size: tuple[int, int], requests: Sequence[PixelRequest]) -> bool:
+    """Whether an image has more pixels than all that is made of it: its views, and what its hash is taken of."""
+    num_pixels = _HASHED_SIDE**2
+    for request in requests:
+        num_views = sum(len(boxes(view, size, request.size)) for view in names_of(request.views))
+        num_pixels += num_views * request.size**2
+    return num_pixels < size[0] * size[1]
+
+
 def perceptual_hash(image: Image.Image, later: Callable[[Image.Image], Image.Image] | None = None) -> str | None:
     """64 bits as 16 hexadecimal digits, of which images that look alike differ in few: pHash, by the package imagehash.
 
@@ -139,7 +149,7 @@ def perceptual_hash(image: Image.Image, later: Callable[[Image.Image], Image.Ima
     Args:
         later: still to be done to the image.
     """
-    small = image.resize((64, 64), Image.Resampling.BILINEAR, reducing_gap=2.0)
+    small = image.resize((_HASHED_SIDE, _HASHED_SIDE), Image.Resampling.BILINEAR, reducing_gap=2.0)
     grey = (small if later is None else later(small)).convert("L")
     if np.ptp(np.asarray(grey).astype(np.int16)) < _LEAST_CONTRAST:
         return None

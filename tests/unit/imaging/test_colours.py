@@ -125,6 +125,19 @@ def test_photographs_have_nearly_the_colours_that_they_have_at_their_full_size(
         assert np.abs(found - plain).mean() > 3 * most
 
 
+def test_colours_of_images_that_are_smaller_than_their_views_are_converted_once() -> None:
+    """Those of all the views would take longer."""
+    noise = np.random.default_rng(0).integers(0, 256, (100, 300, 3), np.uint8)
+    data = encode(Image.fromarray(noise), "PNG", icc_profile=icc(Curve(2.19921875), ADOBE))
+    with Image.open(BytesIO(data)) as opened:
+        full = in_srgb(opened.convert("RGB"), opened)
+    for size, is_at_full_size in ((60, False), (120, True)):
+        request = PixelRequest(size, "bicubic", ("squash", "tiles"))
+        found = dict(decode(data, [request], LIMITS).pixels[request.key])["squash"]
+        expected = full.resize((size, size), Image.Resampling.BICUBIC)
+        assert np.array_equal(found, np.asarray(expected)) is is_at_full_size
+
+
 LEVELS = np.arange(256)
 ISLAND = np.where((LEVELS >= 120) & (LEVELS < 136), 255, 0)  # all else is black
 # Up and down by 9 levels, every 8 levels.

@@ -23,7 +23,7 @@ _SAME = 2
 # What little CMS and Pillow raise on profiles that make no sense.
 _BAD_PROFILE = (ImageCms.PyCMSError, OSError, ValueError, TypeError, MemoryError)
 _MAX_KEPT = 16
-_COLOURS_OF = "colours of"  # in what Pillow keeps of an image
+_COLOURS_OF, _CONVERTER = "colours of", "converter"  # in what Pillow keeps of an image
 _FAST, _EXACT = ImageCms.Flags.NONE, ImageCms.Flags.NOOPTIMIZE
 _NEARLY_SAME = 8
 
@@ -97,6 +97,15 @@ def cmyk_to_rgb(image: Image.Image) -> Image.Image:
 
 def _converter(image: Image.Image) -> _Converter:
     image = image.info.get(_COLOURS_OF, image)
+    # Kept with it, for profiles are long to read and asked for again and again; a page of a TIFF may have another one.
+    said = image.mode, tuple(_profiles_in(image))
+    kept: tuple[object, _Converter] | None = image.info.get(_CONVERTER)
+    if kept is None or kept[0] != said:
+        kept = image.info[_CONVERTER] = said, _find_converter(image)
+    return kept[1]
+
+
+def _find_converter(image: Image.Image) -> _Converter:
     is_grey = image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;16")
     for found in _profiles_in(image):
         profile = read_profile(found) if isinstance(found, bytes) else found

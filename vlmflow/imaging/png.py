@@ -9,10 +9,19 @@ from io import BytesIO
 from typing import Any
 
 import numpy as np
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
-from vlmflow.imaging.profiles import SRGB, SRGB_CURVE, Curve, Profile, profile_of, profile_of_code_points
+from vlmflow.imaging.profiles import (
+    MAX_PROFILE_BYTES,
+    SRGB,
+    SRGB_CURVE,
+    Curve,
+    Profile,
+    check_profile_size,
+    profile_of,
+    profile_of_code_points,
+)
 
 MAGIC = b"\x89PNG\r\n\x1a\n"
 _BIT_DEPTH_AT = 24
@@ -133,9 +142,10 @@ def _embedded(content: bytes) -> bytes | None:
         return None
     unfolding = zlib.decompressobj()
     try:
-        profile = unfolding.decompress(rest[1:], PngImagePlugin.MAX_TEXT_CHUNK)
+        profile = unfolding.decompress(rest[1:], MAX_PROFILE_BYTES + 1)
     except zlib.error:
         return None
+    check_profile_size(len(profile))
     return profile if unfolding.eof else None
 
 

@@ -345,6 +345,7 @@ SRGB_CHUNK = png_chunk(b"sRGB", b"\0")
         (gama(0.0), "same"),
         (chrm(SWAPPED), "same"),
         (gama(1.0) + chrm((0.0,) * 8), "same"),
+        (gama(1.0) + png_chunk(b"cHRM", bytes(33)), "light"),
         (cicp(1, 13), "same"),
         (cicp(1, 8), "light"),
         (cicp(12, 13), "p3"),

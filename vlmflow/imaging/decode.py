@@ -47,6 +47,8 @@ _LEAST_CONTRAST = 8
 _HASHED_SIDE = 64
 # Of a clip that begins plain, so many frames are decoded for the sake of its hash where none is to be shown.
 _FRAMES_HASHED = 8
+# Of the first frames, which are kept until those to show are chosen and so not drawn a second time: 64 MB on a ground.
+_MAX_PIXELS_KEPT = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -252,6 +254,7 @@ def _add_frames(
     looked = Looked()
     looked.add(0.0, grounds)
     num_pixels, unseen = 0, None
+    kept = dict[int, list[tuple[str, Image.Image]]]()
     wanted = min(total, MAX_FRAMES_SEEN)
     if wanted < total:
         unseen = f"frames after the first {wanted:,} of {total:,} were not looked at"
@@ -265,6 +268,8 @@ def _add_frames(
             shown = _grounds(image, orientation, requests)
             looked.add(time_s, shown)
             phash = phash or perceptual_hash(shown[0][1])
+            if num_pixels <= _MAX_PIXELS_KEPT:
+                kept[number] = [(ground, one.copy() if one is image else one) for ground, one in shown]
         else:
             if len(looked.times) < wanted:
                 unseen = f"frames after the first {len(looked.times):,} of {total:,} are not there"
@@ -273,6 +278,10 @@ def _add_frames(
     except undecoded:
         unseen = f"frames after the first {len(looked.times):,} of {total:,} cannot be decoded"
     chosen = looked.choose()
+    for number in [number for number in chosen if number in kept]:  # all of them before those that are not
+        _add_views(pixels, requests, kept[number], chosen.pop(number))
+    if not chosen:
+        return unseen, phash
     try:
         for number, _, image in _frames_behind(opened, max(chosen, default=0) + 1, limits):
             if number in chosen:

@@ -106,6 +106,8 @@ def decode(
         return _decode_video(data, merged, limits, content_hash)
     opened = open_image(data, limits, content_hash)
     image: Image.Image = opened.image
+    for request in merged:
+        names_of(request.views)  # an unknown one is a mistake of ours, and no damage to the file
     with bad_bytes(data, opened.facts.format):
         # By an odd profile neighbours that are averaged may look like nothing that can be seen in the image.
         if isinstance(image, JpegImageFile) and merged and is_scalable(image):

@@ -11,6 +11,7 @@ from io import BytesIO
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageCms
 from PIL.TiffImagePlugin import ICCPROFILE, TiffImageFile
 
@@ -22,13 +23,16 @@ _SAME = 2
 # What little CMS and Pillow raise on profiles that make no sense.
 _BAD_PROFILE = (ImageCms.PyCMSError, OSError, ValueError, TypeError, MemoryError)
 _MAX_KEPT = 16
-_COLOURS_OF = "colours of"  # in what Pillow keeps of an image
+_COLOURS_OF, _CONVERTER = "colours of", "converter"  # in what Pillow keeps of an image
 _FAST, _EXACT = ImageCms.Flags.NONE, ImageCms.Flags.NOOPTIMIZE
 _NEARLY_SAME = 8
 
 # Of a profile that moves colours and greys by no more levels than these, as Display P3 and Adobe RGB do. Converted once
 # they are small, photographs are 0.3 and 0.5 levels off on average, and take a tenth of the time.
 _GENTLE, _GENTLE_GREY = 128, 10
+# The most by which a level may be brighter than the one before it, where profiles of screens and cameras have 2. Of one
+# that goes up and down neighbouring pixels may make a picture, which is gone once they are averaged.
+_GENTLE_STEP = 3
 
 
 class _Conversion(NamedTuple):
@@ -52,6 +56,12 @@ _kept: dict[bytes, _Converter] = {}
 def changes_colours(image: Image.Image) -> bool:
     """Whether an image that has been opened is shown in other colours than its numbers have in sRGB."""
     return _converter(image) is not None
+
+
+def is_scalable(image: Image.Image) -> bool:
+    """Whether an opened image looks the same if it is made small first, and its colours are converted then."""
+    converter = _converter(image)
+    return converter is None or converter.is_gentle
 
 
 def of_small(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
@@ -87,6 +97,15 @@ def cmyk_to_rgb(image: Image.Image) -> Image.Image:
 
 def _converter(image: Image.Image) -> _Converter:
     image = image.info.get(_COLOURS_OF, image)
+    # Kept with it, for profiles are long to read and asked for again and again; a page of a TIFF may have another one.
+    said = image.mode, tuple(_profiles_in(image))
+    kept: tuple[object, _Converter] | None = image.info.get(_CONVERTER)
+    if kept is None or kept[0] != said:
+        kept = image.info[_CONVERTER] = said, _find_converter(image)
+    return kept[1]
+
+
+def _find_converter(image: Image.Image) -> _Converter:
     is_grey = image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;16")
     for found in _profiles_in(image):
         profile = read_profile(found) if isinstance(found, bytes) else found
@@ -145,6 +164,7 @@ def _of_rgb(data: bytes, has_table: bool) -> _Converter:
     if not has_table and moved.max() <= _SAME:
         return None
     is_gentle = not has_table and moved.max() <= _GENTLE and moved[:256].max() <= _GENTLE_GREY
+    is_gentle = is_gentle and all(_is_smooth(ramp) for ramp in shown[0, : 4 * 256].reshape(4, 256, 3))
     # The fast way counts in integers, which numbers that no screen has exceed.
     flags = _FAST if np.abs(shown - exact).max() <= _NEARLY_SAME else _EXACT
     plain, with_alpha = _transform(data, "RGB", "RGB", flags), _transform(data, "RGBA", "RGBA", flags)
@@ -167,15 +187,21 @@ def _samples() -> Image.Image:
     return Image.fromarray(np.concatenate([*ramps, mixtures])[None])
 
 
+def _is_smooth(shown: NDArray[np.int_]) -> bool:
+    steps = np.diff(shown, axis=0)
+    return bool(steps.min() >= 0 and steps.max() <= _GENTLE_STEP)
+
+
 def _of_grey(data: bytes) -> _Converter:
     ramp = np.arange(256, dtype=np.uint8)
-    shown = np.asarray(_transform(data, "L", "RGB").apply(Image.fromarray(ramp[None])))[0]
-    if np.abs(shown.astype(int) - ramp[:, None]).max() <= _SAME:
+    shown = np.asarray(_transform(data, "L", "RGB").apply(Image.fromarray(ramp[None]))).astype(int)[0, :, 1]
+    moved = np.abs(shown - ramp).max()
+    if moved <= _SAME:
         return None
-    levels = [int(level) for level in shown[:, 1]]
+    levels = [int(level) for level in shown]
 
     def convert(image: Image.Image) -> Image.Image:
         kept = [*range(256)] if image.mode == "RGBA" else []
         return image.point(levels * (len(image.getbands()) - bool(kept)) + kept)
 
-    return _Conversion(convert)
+    return _Conversion(convert, bool(moved <= _GENTLE_GREY) and _is_smooth(shown))

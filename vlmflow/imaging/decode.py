@@ -15,7 +15,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 
 from vlmflow.config import ImageLimits
 from vlmflow.errors import ImageError, RowErrorClass
-from vlmflow.imaging.colours import of_small
+from vlmflow.imaging.colours import is_scalable, of_small
 from vlmflow.imaging.composed import composed_frames, first_frame, is_composed
 from vlmflow.imaging.frames import MAX_FRAMES_SEEN, MAX_PIXELS_SEEN, Looked, frames_in
 from vlmflow.imaging.headers import count_png_frames
@@ -30,7 +30,7 @@ from vlmflow.imaging.opening import (
     hash_of,
     open_image,
 )
-from vlmflow.imaging.pixels import Pixels, render, shows_ground, to_rgb
+from vlmflow.imaging.pixels import Pixels, boxes, names_of, render, shows_ground, to_rgb
 from vlmflow.imaging.video import Track, Video, open_video, sniff_video, unseen_gap
 from vlmflow.schema import LEAST_PHASH_BITS
 
@@ -44,8 +44,11 @@ DRAFT_RATIO = 2
 # Levels of grey, of 255, from the darkest to the brightest place of an image squashed to 64 x 64. Of less, the noise of
 # a camera or an encoder, the bits of a perceptual hash are chance.
 _LEAST_CONTRAST = 8
+_HASHED_SIDE = 64
 # Of a clip that begins plain, so many frames are decoded for the sake of its hash where none is to be shown.
 _FRAMES_HASHED = 8
+# Of the first frames, which are kept until those to show are chosen and so not drawn a second time: 64 MB on a ground.
+_MAX_PIXELS_KEPT = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -103,14 +106,17 @@ def decode(
         return _decode_video(data, merged, limits, content_hash)
     opened = open_image(data, limits, content_hash)
     image: Image.Image = opened.image
+    for request in merged:
+        names_of(request.views)  # an unknown one is a mistake of ours, and no damage to the file
     with bad_bytes(data, opened.facts.format):
-        if isinstance(image, JpegImageFile) and merged:
+        # By an odd profile neighbours that are averaged may look like nothing that can be seen in the image.
+        if isinstance(image, JpegImageFile) and merged and is_scalable(image):
             # Pillow takes the strongest of 1/2, 1/4 and 1/8 that keeps both sides at or above this size.
             side = DRAFT_RATIO * max(request.size for request in merged)
             image.draft(None, (side, side))
         image.load()
         image = first_frame(opened, limits)
-        later = of_small(image) if opened.facts.num_frames == 1 else None
+        later = of_small(image) if opened.facts.num_frames == 1 and _is_rendered_smaller(image.size, merged) else None
         grounds = _grounds(image, opened.orientation, merged, is_to_convert=later is None)
     phash = perceptual_hash(grounds[0][1], later)  # before another frame is decoded in this one's place
     pixels = {request.key: _views(request, grounds) for request in merged}
@@ -129,6 +135,15 @@ def decode(
     return DecodedImage(replace(opened.facts, phash=phash), pixels, unseen)
 
 
+def _is_rendered_smaller(size: tuple[int, int], requests: Sequence[PixelRequest]) -> bool:
+    """Whether an image has more pixels than all that is made of it: its views, and what its hash is taken of."""
+    num_pixels = _HASHED_SIDE**2
+    for request in requests:
+        num_views = sum(len(boxes(view, size, request.size)) for view in names_of(request.views))
+        num_pixels += num_views * request.size**2
+    return num_pixels < size[0] * size[1]
+
+
 def perceptual_hash(image: Image.Image, later: Callable[[Image.Image], Image.Image] | None = None) -> str | None:
     """64 bits as 16 hexadecimal digits, of which images that look alike differ in few: pHash, by the package imagehash.
 
@@ -138,7 +153,7 @@ def perceptual_hash(image: Image.Image, later: Callable[[Image.Image], Image.Ima
     Args:
         later: still to be done to the image.
     """
-    small = image.resize((64, 64), Image.Resampling.BILINEAR, reducing_gap=2.0)
+    small = image.resize((_HASHED_SIDE, _HASHED_SIDE), Image.Resampling.BILINEAR, reducing_gap=2.0)
     grey = (small if later is None else later(small)).convert("L")
     if np.ptp(np.asarray(grey).astype(np.int16)) < _LEAST_CONTRAST:
         return None
@@ -241,6 +256,7 @@ def _add_frames(
     looked = Looked()
     looked.add(0.0, grounds)
     num_pixels, unseen = 0, None
+    kept = dict[int, list[tuple[str, Image.Image]]]()
     wanted = min(total, MAX_FRAMES_SEEN)
     if wanted < total:
         unseen = f"frames after the first {wanted:,} of {total:,} were not looked at"
@@ -254,6 +270,8 @@ def _add_frames(
             shown = _grounds(image, orientation, requests)
             looked.add(time_s, shown)
             phash = phash or perceptual_hash(shown[0][1])
+            if num_pixels <= _MAX_PIXELS_KEPT:
+                kept[number] = [(ground, one.copy() if one is image else one) for ground, one in shown]
         else:
             if len(looked.times) < wanted:
                 unseen = f"frames after the first {len(looked.times):,} of {total:,} are not there"
@@ -262,6 +280,10 @@ def _add_frames(
     except undecoded:
         unseen = f"frames after the first {len(looked.times):,} of {total:,} cannot be decoded"
     chosen = looked.choose()
+    for number in [number for number in chosen if number in kept]:  # all of them before those that are not
+        _add_views(pixels, requests, kept[number], chosen.pop(number))
+    if not chosen:
+        return unseen, phash
     try:
         for number, _, image in _frames_behind(opened, max(chosen, default=0) + 1, limits):
             if number in chosen:

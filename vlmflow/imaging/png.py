@@ -5,14 +5,24 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from io import BytesIO
 from typing import Any
 
 import numpy as np
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
-from vlmflow.imaging.profiles import SRGB, SRGB_CURVE, Curve, Profile, profile_of, profile_of_code_points
+from vlmflow.imaging.profiles import (
+    MAX_PROFILE_BYTES,
+    SRGB,
+    SRGB_CURVE,
+    Curve,
+    Profile,
+    check_profile_size,
+    profile_of,
+    profile_of_code_points,
+)
 
 MAGIC = b"\x89PNG\r\n\x1a\n"
 _BIT_DEPTH_AT = 24
@@ -76,6 +86,11 @@ class PngFile(PngImageFile):
             self._set_alpha()
         return loaded
 
+    def load_end(self) -> None:
+        """Goes on to what comes behind the pixels, which are whole then: what is damaged there are remarks."""
+        with suppress(*_BAD_BYTES):
+            super().load_end()
+
     @property
     def _bit_depth(self) -> int:
         return self._data[_BIT_DEPTH_AT]
@@ -92,7 +107,7 @@ class PngFile(PngImageFile):
 
     def _set_alpha(self) -> None:
         """Colours that differ in their lower eight bits alone are not all transparent."""
-        lower = PngImageFile(BytesIO(self._data))
+        lower = PngImageFile(BytesIO(_without_remarks(self._data)))
         lower.tile = [tile._replace(args="RGB;16L") for tile in lower.tile]  # the second byte of each value
         wanted = np.frombuffer(self._key[:6], np.uint8).reshape(3, 2)
         is_clear = np.ones((self.height, self.width), bool)
@@ -119,8 +134,8 @@ def _profiles(chunks: dict[bytes, bytes]) -> Iterator[bytes | Profile]:
     gamma = _SCALE / number if number else 0.0
     if 0 < gamma <= _LARGEST_GAMMA:
         curve = SRGB_CURVE if abs(_GAMMA_OF_SCREENS / gamma - 1) < _NEAR else Curve(gamma)
-        places = chunks.get(b"cHRM")
-        primaries = SRGB if places is None else tuple(value / _SCALE for (value,) in struct.iter_unpack(">I", places))
+        places = chunks.get(b"cHRM", b"")
+        primaries = tuple(value / _SCALE for value in struct.unpack(">8I", places)) if len(places) == 32 else SRGB
         described = profile_of(curve, primaries)
         if described is not None:
             yield described
@@ -133,9 +148,10 @@ def _embedded(content: bytes) -> bytes | None:
         return None
     unfolding = zlib.decompressobj()
     try:
-        profile = unfolding.decompress(rest[1:], PngImagePlugin.MAX_TEXT_CHUNK)
+        profile = unfolding.decompress(rest[1:], MAX_PROFILE_BYTES + 1)
     except zlib.error:
         return None
+    check_profile_size(len(profile))
     return profile if unfolding.eof else None
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from vlmflow.errors import ImageError
+
 # x and y of white, red, green and blue (CIE 1931).
 Primaries = tuple[float, ...]
 _D65, _C, _DCI = (0.3127, 0.329), (0.31, 0.316), (0.314, 0.351)
@@ -36,6 +38,8 @@ _D50 = (0.9642, 1.0, 0.8249)
 # Size, major version, class of device, space, reference, magic, white of the reference, number of tags.
 _HEADER = struct.Struct(">I4xB3x4s4s4s12x4s28x3i48xI")
 _MAGIC = b"acsp"
+MAX_PROFILE_BYTES = 4 * 1024 * 1024  # those of screens have some hundred, those of presses up to two million
+_REMEDY = "Save the image in sRGB, without a profile."
 _TABLE, _RELATIVE_TABLE = b"A2B0", b"A2B1"
 _OF_COLOURS = (b"rXYZ", b"gXYZ", b"bXYZ", b"rTRC", b"gTRC", b"bTRC")
 _NAMES = {_TABLE, _RELATIVE_TABLE, b"kTRC", *_OF_COLOURS}
@@ -88,16 +92,23 @@ class Profile:
     def file(self) -> bytes:
         """The profile as a file that says nothing else."""
         at, directory, content = _HEADER.size + 12 * len(self.tags) + 12, b"", b""
+        places = dict[bytes, int]()
         for name, data in {b"wtpt": _xyz(_D50), **self.tags}.items():
-            directory += name + struct.pack(">II", at + len(content), len(data))
-            content += data + bytes(-len(data) % 4)
+            if data not in places:  # curves of the three colours are often one
+                places[data] = at + len(content)
+                content += data + bytes(-len(data) % 4)
+            directory += name + struct.pack(">II", places[data], len(data))
         size, device = at + len(content), b"prtr" if self.space == b"CMYK" else b"mntr"
         header = _HEADER.pack(size, 2, device, self.space, self.reference, _MAGIC, *_fixed(_D50), len(self.tags) + 1)
         return header + directory + content
 
 
 def read_profile(data: bytes) -> Profile | None:
-    """None: it is damaged, and viewers show the numbers of the pixels as they are."""
+    """None: it is damaged, and viewers show the numbers of the pixels as they are.
+
+    Raises:
+        ImageError: it is too large, or its parts lie over one another; viewers may show what it makes of the pixels.
+    """
     if len(data) < _HEADER.size:
         return None
     size, version, _, space, reference, magic, x, y, z, count = _HEADER.unpack_from(data)
@@ -106,13 +117,23 @@ def read_profile(data: bytes) -> Profile | None:
         return None
     if reference not in (b"XYZ ", b"Lab ") or any(abs(a - b) > 0.01 for a, b in zip(white, _D50, strict=True)):
         return None
-    found: dict[bytes, bytes] = {}
+    check_profile_size(size)
+    found, parts = dict[bytes, bytes](), dict[tuple[int, int], bytes]()
     for name, at, length in struct.iter_unpack(">4sII", data[_HEADER.size : _HEADER.size + 12 * count]):
         if length < 4 or at + length > size:
             return None
-        if name in _NAMES:  # of those that are there twice the first counts
-            found.setdefault(name, data[at : at + length])
+        if name in _NAMES and name not in found:  # of those that are there twice the first counts
+            found[name] = parts.setdefault((at, length), data[at : at + length])
+    if sum(length for _, length in parts) > size:
+        raise ImageError("the parts of the colour profile lie over one another", remedy=_REMEDY)
     return _usable(space, reference, found)
+
+
+def check_profile_size(num_bytes: int) -> None:
+    """Refuses the image of a profile that would take too much time: what people see of it cannot be told without."""
+    if num_bytes > MAX_PROFILE_BYTES:
+        message = f"the colour profile has more than {MAX_PROFILE_BYTES:,} bytes"
+        raise ImageError(message, remedy=_REMEDY)
 
 
 def _usable(space: bytes, reference: bytes, found: dict[bytes, bytes]) -> Profile | None:

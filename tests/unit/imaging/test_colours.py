@@ -16,7 +16,7 @@ from sklearn.datasets import load_sample_images
 from tests.images import Array, encode, png, png_chunk
 from vlmflow.config import ImageLimits
 from vlmflow.imaging import PixelRequest, decode, hash_of
-from vlmflow.imaging.colours import in_srgb, of_small
+from vlmflow.imaging.colours import in_srgb, is_scalable, of_small
 from vlmflow.imaging.jpeg import leave_encoded
 from vlmflow.imaging.profiles import SRGB, SRGB_CURVE, Curve, Profile, profile_of, read_profile
 
@@ -37,6 +37,14 @@ def icc(curve: Curve = SRGB_CURVE, primaries: tuple[float, ...] = SRGB) -> bytes
 def grey_icc(gamma: float) -> bytes:
     tone = b"para" + struct.pack(">IHHi", 0, 0, 0, round(gamma * 65536))
     return Profile(b"GRAY", b"XYZ ", {b"kTRC": tone}).file()
+
+
+def curves_icc(*levels: Array) -> bytes:
+    """Of the levels, within 0 to 255, that those of each colour are to look like."""
+    profile = profile_of(SRGB_CURVE, SRGB)
+    assert profile is not None
+    tones = [b"curv" + struct.pack(">II256H", 0, 256, *np.rint(65535 * to_light(one)).astype(int)) for one in levels]
+    return Profile(b"RGB ", b"XYZ ", profile.tags | dict(zip((b"rTRC", b"gTRC", b"bTRC"), tones, strict=True))).file()
 
 
 def table_icc(space: bytes, reds: Callable[..., float], num_inks: int) -> bytes:
@@ -115,6 +123,59 @@ def test_photographs_have_nearly_the_colours_that_they_have_at_their_full_size(
         assert np.abs(found - np.asarray(full).astype(int)).mean() < most
         plain = np.asarray(image.resize((224, 224), Image.Resampling.BICUBIC)).astype(int)
         assert np.abs(found - plain).mean() > 3 * most
+
+
+def test_colours_of_images_that_are_smaller_than_their_views_are_converted_once() -> None:
+    """Those of all the views would take longer."""
+    noise = np.random.default_rng(0).integers(0, 256, (100, 300, 3), np.uint8)
+    data = encode(Image.fromarray(noise), "PNG", icc_profile=icc(Curve(2.19921875), ADOBE))
+    with Image.open(BytesIO(data)) as opened:
+        full = in_srgb(opened.convert("RGB"), opened)
+    for size, is_at_full_size in ((60, False), (120, True)):
+        request = PixelRequest(size, "bicubic", ("squash", "tiles"))
+        found = dict(decode(data, [request], LIMITS).pixels[request.key])["squash"]
+        expected = full.resize((size, size), Image.Resampling.BICUBIC)
+        assert np.array_equal(found, np.asarray(expected)) is is_at_full_size
+
+
+LEVELS = np.arange(256)
+ISLAND = np.where((LEVELS >= 120) & (LEVELS < 136), 255, 0)  # all else is black
+# Up and down by 9 levels, every 8 levels.
+WAVY = np.where((LEVELS > 60) & (LEVELS < 200), LEVELS + np.where(LEVELS // 8 % 2, 9, -9), LEVELS)
+
+
+def striped(side: int, first: int, second: int, around: int) -> Array:
+    """A disc of columns that are 128 by 128 on average, as what is around it."""
+    y, x = np.mgrid[0:side, 0:side]
+    in_disc = (x - side // 2) ** 2 + (y - side // 2) ** 2 < (side // 3) ** 2
+    grey = np.where(in_disc, np.where(x % 2, first, second), around).astype(np.uint8)
+    return np.stack([grey] * 3, -1)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_large_jpeg_is_not_made_small_before_an_odd_profile_is_heeded(mode: str) -> None:
+    """Of stripes that are black by it the average is white, and a picture of them would be seen by people alone."""
+    image = Image.fromarray(striped(8 * SIDE, 116, 140, 128)).convert(mode)
+    data = encode(image, "JPEG", quality=100, subsampling=0, icc_profile=curves_icc(ISLAND, ISLAND, ISLAND))
+    assert shown(data)[SIDE // 2, SIDE // 2].max() < 30
+    assert shown(data)[0, 0].min() > 225
+
+
+def test_grey_jpegs_of_usual_profiles_are_still_made_small_first() -> None:
+    for profile, is_small_first in ((grey_icc(2.2), True), (grey_icc(5.0), False)):
+        data = encode(Image.fromarray(numbers()[..., 0]), "JPEG", icc_profile=profile)
+        with Image.open(BytesIO(data)) as opened:
+            assert is_scalable(opened) is is_small_first
+
+
+def test_curves_that_go_up_and_down_are_heeded_before_an_image_is_made_small() -> None:
+    data = encode(Image.fromarray(striped(64, 116, 132, 124)), "PNG", icc_profile=curves_icc(WAVY, WAVY, WAVY))
+    assert (shown(data)[0, 0] - shown(data)[SIDE // 2, SIDE // 2]).min() > 10
+    steep = LEVELS + 8 * ((LEVELS > 99) & (LEVELS < 150))
+    for levels in ((WAVY, LEVELS, LEVELS), (LEVELS, LEVELS, WAVY), (np.maximum.accumulate(steep),) * 3):
+        with Image.open(BytesIO(encode(Image.fromarray(numbers()), "PNG", icc_profile=curves_icc(*levels)))) as opened:
+            assert of_small(opened) is None
+            assert not is_scalable(opened)
 
 
 def test_a_picture_that_is_black_but_for_its_profile_is_seen() -> None:
@@ -284,6 +345,7 @@ SRGB_CHUNK = png_chunk(b"sRGB", b"\0")
         (gama(0.0), "same"),
         (chrm(SWAPPED), "same"),
         (gama(1.0) + chrm((0.0,) * 8), "same"),
+        (gama(1.0) + png_chunk(b"cHRM", bytes(33)), "light"),
         (cicp(1, 13), "same"),
         (cicp(1, 8), "light"),
         (cicp(12, 13), "p3"),

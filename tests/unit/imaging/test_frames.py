@@ -136,6 +136,30 @@ def test_endless_animations_are_looked_at_up_to_the_limits(monkeypatch: pytest.M
     assert "hold too many pixels" in (decoded(data).unseen or "")
 
 
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "TIFF", "PNG"])
+def test_frames_are_drawn_once_and_are_the_same_where_they_are_too_many_to_keep(
+    format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = animation([scene(number, 64, 48) for number in range(12)], format)
+    module = import_module("vlmflow.imaging.decode")  # the package has a function of this name
+    frames_behind, num_passes = module._frames_behind, 0
+
+    def count(*args: object) -> object:
+        nonlocal num_passes
+        num_passes += 1
+        return frames_behind(*args)
+
+    monkeypatch.setattr(module, "_frames_behind", count)
+    kept = decoded(data).pixels[REQUEST.key]
+    assert num_passes == 1
+    for num_kept in (0, 6):
+        monkeypatch.setattr(module, "_MAX_PIXELS_KEPT", 64 * 48 * num_kept)
+        again = decoded(data).pixels[REQUEST.key]
+        assert [name for name, _ in again] == [name for name, _ in kept]
+        assert all(np.array_equal(one, other) for (_, one), (_, other) in zip(again, kept, strict=True))
+    assert num_passes == 5
+
+
 def test_later_pages_obey_the_limit_of_pixels() -> None:
     data = animation([plain("white"), plain("blue", 4_000, 2_000)], "TIFF")
     limits = ImageLimits(max_pixels=1_000_000)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -61,6 +62,18 @@ def test_grey_becomes_three_equal_channels(format: str) -> None:
 def test_a_palette_is_looked_up() -> None:
     picture = Image.fromarray(rgb()).quantize(64)
     assert np.array_equal(squash(encode(picture, "PNG")), np.asarray(picture.convert("RGB")))
+
+
+@pytest.mark.parametrize(
+    "damaged", [b"text\0\5no method", b"text\0\0no stream", b"text\0\0" + zlib.compress(bytes(5_000_000))]
+)
+def test_texts_behind_the_pixels_of_a_png_do_not_cost_the_image(damaged: bytes) -> None:
+    deep = np.full((SIDE, SIDE, 3), 0x1212, np.uint16)
+    for whole, expected in (
+        (png(rgb(), 2), rgb()),
+        (png(deep, 2, 16, chunks=png_chunk(b"tRNS", bytes(6))), deep // 257),  # read twice
+    ):
+        assert np.array_equal(squash(whole[:-12] + png_chunk(b"zTXt", damaged) + whole[-12:]), expected)
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,7 @@ _REMEDY = "Save the image in sRGB, without a profile."
 _TABLE, _RELATIVE_TABLE = b"A2B0", b"A2B1"
 _OF_COLOURS = (b"rXYZ", b"gXYZ", b"bXYZ", b"rTRC", b"gTRC", b"bTRC")
 _NAMES = {_TABLE, _RELATIVE_TABLE, b"kTRC", *_OF_COLOURS}
+_MAX_SAMPLES = 16 * 255 + 1  # one at each of 256 levels
 _BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
 
 
@@ -144,7 +145,20 @@ def _usable(space: bytes, reference: bytes, found: dict[bytes, bytes]) -> Profil
     names = (b"kTRC",) if space == b"GRAY" else _OF_COLOURS
     if not all(name in found for name in names) or (space == b"GRAY" and reference != b"XYZ "):
         return None
-    return Profile(space, b"XYZ ", {name: found[name] for name in names})
+    return Profile(space, b"XYZ ", {name: _short(found[name]) for name in names})
+
+
+def _short(curve: bytes) -> bytes:
+    """A sampled curve of so few samples that little CMS takes it; of more than 32,767 it refuses the profile."""
+    if curve[:4] != b"curv" or len(curve) < 12:
+        return curve
+    count = int.from_bytes(curve[8:12], "big")
+    if count <= _MAX_SAMPLES or len(curve) < 12 + 2 * count:
+        return curve
+    samples = np.frombuffer(curve, ">u2", count, 12)
+    shorter = np.interp(np.linspace(0, count - 1, _MAX_SAMPLES), np.arange(count), samples)
+    told = np.rint(shorter).astype(">u2").tobytes()
+    return b"curv" + struct.pack(">II", 0, _MAX_SAMPLES) + bytes(told)
 
 
 def profile_of_code_points(primaries: int, transfer: int) -> Profile | None:

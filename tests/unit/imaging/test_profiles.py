@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from io import BytesIO
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -12,7 +13,7 @@ from tests.images import encode, png
 from tests.unit.imaging.test_colours import LIMITS, P3, REQUEST, SWAPPED, icc, iccp, near, numbers, shown
 from vlmflow.errors import ImageError
 from vlmflow.imaging import PixelRequest, colours, decode, profiles
-from vlmflow.imaging.profiles import MAX_PROFILE_BYTES, read_profile
+from vlmflow.imaging.profiles import MAX_PROFILE_BYTES, Curve, Profile, read_profile
 
 FRAMES = PixelRequest(16, "bicubic", ("squash", "black", "frames"))
 
@@ -103,3 +104,19 @@ def test_each_page_of_a_tiff_has_a_profile_of_its_own() -> None:
     views = {name[:7]: pixels.astype(int) for name, pixels in decode(data, [FRAMES], LIMITS).pixels[FRAMES.key]}
     assert near(views["squash"], numbers())
     assert near(views["frame-1"], numbers()[::-1, :, [2, 0, 1]])
+
+
+@pytest.mark.parametrize("num_samples", [4081, 4082, 30_000, 65_536, 1_000_000])
+def test_a_picture_made_by_a_curve_of_many_samples_is_seen(num_samples: int) -> None:
+    """Browsers heed them all, and little CMS no profile with more than 32,767."""
+    dark = (numbers() // 32).astype(np.uint8)
+    curve = np.rint(65_535 * np.linspace(0, 1, num_samples) ** 0.2).astype(">u2")
+    whole = read_profile(icc())
+    assert whole is not None
+    tone = b"curv" + struct.pack(">II", 0, num_samples) + curve.tobytes()
+    made = Profile(
+        whole.space, whole.reference, {name: tone if b"TRC" in name else tag for name, tag in whole.tags.items()}
+    )
+    found = shown(encode(Image.fromarray(dark), "PNG", icc_profile=made.file()))
+    assert near(found, shown(encode(Image.fromarray(dark), "PNG", icc_profile=icc(Curve(0.2)))), 3)
+    assert found.max() > 100

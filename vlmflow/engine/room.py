@@ -257,8 +257,11 @@ def _read(key: bytes) -> Entry | None:
 
 
 def _sentence(mine: Entry, others: Sequence[Entry]) -> str:
-    """Of a run that waits."""
+    """Of a run that waits, for those that have room or, where none has, for its turn."""
     have = [other for other in others if other.state == "has"]
-    first = min(have or others, key=lambda other: other.order, default=mine)
+    if not have:
+        first = min(others, key=lambda other: other.order, default=mine)
+        return f"waiting for its turn on the cluster behind run {first.run_id} of {first.catalog}"
+    first = min(have, key=lambda other: other.order)
     more = f" and {len(have) - 1:,} more" if len(have) > 1 else ""
     return f"waiting for room on the cluster, which run {first.run_id} of {first.catalog} has{more}"

@@ -204,7 +204,7 @@ class _Run:
             yield
 
     def _without_images(self) -> RunReport:
-        """With nothing due no cluster is started: rows get what they lack of verdicts and of the caller's columns."""
+        """With nothing due no model is loaded: rows get what they lack of verdicts and of the caller's columns."""
         if not Catalog.exists(self._job.catalog):
             Catalog.open_or_create(self._job.catalog, self._source.columns)
         elif not self._plan.num_outdated:

@@ -174,3 +174,13 @@ def test_entries_of_runs_that_are_no_more_are_removed(monkeypatch: pytest.Monkey
         room._write(entry(came, (1.0, 0.5), job=job))
     assert room.runs_there() == [entry(2, (1.0, 0.5), job="ours"), entry(3, (1.0, 0.5), job="another")]
     assert len(store) == 2
+
+
+def test_who_waits_says_for_whom() -> None:
+    first, second, third = (entry(came, (1.0, 0.0)) for came in (1, 2, 3))
+    behind = "waiting for its turn on the cluster behind run run-1 of catalog-1"
+    assert room._sentence(third, [second, first]) == behind
+    first, second = replace(first, state="has"), replace(second, state="has")
+    has = "waiting for room on the cluster, which run run-1 of catalog-1 has"
+    assert room._sentence(third, [first]) == has
+    assert room._sentence(third, [second, first]) == f"{has} and 1 more"

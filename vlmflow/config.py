@@ -119,7 +119,7 @@ class Job(Described):
     decode: DecodePlace = "auto"
     """Where JPEGs are decoded: by processors before the pools, or in the first pool on its device (nvJPEG on a GPU);
     auto: there if it has a GPU. Other formats, and JPEGs that are damaged, of which decoders differ, or whose colour
-    profile is not sRGB (such as those of many phones, Display P3), always by processors."""
+    profile is not one of usual screens or cameras (sRGB, Display P3, Adobe RGB), always by processors."""
     dtype: Dtype = "auto"
     """What the models multiply in; auto: bfloat16 on GPUs with instructions for it, else float32. Processors that have
     them do about twice as much in it. Detectors, whose scores must not move, always as with auto."""

@@ -59,6 +59,8 @@ REGIONS = "regions_of_source"
 # A JPEG whose pixels the first pool makes, and how it is turned (EXIF, 1 to 8); null: decoded already, or not at all.
 ENCODED = "encoded"
 ORIENTATION = "orientation"
+SHAPER = "shaper"  # of its colours, see vlmflow.imaging.shapers.Shaper; null: sRGB
+_ENCODED = (ENCODED, ORIENTATION, SHAPER)
 
 PIXELS_PREFIX, VIEWS_PREFIX = "pixels_", "views_"
 
@@ -90,7 +92,7 @@ def spread(seconds: float, num_rows: int) -> pa.Array:
 def drop_pixels(batch: pa.Table) -> pa.Table:
     """Takes the pixels off a batch, decoded and encoded; the names of the views stay."""
     dropped = [name for name in batch.column_names if name.startswith(PIXELS_PREFIX)]
-    return batch.drop_columns([*dropped, *(name for name in (ENCODED, ORIENTATION) if name in batch.column_names)])
+    return batch.drop_columns([*dropped, *(name for name in _ENCODED if name in batch.column_names)])
 
 
 def drop_regions(batch: pa.Table) -> pa.Table:

@@ -184,6 +184,8 @@ class ReadAndDecode:
             added[columns.ENCODED] = pa.array(data, pa.large_binary())
             turns = [None if jpeg is None else jpeg.orientation for jpeg in left]
             added[columns.ORIENTATION] = pa.array(turns, pa.int8())
+            shapers = [None if jpeg is None else jpeg.shaper for jpeg in left]
+            added[columns.SHAPER] = pa.array(shapers, pa.binary())
         added["bytes_read"] = pa.array([len(item.data or b"") for item in read], pa.int64())
         added[columns.UNMODIFIED] = pa.array([item.unmodified is not None for item in read])
         added[columns.seconds_column("read")] = columns.spread(read_s, num_rows)

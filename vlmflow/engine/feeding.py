@@ -176,8 +176,9 @@ def _encoded(batch: pa.Table, rows: Sequence[int]) -> list[EncodedJpeg]:
     facts = batch.select(schema.FACTS.names).take(pa.array(rows, pa.int64())).to_pylist()
     orientations = batch[columns.ORIENTATION].to_pylist()
     files = [data for chunk in batch[columns.ENCODED].chunks for data in _without_copies(chunk)]
+    shapers = batch[columns.SHAPER].to_pylist()
     pairs = zip(rows, facts, strict=True)
-    return [EncodedJpeg(files[row], ImageFacts(**values), orientations[row]) for row, values in pairs]
+    return [EncodedJpeg(files[row], ImageFacts(**values), orientations[row], shapers[row]) for row, values in pairs]
 
 
 def _without_copies(values: pa.LargeBinaryArray) -> list[memoryview]:

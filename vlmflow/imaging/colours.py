@@ -17,11 +17,13 @@ from PIL.TiffImagePlugin import ICCPROFILE, TiffImageFile
 
 from vlmflow.imaging.png import PngFile
 from vlmflow.imaging.profiles import Profile, read_profile
+from vlmflow.imaging.shapers import Shaper, shaper_of
 
 # Levels of 255 by which a profile may move a colour and count as sRGB: its tables and numbers are rounded.
 _SAME = 2
 # What little CMS and Pillow raise on profiles that make no sense.
 _BAD_PROFILE = (ImageCms.PyCMSError, OSError, ValueError, TypeError, MemoryError)
+_SHAPED = 1  # as much may a shaper be off, which little CMS rounds elsewhere
 _MAX_KEPT = 16
 _COLOURS_OF, _CONVERTER = "colours of", "converter"  # in what Pillow keeps of an image
 _FAST, _EXACT = ImageCms.Flags.NONE, ImageCms.Flags.NOOPTIMIZE
@@ -41,10 +43,12 @@ class _Conversion(NamedTuple):
     Attributes:
         apply: converts an image, and keeps its transparency.
         is_gentle: it may as well come after a resize.
+        shaper: the same, for a device; None: it is not gentle, or no arithmetic of curves and primaries.
     """
 
     apply: Callable[[Image.Image], Image.Image]
     is_gentle: bool = False
+    shaper: Shaper | None = None
 
 
 # None: numbers are shown as they are.
@@ -70,6 +74,12 @@ def of_small(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:
         return None
     converter = _converter(image)
     return converter.apply if converter is not None and converter.is_gentle else None
+
+
+def shaper_of_small(image: Image.Image) -> Shaper | None:
+    """The same as :func:`of_small` for a device, but for a level here and there."""
+    converter = None if of_small(image) is None else _converter(image)
+    return None if converter is None else converter.shaper
 
 
 def in_srgb(image: Image.Image, of: Image.Image) -> Image.Image:
@@ -143,7 +153,7 @@ def _make(profile: Profile, data: bytes) -> _Converter:
             return _of_grey(data)
         if profile.space == b"CMYK":
             return _Conversion(_transform(data, "CMYK", "RGB").apply)
-        return _of_rgb(data, profile.has_table)
+        return _of_rgb(profile, data)
     except _BAD_PROFILE:
         return None
 
@@ -155,7 +165,8 @@ def _transform(data: bytes, mode: str, to_mode: str, flags: ImageCms.Flags = _FA
     return ImageCms.ImageCmsTransform(source, target, mode, to_mode, ImageCms.Intent.RELATIVE_COLORIMETRIC, flags=flags)
 
 
-def _of_rgb(data: bytes, has_table: bool) -> _Converter:
+def _of_rgb(profile: Profile, data: bytes) -> _Converter:
+    has_table = profile.has_table
     given = _samples()
     shown, exact = (
         np.asarray(_transform(data, "RGB", "RGB", flags).apply(given)).astype(int) for flags in (_FAST, _EXACT)
@@ -174,7 +185,10 @@ def _of_rgb(data: bytes, has_table: bool) -> _Converter:
             image = image.convert("RGB")
         return (with_alpha if image.mode == "RGBA" else plain).apply(image)
 
-    return _Conversion(convert, is_gentle)
+    shaper = shaper_of(profile) if is_gentle else None
+    if shaper is not None and np.abs(shaper.apply(np.asarray(given)).astype(int) - shown).max() > _SHAPED:
+        shaper = None  # little CMS reads it otherwise
+    return _Conversion(convert, is_gentle, shaper)
 
 
 def _samples() -> Image.Image:

@@ -24,7 +24,9 @@ from vlmflow.errors import ClusterError
 from vlmflow.imaging.decode import PixelRequest, merge_requests
 from vlmflow.imaging.jpeg import EncodedJpeg
 from vlmflow.imaging.pixels import Box, boxes, names_of
+from vlmflow.imaging.shapers import SRGB_EXPONENT, SRGB_OFFSET, SRGB_SLOPE, SRGB_START, Shaper
 from vlmflow.models.fused import attempt, can_fuse
+from vlmflow.models.upload import numbers, to_device
 
 logger = logging.getLogger("vlmflow")
 
@@ -139,9 +141,23 @@ class DeviceDecoder:
             return images
         out = torch.empty((len(kept), *expected), dtype=self._dtype, device=self._device)
         pixels, views = self._views(oriented(_stack(list(kept.values()), out), file.orientation))
+        self._shape_colours(pixels, [pairs[number][0].shaper for number in kept])
         for at, number in enumerate(kept):
             images[number] = DeviceImage({key: value[at] for key, value in pixels.items()}, views)
         return images
+
+    def _shape_colours(self, pixels: dict[str, torch.Tensor], shapers: Sequence[bytes | None]) -> None:
+        """Brings views, (N, V, S, S, 3) each, to sRGB in place, by the shaper of each of the N images."""
+        for shaper in dict.fromkeys(found for found in shapers if found is not None):
+            of = [number for number, found in enumerate(shapers) if found == shaper]
+            parts = Shaper.from_bytes(shaper)
+            light, mixed = (to_device(torch.from_numpy(part.copy()), self._device) for part in parts)
+            rows = None if len(of) == len(shapers) else numbers(of, self._device)
+            for levels in pixels.values():
+                if rows is None:
+                    levels.copy_(shaped(levels, light, mixed))
+                else:
+                    levels.index_copy_(0, rows, shaped(levels.index_select(0, rows), light, mixed))
 
     def _decode(self, files: Sequence[bytes | memoryview]) -> list[torch.Tensor | None]:
         """(3, H, W) uint8 each; of a batch of which one is refused, all are tried alone.
@@ -271,6 +287,18 @@ def oriented(images: torch.Tensor, orientation: int) -> torch.Tensor:
         images = images.transpose(2, 3)
     flips = {2: (3,), 3: (2, 3), 4: (2,), 6: (3,), 7: (2, 3), 8: (2,)}.get(orientation)
     return images.flip(flips) if flips else images
+
+
+def shaped(levels: torch.Tensor, light: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
+    """(..., 3) uint8 -> the same in sRGB; light and mixed those of a :class:`vlmflow.imaging.shapers.Shaper`."""
+    offsets = 256 * torch.arange(3, dtype=torch.int32, device=levels.device)
+    found = light.flatten()[levels.to(torch.int32).add_(offsets)]
+    # No matrix product: that may be computed in TF32, of ten bits.
+    mixture = found[..., :1] * mixed[:, 0]
+    mixture.addcmul_(found[..., 1:2], mixed[:, 1]).addcmul_(found[..., 2:], mixed[:, 2]).clamp_(0, 1)
+    bent = mixture.pow(SRGB_EXPONENT).mul_(1 + SRGB_OFFSET).sub_(SRGB_OFFSET)
+    bent = torch.where(mixture <= SRGB_START, mixture * SRGB_SLOPE, bent)
+    return bent.mul_(255).round_().to(torch.uint8)
 
 
 def _stack(images: Sequence[torch.Tensor], out: torch.Tensor) -> torch.Tensor:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import simplejpeg
 from PIL import Image
 
 from vlmflow.config import ImageLimits
-from vlmflow.imaging.colours import changes_colours
+from vlmflow.imaging.colours import changes_colours, of_small, shaper_of_small
 from vlmflow.imaging.decode import PixelRequest, perceptual_hash
 from vlmflow.imaging.opening import TRANSPOSE, ImageFacts, open_image
 from vlmflow.imaging.pixels import REDUCING_GAP
@@ -32,11 +33,14 @@ class EncodedJpeg:
     Attributes:
         facts: the perceptual hash is that of the decoded image but for a few bits.
         orientation: EXIF, 1 to 8, to be applied to the pixels.
+        shaper: of a colour profile, to be applied to the views; None: they are sRGB. See
+            :class:`vlmflow.imaging.shapers.Shaper`.
     """
 
     data: bytes | memoryview
     facts: ImageFacts
     orientation: int
+    shaper: bytes | None = None
 
 
 def leave_encoded(
@@ -53,31 +57,35 @@ def leave_encoded(
     if len(data) > MAX_JPEG_BYTES or not is_plain(data):
         return None
     opened = open_image(data, limits, content_hash)
-    if changes_colours(opened.image):
+    shaper = shaper_of_small(opened.image)
+    if shaper is None and changes_colours(opened.image):
         return None
     width, height = opened.image.size
     smallest = min((request.size for request in requests), default=1)
     # Pillow averages longer ones down before it resizes them, which the device's resize does not.
     if width * height > _MAX_PIXELS or max(width, height) >= 2 * REDUCING_GAP * smallest:
         return None
-    grey = _in_grey(data)
-    if grey is None:
+    small = _made_small(data, "GRAY" if shaper is None else "RGB")
+    if small is None:
         return None
-    shown = grey.transpose(TRANSPOSE[opened.orientation]) if opened.orientation in TRANSPOSE else grey
-    return EncodedJpeg(data, replace(opened.facts, phash=perceptual_hash(shown)), opened.orientation)
+    shown = small.transpose(TRANSPOSE[opened.orientation]) if opened.orientation in TRANSPOSE else small
+    phash = perceptual_hash(shown, None if shaper is None else of_small(opened.image))
+    facts = replace(opened.facts, phash=phash)
+    return EncodedJpeg(data, facts, opened.orientation, None if shaper is None else shaper.to_bytes())
 
 
-def _in_grey(data: bytes) -> Image.Image | None:
-    """The luminance of a JPEG at the least scale that its hash can be taken of; None: libjpeg warns of it.
+def _made_small(data: bytes, colorspace: Literal["GRAY", "RGB"]) -> Image.Image | None:
+    """A JPEG, or its luminance, at the least scale that its hash can be taken of; None: libjpeg warns of it.
 
     A scan that ends too early is no error to nvJPEG: it shows what was in memory, pixels of other images. Here all the
-    codes of a scan are read, those of the colours too, and little else is done: a sixth of the time of a decode.
+    codes of a scan are read, those of the colours too, and of luminance little else is done: a sixth of the time of a
+    decode.
     """
     try:
-        pixels = simplejpeg.decode_jpeg(data, "GRAY", min_height=_HASHED_SIDE, min_width=_HASHED_SIDE, strict=True)
+        pixels = simplejpeg.decode_jpeg(data, colorspace, min_height=_HASHED_SIDE, min_width=_HASHED_SIDE, strict=True)
     except (ValueError, RuntimeError, MemoryError):  # Pillow tries it then, and says what is wrong
         return None
-    return Image.fromarray(pixels[:, :, 0])
+    return Image.fromarray(pixels[:, :, 0] if colorspace == "GRAY" else pixels)
 
 
 def is_plain(data: bytes) -> bool:

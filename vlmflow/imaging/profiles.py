@@ -41,7 +41,8 @@ _MAGIC = b"acsp"
 MAX_PROFILE_BYTES = 4 * 1024 * 1024  # those of screens have some hundred, those of presses up to two million
 _REMEDY = "Save the image in sRGB, without a profile."
 _TABLE, _RELATIVE_TABLE = b"A2B0", b"A2B1"
-_OF_COLOURS = (b"rXYZ", b"gXYZ", b"bXYZ", b"rTRC", b"gTRC", b"bTRC")
+PRIMARIES_OF_COLOURS, CURVES_OF_COLOURS = (b"rXYZ", b"gXYZ", b"bXYZ"), (b"rTRC", b"gTRC", b"bTRC")
+_OF_COLOURS = (*PRIMARIES_OF_COLOURS, *CURVES_OF_COLOURS)
 _NAMES = {_TABLE, _RELATIVE_TABLE, b"kTRC", *_OF_COLOURS}
 _MAX_SAMPLES = 16 * 255 + 1  # one at each of 256 levels
 _BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
@@ -171,7 +172,7 @@ def profile_of_code_points(primaries: int, transfer: int) -> Profile | None:
 def profile_of(curve: Curve, primaries: Primaries) -> Profile | None:
     """None: the primaries span no colours."""
     try:
-        columns = [_xyz(column) for column in _colorants(primaries).T]
+        columns = [_xyz(column) for column in colorants(primaries).T]
         values = (curve.gamma, 1 / (1 + curve.offset), curve.offset / (1 + curve.offset), curve.slope, curve.start)
         tone = b"para" + struct.pack(">IHH", 0, 3, 0) + struct.pack(">5i", *_fixed(values))
     except (np.linalg.LinAlgError, ArithmeticError, struct.error, ValueError):
@@ -179,7 +180,7 @@ def profile_of(curve: Curve, primaries: Primaries) -> Profile | None:
     return Profile(b"RGB ", b"XYZ ", dict(zip(_OF_COLOURS, [*columns, tone, tone, tone], strict=True)))
 
 
-def _colorants(primaries: Primaries) -> NDArray[np.float64]:
+def colorants(primaries: Primaries) -> NDArray[np.float64]:
     """(3, 3): CIE XYZ of red, green and blue in the columns, seen as under D50 (Lindbloom's formulae)."""
     places = np.array(primaries, np.float64).reshape(4, 2)
     white, *colours = (np.array([x / y, 1.0, (1 - x - y) / y]) for x, y in places)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.images import bad_images, damaged_jpegs, encode, good_images, scene
+from tests.unit.imaging.test_colours import P3, icc
 from vlmflow import schema
 from vlmflow.config import ImageLimits, SourceConfig
 from vlmflow.engine import columns, feeding
@@ -33,6 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("images")
     files = dict(good_images()) | {name: data for name, (data, _) in bad_images().items()}
     files |= {f"jpeg-{seed}.jpg": encode(scene(seed, 90 + 60 * seed, 64), "JPEG") for seed in range(4)}
+    files["wide.jpg"] = encode(scene(5, 120, 80), "JPEG", icc_profile=icc(primaries=P3))
     files |= damaged_jpegs()
     for name, data in files.items():
         (folder / name).write_bytes(data)
@@ -64,7 +66,7 @@ def names(batch: pa.Table) -> list[str]:
 def test_rows_are_those_of_the_ordinary_path(folder: Path) -> None:
     before, left = read(folder, leaves_jpegs=False), read(folder, leaves_jpegs=True)
     num_left = left.num_rows - left[columns.ENCODED].null_count
-    assert num_left == 6, "photo, rotated, and four of our own"
+    assert num_left == 7, "photo, rotated, and five of our own"
     after = feed(left)[1].batch
     compared = [*schema.FACTS.names, "errors", columns.RUN_TASKS, columns.TASKS_COPIED]
     compared += ["views_24_bicubic", "views_40_bicubic", "bytes_read"]
@@ -114,7 +116,7 @@ def test_later_pools_get_pixels_and_views_as_if_all_had_been_decoded_before(fold
     before = read(folder, leaves_jpegs=False)
     feeder, fed = feed(read(folder, leaves_jpegs=True), later=(LARGE,))
     passed = feeder.finish(fed.batch, fed)
-    gone = {"pixels_24_bicubic", "views_24_bicubic", columns.ENCODED, columns.ORIENTATION}
+    gone = {"pixels_24_bicubic", "views_24_bicubic", columns.ENCODED, columns.ORIENTATION, columns.SHAPER}
     assert not gone & set(passed.column_names)
     assert passed["views_40_bicubic"].to_pylist() == before["views_40_bicubic"].to_pylist()
     good = pa.array([row for row, tasks in enumerate(before[columns.RUN_TASKS].to_pylist()) if tasks])
@@ -134,7 +136,7 @@ def test_what_the_device_refuses_is_decoded_by_a_processor_to_the_bit(
     feeder = Feeder(REQUESTS, REQUESTS, "cpu", PoolDecoding(REQUESTS, LIMITS))
     monkeypatch.setattr(feeder._decoder, "_decode_jpeg", refuse)
     fed = feeder(left)
-    assert fed.num_refused == 6
+    assert fed.num_refused == 7
     passed = feeder.finish(fed.batch, fed)
     apart = [*_TIMES, "phash"]  # the hash was taken before
     assert passed.select(before.column_names).drop_columns(apart).equals(before.drop_columns(apart))
@@ -154,9 +156,9 @@ def test_what_neither_device_nor_processor_decodes_is_an_error_of_its_row(
     after = feeder(left).batch
     failed = after.filter(was_left)
     assert all(failed[name].null_count == len(failed) for name in schema.FACTS.names)
-    assert failed[columns.RUN_TASKS].to_pylist() == [[]] * 6
+    assert failed[columns.RUN_TASKS].to_pylist() == [[]] * 7
     error = {"stage": "decode", "class": "out_of_memory", "message": "not enough memory"}
-    assert failed["errors"].to_pylist() == [[error]] * 6
+    assert failed["errors"].to_pylist() == [[error]] * 7
     compared = [*schema.FACTS.names, "errors", columns.RUN_TASKS]
     others = pc.invert(was_left)
     assert after.filter(others).select(compared).equals(left.filter(others).select(compared))

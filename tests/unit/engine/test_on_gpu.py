@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 
 from tests.images import encode, with_orientation
 from tests.unit.engine.test_feeding import LARGE, LIMITS, REQUESTS, SMALL, read
+from tests.unit.imaging.test_colours import P3, icc
 from tests.unit.imaging.test_device import REQUESTS as DEVICE_REQUESTS
 from tests.unit.imaging.test_device import greatest_difference, left
 from tests.unit.imaging.test_jpeg_draft import photograph
@@ -27,6 +29,8 @@ from vlmflow.engine.loading import room_for, set_up_torch
 from vlmflow.imaging import PixelRequest
 from vlmflow.imaging.device import DeviceDecoder, DeviceImage
 from vlmflow.imaging.jpeg import leave_encoded
+from vlmflow.imaging.profiles import read_profile
+from vlmflow.imaging.shapers import shaper_of
 from vlmflow.tasks.pixels import all_views
 
 pytestmark = [
@@ -59,6 +63,24 @@ def test_nvjpeg_and_our_resize_give_pillows_pixels_to_a_few_levels(orientation: 
     on_processor = DeviceImage({key: value.cpu() for key, value in image.pixels.items()}, image.views)
     # Decoders differ in how they spread colour over the pixels between its samples.
     assert greatest_difference(data, on_processor) <= 12
+
+
+def test_colours_are_shaped_as_by_a_processor() -> None:
+    """Of some images of a batch, whose others stay as they are."""
+    files = [left(encode(photograph(400, seed), "JPEG", quality=90)) for seed in range(3)]
+    profile = read_profile(icc(primaries=P3))
+    assert profile is not None
+    shaper = shaper_of(profile)
+    assert shaper is not None
+    files[1] = replace(files[1], shaper=shaper.to_bytes())
+    plain = DeviceDecoder(DEVICE_REQUESTS, "cuda")([replace(file, shaper=None) for file in files])
+    for number, (before, image) in enumerate(zip(plain, DeviceDecoder(DEVICE_REQUESTS, "cuda")(files), strict=True)):
+        assert before is not None
+        assert image is not None
+        for key, pixels in image.pixels.items():
+            given = before.pixels[key].cpu().numpy()
+            expected = shaper.apply(given) if number == 1 else given
+            assert np.abs(pixels.cpu().numpy().astype(int) - expected).max() <= 1
 
 
 def test_a_damaged_scan_that_libjpeg_accepts_shows_nothing_of_other_images() -> None:

@@ -387,9 +387,22 @@ def test_of_16_bit_colours_those_alone_are_transparent_that_are_equal_in_all_bit
         assert decode(data, [], LIMITS).facts.mode == "RGB"
 
 
-def test_a_device_decodes_no_jpeg_whose_profile_changes_its_colours() -> None:
+def test_a_device_decodes_jpegs_of_usual_profiles_alone() -> None:
     picture = Image.fromarray(numbers())
-    for profile, is_left in ((b"", True), (icc(), True), (icc(primaries=P3), False)):
+    odd = icc(primaries=SWAPPED)
+    for profile, is_left, is_shaped in (
+        (b"", True, False),
+        (icc(), True, False),
+        (icc(primaries=P3), True, True),
+        (icc(Curve(2.19921875), ADOBE), True, True),
+        (icc(Curve(1.0)), False, False),
+        (odd, False, False),
+    ):
         data = encode(picture, "JPEG", **({"icc_profile": profile} if profile else {}))
-        assert (leave_encoded(data, [REQUEST], LIMITS, hash_of(data)) is not None) is is_left
-    assert leave_encoded(in_pieces((1, 1, icc(primaries=P3)), after_frame=True), [REQUEST], LIMITS, "0") is None
+        left = leave_encoded(data, [REQUEST], LIMITS, hash_of(data))
+        assert (left is not None) is is_left
+        assert (left is not None and left.shaper is not None) is is_shaped
+    assert leave_encoded(in_pieces((1, 1, odd), after_frame=True), [REQUEST], LIMITS, "0") is None
+    left = leave_encoded(in_pieces((1, 1, icc(primaries=P3)), after_frame=True), [REQUEST], LIMITS, "0")
+    assert left is not None
+    assert left.shaper is not None

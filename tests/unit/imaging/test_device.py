@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from io import BytesIO
 
 import numpy as np
@@ -10,13 +11,17 @@ import torch
 from PIL import Image, ImageOps
 
 from tests.images import encode, scene, with_orientation
+from tests.unit.imaging.test_colours import ADOBE, P3, icc
 from tests.unit.imaging.test_jpeg_draft import photograph
 from vlmflow.config import ImageLimits
 from vlmflow.errors import ClusterError
 from vlmflow.imaging import PixelRequest, device, hash_of
-from vlmflow.imaging.device import DeviceDecoder, DeviceImage
+from vlmflow.imaging.colours import of_small
+from vlmflow.imaging.device import DeviceDecoder, DeviceImage, shaped
 from vlmflow.imaging.jpeg import EncodedJpeg, leave_encoded
 from vlmflow.imaging.pixels import VIEWS, render
+from vlmflow.imaging.profiles import Curve, read_profile
+from vlmflow.imaging.shapers import shaper_of
 
 LIMITS = ImageLimits()
 REQUESTS = [
@@ -89,6 +94,49 @@ def test_images_of_different_sizes_come_out_in_order() -> None:
     files = [encode(scene(seed, 96 + 8 * (seed % 3), 64), "JPEG") for seed in range(7)]
     for data, image in zip(files, decode_here(*files), strict=True):
         assert greatest_difference(data, image) <= 2
+
+
+def test_images_of_wide_gamuts_are_shown_as_little_cms_shows_them() -> None:
+    """Beside others in one batch, of which some share their size, and some of these a profile."""
+    profiles = [b"", icc(primaries=P3), icc(Curve(2.19921875), ADOBE), b"", icc(primaries=P3)]
+    pictures = [photograph(240, seed).resize((240, 160 + 40 * (seed == 4))) for seed in range(5)]
+    files = [
+        encode(picture, "JPEG", quality=90, **({"icc_profile": profile} if profile else {}))
+        for picture, profile in zip(pictures, profiles, strict=True)
+    ]
+    for data, profile, image in zip(files, profiles, decode_here(*files), strict=True):
+        if not profile:
+            assert greatest_difference(data, image) <= 1
+            continue
+        opened = Image.open(BytesIO(data))
+        later = of_small(opened)
+        assert later is not None
+        (as_numbers,) = DeviceDecoder(REQUESTS, "cpu")([replace(left(data), shaper=None)])
+        assert as_numbers is not None
+        for request in REQUESTS:
+            rendered = render(opened, request.size, request.interpolation, request.views)
+            assert image.views[request.key] == [name for name, _ in rendered]
+            given, found = as_numbers.pixels[request.key].numpy(), image.pixels[request.key].numpy().astype(int)
+            expected = [np.asarray(later(Image.fromarray(levels))).astype(int) for levels in given]
+            assert np.abs(found - expected).max() <= 1
+            assert np.abs(found - given).mean() > 2, "the profile counts"
+            # A level of a resize becomes a few where a bright colour takes from a dark one.
+            expected = [np.asarray(later(Image.fromarray(levels))).astype(int) for _, levels in rendered]
+            assert np.abs(found - expected).mean() < 0.2
+
+
+@pytest.mark.parametrize("profile", [icc(primaries=P3), icc(Curve(2.19921875), ADOBE)])
+def test_colours_are_shaped_on_a_device_as_by_a_processor(profile: bytes) -> None:
+    read = read_profile(profile)
+    assert read is not None
+    shaper = shaper_of(read)
+    assert shaper is not None
+    given = np.random.default_rng(0).integers(0, 256, (3, 50, 70, 3), np.uint8)
+    light, mixed = (torch.from_numpy(part) for part in shaper)
+    found = shaped(torch.from_numpy(given), light, mixed).numpy()
+    difference = np.abs(found.astype(int) - shaper.apply(given))
+    assert difference.max() <= 1  # where halves are rounded
+    assert (difference > 0).mean() < 1e-3
 
 
 def test_a_damaged_file_is_refused_and_costs_no_other() -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from tests import heif
 from vlmflow.errors import RowErrorClass
 
 Array = NDArray[Any]
@@ -159,6 +160,8 @@ def good_images() -> dict[str, bytes]:
         "grey16.tif": encode(Image.fromarray(wide), "TIFF"),
         "float.tif": encode(Image.fromarray(wide.astype(np.float32) / 65535), "TIFF"),
         "photo.avif": encode(image, "AVIF", quality=90),
+        "photo.heic": heif.as_heic(image),
+        "phone.heic": heif.phone_photo(image),
     }
 
 
@@ -176,7 +179,8 @@ def bad_images() -> dict[str, tuple[bytes, RowErrorClass]]:
         "zeros.jpg": (bytes(4096), RowErrorClass.NOT_AN_IMAGE),
         "drawing.jpg": (svg, RowErrorClass.UNSUPPORTED_FORMAT),
         "layers.jpg": (b"8BPS\0\x01" + bytes(60), RowErrorClass.UNSUPPORTED_FORMAT),
-        "phone.jpg": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(60), RowErrorClass.UNSUPPORTED_FORMAT),
+        "phone.jpg": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(60), RowErrorClass.CORRUPT),
+        "not-hevc.heic": (heif.heif([heif.tile(scene(0, 64, 64), kind=b"j2k1")]), RowErrorClass.UNSUPPORTED_FORMAT),
         "bomb.png": (png_bomb(), RowErrorClass.TOO_MANY_PIXELS),
         "bomb.webp": (webp_bomb(), RowErrorClass.TOO_MANY_PIXELS),
         "bomb.tif": (tiff(1_000_000, 1_000_000), RowErrorClass.TOO_MANY_PIXELS),
@@ -187,6 +191,7 @@ def bad_images() -> dict[str, tuple[bytes, RowErrorClass]]:
         "half.jpg": (half("photo.jpg"), RowErrorClass.TRUNCATED),
         "half.png": (half("photo.png"), RowErrorClass.TRUNCATED),
         "half.webp": (half("lossy.webp"), RowErrorClass.TRUNCATED),
+        "half.heic": (half("photo.heic"), RowErrorClass.TRUNCATED),
     }
 
 

@@ -48,7 +48,7 @@ def strangers() -> dict[str, Trick]:
         "entities.svg": (b'<!DOCTYPE svg [<!ENTITY a "aaaa">]><svg>&a;</svg>', UNSUPPORTED),
         "jpeg-2000.jpg": (b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(40), UNSUPPORTED),
         "icon.png": (b"\0\0\1\0\1\0\x10\x10\0\0\1\0\x20\0" + bytes(40), UNSUPPORTED),
-        "phone.heic": (b"\0\0\0\x14ftypheix\0\0\0\0mif1" + bytes(40), UNSUPPORTED),
+        "brand-only.heic": (b"\0\0\0\x14ftypheix\0\0\0\0mif1" + bytes(40), CORRUPT),
         "map.pgm": (b"P5\n4 4\n255\n" + bytes(16), UNSUPPORTED),
         "texture.jpg": (b"DDS " + bytes(124), UNSUPPORTED),
     }
@@ -70,6 +70,7 @@ def strangers() -> dict[str, Trick]:
         "jpeg-named.png": jpeg,
         "webp-named.gif": good_images()["lossy.webp"],
         "avif-named.jpg": good_images()["photo.avif"],
+        "heic-named.jpg": good_images()["photo.heic"],
         "png-then-archive.png": png + archive.getvalue(),
         "jpeg-then-page.jpg": jpeg + html,
         "gif-then-script.gif": gif(2) + b"*/=1;alert(1)//",

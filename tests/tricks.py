@@ -19,6 +19,7 @@ from tests.trick import (
     Trick,
     patched,
 )
+from tests.tricks_of_heic import heics
 from tests.tricks_of_tiff import directory, tiffs
 
 IEND = png_chunk(b"IEND", b"")
@@ -27,7 +28,7 @@ IEND = png_chunk(b"IEND", b"")
 def tricks() -> dict[str, Trick]:
     """Files by name, each with what it may end in: classes of errors, or ``None`` for an image."""
     found: dict[str, Trick] = {name: (data, (error_class,)) for name, (data, error_class) in bad_images().items()}
-    for part in (_png, _jpeg, _gif, _webp, _bmp, tiffs, _avif, _exif, strangers):
+    for part in (_png, _jpeg, _gif, _webp, _bmp, tiffs, _avif, heics, _exif, strangers):
         for name, trick in part().items():
             assert name not in found, name
             found[name] = trick

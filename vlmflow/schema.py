@@ -76,7 +76,7 @@ REFERENCE = pa.schema(
 FACTS = pa.schema(
     [
         ("content_hash", pa.string()),  # sha256 of the bytes, hexadecimal
-        ("format", pa.string()),  # jpeg, png, webp, gif, bmp, tiff, avif
+        ("format", pa.string()),  # jpeg, png, webp, gif, bmp, tiff, avif, heic, mp4, webm
         ("mode", pa.string()),  # Pillow's mode of the file, before normalisation
         ("width", pa.int32()),  # as displayed: after the EXIF orientation
         ("height", pa.int32()),

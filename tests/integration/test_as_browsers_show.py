@@ -47,7 +47,7 @@ def files() -> dict[str, bytes]:
     p3, swapped = (*SRGB[:2], 0.68, 0.32, 0.265, 0.69, 0.15, 0.06), (*SRGB[:2], *SRGB[4:], *SRGB[2:4])
     transparent = picture.copy()
     transparent.putalpha(grey)
-    found = {name: data for name, data in good_images().items() if not name.endswith((".tif", ".tiff"))}
+    found = {name: data for name, data in good_images().items() if not name.endswith((".tif", ".heic"))}
     for profile_name, profile in {
         "srgb": ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(),
         "p3": icc(primaries=p3),

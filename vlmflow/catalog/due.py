@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from vlmflow import schema
 from vlmflow.catalog.detections import Detection
 from vlmflow.catalog.keys import questions_digests, text_digests
-from vlmflow.catalog.masks import Mask, as_mask, equal, is_valid
+from vlmflow.catalog.masks import Mask, as_mask, decoded_alike, equal, is_valid
 from vlmflow.catalog.rows import (
     FAILED,
     MISSING,
@@ -138,7 +138,7 @@ def decide(references: pa.Table, live: pa.Table, exists: Mask, request: PlanRequ
         reason[state.blocked] = NOT_DUE
         reason[rechecked & (reason == NOT_DUE)] = RECHECK
     wanted = np.logical_or.reduce([reason != NOT_DUE for reason in reasons.values()])
-    good = equal(live["status"], OK) & equal(live["decoder"], request.decoder)
+    good = equal(live["status"], OK) & decoded_alike(live["decoder"], request.decoder)
     exhausted = ~wanted & (state.gave_up | np.logical_or.reduce([blank, *state.exhausted.values()]))
     counts: Counter[tuple[str, str]] = Counter()
     for task, reason in reasons.items():

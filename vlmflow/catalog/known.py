@@ -24,7 +24,7 @@ from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.judged import by_model
 from vlmflow.catalog.keys import KeyIndex, concat, duplicates, index_of, to_binary, to_words
 from vlmflow.catalog.log import DataFile, Snapshot, TableName
-from vlmflow.catalog.masks import Mask, as_mask, equal
+from vlmflow.catalog.masks import Mask, as_mask, decoded_alike, equal
 from vlmflow.catalog.read import read_each
 from vlmflow.catalog.rows import OK
 from vlmflow.errors import CatalogError
@@ -232,7 +232,7 @@ def _candidates(
 
 
 def _fits(rows: pa.Table, request: PlanRequest, sizes: pa.Array | None) -> Mask:
-    mask = equal(rows["status"], OK) & equal(rows["decoder"], request.decoder)
+    mask = equal(rows["status"], OK) & decoded_alike(rows["decoder"], request.decoder)
     mask &= as_mask(pc.equal(pc.fill_null(pc.list_value_length(rows["errors"]), 0), 0))  # frames that were not seen
     for task in request.tasks:
         mask &= equal(rows[schema.fingerprint_column(task)], request.fingerprints[task])

@@ -32,6 +32,11 @@ def equal(left: pa.Array | pa.ChunkedArray, right: pa.Array | pa.ChunkedArray | 
     return as_mask(pc.fill_null(pc.equal(left, right), False))
 
 
+def decoded_alike(decoders: pa.ChunkedArray, decoder: str) -> Mask:
+    """What was readable to these decoders is the same to that one: they differ in nothing but extras, behind a plus."""
+    return equal(pc.list_element(pc.split_pattern(decoders, "+", max_splits=1), 0), decoder.partition("+")[0])
+
+
 def same_or_null(left: pa.ChunkedArray, right: pa.ChunkedArray) -> Mask:
     """Equal, or both null."""
     both_null = pc.and_(pc.is_null(left), pc.is_null(right))

@@ -19,6 +19,7 @@ from vlmflow.imaging.colours import is_scalable, of_small
 from vlmflow.imaging.composed import composed_frames, first_frame, is_composed
 from vlmflow.imaging.frames import MAX_FRAMES_SEEN, MAX_PIXELS_SEEN, Looked, frames_in
 from vlmflow.imaging.headers import count_png_frames
+from vlmflow.imaging.heif import has_track, is_heic_supported
 from vlmflow.imaging.opening import (
     BAD_BYTES,
     TRANSPOSE,
@@ -31,12 +32,22 @@ from vlmflow.imaging.opening import (
     open_image,
 )
 from vlmflow.imaging.pixels import Pixels, boxes, names_of, render, shows_ground, to_rgb
-from vlmflow.imaging.video import Track, Video, open_video, sniff_video, unseen_gap
+from vlmflow.imaging.video import Track, Video, is_video_supported, open_video, sniff_video, unseen_gap
 from vlmflow.schema import LEAST_PHASH_BITS
 
-# Part of the ledger: images recorded as unreadable are due again when it changes. Raise the number when we learn to
-# decode something new; Pillow's major version stands for what Pillow learned.
-DECODER_VERSION = f"4-pillow{PIL.__version__.split('.')[0]}"
+
+def decoder_version() -> str:
+    """Part of the ledger: images recorded as unreadable are due again when it changes.
+
+    Raise the number when we learn to decode something new; Pillow's major version stands for what Pillow learned.
+    Behind a plus stand extras, which change nothing in what was readable without them.
+    """
+    extras = {"heif": is_heic_supported(), "video": is_video_supported()}
+    pillow = PIL.__version__.partition(".")[0]
+    return "+".join([f"4-pillow{pillow}", *(name for name, is_there in extras.items() if is_there)])
+
+
+DECODER_VERSION = decoder_version()
 
 # A JPEG is decoded at reduced scale when both sides stay at least this many times the largest target. Measured by
 # tests/unit/imaging/test_jpeg_draft.py: see there for the differences that remain.
@@ -130,6 +141,8 @@ def decode(
         if opened.facts.format == "png" and (num_there := count_png_frames(data)) > opened.facts.num_frames:
             # Viewers differ in what they make of an animation that is at odds with itself.
             unseen = f"{num_there:,} frames are there, of which {opened.facts.num_frames:,} were looked at"
+        if opened.facts.format == "heic" and has_track(data):
+            unseen = unseen or "a sequence of further images was not looked at"
     elif phash is None and opened.facts.num_frames > 1:
         phash = _hash_of_frames(opened, limits)
     return DecodedImage(replace(opened.facts, phash=phash), pixels, unseen)

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-from vlmflow.imaging.profiles import profile_of_code_points
+from vlmflow.imaging.heif import properties
+from vlmflow.imaging.profiles import profile_of_nclx
 
 _MAX_SEGMENTS = 100_000  # files of more are refused
 # A mark of a JPEG; what fills, and restarts within a scan, are none.
 _JPEG_MARK = re.compile(rb"\xff([\x01-\xcf\xd8-\xfe])")
 _BARE = (b"\x01", b"\xd8")  # marks without content
 _END, _START_OF_SCAN, _APP2 = b"\xd9", b"\xda", b"\xe2"
-# Curves of television, for which in AVIFs browsers take that of sRGB.
-_TELEVISION, _SRGB = (1, 6, 14, 15), 13
 
 
 def _of_jpeg(data: bytes) -> bytes | None:
@@ -50,40 +49,13 @@ def _of_bmp(data: bytes) -> bytes | None:
 
 
 def _of_avif(data: bytes) -> bytes | None:
-    """Made of the code points that stand there instead of a profile."""
-    for kind, content in _properties(data):
-        if kind == b"colr" and content[:4] == b"nclx" and len(content) >= 8:
+    """Made of the code points that stand there instead of a profile; all images in the file have the same colours."""
+    for kind, content in properties(data):
+        if kind == b"colr" and bytes(content[:4]) == b"nclx" and len(content) >= 8:
             primaries, transfer = struct.unpack_from(">HH", content, 4)
-            named = profile_of_code_points(primaries, _SRGB if transfer in _TELEVISION else transfer)
+            named = profile_of_nclx(primaries, transfer)
             return None if named is None else named.file()
     return None
-
-
-def _properties(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Of all the images in an AVIF, which have the same colours."""
-    for kind, meta in _boxes(data):
-        if kind == b"meta":
-            for inner_kind, inner in _boxes(meta[4:]):
-                if inner_kind == b"iprp":
-                    for part_kind, part in _boxes(inner):
-                        if part_kind == b"ipco":
-                            yield from _boxes(part)
-
-
-def _boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Types and contents of the boxes of an ISO base media file (ISO/IEC 14496-12)."""
-    at = 0
-    for _ in range(_MAX_SEGMENTS):
-        if at + 8 > len(data):
-            return
-        size, head = int.from_bytes(data[at : at + 4], "big"), 8
-        if size == 1:
-            size, head = int.from_bytes(data[at + 8 : at + 16], "big"), 16
-        end = at + size if size else len(data)
-        if end < at + head:
-            return
-        yield data[at + 4 : at + 8], data[at + head : end]
-        at = end
 
 
 # By format; of others, and of AVIFs that have one, Pillow's is the whole.

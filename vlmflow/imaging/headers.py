@@ -26,8 +26,8 @@ _BMP_HEADER_SIZES = (12, 16, 40, 52, 56, 64, 108, 124)
 _TIFF_INTEGERS = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i", 16: "Q", 17: "q"}
 _TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _AVIF_BRANDS = frozenset({b"avif", b"avis"})
-_HEIF_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"})
-IMAGE_BRANDS = _AVIF_BRANDS | _HEIF_BRANDS
+_HEIC_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"})
+IMAGE_BRANDS = _AVIF_BRANDS | _HEIC_BRANDS
 # A mark of a JPEG; what fills, and restarts within a scan, are none.
 _JPEG_MARK = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 _JPEG_BARE = (0x01, 0xD8)  # marks without content
@@ -51,7 +51,7 @@ _UNSUPPORTED_MAGICS = {
 
 
 def sniff(data: bytes) -> str | None:
-    """Names the format of a file that can be decoded, by its content: jpeg, png, webp, gif, bmp, tiff, avif."""
+    """Names the format of a file that can be decoded, by its content: jpeg, png, webp, gif, bmp, tiff, avif, heic."""
     if data.startswith(b"\xff\xd8\xff"):
         return "jpeg"
     if data.startswith(_PNG_MAGIC):
@@ -65,9 +65,10 @@ def sniff(data: bytes) -> str | None:
     # Any text may start with BM: the size of the header that follows must be one that exists.
     if data.startswith(b"BM") and len(data) >= 18 and struct.unpack_from("<I", data, 14)[0] in _BMP_HEADER_SIZES:
         return "bmp"
-    if not _AVIF_BRANDS.isdisjoint(iso_brands(data)):
+    brands = iso_brands(data)
+    if not _AVIF_BRANDS.isdisjoint(brands):
         return "avif"
-    return None
+    return None if _HEIC_BRANDS.isdisjoint(brands) else "heic"
 
 
 def sniff_unsupported(data: bytes) -> str | None:
@@ -75,8 +76,6 @@ def sniff_unsupported(data: bytes) -> str | None:
     for magic, description in _UNSUPPORTED_MAGICS.items():
         if data.startswith(magic):
             return description
-    if not _HEIF_BRANDS.isdisjoint(iso_brands(data)):
-        return "a HEIF image"
     head = data[:4096].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if head.startswith(b"<") and b"<svg" in head:
         return "an SVG drawing"
@@ -331,7 +330,7 @@ def is_cut_short(data: bytes, image_format: str) -> bool:
         return not tail.endswith(b";")
     if image_format == "tiff":
         return not any(True for _ in _tiff_directories(data))
-    if image_format == "avif":
+    if image_format in ("avif", "heic"):
         return _iso_boxes_end(data) > len(data)
     offset = 2 if image_format == "bmp" else 4
     promised = struct.unpack_from("<I", data, offset)[0] + (8 if image_format == "webp" else 0)

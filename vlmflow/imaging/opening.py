@@ -25,13 +25,13 @@ from vlmflow.config import ImageLimits
 from vlmflow.errors import ImageError, RowErrorClass
 from vlmflow.imaging import headers
 from vlmflow.imaging.embedded import READ_BY_HAND
+from vlmflow.imaging.heic import HeicFile
+from vlmflow.imaging.heif import NotReadError, is_heic_supported, to_decode
 from vlmflow.imaging.png import PngFile
 
 _TIFF_SETUP = threading.Lock()
-
-
-class _NotReadError(RuntimeError):
-    """An image that is whole, and of a kind that no decoder here makes the right picture of."""
+# Tiles at the edges of an image reach over it; of small ones nobody counts the pixels.
+_MOST_TILED, _FEW_TILED = 2, 1 << 20
 
 
 class _TiffFile(TiffImageFile):
@@ -47,7 +47,7 @@ class _TiffFile(TiffImageFile):
             finally:
                 TiffImagePlugin.READ_LIBTIFF = False
         if is_planar and self.mode == "LA":  # Pillow takes the plane of transparency for nothing: all would be clear
-            raise _NotReadError("a TIFF of grey with its transparency in a plane apart")
+            raise NotReadError("a TIFF of grey with its transparency in a plane apart")
         self.tile = [_in_native_order(tile) for tile in self.tile]
 
 
@@ -64,6 +64,7 @@ _OPENERS: dict[str, type[ImageFile.ImageFile]] = {
     "avif": AvifImageFile,
     "bmp": BmpImageFile,
     "gif": GifImageFile,
+    "heic": HeicFile,
     "jpeg": JpegImageFile,
     "png": PngFile,
     "tiff": _TiffFile,
@@ -106,7 +107,7 @@ class ImageFacts:
 
     Attributes:
         content_hash: sha256 of the bytes, hexadecimal.
-        format: jpeg, png, webp, gif, bmp, tiff or avif; mp4 or webm.
+        format: jpeg, png, webp, gif, bmp, tiff, avif or heic; mp4 or webm.
         mode: Pillow's mode of the file, before normalisation.
         width: in pixels, as displayed: after the EXIF orientation.
         height: in pixels, as displayed.
@@ -178,11 +179,15 @@ def open_image(data: bytes, limits: ImageLimits, content_hash: str | None = None
 def _identify(data: bytes, limits: ImageLimits) -> str:
     check_size(data, limits)
     image_format = headers.sniff(data)
+    if image_format == "heic" and not is_heic_supported():
+        message = "a HEIC image; it is decoded where vlmflow[heif] is installed"
+        raise ImageError(message, error_class=RowErrorClass.UNSUPPORTED_FORMAT)
     if image_format is not None:
         return image_format
     unsupported = headers.sniff_unsupported(data)
     if unsupported is not None:
-        message = f"{unsupported}; decoded are {', '.join(_OPENERS)}"
+        decoded = [name for name in _OPENERS if name != "heic" or is_heic_supported()]
+        message = f"{unsupported}; decoded are {', '.join(decoded)}"
         raise ImageError(message, error_class=RowErrorClass.UNSUPPORTED_FORMAT)
     raise ImageError("the content is not that of an image", error_class=RowErrorClass.NOT_AN_IMAGE)
 
@@ -211,6 +216,14 @@ def _check_parts(data: bytes, image_format: str, limits: ImageLimits) -> None:
         for tile in headers.tiff_tile_sizes(data):
             if min(tile) > 0:
                 check_pixels(tile, limits)
+    if image_format == "heic":
+        found = to_decode(data)
+        for size in found.sizes:
+            check_pixels(size, limits)
+        if found.most_pixels > max(_MOST_TILED * limits.max_pixels, _FEW_TILED):
+            most = f"twice the limits.max_pixels of {limits.max_pixels:,}"
+            message = f"tiles of {found.most_pixels:,} pixels together exceed {most}"
+            raise ImageError(message, error_class=RowErrorClass.TOO_MANY_PIXELS)
 
 
 def check_pixels(size: tuple[int, int], limits: ImageLimits) -> None:
@@ -259,7 +272,7 @@ def bad_bytes(data: bytes, image_format: str) -> Iterator[None]:
     except MemoryError as error:
         message = f"not enough memory to decode this {image_format} file"
         raise ImageError(message, error_class=RowErrorClass.OUT_OF_MEMORY) from error
-    except _NotReadError as error:
+    except NotReadError as error:
         raise ImageError(f"{error} is not decoded", error_class=RowErrorClass.UNSUPPORTED_FORMAT) from error
     except BAD_BYTES as error:
         # Pillow's own text is left to the log of the cause: some of it holds addresses of objects.

@@ -58,6 +58,7 @@ class Curve:
     start: float = 0.0
 
 
+_TELEVISION, _SRGB_TRANSFER = (1, 6, 14, 15), 13
 SRGB_CURVE = Curve(2.4, 0.055, 1 / 12.92, 0.04045)
 _SCREEN = Curve(2.4)  # of what television's cameras write (BT.1886)
 # HDR (PQ, HLG) is not among them: what exceeds a screen's white is shown by every viewer in a way of its own.
@@ -167,6 +168,11 @@ def profile_of_code_points(primaries: int, transfer: int) -> Profile | None:
     if primaries not in _PRIMARIES or transfer not in _CURVES:
         return None
     return profile_of(_CURVES[transfer], _PRIMARIES[primaries])
+
+
+def profile_of_nclx(primaries: int, transfer: int) -> Profile | None:
+    """As :func:`profile_of_code_points`, of an AVIF or HEIC: for television's curves browsers take that of sRGB."""
+    return profile_of_code_points(primaries, _SRGB_TRANSFER if transfer in _TELEVISION else transfer)
 
 
 def profile_of(curve: Curve, primaries: Primaries) -> Profile | None:

@@ -84,7 +84,7 @@ def sniff_video(data: bytes) -> str | None:
     return "mp4" if is_video else None
 
 
-def is_supported() -> bool:
+def is_video_supported() -> bool:
     """Whether the package that decodes videos is installed."""
     return find_spec("av") is not None
 
@@ -126,7 +126,7 @@ def open_video(data: bytes, max_pixels: int) -> Video:
         ImageError: it holds no picture, or cannot be read; or the package to do so is not installed.
     """
     name = sniff_video(data) or _FORMATS[0]
-    if not is_supported():
+    if not is_video_supported():
         message = "a video; its frames are decoded where vlmflow[video] is installed"
         raise ImageError(message, error_class=RowErrorClass.UNSUPPORTED_FORMAT)
     with _opened(data, max_pixels, name) as container:

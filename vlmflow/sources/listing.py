@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 LISTING = pa.schema([("uri", pa.string()), ("object_version", pa.string()), ("size_bytes", pa.int64())])
 
-_IMAGES = "avif|bmp|gif|hei[cf]|jfif|jpe?g|png|tiff?|webp|m4v|mkv|mov|mp4|webm"
+_IMAGES = "avif|bmp|gif|hei[cf]|hif|jfif|jpe?g|png|tiff?|webp|m4v|mkv|mov|mp4|webm"
 HIDDEN = re.compile(rf"(^|/)(\.|_(?![^/]*\.({_IMAGES})\Z))", re.IGNORECASE)
 
 

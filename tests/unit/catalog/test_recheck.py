@@ -117,6 +117,8 @@ def test_where_nothing_else_is_due_a_server_is_asked_by_what_the_row_knows_of_it
     others = {"fingerprints": {task: f"{task}-1" for task in TASKS} | {"caption": "caption-2"}}
     assert known_reads(catalog, **others) == [None] * 2, "the bytes are needed"
     assert known_reads(catalog, decoder="other") == [None] * 2, "it may make other facts of them"
+    with_extras = known_reads(catalog, decoder="decoder-1+heif+video")
+    assert with_extras == known_reads(catalog), "it reads more, and these as before"
     enrich(catalog, "r2", [UNKNOWN], request(read_before=NOW + DAY), version="tag")
     assert known_reads(catalog) == [None] * 2, "of the bytes that were read last"
 

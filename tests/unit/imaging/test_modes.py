@@ -304,6 +304,8 @@ def test_facts_are_those_of_the_file() -> None:
         "photo.bmp": ("bmp", "RGB", 96, 64, 1),
         "pages.tif": ("tiff", "RGB", 96, 64, 3),
         "photo.avif": ("avif", "RGB", 96, 64, 1),
+        "photo.heic": ("heic", "RGB", 96, 64, 1),
+        "phone.heic": ("heic", "RGB", 96, 64, 1),
     }
     for name, facts in expected.items():
         found = inspect(files[name], LIMITS)

@@ -71,10 +71,24 @@ def test_hidden_files_and_folders_are_left_out(tmp_path: Path) -> None:
 def test_what_a_camera_names_with_an_underscore_is_listed(tmp_path: Path) -> None:
     write(
         tmp_path,
-        ["_DSC0001.JPG", "in/_MG_2.jpeg", "in/_x.heic", "._DSC0001.JPG", "_x.json", "_x.jpg.tmp", "_.jpg/a.jpg"],
+        [
+            "_DSC0001.JPG",
+            "in/_MG_2.jpeg",
+            "in/_x.heic",
+            "in/_y.HIF",
+            "._DSC0001.JPG",
+            "_x.json",
+            "_x.jpg.tmp",
+            "_.jpg/a.jpg",
+        ],
     )
     uris = table(open_source(SourceConfig(uri=str(tmp_path))))["uri"].to_pylist()
-    assert [os.path.relpath(uri, tmp_path) for uri in uris] == ["_DSC0001.JPG", "in/_MG_2.jpeg", "in/_x.heic"]
+    assert [os.path.relpath(uri, tmp_path) for uri in uris] == [
+        "_DSC0001.JPG",
+        "in/_MG_2.jpeg",
+        "in/_x.heic",
+        "in/_y.HIF",
+    ]
 
 
 def test_an_empty_file_is_listed(tmp_path: Path) -> None:

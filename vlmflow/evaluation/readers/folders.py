@@ -7,7 +7,9 @@ from pathlib import Path
 from vlmflow.errors import EvaluationError
 from vlmflow.evaluation.dataset import Dataset, table_of
 
-_IMAGES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"))
+_IMAGES = frozenset(
+    (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif", ".hif")
+)
 _IMAGENET = (1_000, 50_000)  # classes and images of its validation set
 
 

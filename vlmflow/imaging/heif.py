@@ -27,6 +27,7 @@ class _Item:
     kind: bytes = b""
     sizes: list[tuple[int, int]] = field(default_factory=list)
     parts: list[int] = field(default_factory=list)
+    configurations: set[bytes] = field(default_factory=set)  # of the decoder
 
 
 def is_heic_supported() -> bool:
@@ -115,6 +116,9 @@ def _num_pixels(items: dict[int, _Item], number: int, counted: dict[int, int], l
     if item.kind == _OVERLAY:
         raise NotReadError("a HEIC image of several laid over one another")
     if number not in counted:
+        # The decoder leaves out tiles, all but the first, that it cannot decode: what the others show must be like it.
+        if len(set().union(*(items[part].configurations for part in item.parts if part in items))) > 1:
+            raise NotReadError("a HEIC image of tiles that are coded in different ways")
         own = max([_LEAST_PIXELS, *(width * height for width, height in item.sizes)])
         parts = sum(_num_pixels(items, part, counted, levels - 1) for part in item.parts)
         counted[number] = max(own, parts)
@@ -141,8 +145,12 @@ def _items(meta: list[Box], data: memoryview) -> dict[int, _Item]:
         for number, parts in _parts(content):
             items.setdefault(number, _Item()).parts += parts
     for content in _named(meta, b"iprp"):
-        for number, size in _sizes(list(boxes(content))):
-            items.setdefault(number, _Item()).sizes.append(size)
+        for number, kind, told in _told(list(boxes(content))):
+            item = items.setdefault(number, _Item())
+            if kind == b"ispe":
+                item.sizes.append((int.from_bytes(told[4:8], "big"), int.from_bytes(told[8:12], "big")))
+            elif kind == b"hvcC":
+                item.configurations.add(bytes(told))
     sources = {0: data, 1: next(_named(meta, b"idat"), memoryview(b""))}
     for content in _named(meta, b"iloc"):
         for number, place, extents in _places(content):
@@ -176,7 +184,8 @@ def _parts(iref: memoryview) -> Iterator[tuple[int, list[int]]]:
         yield read(num_bytes), [read(num_bytes) for _ in range(read(2))]
 
 
-def _sizes(iprp: list[Box]) -> Iterator[tuple[int, tuple[int, int]]]:
+def _told(iprp: list[Box]) -> Iterator[tuple[int, bytes, memoryview]]:
+    """The properties of each item."""
     known = [one for content in _named(iprp, b"ipco") for one in boxes(content)]
     for content in _named(iprp, b"ipma"):
         read = _Reader(content, 4)
@@ -185,9 +194,8 @@ def _sizes(iprp: list[Box]) -> Iterator[tuple[int, tuple[int, int]]]:
             number = read(id_bytes)
             for _ in range(read(1)):
                 place = read(place_bytes) & (0x7FFF if place_bytes == 2 else 0x7F)
-                kind, told = known[place - 1] if 0 < place <= len(known) else (b"", content)
-                if kind == b"ispe":
-                    yield number, (int.from_bytes(told[4:8], "big"), int.from_bytes(told[8:12], "big"))
+                if 0 < place <= len(known):
+                    yield number, *known[place - 1]
 
 
 def _places(iloc: memoryview) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:

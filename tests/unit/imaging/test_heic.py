@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from io import BytesIO
 
 import numpy as np
@@ -140,6 +141,17 @@ def test_a_photo_without_its_last_tiles_is_truncated_and_not_shown_with_holes() 
         error = error_of(data[: int(kept * len(data))])
         assert error.error_class == RowErrorClass.TRUNCATED
         assert str(error).startswith("the heic file ends before its image does")
+
+
+def test_tiles_that_may_be_left_out_are_not_passed_over() -> None:
+    """As the decoder does it with tiles of a kind that it does not know, behind a first one that it knows."""
+    photo = tile(scene(0, SIDE, SIDE))
+    configuration = bytearray(photo.properties[0])
+    configuration[configuration.index(b"hvcC") + 5] = 0x1F  # its profile
+    other = replace(photo, properties=(bytes(configuration), photo.properties[1]))
+    error = error_of(heif([photo, other, grid(2, 1, [1, 2], (2 * SIDE, SIDE))], 3))
+    assert error.error_class == RowErrorClass.UNSUPPORTED_FORMAT
+    assert "a HEIC image of tiles that are coded in different ways is not decoded" in str(error)
 
 
 def test_tiles_are_counted_as_often_as_they_are_shown() -> None:

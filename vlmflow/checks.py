@@ -359,8 +359,8 @@ def _workers(families: Sequence[str]) -> Iterator[Check]:
 
 def _difference(here: dict[str, str], there: dict[str, str]) -> str:
     """The packages of which two places have other versions; empty: there is none."""
-    other = [name for name in here if here[name] != there.get(name)]
-    return ", ".join(f"{name} {here[name]} here, {there.get(name, 'none')} there" for name in other)
+    other = [name for name in {**here, **there} if here.get(name) != there.get(name)]
+    return ", ".join(f"{name} {here.get(name, 'none')} here, {there.get(name, 'none')} there" for name in other)
 
 
 def _of_worker(families: Sequence[str]) -> tuple[dict[str, str], float]:

@@ -281,6 +281,10 @@ def test_doctor_asks_every_node_and_takes_builds_for_other_devices_as_equal(monk
     monkeypatch.setattr(module, "installed_versions", lambda: here | {"torch": f"{here['torch']}+cpu"})
     *_, check = doctor()
     assert (check.verdict, check.found) == ("ok", "start on 1 node(s), and import vlmflow in the driver's versions")
+    monkeypatch.setattr(module, "installed_versions", lambda: {n: v for n, v in here.items() if n != "pillow-heif"})
+    *_, check = doctor()
+    assert check.verdict == "fail"
+    assert f"pillow-heif none here, {here['pillow-heif']} there" in check.found
     monkeypatch.setattr(module, "installed_versions", lambda: here | {"torch": "1.13.0"})
     nodes = ray.nodes()
     ghost = nodes[0] | {"NodeID": "a" * 56, "NodeManagerAddress": "10.9.8.7"}

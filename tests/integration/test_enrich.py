@@ -325,6 +325,21 @@ def test_weights_that_do_not_fit_are_named_and_nothing_is_written(
     assert not (tmp_path / "catalog").exists()
 
 
+def test_a_node_that_decodes_otherwise_ends_the_run(
+    make_job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one without an extra: what it cannot read would be recorded as unreadable to all."""
+    write_pictures(tmp_path / "images", 2)
+    monkeypatch.setattr("vlmflow.engine.nodes.DECODER_VERSION", "4-pillow99+heif")
+    job = make_job(tmp_path / "images", tasks=("embed",))
+    with pytest.raises(
+        ClusterError, match=r"decoded by 4-pillow\d+\+heif\+video, and .* planned with 4-pillow99"
+    ) as caught:
+        enrich(job)
+    assert "vlmflow's extras heif and video, on every node" in caught.value.remedy
+    assert Catalog.open(job.catalog).images().num_rows == 0
+
+
 def test_pools_that_can_never_start_are_refused() -> None:
     pools = (PoolConfig(tasks=("embed",), gpus=1),)
     cluster = Cluster(cpus=2, gpus=0, num_nodes=1, embedded=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -23,7 +23,7 @@ from vlmflow.engine import columns
 from vlmflow.engine.budget import ErrorBudget, FreshRows
 from vlmflow.engine.equal_bytes import put_copied
 from vlmflow.engine.faults import get, of_node, wait_for_one
-from vlmflow.engine.nodes import Unfound, check_disks, unfound
+from vlmflow.engine.nodes import Unfound, check_decoders, check_disks, decoders, unfound
 from vlmflow.engine.progress import Tally
 from vlmflow.engine.report import CommitReport
 from vlmflow.errors import StoreLostError
@@ -50,6 +50,7 @@ class Written:
         fatal: why the run must end; then nothing was written.
         fatal_node: of the cluster, that says so.
         unfound: files that workers did not find.
+        decoders: by node, what decoded the images.
     """
 
     files: pa.Table
@@ -63,6 +64,7 @@ class Written:
     fatal: str | None
     fatal_node: str | None = None
     unfound: Sequence[Unfound] = ()
+    decoders: Mapping[str, str] = field(default_factory=dict)
 
 
 def write_blocks(writer: CatalogWriter, known: KnownImages, *blocks: pa.Table) -> Written:
@@ -99,8 +101,8 @@ def write_blocks(writer: CatalogWriter, known: KnownImages, *blocks: pa.Table) -
         field = schema.WRITER_OPTIONAL.field("verdict")
         rows = rows.append_column(field, known.verdicts(rows["content_hash"], rows["phash"]))
     decisions, fresh, files = decisions_given(rows), FreshRows.of(rows), writer.write(rows)
-    absent = unfound(rows)
-    return Written(files, sums, dict(worked), decisions, at_once, copied, shared, fresh, None, unfound=absent)
+    counts = dict(worked), decisions, at_once, copied, shared, fresh
+    return Written(files, sums, *counts, None, unfound=unfound(rows), decoders=decoders(rows))
 
 
 @dataclass
@@ -179,7 +181,7 @@ class Collector:
 
         Raises:
             StoreLostError: a worker lost the source's store.
-            ClusterError: a node does not see the disk of the source.
+            ClusterError: a node does not see the disk of the source, or decodes otherwise.
             ErrorBudgetError: too many of the first rows are bad.
             CommitError: a commit could not be made.
         """
@@ -222,6 +224,7 @@ class Collector:
                 remedy="What was committed stays; mend the access and run the same command again to go on.",
             )
         check_disks(written.unfound)
+        check_decoders(written.decoders)
         self._files.append(written.files)
         self.collected.sums.update(written.sums)
         self.collected.worked.update(written.worked)

@@ -27,6 +27,8 @@ FATAL = "fatal"
 
 # The address of the node that read the image.
 NODE = "node"
+# What that node's decoder is called there, as vlmflow.imaging.DECODER_VERSION.
+DECODER_THERE = "decoder_there"
 
 # Seconds of work, spread evenly over the rows of the batch so that sums stay right however blocks are cut.
 SECONDS_PREFIX = "seconds_"

@@ -20,7 +20,7 @@ from vlmflow.engine.equal_bytes import COPIED_TYPE, Copies, Copy, look_up
 from vlmflow.engine.stored import Stored
 from vlmflow.engine.watchdog import at_most
 from vlmflow.errors import ImageError, RowErrorClass, StoreLostError
-from vlmflow.imaging import ImageFacts, PixelRequest, decode, hash_of
+from vlmflow.imaging import DECODER_VERSION, ImageFacts, PixelRequest, decode, hash_of
 from vlmflow.imaging.jpeg import EncodedJpeg, leave_encoded
 from vlmflow.imaging.pixels import Pixels
 from vlmflow.sources import Fetched, Reader
@@ -191,6 +191,7 @@ class ReadAndDecode:
         added[columns.seconds_column("read")] = columns.spread(read_s, num_rows)
         added[columns.seconds_column("decode")] = columns.spread(decode_s, num_rows)
         added[columns.NODE] = pa.repeat(get_node_ip_address(), num_rows)
+        added[columns.DECODER_THERE] = pa.repeat(DECODER_VERSION, num_rows)
         added[columns.FATAL] = pa.repeat(pa.scalar(fatal, pa.string()), num_rows)
         for name, values in added.items():
             batch = batch.append_column(name, values)

@@ -1,15 +1,17 @@
-"""Nodes that do not see the disk of the source: an image that the driver still has is not gone."""
+"""Nodes that lack what the driver has: the disk of the source, whose images are not gone, or packages that decode."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
 
 from vlmflow.engine import columns
+from vlmflow.engine.faults import of_node
 from vlmflow.errors import ClusterError, RowErrorClass
+from vlmflow.imaging import DECODER_VERSION
 from vlmflow.sources.reader import GONE
 from vlmflow.sources.uris import is_http
 from vlmflow.storage import local_version, parse_address
@@ -54,6 +56,27 @@ def _seeing(rows: pa.Table) -> set[str]:
     """The nodes that read an image of a local disk."""
     read = rows.filter(pa.compute.is_valid(rows["content_hash"])).select(["locator", columns.NODE]).to_pylist()
     return {row[columns.NODE] for row in read if not is_http(row["locator"]) and parse_address(row["locator"]).is_local}
+
+
+def decoders(rows: pa.Table) -> dict[str, str]:
+    """What decoded the rows, by node."""
+    pairs = rows.group_by([columns.NODE, columns.DECODER_THERE]).aggregate([])
+    return dict(zip(pairs[columns.NODE].to_pylist(), pairs[columns.DECODER_THERE].to_pylist(), strict=True))
+
+
+def check_decoders(found: Mapping[str, str]) -> None:
+    """Makes sure that what is unreadable to a node is so to all: the rows say that the driver's decoder saw it.
+
+    Raises:
+        ClusterError: a node has another, as where an extra is not installed.
+    """
+    for node, decoder in found.items():
+        if decoder != DECODER_VERSION:
+            raise ClusterError(
+                of_node(f"images are decoded by {decoder}, and the run was planned with {DECODER_VERSION}", node),
+                remedy="Install one version of Pillow, and the same of vlmflow's extras heif and video, on every node; "
+                "`vlmflow doctor` names those that have others. What was committed stays.",
+            )
 
 
 def check_disks(found: Iterable[Unfound]) -> None:

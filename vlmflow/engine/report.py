@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 RunStatus = Literal["running", "done", "nothing_due", "unreconciled", "failed", "interrupted"]
 
-_PACKAGES = ("vlmflow", "ray", "torch", "transformers", "open_clip_torch", "deltalake", "pyarrow", "pillow", "obstore")
+_PACKAGES = (
+    *("vlmflow", "ray", "torch", "transformers", "open_clip_torch", "deltalake", "pyarrow", "obstore"),
+    *("pillow", "pillow-heif", "av"),
+)
 
 
 class CommitReport(Frozen):

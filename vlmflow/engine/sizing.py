@@ -14,7 +14,7 @@ from vlmflow.config import Frozen, PoolConfig
 from vlmflow.engine import columns
 from vlmflow.engine.cluster import Cluster
 from vlmflow.engine.faults import get, of_node
-from vlmflow.engine.nodes import check_disks, unfound
+from vlmflow.engine.nodes import check_decoders, check_disks, decoders, unfound
 from vlmflow.engine.pipeline import DECODE_CPUS
 from vlmflow.engine.quarantine import Stages
 from vlmflow.engine.trials import Trial, TriedPool, choose, resources
@@ -134,6 +134,7 @@ def _decoded(planned: Plan, stages: Stages) -> tuple[pa.Table, float, float]:
     if lost:
         raise SourceError(of_node(lost, node), remedy="Mend the access to the source's store.")
     check_disks(unfound(sample))
+    check_decoders(decoders(sample))
     spent = [float(pa.compute.sum(sample[columns.seconds_column(stage)]).as_py()) for stage in ("read", "decode")]
     timing = [name for name in sample.column_names if name.startswith(columns.SECONDS_PREFIX)]
     return sample.drop_columns(timing), spent[0], spent[1]

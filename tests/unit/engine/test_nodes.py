@@ -15,9 +15,9 @@ from tests.images import encode, scene
 from vlmflow.config import ImageLimits, PoolConfig, SourceConfig
 from vlmflow.engine import columns, loading
 from vlmflow.engine.decoding import ReadAndDecode
-from vlmflow.engine.nodes import check_disks, unfound
+from vlmflow.engine.nodes import check_decoders, check_disks, decoders, unfound
 from vlmflow.errors import ClusterError, FamilyError, WeightsError
-from vlmflow.imaging import PixelRequest
+from vlmflow.imaging import DECODER_VERSION, PixelRequest
 from vlmflow.models import ModelIdentity
 from vlmflow.sources import open_source
 
@@ -70,6 +70,20 @@ def test_an_image_that_a_node_does_not_see_yet_beside_others_that_it_reads_is_mi
     late.rename(disk / "2.png")
     assert [len(errors) for errors in rows["errors"].to_pylist()] == [0, 0, 1, 1]
     assert unfound(rows) == []
+
+
+def test_a_node_with_another_decoder_is_named(disk: Path) -> None:
+    decode, refs = decoding_of(disk)
+    rows = decode(refs)
+    assert list(decoders(rows).values()) == [DECODER_VERSION]
+    check_decoders(decoders(rows))
+    there = ["10.0.0.7", "10.0.0.8", "10.0.0.7", "10.0.0.8"]
+    rows = columns.set_column(rows, columns.NODE, pa.array(there))
+    versions = [DECODER_VERSION if node.endswith("8") else "4-pillow9" for node in there]
+    rows = columns.set_column(rows, columns.DECODER_THERE, pa.array(versions))
+    with pytest.raises(ClusterError, match=r"^on node 10\.0\.0\.7: images are decoded by 4-pillow9, and") as caught:
+        check_decoders(decoders(rows))
+    assert "extras heif and video, on every node" in caught.value.remedy
 
 
 @pytest.mark.parametrize("change", ["gone", "others"])

@@ -40,6 +40,29 @@ def icc(gamma: float | None = None, primaries: tuple[float, ...] = SRGB) -> byte
     return profile.file()
 
 
+def odd_transparency() -> dict[str, bytes]:
+    """PNGs whose chunk of what is transparent is too short, too long, damaged, doubled or at the wrong place."""
+    key, other = b"\0\x0a\0\x14\0\x1e", bytes(6)
+    flat, of_palette = np.full((64, 96, 3), (10, 20, 30), np.uint8), encode(scene().quantize(16), "PNG")
+    clear, at = png_chunk(b"tRNS", key), of_palette.index(b"IDAT") - 4
+    chunks = {
+        "whole": clear,
+        "short": png_chunk(b"tRNS", key[:5]),
+        "empty": png_chunk(b"tRNS", b""),
+        "long": png_chunk(b"tRNS", key + b"\0"),
+        "first-of-two": clear + png_chunk(b"tRNS", other),
+        "second-of-two": png_chunk(b"tRNS", other) + clear,
+        "behind-a-short-one": png_chunk(b"tRNS", key[:5]) + clear,
+        "behind-a-damaged-one": png_chunk(b"tRNS", other)[:-1] + b"\0" + clear,
+        "short-animation": png_chunk(b"acTL", b"\0\0\0\2") + clear,
+    }
+    found = {name: png(flat, 2, chunks=chunk) for name, chunk in chunks.items()}
+    found["behind-the-pixels"] = png(flat, 2)[:-12] + clear + png(flat, 2)[-12:]
+    for name, size, place in (("part", 3, at), ("more", 40, at), ("too-many", 300, at), ("before-it", 16, 33)):
+        found[f"of-palette-{name}"] = of_palette[:place] + png_chunk(b"tRNS", bytes(size)) + of_palette[place:]
+    return {f"transparent-{name}.png": data for name, data in found.items()}
+
+
 def files() -> dict[str, bytes]:
     """Images whose pixels mean other colours than they would by themselves, and the good ones of all tests."""
     picture = scene()
@@ -79,6 +102,7 @@ def files() -> dict[str, bytes]:
     low = np.full((64, 96, 3), 0x1212, np.uint16)
     low[16:48, 16:80] += 1
     found["one-of-16-bits-transparent.png"] = png(low, 2, 16, chunks=png_chunk(b"tRNS", b"\x12" * 6))
+    found |= odd_transparency()
     found |= {f"turned-{turn}.jpg": with_orientation(picture, turn) for turn in range(1, 9)}
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from io import BytesIO
 from typing import Any
@@ -25,7 +25,11 @@ from vlmflow.imaging.profiles import (
 )
 
 MAGIC = b"\x89PNG\r\n\x1a\n"
-_BIT_DEPTH_AT = 24
+_BIT_DEPTH_AT, _COLOR_TYPE_AT = 24, 25
+# Of what is transparent, by type: a colour in grey or in RGB, more behind which is passed over, or a palette's alphas.
+_PALETTE = b"\3"
+_TRNS_BYTES = {b"\0": (2, 2**31), b"\2": (6, 2**31), _PALETTE: (0, 256)}
+_ACTL_BYTES = 8
 _OF_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"acTL", b"fcTL", b"fdAT", b"eXIf")
 _BAD_BYTES = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, struct.error, zlib.error)
 _MAX_CHUNKS = 100_000  # files of more are refused
@@ -46,12 +50,13 @@ class PngFile(PngImageFile):
 
     def _open(self) -> None:
         assert isinstance(self.fp, BytesIO)
-        self._data = data = self.fp.getvalue()
+        self._data = data = _without(self.fp.getvalue(), _unfit)
+        self.fp = BytesIO(data)
         try:
             super()._open()
         except _BAD_BYTES:
             # Damaged are perhaps remarks alone, for which Pillow refuses the image and no browser does.
-            self._data = _without_remarks(data)
+            self._data = _without(data, _remarks)
             self.fp = BytesIO(self._data)
             super()._open()
         chunks: dict[bytes, bytes] = {}
@@ -107,7 +112,7 @@ class PngFile(PngImageFile):
 
     def _set_alpha(self) -> None:
         """Colours that differ in their lower eight bits alone are not all transparent."""
-        lower = PngImageFile(BytesIO(_without_remarks(self._data)))
+        lower = PngImageFile(BytesIO(_without(self._data, _remarks)))
         lower.tile = [tile._replace(args="RGB;16L") for tile in lower.tile]  # the second byte of each value
         wanted = np.frombuffer(self._key[:6], np.uint8).reshape(3, 2)
         is_clear = np.ones((self.height, self.width), bool)
@@ -178,18 +183,40 @@ def _places(data: bytes) -> Iterator[tuple[bytes, int, int]]:
         at = end
 
 
-def _without_remarks(data: bytes) -> bytes:
-    """A PNG of those chunks alone that make its pixels."""
-    remarks = [
-        (start, end)
-        for kind, start, end in _places(data)
-        if kind not in _OF_PIXELS or _is_damaged(data, kind, start, end)
-    ]
+def _without(data: bytes, found: Callable[[bytes], Iterable[tuple[int, int]]]) -> bytes:
+    """A PNG without some of its chunks, of which it is told where they begin and end."""
     kept, at = [], 0
-    for start, end in remarks:
+    for start, end in found(data):
         kept.append(data[at:start])
         at = end
-    return b"".join([*kept, data[at:]])
+    return b"".join([*kept, data[at:]]) if kept else data
+
+
+def _remarks(data: bytes) -> Iterator[tuple[int, int]]:
+    """Chunks that do not make its pixels."""
+    for kind, start, end in _places(data):
+        if kind not in _OF_PIXELS or _is_damaged(data, kind, start, end):
+            yield start, end
+
+
+def _unfit(data: bytes) -> Iterator[tuple[int, int]]:
+    """Chunks of what is transparent, or of an animation, that browsers pass over and Pillow does not."""
+    color_type, is_known = data[_COLOR_TYPE_AT : _COLOR_TYPE_AT + 1], False
+    is_early = color_type == _PALETTE
+    for kind, start, end in _places(data):
+        size = end - start - 12
+        if kind == b"IDAT":
+            is_known = True
+        elif kind == b"PLTE":
+            is_early = False
+        elif kind == b"acTL" and size < _ACTL_BYTES:
+            yield start, end
+        elif kind == b"tRNS":
+            least, most = _TRNS_BYTES.get(color_type, (0, size))
+            if is_early or is_known or not least <= size <= most or _is_damaged(data, kind, start, end):
+                yield start, end
+            else:
+                is_known = True
 
 
 def png_chunk(kind: bytes, content: bytes) -> bytes:

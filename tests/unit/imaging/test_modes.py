@@ -318,3 +318,22 @@ def test_inspect_and_decode_agree() -> None:
         facts = decode(data, [], LIMITS).facts
         assert facts.phash is not None
         assert replace(facts, phash=None) == inspect(data, LIMITS), name
+
+
+def test_a_chunk_of_transparency_that_browsers_pass_over_hides_nothing_and_does_not_stop_the_image() -> None:
+    pixels, key = np.full((8, 8, 3), (10, 20, 30), np.uint8), b"\0\x0a\0\x14\0\x1e"
+    clear, other = png_chunk(b"tRNS", key), png_chunk(b"tRNS", bytes(6))
+    shown = {
+        "clear": png(pixels, 2, chunks=clear),
+        "clear, then another": png(pixels, 2, chunks=clear + other),
+        "clear behind a short one": png(pixels, 2, chunks=png_chunk(b"tRNS", key[:5]) + clear),
+    }
+    hidden = {
+        "short": png(pixels, 2, chunks=png_chunk(b"tRNS", key[:5])),
+        "second": png(pixels, 2, chunks=other + clear),
+        "behind the pixels": png(pixels, 2)[:-12] + clear + png(pixels, 2)[-12:],
+        "short animation": png(pixels, 2, chunks=png_chunk(b"acTL", bytes(4))),
+    }
+    for files, expected in ((shown, 255), (hidden, 10)):
+        for name, data in files.items():
+            assert squash(data, 4)[0, 0, 0] == expected, name

@@ -24,6 +24,7 @@ from ray.util import get_node_ip_address
 
 ROOT = Path(__file__).parents[1]
 _TICK_S = 0.05
+_NODE_TRIES = 3
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[Any] | None = None, seconds: float = 200) -> None:
@@ -124,12 +125,28 @@ def ray_nodes(folder: Path, *, dashboard: bool = False, cpus: int = 1) -> Iterat
         processes: list[subprocess.Popen[bytes]] = []
         for number, command_line in enumerate((head, node)):
             log = folder / f"ray-{number}.log"
-            processes.append(stack.enter_context(started(command_line, log, environment=environment)))
-            wait_for(lambda at=number: num_nodes(address) == at + 1, processes[-1])  # type: ignore[misc]
+
+            def start(command_line: list[str] = command_line, log: Path = log) -> subprocess.Popen[bytes]:
+                return stack.enter_context(started(command_line, log, environment=environment))
+
+            processes.append(_started_node(start, lambda at=number: num_nodes(address) == at + 1, log))  # type: ignore[misc]
         jobs_url = f"http://127.0.0.1:{dashboard_port}" if dashboard else ""
         if dashboard:
             wait_for(lambda: _takes_jobs(jobs_url), processes[-1])
         yield RayNodes(address, jobs_url, processes[0], processes[1])
+
+
+def _started_node(
+    start: Callable[[], subprocess.Popen[bytes]], is_there: Callable[[], bool], log: Path
+) -> subprocess.Popen[bytes]:
+    """Tries again where Ray gives up, which it does with a node that has not started after 30 s of a busy machine."""
+    for _ in range(_NODE_TRIES):
+        process = start()
+        wait_for(lambda: is_there() or process.poll() is not None)  # noqa: B023
+        if process.poll() is None:
+            return process
+        end_family(process)
+    raise AssertionError(log.read_text()[-3_000:])
 
 
 def _takes_jobs(jobs_url: str) -> bool:

@@ -16,7 +16,7 @@ from ray.data._internal.execution.streaming_executor import StreamingExecutor
 from ray.exceptions import RayError
 
 from vlmflow.engine.faults import in_our_words
-from vlmflow.engine.head import check_head
+from vlmflow.engine.head import check_head, is_lost
 
 # Blocks that wait for the driver hold memory in the object store; a few hide the time of a commit.
 _MAX_WAITING = 64
@@ -72,7 +72,9 @@ class FinishedBlocks:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop.set()
-        # In a thread: a cluster whose head is gone does not answer.
+        if is_lost():
+            return
+        # In a thread: a cluster whose head is gone does not answer, also before that is known.
         ending = threading.Thread(target=self._end, name="vlmflow-end", daemon=True)
         ending.start()
         for thread in (ending, self._thread):

@@ -39,6 +39,11 @@ def watched(address: str, patience_s: float) -> Iterator[None]:
         watch.stop.set()
 
 
+def is_lost() -> bool:
+    """Whether the head has not answered for long: what asks it for anything would outlast this process."""
+    return any(watch.lost is not None for watch in _watches)
+
+
 def check_head() -> None:
     """To be called now and then by who waits for the cluster.
 

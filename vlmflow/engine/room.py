@@ -32,7 +32,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from vlmflow.config import PoolConfig
 from vlmflow.engine.cluster import Cluster, nodes_now
 from vlmflow.engine.faults import told
-from vlmflow.engine.head import check_head
+from vlmflow.engine.head import check_head, is_lost
 from vlmflow.engine.pipeline import DECODE_CPUS
 
 _PREFIX = "vlmflow-room-1-"  # of this form of entries
@@ -230,6 +230,8 @@ def _write(entry: Entry) -> None:
 
 
 def _withdraw(entry: Entry) -> None:
+    if is_lost():
+        return
     with contextlib.suppress(Exception):  # of a cluster that is gone; one that is there sees the driver end
         _internal_kv_del(_PREFIX + entry.run_id)
 

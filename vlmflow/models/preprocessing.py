@@ -103,8 +103,8 @@ def _pretrained_preprocessing(architecture: str) -> dict[str, Any]:
 
 
 def _read_blip(folder: Path) -> Preprocessing:
-    path = folder / "preprocessor_config.json"
-    values, config = with_defaults(read_json(path), "BlipImageProcessor", path), folder / "config.json"
+    values, path = _processor_values(folder)
+    values, config = with_defaults(values, "BlipImageProcessor", path), folder / "config.json"
     image_size = section_of(read_json(config), "vision_config", config).get("image_size", 384)
     size = values["size"]
     side = _square([size.get("height"), size.get("width")] if isinstance(size, dict) else size, path)
@@ -149,11 +149,12 @@ def _read_align(folder: Path) -> Preprocessing:
 
 
 def _processor_values(folder: Path) -> tuple[dict[str, Any], Path]:
+    """The image processor's values, and their file: of two that hold some, the one that transformers reads."""
+    path = folder / "processor_config.json"  # newer checkpoints keep them there, with the rest of the processor's
+    if path.is_file() and (values := section_of(read_json(path), "image_processor", path)):
+        return values, path
     path = folder / "preprocessor_config.json"
-    if not path.is_file():  # newer checkpoints keep it with the rest of the processor's
-        path = folder / "processor_config.json"
-    values = read_json(path)
-    return section_of(values, "image_processor", path) or values, path
+    return read_json(path), path
 
 
 def _check_size(folder: Path, section: str, side: int) -> None:

@@ -23,7 +23,7 @@ class ImageClassifier:
 
     def __init__(self, model: Any, normalize: PixelNormalizer, outputs: Sequence[str]) -> None:
         self._model, self._normalize = model, normalize
-        classes = {name: int(number) for number, name in model.config.id2label.items()}
+        classes = {str(name): int(number) for number, name in model.config.id2label.items()}
         self._columns = [classes[name] for name in outputs]
         self._is_multi_label = model.config.problem_type == "multi_label_classification"
 

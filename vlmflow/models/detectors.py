@@ -137,7 +137,9 @@ def load_detector(setup: DetectorSetup, device: str) -> PixelDetector:
 def _classes(path: Path, detector: Detector) -> tuple[str, ...]:
     """The names of a classifier's classes, which must be such that they can be told apart."""
     values = read_json(path)
-    names = tuple(section_of(values, "id2label", path).values())
+    names = tuple(str(name) for name in section_of(values, "id2label", path).values())
+    if not names:  # transformers writes no names of its own down where there are two
+        names = tuple(f"LABEL_{number}" for number in range(values.get("num_labels") or 2))
     if len(names) == 1 and values.get("problem_type") != "multi_label_classification":
         raise DetectorError(
             f"detector {detector.name}: {path} has one class, whose softmax is 1 for every image",
@@ -152,4 +154,10 @@ def _check_outputs(detector: Detector, there: tuple[str, ...]) -> None:
         raise DetectorError(
             f"detector {detector.name} has no output {', '.join(unknown)}",
             remedy=f"Name one of {', '.join(there[:20])}.",
+        )
+    doubled = [name for name in detector.outputs if there.count(name) > 1]
+    if doubled:
+        raise DetectorError(
+            f"detector {detector.name} has several outputs called {', '.join(doubled)}: each one's score is but a part",
+            remedy="Give each class a name of its own in id2label of its config.json, and the policy those names.",
         )

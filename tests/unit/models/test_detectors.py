@@ -169,6 +169,40 @@ def test_names_of_classes_that_are_a_list_are_refused(tmp_path: Path) -> None:
         prepare_detectors(given, ("squash",))
 
 
+@pytest.mark.parametrize(("names", "asked"), [(None, "LABEL_1"), ({0: "safe", 1: 18}, "18")])
+def test_classes_without_names_of_their_own_go_by_those_of_transformers(
+    tmp_path: Path, names: dict[int, object] | None, asked: str
+) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    torch.manual_seed(0)
+    model = ViTForImageClassification(ViTConfig(image_size=32, patch_size=8, num_labels=2, **sizes)).eval()
+    model.save_pretrained(tmp_path)
+    edit_json(tmp_path / "config.json", {"id2label": names})
+    processor = ViTImageProcessor(size={"height": 32, "width": 32})
+    processor.save_pretrained(tmp_path)
+    given = policy(family="image_classification", path=str(tmp_path), outputs={asked: output()})
+    (setup,) = prepare_detectors(given, ("squash",))
+    pixels = random_pixels(3)
+    with torch.inference_mode():
+        logits = model(**processor(list(pixels), return_tensors="pt")).logits
+    np.testing.assert_allclose(load_detector(setup, "cpu").score(pixels)[:, 0], logits.softmax(-1)[:, 1], atol=1e-5)
+
+    given = policy(family="image_classification", path=str(tmp_path), outputs={"nsfw": output()})
+    with pytest.raises(DetectorError, match="has no output nsfw") as caught:
+        prepare_detectors(given, ("squash",))
+    assert asked in caught.value.remedy
+
+
+def test_two_classes_of_one_name_are_refused(tmp_path: Path) -> None:
+    edit_json(make_classifier(tmp_path) / "config.json", {"id2label": {"0": "nsfw", "1": "safe", "2": "nsfw"}})
+    given = policy(family="image_classification", path=str(tmp_path), outputs={"nsfw": output()})
+    with pytest.raises(DetectorError, match="several outputs called nsfw") as caught:
+        prepare_detectors(given, ("squash",))
+    assert "id2label" in caught.value.remedy
+    given = policy(family="image_classification", path=str(tmp_path), outputs={"safe": output()})
+    assert prepare_detectors(given, ("squash",))[0].outputs == ("safe",)
+
+
 def test_a_single_class_is_a_sigmoid_or_refused(tmp_path: Path) -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
@@ -274,7 +308,8 @@ def test_what_the_processor_of_a_judge_does_is_read_and_is_part_of_its_identity(
     (worded,) = prepare_detectors(given, ("squash",))
     assert worded.fingerprint != before.fingerprint
     # Qwen's processors count the pixels of an image there, not those of its side.
-    write_json(folder / "preprocessor_config.json", {"size": {"shortest_edge": 65_536, "longest_edge": 16_777_216}})
+    size = {"shortest_edge": 65_536, "longest_edge": 16_777_216}
+    write_json(folder / "processor_config.json", {"image_processor": {"size": size}})
     (counted,) = prepare_detectors(given, ("squash",))
     assert counted.request.size == 768
     assert counted.fingerprint != worded.fingerprint

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import CLIPConfig, CLIPModel
 
 from tests.models import (
     make_blip_vqa,
@@ -256,6 +257,16 @@ def test_towers_that_open_clip_would_download_are_refused(clip: Path, change: di
 def test_a_hub_repository_needs_a_commit_hash(revision: str | None) -> None:
     with pytest.raises(WeightsError, match="is no commit hash"):
         locate(ModelConfig(family="open_clip", repo="laion/some", revision=revision))
+
+
+@pytest.mark.parametrize("architecture", [None, "ViT-B-32-quickgelu"])
+def test_a_clip_of_transformers_is_told_from_one_of_open_clip(tmp_path: Path, architecture: str | None) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    CLIPModel(CLIPConfig(text_config=sizes, vision_config=sizes)).save_pretrained(tmp_path)
+    config = ModelConfig(family="open_clip", path=str(tmp_path), architecture=architecture)
+    with pytest.raises(WeightsError, match="as transformers saves it, which open_clip does not read") as caught:
+        pixel_request("embed", config, ("squash",))
+    assert "timm/vit_base_patch32_clip_224.openai" in caught.value.remedy
 
 
 def test_an_architecture_stands_in_for_the_configuration_file(clip: Path) -> None:

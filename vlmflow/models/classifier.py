@@ -11,11 +11,12 @@ import torch
 from numpy.typing import NDArray
 
 from vlmflow.config import ModelConfig
+from vlmflow.errors import WeightsError
 from vlmflow.models.pixels import PixelNormalizer, model_dtype
 from vlmflow.models.preprocessing import read_preprocessing
 from vlmflow.models.pretrained import load_model
 from vlmflow.models.sizes import in_few_sizes
-from vlmflow.models.weights import check_keys
+from vlmflow.models.weights import check_keys, read_json
 
 
 class ImageClassifier:
@@ -32,10 +33,17 @@ class ImageClassifier:
         """Loads safetensors from a folder: bfloat16 on a GPU that has it, float32 elsewhere.
 
         Raises:
-            WeightsError: the weights do not fit the configuration, or need code that transformers does not have.
+            WeightsError: the weights do not fit the configuration, or need code that transformers does not have, or
+                it names what timm would download.
         """
         from transformers import AutoModelForImageClassification
 
+        architecture = read_json(folder / "config.json").get("architecture")  # of timm's models
+        if ":" in str(architecture):
+            raise WeightsError(
+                f"weights: {folder} builds its model from {architecture}, which timm downloads at no fixed revision",
+                remedy="Write the name of timm's architecture there, without a source before it.",
+            )
         dtype = model_dtype(device)
         model, missing, unexpected = load_model(AutoModelForImageClassification, folder, dtype)
         check_keys(folder, missing, unexpected)

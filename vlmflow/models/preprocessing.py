@@ -11,7 +11,7 @@ from typing import Any, Literal, assert_never, cast
 from vlmflow.config import ModelConfig
 from vlmflow.errors import WeightsError
 from vlmflow.families import Family, family_of
-from vlmflow.models.processors import CLIP_MEAN, CLIP_STD, with_defaults
+from vlmflow.models.processors import CLIP_MEAN, CLIP_STD, values_of_timm, with_defaults
 from vlmflow.models.weights import read_json, read_open_clip_model, section_of
 
 Interpolation = Literal["bicubic", "bilinear"]
@@ -122,7 +122,10 @@ def _read_processor(folder: Path, family: Family) -> Preprocessing:
 
     The whole image is squashed to it where they would show its middle: moderation must not overlook the ends.
     """
-    values, path = _processor_values(folder)
+    path = folder / "config.json"
+    pretrained = section_of(read_json(path), "pretrained_cfg", path) if path.is_file() else {}
+    # As in transformers the configuration of a model of timm, which has no file of a processor, goes first.
+    values, path = (values_of_timm(pretrained), path) if pretrained else _processor_values(folder)
     preprocessing = _squashed(with_defaults(values, family.processor, path), path)
     if family.image_section is not None:
         _check_size(folder, family.image_section, preprocessing.size)

@@ -20,15 +20,13 @@ from transformers import (
     LlavaProcessor,
     ShieldGemma2ForImageClassification,
     ShieldGemma2Processor,
-    ViTConfig,
     ViTForImageClassification,
     ViTImageProcessor,
 )
 
 from tests.catalog_samples import open_catalog
 from tests.families import make_gemma
-from tests.models import make_classifier, make_judge, random_pixels, write_json
-from tests.unit.models.test_models_weights import edit_json
+from tests.models import make_classifier, make_judge, write_json
 from vlmflow.config import CatalogConfig, Job, SourceConfig
 from vlmflow.engine.archive import archive_policy
 from vlmflow.errors import DetectorError, ExplainError, WeightsError
@@ -160,64 +158,6 @@ def test_a_pickled_classifier_is_refused(classifier: Path, tmp_path: Path) -> No
     outputs = {"hentai": output()}
     with pytest.raises(WeightsError, match="is a pickle"):
         prepare_detectors(policy(family="image_classification", path=str(tmp_path), outputs=outputs), ("squash",))
-
-
-def test_names_of_classes_that_are_a_list_are_refused(tmp_path: Path) -> None:
-    edit_json(make_classifier(tmp_path) / "config.json", {"id2label": ["drawings", "hentai", "neutral"]})
-    given = policy(family="image_classification", path=str(tmp_path), outputs={"hentai": output()})
-    with pytest.raises(WeightsError, match="id2label is no JSON object"):
-        prepare_detectors(given, ("squash",))
-
-
-@pytest.mark.parametrize(("names", "asked"), [(None, "LABEL_1"), ({0: "safe", 1: 18}, "18")])
-def test_classes_without_names_of_their_own_go_by_those_of_transformers(
-    tmp_path: Path, names: dict[int, object] | None, asked: str
-) -> None:
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
-    torch.manual_seed(0)
-    model = ViTForImageClassification(ViTConfig(image_size=32, patch_size=8, num_labels=2, **sizes)).eval()
-    model.save_pretrained(tmp_path)
-    edit_json(tmp_path / "config.json", {"id2label": names})
-    processor = ViTImageProcessor(size={"height": 32, "width": 32})
-    processor.save_pretrained(tmp_path)
-    given = policy(family="image_classification", path=str(tmp_path), outputs={asked: output()})
-    (setup,) = prepare_detectors(given, ("squash",))
-    pixels = random_pixels(3)
-    with torch.inference_mode():
-        logits = model(**processor(list(pixels), return_tensors="pt")).logits
-    np.testing.assert_allclose(load_detector(setup, "cpu").score(pixels)[:, 0], logits.softmax(-1)[:, 1], atol=1e-5)
-
-    given = policy(family="image_classification", path=str(tmp_path), outputs={"nsfw": output()})
-    with pytest.raises(DetectorError, match="has no output nsfw") as caught:
-        prepare_detectors(given, ("squash",))
-    assert asked in caught.value.remedy
-
-
-def test_two_classes_of_one_name_are_refused(tmp_path: Path) -> None:
-    edit_json(make_classifier(tmp_path) / "config.json", {"id2label": {"0": "nsfw", "1": "safe", "2": "nsfw"}})
-    given = policy(family="image_classification", path=str(tmp_path), outputs={"nsfw": output()})
-    with pytest.raises(DetectorError, match="several outputs called nsfw") as caught:
-        prepare_detectors(given, ("squash",))
-    assert "id2label" in caught.value.remedy
-    given = policy(family="image_classification", path=str(tmp_path), outputs={"safe": output()})
-    assert prepare_detectors(given, ("squash",))[0].outputs == ("safe",)
-
-
-def test_a_single_class_is_a_sigmoid_or_refused(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
-    config = ViTConfig(image_size=32, patch_size=8, id2label={0: "nsfw"}, label2id={"nsfw": 0}, **sizes)
-    ViTForImageClassification(config).save_pretrained(tmp_path)
-    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
-    given = policy(family="image_classification", path=str(tmp_path), outputs={"nsfw": output()})
-    with pytest.raises(DetectorError, match="has one class, whose softmax is 1") as caught:
-        prepare_detectors(given, ("squash",))
-    assert "multi_label_classification" in caught.value.remedy
-    edit_json(tmp_path / "config.json", {"problem_type": "multi_label_classification"})
-    (setup,) = prepare_detectors(given, ("squash",))
-    scores = load_detector(setup, "cpu").score(random_pixels(3))
-    assert len(set(scores[:, 0].tolist())) == 3
-    assert ((scores > 0) & (scores < 1)).all()
 
 
 @pytest.mark.parametrize("name", ["drawings", "neutral"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,11 @@ def read_preprocessing(folder: Path, config: ModelConfig) -> Preprocessing:
         raise WeightsError(
             f"weights: {folder} asks for channels in the order blue, green, red, which is for classifiers alone",
             remedy="Set do_flip_channel_order to false.",
+        )
+    if not all(0 < number < math.inf for number in preprocessing.std):
+        raise WeightsError(
+            f"weights: {folder} divides the channels by {preprocessing.std}, which gives no numbers",
+            remedy="Write the standard deviations that the model was trained with.",
         )
     return preprocessing
 
@@ -195,7 +201,8 @@ def _prompted_side(folder: Path) -> int:
 
 
 def _plain(values: dict[str, Any], side: int, path: Path) -> Preprocessing:
-    interpolation = _PILLOW_FILTERS.get(values["resample"])
+    resample = values["resample"]
+    interpolation = _PILLOW_FILTERS.get(resample) if isinstance(resample, int) else None
     rescale = _rescale_factor(values, path)
     plain = values["do_resize"] and values["do_rescale"] and not values["rescale_offset"] and not values["include_top"]
     if interpolation is None or abs(rescale * 255 - 1) > 1e-6 or not plain:
@@ -210,7 +217,7 @@ def _plain(values: dict[str, Any], side: int, path: Path) -> Preprocessing:
 
 def _square(size: object, path: Path) -> int:
     sides = list(size) if isinstance(size, Sequence) else [size, size]
-    if len(sides) == 2 and sides[0] == sides[1] and isinstance(sides[0], int):
+    if len(sides) == 2 and sides[0] == sides[1] and isinstance(sides[0], int) and sides[0] > 0:
         return sides[0]
     raise WeightsError(f"weights: {path}: image size {size} is no square", remedy="Use a model of square images.")
 

@@ -141,6 +141,21 @@ def test_more_than_mean_and_std_is_refused(tmp_path: Path, change: dict[str, Any
     assert "include_top false" in caught.value.remedy
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"resample": [3]}, "asks for preprocessing other than"),
+        ({"size": 0}, "image size 0 is no square"),
+        ({"size": {"height": -8, "width": -8}}, "is no square"),
+        ({"image_std": [0.2, 0.0, 0.2]}, "divides the channels by"),
+        ({"image_std": float("nan")}, "divides the channels by"),
+    ],
+)
+def test_values_that_mean_nothing_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(WeightsError, match=message):
+        read(tmp_path, WHOLE | change)
+
+
 def test_processors_that_do_more_than_their_files_say_are_refused(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="PPLCNetImageProcessor does more than"):
         read(tmp_path, WHOLE | {"image_processor_type": "PPLCNetImageProcessor"})

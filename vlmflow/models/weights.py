@@ -172,7 +172,8 @@ def read_open_clip_model(folder: Path, architecture: str | None) -> dict[str, An
     path = folder / "open_clip_config.json"
     if path.is_file():
         model = read_json(path).get("model_cfg")
-        if not isinstance(model, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= model.keys():
+        parts = [model.get(name) for name in ("vision_cfg", "text_cfg")] if isinstance(model, dict) else [None]
+        if not isinstance(model, dict) or "embed_dim" not in model or not all(isinstance(part, dict) for part in parts):
             raise WeightsError(f"weights: {path} has no whole model_cfg", remedy="Copy open_clip's own file.")
         return model
     _refuse_other_format(folder)

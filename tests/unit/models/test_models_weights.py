@@ -259,6 +259,27 @@ def test_a_hub_repository_needs_a_commit_hash(revision: str | None) -> None:
         locate(ModelConfig(family="open_clip", repo="laion/some", revision=revision))
 
 
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("text_cfg", {"context_length": [3]}, "open_clip cannot build the model that .* describes: TypeError"),
+        ("vision_cfg", {"timm_pool": "middle"}, "open_clip cannot build the model that .* describes: AssertionError"),
+        ("vision_cfg", {"timm_model_name": "vit_of_nobody"}, "describes: RuntimeError: Unknown model"),
+        (None, {"init_logit_bias": None}, "does not fit its architecture"),
+        (None, {"text_cfg": "x"}, "has no whole model_cfg"),
+    ],
+)
+def test_a_configuration_that_open_clip_cannot_build_is_told(
+    tmp_path: Path, part: str | None, change: dict[str, Any], message: str
+) -> None:
+    path = make_clip(tmp_path, siglip=True) / "open_clip_config.json"
+    content = json.loads(path.read_text())
+    (content["model_cfg"] if part is None else content["model_cfg"][part]).update(change)
+    path.write_text(json.dumps(content))
+    with pytest.raises(WeightsError, match=message):
+        load_embedder(clip_config(tmp_path), "cpu")
+
+
 @pytest.mark.parametrize("architecture", [None, "ViT-B-32-quickgelu"])
 def test_a_clip_of_transformers_is_told_from_one_of_open_clip(tmp_path: Path, architecture: str | None) -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from vlmflow.config import ModelConfig
+from vlmflow.device_errors import is_device_broken, is_out_of_memory
 from vlmflow.errors import WeightsError
 from vlmflow.models.pixels import PixelNormalizer, model_dtype
 from vlmflow.models.preprocessing import read_preprocessing
@@ -33,8 +34,8 @@ class ImageClassifier:
         """Loads safetensors from a folder: bfloat16 on a GPU that has it, float32 elsewhere.
 
         Raises:
-            WeightsError: the weights do not fit the configuration, or need code that transformers does not have, or
-                it names what timm would download.
+            WeightsError: the weights do not fit the configuration, or need code that transformers does not have; it
+                names what timm would download; or the model cannot score an image of the size that it is to be shown.
         """
         from transformers import AutoModelForImageClassification
 
@@ -47,8 +48,20 @@ class ImageClassifier:
         dtype = model_dtype(device)
         model, missing, unexpected = load_model(AutoModelForImageClassification, folder, dtype)
         check_keys(folder, missing, unexpected)
-        normalize = PixelNormalizer(read_preprocessing(folder, config), device, dtype)
-        return cls(model.to(device), normalize, outputs)
+        preprocessing = read_preprocessing(folder, config)
+        classifier = cls(model.to(device), PixelNormalizer(preprocessing, device, dtype), outputs)
+        # Some models take pixels of any size, and others say only then that they do not.
+        try:
+            classifier.score(torch.zeros((1, 3, preprocessing.size, preprocessing.size), dtype=torch.uint8))
+        except (IndexError, RuntimeError, ValueError) as error:
+            if is_out_of_memory(error) or is_device_broken(error):
+                raise
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise WeightsError(
+                f"weights: the model of {folder} cannot score an image of {preprocessing.size} pixels a side: {reason}",
+                remedy="Copy preprocessor_config.json and config.json of one model.",
+            ) from error
+        return classifier
 
     @torch.inference_mode()
     def score(self, pixels: torch.Tensor) -> NDArray[np.float32]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -107,6 +108,24 @@ def test_two_classes_of_one_name_are_refused(tmp_path: Path) -> None:
     assert "id2label" in caught.value.remedy
     given = policy(family="image_classification", path=str(tmp_path), outputs={"safe": output()})
     assert prepare_detectors(given, ("squash",))[0].outputs == ("safe",)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("preprocessor_config.json", {"size": {"height": 48, "width": 48}}),
+        ("config.json", {"id2label": {"0": "drawings", "1": "neutral", "7": "hentai"}}),
+    ],
+)
+def test_files_that_contradict_each_other_are_refused_before_any_image(
+    tmp_path: Path, name: str, change: dict[str, Any]
+) -> None:
+    edit_json(make_classifier(tmp_path) / name, change)
+    given = policy(family="image_classification", path=str(tmp_path), outputs={"hentai": output()})
+    (setup,) = prepare_detectors(given, ("squash",))
+    with pytest.raises(WeightsError, match="cannot score an image of") as caught:
+        load_detector(setup, "cpu")
+    assert "of one model" in caught.value.remedy
 
 
 def test_a_single_class_is_a_sigmoid_or_refused(tmp_path: Path) -> None:

@@ -74,6 +74,8 @@ def _read(folder: Path, config: ModelConfig) -> Preprocessing:
             return _read_blip(folder)
         case "processor":
             return _read_processor(folder, family)
+        case "classifier":
+            return _read_classifier(folder, family)
         case _:
             assert_never(family.reader)
 
@@ -128,14 +130,20 @@ def _read_processor(folder: Path, family: Family) -> Preprocessing:
 
     The whole image is squashed to it where they would show its middle: moderation must not overlook the ends.
     """
-    path = folder / "config.json"
-    pretrained = section_of(read_json(path), "pretrained_cfg", path) if path.is_file() else {}
-    # As in transformers the configuration of a model of timm, which has no file of a processor, goes first.
-    values, path = (values_of_timm(pretrained), path) if pretrained else _processor_values(folder)
+    values, path = _processor_values(folder)
     preprocessing = _squashed(with_defaults(values, family.processor, path), path)
     if family.image_section is not None:
         _check_size(folder, family.image_section, preprocessing.size)
     return preprocessing
+
+
+def _read_classifier(folder: Path, family: Family) -> Preprocessing:
+    """As others; of timm's models, which have no file of a processor, as in transformers by their configuration."""
+    path = folder / "config.json"
+    pretrained = section_of(read_json(path), "pretrained_cfg", path) if path.is_file() else {}
+    if not pretrained:
+        return _read_processor(folder, family)
+    return _squashed(with_defaults(values_of_timm(pretrained), family.processor, path), path)
 
 
 def _read_align(folder: Path) -> Preprocessing:

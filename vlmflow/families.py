@@ -19,7 +19,7 @@ from vlmflow.errors import FamilyError, VlmflowError
 
 Role = Literal["embed", "caption", "match", "answer"]
 # How what a model is shown is told from the files of its folder: see `vlmflow.models.preprocessing`.
-Reader = Literal["processor", "open_clip", "chat", "blip", "align"]
+Reader = Literal["processor", "classifier", "open_clip", "chat", "blip", "align"]
 
 # Of the protocols in `vlmflow.models`.
 _METHODS: dict[Role, tuple[str, ...]] = {
@@ -176,7 +176,7 @@ FAMILIES = {
         has_beams=False,
     ),
     "endpoint": Family(("caption", "answer"), takes_prompt=True, has_beams=False),
-    "image_classification": Family(),
+    "image_classification": Family(reader="classifier"),
     "vlm_judge": Family(code_version=2, companion_names=_PROCESSOR_NAMES, reader="chat"),
     "opennsfw": Family(is_packaged=True),
 }

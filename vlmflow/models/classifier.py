@@ -11,11 +11,13 @@ import torch
 from numpy.typing import NDArray
 
 from vlmflow.config import ModelConfig
+from vlmflow.device_errors import is_device_broken, is_out_of_memory
+from vlmflow.errors import WeightsError
 from vlmflow.models.pixels import PixelNormalizer, model_dtype
 from vlmflow.models.preprocessing import read_preprocessing
 from vlmflow.models.pretrained import load_model
 from vlmflow.models.sizes import in_few_sizes
-from vlmflow.models.weights import check_keys
+from vlmflow.models.weights import check_keys, read_json
 
 
 class ImageClassifier:
@@ -23,7 +25,7 @@ class ImageClassifier:
 
     def __init__(self, model: Any, normalize: PixelNormalizer, outputs: Sequence[str]) -> None:
         self._model, self._normalize = model, normalize
-        classes = {name: int(number) for number, name in model.config.id2label.items()}
+        classes = {str(name): int(number) for number, name in model.config.id2label.items()}
         self._columns = [classes[name] for name in outputs]
         self._is_multi_label = model.config.problem_type == "multi_label_classification"
 
@@ -32,15 +34,34 @@ class ImageClassifier:
         """Loads safetensors from a folder: bfloat16 on a GPU that has it, float32 elsewhere.
 
         Raises:
-            WeightsError: the weights do not fit the configuration, or need code that transformers does not have.
+            WeightsError: the weights do not fit the configuration, or need code that transformers does not have; it
+                names what timm would download; or the model cannot score an image of the size that it is to be shown.
         """
         from transformers import AutoModelForImageClassification
 
+        architecture = read_json(folder / "config.json").get("architecture")  # of timm's models
+        if ":" in str(architecture):
+            raise WeightsError(
+                f"weights: {folder} builds its model from {architecture}, which timm downloads at no fixed revision",
+                remedy="Write the name of timm's architecture there, without a source before it.",
+            )
         dtype = model_dtype(device)
         model, missing, unexpected = load_model(AutoModelForImageClassification, folder, dtype)
         check_keys(folder, missing, unexpected)
-        normalize = PixelNormalizer(read_preprocessing(folder, config), device, dtype)
-        return cls(model.to(device), normalize, outputs)
+        preprocessing = read_preprocessing(folder, config)
+        classifier = cls(model.to(device), PixelNormalizer(preprocessing, device, dtype), outputs)
+        # Some models take pixels of any size, and others say only then that they do not.
+        try:
+            classifier.score(torch.zeros((1, 3, preprocessing.size, preprocessing.size), dtype=torch.uint8))
+        except (IndexError, RuntimeError, ValueError) as error:
+            if is_out_of_memory(error) or is_device_broken(error):
+                raise
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise WeightsError(
+                f"weights: the model of {folder} cannot score an image of {preprocessing.size} pixels a side: {reason}",
+                remedy="Copy preprocessor_config.json and config.json of one model.",
+            ) from error
+        return classifier
 
     @torch.inference_mode()
     def score(self, pixels: torch.Tensor) -> NDArray[np.float32]:

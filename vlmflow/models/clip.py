@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from transformers.initialization import no_init_weights
 
 from vlmflow.config import Dtype, ModelConfig
+from vlmflow.device_errors import is_device_broken, is_out_of_memory
 from vlmflow.errors import WeightsError
 from vlmflow.models.attention import growing
 from vlmflow.models.clip_packed import can_pack, pack_image_tower, take_pixels, takes_pixels
@@ -134,25 +135,15 @@ def build(
     name = f"local-dir:{folder}" if has_config else str(architecture)
     # Norms in float32: with "pure_bf16" scores of the starter moved by up to 0.0098, and by 0.0079 so (bar 0.01).
     precision = "bf16" if dtype == torch.bfloat16 else "fp32"
-    # open_clip's own loading may pick a pickle beside the safetensors, so the weights are loaded here.
-    previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # "initialized randomly"
-    try:
-        # Random numbers for weights that are all loaded below would take seconds.
-        with no_init_weights():
-            model: torch.nn.Module = open_clip.create_model(
-                name, load_weights=False, pretrained_text=False, precision=precision, device=device
-            )
-    finally:
-        logging.disable(previous)
+    model = _create(folder, name, precision, device)
     is_packed = packed_for is not None and can_pack(model)
     if is_packed:
         model.float()  # so that what is packed is rounded once
     (weights,) = find_weights(folder, "open_clip")
     try:
         keys = load_checkpoint(model, str(weights), strict=False)
-    # RuntimeError: shapes that differ; StopIteration: there is no tensor
-    except (RuntimeError, SafetensorError, StopIteration) as error:
+    # RuntimeError: shapes that differ; StopIteration: there is no tensor; AttributeError: a bias that nothing takes
+    except (AttributeError, RuntimeError, SafetensorError, StopIteration) as error:
         reason = " ".join(str(error).split())[:200] or "it holds no tensors"
         raise WeightsError(
             f"weights: {weights} does not fit its architecture: {reason}",
@@ -165,6 +156,29 @@ def build(
         if dtype != torch.float32:
             convert_weights_to_lp(model, dtype)
     return model.eval().requires_grad_(False)
+
+
+def _create(folder: Path, name: str, precision: str, device: str) -> torch.nn.Module:
+    """The architecture; open_clip's own loading may pick a pickle beside the safetensors, and is left out."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # "initialized randomly"
+    try:
+        # Random numbers for weights that are all loaded below would take seconds.
+        with no_init_weights():
+            model: torch.nn.Module = open_clip.create_model(
+                name, load_weights=False, pretrained_text=False, precision=precision, device=device
+            )
+    except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if is_out_of_memory(error) or is_device_broken(error):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise WeightsError(
+            f"weights: open_clip cannot build the model that {folder} describes: {reason}",
+            remedy="Copy open_clip_config.json again from where the model was published.",
+        ) from error
+    finally:
+        logging.disable(previous)
+    return model
 
 
 def _refuse_remote_parts(folder: Path, architecture: dict[str, Any]) -> None:

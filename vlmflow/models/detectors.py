@@ -137,7 +137,10 @@ def load_detector(setup: DetectorSetup, device: str) -> PixelDetector:
 def _classes(path: Path, detector: Detector) -> tuple[str, ...]:
     """The names of a classifier's classes, which must be such that they can be told apart."""
     values = read_json(path)
-    names = tuple(section_of(values, "id2label", path).values())
+    of_timm, ours = values.get("label_names"), section_of(values, "id2label", path).values()
+    names = tuple(str(name) for name in (of_timm if isinstance(of_timm, list) else ours))
+    if not names and "pretrained_cfg" not in values:  # two classes by the names that transformers gives are not saved
+        names = tuple(f"LABEL_{number}" for number in range(values.get("num_labels") or 2))
     if len(names) == 1 and values.get("problem_type") != "multi_label_classification":
         raise DetectorError(
             f"detector {detector.name}: {path} has one class, whose softmax is 1 for every image",
@@ -151,5 +154,11 @@ def _check_outputs(detector: Detector, there: tuple[str, ...]) -> None:
     if unknown:
         raise DetectorError(
             f"detector {detector.name} has no output {', '.join(unknown)}",
-            remedy=f"Name one of {', '.join(there[:20])}.",
+            remedy=f"Name one of {', '.join(there[:20])}." if there else "Name its classes in id2label of config.json.",
+        )
+    doubled = [name for name in detector.outputs if there.count(name) > 1]
+    if doubled:
+        raise DetectorError(
+            f"detector {detector.name} has several outputs called {', '.join(doubled)}: each one's score is but a part",
+            remedy="Give each class a name of its own in config.json (id2label or label_names), and the policy those.",
         )

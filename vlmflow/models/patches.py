@@ -68,8 +68,9 @@ class PixelPatches:
 
 
 def _squares(images: torch.Tensor, size: int) -> torch.Tensor:
-    """(N, 3, S, S) -> (N, S / size, S / size, 3, size, size)."""
+    """(N, 3, S, S) -> (N, S / size, S / size, 3, size, size); what is left at the edges goes, as in a convolution."""
     count = images.shape[-1] // size
+    images = images[..., : count * size, : count * size]
     return images.reshape(len(images), -1, count, size, count, size).permute(0, 2, 4, 1, 3, 5)
 
 

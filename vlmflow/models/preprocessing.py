@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, Literal, assert_never, cast
 from vlmflow.config import ModelConfig
 from vlmflow.errors import WeightsError
 from vlmflow.families import Family, family_of
-from vlmflow.models.processors import CLIP_MEAN, CLIP_STD, with_defaults
+from vlmflow.models.processors import CLIP_MEAN, CLIP_STD, values_of_timm, with_defaults
 from vlmflow.models.weights import read_json, read_open_clip_model, section_of
 
 Interpolation = Literal["bicubic", "bilinear"]
@@ -52,6 +53,11 @@ def read_preprocessing(folder: Path, config: ModelConfig) -> Preprocessing:
             f"weights: {folder} asks for channels in the order blue, green, red, which is for classifiers alone",
             remedy="Set do_flip_channel_order to false.",
         )
+    if not all(0 < number < math.inf for number in preprocessing.std):
+        raise WeightsError(
+            f"weights: {folder} divides the channels by {preprocessing.std}, which gives no numbers",
+            remedy="Write the standard deviations that the model was trained with.",
+        )
     return preprocessing
 
 
@@ -68,6 +74,8 @@ def _read(folder: Path, config: ModelConfig) -> Preprocessing:
             return _read_blip(folder)
         case "processor":
             return _read_processor(folder, family)
+        case "classifier":
+            return _read_classifier(folder, family)
         case _:
             assert_never(family.reader)
 
@@ -103,8 +111,8 @@ def _pretrained_preprocessing(architecture: str) -> dict[str, Any]:
 
 
 def _read_blip(folder: Path) -> Preprocessing:
-    path = folder / "preprocessor_config.json"
-    values, config = with_defaults(read_json(path), "BlipImageProcessor", path), folder / "config.json"
+    values, path = _processor_values(folder)
+    values, config = with_defaults(values, "BlipImageProcessor", path), folder / "config.json"
     image_size = section_of(read_json(config), "vision_config", config).get("image_size", 384)
     size = values["size"]
     side = _square([size.get("height"), size.get("width")] if isinstance(size, dict) else size, path)
@@ -129,6 +137,15 @@ def _read_processor(folder: Path, family: Family) -> Preprocessing:
     return preprocessing
 
 
+def _read_classifier(folder: Path, family: Family) -> Preprocessing:
+    """As others; of timm's models, which have no file of a processor, as in transformers by their configuration."""
+    path = folder / "config.json"
+    pretrained = section_of(read_json(path), "pretrained_cfg", path) if path.is_file() else {}
+    if not pretrained:
+        return _read_processor(folder, family)
+    return _squashed(with_defaults(values_of_timm(pretrained), family.processor, path), path)
+
+
 def _read_align(folder: Path) -> Preprocessing:
     """That of ALIGN: the side of its crop; [0, 255] becomes [-1, 1] by an offset, which is a mean and std of 0.5.
 
@@ -149,11 +166,12 @@ def _read_align(folder: Path) -> Preprocessing:
 
 
 def _processor_values(folder: Path) -> tuple[dict[str, Any], Path]:
+    """The image processor's values, and their file: of two that hold some, the one that transformers reads."""
+    path = folder / "processor_config.json"  # newer checkpoints keep them there, with the rest of the processor's
+    if path.is_file() and (values := section_of(read_json(path), "image_processor", path)):
+        return values, path
     path = folder / "preprocessor_config.json"
-    if not path.is_file():  # newer checkpoints keep it with the rest of the processor's
-        path = folder / "processor_config.json"
-    values = read_json(path)
-    return section_of(values, "image_processor", path) or values, path
+    return read_json(path), path
 
 
 def _check_size(folder: Path, section: str, side: int) -> None:
@@ -191,7 +209,8 @@ def _prompted_side(folder: Path) -> int:
 
 
 def _plain(values: dict[str, Any], side: int, path: Path) -> Preprocessing:
-    interpolation = _PILLOW_FILTERS.get(values["resample"])
+    resample = values["resample"]
+    interpolation = _PILLOW_FILTERS.get(resample) if isinstance(resample, int) else None
     rescale = _rescale_factor(values, path)
     plain = values["do_resize"] and values["do_rescale"] and not values["rescale_offset"] and not values["include_top"]
     if interpolation is None or abs(rescale * 255 - 1) > 1e-6 or not plain:
@@ -206,7 +225,7 @@ def _plain(values: dict[str, Any], side: int, path: Path) -> Preprocessing:
 
 def _square(size: object, path: Path) -> int:
     sides = list(size) if isinstance(size, Sequence) else [size, size]
-    if len(sides) == 2 and sides[0] == sides[1] and isinstance(sides[0], int):
+    if len(sides) == 2 and sides[0] == sides[1] and isinstance(sides[0], int) and sides[0] > 0:
         return sides[0]
     raise WeightsError(f"weights: {path}: image size {size} is no square", remedy="Use a model of square images.")
 

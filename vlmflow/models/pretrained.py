@@ -156,10 +156,15 @@ def check_untied(folder: Path, model: Any) -> None:
 def tokenize(tokenizer: Any, texts: Sequence[str], max_tokens: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Texts as a padded batch; longer ones are cut.
 
+    Padding stands behind the texts, whatever the tokenizer's file says: models read a text's first token and count its
+    places from there, and padding before it would make of a text what its neighbours' lengths say.
+
     Returns:
         (N, T) int64 token ids, and the same shape with 1 where there is a token and 0 where there is padding.
     """
-    batch = tokenizer(list(texts), padding=True, truncation=True, max_length=max_tokens, return_tensors="pt")
+    batch = tokenizer(
+        list(texts), padding=True, padding_side="right", truncation=True, max_length=max_tokens, return_tensors="pt"
+    )
     return batch["input_ids"].to(device), batch["attention_mask"].to(device)
 
 

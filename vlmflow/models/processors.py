@@ -88,6 +88,21 @@ def with_defaults(values: dict[str, Any], default_class: str | None, path: Path)
     return whole
 
 
+def values_of_timm(pretrained: dict[str, Any]) -> dict[str, Any]:
+    """What timm's own configuration says of an image, in the words of transformers.
+
+    Args:
+        pretrained: ``pretrained_cfg`` of its config.json; what it leaves out is as in timm.
+    """
+    size, name = pretrained.get("input_size") or (3, 224, 224), str(pretrained.get("interpolation") or "bicubic")
+    return {
+        "size": size[1:] if isinstance(size, list | tuple) else size,
+        "resample": {"bilinear": 2, "bicubic": 3}.get(name, name),
+        "image_mean": pretrained.get("mean") or _IMAGENET["image_mean"],
+        "image_std": pretrained.get("std") or _IMAGENET["image_std"],
+    }
+
+
 def _class_of(values: dict[str, Any]) -> str | None:
     """The class that a file names; older files name it otherwise, newer ones with what it computes with."""
     found = values.get("image_processor_type") or values.get("feature_extractor_type")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -10,6 +11,8 @@ from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from vlmflow.config import ModelConfig
 from vlmflow.errors import WeightsError
@@ -169,9 +172,11 @@ def read_open_clip_model(folder: Path, architecture: str | None) -> dict[str, An
     path = folder / "open_clip_config.json"
     if path.is_file():
         model = read_json(path).get("model_cfg")
-        if not isinstance(model, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= model.keys():
+        parts = [model.get(name) for name in ("vision_cfg", "text_cfg")] if isinstance(model, dict) else [None]
+        if not isinstance(model, dict) or "embed_dim" not in model or not all(isinstance(part, dict) for part in parts):
             raise WeightsError(f"weights: {path} has no whole model_cfg", remedy="Copy open_clip's own file.")
         return model
+    _refuse_other_format(folder)
     if architecture is None:
         raise WeightsError(
             f"weights: no {path.name} in {folder}", remedy="Put it there, or set `architecture` to open_clip's name."
@@ -186,6 +191,20 @@ def read_open_clip_model(folder: Path, architecture: str | None) -> dict[str, An
             remedy="See open_clip.list_models(), or put an open_clip_config.json into the folder.",
         )
     return read_json(known)
+
+
+def _refuse_other_format(folder: Path) -> None:
+    """A CLIP is often at hand as transformers saves it, and no file that could be put there makes it open_clip's."""
+    names: list[str] = []
+    for path in find_weights(folder, "open_clip"):
+        with contextlib.suppress(SafetensorError), safe_open(path, "np") as tensors:  # what is damaged fails later
+            names.extend(tensors.keys())
+    if any(name.startswith("vision_model.") for name in names):
+        raise WeightsError(
+            f"weights: {folder} holds a model as transformers saves it, which open_clip does not read",
+            remedy="Use the repository with the same weights in open_clip's format: for openai/clip-vit-base-patch32 "
+            "timm/vit_base_patch32_clip_224.openai, for google/siglip-base-patch16-224 timm/ViT-B-16-SigLIP.",
+        )
 
 
 def check_keys(folder: Path, missing: Iterable[str], unexpected: Iterable[str]) -> None:

@@ -20,15 +20,13 @@ from transformers import (
     LlavaProcessor,
     ShieldGemma2ForImageClassification,
     ShieldGemma2Processor,
-    ViTConfig,
     ViTForImageClassification,
     ViTImageProcessor,
 )
 
 from tests.catalog_samples import open_catalog
 from tests.families import make_gemma
-from tests.models import make_classifier, make_judge, random_pixels, write_json
-from tests.unit.models.test_models_weights import edit_json
+from tests.models import make_classifier, make_judge, write_json
 from vlmflow.config import CatalogConfig, Job, SourceConfig
 from vlmflow.engine.archive import archive_policy
 from vlmflow.errors import DetectorError, ExplainError, WeightsError
@@ -162,30 +160,6 @@ def test_a_pickled_classifier_is_refused(classifier: Path, tmp_path: Path) -> No
         prepare_detectors(policy(family="image_classification", path=str(tmp_path), outputs=outputs), ("squash",))
 
 
-def test_names_of_classes_that_are_a_list_are_refused(tmp_path: Path) -> None:
-    edit_json(make_classifier(tmp_path) / "config.json", {"id2label": ["drawings", "hentai", "neutral"]})
-    given = policy(family="image_classification", path=str(tmp_path), outputs={"hentai": output()})
-    with pytest.raises(WeightsError, match="id2label is no JSON object"):
-        prepare_detectors(given, ("squash",))
-
-
-def test_a_single_class_is_a_sigmoid_or_refused(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
-    config = ViTConfig(image_size=32, patch_size=8, id2label={0: "nsfw"}, label2id={"nsfw": 0}, **sizes)
-    ViTForImageClassification(config).save_pretrained(tmp_path)
-    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
-    given = policy(family="image_classification", path=str(tmp_path), outputs={"nsfw": output()})
-    with pytest.raises(DetectorError, match="has one class, whose softmax is 1") as caught:
-        prepare_detectors(given, ("squash",))
-    assert "multi_label_classification" in caught.value.remedy
-    edit_json(tmp_path / "config.json", {"problem_type": "multi_label_classification"})
-    (setup,) = prepare_detectors(given, ("squash",))
-    scores = load_detector(setup, "cpu").score(random_pixels(3))
-    assert len(set(scores[:, 0].tolist())) == 3
-    assert ((scores > 0) & (scores < 1)).all()
-
-
 @pytest.mark.parametrize("name", ["drawings", "neutral"])
 def test_a_map_is_of_the_output_whose_score_the_label_has(
     name: str, classifier: Path, photographs: list[Image.Image], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -274,7 +248,8 @@ def test_what_the_processor_of_a_judge_does_is_read_and_is_part_of_its_identity(
     (worded,) = prepare_detectors(given, ("squash",))
     assert worded.fingerprint != before.fingerprint
     # Qwen's processors count the pixels of an image there, not those of its side.
-    write_json(folder / "preprocessor_config.json", {"size": {"shortest_edge": 65_536, "longest_edge": 16_777_216}})
+    size = {"shortest_edge": 65_536, "longest_edge": 16_777_216}
+    write_json(folder / "processor_config.json", {"image_processor": {"size": size}})
     (counted,) = prepare_detectors(given, ("squash",))
     assert counted.request.size == 768
     assert counted.fingerprint != worded.fingerprint

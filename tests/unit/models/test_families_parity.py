@@ -7,6 +7,7 @@ squares of the model's size, because others are squashed here where some process
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from transformers import (
 
 from tests.families import make_align, make_blip2_captioner, make_blip2_matcher, make_flava, make_git
 from tests.models import WORDS, as_images, random_pixels
+from tests.unit.models.test_models_weights import edit_json
 from vlmflow.config import ModelConfig
 from vlmflow.models import EncodedImages, load_captioner, load_embedder, load_matcher
 from vlmflow.models.towers import VisionTowers
@@ -272,6 +274,23 @@ def test_texts_and_images_pair_up(folders: dict[str, Path], family: str, name: s
             np.testing.assert_allclose(part, scores[[3, 1]], atol=1e-5)
             assert match(images, ["red car " * 500] * 4) is not None  # longer than the model reads: cut
     assert len(EncodedImages(images.embeds[:0])) == 0
+
+
+@pytest.mark.parametrize(("family", "name"), [("blip2_itm", "itm"), ("flava", "flava"), ("align", "align")])
+def test_a_text_scores_as_it_does_alone_where_its_tokenizer_pads_on_the_left(
+    folders: dict[str, Path], family: str, name: str, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(folders[name], tmp_path / name)
+    edit_json(folder / "tokenizer_config.json", {"padding_side": "left"})
+    assert AutoTokenizer.from_pretrained(folder).padding_side == "left"
+    matcher = load_matcher(config_of(family, folder), "cpu")
+    images = matcher.encode_images(random_pixels(len(TEXTS)))
+    for match in (matcher.match_itm, matcher.match_itc):
+        scores = match(images, TEXTS)
+        if scores is not None:
+            alone = [match(images.take([row]), [text]) for row, text in enumerate(TEXTS)]
+            np.testing.assert_allclose(scores, np.ravel(alone), atol=1e-5)
+            assert np.ptp(scores) > 0.1
 
 
 @pytest.mark.parametrize(("family", "name"), [("flava", "flava"), ("flava", "headless"), ("align", "align")])

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import CLIPConfig, CLIPModel
 
 from tests.models import (
     make_blip_vqa,
@@ -256,6 +257,37 @@ def test_towers_that_open_clip_would_download_are_refused(clip: Path, change: di
 def test_a_hub_repository_needs_a_commit_hash(revision: str | None) -> None:
     with pytest.raises(WeightsError, match="is no commit hash"):
         locate(ModelConfig(family="open_clip", repo="laion/some", revision=revision))
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("text_cfg", {"context_length": [3]}, "open_clip cannot build the model that .* describes: TypeError"),
+        ("vision_cfg", {"timm_pool": "middle"}, "open_clip cannot build the model that .* describes: AssertionError"),
+        ("vision_cfg", {"timm_model_name": "vit_of_nobody"}, "describes: RuntimeError: Unknown model"),
+        (None, {"init_logit_bias": None}, "does not fit its architecture"),
+        (None, {"text_cfg": "x"}, "has no whole model_cfg"),
+    ],
+)
+def test_a_configuration_that_open_clip_cannot_build_is_told(
+    tmp_path: Path, part: str | None, change: dict[str, Any], message: str
+) -> None:
+    path = make_clip(tmp_path, siglip=True) / "open_clip_config.json"
+    content = json.loads(path.read_text())
+    (content["model_cfg"] if part is None else content["model_cfg"][part]).update(change)
+    path.write_text(json.dumps(content))
+    with pytest.raises(WeightsError, match=message):
+        load_embedder(clip_config(tmp_path), "cpu")
+
+
+@pytest.mark.parametrize("architecture", [None, "ViT-B-32-quickgelu"])
+def test_a_clip_of_transformers_is_told_from_one_of_open_clip(tmp_path: Path, architecture: str | None) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    CLIPModel(CLIPConfig(text_config=sizes, vision_config=sizes)).save_pretrained(tmp_path)
+    config = ModelConfig(family="open_clip", path=str(tmp_path), architecture=architecture)
+    with pytest.raises(WeightsError, match="as transformers saves it, which open_clip does not read") as caught:
+        pixel_request("embed", config, ("squash",))
+    assert "timm/vit_base_patch32_clip_224.openai" in caught.value.remedy
 
 
 def test_an_architecture_stands_in_for_the_configuration_file(clip: Path) -> None:

@@ -138,7 +138,7 @@ def test_it_captions_and_is_given_the_job_s_own_words(write: Callable[[str], str
         ({"code_version=1": "companion_names=('a/b',)"}, "raises ValueError: file 'a/b'"),
         ({"code_version=1": "weight_names='model.onnx'"}, "raises ValueError: weight_names and companion_names"),
         ({"code_version=1": "weight_names=()"}, "raises ValueError: weight_names and companion_names"),
-        ({"code_version=1": "reader='mine'"}, "raises ValueError: reader 'mine': one of processor, open_clip,"),
+        ({"code_version=1": "reader='mine'"}, "raises ValueError: reader 'mine': one of processor, classifier,"),
         ({"import Family": "import Family\nraise SystemExit(3)"}, "raises SystemExit: 3"),
         ({"import Family": "import Family\nimport no_such_package"}, "ModuleNotFoundError: No module named 'no_such"),
     ],

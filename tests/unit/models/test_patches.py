@@ -33,7 +33,7 @@ def pixels() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("patch", [14, 6])  # 588 values of a patch, which are padded, and 108, which are as well
+@pytest.mark.parametrize("patch", [14, 6, 8])  # 588 values of a patch and 108, which are padded; 8 leaves two pixels
 def test_pixels_as_they_are_give_what_normalised_ones_do(patch: int, bias: bool, pixels: torch.Tensor) -> None:
     conv = convolution(patch, bias=bias)
     normalize = PixelNormalizer(PREPROCESSING, "cpu", torch.float32)

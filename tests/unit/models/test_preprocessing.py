@@ -71,6 +71,23 @@ def test_a_classifier_is_shown_what_transformers_shows_it(tmp_path: Path, values
     np.testing.assert_allclose(found.numpy(), expected.numpy(), atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["image_classification", "blip_itm", "vilt", "flava"])
+def test_a_processor_saved_whole_is_read_from_the_file_that_transformers_reads(tmp_path: Path, family: str) -> None:
+    """Saved with its tokenizer, an image processor lies in `processor_config.json`, beside an older file perhaps."""
+    sections = {name: {"image_size": IMAGE_SIZE} for name in ("vision_config", "image_config")}
+    write_json(tmp_path / "config.json", sections)
+    write_json(tmp_path / "processor_config.json", {"processor_class": "BlipProcessor", "image_processor": WHOLE})
+    config = ModelConfig(family=family, path=str(tmp_path))
+    alone = read_preprocessing(tmp_path, config)
+    assert (alone.size, alone.mean) == (IMAGE_SIZE, tuple(WHOLE["image_mean"]))
+    assert read(tmp_path, WHOLE | {"image_mean": [0.5] * 3}, family) == alone
+    assert alone.mean == tuple(AutoImageProcessor.from_pretrained(tmp_path).image_mean)
+
+    write_json(tmp_path / "processor_config.json", {"processor_class": "BlipProcessor", "image_seq_length": 4})
+    of_older = read_preprocessing(tmp_path, config)
+    assert of_older.mean == (0.5, 0.5, 0.5) == tuple(AutoImageProcessor.from_pretrained(tmp_path).image_mean)
+
+
 def test_defaults_are_those_of_transformers() -> None:
     for name, defaults in DEFAULTS.items():
         processor = getattr(transformers, name)()
@@ -122,6 +139,21 @@ def test_more_than_mean_and_std_is_refused(tmp_path: Path, change: dict[str, Any
     with pytest.raises(WeightsError, match="asks for preprocessing other than") as caught:
         read(tmp_path, WHOLE | change)
     assert "include_top false" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"resample": [3]}, "asks for preprocessing other than"),
+        ({"size": 0}, "image size 0 is no square"),
+        ({"size": {"height": -8, "width": -8}}, "is no square"),
+        ({"image_std": [0.2, 0.0, 0.2]}, "divides the channels by"),
+        ({"image_std": float("nan")}, "divides the channels by"),
+    ],
+)
+def test_values_that_mean_nothing_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(WeightsError, match=message):
+        read(tmp_path, WHOLE | change)
 
 
 def test_processors_that_do_more_than_their_files_say_are_refused(tmp_path: Path) -> None:

@@ -73,6 +73,8 @@ def _parser(flow: Flow[..., Any]) -> argparse.ArgumentParser:
             text += ' As JSON, such as \'{"uri": "golden/", "accepted": "accepted.json"}\'.'
         if kind == "array":
             text += " Separated by commas."
+        if (default := about.get("default")) is not None:
+            text += f" Default: {default:g}." if isinstance(default, int | float) else f" Default: {default}."
         parser.add_argument(option, dest=name, required=is_required, type=parse, metavar=kind.upper(), help=text)
     return parser
 

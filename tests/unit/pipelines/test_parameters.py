@@ -117,6 +117,8 @@ def test_help_names_every_option_and_its_meaning(flow: Flow[..., Any], capsys: p
     for name, about, _ in fields(flow.parameters.model_dump()):
         assert f"--{name.replace('_', '-')}" in shown
         assert " ".join(about["description"].split()[:3]) in shown
+        if about.get("type") in ("integer", "number"):
+            assert f"Default: {about['default']:g}." in shown
     assert "Args:" not in shown
     assert f"python -m pipelines.{flow.fn.__module__.rpartition('.')[2]}" in shown
 

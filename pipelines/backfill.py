@@ -122,7 +122,8 @@ def moderation_backfill(
 
     Args:
         job_file: The job (YAML) of the catalog: its profile and its storage count, its source is not read.
-        policy: The policy to go to: a YAML file where the flow runs, or the name of one that ships.
+        policy: The policy to go to: a YAML file where the flow runs, or the name of one that ships. Default: the
+            job's, if it names one.
         rollback: Instead of a policy: digest, or its beginning, of the one to leave. Its rows go back to the policy
             that each had before; nothing else is undone.
         start: First ingest date. Default: the first there is.

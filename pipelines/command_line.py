@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,11 @@ from typing import Any, NoReturn, cast
 import httpx
 from prefect import Flow, State, tags
 from prefect.exceptions import ParameterTypeError
-from prefect.settings import PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS, temporary_settings
+from prefect.settings import (
+    PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS,
+    get_current_settings,
+    temporary_settings,
+)
 
 from vlmflow.errors import ConfigError, VlmflowError
 
@@ -30,6 +35,7 @@ def main(flow: Flow[..., Any], arguments: Sequence[str] | None = None) -> None:
         checked = _checked(flow, given)
         patience = {PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: _SERVER_START_S}
         with temporary_settings(set_defaults=patience), tags("vlmflow", _module(flow)):
+            _start_server()
             state: State[Any] = cast(Any, flow)(**checked, return_state=True)
         ended = None if state.is_completed() else state.result(raise_on_failure=False)
     except VlmflowError as error:
@@ -43,6 +49,24 @@ def main(flow: Flow[..., Any], arguments: Sequence[str] | None = None) -> None:
     if ended is not None:
         _leave(flow, state.message or state.name or "failed", 1)
     print(f"{flow.name}: {state.message}")
+
+
+def _start_server() -> None:
+    """Starts the temporary server, if there is to be one, out of reach of Ctrl-C.
+
+    A terminal sends that to it too, and Prefect would ask a server that is gone for minutes before the flow ends.
+    Blocked signals stay blocked in what a process starts; it is ended by another.
+    """
+    settings = get_current_settings()
+    if settings.api.url or not settings.server.ephemeral.enabled:
+        return
+    from prefect.server.api.server import SubprocessASGIServer  # takes seconds to import
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        SubprocessASGIServer().start(timeout=settings.server.ephemeral.startup_timeout_seconds)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _leave(flow: Flow[..., Any], message: str, code: int) -> NoReturn:
@@ -73,6 +97,8 @@ def _parser(flow: Flow[..., Any]) -> argparse.ArgumentParser:
             text += ' As JSON, such as \'{"uri": "golden/", "accepted": "accepted.json"}\'.'
         if kind == "array":
             text += " Separated by commas."
+        if (default := about.get("default")) is not None:
+            text += f" Default: {default:g}." if isinstance(default, int | float) else f" Default: {default}."
         parser.add_argument(option, dest=name, required=is_required, type=parse, metavar=kind.upper(), help=text)
     return parser
 

@@ -103,7 +103,7 @@ def nightly_enrichment(
         report_folder: Folder or prefix for the reports of this catalog and of no other, for older ones are removed.
             Default: beside the catalog, with "-reports" at its end.
         report_url: Where people reach that folder in a browser; makes the report a link.
-        keep_reports: Older reports are removed: their thumbnails outlive an erasure.
+        keep_reports: So many stay; older ones are removed: their thumbnails outlive an erasure.
         max_flagged_jump: How much the share of flagged images may exceed the median of the last seven runs over the
             source, under the same policy, before someone is told.
         notify: A notification block, as type/name, such as slack-webhook/moderation, for failures and alerts.

@@ -134,9 +134,10 @@ def print_duplicates(report: DuplicateReport, console: Console) -> None:
         console.print(table)
     if len(report.groups) > _MAX_SHOWN_GROUPS:
         console.print(f"and {len(report.groups) - _MAX_SHOWN_GROUPS:,} more groups: --csv or --json has all")
+    semantic = "" if report.threshold is None else f"; semantic ones from a cosine of {report.threshold:g}"
     console.print(
-        f"{report.num_duplicates:,} of {report.num_images:,} images are duplicates, in {len(report.groups):,} groups; "
-        f"semantic ones from a cosine of {report.threshold:g}"
+        f"{report.num_duplicates:,} of {report.num_images:,} images are duplicates, in {len(report.groups):,} groups"
+        + semantic
     )
     if report.num_without_vectors:
         console.print(f"{report.num_without_vectors:,} images have no embedding and were compared by content alone")

@@ -29,7 +29,7 @@ SourceArgument = Annotated[
     ),
 ]
 CatalogArgument = Annotated[
-    str | None, typer.Argument(help="The catalog to write: a folder or a prefix. May stand in --config instead.")
+    str | None, typer.Argument(help="The catalog: a folder or a prefix. May stand in --config instead.")
 ]
 CatalogOnly = Annotated[str, typer.Argument(help="The catalog: a folder or a prefix.")]
 ConfigOption = Annotated[

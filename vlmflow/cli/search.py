@@ -115,7 +115,8 @@ def duplicates(
         typer.Option("--kind", help="exact (equal bytes), perceptual (look) or semantic. Default: all."),
     ] = None,
     threshold: Annotated[
-        float | None, typer.Option("--threshold", help="Least cosine with the representative of a semantic group.")
+        float | None,
+        typer.Option("--threshold", help="Least cosine with the representative of a semantic group. Default: 0.95."),
     ] = None,
     where: WhereOption = None,
     csv: CsvOption = None,
@@ -136,6 +137,11 @@ def duplicates(
     for name in kind or ():
         if name not in known:
             raise ConfigError(f"--kind {name}", remedy=f"Use {' or '.join(known)}.")
+    if threshold is not None and kind and "semantic" not in kind:
+        raise ConfigError(
+            f"--threshold {threshold:g} is of semantic groups, and --kind asks for none",
+            remedy="Leave it out, or give --kind semantic too.",
+        )
     report = find_duplicates(
         catalog_config(catalog, endpoint),
         kinds=[known[name] for name in kind or known],

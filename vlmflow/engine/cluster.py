@@ -363,8 +363,9 @@ MORE_SHARED_MEMORY = (
     "object store less (ray.object_store_bytes; of nodes `ray start --object-store-memory`)."
 )
 _EMBEDDED = (
-    "See that the machine has memory to spare, and that there is room for Ray's temporary files in a folder that can "
-    "be written to: RAY_TMPDIR, else /tmp. Its logs are there, in ray/session_latest/logs."
+    "See that the machine has memory to spare and is not busy with other work, for Ray waits half a minute, and that "
+    "there is room for Ray's temporary files in a folder that can be written to: RAY_TMPDIR, else /tmp. Its logs are "
+    "there, in ray/session_latest/logs."
 )
 _AT_ADDRESS = (
     "Check the address; `vlmflow doctor` tests it. A cluster that asks for Ray's token, as one of `ray start` often "

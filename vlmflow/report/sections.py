@@ -143,10 +143,14 @@ def duplicates_section(facts: Facts, cards: Cards, report: DuplicateReport | Non
         title = heading(f"Group {place}: {len(group.members):,} images, {kind}")
         blocks.append(Html(title + cards.cards(found)))
     shown, _ = within(blocks, _SECTION_BYTES)
+    alike = (
+        ""  # only equal bytes were looked for
+        if report.threshold is None
+        else f"; images count as alike from a cosine of {report.threshold:g} with the first of their group"
+    )
     count = (
         f"{report.num_duplicates:,} of {report.num_images:,} images repeat another one, in "
-        f"{len(report.groups):,} groups; images count as alike from a cosine of "
-        f"{report.threshold:g} with the first of their group."
+        f"{len(report.groups):,} groups{alike}."
     )
     some = f"Of each group at most {MAX_MEMBERS} images are shown. <code>vlmflow duplicates</code> lists all."
     return section(

@@ -81,7 +81,7 @@ class DuplicateReport(Frozen):
 
     catalog: str
     images_version: int
-    threshold: float
+    threshold: float | None  # of semantic groups; None: these were not asked for
     num_images: int  # that were compared
     num_duplicates: int  # members beside the representatives
     num_without_vectors: int = 0  # of the images compared: they have no part in semantic groups
@@ -143,7 +143,7 @@ def find_duplicates(
     return DuplicateReport(
         catalog=catalog.uri,
         images_version=live.version,
-        threshold=threshold,
+        threshold=threshold if "semantic" in kinds else None,
         num_images=int(wanted.sum()),
         num_duplicates=sum(len(group) - 1 for _, group, _ in found),
         num_without_vectors=num_without,

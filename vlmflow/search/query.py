@@ -19,6 +19,7 @@ from vlmflow.search.live import VIEW
 from vlmflow.tasks.setup import prepare_tasks
 
 _MAX_QUERY_CHARS = 20_000  # far beyond what any text tower looks at
+_OTHER_IMAGE = "Name another: a whole image, in a format that is read."
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,8 @@ def decode_image(image: str | Path | bytes, requests: Sequence[PixelRequest], li
     except ImageError as error:
         if isinstance(image, bytes):
             raise
-        raise ImageError(f"image {image}: {error}", error_class=error.error_class, remedy=error.remedy) from error
+        remedy = error.remedy or _OTHER_IMAGE
+        raise ImageError(f"image {image}: {error}", error_class=error.error_class, remedy=remedy) from error
 
 
 def read_image(image: str | Path | bytes, limits: ImageLimits) -> bytes:

@@ -10,6 +10,7 @@ from tests.report_samples import put_rows
 from vlmflow.cli import main
 from vlmflow.cli.search import query_job
 from vlmflow.config import CatalogConfig
+from vlmflow.search.duplicates import THRESHOLD
 
 WITH_ENDPOINT = [
     ["enrich", "{tmp}", "{tmp}/catalog", "--profile", "starter"],
@@ -82,3 +83,16 @@ def test_an_option_that_an_evaluation_leaves_out_of_account_is_refused(
         main(["evaluate", *command])
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_threshold_of_groups_that_are_not_asked_for_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["duplicates", "catalog", "--kind", "exact", "--threshold", "0.9"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("vlmflow: --threshold 0.9 is of semantic groups")
+
+
+def test_the_default_threshold_is_the_one_that_help_names(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["duplicates", "--help"])
+    assert f"Default: {THRESHOLD:g}." in " ".join(capsys.readouterr().out.replace("│", " ").split())

@@ -80,7 +80,7 @@ def test_a_signal_while_ray_starts_is_the_callers(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     "error", [Exception("The current node timed out during startup.\nLogs"), FileNotFoundError(2, "No such", "/gone")]
 )
-@pytest.mark.parametrize(("address", "words"), [(None, "RAY_TMPDIR"), ("head:6379", "RAY_AUTH_MODE")])
+@pytest.mark.parametrize(("address", "words"), [(None, "busy"), (None, "RAY_TMPDIR"), ("head:6379", "RAY_AUTH_MODE")])
 def test_whatever_keeps_ray_from_starting_is_an_error_of_ours(
     monkeypatch: pytest.MonkeyPatch, error: Exception, address: str | None, words: str
 ) -> None:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
 import pytest
 from prefect import Flow
-from prefect.settings import Settings
+from prefect.server.api.server import SubprocessASGIServer
+from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_EPHEMERAL_ENABLED, Settings, temporary_settings
 from prefect.states import Completed, Failed
 
 import pipelines
@@ -117,6 +121,8 @@ def test_help_names_every_option_and_its_meaning(flow: Flow[..., Any], capsys: p
     for name, about, _ in fields(flow.parameters.model_dump()):
         assert f"--{name.replace('_', '-')}" in shown
         assert " ".join(about["description"].split()[:3]) in shown
+        if about.get("type") in ("integer", "number"):
+            assert f"Default: {about['default']:g}." in shown
     assert "Args:" not in shown
     assert f"python -m pipelines.{flow.fn.__module__.rpartition('.')[2]}" in shown
 
@@ -132,7 +138,26 @@ def ended_with(monkeypatch: pytest.MonkeyPatch, state: Any) -> dict[str, Any]:
         return state
 
     monkeypatch.setattr(Flow, "__call__", call)
+    monkeypatch.setattr(command_line, "_start_server", lambda: None)
     return given
+
+
+@pytest.mark.parametrize("url", [None, "http://127.0.0.1:4200/api"])
+def test_a_temporary_server_outlives_an_interruption_that_the_terminal_sends_to_all(
+    url: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[int] = []
+    interrupted = "import os, signal; signal.signal(signal.SIGINT, signal.SIG_DFL); os.kill(os.getpid(), signal.SIGINT)"
+
+    def start(self: SubprocessASGIServer, timeout: int | None = None) -> None:
+        ended.append(subprocess.run([sys.executable, "-c", interrupted], check=False).returncode)
+
+    monkeypatch.setattr(SubprocessASGIServer, "start", start)
+    here = {PREFECT_SERVER_EPHEMERAL_ENABLED: True} | ({PREFECT_API_URL: url} if url else {})
+    with temporary_settings(here, restore_defaults=set() if url else {PREFECT_API_URL}):
+        command_line._start_server()
+    assert ended == ([0] if url is None else []), "with a server that stays none is started"
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, set()), "the flow itself can be interrupted"
 
 
 def test_options_become_parameters(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -186,6 +211,7 @@ def test_what_ends_it_from_outside_is_one_line(
         raise error
 
     monkeypatch.setattr(Flow, "__call__", call)
+    monkeypatch.setattr(command_line, "_start_server", lambda: None)
     with pytest.raises(SystemExit) as left:
         command_line.main(nightly_enrichment, ["--job-file", "job.yaml"])
     assert left.value.code == code

@@ -26,7 +26,7 @@ def test_without_an_index_large_catalogs_are_compared_by_their_bytes_and_the_pag
     assert "Images alike by embedding were not looked for" in text
     assert "--build-index" in text
     assert "or narrow the images with --where of `vlmflow duplicates`." in text, "this command has no such option"
-    assert "1 of 3 images repeat another one" in text
+    assert "1 of 3 images repeat another one, in 1 groups." in text, "no cosine counted"
 
 
 def test_where_too_many_images_are_alike_the_page_says_what_command_narrows_them(

@@ -42,5 +42,6 @@ def test_a_file_that_is_no_image_is_named(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match=r"image .*notes\.jpg: the content is not that of an image") as refused:
         decode_image(path, (), ImageLimits())
     assert refused.value.error_class == RowErrorClass.NOT_AN_IMAGE
+    assert refused.value.remedy
     with pytest.raises(ImageError, match=r"^the content"):
         decode_image(path.read_bytes(), (), ImageLimits())

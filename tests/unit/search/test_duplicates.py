@@ -42,6 +42,7 @@ def test_equal_bytes_are_one_group_with_the_largest_first(tmp_path: Path) -> Non
     assert report.groups[0].representative.uri == "mem://i00001"
     assert [member.uri for member in report.groups[0].members] == ["mem://i00001", "mem://i00003", "mem://i00000"]
     assert (report.num_images, report.num_duplicates) == (4, 2)
+    assert report.threshold is None, "no semantic groups were asked for"
 
 
 def test_no_chain_of_small_steps_joins_what_is_unlike(tmp_path: Path) -> None:

@@ -148,6 +148,14 @@ def test_kinds_of_duplicates_that_were_left_out_are_said() -> None:
     assert "semantic: too many" in sink.getvalue()
 
 
+@pytest.mark.parametrize(("threshold", "said"), [(0.9, "; semantic ones from a cosine of 0.9"), (None, "")])
+def test_the_cosine_is_told_where_semantic_groups_were_looked_for(threshold: float | None, said: str) -> None:
+    sink = io.StringIO()
+    report = DuplicateReport(catalog="c", images_version=1, threshold=threshold, num_images=2, num_duplicates=0)
+    print_duplicates(report, Console(file=sink, width=100, force_terminal=False))
+    assert sink.getvalue().strip() == f"0 of 2 images are duplicates, in 0 groups{said}"
+
+
 @pytest.mark.parametrize(
     "start", ["=", "+", "-", "@", "\t=", "\r=", "\n=", " =", "|", "%", "＝", "＋", "－", "＠", "\ufeff="]
 )

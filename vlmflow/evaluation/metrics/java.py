@@ -1,8 +1,8 @@
 """METEOR and SPICE by the programs of their authors, which are Java: optional, and used only where they are installed.
 
 METEOR 1.5 (Denkowski and Lavie 2014) comes with ``pip install 'vlmflow[captions]'``; SPICE (Anderson et al. 2016,
-arXiv:1607.08822) does too, but not the CoreNLP 3.6.0 models that it needs, and nothing here downloads any. Each says
-why it cannot run.
+arXiv:1607.08822) does too, but not CoreNLP 3.6.0 and its models, which it needs, and nothing here downloads any. Each
+says why it cannot run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from vlmflow.workspace import Workspace
 
 _METEOR = "meteor/meteor-1.5.jar"
 _SPICE = "spice/spice-1.0.jar"
-_SPICE_MODELS = "spice/lib/stanford-corenlp-3.6.0-models.jar"
+_CORENLP = ("spice/lib/stanford-corenlp-3.6.0.jar", "spice/lib/stanford-corenlp-3.6.0-models.jar")
 _UTF8 = "-Dfile.encoding=UTF-8"
 _SEPARATOR = "|||"
 
@@ -35,7 +35,7 @@ def missing_for_meteor(folder: Path | None = None) -> str | None:
 
 def missing_for_spice(folder: Path | None = None) -> str | None:
     """Why SPICE cannot run here; None: it can."""
-    return _missing("SPICE", (_SPICE, _SPICE_MODELS), folder)
+    return _missing("SPICE", (_SPICE, *_CORENLP), folder)
 
 
 def meteor(candidates: Sequence[str], references: Sequence[Sequence[str]], folder: Path | None = None) -> float:
@@ -113,7 +113,7 @@ def _missing(metric: str, files: Sequence[str], folder: Path | None) -> str | No
     if folder is None and find_spec("pycocoevalcap") is None:
         return f"{metric} needs pip install 'vlmflow[captions]'"
     absent = [name for name in files if not (_jars(folder) / name).is_file()]
-    return f"{metric} needs {absent[0]} in the folder of pycocoevalcap" if absent else None
+    return f"{metric} needs {' and '.join(absent)} in the folder of pycocoevalcap" if absent else None
 
 
 def _jars(folder: Path | None) -> Path:

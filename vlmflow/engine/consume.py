@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
@@ -125,7 +126,8 @@ class FinishedBlocks:
         for executor in self._executors:
             while executor.ident is None and self._thread.is_alive() and time.monotonic() < until:
                 time.sleep(_SOON_S)  # it is just about to be started, and has nothing to end before
-            executor.shutdown(force=False)  # of actors that are killed at a batch Ray prints that they were
+            with contextlib.suppress(Exception):  # of a cluster that goes away at the same time
+                executor.shutdown(force=False)  # of actors that are killed at a batch Ray prints that they were
             if executor.ident is not None:
                 executor.join(_JOIN_S)
 

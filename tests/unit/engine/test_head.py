@@ -9,7 +9,7 @@ from threading import Event
 import pytest
 
 from tests.processes import wait_for
-from vlmflow.engine import faults, head
+from vlmflow.engine import faults, head, room
 from vlmflow.engine.consume import FinishedBlocks
 from vlmflow.errors import ClusterError
 
@@ -56,3 +56,22 @@ def test_who_waits_is_told_that_the_head_is_gone(
     monkeypatch.setattr(faults.ray, "wait", lambda refs, **_: ([], refs))
     with pytest.raises(ClusterError, match="has not answered"):
         faults.get(object())
+
+
+def test_what_ends_then_asks_the_head_for_nothing(
+    address: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An answer would come after the minute at whose end Ray ends the process."""
+    asked: list[str] = []
+    monkeypatch.setattr(room, "_internal_kv_del", asked.append)
+    mine = room.Entry("run", "catalog", "job", 0, ())
+    room._withdraw(mine)
+    assert len(asked) == 1
+    wait_for(lambda: bool(caplog.messages), seconds=20)
+    room._withdraw(mine)
+    assert len(asked) == 1
+    dataset = Silent()
+    with FinishedBlocks(dataset) as finished:  # type: ignore[arg-type]
+        monkeypatch.setattr(finished, "_end", lambda: asked.append("end"))
+    dataset.over.set()
+    assert len(asked) == 1

@@ -28,7 +28,7 @@ from ray.util.client import ray as client
 from vlmflow.config import RayConfig
 from vlmflow.engine.faults import told
 from vlmflow.engine.growth import NodeGroup, node_groups
-from vlmflow.engine.head import watched
+from vlmflow.engine.head import await_head, watched
 from vlmflow.errors import ClusterError, ConfigError
 
 # Ray Data logs every execution plan and every operator at INFO; our own progress says what a user needs.
@@ -200,6 +200,8 @@ class _Connection:
                     if not self._is_callers:
                         undo.callback(ray.shutdown)  # also of what comes about half
                         free = _free_bytes()
+                        if config.address is not None:
+                            _await_head(config.address)
                         _connect(config)
                         self.slow_store = _slow_store(free) if config.address is None else ""
                     _refuse_client()
@@ -300,6 +302,15 @@ def _own_termination() -> Iterator[None]:
     finally:
         if callable(before) and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
+
+
+def _await_head(address: str) -> None:
+    """Of `auto` the address is that which Ray is given for it, if any."""
+    given = os.environ.get("RAY_ADDRESS", address) if address == "auto" else address
+    try:
+        await_head(given)
+    except OSError as error:
+        raise ClusterError(f"Ray at {given} does not answer: {error.strerror or error}", remedy=_AT_ADDRESS) from error
 
 
 def _connect(config: RayConfig) -> None:

@@ -1,9 +1,13 @@
-"""The head of the cluster: where it is gone, Ray ends the process after a minute, without a word or a record."""
+"""The head of the cluster: where none is, Ray tries for minutes; where it goes, it ends the process after one.
+
+Both without a word or a record.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import socket
 import threading
 import time
@@ -14,6 +18,9 @@ from vlmflow.errors import ClusterError
 logger = logging.getLogger("vlmflow")
 
 _POLL_S = 5.0
+# For a head that is just being started.
+_PATIENCE_S, _SOON_S = 20.0, 0.5
+_HOST_AND_PORT = re.compile(r"[^/]+:\d{1,5}")
 # Of the time after which Ray ends the process.
 _PART = 2 / 3
 
@@ -37,6 +44,21 @@ def watched(address: str, patience_s: float) -> Iterator[None]:
     finally:
         _watches.remove(watch)
         watch.stop.set()
+
+
+def await_head(address: str) -> None:
+    """Waits a little for somebody to listen at an address, where it is one of a host and a port.
+
+    Raises:
+        OSError: nobody does.
+    """
+    if not _HOST_AND_PORT.fullmatch(address):
+        return  # Ray finds it itself, or it is refused
+    until = time.monotonic() + _PATIENCE_S
+    while (refusal := _refusal(address)) is not None:
+        if time.monotonic() > until:
+            raise refusal
+        time.sleep(_SOON_S)
 
 
 def is_lost() -> bool:
@@ -76,12 +98,17 @@ class _Watch:
                 return
 
     def _answers(self) -> bool:
-        host, _, port = self._address.rpartition(":")
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=_POLL_S).close()
-        except OSError:
-            return False
-        return True
+        return _refusal(self._address) is None
+
+
+def _refusal(address: str) -> OSError | None:
+    """Why nothing can be asked at an address; None: somebody listens there."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_POLL_S).close()
+    except OSError as error:
+        return error
+    return None
 
 
 _REMEDY = "What was committed stays. See that the head runs, then run the same command again to go on."

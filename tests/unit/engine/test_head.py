@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
-from threading import Event
+from threading import Event, Timer
 
 import pytest
 
-from tests.processes import wait_for
-from vlmflow.engine import faults, head, room
+from tests.processes import free_port, wait_for
+from vlmflow.engine import cluster, faults, head, room
 from vlmflow.engine.consume import FinishedBlocks
 from vlmflow.errors import ClusterError
 
@@ -75,3 +75,25 @@ def test_what_ends_then_asks_the_head_for_nothing(
         monkeypatch.setattr(finished, "_end", lambda: asked.append("end"))
     dataset.over.set()
     assert len(asked) == 1
+
+
+def test_at_an_address_where_nobody_listens_nobody_waits_for_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "_PATIENCE_S", 0.2)
+    address = f"127.0.0.1:{free_port()}"
+    with pytest.raises(ClusterError, match=f"^Ray at {address} does not answer: Connection refused$") as caught:
+        cluster._await_head(address)
+    assert "Check the address" in caught.value.remedy
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ClusterError, match=address):
+        cluster._await_head("auto")
+    monkeypatch.delenv("RAY_ADDRESS")
+    for left_to_ray in ("auto", "ray://127.0.0.1:1", "local"):
+        cluster._await_head(left_to_ray)
+
+
+def test_a_head_that_is_just_being_started_is_waited_for() -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        address = "{}:{}".format(*server.getsockname())
+        Timer(0.3, server.listen).start()
+        cluster._await_head(address)

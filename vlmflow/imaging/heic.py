@@ -83,7 +83,10 @@ def _images_of(data: bytes) -> list[Any]:
     pillow_heif.options.THUMBNAILS = pillow_heif.options.DEPTH_IMAGES = pillow_heif.options.AUX_IMAGES = False
     file = pillow_heif.open_heif(data, convert_hdr_to_8bit=True, remove_stride=False)
     images = list(file)
-    return [images.pop(file.primary_index), *images]
+    main = images.pop(file.primary_index)
+    if not main.info["primary"]:  # of images that it cannot decode the decoder says nothing, and shows another
+        raise ValueError("the main image cannot be decoded")
+    return [main, *images]
 
 
 def _mode_of(image: Any) -> str:

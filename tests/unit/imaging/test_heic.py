@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.heif import SIDE, as_heic, box, grid, heif, phone_photo, same, tile
+from tests.heif import SIDE, as_heic, box, full_box, grid, heif, phone_photo, same, tile
 from tests.images import Array, scene
 from tests.unit.imaging.test_colours import P3, SWAPPED, from_p3, icc, near, numbers
 from vlmflow.config import ImageLimits
@@ -102,6 +102,13 @@ def test_the_main_image_comes_first_wherever_it_stands() -> None:
     data = as_heic(red, blue, primary_index=1)
     assert views(data)["squash"][8, 8].argmax() == 2
     assert inspect(data, LIMITS).num_frames == 2
+
+
+def test_no_other_image_takes_the_place_of_a_main_one_that_cannot_be_decoded() -> None:
+    red, blue = (tile(Image.new("RGB", (SIDE, SIDE), colour)) for colour in ("red", "blue"))
+    unknown = replace(blue, properties=(*blue.properties, full_box(b"rref", b"\1abcd")))
+    for file in (heif([red, unknown], 2), heif([red, blue, grid(2, 1, [2], (2 * SIDE, SIDE))], 3)):
+        assert error_of(file).error_class == RowErrorClass.CORRUPT
 
 
 def test_images_are_decoded_again_and_not_kept() -> None:

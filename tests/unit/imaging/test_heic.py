@@ -170,6 +170,15 @@ def test_tiles_are_counted_as_often_as_they_are_shown() -> None:
     assert "tiles of 2,359,296 pixels together exceed twice the limits.max_pixels of 1,000,000" in str(error)
 
 
+def test_tiles_that_are_hardly_shown_are_not_decoded() -> None:
+    large = tile(scene(0, 512, 512))
+    few, many = (heif([large, grid(side, side, [1] * side**2, (SIDE, SIDE))], 2) for side in (2, 3))
+    assert decode(few, [REQUEST], LIMITS).facts.width == SIDE
+    error = error_of(many)
+    assert error.error_class == RowErrorClass.TOO_MANY_PIXELS
+    assert "tiles hold 2,351,104 pixels more than twice those of the image that they make" in str(error)
+
+
 def test_images_of_other_kinds_are_named() -> None:
     for kind, named in ((b"av01", "av01"), (b"j2k1", "j2k1"), (b"\0\n\xff!", "000aff21")):
         error = error_of(heif([tile(scene(0, SIDE, SIDE), kind=kind)]))

@@ -58,16 +58,17 @@ class Item:
 
 
 @cache
-def coded(image_bytes: bytes, width: int, height: int) -> tuple[bytes, bytes]:
-    """The property ``hvcC`` and the coded bytes of an RGB picture."""
-    data = as_heic(Image.frombytes("RGB", (width, height), image_bytes))
+def coded(image_bytes: bytes, mode: str, width: int, height: int) -> tuple[bytes, bytes]:
+    """The property ``hvcC`` and the coded bytes of a picture."""
+    data = as_heic(Image.frombytes(mode, (width, height), image_bytes))
     configuration = next(box(kind, bytes(content)) for kind, content in properties(data) if kind == b"hvcC")
     return configuration, next(bytes(content) for kind, content in boxes(memoryview(data)) if kind == b"mdat")
 
 
 def tile(image: Image.Image, *, size: tuple[int, int] | None = None, kind: bytes = b"hvc1") -> Item:
     """A coded picture, with the size that it is told to claim."""
-    configuration, content = coded(image.convert("RGB").tobytes(), *image.size)
+    plain = image if image.mode == "L" else image.convert("RGB")
+    configuration, content = coded(plain.tobytes(), plain.mode, *plain.size)
     return Item(kind, content, (configuration, ispe(*size or image.size)))
 
 

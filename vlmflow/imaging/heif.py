@@ -134,6 +134,28 @@ def _num_pixels(items: dict[int, _Item], number: int, counted: dict[int, int], l
     return counted[number]
 
 
+def tiles_of(data: bytes, number: int) -> set[int]:
+    """The numbers of the images of which one is made, and of those of which these are."""
+    found: set[int] = set()
+    for meta in _named(boxes(memoryview(data)), b"meta"):
+        items, wanted = _items(list(boxes(meta[4:])), memoryview(data)), [number]
+        while wanted:
+            new = set(items.get(wanted.pop(), _Item()).parts) - found
+            found |= new
+            wanted += new
+    return found
+
+
+def with_tiles_shown(data: bytes) -> bytes:
+    """A file in which each tile is an image of its own, to be decoded alone."""
+    changed = bytearray(data)
+    for meta in _named(boxes(memoryview(changed)), b"meta"):
+        for listed in _named(boxes(meta[4:]), b"iinf"):
+            for entry in _entries(listed):
+                entry[3] &= 0xFE  # the flag of what is hidden
+    return bytes(changed)
+
+
 def _most_unseen(items: dict[int, _Item]) -> int:
     """Pixels of the tiles of an image beyond those of twice its own size."""
     areas = {number: [width * height for width, height in item.sizes] or [0] for number, item in items.items()}
@@ -191,11 +213,15 @@ def _items(meta: list[Box], data: memoryview) -> dict[int, _Item]:
 
 
 def _kinds(iinf: memoryview) -> Iterator[tuple[int, bytes]]:
-    for infe in _named(boxes(iinf[8 if iinf[0] else 6 :]), b"infe"):
+    for infe in _entries(iinf):
         if infe[0] == 2:
             yield int.from_bytes(infe[4:6], "big"), bytes(infe[8:12])
         elif infe[0] == 3:
             yield int.from_bytes(infe[4:8], "big"), bytes(infe[10:14])
+
+
+def _entries(iinf: memoryview) -> Iterator[memoryview]:
+    return _named(boxes(iinf[8 if iinf[0] else 6 :]), b"infe")
 
 
 def _parts(iref: memoryview) -> Iterator[tuple[int, list[int]]]:

@@ -150,6 +150,24 @@ def test_a_photo_without_its_last_tiles_is_truncated_and_not_shown_with_holes() 
         assert str(error).startswith("the heic file ends before its image does")
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_photo_with_a_damaged_tile_is_not_shown_with_a_hole(mode: str) -> None:
+    photo = tile(scene(0, SIDE, SIDE).convert(mode))
+    for content in (b"", b"\xff" * 20, photo.content[: len(photo.content) // 2]):
+        damaged = replace(photo, content=content)
+        of_tiles = [photo, photo, photo, damaged, grid(2, 2, [1, 2, 3, 4], (2 * SIDE, 2 * SIDE))]
+        turned = replace(of_tiles[-1], properties=(*of_tiles[-1].properties, box(b"irot", b"\1")))
+        for file in (heif(of_tiles, 5), heif([*of_tiles[:-1], turned], 5)):
+            assert error_of(file).error_class == RowErrorClass.CORRUPT
+
+
+def test_a_black_tile_is_no_damaged_one() -> None:
+    photo, black = tile(scene(0, SIDE, SIDE)), tile(Image.new("RGB", (SIDE, SIDE)))
+    found = whole(heif([photo, black, grid(2, 1, [1, 2], (2 * SIDE, SIDE))], 3))
+    assert found[:, SIDE:].max() <= 2
+    assert np.array_equal(found[:, :SIDE], whole(heif([photo])))
+
+
 def test_tiles_that_may_be_left_out_are_not_passed_over() -> None:
     """As the decoder does it with tiles of a kind that it does not know, behind a first one that it knows."""
     photo = tile(scene(0, SIDE, SIDE))

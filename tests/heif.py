@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
@@ -58,16 +58,17 @@ class Item:
 
 
 @cache
-def coded(image_bytes: bytes, width: int, height: int) -> tuple[bytes, bytes]:
-    """The property ``hvcC`` and the coded bytes of an RGB picture."""
-    data = as_heic(Image.frombytes("RGB", (width, height), image_bytes))
+def coded(image_bytes: bytes, mode: str, width: int, height: int) -> tuple[bytes, bytes]:
+    """The property ``hvcC`` and the coded bytes of a picture."""
+    data = as_heic(Image.frombytes(mode, (width, height), image_bytes))
     configuration = next(box(kind, bytes(content)) for kind, content in properties(data) if kind == b"hvcC")
     return configuration, next(bytes(content) for kind, content in boxes(memoryview(data)) if kind == b"mdat")
 
 
 def tile(image: Image.Image, *, size: tuple[int, int] | None = None, kind: bytes = b"hvc1") -> Item:
     """A coded picture, with the size that it is told to claim."""
-    configuration, content = coded(image.convert("RGB").tobytes(), *image.size)
+    plain = image if image.mode == "L" else image.convert("RGB")
+    configuration, content = coded(plain.tobytes(), plain.mode, *plain.size)
     return Item(kind, content, (configuration, ispe(*size or image.size)))
 
 
@@ -89,29 +90,37 @@ def overlay(parts: Sequence[int], size: tuple[int, int]) -> Item:
 
 
 def heif(
-    items: Sequence[Item], primary: int = 1, *, brand: bytes = b"heic", behind: bytes = b"", place: int = 1
+    items: Sequence[Item],
+    primary: int = 1,
+    *,
+    brand: bytes = b"heic",
+    behind: bytes = b"",
+    place: int = 1,
+    other_kinds: Mapping[int, bytes] | None = None,
 ) -> bytes:
     """A file of items, numbered from 1.
 
     Args:
         behind: boxes at the end.
+        other_kinds: by number, which items are listed a second time as.
         place: where what is not coded lies: 0 among what is, 1 in the box ``idat``, 2 in another item.
     """
     file_type = box(b"ftyp", brand + bytes(4) + b"mif1" + brand)
-    start = len(file_type) + len(_meta(items, primary, 0, place)) + 8
+    others = other_kinds or {}
+    start = len(file_type) + len(_meta(items, primary, 0, place, others)) + 8
     coded_bytes = b"".join(item.content for item in items if _lies_in(item, place) != 1)
-    return file_type + _meta(items, primary, start, place) + box(b"mdat", coded_bytes) + behind
+    return file_type + _meta(items, primary, start, place, others) + box(b"mdat", coded_bytes) + behind
 
 
 def _lies_in(item: Item, place: int) -> int:
     return place if item.parts else 0
 
 
-def _meta(items: Sequence[Item], primary: int, start: int, place: int) -> bytes:
+def _meta(items: Sequence[Item], primary: int, start: int, place: int, other_kinds: Mapping[int, bytes]) -> bytes:
     hidden = {part for item in items for part in item.parts}
+    kinds = [*((number, item.kind) for number, item in enumerate(items, 1)), *other_kinds.items()]
     infos = b"".join(
-        full_box(b"infe", struct.pack(">HH4sx", number, 0, item.kind), 2, int(number in hidden))
-        for number, item in enumerate(items, 1)
+        full_box(b"infe", struct.pack(">HH4sx", number, 0, kind), 2, int(number in hidden)) for number, kind in kinds
     )
     references = b"".join(
         box(b"dimg", struct.pack(f">HH{len(item.parts)}H", number, len(item.parts), *item.parts))
@@ -137,7 +146,7 @@ def _meta(items: Sequence[Item], primary: int, start: int, place: int) -> bytes:
         full_box(b"hdlr", struct.pack(">I4s12xx", 0, b"pict"))
         + full_box(b"pitm", struct.pack(">H", primary))
         + full_box(b"iloc", b"\x44\0" + struct.pack(">H", len(items)) + places, 1)
-        + full_box(b"iinf", struct.pack(">H", len(items)) + infos)
+        + full_box(b"iinf", struct.pack(">H", len(kinds)) + infos)
         + (full_box(b"iref", references) if references else b"")
         + box(b"iprp", box(b"ipco", b"".join(known)) + full_box(b"ipma", struct.pack(">I", len(items)) + uses))
         + box(b"idat", apart),

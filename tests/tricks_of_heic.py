@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 
 from PIL import Image
 
@@ -21,6 +22,8 @@ def heics() -> dict[str, Trick]:
     location, meta, configuration = (good.index(kind) for kind in (b"iloc", b"meta", b"hvcC"))
     file_type = good[: struct.unpack_from(">I", good)[0]]
     lying = full_box(b"meta", box(b"iprp", full_box(b"ipma", b"\xff" * 4)))
+    entry = struct.pack(">HB", 1, 255) + b"\1" * 255
+    often = full_box(b"meta", box(b"iprp", full_box(b"ipma", struct.pack(">I", 30_000) + entry * 30_000)))
     nested = b""
     for _ in range(5_000):
         nested = box(b"meta", bytes(4) + nested)
@@ -42,13 +45,20 @@ def heics() -> dict[str, Trick]:
         "many-boxes.heic": (file_type + box(b"free", b"") * 200_000 + good[len(file_type) :], (DECODES, *broken)),
         "two-metas.heic": (file_type + good[len(file_type) :] * 2, (DECODES, *broken)),
         "other-primary.heic": (heif([whole], 7), broken),
-        "tiles-65535.heic": (heif([whole, grid(256, 256, [1] * 65_535, _ONE)], 2), (TOO_MANY_PIXELS,)),
-        "tiles-40000.heic": (heif([whole, grid(200, 200, [1] * 40_000, _ONE)], 2), (TOO_MANY_PIXELS,)),
+        "tiles-65535.heic": (heif([whole, grid(256, 256, [1] * 65_535, _ONE)], 2), (UNSUPPORTED,)),
+        "tiles-40000.heic": (heif([whole, grid(200, 200, [1] * 40_000, _ONE)], 2), (UNSUPPORTED,)),
         "large-tiles.heic": (heif([flat, grid(9, 9, [1] * 81, _ONE)], 2), (TOO_MANY_PIXELS,)),
         "tiles-of-tiles.heic": (
             heif([whole, grid(16, 16, [1] * 256, (1_024, 1_024)), grid(16, 16, [2] * 256, _ONE)], 3),
             (TOO_MANY_PIXELS,),
         ),
+        "tiles-unseen.heic": (heif([flat, grid(6, 6, [1] * 36, _ONE)], 2), (TOO_MANY_PIXELS,)),
+        "overlay-called-coded.heic": (heif([whole, overlay([1], _ONE)], 2, other_kinds={2: b"hvc1"}), (CORRUPT,)),
+        "size-not-told.heic": (
+            heif([replace(flat, properties=flat.properties[:1]), same(1, (2_048, 2_048))], 2),
+            (CORRUPT,),
+        ),
+        "told-often.heic": (heif([whole], behind=often), (UNSUPPORTED,)),
         "tile-of-itself.heic": (heif([grid(1, 1, [1], _ONE)]), (UNSUPPORTED, CORRUPT)),
         "tiles-in-a-circle.heic": (heif([grid(1, 1, [2], _ONE), grid(1, 1, [1], _ONE)]), (UNSUPPORTED, CORRUPT)),
         "chain.heic": (heif([whole, *(same(part, _ONE) for part in range(1, 200))], 200), (UNSUPPORTED, CORRUPT)),
@@ -61,8 +71,8 @@ def heics() -> dict[str, Trick]:
         "short-header.heic": (file_type + box(b"mini", bytes(40)), (UNSUPPORTED, *broken)),
         "sequence.heic": (file_type + box(b"moov", bytes(40)), (UNSUPPORTED,)),
         "images-300.heic": (heif([whole] * 300), (DECODES,)),
-        "images-5000.heic": (heif([whole] * 5_000), (DECODES, *broken)),
-        "sizes-outside.heic": (heif([whole], behind=lying), (DECODES, *broken)),
+        "images-5000.heic": (heif([whole] * 5_000), (UNSUPPORTED,)),
+        "sizes-outside.heic": (heif([whole], behind=lying), (UNSUPPORTED,)),
         "with-film.heic": (good + box(b"mpvd", b"\0\0\0\x18ftypisom" + bytes(400)), (DECODES,)),
         "with-profile.heic": (as_heic(scene(), icc_profile=b"\xff" * 4_000), (DECODES,)),
     }

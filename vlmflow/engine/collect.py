@@ -50,7 +50,7 @@ class Written:
         fatal: why the run must end; then nothing was written.
         fatal_node: of the cluster, that says so.
         unfound: files that workers did not find.
-        decoders: by node, what decoded the images.
+        decoders: what decoded the images, each with a node that has it.
     """
 
     files: pa.Table

@@ -59,9 +59,9 @@ def _seeing(rows: pa.Table) -> set[str]:
 
 
 def decoders(rows: pa.Table) -> dict[str, str]:
-    """What decoded the rows, by node."""
-    pairs = rows.group_by([columns.NODE, columns.DECODER_THERE]).aggregate([])
-    return dict(zip(pairs[columns.NODE].to_pylist(), pairs[columns.DECODER_THERE].to_pylist(), strict=True))
+    """What decoded the rows, each with a node that has it; of several environments on one machine all are there."""
+    pairs = rows.group_by([columns.DECODER_THERE, columns.NODE]).aggregate([])
+    return dict(zip(pairs[columns.DECODER_THERE].to_pylist(), pairs[columns.NODE].to_pylist(), strict=True))
 
 
 def check_decoders(found: Mapping[str, str]) -> None:
@@ -70,7 +70,7 @@ def check_decoders(found: Mapping[str, str]) -> None:
     Raises:
         ClusterError: a node has another, as where an extra is not installed.
     """
-    for node, decoder in found.items():
+    for decoder, node in found.items():
         if decoder != DECODER_VERSION:
             raise ClusterError(
                 of_node(f"images are decoded by {decoder}, and the run was planned with {DECODER_VERSION}", node),

@@ -7,9 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageFile
 
+from vlmflow.imaging.heif import tiles_of, with_tiles_shown
 from vlmflow.imaging.profiles import profile_of_nclx
+
+_STEP = 8  # of the pixels that are compared; in a hole that is hardly larger nothing is to be seen
 
 
 class HeicFile(ImageFile.ImageFile):
@@ -58,8 +62,11 @@ class HeicFile(ImageFile.ImageFile):
     def load(self) -> Any:
         """Decodes the present image."""
         if self._is_to_decode:
-            decoded = _decoded(self._images[self._number])
-            self._images[self._number] = None  # else it would keep its pixels
+            image = self._images[self._number]
+            decoded, number = _decoded(image), image._c_image.item_id
+            self._images[self._number] = image = None  # else it would keep its pixels
+            if _may_have_holes(decoded):
+                _check_tiles(self._data, number)
             self.im, self._mode, self._size = decoded.im, decoded.mode, decoded.size
             self._is_to_decode = False
         return super().load()
@@ -83,7 +90,10 @@ def _images_of(data: bytes) -> list[Any]:
     pillow_heif.options.THUMBNAILS = pillow_heif.options.DEPTH_IMAGES = pillow_heif.options.AUX_IMAGES = False
     file = pillow_heif.open_heif(data, convert_hdr_to_8bit=True, remove_stride=False)
     images = list(file)
-    return [images.pop(file.primary_index), *images]
+    main = images.pop(file.primary_index)
+    if not main.info["primary"]:  # of images that it cannot decode the decoder says nothing, and shows another
+        raise ValueError("the main image cannot be decoded")
+    return [main, *images]
 
 
 def _mode_of(image: Any) -> str:
@@ -94,6 +104,34 @@ def _mode_of(image: Any) -> str:
 def _decoded(image: Any) -> Image.Image:
     decoded = Image.frombytes(image.mode, image.size, image.data, "raw", image.mode, image.stride)
     return decoded if decoded.mode == _mode_of(image) else decoded.convert(_mode_of(image))
+
+
+def _may_have_holes(image: Image.Image) -> bool:
+    """Whether somewhere pixels are all the same, as where a tile was left out.
+
+    What is left there is the colour of zeros, which in RGB are black, or a green without red and blue.
+    """
+    some = np.asarray(image)[::_STEP, ::_STEP].reshape(*(-(-side // _STEP) for side in reversed(image.size)), -1)
+    first, others = some[:-1, :-1], (some[1:, 1:], some[1:, :-1], some[:-1, 1:])
+    is_same = np.logical_and.reduce([(first == other).all(-1) for other in others])
+    return bool((is_same & (first.min(-1) == 0)).any())
+
+
+def _check_tiles(data: bytes, number: int) -> None:
+    """Decodes each tile of an image alone: the decoder leaves out those that are damaged, and does not say so.
+
+    Raises:
+        Whatever the decoder does on a damaged image.
+        ValueError: a tile is not there.
+    """
+    tiles = tiles_of(data, number)
+    if not tiles:
+        return
+    images = {image._c_image.item_id: image for image in _images_of(with_tiles_shown(data))}
+    for tile in sorted(tiles):
+        if tile not in images:
+            raise ValueError("a tile cannot be decoded")
+        images.pop(tile).load()
 
 
 def _profile_of(image: Any) -> bytes | None:

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from itertools import islice
 
 Box = tuple[bytes, memoryview]  # type and content
 
 _MAX_BOXES = 100_000
+_MAX_ITEMS = 1_000  # images and tiles, and what is said of them; the decoder takes no more
 # Tiles of tiles of tiles are made by nobody; each level multiplies what there is to decode.
 _MAX_LEVELS = 4
 # The decoder takes coded images of so many pixels whatever the file says of their size.
 _LEAST_PIXELS = 1 << 16
+_TOO_MANY = f"a HEIC file of more than {_MAX_ITEMS:,} images and tiles"
 _CODED, _GRID, _SAME, _OVERLAY = b"hvc1", b"grid", b"iden", b"iovl"
 
 
@@ -75,10 +78,12 @@ class ToDecode:
     Attributes:
         sizes: widths and heights of all images and tiles, in pixels, before they are cropped and turned.
         most_pixels: to be decoded for one image: those of all its tiles, however often it shows each.
+        most_unseen: of the tiles of one image, beyond those of twice its own size.
     """
 
     sizes: list[tuple[int, int]]
     most_pixels: int
+    most_unseen: int
 
 
 def to_decode(data: bytes) -> ToDecode:
@@ -88,7 +93,8 @@ def to_decode(data: bytes) -> ToDecode:
         NotReadError: its image is of another kind, or put together in another way, than those that are decoded.
         ValueError: it is damaged.
     """
-    sizes, most_pixels, found = list[tuple[int, int]](), 0, list(boxes(memoryview(data)))
+    sizes, most_pixels, most_unseen = list[tuple[int, int]](), 0, 0
+    found = list(boxes(memoryview(data)))
     kinds = {kind for kind, _ in found}
     if b"mini" in kinds:
         raise NotReadError("a HEIC image with a short header")
@@ -103,16 +109,19 @@ def to_decode(data: bytes) -> ToDecode:
         counted: dict[int, int] = {}
         for number in items:
             most_pixels = max(most_pixels, _num_pixels(items, number, counted, _MAX_LEVELS))
+        most_unseen = max(most_unseen, _most_unseen(items))
         for content in _named(inside, b"pitm"):
-            _check_kind(items, int.from_bytes(content[4 : 8 if content[0] else 6], "big"), _MAX_LEVELS)
+            _check_kind(items, int.from_bytes(content[4 : 8 if content[0] else 6], "big"), set())
         sizes += [size for item in items.values() for size in item.sizes]
-    return ToDecode(sizes, most_pixels)
+    return ToDecode(sizes, most_pixels, most_unseen)
 
 
 def _num_pixels(items: dict[int, _Item], number: int, counted: dict[int, int], levels: int) -> int:
     if not levels:
         raise NotReadError("a HEIC image of tiles in tiles")
     item = items.get(number, _Item())
+    if item.kind == _CODED and not item.sizes:
+        raise ValueError("an image is coded, and its size is not told")
     if item.kind == _OVERLAY:
         raise NotReadError("a HEIC image of several laid over one another")
     if number not in counted:
@@ -125,12 +134,45 @@ def _num_pixels(items: dict[int, _Item], number: int, counted: dict[int, int], l
     return counted[number]
 
 
-def _check_kind(items: dict[int, _Item], number: int, levels: int) -> None:
+def tiles_of(data: bytes, number: int) -> set[int]:
+    """The numbers of the images of which one is made, and of those of which these are."""
+    found: set[int] = set()
+    for meta in _named(boxes(memoryview(data)), b"meta"):
+        items, wanted = _items(list(boxes(meta[4:])), memoryview(data)), [number]
+        while wanted:
+            new = set(items.get(wanted.pop(), _Item()).parts) - found
+            found |= new
+            wanted += new
+    return found
+
+
+def with_tiles_shown(data: bytes) -> bytes:
+    """A file in which each tile is an image of its own, to be decoded alone."""
+    changed = bytearray(data)
+    for meta in _named(boxes(memoryview(changed)), b"meta"):
+        for listed in _named(boxes(meta[4:]), b"iinf"):
+            for entry in _entries(listed):
+                entry[3] &= 0xFE  # the flag of what is hidden
+    return bytes(changed)
+
+
+def _most_unseen(items: dict[int, _Item]) -> int:
+    """Pixels of the tiles of an image beyond those of twice its own size."""
+    areas = {number: [width * height for width, height in item.sizes] or [0] for number, item in items.items()}
+    least, most = ({number: fn(sizes) for number, sizes in areas.items()} for fn in (min, max))
+    unseen = (sum(most.get(part, 0) for part in item.parts) - 2 * least[number] for number, item in items.items())
+    return max(unseen, default=0)
+
+
+def _check_kind(items: dict[int, _Item], number: int, seen: set[int]) -> None:
     """Refuses the primary image where it, or a tile of it, is not HEVC."""
+    if number in seen:
+        return
+    seen.add(number)
     item = items.get(number, _Item())
-    if item.kind in (_GRID, _SAME) and levels:
-        for part in dict.fromkeys(item.parts):
-            _check_kind(items, part, levels - 1)
+    if item.kind in (_GRID, _SAME):
+        for part in item.parts:
+            _check_kind(items, part, seen)
     elif item.kind not in (_CODED, b""):
         kind = item.kind.decode("ascii", "replace")
         raise NotReadError(f"a HEIF image of the kind {kind if kind.isalnum() else item.kind.hex()}")
@@ -140,7 +182,9 @@ def _items(meta: list[Box], data: memoryview) -> dict[int, _Item]:
     items: dict[int, _Item] = {}
     for content in _named(meta, b"iinf"):
         for number, kind in _kinds(content):
-            items.setdefault(number, _Item()).kind = kind
+            item = items.setdefault(number, _Item(kind))
+            if item.kind != kind:  # decoders differ in which one they take
+                raise ValueError("an image is of two kinds")
     for content in _named(meta, b"iref"):
         for number, parts in _parts(content):
             items.setdefault(number, _Item()).parts += parts
@@ -150,7 +194,7 @@ def _items(meta: list[Box], data: memoryview) -> dict[int, _Item]:
             if kind == b"ispe":
                 item.sizes.append((int.from_bytes(told[4:8], "big"), int.from_bytes(told[8:12], "big")))
             elif kind == b"hvcC":
-                item.configurations.add(bytes(told))
+                item.configurations.add(told)
     sources = {0: data, 1: next(_named(meta, b"idat"), memoryview(b""))}
     for content in _named(meta, b"iloc"):
         for number, place, extents in _places(content):
@@ -169,28 +213,32 @@ def _items(meta: list[Box], data: memoryview) -> dict[int, _Item]:
 
 
 def _kinds(iinf: memoryview) -> Iterator[tuple[int, bytes]]:
-    for infe in _named(boxes(iinf[8 if iinf[0] else 6 :]), b"infe"):
+    for infe in _entries(iinf):
         if infe[0] == 2:
             yield int.from_bytes(infe[4:6], "big"), bytes(infe[8:12])
         elif infe[0] == 3:
             yield int.from_bytes(infe[4:8], "big"), bytes(infe[10:14])
 
 
+def _entries(iinf: memoryview) -> Iterator[memoryview]:
+    return _named(boxes(iinf[8 if iinf[0] else 6 :]), b"infe")
+
+
 def _parts(iref: memoryview) -> Iterator[tuple[int, list[int]]]:
     """The images from which others are made."""
     num_bytes = 4 if iref[0] else 2
-    for content in _named(boxes(iref[4:]), b"dimg"):
+    for content in _few(_named(boxes(iref[4:]), b"dimg")):
         read = _Reader(content)
-        yield read(num_bytes), [read(num_bytes) for _ in range(read(2))]
+        yield read(num_bytes), [read(num_bytes) for _ in range(read.count(2))]
 
 
-def _told(iprp: list[Box]) -> Iterator[tuple[int, bytes, memoryview]]:
+def _told(iprp: list[Box]) -> Iterator[tuple[int, bytes, bytes]]:
     """The properties of each item."""
-    known = [one for content in _named(iprp, b"ipco") for one in boxes(content)]
-    for content in _named(iprp, b"ipma"):
+    known = [(kind, bytes(told)) for content in _named(iprp, b"ipco") for kind, told in boxes(content)]
+    for content in _few(_named(iprp, b"ipma")):
         read = _Reader(content, 4)
         id_bytes, place_bytes = 4 if content[0] else 2, 2 if content[3] & 1 else 1
-        for _ in range(read(4)):
+        for _ in range(read.count(4)):
             number = read(id_bytes)
             for _ in range(read(1)):
                 place = read(place_bytes) & (0x7FFF if place_bytes == 2 else 0x7F)
@@ -202,13 +250,13 @@ def _places(iloc: memoryview) -> Iterator[tuple[int, int, list[tuple[int, int]]]
     """Of each item in what its bytes lie (0: the file, 1: the box ``idat``), and their offsets and numbers there."""
     version, read = iloc[0], _Reader(iloc, 6)
     offset_bytes, length_bytes, base_bytes, index_bytes = iloc[4] >> 4, iloc[4] & 15, iloc[5] >> 4, iloc[5] & 15
-    for _ in range(read(2 if version < 2 else 4)):
+    for _ in range(read.count(2 if version < 2 else 4)):
         number = read(2 if version < 2 else 4)
         place = read(2) & 15 if version else 0
         read(2)  # in which file: this one
         base = read(base_bytes)
         extents = []
-        for _ in range(read(2)):
+        for _ in range(read.count(2)):
             read(index_bytes if version else 0)
             extents.append((base + read(offset_bytes), read(length_bytes)))
         yield number, place, extents
@@ -231,3 +279,21 @@ class _Reader:
             raise ValueError("a box ends before what it lists")
         self._at += num_bytes
         return int.from_bytes(self._data[self._at - num_bytes : self._at], "big")
+
+    def count(self, num_bytes: int) -> int:
+        """Reads how many follow.
+
+        Raises:
+            NotReadError: more than the decoder takes.
+        """
+        found = self(num_bytes)
+        if found > _MAX_ITEMS:
+            raise NotReadError(_TOO_MANY)
+        return found
+
+
+def _few(found: Iterable[memoryview]) -> list[memoryview]:
+    some = list(islice(found, _MAX_ITEMS + 1))
+    if len(some) > _MAX_ITEMS:
+        raise NotReadError(_TOO_MANY)
+    return some

@@ -224,6 +224,9 @@ def _check_parts(data: bytes, image_format: str, limits: ImageLimits) -> None:
             most = f"twice the limits.max_pixels of {limits.max_pixels:,}"
             message = f"tiles of {found.most_pixels:,} pixels together exceed {most}"
             raise ImageError(message, error_class=RowErrorClass.TOO_MANY_PIXELS)
+        if found.most_unseen > _FEW_TILED:
+            message = f"tiles hold {found.most_unseen:,} pixels more than twice those of the image that they make"
+            raise ImageError(message, error_class=RowErrorClass.TOO_MANY_PIXELS)
 
 
 def check_pixels(size: tuple[int, int], limits: ImageLimits) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.heif import SIDE, as_heic, box, grid, heif, phone_photo, same, tile
+from tests.heif import SIDE, as_heic, box, full_box, grid, heif, phone_photo, same, tile
 from tests.images import Array, scene
 from tests.unit.imaging.test_colours import P3, SWAPPED, from_p3, icc, near, numbers
 from vlmflow.config import ImageLimits
@@ -104,6 +104,13 @@ def test_the_main_image_comes_first_wherever_it_stands() -> None:
     assert inspect(data, LIMITS).num_frames == 2
 
 
+def test_no_other_image_takes_the_place_of_a_main_one_that_cannot_be_decoded() -> None:
+    red, blue = (tile(Image.new("RGB", (SIDE, SIDE), colour)) for colour in ("red", "blue"))
+    unknown = replace(blue, properties=(*blue.properties, full_box(b"rref", b"\1abcd")))
+    for file in (heif([red, unknown], 2), heif([red, blue, grid(2, 1, [2], (2 * SIDE, SIDE))], 3)):
+        assert error_of(file).error_class == RowErrorClass.CORRUPT
+
+
 def test_images_are_decoded_again_and_not_kept() -> None:
     file = HeicFile(BytesIO(as_heic(*(scene(seed, 64, 64) for seed in range(3)))))
     shown = []
@@ -143,6 +150,24 @@ def test_a_photo_without_its_last_tiles_is_truncated_and_not_shown_with_holes() 
         assert str(error).startswith("the heic file ends before its image does")
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_photo_with_a_damaged_tile_is_not_shown_with_a_hole(mode: str) -> None:
+    photo = tile(scene(0, SIDE, SIDE).convert(mode))
+    for content in (b"", b"\xff" * 20, photo.content[: len(photo.content) // 2]):
+        damaged = replace(photo, content=content)
+        of_tiles = [photo, photo, photo, damaged, grid(2, 2, [1, 2, 3, 4], (2 * SIDE, 2 * SIDE))]
+        turned = replace(of_tiles[-1], properties=(*of_tiles[-1].properties, box(b"irot", b"\1")))
+        for file in (heif(of_tiles, 5), heif([*of_tiles[:-1], turned], 5)):
+            assert error_of(file).error_class == RowErrorClass.CORRUPT
+
+
+def test_a_black_tile_is_no_damaged_one() -> None:
+    photo, black = tile(scene(0, SIDE, SIDE)), tile(Image.new("RGB", (SIDE, SIDE)))
+    found = whole(heif([photo, black, grid(2, 1, [1, 2], (2 * SIDE, SIDE))], 3))
+    assert found[:, SIDE:].max() <= 2
+    assert np.array_equal(found[:, :SIDE], whole(heif([photo])))
+
+
 def test_tiles_that_may_be_left_out_are_not_passed_over() -> None:
     """As the decoder does it with tiles of a kind that it does not know, behind a first one that it knows."""
     photo = tile(scene(0, SIDE, SIDE))
@@ -161,6 +186,15 @@ def test_tiles_are_counted_as_often_as_they_are_shown() -> None:
     error = error_of(many, limits)
     assert error.error_class == RowErrorClass.TOO_MANY_PIXELS
     assert "tiles of 2,359,296 pixels together exceed twice the limits.max_pixels of 1,000,000" in str(error)
+
+
+def test_tiles_that_are_hardly_shown_are_not_decoded() -> None:
+    large = tile(scene(0, 512, 512))
+    few, many = (heif([large, grid(side, side, [1] * side**2, (SIDE, SIDE))], 2) for side in (2, 3))
+    assert decode(few, [REQUEST], LIMITS).facts.width == SIDE
+    error = error_of(many)
+    assert error.error_class == RowErrorClass.TOO_MANY_PIXELS
+    assert "tiles hold 2,351,104 pixels more than twice those of the image that they make" in str(error)
 
 
 def test_images_of_other_kinds_are_named() -> None:

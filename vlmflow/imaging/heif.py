@@ -106,9 +106,9 @@ def to_decode(data: bytes) -> ToDecode:
     for meta in metas:  # decoders differ in which one they take of several
         inside = list(boxes(meta[4:]))
         items = _items(inside, memoryview(data))
-        counted: dict[int, int] = {}
+        counted: dict[int, tuple[int, int]] = {}
         for number in items:
-            most_pixels = max(most_pixels, _num_pixels(items, number, counted, _MAX_LEVELS))
+            most_pixels = max(most_pixels, _count(items, number, counted, _MAX_LEVELS)[0])
         most_unseen = max(most_unseen, _most_unseen(items))
         for content in _named(inside, b"pitm"):
             _check_kind(items, int.from_bytes(content[4 : 8 if content[0] else 6], "big"), set())
@@ -116,7 +116,8 @@ def to_decode(data: bytes) -> ToDecode:
     return ToDecode(sizes, most_pixels, most_unseen)
 
 
-def _num_pixels(items: dict[int, _Item], number: int, counted: dict[int, int], levels: int) -> int:
+def _count(items: dict[int, _Item], number: int, counted: dict[int, tuple[int, int]], levels: int) -> tuple[int, int]:
+    """Pixels to be decoded for an image, and its levels: of one that is no tiles 1."""
     if not levels:
         raise NotReadError("a HEIC image of tiles in tiles")
     item = items.get(number, _Item())
@@ -129,8 +130,11 @@ def _num_pixels(items: dict[int, _Item], number: int, counted: dict[int, int], l
         if len(set().union(*(items[part].configurations for part in item.parts if part in items))) > 1:
             raise NotReadError("a HEIC image of tiles that are coded in different ways")
         own = max([_LEAST_PIXELS, *(width * height for width, height in item.sizes)])
-        parts = sum(_num_pixels(items, part, counted, levels - 1) for part in item.parts)
-        counted[number] = max(own, parts)
+        parts = [_count(items, part, counted, levels - 1) for part in item.parts]
+        depth = 1 + max((below for _, below in parts), default=0)
+        if depth > _MAX_LEVELS:
+            raise NotReadError("a HEIC image of tiles in tiles")
+        counted[number] = max(own, sum(pixels for pixels, _ in parts)), depth
     return counted[number]
 
 

@@ -108,6 +108,8 @@ def _refusal(address: str) -> OSError | None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_POLL_S).close()
     except OSError as error:
         return error
+    except (OverflowError, UnicodeError) as error:  # of a port, or of a name, that there cannot be
+        return OSError(str(error))
     return None
 
 

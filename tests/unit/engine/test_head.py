@@ -83,6 +83,9 @@ def test_at_an_address_where_nobody_listens_nobody_waits_for_minutes(monkeypatch
     with pytest.raises(ClusterError, match=f"^Ray at {address} does not answer: Connection refused$") as caught:
         cluster._await_head(address)
     assert "Check the address" in caught.value.remedy
+    for impossible in ("127.0.0.1:99999", f"{'a' * 70}.test:1"):
+        with pytest.raises(ClusterError, match=f"^Ray at {impossible} does not answer: "):
+            cluster._await_head(impossible)
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(ClusterError, match=address):
         cluster._await_head("auto")

@@ -15,9 +15,8 @@ from sklearn.datasets import load_sample_images
 
 from tests.images import Array, encode, png, png_chunk
 from vlmflow.config import ImageLimits
-from vlmflow.imaging import PixelRequest, decode, hash_of
+from vlmflow.imaging import PixelRequest, decode
 from vlmflow.imaging.colours import in_srgb, is_scalable, of_small
-from vlmflow.imaging.jpeg import leave_encoded
 from vlmflow.imaging.profiles import SRGB, SRGB_CURVE, Curve, Profile, profile_of, read_profile
 
 LIMITS = ImageLimits()
@@ -385,24 +384,3 @@ def test_of_16_bit_colours_those_alone_are_transparent_that_are_equal_in_all_bit
         assert set(on_white[6:10, 6:10].ravel()) == {0x12}
         assert shown(data, "black")[:3].max() == 0
         assert decode(data, [], LIMITS).facts.mode == "RGB"
-
-
-def test_a_device_decodes_jpegs_of_usual_profiles_alone() -> None:
-    picture = Image.fromarray(numbers())
-    odd = icc(primaries=SWAPPED)
-    for profile, is_left, is_shaped in (
-        (b"", True, False),
-        (icc(), True, False),
-        (icc(primaries=P3), True, True),
-        (icc(Curve(2.19921875), ADOBE), True, True),
-        (icc(Curve(1.0)), False, False),
-        (odd, False, False),
-    ):
-        data = encode(picture, "JPEG", **({"icc_profile": profile} if profile else {}))
-        left = leave_encoded(data, [REQUEST], LIMITS, hash_of(data))
-        assert (left is not None) is is_left
-        assert (left is not None and left.shaper is not None) is is_shaped
-    assert leave_encoded(in_pieces((1, 1, odd), after_frame=True), [REQUEST], LIMITS, "0") is None
-    left = leave_encoded(in_pieces((1, 1, icc(primaries=P3)), after_frame=True), [REQUEST], LIMITS, "0")
-    assert left is not None
-    assert left.shaper is not None

@@ -6,10 +6,24 @@ import struct
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from tests.images import Array
-from tests.unit.imaging.test_colours import ADOBE, P3, icc, table_icc, to_light
+from tests.images import Array, encode
+from tests.unit.imaging.test_colours import (
+    ADOBE,
+    LIMITS,
+    P3,
+    REQUEST,
+    SWAPPED,
+    icc,
+    in_pieces,
+    numbers,
+    table_icc,
+    to_light,
+)
+from vlmflow.imaging import hash_of
 from vlmflow.imaging.colours import _converter_of, _samples
+from vlmflow.imaging.jpeg import leave_encoded
 from vlmflow.imaging.profiles import CURVES_OF_COLOURS, SRGB_CURVE, Curve, Profile, profile_of, read_profile
 from vlmflow.imaging.shapers import Shaper, shaper_of
 
@@ -100,3 +114,24 @@ def test_tables_are_left_to_processors() -> None:
     profile = read_profile(table_icc(b"RGB ", lambda r, g, b: (r + g + b) / 3, 3))
     assert profile is not None
     assert shaper_of(profile) is None
+
+
+def test_a_device_decodes_jpegs_of_usual_profiles_alone() -> None:
+    picture = Image.fromarray(numbers())
+    odd = icc(primaries=SWAPPED)
+    for profile, is_left, is_shaped in (
+        (b"", True, False),
+        (icc(), True, False),
+        (icc(primaries=P3), True, True),
+        (icc(Curve(2.19921875), ADOBE), True, True),
+        (icc(Curve(1.0)), False, False),
+        (odd, False, False),
+    ):
+        data = encode(picture, "JPEG", **({"icc_profile": profile} if profile else {}))
+        left = leave_encoded(data, [REQUEST], LIMITS, hash_of(data))
+        assert (left is not None) is is_left
+        assert (left is not None and left.shaper is not None) is is_shaped
+    assert leave_encoded(in_pieces((1, 1, odd), after_frame=True), [REQUEST], LIMITS, "0") is None
+    left = leave_encoded(in_pieces((1, 1, icc(primaries=P3)), after_frame=True), [REQUEST], LIMITS, "0")
+    assert left is not None
+    assert left.shaper is not None

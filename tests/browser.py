@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from selenium.webdriver import Chrome, ChromeOptions
 from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.support.ui import WebDriverWait
 
 _AXE = Path(__file__).parent / "axe" / "axe.min.js"
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -60,6 +61,8 @@ class Browser:
     def open(self, page: Path | str) -> None:
         """Opens a file, or an address."""
         self.chrome.get(page if isinstance(page, str) else page.resolve().as_uri())
+        # On a busy machine the driver has been seen to return while the page was still being parsed.
+        WebDriverWait(self.chrome, 60).until(lambda _: self.run("return document.readyState") == "complete")
 
     def run(self, script: str, *arguments: Any) -> Any:
         """What a piece of script returns."""

@@ -23,6 +23,16 @@ class Screen(Console):
     def __init__(self, *, stderr: bool = False) -> None:
         super().__init__(stderr=stderr, emoji=False)
 
+    def print(self, *objects: Any, soft_wrap: bool | None = None, **options: Any) -> None:
+        """Prints; see :meth:`rich.console.Console.print`.
+
+        Lines of text are folded to the width of a terminal, and to nothing in a file or a pipe: what ``grep`` looks for
+        is not torn apart, and a path stays one. Tables keep their width.
+        """
+        if soft_wrap is None:
+            soft_wrap = not self.is_terminal and all(isinstance(thing, str | Text) for thing in objects)
+        super().print(*objects, soft_wrap=soft_wrap, **options)
+
     def render_str(self, text: str, **options: Any) -> Text:
         """Renders every string that is printed or put into a table, lines apart; see :class:`rich.console.Console`."""
         return super().render_str("\n".join(map(printable, text.split("\n"))), **options)

@@ -34,6 +34,18 @@ def test_no_text_draws(capsys: pytest.CaptureFixture[str]) -> None:
     assert "ours\nin two lines" in shown
 
 
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_line_is_folded_for_a_terminal_alone(
+    is_terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What ``show | grep`` looks for stays on one line, however long the path before it."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal, raising=False)
+    line = f"/{'long' * 18}/catalog: 10 images, 16 vectors"
+    Screen().print(line)
+    assert (line in capsys.readouterr().out.splitlines()) != is_terminal
+
+
 def test_names_and_captions_of_a_catalog_are_shown_as_text(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

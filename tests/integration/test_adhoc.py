@@ -62,6 +62,7 @@ def num_rows(folder: Path) -> int:
     return len(found)
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_and_asked_twice_it_is_one_job(
     prefect: Prefect, nodes: RayNodes, jobs: Jobs, held: HeldImages, job_file: Path, tmp_path: Path
 ) -> None:

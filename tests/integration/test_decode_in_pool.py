@@ -80,14 +80,12 @@ def ran(job: Job, decode: str, tmp_path: Path, **options: Any) -> tuple[RunRepor
     return enrich(job), rows_of(job)
 
 
-def test_rows_are_equal_wherever_jpegs_are_decoded(
-    make_job: Callable[..., Job], real: dict[str, Any], tmp_path: Path
-) -> None:
+def test_rows_are_equal_wherever_jpegs_are_decoded(make_job: Callable[..., Job], tmp_path: Path) -> None:
     images = tmp_path / "images"
     write_jpegs(images)
     write_pictures(images, 9, first_seed=100)
     write_broken(images)
-    job = make_job(images, **real)
+    job = make_job(images)
     report, before = ran(job, "cpu", tmp_path)
     pools = [
         {"tasks": ("embed", "moderate"), "cpus": 0.5, "batch_size": 7},

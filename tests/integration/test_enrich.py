@@ -169,16 +169,19 @@ def test_a_changed_image_replaces_its_row_and_a_touched_one_only_moves_its_versi
     assert worked == dict.fromkeys(job.tasks, 2), "the changed and the new one, not the touched"
 
 
-def test_tasks_added_later_fill_the_same_row(enriched: Enriched, tmp_path: Path) -> None:
-    stepwise = enriched.job.model_copy(update={"catalog": CatalogConfig(uri=str(tmp_path / "catalog"))})
+def test_tasks_added_later_fill_the_same_row(make_job: Callable[..., Job], tmp_path: Path) -> None:
+    write_pictures(tmp_path / "images", 6)
+    write_broken(tmp_path / "images")
+    at_once = make_job(tmp_path / "images", date=dt.date(2026, 11, 1))
+    enrich(at_once)
+    stepwise = at_once.model_copy(update={"catalog": CatalogConfig(uri=str(tmp_path / "stepwise"))})
     enrich(stepwise.model_copy(update={"tasks": ("embed",)}))
     decided = Catalog.open(stepwise.catalog).images(["decision", "decision_reason"]).to_pylist()
     assert {tuple(row.values()) for row in decided} == {("review", "unscored")}, "no image is decided by nothing"
     for tasks in (("embed", "moderate", "caption"), ("caption", "match")):
         enrich(stepwise.model_copy(update={"tasks": tasks}))
-    at_once = rows_by_name(Catalog.open(enriched.job.catalog))
     in_steps = rows_by_name(Catalog.open(stepwise.catalog))
-    assert differences(in_steps, at_once) == {}
+    assert differences(in_steps, rows_by_name(Catalog.open(at_once.catalog))) == {}
 
 
 def test_the_callers_columns_and_text_come_along(make_job: Callable[..., Job], tmp_path: Path) -> None:

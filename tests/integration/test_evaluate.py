@@ -27,9 +27,9 @@ TEXTS = ("a red car", "two apples", "a dog on a table", "a house", "a white cup"
 
 
 @pytest.fixture
-def job_file(make_job: Callable[..., Job], real: dict[str, Any], tmp_path: Path) -> Path:
-    """Tiny models of real architectures, in one actor for whichever tasks run."""
-    job = make_job("ignored", **real).model_dump(mode="json", exclude_defaults=True)
+def job_file(make_job: Callable[..., Job], tmp_path: Path) -> Path:
+    """Light models, in one actor for whichever tasks run."""
+    job = make_job("ignored").model_dump(mode="json", exclude_defaults=True)
     path = tmp_path / "job.yaml"
     named = ("profile", "models", "policy", "max_caption_tokens", "pools")
     path.write_text(yaml.safe_dump({name: job[name] for name in named}))
@@ -73,7 +73,7 @@ def vectors_of(catalog: Path) -> dict[str, NDArray[np.float32]]:
 
 @pytest.mark.usefixtures("ray_session")
 def test_zeroshot_from_the_catalogs_vectors_and_once_more_from_what_is_kept(
-    job_file: Path, table: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], real: dict[str, Any]
+    job_file: Path, table: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], models: dict[str, Any]
 ) -> None:
     kept = tmp_path / "kept"
     command = ("zeroshot", table, "--config", job_file, "--catalog", kept)
@@ -81,7 +81,7 @@ def test_zeroshot_from_the_catalogs_vectors_and_once_more_from_what_is_kept(
 
     report = evaluate(capfd, *command)
 
-    embedder = load_embedder(ModelConfig(**real["models"]["embed"]), "cpu")
+    embedder = load_embedder(ModelConfig(**models["embed"]), "cpu")
     prompts = embedder.embed_texts(["a photo of a car", "a car", "a photo of a dog", "a dog"]).reshape(2, 2, -1)
     classes = prompts.mean(axis=1)
     classes /= np.linalg.norm(classes, axis=1, keepdims=True)
@@ -92,7 +92,7 @@ def test_zeroshot_from_the_catalogs_vectors_and_once_more_from_what_is_kept(
     assert report["num_missing"] == 1
     assert report["figures"]["top-1"]["value"] == pytest.approx(sum(hits) / (NUM + 1))
     assert report["groups"]["class"]["car"]["top-1"]["num"] == 4
-    assert report["models"]["embed"].startswith("clip@")
+    assert report["models"]["embed"] == "tests.light:LightEmbedder(embed)@local"
     assert report["catalog"] == str(kept)
 
     # The same again: the models have nothing to do, and say the same.
@@ -131,7 +131,7 @@ def test_match_scores_each_pair_and_the_scratch_catalog_is_gone(
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_captions_retrieval_and_moderation_in_one_kept_catalog(
-    job_file: Path, table: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], real: dict[str, Any]
+    job_file: Path, table: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], models: dict[str, Any]
 ) -> None:
     kept, options = tmp_path / "kept", ("--config", job_file, "--catalog", tmp_path / "kept")
 
@@ -147,7 +147,7 @@ def test_captions_retrieval_and_moderation_in_one_kept_catalog(
     assert report["num_missing"] == 1
 
     report = evaluate(capfd, "retrieval", table, *options)
-    embedder, found = load_embedder(ModelConfig(**real["models"]["embed"]), "cpu"), vectors_of(kept)
+    embedder, found = load_embedder(ModelConfig(**models["embed"]), "cpu"), vectors_of(kept)
     captions = embedder.embed_texts([text for one in texts for text in (one, f"{one} here")])
     images = np.stack([found[name] for name in order[:-1]])
     right = [at < 2 * NUM and int((images @ caption).argmax()) == at // 2 for at, caption in enumerate(captions)]

@@ -99,6 +99,7 @@ def test_nights_follow_one_another(prefect: Prefect, job: Job, job_file: Path, g
     assert sum(row["ingest_date"] == SECOND for row in rows) == 1
 
 
+@pytest.mark.slow
 def test_a_broken_checkpoint_stops_the_night_before_any_write(
     prefect: Prefect, job: Job, job_file: Path, golden: Golden, tmp_path: Path
 ) -> None:

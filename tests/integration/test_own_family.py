@@ -37,6 +37,7 @@ def rows(folder: Path) -> dict[str, list[object]]:
     return {Path(row.pop("uri")).name: list(row.values()) for row in catalog.images(names).to_pylist()}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_it_captions_and_its_code_version_makes_rows_due(tmp_path: Path) -> None:
     (tmp_path / "vlmflow").mkdir()

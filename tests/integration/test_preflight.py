@@ -21,6 +21,7 @@ from vlmflow.views_preflight import as_yaml, print_preflight
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
+@pytest.mark.slow
 def test_pools_are_tried_in_their_order_and_nothing_is_written(
     make_job: Callable[..., Job], real: dict[str, Any], tmp_path: Path
 ) -> None:

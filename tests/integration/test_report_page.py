@@ -271,6 +271,7 @@ def test_only_addresses_of_the_web_become_links(tmp_path: Path, window: Browser)
     assert_quiet(window)
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_rows_make_a_page_under_fifteen_megabytes(tmp_path: Path, window: Browser) -> None:
     config = CatalogConfig(uri=str(tmp_path / "catalog"))
     uris, hashes = put_pictures(tmp_path / "images", 400)

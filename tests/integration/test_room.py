@@ -71,7 +71,7 @@ class Stages(SilentProgress):
         self.shown.append(text)
 
 
-@pytest.mark.parametrize("work", ["of its own", "of the other"])
+@pytest.mark.parametrize("work", [pytest.param("of its own", marks=pytest.mark.slow), "of the other"])
 def test_of_two_runs_of_a_process_the_later_waits(
     ray_session: None, make_job_in: Callable[..., Job], tmp_path: Path, work: str
 ) -> None:

@@ -52,7 +52,7 @@ def make_tracks(
             if codec == "h264":
                 stream.codec_context.options = {"x264-params": f"keyint={gop}:scenecut=0", "preset": "ultrafast"}
             elif codec == "vp8":
-                stream.codec_context.options = {"deadline": "good", "cpu-used": "5"}
+                stream.codec_context.options = {"deadline": "realtime", "cpu-used": "8"}
             streams.append(stream)
         for stream, frames in zip(streams, tracks, strict=True):
             for pixels in frames:

@@ -141,19 +141,21 @@ def test_answers_that_can_hold_together_have_a_sigmoid_each(tmp_path: Path) -> N
     assert [[a.text for a in of] for of in given] == [[a.text for a in of] for of in exclusive]
 
 
-def test_vilt_in_bfloat16_answers_what_float32_does() -> None:
+@pytest.mark.parametrize("num_images", [40, pytest.param(200, marks=pytest.mark.slow)])
+def test_vilt_in_bfloat16_answers_what_float32_does(num_images: int) -> None:
     config = ModelConfig(family="vilt", path=str(STARTER / "vqa"))
-    pixels = demo_pixels(64)
+    pixels = demo_pixels(64)[:num_images]
     questions = [["what color is the background?", "how many dogs are there?", "is there a cat?"]] * len(pixels)
     dtypes: tuple[Dtype, Dtype] = ("float32", "bfloat16")
     exact, half = (
         [answer for of in load_answerer(config, "cpu", dtype).answer(pixels, questions) for answer in of]
         for dtype in dtypes
     )
-    assert np.mean([one.text == other.text for one, other in zip(exact, half, strict=True)]) >= 0.99
+    num_allowed = max(1, len(exact) // 100)
+    assert sum(one.text != other.text for one, other in zip(exact, half, strict=True)) <= num_allowed
     moved = np.abs([one.score - other.score for one, other in zip(exact, half, strict=True)])
     # As with BLIP's matching head; in transformers' bfloat16 three of a hundred are further off.
-    assert (moved <= 0.01).mean() >= 0.99
+    assert (moved > 0.01).sum() <= num_allowed
     assert moved.max() <= 0.03
 
 

@@ -294,6 +294,7 @@ def test_a_kernel_that_cannot_run_is_left_out_and_told_of_once(
         fused.attempt(no_memory, torch.zeros(1))
 
 
+@pytest.mark.slow
 def test_the_kernels_compile_for_a_gpu_that_is_not_there(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     subprocess.run([sys.executable, "-c", COMPILED], env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}, check=True)

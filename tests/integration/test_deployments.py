@@ -125,6 +125,7 @@ def test_what_is_deployed_is_what_the_file_says(prefect: Prefect, at_work: Path)
         assert deployment["parameters"].keys() <= described.keys()
 
 
+@pytest.mark.slow
 def test_a_paused_schedule_stays_so_when_the_file_is_deployed_again(prefect: Prefect, at_work: Path) -> None:
     def the_schedule() -> dict[str, Any]:
         (found,) = (schedule for deployment in prefect.deployments() for schedule in deployment["schedules"])

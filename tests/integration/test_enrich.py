@@ -263,6 +263,7 @@ def _other_writers_win(*_: object) -> Iterator[tuple[int, int]]:
     raise CommitError("other writers won", remedy="Run the same command again.")
 
 
+@pytest.mark.slow
 def test_two_pools_give_the_rows_of_one(enriched: Enriched, make_job: Callable[..., Job], real: dict[str, Any]) -> None:
     pools = (
         {"tasks": ("embed", "moderate"), "cpus": 0.5, "batch_size": 4},

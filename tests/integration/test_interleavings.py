@@ -316,7 +316,7 @@ SETTINGS = settings(
 
 
 def test_no_key_is_lost_and_none_doubled() -> None:
-    run_state_machine_as_test(Interleavings, settings=settings(SETTINGS, max_examples=6, stateful_step_count=30))
+    run_state_machine_as_test(Interleavings, settings=settings(SETTINGS, max_examples=4, stateful_step_count=30))
 
 
 @pytest.mark.slow

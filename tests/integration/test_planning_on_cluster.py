@@ -57,7 +57,7 @@ def outcome(catalog: Catalog, asked: PlanRequest, workers: Workers) -> dict[str,
     return {"rows": rows, "its": outdated, **counts}
 
 
-@pytest.mark.parametrize("kind", ["plain", "fingerprint", "limit"])
+@pytest.mark.parametrize("kind", ["plain", "fingerprint", pytest.param("limit", marks=pytest.mark.slow)])
 def test_both_plans_are_equal(kind: str, catalog: Catalog) -> None:
     other = request()
     if kind == "fingerprint":

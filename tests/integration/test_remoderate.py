@@ -105,18 +105,26 @@ def no_model(*_: object) -> None:
     raise AssertionError("a model was loaded")
 
 
+@pytest.mark.parametrize("kind", ["light", pytest.param("real", marks=pytest.mark.slow)])
 def test_backfilled_and_online_moderation_are_equal_to_the_bit(
-    make_job: Callable[..., Job], write_policy: Callable[..., str], real: dict[str, Any], tmp_path: Path
+    kind: str,
+    make_job: Callable[..., Job],
+    write_policy: Callable[..., str],
+    models: dict[str, dict[str, Any]],
+    policy: str,
+    real: dict[str, Any],
+    tmp_path: Path,
 ) -> None:
+    given = real if kind == "real" else {"models": models, "policy": policy}
     write_pictures(tmp_path / "images", 12)
     write_broken(tmp_path / "images")
     # The models see the same batches in both runs: vectors of other batches differ in their last bits.
     pools = [{"tasks": ("embed", "moderate"), "cpus": 0.5, "batch_size": 4}]
     options: dict[str, Any] = {"tasks": ("embed", "moderate"), "pools": pools, "commit": {"max_rows": 4}}
-    job = make_job(tmp_path / "images", date=OLD_DATE, **real, **options)
+    job = make_job(tmp_path / "images", date=OLD_DATE, **given, **options)
     enrich(job)
     before = Catalog.open(job.catalog).images()
-    embedder = real["models"]["embed"]
+    embedder = given["models"]["embed"]
     other = write_policy("other", embedder, version='"2"', gun="review: 0.2, block: 0.5", prompt="a red car and a tree")
     damaged = tmp_path / "catalog" / "policies" / ("0" * 64)
     damaged.mkdir()
@@ -125,7 +133,7 @@ def test_backfilled_and_online_moderation_are_equal_to_the_bit(
     report = remoderate(job.model_copy(update={"policy": other}))
 
     fresh = make_job(
-        tmp_path / "images", models=real["models"], policy=other, catalog={"uri": str(tmp_path / "f")}, **options
+        tmp_path / "images", models=given["models"], policy=other, catalog={"uri": str(tmp_path / "f")}, **options
     )
     enrich(fresh)
     assert rows_of(job) == rows_of(fresh)

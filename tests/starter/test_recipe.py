@@ -99,6 +99,7 @@ def test_near_scenes_differ_in_one_thing(studio: Studio) -> None:
         assert differing == 1
 
 
+@pytest.mark.slow
 def test_a_run_resumes_where_it_was_killed(studio: Studio, tmp_path: Path) -> None:
     def recipe(max_steps: int) -> Recipe:
         return Recipe("small", tmp_path, minutes=10, max_steps=max_steps, batch_size=4)

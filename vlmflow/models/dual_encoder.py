@@ -18,6 +18,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 from transformers import AutoModel
 
 from vlmflow.config import Dtype, ModelConfig
@@ -25,6 +26,8 @@ from vlmflow.device_errors import is_device_broken, is_out_of_memory
 from vlmflow.errors import WeightsError
 from vlmflow.models import EncodedImages
 from vlmflow.models.attention import growing
+from vlmflow.models.blocks import Block
+from vlmflow.models.packed import PackedTower, linear, pack_block
 from vlmflow.models.pixels import PixelNormalizer, model_dtype
 from vlmflow.models.preprocessing import read_preprocessing
 from vlmflow.models.pretrained import load_model, load_text_tokenizer, tokenize
@@ -59,11 +62,15 @@ class DualEmbedder:
         """
         preprocessing = read_preprocessing(folder, config)
         wanted = model_dtype(device, dtype)
-        model, missing, unexpected = load_model(AutoModel, folder, wanted)
+        packs = torch.device(device).type == "cpu" and config.family != "align"  # whose images pass convolutions
+        carried = torch.float32 if packs else wanted  # of all of a packed encoder but its products
+        model, missing, unexpected = load_model(AutoModel, folder, carried)
         _check_encoders(folder, model, missing)
         check_keys(folder, missing, unexpected)
         tokenizer = TextTokenizer(folder, model)
-        embedder = cls(model.to(device), tokenizer, PixelNormalizer(preprocessing, device, wanted))
+        if packs:
+            _pack(model, wanted)
+        embedder = cls(model.to(device), tokenizer, PixelNormalizer(preprocessing, device, carried))
         embedder._try_out(folder, preprocessing.size)
         return embedder
 
@@ -227,6 +234,38 @@ class TextTokenizer:
                 f"{'the one of the highest number' if is_highest else f'token {end}'} (eos_token_id of config.json)",
                 remedy=_ONE_MODEL,
             )
+
+
+def _pack(model: Any, dtype: torch.dtype) -> None:
+    """Puts packed layers in the place of those of the image encoder.
+
+    Args:
+        model: in float32, of CLIP's kind of layers.
+        dtype: of the products.
+    """
+    encoder = model.vision_model.encoder
+    of_token_alone = model.config.model_type != "siglip"  # which attends to all of them once more
+    blocks = [_packed(layer, dtype) for layer in encoder.layers]
+    encoder.layers = nn.ModuleList([PackedTower(blocks, of_token_alone=of_token_alone)])
+
+
+def _packed(layer: Any, dtype: torch.dtype) -> Block:
+    attention, mlp = layer.self_attn, layer.mlp
+    parts = (attention.q_proj, attention.k_proj, attention.v_proj)
+    activation = mlp.config.hidden_act
+    return pack_block(
+        attention.num_heads,
+        (layer.layer_norm1, layer.layer_norm2),
+        (
+            linear(torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts])),
+            attention.out_proj,
+            mlp.fc1,
+            mlp.fc2,
+        ),
+        activation if activation in ("gelu", "quick_gelu") else mlp.activation_fn,
+        dtype,
+        torch.float32,
+    )
 
 
 def _max_tokens(folder: Path, config: Any, tokenizer: Any) -> int:

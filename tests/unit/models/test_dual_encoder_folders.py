@@ -130,7 +130,7 @@ def test_weights_in_half_precision_are_computed_with_in_the_wanted_one(
         ("clip", edit({"model_max_length": "x"}, "tokenizer_config.json"), "reads texts of x tokens"),
         ("altclip", edit({"text_config.pad_token_id": None}), "cannot embed an image of 32 pixels a side and a word"),
         ("siglip", without_pooling, "cannot embed an image of 32 pixels a side and a word"),
-        ("clip", edit({"text_config": None}), r"is \(16, 32\), not \(77, 512\)"),
+        ("clip", edit({"vision_config": None}), r"shows its model 32 pixels, but config\.json says 224"),
         ("clip", edit({"vision_config": [1]}), "vision_config is no JSON object"),
         ("clip", edit({"text_config": "x"}), "cannot be loaded as AutoModel"),
         ("clip", edit({"projection_dim": 12}), r"text_projection\.weight is \(24, 32\), not \(12, 32\)"),

@@ -23,7 +23,7 @@ from transformers import (
 
 from tests.fake_cuda import HostReads, Operators, build, cast, fake_mode
 from tests.models import IMAGE_SIZE, make_captioner, make_clip, make_vilt
-from vlmflow.models import clip_packed
+from vlmflow.models import clip_packed, packed
 from vlmflow.models.blip import BlipCaptioner, BlipMatcher
 from vlmflow.models.blip_fast import VisionTower
 from vlmflow.models.blip_fast.graph import FixedStep
@@ -163,7 +163,7 @@ def test_layers_of_clip_copy_nothing_to_another_dtype(tmp_path: Path, monkeypatc
     def attend(queries: torch.Tensor, *_: torch.Tensor | None) -> torch.Tensor:
         return queries.new_empty((len(queries), queries.shape[2], queries[0, :, 0].numel()))
 
-    monkeypatch.setattr(clip_packed, "attend", attend)
+    monkeypatch.setattr(packed, "attend", attend)
     architecture = clip_architecture(tmp_path)
     with fake_mode():
         model = build(lambda: open_clip.CLIP(**architecture), HALF)

@@ -32,6 +32,7 @@ from vlmflow.models.pixels import PixelNormalizer, model_dtype
 from vlmflow.models.preprocessing import read_preprocessing
 from vlmflow.models.pretrained import load_model, load_text_tokenizer, tokenize
 from vlmflow.models.sizes import in_few_sizes
+from vlmflow.models.upload import to_device
 from vlmflow.models.vectors import TEXTS_AT_ONCE, cosines, to_unit
 from vlmflow.models.weights import check_keys
 
@@ -93,7 +94,7 @@ class DualEmbedder:
 
     def text_features(self, texts: Sequence[str]) -> torch.Tensor:
         """N texts -> (N, D) in the contrastive space."""
-        inputs = self._tokenize(texts, str(self._model.device))
+        inputs = {name: to_device(values, self._model.device) for name, values in self._tokenize(texts).items()}
         with growing(self._model.device):
             features: torch.Tensor = self._model.get_text_features(**inputs, return_dict=True).pooler_output
         return features
@@ -185,10 +186,12 @@ class TextTokenizer:
         self._max_tokens = _max_tokens(folder, model.config, self._tokenizer)
         self._num_words: int = model.text_model.get_input_embeddings().num_embeddings
         self._stray_to = self._check_words(folder)
-        if kind in ("clip", "metaclip_2"):
+        # Read at their end, before which no padding stands, and what stands behind is not seen: no mask is needed.
+        self._is_causal = kind in ("clip", "metaclip_2")
+        if self._is_causal:
             self._check_end(folder, text.eos_token_id, is_highest=kind == "clip" and text.eos_token_id == 2)
 
-    def __call__(self, texts: Sequence[str], device: str) -> dict[str, torch.Tensor]:
+    def __call__(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
         """N texts -> arguments of ``get_text_features``: (N, L) each; longer ones are cut, and end as others do."""
         if self._fills_context:
             texts = [text.lower() if self._lowers else text for text in texts]
@@ -196,10 +199,10 @@ class TextTokenizer:
                 texts, padding="max_length", truncation=True, max_length=self._max_tokens, return_tensors="pt"
             )
             # Without a mask, as SigLIP was trained, unless the tokenizer's file has one made.
-            inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask") if name in batch}
+            inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
         else:
-            tokens, mask = tokenize(self._tokenizer, texts, self._max_tokens, device)
-            inputs = {"input_ids": tokens, "attention_mask": mask}
+            tokens, mask = tokenize(self._tokenizer, texts, self._max_tokens, "cpu")
+            inputs = {"input_ids": tokens} | ({} if self._is_causal else {"attention_mask": mask})
         if self._stray_to is not None:
             inputs["input_ids"].masked_fill_(inputs["input_ids"] >= self._num_words, self._stray_to)
         return inputs

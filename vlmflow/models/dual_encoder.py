@@ -272,23 +272,25 @@ def _packed(layer: Any, dtype: torch.dtype) -> Block:
 
 
 def _max_tokens(folder: Path, config: Any, tokenizer: Any) -> int:
-    """How many tokens of a text the model reads.
+    """How many tokens of a text the model reads, begin and end included, as transformers takes it from the files.
+
+    They do not say that Chinese-CLIP saw no text of more than 52.
 
     Raises:
         WeightsError: none but those of begin and end, or the file's number is none.
     """
-    limits: dict[str, int] = {"max_position_embeddings": config.text_config.max_position_embeddings}
+    limits: dict[str, float] = {"max_position_embeddings": config.text_config.max_position_embeddings}
     if config.model_type == "altclip":  # as RoBERTa's, its places begin behind the number of the padding token
         limits["max_position_embeddings"] -= (config.text_config.pad_token_id or 0) + 1
     if config.model_type != "align":  # whose processor cuts no text: its tokenizer's length is what it fills them up to
         limits["model_max_length"] = tokenizer.model_max_length
     for name, limit in limits.items():
-        if not isinstance(limit, int) or limit < _MIN_TOKENS:
+        if not isinstance(limit, int | float) or not limit >= _MIN_TOKENS:
             raise WeightsError(
                 f"weights: the model of {folder} reads texts of {limit} tokens ({name}), begin and end included",
                 remedy=_ONE_MODEL,
             )
-    return min(limits.values())
+    return int(min(limits.values()))
 
 
 def _check_encoders(folder: Path, model: Any, missing: Sequence[str]) -> None:

@@ -69,6 +69,12 @@ def words_in_two_files(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
 
 
+def with_code(folder: Path) -> None:
+    (folder / "evil.py").write_text("raise SystemExit('it was run')")
+    for name, kinds in (("config.json", ("AutoModel", "AutoConfig")), ("tokenizer_config.json", ("AutoTokenizer",))):
+        edit_json(folder / name, {"auto_map": dict.fromkeys(kinds, "evil.Evil")})
+
+
 def in_shards(folder: Path) -> None:
     model = CLIPModel.from_pretrained(folder)
     (folder / "model.safetensors").unlink()
@@ -91,7 +97,8 @@ _POSITIONS = {
         ("clip", in_shards),
         ("clip", words_in_two_files),
         ("clip", edit({"return_dict": False})),
-        ("clip", edit({"auto_map": {"AutoModel": "evil.Evil", "AutoConfig": "evil.Evil"}})),
+        ("clip", with_code),
+        ("siglip2", edit({"model_max_length": 1e30}, "tokenizer_config.json")),
         ("siglip", edit({"image_processor_type": "SiglipImageProcessorFast"}, "preprocessor_config.json")),
     ],
 )

@@ -11,7 +11,7 @@ import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoProcessor, AutoTokenizer, CLIPConfig, CLIPModel
+from transformers import AutoModel, AutoProcessor, AutoTokenizer, CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
 from tests.dual_encoders import CONTEXT, KINDS, make_dual_encoder
 from tests.models import IMAGE_SIZE, WORDS, as_images, make_clip, random_pixels
@@ -190,8 +190,56 @@ def test_clip_gives_the_vectors_that_open_clip_gives(tmp_path: Path, quick_gelu:
     assert np.median(images @ images.T) < 0.99
 
 
+def test_siglip_reads_texts_as_open_clip_does(tmp_path: Path) -> None:
+    """The same weights and tokenizer in both formats: all places are filled up, and the last of them is read."""
+    theirs = make_clip(tmp_path / "open_clip", siglip=True)
+    tensors = load_file(theirs / "open_clip_model.safetensors")
+    ours = make_dual_encoder(tmp_path / "transformers", "siglip")
+    tokenizer = AutoTokenizer.from_pretrained(theirs)
+    tokenizer.save_pretrained(ours)
+    edit_json(ours / "tokenizer_config.json", {"model_input_names": ["input_ids"]})
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "layer_norm_eps": 1e-6}
+    text = sizes | {"intermediate_size": 128, "hidden_act": "gelu", "vocab_size": len(tokenizer)}
+    text |= {"max_position_embeddings": 16, "projection_size": 64}
+    vision = sizes | {"hidden_size": 64, "image_size": IMAGE_SIZE, "patch_size": 8}
+    model = SiglipModel(SiglipConfig(text_config=text, vision_config=vision))
+    named = {
+        "embeddings.token_embedding.weight": tensors["text.token_embedding.weight"],
+        "embeddings.position_embedding.weight": tensors["text.positional_embedding"],
+        **layers(tensors, "text.transformer", "encoder"),
+    }
+    for kind in ("weight", "bias"):
+        named[f"final_layer_norm.{kind}"] = tensors[f"text.ln_final.{kind}"]
+        named[f"head.{kind}"] = tensors[f"text.text_projection.{kind}"]
+    model.text_model.load_state_dict(named)
+    model.save_pretrained(ours)
+    texts = [text for text in TEXTS if "," not in text]
+    expected = load_embedder(ModelConfig(family="open_clip", path=str(theirs)), "cpu").embed_texts(texts)
+    np.testing.assert_allclose(embedder_of(ours).embed_texts(texts), expected, atol=1e-5)
+    assert np.median(expected @ expected.T) < 0.99
+
+
+def layers(tensors: dict[str, torch.Tensor], prefix: str, name: str) -> dict[str, torch.Tensor]:
+    """Both layers of one of open_clip's transformers, by the names of transformers' conversion script."""
+    found: dict[str, torch.Tensor] = {}
+    for layer in range(2):
+        block, of = f"{prefix}.resblocks.{layer}", f"{name}.layers.{layer}"
+        for kind in ("weight", "bias"):
+            for part, value in zip("qkv", tensors[f"{block}.attn.in_proj_{kind}"].chunk(3), strict=True):
+                found[f"{of}.self_attn.{part}_proj.{kind}"] = value
+            for theirs, ours in (
+                ("attn.out_proj", "self_attn.out_proj"),
+                ("ln_1", "layer_norm1"),
+                ("ln_2", "layer_norm2"),
+                ("mlp.c_fc", "mlp.fc1"),
+                ("mlp.c_proj", "mlp.fc2"),
+            ):
+                found[f"{of}.{ours}.{kind}"] = tensors[f"{block}.{theirs}.{kind}"]
+    return found
+
+
 def as_transformers(theirs: Path, folder: Path, activation: str) -> Path:
-    """An open_clip folder of :func:`make_clip` in the format of transformers, by the names of its conversion script."""
+    """An open_clip folder of :func:`make_clip` in the format of transformers."""
     tensors = load_file(theirs / "open_clip_model.safetensors")
     tokenizer = AutoTokenizer.from_pretrained(theirs)
     tokenizer.save_pretrained(folder)
@@ -209,6 +257,8 @@ def as_transformers(theirs: Path, folder: Path, activation: str) -> Path:
         "vision_model.embeddings.class_embedding": tensors["visual.class_embedding"],
         "vision_model.embeddings.patch_embedding.weight": tensors["visual.conv1.weight"],
         "vision_model.embeddings.position_embedding.weight": tensors["visual.positional_embedding"],
+        **layers(tensors, "transformer", "text_model.encoder"),
+        **layers(tensors, "visual.transformer", "vision_model.encoder"),
     }
     for kind in ("weight", "bias"):
         named |= {
@@ -216,19 +266,6 @@ def as_transformers(theirs: Path, folder: Path, activation: str) -> Path:
             f"vision_model.pre_layrnorm.{kind}": tensors[f"visual.ln_pre.{kind}"],
             f"vision_model.post_layernorm.{kind}": tensors[f"visual.ln_post.{kind}"],
         }
-        for part, prefix in (("text_model", "transformer"), ("vision_model", "visual.transformer")):
-            for layer in range(2):
-                block, of = f"{prefix}.resblocks.{layer}", f"{part}.encoder.layers.{layer}"
-                for name, value in zip("qkv", tensors[f"{block}.attn.in_proj_{kind}"].chunk(3), strict=True):
-                    named[f"{of}.self_attn.{name}_proj.{kind}"] = value
-                for theirs_name, name in (
-                    ("attn.out_proj", "self_attn.out_proj"),
-                    ("ln_1", "layer_norm1"),
-                    ("ln_2", "layer_norm2"),
-                    ("mlp.c_fc", "mlp.fc1"),
-                    ("mlp.c_proj", "mlp.fc2"),
-                ):
-                    named[f"{of}.{name}.{kind}"] = tensors[f"{block}.{theirs_name}.{kind}"]
     model.load_state_dict(named)  # all of them, and nothing else
     model.save_pretrained(folder)
     shutil.copy(make_dual_encoder(folder.parent / "files") / "preprocessor_config.json", folder)

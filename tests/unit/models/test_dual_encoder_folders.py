@@ -27,12 +27,6 @@ TEXTS = ["a red car", "two dogs"]
 Change = Callable[[Path], object]
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("dual")
-    return {kind: make_dual_encoder(root / kind, kind) for kind in KINDS}
-
-
 def config_of(folder: Path, family: str = "dual_encoder") -> ModelConfig:
     return ModelConfig(family=family, path=str(folder))
 
@@ -102,21 +96,23 @@ _POSITIONS = {
         ("siglip", edit({"image_processor_type": "SiglipImageProcessorFast"}, "preprocessor_config.json")),
     ],
 )
-def test_other_forms_of_a_folder_are_read(folders: dict[str, Path], tmp_path: Path, kind: str, change: Change) -> None:
-    folder = shutil.copytree(folders[kind], tmp_path / kind)
+def test_other_forms_of_a_folder_are_read(
+    dual_encoders: dict[str, Path], tmp_path: Path, kind: str, change: Change
+) -> None:
+    folder = shutil.copytree(dual_encoders[kind], tmp_path / kind)
     change(folder)
-    np.testing.assert_allclose(embedded(folder), embedded(folders[kind]), atol=1e-6)
+    np.testing.assert_allclose(embedded(folder), embedded(dual_encoders[kind]), atol=1e-6)
 
 
 def test_weights_in_half_precision_are_computed_with_in_the_wanted_one(
-    folders: dict[str, Path], tmp_path: Path
+    dual_encoders: dict[str, Path], tmp_path: Path
 ) -> None:
-    folder = shutil.copytree(folders["clip"], tmp_path / "clip")
+    folder = shutil.copytree(dual_encoders["clip"], tmp_path / "clip")
     tensors(lambda found: {name: value.half() for name, value in found.items()})(folder)
     edit_json(folder / "config.json", {"dtype": "float16"})
     embedder = load_embedder(config_of(folder), "cpu")
     assert {weights.dtype for weights in embedder._model.parameters()} == {torch.float32}  # type: ignore[attr-defined]
-    np.testing.assert_allclose(embedder.embed_texts(TEXTS), embedded(folders["clip"]), atol=2e-3)
+    np.testing.assert_allclose(embedder.embed_texts(TEXTS), embedded(dual_encoders["clip"]), atol=2e-3)
 
 
 @pytest.mark.parametrize(
@@ -154,9 +150,9 @@ def test_weights_in_half_precision_are_computed_with_in_the_wanted_one(
     ],
 )
 def test_files_that_contradict_each_other_are_refused(
-    folders: dict[str, Path], tmp_path: Path, kind: str, change: Change, message: str
+    dual_encoders: dict[str, Path], tmp_path: Path, kind: str, change: Change, message: str
 ) -> None:
-    folder = shutil.copytree(folders[kind], tmp_path / kind)
+    folder = shutil.copytree(dual_encoders[kind], tmp_path / kind)
     change(folder)
     with pytest.raises(WeightsError, match=message) as refused:
         embedded(folder)
@@ -166,11 +162,11 @@ def test_files_that_contradict_each_other_are_refused(
 
 @pytest.mark.parametrize(("kind", "other"), [("siglip", "clip"), ("chinese_clip", "clip"), ("clip", "siglip")])
 def test_the_tokenizer_of_another_model_is_refused(
-    folders: dict[str, Path], tmp_path: Path, kind: str, other: str
+    dual_encoders: dict[str, Path], tmp_path: Path, kind: str, other: str
 ) -> None:
-    folder = shutil.copytree(folders[kind], tmp_path / kind)
+    folder = shutil.copytree(dual_encoders[kind], tmp_path / kind)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(folders[other] / name, folder)
+        shutil.copy(dual_encoders[other] / name, folder)
     with pytest.raises(WeightsError, match=r"are none of its model's|ends texts with token") as refused:
         embedded(folder)
     assert "one model" in refused.value.remedy
@@ -198,29 +194,29 @@ def test_words_that_the_model_has_no_row_for_are_unknown_to_it(tmp_path: Path) -
     ],
 )
 def test_other_kinds_of_models_are_refused_before_anything_is_loaded(
-    folders: dict[str, Path], tmp_path: Path, model_type: object, remedy: str
+    dual_encoders: dict[str, Path], tmp_path: Path, model_type: object, remedy: str
 ) -> None:
     for name in ("config.json", "preprocessor_config.json", "model.safetensors"):
-        shutil.copy(folders["clip"] / name, tmp_path)
+        shutil.copy(dual_encoders["clip"] / name, tmp_path)
     edit_json(tmp_path / "config.json", {"model_type": model_type})
     with pytest.raises(WeightsError, match="is not of the family dual_encoder") as refused:
         pixel_request("embed", config_of(tmp_path), ("squash",))
     assert remedy in refused.value.remedy
 
 
-def test_a_dual_encoder_is_not_read_as_align(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_dual_encoder_is_not_read_as_align(dual_encoders: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="model_type clip is not of the family align") as refused:
-        load_embedder(config_of(folders["clip"], "align"), "cpu")
+        load_embedder(config_of(dual_encoders["clip"], "align"), "cpu")
     assert "Set `family: dual_encoder`" in refused.value.remedy
     assert load_embedder(config_of(make_align(tmp_path), "align"), "cpu").dim == 24
 
 
 @pytest.mark.parametrize("has_config", [False, True])
 def test_open_clip_says_which_family_reads_the_folder(
-    folders: dict[str, Path], tmp_path: Path, has_config: bool
+    dual_encoders: dict[str, Path], tmp_path: Path, has_config: bool
 ) -> None:
     """A repository of the hub often has open_clip's configuration beside weights of transformers."""
-    folder = shutil.copytree(folders["clip"], tmp_path / "clip")
+    folder = shutil.copytree(dual_encoders["clip"], tmp_path / "clip")
     if has_config:
         shutil.copy(make_clip(tmp_path / "open_clip") / "open_clip_config.json", folder)
     with pytest.raises(WeightsError, match="as transformers saves it") as refused:
@@ -229,9 +225,9 @@ def test_open_clip_says_which_family_reads_the_folder(
 
 
 def test_a_tokenizer_that_needs_a_package_names_it(
-    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dual_encoders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = shutil.copytree(folders["siglip"], tmp_path / "siglip")
+    folder = shutil.copytree(dual_encoders["siglip"], tmp_path / "siglip")
 
     def absent(*_: object, **__: object) -> None:
         raise ImportError("SiglipTokenizer requires the SentencePiece library but it was not found")
@@ -243,25 +239,25 @@ def test_a_tokenizer_that_needs_a_package_names_it(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_pixels_are_those_that_the_processor_is_for(folders: dict[str, Path], kind: str) -> None:
+def test_pixels_are_those_that_the_processor_is_for(dual_encoders: dict[str, Path], kind: str) -> None:
     """Squashed to the side of the crop, where one is cut out of the middle."""
-    described = read_preprocessing(folders[kind], config_of(folders[kind]))
+    described = read_preprocessing(dual_encoders[kind], config_of(dual_encoders[kind]))
     assert (described.size, described.interpolation) == (IMAGE_SIZE, "bicubic")
     assert (described.mean == (0.5, 0.5, 0.5)) == kind.startswith("siglip")
 
 
-def test_the_first_clips_tell_their_sizes_twice(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_the_first_clips_tell_their_sizes_twice(dual_encoders: dict[str, Path], tmp_path: Path) -> None:
     """As transformers, by the section whose name ends with _dict."""
-    folder = shutil.copytree(folders["clip"], tmp_path / "clip")
+    folder = shutil.copytree(dual_encoders["clip"], tmp_path / "clip")
     config = json.loads((folder / "config.json").read_text())
     config |= {f"{name}_dict": config[name] for name in ("text_config", "vision_config")}
     config["vision_config"] = config["text_config"] = None
     (folder / "config.json").write_text(json.dumps(config))
-    np.testing.assert_array_equal(embedded(folder), embedded(folders["clip"]))
+    np.testing.assert_array_equal(embedded(folder), embedded(dual_encoders["clip"]))
 
 
-def test_both_roles_have_one_identity(folders: dict[str, Path], tmp_path: Path) -> None:
-    folder = shutil.copytree(folders["altclip"], tmp_path / "altclip")
+def test_both_roles_have_one_identity(dual_encoders: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(dual_encoders["altclip"], tmp_path / "altclip")
     first = identify("embed", config_of(folder))
     assert identify("match", config_of(folder)) == first
     (folder / "sentencepiece.bpe.model").write_bytes(b"words")  # which a tokenizer may be read from

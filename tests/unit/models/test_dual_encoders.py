@@ -25,14 +25,8 @@ TEXTS = [*(" ".join(WORDS[i : i + 1 + i % 7]) for i in range(9)), "a red, car", 
 
 
 @pytest.fixture(scope="module")
-def embedders(folders: dict[str, Path]) -> dict[str, ImageEmbedder]:
-    return {kind: embedder_of(folder) for kind, folder in folders.items()}
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("dual")
-    return {kind: make_dual_encoder(root / kind, kind) for kind in KINDS}
+def embedders(dual_encoders: dict[str, Path]) -> dict[str, ImageEmbedder]:
+    return {kind: embedder_of(folder) for kind, folder in dual_encoders.items()}
 
 
 def config_of(folder: Path) -> ModelConfig:
@@ -53,10 +47,10 @@ def reference(folder: Path, texts: list[str], pixels: torch.Tensor) -> Any:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_vectors_are_those_of_transformers(
-    folders: dict[str, Path], embedders: dict[str, ImageEmbedder], kind: str
+    dual_encoders: dict[str, Path], embedders: dict[str, ImageEmbedder], kind: str
 ) -> None:
     pixels = random_pixels(len(TEXTS))
-    expected = reference(folders[kind], TEXTS, pixels)
+    expected = reference(dual_encoders[kind], TEXTS, pixels)
     embedder = embedders[kind]
     images, texts = embedder.embed_images(pixels), embedder.embed_texts(TEXTS)
 
@@ -65,7 +59,7 @@ def test_vectors_are_those_of_transformers(
     assert embedder.dim == images.shape[1]
     for vectors in (images, texts):  # else all might be one vector, and nothing be compared
         assert np.median(vectors @ vectors.T) < 0.99
-    matcher = load_matcher(config_of(folders[kind]), "cpu")
+    matcher = load_matcher(config_of(dual_encoders[kind]), "cpu")
     encoded = matcher.encode_images(pixels)
     assert matcher.match_itm(encoded, TEXTS) is None
     cosines = matcher.match_itc(encoded, TEXTS)
@@ -81,10 +75,10 @@ def test_a_text_has_the_vector_that_it_has_alone(embedders: dict[str, ImageEmbed
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith("siglip")])
 def test_padding_stands_behind_texts_whatever_the_tokenizer_says(
-    folders: dict[str, Path], embedders: dict[str, ImageEmbedder], kind: str, tmp_path: Path
+    dual_encoders: dict[str, Path], embedders: dict[str, ImageEmbedder], kind: str, tmp_path: Path
 ) -> None:
     """CLIP's padding is its end token, at the first of which it reads a text."""
-    folder = shutil.copytree(folders[kind], tmp_path / kind)
+    folder = shutil.copytree(dual_encoders[kind], tmp_path / kind)
     edit_json(folder / "tokenizer_config.json", {"padding_side": "left"})
     assert AutoTokenizer.from_pretrained(folder).padding_side == "left"
     expected = embedders[kind].embed_texts(TEXTS)
@@ -92,9 +86,9 @@ def test_padding_stands_behind_texts_whatever_the_tokenizer_says(
 
 
 def test_siglip_has_a_mask_where_its_tokenizer_makes_one(
-    folders: dict[str, Path], embedders: dict[str, ImageEmbedder], tmp_path: Path
+    dual_encoders: dict[str, Path], embedders: dict[str, ImageEmbedder], tmp_path: Path
 ) -> None:
-    folder = shutil.copytree(folders["siglip"], tmp_path / "siglip")
+    folder = shutil.copytree(dual_encoders["siglip"], tmp_path / "siglip")
     edit_json(folder / "tokenizer_config.json", {"model_input_names": ["input_ids", "attention_mask"]})
     expected = reference(folder, TEXTS, random_pixels(2)).text_embeds.numpy()
     np.testing.assert_allclose(embedder_of(folder).embed_texts(TEXTS), expected, atol=1e-5)
@@ -102,23 +96,23 @@ def test_siglip_has_a_mask_where_its_tokenizer_makes_one(
 
 
 def test_siglip_2_is_shown_small_letters_as_its_file_says(
-    folders: dict[str, Path], embedders: dict[str, ImageEmbedder], tmp_path: Path
+    dual_encoders: dict[str, Path], embedders: dict[str, ImageEmbedder], tmp_path: Path
 ) -> None:
     """Its tokenizer, Gemma's, takes letters as they are, and transformers leaves it to who calls it."""
     texts = ["A RED Car", "Dog"]
     lower = embedders["siglip2"].embed_texts([text.lower() for text in texts])
     np.testing.assert_array_equal(embedders["siglip2"].embed_texts(texts), lower)
-    folder = shutil.copytree(folders["siglip2"], tmp_path / "siglip2")
+    folder = shutil.copytree(dual_encoders["siglip2"], tmp_path / "siglip2")
     edit_json(folder / "tokenizer_config.json", {"do_lower_case": False})
     expected = reference(folder, texts, random_pixels(2)).text_embeds.numpy()
     np.testing.assert_allclose(embedder_of(folder).embed_texts(texts), expected, atol=1e-5)
     assert np.abs(expected - lower).max() > 0.01
 
 
-def test_siglip_by_its_sentence_pieces(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_siglip_by_its_sentence_pieces(dual_encoders: dict[str, Path], tmp_path: Path) -> None:
     """As google's folders of SigLIP name their tokenizer: transformers reads it with a package of its own."""
     sentencepiece = pytest.importorskip("sentencepiece")
-    folder = shutil.copytree(folders["siglip"], tmp_path / "siglip")
+    folder = shutil.copytree(dual_encoders["siglip"], tmp_path / "siglip")
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([*TEXTS, *WORDS] * 3),
         model_prefix=str(folder / "spiece"),
@@ -139,10 +133,12 @@ def test_siglip_by_its_sentence_pieces(folders: dict[str, Path], tmp_path: Path)
     np.testing.assert_allclose(found[-1], embedder_of(folder).embed_texts(["a red car"])[0], atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_bfloat16_is_near_float32(folders: dict[str, Path], embedders: dict[str, ImageEmbedder], kind: str) -> None:
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_bfloat16_is_near_float32(
+    dual_encoders: dict[str, Path], embedders: dict[str, ImageEmbedder], kind: str
+) -> None:
     pixels, exact = random_pixels(8), embedders[kind]
-    rounded = load_embedder(config_of(folders[kind]), "cpu", "bfloat16")
+    rounded = load_embedder(config_of(dual_encoders[kind]), "cpu", "bfloat16")
     expected, found = exact.embed_images(pixels), rounded.embed_images(pixels)
     assert (expected * found).sum(axis=1).min() > 0.99
     assert np.abs(expected - found).max() > 1e-6  # it was rounded
@@ -157,9 +153,9 @@ def test_images_pass_packed_layers_and_texts_fused_attention(embedders: dict[str
 
 
 @torch.inference_mode()
-def test_products_alone_are_in_bfloat16(folders: dict[str, Path], embedders: dict[str, ImageEmbedder]) -> None:
+def test_products_alone_are_in_bfloat16(dual_encoders: dict[str, Path], embedders: dict[str, ImageEmbedder]) -> None:
     """What is added up from layer to layer would lose most: the vectors are nearer than those of a bfloat16 model."""
-    pixels, folder = random_pixels(8), folders["siglip"]
+    pixels, folder = random_pixels(8), dual_encoders["siglip"]
     exact = embedders["siglip"].embed_images(pixels)
     values = AutoProcessor.from_pretrained(folder)(images=as_images(pixels), return_tensors="pt")["pixel_values"]
     half = AutoModel.from_pretrained(folder, dtype=torch.bfloat16).eval()

@@ -28,7 +28,7 @@ from PIL import Image, UnidentifiedImageError
 from benchmarks.machine import save_result
 from benchmarks.random_models import VIT_B_32, VIT_L_14, write_clip
 from vlmflow.config import ModelConfig
-from vlmflow.models import clip_packed, load_embedder
+from vlmflow.models import clip_packed, load_embedder, packed
 from vlmflow.models.clip import ClipEmbedder, build
 from vlmflow.models.pixels import PixelNormalizer
 from vlmflow.models.preprocessing import read_preprocessing
@@ -60,12 +60,12 @@ class Int8Linear:
 
 def int8(model: Any) -> Any:
     """A copy of a float32 model with all layers of the image tower in int8."""
-    packed, clip_packed.PackedLinear = clip_packed.PackedLinear, Int8Linear  # type: ignore[misc,assignment]
+    layer, packed.PackedLinear = packed.PackedLinear, Int8Linear  # type: ignore[misc,assignment]
     try:
         copied = copy.deepcopy(model)
         assert clip_packed.pack_image_tower(copied)
     finally:
-        clip_packed.PackedLinear = packed  # type: ignore[misc]
+        packed.PackedLinear = layer  # type: ignore[misc]
     return copied
 
 

@@ -46,7 +46,7 @@ _RANGE = {"initializer_range": 0.2}
 def make_blip2_captioner(folder: Path, *, t5: bool = False) -> Path:
     """Writes a `Blip2ForConditionalGeneration` folder, with an OPT or a T5 as its language model."""
     config = _blip2_config(_t5() if t5 else _opt())
-    model = _build(Blip2ForConditionalGeneration, config)
+    model = build_model(Blip2ForConditionalGeneration, config)
     with torch.no_grad():
         model.language_projection.weight.mul_(8)  # let the picture outweigh the first word
         if t5:
@@ -66,7 +66,7 @@ def make_blip2_captioner(folder: Path, *, t5: bool = False) -> Path:
 
 def make_blip2_matcher(folder: Path, *, seed: int = 0, vision_of: Path | None = None) -> Path:
     """Writes a `Blip2ForImageTextRetrieval` folder; ``vision_of``: a captioner with the same vision tower."""
-    model = _build(Blip2ForImageTextRetrieval, _blip2_config(_opt()), seed)
+    model = build_model(Blip2ForImageTextRetrieval, _blip2_config(_opt()), seed)
     if vision_of is not None:
         captioner = Blip2ForConditionalGeneration.from_pretrained(vision_of)
         model.vision_model.load_state_dict(captioner.vision_model.state_dict())
@@ -104,7 +104,7 @@ def make_gemma(folder: Path, *, shield: bool = False) -> Path:
     )
     if shield:
         config.yes_token_index, config.no_token_index = vocab["Yes"], vocab["No"]
-    model = _build(ShieldGemma2ForImageClassification if shield else Gemma3ForConditionalGeneration, config)
+    model = build_model(ShieldGemma2ForImageClassification if shield else Gemma3ForConditionalGeneration, config)
     with torch.no_grad():  # as built it is zero, and all images look the same
         (model.model if shield else model).model.multi_modal_projector.mm_input_projection_weight.normal_()
     model.save_pretrained(folder)
@@ -121,7 +121,7 @@ def make_git(folder: Path, *, seed: int = 0, num_frames: int | None = None) -> P
     tokens = {"bos_token_id": _CLS, "eos_token_id": _SEP, "pad_token_id": _PAD, "vocab_size": _VOCAB_SIZE}
     text = _SIZES | _RANGE | tokens | {"max_position_embeddings": 40}
     config = GitConfig(vision_config=vision, num_image_with_embedding=num_frames, **text)
-    model = _build(GitForCausalLM, config, seed)
+    model = build_model(GitForCausalLM, config, seed)
     with torch.no_grad():
         model.git.visual_projection.visual_projection[1].weight.mul_(3)
         model.output.bias[_SEP] = 1.5  # some captions end early
@@ -148,7 +148,7 @@ def make_flava(folder: Path, *, with_head: bool = True) -> Path:
         projection_dim=24,
         **_RANGE,
     )
-    model = _build(FlavaForPreTraining if with_head else FlavaModel, config)
+    model = build_model(FlavaForPreTraining if with_head else FlavaModel, config)
     if with_head:
         with torch.no_grad():
             model.itm_head.seq_relationship.weight.mul_(4)
@@ -178,7 +178,7 @@ def make_align(folder: Path) -> Path:
         **_RANGE,
     }
     text = _SIZES | _RANGE | {"vocab_size": _VOCAB_SIZE, "max_position_embeddings": 24}
-    model = _build(AlignModel, AlignConfig(text_config=text, vision_config=vision, projection_dim=24))
+    model = build_model(AlignModel, AlignConfig(text_config=text, vision_config=vision, projection_dim=24))
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):  # statistics of training, which a new model has not
@@ -227,7 +227,8 @@ def _publish_as_flan(folder: Path) -> None:
     write_json(path, config)
 
 
-def _build(model_class: Any, config: Any, seed: int = 0) -> Any:
+def build_model(model_class: Any, config: Any, seed: int = 0) -> Any:
+    """A model whose weights are random enough for pictures, words and places to count."""
     torch.manual_seed(seed)
     model = model_class(config).eval()
     with torch.no_grad():

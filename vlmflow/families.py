@@ -53,6 +53,7 @@ class Family:
         processor: the image processor of the reader of that name, for files that name none.
         image_section: where config.json says which pixels the vision tower takes, for families whose processors are
             transformers' own.
+        model_types: of config.json, those that its adapters read; none: it is not looked at.
         takes_prompt: what its models are asked stands in a prompt.
         has_beams: its captioners search with beams; others decode greedily, whatever the job says.
         shares_tower: its adapters take the vision towers of a worker, and share one with equal weights.
@@ -73,6 +74,7 @@ class Family:
     reader: Reader = "processor"
     processor: str | None = None
     image_section: str | None = None
+    model_types: tuple[str, ...] = ()
     takes_prompt: bool = False
     has_beams: bool = True
     shares_tower: bool = False
@@ -87,8 +89,9 @@ class Family:
             raise ValueError(f"{len(self.adapters)} adapters for {len(self.roles)} roles")
         if type(self.code_version) is not int or self.code_version < 1:
             raise ValueError(f"code_version {self.code_version!r}: a number from 1 on")
-        if isinstance(self.weight_names, str) or isinstance(self.companion_names, str) or not self.weight_names:
-            raise ValueError("weight_names and companion_names: tuples of names, of weights at least one")
+        tuples = (self.weight_names, self.companion_names, self.model_types)
+        if any(isinstance(names, str) for names in tuples) or not self.weight_names:
+            raise ValueError("weight_names, companion_names, model_types: tuples of names, of weights at least one")
         for name in (*self.weight_names, self.config_name, *self.companion_names):
             if not isinstance(name, str) or name in ("", ".", "..") or "/" in name:
                 raise ValueError(f"file {name!r}: the name of a file in the folder of the weights")
@@ -102,6 +105,8 @@ class Family:
         module, _, name = self.adapters[self.roles.index(role)].partition(":")
         return getattr(import_module(module), name)
 
+
+_DUAL_ENCODER = ("vlmflow.models.dual_encoder:DualEmbedder", "vlmflow.models.dual_encoder:DualMatcher")
 
 # By role, the first is the family of a profile's model which names none.
 FAMILIES = {
@@ -153,8 +158,17 @@ FAMILIES = {
     ),
     "align": Family(
         ("embed", "match"),
-        ("vlmflow.models.align:AlignEmbedder", "vlmflow.models.align:AlignMatcher"),
+        _DUAL_ENCODER,
         reader="align",
+        model_types=("align",),
+    ),
+    "dual_encoder": Family(
+        ("embed", "match"),
+        _DUAL_ENCODER,
+        companion_names=("sentencepiece.bpe.model",),
+        image_section="vision_config",
+        model_types=("altclip", "chinese_clip", "clip", "metaclip_2", "siglip"),
+        is_small=True,
     ),
     "vilbert": Family(
         ("match", "answer"),

@@ -1,4 +1,7 @@
-"""The profiles of BLIP-2, GIT, FLAVA and ALIGN through the whole job: tiny weights where the real ones belong."""
+"""The profiles of BLIP-2, GIT, FLAVA and ALIGN through the whole job: tiny weights where the real ones belong.
+
+And a SigLIP as transformers saves it, in the place of ALIGN.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import vlmflow
+from tests.dual_encoders import make_dual_encoder
 from tests.families import make_align, make_blip2_captioner, make_blip2_matcher, make_flava, make_git
 from tests.integration.conftest import POLICY
 from tests.models import make_clip, make_matcher
@@ -24,7 +28,7 @@ from vlmflow.tasks.setup import prepare_tasks
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 # FLAVA captions with GIT, as ALIGN does; of BLIP-2 unit tests compare every output with the reference.
-_FLAVA, _BLIP2 = (pytest.param(name, marks=pytest.mark.slow) for name in ("flava", "blip2"))
+_FLAVA, _BLIP2, _SIGLIP = (pytest.param(name, marks=pytest.mark.slow) for name in ("flava", "blip2", "siglip"))
 NUM_IMAGES = 48
 
 
@@ -44,6 +48,7 @@ def models_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_git(folder("flava", "caption"), seed=1)
     make_flava(folder("flava", "embed"))
     make_align(folder("align", "embed"))
+    make_dual_encoder(root / "siglip", "siglip")
     return root
 
 
@@ -80,7 +85,8 @@ def done(
             {
                 "source": {"uri": str(manifest), "text_column": "title"},
                 "catalog": {"uri": str(tmp_path_factory.mktemp(profile) / "catalog")},
-                "profile": profile,
+                "profile": "align" if profile == "siglip" else profile,
+                "models": _siglip(models_dir) if profile == "siglip" else {},
                 "models_dir": models_dir,
                 "policy": str(policy),
                 "accept_unbound": True,
@@ -93,7 +99,7 @@ def done(
     return run
 
 
-@pytest.mark.parametrize("profile", [_BLIP2, _FLAVA, "align"])
+@pytest.mark.parametrize("profile", [_BLIP2, _FLAVA, _SIGLIP, "align"])
 def test_a_profile_fills_the_tables(done: Callable[[str], tuple[Job, RunReport]], profile: str) -> None:
     job, report = done(profile)
     assert report.statuses == {"ok": NUM_IMAGES, "unreadable": 4}
@@ -107,7 +113,7 @@ def test_a_profile_fills_the_tables(done: Callable[[str], tuple[Job, RunReport]]
             cosine, probability = row[f"{kind}_itc"], row[f"{kind}_itm"]
             assert (cosine is not None) == has_words
             assert cosine is None or -1 <= cosine <= 1
-            assert (probability is not None) == (has_words and profile != "align")  # which has no matching head
+            assert (probability is not None) == (has_words and profile not in ("align", "siglip"))  # without a head
             assert probability is None or 0 <= probability <= 1
     assert len({row["text_itc"] for row in good}) > 5
 
@@ -117,6 +123,11 @@ def test_scores_that_a_model_cannot_give_are_no_reason_to_run_again(
 ) -> None:
     job, _ = done("align")
     assert plan(job).num_due == 0
+
+
+def _siglip(models_dir: Path) -> dict[str, object]:
+    model = {"family": "dual_encoder", "path": str(models_dir / "siglip")}
+    return {"embed": model, "match": model}
 
 
 def write_verdicts(job: Job, path: Path) -> None:
@@ -131,7 +142,7 @@ def write_verdicts(job: Job, path: Path) -> None:
             writer.writerows([row["image_id"], name, row["labels"][number]["margin"] >= middle] for row in rows)
 
 
-@pytest.mark.parametrize("profile", [_FLAVA, "align"])
+@pytest.mark.parametrize("profile", [_FLAVA, _SIGLIP, "align"])
 def test_a_policy_is_calibrated_for_embedders_of_these_families(
     done: Callable[[str], tuple[Job, RunReport]], profile: str, tmp_path: Path
 ) -> None:
@@ -144,8 +155,9 @@ def test_a_policy_is_calibrated_for_embedders_of_these_families(
 
     bound = job.model_copy(update={"policy": str(tmp_path / "bound.yaml"), "accept_unbound": False})
     assert prepare_tasks(bound).binding is not None
+    other = {"profile": "flava" if profile == "align" else "align", "models": {}}
     with pytest.raises(UnboundPolicyError):  # thresholds are those of one model
-        prepare_tasks(bound.model_copy(update={"profile": "flava" if profile == "align" else "align"}))
+        prepare_tasks(bound.model_copy(update=other))
     if profile == "flava":
         vlmflow.remoderate(bound)
         decisions = Catalog.open(job.catalog).images(["decision"])["decision"].to_pylist()

@@ -83,7 +83,7 @@ class Captioner(Protocol):
 class EncodedImages:
     """Images after the vision tower, so that several lists of texts share one pass of it."""
 
-    embeds: torch.Tensor  # (N, T, D): T patches and the class token, D dimensions; of ALIGN (N, D)
+    embeds: torch.Tensor  # (N, T, D): T patches and the class token, D dimensions; of dual encoders (N, D)
 
     def __len__(self) -> int:
         return len(self.embeds)

@@ -13,7 +13,7 @@ from vlmflow.config import ModelConfig
 from vlmflow.errors import WeightsError
 from vlmflow.families import Family, family_of
 from vlmflow.models.processors import CLIP_MEAN, CLIP_STD, values_of_timm, with_defaults
-from vlmflow.models.weights import read_json, read_open_clip_model, section_of
+from vlmflow.models.weights import check_model_type, read_json, read_open_clip_model, section_of
 
 Interpolation = Literal["bicubic", "bilinear"]
 
@@ -45,8 +45,10 @@ def read_preprocessing(folder: Path, config: ModelConfig) -> Preprocessing:
     """Reads the preprocessing of a model.
 
     Raises:
-        WeightsError: a configuration file is absent, or asks for what vlmflow does not do.
+        WeightsError: a configuration file is absent, is of a model that the family does not read, or asks for what
+            vlmflow does not do.
     """
+    check_model_type(folder, config.family)
     preprocessing = _read(folder, config)
     if preprocessing.is_bgr and config.family != "image_classification":
         raise WeightsError(
@@ -175,9 +177,12 @@ def _processor_values(folder: Path) -> tuple[dict[str, Any], Path]:
 
 
 def _check_size(folder: Path, section: str, side: int) -> None:
-    # All these families take 224 pixels where the configuration does not say.
     path = folder / "config.json"
-    expected = section_of(read_json(path), section, path).get("image_size", 224)
+    values = read_json(path)
+    # The first CLIPs say all of it a second time, under another name, which transformers prefers.
+    name = section if values.get(f"{section}_dict") is None else f"{section}_dict"
+    # All these families take 224 pixels where the configuration does not say.
+    expected = section_of(values, name, path).get("image_size", 224)
     if side != expected:
         raise WeightsError(
             f"weights: {folder} shows its model {side} pixels, but config.json says {expected}",

@@ -64,11 +64,18 @@ def load_tokenizer(folder: Path) -> Any:
     """The folder's tokenizer.
 
     Raises:
-        WeightsError: it is absent, knows no words, or needs code of its own.
+        WeightsError: it is absent, knows no words, or needs code of its own or a package that is not installed.
     """
     with in_our_words(folder, "a tokenizer"):
-        # trust_remote_code must be given: left out, transformers asks on the terminal.
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        try:
+            # trust_remote_code must be given: left out, transformers asks on the terminal.
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except ImportError as error:  # SigLIP's class, where it reads spiece.model
+            reason = " ".join(str(error).split())[:120]
+            raise WeightsError(
+                f"weights: the tokenizer of {folder} needs a package that is not installed: {reason}",
+                remedy="Install it on every node: `pip install sentencepiece` for the tokenizer of SigLIP.",
+            ) from error
     check_words(folder, tokenizer)
     return tokenizer
 
@@ -163,7 +170,13 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_tokens: int, device: str)
         (N, T) int64 token ids, and the same shape with 1 where there is a token and 0 where there is padding.
     """
     batch = tokenizer(
-        list(texts), padding=True, padding_side="right", truncation=True, max_length=max_tokens, return_tensors="pt"
+        list(texts),
+        padding=True,
+        padding_side="right",
+        truncation=True,
+        max_length=max_tokens,
+        return_attention_mask=True,
+        return_tensors="pt",
     )
     return batch["input_ids"].to(device), batch["attention_mask"].to(device)
 
@@ -185,6 +198,8 @@ def in_our_words(folder: Path, what: str, remedy: str = _REMEDY) -> Iterator[Non
     """
     try:
         yield
+    except WeightsError:
+        raise
     # A file of the wrong shape can fail in any way (AttributeError, KeyError, classes of safetensors and of
     # huggingface_hub that derive from Exception), and tokenizers raises Exception itself.
     except Exception as error:

@@ -33,6 +33,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "BeitImageProcessor": _HALF | {"resample": 3, "size": 224, "crop_size": 224},
     "BitImageProcessor": _CLIP | _CROPPED | {"resample": 3, "size": 224},
     "BlipImageProcessor": _CLIP | {"resample": 3, "size": 384},
+    "ChineseCLIPImageProcessor": _CLIP | _CROPPED | {"resample": 3, "size": 224},
     "CLIPImageProcessor": _CLIP | _CROPPED | {"resample": 3, "size": 224},
     "ConvNextImageProcessor": _HALF | {"resample": 3, "size": 384},
     "DeiTImageProcessor": _HALF | _CROPPED | {"resample": 3, "size": 256},

@@ -169,6 +169,7 @@ def read_open_clip_model(folder: Path, architecture: str | None) -> dict[str, An
     Raises:
         WeightsError: there is neither, or open_clip has no such architecture.
     """
+    _refuse_other_format(folder)
     path = folder / "open_clip_config.json"
     if path.is_file():
         model = read_json(path).get("model_cfg")
@@ -176,7 +177,6 @@ def read_open_clip_model(folder: Path, architecture: str | None) -> dict[str, An
         if not isinstance(model, dict) or "embed_dim" not in model or not all(isinstance(part, dict) for part in parts):
             raise WeightsError(f"weights: {path} has no whole model_cfg", remedy="Copy open_clip's own file.")
         return model
-    _refuse_other_format(folder)
     if architecture is None:
         raise WeightsError(
             f"weights: no {path.name} in {folder}", remedy="Put it there, or set `architecture` to open_clip's name."
@@ -196,15 +196,54 @@ def read_open_clip_model(folder: Path, architecture: str | None) -> dict[str, An
 def _refuse_other_format(folder: Path) -> None:
     """A CLIP is often at hand as transformers saves it, and no file that could be put there makes it open_clip's."""
     names: list[str] = []
+    remedy = (
+        "Use the repository with the same weights in open_clip's format: for openai/clip-vit-base-patch32 "
+        "timm/vit_base_patch32_clip_224.openai, for google/siglip-base-patch16-224 timm/ViT-B-16-SigLIP."
+    )
     for path in find_weights(folder, "open_clip"):
         with contextlib.suppress(SafetensorError), safe_open(path, "np") as tensors:  # what is damaged fails later
             names.extend(tensors.keys())
     if any(name.startswith("vision_model.") for name in names):
+        with contextlib.suppress(WeightsError):
+            if able := families_that_read(read_json(folder / "config.json").get("model_type")):
+                remedy = f"Set `family: {able[0]}`, which reads it. Or {remedy[0].lower()}{remedy[1:]}"
         raise WeightsError(
-            f"weights: {folder} holds a model as transformers saves it, which open_clip does not read",
-            remedy="Use the repository with the same weights in open_clip's format: for openai/clip-vit-base-patch32 "
-            "timm/vit_base_patch32_clip_224.openai, for google/siglip-base-patch16-224 timm/ViT-B-16-SigLIP.",
+            f"weights: {folder} holds a model as transformers saves it, which open_clip does not read", remedy=remedy
         )
+
+
+def families_that_read(model_type: object) -> tuple[str, ...]:
+    """The names of the families whose adapters read a ``model_type`` of config.json."""
+    return tuple(name for name, family in FAMILIES.items() if model_type in family.model_types)
+
+
+def check_model_type(folder: Path, family: str) -> None:
+    """Refuses a folder with a model of a kind that the family's adapters do not read.
+
+    Raises:
+        WeightsError: its configuration is absent, or of such a model.
+    """
+    known = family_of(family).model_types
+    if not known:
+        return
+    path = folder / "config.json"
+    found = read_json(path).get("model_type")
+    if found in known:
+        return
+    whole, _, part = str(found).removesuffix("_model").rpartition("_")
+    others = families_that_read(found)
+    if others:
+        remedy = f"Set `family: {others[0]}`, which reads it."
+    elif found == "siglip2":
+        remedy = (
+            "It shows a model images of any shape in patches of any number (NaFlex). Use SigLIP 2 of a fixed "
+            "resolution, such as google/siglip2-base-patch16-224, whose model_type is siglip."
+        )
+    elif whole in known and part in ("text", "vision"):
+        remedy = f"It is the encoder of {'texts' if part == 'text' else 'images'} alone. Use the whole model."
+    else:
+        remedy = f"The family reads {', '.join(known)}."
+    raise WeightsError(f"weights: {path}: model_type {str(found)[:40]} is not of the family {family}", remedy=remedy)
 
 
 def check_keys(folder: Path, missing: Iterable[str], unexpected: Iterable[str]) -> None:

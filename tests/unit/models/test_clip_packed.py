@@ -11,7 +11,8 @@ from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg, convert_weights_to
 from open_clip.transformer import LayerNorm, LayerNormFp32
 from torch import nn
 
-from vlmflow.models.clip_packed import _PackedTower, pack_image_tower
+from vlmflow.models.clip_packed import pack_image_tower
+from vlmflow.models.packed import PackedTower
 
 TEXT = CLIPTextCfg(context_length=8, vocab_size=50, width=32, heads=2, layers=1)
 
@@ -49,7 +50,7 @@ def test_features_are_those_of_open_clip(options: dict[str, Any], dtype: torch.d
         assert pack_image_tower(model)
         found = model.encode_image(images)
     (packed,) = model.visual.transformer.resblocks
-    assert isinstance(packed, _PackedTower)
+    assert isinstance(packed, PackedTower)
     cosine = torch.nn.functional.cosine_similarity(found.float(), expected.float())
     assert cosine.min() > (0.999999 if dtype == torch.float32 else 0.999)
     if dtype == torch.float32:

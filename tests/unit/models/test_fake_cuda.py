@@ -12,6 +12,8 @@ import open_clip
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
+    AutoModel,
     AutoTokenizer,
     BlipConfig,
     BlipForConditionalGeneration,
@@ -21,14 +23,16 @@ from transformers import (
     ViltForQuestionAnswering,
 )
 
+from tests.dual_encoders import make_dual_encoder
 from tests.fake_cuda import HostReads, Operators, build, cast, fake_mode
 from tests.models import IMAGE_SIZE, make_captioner, make_clip, make_vilt
-from vlmflow.models import clip_packed
+from vlmflow.models import clip_packed, packed
 from vlmflow.models.blip import BlipCaptioner, BlipMatcher
 from vlmflow.models.blip_fast import VisionTower
 from vlmflow.models.blip_fast.graph import FixedStep
 from vlmflow.models.blip_vqa import BlipAnswerer
 from vlmflow.models.clip import ClipEmbedder
+from vlmflow.models.dual_encoder import DualEmbedder, DualMatcher, TextTokenizer
 from vlmflow.models.pixels import PixelNormalizer
 from vlmflow.models.preprocessing import Preprocessing
 from vlmflow.models.towers import SharedTower
@@ -163,7 +167,7 @@ def test_layers_of_clip_copy_nothing_to_another_dtype(tmp_path: Path, monkeypatc
     def attend(queries: torch.Tensor, *_: torch.Tensor | None) -> torch.Tensor:
         return queries.new_empty((len(queries), queries.shape[2], queries[0, :, 0].numel()))
 
-    monkeypatch.setattr(clip_packed, "attend", attend)
+    monkeypatch.setattr(packed, "attend", attend)
     architecture = clip_architecture(tmp_path)
     with fake_mode():
         model = build(lambda: open_clip.CLIP(**architecture), HALF)
@@ -187,3 +191,19 @@ def test_an_embedding_waits_for_the_device_once(tmp_path: Path) -> None:
         assert embedder.embed_images(pixels()).shape == (5, 24)
         assert embedder.embed_texts(["a cat", "a dog"]).shape == (2, 24)
     assert reads.found == {"clip.py:_unit": 2}
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_a_dual_encoder_waits_for_the_device_once(tmp_path: Path, kind: str) -> None:
+    folder = make_dual_encoder(tmp_path, kind)
+    config = AutoConfig.from_pretrained(folder)
+    with fake_mode(), HostReads() as reads:
+        model = build(lambda: AutoModel.from_config(config), HALF)
+        normalize = PixelNormalizer(PREPROCESSING, "cuda", HALF)
+        embedder = DualEmbedder(model, TextTokenizer(folder, model), normalize)
+        reads.found.clear()
+        assert embedder.embed_images(pixels()).shape == (5, embedder.dim)
+        assert embedder.embed_texts(["a cat", "a red dog"]).shape == (2, embedder.dim)
+        matcher = DualMatcher(embedder)
+        assert matcher.match_itc(matcher.encode_images(pixels()), ["a cat"] * 5).shape == (5,)
+    assert reads.found == {"vectors.py:to_unit": 2, "vectors.py:cosines": 1}

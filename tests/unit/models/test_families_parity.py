@@ -24,6 +24,7 @@ from transformers import (
     GitForCausalLM,
 )
 
+from tests.dual_encoders import make_dual_encoder
 from tests.families import make_align, make_blip2_captioner, make_blip2_matcher, make_flava, make_git
 from tests.models import WORDS, as_images, random_pixels
 from tests.unit.models.test_models_weights import edit_json
@@ -45,6 +46,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "flava": make_flava(root / "flava"),
         "headless": make_flava(root / "headless", with_head=False),
         "align": make_align(root / "align"),
+        "clip": make_dual_encoder(root / "clip"),
     }
 
 
@@ -244,11 +246,10 @@ def test_align_equals_that_of_transformers(folders: dict[str, Path]) -> None:
     assert np.ptp(cosines) > 0.1
 
 
-@pytest.mark.parametrize("name", ["align", "headless"])
+@pytest.mark.parametrize(("family", "name"), [("align", "align"), ("dual_encoder", "clip"), ("flava", "headless")])
 def test_a_model_without_matching_head_says_so(
-    folders: dict[str, Path], name: str, caplog: pytest.LogCaptureFixture
+    folders: dict[str, Path], family: str, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    family: str = "align" if name == "align" else "flava"
     caplog.set_level(logging.WARNING, "vlmflow")
     matcher = load_matcher(config_of(family, folders[name]), "cpu")
     assert "has no matching head: caption_itm and text_itm stay null" in caplog.text
@@ -260,7 +261,8 @@ def test_a_model_without_matching_head_says_so(
 
 
 @pytest.mark.parametrize(
-    ("family", "name"), [("blip2_itm", "itm"), ("flava", "flava"), ("flava", "headless"), ("align", "align")]
+    ("family", "name"),
+    [("blip2_itm", "itm"), ("flava", "flava"), ("flava", "headless"), ("align", "align"), ("dual_encoder", "clip")],
 )
 def test_texts_and_images_pair_up(folders: dict[str, Path], family: str, name: str) -> None:
     matcher = load_matcher(config_of(family, folders[name]), "cpu")
@@ -293,7 +295,9 @@ def test_a_text_scores_as_it_does_alone_where_its_tokenizer_pads_on_the_left(
             assert np.ptp(scores) > 0.1
 
 
-@pytest.mark.parametrize(("family", "name"), [("flava", "flava"), ("flava", "headless"), ("align", "align")])
+@pytest.mark.parametrize(
+    ("family", "name"), [("flava", "flava"), ("flava", "headless"), ("align", "align"), ("dual_encoder", "clip")]
+)
 def test_many_texts_are_embedded_as_few_are(folders: dict[str, Path], family: str, name: str) -> None:
     embedder = load_embedder(config_of(family, folders[name]), "cpu")
     many = embedder.embed_texts(TEXTS * 40)  # more than are embedded at once

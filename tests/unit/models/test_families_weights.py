@@ -1,4 +1,4 @@
-"""What is refused of the folders of BLIP-2, GIT, FLAVA and ALIGN, and in what words; and what may differ."""
+"""What is refused of the folders of BLIP-2, GIT, FLAVA and dual encoders, and in what words; and what may differ."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.dual_encoders import make_dual_encoder
 from tests.families import make_align, make_blip2_captioner, make_blip2_matcher, make_flava, make_gemma, make_git
 from tests.models import make_clip, random_pixels
 from tests.unit.models.test_models_weights import Trap, edit_json
@@ -26,6 +27,7 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
     "git": make_git,
     "flava": make_flava,
     "align": make_align,
+    "dual_encoder": lambda folder: make_dual_encoder(folder, "siglip"),
 }
 
 
@@ -120,7 +122,7 @@ def test_a_t5_without_one_of_its_two_layers_of_words_is_refused(tmp_path: Path, 
     load("blip2_caption", folder)
 
 
-@pytest.mark.parametrize("family", ["blip2_itm", "flava", "align", "open_clip"])
+@pytest.mark.parametrize("family", ["blip2_itm", "flava", "align", "dual_encoder", "open_clip"])
 def test_a_tokenizer_that_cannot_pad_is_refused_when_it_is_loaded(tmp_path: Path, family: str) -> None:
     """It failed at the first texts of different lengths, in the middle of a run."""
     make: Callable[[Path], Path] = make_clip if family == "open_clip" else MAKERS[family]
@@ -184,7 +186,7 @@ def test_align_that_asks_for_another_preprocessing_is_refused(tmp_path: Path, ch
         load_embedder(ModelConfig(family="align", path=str(folder)), "cpu")
 
 
-@pytest.mark.parametrize("family", ["blip2_caption", "blip2_itm", "git", "flava"])
+@pytest.mark.parametrize("family", ["blip2_caption", "blip2_itm", "git", "flava", "dual_encoder"])
 def test_pixels_of_another_size_than_the_model_takes_are_refused(tmp_path: Path, family: str) -> None:
     folder = MAKERS[family](tmp_path)
     side = {"height": 64, "width": 64}

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.dual_encoders import make_dual_encoder
 from tests.families import make_align, make_blip2_captioner, make_blip2_matcher, make_flava, make_git
 from tests.models import (
     IMAGE_SIZE,
@@ -126,6 +127,7 @@ def other_outputs(folder: Path, pixels: torch.Tensor, texts: list[str]) -> dict[
         "git": make_git(folder / "h"),
         "flava": make_flava(folder / "i"),
         "align": make_align(folder / "j"),
+        "dual_encoder": make_dual_encoder(folder / "k"),
     }
     for path in folders.values():
         fill_by_formula(path / "model.safetensors")
@@ -133,7 +135,7 @@ def other_outputs(folder: Path, pixels: torch.Tensor, texts: list[str]) -> dict[
     found: dict[str, Any] = {
         family: load_captioner(configs[family], "cpu").caption(pixels, 8) for family in ("blip2_caption", "git")
     }
-    for family in ("blip2_itm", "flava", "align"):
+    for family in ("blip2_itm", "flava", "align", "dual_encoder"):
         matcher = load_matcher(configs[family], "cpu")
         images = matcher.encode_images(pixels)
         values = [matcher.match_itc(images, texts), matcher.match_itm(images, texts)]

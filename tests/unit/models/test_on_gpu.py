@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from benchmarks.clip_cpu import demo_pixels, moderated
+from tests.dual_encoders import KINDS, make_dual_encoder
+from tests.models import random_pixels
 from vlmflow.config import Dtype, ModelConfig, PoolConfig
 from vlmflow.device_errors import release_memory
 from vlmflow.engine.loading import set_up_torch
@@ -204,3 +206,14 @@ def test_vectors_are_judged_as_those_of_a_processor(
     )
     assert np.mean(np.abs(scores - others) <= most) >= share
     assert np.mean([one == other for one, other in zip(decisions, decided, strict=True)]) >= 0.99
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("dtype", "least"), [("float32", 0.99999), ("bfloat16", 0.99)])
+def test_dual_encoders_embed_as_on_a_processor(tmp_path: Path, kind: str, dtype: Dtype, least: float) -> None:
+    as_in_a_worker(dtype)
+    config = ModelConfig(family="dual_encoder", path=str(make_dual_encoder(tmp_path, kind)))
+    exact, on_gpu = load_embedder(config, "cpu"), load_embedder(config, "cuda", dtype)
+    pictures, texts = random_pixels(37), ["a red car", "two dogs on a table", "a"]
+    assert (exact.embed_images(pictures) * on_gpu.embed_images(pictures)).sum(axis=1).min() > least
+    assert (exact.embed_texts(texts) * on_gpu.embed_texts(texts)).sum(axis=1).min() > least

@@ -24,10 +24,14 @@ from transformers import (
     BlipForConditionalGeneration,
     BlipForImageTextRetrieval,
     BlipForQuestionAnswering,
+    CLIPConfig,
+    CLIPModel,
     FlavaConfig,
     FlavaForPreTraining,
     GitConfig,
     GitForCausalLM,
+    SiglipConfig,
+    SiglipModel,
     ViltConfig,
     ViltForQuestionAnswering,
 )
@@ -128,6 +132,8 @@ CASES = [
     ),
     Case("flava", lambda: FlavaForPreTraining(FlavaConfig()), 1.43 * _GB, "facebook/flava-full"),
     Case("align", lambda: AlignModel(AlignConfig()), 690 * _MB, "kakaobrain/align-base"),
+    Case("dual-clip", lambda: CLIPModel(CLIPConfig()), 605 * _MB, "openai/clip-vit-base-patch32"),
+    Case("dual-siglip", lambda: SiglipModel(SiglipConfig()), 813 * _MB, "google/siglip-base-patch16-224"),
 ]
 
 

@@ -1,0 +1,308 @@
+"""Dual encoders as transformers saves them: embeddings and contrastive matching.
+
+CLIP (Radford et al. 2021, arXiv:2103.00020), SigLIP (Zhai et al. 2023, arXiv:2303.15343) and SigLIP 2 of a fixed
+resolution (Tschannen et al. 2025, arXiv:2502.14786), MetaCLIP 2 (Chuang et al. 2025, arXiv:2507.22062), Chinese-CLIP
+(Yang et al. 2022, arXiv:2211.01335), AltCLIP (Chen et al. 2022, arXiv:2211.06679), and ALIGN (Jia et al. 2021,
+arXiv:2102.05918). An encoder of images and one of texts meet in a contrastive space and nowhere else: there is no
+matching head, so that ``caption_itm`` and ``text_itm`` of rows that such a model matched are null. N: images or texts,
+L: tokens of a text, D: dimensions.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from transformers import AutoModel
+
+from vlmflow.config import Dtype, ModelConfig
+from vlmflow.device_errors import is_device_broken, is_out_of_memory
+from vlmflow.errors import WeightsError
+from vlmflow.models import EncodedImages
+from vlmflow.models.attention import growing
+from vlmflow.models.blocks import Block
+from vlmflow.models.packed import PackedTower, linear, pack_block
+from vlmflow.models.pixels import PixelNormalizer, model_dtype
+from vlmflow.models.preprocessing import read_preprocessing
+from vlmflow.models.pretrained import load_model, load_text_tokenizer, tokenize
+from vlmflow.models.sizes import in_few_sizes
+from vlmflow.models.upload import to_device
+from vlmflow.models.vectors import TEXTS_AT_ONCE, cosines, to_unit
+from vlmflow.models.weights import check_keys
+
+logger = logging.getLogger("vlmflow")
+
+_ONE_MODEL = "Copy config.json and the tokenizer's files of one model."
+# A tokenizer may know more words than its model, up to this share: SigLIP's multilingual one has 100 marks of T5 more.
+_MAX_STRAY = 0.01
+_MIN_TOKENS = 3  # a word between begin and end
+
+
+class DualEmbedder:
+    """Images and texts as unit vectors of the contrastive space."""
+
+    def __init__(self, model: Any, tokenize_texts: TextTokenizer, normalizer: PixelNormalizer) -> None:
+        """``model``: of transformers, one of the ``model_types`` of its family."""
+        self._model, self._tokenize, self._normalize = model, tokenize_texts, normalizer
+        config = model.config
+        self.dim: int = config.text_config.projection_size if config.model_type == "siglip" else config.projection_dim
+
+    @classmethod
+    def load(cls, folder: Path, config: ModelConfig, device: str, dtype: Dtype = "auto") -> Self:
+        """Loads a model of one of the ``model_types`` of the family from a folder.
+
+        Raises:
+            WeightsError: the weights are absent, of a kind that the family does not read, of one encoder alone, or do
+                not fit; or the model cannot embed an image and a text with what lies beside it.
+        """
+        preprocessing = read_preprocessing(folder, config)
+        wanted = model_dtype(device, dtype)
+        packs = torch.device(device).type == "cpu" and config.family != "align"  # whose images pass convolutions
+        carried = torch.float32 if packs else wanted  # of all of a packed encoder but its products
+        model, missing, unexpected = load_model(AutoModel, folder, carried)
+        _check_encoders(folder, model, missing)
+        check_keys(folder, missing, unexpected)
+        tokenizer = TextTokenizer(folder, model)
+        if packs:
+            _pack(model, wanted)
+        embedder = cls(model.to(device), tokenizer, PixelNormalizer(preprocessing, device, carried))
+        embedder._try_out(folder, preprocessing.size)
+        return embedder
+
+    @torch.inference_mode()
+    def embed_images(self, pixels: torch.Tensor) -> NDArray[np.float32]:
+        """(N, 3, S, S) uint8 RGB -> (N, D) unit vectors."""
+        return to_unit(self.image_features(pixels))
+
+    @torch.inference_mode()
+    def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """N texts -> (N, D) unit vectors; a text longer than the model's context is cut."""
+        if not texts:
+            return np.empty((0, self.dim), np.float32)
+        parts = [texts[start : start + TEXTS_AT_ONCE] for start in range(0, len(texts), TEXTS_AT_ONCE)]
+        return np.concatenate([to_unit(self.text_features(part)) for part in parts])
+
+    def image_features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(N, 3, S, S) uint8 RGB -> (N, D) in the contrastive space."""
+        return in_few_sizes(self._image_features, pixels, self._normalize)
+
+    def text_features(self, texts: Sequence[str]) -> torch.Tensor:
+        """N texts -> (N, D) in the contrastive space."""
+        inputs = {name: to_device(values, self._model.device) for name, values in self._tokenize(texts).items()}
+        with growing(self._model.device):
+            features: torch.Tensor = self._model.get_text_features(**inputs, return_dict=True).pooler_output
+        return features
+
+    def _image_features(self, pixels: torch.Tensor) -> torch.Tensor:
+        found = self._model.get_image_features(pixel_values=self._normalize(pixels), return_dict=True)
+        features: torch.Tensor = found.pooler_output
+        return features
+
+    @torch.inference_mode()
+    def _try_out(self, folder: Path, size: int) -> None:
+        """Embeds a black image and a word: files that contradict each other would fail at every image of a run."""
+        try:
+            pixels = torch.zeros((1, 3, size, size), dtype=torch.uint8)
+            found = [features.shape[-1] for features in (self.image_features(pixels), self.text_features(["a"]))]
+        except Exception as error:
+            if is_out_of_memory(error) or is_device_broken(error):
+                raise
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise WeightsError(
+                f"weights: the model of {folder} cannot embed an image of {size} pixels a side and a word: {reason}",
+                remedy="Copy the files of one model that embeds images and texts, config.json first.",
+            ) from error
+        if found != [self.dim, self.dim]:
+            raise WeightsError(
+                f"weights: the model of {folder} embeds images in {found[0]} dimensions and texts in {found[1]}",
+                remedy="Use a model that embeds both in one space.",
+            )
+
+
+class DualMatcher:
+    """How well texts fit images, by the contrastive space alone."""
+
+    def __init__(self, embedder: DualEmbedder) -> None:
+        self._embedder = embedder
+
+    @classmethod
+    def load(cls, folder: Path, config: ModelConfig, device: str, dtype: Dtype = "auto") -> Self:
+        """Loads what :meth:`DualEmbedder.load` does.
+
+        Raises:
+            WeightsError: as that.
+        """
+        logger.warning("match: %s has no matching head: caption_itm and text_itm stay null", folder.name)
+        return cls(DualEmbedder.load(folder, config, device, dtype))
+
+    @torch.inference_mode()
+    def encode_images(self, pixels: torch.Tensor) -> EncodedImages:
+        """(N, 3, S, S) uint8 RGB -> N images for the contrastive head."""
+        return EncodedImages(self._embedder.image_features(pixels))
+
+    def match_itm(self, images: EncodedImages, texts: Sequence[str]) -> None:
+        """There is no matching head.
+
+        Raises:
+            ValueError: images and texts differ in number.
+        """
+        images.pairs_with(texts)
+
+    @torch.inference_mode()
+    def match_itc(self, images: EncodedImages, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Scores ``texts[i]`` against image i.
+
+        Returns:
+            (N,) the cosine, in [-1, 1].
+
+        Raises:
+            ValueError: the two differ in length.
+        """
+        if not images.pairs_with(texts):
+            return np.empty(0, np.float32)
+        return cosines(images.embeds, self._embedder.text_features(texts))
+
+
+class TextTokenizer:
+    """Makes of texts what the model's processor in transformers makes of them."""
+
+    def __init__(self, folder: Path, model: Any) -> None:
+        """Reads the folder's tokenizer.
+
+        Raises:
+            WeightsError: it is absent, knows no words, cannot pad, or is of another model.
+        """
+        self._tokenizer = load_text_tokenizer(folder)
+        kind, text = model.config.model_type, model.config.text_config
+        self._fills_context = kind == "siglip"  # trained so, and read at the last place, padding or not
+        # SigLIP 2 saw nothing else: its tokenizer's file says so, but the class named there, Gemma's, leaves it to us.
+        self._lowers = self._fills_context and self._tokenizer.init_kwargs.get("do_lower_case") is True
+        self._max_tokens = _max_tokens(folder, model.config, self._tokenizer)
+        self._num_words: int = model.text_model.get_input_embeddings().num_embeddings
+        self._stray_to = self._check_words(folder)
+        # Read at their end, before which no padding stands, and what stands behind is not seen: no mask is needed.
+        self._is_causal = kind in ("clip", "metaclip_2")
+        if self._is_causal:
+            self._check_end(folder, text.eos_token_id, is_highest=kind == "clip" and text.eos_token_id == 2)
+
+    def __call__(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """N texts -> arguments of ``get_text_features``: (N, L) each; longer ones are cut, and end as others do."""
+        if self._fills_context:
+            texts = [text.lower() if self._lowers else text for text in texts]
+            batch = self._tokenizer(
+                texts, padding="max_length", truncation=True, max_length=self._max_tokens, return_tensors="pt"
+            )
+            # Without a mask, as SigLIP was trained, unless the tokenizer's file has one made.
+            inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+        else:
+            tokens, mask = tokenize(self._tokenizer, texts, self._max_tokens, "cpu")
+            inputs = {"input_ids": tokens} | ({} if self._is_causal else {"attention_mask": mask})
+        if self._stray_to is not None:
+            inputs["input_ids"].masked_fill_(inputs["input_ids"] >= self._num_words, self._stray_to)
+        return inputs
+
+    def _check_words(self, folder: Path) -> int | None:
+        """Makes sure that the model has rows for the tokenizer's words.
+
+        Returns:
+            The token that stands in for those few that it has none for; None: it has one for each.
+        """
+        vocab = self._tokenizer.get_vocab()
+        num_stray = sum(number >= self._num_words for number in vocab.values())
+        unknown: int | None = self._tokenizer.unk_token_id
+        if num_stray > _MAX_STRAY * len(vocab) or (num_stray > 0 and unknown is None):
+            raise WeightsError(
+                f"weights: {num_stray} of the {len(vocab)} words of the tokenizer of {folder} are none of its model's, "
+                f"which has {self._num_words}",
+                remedy=_ONE_MODEL,
+            )
+        return unknown if num_stray > 0 else None
+
+    def _check_end(self, folder: Path, end: object, *, is_highest: bool) -> None:
+        """Makes sure that the model finds the token at which it reads a text, else it would read all at their first.
+
+        Args:
+            is_highest: it looks for the token of the highest number, as OpenAI's CLIP does.
+        """
+        tokens: list[int] = self._tokenizer("a")["input_ids"]
+        if tokens[-1] != (max(tokens) if is_highest else end):
+            raise WeightsError(
+                f"weights: the tokenizer of {folder} ends texts with token {tokens[-1]}, but its model reads them at "
+                f"{'the one of the highest number' if is_highest else f'token {end}'} (eos_token_id of config.json)",
+                remedy=_ONE_MODEL,
+            )
+
+
+def _pack(model: Any, dtype: torch.dtype) -> None:
+    """Puts packed layers in the place of those of the image encoder.
+
+    Args:
+        model: in float32, of CLIP's kind of layers.
+        dtype: of the products.
+    """
+    encoder = model.vision_model.encoder
+    of_token_alone = model.config.model_type != "siglip"  # which attends to all of them once more
+    blocks = [_packed(layer, dtype) for layer in encoder.layers]
+    encoder.layers = nn.ModuleList([PackedTower(blocks, of_token_alone=of_token_alone)])
+
+
+def _packed(layer: Any, dtype: torch.dtype) -> Block:
+    attention, mlp = layer.self_attn, layer.mlp
+    parts = (attention.q_proj, attention.k_proj, attention.v_proj)
+    activation = mlp.config.hidden_act
+    return pack_block(
+        attention.num_heads,
+        (layer.layer_norm1, layer.layer_norm2),
+        (
+            linear(torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts])),
+            attention.out_proj,
+            mlp.fc1,
+            mlp.fc2,
+        ),
+        activation if activation in ("gelu", "quick_gelu") else mlp.activation_fn,
+        dtype,
+        torch.float32,
+    )
+
+
+def _max_tokens(folder: Path, config: Any, tokenizer: Any) -> int:
+    """How many tokens of a text the model reads, begin and end included, as transformers takes it from the files.
+
+    They do not say that Chinese-CLIP saw no text of more than 52.
+
+    Raises:
+        WeightsError: none but those of begin and end, or the file's number is none.
+    """
+    limits: dict[str, float] = {"max_position_embeddings": config.text_config.max_position_embeddings}
+    if config.model_type == "altclip":  # as RoBERTa's, its places begin behind the number of the padding token
+        limits["max_position_embeddings"] -= (config.text_config.pad_token_id or 0) + 1
+    if config.model_type != "align":  # whose processor cuts no text: its tokenizer's length is what it fills them up to
+        limits["model_max_length"] = tokenizer.model_max_length
+    for name, limit in limits.items():
+        if not isinstance(limit, int | float) or not limit >= _MIN_TOKENS:
+            raise WeightsError(
+                f"weights: the model of {folder} reads texts of {limit} tokens ({name}), begin and end included",
+                remedy=_ONE_MODEL,
+            )
+    return int(min(limits.values()))
+
+
+def _check_encoders(folder: Path, model: Any, missing: Sequence[str]) -> None:
+    """Refuses the weights of one encoder, whatever the configuration says.
+
+    Raises:
+        WeightsError: those of the other are absent.
+    """
+    for part, what in (("text_model", "texts"), ("vision_model", "images")):
+        names = {f"{part}.{name}" for name, _ in getattr(model, part).named_parameters()}
+        if names <= set(missing):
+            raise WeightsError(
+                f"weights: {folder} holds no encoder of {what}",
+                remedy="Use the whole model, not an encoder or a classifier that was made from it.",
+            )

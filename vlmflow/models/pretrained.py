@@ -70,11 +70,11 @@ def load_tokenizer(folder: Path) -> Any:
         try:
             # trust_remote_code must be given: left out, transformers asks on the terminal.
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except ImportError as error:  # SigLIP's class, where it reads spiece.model
+        except ImportError as error:
             reason = " ".join(str(error).split())[:120]
             raise WeightsError(
                 f"weights: the tokenizer of {folder} needs a package that is not installed: {reason}",
-                remedy="Install it on every node: `pip install sentencepiece` for the tokenizer of SigLIP.",
+                remedy="Install it on every node: transformers names it above.",
             ) from error
     check_words(folder, tokenizer)
     return tokenizer

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import open_clip
 import pytest
+import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor, AutoTokenizer, CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
@@ -111,7 +112,6 @@ def test_siglip_2_is_shown_small_letters_as_its_file_says(
 
 def test_siglip_by_its_sentence_pieces(dual_encoders: dict[str, Path], tmp_path: Path) -> None:
     """As google's folders of SigLIP name their tokenizer: transformers reads it with a package of its own."""
-    sentencepiece = pytest.importorskip("sentencepiece")
     folder = shutil.copytree(dual_encoders["siglip"], tmp_path / "siglip")
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([*TEXTS, *WORDS] * 3),

@@ -22,6 +22,7 @@ from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.log import DataFile, Snapshot
 from vlmflow.catalog.runs import new_run_id
 from vlmflow.catalog.where import check_where
+from vlmflow.catalog.writable import check_writable
 from vlmflow.config import Job
 from vlmflow.engine.archive import archive_policy, archived_policies, archived_policy, archived_prompts, full_digest
 from vlmflow.engine.cluster import ray_cluster
@@ -137,7 +138,7 @@ class _Remoderation:
         if self._dry_run:
             self._run()
             return self._report("dry run")
-        self._folder.check_exclusive()  # before the model is loaded, not at the first commit
+        check_writable(self._folder)  # before the model is loaded, not at the first commit
         self._catalog.upgrade()  # rows are written with all columns that they are read with
         runs = self._catalog.runs
         runs.start(self._run_id, self._record("running"))

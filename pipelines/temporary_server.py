@@ -17,7 +17,6 @@ from typing import Any
 import uvicorn
 from prefect.server.api.server import SubprocessASGIServer
 from prefect.settings import get_current_settings
-from uvicorn.main import STARTUP_FAILURE
 
 _IGNORED = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 # As Prefect starts its own.
@@ -53,7 +52,7 @@ def _serve(port: int) -> None:
     threading.Thread(target=end_with_flow, daemon=True).start()
     server.run()
     if not server.started:
-        sys.exit(STARTUP_FAILURE)  # by which Prefect knows to try another port
+        sys.exit(3)  # as uvicorn does, by which Prefect knows to try another port
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from vlmflow.config import Job
 from vlmflow.engine.archive import archive_policy, archived_policies, archived_policy, archived_prompts, full_digest
 from vlmflow.engine.cluster import ray_cluster
 from vlmflow.engine.faults import get, lost_in_mid_run
+from vlmflow.engine.handed_on import hand_on, handed_on
 from vlmflow.engine.prepare import EncodedPrompts, Prepared, encode_policy, prepare
 from vlmflow.engine.progress import ProgressDisplay, SilentProgress, Tally
 from vlmflow.engine.relabel_files import Done, Scan, relabel_file, scan_file, score_file
@@ -340,8 +341,12 @@ class _Remoderation:
         identity = setup.identities["embed"]
         binding = check_binding(target.policy, identity, accept_unbound=self._prepared.job.accept_unbound)
         prompts = archived_prompts(self._catalog, target.policy, identity)
+        if prompts is None and self._dry_run:
+            prompts = handed_on(target.policy, identity)
         if prompts is None:
             prompts = self.encoded.of(replace(setup, policy=target.policy, binding=binding), encode_policy)
+            if prompts is not None and self._dry_run:
+                hand_on(prompts, identity)
         if not self._dry_run:
             archive_policy(self._catalog, target.policy, prompts, identity)
         moderator = Moderator(target.policy, binding, prompts, self._detectors_of(target.policy))

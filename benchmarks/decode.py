@@ -1,13 +1,14 @@
 """Images decoded in a second of one core, to 384 x 384, by ours, Pillow, torchvision and OpenCV; and how far off.
 
-Made-up photographs of 640 x 480, 1600 x 1200 and 4000 x 3000 as JPEG, PNG and WebP; from bytes in memory to an array
-of (384, 384, 3). Every library has one thread. What counts is the processor's time, not the clock's, so that other work
-on the machine takes little away; all sides take turns, and the best of their repeats counts. Ours also makes the
-perceptual hash. "In pool" is the code of the GPU's path on a processor, there for its error: its resize is made for
-GPUs. The error is the difference of levels (of 255) from Pillow's full decode and bicubic resize: mean, and what 99.9%
-of them stay within. OpenCV averages areas when it reduces, as one does there.
+Made-up photographs of 640 x 480, 1600 x 1200 and 4000 x 3000 as JPEG, PNG and WebP, and as HEIC where the extra `heif`
+is installed, by which Pillow reads it too; from bytes in memory to an array of (384, 384, 3). Every library has one
+thread. What counts is the processor's time, not the clock's, so that other work on the machine takes little away; all
+sides take turns, and the best of their repeats counts. Ours also makes the perceptual hash. "In pool" is the code of
+the GPU's path on a processor, there for its error: its resize is made for GPUs. The error is the difference of levels
+(of 255) from Pillow's full decode and bicubic resize: mean, and what 99.9% of them stay within. OpenCV averages areas
+when it reduces, as one does there.
 
-    python -m benchmarks.decode [--repeats 15]
+    python -m benchmarks.decode [--repeats 15] [--format HEIC]
 """
 
 from __future__ import annotations
@@ -34,11 +35,12 @@ from benchmarks.photographs import encoded, scene
 from vlmflow.config import ImageLimits
 from vlmflow.imaging import PixelRequest, decode
 from vlmflow.imaging.device import DeviceDecoder
+from vlmflow.imaging.heif import is_heic_supported
 from vlmflow.imaging.jpeg import leave_encoded
 
 SIDE = 384
 SIZES = ((640, 480), (1600, 1200), (4000, 3000))
-FORMATS = ("JPEG", "PNG", "WEBP")
+FORMATS = ("JPEG", "PNG", "WEBP", *(("HEIC",) if is_heic_supported() else ()))
 REQUEST = PixelRequest(SIDE, "bicubic", ("squash",))
 LIMITS = ImageLimits()
 _REDUCED = ((8, cv2.IMREAD_REDUCED_COLOR_8), (4, cv2.IMREAD_REDUCED_COLOR_4), (2, cv2.IMREAD_REDUCED_COLOR_2))
@@ -91,6 +93,8 @@ def sides(image_format: str, size: tuple[int, int]) -> dict[str, Decode]:
     if image_format == "JPEG":
         found |= {"ours_in_pool_on_cpu": partial(ours_in_pool, DeviceDecoder([REQUEST], "cpu"))}
         found |= {"pillow_draft": pillow_draft, "opencv_reduced": partial(opencv_reduced, size)}
+    if image_format == "HEIC":  # which the others do not read
+        return found
     return found | {"torchvision": torchvision, "opencv": opencv}
 
 
@@ -124,13 +128,21 @@ def measure(image_format: str, size: tuple[int, int], repeats: int) -> list[dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--format", choices=FORMATS, help="this one alone, with a result of its own; default: all")
     add_results_option(parser)
     options = parser.parse_args()
     warnings.filterwarnings("ignore", category=DeprecationWarning)  # torchvision's, of its decoders
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
+    versions = {"opencv": cv2.__version__}
+    if "HEIC" in FORMATS:
+        import pillow_heif
+
+        pillow_heif.register_heif_opener(decode_threads=1)
+        versions["libheif"] = pillow_heif.libheif_version()
     load_before = os.getloadavg()
-    runs = [run for size in SIZES for kind in FORMATS for run in measure(kind, size, options.repeats)]
+    formats = [options.format] if options.format else FORMATS
+    runs = [run for size in SIZES for kind in formats for run in measure(kind, size, options.repeats)]
     for run in runs:
         print(
             f"{run['format']:>5} {run['width']:>5} {run['side']:>20}: {run['images_per_core_second']:8.1f}/core-s, "
@@ -138,11 +150,12 @@ def main() -> None:
         )
     result: dict[str, object] = {
         "workload": f"one image of each size and format, to {SIDE} x {SIDE}, one thread, best of {options.repeats}",
-        "opencv": cv2.__version__,
+        **versions,
         "load_before_and_after": [[round(value, 2) for value in load] for load in (load_before, os.getloadavg())],
         "runs": runs,
     }
-    print(save_result("decode", result, options.results))
+    name = f"decode-{options.format.lower()}" if options.format else "decode"
+    print(save_result(name, result, options.results))
 
 
 if __name__ == "__main__":

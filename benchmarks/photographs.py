@@ -17,6 +17,7 @@ _NUM_SCENES = 24
 # Together about 520 KB at 1600 x 1200. Amplitudes of natural images fall with the frequency to a power of 0.8 to 1.5
 # (Tolhurst, Tadmor and Chao 1992, Ophthalmic and Physiological Optics 12:229).
 QUALITY, _SLOPE = 85, 1.2
+_HEIC_QUALITY, _HEIC_TILE = 50, 512  # by the default of libheif, about as many bytes as JPEG
 
 
 @cache
@@ -39,8 +40,13 @@ def scene(width: int, height: int, seed: int) -> Image.Image:
 
 
 def encoded(image: Image.Image, image_format: str) -> bytes:
-    """The bytes of a file."""
+    """The bytes of a file; a HEIC in tiles, as phones write them."""
     sink = BytesIO()
+    if image_format == "HEIC":
+        import pillow_heif
+
+        pillow_heif.from_pillow(image).save(sink, quality=_HEIC_QUALITY, tile_size=_HEIC_TILE)
+        return sink.getvalue()
     image.save(sink, image_format, **({"quality": QUALITY} if image_format in ("JPEG", "WEBP") else {}))
     return sink.getvalue()
 

@@ -30,6 +30,9 @@ def main(flow: Flow[..., Any], arguments: Sequence[str] | None = None) -> None:
     The flow run is recorded by the Prefect server that ``PREFECT_API_URL`` names, or by a temporary one. Errors become
     one line on standard error and an exit code, as those of `vlmflow`.
     """
+    for ends in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(ends) == signal.SIG_DFL:  # by default it would end without a word, its server left behind
+            signal.signal(ends, signal.default_int_handler)
     given = {name: value for name, value in vars(_parser(flow).parse_args(arguments)).items() if value is not None}
     try:
         checked = _checked(flow, given)
@@ -52,21 +55,13 @@ def main(flow: Flow[..., Any], arguments: Sequence[str] | None = None) -> None:
 
 
 def _start_server() -> None:
-    """Starts the temporary server, if there is to be one, out of reach of Ctrl-C.
-
-    A terminal sends that to it too, and Prefect would ask a server that is gone for minutes before the flow ends.
-    Blocked signals stay blocked in what a process starts; it is ended by another.
-    """
+    """Starts the temporary server, if there is to be one, before Prefect does: out of reach of what ends the flow."""
     settings = get_current_settings()
     if settings.api.url or not settings.server.ephemeral.enabled:
         return
-    from prefect.server.api.server import SubprocessASGIServer  # takes seconds to import
+    from pipelines.temporary_server import TemporaryServer  # takes seconds to import
 
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        SubprocessASGIServer().start(timeout=settings.server.ephemeral.startup_timeout_seconds)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    TemporaryServer().start(timeout=settings.server.ephemeral.startup_timeout_seconds)
 
 
 def _leave(flow: Flow[..., Any], message: str, code: int) -> NoReturn:

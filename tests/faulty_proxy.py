@@ -3,8 +3,9 @@
 Faults that pass when they are tried again, each for a share of the requests: ``slowdown`` (503), ``internal`` (500),
 ``reset`` (the connection, before any answer), ``cut`` (the connection, in the middle of the body), ``stall`` (no answer
 for longer than a client waits) and ``lost`` (the request is carried out, its answer is lost). And, switched on for
-one bucket, those that do not: ``denied`` and ``gone``; and a store that makes nothing of conditional writes, knows
-none, or looks whether there is a file before it takes the new one in: ``overwrites``, ``unknown`` and ``races``.
+one bucket, those that do not: ``denied``, ``gone`` and ``readonly`` (nobody may write); and a store that makes
+nothing of conditional writes, knows none, or looks whether there is a file before it takes the new one in:
+``overwrites``, ``unknown`` and ``races``.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ _CONDITION = "If-None-Match"
 _FATAL = {
     "denied": (403, "InvalidAccessKeyId", "The AWS Access Key Id you provided does not exist in our records."),
     "expired": (400, "ExpiredToken", "The provided token has expired."),
+    "readonly": (403, "AccessDenied", "Access Denied"),
     "unknown": (501, "NotImplemented", "A header you provided implies functionality that is not implemented"),
     "gone": (404, "NoSuchBucket", "The specified bucket does not exist"),
 }
@@ -103,7 +105,11 @@ class _Handler(BaseHTTPRequestHandler):
                 self.counts[fatal or str(fault)] += 1
         if fatal == "races":
             self._race(body)
-        elif fatal == "overwrites" or (fatal == "unknown" and _CONDITION not in self.headers):
+        elif (
+            fatal == "overwrites"
+            or (fatal == "unknown" and _CONDITION not in self.headers)
+            or (fatal == "readonly" and self.command in ("GET", "HEAD"))
+        ):
             del self.headers[_CONDITION]
             self._pass_on(body, fault)
         elif fatal:

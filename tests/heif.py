@@ -49,12 +49,17 @@ def ispe(width: int, height: int) -> bytes:
 
 @dataclass(frozen=True)
 class Item:
-    """An image of a file, or a tile of one: its bytes, its properties, and the numbers of what it is made of."""
+    """An image of a file, or a tile of one: its bytes, its properties, and the numbers of what it is made of.
+
+    Attributes:
+        belongs: how it belongs to another image, such as ``thmb``, and to which.
+    """
 
     kind: bytes
     content: bytes
     properties: Sequence[bytes] = ()
     parts: Sequence[int] = ()
+    belongs: tuple[bytes, int] | None = None
 
 
 @cache
@@ -117,7 +122,7 @@ def _lies_in(item: Item, place: int) -> int:
 
 
 def _meta(items: Sequence[Item], primary: int, start: int, place: int, other_kinds: Mapping[int, bytes]) -> bytes:
-    hidden = {part for item in items for part in item.parts}
+    hidden = {part for item in items if item.kind != b"tmap" for part in item.parts}  # shown by themselves, too
     kinds = [*((number, item.kind) for number, item in enumerate(items, 1)), *other_kinds.items()]
     infos = b"".join(
         full_box(b"infe", struct.pack(">HH4sx", number, 0, kind), 2, int(number in hidden)) for number, kind in kinds
@@ -126,6 +131,11 @@ def _meta(items: Sequence[Item], primary: int, start: int, place: int, other_kin
         box(b"dimg", struct.pack(f">HH{len(item.parts)}H", number, len(item.parts), *item.parts))
         for number, item in enumerate(items, 1)
         if item.parts
+    )
+    references += b"".join(
+        box(item.belongs[0], struct.pack(">HHH", number, 1, item.belongs[1]))
+        for number, item in enumerate(items, 1)
+        if item.belongs
     )
     known = list(dict.fromkeys(one for item in items for one in item.properties))
     uses = b"".join(

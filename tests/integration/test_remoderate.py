@@ -168,6 +168,36 @@ def test_dry_runs_of_several_partitions_encode_the_prompts_once(
     assert len(encoded) == 1
 
 
+def test_dry_runs_of_a_cluster_encode_the_prompts_once_though_they_are_processes_of_their_own(
+    job_of_two_days: Job, write_policy: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, encoded = module.encode_policy, list[object]()
+
+    def counted(setup: TaskSetup) -> PromptVectors | None:
+        encoded.append(setup.policy)
+        return encode(setup)
+
+    monkeypatch.setattr(module, "encode_policy", counted)
+    tree, sea = (
+        write_policy(name, version='"2"', prompt=f"a red car and a {name}") for name in ("tree by night", "sea")
+    )
+
+    def dry(policy: str) -> dict[str, Any]:
+        report = remoderate(job_of_two_days.model_copy(update={"policy": policy}), dry_run=True)
+        return report.model_dump(include={"num_moved", "decisions", "flips", "label_flips", "examples"})
+
+    first = dry(tree)
+    assert dry(tree) == first
+    assert len(encoded) == 1
+    dry(sea)
+    assert dry(tree) == first, "vectors of another policy decide nothing"
+    assert len(encoded) == 3
+    monkeypatch.setattr(PromptVectors, "to_bytes", lambda _: b"damaged")
+    dry(sea)
+    assert dry(sea)["num_moved"] == 6
+    assert len(encoded) == 5, "nor do damaged ones"
+
+
 def test_thresholds_alone_load_no_model_and_come_back(
     job: Job, write_policy: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

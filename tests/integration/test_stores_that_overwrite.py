@@ -1,4 +1,7 @@
-"""Stores that let a second writer of one file overwrite it get no commits: rows would be lost without a word."""
+"""Stores that let a second writer of one file overwrite it get no commits: rows would be lost without a word.
+
+Nor do those that allow no writes: both are told before models are loaded.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +62,7 @@ def test_nothing_is_committed_to_one_that_is_there(
     assert Catalog.open(config).images(["uri"]).num_rows == 1
 
 
-@pytest.mark.parametrize(("how", "said"), STORES)
+@pytest.mark.parametrize(("how", "said"), [*STORES, ("readonly", r"/catalog cannot be written: access denied$")])
 def test_a_run_is_refused_before_it_starts_ray_and_loads_models(
     config: CatalogConfig,
     proxy: FaultyProxy,
@@ -80,8 +83,21 @@ def test_a_run_is_refused_before_it_starts_ray_and_loads_models(
     proxy.fail(bucket_of(config), "")
     enrich(Catalog.open_or_create(config, pa.schema([])), "r1", [references(["a"])])
     proxy.fail(bucket_of(config), how)
-    with pytest.raises(StorageAccessError, match=said):
-        remoderate.remoderate(job)
+    for refused in (run.enrich, remoderate.remoderate):
+        with pytest.raises(StorageAccessError, match=said):
+            refused(job)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_as_early_and_planned_for_all_the_same(
+    make_job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "ray_cluster", lambda _: pytest.fail("Ray was started"))
+    write_pictures(tmp_path / "photos", 1)
+    # Where root cannot make a file either.
+    job = make_job(tmp_path / "photos", catalog={"uri": "/proc/vlmflow-catalog"}, tasks=("embed",), pools=())
+    assert run.plan(job).num_planned == 1
+    with pytest.raises(StorageAccessError, match=r"^/proc/vlmflow-catalog cannot be written: /proc: "):
+        run.enrich(job)
 
 
 @pytest.mark.parametrize("how", ["", "races", *(how for how, _ in STORES)])

@@ -9,7 +9,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError
 
 from vlmflow.errors import StorageAccessError
 from vlmflow.retry import retried
-from vlmflow.storage import is_unknown, parse_address
+from vlmflow.storage import Fault, fault_of, is_unknown, parse_address
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -37,15 +37,18 @@ def check_exclusive(store: ObjectStore, path: str, uri: str) -> None:
         uri: the catalog, for messages.
 
     Raises:
-        StorageAccessError: the second is accepted, or the store knows no such writes.
+        StorageAccessError: the second is accepted, or the store knows no such writes, or none are allowed.
     """
     try:
         if not (create(store, path) and create(store, path)):  # the first may make the file
             return
     except BaseError as error:
-        if not is_unknown(error):
-            raise
-        raise _unsafe(uri, "knows no conditional writes") from error
+        if is_unknown(error):
+            raise _unsafe(uri, "knows no conditional writes") from error
+        if fault_of(error) is Fault.DENIED:  # what can be listed may be refused to be written
+            remedy = "Check that the credentials are valid and may write there; `vlmflow doctor` tests it."
+            raise StorageAccessError(f"{parse_address(uri)} cannot be written: access denied", remedy=remedy) from error
+        raise
     raise _unsafe(uri, "accepts a second writer of one file")
 
 

@@ -31,10 +31,10 @@ def archive_policy(
     if kept is not None and _policy(kept, policy.digest) is None:
         damaged.add(_POLICY)
     if prompts is not None and identity is not None:
-        name = _prompts_name(identity)
+        name = prompts_name(identity)
         files[name] = prompts.to_bytes()
         vectors = catalog.policies.read(policy.digest, name)
-        if vectors is not None and _vectors(vectors, policy) is None:
+        if vectors is not None and read_vectors(vectors, policy) is None:
             damaged.add(name)
     catalog.policies.put(policy.digest, files, replaced=damaged)
 
@@ -81,9 +81,9 @@ def _policy(data: bytes, digest: str) -> Policy | None:
 
 def archived_prompts(catalog: Catalog, policy: Policy, identity: ModelIdentity) -> PromptVectors | None:
     """Vectors of these prompts by this model, kept with any policy that has the same; None: none can be read."""
-    name = _prompts_name(identity)
+    name = prompts_name(identity)
     data = catalog.policies.read(policy.digest, name)
-    vectors = None if data is None else _vectors(data, policy)
+    vectors = None if data is None else read_vectors(data, policy)
     if vectors is not None:
         return vectors
     if data is not None:
@@ -92,13 +92,13 @@ def archived_prompts(catalog: Catalog, policy: Policy, identity: ModelIdentity) 
     with Threads(_READ_AT_ONCE) as pool:
         while some := list(itertools.islice(others, _READ_AT_ONCE)):
             for data in pool.map(lambda digest: catalog.policies.read(digest, name), some):
-                vectors = None if data is None else _vectors(data, policy)
+                vectors = None if data is None else read_vectors(data, policy)
                 if vectors is not None:
                     return vectors
     return None
 
 
-def _vectors(data: bytes, policy: Policy) -> PromptVectors | None:
+def read_vectors(data: bytes, policy: Policy) -> PromptVectors | None:
     """Vectors of the policy's prompts; None: of another's, or damaged, which must decide nothing."""
     try:
         vectors = PromptVectors.from_bytes(data)
@@ -128,7 +128,8 @@ def full_digest(catalog: Catalog, beginning: str) -> str:
     )
 
 
-def _prompts_name(identity: ModelIdentity) -> str:
+def prompts_name(identity: ModelIdentity) -> str:
+    """What vectors of prompts are kept under: by the model that made them."""
     # The first version's files have no number.
     version = "" if identity.code_version == 1 else f"-v{identity.code_version}"
     return f"prompts-{identity.weights_digest[:16]}{version}.safetensors"

@@ -22,10 +22,12 @@ from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.log import DataFile, Snapshot
 from vlmflow.catalog.runs import new_run_id
 from vlmflow.catalog.where import check_where
+from vlmflow.catalog.writable import check_writable
 from vlmflow.config import Job
 from vlmflow.engine.archive import archive_policy, archived_policies, archived_policy, archived_prompts, full_digest
 from vlmflow.engine.cluster import ray_cluster
 from vlmflow.engine.faults import get, lost_in_mid_run
+from vlmflow.engine.handed_on import hand_on, handed_on
 from vlmflow.engine.prepare import EncodedPrompts, Prepared, encode_policy, prepare
 from vlmflow.engine.progress import ProgressDisplay, SilentProgress, Tally
 from vlmflow.engine.relabel_files import Done, Scan, relabel_file, scan_file, score_file
@@ -137,7 +139,7 @@ class _Remoderation:
         if self._dry_run:
             self._run()
             return self._report("dry run")
-        self._folder.check_exclusive()  # before the model is loaded, not at the first commit
+        check_writable(self._folder)  # before the model is loaded, not at the first commit
         self._catalog.upgrade()  # rows are written with all columns that they are read with
         runs = self._catalog.runs
         runs.start(self._run_id, self._record("running"))
@@ -339,8 +341,12 @@ class _Remoderation:
         identity = setup.identities["embed"]
         binding = check_binding(target.policy, identity, accept_unbound=self._prepared.job.accept_unbound)
         prompts = archived_prompts(self._catalog, target.policy, identity)
+        if prompts is None and self._dry_run:
+            prompts = handed_on(target.policy, identity)
         if prompts is None:
             prompts = self.encoded.of(replace(setup, policy=target.policy, binding=binding), encode_policy)
+            if prompts is not None and self._dry_run:
+                hand_on(prompts, identity)
         if not self._dry_run:
             archive_policy(self._catalog, target.policy, prompts, identity)
         moderator = Moderator(target.policy, binding, prompts, self._detectors_of(target.policy))

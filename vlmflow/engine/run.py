@@ -14,6 +14,7 @@ import ray
 from vlmflow.catalog import Catalog, Plan
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.runs import new_run_id
+from vlmflow.catalog.writable import check_writable
 from vlmflow.config import Job
 from vlmflow.engine.archive import archive_policy, archived_prompts
 from vlmflow.engine.budget import ErrorBudget
@@ -146,7 +147,7 @@ class _Run:
     def execute(self) -> RunReport:
         if self._plan.num_planned == 0:
             return self._without_images()
-        Folder(self._job.catalog).check_exclusive()  # minutes before the first commit asks for it
+        check_writable(Folder(self._job.catalog))  # minutes before anything is written
         self._display.stage("starting Ray")
         with contextlib.ExitStack() as stack:
             cluster = stack.enter_context(ray_cluster(self._job.ray))

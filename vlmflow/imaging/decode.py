@@ -288,8 +288,10 @@ def _add_frames(
         else:
             if len(looked.times) < wanted:
                 unseen = f"frames after the first {len(looked.times):,} of {total:,} are not there"
-    except ImageError:
-        unseen = f"frames after the first {len(looked.times):,} of {total:,} hold too many pixels"
+    except ImageError as error:  # as of a first frame, which costs the image
+        is_large = error.error_class is RowErrorClass.TOO_MANY_PIXELS
+        why = "hold too many pixels" if is_large else f"were not looked at: {error}"
+        unseen = f"frames after the first {len(looked.times):,} of {total:,} {why}"
     except undecoded:
         unseen = f"frames after the first {len(looked.times):,} of {total:,} cannot be decoded"
     chosen = looked.choose()

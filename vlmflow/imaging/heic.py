@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFile
 
-from vlmflow.imaging.heif import tiles_of, with_tiles_shown
+from vlmflow.imaging.heif import pictures_in, tiles_of, with_tiles_shown
 from vlmflow.imaging.profiles import profile_of_nclx
 
 _STEP = 8  # of the pixels that are compared; in a hole that is hardly larger nothing is to be seen
@@ -30,13 +30,15 @@ class HeicFile(ImageFile.ImageFile):
         assert self.fp is not None  # Pillow has just opened it
         self._data = self.fp.read()
         self._images = _images_of(self._data)
+        opened = {image._c_image.item_id for image in self._images}
+        self._num_unopened = len(pictures_in(self._data) - opened)
         self._number = 0
         self._show()
 
     @property
     def n_frames(self) -> int:
-        """Images of the file."""
-        return len(self._images)
+        """Images of the file; behind the others those of which the decoder opens none."""
+        return len(self._images) + self._num_unopened
 
     @property
     def is_animated(self) -> bool:
@@ -52,9 +54,12 @@ class HeicFile(ImageFile.ImageFile):
 
         Raises:
             EOFError: there is none of that number.
+            ValueError: it is one that the decoder does not open.
         """
         if not 0 <= frame < self.n_frames:
             raise EOFError(f"there is no image {frame} in a file of {self.n_frames}")
+        if frame >= len(self._images):
+            raise ValueError(f"image {frame} is not opened")
         if frame != self._number:
             self._number = frame
             self._show()

@@ -16,7 +16,11 @@ _MAX_LEVELS = 4
 # The decoder takes coded images of so many pixels whatever the file says of their size.
 _LEAST_PIXELS = 1 << 16
 _TOO_MANY = f"a HEIC file of more than {_MAX_ITEMS:,} images and tiles"
-_CODED, _GRID, _SAME, _OVERLAY = b"hvc1", b"grid", b"iden", b"iovl"
+_CODED, _GRID, _SAME, _OVERLAY, _TONE_MAP = b"hvc1", b"grid", b"iden", b"iovl", b"tmap"
+# Kinds that are images also where their size is not told.
+_IMAGES = {_CODED, _GRID, _SAME, b"av01", b"avc1", b"j2k1", b"jpeg", b"unci", b"vvc1"}
+# Of what belongs to another image: its thumbnail, or its depth or gain map.
+_BELONGS = (b"thmb", b"auxl")
 
 
 class NotReadError(RuntimeError):
@@ -28,6 +32,7 @@ class _Item:
     """An image of a file, or a tile of one. Where boxes say several things of it all are kept: decoders choose."""
 
     kind: bytes = b""
+    is_hidden: bool = False
     sizes: list[tuple[int, int]] = field(default_factory=list)
     parts: list[int] = field(default_factory=list)
     configurations: set[bytes] = field(default_factory=set)  # of the decoder
@@ -127,7 +132,8 @@ def _count(items: dict[int, _Item], number: int, counted: dict[int, tuple[int, i
         raise NotReadError("a HEIC image of several laid over one another")
     if number not in counted:
         # The decoder leaves out tiles, all but the first, that it cannot decode: what the others show must be like it.
-        if len(set().union(*(items[part].configurations for part in item.parts if part in items))) > 1:
+        codings = set().union(*(items[part].configurations for part in item.parts if part in items))
+        if len(codings) > 1 and item.kind != _TONE_MAP:  # that is no picture of its own
             raise NotReadError("a HEIC image of tiles that are coded in different ways")
         own = max([_LEAST_PIXELS, *(width * height for width, height in item.sizes)])
         parts = [_count(items, part, counted, levels - 1) for part in item.parts]
@@ -136,6 +142,27 @@ def _count(items: dict[int, _Item], number: int, counted: dict[int, tuple[int, i
             raise NotReadError("a HEIC image of tiles in tiles")
         counted[number] = max(own, sum(pixels for pixels, _ in parts)), depth
     return counted[number]
+
+
+def pictures_in(data: bytes) -> set[int]:
+    """The numbers of the images that stand for themselves, of kinds that no decoder here knows too.
+
+    Not of tiles and what else is hidden, of what belongs to another image, nor of how one is brightened for a screen.
+    """
+    found: set[int] = set()
+    for meta in _named(boxes(memoryview(data)), b"meta"):
+        inside = list(boxes(meta[4:]))
+        apart = {
+            number
+            for content in _named(inside, b"iref")
+            for kind in _BELONGS
+            for number, _ in _references(content, kind)
+        }
+        for number, item in _items(inside, memoryview(data)).items():
+            is_image = item.kind in _IMAGES or (bool(item.sizes) and item.kind not in (b"", _TONE_MAP))
+            if is_image and not item.is_hidden and number not in apart:
+                found.add(number)
+    return found
 
 
 def tiles_of(data: bytes, number: int) -> set[int]:
@@ -185,12 +212,13 @@ def _check_kind(items: dict[int, _Item], number: int, seen: set[int]) -> None:
 def _items(meta: list[Box], data: memoryview) -> dict[int, _Item]:
     items: dict[int, _Item] = {}
     for content in _named(meta, b"iinf"):
-        for number, kind in _kinds(content):
-            item = items.setdefault(number, _Item(kind))
+        for number, kind, is_hidden in _kinds(content):
+            item = items.setdefault(number, _Item(kind, is_hidden))
             if item.kind != kind:  # decoders differ in which one they take
                 raise ValueError("an image is of two kinds")
+            item.is_hidden &= is_hidden
     for content in _named(meta, b"iref"):
-        for number, parts in _parts(content):
+        for number, parts in _references(content, b"dimg"):  # those from which it is made
             items.setdefault(number, _Item()).parts += parts
     for content in _named(meta, b"iprp"):
         for number, kind, told in _told(list(boxes(content))):
@@ -216,22 +244,23 @@ def _items(meta: list[Box], data: memoryview) -> dict[int, _Item]:
     return items
 
 
-def _kinds(iinf: memoryview) -> Iterator[tuple[int, bytes]]:
+def _kinds(iinf: memoryview) -> Iterator[tuple[int, bytes, bool]]:
+    """The number and the kind of each item, and whether it is hidden."""
     for infe in _entries(iinf):
         if infe[0] == 2:
-            yield int.from_bytes(infe[4:6], "big"), bytes(infe[8:12])
+            yield int.from_bytes(infe[4:6], "big"), bytes(infe[8:12]), bool(infe[3] & 1)
         elif infe[0] == 3:
-            yield int.from_bytes(infe[4:8], "big"), bytes(infe[10:14])
+            yield int.from_bytes(infe[4:8], "big"), bytes(infe[10:14]), bool(infe[3] & 1)
 
 
 def _entries(iinf: memoryview) -> Iterator[memoryview]:
     return _named(boxes(iinf[8 if iinf[0] else 6 :]), b"infe")
 
 
-def _parts(iref: memoryview) -> Iterator[tuple[int, list[int]]]:
-    """The images from which others are made."""
+def _references(iref: memoryview, kind: bytes) -> Iterator[tuple[int, list[int]]]:
+    """Which items refer so to which others."""
     num_bytes = 4 if iref[0] else 2
-    for content in _few(_named(boxes(iref[4:]), b"dimg")):
+    for content in _few(_named(boxes(iref[4:]), kind)):
         read = _Reader(content)
         yield read(num_bytes), [read(num_bytes) for _ in range(read.count(2))]
 

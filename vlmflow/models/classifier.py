@@ -11,11 +11,10 @@ import torch
 from numpy.typing import NDArray
 
 from vlmflow.config import ModelConfig
-from vlmflow.device_errors import is_device_broken, is_out_of_memory
 from vlmflow.errors import WeightsError
 from vlmflow.models.pixels import PixelNormalizer, model_dtype
 from vlmflow.models.preprocessing import read_preprocessing
-from vlmflow.models.pretrained import load_model
+from vlmflow.models.pretrained import as_weights_error, load_model
 from vlmflow.models.sizes import in_few_sizes
 from vlmflow.models.weights import check_keys, read_json
 
@@ -51,16 +50,9 @@ class ImageClassifier:
         preprocessing = read_preprocessing(folder, config)
         classifier = cls(model.to(device), PixelNormalizer(preprocessing, device, dtype), outputs)
         # Some models take pixels of any size, and others say only then that they do not.
-        try:
+        what = f"the model of {folder} cannot score an image of {preprocessing.size} pixels a side"
+        with as_weights_error(what, "Copy preprocessor_config.json and config.json of one model."):
             classifier.score(torch.zeros((1, 3, preprocessing.size, preprocessing.size), dtype=torch.uint8))
-        except (IndexError, RuntimeError, ValueError) as error:
-            if is_out_of_memory(error) or is_device_broken(error):
-                raise
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            raise WeightsError(
-                f"weights: the model of {folder} cannot score an image of {preprocessing.size} pixels a side: {reason}",
-                remedy="Copy preprocessor_config.json and config.json of one model.",
-            ) from error
         return classifier
 
     @torch.inference_mode()

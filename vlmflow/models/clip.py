@@ -18,13 +18,12 @@ from safetensors import SafetensorError
 from transformers.initialization import no_init_weights
 
 from vlmflow.config import Dtype, ModelConfig
-from vlmflow.device_errors import is_device_broken, is_out_of_memory
 from vlmflow.errors import WeightsError
 from vlmflow.models.attention import growing
 from vlmflow.models.clip_packed import can_pack, pack_image_tower, take_pixels, takes_pixels
 from vlmflow.models.pixels import PixelNormalizer, model_dtype
 from vlmflow.models.preprocessing import read_preprocessing
-from vlmflow.models.pretrained import check_padding, check_words, in_our_words
+from vlmflow.models.pretrained import as_weights_error, check_padding, check_words, in_our_words
 from vlmflow.models.sizes import in_few_sizes
 from vlmflow.models.upload import to_device
 from vlmflow.models.weights import check_keys, find_weights, read_open_clip_model
@@ -160,22 +159,16 @@ def build(
 
 def _create(folder: Path, name: str, precision: str, device: str) -> torch.nn.Module:
     """The architecture; open_clip's own loading may pick a pickle beside the safetensors, and is left out."""
+    what = f"open_clip cannot build the model that {folder} describes"
+    wrong = as_weights_error(what, "Copy open_clip_config.json again from where the model was published.")
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)  # "initialized randomly"
     try:
         # Random numbers for weights that are all loaded below would take seconds.
-        with no_init_weights():
+        with wrong, no_init_weights():
             model: torch.nn.Module = open_clip.create_model(
                 name, load_weights=False, pretrained_text=False, precision=precision, device=device
             )
-    except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        if is_out_of_memory(error) or is_device_broken(error):
-            raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise WeightsError(
-            f"weights: open_clip cannot build the model that {folder} describes: {reason}",
-            remedy="Copy open_clip_config.json again from where the model was published.",
-        ) from error
     finally:
         logging.disable(previous)
     return model

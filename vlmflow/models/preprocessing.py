@@ -116,8 +116,7 @@ def _read_blip(folder: Path) -> Preprocessing:
     values, path = _processor_values(folder)
     values, config = with_defaults(values, "BlipImageProcessor", path), folder / "config.json"
     image_size = section_of(read_json(config), "vision_config", config).get("image_size", 384)
-    size = values["size"]
-    side = _square([size.get("height"), size.get("width")] if isinstance(size, dict) else size, path)
+    side = _square(values["size"], path)
     if side != image_size:
         raise WeightsError(
             f"weights: {path} says size {side}, but config.json says {image_size}", remedy="Make the two agree."
@@ -192,11 +191,7 @@ def _check_size(folder: Path, section: str, side: int) -> None:
 
 def _squashed(values: dict[str, Any], path: Path) -> Preprocessing:
     size = values.get("crop_size") if values["do_center_crop"] else None
-    size = size or values["size"]
-    if isinstance(size, dict):
-        short = size.get("shortest_edge")
-        size = short if short is not None else [size.get("height"), size.get("width")]
-    return _plain(values, _square(size, path), path)
+    return _plain(values, _square(size or values["size"], path, by_short_side=True), path)
 
 
 def _prompted_side(folder: Path) -> int:
@@ -228,11 +223,22 @@ def _plain(values: dict[str, Any], side: int, path: Path) -> Preprocessing:
     return Preprocessing(side, interpolation, _triple(mean, path), _triple(std, path), is_bgr)
 
 
-def _square(size: object, path: Path) -> int:
+def _square(written: object, path: Path, *, by_short_side: bool = False) -> int:
+    """The side of a square: a number, two that are equal, or an object of height and width.
+
+    Args:
+        by_short_side: an object may give the shortest side instead, which the whole image is squashed to.
+    """
+    size, remedy = written, "Use a model of square images."
+    if isinstance(written, dict):
+        short = written.get("shortest_edge") if by_short_side else None
+        size = [written.get("height"), written.get("width")] if short is None else short
+        if not written.keys() >= {"height", "width"}:
+            remedy = 'Write {"height": S, "width": S}, with S the side that the model takes: image_size of config.json.'
     sides = list(size) if isinstance(size, Sequence) else [size, size]
     if len(sides) == 2 and sides[0] == sides[1] and isinstance(sides[0], int) and sides[0] > 0:
         return sides[0]
-    raise WeightsError(f"weights: {path}: image size {size} is no square", remedy="Use a model of square images.")
+    raise WeightsError(f"weights: {path}: image size {json.dumps(written)} is no square", remedy=remedy)
 
 
 def _rescale_factor(values: dict[str, Any], path: Path) -> float:

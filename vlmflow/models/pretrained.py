@@ -12,6 +12,7 @@ import transformers.utils.logging
 from safetensors import safe_open
 from transformers import AutoProcessor, AutoTokenizer
 
+from vlmflow.device_errors import is_device_broken, is_out_of_memory
 from vlmflow.errors import WeightsError
 from vlmflow.models.weights import check_keys, find_weights, read_json, section_of
 
@@ -205,6 +206,25 @@ def in_our_words(folder: Path, what: str, remedy: str = _REMEDY) -> Iterator[Non
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise WeightsError(f"weights: {folder} cannot be loaded as {what}: {reason}", remedy=remedy) from error
+
+
+@contextmanager
+def as_weights_error(what: str, remedy: str) -> Iterator[None]:
+    """Within the block a model is built or tried, as files say that may contradict each other.
+
+    Args:
+        what: cannot be done if it fails, and for whose files.
+
+    Raises:
+        WeightsError: it fails, and the device is not to blame.
+    """
+    try:
+        yield
+    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if is_out_of_memory(error) or is_device_broken(error):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise WeightsError(f"weights: {what}: {reason}", remedy=remedy) from error
 
 
 @contextmanager

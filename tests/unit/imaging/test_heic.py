@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.heif import SIDE, as_heic, box, full_box, grid, heif, phone_photo, same, tile
+from tests.heif import SIDE, Item, as_heic, box, full_box, grid, heif, ispe, phone_photo, same, tile
 from tests.images import Array, scene
 from tests.unit.imaging.test_colours import P3, SWAPPED, from_p3, icc, near, numbers
 from vlmflow.config import ImageLimits
@@ -109,6 +109,45 @@ def test_no_other_image_takes_the_place_of_a_main_one_that_cannot_be_decoded() -
     unknown = replace(blue, properties=(*blue.properties, full_box(b"rref", b"\1abcd")))
     for file in (heif([red, unknown], 2), heif([red, blue, grid(2, 1, [2], (2 * SIDE, SIDE))], 3)):
         assert error_of(file).error_class == RowErrorClass.CORRUPT
+
+
+GAIN_MAP = full_box(b"auxC", b"urn:com:apple:photo:2020:aux:hdrgainmap\0")
+NO_DECODER = ("av01", "avc1", "j2k1", "jpeg", "unci", "vvc1", "what")
+
+
+@pytest.mark.parametrize(
+    "unopened",
+    [
+        *(pytest.param(Item(kind.encode(), b"1234", (ispe(SIDE, SIDE),)), id=kind) for kind in NO_DECODER),
+        pytest.param(Item(b"jpeg", b"1234"), id="of no size"),
+        pytest.param(Item(b"hvc1", b"1234", (ispe(SIDE, SIDE),)), id="without configuration"),
+        pytest.param(same(9, (SIDE, SIDE)), id="of an image that is not there"),
+    ],
+)
+def test_images_that_the_decoder_does_not_open_are_said_not_to_have_been_looked_at(unopened: Item) -> None:
+    red, blue = (tile(Image.new("RGB", (SIDE, SIDE), colour)) for colour in ("red", "blue"))
+    found = decode(heif([red, unopened, blue]), [REQUEST], LIMITS)
+    assert found.facts.num_frames == 3
+    assert found.unseen == "frames after the first 2 of 3 cannot be decoded"
+    assert [name for name, _ in found.pixels[REQUEST.key] if name.startswith("frame")] == ["frame-1@0.000"]
+
+
+def test_what_is_no_picture_of_its_own_is_no_frame() -> None:
+    photo, other = tile(scene(0, SIDE, SIDE)), Item(b"jpeg", b"1234", (ispe(SIDE, SIDE), GAIN_MAP))
+    aside = [replace(other, belongs=(kind, 1)) for kind in (b"thmb", b"auxl")]
+    texts = [Item(b"Exif", b"1234"), Item(b"mime", b"1234")]
+    found = decode(heif([photo, *aside, *texts]), [REQUEST], LIMITS)
+    assert (found.facts.num_frames, found.unseen) == (1, None)
+
+
+def test_a_photo_with_a_gain_map_is_shown_without() -> None:
+    """As a screen without HDR shows it; of another coding than the photo's the map made the photo unreadable."""
+    photo, gains = tile(scene(0, SIDE, SIDE)), tile(Image.new("L", (SIDE, SIDE), 90))
+    gains = replace(gains, properties=(*gains.properties, GAIN_MAP), belongs=(b"auxl", 1))
+    bright = Item(b"tmap", b"1234", (ispe(SIDE, SIDE),), (1, 2))
+    found = decode(heif([photo, gains, bright]), [REQUEST], LIMITS)
+    assert (found.facts.num_frames, found.unseen) == (1, None)
+    assert np.array_equal(views(heif([photo, gains, bright]))["squash"], views(heif([photo]))["squash"])
 
 
 def test_images_are_decoded_again_and_not_kept() -> None:

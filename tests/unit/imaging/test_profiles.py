@@ -106,6 +106,28 @@ def test_each_page_of_a_tiff_has_a_profile_of_its_own() -> None:
     assert near(views["frame-1"], numbers()[::-1, :, [2, 0, 1]])
 
 
+@pytest.mark.parametrize(
+    ("parts", "why"),
+    [
+        ({"num_bytes": MAX_PROFILE_BYTES // 3 + 1000}, "the colour profile has more than 4,194,304 bytes"),
+        (
+            {"is_shared": True, "shift": 4, "num_bytes": 100_000},
+            "the parts of the colour profile lie over one another",
+        ),
+    ],
+)
+def test_a_later_page_whose_profile_is_not_read_is_said_not_to_be_looked_at_and_why(
+    parts: dict[str, int], why: str
+) -> None:
+    pages = [Image.fromarray(np.roll(numbers(), 4 * number, axis=0)) for number in range(3)]
+    with BytesIO() as file:
+        pages[2].encoderinfo = {"icc_profile": with_parts(icc(primaries=SWAPPED), **parts)}
+        pages[0].save(file, "TIFF", save_all=True, append_images=pages[1:])
+        found = decode(file.getvalue(), [FRAMES], LIMITS)
+    assert found.unseen == f"frames after the first 2 of 3 were not looked at: {why}"
+    assert len(found.pixels[FRAMES.key]) == 2  # the two that were
+
+
 @pytest.mark.parametrize("num_samples", [4081, 4082, 30_000, 65_536, 1_000_000])
 def test_a_picture_made_by_a_curve_of_many_samples_is_seen(num_samples: int) -> None:
     """Browsers heed them all, and little CMS no profile with more than 32,767."""

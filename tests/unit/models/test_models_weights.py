@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -366,3 +367,13 @@ def test_an_index_that_names_a_pickle_or_a_shard_that_is_not_there_is_refused(tm
     keys = load_file(folder / "model-1.safetensors").keys()
     index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(keys, "model-1.safetensors")}))
     assert load_captioner(ModelConfig(family="blip_caption", path=str(folder)), "cpu").caption(random_pixels(1), 3)
+
+
+def test_a_device_without_memory_is_no_fault_of_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    folder = make_clip(tmp_path)
+    monkeypatch.setattr(open_clip, "create_model", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        load_embedder(clip_config(folder), "cpu")

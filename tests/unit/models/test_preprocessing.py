@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -170,3 +171,20 @@ def test_a_family_settles_what_its_file_leaves_out(tmp_path: Path) -> None:
     edit_json(folder / "preprocessor_config.json", {"do_flip_channel_order": True})
     with pytest.raises(WeightsError, match="blue, green, red"):
         read_preprocessing(folder, ModelConfig(family="blip_caption", path=str(folder)))
+
+
+@pytest.mark.parametrize(
+    ("family", "size", "written"),
+    [
+        ("blip_caption", {"shortest_edge": IMAGE_SIZE}, rf'{{"shortest_edge": {IMAGE_SIZE}}}'),
+        ("vilt", {"longest_edge": 640}, '{"longest_edge": 640}'),
+        ("vilt", {"height": 64}, '{"height": 64}'),
+    ],
+)
+def test_a_size_that_gives_no_square_is_named_as_it_is_written(
+    tmp_path: Path, family: str, size: dict[str, int], written: str
+) -> None:
+    write_json(tmp_path / "config.json", {"vision_config": {"image_size": IMAGE_SIZE}})
+    with pytest.raises(WeightsError, match=re.escape(f"image size {written} is no square")) as caught:
+        read(tmp_path, {"size": size}, family)
+    assert '{"height": S, "width": S}' in caught.value.remedy

@@ -5,16 +5,12 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
 import pytest
 from prefect import Flow
-from prefect.server.api.server import SubprocessASGIServer
-from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_EPHEMERAL_ENABLED, Settings, temporary_settings
+from prefect.settings import Settings
 from prefect.states import Completed, Failed
 
 import pipelines
@@ -140,24 +136,6 @@ def ended_with(monkeypatch: pytest.MonkeyPatch, state: Any) -> dict[str, Any]:
     monkeypatch.setattr(Flow, "__call__", call)
     monkeypatch.setattr(command_line, "_start_server", lambda: None)
     return given
-
-
-@pytest.mark.parametrize("url", [None, "http://127.0.0.1:4200/api"])
-def test_a_temporary_server_outlives_an_interruption_that_the_terminal_sends_to_all(
-    url: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ended: list[int] = []
-    interrupted = "import os, signal; signal.signal(signal.SIGINT, signal.SIG_DFL); os.kill(os.getpid(), signal.SIGINT)"
-
-    def start(self: SubprocessASGIServer, timeout: int | None = None) -> None:
-        ended.append(subprocess.run([sys.executable, "-c", interrupted], check=False).returncode)
-
-    monkeypatch.setattr(SubprocessASGIServer, "start", start)
-    here = {PREFECT_SERVER_EPHEMERAL_ENABLED: True} | ({PREFECT_API_URL: url} if url else {})
-    with temporary_settings(here, restore_defaults=set() if url else {PREFECT_API_URL}):
-        command_line._start_server()
-    assert ended == ([0] if url is None else []), "with a server that stays none is started"
-    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, set()), "the flow itself can be interrupted"
 
 
 def test_options_become_parameters(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,45 @@
+"""Whether a run may write to a catalog: asked before models are loaded, which takes minutes."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from vlmflow.catalog.folder import Folder
+from vlmflow.catalog.policies import POLICIES
+from vlmflow.catalog.runs import RUNS
+from vlmflow.errors import StorageAccessError
+from vlmflow.storage import access_error, is_full, parse_address
+
+# What a run writes to. The rights may differ: sub-folders are another user's where another ran first.
+_WRITTEN = ("", "images", "images/_delta_log", "embeddings", "embeddings/_delta_log", RUNS, POLICIES)
+
+
+def check_writable(folder: Folder) -> None:
+    """Makes sure that a run can write its files, into a catalog that is there or into one that it is to make.
+
+    Of a local disk nothing is left, not even by a process that is killed; of a store, the file by which
+    :mod:`vlmflow.catalog.exclusive` sees that it refuses to overwrite.
+
+    Raises:
+        StorageAccessError: it cannot; or the store would let commits overwrite each other.
+        StoreLostError: the disk is full.
+        TransientError: the store is out of reach.
+    """
+    address = parse_address(folder.config.uri)
+    if not address.is_local:
+        folder.check_exclusive()
+        return
+    place = Path(address.path)
+    try:
+        for path in [place / below for below in _WRITTEN]:
+            place = path
+            place = next(place for place in (path, *path.parents) if place.exists())  # where making it begins
+            # Not by its permissions: a disk may be mounted for reading, and a server of files has rules of its own.
+            with tempfile.TemporaryFile(dir=place):
+                pass
+    except OSError as error:
+        if is_full(error):
+            raise access_error(error, folder.config.uri) from error
+        remedy = "Check its owner, its permissions and how it is mounted, or name another folder for the catalog."
+        raise StorageAccessError(f"{address} cannot be written: {place}: {error.strerror}", remedy=remedy) from error

@@ -133,9 +133,11 @@ def test_it_is_the_one_that_prefect_uses_and_with_a_server_that_stays_there_is_n
 
 
 @pytest.mark.parametrize("ends", [signal.SIGTERM, signal.SIGHUP])
-def test_a_flow_that_is_ended_from_outside_says_so(
+def test_a_flow_that_is_ended_from_outside_says_so_and_ends_in_time(
     ends: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    limits: list[tuple[float, int]] = []
+    monkeypatch.setattr(command_line, "end_within", lambda *limit: limits.append(limit))
     monkeypatch.setattr(command_line, "_start_server", lambda: None)
     monkeypatch.setattr(Flow, "__call__", lambda *_, **__: signal.raise_signal(ends))
     before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)}
@@ -146,6 +148,7 @@ def test_a_flow_that_is_ended_from_outside_says_so(
         for number, handler in before.items():
             signal.signal(number, handler)
     assert left.value.code == 130
+    assert [code for _, code in limits] == [130]
     assert "interrupted" in capsys.readouterr().err
 
 

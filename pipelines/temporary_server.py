@@ -28,7 +28,13 @@ class TemporaryServer(SubprocessASGIServer):
     """Prefect's own, which Prefect's clients find once it is made, with another process."""
 
     def find_available_port(self) -> int:
-        """A port that is held until the process has it: of two flows, neither may come upon the other's."""
+        """A port that is held until the process has it: of two flows, neither may come upon the other's.
+
+        Raises:
+            RuntimeError: Prefect asks for another, as of a process that cannot start; it would, again and again.
+        """
+        if self.server_process is not None:
+            raise RuntimeError("the temporary server cannot start; what it says stands above")
         self._socket = socket.socket()
         self._socket.bind(("127.0.0.1", 0))
         return int(self._socket.getsockname()[1])
@@ -63,7 +69,7 @@ def _serve(bound: socket.socket) -> None:
     threading.Thread(target=end_with_flow, daemon=True).start()
     server.run([bound])
     if not server.started:
-        sys.exit(3)  # as uvicorn does, by which Prefect knows to try another port
+        sys.exit(3)  # by which Prefect knows, and asks for another port
 
 
 if __name__ == "__main__":

@@ -102,9 +102,24 @@ def test_one_that_cannot_start_says_so_as_prefect_expects(environment: dict[str,
         assert b"Fatal" not in process.stderr.read()
 
 
+def test_one_that_cannot_start_is_not_started_again_and_again() -> None:
+    """As of a database that cannot be written: Prefect gives such a server port after port, and never gives up."""
+    server = new_server()
+    server.server_process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
+    with server.server_process, pytest.raises(RuntimeError, match="cannot start; what it says stands above"):
+        server.find_available_port()
+
+
+def new_server() -> temporary_server.TemporaryServer:
+    """One of its own, where Prefect has one in all."""
+    server = object.__new__(temporary_server.TemporaryServer)
+    server.__init__()  # type: ignore[misc]
+    return server
+
+
 def test_no_other_flow_is_given_its_port() -> None:
     """Not before its process listens, which takes half a minute: Prefect would take the other's server for its own."""
-    first, second = (object.__new__(temporary_server.TemporaryServer) for _ in range(2))
+    first, second = new_server(), new_server()
     port = first.find_available_port()
     assert not first.is_port_available(port)
     assert second.find_available_port() != port

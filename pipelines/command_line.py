@@ -19,9 +19,12 @@ from prefect.settings import (
     temporary_settings,
 )
 
+from pipelines.ending import end_within
 from vlmflow.errors import ConfigError, VlmflowError
 
 _SERVER_START_S = 120  # of a temporary server; Prefect gives it 20, which a busy machine exceeds
+_END_S = 20  # Kubernetes kills after 30
+_INTERRUPTED = 130
 
 
 def main(flow: Flow[..., Any], arguments: Sequence[str] | None = None) -> None:
@@ -44,7 +47,8 @@ def main(flow: Flow[..., Any], arguments: Sequence[str] | None = None) -> None:
     except VlmflowError as error:
         ended = error
     except KeyboardInterrupt:
-        _leave(flow, "interrupted; a job on a Ray cluster goes on, and the same command follows it again", 130)
+        end_within(_END_S, _INTERRUPTED)
+        _leave(flow, "interrupted; a job on a Ray cluster goes on, and the same command follows it again", _INTERRUPTED)
     except (RuntimeError, httpx.HTTPError) as error:  # of Prefect: what the flow itself raises is in its state
         _leave(flow, f"Prefect: {error}", 2)
     if isinstance(ended, VlmflowError):

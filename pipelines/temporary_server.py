@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -26,11 +27,25 @@ _ENVIRONMENT = {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PR
 class TemporaryServer(SubprocessASGIServer):
     """Prefect's own, which Prefect's clients find once it is made, with another process."""
 
+    def find_available_port(self) -> int:
+        """A port that is held until the process has it: of two flows, neither may come upon the other's.
+
+        Raises:
+            RuntimeError: Prefect asks for another, as of a process that cannot start; it would, again and again.
+        """
+        if self.server_process is not None:
+            raise RuntimeError("the temporary server cannot start; what it says stands above")
+        self._socket = socket.socket()
+        self._socket.bind(("127.0.0.1", 0))
+        return int(self._socket.getsockname()[1])
+
     def _run_uvicorn_command(self) -> subprocess.Popen[Any]:
         settings = get_current_settings().to_environment_variables(exclude_unset=True)
-        # -P: the modules beside this one are not to be found under their short names.
-        command = [sys.executable, "-P", __file__, str(self.port)]
-        return subprocess.Popen(command, stdin=subprocess.PIPE, env={**os.environ, **_ENVIRONMENT, **settings})
+        with self._socket as bound:
+            # -P: the modules beside this one are not to be found under their short names.
+            command = [sys.executable, "-P", __file__, str(bound.fileno())]
+            environment = {**os.environ, **_ENVIRONMENT, **settings}
+            return subprocess.Popen(command, stdin=subprocess.PIPE, pass_fds=[bound.fileno()], env=environment)
 
     def stop(self) -> None:
         """Ends the process, gracefully for five seconds."""
@@ -39,21 +54,23 @@ class TemporaryServer(SubprocessASGIServer):
         super().stop()
 
 
-def _serve(port: int) -> None:
+def _serve(bound: socket.socket) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)  # uvicorn puts handlers of its own in place of others
     app = "prefect.server.api.server:create_app"
-    config = uvicorn.Config(app, factory=True, host="127.0.0.1", port=port, log_level="error", lifespan="on")
+    config = uvicorn.Config(app, factory=True, log_level="error", lifespan="on")
     server = uvicorn.Server(config)
 
     def end_with_flow() -> None:
-        sys.stdin.buffer.read()
+        os.read(
+            sys.stdin.fileno(), 1
+        )  # not through a buffer, whose lock Python wants when this process ends: it aborts
         server.should_exit = True
 
     threading.Thread(target=end_with_flow, daemon=True).start()
-    server.run()
+    server.run([bound])
     if not server.started:
-        sys.exit(3)  # as uvicorn does, by which Prefect knows to try another port
+        sys.exit(3)  # by which Prefect knows, and asks for another port
 
 
 if __name__ == "__main__":
-    _serve(int(sys.argv[1]))
+    _serve(socket.socket(fileno=int(sys.argv[1])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -34,7 +35,8 @@ def check_writable(folder: Folder) -> None:
     try:
         for path in [place / below for below in _WRITTEN]:
             place = path
-            place = next(place for place in (path, *path.parents) if place.exists())  # where making it begins
+            # Where making it begins. A link that leads nowhere is there: no folder can be made in its place.
+            place = next(place for place in (path, *path.parents) if os.path.lexists(place))
             # Not by its permissions: a disk may be mounted for reading, and a server of files has rules of its own.
             with tempfile.TemporaryFile(dir=place):
                 pass

@@ -247,6 +247,8 @@ def _pack(model: Any, dtype: torch.dtype) -> None:
         dtype: of the products.
     """
     encoder = model.vision_model.encoder
+    if not encoder.layers:  # as a configuration may say
+        return
     of_token_alone = model.config.model_type != "siglip"  # which attends to all of them once more
     blocks = [_packed(layer, dtype) for layer in encoder.layers]
     encoder.layers = nn.ModuleList([PackedTower(blocks, of_token_alone=of_token_alone)])

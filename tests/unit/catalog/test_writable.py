@@ -84,6 +84,17 @@ def test_where_a_catalog_cannot_be_made_is_told(catalog: Path) -> None:
     assert str(caught.value) == f"{catalog}/deep/new cannot be written: {catalog}: Permission denied"
 
 
+@pytest.mark.parametrize("below", [".", "images"])
+def test_a_link_that_leads_nowhere_is_named(catalog: Path, below: str) -> None:
+    """As to a disk that is not mounted: no folder can be made in its place."""
+    link = catalog / "linked" / below
+    link.parent.mkdir(exist_ok=True)
+    link.symlink_to(catalog / "unmounted")
+    with pytest.raises(StorageAccessError) as caught:
+        check_writable(folder_of(catalog / "linked"))
+    assert str(caught.value) == f"{catalog}/linked cannot be written: {link}: No such file or directory"
+
+
 def test_a_full_disk_is_said_to_be_full(catalog: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(**_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -16,7 +16,7 @@ from transformers import CLIPModel
 
 from tests.dual_encoders import KINDS, make_dual_encoder
 from tests.families import make_align
-from tests.models import IMAGE_SIZE, make_clip
+from tests.models import IMAGE_SIZE, make_clip, random_pixels
 from tests.unit.models.test_models_weights import edit_json
 from vlmflow.config import ModelConfig
 from vlmflow.errors import WeightsError
@@ -102,6 +102,13 @@ def test_other_forms_of_a_folder_are_read(
     folder = shutil.copytree(dual_encoders[kind], tmp_path / kind)
     change(folder)
     np.testing.assert_allclose(embedded(folder), embedded(dual_encoders[kind]), atol=1e-6)
+
+
+def test_an_encoder_of_no_layers_is_what_its_files_say(dual_encoders: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(dual_encoders["clip"], tmp_path / "clip")
+    edit_json(folder / "config.json", {"vision_config.num_hidden_layers": 0})
+    without("vision_model.encoder")(folder)
+    assert load_embedder(config_of(folder), "cpu").embed_images(random_pixels(2)).shape == (2, 24)
 
 
 def test_weights_in_half_precision_are_computed_with_in_the_wanted_one(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from prefect.states import Completed
 
 from pipelines import command_line, temporary_server
 from pipelines.nightly import nightly_enrichment
-from tests.processes import free_port, wait_for
+from tests.processes import wait_for
 
 # As much of Prefect as the server's process imports, for it takes half a minute on a busy machine.
 STAND_IN = {
@@ -50,11 +52,6 @@ def create_app():
 
 
 @pytest.fixture
-def address() -> str:
-    return f"http://127.0.0.1:{free_port()}"
-
-
-@pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
     for name, text in STAND_IN.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -62,16 +59,18 @@ def environment(tmp_path: Path) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(tmp_path)}
 
 
-def command(address: str) -> list[str]:
-    return [sys.executable, "-P", temporary_server.__file__, address.rpartition(":")[2]]
-
-
-@pytest.fixture
-def server(environment: dict[str, str], address: str) -> Iterator[subprocess.Popen[bytes]]:
-    with subprocess.Popen(command(address), stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as process:
+@contextmanager
+def serving(environment: dict[str, str]) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """The server's process, which has been given a port, and its address."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{bound.getsockname()[1]}"
+        command = [sys.executable, "-P", temporary_server.__file__, str(bound.fileno())]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        process = subprocess.Popen(command, env=environment, pass_fds=[bound.fileno()], **pipes)  # type: ignore[call-overload]
+    with process:
         try:
-            wait_for(lambda: answers(address), process)
-            yield process
+            yield process, address
         finally:
             process.kill()
 
@@ -83,22 +82,49 @@ def answers(address: str) -> bool:
         return False
 
 
-def test_it_outlives_what_ends_the_flow_and_ends_in_order_with_its_process(
-    server: subprocess.Popen[bytes], address: str
-) -> None:
-    for ends in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        server.send_signal(ends)
-    assert answers(address)
-    out, _ = server.communicate(timeout=60)  # which closes the pipe first, as the death of its holder does
-    assert (server.returncode, out) == (0, b"ended in order\n")
+def test_it_outlives_what_ends_the_flow_and_ends_in_order_with_its_process(environment: dict[str, str]) -> None:
+    with serving(environment) as (process, address):
+        wait_for(lambda: answers(address), process)
+        for ends in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            process.send_signal(ends)
+        assert answers(address)
+        out, _ = process.communicate(timeout=60)  # which closes the pipe first, as the death of its holder does
+    assert (process.returncode, out) == (0, b"ended in order\n")
 
 
 def test_one_that_cannot_start_says_so_as_prefect_expects(environment: dict[str, str], tmp_path: Path) -> None:
+    """Also while the flow's process holds the pipe, as it does."""
     app = tmp_path / "prefect/server/api/server.py"
     app.write_text(app.read_text().replace("startup.complete", "startup.failed"))
-    address = f"http://127.0.0.1:{free_port()}"
-    done = subprocess.run(command(address), env=environment, stdin=subprocess.PIPE, check=False, timeout=60)
-    assert done.returncode == 3
+    with serving(environment) as (process, _):
+        assert process.wait(60) == 3
+        assert process.stderr is not None
+        assert b"Fatal" not in process.stderr.read()
+
+
+def test_one_that_cannot_start_is_not_started_again_and_again() -> None:
+    """As of a database that cannot be written: Prefect gives such a server port after port, and never gives up."""
+    server = new_server()
+    server.server_process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
+    with server.server_process, pytest.raises(RuntimeError, match="cannot start; what it says stands above"):
+        server.find_available_port()
+
+
+def new_server() -> temporary_server.TemporaryServer:
+    """One of its own, where Prefect has one in all."""
+    server = object.__new__(temporary_server.TemporaryServer)
+    server.__init__()  # type: ignore[misc]
+    return server
+
+
+def test_no_other_flow_is_given_its_port() -> None:
+    """Not before its process listens, which takes half a minute: Prefect would take the other's server for its own."""
+    first, second = new_server(), new_server()
+    port = first.find_available_port()
+    assert not first.is_port_available(port)
+    assert second.find_available_port() != port
+    for server in (first, second):
+        server._socket.close()
 
 
 @pytest.mark.parametrize("url", [None, "http://127.0.0.1:4200/api"])
@@ -108,7 +134,12 @@ def test_it_is_the_one_that_prefect_uses_and_with_a_server_that_stays_there_is_n
     started: list[Any] = []
     monkeypatch.setattr(temporary_server.subprocess, "Popen", lambda command, **_: started.append(command))
     monkeypatch.setattr(SubprocessASGIServer, "_instances", {})
-    monkeypatch.setattr(SubprocessASGIServer, "start", lambda self, timeout: self._run_uvicorn_command())
+
+    def start(server: temporary_server.TemporaryServer, timeout: int) -> None:
+        server.find_available_port()
+        server._run_uvicorn_command()
+
+    monkeypatch.setattr(SubprocessASGIServer, "start", start)
     here = {PREFECT_SERVER_EPHEMERAL_ENABLED: True} | ({PREFECT_API_URL: url} if url else {})
     with temporary_settings(here, restore_defaults=set() if url else {PREFECT_API_URL}):
         command_line._start_server()
@@ -117,9 +148,11 @@ def test_it_is_the_one_that_prefect_uses_and_with_a_server_that_stays_there_is_n
 
 
 @pytest.mark.parametrize("ends", [signal.SIGTERM, signal.SIGHUP])
-def test_a_flow_that_is_ended_from_outside_says_so(
+def test_a_flow_that_is_ended_from_outside_says_so_and_ends_in_time(
     ends: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    limits: list[tuple[float, int]] = []
+    monkeypatch.setattr(command_line, "end_within", lambda *limit: limits.append(limit))
     monkeypatch.setattr(command_line, "_start_server", lambda: None)
     monkeypatch.setattr(Flow, "__call__", lambda *_, **__: signal.raise_signal(ends))
     before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)}
@@ -130,6 +163,7 @@ def test_a_flow_that_is_ended_from_outside_says_so(
         for number, handler in before.items():
             signal.signal(number, handler)
     assert left.value.code == 130
+    assert [code for _, code in limits] == [130]
     assert "interrupted" in capsys.readouterr().err
 
 

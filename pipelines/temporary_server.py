@@ -61,9 +61,8 @@ def _serve(bound: socket.socket) -> None:
     server = uvicorn.Server(config)
 
     def end_with_flow() -> None:
-        os.read(
-            sys.stdin.fileno(), 1
-        )  # not through a buffer, whose lock Python wants when this process ends: it aborts
+        # Not through a buffer: Python wants its lock when this process ends, and aborts where another thread has it.
+        os.read(sys.stdin.fileno(), 1)
         server.should_exit = True
 
     threading.Thread(target=end_with_flow, daemon=True).start()

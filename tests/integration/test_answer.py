@@ -80,6 +80,7 @@ def test_the_starter_answers_about_drawings(tmp_path: Path, capsys: pytest.Captu
     assert json.loads(capsys.readouterr().out)["due"]["answer"] == {"questions_changed": 2, "retry": 1}
 
 
+@pytest.mark.slow
 def test_a_question_that_is_too_long_for_the_model_ends_the_run_before_any_row(tmp_path: Path) -> None:
     job = Job.model_validate(
         {
@@ -176,6 +177,7 @@ def test_an_endpoint_that_misbehaves_costs_each_image_its_own_row(models: Models
     assert plan(elsewhere).due["caption"] == {"fingerprint": 6, "retry": 6}
 
 
+@pytest.mark.slow
 def test_a_dead_endpoint_leaves_a_row_for_every_image(models: Models, tmp_path: Path) -> None:
     write_flat(tmp_path / "images", 12)
     with socket.socket() as free:

@@ -108,6 +108,7 @@ def test_ours_beside_open_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert {one["dtype"] for one in found["ours_over_open_clip"]} == {"float32", "bfloat16"}
 
 
+@pytest.mark.slow
 def test_a_pool_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ("--device", "cpu", "--tiny", "--calls", "1", "--calls", "3", "--batches", "6", "--sizes", "5")
     runs = run(gpu_pool, tmp_path, monkeypatch, *options)["runs"]

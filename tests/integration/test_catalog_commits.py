@@ -119,7 +119,6 @@ def test_live_files_stay_when_another_run_commits_while_a_lost_answer_is_looked_
     assert catalog.embeddings().num_rows == 2 * len(expected)
 
 
-@on_both_stores
 def test_a_conflict_is_decided_anew_on_the_newest_snapshot(catalog: Catalog, config: CatalogConfig) -> None:
     """Another run commits between our look at the table and our commit."""
     other = Catalog.open(config)

@@ -154,7 +154,6 @@ def test_a_replacement_after_compaction(catalog: Catalog, raw: Raw) -> None:
     assert raw.num_rows() == 2 * len(NAMES)
 
 
-@on_both_stores
 @pytest.mark.parametrize("whose", ["ours", "raw"])
 def test_ours_replace_rows_where_compaction_has_put_them(catalog: Catalog, config: CatalogConfig, whose: str) -> None:
     for number, name in enumerate(NAMES):

@@ -130,7 +130,6 @@ def test_a_row_that_was_computed_before_and_committed_after_is_told(catalog: Cat
     assert follower.rows[image_id("late")]["updated_at"] < newest
 
 
-@on_both_stores
 def test_the_callers_columns_are_told_one_by_one(config: CatalogConfig) -> None:
     price, brand = pa.field("price", pa.float64()), pa.field("brand", pa.list_(pa.string()))
     catalog = Catalog.open_or_create(config, pa.schema([price]))
@@ -150,7 +149,6 @@ def test_the_callers_columns_are_told_one_by_one(config: CatalogConfig) -> None:
     assert of_source == {image_id("a"): ["source.brand"], image_id("b"): ["source.price"]}
 
 
-@on_both_stores
 def test_erased_images_are_told_by_their_id_alone(catalog: Catalog, follower: Follower) -> None:
     catalog.erase(key(NAMES[0]))
     found = told(catalog, follower.since)

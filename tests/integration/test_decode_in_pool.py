@@ -80,6 +80,7 @@ def ran(job: Job, decode: str, tmp_path: Path, **options: Any) -> tuple[RunRepor
     return enrich(job), rows_of(job)
 
 
+@pytest.mark.slow
 def test_rows_are_equal_wherever_jpegs_are_decoded(make_job: Callable[..., Job], tmp_path: Path) -> None:
     images = tmp_path / "images"
     write_jpegs(images)

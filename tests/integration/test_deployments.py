@@ -50,6 +50,7 @@ def kept_results(prefect: Prefect) -> set[str]:
     return {path.name for path in (prefect.home / "storage").glob("*")}
 
 
+@pytest.mark.slow
 def test_the_worker_starts_what_is_asked_for_and_the_run_says_what_is_wrong(
     prefect: Prefect, at_work: Path, tmp_path: Path
 ) -> None:

@@ -132,6 +132,7 @@ def test_a_detector_runs_in_the_pools_and_its_scores_serve_later_policies(
         assert [row[column] for column in moderated] == [rows[name][column] for column in moderated]
 
 
+@pytest.mark.slow
 def test_a_policy_with_a_new_detector_waits_for_the_images(
     detected: tuple[Job, RunReport],
     make_job: Callable[..., Job],

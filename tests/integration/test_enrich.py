@@ -211,6 +211,7 @@ def test_the_callers_columns_and_text_come_along(make_job: Callable[..., Job], t
         plan(job)
 
 
+@pytest.mark.slow
 def test_new_prices_come_into_the_rows_and_no_image_is_read_for_them(
     make_job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -289,6 +290,7 @@ def test_commits_come_by_rows_and_the_last_is_not_forgotten(make_job: Callable[.
     assert Catalog.open(job.catalog).images().num_rows == 70
 
 
+@pytest.mark.slow
 def test_a_limit_takes_so_many_and_the_next_run_the_others_with_the_prompts_of_the_first(
     make_job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

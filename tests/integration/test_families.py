@@ -27,8 +27,10 @@ from vlmflow.tasks.setup import prepare_tasks
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
-# FLAVA captions with GIT, as ALIGN does; of BLIP-2 unit tests compare every output with the reference.
-_FLAVA, _BLIP2, _SIGLIP = (pytest.param(name, marks=pytest.mark.slow) for name in ("flava", "blip2", "siglip"))
+# What each computes is held by unit tests, which compare every output with the reference.
+_FLAVA, _BLIP2, _SIGLIP, _ALIGN = (
+    pytest.param(name, marks=pytest.mark.slow) for name in ("flava", "blip2", "siglip", "align")
+)
 NUM_IMAGES = 48
 
 
@@ -99,7 +101,7 @@ def done(
     return run
 
 
-@pytest.mark.parametrize("profile", [_BLIP2, _FLAVA, _SIGLIP, "align"])
+@pytest.mark.parametrize("profile", [_BLIP2, _FLAVA, _SIGLIP, _ALIGN])
 def test_a_profile_fills_the_tables(done: Callable[[str], tuple[Job, RunReport]], profile: str) -> None:
     job, report = done(profile)
     assert report.statuses == {"ok": NUM_IMAGES, "unreadable": 4}
@@ -118,6 +120,7 @@ def test_a_profile_fills_the_tables(done: Callable[[str], tuple[Job, RunReport]]
     assert len({row["text_itc"] for row in good}) > 5
 
 
+@pytest.mark.slow
 def test_scores_that_a_model_cannot_give_are_no_reason_to_run_again(
     done: Callable[[str], tuple[Job, RunReport]],
 ) -> None:
@@ -142,7 +145,7 @@ def write_verdicts(job: Job, path: Path) -> None:
             writer.writerows([row["image_id"], name, row["labels"][number]["margin"] >= middle] for row in rows)
 
 
-@pytest.mark.parametrize("profile", [_FLAVA, _SIGLIP, "align"])
+@pytest.mark.parametrize("profile", [_FLAVA, _SIGLIP, _ALIGN])
 def test_a_policy_is_calibrated_for_embedders_of_these_families(
     done: Callable[[str], tuple[Job, RunReport]], profile: str, tmp_path: Path
 ) -> None:

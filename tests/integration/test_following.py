@@ -107,7 +107,7 @@ class History:
         return write(self.catalog, run_id, [listed], asked, content=content, caption=caption, decision=decision)
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_whatever_is_done_a_follower_holds_what_the_catalog_holds(tmp_path: Path, seed: int) -> None:
     history = History(tmp_path / "catalog", seed)
     enrich(

@@ -68,6 +68,7 @@ def of_run(report: RunReport, name: str, label: str) -> dict[str, float]:
     }
 
 
+@pytest.mark.slow
 def test_a_run_is_seen_on_the_nodes_metrics_endpoint(report: RunReport) -> None:
     assert of_run(report, "vlmflow_images_total", "status") == report.statuses
     assert of_run(report, "vlmflow_decisions_total", "decision") == report.decisions
@@ -86,6 +87,7 @@ def test_a_run_is_seen_on_the_nodes_metrics_endpoint(report: RunReport) -> None:
     assert of_pool("pool_waiting_seconds_total") or set(of_pool("batch_images_count").values()) == {1}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("report")
 def test_ray_serves_what_the_dashboard_asks_it_for() -> None:
     dashboard = (Path(__file__).parents[2] / "deploy/grafana/vlmflow.json").read_text(encoding="utf-8")
@@ -97,6 +99,7 @@ def test_ray_serves_what_the_dashboard_asks_it_for() -> None:
     assert of_gpus < of_ray
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("report")
 def test_every_metric_that_a_run_tells_is_described() -> None:
     described = COUNTERS | GAUGES | HISTOGRAMS

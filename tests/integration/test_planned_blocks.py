@@ -55,6 +55,7 @@ def spilled_bytes() -> int:
     return int(get_memory_info_reply(state).store_stats.spilled_bytes_total)
 
 
+@pytest.mark.slow
 def test_a_plan_larger_than_the_object_store_is_put_there_bit_by_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planned_blocks, "_KEPT_BYTES", 32 << 20)
     plan = Plan(500)  # the store has 400 MB

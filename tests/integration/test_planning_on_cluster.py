@@ -57,7 +57,9 @@ def outcome(catalog: Catalog, asked: PlanRequest, workers: Workers) -> dict[str,
     return {"rows": rows, "its": outdated, **counts}
 
 
-@pytest.mark.parametrize("kind", ["plain", "fingerprint", pytest.param("limit", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", ["fingerprint", *(pytest.param(other, marks=pytest.mark.slow) for other in ("plain", "limit"))]
+)
 def test_both_plans_are_equal(kind: str, catalog: Catalog) -> None:
     other = request()
     if kind == "fingerprint":
@@ -82,6 +84,7 @@ def test_both_plans_are_equal(kind: str, catalog: Catalog) -> None:
         assert sum(row["previous_caption"] is not None for row in here["rows"]) == 750
 
 
+@pytest.mark.slow
 def test_erased_images_are_left_out(catalog: Catalog) -> None:
     erased = to_binary(pa.concat_tables([pa.Table.from_batches([references(NAMES[:20])])])["image_id"])
     snapshot = catalog._images.refresh()

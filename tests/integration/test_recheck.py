@@ -27,6 +27,7 @@ def jpeg(seed: int) -> bytes:
     return data.getvalue()
 
 
+@pytest.mark.slow
 def test_a_picture_that_becomes_a_banned_one(
     make_job: Callable[..., Job], tmp_path: Path, ray_session: None, capsys: pytest.CaptureFixture[str]
 ) -> None:

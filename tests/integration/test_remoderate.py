@@ -260,6 +260,7 @@ def test_only_the_rows_asked_for(job_of_two_days: Job, write_policy: Callable[..
     assert report.num_commits == 1
 
 
+@pytest.mark.slow
 def test_a_nightly_run_in_the_middle_loses_nothing(
     make_job: Callable[..., Job],
     write_policy: Callable[..., str],

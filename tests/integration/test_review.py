@@ -59,6 +59,7 @@ def opposite(row: Row) -> str:
     return "allow" if row["decision"] != "allow" else "block"
 
 
+@pytest.mark.slow
 def test_a_verdict_outlives_runs_policies_and_models_but_no_change_of_bytes(
     job: Job, policy: str, tmp_path: Path
 ) -> None:

@@ -24,6 +24,7 @@ def vilbert(folder: Path) -> ModelConfig:
     return ModelConfig(family="vilbert", path=str(folder))
 
 
+@pytest.mark.slow
 def test_regions_of_the_source_and_of_a_detector(make_job: Callable[..., Job], tmp_path: Path) -> None:
     pictures = write_pictures(tmp_path / "images", 4)
     boxes = [[0.0, 0.0, 8.0, 8.0], [2.0, 2.0, 9.0, 6.0]]

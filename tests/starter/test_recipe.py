@@ -114,6 +114,7 @@ def test_a_run_resumes_where_it_was_killed(studio: Studio, tmp_path: Path) -> No
     assert not torch.equal(moved["logit_scale"], weights["logit_scale"])
 
 
+@pytest.mark.slow
 def test_every_stage_trains_and_is_exported(studio: Studio, tmp_path: Path) -> None:
     recipe = Recipe("small", tmp_path, minutes=10, max_steps=2, batch_size=4)
     for stage in ("trunk", "matcher", "vqa"):

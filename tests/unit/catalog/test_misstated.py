@@ -83,7 +83,7 @@ def held(draw: st.DrawFn) -> tuple[pa.Table, list[int]]:
     return pa.concat_tables([table.slice(0, cut), table.slice(cut)]), misstated
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(held())
 def test_the_misstated_rows_are_those_that_looking_at_each_finds(case: tuple[pa.Table, list[int]]) -> None:
     rows, misstated = case

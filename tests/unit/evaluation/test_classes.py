@@ -11,7 +11,7 @@ from vlmflow.evaluation.metrics.classes import average_precision, bootstrap, mea
 
 def test_auc_and_average_precision_equal_scikit_learn() -> None:
     rng = np.random.default_rng(0)
-    for case in range(300):
+    for case in range(100):
         num = int(rng.integers(2, 60))
         positive = rng.random(num) < rng.uniform(0.1, 0.9)
         positive[:2] = (True, False)

@@ -10,9 +10,13 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
+
+from vlmflow.errors import ModelMemoryError
 
 _MEMORY_ALLOCATION = 2
 _CAPTURE = range(900, 909)
@@ -52,6 +56,42 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.AcceleratorError) and _code(error) is not None:
         return _code(error) == _MEMORY_ALLOCATION
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+
+
+@contextmanager
+def fitting(what: str, device: str) -> Iterator[None]:
+    """Within the block something is loaded that may be too large for the device.
+
+    Args:
+        what: it is, such as ``the model of caption``.
+        device: as torch names it.
+
+    Raises:
+        ModelMemoryError: it does not fit; the error says who has the memory, as far as that can be known.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ModelMemoryError(
+            f"{what} does not fit in the memory of {_described(device)}",
+            remedy=ModelMemoryError.REMEDY,
+        ) from error
+
+
+def _described(device: str) -> str:
+    if torch.device(device).type != "cuda":
+        return "this machine"
+    try:
+        free, total = torch.cuda.mem_get_info(device)
+        share = torch.cuda.get_per_process_memory_fraction(device)
+        name = torch.cuda.get_device_name(device)
+    except RuntimeError:  # there is not even room for what CUDA keeps of a process
+        return "the GPU"
+    own = f"{torch.cuda.memory_reserved(device) / 1e9:.1f}"
+    allowed = f" of {share * total / 1e9:.1f} that it may take" if share < 1 else ""
+    return f"{name}: {free / 1e9:.1f} of {total / 1e9:.1f} GB are free, and this process has {own}{allowed}"
 
 
 def is_device_broken(error: BaseException) -> bool:

@@ -160,6 +160,15 @@ class ModelsKilledError(VlmflowError):
     """The process that loads a pool's models is killed each time it does, as by a kernel that is out of memory."""
 
 
+class ModelMemoryError(VlmflowError):
+    """A device has no memory left for a model."""
+
+    REMEDY = (
+        "Give it more: fewer tasks in its pool, a larger share of a GPU (gpus) or fewer actors (max_actors), no other "
+        "work beside it (on a GPU, `nvidia-smi` tells of it). Or take a smaller model."
+    )
+
+
 # Errors of what may be there again in a while, or is another now: worth another try, where bad input is not.
 MAY_PASS = (TransientError, StoreLostError, CatalogChangedError, ClusterError)
 

@@ -13,7 +13,7 @@ from ray.util import get_node_ip_address
 
 from vlmflow import errors
 from vlmflow.engine.head import check_head
-from vlmflow.errors import ClusterError, FamilyError, ModelsKilledError, StoreLostError, VlmflowError
+from vlmflow.errors import ClusterError, FamilyError, ModelMemoryError, ModelsKilledError, StoreLostError, VlmflowError
 
 _OURS = re.compile(r"(?:vlmflow\.errors\.)(\w+): (.+)")
 _MAX_REASON_CHARS = 400
@@ -22,13 +22,14 @@ _TICK_S = 1.0
 _REMEDIES: dict[type[VlmflowError], str] = {
     ModelsKilledError: "Most often the memory does not suffice for all models at once, as the kernel's log tells: set "
     "pools with fewer max_actors or tasks, or take smaller models. It may be a driver or library that crashes, too.",
+    ModelMemoryError: ModelMemoryError.REMEDY,
     FamilyError: "Workers import the module as the command did: install it on every node, in one version. What it or "
     "its class raises is to be mended there.",
 }
 # What one node may lack and others have. Other errors are those of the job, wherever they are found.
 _OF_NODES = (
     *(errors.CatalogError, errors.ClusterError, errors.DetectorError, errors.FamilyError),
-    *(errors.ModelsKilledError, errors.StorageAccessError, errors.TransientError),
+    *(errors.ModelMemoryError, errors.ModelsKilledError, errors.StorageAccessError, errors.TransientError),
     *(errors.WeightsError, errors.WorkspaceError),
 )
 _MEMORY_OF = re.compile(r"Memory on the node \(IP: ([^,]+), .*?\) was ([\d.]+GB used / [\d.]+GB)")

@@ -63,6 +63,7 @@ class PoolWorker:
         if starts is not None:  # first: a driver or library may crash when it is imported
             starts.begin()
         # The driver imports this module too and needs no torch.
+        from vlmflow.device_errors import fitting
         from vlmflow.engine.feeding import Feeder
         from vlmflow.engine.flops import Ceilings, CountedTask
         from vlmflow.engine.loading import Room, check_weights, room_for, set_up_torch, wait_for_device
@@ -74,9 +75,10 @@ class PoolWorker:
         room = room_for(pool, setup.dtype) if sized_by_memory else Room()
         check_weights(pool, setup)
         towers = VisionTowers()
-        self._tasks: dict[str, CountedTask] = {
-            name: CountedTask(load_task(name, setup, prompts, device, towers)) for name in pool.tasks
-        }
+        self._tasks: dict[str, CountedTask] = {}
+        for name in pool.tasks:
+            with fitting(f"pool {'+'.join(pool.tasks)}: the model of {name}", device):
+                self._tasks[name] = CountedTask(load_task(name, setup, prompts, device, towers))
         self._ceilings = Ceilings(device, setup.dtype)
         self._limits: dict[str, BatchLimit] = {name: BatchLimit(room.rows) for name in pool.tasks}
         self._calls = contextlib.nullcontext() if room.calls is None else threading.BoundedSemaphore(room.calls)

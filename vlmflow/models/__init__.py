@@ -336,7 +336,9 @@ def _load(role: Role, config: ModelConfig, device: str, dtype: Dtype, towers: Vi
         shared = (towers,) if family.shares_tower else ()
         return family.adapter(role).load(folder, config, device, dtype, *shared)
     asked = config.model_copy(update={"prompt": prompt_of(role, config)})  # as rows will say that it was asked
-    with told_of(config.family, "load"):
+    from vlmflow.device_errors import fitting
+
+    with told_of(config.family, "load"), fitting(f"the model of {config.family}", device):
         model = family.adapter(role).load(folder, asked, device, dtype)
     check_model(config.family, role, model)
     return model

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from transformers.initialization import no_init_weights
 
 from vlmflow.config import Dtype, ModelConfig
+from vlmflow.device_errors import is_device_broken, is_out_of_memory
 from vlmflow.errors import WeightsError
 from vlmflow.models.attention import growing
 from vlmflow.models.clip_packed import can_pack, pack_image_tower, take_pixels, takes_pixels
@@ -143,6 +144,8 @@ def build(
         keys = load_checkpoint(model, str(weights), strict=False)
     # RuntimeError: shapes that differ; StopIteration: there is no tensor; AttributeError: a bias that nothing takes
     except (AttributeError, RuntimeError, SafetensorError, StopIteration) as error:
+        if is_out_of_memory(error) or is_device_broken(error):
+            raise
         reason = " ".join(str(error).split())[:200] or "it holds no tensors"
         raise WeightsError(
             f"weights: {weights} does not fit its architecture: {reason}",

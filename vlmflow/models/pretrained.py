@@ -195,7 +195,7 @@ def in_our_words(folder: Path, what: str, remedy: str = _REMEDY) -> Iterator[Non
     """Within the block a library reads files of the folder, and whatever it raises is about those.
 
     Raises:
-        WeightsError: the library raised something.
+        WeightsError: the library raised something, and the device is not to blame.
     """
     try:
         yield
@@ -204,6 +204,8 @@ def in_our_words(folder: Path, what: str, remedy: str = _REMEDY) -> Iterator[Non
     # A file of the wrong shape can fail in any way (AttributeError, KeyError, classes of safetensors and of
     # huggingface_hub that derive from Exception), and tokenizers raises Exception itself.
     except Exception as error:
+        if is_out_of_memory(error) or is_device_broken(error):
+            raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise WeightsError(f"weights: {folder} cannot be loaded as {what}: {reason}", remedy=remedy) from error
 

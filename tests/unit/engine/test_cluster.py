@@ -32,7 +32,15 @@ from ray.util import get_node_ip_address
 
 from vlmflow.config import RayConfig
 from vlmflow.engine import cluster, faults
-from vlmflow.errors import ClusterError, ConfigError, FamilyError, SourceError, VlmflowError, WeightsError
+from vlmflow.errors import (
+    ClusterError,
+    ConfigError,
+    FamilyError,
+    ModelMemoryError,
+    SourceError,
+    VlmflowError,
+    WeightsError,
+)
 
 
 @pytest.mark.parametrize(("given", "told"), [(None, "6"), ("1", "1")])
@@ -111,6 +119,10 @@ OOM kill reason: Memory usage 3251625984B exceeded threshold
 Refer to the documentation on how to address the out of memory issue: https://docs.ray.io/"""
 
 
+TOO_LARGE = """The actor died because of an error raised in its creation task, ray::MapWorker.__init__()
+vlmflow.errors.ModelMemoryError: pool embed: the model of embed does not fit in the memory of the GPU"""
+
+
 @pytest.mark.parametrize(
     ("error", "expected", "words"),
     [
@@ -119,6 +131,7 @@ Refer to the documentation on how to address the out of memory issue: https://do
         (NodeDiedError("node is gone"), ClusterError, "What was committed stays"),
         (OutOfMemoryError(OOM), ClusterError, "fewer max_actors"),
         (RayTaskError("f", "trace", WeightsError("absent", remedy="Fetch them.")), WeightsError, "Fetch them."),
+        (RayActorError(error_msg=TOO_LARGE), ModelMemoryError, "a larger share of a GPU"),
     ],
 )
 def test_whatever_ray_raises_during_a_run_is_told_in_our_words(

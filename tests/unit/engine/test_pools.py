@@ -19,6 +19,7 @@ from vlmflow.config import Dtype, PoolConfig
 from vlmflow.engine import columns, loading, pools
 from vlmflow.engine.loading import Room, room_for
 from vlmflow.engine.pools import PoolWorker, run_on_due_rows
+from vlmflow.errors import ModelMemoryError
 from vlmflow.tasks import Task
 from vlmflow.tasks.run import BatchLimit
 
@@ -127,6 +128,44 @@ def pool_with(
     monkeypatch.setattr(pools, "load_task", lambda *_: task)
     setup = SimpleNamespace(requests_of=lambda _: [], read_regions=lambda _: False, dtype="auto")
     return PoolWorker(pool, setup, None, sized_by_memory=sized_by_memory)  # type: ignore[arg-type]
+
+
+GPU = "NVIDIA H100: 0.9 of 80.0 GB are free, and this process has 3.1"
+
+
+@pytest.mark.parametrize(
+    ("device", "share", "where"),
+    [
+        ("cpu", 1.0, "this machine"),
+        ("cuda", 1.0, GPU),
+        ("cuda", 0.25, f"{GPU} of 20.0 that it may take"),
+        ("cuda", None, "the GPU"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_told_with_its_pool_and_who_has_the_memory(
+    device: str, share: float | None, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def info(_: str) -> tuple[int, int]:
+        if share is None:
+            raise RuntimeError("CUDA error: out of memory")
+        return 900_000_000, 80_000_000_000
+
+    def load(name: str, *_: object) -> Task:
+        if name == "match":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return Doubling()
+
+    monkeypatch.setattr(loading, "set_up_torch", lambda *_: device)
+    monkeypatch.setattr(loading, "check_weights", lambda *_: None)
+    monkeypatch.setattr(pools, "load_task", load)
+    told = {"mem_get_info": info, "memory_reserved": lambda _: 3_100_000_000}
+    told |= {"get_per_process_memory_fraction": lambda _: share, "get_device_name": lambda _: "NVIDIA H100"}
+    for name, given in told.items():
+        monkeypatch.setattr(torch.cuda, name, given)
+    said = f"^pool caption.match: the model of match does not fit in the memory of {where}$"
+    with pytest.raises(ModelMemoryError, match=said) as caught:
+        PoolWorker(PoolConfig(tasks=("caption", "match")), SimpleNamespace(dtype="auto"), None)  # type: ignore[arg-type]
+    assert "max_actors" in caught.value.remedy
 
 
 @pytest.fixture

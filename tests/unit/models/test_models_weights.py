@@ -12,7 +12,7 @@ import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import CLIPConfig, CLIPModel
+from transformers import BlipForConditionalGeneration, CLIPConfig, CLIPModel
 
 from tests.models import (
     make_blip_vqa,
@@ -27,6 +27,7 @@ from tests.models import (
 from tests.vilbert import make_vilbert
 from vlmflow.config import ModelConfig
 from vlmflow.errors import WeightsError
+from vlmflow.models import clip as clip_module
 from vlmflow.models import (
     identify,
     load_answerer,
@@ -373,7 +374,12 @@ def test_a_device_without_memory_is_no_fault_of_the_files(tmp_path: Path, monkey
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    folder = make_clip(tmp_path)
-    monkeypatch.setattr(open_clip, "create_model", full)
+    folder = make_clip(tmp_path / "clip")
+    for module, begun in ((open_clip, "create_model"), (clip_module, "load_checkpoint")):
+        with monkeypatch.context() as patched:
+            patched.setattr(module, begun, full)
+            with pytest.raises(torch.OutOfMemoryError):
+                load_embedder(clip_config(folder), "cpu")
+    monkeypatch.setattr(BlipForConditionalGeneration, "from_pretrained", full)
     with pytest.raises(torch.OutOfMemoryError):
-        load_embedder(clip_config(folder), "cpu")
+        load_captioner(ModelConfig(family="blip_caption", path=str(make_captioner(tmp_path / "blip"))), "cpu")

@@ -16,7 +16,7 @@ from tests.models import make_captioner, make_clip, random_pixels
 from vlmflow.config import Job, ModelConfig, load_job
 from vlmflow.engine.pipeline import _gpu_batch
 from vlmflow.engine.prepare import prepare
-from vlmflow.errors import ConfigError, FamilyError, UnboundPolicyError, WeightsError
+from vlmflow.errors import ConfigError, FamilyError, ModelMemoryError, UnboundPolicyError, WeightsError
 from vlmflow.families import family_of
 from vlmflow.models import identify, load_captioner, load_embedder, load_matcher, resolve_models
 from vlmflow.moderation.policy import bind, check_binding, load_policy
@@ -193,6 +193,12 @@ def test_an_error_of_ours_that_load_meets_stays_what_it_is(write: Callable[[str]
     code = CAPTIONER.replace("return cls(config)", "from vlmflow.errors import WeightsError; raise WeightsError('no')")
     with pytest.raises(WeightsError, match=r"^no$"):
         load_captioner(ModelConfig(family=f"{write(code)}:Captioner", path=str(folder)), "cpu")
+
+
+def test_a_load_that_finds_no_memory_is_no_fault_of_the_module(write: Callable[[str], str], folder: Path) -> None:
+    name = f"{write(CAPTIONER.replace('return cls(config)', 'raise MemoryError'))}:Captioner"
+    with pytest.raises(ModelMemoryError, match=f"^the model of {name} does not fit in the memory of this machine$"):
+        load_captioner(ModelConfig(family=name, path=str(folder)), "cpu")
 
 
 def test_an_embedder_says_how_many_dimensions_it_has(write: Callable[[str], str], clip: Path) -> None:

@@ -99,7 +99,7 @@ class StorageConfig(Described):
 
     endpoint: PlainUrl | None = None
     """Of an S3-compatible store, such as http://127.0.0.1:9000, or of Azurite: http://127.0.0.1:10000/devstoreaccount1."""
-    region: str | None = None
+    region: Annotated[str, Field(pattern=r"^[!-~]+$")] | None = None
     """Of the bucket, where the environment does not say it."""
     anonymous: bool = False
     """Unsigned requests, for public buckets."""

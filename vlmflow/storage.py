@@ -48,9 +48,12 @@ _AROUND_PATH = re.compile(r"^[^/?#]*|[?#].*$", re.DOTALL)  # in the rest of a fi
 # Of whoever may use a store, by the word with which deltalake's settings of it begin.
 _VARIABLES = {
     "aws": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY",
-    "google": "GOOGLE_SERVICE_ACCOUNT",
+    "google": "GOOGLE_APPLICATION_CREDENTIALS",
     "azure": "AZURE_STORAGE_ACCOUNT_NAME, AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN",
 }
+_OF_SEVERAL_LINES = {"GOOGLE_SERVICE_ACCOUNT_KEY"}  # JSON
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_IN_HEADERS = re.compile(r"(?:KEY_ID|TOKEN|REGION|NAME)$")  # paths may hold more than ASCII
 _MAX_BACKOFF = timedelta(seconds=5)  # eight retries take about 16 s, not minutes
 
 # What obstore's text says of an answer: its status and, in the body, the store's own code. The text also holds the
@@ -61,6 +64,7 @@ _CAUSE = re.compile(r"\s*\n\s*(?:\x1b\[\d+m)?↳(?:\x1b\[0m)?\s*")
 _LISTING = re.compile(r"Generic \w+ error: Error performing list request")
 _STORE = re.compile(r"Generic (?:S3|GCS|MicrosoftAzure|LocalFileSystem) error|HTTP error|[Oo]bject ?[Ss]tore")
 _METADATA_SERVER = re.compile(r"Error performing \w+ http://(169\.254\.169\.254|metadata\.google)")
+_KEY = re.compile(r"\bpem\b|CryptoProvider|private key", re.IGNORECASE)
 _FULL = re.compile(r"No space left on device|Disk quota exceeded|os error (28|122)\b")
 _TIMEOUT = re.compile(r"TimedOut|timed out", re.IGNORECASE)
 # A body that stalled was asked for again from where it stalled, up to `max_retries` times.
@@ -182,11 +186,13 @@ def open_store(uri: str, config: StorageConfig) -> tuple[ObjectStore, str]:
         The store and the path of the uri in it. Of the local disk, the store is the whole of it.
 
     Raises:
-        ConfigError: the uri, or a setting that its store does not have.
+        ConfigError: the uri, a setting that its store does not have, or a variable of the environment that cannot be
+            sent to it.
     """
     address = parse_address(uri)
     if address.is_local:
         return LocalStore(), address.path.lstrip("/")
+    _check_variables(address)
     settings: Any = {}  # of S3, GCS or Azure, which the root decides
     if config.anonymous:
         settings["skip_signature"] = True
@@ -200,10 +206,33 @@ def open_store(uri: str, config: StorageConfig) -> tuple[ObjectStore, str]:
     try:
         store: ObjectStore = from_url(address.root, config=settings, client_options=client, retry_config=retry)
     except STORE_ERRORS as error:
-        reason = str(error).splitlines()[0]
         remedy = f"Check storage.* in the job, and the store's variables ({_VARIABLES[_provider(address)]}, ...)."
-        raise ConfigError(f"{address.root} cannot be opened: {reason}", remedy=remedy) from error
+        # Not with its cause, which logs of flows would repeat.
+        raise ConfigError(f"{address.root} cannot be opened: {_why_not(error)}", remedy=remedy) from None
     return store, address.path
+
+
+def _check_variables(address: Address) -> None:
+    """Refuses a variable that holds a line break, as keys do that were read from a file with its end.
+
+    obstore would panic when it puts it into a header.
+    """
+    prefix = f"{_provider(address).upper()}_"
+    for name, value in os.environ.items():
+        if not name.startswith(prefix) or name in _OF_SEVERAL_LINES:
+            continue
+        if _CONTROL.search(value) or (_IN_HEADERS.search(name) and not value.isascii()):
+            raise ConfigError(
+                f"{address.root} cannot be opened: {name} holds a line break or another character that no key has",
+                remedy="Set it again without: `printf %s` adds no line break where `echo` does.",
+            )
+
+
+def _why_not(error: Exception) -> str:
+    """Why a store cannot be opened. Of a key that it cannot read, obstore repeats the line: all of it, often."""
+    if _KEY.search(str(error)):
+        return "the private key of the service account cannot be read"
+    return str(error).splitlines()[0]
 
 
 def delta_storage_options(config: StorageConfig, uri: str) -> dict[str, str]:

@@ -209,7 +209,7 @@ def test_errors_that_deltalake_lays_out_on_lines_are_told_apart() -> None:
     ("uri", "variable"),
     [
         ("s3://shop/x", "AWS_ACCESS_KEY_ID"),
-        ("gs://shop/x", "GOOGLE_SERVICE_ACCOUNT"),
+        ("gs://shop/x", "GOOGLE_APPLICATION_CREDENTIALS"),
         ("az://shop/x", "AZURE_STORAGE_ACCOUNT_NAME"),
         ("abfss://shop@account.dfs.core.windows.net/x", "AZURE_STORAGE_ACCOUNT_NAME"),
     ],
@@ -217,6 +217,37 @@ def test_errors_that_deltalake_lays_out_on_lines_are_told_apart() -> None:
 def test_absent_credentials_are_named_as_their_store_names_them(uri: str, variable: str) -> None:
     said = "Error performing token request: Error performing GET http://169.254.169.254/metadata in 1ms - refused"
     assert variable in access_error(GenericError(said), uri).remedy
+
+
+@pytest.mark.parametrize(
+    ("uri", "variable", "value"),
+    [
+        ("s3://shop/x", "AWS_ACCESS_KEY_ID", "AKIA1\n"),
+        ("s3://shop/x", "AWS_SECRET_ACCESS_KEY", "secret\n"),
+        ("s3://shop/x", "AWS_SESSION_TOKEN", "t\u00f6ken"),
+        ("gs://shop/x", "GOOGLE_BEARER_TOKEN", "ya29\r\n"),
+        ("az://shop/x", "AZURE_STORAGE_SAS_TOKEN", "sv=2021&sig=x\n"),
+    ],
+)
+def test_a_variable_that_no_request_can_carry_is_named_and_not_repeated(
+    uri: str, variable: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ConfigError, match=f": {variable} holds a line break") as caught:
+        open_store(uri, StorageConfig())
+    assert value.strip() not in f"{caught.value} {caught.value.remedy}"
+
+
+def test_variables_of_other_stores_and_those_of_several_lines_are_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "key\n")
+    monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", "/t\u00f6ken")
+    open_store("s3://shop/x", StorageConfig())
+    open_store(str(tmp_path), StorageConfig())
+    monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT_KEY", '{\n"private_key": 1')
+    with pytest.raises(ConfigError, match="cannot be opened: Generic GCS error"):
+        open_store("gs://shop/x", StorageConfig())
 
 
 def test_an_azure_store_without_an_account_says_which_variable(monkeypatch: pytest.MonkeyPatch) -> None:

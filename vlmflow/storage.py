@@ -340,6 +340,8 @@ def access_error(error: Exception, uri: str) -> VlmflowError:
         return StorageAccessError(f"{root} does not exist", remedy="Check the name, the endpoint and the region.")
     if fault is Fault.NO_CREDENTIALS:
         remedy = f"Set the store's variables ({variables}, ...), use a machine with a role, or storage.anonymous."
+        if _provider(address) == "aws":  # obstore does not read the files of the AWS command line
+            remedy += " `aws configure export-credentials --format env` prints the variables of a profile."
         return StorageAccessError(f"{root}: no credentials were found", remedy=remedy)
     if fault is Fault.DENIED and address.is_local:
         return StorageAccessError(f"{root} refuses this user", remedy="Check its permissions and how it is mounted.")

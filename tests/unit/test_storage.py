@@ -216,7 +216,9 @@ def test_errors_that_deltalake_lays_out_on_lines_are_told_apart() -> None:
 )
 def test_absent_credentials_are_named_as_their_store_names_them(uri: str, variable: str) -> None:
     said = "Error performing token request: Error performing GET http://169.254.169.254/metadata in 1ms - refused"
-    assert variable in access_error(GenericError(said), uri).remedy
+    remedy = access_error(GenericError(said), uri).remedy
+    assert variable in remedy
+    assert ("aws configure" in remedy) == uri.startswith("s3:")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ What stands below a key is its description: `vlmflow job` and the schema for edi
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Literal, Self, get_args
 from urllib.parse import urlsplit
@@ -40,6 +41,7 @@ def _known_tasks(value: object) -> object:
     return value
 
 
+_OTHER_THAN_URL = re.compile(r'[^!-~]|["<>\\^`{|}]')
 _KNOWN_FAMILIES = [family for family, facts in FAMILIES.items() if not facts.is_packaged]
 _FAMILIES_OF_TASKS = [family for family, facts in FAMILIES.items() if facts.roles]  # others are detectors of policies
 
@@ -59,12 +61,19 @@ def in_one_order(views: tuple[ViewName, ...]) -> tuple[ViewName, ...]:
 Tasks = Annotated[tuple[TaskName, ...], BeforeValidator(_known_tasks), Field(min_length=1)]
 
 
-def _plain_url(url: str) -> str:
-    """Refuses what a url could hold of secrets: the job is kept in the record of its run."""
+def plain_url(url: str) -> str:
+    """Refuses what no server can be asked by, and what a url could hold of secrets: jobs are kept in records of runs.
+
+    Raises:
+        ValueError: it is no such url. The message does not repeat it.
+    """
     try:
         parts = urlsplit(url)
-    except ValueError as error:
-        raise ValueError("is not a url") from error
+        is_url = parts.port != 0 and _OTHER_THAN_URL.search(url) is None
+    except ValueError:
+        is_url = False
+    if not is_url:
+        raise ValueError("is not a url")
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError("must begin with http:// or https:// and a host")
     if "@" in parts.netloc or parts.query or parts.fragment:
@@ -77,7 +86,7 @@ def at_home(path: Path) -> Path:
     return Path(os.path.expanduser(path))  # noqa: PTH111 (Path.expanduser raises where there is no such user)
 
 
-PlainUrl = Annotated[str, AfterValidator(_plain_url)]
+PlainUrl = Annotated[str, AfterValidator(plain_url)]
 HomePath = Annotated[str, AfterValidator(os.path.expanduser)]
 
 

@@ -34,6 +34,7 @@ from vlmflow.errors import (
     TransientError,
     VlmflowError,
 )
+from vlmflow.store_variables import check_variables
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta
@@ -51,9 +52,6 @@ _VARIABLES = {
     "google": "GOOGLE_APPLICATION_CREDENTIALS",
     "azure": "AZURE_STORAGE_ACCOUNT_NAME, AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN",
 }
-_OF_SEVERAL_LINES = {"GOOGLE_SERVICE_ACCOUNT_KEY"}  # JSON
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-_IN_HEADERS = re.compile(r"(?:KEY_ID|TOKEN|REGION|NAME)$")  # paths may hold more than ASCII
 _MAX_BACKOFF = timedelta(seconds=5)  # eight retries take about 16 s, not minutes
 
 # What obstore's text says of an answer: its status and, in the body, the store's own code. The text also holds the
@@ -192,7 +190,7 @@ def open_store(uri: str, config: StorageConfig) -> tuple[ObjectStore, str]:
     address = parse_address(uri)
     if address.is_local:
         return LocalStore(), address.path.lstrip("/")
-    _check_variables(address)
+    check_variables(_provider(address), address.root, names_endpoint=config.endpoint is None)
     settings: Any = {}  # of S3, GCS or Azure, which the root decides
     if config.anonymous:
         settings["skip_signature"] = True
@@ -210,22 +208,6 @@ def open_store(uri: str, config: StorageConfig) -> tuple[ObjectStore, str]:
         # Not with its cause, which logs of flows would repeat.
         raise ConfigError(f"{address.root} cannot be opened: {_why_not(error)}", remedy=remedy) from None
     return store, address.path
-
-
-def _check_variables(address: Address) -> None:
-    """Refuses a variable that holds a line break, as keys do that were read from a file with its end.
-
-    obstore would panic when it puts it into a header.
-    """
-    prefix = f"{_provider(address).upper()}_"
-    for name, value in os.environ.items():
-        if not name.startswith(prefix) or name in _OF_SEVERAL_LINES:
-            continue
-        if _CONTROL.search(value) or (_IN_HEADERS.search(name) and not value.isascii()):
-            raise ConfigError(
-                f"{address.root} cannot be opened: {name} holds a line break or another character that no key has",
-                remedy="Set it again without: `printf %s` adds no line break where `echo` does.",
-            )
 
 
 def _why_not(error: Exception) -> str:

@@ -96,6 +96,9 @@ def test_a_part_without_keys_is_named_whatever_the_command_line_says(
         ),
         ({"catalog": {"uri": "a", "storage": {"endpoint": "minio:9000"}}}, "endpoint: must begin with http://"),
         ({"catalog": {"uri": "a", "storage": {"endpoint": "http://[hunter2"}}}, "endpoint: is not a url"),
+        ({"catalog": {"uri": "a", "storage": {"endpoint": "http://minio:99999"}}}, "endpoint: is not a url"),
+        ({"catalog": {"uri": "a", "storage": {"endpoint": "http://mi nio:9000"}}}, "endpoint: is not a url"),
+        ({"catalog": {"uri": "a", "storage": {"region": "eu-west-1\n"}}}, "region: "),
         ({"source": {"uri": "a", "http": {"timeout_s": 500}}}, "http.timeout_s: Input should be less"),
     ],
 )

@@ -240,6 +240,39 @@ def test_a_variable_that_no_request_can_carry_is_named_and_not_repeated(
     assert value.strip() not in f"{caught.value} {caught.value.remedy}"
 
 
+@pytest.mark.parametrize(
+    ("uri", "variable"),
+    [
+        ("s3://shop/x", "AWS_ENDPOINT_URL"),
+        ("s3://shop/x", "AWS_ENDPOINT"),
+        ("gs://shop/x", "GOOGLE_BASE_URL"),
+        ("az://shop/x", "AZURE_STORAGE_ENDPOINT"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("", "is empty"),
+        ("minio:9000", "must begin with http://"),
+        ("http://", "must begin with http:// or https:// and a host"),
+        ("http://minio:99999", "is not a url"),
+        ("http://minio:9000/sub path", "is not a url"),
+        ("http://[minio", "is not a url"),
+        ("http://key:hunter2@minio:9000", "must hold no user, password"),
+    ],
+)
+def test_an_endpoint_of_the_environment_that_is_none_is_named(
+    uri: str, variable: str, value: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ConfigError, match=f": {variable} {said}") as caught:
+        open_store(uri, StorageConfig())
+    assert "hunter2" not in f"{caught.value}"
+    if value == "":  # as of a compose file; the job's own goes before it
+        monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
+        open_store(uri, StorageConfig(endpoint="http://minio:9000"))
+
+
 def test_variables_of_other_stores_and_those_of_several_lines_are_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,6 +47,23 @@ def read_job(job_file: Path, overrides: Mapping[str, Any]) -> Job:
     return load_job(job_file, dict(overrides))
 
 
+class _InOneLine(logging.Filter):
+    """Leaves the traceback of our errors out of the logs of flow and task runs: they say what a reader needs.
+
+    What a traceback repeats of their causes may hold more than anybody should read, such as the token of a session in
+    what a store answers to a signature that is wrong.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info and isinstance(record.exc_info[1], VlmflowError):
+            record.exc_info = record.exc_text = None
+        return True
+
+
+for _name in ("prefect.flow_runs", "prefect.task_runs"):
+    logging.getLogger(_name).addFilter(_InOneLine())
+
+
 def log_to_flow_run() -> None:
     """Sends the library's log to the flow run's, from here on."""
     logger.setLevel(logging.INFO)

@@ -1,8 +1,9 @@
-"""What a flow run that is ended by force stops on a Ray cluster."""
+"""What a flow run that is ended by force stops on a Ray cluster, and what logs of flow runs hold."""
 
 from __future__ import annotations
 
 import datetime as dt
+import logging
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from pipelines.nightly import nightly_enrichment
 from pipelines.ray_jobs import Attempt
 from pipelines.steps import enrich_command
 from vlmflow.config import load_job
+from vlmflow.errors import StorageAccessError
 
 Told = list[tuple[str, Collection[str]]]
 
@@ -93,3 +95,26 @@ def test_a_retried_run_that_is_cancelled_before_it_begins_again_stops_what_it_su
     cancel(flow, "2026-02-01", run_count=2, states=(*states, Running()))
     ((_, names),) = told
     assert names
+
+
+@pytest.mark.parametrize("name", ["prefect.flow_runs", "prefect.task_runs"])
+def test_logs_hold_our_errors_without_their_causes_and_all_of_others(
+    name: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logger = logging.getLogger(name)
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])  # not Prefect's own, which want a run
+    monkeypatch.setattr(logger, "propagate", False)
+
+    def fail(error: Exception) -> str:
+        caplog.clear()
+        try:
+            raise error from OSError("x-amz-security-token:hunter2")
+        except type(error) as caught:
+            logger.exception("failed: %r", caught)
+        return caplog.text
+
+    said = fail(StorageAccessError("s3://shop refused the credentials"))
+    assert "s3://shop refused the credentials" in said
+    assert "hunter2" not in said
+    assert "Traceback" not in said
+    assert "Traceback" in fail(ZeroDivisionError("a defect"))

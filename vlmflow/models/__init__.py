@@ -229,18 +229,21 @@ def _preprocessing(folder: Path, config: ModelConfig) -> Preprocessing | None:
     return region_preprocessing(folder) if config.family == "vilbert" else read_preprocessing(folder, config)
 
 
-def load_embedder(config: ModelConfig, device: str, dtype: Dtype = "auto") -> ImageEmbedder:
+def load_embedder(
+    config: ModelConfig, device: str, dtype: Dtype = "auto", towers: VisionTowers | None = None
+) -> ImageEmbedder:
     """Loads an embedder of the configuration's family.
 
     Args:
         dtype: `auto`: bfloat16 on CUDA devices that have it, float32 elsewhere.
+        towers: of the worker; a vision tower with equal weights is shared. None: the model has its own.
 
     Raises:
         ConfigError: the family does something else.
         FamilyError: it is one's own, and its class cannot be used or fails.
         WeightsError: the weights are absent, unsafe to load, or do not fit.
     """
-    embedder: ImageEmbedder = _load("embed", config, device, dtype)
+    embedder: ImageEmbedder = _load("embed", config, device, dtype, towers)
     return OwnEmbedder(config.family, embedder) if is_own(config.family) else embedder
 
 

@@ -92,7 +92,7 @@ def _kind(pixels: torch.Tensor) -> tuple[object, ...]:
 
 def _is_same_memory(first: torch.Tensor, second: torch.Tensor) -> bool:
     """Whether both are one place, which neither has left since: both are there."""
-    return (first.data_ptr(), first.shape, first.stride(), _kind(first)) == (
+    return first is second or (first.data_ptr(), first.shape, first.stride(), _kind(first)) == (
         second.data_ptr(),
         second.shape,
         second.stride(),
@@ -118,5 +118,5 @@ def _are_equal(first: torch.Tensor, second: torch.Tensor, pairs: Sequence[tuple[
         of_second, of_first = zip(*pairs[start : start + _ROWS_AT_ONCE], strict=True)
         both = first[numbers(of_first, first.device)] == second[numbers(of_second, first.device)]
         found.append(both.flatten(1).all(dim=1))
-    flags: list[bool] = torch.cat(found).tolist()  # at once: the device is waited for
+    flags: list[bool] = torch.cat(found).cpu().numpy().tolist()  # at once: the device is waited for
     return flags

@@ -207,3 +207,22 @@ def test_a_dual_encoder_waits_for_the_device_once(tmp_path: Path, kind: str) -> 
         matcher = DualMatcher(embedder)
         assert matcher.match_itc(matcher.encode_images(pixels()), ["a cat"] * 5).shape == (5,)
     assert reads.found == {"vectors.py:to_unit": 2, "vectors.py:cosines": 1}
+
+
+def test_a_matcher_finds_what_was_embedded_without_waiting_for_the_device(tmp_path: Path) -> None:
+    """Of the very pixels; where it is shown some of them, it waits for what tells which they are."""
+    folder = make_dual_encoder(tmp_path, "siglip")
+    config = AutoConfig.from_pretrained(folder)
+    with fake_mode(), HostReads() as reads:
+        model = build(lambda: AutoModel.from_config(config), HALF)
+        embedder = DualEmbedder(model, TextTokenizer(folder, model), PixelNormalizer(PREPROCESSING, "cuda", HALF))
+        embedder.tower.num_users = 2
+        shown = pixels()
+        embedder.embed_images(shown)
+        reads.found.clear()
+        matcher = DualMatcher(embedder)
+        matcher.encode_images(shown)
+        assert embedder.tower.num_passes == 1
+        assert reads.found == {}
+        matcher.encode_images(shown[1:4])
+    assert reads.found == {"kept.py:_samples": 2, "kept.py:_are_equal": 1}

@@ -253,11 +253,11 @@ def load_text_embedder(config: ModelConfig) -> ImageEmbedder:
     Raises:
         WeightsError: as that.
     """
-    if config.family != "open_clip":
+    if config.family not in ("dual_encoder", "open_clip"):
         return load_embedder(config, "cpu", "float32")
-    from vlmflow.models.clip import ClipEmbedder
-
-    return ClipEmbedder.load(locate(config), config, "cpu", "float32", packs=False)
+    adapter = family_of(config.family).adapter("embed")
+    embedder: ImageEmbedder = adapter.load(locate(config), config, "cpu", "float32", packs=False)
+    return embedder
 
 
 def load_captioner(

@@ -62,32 +62,48 @@ class DualEmbedder:
 
     @classmethod
     def load(
-        cls, folder: Path, config: ModelConfig, device: str, dtype: Dtype = "auto", towers: VisionTowers | None = None
+        cls,
+        folder: Path,
+        config: ModelConfig,
+        device: str,
+        dtype: Dtype = "auto",
+        towers: VisionTowers | None = None,
+        *,
+        packs: bool | None = None,
     ) -> Self:
         """Loads a model of one of the ``model_types`` of the family from a folder.
+
+        Args:
+            packs: the layers of the image encoder, for speed. None: on processors, where it is measured; on CUDA no
+                GPU has run them yet.
 
         Raises:
             WeightsError: the weights are absent, of a kind that the family does not read, of one encoder alone, or do
                 not fit; or the model cannot embed an image and a text with what lies beside it.
         """
         wanted = model_dtype(device, dtype)
+        packs = torch.device(device).type == "cpu" if packs is None else packs
+        packs = packs and config.family != "align"  # whose images pass convolutions
         if towers is None:
-            return cls._of_files(folder, config, device, wanted)
+            return cls._of_files(folder, config, device, wanted, packs=packs)
         content = content_of(folder, config, read_preprocessing(folder, config), device, wanted)
-        return towers.share_model(content, lambda: cls._of_files(folder, config, device, wanted))
+        return towers.share_model((packs, content), lambda: cls._of_files(folder, config, device, wanted, packs=packs))
 
     @classmethod
-    def _of_files(cls, folder: Path, config: ModelConfig, device: str, dtype: torch.dtype) -> Self:
+    def _of_files(cls, folder: Path, config: ModelConfig, device: str, dtype: torch.dtype, *, packs: bool) -> Self:
         preprocessing = read_preprocessing(folder, config)
-        packs = torch.device(device).type == "cpu" and config.family != "align"  # whose images pass convolutions
-        carried = torch.float32 if packs else dtype  # of all of a packed encoder but its products
-        model, missing, unexpected = load_model(AutoModel, folder, carried)
+        # On a processor all of a packed encoder is in float32 but its products.
+        carried = torch.float32 if packs and torch.device(device).type == "cpu" else dtype
+        # What is packed is rounded once.
+        model, missing, unexpected = load_model(AutoModel, folder, torch.float32 if packs else dtype)
         _check_encoders(folder, model, missing)
         check_keys(folder, missing, unexpected)
         tokenizer = TextTokenizer(folder, model)
+        model = model.to(device)
         if packs:
-            _pack(model, dtype)
-        embedder = cls(model.to(device), tokenizer, PixelNormalizer(preprocessing, device, carried))
+            pack_layers(model, dtype, carried)
+            model = model.to(carried)
+        embedder = cls(model, tokenizer, PixelNormalizer(preprocessing, device, carried))
         embedder._try_out(folder, preprocessing.size)
         return embedder
 
@@ -256,22 +272,23 @@ class TextTokenizer:
             )
 
 
-def _pack(model: Any, dtype: torch.dtype) -> None:
+def pack_layers(model: Any, dtype: torch.dtype, carried: torch.dtype) -> None:
     """Puts packed layers in the place of those of the image encoder.
 
     Args:
-        model: in float32, of CLIP's kind of layers.
+        model: in float32, of CLIP's kind of layers, on its device.
         dtype: of the products.
+        carried: of what is added up from layer to layer.
     """
     encoder = model.vision_model.encoder
     if not encoder.layers:  # as a configuration may say
         return
     of_token_alone = model.config.model_type != "siglip"  # which attends to all of them once more
-    blocks = [_packed(layer, dtype) for layer in encoder.layers]
+    blocks = [_packed(layer, dtype, carried) for layer in encoder.layers]
     encoder.layers = nn.ModuleList([PackedTower(blocks, of_token_alone=of_token_alone)])
 
 
-def _packed(layer: Any, dtype: torch.dtype) -> Block:
+def _packed(layer: Any, dtype: torch.dtype, carried: torch.dtype) -> Block:
     attention, mlp = layer.self_attn, layer.mlp
     parts = (attention.q_proj, attention.k_proj, attention.v_proj)
     activation = mlp.config.hidden_act
@@ -286,7 +303,7 @@ def _packed(layer: Any, dtype: torch.dtype) -> Block:
         ),
         activation if activation in ("gelu", "quick_gelu") else mlp.activation_fn,
         dtype,
-        torch.float32,
+        carried,
     )
 
 

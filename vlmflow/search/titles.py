@@ -113,19 +113,19 @@ class _Scores:
 
     itm: NDArray[np.float32]
     itc: NDArray[np.float32]
-    models: NDArray[np.int64]
+    models: NDArray[np.int32]
 
     @classmethod
     def read(cls, live: LiveRows) -> _Scores:
         """Of the live rows."""
         itm, itc = (np.full(len(live), np.nan, np.float32) for _ in range(2))
-        models, numbers = np.zeros(len(live), np.int64), dict[str | None, int]()
+        models, numbers = np.zeros(len(live), np.int32), dict[str | None, int]()
         for start, rows in live.read(["text_itm", "text_itc", "match_fingerprint"]):
             here = slice(start, start + rows.num_rows)
             itm[here], itc[here] = (rows[name].to_numpy() for name in ("text_itm", "text_itc"))  # nulls as such
             coded = rows["match_fingerprint"].combine_chunks().dictionary_encode(null_encoding="encode")
             known = [numbers.setdefault(name, len(numbers)) for name in coded.dictionary.to_pylist()]
-            models[here] = np.array(known, np.int64)[coded.indices.to_numpy()]
+            models[here] = np.array(known, np.int32)[coded.indices.to_numpy()]
         return cls(itm, itc, models)
 
     def comparable(self, wanted: Mask) -> tuple[NDArray[np.float32], Literal["text_itm", "text_itc"], int]:

@@ -246,4 +246,4 @@ def test_a_matcher_finds_what_was_embedded_without_waiting_for_the_device(tmp_pa
         assert embedder.tower.num_passes == 1
         assert reads.found == {}
         matcher.encode_images(shown[1:4])
-    assert reads.found == {"kept.py:_samples": 2, "kept.py:_are_equal": 1}
+    assert reads.found == {"kept.py:_samples": 2, "kept.py:_are_equal_on_device": 1}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.models import random_pixels
-from vlmflow.models.kept import KeptFeatures
+from vlmflow.models.kept import KeptFeatures, _are_equal, _are_equal_on_device, _rows
 from vlmflow.models.towers import SharedTower
 
 
@@ -117,3 +117,14 @@ def test_no_images_have_no_features() -> None:
     kept = KeptFeatures(means, keeps_all=True)
     kept.of(random_pixels(2))
     assert kept.of(random_pixels(2)[:0]).shape == (0, 1)
+
+
+@pytest.mark.parametrize("count", [0, 1, 64, 150])
+def test_a_device_compares_as_a_processor_does(count: int) -> None:
+    first = random_pixels(150, size=16)
+    second = first.flip(0).clone()
+    second[::3, 1, 5, 7] ^= 1
+    pairs = [(row, 149 - row) for row in range(count)]
+    expected = [row % 3 != 0 for row in range(count)]
+    assert _are_equal(first, second, pairs) == expected
+    assert _are_equal_on_device(_rows(first), _rows(second), pairs) == expected

@@ -50,7 +50,7 @@ lowest: ## the tests of `make test` with the lowest versions that pyproject.toml
 
 gpu: setup ## with a CUDA device: the tests that want one, and the figures that wait for one; a quarter of an hour by estimate
 	@$(BIN)/python -m pytest -m gpu; failed=$$?; \
-	for script in blip_caption vilt_answer clip_embed gpu_pool gpu_enrich; do \
+	for script in blip_caption vilt_answer clip_embed dual_embed gpu_pool gpu_enrich; do \
 		$(BIN)/python -m benchmarks.$$script --device cuda || failed=1; \
 	done; exit $$failed  # what fails does not keep the figures away
 

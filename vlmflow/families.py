@@ -155,12 +155,14 @@ FAMILIES = {
         ("vlmflow.models.flava:FlavaEmbedder", "vlmflow.models.flava:FlavaMatcher"),
         processor="FlavaImageProcessor",
         image_section="image_config",
+        shares_tower=True,
     ),
     "align": Family(
         ("embed", "match"),
         _DUAL_ENCODER,
         reader="align",
         model_types=("align",),
+        shares_tower=True,
     ),
     "dual_encoder": Family(
         ("embed", "match"),
@@ -168,6 +170,7 @@ FAMILIES = {
         companion_names=("sentencepiece.bpe.model",),
         image_section="vision_config",
         model_types=("altclip", "chinese_clip", "clip", "metaclip_2", "siglip"),
+        shares_tower=True,
         is_small=True,
     ),
     "vilbert": Family(

@@ -147,13 +147,20 @@ def print_duplicates(report: DuplicateReport, console: Console) -> None:
 
 def print_titles(report: TitleReport, console: Console) -> None:
     """Prints the ranked rows."""
-    table = table_of("", "match", "text", "caption", "decision", "uri")
+    is_cosine = report.ranked_by == "text_itc"
+    table = table_of("", "cosine" if is_cosine else "match", "text", "caption", "decision", "uri")
     for title in report.titles:
-        match = f"{title.text_itm:.3f}"
+        match = f"{getattr(title, report.ranked_by):.3f}"
         row = (_text(title.text), _text(title.caption), _decision(title.decision), _text(title.uri))
         table.add_row(str(title.rank), match, *row)
     console.print(table)
     console.print(f"the {len(report.titles):,} texts that fit least, of {report.num_scored:,}", style="dim")
+    if is_cosine:
+        said = "by the cosine of text and image, which is no probability: the model has no matching head"
+        console.print(said, style="dim", soft_wrap=True)
+    if report.num_left_out:
+        said = f"{report.num_left_out:,} rows have a score of another model that does not compare: --where chooses rows"
+        console.print(said, style="yellow", soft_wrap=True)
 
 
 def print_alt_texts(found: BrokenAltTexts, console: Console) -> None:

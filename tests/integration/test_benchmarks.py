@@ -24,6 +24,7 @@ from benchmarks import (
     clip_embed,
     crowded_cores,
     decode,
+    dual_embed,
     evaluation,
     gpu_attention,
     gpu_enrich,
@@ -106,6 +107,21 @@ def test_ours_beside_open_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     }
     assert all(one["images_equal_on_both_sides"] == 1 for one in found["runs"] if one["dtype"] == "float32")
     assert {one["dtype"] for one in found["ours_over_open_clip"]} == {"float32", "bfloat16"}
+
+
+def test_packed_layers_of_dual_encoders_beside_those_of_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_hidden_layers": 2}
+    for name in ("SIGLIP", "CLIP"):
+        monkeypatch.setitem(vars(dual_embed), name, tiny | {"image_size": 224, "patch_size": 56})
+    options = ("--device", "cpu", "--batch", "2", "--repeats", "1", "--threads", "1")
+    found = run(dual_embed, tmp_path, monkeypatch, *options)
+    sides = {"ours", "transformers", "ours_clip", "transformers_clip"}
+    assert {(one["side"], one["dtype"]) for one in found["runs"]} == {
+        (side, dtype) for side in sides for dtype in ("float32", "bfloat16")
+    }
+    assert all(one["images_equal_on_both_sides"] == 1 for one in found["runs"] if one["dtype"] == "float32")
 
 
 @pytest.mark.slow

@@ -164,6 +164,8 @@ def titles(
 ) -> None:
     """List the rows of CATALOG whose text (such as a title) fits the image least, by the stored match score.
 
+    Where the model has no matching head, that is the cosine of the two.
+
     Example: `vlmflow titles catalog/ --top-k 100 --csv titles.csv`
     """
     from vlmflow.search.titles import find_titles

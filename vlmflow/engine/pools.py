@@ -74,11 +74,11 @@ class PoolWorker:
         device = set_up_torch(pool, setup.dtype)
         room = room_for(pool, setup.dtype) if sized_by_memory else Room()
         check_weights(pool, setup)
-        towers = VisionTowers()
+        self._towers = VisionTowers()
         self._tasks: dict[str, CountedTask] = {}
         for name in pool.tasks:
             with fitting(f"pool {'+'.join(pool.tasks)}: the model of {name}", device):
-                self._tasks[name] = CountedTask(load_task(name, setup, prompts, device, towers))
+                self._tasks[name] = CountedTask(load_task(name, setup, prompts, device, self._towers))
         self._ceilings = Ceilings(device, setup.dtype)
         self._limits: dict[str, BatchLimit] = {name: BatchLimit(room.rows) for name in pool.tasks}
         self._calls = contextlib.nullcontext() if room.calls is None else threading.BoundedSemaphore(room.calls)
@@ -137,7 +137,7 @@ class PoolWorker:
 
     def _run(self, fed: Fed) -> pa.Table:
         batch = fed.batch
-        with self._feeder.lent(fed):
+        with self._feeder.lent(fed), self._towers.of_batch():
             for name, task in self._tasks.items():
                 # What is due on no row has no need to wait for the batches of other threads.
                 is_due = bool(pa.compute.any(due_on(batch, name)).as_py())

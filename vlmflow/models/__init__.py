@@ -229,18 +229,21 @@ def _preprocessing(folder: Path, config: ModelConfig) -> Preprocessing | None:
     return region_preprocessing(folder) if config.family == "vilbert" else read_preprocessing(folder, config)
 
 
-def load_embedder(config: ModelConfig, device: str, dtype: Dtype = "auto") -> ImageEmbedder:
+def load_embedder(
+    config: ModelConfig, device: str, dtype: Dtype = "auto", towers: VisionTowers | None = None
+) -> ImageEmbedder:
     """Loads an embedder of the configuration's family.
 
     Args:
         dtype: `auto`: bfloat16 on CUDA devices that have it, float32 elsewhere.
+        towers: of the worker; a vision tower with equal weights is shared. None: the model has its own.
 
     Raises:
         ConfigError: the family does something else.
         FamilyError: it is one's own, and its class cannot be used or fails.
         WeightsError: the weights are absent, unsafe to load, or do not fit.
     """
-    embedder: ImageEmbedder = _load("embed", config, device, dtype)
+    embedder: ImageEmbedder = _load("embed", config, device, dtype, towers)
     return OwnEmbedder(config.family, embedder) if is_own(config.family) else embedder
 
 
@@ -250,11 +253,11 @@ def load_text_embedder(config: ModelConfig) -> ImageEmbedder:
     Raises:
         WeightsError: as that.
     """
-    if config.family != "open_clip":
+    if config.family not in ("dual_encoder", "open_clip"):
         return load_embedder(config, "cpu", "float32")
-    from vlmflow.models.clip import ClipEmbedder
-
-    return ClipEmbedder.load(locate(config), config, "cpu", "float32", packs=False)
+    adapter = family_of(config.family).adapter("embed")
+    embedder: ImageEmbedder = adapter.load(locate(config), config, "cpu", "float32", packs=False)
+    return embedder
 
 
 def load_captioner(

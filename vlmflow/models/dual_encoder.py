@@ -32,6 +32,7 @@ from vlmflow.models.pixels import PixelNormalizer, model_dtype
 from vlmflow.models.preprocessing import read_preprocessing
 from vlmflow.models.pretrained import load_model, load_text_tokenizer, tokenize
 from vlmflow.models.sizes import in_few_sizes
+from vlmflow.models.towers import SharedTower, VisionTowers, content_of
 from vlmflow.models.upload import to_device
 from vlmflow.models.vectors import TEXTS_AT_ONCE, cosines, to_unit
 from vlmflow.models.weights import check_keys
@@ -45,40 +46,71 @@ _MIN_TOKENS = 3  # a word between begin and end
 
 
 class DualEmbedder:
-    """Images and texts as unit vectors of the contrastive space."""
+    """Images and texts as unit vectors of the contrastive space.
+
+    Attributes:
+        dim: D.
+        tower: (N, 3, S, S) uint8 RGB -> (N, D) in the contrastive space. A matcher of a worker has the same.
+    """
 
     def __init__(self, model: Any, tokenize_texts: TextTokenizer, normalizer: PixelNormalizer) -> None:
         """``model``: of transformers, one of the ``model_types`` of its family."""
         self._model, self._tokenize, self._normalize = model, tokenize_texts, normalizer
+        self.tower = SharedTower(self._encode, keeps_batch=True)
         config = model.config
         self.dim: int = config.text_config.projection_size if config.model_type == "siglip" else config.projection_dim
 
     @classmethod
-    def load(cls, folder: Path, config: ModelConfig, device: str, dtype: Dtype = "auto") -> Self:
+    def load(
+        cls,
+        folder: Path,
+        config: ModelConfig,
+        device: str,
+        dtype: Dtype = "auto",
+        towers: VisionTowers | None = None,
+        *,
+        packs: bool | None = None,
+    ) -> Self:
         """Loads a model of one of the ``model_types`` of the family from a folder.
+
+        Args:
+            packs: the layers of the image encoder, for speed. None: on processors, where it is measured; on CUDA no
+                GPU has run them yet.
 
         Raises:
             WeightsError: the weights are absent, of a kind that the family does not read, of one encoder alone, or do
                 not fit; or the model cannot embed an image and a text with what lies beside it.
         """
-        preprocessing = read_preprocessing(folder, config)
         wanted = model_dtype(device, dtype)
-        packs = torch.device(device).type == "cpu" and config.family != "align"  # whose images pass convolutions
-        carried = torch.float32 if packs else wanted  # of all of a packed encoder but its products
-        model, missing, unexpected = load_model(AutoModel, folder, carried)
+        packs = torch.device(device).type == "cpu" if packs is None else packs
+        packs = packs and config.family != "align"  # whose images pass convolutions
+        if towers is None:
+            return cls._of_files(folder, config, device, wanted, packs=packs)
+        content = content_of(folder, config, read_preprocessing(folder, config), device, wanted)
+        return towers.share_model((packs, content), lambda: cls._of_files(folder, config, device, wanted, packs=packs))
+
+    @classmethod
+    def _of_files(cls, folder: Path, config: ModelConfig, device: str, dtype: torch.dtype, *, packs: bool) -> Self:
+        preprocessing = read_preprocessing(folder, config)
+        # On a processor all of a packed encoder is in float32 but its products.
+        carried = torch.float32 if packs and torch.device(device).type == "cpu" else dtype
+        # What is packed is rounded once.
+        model, missing, unexpected = load_model(AutoModel, folder, torch.float32 if packs else dtype)
         _check_encoders(folder, model, missing)
         check_keys(folder, missing, unexpected)
         tokenizer = TextTokenizer(folder, model)
+        model = model.to(device)
         if packs:
-            _pack(model, wanted)
-        embedder = cls(model.to(device), tokenizer, PixelNormalizer(preprocessing, device, carried))
+            pack_layers(model, dtype, carried)
+            model = model.to(carried)
+        embedder = cls(model, tokenizer, PixelNormalizer(preprocessing, device, carried))
         embedder._try_out(folder, preprocessing.size)
         return embedder
 
     @torch.inference_mode()
     def embed_images(self, pixels: torch.Tensor) -> NDArray[np.float32]:
         """(N, 3, S, S) uint8 RGB -> (N, D) unit vectors."""
-        return to_unit(self.image_features(pixels))
+        return to_unit(self.tower(pixels))
 
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
@@ -88,16 +120,15 @@ class DualEmbedder:
         parts = [texts[start : start + TEXTS_AT_ONCE] for start in range(0, len(texts), TEXTS_AT_ONCE)]
         return np.concatenate([to_unit(self.text_features(part)) for part in parts])
 
-    def image_features(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(N, 3, S, S) uint8 RGB -> (N, D) in the contrastive space."""
-        return in_few_sizes(self._image_features, pixels, self._normalize)
-
     def text_features(self, texts: Sequence[str]) -> torch.Tensor:
         """N texts -> (N, D) in the contrastive space."""
         inputs = {name: to_device(values, self._model.device) for name, values in self._tokenize(texts).items()}
         with growing(self._model.device):
             features: torch.Tensor = self._model.get_text_features(**inputs, return_dict=True).pooler_output
         return features
+
+    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        return in_few_sizes(self._image_features, pixels, self._normalize)
 
     def _image_features(self, pixels: torch.Tensor) -> torch.Tensor:
         found = self._model.get_image_features(pixel_values=self._normalize(pixels), return_dict=True)
@@ -109,7 +140,7 @@ class DualEmbedder:
         """Embeds a black image and a word: files that contradict each other would fail at every image of a run."""
         try:
             pixels = torch.zeros((1, 3, size, size), dtype=torch.uint8)
-            found = [features.shape[-1] for features in (self.image_features(pixels), self.text_features(["a"]))]
+            found = [features.shape[-1] for features in (self._encode(pixels), self.text_features(["a"]))]
         except Exception as error:
             if is_out_of_memory(error) or is_device_broken(error):
                 raise
@@ -132,19 +163,21 @@ class DualMatcher:
         self._embedder = embedder
 
     @classmethod
-    def load(cls, folder: Path, config: ModelConfig, device: str, dtype: Dtype = "auto") -> Self:
-        """Loads what :meth:`DualEmbedder.load` does.
+    def load(
+        cls, folder: Path, config: ModelConfig, device: str, dtype: Dtype = "auto", towers: VisionTowers | None = None
+    ) -> Self:
+        """Loads what :meth:`DualEmbedder.load` does; of equal files the worker's embedder is the one.
 
         Raises:
             WeightsError: as that.
         """
         logger.warning("match: %s has no matching head: caption_itm and text_itm stay null", folder.name)
-        return cls(DualEmbedder.load(folder, config, device, dtype))
+        return cls(DualEmbedder.load(folder, config, device, dtype, towers))
 
     @torch.inference_mode()
     def encode_images(self, pixels: torch.Tensor) -> EncodedImages:
         """(N, 3, S, S) uint8 RGB -> N images for the contrastive head."""
-        return EncodedImages(self._embedder.image_features(pixels))
+        return EncodedImages(self._embedder.tower(pixels))
 
     def match_itm(self, images: EncodedImages, texts: Sequence[str]) -> None:
         """There is no matching head.
@@ -239,22 +272,23 @@ class TextTokenizer:
             )
 
 
-def _pack(model: Any, dtype: torch.dtype) -> None:
+def pack_layers(model: Any, dtype: torch.dtype, carried: torch.dtype) -> None:
     """Puts packed layers in the place of those of the image encoder.
 
     Args:
-        model: in float32, of CLIP's kind of layers.
+        model: in float32, of CLIP's kind of layers, on its device.
         dtype: of the products.
+        carried: of what is added up from layer to layer.
     """
     encoder = model.vision_model.encoder
     if not encoder.layers:  # as a configuration may say
         return
     of_token_alone = model.config.model_type != "siglip"  # which attends to all of them once more
-    blocks = [_packed(layer, dtype) for layer in encoder.layers]
+    blocks = [_packed(layer, dtype, carried) for layer in encoder.layers]
     encoder.layers = nn.ModuleList([PackedTower(blocks, of_token_alone=of_token_alone)])
 
 
-def _packed(layer: Any, dtype: torch.dtype) -> Block:
+def _packed(layer: Any, dtype: torch.dtype, carried: torch.dtype) -> Block:
     attention, mlp = layer.self_attn, layer.mlp
     parts = (attention.q_proj, attention.k_proj, attention.v_proj)
     activation = mlp.config.hidden_act
@@ -269,7 +303,7 @@ def _packed(layer: Any, dtype: torch.dtype) -> Block:
         ),
         activation if activation in ("gelu", "quick_gelu") else mlp.activation_fn,
         dtype,
-        torch.float32,
+        carried,
     )
 
 

@@ -22,6 +22,7 @@ from vlmflow.models import EncodedImages
 from vlmflow.models.pixels import PixelNormalizer, model_dtype
 from vlmflow.models.preprocessing import read_preprocessing
 from vlmflow.models.pretrained import load_config, load_model, load_text_tokenizer, tokenize
+from vlmflow.models.towers import SharedTower, VisionTowers, content_of
 from vlmflow.models.vectors import TEXTS_AT_ONCE, cosines, to_unit
 from vlmflow.models.weights import check_keys
 
@@ -33,28 +34,49 @@ _ITM_HEAD = "itm_head."
 
 
 class FlavaEmbedder:
-    """Images and texts as unit vectors of the contrastive space."""
+    """Images and texts as unit vectors of the contrastive space.
 
-    def __init__(self, flava: Any, tokenizer: Any, normalizer: PixelNormalizer) -> None:
-        """``flava``: a ``FlavaModel``."""
-        self._flava, self._tokenizer, self._normalize = flava, tokenizer, normalizer
+    Attributes:
+        dim: D.
+        tower: (N, 3, S, S) uint8 RGB -> (N, T, D): after the vision tower, before its last normalisation. A matcher of
+            a worker has the same.
+        flava: a ``FlavaModel``.
+        itm_head: the matching head of a ``FlavaForPreTraining``; None: the checkpoint has none.
+    """
+
+    def __init__(self, flava: Any, itm_head: Any, tokenizer: Any, normalizer: PixelNormalizer) -> None:
+        """Takes a model apart; the attributes say into what."""
+        self.flava, self.itm_head = flava, itm_head
+        self._tokenizer, self._normalize = tokenizer, normalizer
+        self.tower = SharedTower(self._encode)
         self._max_tokens: int = flava.config.text_config.max_position_embeddings
         self.dim: int = flava.config.projection_dim
 
     @classmethod
-    def load(cls, folder: Path, config: ModelConfig, device: str, dtype: Dtype = "auto") -> FlavaEmbedder:
-        """Loads the towers of a ``FlavaModel`` or a ``FlavaForPreTraining`` from a folder.
+    def load(
+        cls, folder: Path, config: ModelConfig, device: str, dtype: Dtype = "auto", towers: VisionTowers | None = None
+    ) -> FlavaEmbedder:
+        """Loads a ``FlavaModel`` or a ``FlavaForPreTraining`` from a folder.
 
         Raises:
             WeightsError: the weights are absent or do not fit.
         """
-        model, _ = _load(folder, model_dtype(device, dtype))
-        return cls(*_parts(model, folder, config, device, dtype))
+        wanted, preprocessing = model_dtype(device, dtype), read_preprocessing(folder, config)
+
+        def load() -> FlavaEmbedder:
+            model, has_head = _load(folder, wanted)
+            normalizer = PixelNormalizer(preprocessing, device, wanted)
+            head = model.itm_head.to(device) if has_head else None
+            return cls(model.flava.to(device), head, load_text_tokenizer(folder), normalizer)
+
+        if towers is None:
+            return load()
+        return towers.share_model(content_of(folder, config, preprocessing, device, wanted), load)
 
     @torch.inference_mode()
     def embed_images(self, pixels: torch.Tensor) -> NDArray[np.float32]:
         """(N, 3, S, S) uint8 RGB -> (N, D) unit vectors."""
-        return to_unit(self.image_features(self.image_states(pixels)))
+        return to_unit(self.image_features(self.tower(pixels)))
 
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
@@ -64,56 +86,56 @@ class FlavaEmbedder:
         parts = [texts[start : start + TEXTS_AT_ONCE] for start in range(0, len(texts), TEXTS_AT_ONCE)]
         return np.concatenate([to_unit(self.text_features(self.text_states(part)[0])) for part in parts])
 
-    def image_states(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(N, 3, S, S) uint8 RGB -> (N, T, D): after the vision tower, before its last normalisation."""
-        tower = self._flava.image_model
-        states: torch.Tensor = tower.encoder(tower.embeddings(self._normalize(pixels))).last_hidden_state
-        return states
-
     def image_features(self, states: torch.Tensor) -> torch.Tensor:
-        """(N, T, D) of :meth:`image_states` -> (N, D) in the contrastive space."""
-        features: torch.Tensor = self._flava.image_projection(self._flava.image_model.layernorm(states[:, 0]))
+        """(N, T, D) of the tower -> (N, D) in the contrastive space."""
+        features: torch.Tensor = self.flava.image_projection(self.flava.image_model.layernorm(states[:, 0]))
         return features
 
     def text_states(self, texts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """N texts -> (N, L, D) before the last normalisation; and (N, L), 1 where there is no padding."""
-        tower = self._flava.text_model
+        tower = self.flava.text_model
         tokens, mask = tokenize(self._tokenizer, texts, self._max_tokens, str(tower.device))
         outputs = tower(input_ids=tokens, attention_mask=mask, output_hidden_states=True)
         return outputs.hidden_states[-1], mask
 
     def text_features(self, states: torch.Tensor) -> torch.Tensor:
         """(N, L, D) of :meth:`text_states` -> (N, D) in the contrastive space."""
-        features: torch.Tensor = self._flava.text_projection(self._flava.text_model.layernorm(states[:, 0]))
+        features: torch.Tensor = self.flava.text_projection(self.flava.text_model.layernorm(states[:, 0]))
         return features
+
+    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        tower = self.flava.image_model
+        states: torch.Tensor = tower.encoder(tower.embeddings(self._normalize(pixels))).last_hidden_state
+        return states
 
 
 class FlavaMatcher:
     """How well texts fit images: by the contrastive space, and by the matching head of checkpoints that have it."""
 
-    def __init__(self, towers: FlavaEmbedder, flava: Any, itm_head: Any) -> None:
-        """``itm_head``: of a ``FlavaForPreTraining``; None: the checkpoint has none."""
-        self._towers, self._itm_head = towers, itm_head
+    def __init__(self, embedder: FlavaEmbedder) -> None:
+        self._embedder = embedder
+        flava = embedder.flava
         self._multimodal = flava.multimodal_model
         self._image_projection, self._text_projection = flava.image_to_mm_projection, flava.text_to_mm_projection
 
     @classmethod
-    def load(cls, folder: Path, config: ModelConfig, device: str, dtype: Dtype = "auto") -> FlavaMatcher:
+    def load(
+        cls, folder: Path, config: ModelConfig, device: str, dtype: Dtype = "auto", towers: VisionTowers | None = None
+    ) -> FlavaMatcher:
         """Loads a ``FlavaForPreTraining`` from a folder, or a ``FlavaModel``, which has no matching head.
 
         Raises:
             WeightsError: the weights are absent or do not fit.
         """
-        model, has_head = _load(folder, model_dtype(device, dtype))
-        if not has_head:
+        embedder = FlavaEmbedder.load(folder, config, device, dtype, towers)
+        if embedder.itm_head is None:
             logger.warning("match: %s has no matching head: caption_itm and text_itm stay null", folder.name)
-        towers = FlavaEmbedder(*_parts(model, folder, config, device, dtype))
-        return cls(towers, model.flava, model.itm_head if has_head else None)
+        return cls(embedder)
 
     @torch.inference_mode()
     def encode_images(self, pixels: torch.Tensor) -> EncodedImages:
         """(N, 3, S, S) uint8 RGB -> N images for the two heads."""
-        return EncodedImages(self._towers.image_states(pixels))
+        return EncodedImages(self._embedder.tower(pixels))
 
     @torch.inference_mode()
     def match_itm(self, images: EncodedImages, texts: Sequence[str]) -> NDArray[np.float32] | None:
@@ -127,13 +149,13 @@ class FlavaMatcher:
         """
         if not images.pairs_with(texts):
             return np.empty(0, np.float32)
-        if self._itm_head is None:
+        if self._embedder.itm_head is None:
             return None
-        states, mask = self._towers.text_states(texts)
+        states, mask = self._embedder.text_states(texts)
         both = torch.cat([self._image_projection(images.embeds), self._text_projection(states)], dim=1)
         num_seen = both.shape[1] - states.shape[1] + int(self._multimodal.use_cls_token)
         mask = torch.cat([mask.new_ones(len(mask), num_seen), mask], dim=1)
-        logits = self._itm_head(self._multimodal(both, attention_mask=mask).last_hidden_state)
+        logits = self._embedder.itm_head(self._multimodal(both, attention_mask=mask).last_hidden_state)
         probabilities: NDArray[np.float32] = logits.float().softmax(dim=1)[:, 1].cpu().numpy()  # column 1 is "match"
         return probabilities
 
@@ -149,8 +171,8 @@ class FlavaMatcher:
         """
         if not images.pairs_with(texts):
             return np.empty(0, np.float32)
-        states, _ = self._towers.text_states(texts)
-        return cosines(self._towers.image_features(images.embeds), self._towers.text_features(states))
+        states, _ = self._embedder.text_states(texts)
+        return cosines(self._embedder.image_features(images.embeds), self._embedder.text_features(states))
 
 
 def _load(folder: Path, dtype: torch.dtype) -> tuple[Any, bool]:
@@ -167,11 +189,3 @@ def _load(folder: Path, dtype: torch.dtype) -> tuple[Any, bool]:
         [name for name in unexpected if not name.startswith(optional)],
     )
     return model, has_head
-
-
-def _parts(
-    model: Any, folder: Path, config: ModelConfig, device: str, dtype: Dtype
-) -> tuple[Any, Any, PixelNormalizer]:
-    normalizer = PixelNormalizer(read_preprocessing(folder, config), device, model_dtype(device, dtype))
-    model.itm_head.to(device)
-    return model.flava.to(device), load_text_tokenizer(folder), normalizer

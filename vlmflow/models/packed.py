@@ -36,7 +36,7 @@ class PackedTower(nn.Module):
         """(N, T, D) -> the same, or (N, 1, D) of the first token; an image tower has no mask."""
         assert attn_mask is None
         last, num_kept = self._last, 1 if self._of_token_alone else None
-        states, normed = self._blocks(states, num_kept=num_kept)
+        states, normed = self._blocks(states.contiguous(), num_kept=num_kept)  # else no kernel of ours takes them
         queries, keys, values = split_heads(last.project(normed), last.num_heads)
         states, added = last.finish(states, last.attention(queries[:, :, :num_kept], keys, values))
         return states + added

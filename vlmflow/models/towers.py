@@ -4,38 +4,73 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 
+from vlmflow.config import ModelConfig
 from vlmflow.models.blip_fast.vision import VisionTower
+from vlmflow.models.kept import KeptFeatures
 from vlmflow.models.pixels import PixelNormalizer
+from vlmflow.models.preprocessing import Preprocessing
+from vlmflow.models.weights import weights_digest
 
 
 class SharedTower:
-    """A vision tower that keeps the features of each thread's last batch, once more than one model uses it."""
+    """A vision tower that keeps the features of each thread's batch, once more than one model uses it.
 
-    def __init__(self, tower: VisionTower) -> None:
-        self._tower = tower
+    Attributes:
+        num_users: models that use it.
+        num_passes: calls that computed anything.
+    """
+
+    def __init__(self, encode: Callable[[torch.Tensor], torch.Tensor], *, keeps_batch: bool = False) -> None:
+        """Wraps a tower.
+
+        Args:
+            encode: (N, 3, S, S) uint8 RGB -> (N, ...), which keeps the rows apart.
+            keeps_batch: all that it gave of a batch is kept, being small; else what it gave last.
+        """
+        self._encode, self._keeps_batch = encode, keeps_batch
         self._threads = threading.local()
         self.num_users = 0
         self.num_passes = 0
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(N, 3, S, S) uint8 RGB -> (N, T, D), which, like the pixels, nobody may write to.
+        """(N, 3, S, S) uint8 RGB -> (N, ...), which, like the pixels, nobody may write to.
+
+        Of images that this thread has had in the batch the features are those it got then.
 
         Raises:
             ValueError: the pixels are not of the model's size or dtype.
         """
-        last: tuple[torch.Tensor, torch.Tensor] | None = getattr(self._threads, "last", None)
-        if last is not None and same_pixels(last[0], pixels):
-            return last[1]
-        self._threads.last = last = None  # a thread never holds two batches at once
-        features = self._tower(pixels)
+        if self.num_users < 2:
+            return self._pass(pixels)
+        kept: KeptFeatures | None = getattr(self._threads, "kept", None)
+        if kept is None:
+            kept = self._threads.kept = KeptFeatures(self._pass, keeps_all=self._keeps_batch)
+        return kept.of(pixels)
+
+    def forget(self) -> None:
+        """Lets go what is kept for this thread."""
+        self._threads.kept = None
+
+    def _pass(self, pixels: torch.Tensor) -> torch.Tensor:
+        features = self._encode(pixels)
         self.num_passes += 1
-        if self.num_users > 1:
-            self._threads.last = (pixels, features)
         return features
+
+
+class HasTower(Protocol):
+    """A model that several tasks may use."""
+
+    tower: SharedTower
+
+
+Model = TypeVar("Model", bound=HasTower)
 
 
 class VisionTowers:
@@ -43,6 +78,7 @@ class VisionTowers:
 
     def __init__(self) -> None:
         self._towers: dict[str, SharedTower] = {}
+        self._models: dict[Hashable, HasTower] = {}
 
     def share(self, model: Any, normalize: PixelNormalizer) -> SharedTower:
         """The tower of a ``BlipVisionModel``: one given out before, where weights, shape and preprocessing are equal.
@@ -56,17 +92,34 @@ class VisionTowers:
         tower.num_users += 1
         return tower
 
+    def share_model(self, content: Hashable, load: Callable[[], Model]) -> Model:
+        """A whole model: the one given out before of equal content, of which nothing is read again.
 
-def same_pixels(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Whether all bytes are equal; hashing both would take longer than comparing them, and prove less."""
-    if first is second:
-        return True
-    where = (first.device, first.data_ptr(), first.shape, first.stride(), first.dtype)
-    if where == (second.device, second.data_ptr(), second.shape, second.stride(), second.dtype):
-        return True
-    if first.device != second.device:
-        return False
-    return first.shape == second.shape and first.dtype == second.dtype and torch.equal(first, second)
+        Args:
+            content: see :func:`content_of`.
+            load: gives the model, unless there is one.
+        """
+        if content not in self._models:
+            self._models[content] = load()
+        model = cast(Model, self._models[content])
+        model.tower.num_users += 1
+        return model
+
+    @contextmanager
+    def of_batch(self) -> Iterator[None]:
+        """A batch of this thread, behind which nothing is kept of it: that is large, and of no use to the next."""
+        try:
+            yield
+        finally:
+            for tower in (*self._towers.values(), *(model.tower for model in self._models.values())):
+                tower.forget()
+
+
+def content_of(
+    folder: Path, config: ModelConfig, preprocessing: Preprocessing, device: str, dtype: torch.dtype
+) -> Hashable:
+    """Equal for models of one family that give equal outputs: by hashes of their files, never by their names."""
+    return config.family, weights_digest(folder, config.family), preprocessing.describe(), device, dtype
 
 
 def _digest(model: Any, normalize: PixelNormalizer) -> str:

@@ -242,7 +242,8 @@ def load_task(
         case "embed":
             from vlmflow.tasks.embed import EmbedTask
 
-            return EmbedTask(load_embedder(setup.models["embed"], device, setup.dtype), setup.requests["embed"])
+            embedder = load_embedder(setup.models["embed"], device, setup.dtype, towers)
+            return EmbedTask(embedder, setup.requests["embed"])
         case "moderate":
             from vlmflow.tasks.moderate import ModerateTask
 

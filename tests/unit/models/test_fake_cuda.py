@@ -32,7 +32,7 @@ from vlmflow.models.blip_fast import VisionTower
 from vlmflow.models.blip_fast.graph import FixedStep
 from vlmflow.models.blip_vqa import BlipAnswerer
 from vlmflow.models.clip import ClipEmbedder
-from vlmflow.models.dual_encoder import DualEmbedder, DualMatcher, TextTokenizer
+from vlmflow.models.dual_encoder import DualEmbedder, DualMatcher, TextTokenizer, pack_layers
 from vlmflow.models.pixels import PixelNormalizer
 from vlmflow.models.preprocessing import Preprocessing
 from vlmflow.models.towers import SharedTower
@@ -162,12 +162,13 @@ def clip_architecture(folder: Path) -> dict[str, Any]:
     return architecture | {"text_cfg": text}
 
 
-def test_layers_of_clip_copy_nothing_to_another_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Attention without values takes a way that no GPU does.
-    def attend(queries: torch.Tensor, *_: torch.Tensor | None) -> torch.Tensor:
-        return queries.new_empty((len(queries), queries.shape[2], queries[0, :, 0].numel()))
+def attend_without_values(queries: torch.Tensor, *_: torch.Tensor | None) -> torch.Tensor:
+    """In the place of attention, which without values takes a way that no GPU does."""
+    return queries.new_empty((len(queries), queries.shape[2], queries[0, :, 0].numel()))
 
-    monkeypatch.setattr(packed, "attend", attend)
+
+def test_layers_of_clip_copy_nothing_to_another_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "attend", attend_without_values)
     architecture = clip_architecture(tmp_path)
     with fake_mode():
         model = build(lambda: open_clip.CLIP(**architecture), HALF)
@@ -193,6 +194,26 @@ def test_an_embedding_waits_for_the_device_once(tmp_path: Path) -> None:
     assert reads.found == {"clip.py:_unit": 2}
 
 
+@pytest.mark.parametrize("kind", ["clip", "laion", "siglip"])
+def test_packed_layers_of_a_dual_encoder_copy_nothing_to_another_dtype(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed, "attend", attend_without_values)
+    config = AutoConfig.from_pretrained(make_dual_encoder(tmp_path, kind))
+    with fake_mode():
+        model = build(lambda: AutoModel.from_config(config))
+        pack_layers(model, HALF, HALF)
+        encoder = cast(model, HALF).vision_model.encoder
+        states = torch.empty((5, 17, 32), dtype=HALF, device="cuda")
+        with torch.no_grad(), Operators() as found:
+            given = encoder(inputs_embeds=states).last_hidden_state
+    assert (given.dtype, given.device.type) == (HALF, "cuda")
+    assert given.shape == (5, 17 if kind == "siglip" else 1, 32), "of the token alone that the vector is made of"
+    assert {"aten.native_layer_norm.default", "aten.addmm.default"} <= set(found.dtypes)
+    assert not {"aten._to_copy.default", "aten.clone.default", "aten.copy_.default"} & set(found.dtypes)
+    assert found.not_for_a_graph == []
+
+
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 def test_a_dual_encoder_waits_for_the_device_once(tmp_path: Path, kind: str) -> None:
     folder = make_dual_encoder(tmp_path, kind)
@@ -207,3 +228,22 @@ def test_a_dual_encoder_waits_for_the_device_once(tmp_path: Path, kind: str) -> 
         matcher = DualMatcher(embedder)
         assert matcher.match_itc(matcher.encode_images(pixels()), ["a cat"] * 5).shape == (5,)
     assert reads.found == {"vectors.py:to_unit": 2, "vectors.py:cosines": 1}
+
+
+def test_a_matcher_finds_what_was_embedded_without_waiting_for_the_device(tmp_path: Path) -> None:
+    """Of the very pixels; where it is shown some of them, it waits for what tells which they are."""
+    folder = make_dual_encoder(tmp_path, "siglip")
+    config = AutoConfig.from_pretrained(folder)
+    with fake_mode(), HostReads() as reads:
+        model = build(lambda: AutoModel.from_config(config), HALF)
+        embedder = DualEmbedder(model, TextTokenizer(folder, model), PixelNormalizer(PREPROCESSING, "cuda", HALF))
+        embedder.tower.num_users = 2
+        shown = pixels()
+        embedder.embed_images(shown)
+        reads.found.clear()
+        matcher = DualMatcher(embedder)
+        matcher.encode_images(shown)
+        assert embedder.tower.num_passes == 1
+        assert reads.found == {}
+        matcher.encode_images(shown[1:4])
+    assert reads.found == {"kept.py:_samples": 2, "kept.py:_are_equal_on_device": 1}

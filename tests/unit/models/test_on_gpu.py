@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +24,8 @@ from vlmflow.models import fused, load_answerer, load_captioner, load_embedder, 
 from vlmflow.models.blip import BlipCaptioner
 from vlmflow.models.blip_fast import cross
 from vlmflow.models.blip_fast.graph import DecodeGraphs
+from vlmflow.models.dual_encoder import DualEmbedder
+from vlmflow.models.towers import VisionTowers
 from vlmflow.moderation.decide import Moderator
 from vlmflow.moderation.policy import load_policy
 from vlmflow.moderation.prompts import encode_prompts
@@ -208,12 +211,33 @@ def test_vectors_are_judged_as_those_of_a_processor(
     assert np.mean([one == other for one, other in zip(decisions, decided, strict=True)]) >= 0.99
 
 
+@pytest.mark.parametrize("packs", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("dtype", "least"), [("float32", 0.99999), ("bfloat16", 0.99)])
-def test_dual_encoders_embed_as_on_a_processor(tmp_path: Path, kind: str, dtype: Dtype, least: float) -> None:
+def test_dual_encoders_embed_as_on_a_processor(
+    tmp_path: Path, kind: str, dtype: Dtype, least: float, packs: bool
+) -> None:
     as_in_a_worker(dtype)
-    config = ModelConfig(family="dual_encoder", path=str(make_dual_encoder(tmp_path, kind)))
-    exact, on_gpu = load_embedder(config, "cpu"), load_embedder(config, "cuda", dtype)
+    folder = make_dual_encoder(tmp_path, kind)
+    config = ModelConfig(family="dual_encoder", path=str(folder))
+    exact, on_gpu = load_embedder(config, "cpu"), DualEmbedder.load(folder, config, "cuda", dtype, packs=packs)
     pictures, texts = random_pixels(37), ["a red car", "two dogs on a table", "a"]
     assert (exact.embed_images(pictures) * on_gpu.embed_images(pictures)).sum(axis=1).min() > least
     assert (exact.embed_texts(texts) * on_gpu.embed_texts(texts)).sum(axis=1).min() > least
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_what_was_embedded_is_matched_without_another_pass_on_a_gpu(tmp_path: Path, kind: str) -> None:
+    as_in_a_worker("auto")
+    config = ModelConfig(family="dual_encoder", path=str(make_dual_encoder(tmp_path, kind)))
+    towers = VisionTowers()
+    embedder, matcher = load_embedder(config, "cuda", "auto", towers), load_matcher(config, "cuda", "auto", towers)
+    views, first = random_pixels(37).to("cuda"), torch.arange(0, 37, 2, device="cuda")
+    tower: Any = embedder.tower  # type: ignore[attr-defined]
+    passes = tower.num_passes
+    with torch.inference_mode(), towers.of_batch():
+        vectors = embedder.embed_images(views)
+        found = matcher.encode_images(views[first]).embeds.float()
+    assert tower.num_passes == passes + 1
+    expected = torch.nn.functional.normalize(found, dim=-1).cpu().numpy()
+    np.testing.assert_allclose(vectors[::2], expected, atol=1e-6)

@@ -237,6 +237,34 @@ def test_titles_are_ranked_by_how_little_they_fit(tmp_path: Path) -> None:
     assert [title.rank for title in find_titles(config_of(tmp_path), top_k=1, where="text_itm > 0.2").titles] == [1]
 
 
+def test_titles_of_a_model_without_a_matching_head_are_ranked_by_their_cosines(tmp_path: Path) -> None:
+    cosines = [0.31, None, 0.05, 0.22]
+    put(tmp_path, names(4), clustered(4), text_itc=cosines, match_fingerprint=["siglip"] * 4)
+    report = find_titles(config_of(tmp_path))
+    assert [(title.uri[-1], title.text_itm, title.text_itc) for title in report.titles] == [
+        ("2", None, pytest.approx(0.05)),
+        ("3", None, pytest.approx(0.22)),
+        ("0", None, pytest.approx(0.31)),
+    ]
+    assert (report.ranked_by, report.num_scored, report.num_left_out) == ("text_itc", 3, 0)
+    assert find_titles(config_of(tmp_path), where="text_itc > 1").titles == ()
+
+
+def test_scores_that_do_not_compare_are_not_ranked_together(tmp_path: Path) -> None:
+    """Cosines of two models, and beside probabilities."""
+    models = ["siglip", "clip", "siglip", "siglip", "clip", "blip"]
+    cosines = [0.1, 0.2, 0.0, None, 0.3, 0.4]
+    put(tmp_path, names(6), clustered(6), text_itc=cosines, match_fingerprint=models, text_itm=[None] * 5 + [0.9])
+    report = find_titles(config_of(tmp_path))
+    assert [title.uri[-1] for title in report.titles] == ["5"]
+    assert (report.ranked_by, report.num_scored, report.num_left_out) == ("text_itm", 1, 4)
+    report = find_titles(config_of(tmp_path), where="match_fingerprint != 'blip'")
+    assert [title.uri[-1] for title in report.titles] == ["2", "0"]
+    assert (report.ranked_by, report.num_scored, report.num_left_out) == ("text_itc", 2, 2)
+    report = find_titles(config_of(tmp_path), where="match_fingerprint = 'clip'")
+    assert [title.uri[-1] for title in report.titles] == ["1", "4"]
+
+
 def test_a_catalog_without_match_scores_is_said(tmp_path: Path) -> None:
     put(tmp_path, names(2), clustered(2))
     with pytest.raises(SearchError, match="no row"):

@@ -139,6 +139,22 @@ def test_the_terminal_shows_it_as_text(text: str) -> None:
         assert "(10,000 characters)" in shown
 
 
+def test_a_ranking_by_cosines_is_told_as_one() -> None:
+    values = {"decision": "allow", "text": "a cat", "text_column": "t", "caption": None, "text_itm": None}
+    title = Title.model_validate({"rank": 1, "image_id": "0" * 32, "uri": "u", "text_itc": 0.0512, **values})
+    titles = TitleReport(
+        catalog="c", images_version=1, ranked_by="text_itc", num_scored=3, num_left_out=1_200, titles=(title,)
+    )
+    sink = io.StringIO()
+    print_titles(titles, Console(file=sink, width=200, force_terminal=False))
+    shown = sink.getvalue()
+    assert "cosine" in shown.splitlines()[0]
+    assert "0.051" in shown
+    assert "no probability: the model has no matching head" in shown
+    assert "1,200 rows have a score of another model" in shown
+    assert ",0.0512," in titles_csv(titles)
+
+
 def test_kinds_of_duplicates_that_were_left_out_are_said() -> None:
     sink = io.StringIO()
     report = DuplicateReport(

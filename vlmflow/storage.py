@@ -63,6 +63,7 @@ _LISTING = re.compile(r"Generic \w+ error: Error performing list request")
 _STORE = re.compile(r"Generic (?:S3|GCS|MicrosoftAzure|LocalFileSystem) error|HTTP error|[Oo]bject ?[Ss]tore")
 _METADATA_SERVER = re.compile(r"Error performing \w+ http://(169\.254\.169\.254|metadata\.google)")
 _KEY = re.compile(r"\bpem\b|CryptoProvider|private key", re.IGNORECASE)
+_OS_ERROR = re.compile(r": ([^:]+) \(os error \d+\)")
 _FULL = re.compile(r"No space left on device|Disk quota exceeded|os error (28|122)\b")
 _TIMEOUT = re.compile(r"TimedOut|timed out", re.IGNORECASE)
 # A body that stalled was asked for again from where it stalled, up to `max_retries` times.
@@ -190,7 +191,8 @@ def open_store(uri: str, config: StorageConfig) -> tuple[ObjectStore, str]:
     address = parse_address(uri)
     if address.is_local:
         return LocalStore(), address.path.lstrip("/")
-    check_variables(_provider(address), address.root, names_endpoint=config.endpoint is None)
+    names_endpoint, signs = config.endpoint is None, not config.anonymous
+    check_variables(_provider(address), address.root, names_endpoint=names_endpoint, signs=signs)
     settings: Any = {}  # of S3, GCS or Azure, which the root decides
     if config.anonymous:
         settings["skip_signature"] = True
@@ -211,10 +213,19 @@ def open_store(uri: str, config: StorageConfig) -> tuple[ObjectStore, str]:
 
 
 def _why_not(error: Exception) -> str:
-    """Why a store cannot be opened. Of a key that it cannot read, obstore repeats the line: all of it, often."""
-    if _KEY.search(str(error)):
+    """Why a store cannot be opened. Of a key that it cannot read, obstore repeats the line: all of it, often.
+
+    So it does of a file of one: its path, in whose place a variable may have the key itself, and words in it.
+    """
+    text = str(error)
+    if "service account file" in text:
+        reason = _OS_ERROR.search(text)
+        return "the file of the service account " + (
+            f"cannot be opened: {reason[1]}" if reason else "holds no such key"
+        )
+    if _KEY.search(text):
         return "the private key of the service account cannot be read"
-    return str(error).splitlines()[0]
+    return text.splitlines()[0]
 
 
 def delta_storage_options(config: StorageConfig, uri: str) -> dict[str, str]:

@@ -273,6 +273,77 @@ def test_an_endpoint_of_the_environment_that_is_none_is_named(
         open_store(uri, StorageConfig(endpoint="http://minio:9000"))
 
 
+@pytest.mark.parametrize(
+    ("uri", "variable", "values"),
+    [
+        ("s3://shop/x", "AWS_ENDPOINT_URL_STS", ["", "sts", "http://sts:99999"]),
+        ("s3://shop/x", "AWS_METADATA_ENDPOINT", ["", "127.0.0.1:1"]),
+        ("s3://shop/x", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", ["/a b", ":x"]),
+        ("gs://shop/x", "GCE_METADATA_HOST", ["", "a b", "host:99999"]),
+        ("az://shop/x", "AZURE_AUTHORITY_HOST", ["", "login.microsoftonline.com"]),
+        ("az://shop/x", "IDENTITY_ENDPOINT", ["", "127.0.0.1:1"]),
+        ("az://shop/x", "AZURE_TENANT_ID", ["a b"]),
+        ("az://shop/x", "IDENTITY_HEADER", ["key\n"]),
+    ],
+)
+def test_a_server_of_credentials_that_is_none_is_named_where_it_would_be_asked(
+    uri: str, variable: str, values: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
+    for value in values:
+        monkeypatch.setenv(variable, value)
+        with pytest.raises(ConfigError, match=f"^{uri[:9]} cannot be opened: {variable} ") as caught:
+            open_store(uri, StorageConfig())
+        assert "\n" not in str(caught.value)
+    monkeypatch.setenv(variable, "")
+    open_store(uri, StorageConfig(anonymous=True))
+    keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "GOOGLE_BEARER_TOKEN": "c"}
+    for name, key in (keys | {"AZURE_STORAGE_ACCOUNT_KEY": "a2V5"}).items():
+        monkeypatch.setenv(name, key)
+    open_store(uri, StorageConfig())
+
+
+@pytest.mark.parametrize(
+    ("uri", "variable", "value"),
+    [
+        ("gs://shop/x", "GOOGLE_CREDENTIALS", '{\n"type": "service_account"}'),
+        ("gs://shop/x", "GOOGLE_CLOUD_PROJECT_NAME", "L\u00e4den"),
+        ("az://shop/x", "AZURE_CREDENTIALS", '{\n"clientId": "x"}'),
+        ("s3://shop/x", "AWS_PROFILE_NAME", "Zo\u00eb"),
+        ("s3://shop/x", "AWS_CA_CERTIFICATES", "-----BEGIN CERTIFICATE-----\nMII\n"),
+    ],
+)
+def test_variables_of_other_programs_may_hold_what_they_like(
+    uri: str, variable: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
+    monkeypatch.setenv(variable, value)
+    open_store(uri, StorageConfig())
+
+
+@pytest.mark.parametrize(
+    ("variable", "content", "said"),
+    [
+        (
+            "GOOGLE_APPLICATION_CREDENTIALS",
+            '{"type": "authorized_user", "refresh_token": "hunter2"}',
+            "cannot be opened",
+        ),
+        ("GOOGLE_APPLICATION_CREDENTIALS", '{\n"refresh_token": "hunter2"}', "cannot be opened"),
+        ("GOOGLE_SERVICE_ACCOUNT", "aHVudGVyhunter2", "cannot be opened: No such file"),
+        ("GOOGLE_SERVICE_ACCOUNT_KEY", '"hunter2"', "holds no such key"),
+    ],
+)
+def test_a_key_where_its_path_should_be_is_not_repeated(
+    variable: str, content: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, content)
+    with pytest.raises(ConfigError, match=f"the file of the service account {said}") as caught:
+        open_store("gs://shop/x", StorageConfig())
+    assert "hunter2" not in f"{caught.value} {caught.value.remedy}"
+    assert "GOOGLE_APPLICATION_CREDENTIALS" in caught.value.remedy
+
+
 def test_variables_of_other_stores_and_those_of_several_lines_are_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -281,7 +352,7 @@ def test_variables_of_other_stores_and_those_of_several_lines_are_left_alone(
     open_store("s3://shop/x", StorageConfig())
     open_store(str(tmp_path), StorageConfig())
     monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT_KEY", '{\n"private_key": 1')
-    with pytest.raises(ConfigError, match="cannot be opened: Generic GCS error"):
+    with pytest.raises(ConfigError, match="the file of the service account holds no such key"):
         open_store("gs://shop/x", StorageConfig())
 
 

@@ -51,7 +51,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "SiglipImageProcessor": _HALF | {"resample": 3, "size": 224},
     "TextNetImageProcessor": _IMAGENET | {"resample": 2, "size": 640, "crop_size": 224},
     "ViTImageProcessor": _HALF | {"resample": 2, "size": 224},
-    "ViltImageProcessor": _HALF | {"resample": 3, "size": 384},
+    "ViltImageProcessor": _HALF | {"resample": 3, "size": 384, "size_divisor": 32},
 }
 # What they do whatever the file says.
 _ALWAYS: dict[str, dict[str, Any]] = {"MobileViTImageProcessor": {"do_normalize": False}}
@@ -79,6 +79,8 @@ def with_defaults(values: dict[str, Any], default_class: str | None, path: Path)
         )
     whole = _COMMON | DEFAULTS.get(name or "", {}) | values | _ALWAYS.get(name or "", {})
     needed = ["size", "resample", *(("image_mean", "image_std") if whole["do_normalize"] else ())]
+    if "size_divisor" not in DEFAULTS.get(name or "", {}):
+        whole.pop("size_divisor", None)  # means nothing to any other
     missing = [key for key in needed if whole.get(key) is None]
     if missing:
         raise WeightsError(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from transformers import GenerationConfig
+
 from vlmflow.errors import WeightsError
 
 # What a job says itself, what only sampling heeds, tokens that an adapter reads itself, and what changes no token.
@@ -16,7 +18,7 @@ _NEEDLESS = frozenset(
         *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"),
         *("use_cache", "cache_implementation", "cache_config", "low_memory", "compile_config", "disable_compile"),
         *("is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"),
-        *("assistant_lookbehind", "target_lookbehind", "transformers_version"),
+        *("assistant_lookbehind", "target_lookbehind", "max_cache_len", "prefill_chunk_size", "transformers_version"),
     }
 )
 # Of these 1 means that nothing is done, of all others 0.
@@ -49,10 +51,12 @@ def check_settings(folder: Path, settings: Any, honoured: frozenset[str] = froze
     Raises:
         WeightsError: names the settings.
     """
+    # A file may hold what is none of transformers' settings, which that passes over too.
+    heeded = vars(GenerationConfig()).keys() - _NEEDLESS - honoured
     found = {
         name: value
         for name, value in settings.to_diff_dict().items()
-        if not name.startswith("_") and name not in _NEEDLESS | honoured and not _does_nothing(name, value)
+        if name in heeded and not name.startswith("_") and not _does_nothing(name, value)
     }
     if found:
         some = ", ".join(f"{name} {value!r:.40}" for name, value in sorted(found.items()))

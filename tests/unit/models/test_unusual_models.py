@@ -30,6 +30,7 @@ from tests.models import (
     make_blip_vqa,
     make_captioner,
     make_clip,
+    make_judge,
     make_vilt,
     random_pixels,
 )
@@ -42,6 +43,7 @@ from vlmflow.models import load_answerer, load_captioner, load_embedder, pixel_r
 AT_REST = {"repetition_penalty": 1.0, "length_penalty": 1.0, "num_beams": 4, "do_sample": True, "temperature": 0.5}
 AT_REST |= {"min_length": 0, "no_repeat_ngram_size": 0, "bad_words_ids": None, "early_stopping": False, "max_length": 5}
 AT_REST |= {"num_beam_groups": 1, "num_return_sequences": 1, "output_scores": True, "return_dict_in_generate": True}
+AT_REST |= {"chat_format": "none that transformers knows"}
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +55,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "blip2_caption": make_blip2_captioner,
         "git": make_git,
         "vilt": make_vilt,
+        "vlm": make_judge,
     }
     return {family: make(root / family) for family, make in makers.items()}
 
@@ -78,6 +81,7 @@ def written(family: str, model: Any, pixels: torch.Tensor) -> Any:
         ("blip2_caption", "config", {"text_config.stop_strings": ["red"]}, "stop_strings"),
         ("git", "generation_config", {"repetition_penalty": 5.0, "num_beams": 3}, r"\(repetition_penalty 5.0\)"),
         ("git", "generation_config", {"length_penalty": 0.0}, "length_penalty 0.0"),
+        ("vlm", "generation_config", {"stop_strings": ["red"], "repetition_penalty": 1.1}, r"\(stop_strings"),
     ],
 )
 def test_settings_of_decoding_that_are_not_heeded_are_refused(

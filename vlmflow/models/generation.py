@@ -17,6 +17,7 @@ _NEEDLESS = frozenset(
         *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"),
         *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"),
         *("use_cache", "cache_implementation", "cache_config", "low_memory", "compile_config", "disable_compile"),
+        *("renormalize_logits", "remove_invalid_values"),
         *("is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"),
         *("assistant_lookbehind", "target_lookbehind", "max_cache_len", "prefill_chunk_size", "transformers_version"),
     }
@@ -35,7 +36,6 @@ STEPS = frozenset(
         *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length", "min_new_tokens"),
         *("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias"),
         *("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty"),
-        *("renormalize_logits", "remove_invalid_values"),
     }
 )
 

@@ -65,18 +65,10 @@ def load(family: str, folder: Path) -> Any:
     return (load_answerer if family in ("blip_vqa", "vilt") else load_captioner)(config, "cpu")
 
 
-def written(family: str, model: Any, pixels: torch.Tensor) -> Any:
-    """Captions, or answers."""
-    if family == "blip_vqa":
-        return model.answer(pixels, [["what is on the table"]] * len(pixels))
-    return model.caption(pixels, 8)
-
-
 @pytest.mark.parametrize(
     ("family", "file", "change", "named"),
     [
         ("blip_caption", "config", {"text_config.guidance_scale": 2.0}, "guidance_scale 2.0"),
-        ("blip_caption", "config", {"text_config.sequence_bias": [[[9], 5.0]]}, "sequence_bias"),
         ("blip_vqa", "config", {"text_config.min_new_tokens": 4}, "min_new_tokens 4"),
         ("blip2_caption", "config", {"text_config.stop_strings": ["red"]}, "stop_strings"),
         ("git", "generation_config", {"repetition_penalty": 5.0, "num_beams": 3}, r"\(repetition_penalty 5.0\)"),
@@ -95,14 +87,14 @@ def test_settings_of_decoding_that_are_not_heeded_are_refused(
     assert "Remove " in refused.value.remedy
 
 
-@pytest.mark.parametrize("family", ["blip_caption", "blip_vqa", "blip2_caption", "git"])
+@pytest.mark.parametrize("family", ["blip_caption", "blip2_caption", "git"])
 def test_settings_at_rest_and_those_of_a_job_change_nothing(tmp_path: Path, made: dict[str, Path], family: str) -> None:
     folder, pixels = copytree(made[family], tmp_path / family), random_pixels(3)
     if family == "git":
         edit_json(folder / "generation_config.json", AT_REST)
     else:
         edit_json(folder / "config.json", {f"text_config.{name}": value for name, value in AT_REST.items()})
-    assert written(family, load(family, folder), pixels) == written(family, load(family, made[family]), pixels)
+    assert load(family, folder).caption(pixels, 8) == load(family, made[family]).caption(pixels, 8)
 
 
 def test_git_whose_two_files_end_captions_otherwise_is_refused(tmp_path: Path, made: dict[str, Path]) -> None:
@@ -112,17 +104,16 @@ def test_git_whose_two_files_end_captions_otherwise_is_refused(tmp_path: Path, m
         load("git", folder)
 
 
-@pytest.mark.parametrize("num_beams", [1, 3])
-def test_blip2_heeds_what_transformers_does(tmp_path: Path, made: dict[str, Path], num_beams: int) -> None:
+def test_blip2_heeds_what_transformers_does(tmp_path: Path, made: dict[str, Path]) -> None:
     folder, pixels = copytree(made["blip2_caption"], tmp_path / "blip2"), random_pixels(5)
     edit_json(folder / "config.json", {"text_config.min_new_tokens": 6, "text_config.sequence_bias": [[[9], 3.0]]})
     shown = AutoImageProcessor.from_pretrained(folder)(as_images(pixels), return_tensors="pt")["pixel_values"]
     reference = Blip2ForConditionalGeneration.from_pretrained(folder).eval()
-    tokens = reference.generate(pixel_values=shown, max_new_tokens=8, num_beams=num_beams)
+    tokens = reference.generate(pixel_values=shown, max_new_tokens=8, num_beams=3)
     texts = AutoTokenizer.from_pretrained(folder).batch_decode(tokens, skip_special_tokens=True)
-    captions = load("blip2_caption", folder).caption(pixels, 8, num_beams)
+    captions = load("blip2_caption", folder).caption(pixels, 8, 3)
     assert captions == [text.strip() for text in texts]
-    assert captions != load("blip2_caption", made["blip2_caption"]).caption(pixels, 8, num_beams)
+    assert captions != load("blip2_caption", made["blip2_caption"]).caption(pixels, 8, 3)
 
 
 @pytest.mark.parametrize(

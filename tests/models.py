@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import open_clip
@@ -60,9 +62,19 @@ PREPROCESSOR = {
 
 
 def make_clip(
-    folder: Path, *, seed: int = 0, siglip: bool = False, half: bool = False, embed_dim: int | None = None
+    folder: Path,
+    *,
+    seed: int = 0,
+    siglip: bool = False,
+    half: bool = False,
+    embed_dim: int | None = None,
+    vision: Mapping[str, Any] = MappingProxyType({}),
 ) -> Path:
-    """Writes an open_clip folder: a CLIP with word-level tokens, or a SigLIP with its kind of towers and pixels."""
+    """Writes an open_clip folder: a CLIP with word-level tokens, or a SigLIP with its kind of towers and pixels.
+
+    Args:
+        vision: further values of ``vision_cfg``.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     vocab_size = _save_word_tokenizer(folder, siglip=siglip)
     text: dict[str, Any] = {"context_length": 16, "vocab_size": vocab_size, "width": 32, "heads": 2, "layers": 2}
@@ -78,7 +90,7 @@ def make_clip(
         text["tokenizer_kwargs"] = {"clean": "canonicalize"}
         pixels |= {"mean": [0.5] * 3, "std": [0.5] * 3, "resize_mode": "squash"}
     else:
-        model["vision_cfg"]["no_ln_pre"] = True
+        model["vision_cfg"] |= {"no_ln_pre": True} | dict(vision)
     write_json(folder / "open_clip_config.json", {"model_cfg": model, "preprocess_cfg": pixels})
     torch.manual_seed(seed)
     built = open_clip.create_model(f"local-dir:{folder}", load_weights=False)

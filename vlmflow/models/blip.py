@@ -17,6 +17,7 @@ from vlmflow.config import Dtype, ModelConfig
 from vlmflow.models import EncodedImages
 from vlmflow.models.attention import growing
 from vlmflow.models.blip_fast import GreedyDecoder, SpecialTokens, TextTower, decode_beams
+from vlmflow.models.generation import check_settings
 from vlmflow.models.pixels import PixelNormalizer, model_dtype
 from vlmflow.models.preprocessing import read_preprocessing
 from vlmflow.models.pretrained import load_model, load_tokenizer
@@ -53,9 +54,11 @@ class BlipCaptioner:
         """Loads ``BlipForConditionalGeneration`` from a folder.
 
         Raises:
-            WeightsError: the weights are absent or do not fit.
+            WeightsError: the weights are absent or do not fit, or the configuration sets how captions are decoded.
         """
-        return cls(*load_parts(BlipForConditionalGeneration, folder, config, Target(device, dtype, towers)))
+        model, *others = load_parts(BlipForConditionalGeneration, folder, config, Target(device, dtype, towers))
+        check_settings(folder, model.text_decoder.generation_config)
+        return cls(model, *others)
 
     @torch.inference_mode()
     def caption(self, pixels: torch.Tensor, max_tokens: int, num_beams: int = 1) -> list[str]:

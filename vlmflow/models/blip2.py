@@ -21,6 +21,7 @@ from vlmflow.config import Dtype, ModelConfig
 from vlmflow.errors import WeightsError
 from vlmflow.models import EncodedImages
 from vlmflow.models.attention import growing
+from vlmflow.models.generation import STEPS, check_settings
 from vlmflow.models.logits import NumberCheck
 from vlmflow.models.pixels import PixelNormalizer, model_dtype
 from vlmflow.models.preprocessing import read_preprocessing
@@ -55,7 +56,8 @@ class Blip2Captioner:
         """Loads ``Blip2ForConditionalGeneration`` from a folder.
 
         Raises:
-            WeightsError: the weights are absent or do not fit.
+            WeightsError: the weights are absent or do not fit, or the configuration sets what `generate` needs more
+                for than logits.
         """
         wanted = model_dtype(device, dtype)
         model, missing, unexpected = load_model(Blip2ForConditionalGeneration, folder, wanted)
@@ -65,6 +67,14 @@ class Blip2Captioner:
             raise WeightsError(
                 f"weights: {folder / 'config.json'}: text_config.bos_token_id is missing, which begins a caption",
                 remedy="Set it as the published configuration does: 2 for OPT, 1 for T5.",
+            )
+        check_settings(folder, model.language_model.generation_config, honoured=STEPS)
+        seen, taken = model.language_projection.out_features, model.get_input_embeddings().embedding_dim
+        if seen != taken:
+            raise WeightsError(
+                f"weights: {folder / 'config.json'}: what the queries saw has {seen} dimensions, and the words of the "
+                f"language model have {taken}",
+                remedy="Use a language model whose words are as wide as its layers: word_embed_proj_dim of OPT.",
             )
         normalizer = PixelNormalizer(read_preprocessing(folder, config), device, wanted)
         model = model.to(device)
@@ -101,6 +111,7 @@ class Blip2Captioner:
                 num_beams=num_beams,
                 max_new_tokens=max_tokens,
                 logits_processor=numbers.as_list(),
+                return_dict_in_generate=False,
             )
         numbers.check()
         # OPT ends a caption with a line feed, which is no special token.

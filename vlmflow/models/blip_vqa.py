@@ -11,11 +11,13 @@ import torch
 from transformers import BlipForQuestionAnswering
 
 from vlmflow.config import Dtype, ModelConfig
+from vlmflow.errors import WeightsError
 from vlmflow.models import Answer
 from vlmflow.models.attention import growing
 from vlmflow.models.blip import Target, load_parts
 from vlmflow.models.blip_fast import SpecialTokens, TextTower
 from vlmflow.models.blip_fast.cache import SlicedCache
+from vlmflow.models.generation import check_settings
 from vlmflow.models.questions import check_paired, check_scores, tokenize
 from vlmflow.models.towers import SharedTower
 from vlmflow.models.upload import numbers
@@ -42,9 +44,18 @@ class BlipAnswerer:
         """Loads ``BlipForQuestionAnswering`` from a folder.
 
         Raises:
-            WeightsError: the weights are absent or do not fit.
+            WeightsError: the weights are absent or do not fit, or the configuration sets how answers are decoded.
         """
-        return cls(*load_parts(BlipForQuestionAnswering, folder, config, Target(device, dtype, towers)))
+        model, *others = load_parts(BlipForQuestionAnswering, folder, config, Target(device, dtype, towers))
+        check_settings(folder, model.text_decoder.generation_config)
+        seen, read = model.config.vision_config.hidden_size, model.config.text_config.hidden_size
+        if seen != read:  # the decoder looks at what the encoder made of the question, as if it were an image
+            raise WeightsError(
+                f"weights: {folder / 'config.json'}: a BLIP that answers has one width, not hidden_size {seen} of "
+                f"vision_config and {read} of text_config",
+                remedy="Use weights and configuration of one model, such as Salesforce/blip-vqa-base.",
+            )
+        return cls(model, *others)
 
     def check_questions(self, questions: Sequence[str]) -> None:
         """See :class:`vlmflow.models.Answerer`."""

@@ -53,8 +53,8 @@ class ClipEmbedder:
             packs: the weights of the image tower, for speed.
 
         Raises:
-            WeightsError: the weights are absent or do not fit, or the configuration names what open_clip would
-                download or run.
+            WeightsError: the weights are absent or do not fit, the configuration names what open_clip would
+                download or run, or the model cannot embed an image and a text.
         """
         architecture = read_open_clip_model(folder, config.architecture)
         _refuse_remote_parts(folder, architecture)
@@ -70,7 +70,10 @@ class ClipEmbedder:
             elif wanted != torch.float32:
                 model = build(folder, config.architecture, device, wanted)
             normalize = PixelNormalizer(preprocessing, device, wanted)
-        return cls(model, _load_tokenizer(folder, architecture["text_cfg"]), normalize, architecture["embed_dim"])
+        tokenize = _load_tokenizer(folder, architecture["text_cfg"])
+        embedder = cls(model, tokenize, normalize, architecture["embed_dim"])
+        embedder._try_out(folder, preprocessing.size)
+        return embedder
 
     @torch.inference_mode()
     def embed_images(self, pixels: torch.Tensor) -> NDArray[np.float32]:
@@ -90,6 +93,14 @@ class ClipEmbedder:
                 for start in range(0, len(tokens), _TEXTS_AT_ONCE)
             ]
         return np.concatenate(parts)
+
+    def _try_out(self, folder: Path, size: int) -> None:
+        """Embeds a black image and a word: open_clip builds many a model that fails at every image."""
+        what = f"the model of {folder} cannot embed an image of {size} pixels a side and a word"
+        with as_weights_error(what, "Copy open_clip_config.json again from where the model was published."):
+            images = self.embed_images(torch.zeros((1, 3, size, size), dtype=torch.uint8))
+            if images.shape != (1, self.dim) or self.embed_texts(["a"]).shape != (1, self.dim):
+                raise ValueError(f"image and text are no vectors of embed_dim, which is {self.dim}")
 
 
 def image_features(model: Any, normalize: PixelNormalizer, pixels: torch.Tensor) -> torch.Tensor:

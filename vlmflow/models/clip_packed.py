@@ -19,7 +19,7 @@ def can_pack(model: Any) -> bool:
     """Whether the layers of the image tower are all of open_clip's ordinary kind; those of SigLIP's towers are not."""
     transformer = getattr(model.visual, "transformer", None)
     blocks = getattr(transformer, "resblocks", None)
-    if blocks is None or not getattr(transformer, "batch_first", False):
+    if not blocks or not getattr(transformer, "batch_first", False):
         return False
     return all(type(block) is ResidualAttentionBlock and not hasattr(block, "ln_1_kv") for block in blocks)
 

@@ -10,11 +10,14 @@ from transformers import GenerationConfig, GitForCausalLM
 
 from vlmflow.config import Dtype, ModelConfig
 from vlmflow.errors import WeightsError
+from vlmflow.models.generation import check_settings
 from vlmflow.models.logits import NumberCheck
 from vlmflow.models.pixels import PixelNormalizer, model_dtype
 from vlmflow.models.preprocessing import read_preprocessing
 from vlmflow.models.pretrained import load_model, load_tokenizer
 from vlmflow.models.weights import check_keys
+
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 class GitCaptioner:
@@ -30,7 +33,7 @@ class GitCaptioner:
 
         Raises:
             WeightsError: the weights are absent or do not fit, or are those of a model of videos; or nothing says how
-                a caption begins.
+                a caption begins, or the files set how it is decoded, or contradict each other in that.
         """
         wanted = model_dtype(device, dtype)
         model, missing, unexpected = load_model(GitForCausalLM, folder, wanted)
@@ -45,8 +48,12 @@ class GitCaptioner:
                 f"weights: {folder / 'config.json'}: bos_token_id is missing, which begins a caption",
                 remedy="Set it as the published configuration does: 101.",
             )
-        # What begins and ends a caption, and no other settings that a folder may hold: those are not in its digest.
-        model.generation_config = GenerationConfig.from_model_config(model.config)
+        check_settings(folder, model.generation_config)
+        # Of what the folder says of decoding the tokens that begin and end a caption are left, by the file of the two
+        # that is in its digest.
+        tokens = GenerationConfig(**{name: getattr(model.config, name) for name in _TOKENS})
+        _check_tokens(folder, model.generation_config, tokens)
+        model.generation_config = tokens
         normalizer = PixelNormalizer(read_preprocessing(folder, config), device, wanted)
         return cls(model.to(device), load_tokenizer(folder), normalizer)
 
@@ -76,3 +83,18 @@ class GitCaptioner:
         )
         numbers.check()
         return [text.strip() for text in self._tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+
+def _check_tokens(folder: Path, settings: GenerationConfig, tokens: GenerationConfig) -> None:
+    """Refuses a folder whose generation_config.json has captions begin or end otherwise than its config.json.
+
+    Raises:
+        WeightsError: names the token.
+    """
+    for name in _TOKENS:
+        found, expected = getattr(settings, name), getattr(tokens, name)
+        if found is not None and found != expected:
+            raise WeightsError(
+                f"weights: {folder}: {name} is {found} in generation_config.json, and {expected} in config.json",
+                remedy="Write into config.json what the model was trained with, and the same into the other.",
+            )

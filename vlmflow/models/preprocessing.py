@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, assert_never, cast
 
@@ -132,7 +132,10 @@ def _read_processor(folder: Path, family: Family) -> Preprocessing:
     The whole image is squashed to it where they would show its middle: moderation must not overlook the ends.
     """
     values, path = _processor_values(folder)
-    preprocessing = _squashed(with_defaults(values, family.processor, path), path)
+    values = with_defaults(values, family.processor, path)
+    preprocessing = _squashed(values, path)
+    if values.get("size_divisor") is not None:
+        preprocessing = replace(preprocessing, size=_divided(preprocessing.size, values["size_divisor"], path))
     if family.image_section is not None:
         _check_size(folder, family.image_section, preprocessing.size)
     return preprocessing
@@ -182,7 +185,7 @@ def _check_size(folder: Path, section: str, side: int) -> None:
     name = section if values.get(f"{section}_dict") is None else f"{section}_dict"
     # All these families take 224 pixels where the configuration does not say.
     expected = section_of(values, name, path).get("image_size", 224)
-    if side != expected:
+    if expected not in (side, [side, side]):
         raise WeightsError(
             f"weights: {folder} shows its model {side} pixels, but config.json says {expected}",
             remedy="Copy preprocessor_config.json and config.json of one model.",
@@ -239,6 +242,16 @@ def _square(written: object, path: Path, *, by_short_side: bool = False) -> int:
     if len(sides) == 2 and sides[0] == sides[1] and isinstance(sides[0], int) and sides[0] > 0:
         return sides[0]
     raise WeightsError(f"weights: {path}: image size {json.dumps(written)} is no square", remedy=remedy)
+
+
+def _divided(side: int, divisor: object, path: Path) -> int:
+    """The side that ViLT's processor makes of another: a multiple of the divisor, so that patches divide it."""
+    if not isinstance(divisor, int) or not 0 < divisor <= side:
+        raise WeightsError(
+            f"weights: {path}: size_divisor {divisor!r} leaves nothing of an image of {side} pixels a side",
+            remedy="Write the side of the model's patches: patch_size of config.json.",
+        )
+    return side // divisor * divisor
 
 
 def _rescale_factor(values: dict[str, Any], path: Path) -> float:

@@ -51,10 +51,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "SiglipImageProcessor": _HALF | {"resample": 3, "size": 224},
     "TextNetImageProcessor": _IMAGENET | {"resample": 2, "size": 640, "crop_size": 224},
     "ViTImageProcessor": _HALF | {"resample": 2, "size": 224},
-    "ViltImageProcessor": _HALF | {"resample": 3, "size": 384},
+    "ViltImageProcessor": _HALF | {"resample": 3, "size": 384, "size_divisor": 32},
 }
 # What they do whatever the file says.
 _ALWAYS: dict[str, dict[str, Any]] = {"MobileViTImageProcessor": {"do_normalize": False}}
+# What one of them alone knows: the others pass over it, whatever the file says.
+_OF_ONE_CLASS = {"do_flip_channel_order": "MobileViTImageProcessor", "size_divisor": "ViltImageProcessor"}
 # They do more with the pixels than their files say.
 _REFUSED = ("ImageGPTImageProcessor", "PPLCNetImageProcessor", "Siglip2ImageProcessor")
 
@@ -79,6 +81,8 @@ def with_defaults(values: dict[str, Any], default_class: str | None, path: Path)
         )
     whole = _COMMON | DEFAULTS.get(name or "", {}) | values | _ALWAYS.get(name or "", {})
     needed = ["size", "resample", *(("image_mean", "image_std") if whole["do_normalize"] else ())]
+    if name in DEFAULTS:
+        whole |= {key: None for key, owner in _OF_ONE_CLASS.items() if owner != name}
     missing = [key for key in needed if whole.get(key) is None]
     if missing:
         raise WeightsError(

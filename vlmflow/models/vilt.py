@@ -14,6 +14,7 @@ import torch
 from transformers import ViltForQuestionAnswering
 
 from vlmflow.config import Dtype, ModelConfig
+from vlmflow.errors import WeightsError
 from vlmflow.models import Answer
 from vlmflow.models.pixels import PixelNormalizer, model_dtype
 from vlmflow.models.preprocessing import read_preprocessing
@@ -30,11 +31,12 @@ class ViltAnswerer:
         """``model``: a ``ViltForQuestionAnswering``, whose weights are used; ``size``: side of its pixels.
 
         Raises:
-            WeightsError: pixels of this size do not divide into the model's patches.
+            WeightsError: pixels of this size do not divide into the model's patches, it has no layers, or an answer
+                has no words.
         """
         config = model.config
         self._tokenizer, self._tower = tokenizer, ViltTower(model, normalize, size)
-        self._answers = [config.id2label[number] for number in range(config.num_labels)]
+        self._answers = [_answer(config.id2label, number) for number in range(config.num_labels)]
         self._is_multi_label = config.problem_type == "multi_label_classification"
 
     @classmethod
@@ -76,3 +78,12 @@ class ViltAnswerer:
         numbers, values = best.indices.tolist(), best.values.tolist()
         check_scores(values)
         return [Answer(self._answers[number], value) for number, value in zip(numbers, values, strict=True)]
+
+
+def _answer(names: dict[int, str], number: int) -> str:
+    if number not in names:
+        raise WeightsError(
+            f"weights: config.json: id2label of {len(names)} answers has none of number {number}",
+            remedy="Number the answers from 0 on, as the model was trained.",
+        )
+    return names[number]

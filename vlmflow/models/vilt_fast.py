@@ -42,7 +42,7 @@ class ViltTower:
         """``model``: a ``ViltForQuestionAnswering``; ``size``: side of its pixels.
 
         Raises:
-            WeightsError: pixels of this size do not divide into the model's patches.
+            WeightsError: pixels of this size do not divide into the model's patches, or it has no layers.
         """
         config, embeddings = model.config, model.vilt.embeddings
         self.max_tokens: int = config.max_position_embeddings
@@ -54,6 +54,11 @@ class ViltTower:
         self._patches = Patches(embeddings.patch_embeddings.projection)
         positions = _positions(_floats(embeddings.position_embeddings), config, size) + kinds[1]
         self._begin, self._positions = _floats(embeddings.cls_token) + positions[:, :1], positions[:, 1:]
+        if config.num_hidden_layers < 1:
+            raise WeightsError(
+                "weights: config.json: num_hidden_layers is 0, and a ViLT without layers sees no image",
+                remedy="Copy config.json again from where the model was published: 12 for ViLT.",
+            )
         *layers, last = model.vilt.encoder.layer
         self._last = _LastLayer(last, config)
         self._layers = Blocks([_block(layer, config, ["query", "key", "value"]) for layer in layers], self._last.norm)

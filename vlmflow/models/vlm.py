@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from vlmflow.config import Dtype
 from vlmflow.models import Answer, Usage
 from vlmflow.models.attention import growing
+from vlmflow.models.generation import STEPS, check_settings
 from vlmflow.models.pixels import model_dtype
 from vlmflow.models.pretrained import load_model, load_processor
 from vlmflow.models.prompted import rows_of
@@ -44,10 +45,12 @@ class TransformersChat:
         """Loads safetensors from a folder.
 
         Raises:
-            WeightsError: the weights do not fit, the processor is absent, or either needs code of its own.
+            WeightsError: the weights do not fit, the processor is absent, either needs code of its own, or
+                generation_config.json sets what texts end by that are no tokens, and the like.
         """
         kind = model_dtype(device, dtype)
         model, processor = load_image_text_to_text(folder, kind)
+        check_settings(folder, model.generation_config, honoured=STEPS | {"guidance_scale"})
         return cls(model.to(device), processor, device, kind)
 
     @torch.inference_mode()

@@ -149,14 +149,6 @@ def test_the_first_configurations_of_blip2_name_the_text_input_otherwise(tmp_pat
     np.testing.assert_array_equal(matcher.match_itm(matcher.encode_images(pixels), ["a cat", "a dog"]), expected)
 
 
-def test_settings_of_generation_that_a_folder_may_hold_change_nothing(tmp_path: Path) -> None:
-    folder, pixels = make_git(tmp_path), random_pixels(5)
-    captions = load("git", folder).caption(pixels, 8)
-    settings = {"repetition_penalty": 5.0, "num_beams": 3, "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
-    (folder / "generation_config.json").write_text(json.dumps(settings))
-    assert load("git", folder).caption(pixels, 8) == captions
-
-
 def test_heads_of_pretraining_may_be_absent(tmp_path: Path) -> None:
     folder, pixels = make_flava(tmp_path), random_pixels(2)
     matcher = load("flava", folder)

@@ -46,6 +46,7 @@ def read(folder: Path, values: dict[str, Any], family: str = "image_classificati
     "values",
     [
         WHOLE,
+        WHOLE | {"do_flip_channel_order": True, "size_divisor": 24},
         MOBILE | {"do_flip_channel_order": True},
         MOBILE,
         MOBILE | {"do_flip_channel_order": False},
@@ -118,7 +119,8 @@ def test_whole_files_are_described_as_ever(tmp_path: Path) -> None:
     assert read(tmp_path, WHOLE).describe() == described
     assert read(tmp_path, WHOLE | {"image_processor_type": "Another"}).describe() == described
     assert read(tmp_path, WHOLE | {"do_flip_channel_order": False}).describe() == described
-    assert read(tmp_path, WHOLE | {"do_flip_channel_order": True}).describe() != described
+    flipped = {"image_processor_type": "Another", "do_flip_channel_order": True}
+    assert read(tmp_path, WHOLE | flipped).describe() != described
 
 
 @pytest.mark.parametrize("absent", ["size", "resample", "image_mean", "image_std"])
@@ -168,7 +170,7 @@ def test_a_family_settles_what_its_file_leaves_out(tmp_path: Path) -> None:
     whole = read_preprocessing(folder, ModelConfig(family="blip_caption", path=str(folder)))
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     assert read(folder, {"size": size}, "blip_caption") == whole
-    edit_json(folder / "preprocessor_config.json", {"do_flip_channel_order": True})
+    edit_json(folder / "preprocessor_config.json", MOBILE | {"do_center_crop": False, "size": size})
     with pytest.raises(WeightsError, match="blue, green, red"):
         read_preprocessing(folder, ModelConfig(family="blip_caption", path=str(folder)))
 

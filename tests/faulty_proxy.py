@@ -206,19 +206,21 @@ class _Handler(BaseHTTPRequestHandler):
         """Says nothing."""
 
 
-class _Server(ThreadingHTTPServer):
+class QuietServer(ThreadingHTTPServer):
+    """Takes many connections at once."""
+
     daemon_threads = True
     request_queue_size = 128
 
     def handle_error(self, *_: object) -> None:
-        """A connection that was reset is no error here."""
+        """A connection that was reset, as by a client that was killed, is no error here."""
 
 
 def main() -> None:
     upstream, share, seed = sys.argv[1:]
     _Handler.upstream = upstream.removeprefix("http://")
     _Handler.share, _Handler.random = float(share), random.Random(int(seed))
-    server = _Server(("127.0.0.1", 0), _Handler)
+    server = QuietServer(("127.0.0.1", 0), _Handler)
     print(server.server_port, flush=True)
     server.serve_forever()
 

@@ -19,11 +19,12 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
+from tests.faulty_proxy import QuietServer
 from vlmflow.config import StorageConfig
 
 TOKEN = "ya29.token-of-the-machine"
@@ -179,17 +180,9 @@ class _Handler(BaseHTTPRequestHandler):
         """Says nothing."""
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 128
-
-    def handle_error(self, *_: object) -> None:
-        """A client that is gone, as one that was killed, is no error here."""
-
-
 def main() -> None:
     _Handler.upstream = sys.argv[1].removeprefix("http://")
-    server = _Server(("127.0.0.1", 0), _Handler)
+    server = QuietServer(("127.0.0.1", 0), _Handler)
     print(server.server_port, flush=True)
     server.serve_forever()
 

@@ -27,6 +27,14 @@ from vlmflow.storage import (
 )
 
 
+@pytest.fixture(autouse=True)
+def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of stores: tests of others leave keys of the S3 server in the environment."""
+    for name in os.environ:
+        if name.startswith(("AWS_", "AZURE_", "GOOGLE_", "GCE_", "IDENTITY_", "MSI_")):
+            monkeypatch.delenv(name)
+
+
 def test_an_address_is_its_store_and_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert parse_address("s3://bucket/a b/c%20#?/") == ("s3://bucket", "a b/c%20#?")
@@ -356,9 +364,7 @@ def test_variables_of_other_stores_and_those_of_several_lines_are_left_alone(
         open_store("gs://shop/x", StorageConfig())
 
 
-def test_an_azure_store_without_an_account_says_which_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.startswith("AZURE_")]:
-        monkeypatch.delenv(name)
+def test_an_azure_store_without_an_account_says_which_variable() -> None:
     with pytest.raises(ConfigError, match="Account must be specified") as caught:
         open_store("az://shop/x", StorageConfig())
     assert "AZURE_STORAGE_ACCOUNT_NAME" in caught.value.remedy

@@ -3,10 +3,11 @@
 Made-up photographs of 640 x 480, 1600 x 1200 and 4000 x 3000 as JPEG, PNG and WebP, and as HEIC where the extra `heif`
 is installed, by which Pillow reads it too; from bytes in memory to an array of (384, 384, 3). Every library has one
 thread. What counts is the processor's time, not the clock's, so that other work on the machine takes little away; all
-sides take turns, and the best of their repeats counts. Ours also makes the perceptual hash. "In pool" is the code of
-the GPU's path on a processor, there for its error: its resize is made for GPUs. The error is the difference of levels
-(of 255) from Pillow's full decode and bicubic resize: mean, and what 99.9% of them stay within. OpenCV averages areas
-when it reduces, as one does there.
+sides take turns, and the best of their repeats counts. Ours also makes the perceptual hash; "for GPU" is what
+processors decode for pools with a GPU, where torch resizes; "base" makes all that the profile `base` is shown: one of
+384 x 384, two of 224 x 224. "In pool" is the code of the GPU's path on a processor, there for its error: its resize is
+made for GPUs. The error is the difference of levels (of 255) from Pillow's full decode and bicubic resize: mean, and
+what 99.9% of them stay within. OpenCV averages areas when it reduces, as one does there.
 
     python -m benchmarks.decode [--repeats 15] [--format HEIC]
 """
@@ -17,7 +18,7 @@ import argparse
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from io import BytesIO
 from typing import Any
@@ -37,11 +38,13 @@ from vlmflow.imaging import PixelRequest, decode
 from vlmflow.imaging.device import DeviceDecoder
 from vlmflow.imaging.heif import is_heic_supported
 from vlmflow.imaging.jpeg import leave_encoded
+from vlmflow.imaging.resizing import hurried
 
 SIDE = 384
 SIZES = ((640, 480), (1600, 1200), (4000, 3000))
 FORMATS = ("JPEG", "PNG", "WEBP", *(("HEIC",) if is_heic_supported() else ()))
 REQUEST = PixelRequest(SIDE, "bicubic", ("squash",))
+BASE = (REQUEST, PixelRequest(224, "bicubic", ("squash", "center")))
 LIMITS = ImageLimits()
 _REDUCED = ((8, cv2.IMREAD_REDUCED_COLOR_8), (4, cv2.IMREAD_REDUCED_COLOR_4), (2, cv2.IMREAD_REDUCED_COLOR_2))
 
@@ -49,8 +52,13 @@ Pixels = NDArray[np.uint8]
 Decode = Callable[[bytes], Pixels]
 
 
-def ours(data: bytes) -> Pixels:
-    return decode(data, [REQUEST], LIMITS, "known").pixels[REQUEST.key][0][1]
+def ours(requests: Sequence[PixelRequest], data: bytes) -> Pixels:
+    return decode(data, requests, LIMITS, "known").pixels[REQUEST.key][0][1]
+
+
+def ours_for_gpu(requests: Sequence[PixelRequest], data: bytes) -> Pixels:
+    with hurried():
+        return ours(requests, data)
 
 
 def ours_in_pool(decoder: DeviceDecoder, data: bytes) -> Pixels:
@@ -89,7 +97,9 @@ def opencv_reduced(size: tuple[int, int], data: bytes) -> Pixels:
 
 
 def sides(image_format: str, size: tuple[int, int]) -> dict[str, Decode]:
-    found: dict[str, Decode] = {"ours": ours, "pillow_full": pillow_full}
+    found: dict[str, Decode] = {"pillow_full": pillow_full}
+    for name, requests in (("ours", [REQUEST]), ("ours_base", BASE)):
+        found |= {name: partial(ours, requests), f"{name}_for_gpu": partial(ours_for_gpu, requests)}
     if image_format == "JPEG":
         found |= {"ours_in_pool_on_cpu": partial(ours_in_pool, DeviceDecoder([REQUEST], "cpu"))}
         found |= {"pillow_draft": pillow_draft, "opencv_reduced": partial(opencv_reduced, size)}

@@ -22,7 +22,7 @@ from vlmflow.engine.watchdog import at_most
 from vlmflow.errors import ImageError, RowErrorClass, StoreLostError
 from vlmflow.imaging import DECODER_VERSION, ImageFacts, PixelRequest, decode, hash_of
 from vlmflow.imaging.jpeg import EncodedJpeg, leave_encoded
-from vlmflow.imaging.pixels import Pixels
+from vlmflow.imaging.resizing import Pixels
 from vlmflow.sources import Fetched, Reader
 from vlmflow.sources.regions import RegionReader
 

@@ -24,6 +24,7 @@ from vlmflow.errors import ImageError
 from vlmflow.imaging import ImageFacts, PixelRequest, decode
 from vlmflow.imaging.device import DeviceDecoder, DeviceImage
 from vlmflow.imaging.jpeg import EncodedJpeg
+from vlmflow.imaging.resizing import hurried
 from vlmflow.tasks.held import HELD_ROW, HeldViews, holding
 from vlmflow.tasks.pixels import to_tensor
 
@@ -131,7 +132,7 @@ class Feeder:
         """
         assert self._decoding is not None
         requests, limits = self._decoding.requests, self._decoding.limits
-        with at_most(limits.max_seconds):
+        with at_most(limits.max_seconds), hurried():
             image = decode(bytes(file.data), requests, limits, file.facts.content_hash)
         stacks = {key: np.stack([pixels for _, pixels in views]) for key, views in image.pixels.items()}
         pixels = {key: torch.from_numpy(stack) for key, stack in stacks.items()}

@@ -31,7 +31,8 @@ from vlmflow.imaging.opening import (
     hash_of,
     open_image,
 )
-from vlmflow.imaging.pixels import Pixels, boxes, names_of, render, shows_ground, to_rgb
+from vlmflow.imaging.pixels import boxes, names_of, render, shows_ground, to_rgb
+from vlmflow.imaging.resizing import Interpolation, Pixels, Resizer
 from vlmflow.imaging.video import Track, Video, is_video_supported, open_video, sniff_video, unseen_gap
 from vlmflow.schema import LEAST_PHASH_BITS
 
@@ -73,7 +74,7 @@ class PixelRequest:
     """
 
     size: int
-    interpolation: Literal["bicubic", "bilinear"]
+    interpolation: Interpolation
     views: tuple[str, ...]
 
     @property
@@ -130,7 +131,7 @@ def decode(
         later = of_small(image) if opened.facts.num_frames == 1 and _is_rendered_smaller(image.size, merged) else None
         grounds = _grounds(image, opened.orientation, merged, is_to_convert=later is None)
     phash = perceptual_hash(grounds[0][1], later)  # before another frame is decoded in this one's place
-    pixels = {request.key: _views(request, grounds) for request in merged}
+    pixels = _views(merged, grounds)
     if later is not None:
         for key, views in pixels.items():
             pixels[key] = [(name, np.asarray(later(Image.fromarray(view)))) for name, view in views]
@@ -222,12 +223,17 @@ def _turned(image: Image.Image, orientation: int) -> Image.Image:
     return image.transpose(TRANSPOSE[orientation]) if orientation in TRANSPOSE else image
 
 
-def _views(request: PixelRequest, grounds: Sequence[tuple[str, Image.Image]]) -> list[tuple[str, Pixels]]:
-    """The views of an image as it looks on white, and squashed on other grounds."""
-    rendered = render(grounds[0][1], request.size, request.interpolation, request.views)
-    if "black" in request.views:
-        for name, image in grounds[1:]:
-            rendered += [(name, pixels) for _, pixels in _squashed(image, request)]
+def _views(
+    requests: Sequence[PixelRequest], grounds: Sequence[tuple[str, Image.Image]]
+) -> dict[str, list[tuple[str, Pixels]]]:
+    """For each request's key the views of an image as it looks on white, and squashed on other grounds."""
+    (_, white), *others = [(name, Resizer(image)) for name, image in grounds]
+    rendered = {}
+    for request in requests:
+        rendered[request.key] = render(white, request.size, request.interpolation, request.views)
+        if "black" in request.views:
+            for name, image in others:
+                rendered[request.key].append((name, _squashed(image, request)))
     return rendered
 
 
@@ -238,15 +244,15 @@ def _add_views(
     views: Sequence[tuple[str, str]],
 ) -> None:
     """Renders a frame for the views that were chosen of it, each a name and a ground."""
-    shown = dict(grounds)
+    shown = {name: Resizer(image) for name, image in grounds}
     for name, ground in views:
         for request in requests:
             if "frames" in request.views and (ground == "white" or ground in request.views):
-                pixels[request.key] += [(name, squashed) for _, squashed in _squashed(shown[ground], request)]
+                pixels[request.key].append((name, _squashed(shown[ground], request)))
 
 
-def _squashed(image: Image.Image, request: PixelRequest) -> list[tuple[str, Pixels]]:
-    return render(image, request.size, request.interpolation, ("squash",))
+def _squashed(image: Resizer, request: PixelRequest) -> Pixels:
+    return image(request.size, request.interpolation, None)
 
 
 def _add_frames(
@@ -317,7 +323,7 @@ def _decode_video(
     said = video.facts
     check_pixels((said.width, said.height), limits)
     first, looked, phash, unseen = _look_through(video, limits, requests)
-    pixels = {request.key: _views(request, first) for request in requests}
+    pixels = _views(requests, first)
     wants_frames = any("frames" in request.views for request in requests)
     chosen = looked.choose() if wants_frames else {}
     for number, (_, _, image) in enumerate(video.frames() if chosen else ()):

@@ -23,7 +23,8 @@ from vlmflow.device_errors import is_device_broken, is_out_of_memory, release_me
 from vlmflow.errors import ClusterError
 from vlmflow.imaging.decode import PixelRequest, merge_requests
 from vlmflow.imaging.jpeg import EncodedJpeg
-from vlmflow.imaging.pixels import Box, boxes, names_of
+from vlmflow.imaging.pixels import boxes, names_of
+from vlmflow.imaging.resizing import Box
 from vlmflow.imaging.shapers import SRGB_EXPONENT, SRGB_OFFSET, SRGB_SLOPE, SRGB_START, Shaper
 from vlmflow.models.fused import attempt, can_fuse
 from vlmflow.models.upload import numbers, to_device

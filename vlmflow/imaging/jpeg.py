@@ -13,7 +13,7 @@ from vlmflow.config import ImageLimits
 from vlmflow.imaging.colours import changes_colours, of_small, shaper_of_small
 from vlmflow.imaging.decode import PixelRequest, perceptual_hash
 from vlmflow.imaging.opening import TRANSPOSE, ImageFacts, open_image
-from vlmflow.imaging.pixels import REDUCING_GAP
+from vlmflow.imaging.resizing import REDUCING_GAP
 
 # Larger ones go to the processors, which decode them at reduced scale: on a device they would take too much memory.
 MAX_JPEG_BYTES = 16 * 1024 * 1024

@@ -12,9 +12,7 @@ from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 
 from vlmflow.imaging.colours import cmyk_to_rgb, in_srgb
-
-Pixels = NDArray[np.uint8]
-Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels of the image
+from vlmflow.imaging.resizing import Box, Interpolation, Pixels, Resizer
 
 VIEWS = ("squash", "center", "tiles", "black", "frames")
 # Views of the decoded image itself; the others are made of what else the file holds.
@@ -24,12 +22,6 @@ _OF_IMAGE = ("squash", "center", "tiles")
 # from the centre.
 _LONG = 2.0
 _MAX_TILES = 8
-
-_RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-
-# Resizing takes 36 bytes for each pixel along a side. Sides of 128 times the target and more are averaged down to at
-# least 64 times first, so that an image of one row and 100 million columns does not take 4 GB.
-REDUCING_GAP = 64.0
 
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of a TIFF
 _WHITE_IS_ZERO = 0
@@ -122,9 +114,7 @@ def _finite(values: NDArray[Any]) -> NDArray[np.floating[Any]]:
     return finite
 
 
-def render(
-    image: Image.Image, size: int, interpolation: Literal["bicubic", "bilinear"], views: Sequence[str]
-) -> list[tuple[str, Pixels]]:
+def render(image: Resizer, size: int, interpolation: Interpolation, views: Sequence[str]) -> list[tuple[str, Pixels]]:
     """Renders views of an RGB image, each (size, size, 3) uint8.
 
     ``squash`` is the whole image, its aspect ratio given up, as BLIP and SigLIP preprocess. ``center`` is the centre
@@ -138,8 +128,7 @@ def render(
     rendered = []
     for view in names_of(views):
         for name, box in boxes(view, image.size, size):
-            resized = image.resize((size, size), _RESAMPLING[interpolation], box=box, reducing_gap=REDUCING_GAP)
-            rendered.append((name, np.asarray(resized)))
+            rendered.append((name, image(size, interpolation, box)))
     return rendered
 
 

@@ -15,6 +15,7 @@ from vlmflow.engine import columns
 from vlmflow.engine.decoding import ReadAndDecode, give_way
 from vlmflow.engine.pipeline import _as_function
 from vlmflow.imaging import PixelRequest, hash_of
+from vlmflow.imaging.resizing import _is_hurried
 from vlmflow.sources import Fetched, Reader, open_source
 
 LIMITS = ImageLimits(max_bytes=10_000)
@@ -61,16 +62,18 @@ def test_files_that_are_known_to_be_large_are_read_a_few_at_a_time(
     assert reader.asked[-1] == 9
 
 
-def test_a_process_that_decodes_lets_pools_have_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_decodes_for_a_gpu_lets_pools_have_the_cores_and_hurries(monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[int] = []
     monkeypatch.setattr(os, "nice", steps.append)
     give_way.cache_clear()
     batch = pa.table({"uri": ["a"]})
-    assert _as_function(lambda batch: batch, gives_way=False)(batch) == batch  # type: ignore[arg-type]
+    assert _as_function(lambda batch: batch, for_gpu=False)(batch) == batch  # type: ignore[arg-type]
     assert not steps
-    decode = _as_function(lambda batch: batch, gives_way=True)  # type: ignore[arg-type]
+    decode = _as_function(lambda batch: batch, for_gpu=True)  # type: ignore[arg-type]
     assert [decode(batch), decode(batch)] == [batch, batch]
+    hurries = [_as_function(lambda _: _is_hurried.get(), for_gpu=is_so)(batch) for is_so in (True, False)]  # type: ignore[arg-type,return-value]
     give_way.cache_clear()
+    assert hurries == [True, False]
     assert len(steps) == 1, "once, or it would get fewer and fewer"
     assert 15 < 15 + steps[0] <= 19, "Ray starts workers at 15, and there is no more than 19"
 

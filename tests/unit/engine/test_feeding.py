@@ -19,7 +19,8 @@ from vlmflow.engine import columns, feeding
 from vlmflow.engine.decoding import PoolDecoding, ReadAndDecode
 from vlmflow.engine.feeding import Fed, Feeder, _without_copies
 from vlmflow.errors import ImageError, RowErrorClass
-from vlmflow.imaging import PixelRequest
+from vlmflow.imaging import PixelRequest, decode
+from vlmflow.imaging.resizing import _is_hurried
 from vlmflow.sources import open_source
 from vlmflow.tasks.pixels import all_views, first_views
 
@@ -135,8 +136,11 @@ def test_what_the_device_refuses_is_decoded_by_a_processor_to_the_bit(
     left = read(folder, leaves_jpegs=True)
     feeder = Feeder(REQUESTS, REQUESTS, "cpu", PoolDecoding(REQUESTS, LIMITS))
     monkeypatch.setattr(feeder._decoder, "_decode_jpeg", refuse)
+    hurries: list[bool] = []
+    monkeypatch.setattr(feeding, "decode", lambda *given: (hurries.append(_is_hurried.get()), decode(*given))[1])
     fed = feeder(left)
     assert fed.num_refused == 7
+    assert hurries == [True] * 7, "a device waits for them, and torch is there"
     passed = feeder.finish(fed.batch, fed)
     apart = [*_TIMES, "phash"]  # the hash was taken before
     assert passed.select(before.column_names).drop_columns(apart).equals(before.drop_columns(apart))

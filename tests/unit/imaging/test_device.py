@@ -21,6 +21,7 @@ from vlmflow.imaging.device import DeviceDecoder, DeviceImage, shaped
 from vlmflow.imaging.jpeg import EncodedJpeg, leave_encoded
 from vlmflow.imaging.pixels import VIEWS, render
 from vlmflow.imaging.profiles import Curve, read_profile
+from vlmflow.imaging.resizing import Resizer
 from vlmflow.imaging.shapers import shaper_of
 
 LIMITS = ImageLimits()
@@ -48,7 +49,7 @@ def greatest_difference(data: bytes, image: DeviceImage) -> int:
     shown = ImageOps.exif_transpose(Image.open(BytesIO(data))).convert("RGB")
     worst = 0
     for request in REQUESTS:
-        rendered = render(shown, request.size, request.interpolation, request.views)
+        rendered = render(Resizer(shown), request.size, request.interpolation, request.views)
         assert image.views[request.key] == [name for name, _ in rendered]
         pixels = image.pixels[request.key].numpy().astype(int)
         assert pixels.shape == (len(rendered), request.size, request.size, 3)
@@ -114,7 +115,7 @@ def test_images_of_wide_gamuts_are_shown_as_little_cms_shows_them() -> None:
         (as_numbers,) = DeviceDecoder(REQUESTS, "cpu")([replace(left(data), shaper=None)])
         assert as_numbers is not None
         for request in REQUESTS:
-            rendered = render(opened, request.size, request.interpolation, request.views)
+            rendered = render(Resizer(opened), request.size, request.interpolation, request.views)
             assert image.views[request.key] == [name for name, _ in rendered]
             given, found = as_numbers.pixels[request.key].numpy(), image.pixels[request.key].numpy().astype(int)
             expected = [np.asarray(later(Image.fromarray(levels))).astype(int) for levels in given]

@@ -20,7 +20,8 @@ from vlmflow.config import ImageLimits
 from vlmflow.imaging import PixelRequest, decode, frames
 from vlmflow.imaging.decode import DecodedImage
 from vlmflow.imaging.frames import choose_frames, join_times, split_views
-from vlmflow.imaging.pixels import VIEWS, Pixels
+from vlmflow.imaging.pixels import VIEWS
+from vlmflow.imaging.resizing import Pixels
 
 LIMITS = ImageLimits()
 REQUEST = PixelRequest(32, "bilinear", VIEWS)

@@ -33,6 +33,7 @@ from vlmflow.errors import DetectorError, ExplainError, WeightsError
 from vlmflow.explain import EVIDENCE_COLUMNS, draw_heatmap, evidence_of
 from vlmflow.imaging import hash_of
 from vlmflow.imaging.pixels import render
+from vlmflow.imaging.resizing import Resizer
 from vlmflow.models.detectors import load_detector, prepare_detectors
 from vlmflow.models.judge import VlmJudge
 from vlmflow.moderation.policy import Policy
@@ -67,7 +68,7 @@ def photographs() -> list[Image.Image]:
 
 
 def as_pixels(images: list[Image.Image], size: int) -> torch.Tensor:
-    shown = np.stack([render(image, size, "bilinear", ("squash",))[0][1] for image in images])
+    shown = np.stack([render(Resizer(image), size, "bilinear", ("squash",))[0][1] for image in images])
     return torch.from_numpy(shown).permute(0, 3, 1, 2)
 
 
@@ -169,7 +170,7 @@ def test_a_map_is_of_the_output_whose_score_the_label_has(
     archive_policy(open_catalog(tmp_path / "catalog"), given)
     photographs[0].save(tmp_path / "photograph.png")
     data = (tmp_path / "photograph.png").read_bytes()
-    shown = np.array(render(photographs[0], 32, "bicubic", ("squash",))[0][1])
+    shown = np.array(render(Resizer(photographs[0]), 32, "bicubic", ("squash",))[0][1])
     pixels = torch.from_numpy(shown).permute(2, 0, 1)[None]
     (setup,) = prepare_detectors(given, ("squash",))
     scores = dict(zip(both, load_detector(setup, "cpu").score(pixels)[0].tolist(), strict=True))

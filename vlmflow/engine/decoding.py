@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 
@@ -22,7 +23,7 @@ from vlmflow.engine.watchdog import at_most
 from vlmflow.errors import ImageError, RowErrorClass, StoreLostError
 from vlmflow.imaging import DECODER_VERSION, ImageFacts, PixelRequest, decode, hash_of
 from vlmflow.imaging.jpeg import EncodedJpeg, leave_encoded
-from vlmflow.imaging.resizing import Pixels
+from vlmflow.imaging.resizing import Pixels, hurried
 from vlmflow.sources import Fetched, Reader
 from vlmflow.sources.regions import RegionReader
 
@@ -65,6 +66,7 @@ class ReadAndDecode:
         known: results that the catalog holds for equal bytes; such images are not decoded. None: none are looked for.
         leaves_jpegs: of JPEGs the facts are found here, and whether they are whole; the first pool decodes them on its
             device.
+        for_gpu: a GPU waits for it; see :func:`vlmflow.imaging.resizing.hurried`.
     """
 
     reader: Reader
@@ -73,6 +75,7 @@ class ReadAndDecode:
     known: Stored[KnownBytes] | None = None
     leaves_jpegs: bool = False
     regions: RegionReader | None = None
+    for_gpu: bool = False
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Adds FACTS, ``errors``, what remains to be run, what need not be and, per pixel request, the pixels.
@@ -123,7 +126,7 @@ class ReadAndDecode:
         if copy is not None and set(copy.tasks) >= set(tasks):
             return _Outcome(fetched, copy.facts, copied=copy.tasks)
         try:
-            with at_most(self.limits.max_seconds):
+            with at_most(self.limits.max_seconds), hurried() if self.for_gpu else nullcontext():
                 encoded = self._left_encoded(fetched.data, content_hash)
                 image = None if encoded else decode(fetched.data, self.requests, self.limits, content_hash)
         except ImageError as error:

@@ -27,7 +27,6 @@ from vlmflow.errors import ClusterError
 from vlmflow.families import family_of
 from vlmflow.imaging import merge_requests
 from vlmflow.imaging.jpeg import MAX_JPEG_BYTES
-from vlmflow.imaging.resizing import hurried
 from vlmflow.moderation.prompts import PromptVectors
 from vlmflow.sources import Source
 from vlmflow.sources.regions import RegionReader
@@ -157,7 +156,8 @@ def stages_of(
     config, regions = prepared.job.source, None
     if config.regions_column is not None and setup.read_regions(prepared.job.tasks):
         regions = RegionReader(config, source.version)
-    decode = ReadAndDecode(source.reader(limits), requests, limits, known, leaves_jpegs=in_pool, regions=regions)
+    for_gpu = any(pool.gpus > 0 for pool in pools)
+    decode = ReadAndDecode(source.reader(limits), requests, limits, known, in_pool, regions, for_gpu)
     return Stages(decode, pools, setup, prompts, sized_by_memory=not prepared.job.pools)
 
 
@@ -234,7 +234,7 @@ def build_pipeline(blocks: Iterable[pa.Table], stages: Stages, num_rows: int, re
         # Ray 2.60 announces named parameters for these arguments and has none for the retries yet.
         warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
         dataset = dataset.map_batches(
-            _as_function(stages.decode, for_gpu=any(pool.gpus > 0 for pool in stages.pools)),
+            _as_function(stages.decode),
             batch_format="pyarrow",
             # At most a block: Ray Data joins smaller ones to a batch, and what it joins here may fit no pool's batch.
             batch_size=min(DECODE_BATCH, num_rows),
@@ -283,13 +283,11 @@ def decodes_in_pool(job: Job, pools: tuple[PoolConfig, ...]) -> bool:
     return job.decode == "pool" or (job.decode == "auto" and pools[0].gpus > 0)
 
 
-def _as_function(decode: ReadAndDecode, *, for_gpu: bool) -> Callable[[pa.Table], pa.Table]:
+def _as_function(decode: ReadAndDecode) -> Callable[[pa.Table], pa.Table]:
     # Ray Data takes a callable object for a class to be built in actors; a function runs in tasks.
     def read_and_decode(batch: pa.Table) -> pa.Table:
-        if not for_gpu:
-            return decode(batch)
-        give_way()
-        with hurried():
-            return decode(batch)
+        if decode.for_gpu:
+            give_way()
+        return decode(batch)
 
     return read_and_decode

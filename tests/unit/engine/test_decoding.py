@@ -11,12 +11,13 @@ import pytest
 
 from tests.images import encode, scene
 from vlmflow.config import ImageLimits, SourceConfig
-from vlmflow.engine import columns
+from vlmflow.engine import columns, decoding
 from vlmflow.engine.decoding import ReadAndDecode, give_way
 from vlmflow.engine.pipeline import _as_function
 from vlmflow.imaging import PixelRequest, hash_of
+from vlmflow.imaging import decode as image_of
 from vlmflow.imaging.resizing import _is_hurried
-from vlmflow.sources import Fetched, Reader, open_source
+from vlmflow.sources import Fetched, Reader, Source, open_source
 
 LIMITS = ImageLimits(max_bytes=10_000)
 REQUESTS = (PixelRequest(16, "bicubic", ("squash",)),)
@@ -34,6 +35,16 @@ class Counting:
         return self.reader.read(refs)
 
 
+def references(source: Source) -> pa.Table:
+    """All that a source lists, due for `embed` for the first time."""
+    refs = pa.Table.from_batches(list(source.list()))
+    due = pa.array([["embed"]] * refs.num_rows, pa.list_(pa.string()))
+    refs = refs.append_column("due", due).append_column("due_if_same", pa.nulls(refs.num_rows, due.type))
+    for name in ("previous_hash", "previous_caption"):
+        refs = refs.append_column(name, pa.nulls(refs.num_rows, pa.string()))
+    return refs
+
+
 def test_files_that_are_known_to_be_large_are_read_a_few_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -41,11 +52,7 @@ def test_files_that_are_known_to_be_large_are_read_a_few_at_a_time(
         data = encode(scene(seed, 16, 16), "JPEG")
         (tmp_path / f"{seed}.jpg").write_bytes(data.ljust(3_000 if seed < 8 else 20_000, b"\0"))
     source = open_source(SourceConfig(uri=str(tmp_path)))
-    refs = pa.Table.from_batches(list(source.list()))
-    due = pa.array([["embed"]] * refs.num_rows, pa.list_(pa.string()))
-    refs = refs.append_column("due", due).append_column("due_if_same", pa.nulls(refs.num_rows, due.type))
-    for name in ("previous_hash", "previous_caption"):
-        refs = refs.append_column(name, pa.nulls(refs.num_rows, pa.string()))
+    refs = references(source)
     reader = Counting(source.reader(LIMITS))
     decode = ReadAndDecode(reader, REQUESTS, LIMITS)
     whole = decode(refs)
@@ -62,20 +69,23 @@ def test_files_that_are_known_to_be_large_are_read_a_few_at_a_time(
     assert reader.asked[-1] == 9
 
 
-def test_what_decodes_for_a_gpu_lets_pools_have_the_cores_and_hurries(monkeypatch: pytest.MonkeyPatch) -> None:
-    steps: list[int] = []
+@pytest.mark.parametrize("for_gpu", [True, False])
+def test_what_decodes_for_a_gpu_lets_pools_have_the_cores_and_hurries(
+    for_gpu: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps, hurries = list[int](), list[bool]()
     monkeypatch.setattr(os, "nice", steps.append)
+    monkeypatch.setattr(decoding, "decode", lambda *given: (hurries.append(_is_hurried.get()), image_of(*given))[1])
+    (tmp_path / "a.png").write_bytes(encode(scene(), "PNG"))
+    source = open_source(SourceConfig(uri=str(tmp_path)))
+    refs = references(source)
     give_way.cache_clear()
-    batch = pa.table({"uri": ["a"]})
-    assert _as_function(lambda batch: batch, for_gpu=False)(batch) == batch  # type: ignore[arg-type]
-    assert not steps
-    decode = _as_function(lambda batch: batch, for_gpu=True)  # type: ignore[arg-type]
-    assert [decode(batch), decode(batch)] == [batch, batch]
-    hurries = [_as_function(lambda _: _is_hurried.get(), for_gpu=is_so)(batch) for is_so in (True, False)]  # type: ignore[arg-type,return-value]
+    call = _as_function(ReadAndDecode(source.reader(LIMITS), REQUESTS, LIMITS, for_gpu=for_gpu))
+    assert [call(refs).num_rows, call(refs).num_rows] == [1, 1]
     give_way.cache_clear()
-    assert hurries == [True, False]
-    assert len(steps) == 1, "once, or it would get fewer and fewer"
-    assert 15 < 15 + steps[0] <= 19, "Ray starts workers at 15, and there is no more than 19"
+    assert hurries == [for_gpu, for_gpu]
+    assert len(steps) == for_gpu, "once, or it would get fewer and fewer"
+    assert 15 < 15 + sum(steps) <= 19 or not for_gpu, "Ray starts workers at 15, and there is no more than 19"
 
 
 def test_a_caption_goes_along_with_the_bytes_that_it_is_of_alone(tmp_path: Path) -> None:

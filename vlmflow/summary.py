@@ -47,6 +47,8 @@ class Example(Frozen):
     caption: str | None
     caption_itm: float | None
     text_itm: float | None
+    caption_itc: float | None = None
+    text_itc: float | None = None
     alt_text: str | None = None
     answers: tuple[dict[str, Any], ...] | None = None  # question, answer, score
 

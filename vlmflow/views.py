@@ -244,11 +244,16 @@ def _print_examples(name: str, examples: Sequence[Example], console: Console) ->
             escape(printable(file_name)),
             escape(decision),
             escape(printable(example.caption or "-")),
-            _number(example.caption_itm),
-            _number(example.text_itm),
+            _match(example.caption_itm, example.caption_itc),
+            _match(example.text_itm, example.text_itc),
             *([_answers(example)] if asked else []),
         )
     console.print(table)
+
+
+def _match(itm: float | None, itc: float | None) -> str:
+    """By the matching head; of models that have none, the cosine."""
+    return _number(itm) if itm is not None or itc is None else f"{itc:.3f} (cosine)"
 
 
 def _answers(example: Example) -> str:

@@ -40,10 +40,14 @@ class Cards:
             pairs["status"] = text(row.hit.status)
         if row.text_itm is not None:
             pairs["title match"] = number(row.text_itm)
+        elif row.text_itc is not None:
+            pairs["title cosine"] = number(row.text_itc, 3)
         if row.title is not None:
             pairs["title"] = text(row.title)
         if row.caption_itm is not None:
             pairs["caption match"] = number(row.caption_itm)
+        elif row.caption_itc is not None:
+            pairs["caption cosine"] = number(row.caption_itc, 3)
         if row.hit.caption is not None:
             pairs["caption"] = text(row.hit.caption)
         if row.alt_text is not None:
@@ -63,17 +67,26 @@ class Cards:
         """Cards side by side."""
         return Html(f'<ul class="cards">{join(cards)}</ul>')
 
-    def line(self, row: Row) -> Html:
-        """An image as a row of the table. What the script sorts and filters by stands in attributes of our own."""
+    def line(self, row: Row, *, by_cosine: bool) -> Html:
+        """An image as a row of the table. What the script sorts and filters by stands in attributes of our own.
+
+        Args:
+            by_cosine: cosines stand where the scores of a matching head would.
+        """
+        title_match, caption_match = (
+            (_score(row.text_itc, 3), _score(row.caption_itc, 3))
+            if by_cosine
+            else (_score(row.text_itm), _score(row.caption_itm))
+        )
         sets = [name for name in SETS if name in row.sets]
         labels = ", ".join(f"{label.name} {label.value or 0:.2f}" for label in row.labels[:5])
         cells = [
             self._picture(row, _SMALL) or text(None),
             decision(row),
             text(labels or None),
-            _score(row.text_itm),
+            title_match,
             text(row.title),
-            _score(row.caption_itm),
+            caption_match,
             text(row.hit.caption),
             text(row.hit.status if not row.errors else f"{row.hit.status}: {row.errors[0]}"),
             text(", ".join(SETS[name] for name in sets)),
@@ -111,9 +124,9 @@ def decision(row: Row) -> Html:
     return Html(f'<span class="tag {_kind(row)}">{text(row.hit.decision)}</span>{reason}')
 
 
-def _score(value: float | None) -> Html:
+def _score(value: float | None, digits: int = 2) -> Html:
     exact = "" if value is None else f"{value:.6f}"
-    return Html(f'<span data-v="{exact}">{number(value)}</span>')
+    return Html(f'<span data-v="{exact}">{number(value, digits)}</span>')
 
 
 def _kind(row: Row) -> str:

@@ -26,6 +26,8 @@ NUM_PER_LABEL = 6
 NUM_FAILED = 100
 NUM_SAMPLED = 1_000
 MATCHES = ("caption_itm", "text_itm")
+# Of these the first that any row has ranks the rows whose text fits least.
+_RANKS = ("text_itm", "caption_itm", "text_itc", "caption_itc")
 
 
 @dataclass
@@ -37,7 +39,8 @@ class Facts:
         num_new: of these, rows that are flagged and were not before.
         reasons: flagged rows by what decided.
         matches: (NUM_BINS,) distribution of each match score; those that no row has are absent.
-        lowest_by: the match score that ``lowest`` is ranked by; None: no row has one.
+        lowest_by: the match score that ``lowest`` is ranked by, a cosine where no row has others; None: none has any.
+        num_ranked: rows that have that score.
         rows: everything shown, by image id.
         examples: for each label, the ids of the rows with its highest scores, and these.
     """
@@ -54,11 +57,17 @@ class Facts:
     policies: Counter[str] = field(default_factory=Counter)
     matches: dict[str, Counts] = field(default_factory=dict)
     lowest_by: str | None = None
+    num_ranked: int = 0
     labels: dict[str, LabelFacts] = field(default_factory=dict)
     rows: dict[str, Row] = field(default_factory=dict)
     new: list[str] = field(default_factory=list)
     lowest: list[str] = field(default_factory=list)
     examples: dict[str, list[tuple[str, float]]] = field(default_factory=dict)
+
+    @property
+    def has_cosines_alone(self) -> bool:
+        """Whether texts were matched by models without a matching head, and by no other."""
+        return self.lowest_by in ("text_itc", "caption_itc")
 
 
 def collect(
@@ -75,7 +84,7 @@ def collect(
     before = index_of(pa.array([], schema.KEY)) if flagged_before is None else flagged_before
     texts = [field.name for field in catalog.source_columns if pt.is_string(field.type)]
     new = Pick(NUM_NEW, ("decision", "ascending"))  # block comes before review
-    lowest = {name: Pick(NUM_LOWEST, (name, "ascending")) for name in MATCHES}
+    lowest = {name: Pick(NUM_LOWEST, (name, "ascending")) for name in _RANKS}
     failed, sample, others = Pick(NUM_FAILED), Pick(NUM_SAMPLED), Pick(max(1, len(wanted)))
     labels = Labels(NUM_PER_LABEL)
     columns = [*COLUMNS, *POLICY_COLUMNS, *(["source"] if texts else [])]
@@ -94,9 +103,10 @@ def collect(
         sample.add(rows)
         others.add(rows.filter(pc.is_in(rows["image_id"], ids)))
     facts.num_new, facts.num_failed = new.num_seen, failed.num_seen
-    facts.lowest_by = next((name for name in ("text_itm", "caption_itm") if lowest[name].num_seen), None)
+    facts.lowest_by = next((name for name in _RANKS if lowest[name].num_seen), None)
     facts.new = _show(facts, new, "new", texts)
     if facts.lowest_by:
+        facts.num_ranked = lowest[facts.lowest_by].num_seen
         facts.lowest = _show(facts, lowest[facts.lowest_by], "lowest", texts)
     _show(facts, failed, "failed", texts)
     _show(facts, others, "duplicate", texts)

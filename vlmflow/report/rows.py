@@ -14,8 +14,8 @@ from vlmflow.search.titles import scored_column
 
 COLUMNS = (
     "image_id", "uri", "key", "status", "errors", "decision", "decision_reason", "caption", "width", "height", "format",
-    "content_hash", "ingest_date", "object_version", "caption_itm", "text_itm", "text_digest", "labels", "run_id",
-    "answers", "alt_text", "alt_text_rule",
+    "content_hash", "ingest_date", "object_version", "caption_itm", "caption_itc", "text_itm", "text_itc",
+    "text_digest", "labels", "run_id", "answers", "alt_text", "alt_text_rule",
 )  # fmt: skip
 
 
@@ -43,7 +43,9 @@ class Row:
 
     hit: Hit
     caption_itm: float | None
+    caption_itc: float | None
     text_itm: float | None
+    text_itc: float | None
     title: str | None
     labels: tuple[RowLabel, ...]
     errors: tuple[str, ...]
@@ -99,7 +101,9 @@ def as_row(values: Mapping[str, Any], texts: Sequence[str]) -> Row:
     return Row(
         hit=Hit(**hit | {"rank": 0, "score": 0.0, "ingest_date": str(values["ingest_date"])}),
         caption_itm=values["caption_itm"],
+        caption_itc=values["caption_itc"],
         text_itm=values["text_itm"],
+        text_itc=values["text_itc"],
         title=None if column is None else values["source"][column],
         labels=tuple(sorted(labels, key=lambda label: -(label.value or 0.0))),
         errors=tuple(

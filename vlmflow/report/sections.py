@@ -17,6 +17,7 @@ MAX_MEMBERS = 4
 _SECTION_BYTES = 800_000
 _TABLE_BYTES = 3_500_000
 _DIFFERS = "differs"  # in place of a threshold that not all rows share
+_COSINES = "Match scores are cosines: the model has no matching head, and only its own compare."
 _MATCH_NAMES = {"text_itm": "title match", "caption_itm": "caption match"}
 
 
@@ -62,7 +63,9 @@ def scores_section(facts: Facts) -> Html:
     return section(
         "scores",
         "Scores and decisions",
-        Html(f'<div class="side">{"".join(parts)}</div>') if parts else paragraph(Html("No row has a match score.")),
+        Html(f'<div class="side">{"".join(parts)}</div>')
+        if parts
+        else paragraph(Html(_COSINES if facts.has_cosines_alone else "No row has a match score.")),
         heading("Labels"),
         table("Labels, the most flagged first", heads, rows)
         if rows
@@ -96,13 +99,16 @@ def lowest_section(facts: Facts, cards: Cards) -> Html:
     if facts.lowest_by is None:
         words = Html("No row has a match score: the task match was not run.")
         return section("lowest", "Lowest match scores", paragraph(words))
-    total = int(facts.matches[facts.lowest_by].sum())
-    what = "the caller's text" if facts.lowest_by == "text_itm" else "the caption made for it"
+    what = "the caller's text" if facts.lowest_by.startswith("text") else "the caption made for it"
+    note = f" {_COSINES}" if facts.has_cosines_alone else ""
     shown, _ = within([cards.card(facts.rows[image_id]) for image_id in facts.lowest], _SECTION_BYTES)
     return section(
         "lowest",
         "Lowest match scores",
-        paragraph(Html(f"Images that {what} fits least, the worst first."), _of(len(shown), total, "the lowest")),
+        paragraph(
+            Html(f"Images that {what} fits least, the worst first.{note}"),
+            _of(len(shown), facts.num_ranked, "the lowest"),
+        ),
         cards.cards(shown),
     )
 
@@ -165,9 +171,11 @@ def duplicates_section(facts: Facts, cards: Cards, report: DuplicateReport | Non
 
 def table_section(facts: Facts, cards: Cards) -> tuple[Html, int]:
     """All rows of the page in one table that filters and sorts; and how many these are."""
-    lines, num_cut = within([cards.line(row) for row in facts.rows.values()], _TABLE_BYTES)
+    by_cosine = facts.has_cosines_alone
+    lines, num_cut = within([cards.line(row, by_cosine=by_cosine) for row in facts.rows.values()], _TABLE_BYTES)
+    score = "cosine" if by_cosine else "match"
     heads = (
-        "address", "picture", "decision", "flagged labels", "title match", "title", "caption match", "caption",
+        "address", "picture", "decision", "flagged labels", f"title {score}", "title", f"caption {score}", "caption",
         "status", "on this page as", "first seen",
     )  # fmt: skip
     names = "".join(

@@ -48,6 +48,7 @@ _COLUMNS = [
     "verdict",
     *POLICY_COLUMNS,
     "text_itm",
+    "text_itc",
     *(f"labels.list.element.{name}" for name in _LABEL_FIELDS),
 ]
 _FIELDS = [schema.IMAGES.field(name) for name in dict.fromkeys(name.partition(".")[0] for name in _COLUMNS)]
@@ -64,14 +65,16 @@ class FileFacts:
         codes: by facet, the number of each row's value among the names of the facet.
         is_judgeable: rows whose bytes were read once: a verdict can be bound to them.
         gap: how near the nearest label is to one of its thresholds; infinite without scores.
-        match: the match score of the caller's text; infinite without one.
+        itm: probability that the caller's text matches; infinite without one.
+        itc: cosine of that text and the image; infinite without one.
         pairs: by facet of those with several values, the pairs of a row and a value, each once.
     """
 
     codes: dict[str, Codes]
     is_judgeable: Mask
     gap: NDArray[np.float32]
-    match: NDArray[np.float32]
+    itm: NDArray[np.float32]
+    itc: NDArray[np.float32]
     pairs: dict[str, Pairs]
 
 
@@ -133,12 +136,12 @@ class FactReader:
             "label": self._pairs("label", flag_rows, name.filter(flags)),
             "error": self._pairs("error", *_classes(rows["errors"])),
         }
-        match = pc.fill_null(flat(rows["text_itm"]).cast(pa.float32()), np.inf)
         return FileFacts(
             codes=codes,
             is_judgeable=is_valid(rows["content_hash"]),
             gap=threshold_gaps(rows).astype(np.float32),
-            match=np.nan_to_num(match.to_numpy(zero_copy_only=False), nan=np.inf, posinf=np.inf),
+            itm=_scores(rows["text_itm"]),
+            itc=_scores(rows["text_itc"]),
             pairs=pairs,
         )
 
@@ -156,6 +159,7 @@ class Facts:
 
     Attributes:
         names: by facet, the values in the order of their numbers.
+        match: how well the caller's text fits, by the matching head; where no row has that, by the cosine.
     """
 
     names: dict[str, tuple[str, ...]]
@@ -203,18 +207,25 @@ class Facts:
         return {name: count for name, count in zip(self.names[facet], found, strict=False) if count}
 
 
+def _scores(column: pa.ChunkedArray) -> NDArray[np.float32]:
+    values = pc.fill_null(flat(column).cast(pa.float32()), np.inf).to_numpy(zero_copy_only=False)
+    scores: NDArray[np.float32] = np.nan_to_num(values, nan=np.inf, posinf=np.inf)
+    return scores
+
+
 def _joined(parts: Sequence[FileFacts], names: dict[str, tuple[str, ...]]) -> Facts:
     starts = np.cumsum([0, *(len(part.gap) for part in parts)])
 
     def join(values: Iterator[NDArray[Any]], dtype: Any) -> NDArray[Any]:
         return np.concatenate([np.empty(0, dtype), *values])
 
+    match = join((part.itm for part in parts), np.float32)
     return Facts(
         names=names,
         codes={facet: join((part.codes[facet] for part in parts), np.int32) for facet in FACETS},
         is_judgeable=join((part.is_judgeable for part in parts), np.bool_),
         gap=join((part.gap for part in parts), np.float32),
-        match=join((part.match for part in parts), np.float32),
+        match=match if np.isfinite(match).any() else join((part.itc for part in parts), np.float32),
         pairs={
             facet: (
                 join((part.pairs[facet][0] + start for part, start in zip(parts, starts, strict=False)), np.int64),

@@ -39,7 +39,7 @@ POLL_S = 5.0  # how often it is looked for a newer version
 # sets that are read.
 CARD_COLUMNS = (
     "image_id", "uri", "object_version", "content_hash", "caption", "decision", "decision_reason", "status", "width",
-    "height", "text_itm", "verdict", "errors",
+    "height", "text_itm", "text_itc", "verdict", "errors",
 )  # fmt: skip
 _CARD_GROUPS = 64  # row groups of 16,384 rows that stay in memory with these columns
 _WHOLE_GROUPS = 3  # and with all

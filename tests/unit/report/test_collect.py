@@ -14,10 +14,12 @@ from vlmflow.catalog import Catalog
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.keys import to_binary, to_words
 from vlmflow.errors import ConfigError
+from vlmflow.report.cards import Cards
 from vlmflow.report.collect import NUM_NEW, NUM_PER_LABEL, collect
 from vlmflow.report.labels import NUM_BINS, histogram
+from vlmflow.report.pictures import Pictures
 from vlmflow.report.runs import find_run
-from vlmflow.report.sections import scores_section
+from vlmflow.report.sections import lowest_section, scores_section, table_section
 from vlmflow.summary import summarize
 from vlmflow.web.facts import FactReader
 
@@ -48,6 +50,28 @@ def test_counts_are_of_all_files_and_shown_rows_are_the_right_ones(tmp_path: Pat
     assert [found for found, _ in facts.examples["weapons/gun"]] == [image_id("c"), image_id("d")]
     assert facts.rows[image_id("c")].title == "title of c"
     assert facts.rows[image_id("e")].sets >= {"new", "failed", "sample"}
+
+
+def test_where_no_model_has_a_matching_head_cosines_rank_and_the_page_says_so(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    without = {"text_itm": [None], "caption_itm": [None]}
+    put_rows(config, ["a"], run="run-0", text_itc=[0.31], caption_itc=[0.2], **without)
+    put_rows(config, ["b"], run="run-0", text_itc=[None], caption_itc=[0.1], **without)
+    put_rows(config, ["c"], text_itc=[-0.02], **without)
+    facts = collect(Catalog.open(config), "run-1")
+    assert (facts.lowest_by, facts.num_ranked, facts.has_cosines_alone) == ("text_itc", 2, True)
+    assert facts.lowest == [image_id("c"), image_id("a")]
+    assert "cosines" in scores_section(facts)
+    cards = Cards(Pictures())
+    assert "<dt>title cosine</dt><dd>-0.020</dd>" in lowest_section(facts, cards)
+    page, _ = table_section(facts, cards)
+    assert "title cosine</button>" in page
+    assert '<span data-v="-0.020000">-0.020</span>' in page
+    # One row that has the other, and that counts, of it alone.
+    put_rows(config, ["d"], text_itm=[0.9], text_itc=[0.4], run="run-2")
+    facts = collect(Catalog.open(config), "run-1")
+    assert (facts.lowest_by, facts.num_ranked, facts.has_cosines_alone) == ("text_itm", 1, False)
+    assert "cosines" not in lowest_section(facts, cards)
 
 
 def test_only_so_many_rows_are_kept_and_the_total_is_known(tmp_path: Path) -> None:

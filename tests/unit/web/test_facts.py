@@ -88,6 +88,14 @@ def test_a_row_that_prompts_and_detectors_flag_for_one_label_counts_once(tmp_pat
     assert facts.mask("label", ["weapons/gun"]).tolist() == [True, True, False]
 
 
+def test_texts_are_ranked_by_cosines_where_no_row_has_a_match(tmp_path: Path) -> None:
+    config = CatalogConfig(uri=str(tmp_path / "catalog"))
+    put_rows(config, names(3), text_itm=[None] * 3, text_itc=[0.3, None, -0.1])
+    assert read(config)[0].match.tolist() == pytest.approx([0.3, np.inf, -0.1])
+    put_rows(config, names(1, 3), run="run-2", text_itm=[0.5], text_itc=[0.2])
+    assert sorted(read(config)[0].match.tolist()) == [0.5, np.inf, np.inf, np.inf]
+
+
 def test_a_new_version_costs_the_reading_of_its_new_files(
     config: CatalogConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -71,8 +71,9 @@ def fitting(what: str, device: str) -> Iterator[None]:
     """
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+    except (RuntimeError, MemoryError, ModelMemoryError) as error:
+        # What is loaded within something larger is told of as that.
+        if not isinstance(error, ModelMemoryError) and not is_out_of_memory(error):
             raise
         raise ModelMemoryError(
             f"{what} does not fit in the memory of {_described(device)}",

@@ -221,7 +221,7 @@ def _scorer(job: Job, evidence: Evidence, label: dict[str, Any]) -> tuple[PixelR
     from vlmflow.models.detectors import load_detector, prepare_detectors
     from vlmflow.moderation.prompts import encode_prompts
     from vlmflow.moderation.scoring import Scorer
-    from vlmflow.tasks.setup import prepare_tasks
+    from vlmflow.tasks.setup import check_unchanged, prepare_tasks
 
     assert evidence.policy_digest is not None
     catalog = Catalog.open(job.catalog)
@@ -243,6 +243,7 @@ def _scorer(job: Job, evidence: Evidence, label: dict[str, Any]) -> tuple[PixelR
             remedy="Give the --profile that the catalog was enriched with, and its weights as they were.",
         )
     embedder = load_embedder(config, "cpu")
+    check_unchanged(ours)
     prompts = archived_prompts(catalog, policy, identity) or encode_prompts(policy, embedder)
     scorer = Scorer(prompts)
     number = [ref.label for ref in policy.labels].index(label["label"])

@@ -14,7 +14,8 @@ import torch
 from vlmflow.config import Dtype, PoolConfig
 from vlmflow.errors import ClusterError, FamilyError, WeightsError
 from vlmflow.families import is_own
-from vlmflow.models import identify
+from vlmflow.models import ModelIdentity, identify
+from vlmflow.models.detectors import identify_detector
 from vlmflow.models.pixels import model_dtype
 from vlmflow.tasks.setup import TaskSetup
 
@@ -120,6 +121,8 @@ def wait_for_device(device: str) -> None:
 def check_weights(pool: PoolConfig, setup: TaskSetup) -> None:
     """Makes sure that this node holds the weights that the run was planned with, and the code that its rows will name.
 
+    To be called before they are loaded, and after: somebody may copy others over them meanwhile.
+
     Raises:
         WeightsError: they are absent here, or others.
         ClusterError: it is another.
@@ -129,12 +132,7 @@ def check_weights(pool: PoolConfig, setup: TaskSetup) -> None:
         if role not in setup.models:
             continue
         found, planned = identify(role, setup.models[role]), setup.identities[role]
-        if found.weights_digest != planned.weights_digest:
-            raise WeightsError(
-                f"weights of {role} on this node have the digest {found.weights_digest[:12]}, the run was planned with "
-                f"{planned.weights_digest[:12]}",
-                remedy="Put the same weights on every node.",
-            )
+        _check_digest(role, found, planned)
         family = setup.models[role].family
         if found != planned and is_own(family):
             raise FamilyError(
@@ -147,3 +145,14 @@ def check_weights(pool: PoolConfig, setup: TaskSetup) -> None:
                 f"vlmflow on this node would run the model of {role} in another way than the run was planned with",
                 remedy="Install vlmflow in one version on every node; `vlmflow doctor` names those that have another.",
             )
+    for detector in setup.detectors if "detect" in pool.tasks else ():
+        _check_digest(f"detector {detector.name}", identify_detector(detector.config), detector.identity)
+
+
+def _check_digest(what: str, found: ModelIdentity, planned: ModelIdentity) -> None:
+    if found.weights_digest != planned.weights_digest:
+        raise WeightsError(
+            f"weights of {what} on this node have the digest {found.weights_digest[:12]}, the run was planned with "
+            f"{planned.weights_digest[:12]}",
+            remedy="Put the same weights on every node, and leave them alone while a run goes on.",
+        )

@@ -79,6 +79,7 @@ class PoolWorker:
         for name in pool.tasks:
             with fitting(f"pool {'+'.join(pool.tasks)}: the model of {name}", device):
                 self._tasks[name] = CountedTask(load_task(name, setup, prompts, device, self._towers))
+        check_weights(pool, setup)
         self._ceilings = Ceilings(device, setup.dtype)
         self._limits: dict[str, BatchLimit] = {name: BatchLimit(room.rows) for name in pool.tasks}
         self._calls = contextlib.nullcontext() if room.calls is None else threading.BoundedSemaphore(room.calls)

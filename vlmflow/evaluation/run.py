@@ -233,12 +233,9 @@ class Run:
 
 @collected_once()
 def _encode(config: ModelConfig, texts: list[str], device: str) -> NDArray[np.float32]:
-    from vlmflow.device_errors import fitting
     from vlmflow.models import load_embedder
 
-    with fitting("the model of embed", device):
-        embedder = load_embedder(config, device)
-    return embedder.embed_texts(texts)
+    return load_embedder(config, device).embed_texts(texts)
 
 
 def _job_for(job: Job, data: Dataset, catalog: CatalogConfig) -> Job:

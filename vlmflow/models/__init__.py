@@ -242,6 +242,7 @@ def load_embedder(
         ConfigError: the family does something else.
         FamilyError: it is one's own, and its class cannot be used or fails.
         WeightsError: the weights are absent, unsafe to load, or do not fit.
+        ModelMemoryError: the device has no memory left for it.
     """
     embedder: ImageEmbedder = _load("embed", config, device, dtype, towers)
     return OwnEmbedder(config.family, embedder) if is_own(config.family) else embedder
@@ -255,8 +256,11 @@ def load_text_embedder(config: ModelConfig) -> ImageEmbedder:
     """
     if config.family not in ("dual_encoder", "open_clip"):
         return load_embedder(config, "cpu", "float32")
-    adapter = family_of(config.family).adapter("embed")
-    embedder: ImageEmbedder = adapter.load(locate(config), config, "cpu", "float32", packs=False)
+    from vlmflow.device_errors import fitting
+
+    with fitting("the model of embed", "cpu"):
+        adapter = family_of(config.family).adapter("embed")
+        embedder: ImageEmbedder = adapter.load(locate(config), config, "cpu", "float32", packs=False)
     return embedder
 
 
@@ -273,13 +277,14 @@ def load_captioner(
         ConfigError: the family does something else.
         FamilyError: it is one's own, and its class cannot be used or fails.
         WeightsError: the weights are absent, unsafe to load, or do not fit.
+        ModelMemoryError: the device has no memory left for it.
     """
     if _is_chat(config):
         from vlmflow.models.prompted import PromptedCaptioner
 
         prompt = prompt_of("caption", config)
         assert prompt is not None
-        return PromptedCaptioner(_load_chat(config, device, dtype), prompt)
+        return PromptedCaptioner(_load_chat("caption", config, device, dtype), prompt)
     captioner: Captioner = _load("caption", config, device, dtype, towers)
     return captioner
 
@@ -297,6 +302,7 @@ def load_matcher(
         ConfigError: the family does something else.
         FamilyError: it is one's own, and its class cannot be used or fails.
         WeightsError: the weights are absent, unsafe to load, or do not fit.
+        ModelMemoryError: the device has no memory left for it.
     """
     matcher: Matcher = _load("match", config, device, dtype, towers)
     return matcher
@@ -315,13 +321,14 @@ def load_answerer(
         ConfigError: the family does something else.
         FamilyError: it is one's own, and its class cannot be used or fails.
         WeightsError: the weights are absent, unsafe to load, or do not fit.
+        ModelMemoryError: the device has no memory left for it.
     """
     if _is_chat(config):
         from vlmflow.models.prompted import PromptedAnswerer
 
         prompt = prompt_of("answer", config)
         assert prompt is not None
-        return PromptedAnswerer(_load_chat(config, device, dtype), prompt, config.max_answer_tokens)
+        return PromptedAnswerer(_load_chat("answer", config, device, dtype), prompt, config.max_answer_tokens)
     answerer: Answerer = _load("answer", config, device, dtype, towers)
     return answerer
 
@@ -335,13 +342,14 @@ def _load(role: Role, config: ModelConfig, device: str, dtype: Dtype, towers: Vi
             remedy="Use a model of another family, or name an adapter in the table of them (vlmflow/families.py).",
         )
     folder = locate(config)
-    if not is_own(config.family):
-        shared = (towers,) if family.shares_tower else ()
-        return family.adapter(role).load(folder, config, device, dtype, *shared)
-    asked = config.model_copy(update={"prompt": prompt_of(role, config)})  # as rows will say that it was asked
     from vlmflow.device_errors import fitting
 
-    with told_of(config.family, "load"), fitting(f"the model of {config.family}", device):
+    if not is_own(config.family):
+        shared = (towers,) if family.shares_tower else ()
+        with fitting(f"the model of {role}", device):
+            return family.adapter(role).load(folder, config, device, dtype, *shared)
+    asked = config.model_copy(update={"prompt": prompt_of(role, config)})  # as rows will say that it was asked
+    with told_of(config.family, "load"), fitting(f"the model of {role}", device):
         model = family.adapter(role).load(folder, asked, device, dtype)
     check_model(config.family, role, model)
     return model
@@ -353,11 +361,13 @@ def _is_chat(config: ModelConfig) -> bool:
     return family.takes_prompt and not family.adapters
 
 
-def _load_chat(config: ModelConfig, device: str, dtype: Dtype) -> VisionChat:
+def _load_chat(role: Role, config: ModelConfig, device: str, dtype: Dtype) -> VisionChat:
     if config.family == "vlm":
+        from vlmflow.device_errors import fitting
         from vlmflow.models.vlm import TransformersChat
 
-        return TransformersChat.load(locate(config), device, dtype)
+        with fitting(f"the model of {role}", device):
+            return TransformersChat.load(locate(config), device, dtype)
     if config.family == "vllm":
         from vlmflow.models.vllm import VllmChat
 

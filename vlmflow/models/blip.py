@@ -223,7 +223,7 @@ def load_parts(model_class: Any, folder: Path, config: ModelConfig, target: Targ
         WeightsError: the weights are absent or do not fit.
     """
     dtype = model_dtype(target.device, target.dtype)
-    model, missing, unexpected = load_model(model_class, folder, target.text_dtype or dtype)
+    model, missing, unexpected = load_model(model_class, folder, target.text_dtype or dtype, target.device)
     check_keys(folder, missing, unexpected)
     normalize = PixelNormalizer(read_preprocessing(folder, config), target.device, dtype)
     model.vision_model.to(dtype)

@@ -60,7 +60,7 @@ class Blip2Captioner:
                 for than logits.
         """
         wanted = model_dtype(device, dtype)
-        model, missing, unexpected = load_model(Blip2ForConditionalGeneration, folder, wanted)
+        model, missing, unexpected = load_model(Blip2ForConditionalGeneration, folder, wanted, device)
         check_keys(folder, missing, unexpected)
         check_untied(folder, model)
         if model.config.text_config.bos_token_id is None:
@@ -143,7 +143,7 @@ class Blip2Matcher:
         # No matching without text; the first configurations that were published name this otherwise.
         settings.qformer_config.use_qformer_text_input = True
         # The Q-Former sees 32 queries and a text where the tower sees 257 patches: float32 costs it little.
-        model, missing, unexpected = load_model(Blip2ForImageTextRetrieval, folder, torch.float32, settings)
+        model, missing, unexpected = load_model(Blip2ForImageTextRetrieval, folder, torch.float32, device, settings)
         check_keys(folder, missing, unexpected)
         wanted = model_dtype(device, dtype)
         normalizer = PixelNormalizer(read_preprocessing(folder, config), device, wanted)

@@ -45,7 +45,7 @@ class ImageClassifier:
                 remedy="Write the name of timm's architecture there, without a source before it.",
             )
         dtype = model_dtype(device)
-        model, missing, unexpected = load_model(AutoModelForImageClassification, folder, dtype)
+        model, missing, unexpected = load_model(AutoModelForImageClassification, folder, dtype, device)
         check_keys(folder, missing, unexpected)
         preprocessing = read_preprocessing(folder, config)
         classifier = cls(model.to(device), PixelNormalizer(preprocessing, device, dtype), outputs)

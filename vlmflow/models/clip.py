@@ -24,7 +24,7 @@ from vlmflow.models.attention import growing
 from vlmflow.models.clip_packed import can_pack, pack_image_tower, take_pixels, takes_pixels
 from vlmflow.models.pixels import PixelNormalizer, model_dtype
 from vlmflow.models.preprocessing import read_preprocessing
-from vlmflow.models.pretrained import as_weights_error, check_padding, check_words, in_our_words
+from vlmflow.models.pretrained import as_weights_error, check_numbers, check_padding, check_words, in_our_words
 from vlmflow.models.sizes import in_few_sizes
 from vlmflow.models.upload import to_device
 from vlmflow.models.weights import check_keys, find_weights, read_open_clip_model
@@ -163,6 +163,7 @@ def build(
             remedy="Use the configuration file that belongs to these weights.",
         ) from error
     check_keys(folder, keys.missing_keys, keys.unexpected_keys)
+    check_numbers(folder, model)
     if packed_for is not None and is_packed:
         pack_image_tower(model, dtype, carried=dtype)
         take_pixels(model, packed_for, dtype)

@@ -16,7 +16,7 @@ from vlmflow.families import FAMILIES
 from vlmflow.imaging import PixelRequest
 from vlmflow.models.identity import ModelIdentity
 from vlmflow.models.preprocessing import read_preprocessing
-from vlmflow.models.weights import locate, read_json, section_of, weights_digest
+from vlmflow.models.weights import expanded, locate, read_json, section_of, weights_digest
 from vlmflow.moderation.policy import Detector, Policy
 
 if TYPE_CHECKING:
@@ -65,23 +65,16 @@ def prepare_detectors(policy: Policy, views: tuple[str, ...]) -> tuple[DetectorS
 
 
 def _prepare(detector: Detector, policy: Policy, views: tuple[str, ...]) -> DetectorSetup:
+    identity = identify_detector(detector)
     shown = ("squash", *(view for view in views if view != "squash"))
     if detector.family == "opennsfw":
-        from vlmflow.models.opennsfw import OUTPUT, SIZE, identify_opennsfw
+        from vlmflow.models.opennsfw import OUTPUT, SIZE
 
-        identity = identify_opennsfw()
         request = PixelRequest(SIZE, "bilinear", shown)
         _check_outputs(detector, (OUTPUT,))
     else:
         folder = locate(model_config(detector))
         preprocessing = read_preprocessing(folder, model_config(detector))
-        identity = ModelIdentity(
-            id=detector.repo or folder.name,
-            revision=detector.revision or "local",
-            weights_digest=weights_digest(folder, detector.family),
-            preprocessing=preprocessing.describe(),
-            code_version=FAMILIES[detector.family].code_version,
-        )
         request = PixelRequest(preprocessing.size, preprocessing.interpolation, shown)
         if detector.family == "image_classification":
             _check_outputs(detector, _classes(folder / "config.json", detector))
@@ -92,9 +85,31 @@ def _prepare(detector: Detector, policy: Policy, views: tuple[str, ...]) -> Dete
             remedy="Use the weights that the policy names, or set thresholds for these and change `weights`.",
         )
     if detector.path is not None:  # workers of a cluster work in the folder where it was started
-        path = Path(model_config(detector).path or "")
+        path = expanded(model_config(detector).path or "")
         detector = detector.model_copy(update={"path": str(path.absolute())})
     return DetectorSetup(detector.name, detector, identity, request)
+
+
+def identify_detector(detector: Detector) -> ModelIdentity:
+    """What rows remember of a detector, from its files alone.
+
+    Raises:
+        DetectorError: a package that it needs is not installed.
+        WeightsError: weights that are absent or cannot be used.
+    """
+    if detector.family == "opennsfw":
+        from vlmflow.models.opennsfw import identify_opennsfw
+
+        return identify_opennsfw()
+    config = model_config(detector)
+    folder = locate(config)
+    return ModelIdentity(
+        id=detector.repo or folder.name,
+        revision=detector.revision or "local",
+        weights_digest=weights_digest(folder, detector.family),
+        preprocessing=read_preprocessing(folder, config).describe(),
+        code_version=FAMILIES[detector.family].code_version,
+    )
 
 
 def model_config(detector: Detector) -> ModelConfig:
@@ -114,7 +129,15 @@ def load_detector(setup: DetectorSetup, device: str) -> PixelDetector:
     Raises:
         DetectorError: its package is not installed here.
         WeightsError: the weights do not fit, or are not on this machine.
+        ModelMemoryError: the device has no memory left for it.
     """
+    from vlmflow.device_errors import fitting
+
+    with fitting(f"the detector {setup.name}", device):
+        return _load(setup, device)
+
+
+def _load(setup: DetectorSetup, device: str) -> PixelDetector:
     match setup.config.family:
         case "opennsfw":
             from vlmflow.models.opennsfw import OpenNsfw

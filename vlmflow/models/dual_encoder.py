@@ -95,7 +95,7 @@ class DualEmbedder:
         # On a processor all of a packed encoder is in float32 but its products.
         carried = torch.float32 if packs and torch.device(device).type == "cpu" else dtype
         # What is packed is rounded once.
-        model, missing, unexpected = load_model(AutoModel, folder, torch.float32 if packs else dtype)
+        model, missing, unexpected = load_model(AutoModel, folder, torch.float32 if packs else dtype, device)
         _check_encoders(folder, model, missing)
         check_keys(folder, missing, unexpected)
         tokenizer = TextTokenizer(folder, model)

@@ -64,7 +64,7 @@ class FlavaEmbedder:
         wanted, preprocessing = model_dtype(device, dtype), read_preprocessing(folder, config)
 
         def load() -> FlavaEmbedder:
-            model, has_head = _load(folder, wanted)
+            model, has_head = _load(folder, wanted, device)
             normalizer = PixelNormalizer(preprocessing, device, wanted)
             head = model.itm_head.to(device) if has_head else None
             return cls(model.flava.to(device), head, load_text_tokenizer(folder), normalizer)
@@ -175,11 +175,11 @@ class FlavaMatcher:
         return cosines(self._embedder.image_features(images.embeds), self._embedder.text_features(states))
 
 
-def _load(folder: Path, dtype: torch.dtype) -> tuple[Any, bool]:
+def _load(folder: Path, dtype: torch.dtype, device: str) -> tuple[Any, bool]:
     """A ``FlavaForPreTraining`` without what pretraining alone needs; and whether its matching head has weights."""
     settings = load_config(FlavaConfig, folder)
     settings.init_codebook = False
-    model, missing, unexpected = load_model(FlavaForPreTraining, folder, dtype, settings)
+    model, missing, unexpected = load_model(FlavaForPreTraining, folder, dtype, device, settings)
     head = [name for name, _ in model.named_parameters() if name.startswith(_ITM_HEAD)]
     has_head = not set(head) <= set(missing)
     optional = _UNUSED if has_head else (*_UNUSED, _ITM_HEAD)

@@ -36,7 +36,7 @@ class GitCaptioner:
                 a caption begins, or the files set how it is decoded, or contradict each other in that.
         """
         wanted = model_dtype(device, dtype)
-        model, missing, unexpected = load_model(GitForCausalLM, folder, wanted)
+        model, missing, unexpected = load_model(GitForCausalLM, folder, wanted, device)
         check_keys(folder, missing, unexpected)
         if model.config.num_image_with_embedding is not None:
             raise WeightsError(

@@ -43,9 +43,9 @@ class VlmJudge:
                 tokenizer does not tell the answers apart.
         """
         if read_json(folder / "config.json").get("model_type") == "shieldgemma2":
-            model, processor = _load_shield_gemma(folder, model_dtype(device))
+            model, processor = _load_shield_gemma(folder, model_dtype(device), device)
         else:
-            model, processor = load_image_text_to_text(folder, model_dtype(device))
+            model, processor = load_image_text_to_text(folder, model_dtype(device), device)
             questions = [f"{question} {_INSTRUCTION}" for question in questions]
         return cls(model.to(device), processor, questions, device)
 
@@ -78,14 +78,14 @@ def _answer_tokens(tokenizer: Any) -> list[int]:
     return [*yes, *no]
 
 
-def _load_shield_gemma(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+def _load_shield_gemma(folder: Path, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
     """The Gemma 3 within ShieldGemma 2, whose own class gives two numbers, and Gemma 3's processor.
 
     ShieldGemma 2's own processor takes no text: it asks about the policies of its configuration.
     """
     from transformers import AutoModelForImageClassification, Gemma3Processor
 
-    model, processor = load_image_text_to_text(folder, dtype, AutoModelForImageClassification)
+    model, processor = load_image_text_to_text(folder, dtype, device, AutoModelForImageClassification)
     if not processor.chat_template:
         raise WeightsError(
             f"weights: {folder} has no chat template, in whose words ShieldGemma 2 is asked",

@@ -20,19 +20,20 @@ _REMEDY = "Copy the model's whole folder: configuration, safetensors and tokeniz
 
 
 def load_model(
-    model_class: Any, folder: Path, dtype: torch.dtype, config: Any = None
+    model_class: Any, folder: Path, dtype: torch.dtype, device: str, config: Any = None
 ) -> tuple[Any, list[str], list[str]]:
     """Builds a model and fills in its weights; on the CPU, for inference.
 
     Args:
         model_class: of transformers; one that chooses by the configuration too.
+        device: that the caller moves the model to.
         config: instead of the folder's.
 
     Returns:
         The model; the tensors that it lacks; those that it has no use for. The caller knows which of them may differ.
 
     Raises:
-        WeightsError: the weights or their configuration are absent or do not fit.
+        WeightsError: the weights or their configuration are absent or do not fit, or are no numbers.
     """
     read_json(folder / "config.json")  # without one, transformers would take the defaults of the class
     options = {} if config is None else {"config": config}
@@ -48,7 +49,44 @@ def load_model(
             **options,
         )
     _check_shapes(folder, found["mismatched_keys"])
+    check_numbers(folder, model)
+    if torch.device(device).type == "cpu":
+        _detach(model)
     return model.eval().requires_grad_(False), sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
+
+
+def check_numbers(folder: Path, model: torch.nn.Module) -> None:
+    """Refuses weights that are not finite: a training that diverged, or a file that was damaged.
+
+    One of them may spoil all that a model gives, or a word alone that few images have to do with.
+
+    Raises:
+        WeightsError: names the first of them.
+    """
+    wrong = [
+        name
+        for name, values in model.named_parameters()
+        if values.is_floating_point() and values.numel() and not all(end.isfinite() for end in torch.aminmax(values))
+    ]
+    # Of buffers, masks may well hold infinities.
+    wrong += [name for name, values in model.named_buffers() if values.is_floating_point() and values.isnan().any()]
+    if wrong:
+        some = ", ".join(wrong[:3]) + (", ..." if len(wrong) > 3 else "")
+        raise WeightsError(
+            f"weights: {folder} holds numbers that are not finite, in {len(wrong)} tensors: {some}",
+            remedy="Copy the files again from where the model was published; of a model of your own, go back to a "
+            "checkpoint from before its training diverged.",
+        )
+
+
+def _detach(model: torch.nn.Module) -> None:
+    """Gives a model memory of its own.
+
+    transformers maps the file into memory: whoever wrote to it later would change the model at work, and cutting it off
+    would kill the process.
+    """
+    for values in (*model.parameters(), *model.buffers()):
+        values.data = values.data.clone()
 
 
 def load_config(config_class: Any, folder: Path) -> Any:

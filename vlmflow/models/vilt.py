@@ -47,7 +47,7 @@ class ViltAnswerer:
             WeightsError: the weights are absent or do not fit.
         """
         kind = model_dtype(device, dtype)
-        model, missing, unexpected = load_model(ViltForQuestionAnswering, folder, kind)
+        model, missing, unexpected = load_model(ViltForQuestionAnswering, folder, kind, device)
         check_keys(folder, missing, unexpected)
         preprocessing = read_preprocessing(folder, config)
         normalize = PixelNormalizer(preprocessing, device, kind)

@@ -16,7 +16,7 @@ from vlmflow.models import Answer, Usage
 from vlmflow.models.attention import growing
 from vlmflow.models.generation import STEPS, check_settings
 from vlmflow.models.pixels import model_dtype
-from vlmflow.models.pretrained import load_model, load_processor
+from vlmflow.models.pretrained import check_padding, load_model, load_processor
 from vlmflow.models.prompted import rows_of
 from vlmflow.models.questions import check_scores
 from vlmflow.models.weights import check_keys
@@ -49,7 +49,9 @@ class TransformersChat:
                 generation_config.json sets what texts end by that are no tokens, and the like.
         """
         kind = model_dtype(device, dtype)
-        model, processor = load_image_text_to_text(folder, kind)
+        model, processor = load_image_text_to_text(folder, kind, device)
+        if processor.tokenizer.eos_token is None:  # which pads where nothing else does
+            check_padding(folder, processor.tokenizer)
         check_settings(folder, model.generation_config, honoured=STEPS | {"guidance_scale"})
         return cls(model.to(device), processor, device, kind)
 
@@ -118,10 +120,11 @@ class TransformersChat:
         return [Answer(text.strip(), score) for text, score in zip(written, scores, strict=True)]
 
 
-def load_image_text_to_text(folder: Path, dtype: torch.dtype, model_class: Any = None) -> tuple[Any, Any]:
+def load_image_text_to_text(folder: Path, dtype: torch.dtype, device: str, model_class: Any = None) -> tuple[Any, Any]:
     """Loads a model, ready to be asked, and its processor; from safetensors, and code of transformers alone.
 
     Args:
+        device: that the caller moves the model to.
         model_class: of transformers, one of those that choose by the configuration; None: that for images and texts.
 
     Raises:
@@ -130,7 +133,7 @@ def load_image_text_to_text(folder: Path, dtype: torch.dtype, model_class: Any =
     from transformers import AutoModelForImageTextToText
 
     processor = load_processor(folder)
-    model, missing, unexpected = load_model(model_class or AutoModelForImageTextToText, folder, dtype)
+    model, missing, unexpected = load_model(model_class or AutoModelForImageTextToText, folder, dtype, device)
     check_keys(folder, missing, unexpected)
     return model, processor
 

@@ -12,11 +12,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from vlmflow.config import ModelConfig
 from vlmflow.errors import WeightsError
 from vlmflow.families import FAMILIES, family_of, is_own
+from vlmflow.models.files import (
+    check_pointer,
+    check_unquantized,
+    of_adapter,
+    stamp,
+    tensors_of,
+    told_of_files,
+    told_of_none,
+)
 from vlmflow.models.identity import short_digest
 
 _TOKENIZER_NAMES = (
@@ -30,7 +37,6 @@ _TOKENIZER_NAMES = (
     "vocab.json",
     "vocab.txt",
 )
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _COMMIT_HASH = re.compile(r"[0-9a-f]{40}")
 
 
@@ -58,38 +64,73 @@ def require_folder(config: ModelConfig, *, licence: str | None = None) -> Path:
     Raises:
         WeightsError: it does not; the message says what belongs there.
     """
-    folder = Path(config.path or "").expanduser()
+    folder = expanded(config.path or "")
     origin = f"{config.repo} ({licence})" if config.repo and licence else config.repo or f"a {config.family} model"
-    if not folder.is_dir():
-        raise WeightsError(f"weights: no folder {folder}", remedy=f"Put the files of {origin} there.")
-    if not find_weights(folder, config.family):
-        names = family_of(config.family).weight_names
-        pickled = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
-        if pickled:
-            raise WeightsError(
-                f"weights: {folder / pickled[0]} is a pickle, which can run code when it is loaded",
-                remedy=f"Use the safetensors files of {origin}, or convert it to {names[0]}.",
-            )
-        what = f"file {' or '.join(names)}" if is_own(config.family) else "safetensors file"
-        raise WeightsError(f"weights: no {what} in {folder}", remedy=f"Put the files of {origin} there.")
+    with told_of_files(folder):
+        if folder.is_file():
+            raise WeightsError(f"weights: {folder} is a file", remedy="Name the folder that it is in.")
+        if not folder.is_dir():
+            raise WeightsError(f"weights: no folder {folder}", remedy=f"Put the files of {origin} there.")
+        files = find_weights(folder, config.family)
+        if not files:
+            names = family_of(config.family).weight_names
+            what = f"file {' or '.join(names)}" if is_own(config.family) else "safetensors file"
+            raise told_of_none(folder, names, origin, what)
+    _check_plain(folder, files, config.family)
     return folder
+
+
+def expanded(path: str) -> Path:
+    """A folder as a job names it, with `~` for the user's own.
+
+    Raises:
+        WeightsError: `~name` is of a user that there is not.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise WeightsError(f"weights: no folder {path}: {error}", remedy="Write the path out.") from error
+
+
+def _check_plain(folder: Path, files: list[Path], family: str) -> None:
+    """Refuses quantized weights and adapters, which most models would be built without: what they give is another.
+
+    What transformers or vLLM load as they are may be quantized; an adapter transformers applies or not, as packages
+    are installed.
+    """
+    if is_own(family):
+        return
+    if (folder / "adapter_config.json").exists() and family != "vllm":
+        raise of_adapter(folder)
+    facts = family_of(family)
+    if facts.reader == "chat":
+        return
+    path = folder / facts.config_name
+    if path.is_file() and (method := section_of(read_json(path), "quantization_config", path)):
+        raise WeightsError(
+            f"weights: {path}: quantization_config ({str(method.get('quant_method'))[:40]}): the family {family} reads "
+            "no quantized weights",
+            remedy="Use the files in float32, float16 or bfloat16 that it was made of.",
+        )
+    check_unquantized(files)
 
 
 def find_weights(folder: Path, family: str) -> list[Path]:
     """The safetensors files that loading would read; empty: there are none.
 
     Raises:
-        WeightsError: the list of the shards is damaged, or names one that is absent.
+        WeightsError: a file of them is cut off or damaged, or the list of the shards is, or names one that is absent.
     """
     for name in family_of(family).weight_names:
         path = folder / name
         if not path.is_file():
             continue
+        check_pointer(path)
         if path.suffix == ".json":
             names = section_of(read_json(path), "weight_map", path).values()
-            if not names or not all(isinstance(name, str) for name in names):
+            if not names or not all(isinstance(name, str) and name == Path(name).name for name in names):
                 raise WeightsError(
-                    f"weights: {path}: weight_map names no files", remedy="Copy the model's folder again."
+                    f"weights: {path}: weight_map names no files of the folder", remedy="Copy the model's folder again."
                 )
             shards = sorted({folder / name for name in names})
             if any(shard.suffix != ".safetensors" for shard in shards):
@@ -101,7 +142,11 @@ def find_weights(folder: Path, family: str) -> list[Path]:
                     f"weights: {folder} lacks {len(absent)} of the {len(shards)} files that {name} names: {some}",
                     remedy="Copy those files too.",
                 )
+            for shard in shards:
+                tensors_of(shard)
             return shards
+        if path.suffix == ".safetensors":
+            tensors_of(path)
         return [path]
     return []
 
@@ -114,15 +159,16 @@ def weights_digest(folder: Path, family: str, architecture: str | None = None) -
         architecture: open_clip's name; its configuration counts where the folder has none of its own.
 
     Raises:
-        WeightsError: open_clip has no such architecture.
+        WeightsError: open_clip has no such architecture, or a file cannot be read.
     """
     facts = family_of(family)
     names = [facts.config_name, *_TOKENIZER_NAMES, *facts.companion_names]
     files = [*find_weights(folder, family), *(folder / name for name in names if (folder / name).is_file())]
     total = hashlib.sha256()
-    for path in sorted(files):
-        stat = path.stat()
-        total.update(f"{path.name} {_file_digest(str(path), stat.st_size, stat.st_mtime_ns)}\n".encode())
+    with told_of_files(folder):
+        for path in sorted(files):
+            check_pointer(path)
+            total.update(f"{path.name} {_file_digest(*stamp(path))}\n".encode())
     if architecture is not None and family == "open_clip" and not (folder / facts.config_name).is_file():
         # By its content: equal weights are another model with another activation, which no tensor tells.
         total.update(f"architecture {short_digest(read_open_clip_model(folder, architecture))}\n".encode())
@@ -142,7 +188,10 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise WeightsError(f"weights: {path}: {error.strerror}", remedy="Copy the model's whole folder.") from error
     except (ValueError, RecursionError) as error:
-        raise WeightsError(f"weights: {path} is not JSON", remedy="Copy the model's folder again.") from error
+        with told_of_files(path.parent):
+            check_pointer(path)
+        reason = f": {error}"[:100] if isinstance(error, ValueError) else ""
+        raise WeightsError(f"weights: {path} is not JSON{reason}", remedy="Copy the model's folder again.") from error
     if not isinstance(content, dict):
         raise WeightsError(f"weights: {path} holds no JSON object", remedy="Copy the model's folder again.")
     return content
@@ -201,8 +250,7 @@ def _refuse_other_format(folder: Path) -> None:
         "timm/vit_base_patch32_clip_224.openai, for google/siglip-base-patch16-224 timm/ViT-B-16-SigLIP."
     )
     for path in find_weights(folder, "open_clip"):
-        with contextlib.suppress(SafetensorError), safe_open(path, "np") as tensors:  # what is damaged fails later
-            names.extend(tensors.keys())
+        names.extend(tensors_of(path))
     if any(name.startswith("vision_model.") for name in names):
         with contextlib.suppress(WeightsError):
             if able := families_that_read(read_json(folder / "config.json").get("model_type")):
@@ -288,7 +336,7 @@ def _download(repo: str, revision: str, family: str) -> Path:
 
 
 @lru_cache(maxsize=256)
-def _file_digest(path: str, size: int, mtime_ns: int) -> str:
-    """SHA-256 of a file; size and time are there so that a changed file is hashed again."""
+def _file_digest(path: str, size: int, mtime_ns: int, ctime_ns: int) -> str:
+    """SHA-256 of a file; size and times are there so that a changed file is hashed again."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

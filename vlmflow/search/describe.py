@@ -14,7 +14,7 @@ from vlmflow.config import Frozen, Job
 from vlmflow.imaging import merge_requests
 from vlmflow.search.query import decode_image
 from vlmflow.tasks.pixels import pixel_columns
-from vlmflow.tasks.setup import load_task, prepare_prompts, prepare_tasks, with_policy
+from vlmflow.tasks.setup import check_unchanged, load_task, prepare_prompts, prepare_tasks, with_policy
 
 _TASKS = ("embed", "moderate", "caption")
 
@@ -57,6 +57,7 @@ class ImageDescriber:
     Raises:
         ConfigError: the profile is unknown.
         WeightsError: weights are absent or do not fit.
+        ModelMemoryError: there is no memory left for a model.
         PolicyError: the policy cannot be used, or was not set for the model.
     """
 
@@ -69,6 +70,7 @@ class ImageDescriber:
         shown = [setup.requests[role] for role in ("embed", "caption") if role in setup.requests]
         self._requests = merge_requests([*shown, *(detector.request for detector in setup.detectors)])
         self._tasks = [load_task(task, setup, prompts, "cpu") for task in tasks]
+        check_unchanged(setup)
         self._limits = job.limits
 
     def describe(self, image: str | Path | bytes) -> ImageDescription:
@@ -121,6 +123,6 @@ def describe_image(image: str | Path | bytes, job: Job) -> ImageDescription:
     Raises:
         ImageError: the image cannot be decoded, or exceeds the limits.
         ConfigError: the file cannot be read, or the profile is unknown.
-        WeightsError, PolicyError: as :class:`ImageDescriber`.
+        WeightsError, ModelMemoryError, PolicyError: as :class:`ImageDescriber`.
     """
     return ImageDescriber(job).describe(image)

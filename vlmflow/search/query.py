@@ -16,7 +16,7 @@ from vlmflow.families import told_of
 from vlmflow.imaging import DecodedImage, PixelRequest, decode
 from vlmflow.models import ImageEmbedder, load_embedder
 from vlmflow.search.live import VIEW
-from vlmflow.tasks.setup import prepare_tasks
+from vlmflow.tasks.setup import check_unchanged, prepare_tasks
 
 _MAX_QUERY_CHARS = 20_000  # far beyond what any text tower looks at
 _OTHER_IMAGE = "Name another: a whole image, in a format that is read."
@@ -74,7 +74,7 @@ class QueryEncoder:
 
     def __init__(self, job: Job) -> None:
         setup = prepare_tasks(job.model_copy(update={"tasks": ("embed",), "policy": None}))
-        self._config = setup.models["embed"]
+        self._setup, self._config = setup, setup.models["embed"]
         self._request = replace(setup.requests["embed"], views=(VIEW,))
         self._limits = job.limits
         self._embedder: ImageEmbedder | None = None
@@ -87,10 +87,14 @@ class QueryEncoder:
         Raises:
             ImageError: the image cannot be decoded, or exceeds the limits.
             ConfigError: the image file cannot be read.
+            WeightsError: the weights do not fit, or are others than when this was made.
+            ModelMemoryError: there is no memory left for the model.
             FamilyError: the embedder is of one's own family, and fails.
         """
         if self._embedder is None:
-            self._embedder = load_embedder(self._config, "cpu")
+            embedder = load_embedder(self._config, "cpu")
+            check_unchanged(self._setup)
+            self._embedder = embedder
         vector: NDArray[np.float32]
         if query.text is not None:
             vector = self._embedder.embed_texts([_readable(query.text)])[0]

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from itertools import permutations
-from pathlib import Path
 from typing import TYPE_CHECKING, assert_never
 
 from vlmflow.catalog.detections import Detection
 from vlmflow.config import Dtype, Job, ModelConfig, TaskName
-from vlmflow.errors import ConfigError
+from vlmflow.errors import ConfigError, WeightsError
 from vlmflow.families import family_of
 from vlmflow.imaging import PixelRequest, merge_requests
 from vlmflow.imaging.pixels import VIEWS
@@ -28,6 +27,7 @@ from vlmflow.models import (
 from vlmflow.models.detectors import DetectorSetup, load_detector, prepare_detectors
 from vlmflow.models.identity import short_digest
 from vlmflow.models.prompts import prompt_of
+from vlmflow.models.weights import expanded
 from vlmflow.moderation.decide import Moderator
 from vlmflow.moderation.policy import Binding, Policy, check_binding, load_policy
 from vlmflow.moderation.prompts import PromptVectors, encode_prompts
@@ -193,7 +193,7 @@ def _wherever(config: ModelConfig) -> ModelConfig:
     """The model for processes that work in other folders: workers of a cluster are where it was started."""
     if config.path is None:
         return config
-    return config.model_copy(update={"path": str(Path(config.path).absolute())})
+    return config.model_copy(update={"path": str(expanded(config.path).absolute())})
 
 
 def _requests(job: Job, models: dict[str, ModelConfig]) -> dict[str, PixelRequest]:
@@ -218,12 +218,28 @@ def prepare_prompts(setup: TaskSetup) -> PromptVectors | None:
         None: the job does not moderate.
 
     Raises:
-        WeightsError: the embedder's weights do not fit.
+        WeightsError: the embedder's weights do not fit, or were changed since the run was planned.
         FamilyError: the embedder is of one's own family, and fails.
     """
     if setup.policy is None:
         return None
-    return encode_prompts(setup.policy, load_text_embedder(setup.models["embed"]))
+    embedder = load_text_embedder(setup.models["embed"])
+    check_unchanged(setup)
+    return encode_prompts(setup.policy, embedder)
+
+
+def check_unchanged(setup: TaskSetup) -> None:
+    """Makes sure that models just loaded are those that were planned with: somebody may have written to their files.
+
+    Raises:
+        WeightsError: somebody has.
+    """
+    for role, config in setup.models.items():
+        if identify(role, config) != setup.identities[role]:
+            raise WeightsError(
+                f"weights: {config.path or config.repo} has changed since it was looked at, before it was loaded",
+                remedy="Try again, once nobody writes to the folder.",
+            )
 
 
 def load_task(

@@ -26,7 +26,7 @@ from tests.models import (
 )
 from tests.vilbert import make_vilbert
 from vlmflow.config import ModelConfig
-from vlmflow.errors import WeightsError
+from vlmflow.errors import ModelMemoryError, WeightsError
 from vlmflow.models import clip as clip_module
 from vlmflow.models import (
     identify,
@@ -378,8 +378,10 @@ def test_a_device_without_memory_is_no_fault_of_the_files(tmp_path: Path, monkey
     for module, begun in ((open_clip, "create_model"), (clip_module, "load_checkpoint")):
         with monkeypatch.context() as patched:
             patched.setattr(module, begun, full)
-            with pytest.raises(torch.OutOfMemoryError):
+            with pytest.raises(
+                ModelMemoryError, match=r"^the model of embed does not fit in the memory of this machine$"
+            ):
                 load_embedder(clip_config(folder), "cpu")
     monkeypatch.setattr(BlipForConditionalGeneration, "from_pretrained", full)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(ModelMemoryError, match="the model of caption"):
         load_captioner(ModelConfig(family="blip_caption", path=str(make_captioner(tmp_path / "blip"))), "cpu")

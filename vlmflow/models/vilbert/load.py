@@ -17,7 +17,7 @@ from vlmflow.config import Dtype
 from vlmflow.errors import WeightsError
 from vlmflow.models.attention import growing
 from vlmflow.models.pixels import model_dtype
-from vlmflow.models.pretrained import check_words, in_our_words
+from vlmflow.models.pretrained import check_numbers, check_words, in_our_words
 from vlmflow.models.vilbert.config import Head, read_config
 from vlmflow.models.vilbert.finders import REGIONS_FILE, load_finder, read_region_source
 from vlmflow.models.vilbert.layers import Stream
@@ -119,9 +119,11 @@ def load_vilbert(folder: Path) -> Vilbert:
     config = read_config(folder / "config.json")
     files = find_weights(folder, "vilbert")
     try:
-        tensors = {name: tensor.float() for file in files for name, tensor in load_file(file).items()}
+        mapped = {name: tensor for file in files for name, tensor in load_file(file).items()}
     except SafetensorError as error:
         raise WeightsError(f"weights: {folder}: {error}", remedy="Copy the model's folder again.") from error
+    # A copy: whoever wrote to a file that is mapped into memory would change the model at work.
+    tensors = {name: tensor.to(torch.float32, copy=True) for name, tensor in mapped.items()}
     with torch.device("meta"):
         model = Vilbert(config)
     expected = model.state_dict()
@@ -135,6 +137,7 @@ def load_vilbert(folder: Path) -> Vilbert:
         )
     model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
+    check_numbers(folder, model)
     return model.eval().requires_grad_(False)
 
 

@@ -26,6 +26,7 @@ from ray.data import DataContext
 from ray.util.client import ray as client
 
 from vlmflow.config import RayConfig
+from vlmflow.engine.authentication import ensure_token
 from vlmflow.engine.faults import told
 from vlmflow.engine.growth import NodeGroup, node_groups
 from vlmflow.engine.head import await_head, watched
@@ -333,6 +334,7 @@ def _connect(config: RayConfig) -> None:
         options |= {"num_cpus": config.num_cpus, "object_store_memory": config.object_store_bytes}
         # Without this Ray would join what RAY_ADDRESS names, or a cluster that it finds on this machine.
         options |= {"include_dashboard": False, "address": "local"}
+        ensure_token()
     else:
         options |= {"address": config.address}
     try:

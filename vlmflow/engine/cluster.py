@@ -343,7 +343,8 @@ def _connect(config: RayConfig) -> None:
     except Exception as error:  # Ray raises that itself, of a node that does not come up in time
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if config.address is None:
-            raise ClusterError(f"an embedded Ray does not start: {reason}", remedy=_EMBEDDED) from error
+            remedy = _SHORTER if "AF_UNIX path length" in reason else _EMBEDDED
+            raise ClusterError(f"an embedded Ray does not start: {reason}", remedy=remedy) from error
         if versions := _OTHER_VERSIONS.search(str(error)):
             theirs_ray, theirs_python, our_ray, our_python = versions.groups()
             raise ConfigError(
@@ -375,6 +376,7 @@ MORE_SHARED_MEMORY = (
     "Give the container more (docker run --shm-size; in Kubernetes an emptyDir of medium Memory at /dev/shm), or its "
     "object store less (ray.object_store_bytes; of nodes `ray start --object-store-memory`)."
 )
+_SHORTER = "Set RAY_TMPDIR to a folder with a shorter path: the system's limit for sockets counts all of theirs."
 _EMBEDDED = (
     "See that the machine has memory to spare and is not busy with other work, for Ray waits half a minute, and that "
     "there is room for Ray's temporary files in a folder that can be written to: RAY_TMPDIR, else /tmp. Its logs are "

@@ -7,6 +7,9 @@ in the flow's own process, or on a Ray cluster through its Jobs API (``ray_jobs`
 
 import os
 
+from pipelines.home import settle_home
+
 # Prefect reports its use to its makers unless it is told not to, from its import on. What the caller has set stays.
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")  # by the temporary server of a flow run by hand
 os.environ.setdefault("DO_NOT_TRACK", "1")  # by the process of the flow
+settle_home()

@@ -20,6 +20,7 @@ from prefect.settings import (
 )
 
 from pipelines.ending import end_within
+from pipelines.home import is_usable
 from vlmflow.errors import ConfigError, VlmflowError
 
 _SERVER_START_S = 120  # of a temporary server; Prefect gives it 20, which a busy machine exceeds
@@ -59,10 +60,19 @@ def main(flow: Flow[..., Any], arguments: Sequence[str] | None = None) -> None:
 
 
 def _start_server() -> None:
-    """Starts the temporary server, if there is to be one, before Prefect does: out of reach of what ends the flow."""
+    """Starts the temporary server, if there is to be one, before Prefect does: out of reach of what ends the flow.
+
+    Raises:
+        ConfigError: it has no folder for its database.
+    """
     settings = get_current_settings()
     if settings.api.url or not settings.server.ephemeral.enabled:
         return
+    if not is_usable(settings.home):
+        raise ConfigError(
+            f"Prefect's folder {settings.home} cannot be written to",
+            remedy="Set PREFECT_HOME to a folder that can, or PREFECT_API_URL to the address of a server.",
+        )
     from pipelines.temporary_server import TemporaryServer  # takes seconds to import
 
     TemporaryServer().start(timeout=settings.server.ephemeral.startup_timeout_seconds)

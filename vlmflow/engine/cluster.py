@@ -26,6 +26,7 @@ from ray.data import DataContext
 from ray.util.client import ray as client
 
 from vlmflow.config import RayConfig
+from vlmflow.engine.authentication import ensure_token
 from vlmflow.engine.faults import told
 from vlmflow.engine.growth import NodeGroup, node_groups
 from vlmflow.engine.head import await_head, watched
@@ -333,6 +334,7 @@ def _connect(config: RayConfig) -> None:
         options |= {"num_cpus": config.num_cpus, "object_store_memory": config.object_store_bytes}
         # Without this Ray would join what RAY_ADDRESS names, or a cluster that it finds on this machine.
         options |= {"include_dashboard": False, "address": "local"}
+        ensure_token()
     else:
         options |= {"address": config.address}
     try:
@@ -341,7 +343,8 @@ def _connect(config: RayConfig) -> None:
     except Exception as error:  # Ray raises that itself, of a node that does not come up in time
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if config.address is None:
-            raise ClusterError(f"an embedded Ray does not start: {reason}", remedy=_EMBEDDED) from error
+            remedy = _SHORTER if "AF_UNIX path length" in reason else _EMBEDDED
+            raise ClusterError(f"an embedded Ray does not start: {reason}", remedy=remedy) from error
         if versions := _OTHER_VERSIONS.search(str(error)):
             theirs_ray, theirs_python, our_ray, our_python = versions.groups()
             raise ConfigError(
@@ -373,6 +376,7 @@ MORE_SHARED_MEMORY = (
     "Give the container more (docker run --shm-size; in Kubernetes an emptyDir of medium Memory at /dev/shm), or its "
     "object store less (ray.object_store_bytes; of nodes `ray start --object-store-memory`)."
 )
+_SHORTER = "Set RAY_TMPDIR to a folder with a shorter path: the system's limit for sockets counts all of theirs."
 _EMBEDDED = (
     "See that the machine has memory to spare and is not busy with other work, for Ray waits half a minute, and that "
     "there is room for Ray's temporary files in a folder that can be written to: RAY_TMPDIR, else /tmp. Its logs are "

@@ -11,6 +11,7 @@ import contextlib
 import os
 import re
 import stat
+import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -214,4 +215,10 @@ def _check_name(path: str) -> None:
         path.encode()
     except UnicodeEncodeError as error:
         shown = os.fsencode(path).decode("utf-8", "backslashreplace")
+        encoding = sys.getfilesystemencoding()
+        if encoding != "utf-8":  # of LC_ALL=POSIX with PYTHONUTF8=0: the name itself may be right
+            raise SourceError(
+                f"{shown} cannot be read as a name: Python takes file names for {encoding} here",
+                remedy="Set PYTHONUTF8=1, or a locale of UTF-8 such as LC_ALL=C.UTF-8.",
+            ) from error
         raise SourceError(f"{shown} is not named in UTF-8", remedy="Rename it.") from error

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import ray
-from ray._private.utils import check_version_info
+from ray._private.utils import check_version_info, validate_socket_filepath
 from ray.data import DataContext
 from ray.exceptions import (
     NodeDiedError,
@@ -99,6 +99,16 @@ def test_whatever_keeps_ray_from_starting_is_an_error_of_ours(
     with pytest.raises(ClusterError, match=re.escape(str(error).splitlines()[0]) + "$") as caught:
         cluster._connect(RayConfig(address=address))
     assert words in caught.value.remedy
+
+
+def test_a_folder_whose_path_is_too_long_for_sockets_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(**_: Any) -> None:
+        validate_socket_filepath(f"/{'d' * 100}/ray/session/sockets/plasma_store")
+
+    monkeypatch.setattr(cluster.ray, "init", start)
+    with pytest.raises(ClusterError, match="AF_UNIX path length cannot exceed 107 bytes: /ddd") as caught:
+        cluster._connect(RayConfig())
+    assert "shorter path" in caught.value.remedy
 
 
 def test_a_cluster_of_other_versions_is_told_with_both(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import errno
 import os
 import pickle
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -157,6 +158,15 @@ def test_a_name_that_is_not_utf_8_stops_the_listing_and_is_shown(tmp_path: Path)
         pass
     with pytest.raises(SourceError, match=r"bad\\xff\.jpg is not named in UTF-8"):
         list(open_source(SourceConfig(uri=str(tmp_path))).list())
+
+
+def test_a_name_is_not_blamed_where_python_reads_none_in_utf_8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with LC_ALL=POSIX and PYTHONUTF8=0, where every letter beyond ASCII comes as that of a bad name."""
+    (tmp_path / os.fsdecode(b"bad\xff.jpg")).touch()
+    monkeypatch.setattr(sys, "getfilesystemencoding", lambda: "ascii")
+    with pytest.raises(SourceError, match="takes file names for ascii here") as caught:
+        list(open_source(SourceConfig(uri=str(tmp_path))).list())
+    assert "PYTHONUTF8=1" in caught.value.remedy
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may list every folder")

@@ -229,4 +229,5 @@ def load_parts(model_class: Any, folder: Path, config: ModelConfig, target: Targ
     model.vision_model.to(dtype)
     model = model.to(target.device)
     towers = target.towers or VisionTowers()
-    return model, load_tokenizer(folder), towers.share(model.vision_model, normalize)
+    tokenizer = load_tokenizer(folder, model.config.text_config.vocab_size)
+    return model, tokenizer, towers.share(model.vision_model, normalize)

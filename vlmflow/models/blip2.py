@@ -78,7 +78,8 @@ class Blip2Captioner:
             )
         normalizer = PixelNormalizer(read_preprocessing(folder, config), device, wanted)
         model = model.to(device)
-        return cls(model, load_tokenizer(folder), (towers or VisionTowers()).share(model.vision_model, normalizer))
+        tokenizer = load_tokenizer(folder, model.get_input_embeddings().num_embeddings)
+        return cls(model, tokenizer, (towers or VisionTowers()).share(model.vision_model, normalizer))
 
     @torch.inference_mode()
     def caption(self, pixels: torch.Tensor, max_tokens: int, num_beams: int = 1) -> list[str]:
@@ -149,7 +150,8 @@ class Blip2Matcher:
         normalizer = PixelNormalizer(read_preprocessing(folder, config), device, wanted)
         model.vision_model.to(wanted)
         model = model.to(device)
-        return cls(model, load_text_tokenizer(folder), (towers or VisionTowers()).share(model.vision_model, normalizer))
+        tokenizer = load_text_tokenizer(folder, model.embeddings.word_embeddings.num_embeddings)
+        return cls(model, tokenizer, (towers or VisionTowers()).share(model.vision_model, normalizer))
 
     @torch.inference_mode()
     def encode_images(self, pixels: torch.Tensor) -> EncodedImages:

@@ -24,7 +24,14 @@ from vlmflow.models.attention import growing
 from vlmflow.models.clip_packed import can_pack, pack_image_tower, take_pixels, takes_pixels
 from vlmflow.models.pixels import PixelNormalizer, model_dtype
 from vlmflow.models.preprocessing import read_preprocessing
-from vlmflow.models.pretrained import as_weights_error, check_numbers, check_padding, check_words, in_our_words
+from vlmflow.models.pretrained import (
+    as_weights_error,
+    check_numbers,
+    check_padding,
+    check_words,
+    for_model,
+    in_our_words,
+)
 from vlmflow.models.sizes import in_few_sizes
 from vlmflow.models.upload import to_device
 from vlmflow.models.weights import check_keys, find_weights, read_open_clip_model
@@ -70,7 +77,7 @@ class ClipEmbedder:
             elif wanted != torch.float32:
                 model = build(folder, config.architecture, device, wanted)
             normalize = PixelNormalizer(preprocessing, device, wanted)
-        tokenize = _load_tokenizer(folder, architecture["text_cfg"])
+        tokenize = _load_tokenizer(folder, architecture["text_cfg"], model)
         embedder = cls(model, tokenize, normalize, architecture["embed_dim"])
         embedder._try_out(folder, preprocessing.size)
         return embedder
@@ -201,11 +208,16 @@ def _refuse_remote_parts(folder: Path, architecture: dict[str, Any]) -> None:
         )
 
 
-def _load_tokenizer(folder: Path, text_config: dict[str, Any]) -> Tokenize:
+def _load_tokenizer(folder: Path, text_config: dict[str, Any], model: torch.nn.Module) -> Tokenize:
     context_length = text_config.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH)
     options = dict(text_config.get("tokenizer_kwargs") or {})
     if not text_config.get("hf_tokenizer_name"):
         tokenize: Tokenize = SimpleTokenizer(context_length=context_length, **options)
+        if (there := tokenize.vocab_size) > (known := _num_words(model)):  # type: ignore[attr-defined]
+            raise WeightsError(
+                f"weights: the text tower of {folder} has {known} words, and open_clip's own tokenizer {there}",
+                remedy="Name the model's tokenizer as hf_tokenizer_name in open_clip_config.json, and copy its files.",
+            )
         return tokenize
     # The options come from the folder: they must not switch remote code on.
     options |= {"trust_remote_code": False, "local_files_only": True}
@@ -214,7 +226,16 @@ def _load_tokenizer(folder: Path, text_config: dict[str, Any]) -> Tokenize:
         of_folder: Tokenize = HFTokenizer(str(folder), context_length=context_length, tokenizer_mode=mode, **options)
     check_words(folder, of_folder.tokenizer)  # type: ignore[attr-defined]
     check_padding(folder, of_folder.tokenizer)  # type: ignore[attr-defined]
+    of_folder.tokenizer = for_model(folder, of_folder.tokenizer, _num_words(model))  # type: ignore[attr-defined]
     return of_folder
+
+
+def _num_words(model: torch.nn.Module) -> int:
+    """For which a text tower of open_clip or, within one, of transformers has rows."""
+    text: Any = getattr(model, "text", model)
+    words = text.token_embedding if hasattr(text, "token_embedding") else text.transformer.get_input_embeddings()
+    found: int = words.num_embeddings
+    return found
 
 
 def _unit(features: torch.Tensor) -> NDArray[np.float32]:

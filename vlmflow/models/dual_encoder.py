@@ -30,7 +30,7 @@ from vlmflow.models.blocks import Block
 from vlmflow.models.packed import PackedTower, linear, pack_block
 from vlmflow.models.pixels import PixelNormalizer, model_dtype
 from vlmflow.models.preprocessing import read_preprocessing
-from vlmflow.models.pretrained import load_model, load_text_tokenizer, tokenize
+from vlmflow.models.pretrained import ONE_MODEL, load_model, load_text_tokenizer, tokenize
 from vlmflow.models.sizes import in_few_sizes
 from vlmflow.models.towers import SharedTower, VisionTowers, content_of
 from vlmflow.models.upload import to_device
@@ -39,9 +39,6 @@ from vlmflow.models.weights import check_keys
 
 logger = logging.getLogger("vlmflow")
 
-_ONE_MODEL = "Copy config.json and the tokenizer's files of one model."
-# A tokenizer may know more words than its model, up to this share: SigLIP's multilingual one has 100 marks of T5 more.
-_MAX_STRAY = 0.01
 _MIN_TOKENS = 3  # a word between begin and end
 
 
@@ -211,14 +208,12 @@ class TextTokenizer:
         Raises:
             WeightsError: it is absent, knows no words, cannot pad, or is of another model.
         """
-        self._tokenizer = load_text_tokenizer(folder)
+        self._tokenizer = load_text_tokenizer(folder, model.text_model.get_input_embeddings().num_embeddings)
         kind, text = model.config.model_type, model.config.text_config
         self._fills_context = kind == "siglip"  # trained so, and read at the last place, padding or not
         # SigLIP 2 saw nothing else: its tokenizer's file says so, but the class named there, Gemma's, leaves it to us.
         self._lowers = self._fills_context and self._tokenizer.init_kwargs.get("do_lower_case") is True
         self._max_tokens = _max_tokens(folder, model.config, self._tokenizer)
-        self._num_words: int = model.text_model.get_input_embeddings().num_embeddings
-        self._stray_to = self._check_words(folder)
         # Read at their end, before which no padding stands, and what stands behind is not seen: no mask is needed.
         self._is_causal = kind in ("clip", "metaclip_2")
         if self._is_causal:
@@ -236,26 +231,7 @@ class TextTokenizer:
         else:
             tokens, mask = tokenize(self._tokenizer, texts, self._max_tokens, "cpu")
             inputs = {"input_ids": tokens} | ({} if self._is_causal else {"attention_mask": mask})
-        if self._stray_to is not None:
-            inputs["input_ids"].masked_fill_(inputs["input_ids"] >= self._num_words, self._stray_to)
         return inputs
-
-    def _check_words(self, folder: Path) -> int | None:
-        """Makes sure that the model has rows for the tokenizer's words.
-
-        Returns:
-            The token that stands in for those few that it has none for; None: it has one for each.
-        """
-        vocab = self._tokenizer.get_vocab()
-        num_stray = sum(number >= self._num_words for number in vocab.values())
-        unknown: int | None = self._tokenizer.unk_token_id
-        if num_stray > _MAX_STRAY * len(vocab) or (num_stray > 0 and unknown is None):
-            raise WeightsError(
-                f"weights: {num_stray} of the {len(vocab)} words of the tokenizer of {folder} are none of its model's, "
-                f"which has {self._num_words}",
-                remedy=_ONE_MODEL,
-            )
-        return unknown if num_stray > 0 else None
 
     def _check_end(self, folder: Path, end: object, *, is_highest: bool) -> None:
         """Makes sure that the model finds the token at which it reads a text, else it would read all at their first.
@@ -268,7 +244,7 @@ class TextTokenizer:
             raise WeightsError(
                 f"weights: the tokenizer of {folder} ends texts with token {tokens[-1]}, but its model reads them at "
                 f"{'the one of the highest number' if is_highest else f'token {end}'} (eos_token_id of config.json)",
-                remedy=_ONE_MODEL,
+                remedy=ONE_MODEL,
             )
 
 
@@ -324,7 +300,7 @@ def _max_tokens(folder: Path, config: Any, tokenizer: Any) -> int:
         if not isinstance(limit, int | float) or not limit >= _MIN_TOKENS:
             raise WeightsError(
                 f"weights: the model of {folder} reads texts of {limit} tokens ({name}), begin and end included",
-                remedy=_ONE_MODEL,
+                remedy=ONE_MODEL,
             )
     return int(min(limits.values()))
 

@@ -67,7 +67,8 @@ class FlavaEmbedder:
             model, has_head = _load(folder, wanted, device)
             normalizer = PixelNormalizer(preprocessing, device, wanted)
             head = model.itm_head.to(device) if has_head else None
-            return cls(model.flava.to(device), head, load_text_tokenizer(folder), normalizer)
+            tokenizer = load_text_tokenizer(folder, model.flava.config.text_config.vocab_size)
+            return cls(model.flava.to(device), head, tokenizer, normalizer)
 
         if towers is None:
             return load()

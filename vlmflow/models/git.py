@@ -55,7 +55,7 @@ class GitCaptioner:
         _check_tokens(folder, model.generation_config, tokens)
         model.generation_config = tokens
         normalizer = PixelNormalizer(read_preprocessing(folder, config), device, wanted)
-        return cls(model.to(device), load_tokenizer(folder), normalizer)
+        return cls(model.to(device), load_tokenizer(folder, model.config.vocab_size), normalizer)
 
     @torch.inference_mode()
     def caption(self, pixels: torch.Tensor, max_tokens: int, num_beams: int = 1) -> list[str]:

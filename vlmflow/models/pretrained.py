@@ -17,6 +17,8 @@ from vlmflow.errors import WeightsError
 from vlmflow.models.weights import check_keys, find_weights, read_json, section_of
 
 _REMEDY = "Copy the model's whole folder: configuration, safetensors and tokenizer that belong together."
+ONE_MODEL = "Copy config.json and the tokenizer's files of one model."
+_MAX_STRAY = 0.01  # of a tokenizer's words
 
 
 def load_model(
@@ -99,11 +101,15 @@ def load_config(config_class: Any, folder: Path) -> Any:
         return config_class.from_pretrained(folder, local_files_only=True)
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path, num_words: int) -> Any:
     """The folder's tokenizer.
 
+    Args:
+        num_words: of its model; see :func:`for_model`.
+
     Raises:
-        WeightsError: it is absent, knows no words, or needs code of its own or a package that is not installed.
+        WeightsError: it is absent, knows no words, is of another model, or needs code of its own or a package that is
+            not installed.
     """
     with in_our_words(folder, "a tokenizer"):
         try:
@@ -116,16 +122,19 @@ def load_tokenizer(folder: Path) -> Any:
                 remedy="Install it on every node: transformers names it above.",
             ) from error
     check_words(folder, tokenizer)
-    return tokenizer
+    return for_model(folder, tokenizer, num_words)
 
 
-def load_text_tokenizer(folder: Path) -> Any:
+def load_text_tokenizer(folder: Path, num_words: int) -> Any:
     """The folder's tokenizer, for batches of texts: see :func:`tokenize`.
+
+    Args:
+        num_words: of its model; see :func:`for_model`.
 
     Raises:
         WeightsError: as :func:`load_tokenizer`, or it cannot fill up the shorter texts of a batch.
     """
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, num_words)
     check_padding(folder, tokenizer)
     return tokenizer
 
@@ -159,6 +168,66 @@ def check_words(folder: Path, tokenizer: Any) -> None:
             f"weights: the tokenizer of {folder} knows no words: its vocabulary is absent or empty",
             remedy=f"Copy the tokenizer's files from where the model was published: those there are of {names}.",
         )
+
+
+def for_model(folder: Path, tokenizer: Any, num_words: int) -> Any:
+    """The tokenizer, or one that takes those words for unknown ones that its model has no row for.
+
+    Some have a few, which a text may well spell out: T5's have 100 marks that SigLIP's text towers were built without.
+
+    Args:
+        num_words: for which the model has rows.
+
+    Raises:
+        WeightsError: there are more than a few, or no token for unknown words.
+    """
+    if check_of_model(folder, tokenizer, num_words, has_unknown=tokenizer.unk_token_id is not None) == 0:
+        return tokenizer
+    return _Sparing(tokenizer, num_words)
+
+
+def check_of_model(folder: Path, tokenizer: Any, num_words: int, *, has_unknown: bool = True) -> int:
+    """Makes sure that a tokenizer is of its model.
+
+    Args:
+        has_unknown: words that the model has no row for can be taken for unknown ones.
+
+    Returns:
+        The number of those words, of which there may be a few.
+
+    Raises:
+        WeightsError: it is of another model.
+    """
+    vocab = tokenizer.get_vocab()
+    num_stray: int = sum(number >= num_words for number in vocab.values())
+    if num_stray > (_MAX_STRAY * len(vocab) if has_unknown else 0):
+        raise WeightsError(
+            f"weights: {num_stray} of the {len(vocab)} words of the tokenizer of {folder} are none of its model's, "
+            f"which has {num_words}",
+            remedy=ONE_MODEL,
+        )
+    return num_stray
+
+
+class _Sparing:
+    """See :func:`for_model`."""
+
+    def __init__(self, tokenizer: Any, num_words: int) -> None:
+        self._tokenizer, self._num_words = tokenizer, num_words
+        self._unknown: int = tokenizer.unk_token_id
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, texts: Sequence[str], **options: Any) -> Any:
+        batch = self._tokenizer(texts, **options)
+        ids = batch["input_ids"]
+        batch["input_ids"] = (
+            ids.masked_fill(ids >= self._num_words, self._unknown)
+            if isinstance(ids, torch.Tensor)
+            else [[number if number < self._num_words else self._unknown for number in text] for text in ids]
+        )
+        return batch
 
 
 def check_padding(folder: Path, tokenizer: Any) -> None:

@@ -51,7 +51,7 @@ class ViltAnswerer:
         check_keys(folder, missing, unexpected)
         preprocessing = read_preprocessing(folder, config)
         normalize = PixelNormalizer(preprocessing, device, kind)
-        return cls(model.to(device), load_tokenizer(folder), normalize, preprocessing.size)
+        return cls(model.to(device), load_tokenizer(folder, model.config.vocab_size), normalize, preprocessing.size)
 
     def check_questions(self, questions: Sequence[str]) -> None:
         """See :class:`vlmflow.models.Answerer`."""

@@ -16,7 +16,7 @@ from vlmflow.models import Answer, Usage
 from vlmflow.models.attention import growing
 from vlmflow.models.generation import STEPS, check_settings
 from vlmflow.models.pixels import model_dtype
-from vlmflow.models.pretrained import check_padding, load_model, load_processor
+from vlmflow.models.pretrained import check_of_model, check_padding, load_model, load_processor
 from vlmflow.models.prompted import rows_of
 from vlmflow.models.questions import check_scores
 from vlmflow.models.weights import check_keys
@@ -135,6 +135,7 @@ def load_image_text_to_text(folder: Path, dtype: torch.dtype, device: str, model
     processor = load_processor(folder)
     model, missing, unexpected = load_model(model_class or AutoModelForImageTextToText, folder, dtype, device)
     check_keys(folder, missing, unexpected)
+    check_of_model(folder, processor.tokenizer, model.get_input_embeddings().num_embeddings)
     return model, processor
 
 

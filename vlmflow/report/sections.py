@@ -17,7 +17,7 @@ MAX_MEMBERS = 4
 _SECTION_BYTES = 800_000
 _TABLE_BYTES = 3_500_000
 _DIFFERS = "differs"  # in place of a threshold that not all rows share
-_COSINES = "Match scores are cosines: the model has no matching head, and only its own compare."
+_COSINES = "Match scores are cosines, for the model has no matching head. Compare those of one model alone."
 _MATCH_NAMES = {"text_itm": "title match", "caption_itm": "caption match"}
 
 

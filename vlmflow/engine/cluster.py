@@ -343,8 +343,7 @@ def _connect(config: RayConfig) -> None:
     except Exception as error:  # Ray raises that itself, of a node that does not come up in time
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if config.address is None:
-            remedy = _SHORTER if "AF_UNIX path length" in reason else _EMBEDDED
-            raise ClusterError(f"an embedded Ray does not start: {reason}", remedy=remedy) from error
+            raise ClusterError(f"an embedded Ray does not start: {reason}", remedy=_remedy(reason)) from error
         if versions := _OTHER_VERSIONS.search(str(error)):
             theirs_ray, theirs_python, our_ray, our_python = versions.groups()
             raise ConfigError(
@@ -376,6 +375,16 @@ MORE_SHARED_MEMORY = (
     "Give the container more (docker run --shm-size; in Kubernetes an emptyDir of medium Memory at /dev/shm), or its "
     "object store less (ray.object_store_bytes; of nodes `ray start --object-store-memory`)."
 )
+
+
+def _remedy(reason: str) -> str:
+    """Against an embedded Ray that does not start."""
+    if "AF_UNIX path length" in reason:
+        return _SHORTER
+    return _PATIENT if "error" in os.environ.get("PYTHONWARNINGS", "") else _EMBEDDED
+
+
+_PATIENT = "Take `error` out of PYTHONWARNINGS: Ray's own processes end at the first warning then."
 _SHORTER = "Set RAY_TMPDIR to a folder with a shorter path: the system's limit for sockets counts all of theirs."
 _EMBEDDED = (
     "See that the machine has memory to spare and is not busy with other work, for Ray waits half a minute, and that "

@@ -111,6 +111,19 @@ def test_a_folder_whose_path_is_too_long_for_sockets_is_told(monkeypatch: pytest
     assert "shorter path" in caught.value.remedy
 
 
+def test_where_warnings_are_errors_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's agent imports what pydantic warns of, and a node without agent does not come up."""
+
+    def start(**_: Any) -> None:
+        raise RuntimeError("The current node timed out during startup.")
+
+    monkeypatch.setattr(cluster.ray, "init", start)
+    monkeypatch.setenv("PYTHONWARNINGS", "default,error")
+    with pytest.raises(ClusterError) as caught:
+        cluster._connect(RayConfig())
+    assert "PYTHONWARNINGS" in caught.value.remedy
+
+
 def test_a_cluster_of_other_versions_is_told_with_both(monkeypatch: pytest.MonkeyPatch) -> None:
     def start(**_: Any) -> None:
         check_version_info({"ray_version": "2.59.1", "python_version": "3.12.3"}, "10.0.0.7:6379")

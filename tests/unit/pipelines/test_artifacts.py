@@ -110,7 +110,7 @@ def show_flagged(
 
     hit = Hit(rank=1, score=1, image_id="i", uri=uri, status="ok", decision="block", decision_reason="gun: 0.9 >= 0.8",
               ingest_date="2026-11-01")  # fmt: skip
-    rows = [Row(hit, None, None, None, (), ()) for _ in thumbnails]
+    rows = [Row(hit, None, None, None, None, None, (), ()) for _ in thumbnails]
     monkeypatch.setattr(artifacts, "newly_flagged", lambda *_: (count, rows))
     monkeypatch.setattr(artifacts, "make_thumbnails", make)
     found = artifacts.show_flagged("flagged", JOB, "run")

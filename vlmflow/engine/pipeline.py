@@ -156,8 +156,15 @@ def stages_of(
     config, regions = prepared.job.source, None
     if config.regions_column is not None and setup.read_regions(prepared.job.tasks):
         regions = RegionReader(config, source.version)
-    for_gpu = any(pool.gpus > 0 for pool in pools)
-    decode = ReadAndDecode(source.reader(limits), requests, limits, known, in_pool, regions, for_gpu)
+    decode = ReadAndDecode(
+        source.reader(limits),
+        requests,
+        limits,
+        known,
+        leaves_jpegs=in_pool,
+        regions=regions,
+        for_gpu=any(pool.gpus > 0 for pool in pools),
+    )
     return Stages(decode, pools, setup, prompts, sized_by_memory=not prepared.job.pools)
 
 

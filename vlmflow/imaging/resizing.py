@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from typing import Literal, TypeAlias
 
 import numpy as np
+import pyarrow
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -77,14 +78,24 @@ class Resizer:
         import torch
 
         if self._levels is None:
-            self._levels = np.asarray(self._image)
+            self._levels = _levels(self._image)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*not writable")  # nobody writes to it
             levels = torch.from_numpy(self._levels).permute(2, 0, 1).unsqueeze(0)
         (width, left), (height, top) = across, down
         # Made after Pillow's; weights of 16 bits where Pillow's have 32.
         resized = torch.nn.functional.interpolate(levels, (height, width), mode=interpolation, antialias=True)
-        return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy()[top : top + size, left : left + size])
+        shown: Pixels = resized[0, :3, top : top + size, left : left + size].permute(1, 2, 0).contiguous().numpy()
+        return shown
+
+
+def _levels(image: Image.Image) -> Pixels:
+    """(height, width, 4) uint8 where the image lies in one piece, of which the fourth level is nothing; else 3."""
+    try:
+        levels: Pixels = pyarrow.array(image).values.to_numpy()
+    except ValueError:
+        return np.asarray(image)
+    return levels.reshape(image.height, image.width, 4)
 
 
 def _grid(length: int, start: float, end: float, size: int) -> tuple[int, int] | None:

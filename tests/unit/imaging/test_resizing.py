@@ -102,7 +102,10 @@ def test_giants_stay_with_pillow(by_torch: list[tuple[int, int]], monkeypatch: p
     assert not by_torch
 
 
-def test_pixels_are_taken_out_of_the_image_once_for_all_squares(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("width", "num_taken"), [(600, 0), (2200, 1)], ids=["in-one-piece", "in-pieces"])
+def test_pixels_are_taken_out_of_the_image_only_where_it_lies_in_pieces_and_once_for_all_squares(
+    monkeypatch: pytest.MonkeyPatch, width: int, num_taken: int
+) -> None:
     taken: list[object] = []
     interface = Image.Image.__array_interface__.fget  # type: ignore[attr-defined]
 
@@ -111,10 +114,22 @@ def test_pixels_are_taken_out_of_the_image_once_for_all_squares(monkeypatch: pyt
         return interface(image)
 
     monkeypatch.setattr(Image.Image, "__array_interface__", property(recorded))
+    image = scene(0, width, 2000)  # Pillow's pieces are of 16 MB
+    with hurried():
+        one = Resizer(image)
+        views = [one(size, "bicubic", None) for size in (64, 96, 32)]
+    assert taken == [image] * num_taken
+    monkeypatch.undo()
+    for view in views:
+        resized = image.resize(view.shape[:2], Image.Resampling.BICUBIC)
+        assert np.abs(view.astype(int) - np.asarray(resized)).max() <= 2
+
+
+def test_views_do_not_change_with_what_was_made_before_of_the_image() -> None:
     image = noise(600, 700)
     with hurried():
         views = [Resizer(image)(64, "bicubic", None)]
         one = Resizer(image)
-        views += [one(size, "bicubic", None) for size in (64, 96, 32)]
-    assert taken == [image, image]
+        views += [one(size, "bicubic", None) for size in (96, 64)]
+    views.pop(1)
     assert np.array_equal(views[0], views[1])

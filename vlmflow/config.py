@@ -217,8 +217,11 @@ def load_job(
         raise ConfigError(message, remedy=" ".join(remedies)) from error
 
 
-def read_secret(variable: str) -> str:
-    """The value of an environment variable that a job names, such as the key of an endpoint.
+def read_secret(variable: str, key: str) -> str:
+    """The value of an environment variable that a job names.
+
+    Args:
+        key: of the job, that names it.
 
     Raises:
         ConfigError: it is not set on this machine, or can be no key; the message does not hold the value of anything.
@@ -227,11 +230,12 @@ def read_secret(variable: str) -> str:
     if not value:
         raise ConfigError(
             f"environment variable {variable} is not set on a machine that needs it",
-            remedy="Set it where the workers run, or name another with api_key_env.",
+            remedy=f"Set it where the workers run, or name another with {key}.",
         )
     if not (value.isascii() and value.isprintable()):  # a header could not hold it, and the error would show it
         raise ConfigError(
-            f"environment variable {variable} holds characters that no key has", remedy="Set it anew, on one line."
+            f"environment variable {variable} holds characters that do not belong there",
+            remedy="Set it anew, on one line.",
         )
     return value
 

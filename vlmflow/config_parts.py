@@ -86,6 +86,8 @@ def at_home(path: Path) -> Path:
     return Path(os.path.expanduser(path))  # noqa: PTH111 (Path.expanduser raises where there is no such user)
 
 
+# A name, and not by mistake the secret itself, which records of runs would keep.
+Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,99}$")]
 PlainUrl = Annotated[str, AfterValidator(plain_url)]
 HomePath = Annotated[str, AfterValidator(os.path.expanduser)]
 
@@ -127,6 +129,10 @@ class HttpConfig(Described):
     """That are followed for one image."""
     allow_private_addresses: bool = False
     """Loopback, private and link-local hosts too."""
+    proxy_env: Variable | None = None
+    """The environment variable of the workers that holds the url of an HTTP proxy, such as HTTPS_PROXY; default: none
+    is used. What a name leads to is then for the proxy to refuse: only addresses written as numbers are checked here.
+    """
     recheck_days: Annotated[float, Field(ge=0, le=3650)] | None = None
     """Images whose source tells no version are read again when they were last read so long ago; 0: in every run.
     Default: never, and what comes to lie behind an url that has its row is not noticed. Where the bytes of a row came
@@ -202,7 +208,7 @@ class EndpointConfig(Described):
     """Of the API, such as https://api.example.com/v1."""
     model: str
     """Its name there."""
-    api_key_env: str | None = None
+    api_key_env: Variable | None = None
     """The environment variable of the workers that holds the key; default: none is sent."""
     max_concurrency: Annotated[int, Field(ge=1, le=256)] = 8
     """Requests at once, per actor."""

@@ -15,7 +15,7 @@ from tests.site import BODY, PRIVATE_ALLOWED, Site, fetch, resolve, serving
 from vlmflow.config import MIB, HttpConfig, ImageLimits, SourceConfig
 from vlmflow.errors import RowErrorClass
 from vlmflow.sources import open_source
-from vlmflow.sources.http import is_public
+from vlmflow.sources.connections import is_public
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_a_name_that_resolves_to_a_private_address_is_refused(site: Site, monkey
 
 def test_a_redirect_to_a_private_address_is_refused(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     # The first host passes as public, so that the hop is what is tested.
-    monkeypatch.setattr("vlmflow.sources.http.is_public", lambda address: address == "127.0.0.1")
+    monkeypatch.setattr("vlmflow.sources.connections.is_public", lambda address: address == "127.0.0.1")
     resolve(monkeypatch, {"images.example": ["127.0.0.1"], "inside.example": ["192.168.1.1"]})
     public = f"http://images.example:{site.server_port}"
     good, loopback, inside = fetch(
@@ -92,7 +92,7 @@ def test_a_name_that_resolves_elsewhere_the_second_time_gains_nothing(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     connected: list[str] = []
-    monkeypatch.setattr("vlmflow.sources.http.is_public", lambda address: address == "127.0.0.1")
+    monkeypatch.setattr("vlmflow.sources.connections.is_public", lambda address: address == "127.0.0.1")
     lookups = resolve(monkeypatch, {"images.example": ["127.0.0.1"]}, then={"images.example": ["127.0.0.3"]})
     connect = socket.socket.connect
 

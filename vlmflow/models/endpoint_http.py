@@ -42,7 +42,7 @@ class EndpointHttp:
         self._host = urlsplit(config.url).netloc
         headers = {"User-Agent": "vlmflow"}
         if config.api_key_env is not None:
-            headers["Authorization"] = f"Bearer {read_secret(config.api_key_env)}"
+            headers["Authorization"] = f"Bearer {read_secret(config.api_key_env, 'api_key_env')}"
         limits = httpx.Limits(max_connections=config.max_concurrency)
         # A redirect would carry images, and maybe the key, to where nobody has sent them.
         self._client = httpx.Client(headers=headers, limits=limits, follow_redirects=False)

@@ -32,11 +32,16 @@ def open_source(config: SourceConfig, catalog: CatalogConfig | None = None) -> S
         catalog: of the job; what lies in it is left out where a folder or a prefix is listed.
 
     Raises:
-        ConfigError: the uri is of no store that is known, or lies in the catalog.
+        ConfigError: the uri is of no store that is known, or lies in the catalog; the variable that should name a proxy
+            does not.
         SourceError: a Parquet file does not exist, or is none.
         StorageAccessError: the store refused, or is not there.
         TransientError: the store is out of reach.
     """
+    if config.http.proxy_env is not None:
+        from vlmflow.sources.connections import proxy_of  # its libraries take a quarter of a second
+
+        proxy_of(config.http)
     kind = _kind(config)
     if kind == "manifest":
         return ManifestSource(config)

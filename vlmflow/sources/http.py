@@ -1,18 +1,18 @@
 """Fetching images from http(s) urls that anyone may have put into a manifest.
 
 The address is checked where the connection is made, not before: a name that resolves to another address the second
-time (DNS rebinding) gains nothing. Proxies of the environment are not used, since they would resolve the name again.
+time (DNS rebinding) gains nothing. Proxies of the environment are used only where a job names one, since they resolve
+the name again.
 """
 
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import random
 import re
-import socket
+import ssl
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from email.utils import formatdate, parsedate_to_datetime
 from urllib.parse import quote, urljoin, urlsplit
@@ -20,13 +20,14 @@ from urllib.parse import quote, urljoin, urlsplit
 import httpcore
 
 from vlmflow.config import HttpConfig
-from vlmflow.errors import ImageError, RowErrorClass
+from vlmflow.errors import ImageError, RowErrorClass, StorageAccessError, TransientError, VlmflowError
+from vlmflow.sources.connections import ProxyUnreachable, check_host, open_pool
 
 _ATTEMPTS = 3
 _FIRST_BACKOFF_S = 0.2
-_CONNECT_S = 5.0  # for each address of a host but the last, which has all the time that is left
 _REDIRECTS = (301, 302, 303, 307, 308)
 _HEADERS = [("User-Agent", "vlmflow"), ("Accept", "image/*,*/*;q=0.5"), ("Accept-Encoding", "identity")]
+_PROXY_WANTS_USER = 407
 # Of the answers to conditional requests: the bytes are still those, or the server makes nothing of the condition.
 _NOT_MODIFIED, _PRECONDITION_FAILED = 304, 412
 _STRONG_TAG = re.compile(r'"[\x21\x23-\x7e]{1,500}"')
@@ -34,11 +35,6 @@ _STRONG_TAG = re.compile(r'"[\x21\x23-\x7e]{1,500}"')
 # may have been changed again.
 _SURELY_PAST_S = 60.0
 _COMPRESSIONS = ("gzip", "x-gzip", "deflate", "compress", "br", "zstd")
-# NAT64, its local form and IPv4-compatible addresses embed an IPv4 address in the last 32 bits, which a gateway would
-# connect to.
-_EMBEDDING = tuple(ipaddress.ip_network(network) for network in ("64:ff9b::/96", "64:ff9b:1::/48", "::/96"))
-# Of the public range, but what answers there is the host of an Azure machine.
-_AZURE_HOST = ipaddress.ip_address("168.63.129.16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +54,7 @@ class Download:
 class _Unsettled(Exception):  # noqa: N818 (never leaves this module)
     """An attempt that may succeed when repeated."""
 
-    def __init__(self, failure: ImageError, after_s: float = 0.0) -> None:
+    def __init__(self, failure: VlmflowError, after_s: float = 0.0) -> None:
         super().__init__(str(failure))
         self.failure = failure
         self.after_s = after_s  # what the server asks to wait
@@ -68,68 +64,17 @@ class _Unconfirmed(Exception):  # noqa: N818 (never leaves this module)
     """An answer to a condition that does not say surely that the bytes are the same."""
 
 
-def is_public(address: str) -> bool:
-    """Whether an IP address is one of the public internet; those inside IPv6 transition addresses count too."""
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(ip, ipaddress.IPv6Address):
-        inner = ip.ipv4_mapped or ip.sixtofour
-        if inner is None and any(ip in network for network in _EMBEDDING):
-            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-        if inner is not None:
-            return is_public(str(inner))
-        if ip.teredo is not None or ip.is_site_local:
-            return False
-    return ip.is_global and not ip.is_multicast and ip != _AZURE_HOST
-
-
-class _CheckedBackend(httpcore.AsyncNetworkBackend):
-    """Resolves a host, and connects only to public addresses."""
-
-    def __init__(self, config: HttpConfig) -> None:
-        self._config = config
-        self._sockets = httpcore.AnyIOBackend()
-
-    async def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,
-        local_address: str | None = None,
-        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
-    ) -> httpcore.AsyncNetworkStream:
-        """Connects to the first address of the host that answers."""
-        loop = asyncio.get_running_loop()
-        try:
-            found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except (OSError, ValueError) as error:
-            raise httpcore.ConnectError("the host cannot be resolved") from error
-        addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
-        if not self._config.allow_private_addresses:
-            addresses = [address for address in addresses if is_public(address)]
-        if not addresses:
-            message = "the host is a private, loopback or link-local address"
-            raise ImageError(message, error_class=RowErrorClass.ADDRESS_REFUSED)
-        # Where packets to one address vanish, as those of IPv6 do in some networks, the next one must have its turn.
-        patience_s = min(_CONNECT_S, self._config.timeout_s / len(addresses))
-        for address in addresses[:-1]:
-            try:
-                return await self._sockets.connect_tcp(address, port, patience_s, local_address, socket_options)
-            except (httpcore.ConnectError, httpcore.ConnectTimeout):
-                continue
-        return await self._sockets.connect_tcp(addresses[-1], port, timeout, local_address, socket_options)
-
-    async def sleep(self, seconds: float) -> None:
-        """Sleeps between the pool's own attempts."""
-        await asyncio.sleep(seconds)
-
-
 class HttpFetcher:
-    """Downloads from urls over a pool of connections; an async context manager, for one event loop."""
+    """Downloads from urls over a pool of connections; an async context manager, for one event loop.
+
+    Raises:
+        ConfigError: the environment variable of the proxy is not set on this machine, or holds no proxy's url.
+    """
 
     def __init__(self, config: HttpConfig, max_bytes: int) -> None:
         self._config = config
         self._max_bytes = max_bytes
-        self._pool = httpcore.AsyncConnectionPool(network_backend=_CheckedBackend(config), max_connections=32)
+        self._pool = open_pool(config)
 
     async def __aenter__(self) -> HttpFetcher:
         return self
@@ -148,6 +93,8 @@ class HttpFetcher:
 
         Raises:
             ImageError: with the class that its row records.
+            TransientError: the proxy is out of reach.
+            StorageAccessError: the proxy wants another user or password.
         """
         try:
             async with asyncio.timeout(self._config.timeout_s):
@@ -186,8 +133,12 @@ class HttpFetcher:
     async def _get(self, url: str, validator: str | None) -> Download | str | None:
         """Downloads, or returns where a redirect points to; None: the bytes are still those of the validator."""
         asked = [] if validator is None else [_condition(validator)]
+        target = _ascii_url(url)
+        is_by_proxy = self._config.proxy_env is not None
+        if is_by_proxy:
+            check_host(urlsplit(target).hostname or "", self._config)
         try:
-            async with self._pool.stream("GET", _ascii_url(url), headers=[*_HEADERS, *asked]) as response:
+            async with self._pool.stream("GET", target, headers=[*_HEADERS, *asked]) as response:
                 headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in response.headers}
                 if response.status in _REDIRECTS and "location" in headers:
                     return _target(url, headers["location"])
@@ -195,10 +146,18 @@ class HttpFetcher:
                     _check_confirmed(response.status, headers, validator)
                     await response.aread()  # nothing, but only then the connection serves again
                     return None
+                if is_by_proxy and response.status == _PROXY_WANTS_USER:
+                    raise _proxy_failure(self._config, response.status)
                 if response.status != 200:
                     raise _status_failure(response.status, headers.get("retry-after", ""))
                 data = await self._body(response, headers)
+        except ProxyUnreachable as error:
+            raise _proxy_unreachable(self._config) from error
+        except httpcore.ProxyError as error:  # to the request for a tunnel
+            raise _proxy_failure(self._config, _leading_number(str(error))) from error
         except (httpcore.NetworkError, httpcore.TimeoutException, httpcore.RemoteProtocolError) as error:
+            if distrust := _distrust(error):
+                raise ImageError(distrust, error_class=RowErrorClass.READ_FAILED) from error
             failure = ImageError(_connection_message(error), error_class=RowErrorClass.READ_FAILED)
             raise _Unsettled(failure) from error
         except (httpcore.LocalProtocolError, httpcore.UnsupportedProtocol, ValueError) as error:
@@ -281,6 +240,44 @@ def _status_failure(status: int, retry_after: str) -> Exception:
         return ImageError(f"HTTP {status}", error_class=RowErrorClass.ACCESS_DENIED)
     failure = ImageError(f"HTTP {status}", error_class=RowErrorClass.HTTP_STATUS)
     return _Unsettled(failure, _seconds(retry_after)) if status == 429 or status >= 500 else failure
+
+
+def _proxy_unreachable(config: HttpConfig) -> Exception:
+    return _Unsettled(
+        TransientError(
+            f"the proxy that {config.proxy_env} names is out of reach",
+            remedy=f"See that {config.proxy_env} is right where the workers run, and that the proxy is up.",
+        )
+    )
+
+
+def _proxy_failure(config: HttpConfig, status: int) -> Exception:
+    """What a proxy's own answer means: that it takes nothing from us, which would cost every image, or of one host."""
+    if status == _PROXY_WANTS_USER:
+        return StorageAccessError(
+            f"the proxy that {config.proxy_env} names wants another user or password (HTTP {status})",
+            remedy=f"Set {config.proxy_env} to a url with user:password@ before the host.",
+        )
+    if status in (401, 403):
+        return ImageError(f"the proxy refuses the host (HTTP {status})", error_class=RowErrorClass.ACCESS_DENIED)
+    return _Unsettled(
+        ImageError(f"the proxy cannot reach the host (HTTP {status})", error_class=RowErrorClass.READ_FAILED)
+    )
+
+
+def _leading_number(text: str) -> int:
+    found = re.match(r"[0-9]{3}\b", text)
+    return int(found[0]) if found else 502
+
+
+def _distrust(error: BaseException) -> str | None:
+    """Why a server's certificate is not trusted, if that is what an error comes from."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return f"the server's certificate is not trusted: {cause.verify_message}"
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def _seconds(retry_after: str) -> float:

@@ -266,7 +266,7 @@ def test_images_that_are_refused_cost_no_other_image_its_answer() -> None:
 @pytest.mark.parametrize("key", ["sk-sécret", "sk\nX-Other: 1"])
 def test_a_key_that_no_header_can_hold_is_not_shown(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
     monkeypatch.setenv("SHOP_KEY", key)
-    with pytest.raises(ConfigError, match="SHOP_KEY holds characters that no key has") as caught:
+    with pytest.raises(ConfigError, match="SHOP_KEY holds characters that do not belong there") as caught:
         EndpointChat(config("http://127.0.0.1:9/v1", api_key_env="SHOP_KEY"))
     assert key not in repr(caught.value)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import heapq
-import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -16,8 +15,9 @@ from numpy.typing import NDArray
 from vlmflow.catalog.columns import flat
 from vlmflow.catalog.judged import equal_reason
 from vlmflow.catalog.keys import digest_of
-from vlmflow.catalog.masks import equal, is_valid
+from vlmflow.catalog.masks import Mask, equal, is_valid
 from vlmflow.catalog.rows import MISSING, UNREADABLE
+from vlmflow.moderation.contradictions import contradictions, count_contradictions
 
 # What the queue reads of a row.
 COLUMNS = (
@@ -56,8 +56,8 @@ QUEUE = pa.schema(
     ]
 )
 _BETWEEN = " "  # of an image's id and the hash of its bytes, as one key
-_LOW, _HIGH = 0.1, 0.9  # match probabilities that say no, and yes
 _NUM_LABELS_SHOWN = 3
+_AT_ONCE = 1024  # rows that are held against the worst of those that are kept
 
 
 @dataclass(frozen=True)
@@ -74,20 +74,24 @@ class _Kept:
     """The best of a kind so far: a heap whose top is the worst."""
 
     size: int
-    heap: list[tuple[float, str, dict[str, Any]]] = field(default_factory=list)
+    heap: list[tuple[float, str, int, dict[str, Any]]] = field(default_factory=list)
+    num_offered: int = 0
 
     def offer(self, merit: float, row: dict[str, Any]) -> None:
-        entry = (merit, row["image_id"], row)
+        self.num_offered += 1  # another program may have written an image's row twice, and rows have no order
+        entry = (merit, row["image_id"], self.num_offered, row)
         if len(self.heap) < self.size:
             heapq.heappush(self.heap, entry)
         elif self.size and merit > self.heap[0][0]:
             heapq.heapreplace(self.heap, entry)
 
-    def would_take(self, merit: float) -> bool:
-        return self.size > 0 and (len(self.heap) < self.size or merit > self.heap[0][0])
+    def would_take(self, merits: NDArray[np.float64]) -> Mask:
+        if len(self.heap) < self.size:
+            return np.isfinite(merits)
+        return np.isfinite(merits) & (merits > (self.heap[0][0] if self.size else np.inf))
 
     def best_first(self) -> Iterator[tuple[float, dict[str, Any]]]:
-        for merit, _, row in sorted(self.heap, key=lambda entry: (-entry[0], entry[1])):
+        for merit, _, _, row in sorted(self.heap, key=lambda entry: (-entry[0], entry[1])):
             yield merit, row
 
 
@@ -128,15 +132,20 @@ def make_queue(
         open_rows = open_rows.filter(pc.invert(pc.is_in(pairs, value_set=said)))
         num_images += open_rows.num_rows
         num_labelled += num_before - open_rows.num_rows
-        distances = threshold_gaps(open_rows)
-        signs = _signs(open_rows)
-        draws = _draws(open_rows, seed)
-        for number in range(open_rows.num_rows):
-            merits = ((random, draws[number]), (near, -distances[number]), (disagreement, float(len(signs[number]))))
-            for kept, merit in merits:
-                if np.isfinite(merit) and (kept is not disagreement or merit > 0) and kept.would_take(merit):
-                    shown = open_rows.slice(number, 1).to_pylist()[0]
-                    kept.offer(float(merit), shown | {"why": signs[number] if kept is disagreement else []})
+        counts = count_contradictions(open_rows).astype(np.float64)
+        merits = (
+            (random, _draws(open_rows, seed)),
+            (near, -threshold_gaps(open_rows)),
+            (disagreement, np.where(counts > 0, counts, -np.inf)),
+        )
+        for start in range(0, open_rows.num_rows, _AT_ONCE):
+            part = slice(start, start + _AT_ONCE)
+            takes = np.logical_or.reduce([kept.would_take(of_all[part]) for kept, of_all in merits])
+            for number in (start + np.flatnonzero(takes)).tolist():
+                shown = open_rows.slice(number, 1).to_pylist()[0]
+                for kept, of_all in merits:
+                    if kept.would_take(of_all[number : number + 1])[0]:
+                        kept.offer(float(of_all[number]), shown)
     chosen: dict[str, dict[str, Any]] = {}
     weight = num_images / max(1, len(random.heap))
     for kind, kept, size in (
@@ -165,39 +174,6 @@ def threshold_gaps(rows: pa.Table) -> NDArray[np.float64]:
     return out
 
 
-def _signs(rows: pa.Table) -> list[list[str]]:
-    """Per row, what contradicts what: labels, caption and match scores, and detectors and prompts."""
-    columns = [rows[name].to_pylist() for name in ("caption", "caption_itm", "text_itm")]
-    labels = flat(rows["labels"]).to_pylist()
-    return [_contradictions(found or [], *values) for found, *values in zip(labels, *columns, strict=True)]
-
-
-def _contradictions(
-    labels: list[dict[str, Any]], caption: str | None, caption_itm: float | None, text_itm: float | None
-) -> list[str]:
-    signs = []
-    words = set(re.findall(r"[a-z]+", (caption or "").lower()))
-    trusted = caption is not None and caption_itm is not None and caption_itm >= _HIGH
-    decisions: dict[str, set[str]] = {}
-    for label in labels:
-        named = bool(_words_of(label["label"]) & words)
-        decisions.setdefault(label["label"], set()).add(label["decision"])
-        if label["detector"] is None and named and label["decision"] == "allow":
-            signs.append(f"the caption names {label['label']}, which is allowed")
-        if label["detector"] is None and trusted and not named and label["decision"] == "block":
-            signs.append(f"{label['label']} blocks, and a caption that fits does not name it")
-    signs += [f"detector and prompts differ on {name}" for name, said in decisions.items() if len(said) > 1]
-    if trusted and text_itm is not None and text_itm <= _LOW:
-        signs.append("the caption fits the image, the caller's text does not")
-    return signs
-
-
-def _words_of(label: str) -> set[str]:
-    """The words of a label's name, in the singular and the plural."""
-    words = {word for word in re.split(r"[-_]", label.lower()) if len(word) > 2}
-    return words | {f"{word}s" for word in words}
-
-
 def _draws(rows: pa.Table, seed: int) -> NDArray[np.float64]:
     """(N,) a number per image, uniform in [0, 1), that depends on its id and the seed alone."""
     scale = float(1 << 128)
@@ -214,7 +190,7 @@ def _entry(kind: str, merit: float, row: dict[str, Any], weight: float | None) -
         **{name: row[name] for name in ("image_id", "uri", "content_hash", "status", "decision", "decision_reason")},
         "queue": kind,
         "priority": priority,
-        "why": "; ".join(row["why"]) or None,
+        "why": "; ".join(contradictions(row)) or None if kind == "disagreement" else None,
         "weight": weight,
         "labels": "; ".join(_shown(label) for label in shown) or None,
         "caption": row["caption"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pyarrow as pa
+import pytest
 
 from vlmflow import schema
 from vlmflow.moderation.queue import COLUMNS, QueueSizes, make_queue
@@ -38,3 +39,27 @@ def test_what_was_labelled_is_not_asked_for_again_and_the_sample_stands_for_the_
             assert set(queue.images["weight"].to_pylist()) == {weight if sizes.random else None}
             seen |= dict.fromkeys(queue.images["image_id"].to_pylist())
         assert len(seen) == 30
+
+
+def test_the_nearest_and_the_most_contradictory_of_many_rows_are_chosen() -> None:
+    def scored(number: int, score: float, num_signs: int) -> dict[str, Any]:
+        label = {"label": "gun", "score": score, "review_threshold": 0.5, "decision": "review"}
+        signs = [label | {"label": f"knife-{sign}", "score": None, "decision": "allow"} for sign in range(num_signs)]
+        return row(number, "ok", labels=[label, *signs], caption="a knife")
+
+    rows = [scored(number, 0.5 + ((number * 37) % 3000 + 1) / 10_000, (number * 11) % 997) for number in range(3000)]
+    rows = [one if len(one["labels"]) > 990 else one | {"labels": one["labels"][:1]} for one in rows]
+    batches = [pa.Table.from_pylist(rows[start : start + 1500], ROWS) for start in (0, 1500)]
+    queue = make_queue(batches, QueueSizes(near=5, disagreement=3, random=0)).images.to_pylist()
+    near = [entry["priority"] for entry in queue if entry["queue"] == "near"]
+    assert near == pytest.approx([number / 10_000 for number in range(1, 6)], abs=1e-6)
+    assert all(entry["why"] is None for entry in queue if entry["queue"] == "near")
+    most = [entry for entry in queue if entry["queue"] == "disagreement"]
+    assert [entry["priority"] for entry in most] == [996, 996, 996]
+    assert all(entry["why"].count("the caption names knife-") == 996 for entry in most)
+
+
+def test_a_row_that_stands_there_twice_ends_nothing() -> None:
+    batch = pa.Table.from_pylist([row(number // 2, "ok") for number in range(8)], ROWS)
+    queue = make_queue([batch], QueueSizes(near=8, disagreement=0, random=0)).images
+    assert sorted(set(queue["image_id"].to_pylist())) == [f"{number:032x}" for number in range(4)]

@@ -81,13 +81,21 @@ def plain_url(url: str) -> str:
     return url.rstrip("/")
 
 
+def _variable(name: str) -> str:
+    """Refuses what may be by mistake the secret itself, which records of runs would keep."""
+    if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,99}", name) is None:
+        raise ValueError(
+            "must be the name of an environment variable, such as HTTPS_PROXY; what that holds never stands here"
+        )
+    return name
+
+
 def at_home(path: Path) -> Path:
     """With the user's home for a ``~``, as in a shell, which job files do not pass through."""
     return Path(os.path.expanduser(path))  # noqa: PTH111 (Path.expanduser raises where there is no such user)
 
 
-# A name, and not by mistake the secret itself, which records of runs would keep.
-Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,99}$")]
+Variable = Annotated[str, AfterValidator(_variable)]
 PlainUrl = Annotated[str, AfterValidator(plain_url)]
 HomePath = Annotated[str, AfterValidator(os.path.expanduser)]
 

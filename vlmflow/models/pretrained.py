@@ -111,16 +111,9 @@ def load_tokenizer(folder: Path, num_words: int) -> Any:
         WeightsError: it is absent, knows no words, is of another model, or needs code of its own or a package that is
             not installed.
     """
-    with in_our_words(folder, "a tokenizer"):
-        try:
-            # trust_remote_code must be given: left out, transformers asks on the terminal.
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except ImportError as error:
-            reason = " ".join(str(error).split())[:120]
-            raise WeightsError(
-                f"weights: the tokenizer of {folder} needs a package that is not installed: {reason}",
-                remedy="Install it on every node: transformers names it above.",
-            ) from error
+    with in_our_words(folder, "a tokenizer"), _told_of_packages(folder, "tokenizer"):
+        # trust_remote_code must be given: left out, transformers asks on the terminal.
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     check_words(folder, tokenizer)
     return for_model(folder, tokenizer, num_words)
 
@@ -143,9 +136,10 @@ def load_processor(folder: Path) -> Any:
     """What the folder's model makes of images and texts.
 
     Raises:
-        WeightsError: it is absent, its tokenizer knows no words, or it needs code of its own.
+        WeightsError: it is absent, its tokenizer knows no words, or it needs code of its own or a package that is not
+            installed.
     """
-    with in_our_words(folder, "a processor"), _quietly():
+    with in_our_words(folder, "a processor"), _told_of_packages(folder, "processor"), _quietly():
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if (tokenizer := getattr(processor, "tokenizer", None)) is not None:
         check_words(folder, tokenizer)
@@ -298,6 +292,18 @@ def _check_shapes(folder: Path, different: Iterable[tuple[str, tuple[int, ...], 
 
 
 @contextmanager
+def _told_of_packages(folder: Path, what: str) -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        reason = " ".join(str(error).split())[:120]
+        raise WeightsError(
+            f"weights: the {what} of {folder} needs a package that is not installed: {reason}",
+            remedy="Install it on every node: transformers names it above.",
+        ) from error
+
+
+@contextmanager
 def in_our_words(folder: Path, what: str, remedy: str = _REMEDY) -> Iterator[None]:
     """Within the block a library reads files of the folder, and whatever it raises is about those.
 
@@ -329,7 +335,9 @@ def as_weights_error(what: str, remedy: str) -> Iterator[None]:
     """
     try:
         yield
-    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except WeightsError:
+        raise
+    except Exception as error:  # as in `in_our_words`; jinja's errors derive from Exception too
         if is_out_of_memory(error) or is_device_broken(error):
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]

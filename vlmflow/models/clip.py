@@ -211,8 +211,16 @@ def _refuse_remote_parts(folder: Path, architecture: dict[str, Any]) -> None:
 def _load_tokenizer(folder: Path, text_config: dict[str, Any], model: torch.nn.Module) -> Tokenize:
     context_length = text_config.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH)
     options = dict(text_config.get("tokenizer_kwargs") or {})
+    if mask := options.get("reduction_mask"):
+        raise WeightsError(
+            f"weights: {folder} drops words of long texts by reduction_mask {mask!r}, at random or by a package that "
+            "downloads: a text would not have one vector",
+            remedy="Remove reduction_mask from tokenizer_kwargs in open_clip_config.json: longer texts are then cut at "
+            f"{context_length} tokens.",
+        )
     if not text_config.get("hf_tokenizer_name"):
-        tokenize: Tokenize = SimpleTokenizer(context_length=context_length, **options)
+        with in_our_words(folder, "open_clip's own tokenizer", "Correct tokenizer_kwargs in open_clip_config.json."):
+            tokenize: Tokenize = SimpleTokenizer(context_length=context_length, **options)
         if (there := tokenize.vocab_size) > (known := _num_words(model)):  # type: ignore[attr-defined]
             raise WeightsError(
                 f"weights: the text tower of {folder} has {known} words, and open_clip's own tokenizer {there}",

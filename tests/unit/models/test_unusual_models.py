@@ -193,6 +193,22 @@ def test_an_open_clip_that_cannot_embed_is_refused_when_it_is_loaded(tmp_path: P
         load_embedder(ModelConfig(family="open_clip", path=str(folder)), "cpu")
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"reduction_mask": "shuffle"}, "by reduction_mask 'shuffle'"), ({"of_none": 1}, "open_clip's own tokenizer: Type")],
+)
+def test_an_open_clip_whose_texts_have_no_one_vector_is_refused(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    """Each time that open_clip tokenizes a long text so, other words of it are dropped."""
+    folder = make_clip(tmp_path)
+    words = {"model_cfg.text_cfg.hf_tokenizer_name": None, "model_cfg.text_cfg.tokenizer_kwargs": options}
+    edit_json(folder / "open_clip_config.json", words)
+    with pytest.raises(WeightsError, match=message) as refused:
+        load_embedder(ModelConfig(family="open_clip", path=str(folder)), "cpu")
+    assert "tokenizer_kwargs in open_clip_config.json" in refused.value.remedy
+
+
 def test_an_image_size_of_two_equal_sides_is_one_of_squares(tmp_path: Path) -> None:
     folder, pixels = make_flava(tmp_path), random_pixels(2)
     config = ModelConfig(family="flava", path=str(folder))

@@ -195,7 +195,10 @@ def test_an_open_clip_that_cannot_embed_is_refused_when_it_is_loaded(tmp_path: P
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"reduction_mask": "shuffle"}, "by reduction_mask 'shuffle'"), ({"of_none": 1}, "open_clip's own tokenizer: Type")],
+    [
+        ({"reduction_mask": "shuffle"}, "by reduction_mask 'shuffle'"),
+        ({"of_none": 1}, "open_clip's own tokenizer"),
+    ],
 )
 def test_an_open_clip_whose_texts_have_no_one_vector_is_refused(
     tmp_path: Path, options: dict[str, Any], message: str

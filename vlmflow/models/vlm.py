@@ -29,6 +29,9 @@ from vlmflow.models.weights import check_keys, read_json
 _SEQUENCES_AT_ONCE = 16
 # Processors that put the tokens of an image before any text.
 _PLACES_IMAGES = frozenset(("Blip2Processor", "Florence2Processor", "InstructBlipProcessor", "Kosmos2Processor"))
+# What stands between the image and the text where there is no chat template. PaliGemma's processor puts there the token
+# that a text begins with.
+_BETWEEN = {"LlavaNextProcessor": "\n", "LlavaProcessor": "\n", "PaliGemmaProcessor": "", "PixtralProcessor": "\n"}
 # By the model_type of config.json: models that take an image and a text, and are trained to go on from the text.
 _FAMILIES = {"blip": "blip_caption", "git": "git"}
 
@@ -188,9 +191,7 @@ def chat_text(processor: Any, prompt: str) -> str:
     name = type(processor).__name__
     if name in _PLACES_IMAGES:
         return prompt
-    # PaliGemma's processor puts the token that begins a text between the two, behind which it was trained on the text.
-    between = "" if name == "PaliGemmaProcessor" else "\n"
-    return f"{processor.image_token}{between}{prompt}"
+    return f"{processor.image_token}{_BETWEEN[name]}{prompt}"
 
 
 def chat_inputs(processor: Any, images: Sequence[Image.Image], texts: Sequence[str]) -> Any:
@@ -227,16 +228,18 @@ def _check_asked(folder: Path, processor: Any) -> None:
     """Refuses a model that cannot be told in words what to say of an image.
 
     Raises:
-        WeightsError: its processor takes no texts, or knows no place for an image among their words.
+        WeightsError: its processor takes no texts, or nothing says where among their words the image stands: Qwen2-VL
+            for one writes as fluently of an image that it was not told the beginning of.
     """
     name = type(processor).__name__
-    has_place = getattr(processor, "chat_template", None) or getattr(processor, "image_token", None)
-    if getattr(processor, "tokenizer", None) is not None and (has_place or name in _PLACES_IMAGES):
+    is_known = getattr(processor, "chat_template", None) or name in _PLACES_IMAGES or name in _BETWEEN
+    if getattr(processor, "tokenizer", None) is not None and is_known:
         return
     found = str(read_json(folder / "config.json").get("model_type"))[:40]
     other = f"Set `family: {_FAMILIES[found]}`, which captions with it." if found in _FAMILIES else ""
     raise WeightsError(
-        f"weights: {folder}: model_type {found} is not asked in words: {name} has neither a chat template nor a token "
-        "for an image",
-        remedy=other or "Use a model that follows instructions, and copy its chat_template.jinja with its other files.",
+        f"weights: {folder}: no chat template says how {found} is asked about an image, nor does {name}",
+        remedy=other
+        or "Copy chat_template.jinja or chat_template.json from where the model was published, or use a "
+        "model that was tuned to follow instructions.",
     )

@@ -20,8 +20,6 @@ from transformers import (
     Blip2Processor,
     BlipImageProcessor,
     CLIPImageProcessor,
-    GotOcr2ImageProcessor,
-    GotOcr2Processor,
     GPT2Config,
     Idefics2Config,
     Idefics2ForConditionalGeneration,
@@ -164,7 +162,7 @@ def test_a_model_that_is_not_asked_in_words_is_refused(
     tmp_path: Path, family: str, make: Callable[[Path], Path]
 ) -> None:
     """transformers would go on from the prompt, as from the first words of a caption."""
-    with pytest.raises(WeightsError, match=r"is not asked in words: (Blip|Git)Processor has neither") as refused:
+    with pytest.raises(WeightsError, match=r"says how \w+ is asked about an image, nor does (Blip|Git)") as refused:
         TransformersChat.load(make(tmp_path), "cpu")
     assert f"`family: {family}`" in refused.value.remedy
 
@@ -173,9 +171,9 @@ def test_a_folder_with_a_tokenizer_for_a_processor_is_refused(tmp_path: Path) ->
     """As those of captioners that an image encoder and a language model were put together for."""
     VisionEncoderDecoderConfig.from_encoder_decoder_configs(ViTConfig(), GPT2Config()).save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(WeightsError, match="model_type vision-encoder-decoder is not asked in words") as refused:
+    with pytest.raises(WeightsError, match="how vision-encoder-decoder is asked about an image") as refused:
         TransformersChat.load(tmp_path, "cpu")
-    assert "follows instructions" in refused.value.remedy
+    assert "follow instructions" in refused.value.remedy
 
 
 @pytest.mark.parametrize("load", [TransformersChat.load, lambda folder, device: VlmJudge.load(folder, ["a"], device)])
@@ -190,13 +188,15 @@ def test_a_model_that_fails_at_images_is_refused_when_it_is_loaded(load: Callabl
         TransformersChat.load(folder, "cpu")
 
 
-def test_a_processor_that_reads_texts_alone_is_refused_when_it_is_loaded(tmp_path: Path) -> None:
-    """GOT-OCR's reads what stands in an image, and takes no question."""
-    folder = make_judge(tmp_path)
-    words = AutoProcessor.from_pretrained(folder).tokenizer
-    GotOcr2Processor(GotOcr2ImageProcessor(size=SIDE), words).save_pretrained(folder)
-    with pytest.raises(WeightsError, match="cannot be asked about an image of 32 pixels a side"):
+def test_a_model_whose_chat_template_was_left_behind_is_refused(tmp_path: Path) -> None:
+    """Without the marks of the beginning and the end of an image it would be told of it otherwise, in silence."""
+    folder = idefics2(tmp_path)
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(
+        WeightsError, match="how a idefics2 is asked about an image, nor does its Idefics2Processor"
+    ) as no:
         TransformersChat.load(folder, "cpu")
+    assert "Copy chat_template.jinja" in no.value.remedy
 
 
 def test_a_package_that_a_processor_needs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,11 +97,6 @@ def _load_shield_gemma(folder: Path, dtype: torch.dtype, device: str) -> tuple[A
     from transformers import AutoModelForImageClassification, Gemma3Processor
 
     model, processor = load_image_text_to_text(folder, dtype, device, AutoModelForImageClassification)
-    if not processor.chat_template:
-        raise WeightsError(
-            f"weights: {folder} has no chat template, in whose words ShieldGemma 2 is asked",
-            remedy="Copy the model's whole folder, chat_template.json or chat_template.jinja included.",
-        )
     return model.model, Gemma3Processor(
         processor.image_processor,
         processor.tokenizer,

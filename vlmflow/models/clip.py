@@ -26,6 +26,7 @@ from vlmflow.models.pixels import PixelNormalizer, model_dtype
 from vlmflow.models.preprocessing import read_preprocessing
 from vlmflow.models.pretrained import (
     as_weights_error,
+    check_finite,
     check_numbers,
     check_padding,
     check_words,
@@ -105,8 +106,12 @@ class ClipEmbedder:
         """Embeds a black image and a word: open_clip builds many a model that fails at every image."""
         what = f"the model of {folder} cannot embed an image of {size} pixels a side and a word"
         with as_weights_error(what, "Copy open_clip_config.json again from where the model was published."):
-            images = self.embed_images(torch.zeros((1, 3, size, size), dtype=torch.uint8))
-            if images.shape != (1, self.dim) or self.embed_texts(["a"]).shape != (1, self.dim):
+            images, texts = (
+                self.embed_images(torch.zeros((1, 3, size, size), dtype=torch.uint8)),
+                self.embed_texts(["a"]),
+            )
+            check_finite(folder, self._normalize.dtype, torch.from_numpy(images), torch.from_numpy(texts))
+            if images.shape != (1, self.dim) or texts.shape != (1, self.dim):
                 raise ValueError(f"image and text are no vectors of embed_dim, which is {self.dim}")
 
 

@@ -81,6 +81,24 @@ def check_numbers(folder: Path, model: torch.nn.Module) -> None:
         )
 
 
+def check_finite(folder: Path, dtype: torch.dtype, *outputs: torch.Tensor) -> None:
+    """Refuses a model that gives no numbers when it is tried: it was trained in a dtype that reaches farther.
+
+    Args:
+        dtype: that it computes in.
+        outputs: of it, for an image or a text.
+
+    Raises:
+        WeightsError: some are not finite.
+    """
+    if not all(bool(output.isfinite().all()) for output in outputs):
+        raise WeightsError(
+            f"weights: the model of {folder} gives numbers that are not finite for a black image or a word, in "
+            f"{str(dtype).removeprefix('torch.')}",
+            remedy="Set `dtype: float32` in the job, or bfloat16: float16 holds no number beyond 65,504.",
+        )
+
+
 def _detach(model: torch.nn.Module) -> None:
     """Gives a model memory of its own.
 
@@ -342,6 +360,18 @@ def as_weights_error(what: str, remedy: str) -> Iterator[None]:
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise WeightsError(f"weights: {what}: {reason}", remedy=remedy) from error
+
+
+@contextmanager
+def captioning(folder: Path, side: int) -> Iterator[torch.Tensor]:
+    """Within the block a model captions an image, as each of a run: (1, 3, S, S) uint8, all black.
+
+    Raises:
+        WeightsError: it fails.
+    """
+    what = f"the model of {folder} cannot caption an image of {side} pixels a side"
+    with as_weights_error(what, "Copy config.json and the weights of one model. In float16: set another `dtype`."):
+        yield torch.zeros((1, 3, side, side), dtype=torch.uint8)
 
 
 @contextmanager

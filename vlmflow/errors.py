@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from enum import StrEnum
 
+REMEDY_NOTE = "remedy: "  # begins the line of a traceback that says what the user can do
+
 
 class VlmflowError(Exception):
     """The root of all errors of vlmflow.
@@ -18,6 +20,8 @@ class VlmflowError(Exception):
     def __init__(self, message: str, *, remedy: str = "") -> None:
         super().__init__(message)  # pickle rebuilds an error from this argument alone, and adds the attributes then
         self.remedy = remedy
+        if remedy:  # of an actor that failed in its constructor Ray keeps the traceback alone, with what notes it has
+            self.add_note(f"{REMEDY_NOTE}{remedy}")
 
 
 class ConfigError(VlmflowError):

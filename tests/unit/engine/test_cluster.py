@@ -12,6 +12,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from traceback import format_exception
 from types import SimpleNamespace
 from typing import Any
 
@@ -142,6 +143,7 @@ OOM kill reason: Memory usage 3251625984B exceeded threshold
 Refer to the documentation on how to address the out of memory issue: https://docs.ray.io/"""
 
 
+ABSENT = "".join(format_exception(WeightsError("weights: absent", remedy="Fetch them.")))
 TOO_LARGE = """The actor died because of an error raised in its creation task, ray::MapWorker.__init__()
 vlmflow.errors.ModelMemoryError: pool embed: the model of embed does not fit in the memory of the GPU"""
 
@@ -155,6 +157,7 @@ vlmflow.errors.ModelMemoryError: pool embed: the model of embed does not fit in 
         (OutOfMemoryError(OOM), ClusterError, "fewer max_actors"),
         (RayTaskError("f", "trace", WeightsError("absent", remedy="Fetch them.")), WeightsError, "Fetch them."),
         (RayActorError(error_msg=TOO_LARGE), ModelMemoryError, "a larger share of a GPU"),
+        (RayActorError(error_msg=f"The actor died.\n{ABSENT}"), WeightsError, "Fetch them."),
     ],
 )
 def test_whatever_ray_raises_during_a_run_is_told_in_our_words(

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
+
+REMEDY_NOTE = "remedy: "  # begins the line of a traceback that says what the user can do
 
 
 class VlmflowError(Exception):
@@ -18,6 +22,17 @@ class VlmflowError(Exception):
     def __init__(self, message: str, *, remedy: str = "") -> None:
         super().__init__(message)  # pickle rebuilds an error from this argument alone, and adds the attributes then
         self.remedy = remedy
+
+
+@contextmanager
+def remedy_noted() -> Iterator[None]:
+    """Has the traceback of an error of ours say the remedy, for who is left with the text of it alone."""
+    try:
+        yield
+    except VlmflowError as error:
+        if error.remedy:
+            error.add_note(f"{REMEDY_NOTE}{error.remedy}")
+        raise
 
 
 class ConfigError(VlmflowError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ray
@@ -18,7 +18,7 @@ from vlmflow.errors import ClusterError, FamilyError, ModelMemoryError, ModelsKi
 _OURS = re.compile(r"(?:vlmflow\.errors\.)(\w+): (.+)")
 _MAX_REASON_CHARS = 400
 _TICK_S = 1.0
-# Of errors that workers raise in constructors, whose own remedy is lost on the way.
+# Of errors that workers raise in constructors, in the place of their own.
 _REMEDIES: dict[type[VlmflowError], str] = {
     ModelsKilledError: "Most often the memory does not suffice for all models at once, as the kernel's log tells: set "
     "pools with fewer max_actors or tasks, or take smaller models. It may be a driver or library that crashes, too.",
@@ -106,19 +106,25 @@ def in_our_words(error: RayError) -> VlmflowError:
             "smaller batches in pools, a lower read_ahead, no other work beside it. Then run the same command again.",
         )
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    for line in reversed(lines):
+    for number, line in reversed(list(enumerate(lines))):
         found = _OURS.search(line)
         error_type = getattr(errors, found[1], None) if found else None
         if found and isinstance(error_type, type) and issubclass(error_type, VlmflowError):
             reason = found[2][:_MAX_REASON_CHARS]
             if issubclass(error_type, _OF_NODES):
                 reason = of_node(reason, _node_of(error))
-            return error_type(reason, remedy=_REMEDIES.get(error_type, _REMEDY))
+            return error_type(reason, remedy=_REMEDIES.get(error_type) or _remedy_in(lines[number + 1 :]) or _REMEDY)
     reason = of_node(lines[-1][:_MAX_REASON_CHARS] if lines else "no reason given", _node_of(error))
     return ClusterError(
         f"the cluster gave up: {type(error).__name__}: {reason}",
         remedy="What was committed stays. `vlmflow doctor` tests the workers; then run the same command again.",
     )
+
+
+def _remedy_in(lines: Sequence[str]) -> str | None:
+    """What an error says in a note behind it."""
+    notes = [line.partition(errors.REMEDY_NOTE)[2] for line in lines if errors.REMEDY_NOTE in line]
+    return notes[0][:_MAX_REASON_CHARS] if notes else None
 
 
 def _node_of(error: RayError) -> str | None:

@@ -18,6 +18,7 @@ from vlmflow.engine.garbage import collected_once
 from vlmflow.engine.metrics import PoolMetrics
 from vlmflow.engine.turns import Turns, Usage
 from vlmflow.engine.watchdog import at_most
+from vlmflow.errors import remedy_noted
 from vlmflow.moderation.prompts import PromptVectors
 from vlmflow.tasks import Columns, Task, add_columns
 from vlmflow.tasks.setup import TaskSetup, load_task
@@ -41,6 +42,7 @@ class PoolWorker:
     """Runs a pool's tasks on a batch; built once per actor, so weights load once."""
 
     @collected_once()
+    @remedy_noted()  # of what a constructor raises Ray keeps the traceback alone
     def __init__(
         self,
         pool: PoolConfig,

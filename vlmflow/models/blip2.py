@@ -26,6 +26,7 @@ from vlmflow.models.logits import NumberCheck
 from vlmflow.models.pixels import PixelNormalizer, model_dtype
 from vlmflow.models.preprocessing import read_preprocessing
 from vlmflow.models.pretrained import (
+    captioning,
     check_untied,
     load_config,
     load_model,
@@ -76,10 +77,14 @@ class Blip2Captioner:
                 f"language model have {taken}",
                 remedy="Use a language model whose words are as wide as its layers: word_embed_proj_dim of OPT.",
             )
-        normalizer = PixelNormalizer(read_preprocessing(folder, config), device, wanted)
+        preprocessing = read_preprocessing(folder, config)
+        normalizer = PixelNormalizer(preprocessing, device, wanted)
         model = model.to(device)
         tokenizer = load_tokenizer(folder, model.get_input_embeddings().num_embeddings)
-        return cls(model, tokenizer, (towers or VisionTowers()).share(model.vision_model, normalizer))
+        captioner = cls(model, tokenizer, (towers or VisionTowers()).share(model.vision_model, normalizer))
+        with captioning(folder, preprocessing.size) as pixels:
+            captioner.caption(pixels, 1)
+        return captioner
 
     @torch.inference_mode()
     def caption(self, pixels: torch.Tensor, max_tokens: int, num_beams: int = 1) -> list[str]:

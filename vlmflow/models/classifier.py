@@ -14,7 +14,7 @@ from vlmflow.config import ModelConfig
 from vlmflow.errors import WeightsError
 from vlmflow.models.pixels import PixelNormalizer, model_dtype
 from vlmflow.models.preprocessing import read_preprocessing
-from vlmflow.models.pretrained import as_weights_error, load_model
+from vlmflow.models.pretrained import as_weights_error, check_finite, load_model
 from vlmflow.models.sizes import in_few_sizes
 from vlmflow.models.weights import check_keys, read_json
 
@@ -52,7 +52,8 @@ class ImageClassifier:
         # Some models take pixels of any size, and others say only then that they do not.
         what = f"the model of {folder} cannot score an image of {preprocessing.size} pixels a side"
         with as_weights_error(what, "Copy preprocessor_config.json and config.json of one model."):
-            classifier.score(torch.zeros((1, 3, preprocessing.size, preprocessing.size), dtype=torch.uint8))
+            scores = classifier.score(torch.zeros((1, 3, preprocessing.size, preprocessing.size), dtype=torch.uint8))
+            check_finite(folder, dtype, torch.from_numpy(scores))
         return classifier
 
     @torch.inference_mode()

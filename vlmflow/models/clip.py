@@ -26,6 +26,7 @@ from vlmflow.models.pixels import PixelNormalizer, model_dtype
 from vlmflow.models.preprocessing import read_preprocessing
 from vlmflow.models.pretrained import (
     as_weights_error,
+    check_finite,
     check_numbers,
     check_padding,
     check_words,
@@ -105,8 +106,12 @@ class ClipEmbedder:
         """Embeds a black image and a word: open_clip builds many a model that fails at every image."""
         what = f"the model of {folder} cannot embed an image of {size} pixels a side and a word"
         with as_weights_error(what, "Copy open_clip_config.json again from where the model was published."):
-            images = self.embed_images(torch.zeros((1, 3, size, size), dtype=torch.uint8))
-            if images.shape != (1, self.dim) or self.embed_texts(["a"]).shape != (1, self.dim):
+            images, texts = (
+                self.embed_images(torch.zeros((1, 3, size, size), dtype=torch.uint8)),
+                self.embed_texts(["a"]),
+            )
+            check_finite(folder, self._normalize.dtype, torch.from_numpy(images), torch.from_numpy(texts))
+            if images.shape != (1, self.dim) or texts.shape != (1, self.dim):
                 raise ValueError(f"image and text are no vectors of embed_dim, which is {self.dim}")
 
 
@@ -211,8 +216,16 @@ def _refuse_remote_parts(folder: Path, architecture: dict[str, Any]) -> None:
 def _load_tokenizer(folder: Path, text_config: dict[str, Any], model: torch.nn.Module) -> Tokenize:
     context_length = text_config.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH)
     options = dict(text_config.get("tokenizer_kwargs") or {})
+    if mask := options.get("reduction_mask"):
+        raise WeightsError(
+            f"weights: {folder} drops words of long texts by reduction_mask {mask!r}, at random or by a package that "
+            "downloads: a text would not have one vector",
+            remedy="Remove reduction_mask from tokenizer_kwargs in open_clip_config.json: longer texts are then cut at "
+            f"{context_length} tokens.",
+        )
     if not text_config.get("hf_tokenizer_name"):
-        tokenize: Tokenize = SimpleTokenizer(context_length=context_length, **options)
+        with in_our_words(folder, "open_clip's own tokenizer", "Correct tokenizer_kwargs in open_clip_config.json."):
+            tokenize: Tokenize = SimpleTokenizer(context_length=context_length, **options)
         if (there := tokenize.vocab_size) > (known := _num_words(model)):  # type: ignore[attr-defined]
             raise WeightsError(
                 f"weights: the text tower of {folder} has {known} words, and open_clip's own tokenizer {there}",

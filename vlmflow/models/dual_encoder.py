@@ -30,7 +30,7 @@ from vlmflow.models.blocks import Block
 from vlmflow.models.packed import PackedTower, linear, pack_block
 from vlmflow.models.pixels import PixelNormalizer, model_dtype
 from vlmflow.models.preprocessing import read_preprocessing
-from vlmflow.models.pretrained import ONE_MODEL, load_model, load_text_tokenizer, tokenize
+from vlmflow.models.pretrained import ONE_MODEL, check_finite, load_model, load_text_tokenizer, tokenize
 from vlmflow.models.sizes import in_few_sizes
 from vlmflow.models.towers import SharedTower, VisionTowers, content_of
 from vlmflow.models.upload import to_device
@@ -137,7 +137,8 @@ class DualEmbedder:
         """Embeds a black image and a word: files that contradict each other would fail at every image of a run."""
         try:
             pixels = torch.zeros((1, 3, size, size), dtype=torch.uint8)
-            found = [features.shape[-1] for features in (self._encode(pixels), self.text_features(["a"]))]
+            features = self._encode(pixels), self.text_features(["a"])
+            found = [vectors.shape[-1] for vectors in features]
         except Exception as error:
             if is_out_of_memory(error) or is_device_broken(error):
                 raise
@@ -146,6 +147,7 @@ class DualEmbedder:
                 f"weights: the model of {folder} cannot embed an image of {size} pixels a side and a word: {reason}",
                 remedy="Copy the files of one model that embeds images and texts, config.json first.",
             ) from error
+        check_finite(folder, self._normalize.dtype, *features)
         if found != [self.dim, self.dim]:
             raise WeightsError(
                 f"weights: the model of {folder} embeds images in {found[0]} dimensions and texts in {found[1]}",

@@ -14,7 +14,7 @@ from vlmflow.models.generation import check_settings
 from vlmflow.models.logits import NumberCheck
 from vlmflow.models.pixels import PixelNormalizer, model_dtype
 from vlmflow.models.preprocessing import read_preprocessing
-from vlmflow.models.pretrained import load_model, load_tokenizer
+from vlmflow.models.pretrained import captioning, load_model, load_tokenizer
 from vlmflow.models.weights import check_keys
 
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -54,8 +54,12 @@ class GitCaptioner:
         tokens = GenerationConfig(**{name: getattr(model.config, name) for name in _TOKENS})
         _check_tokens(folder, model.generation_config, tokens)
         model.generation_config = tokens
-        normalizer = PixelNormalizer(read_preprocessing(folder, config), device, wanted)
-        return cls(model.to(device), load_tokenizer(folder, model.config.vocab_size), normalizer)
+        preprocessing = read_preprocessing(folder, config)
+        normalizer = PixelNormalizer(preprocessing, device, wanted)
+        captioner = cls(model.to(device), load_tokenizer(folder, model.config.vocab_size), normalizer)
+        with captioning(folder, preprocessing.size) as pixels:
+            captioner.caption(pixels, 1)
+        return captioner
 
     @torch.inference_mode()
     def caption(self, pixels: torch.Tensor, max_tokens: int, num_beams: int = 1) -> list[str]:

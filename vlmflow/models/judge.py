@@ -14,11 +14,12 @@ from typing import Any, Self, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from vlmflow.errors import WeightsError
 from vlmflow.models.attention import growing
 from vlmflow.models.pixels import model_dtype
-from vlmflow.models.vlm import chat_inputs, chat_text, load_image_text_to_text
+from vlmflow.models.vlm import as_images, asked, chat_inputs, chat_text, load_image_text_to_text
 from vlmflow.models.weights import read_json
 
 _ANSWERS = ("Yes", "No")
@@ -39,29 +40,39 @@ class VlmJudge:
         """Loads safetensors from a folder: bfloat16 on a GPU that has it, float32 elsewhere.
 
         Raises:
-            WeightsError: the weights do not fit, the processor is absent, either needs code of its own, or the
-                tokenizer does not tell the answers apart.
+            WeightsError: the weights do not fit, the processor is absent, either needs code of its own, the tokenizer
+                does not tell the answers apart, or the model cannot be asked about an image.
         """
         if read_json(folder / "config.json").get("model_type") == "shieldgemma2":
             model, processor = _load_shield_gemma(folder, model_dtype(device), device)
         else:
             model, processor = load_image_text_to_text(folder, model_dtype(device), device)
             questions = [f"{question} {_INSTRUCTION}" for question in questions]
-        return cls(model.to(device), processor, questions, device)
+        judge = cls(model.to(device), processor, questions, device)
+        with asked(folder) as pixels:
+            judge.score(pixels)
+        return judge
 
     @torch.inference_mode()
     def score(self, pixels: torch.Tensor) -> NDArray[np.float32]:
         """(N, 3, S, S) uint8 RGB -> (N, Q) probability of `Yes` against `No`, in float32."""
-        images = list(pixels.permute(0, 2, 3, 1).cpu().numpy())
+        images = as_images(pixels)
         with growing(torch.device(self._device)):
             columns = [self._ask(images, prompt) for prompt in self._prompts] if images else []
         return np.stack(columns, axis=1) if columns else np.empty((0, len(self._prompts)), np.float32)
 
-    def _ask(self, images: list[NDArray[np.uint8]], prompt: str) -> NDArray[np.float32]:
+    def _ask(self, images: list[Image.Image], prompt: str) -> NDArray[np.float32]:
+        # All prompts are equal, so there is no padding.
         inputs = chat_inputs(self._processor, images, [prompt] * len(images))
-        inputs = inputs.to(self._device, model_dtype(self._device))
-        # All prompts are equal, so there is no padding, and the last position is each prompt's own.
-        logits = self._model(**inputs, logits_to_keep=1).logits[:, -1, self._answers].float()
+        out = self._model.generate(
+            **inputs.to(self._device, model_dtype(self._device)),
+            max_new_tokens=1,
+            do_sample=False,
+            num_beams=1,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        logits = out.logits[0][:, self._answers].float()
         return cast("NDArray[np.float32]", logits.softmax(dim=-1)[:, 0].cpu().numpy())
 
 
@@ -86,11 +97,6 @@ def _load_shield_gemma(folder: Path, dtype: torch.dtype, device: str) -> tuple[A
     from transformers import AutoModelForImageClassification, Gemma3Processor
 
     model, processor = load_image_text_to_text(folder, dtype, device, AutoModelForImageClassification)
-    if not processor.chat_template:
-        raise WeightsError(
-            f"weights: {folder} has no chat template, in whose words ShieldGemma 2 is asked",
-            remedy="Copy the model's whole folder, chat_template.json or chat_template.jinja included.",
-        )
     return model.model, Gemma3Processor(
         processor.image_processor,
         processor.tokenizer,

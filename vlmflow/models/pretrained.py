@@ -81,6 +81,24 @@ def check_numbers(folder: Path, model: torch.nn.Module) -> None:
         )
 
 
+def check_finite(folder: Path, dtype: torch.dtype, *outputs: torch.Tensor) -> None:
+    """Refuses a model that gives no numbers when it is tried: it was trained in a dtype that reaches farther.
+
+    Args:
+        dtype: that it computes in.
+        outputs: of it, for an image or a text.
+
+    Raises:
+        WeightsError: some are not finite.
+    """
+    if not all(bool(output.isfinite().all()) for output in outputs):
+        raise WeightsError(
+            f"weights: the model of {folder} gives numbers that are not finite for a black image or a word, in "
+            f"{str(dtype).removeprefix('torch.')}",
+            remedy="Set `dtype: float32` in the job, or bfloat16: float16 holds no number beyond 65,504.",
+        )
+
+
 def _detach(model: torch.nn.Module) -> None:
     """Gives a model memory of its own.
 
@@ -111,16 +129,9 @@ def load_tokenizer(folder: Path, num_words: int) -> Any:
         WeightsError: it is absent, knows no words, is of another model, or needs code of its own or a package that is
             not installed.
     """
-    with in_our_words(folder, "a tokenizer"):
-        try:
-            # trust_remote_code must be given: left out, transformers asks on the terminal.
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except ImportError as error:
-            reason = " ".join(str(error).split())[:120]
-            raise WeightsError(
-                f"weights: the tokenizer of {folder} needs a package that is not installed: {reason}",
-                remedy="Install it on every node: transformers names it above.",
-            ) from error
+    with in_our_words(folder, "a tokenizer"), _told_of_packages(folder, "tokenizer"):
+        # trust_remote_code must be given: left out, transformers asks on the terminal.
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     check_words(folder, tokenizer)
     return for_model(folder, tokenizer, num_words)
 
@@ -143,9 +154,10 @@ def load_processor(folder: Path) -> Any:
     """What the folder's model makes of images and texts.
 
     Raises:
-        WeightsError: it is absent, its tokenizer knows no words, or it needs code of its own.
+        WeightsError: it is absent, its tokenizer knows no words, or it needs code of its own or a package that is not
+            installed.
     """
-    with in_our_words(folder, "a processor"), _quietly():
+    with in_our_words(folder, "a processor"), _told_of_packages(folder, "processor"), _quietly():
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if (tokenizer := getattr(processor, "tokenizer", None)) is not None:
         check_words(folder, tokenizer)
@@ -298,6 +310,18 @@ def _check_shapes(folder: Path, different: Iterable[tuple[str, tuple[int, ...], 
 
 
 @contextmanager
+def _told_of_packages(folder: Path, what: str) -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        reason = " ".join(str(error).split())[:120]
+        raise WeightsError(
+            f"weights: the {what} of {folder} needs a package that is not installed: {reason}",
+            remedy="Install it on every node: transformers names it above.",
+        ) from error
+
+
+@contextmanager
 def in_our_words(folder: Path, what: str, remedy: str = _REMEDY) -> Iterator[None]:
     """Within the block a library reads files of the folder, and whatever it raises is about those.
 
@@ -329,11 +353,25 @@ def as_weights_error(what: str, remedy: str) -> Iterator[None]:
     """
     try:
         yield
-    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except WeightsError:
+        raise
+    except Exception as error:  # as in `in_our_words`; jinja's errors derive from Exception too
         if is_out_of_memory(error) or is_device_broken(error):
             raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise WeightsError(f"weights: {what}: {reason}", remedy=remedy) from error
+
+
+@contextmanager
+def captioning(folder: Path, side: int) -> Iterator[torch.Tensor]:
+    """Within the block a model captions an image, as each of a run: (1, 3, S, S) uint8, all black.
+
+    Raises:
+        WeightsError: it fails.
+    """
+    what = f"the model of {folder} cannot caption an image of {side} pixels a side"
+    with as_weights_error(what, "Copy config.json and the weights of one model. In float16: set another `dtype`."):
+        yield torch.zeros((1, 3, side, side), dtype=torch.uint8)
 
 
 @contextmanager

@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
+from PIL import Image
+from transformers import GenerationMixin
 
-from vlmflow.config import Dtype
+from vlmflow.config import Dtype, ModelConfig
+from vlmflow.errors import WeightsError
 from vlmflow.models import Answer, Usage
 from vlmflow.models.attention import growing
 from vlmflow.models.generation import STEPS, check_settings
 from vlmflow.models.pixels import model_dtype
-from vlmflow.models.pretrained import check_of_model, check_padding, load_model, load_processor
+from vlmflow.models.preprocessing import read_preprocessing
+from vlmflow.models.pretrained import as_weights_error, check_of_model, check_padding, load_model, load_processor
 from vlmflow.models.prompted import rows_of
 from vlmflow.models.questions import check_scores
-from vlmflow.models.weights import check_keys
+from vlmflow.models.weights import check_keys, read_json
 
 # An image is hundreds of tokens, and each of them is kept while an answer is written.
 _SEQUENCES_AT_ONCE = 16
 # Processors that put the tokens of an image before any text.
-_PLACES_IMAGES = frozenset(("Florence2Processor", "Blip2Processor", "InstructBlipProcessor"))
+_PLACES_IMAGES = frozenset(("Blip2Processor", "Florence2Processor", "InstructBlipProcessor", "Kosmos2Processor"))
+# What stands between the image and the text where there is no chat template. PaliGemma's processor puts there the token
+# that a text begins with.
+_BETWEEN = {"LlavaNextProcessor": "\n", "LlavaProcessor": "\n", "PaliGemmaProcessor": "", "PixtralProcessor": "\n"}
+# By the model_type of config.json: models that take an image and a text, and are trained to go on from the text.
+_FAMILIES = {"blip": "blip_caption", "git": "git"}
 
 
 class TransformersChat:
@@ -32,11 +41,12 @@ class TransformersChat:
 
     def __init__(self, model: Any, processor: Any, device: str, dtype: torch.dtype) -> None:
         self._model, self._processor, self._device, self._dtype = model, processor, device, dtype
-        # Sequences end together, so what is written begins at one place for all of them.
-        processor.tokenizer.padding_side = "left"
+        writer = _writer(model)
+        # What a decoder goes on from ends where it begins to write. An encoder counts its places from the first on.
+        processor.tokenizer.padding_side = "right" if writer.config.is_encoder_decoder else "left"
         if processor.tokenizer.pad_token is None:
             processor.tokenizer.pad_token = processor.tokenizer.eos_token
-        ends = model.generation_config.eos_token_id
+        ends = writer.generation_config.eos_token_id
         ends = processor.tokenizer.eos_token_id if ends is None else ends
         self._ends: list[int] = [ends] if isinstance(ends, int) else list(ends or [])
 
@@ -45,15 +55,19 @@ class TransformersChat:
         """Loads safetensors from a folder.
 
         Raises:
-            WeightsError: the weights do not fit, the processor is absent, either needs code of its own, or
-                generation_config.json sets what texts end by that are no tokens, and the like.
+            WeightsError: the weights do not fit, the processor is absent, either needs code of its own,
+                generation_config.json sets what texts end by that are no tokens, and the like, or the model cannot be
+                asked about an image.
         """
         kind = model_dtype(device, dtype)
         model, processor = load_image_text_to_text(folder, kind, device)
         if processor.tokenizer.eos_token is None:  # which pads where nothing else does
             check_padding(folder, processor.tokenizer)
-        check_settings(folder, model.generation_config, honoured=STEPS | {"guidance_scale"})
-        return cls(model.to(device), processor, device, kind)
+        check_settings(folder, _writer(model).generation_config, honoured=STEPS | {"guidance_scale"})
+        chat = cls(model.to(device), processor, device, kind)
+        with asked(folder) as pixels:
+            chat.write(pixels, ["a"], 1)
+        return chat
 
     @torch.inference_mode()
     def write(
@@ -74,18 +88,29 @@ class TransformersChat:
         """
         shown = rows_of(pixels, prompts, rows)
         texts = [chat_text(self._processor, prompt) for prompt in prompts]
-        answers: list[Answer] = []
-        at_once = max(1, _SEQUENCES_AT_ONCE // num_beams)
-        for start in range(0, len(texts), at_once):
-            part = slice(start, start + at_once)
-            images = list(pixels[shown[part]].permute(0, 2, 3, 1).contiguous().cpu().numpy())
+        answers: dict[int, Answer] = {}
+        for part in self._batches(texts, max(1, _SEQUENCES_AT_ONCE // num_beams)):
             with growing(torch.device(self._device)):
-                answers += self._write(images, texts[part], max_tokens, num_beams)
-        return answers
+                images = as_images(pixels[[shown[number] for number in part]])
+                written = self._write(images, [texts[number] for number in part], max_tokens, num_beams)
+            answers |= zip(part, written, strict=True)
+        return [answers[number] for number in range(len(texts))]
 
     def take_usage(self) -> Usage | None:
         """Nothing is paid for."""
         return None
+
+    def _batches(self, texts: Sequence[str], at_once: int) -> Iterator[list[int]]:
+        """The numbers of the texts that are written together, which have equally many tokens.
+
+        Nothing is padded so: what is written of an image would depend on its neighbours' questions, where a model
+        passes over the mask of the padding, as T5 does in counting how far words are from an image before them.
+        """
+        tokens = self._processor.tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
+        lengths = [len(text) for text in tokens]
+        for _, group in groupby(sorted(range(len(texts)), key=lengths.__getitem__), key=lengths.__getitem__):
+            numbers = list(group)
+            yield from (numbers[start : start + at_once] for start in range(0, len(numbers), at_once))
 
     def _write(self, images: list[Any], texts: list[str], max_tokens: int, num_beams: int) -> list[Answer]:
         inputs = chat_inputs(self._processor, images, texts).to(self._device, self._dtype)
@@ -128,15 +153,33 @@ def load_image_text_to_text(folder: Path, dtype: torch.dtype, device: str, model
         model_class: of transformers, one of those that choose by the configuration; None: that for images and texts.
 
     Raises:
-        WeightsError: the weights do not fit, the processor is absent, or either needs code of its own.
+        WeightsError: the weights do not fit, the processor is absent, either needs code of its own, or the model is
+            none that is asked in words.
     """
     from transformers import AutoModelForImageTextToText
 
     processor = load_processor(folder)
+    _check_asked(folder, processor)
     model, missing, unexpected = load_model(model_class or AutoModelForImageTextToText, folder, dtype, device)
     check_keys(folder, missing, unexpected)
     check_of_model(folder, processor.tokenizer, model.get_input_embeddings().num_embeddings)
     return model, processor
+
+
+@contextmanager
+def asked(folder: Path) -> Iterator[torch.Tensor]:
+    """Within the block a model is asked about an image, as at each image of a run: (1, 3, S, S) uint8, all black.
+
+    Args:
+        folder: of the model.
+
+    Raises:
+        WeightsError: it fails.
+    """
+    side = read_preprocessing(folder, ModelConfig(family="vlm", path=str(folder))).size
+    what = f"the model of {folder} cannot be asked about an image of {side} pixels a side"
+    with as_weights_error(what, "Copy the processor's files and config.json of one model that is asked in words."):
+        yield torch.zeros((1, 3, side, side), dtype=torch.uint8)
 
 
 def chat_text(processor: Any, prompt: str) -> str:
@@ -145,28 +188,58 @@ def chat_text(processor: Any, prompt: str) -> str:
         content = [{"type": "image"}, {"type": "text", "text": prompt}]
         messages = [{"role": "user", "content": content}]
         return str(processor.apply_chat_template(messages, add_generation_prompt=True))
-    if type(processor).__name__ in _PLACES_IMAGES:
+    name = type(processor).__name__
+    if name in _PLACES_IMAGES:
         return prompt
-    token = getattr(processor, "image_token", "<image>")
-    return f"{token}\n{prompt}"
+    return f"{processor.image_token}{_BETWEEN[name]}{prompt}"
 
 
-def chat_inputs(processor: Any, images: Sequence[NDArray[np.uint8]], texts: Sequence[str]) -> Any:
+def chat_inputs(processor: Any, images: Sequence[Image.Image], texts: Sequence[str]) -> Any:
     """A batch for the model, as the processor makes it: images, tokens and the mask of the padding.
 
     Args:
-        images: at least one; (S, S, 3) uint8 RGB each.
+        images: at least one.
         texts: of :func:`chat_text`, one for each image.
     """
     begin = processor.tokenizer.bos_token
     # Where the chat template has written the token already, the tokenizer would put another before it.
     options = {"add_special_tokens": False} if begin and texts[0].startswith(begin) else {}
-    return processor(
-        # Each in a list of its own: Gemma 3 takes a flat list for the images of one text.
-        images=[[image] for image in images],
-        text=list(texts),
-        padding=True,
-        return_tensors="pt",
-        input_data_format="channels_last",
-        **options,
+    # Each in a list of its own: Gemma 3 takes a flat list for the images of one text.
+    nested = [[image] for image in images]
+    return processor(images=nested, text=list(texts), padding=True, return_tensors="pt", **options)
+
+
+def as_images(pixels: torch.Tensor) -> list[Image.Image]:
+    """(N, 3, S, S) uint8 RGB -> N images, which all processors take; some take no arrays."""
+    return [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
+
+
+def _writer(model: Any) -> Any:
+    """The model that writes: itself, or, of BLIP-2, InstructBLIP and Kosmos-2, its part, with settings of its own."""
+    if type(model).generate is not GenerationMixin.generate:
+        for name in ("language_model", "text_model"):
+            part = getattr(model, name, None)
+            if callable(getattr(part, "generate", None)):
+                return part
+    return model
+
+
+def _check_asked(folder: Path, processor: Any) -> None:
+    """Refuses a model that cannot be told in words what to say of an image.
+
+    Raises:
+        WeightsError: its processor takes no texts, or nothing says where among their words the image stands: Qwen2-VL
+            for one writes as fluently of an image that it was not told the beginning of.
+    """
+    name = type(processor).__name__
+    is_known = getattr(processor, "chat_template", None) or name in _PLACES_IMAGES or name in _BETWEEN
+    if getattr(processor, "tokenizer", None) is not None and is_known:
+        return
+    found = str(read_json(folder / "config.json").get("model_type"))[:40]
+    other = f"Set `family: {_FAMILIES[found]}`, which captions with it." if found in _FAMILIES else ""
+    raise WeightsError(
+        f"weights: {folder}: no chat template says how {found} is asked about an image, nor does {name}",
+        remedy=other
+        or "Copy chat_template.jinja or chat_template.json from where the model was published, or use a "
+        "model that was tuned to follow instructions.",
     )

@@ -12,6 +12,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from traceback import format_exception
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,6 +41,7 @@ from vlmflow.errors import (
     SourceError,
     VlmflowError,
     WeightsError,
+    remedy_noted,
 )
 
 
@@ -141,7 +143,6 @@ Memory on the node (IP: 10.0.0.7, ID: 68218436aa53) was 3.03GB used / 23.54GB li
 OOM kill reason: Memory usage 3251625984B exceeded threshold
 Refer to the documentation on how to address the out of memory issue: https://docs.ray.io/"""
 
-
 TOO_LARGE = """The actor died because of an error raised in its creation task, ray::MapWorker.__init__()
 vlmflow.errors.ModelMemoryError: pool embed: the model of embed does not fit in the memory of the GPU"""
 
@@ -168,6 +169,14 @@ def test_whatever_ray_raises_during_a_run_is_told_in_our_words(
     with pytest.raises(expected) as caught, cluster.ray_cluster(RayConfig()):
         raise error
     assert words in caught.value.remedy
+
+
+def test_what_a_constructor_raises_keeps_its_remedy() -> None:
+    with pytest.raises(WeightsError) as raised, remedy_noted():
+        raise WeightsError("weights: absent", remedy="Fetch them.")
+    trace = "".join(format_exception(raised.value))
+    told = faults.in_our_words(RayActorError(error_msg=f"The actor died because of an error.\n{trace}"))
+    assert (type(told), str(told), told.remedy) == (WeightsError, "weights: absent", "Fetch them.")
 
 
 class Ended(BaseException):

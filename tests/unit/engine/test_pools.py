@@ -162,7 +162,7 @@ def test_a_model_that_does_not_fit_is_told_with_its_pool_and_who_has_the_memory(
     told |= {"get_per_process_memory_fraction": lambda _: share, "get_device_name": lambda _: "NVIDIA H100"}
     for name, given in told.items():
         monkeypatch.setattr(torch.cuda, name, given)
-    said = f"^pool caption.match: the model of match does not fit in the memory of {where}$"
+    said = f"^pool caption.match: the model of match does not fit in the memory of {where}\nremedy: "
     with pytest.raises(ModelMemoryError, match=said) as caught:
         PoolWorker(PoolConfig(tasks=("caption", "match")), SimpleNamespace(dtype="auto"), None)  # type: ignore[arg-type]
     assert "max_actors" in caught.value.remedy

@@ -296,7 +296,7 @@ def test_shield_gemma_is_asked_whether_an_image_violates_the_policy_given(
     assert len(set(scores[:, 0].tolist())) > 1
 
     (folder / "chat_template.jinja").unlink()
-    with pytest.raises(WeightsError, match="has no chat template"):
+    with pytest.raises(WeightsError, match="no chat template says how shieldgemma2 is asked"):
         load_detector(setup, "cpu")
 
 

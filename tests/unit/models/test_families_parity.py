@@ -180,9 +180,10 @@ def test_captioner_and_matcher_of_blip2_share_one_pass_of_equal_towers(
     captioner = load_captioner(captions, "cpu", "auto", towers)
     matcher = load_matcher(matches, "cpu", "auto", towers)
     (shared,) = towers._towers.values()
+    passes = shared.num_passes  # of the image that the captioner was tried with
     words = captioner.caption(pixels, 8)
     scores = matcher.match_itm(matcher.encode_images(pixels.clone()), texts)
-    assert shared.num_passes == 1
+    assert shared.num_passes == passes + 1
 
     assert load_captioner(captions, "cpu").caption(pixels, 8) == words
     alone = load_matcher(matches, "cpu")

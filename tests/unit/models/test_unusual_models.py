@@ -15,13 +15,14 @@ from open_clip.factory import load_checkpoint
 from transformers import (
     AutoImageProcessor,
     AutoTokenizer,
+    Blip2Config,
     Blip2ForConditionalGeneration,
     BlipForQuestionAnswering,
     ViltConfig,
     ViltForQuestionAnswering,
 )
 
-from tests.families import build_model, make_blip2_captioner, make_flava, make_git
+from tests.families import build_model, make_align, make_blip2_captioner, make_flava, make_git
 from tests.models import (
     CLIP_MEAN,
     CLIP_STD,
@@ -191,6 +192,44 @@ def test_an_open_clip_that_cannot_embed_is_refused_when_it_is_loaded(tmp_path: P
     folder = make_clip(tmp_path, vision=vision)
     with pytest.raises(WeightsError, match="cannot embed an image of 32 pixels a side and a word"):
         load_embedder(ModelConfig(family="open_clip", path=str(folder)), "cpu")
+
+
+def test_a_model_that_gives_no_numbers_in_float16_is_refused_when_it_is_loaded(tmp_path: Path) -> None:
+    """Each image of a run would have failed, and each decision been `review`."""
+    config = ModelConfig(family="align", path=str(make_align(tmp_path)))
+    assert np.isfinite(load_embedder(config, "cpu", "bfloat16").embed_images(random_pixels(2))).all()
+    with pytest.raises(WeightsError, match="not finite for a black image or a word, in float16") as refused:
+        load_embedder(config, "cpu", "float16")
+    assert "`dtype: float32`" in refused.value.remedy
+
+
+def test_a_blip_2_that_cannot_caption_is_refused_when_it_is_loaded(tmp_path: Path, made: dict[str, Path]) -> None:
+    """transformers keeps what a T5 has written for as many layers as its encoder has."""
+    folder = make_blip2_captioner(tmp_path, t5=True)
+    config = Blip2Config.from_pretrained(folder)
+    config.text_config.num_decoder_layers = 3
+    Blip2ForConditionalGeneration(Blip2Config(**config.to_dict())).save_pretrained(folder)
+    with pytest.raises(WeightsError, match="cannot caption an image of 32 pixels a side: IndexError"):
+        load_captioner(ModelConfig(family="blip2_caption", path=str(folder)), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reduction_mask": "shuffle"}, "by reduction_mask 'shuffle'"),
+        ({"of_none": 1}, "open_clip's own tokenizer"),
+    ],
+)
+def test_an_open_clip_whose_texts_have_no_one_vector_is_refused(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    """Each time that open_clip tokenizes a long text so, other words of it are dropped."""
+    folder = make_clip(tmp_path)
+    words = {"model_cfg.text_cfg.hf_tokenizer_name": None, "model_cfg.text_cfg.tokenizer_kwargs": options}
+    edit_json(folder / "open_clip_config.json", words)
+    with pytest.raises(WeightsError, match=message) as refused:
+        load_embedder(ModelConfig(family="open_clip", path=str(folder)), "cpu")
+    assert "tokenizer_kwargs in open_clip_config.json" in refused.value.remedy
 
 
 def test_an_image_size_of_two_equal_sides_is_one_of_squares(tmp_path: Path) -> None:

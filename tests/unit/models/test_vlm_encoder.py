@@ -125,3 +125,14 @@ def test_what_the_decoder_writes_is_the_text(make: Callable[[Path], Path], num_b
     assert all(0 < answer.score < 1 for answer in written)
     totals = scores.masked_fill(out.sequences[:, 1:] == 0, 0).sum(dim=1).exp()
     np.testing.assert_allclose([answer.score for answer in written], totals.numpy(), rtol=1e-3)
+
+
+@pytest.mark.parametrize("make", [blip2, instructblip, florence2])
+def test_a_text_is_the_one_that_it_is_alone(make: Callable[[Path], Path], tmp_path: Path) -> None:
+    """Padding before an encoder's words moves them, or moves them away from the image."""
+    chat, pixels = TransformersChat.load(make(tmp_path), "cpu"), random_pixels(4)
+    prompts = ["red", "a picture of the red car and two dogs", "a car", "car"]
+    alone = [chat.write(pixels[row : row + 1], [prompt], 6)[0] for row, prompt in enumerate(prompts)]
+    together = chat.write(pixels, prompts, 6)
+    assert [answer.text for answer in together] == [answer.text for answer in alone]
+    np.testing.assert_allclose([a.score for a in together], [a.score for a in alone], rtol=1e-4)

@@ -30,6 +30,7 @@ from vlmflow.engine.authentication import ensure_token
 from vlmflow.engine.faults import told
 from vlmflow.engine.growth import NodeGroup, node_groups
 from vlmflow.engine.head import await_head, watched
+from vlmflow.engine.import_paths import own_import_paths
 from vlmflow.errors import ClusterError, ConfigError
 
 # Ray Data logs every execution plan and every operator at INFO; our own progress says what a user needs.
@@ -339,7 +340,7 @@ def _connect(config: RayConfig) -> None:
         options |= {"address": config.address}
     try:
         with _without_standard_error(), _own_termination():
-            ray.init(**options)
+            ray.init(**options, job_config=own_import_paths())
     except Exception as error:  # Ray raises that itself, of a node that does not come up in time
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if config.address is None:

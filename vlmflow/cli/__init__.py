@@ -65,6 +65,8 @@ def main(arguments: list[str] | None = None) -> None:
     if threading.current_thread() is threading.main_thread():
         # What stops a job, a pod or a service sends this: the run is to be recorded as interrupted, as by Ctrl-C.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if os.environ.get("COLUMNS", "").strip() == "0":  # not known, as of a terminal without a size; Rich prints nothing
+        del os.environ["COLUMNS"]
     own = sys.__stdout__
     if sys.stdout is own and isinstance(own, io.TextIOWrapper) and isinstance(own.buffer, io.RawIOBase):
         # PYTHONUNBUFFERED: of what a disk takes a part of before it is full, Python drops the rest without an error.

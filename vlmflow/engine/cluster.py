@@ -26,6 +26,7 @@ from ray.data import DataContext
 from ray.util.client import ray as client
 
 from vlmflow.config import RayConfig
+from vlmflow.engine.allowance import allowance
 from vlmflow.engine.authentication import ensure_token
 from vlmflow.engine.faults import told
 from vlmflow.engine.growth import NodeGroup, node_groups
@@ -332,7 +333,7 @@ def _connect(config: RayConfig) -> None:
                 "this is a job of a Ray cluster, and an embedded Ray would compute on this node alone",
                 remedy="Give --ray-address auto, or ray: {address: auto} in the job file.",
             )
-        options |= {"num_cpus": config.num_cpus, "object_store_memory": config.object_store_bytes}
+        options |= allowance(config)
         # Without this Ray would join what RAY_ADDRESS names, or a cluster that it finds on this machine.
         options |= {"include_dashboard": False, "address": "local"}
         ensure_token()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,24 @@ from ray._common.utils import get_system_memory
 from ray._private.utils import get_num_cpus
 
 from vlmflow.config import RayConfig
+from vlmflow.errors import ClusterError
+from vlmflow.storage import MORE_OPEN_FILES
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _OWN = Path("/proc/self/cgroup")
 _OBJECT_STORE = 0.3  # of the memory, as Ray's default is
+_FEWEST_FILES, _MANY_FILES = 256, 65_536  # with fewer a raylet dies; with more nothing is gained
 _SMALLEST_STORE = 80_000_000  # bytes; Ray takes no smaller one
 
 
 def allowance(config: RayConfig) -> dict[str, Any]:
     """The options of :func:`ray.init` for what the embedded Ray may use: the job's word, else the limits of this
-    process where they are lower than what Ray counts, else none."""
+    process where they are lower than what Ray counts, else none. Its processes inherit the limit of open files.
+
+    Raises:
+        ClusterError: as :func:`allow_open_files`.
+    """
+    allow_open_files()
     options: dict[str, Any] = {"num_cpus": config.num_cpus, "object_store_memory": config.object_store_bytes}
     cpus = allowed_cpus()
     if config.num_cpus is None and cpus < get_num_cpus(override_docker_cpu_warning=True):
@@ -36,6 +45,21 @@ def allowance(config: RayConfig) -> dict[str, Any]:
         store = config.object_store_bytes or max(_SMALLEST_STORE, int(_OBJECT_STORE * memory))
         options |= {"object_store_memory": store, "_memory": max(0, int(memory) - store)}
     return options
+
+
+def allow_open_files() -> None:
+    """Lets the embedded Ray have as many files open as it may; a limit for people's programs may be a few hundred.
+
+    Raises:
+        ClusterError: it may have so few that its processes would end.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < _FEWEST_FILES:
+        what = f"an embedded Ray does not start: no more than {hard} files may be open at once"
+        raise ClusterError(what, remedy=MORE_OPEN_FILES)
+    wanted = _MANY_FILES if hard == resource.RLIM_INFINITY else min(hard, _MANY_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def allowed_cpus() -> int:

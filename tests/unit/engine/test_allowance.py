@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import os
+import resource
 from pathlib import Path
 
 import pytest
 
 from vlmflow.config import RayConfig
 from vlmflow.engine import allowance as module
-from vlmflow.engine.allowance import allowance, allowed_cpus, allowed_memory
+from vlmflow.engine.allowance import allow_open_files, allowance, allowed_cpus, allowed_memory
+from vlmflow.errors import ClusterError
 
 GIB = 1 << 30
 V1 = {
@@ -68,3 +70,30 @@ def test_where_nobody_limits_it_ray_counts_itself(own: str, tmp_path: Path, monk
     limit(tmp_path, monkeypatch, {}, own)
     assert (allowed_cpus(), allowed_memory()) == (16, math.inf)
     assert allowance(RayConfig()) == {"num_cpus": None, "object_store_memory": None}
+
+
+@pytest.mark.parametrize(
+    ("limits", "wanted"),
+    [
+        ((256, 524_288), 65_536),
+        ((256, 4096), 4096),
+        ((1024, resource.RLIM_INFINITY), 65_536),
+        ((100_000, 200_000), None),
+        ((300, 300), None),
+    ],
+)
+def test_ray_may_have_as_many_files_open_as_this_process_may_let_it(
+    limits: tuple[int, int], wanted: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits)
+    monkeypatch.setattr(resource, "setrlimit", lambda _, soft_and_hard: given.append(soft_and_hard))
+    allow_open_files()
+    assert given == ([] if wanted is None else [(wanted, limits[1])])
+
+
+def test_with_so_few_that_its_processes_would_end_it_is_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (64, 64))
+    with pytest.raises(ClusterError, match="no more than 64 files may be open at once") as caught:
+        allowance(RayConfig())
+    assert "ulimit -n" in caught.value.remedy

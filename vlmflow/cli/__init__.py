@@ -38,6 +38,7 @@ from vlmflow.cli import (
 from vlmflow.cli.app import app
 from vlmflow.cli.screen import tell
 from vlmflow.errors import VlmflowError
+from vlmflow.storage import MORE_OPEN_FILES
 
 __all__ = [
     "app",
@@ -83,7 +84,16 @@ def main(arguments: list[str] | None = None) -> None:
         message = f"vlmflow: {error}" + (f" - {error.remedy}" if error.remedy else "")
         tell(message, "red")
         sys.exit(error.exit_code)
+    except RuntimeError as error:
+        if "can't start new thread" not in str(error):
+            raise
+        remedy = "Allow more: `ulimit -u`, in a container `--pids-limit`; then run the command again."
+        tell(f"vlmflow: the system lets this process have no more threads - {remedy}", "red")
+        sys.exit(2)
     except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            tell(f"vlmflow: {error.filename or 'this process'}: too many open files - {MORE_OPEN_FILES}", "red")
+            sys.exit(2)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         place = error.filename or "standard output, or a temporary file"

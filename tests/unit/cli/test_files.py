@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.report_samples import put_rows
+from vlmflow import cli
 from vlmflow.catalog import Catalog
 from vlmflow.cli import main
 from vlmflow.cli.files import check_outputs, write_output
@@ -89,6 +91,26 @@ def test_output_of_which_only_a_part_has_room_is_not_taken_for_the_whole(
     assert (tmp_path / "out").stat().st_size <= 1024
     assert (ended.returncode, len(ended.stderr.splitlines())) == (2, 1), ended.stderr
     assert "standard output, or a temporary file: File too large - Make room there" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(errno.EMFILE, os.strerror(errno.EMFILE), "/a/file"), "/a/file: too many open files - Allow more"),
+        (RuntimeError("can't start new thread"), "no more threads - Allow more: `ulimit -u`"),
+    ],
+)
+def test_what_the_system_refuses_a_process_is_one_line(
+    error: Exception, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["show", "catalog"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert (ended.value.code, told in line) == (2, True)
 
 
 @pytest.mark.parametrize("path", ["out", "/tmp/s3:/x", "a:b/c", "folder/s3:/x", ".", "s3:"])

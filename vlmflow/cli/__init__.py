@@ -66,6 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
     if threading.current_thread() is threading.main_thread():
         # What stops a job, a pod or a service sends this: the run is to be recorded as interrupted, as by Ctrl-C.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _open_streams()
     if os.environ.get("COLUMNS", "").strip() == "0":  # not known, as of a terminal without a size; Rich prints nothing
         del os.environ["COLUMNS"]
     own = sys.__stdout__
@@ -101,3 +102,17 @@ def main(arguments: list[str] | None = None) -> None:
         with contextlib.suppress(OSError, ValueError):  # else what is not yet written fails once more as Python ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(2)
+
+
+def _open_streams() -> None:
+    """Puts the null device in place of standard streams that are closed, as those of a daemon may be.
+
+    Else the next files that are opened get their numbers, those of a catalog too, and libraries write messages there.
+    """
+    for number, (name, mode) in enumerate([("stdin", "r"), ("stdout", "w"), ("stderr", "w")]):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115

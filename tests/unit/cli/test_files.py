@@ -113,6 +113,20 @@ def test_what_the_system_refuses_a_process_is_one_line(
     assert (ended.value.code, told in line) == (2, True)
 
 
+def test_streams_that_are_closed_end_nothing_and_their_numbers_go_to_no_file(tmp_path: Path) -> None:
+    config = CatalogConfig(uri=str(tmp_path / "catalog"))
+    put_rows(config, ["a"], run="first")
+    uri = Catalog.open(config).images(["uri"])["uri"][0].as_py()
+    command = [sys.executable, "-m", "vlmflow", "erase", config.uri, "--uri", uri]
+    ended = subprocess.run(["sh", "-c", '"$@" <&-', "-", *command], stderr=subprocess.PIPE, text=True)
+    assert (ended.returncode, "Nobody can be asked - Give --yes" in ended.stderr) == (2, True)
+    told = "import os, sys; from vlmflow import cli; cli.app = lambda **_: None; cli.main([]); print('x');"
+    told += "print(os.open(sys.argv[1], os.O_CREAT | os.O_WRONLY) > 2, file=open(sys.argv[2], 'w'))"
+    command = [sys.executable, "-c", told, str(tmp_path / "file"), str(tmp_path / "told")]
+    assert subprocess.run(["sh", "-c", '"$@" <&- >&- 2>&-', "-", *command]).returncode == 0
+    assert (tmp_path / "told").read_text() == "True\n"
+
+
 @pytest.mark.parametrize("path", ["out", "/tmp/s3:/x", "a:b/c", "folder/s3:/x", ".", "s3:"])
 def test_a_path_stays_one(path: str) -> None:
     check_on_disk(Path(path))

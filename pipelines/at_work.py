@@ -131,6 +131,8 @@ def _living(*meant: tuple[RunStore, Callable[[RunInfo], bool]]) -> RunInfo | Non
     Args:
         meant: stores that have set their clock, and which of their runs one looks for. All are waited for at once.
     """
+    # By this clock too: leases of a time when the store's was ahead stay young until it is that time again.
+    until = time.monotonic() + _LOOK_S
     meant_runs = ((runs, run) for runs, is_meant in meant for run in runs.running() if is_meant(run))
     found = [(runs, run) for runs, run in meant_runs if not run.has_ended and _may_live(runs, run.seen_at)]
     if found:
@@ -142,7 +144,8 @@ def _living(*meant: tuple[RunStore, Callable[[RunInfo], bool]]) -> RunInfo | Non
         for (_, run), seen_at in zip(found, now, strict=True):
             if seen_at not in (None, run.seen_at):
                 return run
-        found = [one for one, seen_at in zip(found, now, strict=True) if _may_live(one[0], seen_at)]
+        young = [one for one, seen_at in zip(found, now, strict=True) if _may_live(one[0], seen_at)]
+        found = young if time.monotonic() < until else []
     return None
 
 

@@ -14,8 +14,9 @@ import re
 import shlex
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -100,10 +101,19 @@ class Attempt:
 
 
 class _Client(JobSubmissionClient):  # type: ignore[misc]
-    """Ray's client, which would wait for ever for a dashboard that hangs."""
+    """Ray's client, which would wait for ever for a dashboard that hangs.
+
+    Attributes:
+        ahead_s: by so much the cluster's clock is ahead of ours, as its last answer says; 0 where it does not say.
+    """
+
+    ahead_s = 0.0
 
     def _do_request(self, method: str, endpoint: str, **options: Any) -> Any:
-        return super()._do_request(method, endpoint, **{"timeout": _REQUEST_S} | options)
+        answer = super()._do_request(method, endpoint, **{"timeout": _REQUEST_S} | options)
+        with suppress(KeyError, ValueError):
+            self.ahead_s = parsedate_to_datetime(answer.headers["Date"]).timestamp() - time.time()
+        return answer
 
 
 class RayJobs:
@@ -231,7 +241,8 @@ class RayJobs:
             seen = max(seen, end)
             if not now.is_running:
                 return now
-            if deadline_s is not None and now.started_at is not None and time.time() - now.started_at > deadline_s:
+            cluster_s = time.time() + client.ahead_s  # the start is told by its clock
+            if deadline_s is not None and now.started_at is not None and cluster_s - now.started_at > deadline_s:
                 self.stop(now)
                 raise DeadlineError(
                     f"Ray job {attempt.submission_id} ran for more than {deadline_s / 60:g} minutes and was stopped",

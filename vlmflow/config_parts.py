@@ -321,6 +321,6 @@ class RayConfig(Described):
     """Of an existing cluster: host:port, or auto for RAY_ADDRESS, else that of this machine. Default: one inside the
     process."""
     num_cpus: Annotated[int, Field(ge=1)] | None = None
-    """Of the embedded cluster; default: what the machine has."""
+    """Of the embedded cluster; default: what the machine has, or this process may use of it."""
     object_store_bytes: Annotated[int, Field(gt=0)] | None = None
     """Of the embedded cluster; default: Ray's."""

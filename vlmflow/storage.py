@@ -64,6 +64,10 @@ _STORE = re.compile(r"Generic (?:S3|GCS|MicrosoftAzure|LocalFileSystem) error|HT
 _METADATA_SERVER = re.compile(r"Error performing \w+ http://(169\.254\.169\.254|metadata\.google)")
 _KEY = re.compile(r"\bpem\b|CryptoProvider|private key", re.IGNORECASE)
 _OS_ERROR = re.compile(r": ([^:]+) \(os error \d+\)")
+# Of S3: what was signed by a clock that is off by more than 15 minutes.
+_CLOCK_CODES = {"RequestTimeTooSkewed", "RequestExpired"}
+_TOO_MANY_OPEN = re.compile(r"os error 2[34]\b|Errno 2[34]\b|Too many open files")
+MORE_OPEN_FILES = "Allow more: `ulimit -n 4096`, in a container `docker run --ulimit nofile=4096`; then run again."
 _FULL = re.compile(r"No space left on device|Disk quota exceeded|os error (28|122)\b")
 _TIMEOUT = re.compile(r"TimedOut|timed out", re.IGNORECASE)
 # A body that stalled was asked for again from where it stalled, up to `max_retries` times.
@@ -328,6 +332,8 @@ def access_error(error: Exception, uri: str) -> VlmflowError:
     if is_full(error):
         remedy = "Free some, and run again: what was committed stays."
         return StoreLostError(f"{root}: no space is left on the disk", remedy=remedy)
+    if address.is_local and _TOO_MANY_OPEN.search(str(error)):
+        return TransientError(f"{root}: too many open files", remedy=MORE_OPEN_FILES)
     fault = fault_of(error)
     if fault is Fault.GONE:
         return StorageAccessError(f"{root} does not exist", remedy="Check the name, the endpoint and the region.")
@@ -340,6 +346,8 @@ def access_error(error: Exception, uri: str) -> VlmflowError:
         return StorageAccessError(f"{root} refuses this user", remedy="Check its permissions and how it is mounted.")
     if fault is Fault.DENIED:
         remedy = "Check that they are valid and may list and read it."
+        if (answer := _ANSWER.search(text_of(error))) and answer[2] in _CLOCK_CODES:
+            remedy = "Set the clock of this machine right: the store finds it off by too much."
         return StorageAccessError(f"{root} refused the credentials", remedy=remedy)
     if fault is Fault.REGION:
         return StorageAccessError(f"{root} is in another region", remedy="Set storage.region (or AWS_REGION).")

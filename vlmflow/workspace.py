@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import shutil
@@ -13,6 +14,7 @@ from types import TracebackType
 from typing import Self
 
 from vlmflow.errors import WorkspaceError
+from vlmflow.storage import MORE_OPEN_FILES
 
 _PREFIX = "vlmflow-workspace-"
 
@@ -60,9 +62,12 @@ def in_our_words() -> Iterator[None]:
         yield
     except OSError as error:
         place = tempfile.tempdir or "(none)"
+        is_full_of_files = error.errno in (errno.EMFILE, errno.ENFILE)
         raise WorkspaceError(
             f"the temporary folder {place} cannot be used: {' '.join(str(error).split())}",
-            remedy="Free some space there, or set TMPDIR to a folder with more.",
+            remedy=MORE_OPEN_FILES
+            if is_full_of_files
+            else "Free some space there, or set TMPDIR to a folder with more.",
         ) from error
 
 

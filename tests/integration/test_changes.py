@@ -260,7 +260,7 @@ def test_a_time_stands_for_the_version_before_the_first_that_came_after_it(
     assert open_catalog(catalog.uri).changes(dt.datetime.min.replace(tzinfo=dt.UTC)).since == 0
     assert open_catalog(catalog.uri).changes(dt.datetime(2026, 3, 2)).since == 1
     times[3] = dt.datetime(2026, 3, 2, 12, tzinfo=dt.UTC)  # of a machine whose clock is late
-    assert [since(2), since(2, 12), since(3)] == [1, 1, 3]
+    assert [since(2), since(2, 12), since(3)] == [1, 1, 2]
     times[3], times[2] = times[2], dt.datetime(2026, 3, 5, tzinfo=dt.UTC)  # and early
     assert since(4) == 1
 

@@ -136,6 +136,20 @@ def test_a_full_disk_is_named_for_what_it_is() -> None:
     assert "run again" in error.remedy
 
 
+@pytest.mark.parametrize("error", [OSError(errno.EMFILE, os.strerror(errno.EMFILE)), GenericError("(os error 24)")])
+def test_a_limit_of_open_files_is_no_store_out_of_reach(error: Exception) -> None:
+    found = access_error(error, "/data/catalog")
+    assert str(found) == "/data/catalog: too many open files"
+    assert "ulimit -n" in found.remedy
+
+
+def test_a_clock_that_is_off_is_no_matter_of_credentials() -> None:
+    text = answered("403 Forbidden", "RequestTimeTooSkewed")
+    assert "clock" in access_error(PermissionDeniedError(f"Generic S3 error: {text}"), "s3://bucket/catalog").remedy
+    text = answered("403 Forbidden", "AccessDenied")
+    assert "clock" not in access_error(PermissionDeniedError(f"Generic S3 error: {text}"), "s3://bucket/x").remedy
+
+
 @pytest.mark.parametrize(
     ("text", "again"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from vlmflow.catalog.folder import Folder
 from vlmflow.errors import WorkspaceError
 from vlmflow.search.build import _Update, update_index
 from vlmflow.search.searcher import Searcher
-from vlmflow.workspace import Workspace
+from vlmflow.workspace import Workspace, in_our_words
 
 KILLED = """
 import os, signal
@@ -39,6 +40,13 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
     return folder
+
+
+@pytest.mark.parametrize(("number", "remedy"), [(errno.EMFILE, "ulimit -n"), (errno.ENOSPC, "Free some space")])
+def test_what_the_system_has_too_little_of_is_what_to_give_more_of(number: int, remedy: str) -> None:
+    with pytest.raises(WorkspaceError, match="the temporary folder") as told, in_our_words():
+        raise OSError(number, os.strerror(number))
+    assert remedy in told.value.remedy
 
 
 def test_of_a_killed_process_the_next_removes_it_and_of_a_live_one_nothing(place: Path) -> None:

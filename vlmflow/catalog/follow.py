@@ -101,7 +101,8 @@ class ChangeFeed:
         self.since = self._version_of(since)
 
         def erased() -> pa.Array:
-            at = self._images.history.made_at(self.since)
+            # Not by the one version alone: its clock may have been ahead, and have been set right before an erasure.
+            at = self._images.history.earliest(self.since, self.version)
             return tombstones.since(None if at is None else at - _LONGEST_ERASURE)
 
         self._changes = Changes(folder, self._images.files_at(self.since), self._now, columns, erased)

@@ -21,6 +21,7 @@ from vlmflow.catalog.columns import conform, conform_column, flat, taken
 from vlmflow.catalog.detections import Detection, holds_all
 from vlmflow.catalog.due import LACKS_DETECTIONS, LEDGER, READ_LONG_AGO, Due, PlanRequest, decide
 from vlmflow.catalog.folder import Folder
+from vlmflow.catalog.history import CLOCKS_DIFFER
 from vlmflow.catalog.keys import duplicates, index_of, to_binary, to_words
 from vlmflow.catalog.log import DataFile
 from vlmflow.catalog.masks import Mask, alike, as_mask, equal, is_valid
@@ -113,7 +114,9 @@ class ReadLedger:
         if self.read_before:
             read_at = conform_column(rows, schema.IMAGES.field("read_at"))  # likewise: then it was long ago
             before = pc.less(read_at, pa.scalar(self.read_before, schema.TIMESTAMP))
-            rows = rows.append_column(READ_LONG_AGO, pc.fill_null(before, True))
+            # Read by a clock that was ahead: nobody knows when, and by their own word it would be for long.
+            to_come = pc.greater(read_at, pa.scalar(dt.datetime.now(dt.UTC) + CLOCKS_DIFFER, schema.TIMESTAMP))
+            rows = rows.append_column(READ_LONG_AGO, pc.fill_null(pc.or_(before, to_come), True))
         quoted = self.source if is_quoting else None
         misstated = find_misstated(self.folder, file, rows, quoted, self.found_text_column)
         rows = rows.append_column(_MISSTATED, pa.array(misstated))

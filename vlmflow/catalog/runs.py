@@ -23,6 +23,8 @@ RUNS = "runs"
 FLOWS = "flows"
 LEASE_SUFFIX = ".lease"
 DEAD_AFTER = dt.timedelta(minutes=10)
+# A lease that is to come, by more than a clock is ever set back under a live run: of one that died before that.
+_TO_COME = dt.timedelta(days=1)
 HEARTBEAT_S = 30.0
 _STAMP = "%Y%m%dT%H%M%S"
 _READ_AT_ONCE = 16  # records
@@ -319,7 +321,7 @@ class RunStore:
     def _state(self, seen_at: dt.datetime | None) -> RunState:
         if seen_at is None:
             return "finished"
-        return "running" if self.now() - seen_at < DEAD_AFTER else "dead"
+        return "running" if -_TO_COME < self.now() - seen_at < DEAD_AFTER else "dead"
 
     def _leases(self) -> dict[str, dt.datetime | None]:
         """The last heartbeat of each run; None: it has no lease."""

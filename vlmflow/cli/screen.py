@@ -33,6 +33,14 @@ class Screen(Console):
             soft_wrap = not self.is_terminal and all(isinstance(thing, str | Text) for thing in objects)
         super().print(*objects, soft_wrap=soft_wrap, **options)
 
+    def on_broken_pipe(self) -> None:
+        """Drops the rest where whoever read it has seen enough: Rich would end the command with `verify`'s exit code.
+
+        What it has done is done, and its exit code says so.
+        """
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), (sys.stderr if self.stderr else sys.stdout).fileno())
+
     def render_str(self, text: str, **options: Any) -> Text:
         """Renders every string that is printed or put into a table, lines apart; see :class:`rich.console.Console`."""
         return super().render_str("\n".join(map(printable, text.split("\n"))), **options)

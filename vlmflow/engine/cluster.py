@@ -26,10 +26,12 @@ from ray.data import DataContext
 from ray.util.client import ray as client
 
 from vlmflow.config import RayConfig
+from vlmflow.engine.allowance import allowance
 from vlmflow.engine.authentication import ensure_token
 from vlmflow.engine.faults import told
 from vlmflow.engine.growth import NodeGroup, node_groups
 from vlmflow.engine.head import await_head, watched
+from vlmflow.engine.import_paths import own_import_paths
 from vlmflow.errors import ClusterError, ConfigError
 
 # Ray Data logs every execution plan and every operator at INFO; our own progress says what a user needs.
@@ -331,7 +333,7 @@ def _connect(config: RayConfig) -> None:
                 "this is a job of a Ray cluster, and an embedded Ray would compute on this node alone",
                 remedy="Give --ray-address auto, or ray: {address: auto} in the job file.",
             )
-        options |= {"num_cpus": config.num_cpus, "object_store_memory": config.object_store_bytes}
+        options |= allowance(config)
         # Without this Ray would join what RAY_ADDRESS names, or a cluster that it finds on this machine.
         options |= {"include_dashboard": False, "address": "local"}
         ensure_token()
@@ -339,7 +341,7 @@ def _connect(config: RayConfig) -> None:
         options |= {"address": config.address}
     try:
         with _without_standard_error(), _own_termination():
-            ray.init(**options)
+            ray.init(**options, job_config=own_import_paths())
     except Exception as error:  # Ray raises that itself, of a node that does not come up in time
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if config.address is None:

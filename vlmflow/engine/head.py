@@ -1,6 +1,6 @@
 """The head of the cluster: where none is, Ray tries for minutes; where it goes, it ends the process after one.
 
-Both without a word or a record.
+Both without a word or a record. So it does seconds after a process of an embedded Ray has died.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+
+from ray._private import worker as ray_worker
+from ray._private.ray_constants import PROCESS_TYPE_GCS_SERVER, PROCESS_TYPE_RAYLET
 
 from vlmflow.errors import ClusterError
 
@@ -86,6 +89,11 @@ class _Watch:
     def run(self) -> None:
         answered_at = time.monotonic()
         while not self.stop.wait(_POLL_S):
+            if (dead := _dead_process()) is not None:
+                message = f"a process of the embedded Ray has ended: {dead}"
+                self.lost = ClusterError(message, remedy=_ALIVE)
+                logger.error("%s: Ray will end this process", message)
+                return
             if self._answers():
                 answered_at = time.monotonic()
             elif time.monotonic() - answered_at > self._max_silence_s:
@@ -101,6 +109,13 @@ class _Watch:
         return _refusal(self._address) is None
 
 
+def _dead_process() -> str | None:
+    """The name of a process that an embedded Ray cannot do without, and that has ended; None: all live, or none is."""
+    node = ray_worker._global_node
+    dead = [] if node is None else node.dead_processes()
+    return next((name for name, _ in dead if name in _NEEDED), None)
+
+
 def _refusal(address: str) -> OSError | None:
     """Why nothing can be asked at an address; None: somebody listens there."""
     host, _, port = address.rpartition(":")
@@ -113,4 +128,10 @@ def _refusal(address: str) -> OSError | None:
     return None
 
 
+_NEEDED = (PROCESS_TYPE_RAYLET, PROCESS_TYPE_GCS_SERVER)
+_ALIVE = (
+    "What was committed stays. See that the machine has memory to spare, as the kernel's log tells, and that enough "
+    "files may be open (`ulimit -n`); then run the same command again to go on. Ray's logs are in RAY_TMPDIR, else "
+    "/tmp, in ray/session_latest/logs."
+)
 _REMEDY = "What was committed stays. See that the head runs, then run the same command again to go on."

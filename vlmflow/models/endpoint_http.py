@@ -6,6 +6,7 @@ What a server says of an error is not repeated in messages: it may echo the requ
 from __future__ import annotations
 
 import json
+import os
 import random
 import threading
 import time
@@ -18,12 +19,17 @@ from urllib.parse import urlsplit
 import httpx
 
 from vlmflow.config import EndpointConfig, read_secret
-from vlmflow.errors import EndpointError, RowErrorClass
+from vlmflow.errors import ConfigError, EndpointError, RowErrorClass
 
 _MAX_ANSWER_BYTES = 1024 * 1024
 _FIRST_DELAY_S, _LONGEST_DELAY_S = 0.5, 30.0
 _OF_ONE_REQUEST = (400, 413, 415, 422)  # such as an image that is too large, or against the service's rules
 _LONGEST_ASKED_DELAY_S = 120.0  # by Retry-After; a server that wants more is not waited for
+# Which httpx reads.
+_NETWORK_VARIABLES = [
+    *(name for upper in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY") for name in (upper, upper.lower())),
+    *("SSL_CERT_FILE", "SSL_CERT_DIR"),
+]
 _PROBE_EVERY_S = 30.0  # of an endpoint that has stopped answering
 
 
@@ -34,7 +40,8 @@ class EndpointHttp:
         pause: what waiting is done with.
 
     Raises:
-        ConfigError: the environment variable of the key is not set on this machine.
+        ConfigError: the environment variable of the key is not set on this machine, or one of proxies or certificates
+            cannot be used.
     """
 
     def __init__(self, config: EndpointConfig, pause: Callable[[float], None] = time.sleep) -> None:
@@ -45,7 +52,16 @@ class EndpointHttp:
             headers["Authorization"] = f"Bearer {read_secret(config.api_key_env, 'api_key_env')}"
         limits = httpx.Limits(max_connections=config.max_concurrency)
         # A redirect would carry images, and maybe the key, to where nobody has sent them.
-        self._client = httpx.Client(headers=headers, limits=limits, follow_redirects=False)
+        try:
+            self._client = httpx.Client(headers=headers, limits=limits, follow_redirects=False)
+        except (httpx.InvalidURL, ImportError, OSError, ValueError):
+            # Not with what it says: of a proxy's address it repeats what it takes for a port, part of a password maybe.
+            variables = ", ".join(name for name in _NETWORK_VARIABLES if os.environ.get(name))
+            raise ConfigError(
+                f"endpoint {self._host} cannot be asked with what {variables} say",
+                remedy="Give proxies as http://host:port, in NO_PROXY names and numbers without brackets, and files of "
+                "certificates that are there.",
+            ) from None
         self._breaker = _Breaker(max(8, 2 * config.max_concurrency))
         self._lock = threading.Lock()
         self._num_requests = 0

@@ -263,6 +263,8 @@ class SourceReader:
         if isinstance(result, Fetched):
             return result
         error_class, message = _FAULT_CLASSES[result.fault]
+        if result.fault is Fault.TRANSIENT and type(result.error) is OSError:  # of a disk, which is asked once
+            message = f"it cannot be read: {result.error.strerror}"
         return Fetched(None, None, error_class, message)
 
     def _raise_if_lost(self, rows: Sequence[_Ref], results: Sequence[Fetched | Failure]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -40,6 +41,19 @@ def test_only_what_was_read_long_ago_and_has_no_version_is_read_again(catalog: C
     rows, reasons = planned(catalog, UNKNOWN, read_before=NOW + DAY)
     assert reasons == {"recheck"}
     assert [(row["due"], row["due_if_same"]) for row in rows] == [(list(TASKS), [])] * 2
+
+
+def test_what_a_clock_that_was_ahead_says_it_has_read_is_read_again(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Earlier(dt.datetime):
+        @classmethod
+        def now(cls, tz: dt.tzinfo | None = None) -> Earlier:
+            return cls.fromtimestamp((NOW - 365 * DAY).timestamp(), tz)
+
+    monkeypatch.setattr(plan_parts, "dt", SimpleNamespace(datetime=Earlier, UTC=dt.UTC))
+    assert planned(catalog, UNKNOWN, read_before=NOW - 372 * DAY)[1] == {"recheck"}
+    assert planned(catalog, UNKNOWN) == ([], set()), "if nobody asks for it, nothing is"
 
 
 def test_of_equal_bytes_nothing_but_the_time_of_reading_moves(catalog: Catalog) -> None:

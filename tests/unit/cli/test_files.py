@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.report_samples import put_rows
+from vlmflow import cli
 from vlmflow.catalog import Catalog
 from vlmflow.cli import main
 from vlmflow.cli.files import check_outputs, write_output
@@ -89,6 +91,40 @@ def test_output_of_which_only_a_part_has_room_is_not_taken_for_the_whole(
     assert (tmp_path / "out").stat().st_size <= 1024
     assert (ended.returncode, len(ended.stderr.splitlines())) == (2, 1), ended.stderr
     assert "standard output, or a temporary file: File too large - Make room there" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (OSError(errno.EMFILE, os.strerror(errno.EMFILE), "/a/file"), "/a/file: too many open files - Allow more"),
+        (RuntimeError("can't start new thread"), "no more threads - Allow more: `ulimit -u`"),
+    ],
+)
+def test_what_the_system_refuses_a_process_is_one_line(
+    error: Exception, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["show", "catalog"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert (ended.value.code, told in line) == (2, True)
+
+
+def test_streams_that_are_closed_end_nothing_and_their_numbers_go_to_no_file(tmp_path: Path) -> None:
+    config = CatalogConfig(uri=str(tmp_path / "catalog"))
+    put_rows(config, ["a"], run="first")
+    uri = Catalog.open(config).images(["uri"])["uri"][0].as_py()
+    command = [sys.executable, "-m", "vlmflow", "erase", config.uri, "--uri", uri]
+    ended = subprocess.run(["sh", "-c", '"$@" <&-', "-", *command], stderr=subprocess.PIPE, text=True)
+    assert (ended.returncode, "Nobody can be asked - Give --yes" in ended.stderr) == (2, True)
+    told = "import os, sys; from vlmflow import cli; cli.app = lambda **_: None; cli.main([]); print('x');"
+    told += "print(os.open(sys.argv[1], os.O_CREAT | os.O_WRONLY) > 2, file=open(sys.argv[2], 'w'))"
+    command = [sys.executable, "-c", told, str(tmp_path / "file"), str(tmp_path / "told")]
+    assert subprocess.run(["sh", "-c", '"$@" <&- >&- 2>&-', "-", *command]).returncode == 0
+    assert (tmp_path / "told").read_text() == "True\n"
 
 
 @pytest.mark.parametrize("path", ["out", "/tmp/s3:/x", "a:b/c", "folder/s3:/x", ".", "s3:"])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from rich.table import Table
 
 from tests.report_samples import put_rows
 from tests.terminal import run
+from vlmflow.cli import main
 from vlmflow.cli.options import shown_progress
 from vlmflow.cli.screen import Screen, emit
 from vlmflow.config import CatalogConfig
@@ -109,3 +112,21 @@ def test_a_terminal_that_cannot_move_its_cursor_gets_lines(
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     with shown_progress(as_json=False, verbose=False) as display:
         assert isinstance(display, shown_as)
+
+
+def test_who_reads_no_further_does_not_change_how_a_command_ended() -> None:
+    reads, writes = os.pipe()
+    os.close(reads)
+    command = [sys.executable, "-m", "vlmflow", "profiles"]
+    ended = subprocess.run(command, stdout=writes, stderr=subprocess.PIPE, text=True)
+    os.close(writes)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_a_terminal_of_which_nobody_knows_the_width_is_printed_to(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "0")
+    with pytest.raises(SystemExit) as ended:
+        main(["policy", "list"])
+    assert (ended.value.code, "marketplace" in capsys.readouterr().out) == (0, True)

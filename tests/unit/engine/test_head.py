@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Iterator
 from threading import Event, Timer
+from types import SimpleNamespace
 
 import pytest
 
@@ -75,6 +76,29 @@ def test_what_ends_then_asks_the_head_for_nothing(
         monkeypatch.setattr(finished, "_end", lambda: asked.append("end"))
     dataset.over.set()
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize(("died", "is_told"), [("raylet", True), ("gcs_server", True), ("log_monitor", False)])
+def test_a_process_of_an_embedded_ray_that_was_killed_is_told_before_ray_ends_ours(
+    died: str, is_told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dead: list[tuple[str, object]] = []
+    monkeypatch.setattr(head.ray_worker, "_global_node", SimpleNamespace(dead_processes=lambda: dead))
+    looks: list[float] = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        watch = head._Watch(f"127.0.0.1:{server.getsockname()[1]}", 60.0)
+
+        def wait(seconds: float) -> bool:
+            looks.append(seconds)
+            if len(looks) == 2:
+                assert watch.lost is None
+                dead.append((died, object()))
+            return len(looks) > 3
+
+        monkeypatch.setattr(watch.stop, "wait", wait)
+        watch.run()
+    told = "" if watch.lost is None else str(watch.lost)
+    assert told == (f"a process of the embedded Ray has ended: {died}" if is_told else "")
 
 
 def test_at_an_address_where_nobody_listens_nobody_waits_for_minutes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import math
 import pickle
 import socket
 import threading
+import traceback
 from collections.abc import Callable
 from email.utils import formatdate
 from types import SimpleNamespace
@@ -269,6 +270,25 @@ def test_a_key_that_no_header_can_hold_is_not_shown(monkeypatch: pytest.MonkeyPa
     with pytest.raises(ConfigError, match="SHOP_KEY holds characters that do not belong there") as caught:
         EndpointChat(config("http://127.0.0.1:9/v1", api_key_env="SHOP_KEY"))
     assert key not in repr(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("HTTPS_PROXY", "socks5://user:hunter2@proxy:1"),
+        ("http_proxy", "http://user:hunter2/x@proxy:1"),  # what stands before the slash is taken for a port
+        ("NO_PROXY", "localhost,[::1],.shop"),
+        ("SSL_CERT_FILE", "/no/such/file.pem"),
+    ],
+)
+def test_a_proxy_that_cannot_be_used_is_told_by_its_variable_alone(
+    variable: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ConfigError, match=f"cannot be asked with what .*{variable}.* say") as caught:
+        EndpointChat(config("http://10.0.0.1/v1"))
+    assert caught.value.__suppress_context__
+    assert "hunter2" not in "".join(traceback.format_exception(caught.value))
 
 
 def test_the_key_is_nowhere_but_in_the_request(

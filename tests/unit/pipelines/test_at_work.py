@@ -153,7 +153,7 @@ def test_a_night_that_was_killed_at_work_is_looked_for_once(
     catalog, slept = Catalog.open(config), []
     catalog.runs.start("killed", record("killed", status="running", **NIGHT))
     catalog.flows.start(FIRST, {"operation": "night: /photos", "started_at": "2026-03-01T02:00:00+00:00"})
-    monkeypatch.setattr(at_work, "time", SimpleNamespace(sleep=slept.append))
+    monkeypatch.setattr(at_work, "time", SimpleNamespace(sleep=slept.append, monotonic=lambda: sum(slept)))
     monkeypatch.setattr(runs, "time", SimpleNamespace(monotonic=lambda: sum(slept)))
     with caplog.at_level("INFO", "vlmflow"):
         assert found(config) is None
@@ -171,7 +171,7 @@ def test_a_night_that_ends_while_one_looks_is_not_waited_for(
     def sleep(_: float) -> None:
         store.finish("ending", record("ending", status="done", **NIGHT))
 
-    monkeypatch.setattr(at_work, "time", SimpleNamespace(sleep=sleep))
+    monkeypatch.setattr(at_work, "time", SimpleNamespace(sleep=sleep, monotonic=time.monotonic))
     assert found(config) is None
 
 
@@ -181,7 +181,8 @@ def test_who_has_been_silent_for_long_is_not_waited_for(config: CatalogConfig, m
     Catalog.open(config).runs.start("killed", record("killed", status="running", **NIGHT))
     silent = time.time() - 95
     os.utime(Path(config.uri) / "runs" / "killed.lease", (silent, silent))
-    monkeypatch.setattr(at_work, "time", SimpleNamespace(sleep=lambda _: pytest.fail("it was waited for")))
+    waits = SimpleNamespace(sleep=lambda _: pytest.fail("it was waited for"), monotonic=time.monotonic)
+    monkeypatch.setattr(at_work, "time", waits)
     assert found(config) is None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import socket
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,8 @@ COMMAND = Command("enrich 2026-11-01", ("enrich", "--config", "job.yaml"), {"job
 
 class Api:
     """A Jobs API in this process. Jobs run until they are told how they end."""
+
+    ahead_s = 0.0
 
     def __init__(self) -> None:
         self.jobs: dict[str, SimpleNamespace] = {}
@@ -253,6 +256,34 @@ def test_past_the_deadline_it_is_stopped_whoever_started_it(jobs: RayJobs, api: 
     with pytest.raises(DeadlineError, match="ran for more than 2 minutes and was stopped"):
         followed(jobs, attempt, deadline_s=120)
     assert api.jobs[attempt.submission_id].status == "STOPPED"
+
+
+@pytest.mark.parametrize("ahead_s", [3600.0, -3600.0])
+def test_the_deadline_is_by_the_clock_of_the_cluster(jobs: RayJobs, api: Api, ahead_s: float) -> None:
+    api.ahead_s = ahead_s
+    begun_s = time.time() + ahead_s
+    api.add(f"{COMMAND.name}-1", owner="run 1", started_at=1000 * (begun_s - 60))
+    api.logs[f"{COMMAND.name}-1"] = ["one\n", "one\n"]
+    followed(jobs, jobs.start(COMMAND, "run 1"), deadline_s=120)
+    assert api.jobs[f"{COMMAND.name}-1"].status == "SUCCEEDED"
+    api.add(f"{COMMAND.name}-1", owner="run 1", started_at=1000 * (begun_s - 180))
+    api.logs[f"{COMMAND.name}-1"] = ["one\n"] * 1000
+    with pytest.raises(DeadlineError):
+        followed(jobs, jobs.start(COMMAND, "run 1"), deadline_s=120)
+
+
+@pytest.mark.parametrize(
+    ("date", "told_s"), [("Sun, 06 Nov 2044 08:49:37 GMT", 2_362_034_977), ("soon", None), (None, None)]
+)
+def test_the_clock_of_a_cluster_is_that_of_its_answers(
+    date: str | None, told_s: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = requests.Response()
+    answer.headers.update({} if date is None else {"Date": date})
+    monkeypatch.setattr(ray_jobs.JobSubmissionClient, "_do_request", lambda *_, **__: answer)
+    client = object.__new__(ray_jobs._Client)
+    client._do_request("GET", "/api/version")
+    assert client.ahead_s == pytest.approx(0.0 if told_s is None else told_s - time.time(), abs=60.0)
 
 
 @pytest.mark.parametrize("url", ["head:8265", "ray://head:10001", "os://x", "auto", ""])

@@ -217,6 +217,18 @@ def test_files_that_were_refused_from_the_first_cost_their_rows(folder: Path, mo
     assert {item.error_class for item in read} == {RowErrorClass.ACCESS_DENIED}
 
 
+def test_what_a_disk_says_of_one_file_stands_in_its_row(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_source(SourceConfig(uri=str(folder)))
+    rows = listed(source)
+    Disk(folder / "images" / "b.jpg", errno.ENAMETOOLONG, lists=True).fail(monkeypatch)
+    read = source.reader(ImageLimits()).read(rows)
+    assert [item.data for item in read] == [b"a", None, b"c", b"d"]
+    assert (read[1].error_class, read[1].message) == (
+        RowErrorClass.READ_FAILED,
+        "it cannot be read: File name too long",
+    )
+
+
 def test_images_of_a_manifest_are_missed_as_a_disk_only_where_one_was_read(
     by_manifest: Source, mount: Mount, folder: Path
 ) -> None:

@@ -165,8 +165,8 @@ class References:
         del keys
         self._index = index_of(self._keys)
         self._runs = np.concatenate([np.empty(0, np.int32), *runs])
-        self._claimed_in = np.full(len(self._runs), -1, dtype=np.int32)
-        self._num_files = 0
+        self._view_numbers: dict[str, int] = {}
+        self._claimed: list[npt.NDArray[np.uint64]] = []  # of each image a bit for each of 64 views, then of the next
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -183,21 +183,31 @@ class References:
         return np.where(same, at, -1)
 
     def claim(self, rows: pa.Table) -> npt.NDArray[np.bool_]:
-        """Marks the embeddings of one file that count: referred to, and not met before in another file or this one."""
-        number = self._num_files
-        self._num_files += 1
+        """Marks the embeddings of one file that count: referred to, and not met before in another file or this one.
+
+        An image's views may lie apart, in other files even: vlmflow writes them together, but other programs put a
+        table's rows in an order of their own, and what they leave out of one file is in another.
+        """
         at = self.find(rows)
-        known = at[at >= 0]
-        self._claimed_in[known[self._claimed_in[known] < 0]] = number
-        counts = at >= 0
-        counts[counts] = self._claimed_in[known] == number
-        # An image's views are written together, so what is doubled within a file is the pair of image and view.
-        codes = pc.dictionary_encode(flat(rows["view"])).indices.to_numpy(zero_copy_only=False).astype(np.int64)
-        _, first = np.unique(at * (codes.max(initial=0) + 1) + codes, return_index=True)
-        once = np.zeros(len(at), dtype=np.bool_)
-        once[first] = True
-        marks: npt.NDArray[np.bool_] = counts & once
+        views = self._numbered_views(rows["view"])
+        marks = np.zeros(len(at), dtype=np.bool_)
+        for block in np.unique(views[at >= 0] // 64).tolist():
+            while len(self._claimed) <= block:
+                self._claimed.append(np.zeros(len(self), np.uint64))
+            claimed, mine = self._claimed[block], np.flatnonzero((at >= 0) & (views // 64 == block))
+            mine = mine[np.unique(at[mine] * 64 + views[mine] % 64, return_index=True)[1]]
+            bits = np.left_shift(np.uint64(1), (views[mine] % 64).astype(np.uint64))
+            is_new = claimed[at[mine]] & bits == 0
+            np.bitwise_or.at(claimed, at[mine[is_new]], bits[is_new])
+            marks[mine[is_new]] = True
         return marks
+
+    def _numbered_views(self, views: pa.ChunkedArray) -> npt.NDArray[np.int64]:
+        coded = pc.dictionary_encode(flat(views))
+        known = self._view_numbers
+        numbers = [known.setdefault(name, len(known)) for name in coded.dictionary.to_pylist()]
+        found: npt.NDArray[np.int64] = np.array(numbers, np.int64)[coded.indices.to_numpy(zero_copy_only=False)]
+        return found
 
     def _numbered(self, runs: pa.ChunkedArray, *, are_new: bool) -> npt.NDArray[np.int32]:
         """Runs as numbers; -1: none, or one that no image row has told of.

@@ -43,7 +43,7 @@ class ParquetPieces:
         self.row_groups: list[int] = [meta.row_group(number).num_rows for number in range(meta.num_row_groups)]
 
     def read(self, groups: Sequence[int], columns: Sequence[str] | None) -> pa.Table:
-        """Reads top-level columns of row groups, None: all; see :func:`vlmflow.catalog.columns.plain` for their types."""
+        """Reads top-level columns of row groups, as vlmflow has them; None: all."""
         self._fetch([piece for group in groups for piece in self._pieces(group, columns)])
         return plain(self._file.read_row_groups(groups, columns=None if columns is None else list(columns)))
 

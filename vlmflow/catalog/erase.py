@@ -23,8 +23,9 @@ import pyarrow.json as pj
 
 from vlmflow.catalog.columns import conform
 from vlmflow.catalog.commit import Change, CommitRequest, commit
+from vlmflow.catalog.file_info import FileInfo
 from vlmflow.catalog.files import is_being_written, look_through
-from vlmflow.catalog.folder import FileInfo, Folder
+from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.indexes import INDEXES, files_holding
 from vlmflow.catalog.keys import KeyIndex, concat, duplicates, index_of, to_binary, to_words
 from vlmflow.catalog.log import DataFile, Snapshot, TableLog

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from vlmflow.catalog.folder import FileInfo, Folder
+from vlmflow.catalog.file_info import FileInfo
+from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.indexes import INDEXES
 from vlmflow.catalog.known_images import KNOWN
 from vlmflow.catalog.log import TableLog

@@ -11,7 +11,8 @@ from typing import TypeAlias
 import pyarrow as pa
 
 from vlmflow.catalog.columns import conform
-from vlmflow.catalog.folder import FileInfo, Folder
+from vlmflow.catalog.file_info import FileInfo
+from vlmflow.catalog.folder import Folder
 from vlmflow.errors import CatalogError
 from vlmflow.threads import Threads
 

@@ -64,6 +64,7 @@ _STORE = re.compile(r"Generic (?:S3|GCS|MicrosoftAzure|LocalFileSystem) error|HT
 _METADATA_SERVER = re.compile(r"Error performing \w+ http://(169\.254\.169\.254|metadata\.google)")
 _KEY = re.compile(r"\bpem\b|CryptoProvider|private key", re.IGNORECASE)
 _OS_ERROR = re.compile(r": ([^:]+) \(os error \d+\)")
+_UNSUPPORTED = re.compile(r"Kernel error: (?:Unsupported|Max catalog version)")  # deltalake's, of a table
 _FULL = re.compile(r"No space left on device|Disk quota exceeded|os error (28|122)\b")
 _TIMEOUT = re.compile(r"TimedOut|timed out", re.IGNORECASE)
 # A body that stalled was asked for again from where it stalled, up to `max_retries` times.
@@ -298,7 +299,9 @@ def passes(error: Exception) -> bool:
     One that the client itself has made again until it gave up, always without an answer, has had minutes.
     """
     text = text_of(error)
-    if _FULL.search(text) or is_unknown(error) or "LocalFileSystem" in text or isinstance(error, ImageError):
+    if _FULL.search(text) or _UNSUPPORTED.search(text) or is_unknown(error):
+        return False
+    if "LocalFileSystem" in text or isinstance(error, ImageError):
         return False
     fault = fault_of(error)
     return fault is Fault.TRANSIENT or (fault is Fault.TIMEOUT and not _RETRIED.search(text))

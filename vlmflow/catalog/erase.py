@@ -94,7 +94,12 @@ def erase(
         run_id: of this erasure.
         uris: normalised addresses, of which all images are erased; they are blotted out of records as those of the
             rows are.
+
+    Raises:
+        UnsupportedTableError: another program has made of a table what vlmflow cannot write to; nothing was erased.
     """
+    for log in logs:
+        log.check_writable()
     tombstones.put(keys, uris)
     states = runs.states()
     states.pop(run_id, None)

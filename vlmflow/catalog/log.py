@@ -109,7 +109,7 @@ class TableLog:
                 f"no catalog at {folder.config.uri}: its table {name} is absent",
                 remedy="Check the address, or create the catalog with `vlmflow enrich`.",
             ) from error
-        except (DeltaError, OSError) as error:
+        except (*_DELTA_ERRORS, ValueError) as error:
             folder.check_access()
             raise unusable(folder, name, "cannot be read", error) from error
         found = table.metadata().configuration.get(_SCHEMA_VERSION_KEY)
@@ -339,7 +339,7 @@ def _answered(folder: Folder, name: TableName, ask: Callable[[], Answer]) -> Ans
     """What deltalake answers; where the store or the table does not let it, that is said in our words."""
     try:
         return retried(ask, _DELTA_ERRORS)
-    except (DeltaError, OSError) as error:
+    except (*_DELTA_ERRORS, ValueError) as error:  # Arrow's, of what deltalake makes of the log
         folder.check_access()
         if is_of_store(error):
             raise access_error(error, folder.config.uri) from error
@@ -378,13 +378,7 @@ def unusable(folder: Folder, name: TableName, what: str, error: Exception) -> Vl
 
 def _live_files(uri: str, name: TableName, table: DeltaTable) -> dict[str, DataFile]:
     check_partitions(uri, name, table)
-    try:
-        actions = pa.table(table.get_add_actions(flatten=True))
-    except ValueError as error:  # Arrow's, where a partition has no value, as if it might
-        raise UnsupportedTableError(
-            f"{uri}: table {name} has files without an ingest_date",
-            remedy="Another program has added them: have it remove them, or restore the version before.",
-        ) from error
+    actions = pa.table(table.get_add_actions(flatten=True))
     columns: Sequence[str] = ("path", "size_bytes", "num_records", "partition.ingest_date")
     rows = zip(*(actions[column].to_pylist() for column in columns), strict=True)
     # Another program's file may come without a count; it only serves to share out work. Its path is that of a uri.

@@ -50,6 +50,11 @@ _DROP = (
     "catalog."
 )
 
+_PURGE = (
+    "Have them removed by the program that deleted them (REORG TABLE ... APPLY (PURGE)), and turn "
+    "delta.enableDeletionVectors off."
+)
+
 # What deltalake says where the log holds what it does not know, or does not hold together, and what to do then.
 _CAUSES = (
     (re.compile(r"[Ff]eature '([\w-]+)' is not supported"), _DROP),
@@ -59,6 +64,11 @@ _CAUSES = (
     (
         re.compile(r"_last_checkpoint hint"),
         "Delete `_last_checkpoint` in the folder `_delta_log` of the table: it names a checkpoint that is not there.",
+    ),
+    (re.compile(r"Deletion Vector"), _PURGE),
+    (
+        re.compile(r"unmasked nulls"),
+        "Another program has added a file without an ingest_date: have it remove it, or restore the version before.",
     ),
     (
         re.compile(r"older than the existing snapshot"),
@@ -93,10 +103,7 @@ def check_readable(uri: str, name: str, table: DeltaTable, *, is_current: bool) 
         raise UnsupportedTableError(
             f"{place} has rows that are marked as deleted and still stand in its files (deletion vectors), which "
             "vlmflow would bring back",
-            remedy=(
-                "Have them removed by the program that deleted them (REORG TABLE ... APPLY (PURGE)), and turn "
-                "delta.enableDeletionVectors off."
-            ),
+            remedy=_PURGE,
         )
     check_partitions(uri, name, table)
     held = pa.schema(table.schema().to_arrow())

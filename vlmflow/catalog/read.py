@@ -17,22 +17,53 @@ from vlmflow.catalog.columns import conform, flat
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.keys import KeyIndex, concat, index_of, to_binary, to_words
 from vlmflow.catalog.log import DataFile, Snapshot, TableLog, TableName
+from vlmflow.catalog.rows import REVIEW
+from vlmflow.errors import CatalogError
 from vlmflow.threads import Threads
 
 _SMALL_AHEAD, _SMALL_BYTES = 8, 32 * 1024 * 1024  # so many files are read ahead that have no more bytes together
+_DECISIONS = pa.array(["allow", "review", "block"])
 _CLAIMED_BY = ("image_id", "embed_run_id", "view")  # what :meth:`References.claim` reads
 
 
 def read_rows(folder: Folder, table: TableName, file: DataFile, columns: Sequence[str] | None = None) -> pa.Table:
     """Reads one file of a table, with the partition's date as its last column unless ``columns`` leaves it out.
 
-    Columns that were added to the table after the file was written are not in the result.
+    Columns that were added to the table after the file was written are not in the result, but for those of ours that
+    are asked for by name: these are null. A decision that is none is `review`, whoever wrote it.
+
+    Raises:
+        CatalogError: the file is damaged, not there, or lacks a column without which a row is none;
+            CatalogChangedError: another has replaced it since.
     """
     wanted = None if columns is None else [name for name in columns if name != "ingest_date"]
     rows = folder.read_parquet(f"{table}/{file.path}", wanted)
+    rows = _whole(rows, folder, table, file, wanted)
     if columns is not None and "ingest_date" not in columns:
         return rows
+    rows = rows.drop_columns("ingest_date") if "ingest_date" in rows.column_names else rows  # of another program's
     return rows.append_column("ingest_date", pa.repeat(pa.scalar(file.ingest_date, pa.date32()), rows.num_rows))
+
+
+def _whole(rows: pa.Table, folder: Folder, table: TableName, file: DataFile, wanted: Sequence[str] | None) -> pa.Table:
+    """With what every row of ours has, though another program wrote the file."""
+    held, fields = set(rows.column_names), schema.IMAGES if table == "images" else schema.EMBEDDINGS
+    for field in fields:
+        if field.name in held or field.name == "ingest_date" or (wanted is not None and field.name not in wanted):
+            continue
+        if field.name == "decision" or (field.nullable and wanted is not None):
+            rows = rows.append_column(field, pa.nulls(rows.num_rows, field.type))
+        elif not field.nullable:
+            raise CatalogError(
+                f"{folder.config.uri}: {table}/{file.path} has no column {field.name}",
+                remedy="Another program wrote it: have it remove the file, or restore the version before.",
+            )
+    if table == "images" and "decision" in rows.column_names:
+        is_one = pc.is_in(rows["decision"], value_set=_DECISIONS)
+        if not pc.all(is_one, min_count=0).as_py():
+            decisions = pc.if_else(is_one, rows["decision"], REVIEW)
+            rows = rows.set_column(rows.schema.get_field_index("decision"), "decision", decisions)
+    return rows
 
 
 def read_each(

@@ -67,6 +67,11 @@ _CAUSES = (
     ),
     (re.compile(r"Deletion Vector"), _PURGE),
     (
+        re.compile(r"Invalid table version"),
+        "Its log lacks the entry of the newest version: put `_delta_log` back from a copy, or have another program "
+        "commit to the table once, such as a property.",
+    ),
+    (
         re.compile(r"unmasked nulls"),
         "Another program has added a file without an ingest_date: have it remove it, or restore the version before.",
     ),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +13,12 @@ import pyarrow.compute as pc
 import pytest
 from deltalake import DeltaTable, write_deltalake
 
-from tests.catalog_samples import config_of, enrich, open_catalog, references, request, rows_by_name
+from tests.catalog_samples import DATE, config_of, enrich, image_id, open_catalog, references, request, rows_by_name
 from vlmflow.catalog import Catalog
 from vlmflow.catalog.columns import plain
+from vlmflow.catalog.keys import to_binary
 from vlmflow.catalog.log import TableName
+from vlmflow.catalog.reviews import EVENT
 
 NAMES = [f"image {number}" for number in range(6)]
 
@@ -105,6 +109,44 @@ def test_rows_that_deltalake_has_updated_are_planned_replaced_and_joined(catalog
     assert {rows[name]["caption"] for name in NAMES[:3]} == {"a dog"}
     assert [rows[name]["source"]["title"] for name in NAMES] == ["new"] * 3 + NAMES[3:]
     assert now.embeddings().num_rows == 2 * len(NAMES)
+
+
+def test_columns_of_another_program_stay_whatever_is_written(catalog: Catalog) -> None:
+    theirs = pa.schema(
+        [
+            ("owner", pa.string()),
+            ("tags", pa.map_(pa.string(), pa.string())),
+            ("price", pa.decimal128(10, 2)),
+            ("notes", pa.list_(pa.struct([("at", pa.date32()), ("by", pa.binary())]))),
+        ]
+    )
+    value = {"owner": "ada", "tags": [("k", "v")], "price": Decimal("1.25"), "notes": [{"at": DATE, "by": b"x"}]}
+    rows = table(catalog).to_pyarrow_table()
+    for field in theirs:
+        rows = rows.append_column(field, pa.array([value[field.name]] * len(NAMES), field.type))
+    write_deltalake(f"{catalog.uri}/images", rows, mode="overwrite", schema_mode="merge")  # type: ignore[call-overload]
+    now, since = Catalog.open(config_of(catalog.uri)), catalog.version + 1
+    listed = [{"title": "new title"}] * len(NAMES)
+    enrich(now, "r2", [references(NAMES[:2], version="v2", source=listed[:2])], content="new", caption="a dog")
+    with now.plan(
+        [references(NAMES, version={name: "v2" if name in NAMES[:2] else "v1" for name in NAMES}, source=listed)],
+        request(),
+    ) as plan:
+        assert sum(changed for _, changed in now.update_columns("r3", plan)) == len(NAMES) - 2
+    enrich(now, "r4", [references(["more"], source=[{"title": "more"}])])
+    event = {"image_id": image_id(NAMES[5]), "content_hash": f"bytes-mem://{NAMES[5]}", "decision": "block"}
+    at = dt.datetime(2026, 3, 2, tzinfo=dt.UTC)
+    now.reviews.add(pa.Table.from_pylist([event | {"reviewer": "ada", "at": at}], schema=EVENT))
+    assert now.apply_verdicts().num_changed == 1
+    now.compact("r5")
+    now.erase(to_binary(pa.array([image_id(NAMES[4])])))
+    found = rows_by_name(Catalog.open(config_of(catalog.uri)))
+    assert sorted(found) == [*NAMES[:4], NAMES[5], "more"]
+    kept = {name: {column: row[column] for column in theirs.names} for name, row in found.items()}
+    assert kept == dict.fromkeys([*NAMES[:4], NAMES[5]], value) | {"more": dict.fromkeys(theirs.names)}
+    changes = pa.concat_tables(now.changes(since).tables())
+    names = {row["image_id"]: row["changed_columns"] for row in changes.to_pylist()}
+    assert names[image_id(NAMES[3])] == ["source.title"], "theirs are compared, and as they were"
 
 
 def test_every_way_in_which_arrow_holds_texts_and_lists_becomes_one() -> None:

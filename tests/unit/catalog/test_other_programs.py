@@ -281,6 +281,15 @@ def test_names_of_files_are_those_of_uris(place: Path, table: Table) -> None:
     assert not new.exists(), "nothing needs it any more"
 
 
+def test_rows_of_a_file_without_a_count_are_planned_wherever_it_stands(place: Path, table: Table) -> None:
+    table.replace()
+    catalog = Catalog.open(config_of(place))
+    enrich(catalog, "r2", [references(["more"])])
+    assert [file.num_rows for file in catalog.live_files("images").values()] == [1, 0]
+    again = enrich(catalog, "r3", [references([*NAMES, "more"], version="v2")], content="new")
+    assert again.num_replaced == len(NAMES) + 1
+
+
 def test_a_decision_that_is_none_is_review(place: Path, table: Table) -> None:
     rows = table.rows()
     at = rows.schema.get_field_index("decision")

@@ -106,7 +106,7 @@ def test_what_another_program_has_turned_on_in_a_table_is_told(tmp_path: Path) -
     log.table.alter.set_table_properties({"delta.appendOnly": "true"})
     told = tables()
     assert (told.verdict, told.may_pass) == ("fail", False)
-    assert "table images takes additions alone (delta.appendOnly)" in told.detail
+    assert "table images takes additions alone (delta.appendOnly)" in told.found
     assert "delta.appendOnly to false" in told.remedy
 
 

@@ -34,6 +34,7 @@ logger = logging.getLogger("vlmflow")
 
 # Rows that the index holds at most, 40 bytes each; of the newest partitions, if there are more.
 MAX_ROWS = 10_000_000
+_HASH = "^[0-9a-f]{64}$"
 _KEY_DIGITS = 32  # of a content hash: the first 128 bits find it, all of it is compared before anything is copied
 _CACHED_GROUPS = 8  # row groups that a worker keeps: images that were copied come in runs
 
@@ -222,7 +223,7 @@ def _candidates(
     each = read_each(folder, "images", [file for file, _ in fitting], columns, ahead=8)
     for number, ((_, mask), (_, rows)) in enumerate(zip(fitting, each, strict=True)):
         rows = conform(rows, pa.schema([schema.IMAGES.field(name) for name in columns]))
-        mask = mask & as_mask(pc.is_valid(rows["content_hash"]))
+        mask = mask & as_mask(pc.fill_null(pc.match_substring_regex(rows["content_hash"], _HASH), False))
         parts.append(rows.filter(pa.array(mask)))
         positions.append(np.flatnonzero(mask).astype(np.int32))
         numbers.append(np.full(len(positions[-1]), number, np.int32))

@@ -315,7 +315,8 @@ class _Planner:
         """The group of each live file: files in their order, about the same number of rows in each group."""
         before = np.cumsum([0, *(file.num_rows for file in self._files)])
         # One without a count, of another program, would come after the last.
-        return np.minimum(before[:-1] * num_groups // max(int(before[-1]), 1), num_groups - 1)
+        groups: npt.NDArray[np.int64] = before[:-1] * num_groups // max(int(before[-1]), 1)
+        return groups.clip(max=num_groups - 1)
 
 
 def _num_groups(num_rows: int, num_bytes: int) -> int:

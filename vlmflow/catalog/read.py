@@ -15,14 +15,13 @@ import pyarrow.compute as pc
 from vlmflow import schema
 from vlmflow.catalog.columns import conform, flat
 from vlmflow.catalog.folder import Folder
+from vlmflow.catalog.judged import decided
 from vlmflow.catalog.keys import KeyIndex, concat, index_of, to_binary, to_words
 from vlmflow.catalog.log import DataFile, Snapshot, TableLog, TableName
-from vlmflow.catalog.rows import REVIEW
 from vlmflow.errors import CatalogError
 from vlmflow.threads import Threads
 
 _SMALL_AHEAD, _SMALL_BYTES = 8, 32 * 1024 * 1024  # so many files are read ahead that have no more bytes together
-_DECISIONS = pa.array(["allow", "review", "block"])
 _CLAIMED_BY = ("image_id", "embed_run_id", "view")  # what :meth:`References.claim` reads
 
 
@@ -49,20 +48,19 @@ def _whole(rows: pa.Table, folder: Folder, table: TableName, file: DataFile, wan
     """With what every row of ours has, though another program wrote the file."""
     held, fields = set(rows.column_names), schema.IMAGES if table == "images" else schema.EMBEDDINGS
     for field in fields:
-        if field.name in held or field.name == "ingest_date" or (wanted is not None and field.name not in wanted):
+        if field.name == "ingest_date" or (wanted is not None and field.name not in wanted):
             continue
-        if field.name == "decision" or (field.nullable and wanted is not None):
-            rows = rows.append_column(field, pa.nulls(rows.num_rows, field.type))
-        elif not field.nullable:
+        is_needed = not field.nullable and field.name != "decision"
+        if is_needed and (field.name not in held or rows[field.name].null_count):
             raise CatalogError(
-                f"{folder.config.uri}: {table}/{file.path} has no column {field.name}",
-                remedy="Another program wrote it: have it remove the file, or restore the version before.",
+                f"{folder.config.uri}: {table}/{file.path} has rows without {field.name}",
+                remedy="Another program wrote them: have it delete them, or restore the version before.",
             )
+        if field.name not in held and (field.name == "decision" or wanted is not None):
+            rows = rows.append_column(field, pa.nulls(rows.num_rows, field.type))
     if table == "images" and "decision" in rows.column_names:
-        is_one = pc.is_in(rows["decision"], value_set=_DECISIONS)
-        if not pc.all(is_one, min_count=0).as_py():
-            decisions = pc.if_else(is_one, rows["decision"], REVIEW)
-            rows = rows.set_column(rows.schema.get_field_index("decision"), "decision", decisions)
+        at = rows.schema.get_field_index("decision")
+        rows = rows.set_column(at, "decision", decided(rows["decision"]))
     return rows
 
 

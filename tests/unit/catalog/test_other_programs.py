@@ -297,6 +297,13 @@ def test_a_decision_that_is_none_is_review(place: Path, table: Table) -> None:
     catalog = Catalog.open(config_of(place))
     assert catalog.images()["decision"].to_pylist() == ["allow", "review", "review", "block"]
     assert catalog.images(["uri", "decision"])["decision"].to_pylist() == ["allow", "review", "review", "block"]
+    said = {"decision": "nonsense", "content_hash": rows["content_hash"][0].as_py()}
+    verdicts = pa.array([said, {"decision": "allow"}, None, None], rows.schema.field("verdict").type)
+    table.replace(rows.set_column(rows.schema.get_field_index("verdict"), "verdict", verdicts))
+    newer = request(("caption",), fingerprints={"caption": "caption-2"})
+    assert enrich(catalog, "r2", [references(NAMES)], newer, caption="a dog").num_replaced == len(NAMES)
+    found = rows_by_name(catalog)
+    assert [found[name]["decision"] for name in NAMES] == ["review", "review", "allow", "allow"], "of no model's word"
     table.replace(rows.drop_columns(["decision", "caption"]))
     assert set(catalog.images()["decision"].to_pylist()) == {"review"}
     with catalog.plan([references(NAMES, version="v2")], request()) as plan:
@@ -306,7 +313,11 @@ def test_a_decision_that_is_none_is_review(place: Path, table: Table) -> None:
 def test_rows_without_what_makes_them_rows_are_named_by_their_file(place: Path, table: Table) -> None:
     rows = table.rows()
     table.replace(rows.drop_columns(["image_id"]))
-    with pytest.raises(CatalogError, match=r"images/ingest_date=2026-03-01/part-1.parquet has no column image_id"):
+    with pytest.raises(CatalogError, match=r"images/ingest_date=2026-03-01/part-1.parquet has rows without image_id"):
+        Catalog.open(config_of(place)).images()
+    at = rows.schema.get_field_index("uri")
+    table.replace(rows.set_column(at, "uri", pa.array([*rows["uri"].to_pylist()[1:], None])))
+    with pytest.raises(CatalogError, match=r"part-2.parquet has rows without uri"):
         Catalog.open(config_of(place)).images()
     at = rows.schema.get_field_index("image_id")
     table.replace(rows.set_column(at, "image_id", pa.array([*rows["image_id"].to_pylist()[1:], "mine"])))

@@ -139,14 +139,14 @@ def test_columns_of_another_program_stay_whatever_is_written(catalog: Catalog) -
     now.reviews.add(pa.Table.from_pylist([event | {"reviewer": "ada", "at": at}], schema=EVENT))
     assert now.apply_verdicts().num_changed == 1
     now.compact("r5")
+    changes = pa.concat_tables(now.changes(since).tables())
+    names = {row["image_id"]: row["changed_columns"] for row in changes.to_pylist()}
+    assert names[image_id(NAMES[3])] == ["source.title"], "theirs are compared, and as they were"
     now.erase(to_binary(pa.array([image_id(NAMES[4])])))
     found = rows_by_name(Catalog.open(config_of(catalog.uri)))
     assert sorted(found) == [*NAMES[:4], NAMES[5], "more"]
     kept = {name: {column: row[column] for column in theirs.names} for name, row in found.items()}
     assert kept == dict.fromkeys([*NAMES[:4], NAMES[5]], value) | {"more": dict.fromkeys(theirs.names)}
-    changes = pa.concat_tables(now.changes(since).tables())
-    names = {row["image_id"]: row["changed_columns"] for row in changes.to_pylist()}
-    assert names[image_id(NAMES[3])] == ["source.title"], "theirs are compared, and as they were"
 
 
 def test_every_way_in_which_arrow_holds_texts_and_lists_becomes_one() -> None:

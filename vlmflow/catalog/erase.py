@@ -222,7 +222,7 @@ class _Removal:
             return None
 
     def _without(self, file: DataFile) -> DataFile | None:
-        rows = read_rows(self._log.folder, self._log.name, file)
+        rows = self._log.folder.read_parquet(f"{self._log.name}/{file.path}")  # whatever other rows lack
         marks = self._mask(rows)
         self._rows[file.path] = int(marks.sum())
         if self._log.name == "images":

@@ -128,9 +128,7 @@ def score_vectors(rows: pa.Table, target: Target) -> ScoredVectors:
         order = np.lexsort((low, high))
         rows, high, low = rows.take(pa.array(order)), high[order], low[order]
         starts = _starts(high, low)
-    values = np.asarray(pc.list_flatten(flat(rows["vector"])), np.float32)
-    vectors = values.reshape(rows.num_rows, -1) if rows.num_rows else np.empty((0, target.moderator.dim), np.float32)
-    margins, deciding = target.moderator.worst_views(vectors, starts)
+    margins, deciding = target.moderator.worst_views(_matrix(flat(rows["vector"]), target.moderator.dim), starts)
     names = pc.dictionary_encode(flat(rows["view"]))
     codes = names.indices.to_numpy(zero_copy_only=False).astype(np.int16)
     times = None
@@ -368,6 +366,17 @@ def _label_names(items: pa.StructArray) -> pa.Array:
     names, detectors = pc.struct_field(items, "label"), pc.struct_field(items, "detector")
     by_detector = pc.binary_join_element_wise(names, " (", detectors, ")", "")
     return pc.if_else(pc.is_null(detectors), names, by_detector)
+
+
+def _matrix(vectors: pa.ListArray[Any], dim: int) -> NDArray[np.float32]:
+    """(N, dim) vectors; one of another length, which another program wrote, is no number: its image is not scored."""
+    fits = np.asarray(pc.fill_null(pc.equal(pc.list_value_length(vectors), dim), False), np.bool_)
+    values = np.asarray(pc.list_flatten(vectors.filter(pa.array(fits))), np.float32).reshape(-1, dim)
+    if fits.all():
+        return values
+    out = np.full((len(vectors), dim), np.nan, np.float32)
+    out[fits] = values
+    return out
 
 
 def _starts(high: Words, low: Words) -> NDArray[np.int64]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -162,3 +163,27 @@ def test_rows_are_equal_to_the_bit(data: st.DataObject, seed: int, kinds: list[l
         assert changes.num_from_margins == sum(has)
         for name in MODERATION:
             assert from_margins[name].to_pylist() == expected[name].filter(pa.array(has)).to_pylist(), name
+
+
+@pytest.mark.parametrize("damage", [None, [], [0.5], [0.1] * (DIM + 1), [float("nan")] * DIM], ids=str)
+def test_an_image_with_a_vector_that_is_none_is_not_scored_and_others_are(damage: list[float] | None) -> None:
+    label = {"name": "l", "prompts": ["p"], "review": 1.0, "block": None}
+    policy = Policy.model_validate(
+        {"name": "p", "version": "1", "neutral": ["n"], "categories": [{"name": "c", "labels": [label]}]}
+    )
+    rng = np.random.default_rng(0)
+    ids = [f"{number:032x}" for number in (0, 0, 1)]
+    vectors = [*unit(rng, 1).tolist(), damage, *unit(rng, 1).tolist()]
+    stored = pa.table(
+        {
+            "image_id": ids,
+            "embed_run_id": ["run-1"] * 3,
+            "embed_fingerprint": ["e"] * 3,
+            "view": ["squash", "center", "squash"],
+            "time_s": pa.nulls(3, pa.float32()),
+            "vector": pa.array(vectors, pa.list_(pa.float32())),
+        }
+    )
+    prompts = PromptVectors(unit(rng, 1), unit(rng, 2), 0.05, "digest")
+    scored = score_vectors(stored, target(policy, prompts))
+    assert np.isnan(scored.margins[:, 0]).tolist() == [True, False]

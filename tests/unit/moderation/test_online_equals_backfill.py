@@ -165,12 +165,13 @@ def test_rows_are_equal_to_the_bit(data: st.DataObject, seed: int, kinds: list[l
             assert from_margins[name].to_pylist() == expected[name].filter(pa.array(has)).to_pylist(), name
 
 
-@pytest.mark.parametrize("damage", [None, [], [0.5], [0.1] * (DIM + 1), [float("nan")] * DIM], ids=str)
+@pytest.mark.parametrize(
+    "damage", [None, [], [0.5], [0.1] * (DIM + 1), [float("nan")] * DIM], ids=["null", "empty", "short", "long", "nan"]
+)
 def test_an_image_with_a_vector_that_is_none_is_not_scored_and_others_are(damage: list[float] | None) -> None:
     label = {"name": "l", "prompts": ["p"], "review": 1.0, "block": None}
-    policy = Policy.model_validate(
-        {"name": "p", "version": "1", "neutral": ["n"], "categories": [{"name": "c", "labels": [label]}]}
-    )
+    held = {"name": "p", "version": "1", "neutral": ["n"], "logistic": {"scale": 1.0, "offset": 0.0}}
+    policy = Policy.model_validate(held | {"categories": [{"name": "c", "labels": [label]}]})
     rng = np.random.default_rng(0)
     ids = [f"{number:032x}" for number in (0, 0, 1)]
     vectors = [*unit(rng, 1).tolist(), damage, *unit(rng, 1).tolist()]

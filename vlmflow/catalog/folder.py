@@ -331,7 +331,9 @@ class Folder:
     @contextlib.contextmanager
     def _parquet(self, path: str) -> Iterator[None]:
         """Says in our words what is wrong with one file, and what with the store."""
-        remedy = "Restore the file, or roll the table back to a version that does not need it."
+        remedy = "Restore the file from a copy; or take it away, if another program has put it there."
+        if path.startswith(tuple(f"{name}/" for name in _TABLES)):
+            remedy = "Restore the file, or roll the table back to a version that does not need it."
         with self._in_our_words():
             try:
                 yield

@@ -367,6 +367,16 @@ def test_damaged_records_and_hidden_files_stop_nothing_but_lists_of_known_images
     (place / "images" / ".part-0.parquet.crc").write_bytes(b"crc")
     assert catalog.known_images.lists() == []
     assert catalog.verify([references(NAMES)], {}).findings.keys() <= {"dead_runs"}
+    for below in ("reviews", "tombstones"):
+        (place / below).mkdir()
+        pq.write_table(pa.table({"a": [1]}), place / below / "mine.parquet")
+        with pytest.raises(CatalogError, match=f"{below}/mine.parquet has no column .*: vlmflow did not write it"):
+            _ = (catalog.reviews.events(), catalog.erased_keys)
+        (place / below / "mine.parquet").write_bytes(b"PAR1")
+        with pytest.raises(CatalogError, match=f"{below}/mine.parquet is damaged") as raised:
+            _ = (catalog.reviews.events(), catalog.erased_keys)
+        assert "take it away" in raised.value.remedy
+        (place / below / "mine.parquet").unlink()
     for damage, error in (("{", CatalogError), ('{"name": "x"}', KnownImagesError)):
         (place / "known" / "x.json").write_text(damage)
         with pytest.raises(error, match=r"known/x\.json"):

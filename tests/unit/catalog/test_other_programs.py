@@ -99,6 +99,14 @@ def table(place: Path) -> Table:
     return Table(place)
 
 
+def test_the_tables_ask_for_no_more_than_the_first_readers_and_writers_know(place: Path) -> None:
+    Catalog.open_or_create(config_of(place), pa.schema([("at", pa.timestamp("ns")), ("size", pa.uint64())]))
+    for name in ("images", "embeddings"):
+        asked = DeltaTable(place / name).protocol()
+        assert (asked.min_reader_version, asked.min_writer_version) == (1, 2), name
+        assert (asked.reader_features, asked.writer_features) == (None, None), name
+
+
 def without(name: str) -> Callable[[list[dict[str, Any]]], object]:
     return lambda fields: fields.remove(next(field for field in fields if field["name"] == name))
 

@@ -29,11 +29,16 @@ def check_writable(folder: Folder) -> None:
         TransientError: the store is out of reach.
         UnsupportedTableError: another program has made of a table what vlmflow cannot read, or cannot write to.
     """
-    check_tables(folder)
     address = parse_address(folder.config.uri)
-    if not address.is_local:
+    if address.is_local:
+        _check_disk(folder)
+    else:
         folder.check_exclusive()
-        return
+    check_tables(folder)
+
+
+def _check_disk(folder: Folder) -> None:
+    address = parse_address(folder.config.uri)
     place = Path(address.path)
     try:
         for path in [place / below for below in _WRITTEN]:

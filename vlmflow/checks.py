@@ -19,6 +19,8 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
 
 from vlmflow.catalog.exclusive import HONOURING
+from vlmflow.catalog.folder import Folder
+from vlmflow.catalog.writable import check_tables
 from vlmflow.config import CatalogConfig, Job, RayConfig, SourceConfig, StorageConfig
 from vlmflow.engine.cluster import MORE_SHARED_MEMORY, SHARED_MEMORY, ray_cluster
 from vlmflow.engine.prepare import prepare
@@ -72,7 +74,7 @@ def doctor(
 
     Args:
         source: also lists the first images of it.
-        catalog_uri: also writes, reads and deletes a small object there, and tests conditional writes.
+        catalog_uri: also writes, reads and deletes a small object there, and tests conditional writes and tables.
         families: of one's own, which workers are to import as this process does.
 
     Yields:
@@ -82,12 +84,13 @@ def doctor(
     yield from _torch()
     yield from _weights(models_dir)
     yield _detector()
+    storage = catalog_storage or StorageConfig()
+    catalog = None if catalog_uri is None else CatalogConfig(uri=catalog_uri, storage=storage)
     if source is not None:
-        storage = catalog_storage or StorageConfig()
-        catalog = None if catalog_uri is None else CatalogConfig(uri=catalog_uri, storage=storage)
         yield _guarded(f"source {source.uri}", lambda: _source(source, catalog))
-    if catalog_uri is not None:
-        yield from _catalog(catalog_uri, catalog_storage or StorageConfig())
+    if catalog is not None:
+        yield from _catalog(catalog.uri, storage)
+        yield _guarded("tables", lambda: _tables(catalog))
     yield from _ray(ray or RayConfig(), families)
 
 
@@ -98,8 +101,7 @@ def doctor_of(job: Job) -> Iterator[Check]:
         A check as soon as it is done; none of them raises.
     """
     yield _guarded("job", lambda: _models_and_policy(job))
-    unused = unused_settings(job)
-    if unused:
+    if unused := unused_settings(job):
         found = f"set, and read by none of the tasks: {', '.join(unused)}"
         yield Check("job", "warn", found, "Add the task, or leave the key out.")
     own = sorted({model.family for role, model in job.models.items() if role in job.tasks and is_own(model.family)})
@@ -222,6 +224,11 @@ def _catalog(uri: str, storage: StorageConfig) -> Iterator[Check]:
     yield from found
 
 
+def _tables(catalog: CatalogConfig) -> Check:
+    check_tables(Folder(catalog))
+    return Check("tables", "ok", "other programs have turned on nothing in them that is not known here")
+
+
 def _missing_folders(uri: str) -> list[Path]:
     """What writing below a local path makes, the innermost first: nothing is to be left of a catalog that is none."""
     address = parse_address(uri)
@@ -234,8 +241,7 @@ def _may_pass(error: Exception, uri: str) -> bool:
 
 
 def _conditional_writes(store: ObjectStore, path: str, uri: str) -> Check:
-    name = "conditional writes"
-    remedy = f"{HONOURING}."
+    name, remedy = "conditional writes", f"{HONOURING}."
     try:
         interruptible(lambda: obstore.put(store, path, b"again", mode="create"))
     except AlreadyExistsError:

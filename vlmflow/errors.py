@@ -131,6 +131,10 @@ class CatalogError(VlmflowError):
     """The catalog cannot be opened, or holds what this version does not understand."""
 
 
+class UnsupportedTableError(CatalogError):
+    """Another program has made of a table of the catalog what vlmflow cannot read, or cannot write to."""
+
+
 class CatalogChangedError(CatalogError):
     """A file of the version being read is gone, and the newest version does without it: an erasure came in between."""
 

@@ -10,13 +10,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import obstore
+import pyarrow as pa
 import pytest
 import ray
 import torch
 from obstore.exceptions import AlreadyExistsError, GenericError, PermissionDeniedError
 
 from vlmflow import checks
-from vlmflow.config import RayConfig, StorageConfig
+from vlmflow.catalog import Catalog
+from vlmflow.config import CatalogConfig, RayConfig, StorageConfig
 from vlmflow.engine import room
 from vlmflow.engine.cluster import Cluster
 from vlmflow.engine.growth import NodeGroup
@@ -90,6 +92,22 @@ def test_no_folder_is_left_of_a_catalog_that_is_none_yet(tmp_path: Path) -> None
         told = [check.verdict for check in checks._catalog(str(tmp_path / name), StorageConfig())]
         assert told == ["ok", "ok", "ok"]
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_what_another_program_has_turned_on_in_a_table_is_told(tmp_path: Path) -> None:
+    config = CatalogConfig(uri=str(tmp_path / "catalog"))
+
+    def tables() -> checks.Check:
+        return checks._guarded("tables", lambda: checks._tables(config))
+
+    assert tables().verdict == "ok", "there are none"
+    log = Catalog.open_or_create(config, pa.schema([]))._images
+    assert tables().verdict == "ok"
+    log.table.alter.set_table_properties({"delta.appendOnly": "true"})
+    told = tables()
+    assert (told.verdict, told.may_pass) == ("fail", False)
+    assert "table images takes additions alone (delta.appendOnly)" in told.found
+    assert "delta.appendOnly to false" in told.remedy
 
 
 def test_a_catalog_in_which_nothing_can_be_deleted_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,17 @@ def storable(columns: pa.Schema) -> pa.Schema:
     return pa.schema(typed)
 
 
+def plain(rows: pa.Table) -> pa.Table:
+    """A table under the types that vlmflow writes texts, bytes and lists as.
+
+    A Parquet file says as what it was written, and Arrow reads it so: views of deltalake and Polars, large types,
+    dictionaries. Of a Delta table all are the same type, but Arrow's functions take some for others, or not at all.
+    """
+    if all(_plain(field.type) == field.type for field in rows.schema):
+        return rows
+    return rows.cast(pa.schema([field.with_type(_plain(field.type)) for field in rows.schema]))
+
+
 def source_columns(table: pa.Schema) -> pa.Schema:
     """The caller's columns that a table of images has."""
     index = table.get_field_index("source")
@@ -224,6 +235,22 @@ def _fits(given: pa.DataType, held: pa.DataType) -> bool:
     if pt.is_integer(held) and pt.is_floating(given):
         return True  # checked_numbers tells of values that are no integers
     return bool(pt.is_float64(held) and (pt.is_integer(given) or pt.is_floating(given)))
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    if pt.is_dictionary(kind):
+        return _plain(kind.value_type)
+    if pt.is_large_string(kind) or pt.is_string_view(kind):
+        return pa.string()
+    if pt.is_large_binary(kind) or pt.is_binary_view(kind):
+        return pa.binary()
+    if pt.is_list(kind) or pt.is_large_list(kind):
+        return pa.list_(kind.value_field.with_type(_plain(kind.value_type)))
+    if pt.is_map(kind):
+        return pa.map_(_plain(kind.key_type), _plain(kind.item_type))
+    if pt.is_struct(kind):
+        return pa.struct([field.with_type(_plain(field.type)) for field in kind])
+    return kind
 
 
 def _storable(name: str, kind: pa.DataType) -> pa.DataType:

@@ -103,6 +103,7 @@ def commit(log: TableLog, request: CommitRequest, propose: Callable[[Snapshot], 
     for attempt in range(MAX_ATTEMPTS + 1):
         _wait(attempt)
         snapshot = log.refresh()
+        log.check_writable()
         # Also after a failed attempt: it may have been made all the same, its answer lost.
         if log.was_committed(request.commit_id, looked_up_to):
             return Committed(snapshot.version, attempt, repeated=attempt == 0)
@@ -128,8 +129,10 @@ def commit(log: TableLog, request: CommitRequest, propose: Callable[[Snapshot], 
         _check(log.folder, log.name, change, snapshot)
         try:
             _write(log.table, request, change, snapshot.number + 1)
-        except CommitFailedError:
+        except CommitFailedError as error:
             logger.debug("%s: another writer was first, attempt %d", log.name, attempt)
+            if log.refreshed_table().version() == snapshot.version:  # nobody was: deltalake does not want to
+                faults.append(error)
         except (DeltaError, OSError) as error:
             # deltalake's words for a bucket that is gone are those for a file that is.
             log.folder.check_access()

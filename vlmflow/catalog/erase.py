@@ -23,8 +23,9 @@ import pyarrow.json as pj
 
 from vlmflow.catalog.columns import conform
 from vlmflow.catalog.commit import Change, CommitRequest, commit
+from vlmflow.catalog.file_info import FileInfo
 from vlmflow.catalog.files import is_being_written, look_through
-from vlmflow.catalog.folder import FileInfo, Folder
+from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.indexes import INDEXES, files_holding
 from vlmflow.catalog.keys import KeyIndex, concat, duplicates, index_of, to_binary, to_words
 from vlmflow.catalog.log import DataFile, Snapshot, TableLog
@@ -93,7 +94,12 @@ def erase(
         run_id: of this erasure.
         uris: normalised addresses, of which all images are erased; they are blotted out of records as those of the
             rows are.
+
+    Raises:
+        UnsupportedTableError: another program has made of a table what vlmflow cannot write to; nothing was erased.
     """
+    for log in logs:
+        log.check_writable()
     tombstones.put(keys, uris)
     states = runs.states()
     states.pop(run_id, None)
@@ -216,7 +222,7 @@ class _Removal:
             return None
 
     def _without(self, file: DataFile) -> DataFile | None:
-        rows = read_rows(self._log.folder, self._log.name, file)
+        rows = self._log.folder.read_parquet(f"{self._log.name}/{file.path}")  # whatever other rows lack
         marks = self._mask(rows)
         self._rows[file.path] = int(marks.sum())
         if self._log.name == "images":

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from vlmflow.catalog.folder import FileInfo, Folder
+from vlmflow.catalog.file_info import FileInfo
+from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.indexes import INDEXES
 from vlmflow.catalog.known_images import KNOWN
 from vlmflow.catalog.log import TableLog
@@ -22,11 +23,13 @@ from vlmflow.catalog.writer import STAGING, writer_of
 # store may show the two in another order.
 UNKNOWN_RUN_AGE = dt.timedelta(hours=24)
 
+_CHANGE_DATA = "_change_data/"  # where other programs put copies of rows that they change, should a table ask for them
+
 _OTHERS = (REVIEWS, RUNS, FLOWS, INDEXES, POLICIES, KNOWN, TOMBSTONES, MESSAGES)  # folders whose files stand in no log
 
 FileKind: TypeAlias = Literal[
     "live",  # in the newest version of its table
-    "old",  # of an earlier version: the log says when it was removed
+    "old",  # of an earlier version, whoever wrote it: the log says when it was removed; or a copy of changed rows
     "orphan",  # no version has it, and its run will not bring it into one any more; or its writer died writing it
     "staged",  # rows to be merged, of a run that will not merge them any more
     "pending",  # of a run that may still commit it, or of somebody who may still be writing it
@@ -80,10 +83,12 @@ def look_through(
             run_id = writer_of(file.finished_path)
             if path in live:
                 yield Found(file, "live")
-            elif run_id is None:
-                yield Found(file, "foreign")
             elif path in removed:
                 yield Found(file, "old", expired=path in expired)
+            elif path.startswith(_CHANGE_DATA):
+                yield Found(file, "old", expired=now - file.modified_at > retention)
+            elif run_id is None:
+                yield Found(file, "foreign")
             elif not is_over(file, run_id):
                 yield Found(file, "pending")
             else:

@@ -10,10 +10,10 @@ import os
 import re
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import unquote
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,7 @@ from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError, TableNotFoundError
 
 from vlmflow.catalog.exclusive import PROBE, check_exclusive, create
+from vlmflow.catalog.file_info import UNFINISHED, FileInfo
 from vlmflow.catalog.pieces import ParquetPieces
 from vlmflow.config import CatalogConfig
 from vlmflow.errors import CatalogChangedError, CatalogError, ConfigError, VlmflowError
@@ -38,29 +39,7 @@ logger = logging.getLogger("vlmflow")
 
 _DELETED_AT_ONCE = 500
 _TABLES = ("images", "embeddings")
-# How obstore calls a file of a local disk until it is whole: listings leave such names out, and it takes none.
-_UNFINISHED = re.compile(r"(.+)#\d+")
 _ESCAPE = re.compile("%[0-9A-Fa-f]{2}")
-
-
-@dataclass(frozen=True)
-class FileInfo:
-    """A file of the folder."""
-
-    path: str  # relative to the folder
-    size_bytes: int
-    modified_at: dt.datetime
-
-    @property
-    def is_unfinished(self) -> bool:
-        """Whether somebody was writing it, and may be at it still."""
-        return _UNFINISHED.fullmatch(self.path) is not None
-
-    @property
-    def finished_path(self) -> str:
-        """Its path, or what that would have become."""
-        match = _UNFINISHED.fullmatch(self.path)
-        return match[1] if match else self.path
 
 
 class Folder:
@@ -131,9 +110,20 @@ class Folder:
                 return None
 
     def read_json(self, path: str) -> dict[str, Any] | None:
-        """The object that a JSON file holds; None: there is no file."""
+        """The object that a JSON file holds; None: there is no file.
+
+        Raises:
+            CatalogError: the file holds something else.
+        """
         data = self.read(path)
-        return None if data is None else cast("dict[str, Any]", json.loads(data))
+        try:
+            held = {} if data is None else json.loads(data)
+        except (ValueError, RecursionError):  # of what is no UTF-8, too
+            held = None
+        if not isinstance(held, dict):
+            what = f"{self.config.uri}: {path} is damaged: it is no JSON object"
+            raise CatalogError(what, remedy="Put it back from a copy, or remove it.")
+        return None if data is None else held
 
     def write(self, path: str, data: bytes, *, content_type: str | None = None) -> None:
         """Puts a file in one step, in place of one that is there.
@@ -235,14 +225,16 @@ class Folder:
         return FileInfo(path, meta["size"], meta["last_modified"])
 
     def list(self, below: str) -> Iterator[FileInfo]:
-        """The files under a sub-folder, at any depth."""
+        """The files under a sub-folder, at any depth; hidden ones are other programs' (macOS, Jupyter, Hadoop)."""
         skip = len(self._at(""))
         with self._in_our_words():
             # Whole, before the first is given out: a listing that breaks off is made again.
             pages = retried(lambda: list(obstore.list(self._store, prefix=self._at(below))))
         for page in pages:
             for meta in page:
-                yield FileInfo(meta["path"][skip:], meta["size"], meta["last_modified"])
+                path = meta["path"][skip:]
+                if not path.startswith(".") and "/." not in path:
+                    yield FileInfo(path, meta["size"], meta["last_modified"])
 
     def folders(self) -> Sequence[str]:
         """The names of its sub-folders; what lies in them is not listed."""
@@ -261,7 +253,7 @@ class Folder:
         root, found = Path(address.path), []
         with self._in_our_words():
             for place, _, names in os.walk(root / below, onerror=_unless_absent):
-                for file in (Path(place, name) for name in names if _UNFINISHED.fullmatch(name)):
+                for file in (Path(place, name) for name in names if UNFINISHED.fullmatch(name)):
                     with contextlib.suppress(FileNotFoundError):  # finished meanwhile
                         status = file.stat()
                         changed = dt.datetime.fromtimestamp(status.st_mtime, dt.UTC)
@@ -339,7 +331,9 @@ class Folder:
     @contextlib.contextmanager
     def _parquet(self, path: str) -> Iterator[None]:
         """Says in our words what is wrong with one file, and what with the store."""
-        remedy = "Restore the file, or roll the table back to a version that does not need it."
+        remedy = "Restore the file from a copy; or take it away, if another program has put it there."
+        if path.startswith(tuple(f"{name}/" for name in _TABLES)):
+            remedy = "Restore the file, or roll the table back to a version that does not need it."
         with self._in_our_words():
             try:
                 yield
@@ -370,10 +364,10 @@ class Folder:
             return False
         except (DeltaError, OSError) as error:
             raise access_error(error, self.config.uri) from error
-        return file in pa.table(table.get_add_actions())["path"].to_pylist()
+        return file in map(unquote, pa.table(table.get_add_actions())["path"].to_pylist())
 
     def _is_unfinished(self, path: str) -> bool:
-        return parse_address(self.config.uri).is_local and _UNFINISHED.fullmatch(path) is not None
+        return parse_address(self.config.uri).is_local and UNFINISHED.fullmatch(path) is not None
 
     @contextlib.contextmanager
     def _in_our_words(self) -> Iterator[None]:

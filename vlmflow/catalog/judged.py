@@ -16,6 +16,14 @@ LIST_PREFIX = "list:"  # of the reviewer of a verdict that a list of known image
 BY_VERDICT = "verdict"  # decision_reason of a row that a verdict decides
 
 
+_DECISIONS = pa.array(["allow", "review", "block"])
+
+
+def decided(decisions: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+    """Decisions of rows; what is none is `review`, whoever wrote it."""
+    return pc.if_else(pc.is_in(decisions, value_set=_DECISIONS), decisions, "review")
+
+
 def by_model(rows: pa.Table) -> pa.Table:
     """The rows with the decision and reason that the model alone would give them; verdicts stay where they are."""
     if "verdict" not in rows.column_names or rows["verdict"].null_count == rows.num_rows:
@@ -26,6 +34,7 @@ def by_model(rows: pa.Table) -> pa.Table:
         index = rows.schema.get_field_index(name)
         field = {"decision": "model_decision", "decision_reason": "model_reason"}[name]
         values = pc.if_else(judged, pc.struct_field(said, field), flat(rows[name]))
+        values = decided(values) if name == "decision" else values
         rows = rows.set_column(index, rows.schema.field(name), values)
     return rows
 
@@ -57,7 +66,7 @@ def with_verdicts(
     )
     ruling = pa.array(kept & decides)
     return {
-        "decision": pc.if_else(ruling, fields["decision"], decision),
+        "decision": pc.if_else(ruling, decided(fields["decision"]), decision),
         "decision_reason": pc.if_else(ruling, BY_VERDICT, reason),
         "verdict": struct,
     }

@@ -36,7 +36,7 @@ def to_binary(image_id: pa.Array | pa.ChunkedArray) -> pa.FixedSizeBinaryArray:
     lengths = pc.binary_length(ids)
     if ids.null_count or not pc.all(pc.equal(lengths, _HEX_DIGITS), min_count=0).as_py():
         bad = ids.filter(pc.fill_null(pc.not_equal(lengths, _HEX_DIGITS), True))[0].as_py()
-        raise CatalogError(f"image_id {bad!r} is not {_HEX_DIGITS} hexadecimal digits")
+        raise _no_id(bad)
     return from_bytes(_hex_to_bytes(_value_bytes(ids)))
 
 
@@ -63,7 +63,11 @@ def concat(arrays: Sequence[pa.Array | pa.ChunkedArray]) -> pa.FixedSizeBinaryAr
 
 def duplicates(keys: pa.Array) -> npt.NDArray[np.bool_]:
     """Marks every key that stands further up in the array already."""
-    high, low = to_words(keys)
+    return repeated(*to_words(keys))
+
+
+def repeated(high: Words, low: Words) -> npt.NDArray[np.bool_]:
+    """As :func:`duplicates`, of the words of keys."""
     order = np.lexsort((np.arange(len(high)), low, high))
     equal = (high[order][1:] == high[order][:-1]) & (low[order][1:] == low[order][:-1])
     marks = np.zeros(len(high), dtype=np.bool_)
@@ -167,5 +171,12 @@ def _hex_to_bytes(characters: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     wrong = (nibbles == 255).any(axis=1)
     if wrong.any():
         bad = characters[int(np.argmax(wrong))].tobytes().decode("utf-8", "replace")
-        raise CatalogError(f"image_id {bad!r} is not {_HEX_DIGITS} hexadecimal digits")
+        raise _no_id(bad)
     return np.left_shift(nibbles[:, 0::2], 4, dtype=np.uint8) | nibbles[:, 1::2]
+
+
+def _no_id(found: str | None) -> CatalogError:
+    return CatalogError(
+        f"image_id {found!r} is not {_HEX_DIGITS} hexadecimal digits",
+        remedy="vlmflow makes ids of addresses. Where a row of the catalog has another, delete it, by what wrote it.",
+    )

@@ -34,6 +34,7 @@ logger = logging.getLogger("vlmflow")
 
 # Rows that the index holds at most, 40 bytes each; of the newest partitions, if there are more.
 MAX_ROWS = 10_000_000
+_HASH = "^[0-9a-f]{64}$"
 _KEY_DIGITS = 32  # of a content hash: the first 128 bits find it, all of it is compared before anything is copied
 _CACHED_GROUPS = 8  # row groups that a worker keeps: images that were copied come in runs
 
@@ -222,7 +223,7 @@ def _candidates(
     each = read_each(folder, "images", [file for file, _ in fitting], columns, ahead=8)
     for number, ((_, mask), (_, rows)) in enumerate(zip(fitting, each, strict=True)):
         rows = conform(rows, pa.schema([schema.IMAGES.field(name) for name in columns]))
-        mask = mask & as_mask(pc.is_valid(rows["content_hash"]))
+        mask = mask & as_mask(pc.fill_null(pc.match_substring_regex(rows["content_hash"], _HASH), False))
         parts.append(rows.filter(pa.array(mask)))
         positions.append(np.flatnonzero(mask).astype(np.int32))
         numbers.append(np.full(len(positions[-1]), number, np.int32))
@@ -245,7 +246,7 @@ def _fits(rows: pa.Table, request: PlanRequest, sizes: pa.Array | None) -> Mask:
 
 
 def _vectors_of(folder: Folder, embeddings: Snapshot, rows: pa.Table) -> _Places:
-    """Where the vectors lie that some rows of the images table refer to; file -1: nowhere."""
+    """Where the vectors lie that some rows of the images table refer to; file -1: nowhere, or not all in one place."""
     index = index_of(to_binary(rows["image_id"]))
     runs = flat(rows["embed_run_id"])
     dates = set(pc.unique(rows["ingest_date"]).to_pylist())
@@ -253,12 +254,18 @@ def _vectors_of(folder: Folder, embeddings: Snapshot, rows: pa.Table) -> _Places
     file_of = np.full(rows.num_rows, -1, np.int32)
     first = np.zeros(rows.num_rows, np.int32)
     count = np.zeros(rows.num_rows, np.int16)
+    views: dict[str, int] = {}  # their numbers
+    pairs: list[npt.NDArray[np.int64]] = []  # of image and view
     for number, (_, held) in enumerate(
         read_each(folder, "embeddings", files, ["image_id", "embed_run_id", "view"], ahead=8)
     ):
         at = index.find(*to_words(to_binary(held["image_id"])))
         same = equal(runs.take(pa.array(at, mask=at < 0)), held["embed_run_id"])
         at = np.where(same, at, -1)
+        coded = pc.dictionary_encode(flat(held["view"]))
+        numbers = [views.setdefault(name, len(views)) for name in coded.dictionary.to_pylist()]
+        codes = np.array(numbers, np.int64)[coded.indices.to_numpy(zero_copy_only=False)]
+        pairs.append(np.unique(at[at >= 0] << 32 | codes[at >= 0]))
         # The views of an image are written together; a run that was killed may have left them twice.
         starts = np.flatnonzero((at >= 0) & (at != np.concatenate([[-2], at[:-1]])))
         ends = np.flatnonzero((at >= 0) & (at != np.concatenate([at[1:], [-2]]))) + 1
@@ -267,6 +274,9 @@ def _vectors_of(folder: Folder, embeddings: Snapshot, rows: pa.Table) -> _Places
         # Backwards, so that of two places in one file the first stays.
         owners = at[starts][::-1]
         file_of[owners], first[owners], count[owners] = number, starts[::-1], (ends - starts)[::-1]
+    # Where another program has put a table's rows in an order of its own, one place does not have them all.
+    num_views = np.bincount(np.unique(np.concatenate([np.empty(0, np.int64), *pairs])) >> 32, minlength=rows.num_rows)
+    file_of[count != num_views] = -1
     return _Places(tuple(file.path for file in files), file_of, first, count)
 
 

@@ -110,13 +110,23 @@ class KnownStore:
         self._folder.delete(_path(name))
 
     def lists(self) -> list[KnownList]:
-        """All lists, by name."""
+        """All lists, by name.
+
+        Raises:
+            CatalogError, KnownImagesError: one is damaged: nothing is moderated without it.
+        """
         found = []
         for file in sorted(self._folder.list(KNOWN), key=lambda file: file.path):
             content = self._folder.read_json(file.path) if file.path.endswith(".json") else None
             if content is not None:
-                texts: dict[str, Any] = {name: tuple(content.pop(name)) for name in ("hashes", "phashes")}
-                found.append(KnownList(**content, **texts))
+                try:
+                    texts: dict[str, Any] = {name: tuple(content.pop(name)) for name in ("hashes", "phashes")}
+                    found.append(KnownList(**content, **texts))
+                except (KeyError, TypeError) as error:
+                    raise KnownImagesError(
+                        f"{self._folder.config.uri}: {file.path} is no list of known images",
+                        remedy="Put it back from a copy, or remove it, with what it blocks and allows.",
+                    ) from error
         return found
 
     def matcher(self) -> KnownImages:

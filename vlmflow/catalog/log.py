@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, TypeVar
@@ -15,9 +16,17 @@ from deltalake.exceptions import DeltaError, TableNotFoundError
 
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.history import CLOCKS_DIFFER, ENTRY, READ_AT_ONCE, History, forgotten
-from vlmflow.errors import CatalogError, StorageAccessError, TransientError, VlmflowError
+from vlmflow.catalog.protocol import check_partitions, check_readable, check_writable, remedy_of
+from vlmflow.errors import (
+    CatalogError,
+    StorageAccessError,
+    StoreLostError,
+    TransientError,
+    UnsupportedTableError,
+    VlmflowError,
+)
 from vlmflow.retry import retried
-from vlmflow.storage import Fault, access_error, fault_of, is_full, text_of
+from vlmflow.storage import Fault, access_error, fault_of, is_full, is_of_store, text_of
 from vlmflow.threads import Threads
 
 TableName: TypeAlias = Literal["images", "embeddings"]
@@ -25,6 +34,8 @@ Answer = TypeVar("Answer")
 
 APPLICATION_ID = "vlmflow"  # shared by all writers: each commit takes its next number
 _DELTA_ERRORS = (DeltaError, OSError)
+_LONGEST_REASON = 300  # characters of deltalake's, which may show what it holds
+_ABSOLUTE = re.compile(r"/|[A-Za-z][A-Za-z0-9+.-]*:/")  # a path of the log that is not below the table
 
 LONGEST_RETENTION = dt.timedelta(days=30)  # of files of old versions
 SCHEMA_VERSION = "5"  # of IMAGES and EMBEDDINGS; raised together with a migration
@@ -82,7 +93,8 @@ class TableLog:
         """Opens the table.
 
         Raises:
-            CatalogError: there is none, it cannot be read, or another version of vlmflow wrote it.
+            CatalogError: there is none, it cannot be read, or another version of vlmflow wrote it;
+                UnsupportedTableError: another program has made of it what vlmflow cannot read.
             StorageAccessError: the store refuses, or is gone.
             TransientError: the store is out of reach.
         """
@@ -97,7 +109,7 @@ class TableLog:
                 f"no catalog at {folder.config.uri}: its table {name} is absent",
                 remedy="Check the address, or create the catalog with `vlmflow enrich`.",
             ) from error
-        except (DeltaError, OSError) as error:
+        except (*_DELTA_ERRORS, ValueError) as error:
             folder.check_access()
             raise unusable(folder, name, "cannot be read", error) from error
         found = table.metadata().configuration.get(_SCHEMA_VERSION_KEY)
@@ -106,7 +118,9 @@ class TableLog:
                 f"{folder.config.uri}: table {name} has schema version {found}, not {SCHEMA_VERSION} as here",
                 remedy="Use the vlmflow release that wrote the catalog, or write to a new one.",
             )
-        return cls(folder, name, table)
+        log = cls(folder, name, table)
+        log._check_readable()
+        return log
 
     def from_now(self) -> TableLog:
         """A handle of its own on the same table, opened now: for a run that begins long after this one was.
@@ -139,7 +153,7 @@ class TableLog:
                 # In a property of our own deltalake sees nothing that it knows.
                 table.alter.set_table_properties({_SCHEMA_VERSION_KEY: SCHEMA_VERSION}, raise_if_not_exists=False)
 
-        _answered(self.folder, mark)
+        _answered(self.folder, self.name, mark)
 
     @classmethod
     def exists(cls, folder: Folder, name: TableName) -> bool:
@@ -149,7 +163,7 @@ class TableLog:
             StorageAccessError, TransientError: as :meth:`refreshed_table`.
         """
         uri, options = folder.table_uri(name), folder.storage_options
-        return _answered(folder, lambda: DeltaTable.is_deltatable(uri, storage_options=options))
+        return _answered(folder, name, lambda: DeltaTable.is_deltatable(uri, storage_options=options))
 
     @classmethod
     def open_or_create(cls, folder: Folder, name: TableName, columns: pa.Schema) -> TableLog:
@@ -178,18 +192,40 @@ class TableLog:
             StorageAccessError: the store refuses, or is gone.
             TransientError: the store is out of reach.
         """
-        _answered(self.folder, self.table.update_incremental)
+        _answered(self.folder, self.name, self.table.update_incremental)
         return self.table
 
     def refresh(self) -> Snapshot:
-        """Moves to the newest version and reads it."""
+        """Moves to the newest version and reads it.
+
+        Raises:
+            UnsupportedTableError: another program has made of the table what vlmflow cannot read.
+            StorageAccessError, TransientError: as :meth:`refreshed_table`.
+        """
         table = self.refreshed_table()
-        return Snapshot(
-            version=table.version(),
-            number=table.transaction_version(APPLICATION_ID) or 0,
-            files=_live_files(table),
-            schema=pa.schema(table.schema().to_arrow()),
-        )
+        self._check_readable()
+
+        def read() -> Snapshot:
+            return Snapshot(
+                version=table.version(),
+                number=table.transaction_version(APPLICATION_ID) or 0,
+                files=_live_files(self.folder.config.uri, self.name, table),
+                schema=pa.schema(table.schema().to_arrow()),
+            )
+
+        return _answered(self.folder, self.name, read)
+
+    def _check_readable(self) -> None:
+        uri, is_current = self.folder.config.uri, self.schema_version == SCHEMA_VERSION
+        _answered(self.folder, self.name, lambda: check_readable(uri, self.name, self.table, is_current=is_current))
+
+    def check_writable(self) -> None:
+        """Makes sure that what vlmflow commits keeps what the table promises, as the handle sees it.
+
+        Raises:
+            UnsupportedTableError: it does not, or cannot be committed.
+        """
+        check_writable(self.folder.config.uri, self.name, self.table)
 
     def was_committed(self, commit_id: str, since: int) -> bool:
         """Whether a version after ``since``, up to the one that the handle is at, was made by this commit.
@@ -230,7 +266,9 @@ class TableLog:
         hours = -(-age // dt.timedelta(hours=1))  # whole ones, rounded up: rather kept than lost
         table = self.refreshed_table()
         found = _answered(
-            self.folder, lambda: table.vacuum(retention_hours=hours, dry_run=True, enforce_retention_duration=False)
+            self.folder,
+            self.name,
+            lambda: table.vacuum(retention_hours=hours, dry_run=True, enforce_retention_duration=False),
         )
         return frozenset(unquote(path) for path in found)
 
@@ -265,10 +303,16 @@ class TableLog:
         """
         if version <= 0:
             return {}
-        uri, options = self.folder.table_uri(self.name), self.folder.storage_options
+        place, uri, options = self.folder.config.uri, self.folder.table_uri(self.name), self.folder.storage_options
+
+        def files() -> dict[str, DataFile]:
+            return _live_files(place, self.name, DeltaTable(uri, version, storage_options=options))
+
         try:
-            return _answered(self.folder, lambda: _live_files(DeltaTable(uri, version, storage_options=options)))
-        except (StorageAccessError, TransientError) as error:
+            return _answered(self.folder, self.name, files)
+        except (UnsupportedTableError, StoreLostError):
+            raise
+        except (CatalogError, StorageAccessError, TransientError) as error:
             if self.history.holds(version):
                 raise
             raise forgotten(self.folder, self.name, version) from error
@@ -291,13 +335,15 @@ def file_stats(name: TableName, rows: pa.Table) -> str:
     )
 
 
-def _answered(folder: Folder, ask: Callable[[], Answer]) -> Answer:
-    """What deltalake answers; where the store does not let it, that is said in our words."""
+def _answered(folder: Folder, name: TableName, ask: Callable[[], Answer]) -> Answer:
+    """What deltalake answers; where the store or the table does not let it, that is said in our words."""
     try:
         return retried(ask, _DELTA_ERRORS)
-    except (DeltaError, OSError) as error:
+    except (*_DELTA_ERRORS, ValueError) as error:  # Arrow's, of what deltalake makes of the log
         folder.check_access()
-        raise access_error(error, folder.config.uri) from error
+        if is_of_store(error):
+            raise access_error(error, folder.config.uri) from error
+        raise unusable(folder, name, "cannot be read", error) from error
 
 
 def _create(folder: Folder, name: TableName, columns: pa.Schema) -> None:
@@ -321,16 +367,25 @@ def unusable(folder: Folder, name: TableName, what: str, error: Exception) -> Vl
     """The error for a table with which deltalake cannot do something."""
     if is_full(error) or fault_of(error) is Fault.DENIED:
         return access_error(error, folder.config.uri)
-    reason = text_of(error).splitlines()[0] if str(error) else type(error).__name__
-    return CatalogError(
-        f"{folder.config.uri}: table {name} {what}: {reason}",
-        remedy="Check the address and that the place may be written to; `vlmflow doctor` tries it.",
-    )
+    reason = text_of(error).splitlines()[0][:_LONGEST_REASON] if str(error) else type(error).__name__
+    told = f"{folder.config.uri}: table {name} {what}: {reason}"
+    remedy = None if is_of_store(error) else remedy_of(reason)
+    if remedy is not None:
+        return UnsupportedTableError(told, remedy=remedy)
+    doctor = "Check the address and that the place may be written to; `vlmflow doctor` tries it."
+    return CatalogError(told, remedy=doctor)
 
 
-def _live_files(table: DeltaTable) -> dict[str, DataFile]:
+def _live_files(uri: str, name: TableName, table: DeltaTable) -> dict[str, DataFile]:
+    check_partitions(uri, name, table)
     actions = pa.table(table.get_add_actions(flatten=True))
     columns: Sequence[str] = ("path", "size_bytes", "num_records", "partition.ingest_date")
-    rows = zip(*(actions[name].to_pylist() for name in columns), strict=True)
-    # Another program's file may come without a count; it only serves to share out work.
-    return {path: DataFile(path, size, count or 0, date) for path, size, count, date in rows}
+    rows = zip(*(actions[column].to_pylist() for column in columns), strict=True)
+    # Another program's file may come without a count; it only serves to share out work. Its path is that of a uri.
+    files = {unquote(path): DataFile(unquote(path), size, count or 0, date) for path, size, count, date in rows}
+    if elsewhere := next(filter(_ABSOLUTE.match, files), None):
+        raise UnsupportedTableError(
+            f"{uri}: table {name} has files outside its folder, as a shallow clone does: {elsewhere}",
+            remedy="Have another program copy them into it (a deep clone), or use the catalog that they belong to.",
+        )
+    return files

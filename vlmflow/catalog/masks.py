@@ -50,7 +50,7 @@ def chosen(mask: Mask, yes: pa.Array, no: pa.Array) -> pa.Array:
 
 
 def alike(left: pa.Array, right: pa.Array) -> Mask:
-    """Both null, or the same value: NaN is NaN, and lists and structs are the same if all that is in them is.
+    """Both null, or the same value: NaN is NaN, and lists, structs and maps are the same if all that is in them is.
 
     Args:
         right: of the type of ``left``.
@@ -62,6 +62,9 @@ def alike(left: pa.Array, right: pa.Array) -> Mask:
             same &= alike(pc.struct_field(left, number), pc.struct_field(right, number))
     elif pt.is_list(left.type) or pt.is_large_list(left.type) or pt.is_fixed_size_list(left.type):
         same = _alike_lists(left, right, both)
+    elif pt.is_map(left.type):  # a column of another program's
+        entries = pa.list_(pa.struct([("key", left.type.key_type), ("value", left.type.item_type)]))
+        same = _alike_lists(left.cast(entries), right.cast(entries), both)
     else:
         same = equal(left, right)
         if pt.is_floating(left.type):

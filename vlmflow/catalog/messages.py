@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from pydantic import AwareDatetime, ValidationError
 
-from vlmflow.catalog.folder import FileInfo, Folder
+from vlmflow.catalog.file_info import FileInfo
+from vlmflow.catalog.folder import Folder
 from vlmflow.config_parts import Frozen
 
 logger = logging.getLogger("vlmflow")

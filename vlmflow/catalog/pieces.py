@@ -10,6 +10,7 @@ import obstore
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vlmflow.catalog.columns import plain
 from vlmflow.retry import retried
 from vlmflow.storage import STORE_ERRORS
 from vlmflow.threads import interruptible
@@ -42,9 +43,9 @@ class ParquetPieces:
         self.row_groups: list[int] = [meta.row_group(number).num_rows for number in range(meta.num_row_groups)]
 
     def read(self, groups: Sequence[int], columns: Sequence[str] | None) -> pa.Table:
-        """Reads top-level columns of row groups; None: all."""
+        """Reads top-level columns of row groups, as vlmflow has them; None: all."""
         self._fetch([piece for group in groups for piece in self._pieces(group, columns)])
-        return self._file.read_row_groups(groups, columns=None if columns is None else list(columns))
+        return plain(self._file.read_row_groups(groups, columns=None if columns is None else list(columns)))
 
     def _pieces(self, group: int, columns: Sequence[str] | None) -> Iterator[tuple[int, int]]:
         meta = self._file.metadata.row_group(group)

@@ -314,7 +314,9 @@ class _Planner:
     def _groups_of_files(self, num_groups: int) -> npt.NDArray[np.int64]:
         """The group of each live file: files in their order, about the same number of rows in each group."""
         before = np.cumsum([0, *(file.num_rows for file in self._files)])
-        return before[:-1] * num_groups // max(int(before[-1]), 1)
+        # One without a count, of another program, would come after the last.
+        groups: npt.NDArray[np.int64] = before[:-1] * num_groups // max(int(before[-1]), 1)
+        return groups.clip(max=num_groups - 1)
 
 
 def _num_groups(num_rows: int, num_bytes: int) -> int:

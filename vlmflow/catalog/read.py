@@ -15,8 +15,10 @@ import pyarrow.compute as pc
 from vlmflow import schema
 from vlmflow.catalog.columns import conform, flat
 from vlmflow.catalog.folder import Folder
+from vlmflow.catalog.judged import decided
 from vlmflow.catalog.keys import KeyIndex, concat, index_of, to_binary, to_words
 from vlmflow.catalog.log import DataFile, Snapshot, TableLog, TableName
+from vlmflow.errors import CatalogError
 from vlmflow.threads import Threads
 
 _SMALL_AHEAD, _SMALL_BYTES = 8, 32 * 1024 * 1024  # so many files are read ahead that have no more bytes together
@@ -26,13 +28,40 @@ _CLAIMED_BY = ("image_id", "embed_run_id", "view")  # what :meth:`References.cla
 def read_rows(folder: Folder, table: TableName, file: DataFile, columns: Sequence[str] | None = None) -> pa.Table:
     """Reads one file of a table, with the partition's date as its last column unless ``columns`` leaves it out.
 
-    Columns that were added to the table after the file was written are not in the result.
+    Columns that were added to the table after the file was written are not in the result, but for those of ours that
+    are asked for by name: these are null. A decision that is none is `review`, whoever wrote it.
+
+    Raises:
+        CatalogError: the file is damaged, not there, or lacks a column without which a row is none;
+            CatalogChangedError: another has replaced it since.
     """
     wanted = None if columns is None else [name for name in columns if name != "ingest_date"]
     rows = folder.read_parquet(f"{table}/{file.path}", wanted)
+    rows = _whole(rows, folder, table, file, wanted)
     if columns is not None and "ingest_date" not in columns:
         return rows
+    rows = rows.drop_columns("ingest_date") if "ingest_date" in rows.column_names else rows  # of another program's
     return rows.append_column("ingest_date", pa.repeat(pa.scalar(file.ingest_date, pa.date32()), rows.num_rows))
+
+
+def _whole(rows: pa.Table, folder: Folder, table: TableName, file: DataFile, wanted: Sequence[str] | None) -> pa.Table:
+    """With what every row of ours has, though another program wrote the file."""
+    held, fields = set(rows.column_names), schema.IMAGES if table == "images" else schema.EMBEDDINGS
+    for field in fields:
+        if field.name == "ingest_date" or (wanted is not None and field.name not in wanted):
+            continue
+        is_needed = not field.nullable and field.name != "decision"
+        if is_needed and (field.name not in held or rows[field.name].null_count):
+            raise CatalogError(
+                f"{folder.config.uri}: {table}/{file.path} has rows without {field.name}",
+                remedy="Another program wrote them: have it delete them, or restore the version before.",
+            )
+        if field.name not in held and (field.name == "decision" or wanted is not None):
+            rows = rows.append_column(field, pa.nulls(rows.num_rows, field.type))
+    if table == "images" and "decision" in rows.column_names:
+        at = rows.schema.get_field_index("decision")
+        rows = rows.set_column(at, "decision", decided(rows["decision"]))
+    return rows
 
 
 def read_each(
@@ -165,8 +194,8 @@ class References:
         del keys
         self._index = index_of(self._keys)
         self._runs = np.concatenate([np.empty(0, np.int32), *runs])
-        self._claimed_in = np.full(len(self._runs), -1, dtype=np.int32)
-        self._num_files = 0
+        self._view_numbers: dict[str, int] = {}
+        self._claimed: list[npt.NDArray[np.uint64]] = []  # of each image a bit for each of 64 views, then of the next
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -183,21 +212,31 @@ class References:
         return np.where(same, at, -1)
 
     def claim(self, rows: pa.Table) -> npt.NDArray[np.bool_]:
-        """Marks the embeddings of one file that count: referred to, and not met before in another file or this one."""
-        number = self._num_files
-        self._num_files += 1
+        """Marks the embeddings of one file that count: referred to, and not met before in another file or this one.
+
+        An image's views may lie apart, in other files even: vlmflow writes them together, but other programs put a
+        table's rows in an order of their own, and what they leave out of one file is in another.
+        """
         at = self.find(rows)
-        known = at[at >= 0]
-        self._claimed_in[known[self._claimed_in[known] < 0]] = number
-        counts = at >= 0
-        counts[counts] = self._claimed_in[known] == number
-        # An image's views are written together, so what is doubled within a file is the pair of image and view.
-        codes = pc.dictionary_encode(flat(rows["view"])).indices.to_numpy(zero_copy_only=False).astype(np.int64)
-        _, first = np.unique(at * (codes.max(initial=0) + 1) + codes, return_index=True)
-        once = np.zeros(len(at), dtype=np.bool_)
-        once[first] = True
-        marks: npt.NDArray[np.bool_] = counts & once
+        views = self._numbered_views(rows["view"])
+        marks = np.zeros(len(at), dtype=np.bool_)
+        for block in np.unique(views[at >= 0] // 64).tolist():
+            while len(self._claimed) <= block:
+                self._claimed.append(np.zeros(len(self), np.uint64))
+            claimed, mine = self._claimed[block], np.flatnonzero((at >= 0) & (views // 64 == block))
+            mine = mine[np.unique(at[mine] * 64 + views[mine] % 64, return_index=True)[1]]
+            bits = np.left_shift(np.uint64(1), (views[mine] % 64).astype(np.uint64))
+            is_new = claimed[at[mine]] & bits == 0
+            np.bitwise_or.at(claimed, at[mine[is_new]], bits[is_new])
+            marks[mine[is_new]] = True
         return marks
+
+    def _numbered_views(self, views: pa.ChunkedArray) -> npt.NDArray[np.int64]:
+        coded = pc.dictionary_encode(flat(views))
+        known = self._view_numbers
+        numbers = [known.setdefault(name, len(known)) for name in coded.dictionary.to_pylist()]
+        found: npt.NDArray[np.int64] = np.array(numbers, np.int64)[coded.indices.to_numpy(zero_copy_only=False)]
+        return found
 
     def _numbered(self, runs: pa.ChunkedArray, *, are_new: bool) -> npt.NDArray[np.int32]:
         """Runs as numbers; -1: none, or one that no image row has told of.

@@ -207,8 +207,12 @@ class RunStore:
             logger.warning("the record of run %s could not be kept up: %s", run_id, error)
 
     def get(self, run_id: str) -> dict[str, Any] | None:
-        """The record of a run; None: there is no such run."""
-        return self._folder.read_json(self._record(run_id))
+        """The record of a run, empty where it is damaged: no run stops for that; None: there is no such run."""
+        try:
+            return self._folder.read_json(self._record(run_id))
+        except CatalogError as error:
+            logger.warning("%s", error)
+            return {}
 
     def started_at(self, run_id: str) -> dt.datetime:
         """When a run started, by its record, else by its id; long ago where neither says it."""

@@ -11,7 +11,8 @@ from typing import TypeAlias
 import pyarrow as pa
 
 from vlmflow.catalog.columns import conform
-from vlmflow.catalog.folder import FileInfo, Folder
+from vlmflow.catalog.file_info import FileInfo
+from vlmflow.catalog.folder import Folder
 from vlmflow.errors import CatalogError
 from vlmflow.threads import Threads
 
@@ -68,11 +69,20 @@ class SmallFiles:
                     raise
                 continue
             sources = sources | {path: _sources_of(rows) for path, rows in tables.items()}
-            held = held | {path: conform(rows, self._columns) for path, rows in tables.items()}
+            held = held | {path: self._conformed(path, rows) for path, rows in tables.items()}
             self._sources = {path: sources.get(path, frozenset()) for path in listed}
             self._read = {path: held[path] for path in listed}
             return {path: (listed[path], held[path]) for path in sorted(listed)}
         raise AssertionError("unreachable")
+
+    def _conformed(self, path: str, rows: pa.Table) -> pa.Table:
+        needed = self._columns.names[0]  # older files lack later ones
+        if needed not in rows.column_names:
+            raise CatalogError(
+                f"{self._folder.config.uri}: {path} has no column {needed}: vlmflow did not write it",
+                remedy="Take it out of there: what lies in this folder counts.",
+            )
+        return conform(rows, self._columns)
 
     @property
     def joined(self) -> frozenset[str]:

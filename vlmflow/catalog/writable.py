@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 from vlmflow.catalog.folder import Folder
+from vlmflow.catalog.log import TableLog, TableName
 from vlmflow.catalog.policies import POLICIES
 from vlmflow.catalog.runs import RUNS
 from vlmflow.errors import StorageAccessError
@@ -26,11 +27,18 @@ def check_writable(folder: Folder) -> None:
         StorageAccessError: it cannot; or the store would let commits overwrite each other.
         StoreLostError: the disk is full.
         TransientError: the store is out of reach.
+        UnsupportedTableError: another program has made of a table what vlmflow cannot read, or cannot write to.
     """
     address = parse_address(folder.config.uri)
-    if not address.is_local:
+    if address.is_local:
+        _check_disk(folder)
+    else:
         folder.check_exclusive()
-        return
+    check_tables(folder)
+
+
+def _check_disk(folder: Folder) -> None:
+    address = parse_address(folder.config.uri)
     place = Path(address.path)
     try:
         for path in [place / below for below in _WRITTEN]:
@@ -45,3 +53,16 @@ def check_writable(folder: Folder) -> None:
             raise access_error(error, folder.config.uri) from error
         remedy = "Check its owner, its permissions and how it is mounted, or name another folder for the catalog."
         raise StorageAccessError(f"{address} cannot be written: {place}: {error.strerror}", remedy=remedy) from error
+
+
+def check_tables(folder: Folder) -> None:
+    """Makes sure that the tables which are there, should there be any, can be read and committed to.
+
+    Raises:
+        UnsupportedTableError: another program has made of one what vlmflow cannot read, or cannot write to.
+        StorageAccessError, TransientError: it cannot be looked at.
+    """
+    names: tuple[TableName, ...] = ("images", "embeddings")
+    for name in names:
+        if TableLog.exists(folder, name):
+            TableLog.open(folder, name).check_writable()

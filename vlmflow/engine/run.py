@@ -14,7 +14,7 @@ import ray
 from vlmflow.catalog import Catalog, Plan
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.runs import new_run_id
-from vlmflow.catalog.writable import check_writable
+from vlmflow.catalog.writable import check_tables, check_writable
 from vlmflow.config import Job
 from vlmflow.engine.archive import archive_policy, archived_prompts
 from vlmflow.engine.budget import ErrorBudget
@@ -59,6 +59,7 @@ def plan(job: Job) -> PlanSummary:
         VlmflowError: as :func:`enrich` does before its first image.
     """
     prepared = prepare(job)
+    check_tables(Folder(job.catalog))
     with planned(prepared, open_source(job.source, job.catalog)) as found:
         return plan_summary(prepared, found)
 

@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from vlmflow.catalog import Catalog
+from vlmflow.catalog.file_info import FileInfo
 from vlmflow.catalog.files import UNKNOWN_RUN_AGE
-from vlmflow.catalog.folder import FileInfo, Folder
+from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.judged import by_model
 from vlmflow.catalog.keys import index_of, to_binary, to_words
 from vlmflow.catalog.runs import new_run_id

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from vlmflow import schema
 from vlmflow.catalog.columns import constant, flat
 from vlmflow.catalog.judged import BY_VERDICT, by_model, with_verdicts
-from vlmflow.catalog.keys import KeyIndex, Words, digest_of, to_binary, to_words
+from vlmflow.catalog.keys import KeyIndex, Words, digest_of, repeated, to_binary, to_words
 from vlmflow.catalog.masks import Mask, equal, is_valid
 from vlmflow.catalog.rows import ImageErrors, failed_tasks, rows_of_image_errors, status_of, unseen_frames
 from vlmflow.moderation.decide import DECISIONS, Moderation, Moderator
@@ -119,14 +119,16 @@ def score_vectors(rows: pa.Table, target: Target) -> ScoredVectors:
     """Scores the vectors of one file, those of other models left out.
 
     Args:
-        rows: the columns :data:`VECTOR_COLUMNS`, the views of an image next to each other.
+        rows: the columns :data:`VECTOR_COLUMNS`.
     """
     rows = rows.filter(pc.equal(rows["embed_fingerprint"], target.embed_fingerprint))
     high, low = _keys(rows)
-    starts = np.flatnonzero(np.diff(high, prepend=~high[:1]) | np.diff(low, prepend=~low[:1]))
-    values = np.asarray(pc.list_flatten(flat(rows["vector"])), np.float32)
-    vectors = values.reshape(rows.num_rows, -1) if rows.num_rows else np.empty((0, target.moderator.dim), np.float32)
-    margins, deciding = target.moderator.worst_views(vectors, starts)
+    starts = _starts(high, low)
+    if repeated(high[starts], low[starts]).any():  # another program has put the rows in an order of its own
+        order = np.lexsort((low, high))
+        rows, high, low = rows.take(pa.array(order)), high[order], low[order]
+        starts = _starts(high, low)
+    margins, deciding = target.moderator.worst_views(_matrix(flat(rows["vector"]), target.moderator.dim), starts)
     names = pc.dictionary_encode(flat(rows["view"]))
     codes = names.indices.to_numpy(zero_copy_only=False).astype(np.int16)
     times = None
@@ -236,14 +238,17 @@ def _margins(
         found |= stored
     high, low = _keys(rows)
     for part in scored:
-        hits = np.where(found, -1, part.index.find(high, low))
-        mask = hits >= 0
-        if mask.any():
-            margins[mask] = part.margins[hits[mask]]
-            views[mask] = number(part.view_names)[part.views[hits[mask]]]
-            if part.times is not None:
-                times[mask] = part.times[hits[mask]]
-            found |= mask
+        hits = np.where(stored, -1, part.index.find(high, low))
+        images = np.flatnonzero(hits >= 0)
+        if len(images):
+            # The worst of all files: another program may have put an image's views in several.
+            theirs = part.margins[hits[images]]
+            image, label = np.nonzero(~found[images, None] | (theirs > margins[images]) | np.isnan(theirs))
+            at = hits[images][image], label
+            margins[images[image], label] = part.margins[at]
+            views[images[image], label] = number(part.view_names)[part.views[at]]
+            times[images[image], label] = np.nan if part.times is None else part.times[at]
+            found[images] = True
     view_names = pa.array(names, pa.string()).take(pa.array(views[found].ravel()))
     any_times = not np.isnan(times[found]).all()
     frame_times = pa.array(times[found].ravel(), pa.float32(), from_pandas=True) if any_times else None
@@ -361,6 +366,22 @@ def _label_names(items: pa.StructArray) -> pa.Array:
     names, detectors = pc.struct_field(items, "label"), pc.struct_field(items, "detector")
     by_detector = pc.binary_join_element_wise(names, " (", detectors, ")", "")
     return pc.if_else(pc.is_null(detectors), names, by_detector)
+
+
+def _matrix(vectors: pa.ListArray[Any], dim: int) -> NDArray[np.float32]:
+    """(N, dim) vectors; one of another length, which another program wrote, is no number: its image is not scored."""
+    fits = np.asarray(pc.fill_null(pc.equal(pc.list_value_length(vectors), dim), False), np.bool_)
+    values = np.asarray(pc.list_flatten(vectors.filter(pa.array(fits))), np.float32).reshape(-1, dim)
+    if fits.all():
+        return values
+    out = np.full((len(vectors), dim), np.nan, np.float32)
+    out[fits] = values
+    return out
+
+
+def _starts(high: Words, low: Words) -> NDArray[np.int64]:
+    """Where another key begins than that of the row before."""
+    return np.flatnonzero(np.diff(high, prepend=~high[:1]) | np.diff(low, prepend=~low[:1]))
 
 
 def _keys(rows: pa.Table) -> tuple[Words, Words]:

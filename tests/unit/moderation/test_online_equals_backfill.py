@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -137,17 +138,18 @@ def test_rows_are_equal_to_the_bit(data: st.DataObject, seed: int, kinds: list[l
             "vector": pa.array(list(vectors), pa.list_(pa.float32())),
         }
     )
-    # The images of a file of vectors stand in any order, the views of each together.
-    order = rng.permutation(len(kinds))
-    shuffled = stored.take(
-        pa.array(np.concatenate([np.flatnonzero(owners == image) for image in order]).astype(np.int64))
-    )
+    # The images of a file of vectors stand in any order, the views of each together; or, where another program has
+    # rewritten the table, all rows in any order, and in several files.
+    if data.draw(st.booleans()):
+        parts = np.array_split(rng.permutation(len(views)), 3)
+    else:
+        parts = [np.concatenate([np.flatnonzero(owners == image) for image in rng.permutation(len(kinds))])]
+    shuffled = [stored.take(pa.array(part.astype(np.int64))) for part in parts]
     expected = {"labels": new.labels, "decision": new.decision, "decision_reason": new.reason}
 
     by_vectors = target(after, prompts)
-    from_vectors, changes = relabel(
-        images, wanted_rows(images, by_vectors), by_vectors, (score_vectors(shuffled, by_vectors),)
-    )
+    scored = tuple(score_vectors(part, by_vectors) for part in shuffled)
+    from_vectors, changes = relabel(images, wanted_rows(images, by_vectors), by_vectors, scored)
     if before.digest != after.digest:
         assert changes.num_moved == len(kinds)
         for name in MODERATION:
@@ -161,3 +163,28 @@ def test_rows_are_equal_to_the_bit(data: st.DataObject, seed: int, kinds: list[l
         assert changes.num_from_margins == sum(has)
         for name in MODERATION:
             assert from_margins[name].to_pylist() == expected[name].filter(pa.array(has)).to_pylist(), name
+
+
+@pytest.mark.parametrize(
+    "damage", [None, [], [0.5], [0.1] * (DIM + 1), [float("nan")] * DIM], ids=["null", "empty", "short", "long", "nan"]
+)
+def test_an_image_with_a_vector_that_is_none_is_not_scored_and_others_are(damage: list[float] | None) -> None:
+    label = {"name": "l", "prompts": ["p"], "review": 1.0, "block": None}
+    held = {"name": "p", "version": "1", "neutral": ["n"], "logistic": {"scale": 1.0, "offset": 0.0}}
+    policy = Policy.model_validate(held | {"categories": [{"name": "c", "labels": [label]}]})
+    rng = np.random.default_rng(0)
+    ids = [f"{number:032x}" for number in (0, 0, 1)]
+    vectors = [*unit(rng, 1).tolist(), damage, *unit(rng, 1).tolist()]
+    stored = pa.table(
+        {
+            "image_id": ids,
+            "embed_run_id": ["run-1"] * 3,
+            "embed_fingerprint": ["e"] * 3,
+            "view": ["squash", "center", "squash"],
+            "time_s": pa.nulls(3, pa.float32()),
+            "vector": pa.array(vectors, pa.list_(pa.float32())),
+        }
+    )
+    prompts = PromptVectors(unit(rng, 1), unit(rng, 2), 0.05, "digest")
+    scored = score_vectors(stored, target(policy, prompts))
+    assert np.isnan(scored.margins[:, 0]).tolist() == [True, False]

@@ -176,17 +176,17 @@ def test_a_policy_that_renames_a_detector_is_applied_by_the_next_run(
 def test_a_detector_that_fails_leaves_no_image_allowed(
     make_job: Callable[..., Job], models: dict[str, dict[str, Any]], policy: str, tmp_path: Path
 ) -> None:
-    """A checkpoint whose weights are so large that what they give is no number, as a broken conversion leaves them."""
+    """A checkpoint whose weights are so large that of all but black images they give no number."""
     import torch
     from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     model = ViTForImageClassification(ViTConfig(image_size=32, patch_size=8, id2label={0: "bad", 1: "good"}, **sizes))
     with torch.no_grad():
-        model.vit.layernorm.weight.fill_(1e30)
-        model.classifier.weight.mul_(1e30)
+        model.vit.embeddings.patch_embeddings.projection.weight.fill_(3e38)
     model.save_pretrained(tmp_path / "broken")
-    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "broken")
+    as_it_is = {"image_mean": [0.0, 0.0, 0.0], "image_std": [1.0, 1.0, 1.0]}
+    ViTImageProcessor(size={"height": 32, "width": 32}, **as_it_is).save_pretrained(tmp_path / "broken")
     text = Path(policy).read_text(encoding="utf-8").partition("\nbindings:")[0]
     text += f"""
 detectors:

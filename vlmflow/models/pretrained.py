@@ -95,7 +95,9 @@ def check_finite(folder: Path, dtype: torch.dtype, *outputs: torch.Tensor) -> No
         raise WeightsError(
             f"weights: the model of {folder} gives numbers that are not finite for a black image or a word, in "
             f"{str(dtype).removeprefix('torch.')}",
-            remedy="Set `dtype: float32` in the job, or bfloat16: float16 holds no number beyond 65,504.",
+            remedy="Copy the weights again from where the model was published."
+            if dtype == torch.float32
+            else "Set `dtype: float32` in the job, or bfloat16: float16 holds no number beyond 65,504.",
         )
 
 

@@ -127,6 +127,18 @@ def test_a_proxy_that_wants_another_password_ends_the_run(
     assert not {"wrong", "right"} & set(str(caught.value).replace(":", " ").split())
 
 
+def test_a_server_that_says_what_a_proxy_would_costs_its_row_alone(
+    site: Site, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    with proxying(site.server_port, "shop:right") as proxy:
+        monkeypatch.setenv("SHOP_PROXY", f"http://shop:right@127.0.0.1:{proxy.server_port}")
+        (plain,) = fetch(f"http://{NAME}/status/407", http=BY_PROXY)
+        request.getfixturevalue("safe")
+        (in_tunnel,) = fetch(f"https://{NAME}/status/407", http=BY_PROXY)
+    for item in (plain, in_tunnel):
+        assert (item.error_class, item.message) == (RowErrorClass.HTTP_STATUS, "HTTP 407")
+
+
 def test_a_proxy_out_of_reach_ends_the_run(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     with proxying(site.server_port) as proxy:
         monkeypatch.setenv("SHOP_PROXY", f"http://u:secret@127.0.0.1:{proxy.server_port}")

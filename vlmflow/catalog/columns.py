@@ -114,6 +114,11 @@ def flat(column: pa.Array | pa.ChunkedArray) -> pa.Array:
     return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays([pa.array([], column.type), *column.chunks])
 
 
+def as_floats(values: pa.Array) -> npt.NDArray[np.float64]:
+    """(N,) numbers of any kind, nulls as NaN."""
+    return np.asarray(pc.fill_null(values.cast(pa.float64()), np.nan), np.float64)
+
+
 def taken(rows: pa.Table, at: npt.NDArray[np.int64]) -> pa.Table:
     """Rows by their numbers, in as many chunks as they need: callers' texts may be of any length.
 

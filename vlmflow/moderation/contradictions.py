@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from vlmflow.catalog.columns import flat
+from vlmflow.catalog.columns import as_floats, flat
 from vlmflow.catalog.masks import Mask, as_mask, equal, is_valid
 
 _LOW, _HIGH = 0.1, 0.9  # match probabilities that say no, and yes
@@ -25,7 +25,7 @@ def count_contradictions(rows: pa.Table) -> NDArray[np.int64]:
         rows: labels, caption, caption_itm and text_itm of images.
     """
     captions, labels = flat(rows["caption"]), flat(rows["labels"])
-    caption_itm, text_itm = (_floats(flat(rows[name])) for name in ("caption_itm", "text_itm"))
+    caption_itm, text_itm = (as_floats(flat(rows[name])) for name in ("caption_itm", "text_itm"))
     is_trusted = is_valid(captions) & (caption_itm >= _HIGH)
     counts = (is_trusted & (text_itm <= _LOW)).astype(np.int64)
     items = pc.list_flatten(labels)
@@ -94,7 +94,3 @@ def _words_of(label: str) -> set[str]:
 
 def _coded(values: pa.Array) -> pa.DictionaryArray:
     return pc.dictionary_encode(values, null_encoding="encode")
-
-
-def _floats(values: pa.Array) -> NDArray[np.float64]:
-    return np.asarray(pc.fill_null(values.cast(pa.float64()), np.nan), np.float64)

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from vlmflow.catalog.columns import flat
+from vlmflow.catalog.columns import as_floats, flat
 from vlmflow.catalog.judged import equal_reason
 from vlmflow.catalog.keys import digest_of
 from vlmflow.catalog.masks import Mask, equal, is_valid
@@ -166,8 +166,8 @@ def threshold_gaps(rows: pa.Table) -> NDArray[np.float64]:
     labels = flat(rows["labels"])
     items = pc.list_flatten(labels)
     parents = np.asarray(pc.list_parent_indices(labels), np.int64)
-    values = _floats(pc.coalesce(pc.struct_field(items, "probability"), pc.struct_field(items, "score")))
-    gaps = [np.abs(values - _floats(pc.struct_field(items, f"{name}_threshold"))) for name in ("review", "block")]
+    values = as_floats(pc.coalesce(pc.struct_field(items, "probability"), pc.struct_field(items, "score")))
+    gaps = [np.abs(values - as_floats(pc.struct_field(items, f"{name}_threshold"))) for name in ("review", "block")]
     nearest = np.fmin(*gaps)
     out = np.full(rows.num_rows, np.inf)
     np.minimum.at(out, parents, np.where(np.isnan(nearest), np.inf, nearest))
@@ -208,7 +208,3 @@ def _shown(label: dict[str, Any]) -> str:
     limits = f"review {label['review_threshold']:.2f}" + ("" if block is None else f", block {block:.2f}")
     who = f" by {label['detector']}" if label["detector"] else ""
     return f"{label['label']}{who} {'-' if value is None else f'{value:.2f}'} ({limits})"
-
-
-def _floats(values: pa.Array) -> NDArray[np.float64]:
-    return np.asarray(pc.fill_null(values.cast(pa.float64()), np.nan), np.float64)

@@ -146,7 +146,8 @@ class HttpFetcher:
                     _check_confirmed(response.status, headers, validator)
                     await response.aread()  # nothing, but only then the connection serves again
                     return None
-                if is_by_proxy and response.status == _PROXY_WANTS_USER:
+                is_refused = is_by_proxy and response.status == _PROXY_WANTS_USER and target.startswith("http:")
+                if is_refused and await self._does_proxy_refuse(target):
                     raise _proxy_failure(self._config, response.status)
                 if response.status != 200:
                     raise _status_failure(response.status, headers.get("retry-after", ""))
@@ -167,6 +168,19 @@ class HttpFetcher:
             raise _Unsettled(failure) from error
         version = headers.get("etag", "").strip('"') or headers.get("last-modified")
         return Download(data, version, _validator(headers))
+
+    async def _does_proxy_refuse(self, url: str) -> bool:
+        """Whether 407 is the proxy's word: any server can say it too, and one url must not end a run.
+
+        A request for a tunnel is answered by the proxy itself.
+        """
+        try:
+            await self._pool.request("HEAD", f"https://{urlsplit(url).hostname}/", headers=_HEADERS)
+        except httpcore.ProxyError as error:
+            return _leading_number(str(error)) == _PROXY_WANTS_USER
+        except (httpcore.NetworkError, httpcore.TimeoutException, httpcore.ProtocolError, OSError):
+            pass  # the tunnel was there
+        return False
 
     async def _body(self, response: httpcore.Response, headers: dict[str, str]) -> bytes:
         too_large = ImageError(

@@ -175,7 +175,7 @@ class HttpFetcher:
         A request for a tunnel is answered by the proxy itself.
         """
         try:
-            await self._pool.request("HEAD", f"https://{urlsplit(url).hostname}/", headers=_HEADERS)
+            await self._pool.request("HEAD", f"https://{urlsplit(url).netloc}/", headers=_HEADERS)
         except httpcore.ProxyError as error:
             return _leading_number(str(error)) == _PROXY_WANTS_USER
         except (httpcore.NetworkError, httpcore.TimeoutException, httpcore.ProtocolError, OSError):

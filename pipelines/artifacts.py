@@ -40,6 +40,7 @@ _LEFT_ALONE = {
     "num_exhausted": "images failed three times and are not tried again",
     "num_erased": "images were erased from the catalog and are left out",
     "num_unwatched": "images at http(s) urls without a version: no run sees that they have changed",
+    "num_doubled": "images have more than one row, of another program: one is kept up to date, see vlmflow verify",
 }
 # Control and direction characters, and what is no character at all.
 _INVISIBLE = r"\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff"

@@ -47,6 +47,7 @@ def print_report(report: RunReport, console: Console) -> None:
         _print_columns_note(report.num_columns_updated, console)
         _print_policy_note(report.num_policy_differs, console)
         _print_unwatched_note(report.num_unwatched, console)
+        _print_doubled_note(report.num_doubled, console)
         _print_unused_note(report.unused, console)
         return
     rows = report.num_added + report.num_replaced
@@ -94,6 +95,7 @@ def print_report(report: RunReport, console: Console) -> None:
         console.print(f"what limited it: {limited[0].lower()}{limited[1:]}")
     _print_policy_note(report.num_policy_differs, console)
     _print_unwatched_note(report.num_unwatched, console)
+    _print_doubled_note(report.num_doubled, console)
     _print_unused_note(report.unused, console)
     # A command is copied: on a line that nothing folds, and as the shell takes it.
     command = f"vlmflow show {escape(shlex.quote(report.catalog))}"
@@ -148,6 +150,7 @@ def print_plan(summary: PlanSummary, console: Console) -> None:
         console.print(f"policy {escape(summary.policy)}")
     _print_policy_note(summary.num_policy_differs, console)
     _print_unwatched_note(summary.num_unwatched, console)
+    _print_doubled_note(summary.num_doubled, console)
     _print_unused_note(summary.unused, console)
 
 
@@ -276,6 +279,15 @@ def _print_unwatched_note(num_unwatched: int, console: Console) -> None:
             f"[yellow]{counted(num_unwatched, 'image')} at http(s) urls without a version: should another come to lie "
             "there, no run sees it.[/yellow] Give the manifest a column etag, or set source.http.recheck_days in the "
             "job file to have them read again"
+        )
+
+
+def _print_doubled_note(num_doubled: int, console: Console) -> None:
+    if num_doubled:
+        console.print(
+            f"[yellow]{counted(num_doubled, 'image')} with more than one row, which another program has written: a run "
+            "keeps one of them up to date, the others may hold older decisions.[/yellow] vlmflow verify names them; "
+            "delete all rows of each, and a run writes one"
         )
 
 

@@ -115,8 +115,11 @@ def test_a_run_does_not_call_images_up_to_date_that_it_left_out(status: str) -> 
     assert "all 3" not in said
     assert "2 failed three times and are left alone; --retry failed,partial,missing tries them" in said
     assert "1 were erased from the catalog and are left out" in said
+    print_report(RunReport.model_validate(facts | {"num_listed": 3, "num_doubled": 1}), console)
+    assert "1 image with more than one row, which another program has written" in console.export_text()
     print_report(RunReport.model_validate(facts | {"num_listed": 3, "num_unchanged": 3}), console)
     said = console.export_text()
+    assert "more than one row" not in said
     assert ("all 3 images of list.csv are up to date" in said) == (status == "nothing_due")
     assert "left" not in said
 

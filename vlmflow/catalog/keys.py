@@ -124,6 +124,12 @@ def index_of(keys: pa.Array | pa.ChunkedArray, value: int | None = None) -> KeyI
     return KeyIndex(high, low, positions if value is None else np.full(len(high), value, dtype=np.int64))
 
 
+def num_repeated(keys: pa.Array, among: pa.Array) -> int:
+    """How many of the keys, each of which is there once, stand more than once among others."""
+    again = duplicates(among)
+    return int((index_of(among.filter(pa.array(again))).find(*to_words(keys)) >= 0).sum()) if again.any() else 0
+
+
 def text_digests(texts: pa.Array | pa.ChunkedArray) -> pa.Array:
     """Digest of each of the caller's texts (BLAKE2b, 128 bits, hexadecimal); null for null."""
     digests = [None if text is None else digest_of(text) for text in texts.to_pylist()]

@@ -48,7 +48,18 @@ from vlmflow.workspace import Workspace
 
 # Of planned rows that are ordered at a time: texts may be long.
 _ROWS_PER_GROUP, _BYTES_PER_GROUP = 100_000, 128 * 1024 * 1024
-_COUNTED = ("listed", "duplicates", "erased", "due", "new", "unchanged", "exhausted", "policy_differs", "unwatched")
+_COUNTED = (
+    "listed",
+    "duplicates",
+    "erased",
+    "due",
+    "new",
+    "unchanged",
+    "exhausted",
+    "policy_differs",
+    "unwatched",
+    "doubled",
+)
 
 
 @dataclass(frozen=True)
@@ -84,6 +95,7 @@ class Plan:
     num_exhausted: int = 0  # failed too often to be tried again
     num_policy_differs: int = 0  # keep labels of another policy
     num_unwatched: int = 0  # at http(s) urls whose changes no run sees
+    num_doubled: int = 0  # with more than one row, of another program: only one of them is kept up to date
     num_outdated: int = 0  # not planned, and hold other values of the caller's columns or another alternative text
     outdated_columns: Counter[str] = field(default_factory=Counter)  # of these, by column; the latter by `alt_text`
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)  # (task, reason) -> images due

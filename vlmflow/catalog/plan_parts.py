@@ -22,7 +22,7 @@ from vlmflow.catalog.detections import Detection, holds_all
 from vlmflow.catalog.due import LACKS_DETECTIONS, LEDGER, READ_LONG_AGO, Due, PlanRequest, decide
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.history import CLOCKS_DIFFER
-from vlmflow.catalog.keys import duplicates, index_of, to_binary, to_words
+from vlmflow.catalog.keys import duplicates, index_of, num_repeated, to_binary, to_words
 from vlmflow.catalog.log import DataFile
 from vlmflow.catalog.masks import Mask, alike, as_mask, equal, is_valid
 from vlmflow.catalog.outdated import find_misstated, find_outdated
@@ -138,6 +138,7 @@ class Joined:
     num_exhausted: int
     num_policy_differs: int
     num_unwatched: int
+    num_doubled: int
     counts: Counter[tuple[str, str]]
     outdated: pa.Table | None  # as `outdated_columns`; None: the table holds no files
 
@@ -182,6 +183,7 @@ class Join:
             num_exhausted=due.num_exhausted,
             num_policy_differs=due.num_policy_differs,
             num_unwatched=due.num_unwatched,
+            num_doubled=num_repeated(to_binary(images["image_id"]), to_binary(held["image_id"])),
             counts=due.counts,
             outdated=None if self.source is None else self._outdated(images, held, at, due.wanted, self.source),
         )

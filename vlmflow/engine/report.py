@@ -66,6 +66,7 @@ class RunReport(Frozen):
             out. Those of before are not among the images listed.
         num_policy_differs: rows decided under another policy; only a remoderation changes them.
         num_unwatched: images at http(s) urls of which no run sees that they have changed.
+        num_doubled: images with more than one row, of another program; a run keeps one of them up to date.
         due: images due by task and reason.
         num_added: rows that are new in the catalog.
         num_replaced: rows that were there before.
@@ -106,6 +107,7 @@ class RunReport(Frozen):
     num_erased: int = 0
     num_policy_differs: int = 0
     num_unwatched: int = 0
+    num_doubled: int = 0
     due: dict[str, dict[str, int]] = {}
     num_added: int = 0
     num_replaced: int = 0
@@ -143,6 +145,7 @@ class PlanSummary(Frozen):
         num_erased: images listed that were erased from the catalog; they are left out.
         due: images due by task and reason.
         num_unwatched: images at http(s) urls of which no run would see that they have changed.
+        num_doubled: images with more than one row, of another program; a run would keep one of them up to date.
         num_outdated: further rows that would get the caller's columns of the listing or the alternative text that they
             should have, and nothing else.
         outdated_columns: of these, rows by column of the caller's whose value is another now; under `alt_text` rows
@@ -162,6 +165,7 @@ class PlanSummary(Frozen):
     due: dict[str, dict[str, int]]
     policy: str | None
     num_unwatched: int = 0
+    num_doubled: int = 0
     num_outdated: int = 0
     outdated_columns: dict[str, int] = {}
     unused: tuple[str, ...] = ()
@@ -182,6 +186,7 @@ def plan_summary(prepared: Prepared, plan: Plan) -> PlanSummary:
         due=due_by_task(prepared.job.tasks, plan),
         policy=policy_name(prepared),
         num_unwatched=plan.num_unwatched,
+        num_doubled=plan.num_doubled,
         num_outdated=plan.num_outdated,
         outdated_columns=dict(plan.outdated_columns.most_common()),
         unused=unused_settings(prepared.job),
@@ -220,6 +225,7 @@ def initial_report(run_id: str, prepared: Prepared, plan: Plan) -> RunReport:
         num_erased=plan.num_erased,
         num_policy_differs=plan.num_policy_differs,
         num_unwatched=plan.num_unwatched,
+        num_doubled=plan.num_doubled,
         unused=unused_settings(job),
         due=due_by_task(job.tasks, plan),
         models=prepared.model_names(),

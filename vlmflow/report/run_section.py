@@ -67,6 +67,7 @@ def _overview(report: RunReport, state: str) -> Html:
             "By other runs": text(report.num_by_others),
             "Under another policy": text(report.num_policy_differs),
             "At urls that nobody watches": text(report.num_unwatched),
+            "With more than one row": text(report.num_doubled),
             "Profile": text(report.profile),
             "Policy": text(report.policy),
         }

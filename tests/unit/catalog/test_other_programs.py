@@ -298,6 +298,14 @@ def test_rows_of_a_file_without_a_count_are_planned_wherever_it_stands(place: Pa
     assert again.num_replaced == len(NAMES) + 1
 
 
+def test_images_with_more_than_one_row_are_counted(place: Path, table: Table) -> None:
+    table.replace(pa.concat_tables([table.rows(), table.rows().slice(1, 2), table.rows().slice(2, 1)]))
+    catalog = Catalog.open(config_of(place))
+    for listed, count in ((NAMES, 2), (NAMES[:2], 1), (["more", NAMES[0]], 0)):
+        with catalog.plan([references(listed)], request()) as plan:
+            assert plan.num_doubled == count
+
+
 def test_a_decision_that_is_none_is_review(place: Path, table: Table) -> None:
     rows = table.rows()
     at = rows.schema.get_field_index("decision")

@@ -34,6 +34,7 @@ from vlmflow.errors import (
     TransientError,
     VlmflowError,
 )
+from vlmflow.store_secrets import hide_secrets
 from vlmflow.store_variables import check_variables
 
 if TYPE_CHECKING:
@@ -328,7 +329,8 @@ def is_full(error: Exception) -> bool:
 
 
 def access_error(error: Exception, uri: str) -> VlmflowError:
-    """The error for a store that cannot be used at all, in our words: the store's own may hold signatures."""
+    """The error for a store that cannot be used at all, in our words; the store's own lose what may be a secret."""
+    hide_secrets(error)
     address = parse_address(uri)
     root = address.root or address.path
     variables = _VARIABLES.get(_provider(address), "")

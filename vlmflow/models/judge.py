@@ -19,6 +19,7 @@ from PIL import Image
 from vlmflow.errors import WeightsError
 from vlmflow.models.attention import growing
 from vlmflow.models.pixels import model_dtype
+from vlmflow.models.thoughts import begins_thought
 from vlmflow.models.vlm import as_images, asked, chat_inputs, chat_text, load_image_text_to_text
 from vlmflow.models.weights import read_json
 
@@ -49,6 +50,11 @@ class VlmJudge:
             model, processor = load_image_text_to_text(folder, model_dtype(device), device)
             questions = [f"{question} {_INSTRUCTION}" for question in questions]
         judge = cls(model.to(device), processor, questions, device)
+        if any(begins_thought(prompt) for prompt in judge._prompts):
+            raise WeightsError(
+                f"weights: the chat template of {folder} has the model think first, and what it answers comes later",
+                remedy="Use the model of its maker that answers at once, often called Instruct.",
+            )
         with asked(folder) as pixels:
             judge.score(pixels)
         return judge

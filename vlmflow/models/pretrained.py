@@ -35,11 +35,12 @@ def load_model(
         The model; the tensors that it lacks; those that it has no use for. The caller knows which of them may differ.
 
     Raises:
-        WeightsError: the weights or their configuration are absent or do not fit, or are no numbers.
+        WeightsError: the weights or their configuration are absent or do not fit, are no numbers, or need a package
+            that is not installed.
     """
     read_json(folder / "config.json")  # without one, transformers would take the defaults of the class
     options = {} if config is None else {"config": config}
-    with in_our_words(folder, model_class.__name__), _quietly():
+    with in_our_words(folder, model_class.__name__), _told_of_packages(folder, "model"), _quietly():
         model, found = model_class.from_pretrained(
             folder,
             dtype=dtype,
@@ -134,7 +135,7 @@ def load_tokenizer(folder: Path, num_words: int) -> Any:
     with in_our_words(folder, "a tokenizer"), _told_of_packages(folder, "tokenizer"):
         # trust_remote_code must be given: left out, transformers asks on the terminal.
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    check_words(folder, tokenizer)
+        check_words(folder, tokenizer)
     return for_model(folder, tokenizer, num_words)
 
 
@@ -161,26 +162,32 @@ def load_processor(folder: Path) -> Any:
     """
     with in_our_words(folder, "a processor"), _told_of_packages(folder, "processor"), _quietly():
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    if (tokenizer := getattr(processor, "tokenizer", None)) is not None:
-        check_words(folder, tokenizer)
+        if (tokenizer := getattr(processor, "tokenizer", None)) is not None:
+            check_words(folder, tokenizer)
     return processor
 
 
 def check_words(folder: Path, tokenizer: Any) -> None:
-    """Refuses a tokenizer without a vocabulary.
+    """Refuses a tokenizer without a vocabulary, or one that does not make tokens of words with it.
 
     Where its files are absent, transformers builds most kinds of tokenizers all the same, of special tokens alone:
-    every word of every text would be an unknown one, and scores and answers would be given for that.
+    every word of every text would be an unknown one, and scores and answers would be given for that. And it reads a
+    vocabulary with the class that it has for the kind of the model, which drops every word if it was made by another.
 
     Raises:
-        WeightsError: it has none.
+        WeightsError: it knows or reads no words.
     """
     words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens) - set(tokenizer.get_added_vocab())
+    names = ", ".join(sorted({"tokenizer.json", *tokenizer.vocab_files_names.values()}))
     if len(words) <= 1:  # T5's has the mark of a space
-        names = ", ".join(sorted({"tokenizer.json", *tokenizer.vocab_files_names.values()}))
         raise WeightsError(
             f"weights: the tokenizer of {folder} knows no words: its vocabulary is absent or empty",
             remedy=f"Copy the tokenizer's files from where the model was published: those there are of {names}.",
+        )
+    if not tokenizer("picture", add_special_tokens=False)["input_ids"]:
+        raise WeightsError(
+            f"weights: the tokenizer of {folder}, read as {type(tokenizer).__name__}, makes no tokens of words",
+            remedy=f"Copy config.json and the tokenizer's files ({names}) of one model.",
         )
 
 

@@ -23,6 +23,7 @@ from vlmflow.models.preprocessing import read_preprocessing
 from vlmflow.models.pretrained import as_weights_error, check_of_model, check_padding, load_model, load_processor
 from vlmflow.models.prompted import rows_of
 from vlmflow.models.questions import check_scores
+from vlmflow.models.thoughts import ThoughtTokens, begins_thought, no_thought
 from vlmflow.models.weights import check_keys, read_json
 
 # An image is hundreds of tokens, and each of them is kept while an answer is written.
@@ -49,6 +50,7 @@ class TransformersChat:
         ends = writer.generation_config.eos_token_id
         ends = processor.tokenizer.eos_token_id if ends is None else ends
         self._ends: list[int] = [ends] if isinstance(ends, int) else list(ends or [])
+        self._thoughts = ThoughtTokens(processor.tokenizer)
 
     @classmethod
     def load(cls, folder: Path, device: str, dtype: Dtype = "auto") -> Self:
@@ -81,7 +83,8 @@ class TransformersChat:
     ) -> list[Answer]:
         """Writes what each prompt asks for of its image; see :class:`vlmflow.models.prompted.VisionChat`.
 
-        The score is the probability of all tokens written, the end included.
+        The score is the probability of all tokens written, the end included; where a thought comes first, of those
+        behind it. A text that ends within its thought begins as that.
 
         Raises:
             ValueError: a score is not finite.
@@ -138,8 +141,15 @@ class TransformersChat:
         logarithms = logits.log_softmax(dim=-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
         ended = torch.isin(tokens, torch.tensor(self._ends, device=tokens.device))
         after = ended.cumsum(dim=1) - ended.long() > 0
-        totals = logarithms.masked_fill(after, 0.0).sum(dim=1)
-        written = self._processor.tokenizer.batch_decode(tokens.masked_fill(after, pad), skip_special_tokens=True)
+        begun = torch.tensor([begins_thought(text) for text in texts], device=tokens.device)
+        thought, unfinished = self._thoughts.find(tokens.masked_fill(after, pad), begun)
+        totals = logarithms.masked_fill(after | thought, 0.0).sum(dim=1)
+        tokens = tokens.masked_fill(after | thought | unfinished, pad)
+        written = self._processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        written = [
+            f"{text}<think>" if is_cut else text
+            for text, is_cut in zip(written, unfinished.any(dim=1).tolist(), strict=True)
+        ]
         scores = [math.exp(total) for total in totals.tolist()]
         check_scores(scores)
         return [Answer(text.strip(), score) for text, score in zip(written, scores, strict=True)]
@@ -183,11 +193,12 @@ def asked(folder: Path) -> Iterator[torch.Tensor]:
 
 
 def chat_text(processor: Any, prompt: str) -> str:
-    """The prompt beside an image, in the words of the processor's chat template where it has one."""
+    """The prompt beside an image, in the words of the processor's chat template where it has one; without a thought."""
     if getattr(processor, "chat_template", None):
         content = [{"type": "image"}, {"type": "text", "text": prompt}]
         messages = [{"role": "user", "content": content}]
-        return str(processor.apply_chat_template(messages, add_generation_prompt=True))
+        options = no_thought(processor.chat_template)
+        return str(processor.apply_chat_template(messages, add_generation_prompt=True, **options))
     name = type(processor).__name__
     if name in _PLACES_IMAGES:
         return prompt

@@ -229,8 +229,11 @@ class FakeEngine:
             raise ValueError("no such architecture")
         FakeEngine.made = arguments
 
-    def chat(self, conversations: Any, *, sampling_params: Any, use_tqdm: bool) -> list[Any]:
+    def chat(
+        self, conversations: Any, *, sampling_params: Any, chat_template_kwargs: dict[str, bool], use_tqdm: bool
+    ) -> list[Any]:
         assert not use_tqdm
+        assert chat_template_kwargs == {"enable_thinking": False, "thinking": False}
         assert sampling_params == {"temperature": 0.0, "max_tokens": 9, "logprobs": 1}
         outputs = []
         for ((message,),) in zip(conversations, strict=True):

@@ -38,10 +38,20 @@ from transformers import (
 )
 
 from tests.families import build_model, make_blip2_captioner, make_git
-from tests.models import CHAT_TEMPLATE, IMAGE_SIZE, WORDS, as_images, make_captioner, make_judge, random_pixels
+from tests.models import (
+    CHAT_TEMPLATE,
+    IMAGE_SIZE,
+    WORDS,
+    as_images,
+    make_captioner,
+    make_judge,
+    random_pixels,
+    write_json,
+)
 from tests.unit.models.test_models_weights import edit_json
 from vlmflow.errors import WeightsError
 from vlmflow.models.judge import VlmJudge
+from vlmflow.models.pretrained import load_tokenizer
 from vlmflow.models.vlm import TransformersChat
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -197,12 +207,22 @@ def test_a_model_whose_chat_template_was_left_behind_is_refused(tmp_path: Path) 
     assert "Copy chat_template.jinja" in no.value.remedy
 
 
-def test_a_package_that_a_processor_needs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("needed_by", [AutoProcessor, AutoModelForImageTextToText])
+def test_a_package_that_a_model_needs_is_named(needed_by: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def needs_a_package(*_: Any, **__: Any) -> None:
         raise ImportError("Package `num2words` is required to run SmolVLM processor.")
 
     folder = make_judge(tmp_path)
-    monkeypatch.setattr(AutoProcessor, "from_pretrained", needs_a_package)
+    monkeypatch.setattr(needed_by, "from_pretrained", needs_a_package)
     with pytest.raises(WeightsError, match="needs a package that is not installed: Package `num2words`") as refused:
         TransformersChat.load(folder, "cpu")
     assert "Install it on every node" in refused.value.remedy
+
+
+def test_a_tokenizer_that_drops_every_word_is_refused(tmp_path: Path) -> None:
+    """transformers reads it with the class that it has for the kind of the model, whatever made it."""
+    tokenizer().save_pretrained(tmp_path)
+    assert len(load_tokenizer(tmp_path, 99)("a red car")["input_ids"]) == 3
+    write_json(tmp_path / "config.json", {"model_type": "qwen3_5"})
+    with pytest.raises(WeightsError, match="read as Qwen3_5Tokenizer, makes no tokens of words"):
+        load_tokenizer(tmp_path, 99)

@@ -155,6 +155,7 @@ FAMILIES = {
         ("vlmflow.models.flava:FlavaEmbedder", "vlmflow.models.flava:FlavaMatcher"),
         processor="FlavaImageProcessor",
         image_section="image_config",
+        model_types=("flava",),
         shares_tower=True,
     ),
     "align": Family(

@@ -115,11 +115,7 @@ def _detach(model: torch.nn.Module) -> None:
 
 
 def load_config(config_class: Any, folder: Path) -> Any:
-    """Reads ``config.json`` as a configuration class of transformers.
-
-    Raises:
-        WeightsError: it does not fit.
-    """
+    """``config.json`` as a configuration class of transformers; a WeightsError where it does not fit."""
     with in_our_words(folder, config_class.__name__), _quietly():
         return config_class.from_pretrained(folder, local_files_only=True)
 
@@ -185,9 +181,8 @@ def check_words(folder: Path, tokenizer: Any) -> None:
             f"weights: the tokenizer of {folder} knows no words: its vocabulary is absent or empty",
             remedy=f"Copy the tokenizer's files from where the model was published: those there are of {names}.",
         )
-    if not tokenizer("picture", add_special_tokens=False, truncation=True, max_length=8)[
-        "input_ids"
-    ]:  # not the file's length
+    of_word = tokenizer("picture", add_special_tokens=False, truncation=True, max_length=8)  # not the file's length
+    if not of_word["input_ids"]:
         raise WeightsError(
             f"weights: the tokenizer of {folder}, read as {type(tokenizer).__name__}, makes no tokens of words",
             remedy=ONE_MODEL,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol, TypeAlias
 
 import torch
@@ -111,8 +111,9 @@ class PromptedCaptioner:
 class PromptedAnswerer:
     """Asks each question in a prompt of its own, with the image beside it."""
 
-    def __init__(self, chat: VisionChat, prompt: str, max_tokens: int) -> None:
-        self._chat, self._prompt, self._max_tokens = chat, prompt, max_tokens
+    def __init__(self, chat: VisionChat, prompt: str, max_tokens: int, *, marks: Collection[str] = ()) -> None:
+        """``marks``: by which the model is told of images and turns; no question may hold one."""
+        self._chat, self._prompt, self._max_tokens, self._marks = chat, prompt, max_tokens, marks
         self._writer = _Writer(chat)
 
     def check_questions(self, questions: Sequence[str]) -> None:
@@ -123,6 +124,12 @@ class PromptedAnswerer:
                     f"question {question[:60]!r}... has {len(question):,} characters, at most {_MAX_QUESTION_CHARS:,}",
                     remedy="Ask a shorter question.",
                 )
+            for mark in self._marks:
+                if mark in question:
+                    raise QuestionError(
+                        f"question {question[:60]!r} holds {mark}, by which the model is told of images and turns",
+                        remedy="Ask in plain words.",
+                    )
 
     def answer(self, pixels: torch.Tensor, questions: Sequence[Sequence[str]]) -> list[list[Answer]]:
         """Answers each image's questions; see :class:`vlmflow.models.Answerer`. Some answers may be empty.

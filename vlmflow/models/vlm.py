@@ -38,7 +38,11 @@ _FAMILIES = {"blip": "blip_caption", "git": "git"}
 
 
 class TransformersChat:
-    """Writes for a batch of prompts at a time. N: images, S: side of the pixels."""
+    """Writes for a batch of prompts at a time. N: images, S: side of the pixels.
+
+    Attributes:
+        marks: special tokens by which a prompt tells the model of images and turns.
+    """
 
     def __init__(self, model: Any, processor: Any, device: str, dtype: torch.dtype) -> None:
         self._model, self._processor, self._device, self._dtype = model, processor, device, dtype
@@ -51,6 +55,7 @@ class TransformersChat:
         ends = processor.tokenizer.eos_token_id if ends is None else ends
         self._ends: list[int] = [ends] if isinstance(ends, int) else list(ends or [])
         self._thoughts = ThoughtTokens(processor.tokenizer)
+        self.marks: tuple[str, ...] = ()
 
     @classmethod
     def load(cls, folder: Path, device: str, dtype: Dtype = "auto") -> Self:
@@ -69,6 +74,7 @@ class TransformersChat:
         chat = cls(model.to(device), processor, device, kind)
         with asked(folder) as pixels:
             chat.write(pixels, ["a"], 1)
+        chat.marks = _marks(processor)
         return chat
 
     @torch.inference_mode()
@@ -233,6 +239,16 @@ def _writer(model: Any) -> Any:
             if callable(getattr(part, "generate", None)):
                 return part
     return model
+
+
+def _marks(processor: Any) -> tuple[str, ...]:
+    """The special tokens that stand around a prompt, and those that begin and end texts."""
+    tokenizer = processor.tokenizer
+    around = chat_text(processor, "")
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    named = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, getattr(processor, "image_token", None)}
+    found = {token for token in special if token in around} | {token for token in named if token}
+    return tuple(sorted(token for token in found if len(token.strip()) > 2))  # some pad with a mark of punctuation
 
 
 def _check_asked(folder: Path, processor: Any) -> None:

@@ -28,6 +28,8 @@ from vlmflow.models.weights import check_keys, read_json
 
 # An image is hundreds of tokens, and each of them is kept while an answer is written.
 _SEQUENCES_AT_ONCE = 16
+# By the model_type: what transformers writes of an image with these depends on how many stand before it in the batch.
+_ALONE = frozenset(("hunyuan_vl",))
 # Processors that put the tokens of an image before any text.
 _PLACES_IMAGES = frozenset(("Blip2Processor", "Florence2Processor", "InstructBlipProcessor", "Kosmos2Processor"))
 # What stands between the image and the text where there is no chat template. PaliGemma's processor puts there the token
@@ -74,7 +76,7 @@ class TransformersChat:
         chat = cls(model.to(device), processor, device, kind)
         with asked(folder) as pixels:
             chat.write(pixels, ["a"], 1)
-        chat.marks = _marks(processor)
+            chat.marks = _marks(processor)
         return chat
 
     @torch.inference_mode()
@@ -98,7 +100,8 @@ class TransformersChat:
         shown = rows_of(pixels, prompts, rows)
         texts = [chat_text(self._processor, prompt) for prompt in prompts]
         answers: dict[int, Answer] = {}
-        for part in self._batches(texts, max(1, _SEQUENCES_AT_ONCE // num_beams)):
+        at_once = 1 if writes_alone(self._model) else max(1, _SEQUENCES_AT_ONCE // num_beams)
+        for part in self._batches(texts, at_once):
             with growing(torch.device(self._device)):
                 images = as_images(pixels[[shown[number] for number in part]])
                 written = self._write(images, [texts[number] for number in part], max_tokens, num_beams)
@@ -231,6 +234,11 @@ def as_images(pixels: torch.Tensor) -> list[Image.Image]:
     return [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
 
 
+def writes_alone(model: Any) -> bool:
+    """Whether a model is to be asked about one image at a time."""
+    return model.config.model_type in _ALONE
+
+
 def _writer(model: Any) -> Any:
     """The model that writes: itself, or, of BLIP-2, InstructBLIP and Kosmos-2, its part, with settings of its own."""
     if type(model).generate is not GenerationMixin.generate:
@@ -247,7 +255,7 @@ def _marks(processor: Any) -> tuple[str, ...]:
     around = chat_text(processor, "")
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     named = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, getattr(processor, "image_token", None)}
-    found = {token for token in special if token in around} | {token for token in named if token}
+    found = {token for token in special if token in around} | {str(token) for token in named if token}
     return tuple(sorted(token for token in found if len(token.strip()) > 2))  # some pad with a mark of punctuation
 
 

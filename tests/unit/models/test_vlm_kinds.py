@@ -21,6 +21,10 @@ from transformers import (
     BlipImageProcessor,
     CLIPImageProcessor,
     GPT2Config,
+    HunYuanVLConfig,
+    HunYuanVLForConditionalGeneration,
+    HunYuanVLImageProcessor,
+    HunYuanVLProcessor,
     Idefics2Config,
     Idefics2ForConditionalGeneration,
     Idefics2ImageProcessor,
@@ -60,13 +64,13 @@ TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 PROMPTS = ["red", "a picture of the red car", ""]
 
 
-def tokenizer(*special: str) -> PreTrainedTokenizerFast:
+def tokenizer(*special: str, **named: str) -> PreTrainedTokenizerFast:
     words = ["<pad>", "<s>", "</s>", "<unk>", "Yes", "No", *WORDS]
     of_words = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
     of_words.pre_tokenizer = Whitespace()
     names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    fast = PreTrainedTokenizerFast(tokenizer_object=of_words, **names)
-    fast.add_tokens([AddedToken("\n", normalized=False), *special], special_tokens=True)
+    fast = PreTrainedTokenizerFast(tokenizer_object=of_words, extra_special_tokens=named, **names)
+    fast.add_tokens([AddedToken("\n", normalized=False), *special, *named.values()], special_tokens=True)
     return fast
 
 
@@ -116,6 +120,23 @@ def idefics2(folder: Path) -> Path:
     return saved(Idefics2ForConditionalGeneration, config, processor, folder)
 
 
+def hunyuan(folder: Path) -> Path:
+    names = {"image_token": "<image>", "image_start_token": "<begin>", "image_end_token": "<end>"}
+    words = tokenizer(**names)
+    images = HunYuanVLImageProcessor(size={"shortest_edge": 1024, "longest_edge": 4096}, patch_size=8)
+    template = CHAT_TEMPLATE.replace("<image>", "<begin><image><end>")
+    processor = HunYuanVLProcessor(images, words, chat_template=template)
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2, 2]}
+    text = SIZES | TOKENS | {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": len(words), "eod_token_id": 2}
+    vision = SIZES | {"num_key_value_heads": 2, "patch_size": 8, "out_hidden_size": 32, "text_hidden_size": 32}
+    config = HunYuanVLConfig(
+        text_config=text | {"rope_parameters": rope},
+        vision_config=vision,
+        **{f"{name}_id": words.convert_tokens_to_ids(token) for name, token in names.items()},
+    )
+    return saved(HunYuanVLForConditionalGeneration, config, processor, folder)
+
+
 def documented(folder: Path, pixels: torch.Tensor, prompts: list[str], max_tokens: int) -> tuple[list[str], list[Any]]:
     """What transformers writes of each image alone, asked as its documentation says; and the logits of the first."""
     model, processor = AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
@@ -147,6 +168,17 @@ def test_an_image_is_told_of_as_the_documentation_does(make: Callable[[Path], Pa
     _, logits = documented(folder, pixels, [asked] * 3, 1)
     scores = VlmJudge.load(folder, ["the car"], "cpu").score(pixels)
     np.testing.assert_allclose(scores[:, 0], torch.stack(logits)[:, [4, 5]].softmax(dim=1)[:, 0], atol=1e-5)
+
+
+def test_a_model_whose_batches_depend_on_their_order_is_asked_about_one_image_at_a_time(tmp_path: Path) -> None:
+    """transformers numbers HunYuanVL's images through the batch, and turns the vectors of each by its number."""
+    folder, pixels = hunyuan(tmp_path), random_pixels(3)
+    chat, judge = TransformersChat.load(folder, "cpu"), VlmJudge.load(folder, ["the car"], "cpu")
+    alone = [chat.write(pixels[row : row + 1], ["the car"], 5)[0] for row in range(3)]
+    np.testing.assert_allclose([a.score for a in chat.write(pixels, ["the car"] * 3, 5)], [a.score for a in alone])
+    expected = np.concatenate([judge.score(pixels[row : row + 1]) for row in range(3)])
+    np.testing.assert_array_equal(judge.score(pixels), expected)
+    assert judge.score(pixels[:0]).shape == (0, 1)
 
 
 def test_blip_2_ends_where_its_language_model_does(tmp_path: Path) -> None:

@@ -155,6 +155,7 @@ FAMILIES = {
         ("vlmflow.models.flava:FlavaEmbedder", "vlmflow.models.flava:FlavaMatcher"),
         processor="FlavaImageProcessor",
         image_section="image_config",
+        model_types=("flava",),
         shares_tower=True,
     ),
     "align": Family(
@@ -180,13 +181,14 @@ FAMILIES = {
     ),
     "vlm": Family(
         ("caption", "answer"),
-        code_version=3,
+        code_version=4,
         companion_names=(*_PROCESSOR_NAMES, "generation_config.json"),  # repetition penalties and the like
         reader="chat",
         takes_prompt=True,
     ),
     "vllm": Family(
         ("caption", "answer"),
+        code_version=2,
         companion_names=(*_PROCESSOR_NAMES, "generation_config.json"),  # tokens that end a text
         reader="chat",
         takes_prompt=True,
@@ -194,7 +196,7 @@ FAMILIES = {
     ),
     "endpoint": Family(("caption", "answer"), takes_prompt=True, has_beams=False),
     "image_classification": Family(reader="classifier"),
-    "vlm_judge": Family(code_version=3, companion_names=_PROCESSOR_NAMES, reader="chat"),
+    "vlm_judge": Family(code_version=4, companion_names=_PROCESSOR_NAMES, reader="chat"),
     "opennsfw": Family(is_packaged=True),
 }
 

@@ -328,7 +328,8 @@ def load_answerer(
 
         prompt = prompt_of("answer", config)
         assert prompt is not None
-        return PromptedAnswerer(_load_chat("answer", config, device, dtype), prompt, config.max_answer_tokens)
+        chat = _load_chat("answer", config, device, dtype)
+        return PromptedAnswerer(chat, prompt, config.max_answer_tokens, marks=getattr(chat, "marks", ()))
     answerer: Answerer = _load("answer", config, device, dtype, towers)
     return answerer
 

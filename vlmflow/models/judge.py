@@ -19,7 +19,8 @@ from PIL import Image
 from vlmflow.errors import WeightsError
 from vlmflow.models.attention import growing
 from vlmflow.models.pixels import model_dtype
-from vlmflow.models.vlm import as_images, asked, chat_inputs, chat_text, load_image_text_to_text
+from vlmflow.models.thoughts import begins_thought
+from vlmflow.models.vlm import as_images, asked, chat_inputs, chat_text, load_image_text_to_text, writes_alone
 from vlmflow.models.weights import read_json
 
 _ANSWERS = ("Yes", "No")
@@ -49,6 +50,11 @@ class VlmJudge:
             model, processor = load_image_text_to_text(folder, model_dtype(device), device)
             questions = [f"{question} {_INSTRUCTION}" for question in questions]
         judge = cls(model.to(device), processor, questions, device)
+        if any(begins_thought(prompt) for prompt in judge._prompts):
+            raise WeightsError(
+                f"weights: the chat template of {folder} has the model think first, and what it answers comes later",
+                remedy="Use the model of its maker that answers at once, often called Instruct.",
+            )
         with asked(folder) as pixels:
             judge.score(pixels)
         return judge
@@ -57,9 +63,10 @@ class VlmJudge:
     def score(self, pixels: torch.Tensor) -> NDArray[np.float32]:
         """(N, 3, S, S) uint8 RGB -> (N, Q) probability of `Yes` against `No`, in float32."""
         images = as_images(pixels)
+        parts = [[image] for image in images] if writes_alone(self._model) else [images] * bool(images)
         with growing(torch.device(self._device)):
-            columns = [self._ask(images, prompt) for prompt in self._prompts] if images else []
-        return np.stack(columns, axis=1) if columns else np.empty((0, len(self._prompts)), np.float32)
+            rows = [np.stack([self._ask(part, prompt) for prompt in self._prompts], axis=1) for part in parts]
+        return np.concatenate(rows) if rows else np.empty((0, len(self._prompts)), np.float32)
 
     def _ask(self, images: list[Image.Image], prompt: str) -> NDArray[np.float32]:
         # All prompts are equal, so there is no padding.

@@ -12,13 +12,17 @@ from typing import Any, Literal, assert_never, cast
 from vlmflow.config import ModelConfig
 from vlmflow.errors import WeightsError
 from vlmflow.families import Family, family_of
-from vlmflow.models.processors import CLIP_MEAN, CLIP_STD, values_of_timm, with_defaults
+from vlmflow.models.processors import CLIP_MEAN, CLIP_STD, class_of, values_of_timm, with_defaults
 from vlmflow.models.weights import check_model_type, read_json, read_open_clip_model, section_of
 
 Interpolation = Literal["bicubic", "bilinear"]
 
 # Of vision-language models without a size of their own: two tiles of the usual 384 each way.
 _PROMPTED_SIDE, _MAX_PROMPTED_SIDE = 768, 1024
+# A longest side that is longer counts the pixels of a whole image.
+_MAX_SIDE = 10_000
+# What their files call the size is that of a patch: they cut images of any size into these.
+_SIZED_BY_PATCH = ("InklingImageProcessor", "Inkling2ImageProcessor")
 _PILLOW_FILTERS: dict[object, Interpolation] = {2: "bilinear", 3: "bicubic"}
 
 
@@ -206,8 +210,11 @@ def _prompted_side(folder: Path) -> int:
     size = values.get("crop_size") if values.get("do_center_crop") else None
     size = size or values.get("size")
     if isinstance(size, dict):
-        size = size.get("height", size.get("shortest_edge"))
-    # Some count all pixels there, not those of a side.
+        longest = size.get("longest_edge")
+        counts_pixels = isinstance(longest, int) and longest > _MAX_SIDE
+        size = None if counts_pixels else size.get("height", size.get("shortest_edge"))
+    if class_of(values) in _SIZED_BY_PATCH:
+        size = None
     return size if isinstance(size, int) and 0 < size <= _MAX_PROMPTED_SIDE else _PROMPTED_SIDE
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,14 +32,15 @@ def load_model(
         config: instead of the folder's.
 
     Returns:
-        The model; the tensors that it lacks; those that it has no use for. The caller knows which of them may differ.
+        The model; the tensors that it lacks; those that it has no use for.
 
     Raises:
-        WeightsError: the weights or their configuration are absent or do not fit, or are no numbers.
+        WeightsError: the weights or their configuration are absent or do not fit, are no numbers, or need a package
+            that is not installed.
     """
     read_json(folder / "config.json")  # without one, transformers would take the defaults of the class
     options = {} if config is None else {"config": config}
-    with in_our_words(folder, model_class.__name__), _quietly():
+    with in_our_words(folder, model_class.__name__), _told_of_packages(folder, "model"), _quietly():
         model, found = model_class.from_pretrained(
             folder,
             dtype=dtype,
@@ -51,23 +52,25 @@ def load_model(
             **options,
         )
     _check_shapes(folder, found["mismatched_keys"])
-    check_numbers(folder, model)
+    check_numbers(folder, model, missing=found["missing_keys"])
     if torch.device(device).type == "cpu":
         _detach(model)
     return model.eval().requires_grad_(False), sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
 
 
-def check_numbers(folder: Path, model: torch.nn.Module) -> None:
+def check_numbers(folder: Path, model: torch.nn.Module, *, missing: Collection[str] = ()) -> None:
     """Refuses weights that are not finite: a training that diverged, or a file that was damaged.
 
-    One of them may spoil all that a model gives, or a word alone that few images have to do with.
+    One of them may spoil all that a model gives, or a word alone that few images have to do with. Of tensors that no
+    file holds, named by ``missing``, nothing is known: their memory may be as it was found.
 
     Raises:
         WeightsError: names the first of them.
     """
+    held = {name: values for name, values in model.named_parameters() if name not in missing}
     wrong = [
         name
-        for name, values in model.named_parameters()
+        for name, values in held.items()
         if values.is_floating_point() and values.numel() and not all(end.isfinite() for end in torch.aminmax(values))
     ]
     # Of buffers, masks may well hold infinities.
@@ -112,11 +115,7 @@ def _detach(model: torch.nn.Module) -> None:
 
 
 def load_config(config_class: Any, folder: Path) -> Any:
-    """Reads ``config.json`` as a configuration class of transformers.
-
-    Raises:
-        WeightsError: it does not fit.
-    """
+    """``config.json`` as a configuration class of transformers; a WeightsError where it does not fit."""
     with in_our_words(folder, config_class.__name__), _quietly():
         return config_class.from_pretrained(folder, local_files_only=True)
 
@@ -134,7 +133,7 @@ def load_tokenizer(folder: Path, num_words: int) -> Any:
     with in_our_words(folder, "a tokenizer"), _told_of_packages(folder, "tokenizer"):
         # trust_remote_code must be given: left out, transformers asks on the terminal.
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    check_words(folder, tokenizer)
+        check_words(folder, tokenizer)
     return for_model(folder, tokenizer, num_words)
 
 
@@ -156,24 +155,24 @@ def load_processor(folder: Path) -> Any:
     """What the folder's model makes of images and texts.
 
     Raises:
-        WeightsError: it is absent, its tokenizer knows no words, or it needs code of its own or a package that is not
-            installed.
+        WeightsError: as :func:`load_tokenizer` of its tokenizer.
     """
     with in_our_words(folder, "a processor"), _told_of_packages(folder, "processor"), _quietly():
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    if (tokenizer := getattr(processor, "tokenizer", None)) is not None:
-        check_words(folder, tokenizer)
+        if (tokenizer := getattr(processor, "tokenizer", None)) is not None:
+            check_words(folder, tokenizer)
     return processor
 
 
 def check_words(folder: Path, tokenizer: Any) -> None:
-    """Refuses a tokenizer without a vocabulary.
+    """Refuses a tokenizer without a vocabulary, or one that does not make tokens of words with it.
 
-    Where its files are absent, transformers builds most kinds of tokenizers all the same, of special tokens alone:
-    every word of every text would be an unknown one, and scores and answers would be given for that.
+    Where its files are absent, transformers builds most kinds of tokenizers all the same, of special tokens alone, and
+    scores and answers would be given for unknown words. And it reads a vocabulary with the class that it has for the
+    kind of the model, which drops every word if it was made by another.
 
     Raises:
-        WeightsError: it has none.
+        WeightsError: it knows or reads no words.
     """
     words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens) - set(tokenizer.get_added_vocab())
     if len(words) <= 1:  # T5's has the mark of a space
@@ -181,6 +180,12 @@ def check_words(folder: Path, tokenizer: Any) -> None:
         raise WeightsError(
             f"weights: the tokenizer of {folder} knows no words: its vocabulary is absent or empty",
             remedy=f"Copy the tokenizer's files from where the model was published: those there are of {names}.",
+        )
+    of_word = tokenizer("picture", add_special_tokens=False, truncation=True, max_length=8)  # not the file's length
+    if not of_word["input_ids"]:
+        raise WeightsError(
+            f"weights: the tokenizer of {folder}, read as {type(tokenizer).__name__}, makes no tokens of words",
+            remedy=ONE_MODEL,
         )
 
 

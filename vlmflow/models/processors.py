@@ -73,7 +73,7 @@ def with_defaults(values: dict[str, Any], default_class: str | None, path: Path)
         WeightsError: a value is left out that the processor's class does not settle, or the class does what vlmflow
             does not.
     """
-    name = _class_of(values) or default_class
+    name = class_of(values) or default_class
     if name in _REFUSED:
         raise WeightsError(
             f"weights: {path}: {name} does more than resize, 1/255, mean and std",
@@ -108,7 +108,7 @@ def values_of_timm(pretrained: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _class_of(values: dict[str, Any]) -> str | None:
+def class_of(values: dict[str, Any]) -> str | None:
     """The class that a file names; older files name it otherwise, newer ones with what it computes with."""
     found = values.get("image_processor_type") or values.get("feature_extractor_type")
     if not isinstance(found, str):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol, TypeAlias
 
 import torch
@@ -12,6 +12,7 @@ from vlmflow.errors import AnswerError, QuestionError
 from vlmflow.models import Answer, Usage
 from vlmflow.models.prompts import QUESTION
 from vlmflow.models.questions import check_paired
+from vlmflow.models.thoughts import without_thought
 
 _MAX_QUESTION_CHARS = 2_000
 
@@ -44,7 +45,7 @@ class VisionChat(Protocol):
 
 
 class _Writer:
-    """Has texts written, on one line each; some may be empty.
+    """Has texts written, on one line each, without the thought that may come before; some may be empty.
 
     A batch in which one is empty may be run again in halves, to find the image that is to blame: what was written is
     remembered until the next batch, so that these cost nothing.
@@ -53,6 +54,7 @@ class _Writer:
     def __init__(self, chat: VisionChat) -> None:
         self._chat = chat
         self._written: dict[_Key, Answer] = {}
+        self._unfinished: set[_Key] = set()  # of these, those that are nothing but a thought
 
     def write(
         self, pixels: torch.Tensor, prompts: Sequence[str], max_tokens: int, num_beams: int = 1, *, rows: Sequence[int]
@@ -61,13 +63,23 @@ class _Writer:
             keys = _keys(pixels, prompts, max_tokens, num_beams, rows)
             if all(key in self._written for key in keys):
                 return [self._written[key] for key in keys]
-            self._written = {}
+            self._written, self._unfinished = {}, set()
         written = self._chat.write(pixels, prompts, max_tokens, num_beams, rows=rows)
-        answers = [Answer(" ".join(answer.text.split()), answer.score) for answer in written]
+        answers = [Answer(" ".join(without_thought(answer.text).split()), answer.score) for answer in written]
         if not all(answer.text for answer in answers):
             keys = _keys(pixels, prompts, max_tokens, num_beams, rows)
             self._written = dict(zip(keys, answers, strict=True))
+            self._unfinished = {key for key, answer in zip(keys, written, strict=True) if answer.text.strip()}
         return answers
+
+    def nothing(
+        self, pixels: torch.Tensor, prompts: Sequence[str], max_tokens: int, num_beams: int = 1, *, rows: Sequence[int]
+    ) -> AnswerError:
+        """What to raise where texts that were just written are empty."""
+        keys = _keys(pixels, prompts, max_tokens, num_beams, rows)
+        if any(key in self._unfinished and not self._written[key].text for key in keys):
+            return AnswerError("the model was still thinking at the last token that its text may have")
+        return AnswerError("the model wrote nothing")
 
 
 class PromptedCaptioner:
@@ -88,7 +100,7 @@ class PromptedCaptioner:
         prompts, rows = [self._prompt] * len(pixels), range(len(pixels))
         captions = [answer.text for answer in self._writer.write(pixels, prompts, max_tokens, num_beams, rows=rows)]
         if not all(captions):
-            raise AnswerError("the model wrote nothing")
+            raise self._writer.nothing(pixels, prompts, max_tokens, num_beams, rows=rows)
         return captions
 
     def take_usage(self) -> Usage | None:
@@ -99,8 +111,9 @@ class PromptedCaptioner:
 class PromptedAnswerer:
     """Asks each question in a prompt of its own, with the image beside it."""
 
-    def __init__(self, chat: VisionChat, prompt: str, max_tokens: int) -> None:
-        self._chat, self._prompt, self._max_tokens = chat, prompt, max_tokens
+    def __init__(self, chat: VisionChat, prompt: str, max_tokens: int, *, marks: Collection[str] = ()) -> None:
+        """``marks``: by which the model is told of images and turns; no question may hold one."""
+        self._chat, self._prompt, self._max_tokens, self._marks = chat, prompt, max_tokens, marks
         self._writer = _Writer(chat)
 
     def check_questions(self, questions: Sequence[str]) -> None:
@@ -111,6 +124,12 @@ class PromptedAnswerer:
                     f"question {question[:60]!r}... has {len(question):,} characters, at most {_MAX_QUESTION_CHARS:,}",
                     remedy="Ask a shorter question.",
                 )
+            for mark in self._marks:
+                if mark in question:
+                    raise QuestionError(
+                        f"question {question[:60]!r} holds {mark}, by which the model is told of images and turns",
+                        remedy="Ask in plain words.",
+                    )
 
     def answer(self, pixels: torch.Tensor, questions: Sequence[Sequence[str]]) -> list[list[Answer]]:
         """Answers each image's questions; see :class:`vlmflow.models.Answerer`. Some answers may be empty.
@@ -129,7 +148,7 @@ class PromptedAnswerer:
         written = iter(self._writer.write(pixels, prompts, self._max_tokens, rows=rows))
         answers = [[next(written) for _ in asked] for asked in questions]
         if any(given and not any(answer.text for answer in given) for given in answers):
-            raise AnswerError("the model wrote nothing")
+            raise self._writer.nothing(pixels, prompts, self._max_tokens, rows=rows)
         return answers
 
     def take_usage(self) -> Usage | None:

@@ -20,6 +20,7 @@ from vlmflow.errors import ConfigError
 from vlmflow.models import Answer, Usage
 from vlmflow.models.pretrained import in_our_words
 from vlmflow.models.prompted import rows_of
+from vlmflow.models.thoughts import NO_THOUGHT
 
 
 class VllmChat:
@@ -73,7 +74,9 @@ class VllmChat:
             for row, prompt in zip(rows_of(pixels, prompts, rows), prompts, strict=True)
         ]
         sampling = self._sampling(temperature=0.0, max_tokens=max_tokens, logprobs=1)
-        outputs = self._engine.chat(conversations, sampling_params=sampling, use_tqdm=False)
+        # Of these it passes on what the chat template reads.
+        options = {"sampling_params": sampling, "chat_template_kwargs": dict(NO_THOUGHT), "use_tqdm": False}
+        outputs = self._engine.chat(conversations, **options)
         return [_answer(output.outputs[0]) for output in outputs]
 
     def take_usage(self) -> Usage | None:

@@ -23,10 +23,13 @@ from vlmflow.models.preprocessing import read_preprocessing
 from vlmflow.models.pretrained import as_weights_error, check_of_model, check_padding, load_model, load_processor
 from vlmflow.models.prompted import rows_of
 from vlmflow.models.questions import check_scores
+from vlmflow.models.thoughts import ThoughtTokens, begins_thought, no_thought
 from vlmflow.models.weights import check_keys, read_json
 
 # An image is hundreds of tokens, and each of them is kept while an answer is written.
 _SEQUENCES_AT_ONCE = 16
+# By the model_type: what transformers writes of an image with these depends on how many stand before it in the batch.
+_ALONE = frozenset(("hunyuan_vl",))
 # Processors that put the tokens of an image before any text.
 _PLACES_IMAGES = frozenset(("Blip2Processor", "Florence2Processor", "InstructBlipProcessor", "Kosmos2Processor"))
 # What stands between the image and the text where there is no chat template. PaliGemma's processor puts there the token
@@ -37,7 +40,11 @@ _FAMILIES = {"blip": "blip_caption", "git": "git"}
 
 
 class TransformersChat:
-    """Writes for a batch of prompts at a time. N: images, S: side of the pixels."""
+    """Writes for a batch of prompts at a time. N: images, S: side of the pixels.
+
+    Attributes:
+        marks: special tokens by which a prompt tells the model of images and turns.
+    """
 
     def __init__(self, model: Any, processor: Any, device: str, dtype: torch.dtype) -> None:
         self._model, self._processor, self._device, self._dtype = model, processor, device, dtype
@@ -49,6 +56,8 @@ class TransformersChat:
         ends = writer.generation_config.eos_token_id
         ends = processor.tokenizer.eos_token_id if ends is None else ends
         self._ends: list[int] = [ends] if isinstance(ends, int) else list(ends or [])
+        self._thoughts = ThoughtTokens(processor.tokenizer)
+        self.marks: tuple[str, ...] = ()
 
     @classmethod
     def load(cls, folder: Path, device: str, dtype: Dtype = "auto") -> Self:
@@ -67,6 +76,7 @@ class TransformersChat:
         chat = cls(model.to(device), processor, device, kind)
         with asked(folder) as pixels:
             chat.write(pixels, ["a"], 1)
+            chat.marks = _marks(processor)
         return chat
 
     @torch.inference_mode()
@@ -81,7 +91,8 @@ class TransformersChat:
     ) -> list[Answer]:
         """Writes what each prompt asks for of its image; see :class:`vlmflow.models.prompted.VisionChat`.
 
-        The score is the probability of all tokens written, the end included.
+        The score is the probability of all tokens written, the end included; where a thought comes first, of those
+        behind it. A text that ends within its thought begins as that.
 
         Raises:
             ValueError: a score is not finite.
@@ -89,7 +100,8 @@ class TransformersChat:
         shown = rows_of(pixels, prompts, rows)
         texts = [chat_text(self._processor, prompt) for prompt in prompts]
         answers: dict[int, Answer] = {}
-        for part in self._batches(texts, max(1, _SEQUENCES_AT_ONCE // num_beams)):
+        at_once = 1 if writes_alone(self._model) else max(1, _SEQUENCES_AT_ONCE // num_beams)
+        for part in self._batches(texts, at_once):
             with growing(torch.device(self._device)):
                 images = as_images(pixels[[shown[number] for number in part]])
                 written = self._write(images, [texts[number] for number in part], max_tokens, num_beams)
@@ -138,8 +150,15 @@ class TransformersChat:
         logarithms = logits.log_softmax(dim=-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
         ended = torch.isin(tokens, torch.tensor(self._ends, device=tokens.device))
         after = ended.cumsum(dim=1) - ended.long() > 0
-        totals = logarithms.masked_fill(after, 0.0).sum(dim=1)
-        written = self._processor.tokenizer.batch_decode(tokens.masked_fill(after, pad), skip_special_tokens=True)
+        begun = torch.tensor([begins_thought(text) for text in texts], device=tokens.device)
+        thought, unfinished = self._thoughts.find(tokens.masked_fill(after, pad), begun)
+        totals = logarithms.masked_fill(after | thought, 0.0).sum(dim=1)
+        tokens = tokens.masked_fill(after | thought | unfinished, pad)
+        written = self._processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        written = [
+            f"{text}<think>" if is_cut else text
+            for text, is_cut in zip(written, unfinished.any(dim=1).tolist(), strict=True)
+        ]
         scores = [math.exp(total) for total in totals.tolist()]
         check_scores(scores)
         return [Answer(text.strip(), score) for text, score in zip(written, scores, strict=True)]
@@ -183,11 +202,12 @@ def asked(folder: Path) -> Iterator[torch.Tensor]:
 
 
 def chat_text(processor: Any, prompt: str) -> str:
-    """The prompt beside an image, in the words of the processor's chat template where it has one."""
+    """The prompt beside an image, in the words of the processor's chat template where it has one; without a thought."""
     if getattr(processor, "chat_template", None):
         content = [{"type": "image"}, {"type": "text", "text": prompt}]
         messages = [{"role": "user", "content": content}]
-        return str(processor.apply_chat_template(messages, add_generation_prompt=True))
+        options = no_thought(processor.chat_template)
+        return str(processor.apply_chat_template(messages, add_generation_prompt=True, **options))
     name = type(processor).__name__
     if name in _PLACES_IMAGES:
         return prompt
@@ -214,6 +234,11 @@ def as_images(pixels: torch.Tensor) -> list[Image.Image]:
     return [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
 
 
+def writes_alone(model: Any) -> bool:
+    """Whether a model is to be asked about one image at a time."""
+    return model.config.model_type in _ALONE
+
+
 def _writer(model: Any) -> Any:
     """The model that writes: itself, or, of BLIP-2, InstructBLIP and Kosmos-2, its part, with settings of its own."""
     if type(model).generate is not GenerationMixin.generate:
@@ -222,6 +247,16 @@ def _writer(model: Any) -> Any:
             if callable(getattr(part, "generate", None)):
                 return part
     return model
+
+
+def _marks(processor: Any) -> tuple[str, ...]:
+    """The special tokens that stand around a prompt, and those that begin and end texts."""
+    tokenizer = processor.tokenizer
+    around = chat_text(processor, "")
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    named = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, getattr(processor, "image_token", None)}
+    found = {token for token in special if token in around} | {str(token) for token in named if token}
+    return tuple(sorted(token for token in found if len(token.strip()) > 2))  # some pad with a mark of punctuation
 
 
 def _check_asked(folder: Path, processor: Any) -> None:

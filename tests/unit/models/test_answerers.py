@@ -215,7 +215,8 @@ def test_a_score_that_is_no_number_costs_its_image(
     family: str, make: object, words: str, good: str, bad: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert callable(make)
-    monkeypatch.setattr(pretrained, "check_numbers", lambda *_: None)  # numbers too large for their layers pass it
+    # Numbers too large for their layers pass it.
+    monkeypatch.setattr(pretrained, "check_numbers", lambda *_, **__: None)
     weights = make(tmp_path) / "model.safetensors"
     tensors = load_file(weights)
     (name,) = [name for name in tensors if name.endswith(words)]

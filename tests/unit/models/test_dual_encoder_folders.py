@@ -195,6 +195,7 @@ def test_words_that_the_model_has_no_row_for_are_unknown_to_it(tmp_path: Path) -
         ("clip_vision_model", "the encoder of images alone"),
         ("chinese_clip_text_model", "the encoder of texts alone"),
         ("align", "Set `family: align`"),
+        ("flava", "Set `family: flava`"),
         ("clipseg", "The family reads altclip, chinese_clip, clip, metaclip_2, siglip."),
         (None, "The family reads altclip"),
         (["clip"], "The family reads altclip"),

@@ -190,3 +190,22 @@ def test_a_size_that_gives_no_square_is_named_as_it_is_written(
     with pytest.raises(WeightsError, match=re.escape(f"image size {written} is no square")) as caught:
         read(tmp_path, {"size": size}, family)
     assert '{"height": S, "width": S}' in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("values", "side"),
+    [
+        ({"size": {"height": 384, "width": 384}}, 384),
+        ({"size": {"shortest_edge": 378, "longest_edge": 980}}, 378),
+        ({"size": {"shortest_edge": 784, "longest_edge": 1_003_520}}, 768),  # pixels of an image, at least and at most
+        ({"size": {"longest_edge": 1540}}, 768),
+        ({"size": {"height": 40, "width": 40}, "image_processor_type": "InklingImageProcessor"}, 768),  # of a patch
+        ({"size": {"height": 40, "width": 40}, "image_processor_type": "Inkling2ImageProcessorFast"}, 768),
+    ],
+)
+def test_a_vision_language_model_is_shown_the_side_that_its_file_tells_of(
+    values: dict[str, Any], side: int, tmp_path: Path
+) -> None:
+    """As the sides of images some files tell of numbers that are none: the model would see next to nothing."""
+    write_json(tmp_path / "preprocessor_config.json", values)
+    assert read_preprocessing(tmp_path, ModelConfig(family="vlm", path=str(tmp_path))).size == side

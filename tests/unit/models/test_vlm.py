@@ -146,6 +146,16 @@ def test_it_captions_and_answers_through_the_roles(folder: Path) -> None:
         answerer.check_questions(["x" * 3_000])
 
 
+def test_a_question_that_holds_marks_of_the_model_is_refused(folder: Path) -> None:
+    """It would tell the model of an image that is not there, or end the turn and begin another."""
+    config = ModelConfig(family="vlm", path=str(folder), prompt="{question}", max_answer_tokens=3)
+    answerer = load_answerer(config, "cpu")
+    answerer.check_questions(["is it < a car > or </ s>, <b> or <unk>?"])
+    for mark in ("<image>", "</s>", "<pad>"):
+        with pytest.raises(QuestionError, match=f"question 'the {mark} car' holds {mark}, by which"):
+            answerer.answer(random_pixels(2), [["the car"], [f"the {mark} car"]])
+
+
 def test_the_chat_template_of_the_checkpoint_words_the_prompt(folder: Path) -> None:
     processor = AutoProcessor.from_pretrained(folder)
     processor.chat_template = (
@@ -229,8 +239,11 @@ class FakeEngine:
             raise ValueError("no such architecture")
         FakeEngine.made = arguments
 
-    def chat(self, conversations: Any, *, sampling_params: Any, use_tqdm: bool) -> list[Any]:
+    def chat(
+        self, conversations: Any, *, sampling_params: Any, chat_template_kwargs: dict[str, bool], use_tqdm: bool
+    ) -> list[Any]:
         assert not use_tqdm
+        assert chat_template_kwargs == {"enable_thinking": False, "thinking": False}
         assert sampling_params == {"temperature": 0.0, "max_tokens": 9, "logprobs": 1}
         outputs = []
         for ((message,),) in zip(conversations, strict=True):

@@ -21,6 +21,10 @@ from transformers import (
     BlipImageProcessor,
     CLIPImageProcessor,
     GPT2Config,
+    HunYuanVLConfig,
+    HunYuanVLForConditionalGeneration,
+    HunYuanVLImageProcessor,
+    HunYuanVLProcessor,
     Idefics2Config,
     Idefics2ForConditionalGeneration,
     Idefics2ImageProcessor,
@@ -38,10 +42,20 @@ from transformers import (
 )
 
 from tests.families import build_model, make_blip2_captioner, make_git
-from tests.models import CHAT_TEMPLATE, IMAGE_SIZE, WORDS, as_images, make_captioner, make_judge, random_pixels
+from tests.models import (
+    CHAT_TEMPLATE,
+    IMAGE_SIZE,
+    WORDS,
+    as_images,
+    make_captioner,
+    make_judge,
+    random_pixels,
+    write_json,
+)
 from tests.unit.models.test_models_weights import edit_json
 from vlmflow.errors import WeightsError
 from vlmflow.models.judge import VlmJudge
+from vlmflow.models.pretrained import load_tokenizer
 from vlmflow.models.vlm import TransformersChat
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -50,13 +64,13 @@ TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 PROMPTS = ["red", "a picture of the red car", ""]
 
 
-def tokenizer(*special: str) -> PreTrainedTokenizerFast:
+def tokenizer(*special: str, **named: str) -> PreTrainedTokenizerFast:
     words = ["<pad>", "<s>", "</s>", "<unk>", "Yes", "No", *WORDS]
     of_words = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
     of_words.pre_tokenizer = Whitespace()
     names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    fast = PreTrainedTokenizerFast(tokenizer_object=of_words, **names)
-    fast.add_tokens([AddedToken("\n", normalized=False), *special], special_tokens=True)
+    fast = PreTrainedTokenizerFast(tokenizer_object=of_words, extra_special_tokens=named, **names)
+    fast.add_tokens([AddedToken("\n", normalized=False), *special, *named.values()], special_tokens=True)
     return fast
 
 
@@ -106,6 +120,23 @@ def idefics2(folder: Path) -> Path:
     return saved(Idefics2ForConditionalGeneration, config, processor, folder)
 
 
+def hunyuan(folder: Path) -> Path:
+    names = {"image_token": "<image>", "image_start_token": "<begin>", "image_end_token": "<end>"}
+    words = tokenizer(**names)
+    images = HunYuanVLImageProcessor(size={"shortest_edge": 1024, "longest_edge": 4096}, patch_size=8)
+    template = CHAT_TEMPLATE.replace("<image>", "<begin><image><end>")
+    processor = HunYuanVLProcessor(images, words, chat_template=template)
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2, 2]}
+    text = SIZES | TOKENS | {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": len(words), "eod_token_id": 2}
+    vision = SIZES | {"num_key_value_heads": 2, "patch_size": 8, "out_hidden_size": 32, "text_hidden_size": 32}
+    config = HunYuanVLConfig(
+        text_config=text | {"rope_parameters": rope},
+        vision_config=vision,
+        **{f"{name}_id": words.convert_tokens_to_ids(token) for name, token in names.items()},
+    )
+    return saved(HunYuanVLForConditionalGeneration, config, processor, folder)
+
+
 def documented(folder: Path, pixels: torch.Tensor, prompts: list[str], max_tokens: int) -> tuple[list[str], list[Any]]:
     """What transformers writes of each image alone, asked as its documentation says; and the logits of the first."""
     model, processor = AutoModelForImageTextToText.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
@@ -137,6 +168,17 @@ def test_an_image_is_told_of_as_the_documentation_does(make: Callable[[Path], Pa
     _, logits = documented(folder, pixels, [asked] * 3, 1)
     scores = VlmJudge.load(folder, ["the car"], "cpu").score(pixels)
     np.testing.assert_allclose(scores[:, 0], torch.stack(logits)[:, [4, 5]].softmax(dim=1)[:, 0], atol=1e-5)
+
+
+def test_a_model_whose_batches_depend_on_their_order_is_asked_about_one_image_at_a_time(tmp_path: Path) -> None:
+    """transformers numbers HunYuanVL's images through the batch, and turns the vectors of each by its number."""
+    folder, pixels = hunyuan(tmp_path), random_pixels(3)
+    chat, judge = TransformersChat.load(folder, "cpu"), VlmJudge.load(folder, ["the car"], "cpu")
+    alone = [chat.write(pixels[row : row + 1], ["the car"], 5)[0] for row in range(3)]
+    np.testing.assert_allclose([a.score for a in chat.write(pixels, ["the car"] * 3, 5)], [a.score for a in alone])
+    expected = np.concatenate([judge.score(pixels[row : row + 1]) for row in range(3)])
+    np.testing.assert_array_equal(judge.score(pixels), expected)
+    assert judge.score(pixels[:0]).shape == (0, 1)
 
 
 def test_blip_2_ends_where_its_language_model_does(tmp_path: Path) -> None:
@@ -197,12 +239,22 @@ def test_a_model_whose_chat_template_was_left_behind_is_refused(tmp_path: Path) 
     assert "Copy chat_template.jinja" in no.value.remedy
 
 
-def test_a_package_that_a_processor_needs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("needed_by", [AutoProcessor, AutoModelForImageTextToText])
+def test_a_package_that_a_model_needs_is_named(needed_by: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def needs_a_package(*_: Any, **__: Any) -> None:
         raise ImportError("Package `num2words` is required to run SmolVLM processor.")
 
     folder = make_judge(tmp_path)
-    monkeypatch.setattr(AutoProcessor, "from_pretrained", needs_a_package)
+    monkeypatch.setattr(needed_by, "from_pretrained", needs_a_package)
     with pytest.raises(WeightsError, match="needs a package that is not installed: Package `num2words`") as refused:
         TransformersChat.load(folder, "cpu")
     assert "Install it on every node" in refused.value.remedy
+
+
+def test_a_tokenizer_that_drops_every_word_is_refused(tmp_path: Path) -> None:
+    """transformers reads it with the class that it has for the kind of the model, whatever made it."""
+    tokenizer().save_pretrained(tmp_path)
+    assert len(load_tokenizer(tmp_path, 99)("a red car")["input_ids"]) == 3
+    write_json(tmp_path / "config.json", {"model_type": "qwen3_5"})
+    with pytest.raises(WeightsError, match="read as Qwen3_5Tokenizer, makes no tokens of words"):
+        load_tokenizer(tmp_path, 99)

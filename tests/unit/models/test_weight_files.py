@@ -26,6 +26,7 @@ from vlmflow.models import detectors as detectors_module
 from vlmflow.models import identify, load_answerer, load_captioner, load_embedder, load_matcher, locate
 from vlmflow.models.classifier import ImageClassifier
 from vlmflow.models.detectors import load_detector, prepare_detectors
+from vlmflow.models.pretrained import check_numbers
 from vlmflow.models.weights import find_weights, weights_digest
 from vlmflow.moderation.policy import Policy
 from vlmflow.search.describe import ImageDescriber
@@ -240,6 +241,15 @@ def test_weights_that_are_no_numbers_are_refused(
     save_file(tensors, path, {"format": "pt"})
     with pytest.raises(WeightsError, match=r"not finite, in 1 tensors: .*weight"):
         load(family, folder)
+
+
+def test_of_tensors_that_are_missing_no_numbers_are_asked(tmp_path: Path) -> None:
+    """Their memory may be as it was found, and a damaged file would be told of instead of the wrong one."""
+    layer = torch.nn.Linear(2, 1)
+    layer.weight.data.fill_(float("nan"))
+    check_numbers(tmp_path, layer, missing=["weight"])
+    with pytest.raises(WeightsError, match="not finite, in 1 tensors: weight"):
+        check_numbers(tmp_path, layer)
 
 
 @pytest.mark.parametrize("family", ["dual_encoder", "vilt", "image_classification", "blip_itm"])

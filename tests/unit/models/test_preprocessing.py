@@ -77,7 +77,7 @@ def test_a_classifier_is_shown_what_transformers_shows_it(tmp_path: Path, values
 def test_a_processor_saved_whole_is_read_from_the_file_that_transformers_reads(tmp_path: Path, family: str) -> None:
     """Saved with its tokenizer, an image processor lies in `processor_config.json`, beside an older file perhaps."""
     sections = {name: {"image_size": IMAGE_SIZE} for name in ("vision_config", "image_config")}
-    write_json(tmp_path / "config.json", {"model_type": "clip", **sections})
+    write_json(tmp_path / "config.json", {"model_type": "flava" if family == "flava" else "clip", **sections})
     write_json(tmp_path / "processor_config.json", {"processor_class": "BlipProcessor", "image_processor": WHOLE})
     config = ModelConfig(family=family, path=str(tmp_path))
     alone = read_preprocessing(tmp_path, config)

@@ -21,10 +21,11 @@ from vlmflow.errors import FlowServerError
 
 _PATIENCE_S = 60.0  # for a server that is just being started behind a proxy, which answers 503
 _ANSWER_S = 10.0
+_OLDEST = Version("3.8")  # one of 3.4 refuses tags of tasks (405) and deployments (422)
 
 
 def check_named_server(url: str) -> None:
-    """Makes sure that a Prefect server of this major version answers; Prefect's cloud is not asked.
+    """Makes sure that a Prefect server answers whose version fits; Prefect's cloud is not asked.
 
     Args:
         url: as in ``PREFECT_API_URL``.
@@ -57,9 +58,12 @@ def check_named_server(url: str) -> None:
                 raise FlowServerError(what, remedy=_AS_URL) from None
             else:
                 break
-    if found is not None and found.major != Version(own_version).major:
-        remedy = "Start a server of the version that is installed here, or install the server's."
-        raise FlowServerError(f"the Prefect server at {name} is of version {found}, not {own_version}", remedy=remedy)
+    own = Version(own_version)
+    if found is not None and (found.major != own.major or found < _OLDEST):
+        raise FlowServerError(
+            f"the Prefect server at {name} is of version {found}, too far from {own}, which is installed here",
+            remedy=f"Start a server of version {own}, or of a later one below {own.major + 1}.",
+        )
 
 
 def _version() -> Version | None:

@@ -68,7 +68,8 @@ _OS_ERROR = re.compile(r": ([^:]+) \(os error \d+\)")
 _CLOCK_CODES = {"RequestTimeTooSkewed", "RequestExpired"}
 _TOO_MANY_OPEN = re.compile(r"os error 2[34]\b|Errno 2[34]\b|Too many open files")
 MORE_OPEN_FILES = "Allow more: `ulimit -n 4096`, in a container `docker run --ulimit nofile=4096`; then run again."
-_UNSUPPORTED = re.compile(r"Kernel error: (?:Unsupported|Max catalog version)")  # deltalake's, of a table
+# deltalake's, of a table that is damaged or has what it does not know.
+_UNUSABLE = re.compile(r"Kernel error: (?:Unsupported|Max|Json|Arrow|Schema|Invalid Checkpoint|No .* delta log)")
 _FULL = re.compile(r"No space left on device|Disk quota exceeded|os error (28|122)\b")
 _TIMEOUT = re.compile(r"TimedOut|timed out", re.IGNORECASE)
 # A body that stalled was asked for again from where it stalled, up to `max_retries` times.
@@ -303,7 +304,7 @@ def passes(error: Exception) -> bool:
     One that the client itself has made again until it gave up, always without an answer, has had minutes.
     """
     text = text_of(error)
-    if _FULL.search(text) or _UNSUPPORTED.search(text) or is_unknown(error):
+    if _FULL.search(text) or is_unknown(error) or (_UNUSABLE.search(text) and not _STORE.search(text)):
         return False
     if "LocalFileSystem" in text or isinstance(error, ImageError):
         return False

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, TypeAlias, TypeVar
 from urllib.parse import unquote
 
@@ -16,7 +17,7 @@ from deltalake.exceptions import DeltaError, TableNotFoundError
 
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.history import CLOCKS_DIFFER, ENTRY, READ_AT_ONCE, History, forgotten
-from vlmflow.catalog.protocol import check_partitions, check_readable, check_writable, remedy_of
+from vlmflow.catalog.protocol import check_log, check_partitions, check_readable, check_writable, remedy_of
 from vlmflow.errors import (
     CatalogError,
     StorageAccessError,
@@ -26,7 +27,7 @@ from vlmflow.errors import (
     VlmflowError,
 )
 from vlmflow.retry import retried
-from vlmflow.storage import Fault, access_error, fault_of, is_full, is_of_store, text_of
+from vlmflow.storage import Fault, access_error, fault_of, is_full, is_of_store, parse_address, text_of
 from vlmflow.threads import Threads
 
 TableName: TypeAlias = Literal["images", "embeddings"]
@@ -120,6 +121,10 @@ class TableLog:
             )
         log = cls(folder, name, table)
         log._check_readable()
+        address = parse_address(folder.config.uri)
+        if address.is_local:  # stores put a file whole, or not at all
+            place = Path(address.path, name, "_delta_log")
+            _answered(folder, name, lambda: check_log(folder.config.uri, name, place))
         return log
 
     def from_now(self) -> TableLog:

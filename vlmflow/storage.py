@@ -63,9 +63,9 @@ _LISTING = re.compile(r"Generic \w+ error: Error performing list request")
 _STORE = re.compile(r"Generic (?:S3|GCS|MicrosoftAzure|LocalFileSystem) error|HTTP error|[Oo]bject ?[Ss]tore")
 _METADATA_SERVER = re.compile(r"Error performing \w+ http://(169\.254\.169\.254|metadata\.google)")
 _KEY = re.compile(r"\bpem\b|CryptoProvider|private key", re.IGNORECASE)
+_REFUSED = re.compile(r" (/[^\n]*?)(?:#\d+)?: [^:]+ \(os error 13\)")
 _OS_ERROR = re.compile(r": ([^:]+) \(os error \d+\)")
-# Of S3: what was signed by a clock that is off by more than 15 minutes.
-_CLOCK_CODES = {"RequestTimeTooSkewed", "RequestExpired"}
+_CLOCK_CODES = {"RequestTimeTooSkewed", "RequestExpired"}  # of S3: signed by a clock off by more than 15 minutes
 _TOO_MANY_OPEN = re.compile(r"os error 2[34]\b|Errno 2[34]\b|Too many open files")
 MORE_OPEN_FILES = "Allow more: `ulimit -n 4096`, in a container `docker run --ulimit nofile=4096`; then run again."
 # deltalake's, of a table that is damaged or has what it does not know.
@@ -347,7 +347,9 @@ def access_error(error: Exception, uri: str) -> VlmflowError:
             remedy += " `aws configure export-credentials --format env` prints the variables of a profile."
         return StorageAccessError(f"{root}: no credentials were found", remedy=remedy)
     if fault is Fault.DENIED and address.is_local:
-        return StorageAccessError(f"{root} refuses this user", remedy="Check its permissions and how it is mounted.")
+        place = _REFUSED.search(text_of(error))
+        told = f"{root} refuses this user" + (f": {place[1]}" if place else "")
+        return StorageAccessError(told, remedy="Check its permissions and how it is mounted.")
     if fault is Fault.DENIED:
         remedy = "Check that they are valid and may list and read it."
         if (answer := _ANSWER.search(text_of(error))) and answer[2] in _CLOCK_CODES:
@@ -361,17 +363,15 @@ def access_error(error: Exception, uri: str) -> VlmflowError:
         remedy = "Run again when nothing writes to it any more."
         return SourceError(f"{uri} was changed while it was read", remedy=remedy)
     if fault is Fault.PATH:
-        remedy = "Rename it, or list the images in a manifest: names with empty segments, `.`, `..` or control"
-        return SourceError(
-            f"{root} holds a name that cannot be read: {_named_path(error)}", remedy=f"{remedy} characters."
-        )
+        names = "names with empty segments, `.`, `..` or control characters"
+        remedy = f"Rename it, or list the images in a manifest: {names}."
+        return SourceError(f"{root} holds a name that cannot be read: {_named_path(error)}", remedy=remedy)
     if address.is_local and isinstance(error, OSError) and error.strerror:
         remedy = "Check the disk, and how it is mounted; then run again."
         return TransientError(f"{root} cannot be read: {error.strerror}", remedy=remedy)
     what = "does not answer in time" if fault is Fault.TIMEOUT else "is out of reach or throttling"
-    return TransientError(
-        f"{root} {what}, after all retries", remedy="Check storage.endpoint and the network; run again."
-    )
+    remedy = "Check storage.endpoint and the network; run again."
+    return TransientError(f"{root} {what}, after all retries", remedy=remedy)
 
 
 def _named_path(error: Exception) -> str:

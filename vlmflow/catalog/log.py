@@ -7,7 +7,6 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, TypeAlias, TypeVar
 from urllib.parse import unquote
 
@@ -17,7 +16,8 @@ from deltalake.exceptions import DeltaError, TableNotFoundError
 
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.history import CLOCKS_DIFFER, ENTRY, READ_AT_ONCE, History, forgotten
-from vlmflow.catalog.protocol import check_log, check_partitions, check_readable, check_writable, remedy_of
+from vlmflow.catalog.on_disk import check_log, may_be_absent
+from vlmflow.catalog.protocol import check_partitions, check_readable, check_writable, remedy_of
 from vlmflow.errors import (
     CatalogError,
     StorageAccessError,
@@ -27,7 +27,7 @@ from vlmflow.errors import (
     VlmflowError,
 )
 from vlmflow.retry import retried
-from vlmflow.storage import Fault, access_error, fault_of, is_full, is_of_store, parse_address, text_of
+from vlmflow.storage import Fault, access_error, fault_of, is_full, is_of_store, text_of
 from vlmflow.threads import Threads
 
 TableName: TypeAlias = Literal["images", "embeddings"]
@@ -106,6 +106,7 @@ class TableLog:
                 never=(TableNotFoundError,),
             )
         except TableNotFoundError as error:
+            may_be_absent(folder, name)
             raise CatalogError(
                 f"no catalog at {folder.config.uri}: its table {name} is absent",
                 remedy="Check the address, or create the catalog with `vlmflow enrich`.",
@@ -121,10 +122,7 @@ class TableLog:
             )
         log = cls(folder, name, table)
         log._check_readable()
-        address = parse_address(folder.config.uri)
-        if address.is_local:  # stores put a file whole, or not at all
-            place = Path(address.path, name, "_delta_log")
-            _answered(folder, name, lambda: check_log(folder.config.uri, name, place))
+        _answered(folder, name, lambda: check_log(folder, name))
         return log
 
     def from_now(self) -> TableLog:
@@ -168,7 +166,10 @@ class TableLog:
             StorageAccessError, TransientError: as :meth:`refreshed_table`.
         """
         uri, options = folder.table_uri(name), folder.storage_options
-        return _answered(folder, name, lambda: DeltaTable.is_deltatable(uri, storage_options=options))
+        if _answered(folder, name, lambda: DeltaTable.is_deltatable(uri, storage_options=options)):
+            return True
+        may_be_absent(folder, name)
+        return False
 
     @classmethod
     def open_or_create(cls, folder: Folder, name: TableName, columns: pa.Schema) -> TableLog:

@@ -8,10 +8,8 @@ beside that, and what is asked of rows before they are written, it must know, or
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -19,7 +17,7 @@ import pyarrow.types as pt
 from deltalake import DeltaTable
 
 from vlmflow import schema
-from vlmflow.errors import CatalogError, UnsupportedTableError
+from vlmflow.errors import UnsupportedTableError
 
 PARTITIONED_BY = ["ingest_date"]
 
@@ -86,36 +84,6 @@ _CAUSES = (
         "Its log is damaged: put `_delta_log` back from a copy, whole; what was written later is computed again.",
     ),
 )
-_ENTRY = re.compile(r"(\d{20})(\.json|\.checkpoint\..*parquet)")
-
-
-def check_log(uri: str, name: str, log: Path) -> None:
-    """Makes sure that no commit of a table on a disk is empty, as a loss of power leaves what was written last.
-
-    To deltalake such a commit says nothing: its rows would be gone, and those come back that it replaced or erased.
-
-    Args:
-        uri: of the catalog, for messages.
-        name: of the table.
-        log: the folder of its log; nothing is looked at where it is absent.
-
-    Raises:
-        CatalogError: one is.
-        OSError: the folder cannot be looked at.
-    """
-    if not log.is_dir():
-        return
-    with os.scandir(log) as found:
-        entries = [(match, entry) for entry in found if (match := _ENTRY.fullmatch(entry.name))]
-    held = max((int(match[1]) for match, _ in entries if match[2] != ".json"), default=-1)  # by a checkpoint
-    commits = sorted((int(match[1]), entry) for match, entry in entries if match[2] == ".json" and int(match[1]) > held)
-    for number, entry in commits:
-        if entry.stat().st_size:
-            continue
-        remedy = "Put the file back from a copy"
-        if number == commits[-1][0]:
-            remedy += ", or delete it: what it had is computed again, and an image erased by it is to be erased again"
-        raise CatalogError(f"{uri}: {name}/_delta_log/{entry.name} is empty: the log is damaged", remedy=f"{remedy}.")
 
 
 def check_readable(uri: str, name: str, table: DeltaTable, *, is_current: bool) -> None:

@@ -138,12 +138,15 @@ def test_it_is_the_one_that_prefect_uses_and_with_a_server_that_stays_there_is_n
     url: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[int] = []
+    asked: list[str] = []
+    monkeypatch.setattr(command_line, "check_named_server", asked.append)
     monkeypatch.setattr(SubprocessASGIServer, "_instances", {})
     monkeypatch.setattr(temporary_server.TemporaryServer, "start", lambda _, timeout: started.append(timeout))
     here = {PREFECT_SERVER_EPHEMERAL_ENABLED: True} | ({PREFECT_API_URL: url} if url else {})
     with temporary_settings(here, restore_defaults=set() if url else {PREFECT_API_URL}):
         command_line._start_server()
     assert len(started) == (url is None)
+    assert asked == ([url] if url else [])
     assert isinstance(SubprocessASGIServer(), temporary_server.TemporaryServer) == (url is None)
 
 

@@ -6,8 +6,13 @@ in the flow's own process, or on a Ray cluster through its Jobs API (``ray_jobs`
 """
 
 import os
+import sys
 
+from pipelines.ending import end_at_once_when_told
 from pipelines.home import settle_home
+
+if sys.argv[:1] == ["-m"]:  # while `python -m pipelines.nightly` looks for the module; not in workers of Prefect
+    end_at_once_when_told()
 
 # Prefect reports its use to its makers unless it is told not to, from its import on. What the caller has set stays.
 os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")  # by the temporary server of a flow run by hand

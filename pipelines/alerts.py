@@ -28,6 +28,7 @@ from vlmflow.catalog.runs import RunInfo
 from vlmflow.config import CatalogConfig
 from vlmflow.engine import RunReport
 from vlmflow.errors import VlmflowError
+from vlmflow.threads import started
 
 logger = logging.getLogger("vlmflow")
 
@@ -39,6 +40,7 @@ MIN_ROWS = 50  # of fewer, a share says little
 # A messenger that refuses for a moment is asked again: what it is not told now waits for another flow.
 _SEND_DELAYS_S = (3.0, 15.0)
 _MOST_REFUSED = 2
+_ANSWER_S = 60.0
 _MAX_CHARS = 1000  # of what a state says
 _NIGHTS = 7
 _LOOKED_THROUGH = 200  # runs, for so many nights of the same policy
@@ -144,10 +146,18 @@ def _is_sent_late(notify: str, message: Message) -> bool:
 
 
 def _notify(block: NotificationBlock, subject: str, body: str) -> None:
-    with block.raise_on_failure():  # most blocks would say nothing
-        sent: Any = block.notify(body, subject)
-        if inspect.iscoroutine(sent):  # within a running event loop
-            run_coro_as_sync(sent)
+    """Sends a message; what the block raises is raised, and TimeoutError where no answer comes to its end."""
+    # What is redirected reaches nobody, as at a page to log in, whose 200 would count as sent; and another host.
+    for messenger in getattr(block, "_apprise_client", ()):
+        messenger.redirects = False
+
+    def notify() -> None:
+        with block.raise_on_failure():  # most blocks would say nothing
+            sent: Any = block.notify(body, subject)
+            if inspect.iscoroutine(sent):  # within a running event loop
+                run_coro_as_sync(sent)
+
+    started(notify).result(_ANSWER_S)  # a block's own limit is for the time between two bytes
 
 
 def _deliver(block: NotificationBlock, subject: str, body: str) -> None:

@@ -16,6 +16,7 @@ import httpx
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.exceptions import PrefectException
 
+from pipelines.ray_jobs import without_user
 from vlmflow.catalog import Verification
 from vlmflow.catalog.verify import ERRORS, WARNINGS
 from vlmflow.checks import Check
@@ -75,7 +76,7 @@ def link(uri: str) -> str:
 
 def say_unshown(key: str, error: Exception) -> None:
     """Logs that an artifact could not be made or changed."""
-    reason = _short(" ".join(str(error).split()), _MAX_CELL)
+    reason = _short(" ".join(without_user(str(error)).split()), _MAX_CELL)
     logger.warning("%s is not shown: Prefect's server cannot be told: %s: %s", key, type(error).__name__, reason)
 
 

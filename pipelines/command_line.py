@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,13 +18,14 @@ from prefect.settings import (
     temporary_settings,
 )
 
-from pipelines.ending import end_within
+from pipelines.ending import INTERRUPTED, end_within, raise_when_told
 from pipelines.home import is_usable
+from pipelines.named_server import check_named_server
+from pipelines.ray_jobs import without_user
 from vlmflow.errors import ConfigError, VlmflowError
 
 _SERVER_START_S = 120  # of a temporary server; Prefect gives it 20, which a busy machine exceeds
 _END_S = 20  # Kubernetes kills after 30
-_INTERRUPTED = 130
 
 
 def main(flow: Flow[..., Any], arguments: Sequence[str] | None = None) -> None:
@@ -34,11 +34,9 @@ def main(flow: Flow[..., Any], arguments: Sequence[str] | None = None) -> None:
     The flow run is recorded by the Prefect server that ``PREFECT_API_URL`` names, or by a temporary one. Errors become
     one line on standard error and an exit code, as those of `vlmflow`.
     """
-    for ends in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(ends) == signal.SIG_DFL:  # by default it would end without a word, its server left behind
-            signal.signal(ends, signal.default_int_handler)
-    given = {name: value for name, value in vars(_parser(flow).parse_args(arguments)).items() if value is not None}
+    raise_when_told()
     try:
+        given = {name: value for name, value in vars(_parser(flow).parse_args(arguments)).items() if value is not None}
         checked = _checked(flow, given)
         patience = {PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: _SERVER_START_S}
         with temporary_settings(set_defaults=patience), tags("vlmflow", _module(flow)):
@@ -48,10 +46,10 @@ def main(flow: Flow[..., Any], arguments: Sequence[str] | None = None) -> None:
     except VlmflowError as error:
         ended = error
     except KeyboardInterrupt:
-        end_within(_END_S, _INTERRUPTED)
-        _leave(flow, "interrupted; a job on a Ray cluster goes on, and the same command follows it again", _INTERRUPTED)
+        end_within(_END_S, INTERRUPTED)
+        _leave(flow, "interrupted; a job on a Ray cluster goes on, and the same command follows it again", INTERRUPTED)
     except (RuntimeError, httpx.HTTPError) as error:  # of Prefect: what the flow itself raises is in its state
-        _leave(flow, f"Prefect: {error}", 2)
+        _leave(flow, f"Prefect: {without_user(str(error))}", 2)
     if isinstance(ended, VlmflowError):
         _leave(flow, f"{ended}" + (f" - {ended.remedy}" if ended.remedy else ""), ended.exit_code)
     if ended is not None:
@@ -60,13 +58,18 @@ def main(flow: Flow[..., Any], arguments: Sequence[str] | None = None) -> None:
 
 
 def _start_server() -> None:
-    """Starts the temporary server, if there is to be one, before Prefect does: out of reach of what ends the flow.
+    """Sees that the server that is named answers, or starts the temporary one before Prefect does: out of reach of what
+    ends the flow.
 
     Raises:
-        ConfigError: it has no folder for its database.
+        ConfigError: the temporary one has no folder for its database.
+        FlowServerError: the server does not start, does not answer or is none.
     """
     settings = get_current_settings()
-    if settings.api.url or not settings.server.ephemeral.enabled:
+    if settings.api.url:
+        check_named_server(settings.api.url)
+        return
+    if not settings.server.ephemeral.enabled:
         return
     if not is_usable(settings.home):
         raise ConfigError(

@@ -22,7 +22,7 @@ from prefect.logging.loggers import flow_run_logger
 from prefect.tasks import Task
 
 from pipelines.artifacts import SERVER_ERRORS, left_alone, say_unshown
-from pipelines.ray_jobs import Command, RayJobs
+from pipelines.ray_jobs import Command, RayJobs, without_user
 from pipelines.steps import InProcess, OnCluster, Steps
 from vlmflow.config import Job, load_job
 from vlmflow.engine import PlanSummary, RunReport
@@ -216,7 +216,9 @@ def stop_jobs_of(commands: Callable[[FlowRun], Iterable[Command]]) -> Callable[.
                 given = flow.validate_parameters(flow_run.parameters)
                 names = {command.name for command in commands(flow_run.model_copy(update={"parameters": given}))}
         except (VlmflowError, ParameterTypeError, *SERVER_ERRORS) as error:
-            told.warning("the jobs that others submitted and this flow run follows cannot be named: %s", error)
+            told.warning(
+                "the jobs that others submitted and this flow run follows cannot be named: %s", without_user(str(error))
+            )
         try:
             for attempt in RayJobs(url).stop_all(str(flow_run.id), names):
                 told.warning("Ray job %s was stopped, as its flow run was", attempt.submission_id)

@@ -222,6 +222,10 @@ class DeadlineError(SubmittedJobError):
     """A submitted job was stopped because it ran past its deadline; what it committed stays."""
 
 
+class FlowServerError(VlmflowError):
+    """The Prefect server that a flow run is to be recorded by does not start, does not answer, or is none."""
+
+
 class InterruptedByUserError(VlmflowError):
     """Ctrl-C, or what a job, a pod or a service is stopped with."""
 

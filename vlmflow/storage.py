@@ -64,12 +64,13 @@ _LISTING = re.compile(r"Generic \w+ error: Error performing list request")
 _STORE = re.compile(r"Generic (?:S3|GCS|MicrosoftAzure|LocalFileSystem) error|HTTP error|[Oo]bject ?[Ss]tore")
 _METADATA_SERVER = re.compile(r"Error performing \w+ http://(169\.254\.169\.254|metadata\.google)")
 _KEY = re.compile(r"\bpem\b|CryptoProvider|private key", re.IGNORECASE)
+_REFUSED = re.compile(r" (/[^\n]*?)(?:#\d+)?: [^:]+ \(os error 13\)")
 _OS_ERROR = re.compile(r": ([^:]+) \(os error \d+\)")
-# Of S3: what was signed by a clock that is off by more than 15 minutes.
-_CLOCK_CODES = {"RequestTimeTooSkewed", "RequestExpired"}
+_CLOCK_CODES = {"RequestTimeTooSkewed", "RequestExpired"}  # of S3: signed by a clock off by more than 15 minutes
 _TOO_MANY_OPEN = re.compile(r"os error 2[34]\b|Errno 2[34]\b|Too many open files")
 MORE_OPEN_FILES = "Allow more: `ulimit -n 4096`, in a container `docker run --ulimit nofile=4096`; then run again."
-_UNSUPPORTED = re.compile(r"Kernel error: (?:Unsupported|Max catalog version)")  # deltalake's, of a table
+# deltalake's, of a table that is damaged or has what it does not know.
+_UNUSABLE = re.compile(r"Kernel error: (?:Unsupported|Max|Json|Arrow|Schema|Invalid Checkpoint|No .* delta log)")
 _FULL = re.compile(r"No space left on device|Disk quota exceeded|os error (28|122)\b")
 _TIMEOUT = re.compile(r"TimedOut|timed out", re.IGNORECASE)
 # A body that stalled was asked for again from where it stalled, up to `max_retries` times.
@@ -304,7 +305,7 @@ def passes(error: Exception) -> bool:
     One that the client itself has made again until it gave up, always without an answer, has had minutes.
     """
     text = text_of(error)
-    if _FULL.search(text) or _UNSUPPORTED.search(text) or is_unknown(error):
+    if _FULL.search(text) or is_unknown(error) or (_UNUSABLE.search(text) and not _STORE.search(text)):
         return False
     if "LocalFileSystem" in text or isinstance(error, ImageError):
         return False
@@ -329,26 +330,28 @@ def is_full(error: Exception) -> bool:
 
 
 def access_error(error: Exception, uri: str) -> VlmflowError:
-    """The error for a store that cannot be used at all, in our words; the store's own lose what may be a secret."""
+    """The error for a store that cannot be used, in our words; its own lose what may be a secret."""
     hide_secrets(error)
     address = parse_address(uri)
     root = address.root or address.path
-    variables = _VARIABLES.get(_provider(address), "")
     if is_full(error):
-        remedy = "Free some, and run again: what was committed stays."
-        return StoreLostError(f"{root}: no space is left on the disk", remedy=remedy)
+        what = f"{root}: no space is left on the disk"
+        return StoreLostError(what, remedy="Free some, and run again: what was committed stays.")
     if address.is_local and _TOO_MANY_OPEN.search(str(error)):
         return TransientError(f"{root}: too many open files", remedy=MORE_OPEN_FILES)
     fault = fault_of(error)
     if fault is Fault.GONE:
         return StorageAccessError(f"{root} does not exist", remedy="Check the name, the endpoint and the region.")
     if fault is Fault.NO_CREDENTIALS:
-        remedy = f"Set the store's variables ({variables}, ...), use a machine with a role, or storage.anonymous."
+        names = _VARIABLES[_provider(address)]
+        remedy = f"Set the store's variables ({names}, ...), use a machine with a role, or storage.anonymous."
         if _provider(address) == "aws":  # obstore does not read the files of the AWS command line
             remedy += " `aws configure export-credentials --format env` prints the variables of a profile."
         return StorageAccessError(f"{root}: no credentials were found", remedy=remedy)
     if fault is Fault.DENIED and address.is_local:
-        return StorageAccessError(f"{root} refuses this user", remedy="Check its permissions and how it is mounted.")
+        place = f": {found[1]}" if (found := _REFUSED.search(text_of(error))) else ""
+        remedy = "Check its permissions and how it is mounted."
+        return StorageAccessError(f"{root} refuses this user{place}", remedy=remedy)
     if fault is Fault.DENIED:
         remedy = "Check that they are valid and may list and read it."
         if (answer := _ANSWER.search(text_of(error))) and answer[2] in _CLOCK_CODES:
@@ -359,20 +362,17 @@ def access_error(error: Exception, uri: str) -> VlmflowError:
     if fault is Fault.MISSING:
         return SourceError(f"{uri} does not exist", remedy="Check the path.")
     if fault is Fault.CHANGED:
-        remedy = "Run again when nothing writes to it any more."
-        return SourceError(f"{uri} was changed while it was read", remedy=remedy)
+        return SourceError(f"{uri} was changed while it was read", remedy="Run again when nothing writes to it.")
     if fault is Fault.PATH:
-        remedy = "Rename it, or list the images in a manifest: names with empty segments, `.`, `..` or control"
-        return SourceError(
-            f"{root} holds a name that cannot be read: {_named_path(error)}", remedy=f"{remedy} characters."
-        )
+        names = "names with empty segments, `.`, `..` or control characters"
+        remedy = f"Rename it, or list the images in a manifest: {names}."
+        return SourceError(f"{root} holds a name that cannot be read: {_named_path(error)}", remedy=remedy)
     if address.is_local and isinstance(error, OSError) and error.strerror:
         remedy = "Check the disk, and how it is mounted; then run again."
         return TransientError(f"{root} cannot be read: {error.strerror}", remedy=remedy)
     what = "does not answer in time" if fault is Fault.TIMEOUT else "is out of reach or throttling"
-    return TransientError(
-        f"{root} {what}, after all retries", remedy="Check storage.endpoint and the network; run again."
-    )
+    remedy = "Check storage.endpoint and the network; run again."
+    return TransientError(f"{root} {what}, after all retries", remedy=remedy)
 
 
 def _named_path(error: Exception) -> str:

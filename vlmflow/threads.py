@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
@@ -27,6 +28,26 @@ def started(action: Callable[[], Answer]) -> Future[Answer]:
     context = contextvars.copy_context()
     threading.Thread(target=context.run, args=(_answer, future, action), daemon=True).start()
     return future
+
+
+def check_can_start() -> None:
+    """Makes sure that as many threads may be started as a command needs that computes nothing: 18, and two a core.
+
+    Counted on two cores: 20 to 24 at a time. Where one of theirs may not start, libraries wait for ever, or abort.
+
+    Raises:
+        RuntimeError: they may not, as of ``ulimit -u`` or a container's limit.
+    """
+    may_end, threads = threading.Event(), list[threading.Thread]()
+    try:
+        for _ in range(18 + 2 * len(os.sched_getaffinity(0))):
+            thread = threading.Thread(target=may_end.wait, daemon=True)
+            thread.start()
+            threads.append(thread)
+    finally:
+        may_end.set()
+        for thread in threads:
+            thread.join()
 
 
 def interruptible(action: Callable[[], Answer]) -> Answer:

@@ -18,12 +18,13 @@ import obstore
 import pytest
 
 from tests.s3 import CREDENTIALS
+from tests.terminal import run
 from vlmflow.config import StorageConfig
 from vlmflow.retry import retried
 from vlmflow.sources.listing import list_objects
 from vlmflow.sources.stores import Stores
 from vlmflow.storage import open_store
-from vlmflow.threads import Threads
+from vlmflow.threads import Threads, check_can_start
 
 CLIENT_GIVES_UP_S = 20.0
 
@@ -140,3 +141,21 @@ def test_threads_are_not_waited_for_by_an_interrupt_and_begin_nothing_after_it()
         raise KeyboardInterrupt
     release.set()
     assert not begun.acquire(timeout=0.1)
+
+
+def test_too_few_threads_are_told_before_a_library_waits_for_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of ``ulimit -u 20``: commands hung in Rust, ended in a panic of it or in a traceback of Arrow."""
+    start, left, before = threading.Thread.start, iter(range(19)), threading.active_count()
+
+    def limited(thread: threading.Thread) -> None:
+        if next(left, None) is None:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    check_can_start()
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    assert run("policy", "list") == 2
+    assert "no more threads - Allow more: `ulimit -u`" in capsys.readouterr().err
+    assert threading.active_count() == before

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vlmflow import schema
+from vlmflow.catalog.as_written import as_written
 from vlmflow.catalog.columns import conform, flat
 from vlmflow.catalog.due import PlanRequest
 from vlmflow.catalog.folder import Folder
@@ -151,7 +152,8 @@ class KnownBytes:
         for number in np.unique(files).tolist():
             mine = np.flatnonzero(files == number)
             path = f"{table}/{places.paths[number]}"
-            parts.append(self.folder.read_parquet_at(path, columns, rows[mine], self._cache, _CACHED_GROUPS))
+            found = self.folder.read_parquet_at(path, columns, rows[mine], self._cache, _CACHED_GROUPS)
+            parts.append(as_written(found, self.folder, path))
             order.append(mine)
         together = pa.concat_tables(parts, promote_options="default")  # files older than a column lack it
         return together.take(pa.array(np.argsort(np.concatenate(order), kind="stable")))

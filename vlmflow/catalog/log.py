@@ -16,6 +16,7 @@ from deltalake.exceptions import DeltaError, TableNotFoundError
 
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.history import CLOCKS_DIFFER, ENTRY, READ_AT_ONCE, History, forgotten
+from vlmflow.catalog.on_disk import check_log, may_be_absent
 from vlmflow.catalog.protocol import check_partitions, check_readable, check_writable, remedy_of
 from vlmflow.errors import (
     CatalogError,
@@ -105,6 +106,7 @@ class TableLog:
                 never=(TableNotFoundError,),
             )
         except TableNotFoundError as error:
+            may_be_absent(folder, name)
             raise CatalogError(
                 f"no catalog at {folder.config.uri}: its table {name} is absent",
                 remedy="Check the address, or create the catalog with `vlmflow enrich`.",
@@ -120,6 +122,7 @@ class TableLog:
             )
         log = cls(folder, name, table)
         log._check_readable()
+        _answered(folder, name, lambda: check_log(folder, name))
         return log
 
     def from_now(self) -> TableLog:
@@ -163,7 +166,10 @@ class TableLog:
             StorageAccessError, TransientError: as :meth:`refreshed_table`.
         """
         uri, options = folder.table_uri(name), folder.storage_options
-        return _answered(folder, name, lambda: DeltaTable.is_deltatable(uri, storage_options=options))
+        if _answered(folder, name, lambda: DeltaTable.is_deltatable(uri, storage_options=options)):
+            return True
+        may_be_absent(folder, name)
+        return False
 
     @classmethod
     def open_or_create(cls, folder: Folder, name: TableName, columns: pa.Schema) -> TableLog:

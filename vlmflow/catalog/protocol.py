@@ -80,7 +80,7 @@ _CAUSES = (
         "Another table has been put in its place meanwhile: run the same command again.",
     ),
     (
-        re.compile(r"gap|Json error|Parquet error|[Cc]heckpoint|File not found"),
+        re.compile(r"gap|Json error|Parquet error|Schema error|[Cc]heckpoint|File not found|found in delta log"),
         "Its log is damaged: put `_delta_log` back from a copy, whole; what was written later is computed again.",
     ),
 )

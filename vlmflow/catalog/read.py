@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vlmflow import schema
+from vlmflow.catalog.as_written import as_written
 from vlmflow.catalog.columns import conform, flat
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.judged import decided
@@ -32,11 +33,12 @@ def read_rows(folder: Folder, table: TableName, file: DataFile, columns: Sequenc
     are asked for by name: these are null. A decision that is none is `review`, whoever wrote it.
 
     Raises:
-        CatalogError: the file is damaged, not there, or lacks a column without which a row is none;
-            CatalogChangedError: another has replaced it since.
+        CatalogError: the file is damaged, not there, has a column of another type, or lacks one without which a row is
+            none; CatalogChangedError: another has replaced it since.
     """
     wanted = None if columns is None else [name for name in columns if name != "ingest_date"]
-    rows = folder.read_parquet(f"{table}/{file.path}", wanted)
+    path = f"{table}/{file.path}"
+    rows = as_written(folder.read_parquet(path, wanted), folder, path)
     rows = _whole(rows, folder, table, file, wanted)
     if columns is not None and "ingest_date" not in columns:
         return rows
@@ -148,7 +150,8 @@ def _embeddings_of(
                 references = References(folder, images, date)
             places = np.flatnonzero(asked)[references.claim(keys.filter(pa.array(asked)))]
             if len(places):
-                rows = folder.read_parquet_at(f"embeddings/{file.path}", columns, places, OrderedDict(), 0)
+                path = f"embeddings/{file.path}"
+                rows = as_written(folder.read_parquet_at(path, columns, places, OrderedDict(), 0), folder, path)
                 dates = pa.repeat(pa.scalar(date, pa.date32()), rows.num_rows)
                 yield conform(rows.append_column("ingest_date", dates), wanted)
 

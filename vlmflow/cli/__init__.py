@@ -39,6 +39,7 @@ from vlmflow.cli.app import app
 from vlmflow.cli.screen import tell
 from vlmflow.errors import VlmflowError
 from vlmflow.storage import MORE_OPEN_FILES
+from vlmflow.threads import check_can_start
 
 __all__ = [
     "app",
@@ -77,6 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(stream, io.TextIOWrapper):  # what people read; data goes past it, see vlmflow.cli.screen.emit
             stream.reconfigure(errors="backslashreplace")
     try:
+        check_can_start()
         app(args=arguments)
     except VlmflowError as error:
         if "--json" in (sys.argv[1:] if arguments is None else arguments):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 import socket
 import threading
@@ -24,6 +25,13 @@ _POLL_S = 5.0
 # For a head that is just being started.
 _PATIENCE_S, _SOON_S = 20.0, 0.5
 _HOST_AND_PORT = re.compile(r"[^/]+:\d{1,5}")
+_SETTINGS = 4
+_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, _SETTINGS, 0, 0, 0, 0, 0])
+_ANSWER_S = 2.0
+_STRANGER = (
+    "what listens there is no head of a Ray cluster (whose port is 6379 unless `ray start` was given another; 8265 is "
+    "the dashboard's)"
+)
 # Of the time after which Ray ends the process.
 _PART = 2 / 3
 
@@ -53,7 +61,7 @@ def await_head(address: str) -> None:
     """Waits a little for somebody to listen at an address, where it is one of a host and a port.
 
     Raises:
-        OSError: nobody does.
+        OSError: nobody does, or it is no head of a cluster, for which Ray would wait for minutes.
     """
     if not _HOST_AND_PORT.fullmatch(address):
         return  # Ray finds it itself, or it is refused
@@ -62,6 +70,20 @@ def await_head(address: str) -> None:
         if time.monotonic() > until:
             raise refusal
         time.sleep(_SOON_S)
+    if os.environ.get("RAY_USE_TLS", "0").lower() not in ("1", "true") and _is_stranger(address):
+        raise OSError(_STRANGER)
+
+
+def _is_stranger(address: str) -> bool:
+    """Whether what listens there answers otherwise than gRPC does: with a frame SETTINGS of HTTP/2 (RFC 9113, 3.4)."""
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S) as connection:
+            connection.sendall(_PREFACE)
+            first = connection.recv(9)
+    except OSError:
+        return False  # it says nothing, as a head that is busy: Ray is to find out
+    return len(first) > 3 and first[3] != _SETTINGS
 
 
 def is_lost() -> bool:

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 GONE = "listed, but gone when read"
 
+_READS = 3  # of a file that changes meanwhile
 _COLUMNS = ["object_version", "size_bytes", "locator", "offset", "length", "row"]
 
 _FAULT_CLASSES = {
@@ -225,20 +226,23 @@ class SourceReader:
     def _read_file(self, row: _Ref) -> Fetched:
         path = Path(parse_address(row["locator"]).path)
         with path.open("rb") as file:
-            status = os.fstat(file.fileno())
-            version = local_version(status)
-            num_bytes = row["length"]
-            if num_bytes is None:
-                self._check_size(status.st_size)
-                num_bytes = self._limits.max_bytes
-            else:
-                start = row["offset"] or 0
-                version = part_version(version, start, num_bytes)
-                _check_unchanged(row, version)
+            for _ in range(_READS):
+                status = os.fstat(file.fileno())
+                version = local_version(status)
+                start, num_bytes = row["offset"] or 0, row["length"]
+                if num_bytes is None:
+                    self._check_size(status.st_size)
+                    num_bytes, told = self._limits.max_bytes, version
+                else:
+                    told = part_version(version, start, num_bytes)
+                    _check_unchanged(row, told)
                 file.seek(start)
-            data = file.read(num_bytes)
-            self._see(path)
-            return Fetched(data, version, None, "")
+                data = file.read(num_bytes)
+                # Else who writes into it may have been half done: bytes of two images under the version of one.
+                if local_version(os.fstat(file.fileno())) == version:
+                    self._see(path)
+                    return Fetched(data, told, None, "")
+        raise ImageError("somebody is writing to it", error_class=RowErrorClass.READ_FAILED)
 
     def _see(self, path: Path) -> None:
         if self._folder is not None:

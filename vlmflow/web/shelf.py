@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vlmflow.catalog import Catalog
+from vlmflow.catalog.as_written import as_written
 from vlmflow.catalog.columns import conform, flat
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.keys import to_binary
@@ -134,7 +135,8 @@ class Shelf:
             here = np.flatnonzero(files == number)
             with self._reading:
                 at = positions[here] - version.live.starts[number]
-                rows = self._folder.read_parquet_at(f"images/{file.path}", names, at, groups, most)
+                path = f"images/{file.path}"
+                rows = as_written(self._folder.read_parquet_at(path, names, at, groups, most), self._folder, path)
             date = pa.repeat(pa.scalar(file.ingest_date, pa.date32()), rows.num_rows)
             rows = conform(rows.append_column("ingest_date", date), wanted)
             for place, row in zip(here.tolist(), rows.to_pylist(), strict=True):

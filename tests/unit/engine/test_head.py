@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
-from threading import Event, Timer
+from threading import Event, Thread, Timer
 from types import SimpleNamespace
 
 import pytest
@@ -124,3 +124,33 @@ def test_a_head_that_is_just_being_started_is_waited_for() -> None:
         address = "{}:{}".format(*server.getsockname())
         Timer(0.3, server.listen).start()
         cluster._await_head(address)
+
+
+@pytest.mark.parametrize(
+    ("answer", "is_head"),
+    [
+        (bytes([0, 0, 6, 4, 0, 0, 0, 0, 0]), True),
+        (b"", True),  # one that is busy may say nothing for long
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", False),
+        (b"-ERR unknown command\r\n", False),
+    ],
+)
+def test_what_listens_and_is_no_head_is_told_at_once(answer: bytes, is_head: bool) -> None:
+    """As the port of the dashboard: Ray waits for minutes there."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve() -> None:
+            server.accept()[0].close()  # who looks whether somebody listens
+            with server.accept()[0] as asked:
+                asked.recv(1024)
+                asked.sendall(answer)
+
+        thread = Thread(target=serve)
+        thread.start()
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        if is_head:
+            cluster._await_head(address)
+        else:
+            with pytest.raises(ClusterError, match=f"{address} does not answer: what listens there is no head"):
+                cluster._await_head(address)
+        thread.join()

@@ -21,19 +21,15 @@ from prefect.states import Completed
 
 from pipelines import command_line, temporary_server
 from pipelines.nightly import nightly_enrichment
-from tests.processes import wait_for
+from tests.processes import ROOT, wait_for
+from vlmflow.errors import FlowServerError
 
 # As much of Prefect as the server's process imports, for it takes half a minute on a busy machine.
 STAND_IN = {
     "prefect/__init__.py": "",
-    "prefect/settings.py": "get_current_settings = None",
     "prefect/server/__init__.py": "",
     "prefect/server/api/__init__.py": "",
     "prefect/server/api/server.py": """
-class SubprocessASGIServer:
-    pass
-
-
 def create_app():
     async def app(scope, receive, send):
         if scope["type"] == "lifespan":
@@ -65,9 +61,8 @@ def serving(environment: dict[str, str]) -> Iterator[tuple[subprocess.Popen[byte
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{bound.getsockname()[1]}"
-        command = [sys.executable, "-P", temporary_server.__file__, str(bound.fileno())]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        process = subprocess.Popen(command, env=environment, pass_fds=[bound.fileno()], **pipes)  # type: ignore[call-overload]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        process = temporary_server.start_process(bound, environment, **pipes)
     with process:
         try:
             yield process, address
@@ -84,6 +79,7 @@ def answers(address: str) -> bool:
 
 def test_it_outlives_what_ends_the_flow_and_ends_in_order_with_its_process(environment: dict[str, str]) -> None:
     with serving(environment) as (process, address):
+        process.send_signal(signal.SIGINT)  # while it is born
         wait_for(lambda: answers(address), process)
         for ends in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             process.send_signal(ends)
@@ -92,59 +88,76 @@ def test_it_outlives_what_ends_the_flow_and_ends_in_order_with_its_process(envir
     assert (process.returncode, out) == (0, b"ended in order\n")
 
 
-def test_one_that_cannot_start_says_so_as_prefect_expects(environment: dict[str, str], tmp_path: Path) -> None:
-    """Also while the flow's process holds the pipe, as it does."""
+@pytest.fixture
+def server(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[temporary_server.TemporaryServer]:
+    """A flow's, with the stand-in in Prefect's place, behind a proxy of the environment that is not there."""
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, ".shop")
+    for name in ("HTTP_PROXY", "http_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("PYTHONPATH", environment["PYTHONPATH"])
+    made = object.__new__(temporary_server.TemporaryServer)  # Prefect has one in all
+    made.__init__()  # type: ignore[misc]
+    yield made
+    made.stop()
+
+
+def test_a_proxy_of_the_environment_is_passed_by(server: temporary_server.TemporaryServer) -> None:
+    server.start(timeout=60)
+    assert httpx.get(f"{server.api_url}/health", timeout=10).status_code == 200  # as Prefect's clients ask it
+    assert os.environ["NO_PROXY"] == os.environ["no_proxy"] == ".shop,127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("startup.complete", "startup.failed", ""),
+        ("def create_app", "import nothing_of_the_kind\n\ndef create_app", "No module named 'nothing_of_the_kind'"),
+    ],
+)
+def test_one_that_cannot_start_is_told_of_at_once(
+    old: str,
+    new: str,
+    said: str,
+    server: temporary_server.TemporaryServer,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """As of a package that is absent, or a database that cannot be written: Prefect waits until the time is up."""
     app = tmp_path / "prefect/server/api/server.py"
-    app.write_text(app.read_text().replace("startup.complete", "startup.failed"))
-    with serving(environment) as (process, _):
-        assert process.wait(60) == 3
-        assert process.stderr is not None
-        assert b"Fatal" not in process.stderr.read()
-
-
-def test_one_that_cannot_start_is_not_started_again_and_again() -> None:
-    """As of a database that cannot be written: Prefect gives such a server port after port, and never gives up."""
-    server = new_server()
-    server.server_process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"])
-    with server.server_process, pytest.raises(RuntimeError, match="cannot start; what it says stands above"):
-        server.find_available_port()
-
-
-def new_server() -> temporary_server.TemporaryServer:
-    """One of its own, where Prefect has one in all."""
-    server = object.__new__(temporary_server.TemporaryServer)
-    server.__init__()  # type: ignore[misc]
-    return server
-
-
-def test_no_other_flow_is_given_its_port() -> None:
-    """Not before its process listens, which takes half a minute: Prefect would take the other's server for its own."""
-    first, second = new_server(), new_server()
-    port = first.find_available_port()
-    assert not first.is_port_available(port)
-    assert second.find_available_port() != port
-    for server in (first, second):
-        server._socket.close()
+    app.write_text(app.read_text().replace(old, new))
+    with pytest.raises(FlowServerError, match="ended, exit code 3"):
+        server.start(timeout=60)
+    shown = capfd.readouterr().err
+    assert said in shown
+    assert "Traceback" not in shown
 
 
 @pytest.mark.parametrize("url", [None, "http://127.0.0.1:4200/api"])
 def test_it_is_the_one_that_prefect_uses_and_with_a_server_that_stays_there_is_none(
     url: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    started: list[Any] = []
-    monkeypatch.setattr(temporary_server.subprocess, "Popen", lambda command, **_: started.append(command))
+    started: list[int] = []
+    asked: list[str] = []
+    monkeypatch.setattr(command_line, "check_named_server", asked.append)
     monkeypatch.setattr(SubprocessASGIServer, "_instances", {})
-
-    def start(server: temporary_server.TemporaryServer, timeout: int) -> None:
-        server.find_available_port()
-        server._run_uvicorn_command()
-
-    monkeypatch.setattr(SubprocessASGIServer, "start", start)
+    monkeypatch.setattr(temporary_server.TemporaryServer, "start", lambda _, timeout: started.append(timeout))
     here = {PREFECT_SERVER_EPHEMERAL_ENABLED: True} | ({PREFECT_API_URL: url} if url else {})
     with temporary_settings(here, restore_defaults=set() if url else {PREFECT_API_URL}):
         command_line._start_server()
-    assert [command[2] for command in started] == ([] if url else [temporary_server.__file__])
+    assert len(started) == (url is None)
+    assert asked == ([url] if url else [])
     assert isinstance(SubprocessASGIServer(), temporary_server.TemporaryServer) == (url is None)
+
+
+@contextmanager
+def as_by_default() -> Iterator[None]:
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("ends", [signal.SIGTERM, signal.SIGHUP])
@@ -155,16 +168,37 @@ def test_a_flow_that_is_ended_from_outside_says_so_and_ends_in_time(
     monkeypatch.setattr(command_line, "end_within", lambda *limit: limits.append(limit))
     monkeypatch.setattr(command_line, "_start_server", lambda: None)
     monkeypatch.setattr(Flow, "__call__", lambda *_, **__: signal.raise_signal(ends))
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        with pytest.raises(SystemExit) as left:
-            command_line.main(nightly_enrichment, ["--job-file", "job.yaml"])
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with as_by_default(), pytest.raises(SystemExit) as left:
+        command_line.main(nightly_enrichment, ["--job-file", "job.yaml"])
     assert left.value.code == 130
     assert [code for _, code in limits] == [130]
     assert "interrupted" in capsys.readouterr().err
+
+
+def test_so_it_does_while_it_reads_its_options(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command_line, "end_within", lambda *_: None)
+    monkeypatch.setattr(command_line, "_parser", lambda _: signal.raise_signal(signal.SIGTERM))
+    with as_by_default(), pytest.raises(SystemExit) as left:
+        command_line.main(nightly_enrichment, [])
+    assert left.value.code == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ends", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_so_it_does_while_it_is_imported(ends: signal.Signals, tmp_path: Path) -> None:
+    """Which takes ten seconds of Prefect: here of a module that waits in its place."""
+    (tmp_path / "prefect").mkdir()
+    waits = "import pathlib, time\npathlib.Path('here').touch()\ntime.sleep(60)"
+    (tmp_path / "prefect/__init__.py").write_text(waits)
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    command = [sys.executable, "-m", "pipelines.backfill"]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE) as process:
+        wait_for((tmp_path / "here").exists, process)
+        process.send_signal(ends)
+        _, said = process.communicate(timeout=30)
+    assert (process.returncode, said) == (130, b"backfill: interrupted\n")
 
 
 def test_a_flow_that_is_to_outlive_its_terminal_does(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,10 @@ from itertools import pairwise
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 
 from vlmflow.catalog.columns import flat
 from vlmflow.catalog.keys import to_binary, to_words
@@ -40,7 +42,7 @@ THRESHOLD = 0.95
 # Up to so many images each is compared with each; beyond, the index proposes whom to compare. Of fewer there is none.
 ALL_PAIRS = FEWEST_ROWS
 
-_COLUMNS = ("image_id", "uri", "decision", "status", "width", "height", "size_bytes", "content_hash")
+_COLUMNS = ("image_id", "uri", "decision", "width", "height", "size_bytes")
 
 
 class Member(Frozen):
@@ -56,6 +58,9 @@ class Member(Frozen):
     height: int | None = None
     size_bytes: int | None = None
     similarity: float
+
+
+_MEMBERS = TypeAdapter(tuple[Member, ...])  # at once: one by one they take half as long again
 
 
 class Group(Frozen):
@@ -272,14 +277,10 @@ def _look_alikes(live: LiveRows, mask: Mask, ranks: NDArray[np.int64]) -> list[S
 def _described(live: LiveRows, found: list[tuple[Kind, Positions, NDArray[np.float32]]]) -> Iterator[Group]:
     if not found:
         return
-    rows = live.take(np.concatenate([group for _, group, _ in found]), _COLUMNS).to_pylist()
+    rows = live.take(np.concatenate([group for _, group, _ in found]), _COLUMNS)
+    scores = np.minimum(1, np.concatenate([part for _, _, part in found]).astype(np.float64))
+    members = _MEMBERS.validate_python(rows.append_column("similarity", pa.array(scores)).to_pylist())
     start = 0
-    for kind, group, scores in found:
-        members = tuple(
-            Member(
-                similarity=min(1.0, float(score)), **{name: row[name] for name in Member.model_fields if name in row}
-            )
-            for row, score in zip(rows[start : start + len(group)], scores, strict=True)
-        )
+    for kind, group, _ in found:
+        yield Group(kind=kind, members=members[start : start + len(group)])
         start += len(group)
-        yield Group(kind=kind, members=members)

@@ -107,6 +107,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send(200, BODY[:100], {}, announced=len(BODY))
         self.close_connection = True
 
+    def serve_once(self, _: str) -> None:
+        """One answer on each connection; then it is dead, and does not say so before it is asked again."""
+        if getattr(self, "has_served", False):
+            self.close_connection = True
+            return
+        self.has_served = True
+        self.send(200, BODY)
+
     def serve_zipped(self, _: str) -> None:
         self.send(200, b"\x1f\x8b", {"Content-Encoding": "gzip"})
 

@@ -123,10 +123,6 @@ class SearchError(VlmflowError):
     """The catalog holds no embeddings that the query can be compared with."""
 
 
-class TooManyPairsError(SearchError):
-    """So many pairs of images count as alike that they cannot be held, and that they tell little."""
-
-
 class CatalogError(VlmflowError):
     """The catalog cannot be opened, or holds what this version does not understand."""
 

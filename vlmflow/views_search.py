@@ -141,8 +141,6 @@ def print_duplicates(report: DuplicateReport, console: Console) -> None:
     )
     if report.num_without_vectors:
         console.print(f"{report.num_without_vectors:,} images have no embedding and were compared by content alone")
-    for note in report.notes:
-        console.print(Text(note), style="yellow", soft_wrap=True)
 
 
 def print_titles(report: TitleReport, console: Console) -> None:

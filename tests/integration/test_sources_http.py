@@ -14,7 +14,7 @@ import pytest
 from tests.site import BODY, PRIVATE_ALLOWED, Site, fetch, resolve, serving
 from vlmflow.config import MIB, HttpConfig, ImageLimits, SourceConfig
 from vlmflow.errors import RowErrorClass
-from vlmflow.sources import open_source
+from vlmflow.sources import downloads, open_source
 from vlmflow.sources.connections import is_public
 
 
@@ -36,6 +36,37 @@ def test_images_of_a_manifest_are_downloaded_in_order(site: Site, tmp_path: Path
     assert [(item.data, item.object_version) for item in items] == [(BODY, "v1")] * 41
     assert site.requests["/Gr%C3%BC%C3%9Fe%20100%25.jpg?a=%C3%A9&b=1"] == 1
     assert all("Cookie" not in headers and headers["Accept-Encoding"] == "identity" for headers in site.headers)
+
+
+def test_connections_serve_one_batch_after_the_other_and_are_closed_when_idle(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    http = PRIVATE_ALLOWED.model_copy(update={"timeout_s": 61.0})  # of no other test
+    for _ in range(3):
+        assert all(item.data == BODY for item in fetch(*(f"{site.url}/image/{n}" for n in range(32)), http=http))
+    assert site.num_connections <= 16, "as many as one batch has requests at a time"
+    monkeypatch.setattr(downloads, "KEPT_S", 0.05)
+    fetch(f"{site.url}/image", http=http)
+    kept = downloads.downloads_of(http)
+    ends = time.monotonic() + 10
+    while kept._pool.connections and time.monotonic() < ends:
+        time.sleep(0.02)
+    assert kept._pool.connections == []
+    assert fetch(f"{site.url}/image", http=http)[0].data == BODY
+
+
+def test_connections_that_died_while_idle_cost_no_row(site: Site) -> None:
+    for _ in range(2):
+        items = fetch(*(f"{site.url}/once/{n}" for n in range(40)))
+        assert [item.data for item in items] == [BODY] * 40
+
+
+def test_a_fork_has_connections_of_its_own(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = downloads.downloads_of(PRIVATE_ALLOWED)
+    assert downloads.downloads_of(PRIVATE_ALLOWED) is before
+    monkeypatch.setattr("os.getpid", lambda: -1)
+    assert downloads.downloads_of(PRIVATE_ALLOWED) is not before
+    assert fetch(f"{site.url}/image")[0].data == BODY
 
 
 def test_the_version_is_the_etag_or_else_the_date(site: Site) -> None:

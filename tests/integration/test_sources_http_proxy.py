@@ -12,7 +12,7 @@ from tests.site import BODY, Site, fetch, serving
 from tests.web_proxy import certificate, proxying
 from vlmflow.config import HttpConfig, SourceConfig, load_job
 from vlmflow.errors import ConfigError, RowErrorClass, StoreLostError
-from vlmflow.sources import connections, open_source
+from vlmflow.sources import connections, downloads, open_source
 
 NAME = "images.example"  # that nobody but the proxy knows
 BY_PROXY = HttpConfig(timeout_s=60, proxy_env="SHOP_PROXY")
@@ -31,6 +31,7 @@ def safe(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     site.socket = context.wrap_socket(site.socket, server_side=True, do_handshake_on_connect=False)
     monkeypatch.setenv("SSL_CERT_FILE", str(file))
     connections._ssl_context.cache_clear()
+    monkeypatch.setattr(downloads, "_kept", {})  # they trust what was trusted when they were made
     yield site
     connections._ssl_context.cache_clear()
 

@@ -135,8 +135,7 @@ def labels_section(facts: Facts, cards: Cards) -> Html:
 
 def duplicates_section(facts: Facts, cards: Cards, report: DuplicateReport | None, notes: Sequence[str]) -> Html:
     """Groups of images that are the same."""
-    of_report = () if report is None else report.notes
-    warnings = [paragraph(text(note, 1_000), kind="warn") for note in (*notes, *of_report)]
+    warnings = [paragraph(text(note, 1_000), kind="warn") for note in notes]
     if report is None:
         return section("duplicates", "Duplicates", *warnings)
     blocks = []

@@ -12,20 +12,25 @@ from itertools import pairwise
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 
 from vlmflow.catalog.columns import flat
 from vlmflow.catalog.keys import to_binary, to_words
 from vlmflow.catalog.masks import Mask
 from vlmflow.config import CatalogConfig, Frozen
-from vlmflow.errors import ConfigError, TooManyPairsError
+from vlmflow.errors import ConfigError
 from vlmflow.schema import LEAST_PHASH_BITS
 from vlmflow.search.build import FEWEST_ROWS
 from vlmflow.search.equals import Equals, Scored
+from vlmflow.search.leaders import owners_of
 from vlmflow.search.live import LiveRows, Positions
-from vlmflow.search.near import MAX_PAIRS, ROUNDING, check_pairs, near_pairs
+from vlmflow.search.looks import Looks
+from vlmflow.search.near import IndexedVectors, NearVectors, to_disk
 from vlmflow.search.searcher import Searcher
+from vlmflow.workspace import Workspace
 
 Kind: TypeAlias = Literal["exact", "perceptual", "semantic"]
 
@@ -34,16 +39,10 @@ Kind: TypeAlias = Literal["exact", "perceptual", "semantic"]
 # cropped by 3% on each side above 0.95. Other models spread their vectors otherwise. See
 # tests/integration/test_search.py.
 THRESHOLD = 0.95
-# Of the 64 bits of two perceptual hashes, how many may differ. Five bands of bits: with four that differ, one band is
-# equal, so only images that share a band are compared.
-MAX_BITS = 4
-_BANDS = (0, 13, 26, 39, 52, 64)
 # Up to so many images each is compared with each; beyond, the index proposes whom to compare. Of fewer there is none.
 ALL_PAIRS = FEWEST_ROWS
-_BLOCK = 1_024  # with 50,000 others at a time: 200 MiB of cosines
-_MAX_CELLS = 1 << 22  # hashes that are compared at a time, with each other: 32 MiB
 
-_COLUMNS = ("image_id", "uri", "decision", "status", "width", "height", "size_bytes", "content_hash")
+_COLUMNS = ("image_id", "uri", "decision", "width", "height", "size_bytes")
 
 
 class Member(Frozen):
@@ -59,6 +58,9 @@ class Member(Frozen):
     height: int | None = None
     size_bytes: int | None = None
     similarity: float
+
+
+_MEMBERS = TypeAdapter(tuple[Member, ...])  # at once: one by one they take half as long again
 
 
 class Group(Frozen):
@@ -86,7 +88,6 @@ class DuplicateReport(Frozen):
     num_duplicates: int  # members beside the representatives
     num_without_vectors: int = 0  # of the images compared: they have no part in semantic groups
     groups: tuple[Group, ...] = ()
-    notes: tuple[str, ...] = ()  # kinds that were not looked for, and why
 
 
 def find_duplicates(
@@ -106,9 +107,8 @@ def find_duplicates(
     Raises:
         ConfigError: there is no such kind, or the threshold or the condition cannot be used.
         SearchError: too many images to compare each with each, and no index.
-        TooManyPairsError: so many pairs that the threshold tells nothing apart, where no other kind is asked for; else
-            the groups of the others are reported, with a note.
         CatalogError: there is no catalog.
+        WorkspaceError: the temporary folder has no room for the vectors.
     """
     if not kinds or isinstance(kinds, str) or not set(kinds) <= set(get_args(Kind)):
         raise ConfigError(f"kinds {kinds!r}", remedy=f"Give a list of some of {', '.join(get_args(Kind))}.")
@@ -128,18 +128,16 @@ def find_duplicates(
         ("exact", group, np.ones(len(group), np.float32)) for group in groups
     ]
     num_without = 0
-    notes: list[str] = []
     ranks = np.full(len(live), len(live), np.int64)
     ranks[order] = np.arange(len(order))
     if "perceptual" in kinds:
-        alike = _unless_too_many(lambda: _look_alikes(live, unlike, ranks), "perceptual", kinds, notes)
+        alike = _look_alikes(live, unlike, ranks)
         found += [("perceptual", *group) for group in alike]
         for members, _ in alike:
             unlike[members[1:]] = False
     if "semantic" in kinds:
         num_without = int(unlike.sum()) - int((unlike & live.of_models(list(live.num_by_model))).sum())
-        near = _unless_too_many(lambda: _semantic(searcher, live, unlike, ranks, threshold), "semantic", kinds, notes)
-        found += [("semantic", *group) for group in near]
+        found += [("semantic", *group) for group in _semantic(searcher, live, unlike, ranks, threshold)]
     return DuplicateReport(
         catalog=catalog.uri,
         images_version=live.version,
@@ -148,21 +146,7 @@ def find_duplicates(
         num_duplicates=sum(len(group) - 1 for _, group, _ in found),
         num_without_vectors=num_without,
         groups=tuple(_described(live, found)),
-        notes=tuple(notes),
     )
-
-
-def _unless_too_many(
-    find: Callable[[], list[Scored]], kind: Kind, kinds: Sequence[Kind], notes: list[str]
-) -> list[Scored]:
-    """The groups of a kind; a note in their place where they come of too many pairs and other kinds are asked for."""
-    try:
-        return find()
-    except TooManyPairsError as error:
-        if set(kinds) == {kind}:
-            raise
-        notes.append(f"{kind} groups were left out: {error}. {error.remedy}")
-        return []
 
 
 def _facts(live: LiveRows) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -212,11 +196,19 @@ def _semantic(
     groups: list[Scored] = []
     for model in live.num_by_model:
         equals = _equal_vectors(searcher, model, mask & live.of_models([model]), ranks)
-        firsts = equals.rows[equals.starts]
+        order = np.argsort(equals.ranks)
+        firsts = equals.rows[equals.starts][order]
         marks, numbers = np.zeros(len(live), np.bool_), np.full(len(live), -1, np.int64)
         marks[firsts], numbers[firsts] = True, np.arange(len(firsts))
-        found = _grouped(list(_pairs(searcher, model, marks, threshold)), ranks)
-        groups += equals.whole([(numbers[rows], scores) for rows, scores in found], ranks)
+        with Workspace() as workspace:
+            vectors = to_disk(searcher.vectors(model, marks), numbers, len(firsts), workspace.path)
+            near = (
+                NearVectors(vectors, threshold)
+                if len(firsts) <= ALL_PAIRS
+                else IndexedVectors(vectors, threshold, searcher.covering(model, marks), numbers)
+            )
+            owners = owners_of(near)
+            groups += equals.whole(_grouped(owners, order, near.cosines), ranks)
     return groups
 
 
@@ -241,34 +233,25 @@ def _equal_vectors(searcher: Searcher, model: str, mask: Mask, ranks: NDArray[np
     return Equals.of(np.concatenate(keys), np.concatenate(rows), ranks)
 
 
-def _grouped(parts: list[tuple[Positions, Positions, NDArray[np.float32]]], ranks: NDArray[np.int64]) -> list[Scored]:
-    """Groups from pairs: each around the row that comes first, of rows that are in no group before."""
-    empty = np.empty(0, np.int64)
-    left = np.concatenate([empty, *(part[0] for part in parts)])
-    right = np.concatenate([empty, *(part[1] for part in parts)])
-    scores = np.concatenate([np.empty(0, np.float32), *(part[2] for part in parts)])
-    # Each pair once, seen from the one that comes first.
-    forward = ranks[left] < ranks[right]
-    left, right, scores = left[forward], right[forward], scores[forward]
-    by_rank = np.lexsort((right, -scores, ranks[left]))
-    left, right, scores = left[by_rank], right[by_rank], scores[by_rank]
-    taken: set[int] = set()
-    groups = []
-    starts = np.flatnonzero(np.diff(left, prepend=-1))
-    for start, stop in pairwise([*starts.tolist(), len(left)]):
-        head = int(left[start])
-        if head in taken:
-            continue
-        free = []
-        for at, other in enumerate(right[start:stop].tolist(), start):
-            if other not in taken:  # nor earlier in this very group: the index may find a pair from both of its sides
-                taken.add(other)
-                free.append(at)
-        if free:
-            taken.add(head)
-            members = np.array([head, *right[free]], np.int64)
-            groups.append((members, np.array([1.0, *scores[free]], np.float32)))
-    return sorted(groups, key=lambda group: (-len(group[0]), int(ranks[group[0][0]])))
+def _grouped(
+    owners: Positions, order: Positions, likeness: Callable[[Positions, Positions], NDArray[np.float32]]
+) -> list[Scored]:
+    """Groups of numbers of keys.
+
+    Args:
+        owners: (I,) the head of each item.
+        order: (I,) the key that each item is.
+        likeness: of items, of as many others.
+    """
+    members = np.flatnonzero(owners != np.arange(len(owners)))
+    members = members[np.argsort(owners[members], kind="stable")]
+    heads = owners[members]
+    scores = likeness(heads, members)
+    starts = np.flatnonzero(np.diff(heads, prepend=-1)).tolist()
+    return [
+        (order[np.append(heads[start], members[start:stop])], np.append(np.float32(1), scores[start:stop]))
+        for start, stop in pairwise([*starts, len(members)])
+    ]
 
 
 def _look_alikes(live: LiveRows, mask: Mask, ranks: NDArray[np.int64]) -> list[Scored]:
@@ -285,88 +268,19 @@ def _look_alikes(live: LiveRows, mask: Mask, ranks: NDArray[np.int64]) -> list[S
         hashes[here] = np.array([int(text or "0", 16) for text in texts], np.uint64)
     known &= np.bitwise_count(hashes) >= LEAST_PHASH_BITS
     positions = np.flatnonzero(known)
-    looks = Equals.of(hashes[positions], positions, ranks)
-    return looks.whole(_grouped(list(_near_looks(looks.keys)), looks.ranks), ranks)
-
-
-def _near_looks(values: NDArray[np.uint64]) -> Iterator[tuple[Positions, Positions, NDArray[np.float32]]]:
-    """Pairs of hashes that differ in few bits, and the share of equal bits; both ways round."""
-    num_pairs = 0
-    for band, (low, high) in enumerate(pairwise(_BANDS)):
-        keys = (values >> np.uint64(low)) & np.uint64((1 << (high - low)) - 1)
-        order = np.argsort(keys, kind="stable")
-        starts = np.flatnonzero(np.diff(keys[order], prepend=keys[order][:1] + np.uint64(1)))
-        for first, last in pairwise([*starts.tolist(), len(order)]):
-            some = order[first:last]
-            step = max(1, _MAX_CELLS // len(some))
-            for start in range(0, len(some) - 1, step):
-                block, later = some[start : start + step], some[start:]
-                bits = np.bitwise_count(values[block][:, None] ^ values[later][None, :])
-                rows_at, columns_at = np.nonzero(np.triu(bits <= MAX_BITS, 1))
-                left, right = _not_before(values, block[rows_at], later[columns_at], band)
-                num_pairs += len(left)
-                if num_pairs > MAX_PAIRS:
-                    raise TooManyPairsError(
-                        f"more than {MAX_PAIRS:,} pairs of images look alike", remedy="Narrow the images with --where."
-                    )
-                scores = (1 - np.bitwise_count(values[left] ^ values[right]) / 64).astype(np.float32)
-                yield np.concatenate([left, right]), np.concatenate([right, left]), np.concatenate([scores, scores])
-
-
-def _not_before(
-    values: NDArray[np.uint64], left: Positions, right: Positions, band: int
-) -> tuple[Positions, Positions]:
-    """The pairs that share no band before this one: those were found there."""
-    fresh = np.ones(len(left), np.bool_)
-    for low, high in list(pairwise(_BANDS))[:band]:
-        part = np.uint64(((1 << (high - low)) - 1) << low)
-        fresh &= ((values[left] ^ values[right]) & part) != 0
-    return left[fresh], right[fresh]
-
-
-def _pairs(
-    searcher: Searcher, model: str, mask: Mask, threshold: float
-) -> Iterator[tuple[Positions, Positions, NDArray[np.float32]]]:
-    """Pairs of marked rows whose cosine reaches the threshold, with it; a pair may come twice, turned around."""
-    count = int(mask.sum())
-    num_pairs = 0
-    compare = _all_pairs if count <= ALL_PAIRS else near_pairs
-    for part in compare(searcher, model, mask, threshold):
-        num_pairs += len(part[0])
-        check_pairs(num_pairs, threshold)
-        yield part
-
-
-def _all_pairs(
-    searcher: Searcher, model: str, mask: Mask, threshold: float
-) -> Iterator[tuple[Positions, Positions, NDArray[np.float32]]]:
-    blocks = list(searcher.vectors(model, mask))
-    if not blocks:
-        return
-    positions = np.concatenate([block[0] for block in blocks])
-    vectors = np.concatenate([block[1] for block in blocks])
-    for start in range(0, len(vectors), _BLOCK):
-        scores = vectors[start : start + _BLOCK] @ vectors[start:].T
-        rows, columns = np.nonzero(scores >= threshold - ROUNDING)
-        later = columns > rows
-        rows, columns = rows[later], columns[later]
-        first, second = positions[start + rows], positions[start + columns]
-        values = scores[rows, columns]
-        # Both ways: which of the two comes first is not known here.
-        yield np.concatenate([first, second]), np.concatenate([second, first]), np.concatenate([values, values])
+    equals = Equals.of(hashes[positions], positions, ranks)
+    order = np.argsort(equals.ranks)
+    looks = Looks(equals.keys[order])
+    return equals.whole(_grouped(owners_of(looks), order, looks.equal_bits), ranks)
 
 
 def _described(live: LiveRows, found: list[tuple[Kind, Positions, NDArray[np.float32]]]) -> Iterator[Group]:
     if not found:
         return
-    rows = live.take(np.concatenate([group for _, group, _ in found]), _COLUMNS).to_pylist()
+    rows = live.take(np.concatenate([group for _, group, _ in found]), _COLUMNS)
+    scores = np.minimum(1, np.concatenate([part for _, _, part in found]).astype(np.float64))
+    members = _MEMBERS.validate_python(rows.append_column("similarity", pa.array(scores)).to_pylist())
     start = 0
-    for kind, group, scores in found:
-        members = tuple(
-            Member(
-                similarity=min(1.0, float(score)), **{name: row[name] for name in Member.model_fields if name in row}
-            )
-            for row, score in zip(rows[start : start + len(group)], scores, strict=True)
-        )
+    for kind, group, _ in found:
+        yield Group(kind=kind, members=members[start : start + len(group)])
         start += len(group)
-        yield Group(kind=kind, members=members)

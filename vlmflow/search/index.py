@@ -174,22 +174,30 @@ class OpenSegment:
         hits = self._hits(at[0])
         return Found(self._positions[at[0][hits]], scores[0][hits])
 
+    @property
+    def num_cells(self) -> int:
+        """How many cells there are to look into."""
+        return int(self._index.nlist)
+
     def neighbours(
-        self, queries: NDArray[np.float32], least: float
+        self, queries: NDArray[np.float32], least: float, marks: Mask, probes: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
-        """Pairs of a query and a live row whose cosine, in half precision, is above ``least``.
+        """Pairs of a query and a marked vector whose cosine, in half precision, is above ``least``.
+
+        Args:
+            marks: (num_rows,) over the vectors of the segment.
+            probes: how many cells are looked into.
 
         Returns:
-            (P,) numbers of queries, (P,) numbers of live rows, (P,) float32 cosines.
+            (P,) numbers of queries, in order, (P,) numbers of vectors, (P,) float32 cosines.
         """
         faiss = load_faiss()
-        parameters = faiss.SearchParametersIVF(nprobe=min(self._index.nlist, PROBES // 10))
+        # What it knows not to be asked for, so that numbers that no vector has are found, and told.
+        others = faiss.IDSelectorBitmap(np.packbits(~marks, bitorder="little"))
+        parameters = faiss.SearchParametersIVF(nprobe=min(self.num_cells, probes), sel=faiss.IDSelectorNot(others))
         limits, scores, at = self._index.range_search(queries, least, params=parameters)
-        rows = np.repeat(np.arange(len(queries)), np.diff(limits.astype(np.int64)))
         self._hits(at)
-        positions = self._positions[at]
-        keep = positions >= 0
-        return rows[keep], positions[keep], scores[keep]
+        return np.repeat(np.arange(len(queries)), np.diff(limits.astype(np.int64))), at, scores
 
     def _hits(self, at: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Marks what was found, as against places left empty."""

@@ -1,115 +1,139 @@
-"""Pairs of images whose vectors are near, of more images than can be compared each with each: by the index."""
+"""Vectors that are near to each other: of few images each with each, of more by the index."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TypeAlias
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vlmflow.catalog.masks import Mask
-from vlmflow.errors import TooManyPairsError
 from vlmflow.search.exact import Block
-from vlmflow.search.index import HALF_ERROR
+from vlmflow.search.index import HALF_ERROR, OpenSegment
+from vlmflow.search.leaders import few_first
 from vlmflow.search.live import Positions
-from vlmflow.search.searcher import Searcher
+from vlmflow.workspace import in_our_words
 
-Pairs: TypeAlias = tuple[Positions, Positions, NDArray[np.float32]]  # (P,) numbers of live rows, twice; cosines
-
-MAX_PAIRS = 50_000_000  # a GiB of them
 ROUNDING = 1e-6  # of the cosine of two vectors in single precision: equal ones reach a threshold of 1
-_QUERIES = 1_024  # whose neighbours are looked for at once: each may have as many as there are images
+_OTHERS = 8_192  # that are compared at a time, with the heads: 32 MiB of cosines
+_PROBES = 16  # cells that a head looks into at first
+_WIDER = 4  # so many times as many then, for a head that has found some there
 _AT_ONCE = 1 << 15  # pairs whose vectors are compared: 128 MiB at 512 dimensions
 
 
-def near_pairs(searcher: Searcher, model: str, wanted: Mask, threshold: float) -> Iterator[Pairs]:
-    """Pairs of marked rows whose cosine reaches a threshold; a pair may come twice, turned around.
+class NearVectors:
+    """Nearness by the cosine of stored vectors. I: vectors.
 
-    Both of a pair are in one cell of the index or in two that are close, or else they are not found. Where half
-    precision leaves open whether the threshold is reached, the stored vectors are compared.
+    Args:
+        vectors: (I, D) of unit length, in the order in which they may become heads.
+        threshold: least cosine.
+    """
+
+    def __init__(self, vectors: NDArray[np.float32], threshold: float) -> None:
+        self._vectors, self._least = vectors, threshold - ROUNDING
+
+    def __len__(self) -> int:
+        return len(self._vectors)
+
+    def among(self, items: Positions) -> Mask:
+        """As :class:`vlmflow.search.leaders.Nearness`."""
+        vectors = self._vectors[items]
+        near: Mask = vectors @ vectors.T >= self._least
+        return near
+
+    def claim(self, heads: Positions, owners: Positions, start: int) -> None:
+        """As :class:`vlmflow.search.leaders.Nearness`."""
+        queries = self._vectors[heads]
+        free = start + np.flatnonzero(owners[start:] == len(self))
+        for at in range(0, len(free) if len(heads) else 0, _OTHERS):
+            others = free[at : at + _OTHERS]
+            near = queries @ self._vectors[others].T >= self._least
+            firsts = near.argmax(axis=0)
+            found = near[firsts, np.arange(len(others))]
+            owners[others[found]] = heads[firsts[found]]
+
+    def cosines(self, left: Positions, right: Positions) -> NDArray[np.float32]:
+        """(P,) of pairs of vectors."""
+        found = np.empty(len(left), np.float32)
+        for at in range(0, len(left), _AT_ONCE):
+            part = slice(at, at + _AT_ONCE)
+            np.einsum("pd,pd->p", self._vectors[left[part]], self._vectors[right[part]], out=found[part])
+        return found
+
+
+class IndexedVectors(NearVectors):
+    """The same where there are too many to compare each with each: the index proposes whom to compare.
+
+    An image that the index has in a cell that is not close to a head is not found. Where half precision leaves open
+    whether the threshold is reached, the stored vectors are compared.
+
+    Args:
+        segments: the index; it covers all of the vectors.
+        items: (N,) of live rows, the number of the vector; -1: the row has none.
+    """
+
+    def __init__(
+        self, vectors: NDArray[np.float32], threshold: float, segments: Sequence[OpenSegment], items: Positions
+    ) -> None:
+        super().__init__(vectors, threshold)
+        self._segments = segments
+        self._items = [np.where(s.segment.positions >= 0, items[s.segment.positions], -1) for s in segments]
+        self._marks = [held >= 0 for held in self._items]  # those that may still be claimed
+        # Where each vector is: its segment, and its place in it.
+        self._places = np.empty((len(vectors), 2), np.int64)
+        for number, held in enumerate(self._items):
+            places = np.flatnonzero(held >= 0)
+            self._places[held[places], 0], self._places[held[places], 1] = number, places
+        self._start = 0
+
+    def claim(self, heads: Positions, owners: Positions, start: int) -> None:
+        """As :class:`vlmflow.search.leaders.Nearness`."""
+        self._unmark(np.arange(self._start, start))
+        self._start = start
+        for some in few_first(heads):
+            for segment, held, marks in zip(self._segments, self._items, self._marks, strict=True):
+                self._claim(segment, held, marks, some, owners)
+                marks[marks] = owners[held[marks]] == len(self)
+
+    def _claim(self, segment: OpenSegment, held: Positions, marks: Mask, heads: Positions, owners: Positions) -> None:
+        """Looks into few cells, and into more of them for heads that find more there: a dense group fills many."""
+        counts, probes = np.zeros(len(heads), np.int64), _PROBES
+        while len(heads):
+            rows, at, scores = segment.neighbours(self._vectors[heads], self._least - HALF_ERROR, marks, probes)
+            firsts, others = heads[rows], held[at]
+            near = scores >= self._least + HALF_ERROR
+            near[~near] = self.cosines(firsts[~near], others[~near]) >= self._least
+            np.minimum.at(owners, others[near], firsts[near])
+            before, counts = counts, np.bincount(rows[near], minlength=len(heads))
+            more = (counts > before) & (probes < segment.num_cells)
+            heads, counts, probes = heads[more], counts[more], _WIDER * probes
+
+    def _unmark(self, items: Positions) -> None:
+        for number, marks in enumerate(self._marks):
+            segments, places = self._places[items].T
+            marks[places[segments == number]] = False
+
+
+def to_disk(blocks: Iterator[Block], numbers: Positions, count: int, folder: Path) -> NDArray[np.float32]:
+    """Vectors in an order of their own, in a file that is mapped into memory.
+
+    Args:
+        blocks: each vector once.
+        numbers: (N,) of live rows, the place of the vector.
+        count: how many vectors they are.
 
     Raises:
-        SearchError: the index does not cover all of these rows.
-        TooManyPairsError: it is left open of too many pairs.
+        WorkspaceError: there is no room for the file.
     """
-    segments = searcher.covering(model, wanted)
-    least, count = threshold - ROUNDING, len(wanted)
-    undecided = _Numbers()  # each pair once, as one number
-    for positions, vectors in _few_at_once(searcher.vectors(model, wanted)):
-        for segment in segments:
-            rows, others, scores = segment.neighbours(np.ascontiguousarray(vectors), least - HALF_ERROR)
-            firsts = positions[rows]
-            keep = wanted[others] & (others != firsts)
-            sure = keep & (scores >= least + HALF_ERROR)
-            yield firsts[sure], others[sure], scores[sure]
-            left, right = np.sort(np.stack([firsts, others])[:, keep & ~sure], axis=0)
-            undecided.add(left * count + right)
-            check_pairs(len(undecided.merged), threshold)
-    undecided.merge()
-    check_pairs(len(undecided.merged), threshold)
-    if undecided.merged.size:
-        yield from _compared(searcher, model, wanted, np.stack(np.divmod(undecided.merged, count)), least)
-
-
-class _Numbers:
-    """Numbers that come in parts, each kept once.
-
-    Attributes:
-        merged: those of the parts that are merged, in order.
-    """
-
-    def __init__(self) -> None:
-        self.merged = np.empty(0, np.int64)
-        self._parts: list[NDArray[np.int64]] = []
-        self._num_pending = 0
-
-    def add(self, part: NDArray[np.int64]) -> None:
-        self._parts.append(part)
-        self._num_pending += len(part)
-        if self._num_pending > len(self.merged):  # sorted for every part, they would take a time that grows as a square
-            self.merge()
-
-    def merge(self) -> None:
-        self.merged = np.unique(np.concatenate([self.merged, *self._parts]))
-        self._parts, self._num_pending = [], 0
-
-
-def check_pairs(num_pairs: int, threshold: float) -> None:
-    """Refuses more pairs than can be held.
-
-    Raises:
-        TooManyPairsError: they are more.
-    """
-    if num_pairs > MAX_PAIRS:
-        raise TooManyPairsError(
-            f"more than {MAX_PAIRS:,} pairs of images are closer than {threshold}",
-            remedy="Raise --threshold of `vlmflow duplicates`, or narrow the images with its --where.",
-        )
-
-
-def _few_at_once(blocks: Iterator[Block]) -> Iterator[Block]:
+    held = np.empty((0, 0), np.float32)
     for positions, vectors in blocks:
-        for start in range(0, len(positions), _QUERIES):
-            yield positions[start : start + _QUERIES], vectors[start : start + _QUERIES]
-
-
-def _compared(
-    searcher: Searcher, model: str, wanted: Mask, pairs: NDArray[np.int64], threshold: float
-) -> Iterator[Pairs]:
-    """Those of (2, P) pairs whose stored vectors reach the threshold, both ways; these vectors are held in memory."""
-    marks = np.zeros_like(wanted)
-    marks[pairs] = True
-    blocks = list(searcher.vectors(model, marks))
-    vectors = np.concatenate([block[1] for block in blocks])
-    places = np.empty(len(marks), np.int64)
-    places[np.concatenate([block[0] for block in blocks])] = np.arange(len(vectors))
-    for start in range(0, pairs.shape[1], _AT_ONCE):
-        left, right = pairs[:, start : start + _AT_ONCE]
-        scores = np.einsum("pd,pd->p", vectors[places[left]], vectors[places[right]])
-        near = scores >= threshold
-        yield (
-            np.concatenate([left[near], right[near]]),
-            np.concatenate([right[near], left[near]]),
-            np.concatenate([scores[near], scores[near]]),
-        )
+        if not len(held):
+            path = folder / "vectors"
+            with in_our_words(), path.open("wb") as file:
+                # The room is taken now: where it ends while a mapped file is written to, the process is killed.
+                os.posix_fallocate(file.fileno(), 0, count * vectors[:1].nbytes)
+            held = np.memmap(path, np.float32, "r+", shape=(count, vectors.shape[1]))
+        held[numbers[positions]] = vectors
+    return held

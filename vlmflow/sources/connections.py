@@ -16,7 +16,8 @@ from vlmflow.config import HttpConfig, read_secret
 from vlmflow.errors import ConfigError, ImageError, RowErrorClass
 
 _CONNECT_S = 5.0  # for each address of a host but the last, which has all the time that is left
-_MAX_CONNECTIONS = 32
+_MAX_CONNECTIONS, _MAX_IDLE = 128, 32  # of all batches that a process reads at once, each of which has 16
+KEPT_S = 5.0  # that an idle connection is kept; most servers keep theirs as long or longer
 # NAT64, its local form and IPv4-compatible addresses embed an IPv4 address in the last 32 bits, which a gateway would
 # connect to.
 _EMBEDDING = tuple(ipaddress.ip_network(network) for network in ("64:ff9b::/96", "64:ff9b:1::/48", "::/96"))
@@ -37,7 +38,12 @@ def open_pool(config: HttpConfig) -> httpcore.AsyncConnectionPool:
     proxy = proxy_of(config)
     backend = _CheckedBackend(config) if proxy is None else _ProxyBackend(config)
     return httpcore.AsyncConnectionPool(
-        ssl_context=_ssl_context(), proxy=proxy, network_backend=backend, max_connections=_MAX_CONNECTIONS
+        ssl_context=_ssl_context(),
+        proxy=proxy,
+        network_backend=backend,
+        max_connections=_MAX_CONNECTIONS,
+        max_keepalive_connections=_MAX_IDLE,
+        keepalive_expiry=KEPT_S,
     )
 
 

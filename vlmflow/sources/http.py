@@ -65,22 +65,16 @@ class _Unconfirmed(Exception):  # noqa: N818 (never leaves this module)
 
 
 class HttpFetcher:
-    """Downloads from urls over a pool of connections; an async context manager, for one event loop.
+    """Downloads from urls.
 
-    Raises:
-        ConfigError: the environment variable of the proxy is not set on this machine, or holds no proxy's url.
+    Args:
+        pool: of :func:`vlmflow.sources.connections.open_pool`, of the event loop in which this is used.
     """
 
-    def __init__(self, config: HttpConfig, max_bytes: int) -> None:
+    def __init__(self, config: HttpConfig, max_bytes: int, pool: httpcore.AsyncConnectionPool) -> None:
         self._config = config
         self._max_bytes = max_bytes
-        self._pool = open_pool(config)
-
-    async def __aenter__(self) -> HttpFetcher:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._pool.aclose()
+        self._pool = pool
 
     async def fetch(self, url: str, validator: str | None = None) -> Download | None:
         """Downloads one image, within one time limit for all its redirects and attempts.
@@ -107,7 +101,11 @@ class HttpFetcher:
         ends = time.monotonic() + self._config.timeout_s
         for attempt in range(1, _ATTEMPTS + 1):
             try:
-                return await self._follow(url, validator)
+                if attempt == 1:
+                    return await self._follow(self._pool, url, validator)
+                # Of connections that were idle several may be dead: those of a server that was started anew.
+                async with open_pool(self._config) as fresh:
+                    return await self._follow(fresh, url, validator)
             except _Unsettled as error:
                 delay_s = max(error.after_s, _FIRST_BACKOFF_S * 2**attempt * random.uniform(0.5, 1.0))
                 if attempt == _ATTEMPTS or time.monotonic() + delay_s >= ends:
@@ -115,14 +113,14 @@ class HttpFetcher:
             await asyncio.sleep(delay_s)
         raise AssertionError("the last attempt returns or raises")
 
-    async def _follow(self, url: str, validator: str | None) -> Download | None:
+    async def _follow(self, pool: httpcore.AsyncConnectionPool, url: str, validator: str | None) -> Download | None:
         """Follows redirects by hand: each hop's scheme and address are checked like the first."""
         moved = False
         for _ in range(self._config.max_redirects + 1):
             try:
-                found = await self._get(url, validator)
+                found = await self._get(pool, url, validator)
             except _Unconfirmed:
-                found = await self._get(url, None)
+                found = await self._get(pool, url, None)
             if not isinstance(found, str):
                 return replace(found, validator=None) if found and moved else found
             # A tag tells versions of one resource apart: another, where the next redirect may lead, can have the same.
@@ -130,7 +128,7 @@ class HttpFetcher:
         message = f"more redirects than http.max_redirects of {self._config.max_redirects}"
         raise ImageError(message, error_class=RowErrorClass.TOO_MANY_REDIRECTS)
 
-    async def _get(self, url: str, validator: str | None) -> Download | str | None:
+    async def _get(self, pool: httpcore.AsyncConnectionPool, url: str, validator: str | None) -> Download | str | None:
         """Downloads, or returns where a redirect points to; None: the bytes are still those of the validator."""
         asked = [] if validator is None else [_condition(validator)]
         target = _ascii_url(url)
@@ -138,7 +136,7 @@ class HttpFetcher:
         if is_by_proxy:
             check_host(urlsplit(target).hostname or "", self._config)
         try:
-            async with self._pool.stream("GET", target, headers=[*_HEADERS, *asked]) as response:
+            async with pool.stream("GET", target, headers=[*_HEADERS, *asked]) as response:
                 headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in response.headers}
                 if response.status in _REDIRECTS and "location" in headers:
                     return _target(url, headers["location"])

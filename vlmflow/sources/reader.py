@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Sequence
-from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -43,7 +42,7 @@ from vlmflow.threads import in_thread
 if TYPE_CHECKING:
     from obstore import GetOptions
 
-    from vlmflow.sources.http import HttpFetcher
+    from vlmflow.sources.downloads import Downloads
 
 GONE = "listed, but gone when read"
 
@@ -122,37 +121,36 @@ class SourceReader:
         """Reads all rows; ends early, with an error, where a store has fallen silent."""
         slots, silence = asyncio.Semaphore(CONCURRENT_REQUESTS), Silence(self._stores)
         results: dict[int, Fetched | Failure] = {}
-        async with AsyncExitStack() as stack:
-            http = None
-            if any(is_http(row["locator"]) for row in rows):
-                from vlmflow.sources.http import HttpFetcher  # its libraries take a worker a quarter of a second
+        http = None
+        if any(is_http(row["locator"]) for row in rows):
+            from vlmflow.sources.downloads import downloads_of  # its libraries take a worker a quarter of a second
 
-                http = await stack.enter_async_context(HttpFetcher(self._config.http, self._limits.max_bytes))
+            http = downloads_of(self._config.http)
 
-            async def read(index: int) -> None:
-                async with slots:
-                    result = await self._read_one(rows[index], http)
-                    if _came_of_store(rows[index], result):
-                        await silence.check(rows[index]["locator"], result)
-                results[index] = result
+        async def read(index: int) -> None:
+            async with slots:
+                result = await self._read_one(rows[index], http)
+                if _came_of_store(rows[index], result):
+                    await silence.check(rows[index]["locator"], result)
+            results[index] = result
 
-            async def read_parquet(uri: str, indices: Sequence[int]) -> None:
-                async with slots:
-                    cells = await in_thread(partial(self._read_parquet, uri, [rows[index] for index in indices]))
-                    await silence.check(uri, cells[0])
-                results.update(zip(indices, cells, strict=True))
+        async def read_parquet(uri: str, indices: Sequence[int]) -> None:
+            async with slots:
+                cells = await in_thread(partial(self._read_parquet, uri, [rows[index] for index in indices]))
+                await silence.check(uri, cells[0])
+            results.update(zip(indices, cells, strict=True))
 
-            files: dict[str, list[int]] = {}
-            whole = []
-            for index, row in enumerate(rows):
-                if row["row"] is None:
-                    whole.append(read(index))
-                else:
-                    files.setdefault(row["locator"], []).append(index)
-            await asyncio.gather(*whole, *(read_parquet(uri, indices) for uri, indices in files.items()))
+        files: dict[str, list[int]] = {}
+        whole = []
+        for index, row in enumerate(rows):
+            if row["row"] is None:
+                whole.append(read(index))
+            else:
+                files.setdefault(row["locator"], []).append(index)
+        await asyncio.gather(*whole, *(read_parquet(uri, indices) for uri, indices in files.items()))
         return [results[index] for index in range(len(rows))]
 
-    async def _read_one(self, row: _Ref, http: HttpFetcher | None) -> Fetched | Failure:
+    async def _read_one(self, row: _Ref, http: Downloads | None) -> Fetched | Failure:
         locator = row["locator"]
         try:
             if http is not None and is_http(locator):
@@ -171,9 +169,9 @@ class SourceReader:
                 return Fetched(None, None, RowErrorClass.READ_FAILED, f"the download failed ({type(error).__name__})")
             return Failure(fault_of(error), error)
 
-    async def _download(self, row: _Ref, http: HttpFetcher) -> Fetched:
+    async def _download(self, row: _Ref, http: Downloads) -> Fetched:
         known = row["previous_read"]
-        found = await http.fetch(row["locator"], known["http_validator"] if known else None)
+        found = await http.fetch(row["locator"], known["http_validator"] if known else None, self._limits.max_bytes)
         if found is None:
             assert known is not None
             return Fetched(None, known["object_version"], None, "", known["http_validator"], known)

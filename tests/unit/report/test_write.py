@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from tests.catalog_samples import config_of
 from tests.report_samples import put_pictures, put_rows
-from tests.search_samples import names, put, unit
 from vlmflow.report.write import write_report
-from vlmflow.search import duplicates, near
+from vlmflow.search import duplicates
 
 
 def test_without_an_index_large_catalogs_are_compared_by_their_bytes_and_the_page_says_so(
@@ -27,18 +25,6 @@ def test_without_an_index_large_catalogs_are_compared_by_their_bytes_and_the_pag
     assert "--build-index" in text
     assert "or narrow the images with --where of `vlmflow duplicates`." in text, "this command has no such option"
     assert "1 of 3 images repeat another one, in 1 groups." in text, "no cosine counted"
-
-
-def test_where_too_many_images_are_alike_the_page_says_what_command_narrows_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(near, "MAX_PAIRS", 1)
-    put(tmp_path / "catalog", names(5), unit(np.array([[1, angle / 100] for angle in range(5)])))
-    page = tmp_path / "report.html"
-    write_report(config_of(tmp_path / "catalog"), page)
-    text = page.read_text(encoding="utf-8")
-    assert "semantic groups were left out: more than 1 pairs of images are closer than" in text
-    assert "Raise --threshold of `vlmflow duplicates`, or narrow the images with its --where." in text
 
 
 def test_an_image_that_has_changed_or_is_gone_has_no_picture_but_a_reason(tmp_path: Path) -> None:

@@ -14,12 +14,15 @@ from tests.catalog_samples import config_of
 from tests.search_samples import clustered, names, put, unit
 from vlmflow.catalog.keys import digest_of
 from vlmflow.catalog.masks import Mask
-from vlmflow.errors import ConfigError, SearchError, TooManyPairsError
-from vlmflow.search import duplicates, near
+from vlmflow.errors import ConfigError, SearchError
+from vlmflow.search import duplicates
 from vlmflow.search.build import FEWEST_ROWS, update_index
 from vlmflow.search.duplicates import Kind, find_duplicates
 from vlmflow.search.exact import Block
-from vlmflow.search.live import LiveRows
+from vlmflow.search.index import HALF_ERROR
+from vlmflow.search.leaders import Nearness, owners_of
+from vlmflow.search.live import LiveRows, Positions
+from vlmflow.search.looks import MAX_BITS
 from vlmflow.search.searcher import Searcher
 from vlmflow.search.titles import find_titles
 
@@ -130,7 +133,7 @@ def test_equal_vectors_reach_a_threshold_of_one(tmp_path: Path, monkeypatch: pyt
 def test_a_pair_that_half_precision_tells_from_one_side_alone_is_there_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    random, least = np.random.default_rng(0), 0.95 + near.HALF_ERROR
+    random, least = np.random.default_rng(0), 0.95 + HALF_ERROR
     first = unit(random.standard_normal((600, 32)))
     aside = random.standard_normal(first.shape)
     aside = unit(aside - (aside * first).sum(axis=1, keepdims=True) * first)
@@ -155,17 +158,16 @@ def test_a_kind_that_there_is_not_is_told_of_and_not_taken_for_no_duplicates(tmp
     assert "exact, perceptual, semantic" in caught.value.remedy
 
 
-def test_too_many_pairs_are_refused_where_no_other_kind_is_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(near, "MAX_PAIRS", 10)
-    put(tmp_path, names(50), turned(*range(50)), content_hash=["x", "x", *map(str, range(48))])
-    with pytest.raises(TooManyPairsError, match=r"more than 10 pairs of images are closer than 0\.5"):
-        find_duplicates(config_of(tmp_path), kinds=["semantic"], threshold=0.5)
-    report = find_duplicates(config_of(tmp_path), threshold=0.5)
-    assert [group.kind for group in report.groups] == ["exact"]
-    assert len(report.notes) == 1
-    assert report.notes[0].startswith("semantic groups were left out: more than 10 pairs")
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many items are compared with each other, each time."""
+    counts: list[int] = []
+
+    def wrapper(nearness: Nearness) -> Positions:
+        counts.append(len(nearness))
+        return owners_of(nearness)
+
+    monkeypatch.setattr(duplicates, "owners_of", wrapper)
+    return counts
 
 
 @pytest.mark.parametrize("has_index", [False, True])
@@ -173,7 +175,7 @@ def test_equal_vectors_are_not_compared_with_each_other(
     has_index: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blank images, of which no perceptual hash is taken."""
-    monkeypatch.setattr(near, "MAX_PAIRS", 10)
+    compared = counted(monkeypatch)
     vectors = turned(*[0] * 40, *[1] * 40, *[90] * 40, 180)
     vectors[:20] += np.float32(1e-8)  # by the batch they were in
     put(tmp_path, names(121), vectors)
@@ -183,43 +185,7 @@ def test_equal_vectors_are_not_compared_with_each_other(
     for threshold, sizes in ((0.95, [80, 40]), (1.0, [40, 40, 40])):
         report = find_duplicates(config_of(tmp_path), threshold=threshold)
         assert [len(group.members) for group in report.groups] == sizes
-        assert report.notes == ()
-
-
-def test_pairs_that_half_precision_leaves_open_are_limited_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(near, "MAX_PAIRS", 10)
-    monkeypatch.setattr(near, "_QUERIES", 4)
-    monkeypatch.setattr(duplicates, "ALL_PAIRS", 1)
-    put(tmp_path, names(8), turned(*np.arange(8) / 10))  # nearer than half precision tells, and none equal
-    update_index(config_of(tmp_path), min_rows=0)
-    with pytest.raises(TooManyPairsError, match="more than 10 pairs of images are closer than 1"):
-        find_duplicates(config_of(tmp_path), kinds=["semantic"], threshold=1.0)
-    monkeypatch.setattr(near, "MAX_PAIRS", 28)  # each pair counts once, though it is met from both sides
-    assert groups_of(tmp_path, threshold=1.0) == []
-
-
-def test_pairs_that_are_left_open_are_not_sorted_anew_for_every_few_queries(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(near, "_QUERIES", 1)
-    monkeypatch.setattr(duplicates, "ALL_PAIRS", 1)
-    put(tmp_path, names(64), turned(*np.arange(64) / 10))  # of each some 50 others are within half precision
-    update_index(config_of(tmp_path), min_rows=0)
-    num_sorted = []
-
-    def counted(name: str) -> None:
-        sort = getattr(np, name)
-
-        def wrapper(*values: np.ndarray[Any, Any], **options: Any) -> Any:
-            num_sorted.append(sum(map(len, values)))
-            return sort(*values, **options)
-
-        monkeypatch.setattr(np, name, wrapper)
-
-    counted("unique")
-    counted("union1d")
-    assert groups_of(tmp_path, threshold=1.0) == []
-    assert 1_000 <= sum(num_sorted) <= 3 * 64 * 50
+    assert compared == [0, 4, 0, 4], "looks that there are none of, and vectors"
 
 
 def test_titles_are_ranked_by_how_little_they_fit(tmp_path: Path) -> None:
@@ -297,7 +263,7 @@ def test_images_that_look_alike_are_one_group_by_few_bits(tmp_path: Path) -> Non
                 int(hashes[int(group.representative.uri[-5:])], 16) ^ int(hashes[int(member.uri[-5:])], 16)
             ).count("1")
             assert member.similarity == pytest.approx(1 - bits / 64)
-            assert bits <= duplicates.MAX_BITS
+            assert bits <= MAX_BITS
     assert len({uri for uris in found.values() for uri in uris}) == sum(len(uris) for uris in found.values())
 
 
@@ -322,9 +288,7 @@ def look_alikes(
     return [(rows.tolist(), scores.tolist()) for rows, scores in groups]
 
 
-@pytest.mark.parametrize("max_cells", [1, 100, 1 << 22])
-def test_hashes_compared_once_give_the_groups_of_all_pairs(max_cells: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(duplicates, "_MAX_CELLS", max_cells)
+def test_hashes_compared_once_give_the_groups_of_all_pairs() -> None:
     rng = np.random.default_rng(7)
     # A few bits on either side of three hashes: many are equal, many near, and all that differ in the same bits.
     hashes = rng.integers(0, 1 << 63, 3, np.uint64)[rng.integers(0, 3, 200)]
@@ -332,23 +296,25 @@ def test_hashes_compared_once_give_the_groups_of_all_pairs(max_cells: int, monke
         hashes = hashes ^ (np.uint64(1) << rng.integers(0, 12, 200, np.uint64)) * rng.integers(0, 2, 200, np.uint64)
     ranks = rng.permutation(200)
     bits = np.bitwise_count(hashes[:, None] ^ hashes[None, :])
-    left, right = np.nonzero((bits <= duplicates.MAX_BITS) & ~np.eye(200, dtype=np.bool_))
-    every = [(left, right, (1 - bits[left, right] / 64).astype(np.float32))]
+    expected: dict[int, list[tuple[float, int]]] = {}
+    for row in np.argsort(ranks).tolist():
+        head = next((head for head in expected if bits[head, row] <= MAX_BITS), row)
+        expected.setdefault(head, []).append((-float(1 - bits[head, row] / 64), row))
+    groups = {head: [row for _, row in sorted(members[1:])] for head, members in expected.items() if len(members) > 1}
+    assert len(groups) > 3
 
-    expected = duplicates._grouped(every, ranks)
-    assert len(expected) > 3
-    assert look_alikes(hashes, ranks) == [(rows.tolist(), scores.tolist()) for rows, scores in expected]
+    found = look_alikes(hashes, ranks)
+    assert {rows[0]: rows[1:] for rows, _ in found} == groups
+    for rows, scores in found:
+        assert scores == (1 - bits[rows[0], rows] / 64).tolist()
 
 
 def test_images_of_one_look_are_not_compared_with_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     hashes = np.full(300, 3 << 62, np.uint64)
     hashes[290:] += np.arange(10, dtype=np.uint64)
-    ranks = np.arange(300)[::-1]
-    monkeypatch.setattr(duplicates, "MAX_PAIRS", 45)  # of ten looks
-    assert [len(rows) for rows, _ in look_alikes(hashes, ranks)] == [300]
-    monkeypatch.setattr(duplicates, "MAX_PAIRS", 40)
-    with pytest.raises(SearchError, match="more than 40 pairs of images look alike"):
-        look_alikes(hashes, ranks)
+    compared = counted(monkeypatch)
+    assert [len(rows) for rows, _ in look_alikes(hashes, np.arange(300)[::-1])] == [300]
+    assert compared == [10]
 
 
 def test_hashes_of_plain_images_tell_nothing() -> None:

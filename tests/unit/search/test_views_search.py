@@ -155,15 +155,6 @@ def test_a_ranking_by_cosines_is_told_as_one() -> None:
     assert ",0.0512," in titles_csv(titles)
 
 
-def test_kinds_of_duplicates_that_were_left_out_are_said() -> None:
-    sink = io.StringIO()
-    report = DuplicateReport(
-        catalog="c", images_version=1, threshold=0.9, num_images=2, num_duplicates=0, notes=("semantic: too many",)
-    )
-    print_duplicates(report, Console(file=sink, width=100, force_terminal=False))
-    assert "semantic: too many" in sink.getvalue()
-
-
 @pytest.mark.parametrize(("threshold", "said"), [(0.9, "; semantic ones from a cosine of 0.9"), (None, "")])
 def test_the_cosine_is_told_where_semantic_groups_were_looked_for(threshold: float | None, said: str) -> None:
     sink = io.StringIO()

@@ -94,21 +94,29 @@ class IndexedVectors(NearVectors):
         self._start = start
         for some in few_first(heads):
             for segment, held, marks in zip(self._segments, self._items, self._marks, strict=True):
-                self._claim(segment, held, marks, some, owners)
-                marks[marks] = owners[held[marks]] == len(self)
+                marks[self._claim(segment, held, marks, some, owners)] = False
 
-    def _claim(self, segment: OpenSegment, held: Positions, marks: Mask, heads: Positions, owners: Positions) -> None:
-        """Looks into few cells, and into more of them for heads that find more there: a dense group fills many."""
+    def _claim(
+        self, segment: OpenSegment, held: Positions, marks: Mask, heads: Positions, owners: Positions
+    ) -> Positions:
+        """Looks into few cells, and into more of them for heads that find more there: a dense group fills many.
+
+        Returns:
+            The places in the segment of what was found; some are there more than once.
+        """
         counts, probes = np.zeros(len(heads), np.int64), _PROBES
+        claimed = [np.empty(0, np.int64)]
         while len(heads):
             rows, at, scores = segment.neighbours(self._vectors[heads], self._least - HALF_ERROR, marks, probes)
             firsts, others = heads[rows], held[at]
             near = scores >= self._least + HALF_ERROR
             near[~near] = self.cosines(firsts[~near], others[~near]) >= self._least
             np.minimum.at(owners, others[near], firsts[near])
+            claimed.append(at[near])
             before, counts = counts, np.bincount(rows[near], minlength=len(heads))
             more = (counts > before) & (probes < segment.num_cells)
             heads, counts, probes = heads[more], counts[more], _WIDER * probes
+        return np.concatenate(claimed)
 
     def _unmark(self, items: Positions) -> None:
         for number, marks in enumerate(self._marks):

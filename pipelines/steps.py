@@ -30,6 +30,7 @@ from vlmflow.engine.scope import Scope
 from vlmflow.errors import ConfigError, SubmittedJobError, VlmflowError
 from vlmflow.gate import GateLimits, GateReport, compare, golden_values, read_accepted
 from vlmflow.moderation.policy import load_policy
+from vlmflow.paths import is_file
 from vlmflow.storage import parse_address
 from vlmflow.validation import describe_validation
 
@@ -235,7 +236,7 @@ def job_files(job: Job) -> dict[str, str]:
     for model in data.get("models", {}).values():
         if model.get("path") is not None:
             model["path"] = str(Path(model["path"]).absolute())
-    if job.policy is not None and (path := Path(job.policy)).is_file():
+    if job.policy is not None and is_file(path := Path(job.policy)):
         _check_detectors(path)
         data["policy"] = path.name if path.name != JOB_FILE else f"policy-{path.name}"
         files[data["policy"]] = read_files([path])[path.name]

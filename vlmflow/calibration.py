@@ -22,6 +22,7 @@ from vlmflow.moderation.verdicts import (
     reviewed,
     worst_margins,
 )
+from vlmflow.paths import is_there
 from vlmflow.tasks.setup import prepare_prompts, prepare_tasks
 
 
@@ -113,6 +114,6 @@ def _new_file(output: Path) -> Path:
     if output.suffix not in POLICY_SUFFIXES:
         remedy = "End its name with .yaml: no policy is read from another file."
         raise PolicyError(f"policy {output}: neither {' nor '.join(POLICY_SUFFIXES)}", remedy=remedy)
-    if output.exists():
+    if is_there(output):
         raise PolicyError(f"policy {output}: is there already", remedy="Name another file with --output.")
     return output

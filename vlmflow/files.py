@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from vlmflow.errors import VlmflowError
+from vlmflow.paths import is_file, is_there
 
 _LEFT_AFTER_S = 3600.0  # nobody is so long over a piece of a file
 
@@ -51,7 +52,7 @@ def put_file(path: Path, data: str | bytes | Iterable[str]) -> None:
         OSError: it cannot be written.
     """
     path = Path(os.path.realpath(path))
-    if path.exists() and not path.is_file():
+    if is_there(path) and not is_file(path):
         _write(path, "wb", data)
         return
     beginning = f".{path.name[:64]}."
@@ -66,7 +67,7 @@ def put_file(path: Path, data: str | bytes | Iterable[str]) -> None:
         except PermissionError:
             _write(path, "wb", data)
             return
-        if path.exists():
+        if is_there(path):
             part.chmod(path.stat().st_mode & 0o7777)
         try:
             part.replace(path)
@@ -85,5 +86,5 @@ def _write(path: Path, mode: str, data: str | bytes | Iterable[str]) -> None:
         for piece in pieces:
             sink.write(piece.encode("utf-8") if isinstance(piece, str) else piece)
         sink.flush()
-        if path.is_file():
+        if is_file(path):
             os.fsync(sink.fileno())  # some disks say only now that they are full

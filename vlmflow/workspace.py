@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Self
 
 from vlmflow.errors import WorkspaceError
+from vlmflow.paths import is_there
 from vlmflow.storage import MORE_OPEN_FILES
 
 _PREFIX = "vlmflow-workspace-"
@@ -80,7 +81,7 @@ def _locked_folder(parent: Path) -> tuple[Path, int]:
             continue
         with contextlib.suppress(OSError):  # a file system without locks: nobody can have it, nobody sweeps it up
             fcntl.flock(lock, fcntl.LOCK_EX)
-        if path.exists():
+        if is_there(path):
             return path, lock
         os.close(lock)
 

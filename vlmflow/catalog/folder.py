@@ -28,6 +28,7 @@ from vlmflow.catalog.file_info import UNFINISHED, FileInfo
 from vlmflow.catalog.pieces import ParquetPieces
 from vlmflow.config import CatalogConfig
 from vlmflow.errors import CatalogChangedError, CatalogError, ConfigError, VlmflowError
+from vlmflow.paths import is_folder, is_there
 from vlmflow.retry import retried
 from vlmflow.storage import STORE_ERRORS, access_error, delta_storage_options, open_store, parse_address, wherever
 from vlmflow.workspace import in_our_words
@@ -86,8 +87,8 @@ class Folder:
         address = parse_address(self.config.uri)
         if address.is_local:
             with self._in_our_words():  # a folder on the way may be another user's
-                existing = next(path for path in (Path(address.path), *Path(address.path).parents) if path.exists())
-            if not existing.is_dir():
+                existing = next(path for path in (Path(address.path), *Path(address.path).parents) if is_there(path))
+            if not is_folder(existing):
                 raise CatalogError(f"{existing} is a file", remedy="Name a folder for the catalog.")
             return
         with self._in_our_words():
@@ -160,7 +161,7 @@ class Folder:
         if address.is_local:
             return Path(address.path) / path
         target = folder / path.replace("/", "-")
-        if target.exists() and target.stat().st_size == size_bytes:
+        if is_there(target) and target.stat().st_size == size_bytes:
             return target
         with self._in_our_words():
             try:

@@ -99,6 +99,7 @@ class TableLog:
             StorageAccessError: the store refuses, or is gone.
             TransientError: the store is out of reach.
         """
+        check_log(folder, name)
         try:
             table = retried(
                 lambda: DeltaTable(folder.table_uri(name), storage_options=folder.storage_options),
@@ -122,7 +123,6 @@ class TableLog:
             )
         log = cls(folder, name, table)
         log._check_readable()
-        _answered(folder, name, lambda: check_log(folder, name))
         return log
 
     def from_now(self) -> TableLog:

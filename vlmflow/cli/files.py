@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vlmflow.errors import ConfigError
 from vlmflow.files import put_file
+from vlmflow.paths import is_folder, is_there
 from vlmflow.storage import check_on_disk
 
 
@@ -21,11 +22,11 @@ def check_outputs(*files: Path | None) -> None:
         if file is None:
             continue
         check_on_disk(file)
-        if file.is_dir():
+        if is_folder(file):
             raise ConfigError(f"{file} is a folder", remedy="Name a file.")
-        if not file.parent.is_dir():
+        if not is_folder(file.parent):
             raise ConfigError(f"{file}: no folder {file.parent}", remedy="Make the folder first.")
-        if not os.access(file if file.exists() else file.parent, os.W_OK):
+        if not os.access(file if is_there(file) else file.parent, os.W_OK):
             raise ConfigError(f"{file}: Permission denied", remedy="Name a file that can be written.")
 
 

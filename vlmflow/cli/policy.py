@@ -21,6 +21,7 @@ from vlmflow.cli.options import (
 )
 from vlmflow.cli.screen import Screen, emit, show_result
 from vlmflow.errors import ConfigError, PolicyError
+from vlmflow.paths import is_there
 
 if TYPE_CHECKING:
     from vlmflow.moderation.policy import Policy
@@ -73,7 +74,7 @@ def show(
     from vlmflow.moderation.policy import read_text, to_yaml
 
     check_outputs(output)
-    if output is not None and output.exists():
+    if output is not None and is_there(output):
         raise PolicyError(f"policy {output}: is there already", remedy="Name another file with --output.")
     text = to_yaml(_load(policy, endpoint)) if _is_kept(policy) else read_text(policy)
     if output is None:

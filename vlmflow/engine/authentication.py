@@ -7,6 +7,8 @@ import os
 import secrets
 from pathlib import Path
 
+from vlmflow.paths import is_there
+
 _TOKEN = "RAY_AUTH_TOKEN"
 _TOKEN_BYTES = 32  # as many as Ray's own has
 
@@ -24,6 +26,6 @@ def ensure_token() -> None:
         if os.access(file, os.R_OK):
             return
         file.parent.mkdir(parents=True, exist_ok=True)
-        if not file.exists() and os.access(file.parent, os.W_OK):
+        if not is_there(file) and os.access(file.parent, os.W_OK):
             return
     os.environ[_TOKEN] = secrets.token_hex(_TOKEN_BYTES)

@@ -36,6 +36,7 @@ from vlmflow.models.pretrained import (
 from vlmflow.models.sizes import in_few_sizes
 from vlmflow.models.upload import to_device
 from vlmflow.models.weights import check_keys, find_weights, read_open_clip_model
+from vlmflow.paths import is_file
 
 _TEXTS_AT_ONCE = 256
 
@@ -154,7 +155,7 @@ def build(
     Raises:
         WeightsError: they do not fit.
     """
-    has_config = (folder / "open_clip_config.json").is_file()
+    has_config = is_file(folder / "open_clip_config.json")
     name = f"local-dir:{folder}" if has_config else str(architecture)
     # Norms in float32: with "pure_bf16" scores of the starter moved by up to 0.0098, and by 0.0079 so (bar 0.01).
     precision = "bf16" if dtype == torch.bfloat16 else "fp32"

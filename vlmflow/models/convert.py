@@ -16,6 +16,7 @@ from pydantic import BaseModel
 
 from vlmflow.errors import ConfigError, WeightsError
 from vlmflow.files import locked
+from vlmflow.paths import is_file, is_folder, is_there
 from vlmflow.storage import check_on_disk
 
 if TYPE_CHECKING:
@@ -59,16 +60,16 @@ def convert_weights(
     if family not in _CONVERTERS:
         raise ConfigError(f"convert {family}: unknown", remedy=f"Use one of {', '.join(_CONVERTERS)}.")
     source, folder = Path(source), Path(folder)
-    if not source.exists():
+    if not is_there(source):
         raise WeightsError(f"convert: {source} does not exist", remedy="Name the downloaded file or its folder.")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if is_there(folder) and (not is_folder(folder) or any(folder.iterdir())):
         raise WeightsError(f"convert: {folder} is not empty", remedy="Name one that is empty, or does not exist yet.")
     check_on_disk(folder)
     target = folder.resolve()  # "." has no name
     try:
         with _partial(target) as partial:
             report = _CONVERTERS[family](source, partial, inputs or ConversionInputs())
-            if target.exists():
+            if is_there(target):
                 # The folder itself stays: a shell may stand in it, or a disk be mounted there.
                 for path in sorted(partial.iterdir()):
                     shutil.move(path, target / path.name)
@@ -132,12 +133,12 @@ def find_input(given: Path | None, source: Path, patterns: tuple[str, ...]) -> P
         WeightsError: the file that was given does not exist, or several go by a pattern.
     """
     if given is not None:
-        if not given.is_file():
+        if not is_file(given):
             raise WeightsError(f"convert: {given} does not exist", remedy="Name an existing file.")
         return given
-    folder = source if source.is_dir() else source.parent
+    folder = source if is_folder(source) else source.parent
     for pattern in patterns:
-        found = sorted(path for path in folder.glob(pattern) if path.is_file())
+        found = sorted(path for path in folder.glob(pattern) if is_file(path))
         if len(found) > 1:
             names = ", ".join(path.name for path in found)
             raise WeightsError(f"convert: {folder} holds {names}", remedy="Name the one that is meant.")

@@ -10,6 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from vlmflow.errors import WeightsError
+from vlmflow.paths import is_folder, is_there
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _UNFINISHED = ("*.incomplete", "*.part", "*.crdownload", "*.aria2")
@@ -105,13 +106,13 @@ def told_of_none(folder: Path, names: Sequence[str], origin: str, what: str) -> 
     """
     put = f"Put the files of {origin} there."
     there = sorted(path.name for path in folder.iterdir())
-    dangling = [name for name in there if (folder / name).is_symlink() and not (folder / name).exists()]
+    dangling = [name for name in there if (folder / name).is_symlink() and not is_there(folder / name)]
     if dangling:
         return WeightsError(
             f"weights: {folder / dangling[0]} is a link to {(folder / dangling[0]).readlink()}, which is not there",
             remedy="Copy the files themselves (`cp -rL`); of a cache of the hub its folder blobs belongs to them.",
         )
-    snapshots = sorted(path.name for path in (folder / "snapshots").glob("*") if path.is_dir())
+    snapshots = sorted(path.name for path in (folder / "snapshots").glob("*") if is_folder(path))
     if snapshots:
         return WeightsError(
             f"weights: {folder} is a cache of the hub, whose models lie in its snapshots",

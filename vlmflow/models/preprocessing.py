@@ -14,6 +14,7 @@ from vlmflow.errors import WeightsError
 from vlmflow.families import Family, family_of
 from vlmflow.models.processors import CLIP_MEAN, CLIP_STD, class_of, values_of_timm, with_defaults
 from vlmflow.models.weights import check_model_type, read_json, read_open_clip_model, section_of
+from vlmflow.paths import is_file
 
 Interpolation = Literal["bicubic", "bilinear"]
 
@@ -89,7 +90,7 @@ def _read(folder: Path, config: ModelConfig) -> Preprocessing:
 def _read_open_clip(folder: Path, architecture: str | None) -> Preprocessing:
     model = read_open_clip_model(folder, architecture)
     path = folder / "open_clip_config.json"
-    if path.is_file():
+    if is_file(path):
         values = section_of(read_json(path), "preprocess_cfg", path)
     else:
         values = _pretrained_preprocessing(architecture or "")
@@ -148,7 +149,7 @@ def _read_processor(folder: Path, family: Family) -> Preprocessing:
 def _read_classifier(folder: Path, family: Family) -> Preprocessing:
     """As others; of timm's models, which have no file of a processor, as in transformers by their configuration."""
     path = folder / "config.json"
-    pretrained = section_of(read_json(path), "pretrained_cfg", path) if path.is_file() else {}
+    pretrained = section_of(read_json(path), "pretrained_cfg", path) if is_file(path) else {}
     if not pretrained:
         return _read_processor(folder, family)
     return _squashed(with_defaults(values_of_timm(pretrained), family.processor, path), path)
@@ -176,7 +177,7 @@ def _read_align(folder: Path) -> Preprocessing:
 def _processor_values(folder: Path) -> tuple[dict[str, Any], Path]:
     """The image processor's values, and their file: of two that hold some, the one that transformers reads."""
     path = folder / "processor_config.json"  # newer checkpoints keep them there, with the rest of the processor's
-    if path.is_file() and (values := section_of(read_json(path), "image_processor", path)):
+    if is_file(path) and (values := section_of(read_json(path), "image_processor", path)):
         return values, path
     path = folder / "preprocessor_config.json"
     return read_json(path), path

@@ -25,6 +25,7 @@ from vlmflow.models.files import (
     told_of_none,
 )
 from vlmflow.models.identity import short_digest
+from vlmflow.paths import is_file, is_folder, is_there
 
 _TOKENIZER_NAMES = (
     "added_tokens.json",
@@ -67,9 +68,9 @@ def require_folder(config: ModelConfig, *, licence: str | None = None) -> Path:
     folder = expanded(config.path or "")
     origin = f"{config.repo} ({licence})" if config.repo and licence else config.repo or f"a {config.family} model"
     with told_of_files(folder):
-        if folder.is_file():
+        if is_file(folder):
             raise WeightsError(f"weights: {folder} is a file", remedy="Name the folder that it is in.")
-        if not folder.is_dir():
+        if not is_folder(folder):
             raise WeightsError(f"weights: no folder {folder}", remedy=f"Put the files of {origin} there.")
         files = find_weights(folder, config.family)
         if not files:
@@ -100,13 +101,13 @@ def _check_plain(folder: Path, files: list[Path], family: str) -> None:
     """
     if is_own(family):
         return
-    if (folder / "adapter_config.json").exists() and family != "vllm":
+    if is_there(folder / "adapter_config.json") and family != "vllm":
         raise of_adapter(folder)
     facts = family_of(family)
     if facts.reader == "chat":
         return
     path = folder / facts.config_name
-    if path.is_file() and (method := section_of(read_json(path), "quantization_config", path)):
+    if is_file(path) and (method := section_of(read_json(path), "quantization_config", path)):
         raise WeightsError(
             f"weights: {path}: quantization_config ({str(method.get('quant_method'))[:40]}): the family {family} reads "
             "no quantized weights",
@@ -123,7 +124,7 @@ def find_weights(folder: Path, family: str) -> list[Path]:
     """
     for name in family_of(family).weight_names:
         path = folder / name
-        if not path.is_file():
+        if not is_file(path):
             continue
         check_pointer(path)
         if path.suffix == ".json":
@@ -135,7 +136,7 @@ def find_weights(folder: Path, family: str) -> list[Path]:
             shards = sorted({folder / name for name in names})
             if any(shard.suffix != ".safetensors" for shard in shards):
                 return []  # an index of pickles
-            absent = [shard.name for shard in shards if not shard.is_file()]
+            absent = [shard.name for shard in shards if not is_file(shard)]
             if absent:
                 some = ", ".join(absent[:3]) + (", ..." if len(absent) > 3 else "")
                 raise WeightsError(
@@ -163,13 +164,13 @@ def weights_digest(folder: Path, family: str, architecture: str | None = None) -
     """
     facts = family_of(family)
     names = [facts.config_name, *_TOKENIZER_NAMES, *facts.companion_names]
-    files = [*find_weights(folder, family), *(folder / name for name in names if (folder / name).is_file())]
+    files = [*find_weights(folder, family), *(folder / name for name in names if is_file(folder / name))]
     total = hashlib.sha256()
     with told_of_files(folder):
         for path in sorted(files):
             check_pointer(path)
             total.update(f"{path.name} {_file_digest(*stamp(path))}\n".encode())
-    if architecture is not None and family == "open_clip" and not (folder / facts.config_name).is_file():
+    if architecture is not None and family == "open_clip" and not is_file(folder / facts.config_name):
         # By its content: equal weights are another model with another activation, which no tensor tells.
         total.update(f"architecture {short_digest(read_open_clip_model(folder, architecture))}\n".encode())
     if is_own(family):  # another class makes other outputs of equal files: thresholds and prompts' vectors are not its
@@ -220,7 +221,7 @@ def read_open_clip_model(folder: Path, architecture: str | None) -> dict[str, An
     """
     _refuse_other_format(folder)
     path = folder / "open_clip_config.json"
-    if path.is_file():
+    if is_file(path):
         model = read_json(path).get("model_cfg")
         parts = [model.get(name) for name in ("vision_cfg", "text_cfg")] if isinstance(model, dict) else [None]
         if not isinstance(model, dict) or "embed_dim" not in model or not all(isinstance(part, dict) for part in parts):
@@ -234,7 +235,7 @@ def read_open_clip_model(folder: Path, architecture: str | None) -> dict[str, An
     assert spec is not None
     assert spec.origin is not None
     known = Path(spec.origin).parent / "model_configs" / f"{architecture.replace('/', '-')}.json"
-    if not known.is_file():
+    if not is_file(known):
         raise WeightsError(
             f"architecture {architecture}: open_clip knows none of this name",
             remedy="See open_clip.list_models(), or put an open_clip_config.json into the folder.",

@@ -22,6 +22,7 @@ from vlmflow.errors import PolicyError, UnboundPolicyError
 from vlmflow.files import put_file
 from vlmflow.models.identity import ModelIdentity
 from vlmflow.moderation.policy_text import with_last, with_text
+from vlmflow.paths import is_there
 from vlmflow.validation import describe_validation, read_yaml
 
 POLICY_SUFFIXES = (".yaml", ".yml")
@@ -338,7 +339,7 @@ def write_version(path: Path, output: Path, binding: Binding) -> Policy:
         PolicyError: ``output`` is there already, or as :func:`write_binding` says.
     """
     text = _changed(path, binding, next_version(load_policy(str(path)).version))
-    if output.exists():
+    if is_there(output):
         raise PolicyError(f"policy {output}: is there already", remedy="Name another file with --output.")
     try:
         put_file(output, text)  # never half a policy, which would stand in the way of the next try

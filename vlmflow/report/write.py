@@ -11,6 +11,7 @@ from vlmflow.catalog import Catalog
 from vlmflow.config import CatalogConfig, Frozen, Job
 from vlmflow.errors import ConfigError, VlmflowError
 from vlmflow.files import put_file
+from vlmflow.paths import is_folder
 from vlmflow.report.cards import Cards
 from vlmflow.report.collect import Facts, collect
 from vlmflow.report.html import Html, paragraph, text
@@ -77,7 +78,7 @@ def write_report(
         StorageAccessError: the catalog's bucket does not exist, or refuses.
     """
     path = Path(path)
-    if path.is_dir() or not path.parent.is_dir():
+    if is_folder(path) or not is_folder(path.parent):
         raise ConfigError(f"{path}: cannot be written", remedy="Name a file in a folder that is there.")
     opened = Catalog.open(catalog)
     about = find_run(opened, run)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vlmflow.errors import StoreLostError
+from vlmflow.paths import is_folder
 from vlmflow.storage import Address
 
 _SEEN_FOR_S = 1.0  # a file is as good as the next one, and to remember it asks the disk for every folder on the way
@@ -182,7 +183,7 @@ def _mount_of(path: Path) -> Path | None:
     real = Path(os.path.realpath(path))
     for folder in (real, *real.parents):
         try:
-            if not folder.is_dir():
+            if not is_folder(folder):
                 continue
             with contextlib.suppress(PermissionError), os.scandir(folder):
                 pass  # what is mounted on demand is so by that, and not by a look at its number

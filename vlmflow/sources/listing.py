@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from vlmflow.errors import SourceError, StorageAccessError
+from vlmflow.paths import is_folder
 from vlmflow.retry import retried
 from vlmflow.sources.base import BATCH_ROWS
 from vlmflow.sources.stores import Failure, Stores
@@ -62,7 +63,7 @@ def list_files(uri: str, extension: str | tuple[str, ...], stores: Stores, catal
         As :func:`list_objects`.
     """
     normalised = str(parse_address(uri))
-    if normalised.lower().endswith(extension) and not Path(normalised).is_dir():
+    if normalised.lower().endswith(extension) and not is_folder(Path(normalised)):
         return [normalised]
     found = [name for batch in list_objects(uri, stores, catalog) for name in batch["uri"].to_pylist()]
     return sorted(name for name in found if name.lower().endswith(extension))

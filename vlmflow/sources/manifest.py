@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from vlmflow.config import ImageLimits, SourceConfig
 from vlmflow.errors import SourceError
+from vlmflow.paths import is_file, is_folder
 from vlmflow.retry import retried
 from vlmflow.sources.base import (
     Reader,
@@ -174,10 +175,10 @@ def _checked_version(path: Path) -> str:
     It is opened again, more than once: a reader that is bound to this version takes no later one.
     """
     try:
-        if path.is_dir():
+        if is_folder(path):
             remedy = "Name a file in it, or leave source.kind out to take its files for images."
             raise SourceError(f"{path} is a folder, not a manifest", remedy=remedy)
-        if not path.is_file():
+        if not is_file(path):
             raise SourceError(f"{path} does not exist", remedy="Check the path.")
         with path.open("rb") as file:
             return local_version(os.fstat(file.fileno()))

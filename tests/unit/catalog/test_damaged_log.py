@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,17 @@ def test_an_empty_commit_is_named(log: Path, number: int, may_go: bool) -> None:
     if may_go:
         entry.unlink()
         assert opened(log).images(["uri"]).num_rows == 1
+
+
+def test_one_that_is_just_being_written_is_waited_for(log: Path) -> None:
+    """As Spark writes on a disk: it makes the file, and fills it then."""
+    entry = log / f"{2:020d}.json"
+    text = entry.read_text()
+    entry.write_text("")
+    writer = threading.Timer(0.2, entry.write_text, [text])
+    writer.start()
+    assert opened(log).images(["caption"])["caption"].to_pylist() == ["a dog"]
+    writer.join()
 
 
 def test_one_that_a_checkpoint_holds_does_not_matter(log: Path) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from vlmflow.errors import EvaluationError
+from vlmflow.paths import is_file
 from vlmflow.workspace import Workspace
 
 _METEOR = "meteor/meteor-1.5.jar"
@@ -99,7 +100,7 @@ def spice(candidates: Sequence[str], references: Sequence[Sequence[str]], folder
         given.write_text(json.dumps(items), encoding="utf-8")
         command = ["java", _UTF8, "-jar", "-Xmx8G", Path(_SPICE).name, str(given), "-out", str(out), "-silent"]
         done = subprocess.run(command, cwd=_jars(folder) / "spice", capture_output=True, text=True, check=False)
-        if done.returncode or not out.is_file():
+        if done.returncode or not is_file(out):
             said = " ".join(done.stderr.split())[-200:]
             raise EvaluationError(f"SPICE failed: {said}", remedy="It needs 8 GB of memory and Java 8 or later.")
         found = [float(item["scores"]["All"]["f"]) for item in json.loads(out.read_text(encoding="utf-8"))]
@@ -112,7 +113,7 @@ def _missing(metric: str, files: Sequence[str], folder: Path | None) -> str | No
         return f"{metric} needs Java (such as Debian's default-jre-headless)"
     if folder is None and find_spec("pycocoevalcap") is None:
         return f"{metric} needs pip install 'vlmflow[captions]'"
-    absent = [name for name in files if not (_jars(folder) / name).is_file()]
+    absent = [name for name in files if not is_file(_jars(folder) / name)]
     return f"{metric} needs {' and '.join(absent)} in the folder of pycocoevalcap" if absent else None
 
 

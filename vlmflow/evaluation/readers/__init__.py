@@ -12,6 +12,7 @@ from vlmflow.evaluation.readers.folders import read_folders
 from vlmflow.evaluation.readers.manifest import read_manifest
 from vlmflow.evaluation.readers.options import ReadOptions
 from vlmflow.evaluation.readers.vqa import read_vqa
+from vlmflow.paths import is_file, is_folder
 
 __all__ = ["ReadOptions", "read_dataset"]
 
@@ -32,11 +33,11 @@ def read_dataset(task: EvaluationTask, data: str, options: ReadOptions | None = 
             says nothing of such a file.
     """
     path, options = Path(data), options or ReadOptions()
-    if path.is_dir():
+    if is_folder(path):
         _only(task, ("zeroshot",), f"{data} is a folder of images")
         options.check_only((), data, "folders of classes")
         return read_folders(path)
-    if not path.is_file():
+    if not is_file(path):
         raise EvaluationError(f"{data} does not exist", remedy="Name a file or a folder on this machine.")
     suffix = path.suffix.lower()
     if suffix in _TABLES:

@@ -10,6 +10,7 @@ from vlmflow.errors import EvaluationError
 from vlmflow.evaluation.dataset import Dataset, EvaluationTask, table_of
 from vlmflow.evaluation.readers.files import entries, image_uri, value
 from vlmflow.evaluation.readers.options import ReadOptions
+from vlmflow.paths import is_file
 
 # Images of the test splits whose figures are published.
 _TEST_SIZES = {5_000: "coco", 1_000: "flickr30k"}
@@ -53,7 +54,7 @@ def read_caption_tokens(task: EvaluationTask, path: Path, options: ReadOptions) 
         captions.setdefault(name.rpartition("#")[0], []).append(caption.strip())
     is_flickr30k = len(captions) == _FLICKR_IMAGES
     if split is not None:
-        if not Path(split).is_file():
+        if not is_file(Path(split)):
             raise EvaluationError(
                 f"--split {split}: no such file", remedy="Name a text file with one image name a line."
             )

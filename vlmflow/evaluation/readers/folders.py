@@ -6,6 +6,7 @@ from pathlib import Path
 
 from vlmflow.errors import EvaluationError
 from vlmflow.evaluation.dataset import Dataset, table_of
+from vlmflow.paths import is_folder
 
 _IMAGES = frozenset(
     (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif", ".hif")
@@ -21,7 +22,7 @@ def read_folders(path: Path) -> Dataset:
     """
     uris: list[object] = []
     classes: list[object] = []
-    names = sorted(folder.name for folder in path.iterdir() if folder.is_dir())
+    names = sorted(folder.name for folder in path.iterdir() if is_folder(folder))
     if not names:
         remedy = "Sort the images into a folder for each class, or give a table with a column of classes."
         raise EvaluationError(f"{path} has no folders", remedy=remedy)

@@ -17,6 +17,7 @@ from vlmflow.errors import ConfigError, EvaluationError
 from vlmflow.evaluation.dataset import Dataset, EvaluationTask, table_of
 from vlmflow.evaluation.metrics.vqa import normalize_answer
 from vlmflow.evaluation.readers.options import ReadOptions
+from vlmflow.paths import is_file
 from vlmflow.sources.base import texts
 from vlmflow.sources.tables import open_table
 from vlmflow.sources.uris import normalise_uri, resolve
@@ -254,7 +255,7 @@ def _roles(task: EvaluationTask, table: pa.Table, columns: Mapping[str, str], pa
 
 
 def _load(path: Path) -> pa.Table:
-    if not path.is_file():
+    if not is_file(path):
         raise EvaluationError(f"{path} does not exist", remedy="Name a table on this machine.")
     file = open_table(path, path.name)
     return pa.concat_tables([file.schema.empty_table(), *file.batches()])

@@ -9,6 +9,7 @@ from typing import Any
 from vlmflow.errors import EvaluationError
 from vlmflow.evaluation.dataset import Dataset, table_of
 from vlmflow.evaluation.readers.files import entries, image_uri, read_json, value
+from vlmflow.paths import is_file
 
 
 def read_vqa(path: Path, content: Mapping[str, Any], annotations: Path | None, images: str | None) -> Dataset:
@@ -22,7 +23,7 @@ def read_vqa(path: Path, content: Mapping[str, Any], annotations: Path | None, i
         EvaluationError: a file is absent, or a question has no answers.
     """
     place = annotations or _annotations_of(path)
-    if not place.is_file() or place == path:
+    if not is_file(place) or place == path:
         remedy = "Name it with --annotations; test splits have none that are public."
         raise EvaluationError(f"{path}: no annotations at {place}", remedy=remedy)
     answers = {}

@@ -18,6 +18,7 @@ from vlmflow.models.vilbert.finders import REGIONS_FILE, ColumnRegions
 from vlmflow.models.vilbert.load import ANSWERS_FILE
 from vlmflow.models.vilbert.model import TIED, Vilbert
 from vlmflow.models.weights import check_keys, read_json
+from vlmflow.paths import is_folder
 
 _WORDS = "bert.embeddings.word_embeddings.weight"
 _TASKS = "bert.embeddings.task_embeddings.weight"
@@ -30,7 +31,7 @@ def convert_vilbert(source: Path, folder: Path, inputs: ConversionInputs) -> Con
     Raises:
         WeightsError: a file is absent, or the tensors do not fit the configuration.
     """
-    weights = find_input(None, source, ("*.bin", "*.pth", "*.pt")) if source.is_dir() else source
+    weights = find_input(None, source, ("*.bin", "*.pth", "*.pt")) if is_folder(source) else source
     config_file = find_input(inputs.config, source, ("bert_*.json", "config.json"))
     vocabulary = find_input(inputs.vocabulary, source, ("vocab.txt",))
     answers_file = find_input(inputs.answers, source, (ANSWERS_FILE,))

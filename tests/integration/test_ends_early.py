@@ -39,5 +39,5 @@ def test_its_actors_end_with_the_run(ray_session: None, tmp_path: Path, capfd: p
     with FinishedBlocks(dataset) as finished:
         wait_for((tmp_path / "first").exists)
         assert finished.next(0.1) == []
-    wait_for(lambda: ray.available_resources().get("CPU", 0) >= free, seconds=30)
+    wait_for(lambda: ray.available_resources().get("CPU", 0) >= free)
     assert not any(word in capfd.readouterr().out for word in ("failed", "Error"))

@@ -94,7 +94,7 @@ def load_parts(folder: Path, device: str, dtype: Dtype, heads: Sequence[Head]) -
         delattr(model, name)
     with in_our_words(folder, "BertTokenizer", "Put the vocab.txt of bert-base-uncased there, or the model's own."):
         tokenizer = BertTokenizer.from_pretrained(folder, local_files_only=True)
-    check_words(folder, tokenizer)
+        check_words(folder, tokenizer)
     if len(tokenizer) > model.config.vocab_size:
         raise WeightsError(
             f"weights: {folder} has a vocabulary of {len(tokenizer)}, the model one of {model.config.vocab_size}",

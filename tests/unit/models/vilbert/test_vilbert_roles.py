@@ -204,7 +204,10 @@ def broken(folder: Path, what: str) -> None:
     elif what == "kind":
         write_json(folder / "regions.json", {"kind": "magic", "max_regions": 3})
     elif what == "vocabulary":
-        (folder / "vocab.txt").write_text("\n".join(f"word{number}" for number in range(200)))
+        special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+        (folder / "vocab.txt").write_text("\n".join([*special, *(f"word{number}" for number in range(200))]))
+    elif what == "no unknown words":
+        (folder / "vocab.txt").write_text("\n".join(f"word{number}" for number in range(9)))
     elif what == "tokenizer":
         (folder / "tokenizer_config.json").write_text("[]")
     elif what == "config":
@@ -220,6 +223,7 @@ def broken(folder: Path, what: str) -> None:
         ("answers", "lists 1 answers, the model has 5"),
         ("kind", "kind"),
         ("vocabulary", "a vocabulary of"),
+        ("no unknown words", "BertTokenizer.*Missing .UNK. token"),
         ("tokenizer", "cannot be loaded as BertTokenizer"),
         ("config", "vocab_size"),
     ],

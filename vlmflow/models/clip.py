@@ -238,7 +238,7 @@ def _load_tokenizer(folder: Path, text_config: dict[str, Any], model: torch.nn.M
     with in_our_words(folder, "a tokenizer", "Copy the model's tokenizer files."):
         mode = text_config.get("tokenizer_mode")
         of_folder: Tokenize = HFTokenizer(str(folder), context_length=context_length, tokenizer_mode=mode, **options)
-    check_words(folder, of_folder.tokenizer)  # type: ignore[attr-defined]
+        check_words(folder, of_folder.tokenizer)  # type: ignore[attr-defined]
     check_padding(folder, of_folder.tokenizer)  # type: ignore[attr-defined]
     of_folder.tokenizer = for_model(folder, of_folder.tokenizer, _num_words(model))  # type: ignore[attr-defined]
     return of_folder

@@ -12,7 +12,8 @@ _HIDDEN = "<hidden>"
 # What an answer in XML may say of itself; other elements hold keys, tokens and what was signed with them.
 _PLAIN = {"Code", "Message", "RequestId", "HostId", "Resource", "Key", "BucketName", "Region", "Endpoint", "Condition"}
 _ELEMENT = re.compile(r"<([A-Za-z][\w.-]*)>([^<>]+)</\1>")
-_QUERY = re.compile(r"(://[^\s?\"'<>]*\?)[^\s\"'<>)]+")
+# Up to the next address at most: a text that is full of them takes no longer for it.
+_QUERY = re.compile(r"(://(?:(?!://)[^\s?\"'<>])*\?)[^\s\"'<>)]+")
 _USER = re.compile(r"(://)[^\s/?#\"'<>@]+@")
 
 

@@ -8,12 +8,11 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from http.client import HTTPConnection
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
+from tests.answering import answering
 from tests.browser import Browser, open_browser
 from tests.hostile import HOSTILE
 from tests.processes import ROOT, started, wait_for
@@ -107,17 +107,8 @@ def page_elsewhere(body: str) -> Iterator[str]:
             self.end_headers()
             self.wfile.write(body.encode())
 
-        def log_message(self, *_: object) -> None:
-            """Says nothing."""
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Page) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://localhost:{server.server_port}/"  # another name: 127.0.0.1 would be the same site
-        finally:
-            server.shutdown()
-            thread.join()
+    with answering(Page) as port:
+        yield f"http://localhost:{port}/"  # another name: 127.0.0.1 would be the same site
 
 
 def assert_quiet(browser: Browser, running: Running) -> None:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import threading
 import traceback
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import pyarrow as pa
 import pytest
 
+from tests.answering import answering
 from vlmflow.catalog import Catalog
 from vlmflow.config import CatalogConfig, StorageConfig
 from vlmflow.errors import StorageAccessError, VlmflowError
 from vlmflow.storage import read_bytes
-from vlmflow.store_secrets import hide_secrets
+from vlmflow.store_secrets import hide_secrets, without_secrets
 
 SECRET = "5ec7e7"
 ANSWER = f"""<?xml version="1.0"?>
@@ -33,17 +33,12 @@ class _Refusing(BaseHTTPRequestHandler):
 
     do_HEAD = do_PUT = do_GET  # noqa: N815 - names of methods of HTTP
 
-    def log_message(self, *_: object) -> None:
-        pass
-
 
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
     """A store that refuses everybody, and says with what they came."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), _Refusing) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with answering(_Refusing) as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 def told(call: Callable[[], object], kind: type[VlmflowError]) -> str:
@@ -76,3 +71,9 @@ def test_the_errors_that_caused_an_error_lose_theirs_too_round_or_not() -> None:
     hide_secrets(first)
     assert str(first) == "GET https://<hidden>@host/a?<hidden> (no)"
     assert second.args == ("<Token><hidden></Token>", 3)
+
+
+def test_a_text_full_of_beginnings_takes_no_longer_than_others() -> None:
+    """Looked through to its end from each of them, it would take hours."""
+    text = "://a" * 500_000
+    assert without_secrets(f"{text}?sig={SECRET}") == f"{text}?<hidden>"

@@ -12,7 +12,7 @@ from vlmflow.errors import AnswerError, QuestionError
 from vlmflow.models import Answer, Usage
 from vlmflow.models.prompts import QUESTION
 from vlmflow.models.questions import check_paired
-from vlmflow.models.thoughts import without_thought
+from vlmflow.models.thoughts import ends_in_thought, without_thought
 
 _MAX_QUESTION_CHARS = 2_000
 
@@ -54,7 +54,7 @@ class _Writer:
     def __init__(self, chat: VisionChat) -> None:
         self._chat = chat
         self._written: dict[_Key, Answer] = {}
-        self._unfinished: set[_Key] = set()  # of these, those that are nothing but a thought
+        self._unfinished: set[_Key] = set()  # of these, those that end within a thought
 
     def write(
         self, pixels: torch.Tensor, prompts: Sequence[str], max_tokens: int, num_beams: int = 1, *, rows: Sequence[int]
@@ -69,7 +69,7 @@ class _Writer:
         if not all(answer.text for answer in answers):
             keys = _keys(pixels, prompts, max_tokens, num_beams, rows)
             self._written = dict(zip(keys, answers, strict=True))
-            self._unfinished = {key for key, answer in zip(keys, written, strict=True) if answer.text.strip()}
+            self._unfinished = {key for key, answer in zip(keys, written, strict=True) if ends_in_thought(answer.text)}
         return answers
 
     def nothing(

@@ -30,6 +30,11 @@ def without_thought(text: str) -> str:
     return text
 
 
+def ends_in_thought(text: str) -> bool:
+    """Whether a text ends before its thought does."""
+    return any(begin in text.rpartition(end)[2] for begin, end in _MARKS)
+
+
 def no_thought(template: object) -> dict[str, bool]:
     """Of :data:`NO_THOUGHT` what a chat template reads: transformers warns of all else.
 

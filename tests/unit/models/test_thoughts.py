@@ -117,7 +117,11 @@ def test_of_what_a_server_sends_the_thought_is_taken_off() -> None:
     pixels = random_pixels(2)
     captions = PromptedCaptioner(Says("<think>\nred\n</think>\n\na car", "a cat"), "a prompt").caption(pixels, 5)
     assert captions == ["a car", "a cat"]
-    for nothing, told in (("<think>red", "still thinking"), (" ", "wrote nothing")):
+    for nothing, told in (
+        ("<think>red", "still thinking"),
+        ("<think>red</think> ", "wrote nothing"),
+        (" ", "wrote nothing"),
+    ):
         with pytest.raises(AnswerError, match=told):
             PromptedCaptioner(Says(nothing, "a cat"), "a prompt").caption(pixels, 5)
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import unquote
 
 import prefect
@@ -14,6 +13,7 @@ from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_RETRY_JITTER_FACTOR
 from pipelines import named_server
 from pipelines.command_line import main
 from pipelines.nightly import nightly_enrichment
+from tests.answering import answering
 from tests.processes import free_port
 from vlmflow.errors import FlowServerError
 
@@ -31,15 +31,11 @@ class Answers(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body.encode())
 
-    def log_message(self, *_: object) -> None: ...
-
 
 @pytest.fixture(scope="module")
 def place() -> Iterator[str]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with answering(Answers) as port:
+        yield f"127.0.0.1:{port}"
 
 
 def check(url: str) -> None:

@@ -92,6 +92,13 @@ def image_id(browser: Browser) -> str:
     return found
 
 
+def review_as(browser: Browser, name: str) -> None:
+    box = browser.chrome.find_element("id", "reviewer-name")
+    box.clear()
+    box.send_keys(name, Keys.ENTER)
+    until(browser, lambda: shown(browser, "#told") == f"You review as {name}.")
+
+
 def press(browser: Browser, *keys: str) -> None:
     ActionChains(browser.chrome).send_keys(*keys).perform()
 
@@ -174,6 +181,8 @@ def test_search_filter_open_decide_undo_and_reload(running: Running, window: Bro
 
 def test_the_queue_is_worked_by_keys_alone(running: Running, window: Browser) -> None:
     window.open(f"{running.base}/review?decision=review")
+    review_as(window, "ada")
+    window.open(f"{running.base}/review?decision=review")
     first = image_id(window)
     assert shown(window, "h1") == "Review: 6 to decide"
     press(window, Keys.TAB, Keys.ENTER)  # skip to the content
@@ -247,10 +256,7 @@ def test_a_label_that_nobody_pressed_is_not_said(running: Running, window: Brows
 def test_two_people_at_once(running: Running, window: Browser) -> None:
     window.open(f"{running.base}/review?decision=review")
     mine = image_id(window)
-    name = window.chrome.find_element("id", "reviewer-name")
-    name.clear()
-    name.send_keys("ada", Keys.ENTER)
-    until(window, lambda: shown(window, "#told") == "You review as ada.")
+    review_as(window, "ada")
     window.run("document.querySelector('main').focus()")
     with open_browser() as other:
         enter(other, running)

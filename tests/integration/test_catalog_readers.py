@@ -112,6 +112,12 @@ def test_an_export_is_plain_parquet(catalog: Catalog, tmp_path: Path) -> None:
     images = pq.read_table(tmp_path / "out" / "images")
     vectors = pq.read_table(tmp_path / "out" / "embeddings")
     assert images.schema.field("ingest_date").type == pa.date32()
+    group = pq.ParquetFile(next((tmp_path / "out" / "embeddings").iterdir())).metadata.row_group(0)
+    in_dictionary = {
+        column.path_in_schema for column in map(group.column, range(group.num_columns)) if column.has_dictionary_page
+    }
+    assert {"image_id", "view"} <= in_dictionary
+    assert "vector.list.element" not in in_dictionary
     keys = ["image_id", "embed_run_id"]
     joined = vectors.select([*keys, "view"]).join(images.select(keys), keys, join_type="inner")
     assert joined.num_rows == vectors.num_rows

@@ -142,12 +142,15 @@ def _write(target: Path, tables: Iterator[pa.Table]) -> tuple[int, int]:
     target.mkdir()
     num_rows = num_files = num_bytes = 0
     waiting = [next(tables)]
+    names = waiting[0].column_names
+    in_dictionary = [name for name in names if name != "vector"] if "vector" in names else True  # see writer.py
     for rows in itertools.chain(tables, [None]):
         if rows is not None and rows.num_rows:
             waiting.append(rows)
             num_rows += rows.num_rows
             num_bytes += rows.nbytes
         if num_bytes >= _FILE_BYTES or (rows is None and waiting):
-            pq.write_table(pa.concat_tables(waiting), target / f"part-{num_files:05d}.parquet", compression="zstd")
+            path = target / f"part-{num_files:05d}.parquet"
+            pq.write_table(pa.concat_tables(waiting), path, compression="zstd", use_dictionary=in_dictionary)
             num_files, num_bytes, waiting = num_files + 1, 0, []
     return num_rows, num_files

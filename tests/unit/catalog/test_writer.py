@@ -36,6 +36,11 @@ def described(files: pa.Table) -> dict[tuple[str, str], dict[str, Any]]:
     return {(row["table"], row["kind"]): row for row in files.to_pylist()}
 
 
+def _columns(catalog: Catalog, file: dict[str, Any]) -> dict[str, pq.ColumnChunkMetaData]:
+    group = pq.ParquetFile(Path(catalog.uri, file["path"])).metadata.row_group(0)
+    return {group.column(number).path_in_schema: group.column(number) for number in range(group.num_columns)}
+
+
 def test_new_rows_and_their_vectors_become_a_file_of_each_table(catalog: Catalog) -> None:
     files = catalog.writer(constants("r1", request()), catalog.version).write(finished(catalog, NAMES))
     assert files.schema == schema.DESCRIPTOR
@@ -53,16 +58,19 @@ def test_new_rows_and_their_vectors_become_a_file_of_each_table(catalog: Catalog
     assert catalog.images().num_rows == 0  # not before the commit
 
 
-def test_vectors_are_stored_as_byte_streams_without_dictionaries(catalog: Catalog) -> None:
+def test_vectors_are_stored_plain_and_without_dictionaries(catalog: Catalog) -> None:
     files = catalog.writer(constants("r1", request()), catalog.version).write(finished(catalog, NAMES))
-    path = Path(catalog.uri, described(files)["embeddings", "add"]["path"])
-    group = pq.ParquetFile(path).metadata.row_group(0)
-    columns = {group.column(number).path_in_schema: group.column(number) for number in range(group.num_columns)}
-    vector = columns["vector.list.element"]
-    assert "BYTE_STREAM_SPLIT" in vector.encodings
-    assert not vector.has_dictionary_page
-    assert {column.compression for column in columns.values()} == {"ZSTD"}
+    columns = _columns(catalog, described(files)["embeddings", "add"])
+    assert not columns["vector.list.element"].has_dictionary_page
     assert "ingest_date" not in columns
+
+
+def test_files_have_encodings_that_spark_3_reads(catalog: Catalog) -> None:
+    files = catalog.writer(constants("r1", request()), catalog.version).write(finished(catalog, NAMES))
+    for table in ("images", "embeddings"):
+        columns = _columns(catalog, described(files)[table, "add"]).values()
+        assert {column.compression for column in columns} == {"ZSTD"}
+        assert {name for column in columns for name in column.encodings} <= {"PLAIN", "RLE", "RLE_DICTIONARY"}
 
 
 def test_replacements_are_staged_outside_the_table_until_they_are_merged(catalog: Catalog) -> None:

@@ -155,7 +155,8 @@ class SourceConfig(Described):
     uri: str
     """A folder, an s3://, gs:// or az:// prefix, a manifest, tar shards, or a Parquet file of image bytes."""
     kind: SourceKind = "auto"
-    """auto: told from the uri: .csv, .jsonl, .parquet, .tar, else a prefix."""
+    """auto: told from the uri: .csv, .jsonl, .parquet, .tar, else a prefix of images. manifest: the uri may also be a
+    folder of such files, or a Delta table."""
     uri_column: str = "uri"
     """Of a manifest."""
     key_column: str | None = None

@@ -187,7 +187,7 @@ def test_the_copy_of_a_manifest_is_swept_up_and_a_full_disk_is_no_fault_of_the_s
     (folder,) = tmp_path.iterdir()
     assert folder.name.startswith("vlmflow-workspace-")
     with pytest.raises(WorkspaceError, match="No space left on device"):
-        source._download(Path("/dev/full"))
+        source._download(f"s3://{bucket}/list.csv", Path("/dev/full"))
     del source
     gc.collect()
     assert list(tmp_path.iterdir()) == []

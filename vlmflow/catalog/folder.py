@@ -7,7 +7,6 @@ import datetime as dt
 import json
 import logging
 import os
-import re
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -27,7 +26,8 @@ from vlmflow.catalog.exclusive import PROBE, check_exclusive, create
 from vlmflow.catalog.file_info import UNFINISHED, FileInfo
 from vlmflow.catalog.pieces import ParquetPieces
 from vlmflow.config import CatalogConfig
-from vlmflow.errors import CatalogChangedError, CatalogError, ConfigError, VlmflowError
+from vlmflow.delta_uri import delta_uri
+from vlmflow.errors import CatalogChangedError, CatalogError, VlmflowError
 from vlmflow.paths import is_folder, is_there
 from vlmflow.retry import retried
 from vlmflow.storage import STORE_ERRORS, access_error, delta_storage_options, open_store, parse_address, wherever
@@ -40,7 +40,6 @@ logger = logging.getLogger("vlmflow")
 
 _DELETED_AT_ONCE = 500
 _TABLES = ("images", "embeddings")
-_ESCAPE = re.compile("%[0-9A-Fa-f]{2}")
 
 
 class Folder:
@@ -60,16 +59,7 @@ class Folder:
         Raises:
             ConfigError: deltalake cannot open a table there.
         """
-        address = parse_address(self.config.uri)
-        if escape := _ESCAPE.search(address.path):
-            # However it is written: deltalake decodes once what it makes a table with, and twice to read it.
-            raise ConfigError(
-                f"{address}: Delta tables cannot lie in a folder with {escape[0]} in its name",
-                remedy="Name a folder without a percent sign, or rename this one.",
-            )
-        if not address.is_local:  # a uri there, of whose path no more than these two is taken for something else
-            address = address._replace(path=address.path.replace("#", "%23").replace("?", "%3F"))
-        return address.child(table)
+        return delta_uri(parse_address(self.config.uri), table)
 
     @property
     def storage_options(self) -> dict[str, str]:

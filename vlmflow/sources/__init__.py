@@ -7,7 +7,7 @@ from collections.abc import Callable
 from vlmflow.config import CatalogConfig, SourceConfig
 from vlmflow.sources.base import Fetched, Reader, Source
 from vlmflow.sources.manifest import ManifestSource
-from vlmflow.sources.nested import catalog_beside
+from vlmflow.sources.nested import catalog_beside, catalog_in_store
 from vlmflow.sources.parquet import ParquetSource, holds_image_bytes
 from vlmflow.sources.prefix import PrefixSource
 from vlmflow.sources.uris import image_ids, normalise_uri
@@ -16,7 +16,8 @@ from vlmflow.storage import Address
 
 __all__ = ["Fetched", "Reader", "Source", "image_ids", "normalise_uri", "open_source"]
 
-_LISTED: dict[str, Callable[[SourceConfig, Address | None], Source]] = {
+_KINDS: dict[str, Callable[[SourceConfig, Address | None], Source]] = {
+    "manifest": ManifestSource,
     "prefix": PrefixSource,
     "webdataset": WebDatasetSource,
     "parquet": ParquetSource,
@@ -43,16 +44,16 @@ def open_source(config: SourceConfig, catalog: CatalogConfig | None = None) -> S
 
         proxy_of(config.http)
     kind = _kind(config)
-    if kind == "manifest":
-        return ManifestSource(config)
-    return _LISTED[kind](config, None if catalog is None else catalog_beside(config, catalog))
+    # A manifest may lie in the catalog: its rows name images wherever they are.
+    beside = catalog_in_store if kind == "manifest" else catalog_beside
+    return _KINDS[kind](config, None if catalog is None else beside(config, catalog))
 
 
 def _kind(config: SourceConfig) -> str:
     if config.kind != "auto":
         return config.kind
-    uri = config.uri.lower()
-    if uri.endswith((".csv", ".jsonl", ".ndjson")):
+    uri = config.uri.lower().rstrip("/")
+    if uri.endswith((".csv", ".jsonl", ".ndjson", ".json")):
         return "manifest"
     if uri.endswith(".tar"):
         return "webdataset"

@@ -62,11 +62,22 @@ def list_files(uri: str, extension: str | tuple[str, ...], stores: Stores, catal
     Raises:
         As :func:`list_objects`.
     """
-    normalised = str(parse_address(uri))
-    if normalised.lower().endswith(extension) and not is_folder(Path(normalised)):
-        return [normalised]
+    address = parse_address(uri)
+    # Folders may be called as files are: Spark writes one where it is told a file.
+    may_be_one = str(address).lower().endswith(extension)
+    if may_be_one and not (is_folder(Path(address.path)) if address.is_local else _is_no_object(uri, stores)):
+        return [str(address)]
     found = [name for batch in list_objects(uri, stores, catalog) for name in batch["uri"].to_pylist()]
-    return sorted(name for name in found if name.lower().endswith(extension))
+    files = sorted(name for name in found if name.lower().endswith(extension))
+    return files or ([str(address)] if may_be_one and not address.is_local else [])
+
+
+def _is_no_object(uri: str, stores: Stores) -> bool:
+    try:
+        stores.head(uri)
+    except SourceError:
+        return True
+    return False
 
 
 def _hidden(names: pa.Array) -> pa.Array:

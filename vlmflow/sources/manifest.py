@@ -1,4 +1,7 @@
-"""A manifest: a table with a column of uris, and any columns of the caller's, which are carried along."""
+"""A manifest: a table with a column of uris, and any columns of the caller's, which are carried along.
+
+One file, several in a folder or under a prefix, or a Delta table.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ import pyarrow.compute as pc
 
 from vlmflow.config import ImageLimits, SourceConfig
 from vlmflow.errors import SourceError
-from vlmflow.paths import is_file, is_folder
+from vlmflow.paths import is_file
 from vlmflow.retry import retried
 from vlmflow.sources.base import (
     Reader,
@@ -27,30 +30,36 @@ from vlmflow.sources.base import (
     source_struct,
     texts,
 )
+from vlmflow.sources.delta import DeltaManifest, is_delta_table
 from vlmflow.sources.disk import home_of
-from vlmflow.sources.prefix import no_images
+from vlmflow.sources.listing import list_files
+from vlmflow.sources.manifest_files import TABLES, FilesTable, Part
+from vlmflow.sources.prefix import no_files, no_images
 from vlmflow.sources.reader import SourceReader
 from vlmflow.sources.stores import ObjectHead, Stores
 from vlmflow.sources.tables import TableFile, open_table
 from vlmflow.sources.unique import UniqueReferences
 from vlmflow.sources.uris import is_http, normalise_uri, resolve
-from vlmflow.storage import STORE_ERRORS, access_error, local_version, object_version, parse_address
+from vlmflow.storage import STORE_ERRORS, Address, access_error, local_version, object_version, parse_address
+from vlmflow.threads import Threads
 from vlmflow.workspace import Workspace, in_our_words
 
 # What a manifest may say of the version of an http(s) url, which is not asked. Stores and disks tell their own, which
 # a column from another day would hide.
 _VERSION_COLUMNS = ("object_version", "etag")
 _HEADS_AT_A_TIME = 1_000
+_FILES_AT_A_TIME = 16  # that are copied from a store
 _OTHER_DIVIDERS = re.compile(r"[;\t|]")  # of columns in what some programs write as CSV
 
 
 class ManifestSource:
     """Lists the images that a manifest names; their versions are asked of their stores, not of http servers."""
 
-    def __init__(self, config: SourceConfig) -> None:
-        self._config = config
+    def __init__(self, config: SourceConfig, catalog: Address | None = None) -> None:
+        self._config, self._catalog = config, catalog
         self._stores = Stores(config.storage)
         self._address = parse_address(config.uri)
+        self._folder = self._address.parent  # relative uris are taken from there
         self._home = home_of(self._address.parent, self._address)
         self._unique = UniqueReferences(self._references)
         self.version: str | None = None
@@ -97,41 +106,92 @@ class ManifestSource:
 
     @cached_property
     def _table(self) -> TableFile:
-        if self._address.is_local:
-            path = Path(self._address.path)
+        address = self._address
+        if self._files != [str(address)]:
+            return self._of_folder()
+        if address.is_local:
+            path = Path(address.path)
             self.version = _checked_version(path)
-            return self._opened(path)
+        else:
+            path = self._workspace.path / "manifest"
+            self.version = self._download(str(address), path)
+        return self._opened(path, self._config.uri)
+
+    def _of_folder(self) -> TableFile:
+        self._folder = self._address
+        config = self._config
+        if config.regions_column is not None:
+            message = f"{config.uri}: source.regions_column of a manifest of several files"
+            raise SourceError(message, remedy="Write the manifest as one .parquet file.")
+        if is_delta_table(config, self._stores):
+            return DeltaManifest(config, self._is_needed)
+        uris = self._files
+        if not uris:
+            raise no_files(config.uri, ", ".join(TABLES))
+        formats = sorted({Path(uri).suffix.lower() for uri in uris})
+        if len(formats) > 1:
+            raise SourceError(
+                f"{config.uri} holds {' and '.join(formats)} files: which of them are the manifest is not said",
+                remedy="Put the files of the manifest into a folder of their own, all of one format.",
+            )
+        paths = self._local(uris)
+        below = len(str(self._address).rstrip("/")) + 1
+        own = (config.uri_column, config.key_column, config.text_column, config.questions_column)
+        parts = [
+            Part(self._opened(path, uri), uri, uri[below:])
+            for uri, path in zip(uris, paths, strict=True)
+            if path.stat().st_size  # some writers leave a file for a part without rows
+        ]
+        return FilesTable(parts, frozenset(name for name in own if name is not None))
+
+    @cached_property
+    def _files(self) -> Sequence[str]:
+        """The manifest's own uri, or those of the files in it."""
+        return list_files(str(self._address), TABLES, self._stores, self._catalog)
+
+    def _local(self, uris: Sequence[str]) -> Sequence[Path]:
+        """Where the files lie on this machine; those of a store are copied here."""
+        if self._address.is_local:
+            return [Path(uri) for uri in uris]
+        paths = [self._workspace.path / f"manifest-{number}" for number in range(len(uris))]
+        with Threads(_FILES_AT_A_TIME) as threads:
+            for _ in threads.map(self._download, uris, paths):
+                pass
+        return paths
+
+    @cached_property
+    def _workspace(self) -> Workspace:
         workspace = Workspace()
         weakref.finalize(self, workspace.close)
-        path = self._download(workspace.path / "manifest")
-        return self._opened(path)
+        return workspace
 
-    def _opened(self, path: Path) -> TableFile:
-        config = self._config
-        return open_table(
-            path,
-            config.uri,
-            config.regions_column,
-            lambda name: is_read(config, name) or name in _VERSION_COLUMNS,
-        )
+    def _is_needed(self, column: str) -> bool:
+        return is_read(self._config, column) or column in _VERSION_COLUMNS
 
-    def _download(self, path: Path) -> Path:
-        """Copies the manifest here: it is read more than once, and must not change meanwhile."""
-        store, key = self._stores.locate(self._config.uri)
+    def _opened(self, path: Path, name: str) -> TableFile:
+        return open_table(path, name, self._config.regions_column, self._is_needed)
 
-        def copy() -> None:
+    def _download(self, uri: str, path: Path) -> str:
+        """Copies a file of the manifest here: it is read more than once, and must not change meanwhile.
+
+        Returns:
+            Its version.
+        """
+        store, key = self._stores.locate(uri)
+
+        def copy() -> str:
             found = obstore.get(store, key)
-            self.version = object_version(found.meta)
             with in_our_words(), path.open("wb") as file:
                 for chunk in found.stream():
                     file.write(chunk)
+            return object_version(found.meta)
 
         try:
-            retried(copy)
+            version = retried(copy)
         except STORE_ERRORS as error:
-            raise access_error(error, self._config.uri) from error
-        self._stores.has_given(self._config.uri)
-        return path
+            raise access_error(error, uri) from error
+        self._stores.has_given(uri)
+        return version
 
     def _references(self) -> Iterator[pa.RecordBatch]:
         """Reads the references as the manifest has them, versions only where it has some."""
@@ -142,7 +202,7 @@ class ManifestSource:
             if rows.num_rows == 0:
                 continue
             uris = self._uris(rows, first_row)
-            locators = resolve(uris, self._address.parent)
+            locators = resolve(uris, self._folder)
             given = {
                 "uri": pa.array([normalise_uri(locator) for locator in locators], pa.string()),
                 "locator": pa.array(locators, pa.string()),
@@ -175,9 +235,6 @@ def _checked_version(path: Path) -> str:
     It is opened again, more than once: a reader that is bound to this version takes no later one.
     """
     try:
-        if is_folder(path):
-            remedy = "Name a file in it, or leave source.kind out to take its files for images."
-            raise SourceError(f"{path} is a folder, not a manifest", remedy=remedy)
         if not is_file(path):
             raise SourceError(f"{path} does not exist", remedy="Check the path.")
         with path.open("rb") as file:

@@ -19,8 +19,8 @@ def catalog_beside(source: SourceConfig, catalog: CatalogConfig) -> Address | No
     Raises:
         ConfigError: the source lies in the catalog, or is the catalog.
     """
-    images, tables = parse_address(source.uri), parse_address(catalog.uri)
-    if _store(images) != _store(tables) or _endpoints_differ(source.storage, catalog.storage):
+    images, tables = parse_address(source.uri), catalog_in_store(source, catalog)
+    if tables is None:
         return None
     if _path(images).is_relative_to(_path(tables)):
         where = "is the catalog" if _path(images) == _path(tables) else f"lies in the catalog {catalog.uri}"
@@ -28,6 +28,14 @@ def catalog_beside(source: SourceConfig, catalog: CatalogConfig) -> Address | No
             f"Name another place for the catalog: beside the images, or in a folder such as {images.child('catalog')}."
         )
         raise ConfigError(f"the source {source.uri} {where}", remedy=remedy)
+    return tables
+
+
+def catalog_in_store(source: SourceConfig, catalog: CatalogConfig) -> Address | None:
+    """The catalog's address, if it lies in the store of the source; None: it does not."""
+    images, tables = parse_address(source.uri), parse_address(catalog.uri)
+    if _store(images) != _store(tables) or _endpoints_differ(source.storage, catalog.storage):
+        return None
     return tables
 
 

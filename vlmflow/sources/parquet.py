@@ -23,6 +23,7 @@ from vlmflow.sources.base import (
     source_struct,
     texts,
 )
+from vlmflow.sources.delta import delta_files, is_delta_table
 from vlmflow.sources.disk import home_of
 from vlmflow.sources.listing import list_files
 from vlmflow.sources.parquet_rows import bytes_field
@@ -80,7 +81,10 @@ class ParquetSource:
 
     @cached_property
     def _files(self) -> Sequence[str]:
-        return list_files(str(self._address), ".parquet", self._stores, self._catalog)
+        files = list_files(str(self._address), ".parquet", self._stores, self._catalog)
+        if files != [str(self._address)] and is_delta_table(self._config, self._stores):
+            return delta_files(self._config)
+        return files
 
     @cached_property
     def _columns(self) -> pa.Schema:
@@ -232,6 +236,9 @@ def holds_image_bytes(config: SourceConfig) -> bool:
     Raises:
         SourceError, StorageAccessError, TransientError: the file cannot be read, or is not Parquet.
     """
-    file, _ = Stores(config.storage).open_file(config.uri)
+    stores = Stores(config.storage)
+    files = list_files(config.uri, ".parquet", stores, None)
+    uri = files[0] if files else config.uri
+    file, _ = stores.open_file(uri)
     with file:
-        return bytes_field(_open(file, config.uri).schema_arrow, config.bytes_column) is not None
+        return bytes_field(_open(file, uri).schema_arrow, config.bytes_column) is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 
@@ -11,6 +11,7 @@ from vlmflow.errors import EmptySourceError, SourceError
 from vlmflow.sources.base import Reader, reference_batch
 from vlmflow.sources.disk import home_of
 from vlmflow.sources.listing import list_objects
+from vlmflow.sources.manifest_files import TABLES
 from vlmflow.sources.reader import SourceReader
 from vlmflow.sources.stores import Stores
 from vlmflow.storage import Address, parse_address
@@ -43,10 +44,20 @@ class PrefixSource:
         empty = True
         for listed in list_objects(str(self._address), self._stores, self._catalog):
             if listed.num_rows:
+                if empty:
+                    self._refuse_tables(listed["uri"].to_pylist())
                 empty = False
                 yield reference_batch(dict(zip(listed.schema.names, listed.columns, strict=True)))
         if empty and not self._config.allow_empty:
             raise no_images(self._config.uri)
+
+    def _refuse_tables(self, uris: Sequence[str]) -> None:
+        """Where there are but tables, as what Spark has written, each would be an image that cannot be read."""
+        if all(uri.lower().endswith(TABLES) for uri in uris):
+            raise SourceError(
+                f"{self._config.uri} holds tables and no images: {uris[0]}",
+                remedy="Set source.kind: manifest if their rows name images, parquet if they hold image bytes.",
+            )
 
     def reader(self, limits: ImageLimits) -> Reader:
         """Builds the reader of this source's references."""

@@ -69,9 +69,11 @@ def open_table(
         raise SourceError(f"{name}: regions in a {extension} file", remedy="Write the manifest as a .parquet file.")
     if extension == ".csv":
         return CsvTable(path, name)
-    if extension in (".jsonl", ".ndjson"):
+    if extension in (".jsonl", ".ndjson", ".json"):
         return JsonTable(path, name)
-    raise SourceError(f"{name} is not a manifest", remedy="Write a .csv, .jsonl, .ndjson or .parquet file.")
+    raise SourceError(
+        f"{name} is not a manifest", remedy="Write a .csv, .jsonl, .ndjson, .json (one object a line) or .parquet file."
+    )
 
 
 def portable_type(kind: pa.DataType) -> pa.DataType | None:
@@ -135,6 +137,7 @@ def portable_schema(schema: pa.Schema, name: str) -> pa.Schema:
         kind = portable_type(field.type)
         if kind is None:
             remedy = "Store it as a string, number, boolean, date, timestamp, list or struct."
+            remedy += " Or name the columns to keep with source.columns."
             raise SourceError(f"{name}: column {field.name} has the type {field.type}", remedy=remedy)
         fields.append(pa.field(field.name, kind))
     return pa.schema(fields)
@@ -168,7 +171,7 @@ def to_portable(rows: pa.Table, columns: pa.Schema, name: str) -> pa.Table:
             column.validate(full=True)  # Arrow takes strings of a Parquet file as they are
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             found = rows.schema.field(field.name).type
-            message = f"{name}: column {field.name} ({found}) does not become {field.type}: {_line(error)}"
+            message = f"{name}: column {field.name} ({found}) does not become {field.type}: {line_of(error)}"
             raise SourceError(message, remedy=f"Write all its values, in every file, as {field.type}.") from error
         cast.append(column)
     return pa.table(cast, schema=columns)
@@ -177,7 +180,7 @@ def to_portable(rows: pa.Table, columns: pa.Schema, name: str) -> pa.Table:
 def unreadable(error: Exception, name: str) -> VlmflowError:
     """The error for a Parquet file that cannot be read: it is damaged, or its store or disk failed."""
     if is_damage(error):
-        return SourceError(f"{name} is not a Parquet file, or is damaged: {_line(error)}", remedy="Write it again.")
+        return SourceError(f"{name} is not a Parquet file, or is damaged: {line_of(error)}", remedy="Write it again.")
     return access_error(error, name)
 
 
@@ -269,7 +272,7 @@ class CsvTable:
         if fault is not None:
             return fault
         remedy = "Write it in UTF-8 with a header, commas, and as many fields in every row."
-        return SourceError(f"{self._name} cannot be read as CSV: {_line(error)}", remedy=remedy)
+        return SourceError(f"{self._name} cannot be read as CSV: {line_of(error)}", remedy=remedy)
 
 
 def _has_lines(texts: pa.Array) -> bool:
@@ -327,13 +330,13 @@ class JsonTable:
         at, column, error = first_misfit(rows, schema) or (0, None, error)
         where = f"{self._name}, line {lines[at]}, column {column}" if column else f"{self._name}, lines from {lines[0]}"
         if isinstance(error, UnicodeEncodeError):
-            message = f"{where}: a text holds half a character: {_line(error)}"
+            message = f"{where}: a text holds half a character: {line_of(error)}"
             return SourceError(message, remedy="Write both halves of the \\u escape, or leave it out.")
         if isinstance(error, OverflowError):
             remedy = "Store it as a string, or leave it out."
             return SourceError(f"{where}: an integer has more than 64 bits", remedy=remedy)
         remedy = "Give each column values of one type."
-        return SourceError(f"{where}: values do not fit together: {_line(error)}", remedy=remedy)
+        return SourceError(f"{where}: values do not fit together: {line_of(error)}", remedy=remedy)
 
     def _rows(self) -> Iterator[tuple[list[int], list[dict[str, Any]]]]:
         """Yields rows and the lines that hold them."""
@@ -369,5 +372,6 @@ class JsonTable:
         return row
 
 
-def _line(error: Exception) -> str:
+def line_of(error: Exception) -> str:
+    """What an error says, in one line that is not long."""
     return " ".join(str(error).split())[:200]

@@ -186,6 +186,28 @@ def test_rows_that_a_deletion_vector_marks_are_gone(tmp_path: Path) -> None:
     assert [name for name, _ in _rows(_open(place))] == ["b.jpg"]
 
 
+def test_columns_that_files_call_otherwise_are_mapped(tmp_path: Path) -> None:
+    _delta(tmp_path, uri=["/a.jpg"], **{"a title": ["one"]})
+    (entry,) = (tmp_path / "_delta_log").glob("*.json")
+    actions = [json.loads(line) for line in entry.read_text().splitlines()]
+    metadata = next(action["metaData"] for action in actions if "metaData" in action)
+    columns = json.loads(metadata["schemaString"])
+    for number, field in enumerate(columns["fields"], start=1):
+        names = {"delta.columnMapping.id": number, "delta.columnMapping.physicalName": f"column-{number}"}
+        field["metadata"] = names
+    configuration = {"delta.columnMapping.mode": "name", "delta.columnMapping.maxColumnId": "2"}
+    metadata |= {"schemaString": json.dumps(columns), "configuration": configuration}
+    add = next(action["add"] for action in actions if "add" in action)
+    rows = pq.read_table(tmp_path / add["path"])
+    pq.write_table(rows.rename_columns(["column-1", "column-2"]), tmp_path / add["path"])
+    add |= {"size": (tmp_path / add["path"]).stat().st_size, "stats": None}
+    written = ({"protocol": {"minReaderVersion": 2, "minWriterVersion": 5}}, {"metaData": metadata}, {"add": add})
+    entry.write_text("".join(json.dumps(action) + "\n" for action in written))
+    assert _rows(_open(tmp_path)) == [("a.jpg", {"a title": "one"})]
+    with pytest.raises(SourceError, match="column mapping"):
+        _rows(_open(tmp_path, kind="parquet"))
+
+
 def test_of_a_delta_table_of_image_bytes_live_files_are_read(tmp_path: Path) -> None:
     place = tmp_path / "images"
     _delta(place, image=[b"1", b"2", b"3"], title=["a", "b", "c"])

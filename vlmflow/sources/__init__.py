@@ -7,6 +7,7 @@ from collections.abc import Callable
 from vlmflow.config import CatalogConfig, SourceConfig
 from vlmflow.sources.base import Fetched, Reader, Source
 from vlmflow.sources.manifest import ManifestSource
+from vlmflow.sources.manifest_files import TABLES
 from vlmflow.sources.nested import catalog_beside, catalog_in_store
 from vlmflow.sources.parquet import ParquetSource, holds_image_bytes
 from vlmflow.sources.prefix import PrefixSource
@@ -53,7 +54,7 @@ def _kind(config: SourceConfig) -> str:
     if config.kind != "auto":
         return config.kind
     uri = config.uri.lower().rstrip("/")
-    if uri.endswith((".csv", ".jsonl", ".ndjson", ".json")):
+    if uri.endswith(TABLES) and not uri.endswith(".parquet"):
         return "manifest"
     if uri.endswith(".tar"):
         return "webdataset"

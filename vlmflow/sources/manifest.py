@@ -33,7 +33,7 @@ from vlmflow.sources.base import (
 from vlmflow.sources.delta import DeltaManifest, is_delta_table
 from vlmflow.sources.disk import home_of
 from vlmflow.sources.listing import list_files
-from vlmflow.sources.manifest_files import TABLES, FilesTable, Part
+from vlmflow.sources.manifest_files import FORMATS, TABLES, FilesTable, Part, format_of, unpacked
 from vlmflow.sources.prefix import no_files, no_images
 from vlmflow.sources.reader import SourceReader
 from vlmflow.sources.stores import ObjectHead, Stores
@@ -127,8 +127,8 @@ class ManifestSource:
             return DeltaManifest(config, self._is_needed)
         uris = self._files
         if not uris:
-            raise no_files(config.uri, ", ".join(TABLES))
-        formats = sorted({Path(uri).suffix.lower() for uri in uris})
+            raise no_files(config.uri, ", ".join(FORMATS))
+        formats = sorted({format_of(uri) for uri in uris})
         if len(formats) > 1:
             raise SourceError(
                 f"{config.uri} holds {' and '.join(formats)} files: which of them are the manifest is not said",
@@ -136,13 +136,14 @@ class ManifestSource:
             )
         paths = self._local(uris)
         below = len(str(self._address).rstrip("/")) + 1
-        own = (config.uri_column, config.key_column, config.text_column, config.questions_column)
+        own = (config.uri_column, config.key_column, config.text_column, config.questions_column, *_VERSION_COLUMNS)
         parts = [
             Part(self._opened(path, uri), uri, uri[below:])
             for uri, path in zip(uris, paths, strict=True)
-            if path.stat().st_size  # some writers leave a file for a part without rows
+            # For a part without rows some writers leave a file of no bytes, but never a Parquet file.
+            if formats == [".parquet"] or path.stat().st_size
         ]
-        return FilesTable(parts, frozenset(name for name in own if name is not None))
+        return FilesTable(config.uri, parts, frozenset(name for name in own if name is not None))
 
     @cached_property
     def _files(self) -> Sequence[str]:
@@ -169,6 +170,8 @@ class ManifestSource:
         return is_read(self._config, column) or column in _VERSION_COLUMNS
 
     def _opened(self, path: Path, name: str) -> TableFile:
+        if format_of(name) != Path(name).suffix.lower():
+            path, name = unpacked(path, name, self._workspace.path)
         return open_table(path, name, self._config.regions_column, self._is_needed)
 
     def _download(self, uri: str, path: Path) -> str:

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import uuid
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote
 
 import pyarrow as pa
 
 from vlmflow.errors import SourceError
+from vlmflow.sources.parquet_rows import is_damage
 from vlmflow.sources.tables import TableFile, line_of, portable_schema, to_portable
+from vlmflow.storage import access_error
+from vlmflow.workspace import in_our_words
 
-TABLES = (".parquet", ".csv", ".jsonl", ".ndjson", ".json")
+FORMATS = (".parquet", ".csv", ".jsonl", ".ndjson", ".json")
+_PACKED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+TABLES = (*FORMATS, *(f"{name}{packed}" for name in FORMATS[1:] for packed in _PACKED))  # how manifest files are called
+_PIECE_BYTES = 4 * 1024 * 1024
 _NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
 _REMEDY = "Write all values of a column, in every file, as one type."
 
@@ -30,6 +39,48 @@ class Part(NamedTuple):
     below: str
 
 
+def unpacked(path: Path, name: str, folder: Path) -> tuple[Path, str]:
+    """A manifest file without the compression that the end of its name tells, and its name without that.
+
+    Args:
+        folder: where to write it, if it has one.
+
+    Raises:
+        SourceError: it is damaged.
+        TransientError: it cannot be read.
+        WorkspaceError: there is no room for it.
+    """
+    stem, extension = os.path.splitext(name)  # noqa: PTH122 (the name is a uri)
+    packing = _PACKED.get(extension.lower())
+    if packing is None:
+        return path, name
+    try:
+        file = pa.OSFile(str(path))
+    except OSError as error:
+        raise access_error(error, name) from error
+    plain = folder / f"plain-{uuid.uuid4().hex}"
+    with file, pa.CompressedInputStream(file, packing) as stream, in_our_words(), plain.open("wb") as copy:
+        while piece := _read(stream, name):
+            copy.write(piece)
+    return plain, stem
+
+
+def _read(stream: pa.CompressedInputStream, name: str) -> bytes:
+    try:
+        return bytes(stream.read(_PIECE_BYTES))
+    except (pa.ArrowException, OSError) as error:
+        if not is_damage(error):
+            raise access_error(error, name) from error
+        message = f"{name} is not compressed as its name says, or is damaged: {line_of(error)}"
+        raise SourceError(message, remedy="Write it again.") from error
+
+
+def format_of(name: str) -> str:
+    """The extension of a manifest file, without that of its compression."""
+    stem, extension = os.path.splitext(name.lower())  # noqa: PTH122
+    return os.path.splitext(stem)[1] if extension in _PACKED else extension  # noqa: PTH122
+
+
 class FilesTable:
     """The rows of several files, one after the other, under all the columns that any of them has.
 
@@ -37,11 +88,12 @@ class FilesTable:
     Spark write partitions, give their files a column of texts.
 
     Args:
+        name: of the folder, for messages.
         exact: columns that are written out, as keys are: of one type in all files, so that equal values stay equal.
     """
 
-    def __init__(self, parts: Sequence[Part], exact: frozenset[str]) -> None:
-        self._parts, self._exact = parts, exact
+    def __init__(self, name: str, parts: Sequence[Part], exact: frozenset[str]) -> None:
+        self._name, self._parts, self._exact = name, parts, exact
 
     @cached_property
     def schema(self) -> pa.Schema:
@@ -56,7 +108,7 @@ class FilesTable:
             except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
                 message = f"{part.name}: its columns do not fit those of the files before it: {line_of(error)}"
                 raise SourceError(message, remedy=_REMEDY) from error
-        return portable_schema(found, self._parts[-1].name)
+        return portable_schema(found, self._name)
 
     def batches(self) -> Iterator[pa.Table]:
         """Yields the rows of each file."""

@@ -63,6 +63,38 @@ def test_the_files_of_a_folder_are_one_manifest(extension: str, tmp_path: Path) 
     assert source.version is None
 
 
+@pytest.mark.parametrize(("packed", "packing"), [("gz", "gzip"), ("zst", "zstd"), ("bz2", "bz2")])
+@pytest.mark.parametrize("extension", ["csv", "jsonl"])
+def test_files_may_be_compressed(extension: str, packed: str, packing: str, tmp_path: Path) -> None:
+    folder = tmp_path / "list"
+    for number, name in enumerate(["a.jpg", "b.jpg"]):
+        _write(tmp_path / f"plain.{extension}", uri=[f"/{name}"], title=[f"Grüße {number}"])
+        plain = (tmp_path / f"plain.{extension}").read_bytes()
+        folder.mkdir(exist_ok=True)
+        with pa.CompressedOutputStream(str(folder / f"part-{number}.{extension}.{packed}"), packing) as file:
+            file.write(plain)
+    assert _rows(_open(folder)) == [("a.jpg", {"title": "Grüße 0"}), ("b.jpg", {"title": "Grüße 1"})]
+    one = open_source(SourceConfig(uri=str(folder / f"part-1.{extension}.{packed}")))
+    assert _rows(one) == [("b.jpg", {"title": "Grüße 1"})]
+    assert one.version is not None
+    whole = (folder / f"part-1.{extension}.{packed}").read_bytes()
+    for damaged in (b"uri\n/a.jpg\n", whole[:-9]):
+        (tmp_path / f"x.{extension}.{packed}").write_bytes(damaged)
+        with pytest.raises(SourceError, match=rf"x\.{extension}\.{packed} is not compressed .* or is damaged"):
+            _rows(open_source(SourceConfig(uri=str(tmp_path / f"x.{extension}.{packed}"))))
+
+
+def test_a_folder_of_empty_files_names_no_image(tmp_path: Path) -> None:
+    (tmp_path / "part-0.csv").write_bytes(b"")
+    with pytest.raises(SourceError, match="has no column uri; it has none"):
+        _rows(_open(tmp_path))
+    (tmp_path / "part-0.csv").unlink()
+    _write(tmp_path / "part-0.parquet", uri=["/a.jpg"])
+    (tmp_path / "part-1.parquet").write_bytes(b"")  # no writer leaves such: an upload that failed does
+    with pytest.raises(SourceError, match=r"part-1\.parquet is not a Parquet file, or is damaged"):
+        _rows(_open(tmp_path))
+
+
 def test_files_share_their_columns(tmp_path: Path) -> None:
     _write(tmp_path / "a.parquet", uri=["a.jpg"], price=pa.array([3], pa.int32()), of=[{"x": 1}], new=pa.nulls(1))
     _write(tmp_path / "b.parquet", uri=["b.jpg"], price=[1.5], of=[{"x": 2, "y": ["z"]}], new=["text"])

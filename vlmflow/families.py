@@ -170,7 +170,7 @@ FAMILIES = {
         _DUAL_ENCODER,
         companion_names=("sentencepiece.bpe.model",),
         image_section="vision_config",
-        model_types=("altclip", "chinese_clip", "clip", "metaclip_2", "siglip"),
+        model_types=("altclip", "chinese_clip", "clip", "metaclip_2", "siglip", "siglip2", "tipsv2"),
         shares_tower=True,
         is_small=True,
     ),

@@ -298,11 +298,6 @@ def check_model_type(folder: Path, family: str) -> None:
     others = families_that_read(found)
     if others:
         remedy = f"Set `family: {others[0]}`, which reads it."
-    elif found == "siglip2":
-        remedy = (
-            "It shows a model images of any shape in patches of any number (NaFlex). Use SigLIP 2 of a fixed "
-            "resolution, such as google/siglip2-base-patch16-224, whose model_type is siglip."
-        )
     elif whole in known and part in ("text", "vision"):
         remedy = f"It is the encoder of {'texts' if part == 'text' else 'images'} alone. Use the whole model."
     else:

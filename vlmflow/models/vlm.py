@@ -16,6 +16,7 @@ from transformers import GenerationMixin
 
 from vlmflow.config import Dtype, ModelConfig
 from vlmflow.errors import WeightsError
+from vlmflow.families import FAMILIES
 from vlmflow.models import Answer, Usage
 from vlmflow.models.attention import growing
 from vlmflow.models.generation import STEPS, check_settings
@@ -32,7 +33,7 @@ from vlmflow.models.pretrained import (
 from vlmflow.models.prompted import rows_of
 from vlmflow.models.questions import check_scores
 from vlmflow.models.thoughts import ThoughtTokens, begins_thought, no_thought
-from vlmflow.models.weights import check_keys, read_json
+from vlmflow.models.weights import check_keys, families_that_read, read_json
 
 # An image is hundreds of tokens, and each of them is kept while an answer is written.
 _SEQUENCES_AT_ONCE = 16
@@ -51,8 +52,6 @@ _BETWEEN = {
 }
 # By the model_type of config.json: models that speak as well, of which the part that writes is loaded.
 _SPEAKING = frozenset(("qwen2_5_omni", "qwen3_omni_moe"))
-# By the model_type of config.json: models that take an image and a text, and are trained to go on from the text.
-_FAMILIES = {"blip": "blip_caption", "git": "git"}
 
 
 class TransformersChat:
@@ -305,8 +304,8 @@ def _check_asked(folder: Path, processor: Any) -> None:
     if getattr(processor, "tokenizer", None) is not None and is_known:
         return
     found = str(read_json(folder / "config.json").get("model_type"))[:40]
-    if found in _FAMILIES:
-        remedy = f"Set `family: {_FAMILIES[found]}`, which captions with it."
+    if able := [family for family in families_that_read(found) if "caption" in FAMILIES[family].roles]:
+        remedy = f"Set `family: {able[0]}`, which captions with it."
     elif "chat_template" in signature(type(processor)).parameters:
         remedy = "Copy chat_template.jinja or chat_template.json from where the model was published."
     else:  # transformers drops a template that lies there

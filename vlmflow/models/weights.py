@@ -296,6 +296,8 @@ def check_model_type(folder: Path, family: str) -> None:
         return
     whole, _, part = str(found).removesuffix("_model").rpartition("_")
     others = families_that_read(found)
+    # Of several rather one that plays the same role.
+    others = tuple(name for name in others if {*FAMILIES[name].roles} & {*family_of(family).roles}) or others
     if others:
         remedy = f"Set `family: {others[0]}`, which reads it."
     elif whole in known and part in ("text", "vision"):
@@ -322,9 +324,13 @@ def check_keys(folder: Path, missing: Iterable[str], unexpected: Iterable[str]) 
         if keys
     ]
     if found:
+        remedy = "Use the configuration file that belongs to these weights."
+        saved_as = read_json(folder / "config.json").get("architectures") if is_file(folder / "config.json") else None
+        if isinstance(saved_as, list) and saved_as:  # as there are BLIPs for captions, for matching and for answers
+            remedy += f" If it does, they are of {str(saved_as[0])[:80]}: use a family for that."
         raise WeightsError(
             f"weights: {folder} does not fit its architecture: {'; '.join(found)}",
-            remedy="Use the configuration file that belongs to these weights.",
+            remedy=remedy,
         )
 
 

@@ -24,12 +24,14 @@ from transformers import (
 )
 
 from tests.families import build_model
-from tests.models import CHAT_TEMPLATE, as_images, make_judge, random_pixels
+from tests.models import CHAT_TEMPLATE, as_images, make_captioner, make_judge, random_pixels
 from tests.unit.models.test_models_weights import edit_json
 from vlmflow.config import ModelConfig
 from vlmflow.errors import WeightsError
+from vlmflow.models import load_answerer
 from vlmflow.models.classifier import ImageClassifier
 from vlmflow.models.judge import VlmJudge
+from vlmflow.models.preprocessing import read_preprocessing
 from vlmflow.models.vlm import TransformersChat
 from vlmflow.models.weights import locate
 
@@ -97,6 +99,31 @@ def test_a_kind_that_is_no_classifier_is_refused_as_a_detector(folder: Path) -> 
     settings = ModelConfig(family="image_classification", path=str(folder))
     with pytest.raises(WeightsError, match=r"has no AutoModelForImageClassification of model_type llava"):
         ImageClassifier.load(folder, settings, [], "cpu")
+
+
+@pytest.mark.parametrize(
+    ("family", "found", "remedy"),
+    [
+        ("git", "blip", "Set `family: blip_caption`"),
+        ("blip_vqa", "vilt", "Set `family: vilt`"),
+        ("blip2_itm", "blip", "Set `family: blip_itm`"),
+        ("blip2_caption", "instructblip", "The family reads blip-2."),
+    ],
+)
+def test_a_model_of_another_family_is_told_of_when_it_is_planned(
+    tmp_path: Path, family: str, found: str, remedy: str
+) -> None:
+    (tmp_path / "config.json").write_text(f'{{"model_type": "{found}"}}', encoding="utf-8")
+    with pytest.raises(WeightsError, match=f"model_type {found} is not of the family {family}") as refused:
+        read_preprocessing(tmp_path, ModelConfig(family=family, path=str(tmp_path)))
+    assert remedy in refused.value.remedy
+
+
+def test_weights_for_another_task_say_what_they_are_for(tmp_path: Path) -> None:
+    settings = ModelConfig(family="blip_vqa", path=str(make_captioner(tmp_path)))
+    with pytest.raises(WeightsError, match=r"does not fit its architecture: \d+ missing") as refused:
+        load_answerer(settings, "cpu")
+    assert "they are of BlipForConditionalGeneration" in refused.value.remedy
 
 
 @pytest.mark.parametrize("load", [TransformersChat.load, lambda folder, device: VlmJudge.load(folder, ["a"], device)])

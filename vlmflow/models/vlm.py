@@ -196,10 +196,15 @@ def load_image_text_to_text(folder: Path, dtype: torch.dtype, device: str, model
     processor = load_processor(folder)
     _check_asked(folder, processor)
     model_class = model_class or AutoModelForImageTextToText
-    is_speaking = read_json(folder / "config.json").get("model_type") in _SPEAKING
-    config = load_config(AutoConfig, folder).thinker_config if is_speaking else None
+    kind = read_json(folder / "config.json").get("model_type")
+    config = load_config(AutoConfig, folder).thinker_config if kind in _SPEAKING else None
     model, missing, unexpected = load_model(model_class, folder, dtype, device, config)
     check_keys(folder, missing, unexpected)
+    if model_class is AutoModelForImageTextToText and not isinstance(model, GenerationMixin):  # DiffusionGemma
+        raise WeightsError(
+            f"weights: {folder}: models of model_type {kind} do not write token after token",
+            remedy="Use another vision-language model: most of them do.",
+        )
     check_of_model(folder, processor.tokenizer, model.get_input_embeddings().num_embeddings)
     return model, processor
 

@@ -95,6 +95,13 @@ def test_code_of_a_folder_is_not_needed_for_what_transformers_has(folder: Path, 
     assert planned_and_loaded(folder).write(pixels, ["the car"] * 2, 4) == expected
 
 
+def test_a_model_that_does_not_write_token_after_token_is_refused(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As DiffusionGemma, which fills in a text as a whole, by chance, and tells the probability of no token."""
+    monkeypatch.setattr("vlmflow.models.vlm.GenerationMixin", type("NoneHas", (), {}))
+    with pytest.raises(WeightsError, match="models of model_type llava do not write token after token"):
+        TransformersChat.load(made, "cpu")
+
+
 def test_a_kind_that_is_no_classifier_is_refused_as_a_detector(folder: Path) -> None:
     settings = ModelConfig(family="image_classification", path=str(folder))
     with pytest.raises(WeightsError, match=r"has no AutoModelForImageClassification of model_type llava"):

@@ -23,8 +23,13 @@ from transformers import (
     MetaClip2Config,
     MetaClip2Model,
     PreTrainedTokenizerFast,
+    Siglip2Config,
+    Siglip2Model,
     SiglipConfig,
     SiglipModel,
+    Tipsv2Config,
+    Tipsv2Model,
+    Tipsv2Tokenizer,
     XLMRobertaTokenizer,
 )
 
@@ -37,7 +42,8 @@ _VISION = _SIZES | {"image_size": IMAGE_SIZE, "patch_size": 8}
 _SQUARE = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
 _CROPPED = {"do_center_crop": True, "crop_size": _SQUARE, "size": {"shortest_edge": IMAGE_SIZE}}
 # What a dual encoder's folder is published as, and by which image processor it is read.
-KINDS = ("clip", "laion", "metaclip_2", "siglip", "siglip2", "altclip", "chinese_clip")
+PACKED = ("clip", "laion", "metaclip_2", "siglip", "siglip2", "altclip", "chinese_clip")
+KINDS = (*PACKED, "siglip2_naflex", "tipsv2")
 
 
 def make_dual_encoder(folder: Path, kind: str = "clip", *, num_stray: int = 0) -> Path:
@@ -45,7 +51,8 @@ def make_dual_encoder(folder: Path, kind: str = "clip", *, num_stray: int = 0) -
 
     Args:
         kind: one of :data:`KINDS`: a ``model_type``, or ``laion``, a CLIP whose configuration has the end token of the
-            first ones, or ``siglip2``, a SigLIP with the tokenizer of SigLIP 2.
+            first ones, or ``siglip2``, a SigLIP with the tokenizer of SigLIP 2, or ``siglip2_naflex``, which
+            transformers calls siglip2.
         num_stray: words of the tokenizer that the model has no row for.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -56,6 +63,8 @@ def make_dual_encoder(folder: Path, kind: str = "clip", *, num_stray: int = 0) -
         "altclip": _xlm_roberta,
         "siglip": _sentence_pieces,
         "siglip2": _gemma,
+        "siglip2_naflex": _gemma,
+        "tipsv2": _tips,
         "chinese_clip": _bert,
     }[kind]()
     num_words = len(tokenizer)
@@ -74,16 +83,25 @@ def make_dual_encoder(folder: Path, kind: str = "clip", *, num_stray: int = 0) -
         "altclip": (AltCLIPConfig, AltCLIPModel),
         "siglip": (SiglipConfig, SiglipModel),
         "siglip2": (SiglipConfig, SiglipModel),
+        "siglip2_naflex": (Siglip2Config, Siglip2Model),
+        "tipsv2": (Tipsv2Config, Tipsv2Model),
         "chinese_clip": (ChineseCLIPConfig, ChineseCLIPModel),
     }[kind]
-    options = {} if kind.startswith("siglip") else {"projection_dim": 24}
+    options = {} if kind.startswith(("siglip", "tips")) else {"projection_dim": 24}
     vision = _VISION | ({"hidden_act": "gelu"} if kind == "laion" else {})
+    if kind == "siglip2_naflex":
+        vision = _SIZES | {"patch_size": 8, "num_patches": 25}
     build_model(model_class, config_class(text_config=text, vision_config=vision, **options)).save_pretrained(folder)
     name = {"altclip": "CLIPFeatureExtractor", "chinese_clip": "ChineseCLIPFeatureExtractor"}.get(kind)
     values = {key: value for key, value in PREPROCESSOR.items() if key != "image_processor_type"}
     if kind.startswith("siglip"):
         half = [0.5, 0.5, 0.5]
         values |= {"image_processor_type": "SiglipImageProcessor", "image_mean": half, "image_std": half}
+        if kind == "siglip2_naflex":
+            values |= {"image_processor_type": "Siglip2ImageProcessor", "patch_size": 8, "max_num_patches": 20}
+            del values["size"]
+    elif kind == "tipsv2":
+        values |= {"image_processor_type": "Tipsv2ImageProcessor", "do_normalize": False}
     elif name is not None:
         values |= {"feature_extractor_type": name} | (_CROPPED if kind == "altclip" else {"do_center_crop": False})
     else:
@@ -142,6 +160,19 @@ def _sentence_pieces() -> PreTrainedTokenizerFast:
 
 def _gemma() -> GemmaTokenizer:
     """As SigLIP 2's: byte pairs, an end but no begin, padding on the right, no mask, no length; it lowers nothing."""
+    vocab, merges = _gemma_pairs()
+    return GemmaTokenizer(
+        vocab=vocab,
+        merges=merges,
+        add_bos_token=False,
+        add_eos_token=True,
+        padding_side="right",
+        do_lower_case=True,
+        model_input_names=["input_ids"],
+    )
+
+
+def _gemma_pairs() -> tuple[dict[str, int], list[tuple[str, str]]]:
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
     merges: list[tuple[str, str]] = []
     for word in WORDS:
@@ -152,15 +183,13 @@ def _gemma() -> GemmaTokenizer:
             parts[:2] = [parts[0] + parts[1]]
     pieces = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *"abcdefghijklmnopqrstuvwxyz▁"]
     pieces = list(dict.fromkeys([*pieces, *(first + second for first, second in merges)]))
-    return GemmaTokenizer(
-        vocab={piece: number for number, piece in enumerate(pieces)},
-        merges=merges,
-        add_bos_token=False,
-        add_eos_token=True,
-        padding_side="right",
-        do_lower_case=True,
-        model_input_names=["input_ids"],
-    )
+    return {piece: number for number, piece in enumerate(pieces)}, merges
+
+
+def _tips() -> Tipsv2Tokenizer:
+    """Byte pairs of small letters, without begin or end."""
+    vocab, merges = _gemma_pairs()
+    return Tipsv2Tokenizer(vocab=vocab, merges=merges, model_max_length=CONTEXT)
 
 
 def _bert() -> BertTokenizer:

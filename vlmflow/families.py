@@ -106,6 +106,7 @@ class Family:
         return getattr(import_module(module), name)
 
 
+_BLIP: dict[str, Any] = {"reader": "blip", "model_types": ("blip",), "shares_tower": True, "is_small": True}
 _DUAL_ENCODER = ("vlmflow.models.dual_encoder:DualEmbedder", "vlmflow.models.dual_encoder:DualMatcher")
 
 # By role, the first is the family of a profile's model which names none.
@@ -120,21 +121,22 @@ FAMILIES = {
         reader="open_clip",
         is_small=True,
     ),
-    "blip_caption": Family(
-        ("caption",), ("vlmflow.models.blip:BlipCaptioner",), reader="blip", shares_tower=True, is_small=True
+    "blip_caption": Family(("caption",), ("vlmflow.models.blip:BlipCaptioner",), **_BLIP),
+    "blip_itm": Family(("match",), ("vlmflow.models.blip:BlipMatcher",), **_BLIP),
+    "vilt": Family(
+        ("answer",),
+        ("vlmflow.models.vilt:ViltAnswerer",),
+        processor="ViltImageProcessor",
+        model_types=("vilt",),
+        is_small=True,
     ),
-    "blip_itm": Family(
-        ("match",), ("vlmflow.models.blip:BlipMatcher",), reader="blip", shares_tower=True, is_small=True
-    ),
-    "vilt": Family(("answer",), ("vlmflow.models.vilt:ViltAnswerer",), processor="ViltImageProcessor", is_small=True),
-    "blip_vqa": Family(
-        ("answer",), ("vlmflow.models.blip_vqa:BlipAnswerer",), reader="blip", shares_tower=True, is_small=True
-    ),
+    "blip_vqa": Family(("answer",), ("vlmflow.models.blip_vqa:BlipAnswerer",), **_BLIP),
     "blip2_caption": Family(
         ("caption",),
         ("vlmflow.models.blip2:Blip2Captioner",),
         processor="BlipImageProcessor",
         image_section="vision_config",
+        model_types=("blip-2",),
         shares_tower=True,
     ),
     "blip2_itm": Family(
@@ -142,6 +144,7 @@ FAMILIES = {
         ("vlmflow.models.blip2:Blip2Matcher",),
         processor="BlipImageProcessor",
         image_section="vision_config",
+        model_types=("blip-2",),
         shares_tower=True,
     ),
     "git": Family(
@@ -149,6 +152,7 @@ FAMILIES = {
         ("vlmflow.models.git:GitCaptioner",),
         processor="CLIPImageProcessor",
         image_section="vision_config",
+        model_types=("git",),
     ),
     "flava": Family(
         ("embed", "match"),
@@ -170,7 +174,7 @@ FAMILIES = {
         _DUAL_ENCODER,
         companion_names=("sentencepiece.bpe.model",),
         image_section="vision_config",
-        model_types=("altclip", "chinese_clip", "clip", "metaclip_2", "siglip"),
+        model_types=("altclip", "chinese_clip", "clip", "metaclip_2", "siglip", "siglip2", "tipsv2"),
         shares_tower=True,
         is_small=True,
     ),

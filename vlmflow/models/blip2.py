@@ -14,6 +14,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import safe_open
 from torch.nn.functional import normalize
 from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2ForImageTextRetrieval
 
@@ -27,7 +28,6 @@ from vlmflow.models.pixels import PixelNormalizer, model_dtype
 from vlmflow.models.preprocessing import read_preprocessing
 from vlmflow.models.pretrained import (
     captioning,
-    check_untied,
     load_config,
     load_model,
     load_text_tokenizer,
@@ -35,7 +35,7 @@ from vlmflow.models.pretrained import (
     tokenize,
 )
 from vlmflow.models.towers import SharedTower, VisionTowers
-from vlmflow.models.weights import check_keys
+from vlmflow.models.weights import check_keys, find_weights, read_json, section_of
 
 
 class Blip2Captioner:
@@ -63,7 +63,7 @@ class Blip2Captioner:
         wanted = model_dtype(device, dtype)
         model, missing, unexpected = load_model(Blip2ForConditionalGeneration, folder, wanted, device)
         check_keys(folder, missing, unexpected)
-        check_untied(folder, model)
+        _check_untied(folder, model)
         if model.config.text_config.bos_token_id is None:
             raise WeightsError(
                 f"weights: {folder / 'config.json'}: text_config.bos_token_id is missing, which begins a caption",
@@ -217,3 +217,27 @@ def look(qformer: Any, queries: torch.Tensor, images: torch.Tensor) -> torch.Ten
 
 def _to_numpy(values: torch.Tensor) -> NDArray[np.float32]:
     return cast("NDArray[np.float32]", values.float().cpu().numpy())
+
+
+def _check_untied(folder: Path, model: Any) -> None:
+    """Refuses weights that lack one of two layers of words, where the configuration says that each has its own.
+
+    transformers would take the other layer in its place without a word, and captions would come out wrong.
+
+    Args:
+        model: with a ``language_model``, whose configuration is the folder's ``text_config``.
+
+    Raises:
+        WeightsError: names the tensors that are missing.
+    """
+    path = folder / "config.json"
+    settings = section_of(read_json(path), "text_config", path)
+    given, made = model.language_model.get_input_embeddings(), model.language_model.get_output_embeddings()
+    if settings.get("tie_word_embeddings") is not False or given.weight.data_ptr() != made.weight.data_ptr():
+        return
+    held: set[str] = set()
+    for file in find_weights(folder, "blip2_caption"):
+        with safe_open(file, "pt") as tensors:
+            held.update(tensors.keys())
+    names = [f"{name}.weight" for name, module in model.named_modules() if module is given or module is made]
+    check_keys(folder, [name for name in names if name not in held], [])

@@ -1,11 +1,11 @@
 """Dual encoders as transformers saves them: embeddings and contrastive matching.
 
-CLIP (Radford et al. 2021, arXiv:2103.00020), SigLIP (Zhai et al. 2023, arXiv:2303.15343) and SigLIP 2 of a fixed
-resolution (Tschannen et al. 2025, arXiv:2502.14786), MetaCLIP 2 (Chuang et al. 2025, arXiv:2507.22062), Chinese-CLIP
-(Yang et al. 2022, arXiv:2211.01335), AltCLIP (Chen et al. 2022, arXiv:2211.06679), and ALIGN (Jia et al. 2021,
-arXiv:2102.05918). An encoder of images and one of texts meet in a contrastive space and nowhere else: there is no
-matching head, so that ``caption_itm`` and ``text_itm`` of rows that such a model matched are null. N: images or texts,
-L: tokens of a text, D: dimensions.
+CLIP (Radford et al. 2021, arXiv:2103.00020), SigLIP (Zhai et al. 2023, arXiv:2303.15343) and SigLIP 2 (Tschannen et al.
+2025, arXiv:2502.14786), of a fixed resolution or of any (NaFlex), which is shown squares here, MetaCLIP 2 (Chuang et
+al. 2025, arXiv:2507.22062), Chinese-CLIP (Yang et al. 2022, arXiv:2211.01335), AltCLIP (Chen et al. 2022,
+arXiv:2211.06679), TIPSv2 (google/tipsv2-b14), and ALIGN (Jia et al. 2021, arXiv:2102.05918). An encoder of images and
+one of texts meet in a contrastive space and nowhere else: there is no matching head, so that ``caption_itm`` and
+``text_itm`` of rows that such a model matched are null. N: images or texts, L: tokens of a text, D: dimensions.
 """
 
 from __future__ import annotations
@@ -35,11 +35,15 @@ from vlmflow.models.sizes import in_few_sizes
 from vlmflow.models.towers import SharedTower, VisionTowers, content_of
 from vlmflow.models.upload import to_device
 from vlmflow.models.vectors import TEXTS_AT_ONCE, cosines, to_unit
-from vlmflow.models.weights import check_keys
+from vlmflow.models.weights import check_keys, read_json
 
 logger = logging.getLogger("vlmflow")
 
 _MIN_TOKENS = 3  # a word between begin and end
+# By the model_type: texts of these fill up their context, as they were trained.
+_FILLING = frozenset(("siglip", "siglip2"))
+# By the model_type: the layers of their image encoders are not CLIP's, or see a mask.
+_UNPACKED = frozenset(("align", "siglip2", "tipsv2"))
 
 
 class DualEmbedder:
@@ -54,8 +58,7 @@ class DualEmbedder:
         """``model``: of transformers, one of the ``model_types`` of its family."""
         self._model, self._tokenize, self._normalize = model, tokenize_texts, normalizer
         self.tower = SharedTower(self._encode, keeps_batch=True)
-        config = model.config
-        self.dim: int = config.text_config.projection_size if config.model_type == "siglip" else config.projection_dim
+        self.dim = _dim(model.config)
 
     @classmethod
     def load(
@@ -89,6 +92,7 @@ class DualEmbedder:
     @classmethod
     def _of_files(cls, folder: Path, config: ModelConfig, device: str, dtype: torch.dtype, *, packs: bool) -> Self:
         preprocessing = read_preprocessing(folder, config)
+        packs = packs and read_json(folder / "config.json").get("model_type") not in _UNPACKED
         # On a processor all of a packed encoder is in float32 but its products.
         carried = torch.float32 if packs and torch.device(device).type == "cpu" else dtype
         # What is packed is rounded once.
@@ -128,7 +132,12 @@ class DualEmbedder:
         return in_few_sizes(self._image_features, pixels, self._normalize)
 
     def _image_features(self, pixels: torch.Tensor) -> torch.Tensor:
-        found = self._model.get_image_features(pixel_values=self._normalize(pixels), return_dict=True)
+        shown = self._normalize(pixels)
+        config = self._model.config
+        inputs = {"pixel_values": shown}
+        if config.model_type == "siglip2":
+            inputs = _as_patches(shown, config.vision_config.patch_size)
+        found = self._model.get_image_features(**inputs, return_dict=True)
         features: torch.Tensor = found.pooler_output
         return features
 
@@ -212,7 +221,7 @@ class TextTokenizer:
         """
         self._tokenizer = load_text_tokenizer(folder, model.text_model.get_input_embeddings().num_embeddings)
         kind, text = model.config.model_type, model.config.text_config
-        self._fills_context = kind == "siglip"  # trained so, and read at the last place, padding or not
+        self._fills_context = kind in _FILLING  # and is read at the last place, padding or not
         # SigLIP 2 saw nothing else: its tokenizer's file says so, but the class named there, Gemma's, leaves it to us.
         self._lowers = self._fills_context and self._tokenizer.init_kwargs.get("do_lower_case") is True
         self._max_tokens = _max_tokens(folder, model.config, self._tokenizer)
@@ -248,6 +257,38 @@ class TextTokenizer:
                 f"{'the one of the highest number' if is_highest else f'token {end}'} (eos_token_id of config.json)",
                 remedy=ONE_MODEL,
             )
+
+
+def _dim(config: Any) -> int:
+    """D, as a configuration of transformers says it."""
+    if config.model_type in _FILLING:
+        dim: int = config.text_config.projection_size
+    elif config.model_type == "tipsv2":  # which projects neither
+        dim = config.vision_config.hidden_size
+    else:
+        dim = config.projection_dim
+    return dim
+
+
+def _as_patches(shown: torch.Tensor, side: int) -> dict[str, torch.Tensor]:
+    """What SigLIP 2 (NaFlex) takes of squares: all their patches, row by row, and how many there are each way.
+
+    Args:
+        shown: (N, 3, S, S).
+        side: of a patch, by which S is divided.
+
+    Returns:
+        (N, P, side * side * 3) patches, channels last; (N, P) ones, as none is padding; (N, 2) int64.
+    """
+    num_images, channels, size, _ = shown.shape
+    each_way = size // side
+    patches = shown.reshape(num_images, channels, each_way, side, each_way, side)
+    patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+    return {
+        "pixel_values": patches,
+        "pixel_attention_mask": torch.ones(patches.shape[:2], dtype=torch.int64, device=shown.device),
+        "spatial_shapes": torch.full((num_images, 2), each_way, device=shown.device),
+    }
 
 
 def pack_layers(model: Any, dtype: torch.dtype, carried: torch.dtype) -> None:

@@ -20,7 +20,15 @@ from vlmflow.errors import WeightsError
 from vlmflow.models.attention import growing
 from vlmflow.models.pixels import model_dtype
 from vlmflow.models.thoughts import begins_thought
-from vlmflow.models.vlm import as_images, asked, chat_inputs, chat_text, load_image_text_to_text, writes_alone
+from vlmflow.models.vlm import (
+    as_images,
+    asked,
+    chat_inputs,
+    chat_text,
+    check_question,
+    load_image_text_to_text,
+    writes_alone,
+)
 from vlmflow.models.weights import read_json
 
 _ANSWERS = ("Yes", "No")
@@ -49,13 +57,14 @@ class VlmJudge:
         else:
             model, processor = load_image_text_to_text(folder, model_dtype(device), device)
             questions = [f"{question} {_INSTRUCTION}" for question in questions]
-        judge = cls(model.to(device), processor, questions, device)
-        if any(begins_thought(prompt) for prompt in judge._prompts):
-            raise WeightsError(
-                f"weights: the chat template of {folder} has the model think first, and what it answers comes later",
-                remedy="Use the model of its maker that answers at once, often called Instruct.",
-            )
         with asked(folder) as pixels:
+            check_question(folder, processor)
+            judge = cls(model.to(device), processor, questions, device)
+            if any(begins_thought(prompt) for prompt in judge._prompts):
+                raise WeightsError(
+                    f"weights: the chat template of {folder} has the model think first, and it answers later",
+                    remedy="Use the model of its maker that answers at once, often called Instruct.",
+                )
             judge.score(pixels)
         return judge
 

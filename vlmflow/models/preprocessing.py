@@ -137,13 +137,34 @@ def _read_processor(folder: Path, family: Family) -> Preprocessing:
     The whole image is squashed to it where they would show its middle: moderation must not overlook the ends.
     """
     values, path = _processor_values(folder)
+    has_patches = class_of(values) == "Siglip2ImageProcessor" and "siglip2" in family.model_types
+    if has_patches:
+        values = _of_patches(folder, values, path)
     values = with_defaults(values, family.processor, path)
     preprocessing = _squashed(values, path)
     if values.get("size_divisor") is not None:
         preprocessing = replace(preprocessing, size=_divided(preprocessing.size, values["size_divisor"], path))
-    if family.image_section is not None:
+    if family.image_section is not None and not has_patches:
         _check_size(folder, family.image_section, preprocessing.size)
     return preprocessing
+
+
+def _of_patches(folder: Path, values: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Values of a SigLIP processor that shows the square that a NaFlex processor makes of a square.
+
+    It resizes images of any shape so that they have no more than so many patches, and those of a square are a square.
+    """
+    side, most = values.get("patch_size", 16), values.get("max_num_patches", 256)
+    config = folder / "config.json"
+    expected = section_of(read_json(config), "vision_config", config).get("patch_size", 16)
+    if not (isinstance(side, int) and isinstance(most, int) and side == expected and side > 0 and most > 0):
+        raise WeightsError(
+            f"weights: {path} cuts images into at most {most!r} patches of {side!r} pixels a side, but config.json "
+            f"says {expected!r} pixels",
+            remedy="Copy preprocessor_config.json and config.json of one model.",
+        )
+    square = {"size": side * math.isqrt(most), "image_processor_type": "SiglipImageProcessor"}
+    return {"resample": 2} | values | square
 
 
 def _read_classifier(folder: Path, family: Family) -> Preprocessing:
@@ -188,8 +209,8 @@ def _check_size(folder: Path, section: str, side: int) -> None:
     values = read_json(path)
     # The first CLIPs say all of it a second time, under another name, which transformers prefers.
     name = section if values.get(f"{section}_dict") is None else f"{section}_dict"
-    # All these families take 224 pixels where the configuration does not say.
-    expected = section_of(values, name, path).get("image_size", 224)
+    # All these models take 224 pixels where the configuration does not say, but for one.
+    expected = section_of(values, name, path).get("image_size", 448 if values.get("model_type") == "tipsv2" else 224)
     if expected not in (side, [side, side]):
         raise WeightsError(
             f"weights: {folder} shows its model {side} pixels, but config.json says {expected}",

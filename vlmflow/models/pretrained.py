@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 import transformers.utils.logging
-from safetensors import safe_open
 from transformers import AutoProcessor, AutoTokenizer
 
 from vlmflow.device_errors import is_device_broken, is_out_of_memory
 from vlmflow.errors import WeightsError
-from vlmflow.models.weights import check_keys, find_weights, read_json, section_of
+from vlmflow.models.kinds import check_kind, check_method
+from vlmflow.models.weights import read_json
 
 _REMEDY = "Copy the model's whole folder: configuration, safetensors and tokenizer that belong together."
 ONE_MODEL = "Copy config.json and the tokenizer's files of one model."
@@ -35,10 +35,12 @@ def load_model(
         The model; the tensors that it lacks; those that it has no use for.
 
     Raises:
-        WeightsError: the weights or their configuration are absent or do not fit, are no numbers, or need a package
-            that is not installed.
+        WeightsError: the weights or their configuration are absent or do not fit, are no numbers, are of a kind or
+            quantized by a method that transformers has not, or need a package that is not installed.
     """
     read_json(folder / "config.json")  # without one, transformers would take the defaults of the class
+    check_kind(folder, model_class, config)
+    check_method(folder)
     options = {} if config is None else {"config": config}
     with in_our_words(folder, model_class.__name__), _told_of_packages(folder, "model"), _quietly():
         model, found = model_class.from_pretrained(
@@ -263,30 +265,6 @@ def check_padding(folder: Path, tokenizer: Any) -> None:
         )
 
 
-def check_untied(folder: Path, model: Any) -> None:
-    """Refuses weights that lack one of two layers of words, where the configuration says that each has its own.
-
-    transformers would take the other layer in its place without a word, and captions would come out wrong.
-
-    Args:
-        model: with a ``language_model``, whose configuration is the folder's ``text_config``.
-
-    Raises:
-        WeightsError: names the tensors that are missing.
-    """
-    path = folder / "config.json"
-    settings = section_of(read_json(path), "text_config", path)
-    given, made = model.language_model.get_input_embeddings(), model.language_model.get_output_embeddings()
-    if settings.get("tie_word_embeddings") is not False or given.weight.data_ptr() != made.weight.data_ptr():
-        return
-    held: set[str] = set()
-    for file in find_weights(folder, "blip2_caption"):
-        with safe_open(file, "pt") as tensors:
-            held.update(tensors.keys())
-    names = [f"{name}.weight" for name, module in model.named_modules() if module is given or module is made]
-    check_keys(folder, [name for name in names if name not in held], [])
-
-
 def tokenize(tokenizer: Any, texts: Sequence[str], max_tokens: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Texts as a padded batch; longer ones are cut.
 
@@ -344,6 +322,12 @@ def in_our_words(folder: Path, what: str, remedy: str = _REMEDY) -> Iterator[Non
     except Exception as error:
         if is_out_of_memory(error) or is_device_broken(error):
             raise
+        if "trust_remote_code" in str(error):  # so it says how to have that code run
+            raise WeightsError(
+                f"weights: {folder} asks for code of its own (auto_map) to be loaded as {what}, which is never run",
+                remedy="Use a model that transformers has itself, converted to its format where it was published in "
+                "another, or one behind an endpoint.",
+            ) from error
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise WeightsError(f"weights: {folder} cannot be loaded as {what}: {reason}", remedy=remedy) from error
 

@@ -49,6 +49,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "PvtImageProcessor": _IMAGENET | {"resample": 3, "size": 224},
     "SegformerImageProcessor": _IMAGENET | {"resample": 2, "size": 512},
     "SiglipImageProcessor": _HALF | {"resample": 3, "size": 224},
+    "Tipsv2ImageProcessor": {"resample": 2, "size": 448, "do_normalize": False},
     "TextNetImageProcessor": _IMAGENET | {"resample": 2, "size": 640, "crop_size": 224},
     "ViTImageProcessor": _HALF | {"resample": 2, "size": 224},
     "ViltImageProcessor": _HALF | {"resample": 3, "size": 384, "size_divisor": 32},

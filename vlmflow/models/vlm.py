@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Self
@@ -15,16 +16,24 @@ from transformers import GenerationMixin
 
 from vlmflow.config import Dtype, ModelConfig
 from vlmflow.errors import WeightsError
+from vlmflow.families import FAMILIES
 from vlmflow.models import Answer, Usage
 from vlmflow.models.attention import growing
 from vlmflow.models.generation import STEPS, check_settings
 from vlmflow.models.pixels import model_dtype
 from vlmflow.models.preprocessing import read_preprocessing
-from vlmflow.models.pretrained import as_weights_error, check_of_model, check_padding, load_model, load_processor
+from vlmflow.models.pretrained import (
+    as_weights_error,
+    check_of_model,
+    check_padding,
+    load_config,
+    load_model,
+    load_processor,
+)
 from vlmflow.models.prompted import rows_of
 from vlmflow.models.questions import check_scores
 from vlmflow.models.thoughts import ThoughtTokens, begins_thought, no_thought
-from vlmflow.models.weights import check_keys, read_json
+from vlmflow.models.weights import check_keys, families_that_read, read_json
 
 # An image is hundreds of tokens, and each of them is kept while an answer is written.
 _SEQUENCES_AT_ONCE = 16
@@ -34,9 +43,15 @@ _ALONE = frozenset(("hunyuan_vl",))
 _PLACES_IMAGES = frozenset(("Blip2Processor", "Florence2Processor", "InstructBlipProcessor", "Kosmos2Processor"))
 # What stands between the image and the text where there is no chat template. PaliGemma's processor puts there the token
 # that a text begins with.
-_BETWEEN = {"LlavaNextProcessor": "\n", "LlavaProcessor": "\n", "PaliGemmaProcessor": "", "PixtralProcessor": "\n"}
-# By the model_type of config.json: models that take an image and a text, and are trained to go on from the text.
-_FAMILIES = {"blip": "blip_caption", "git": "git"}
+_BETWEEN = {
+    "ChameleonProcessor": "",
+    "LlavaNextProcessor": "\n",
+    "LlavaProcessor": "\n",
+    "PaliGemmaProcessor": "",
+    "PixtralProcessor": "\n",
+}
+# By the model_type of config.json: models that speak as well, of which the part that writes is loaded.
+_SPEAKING = frozenset(("qwen2_5_omni", "qwen3_omni_moe"))
 
 
 class TransformersChat:
@@ -75,6 +90,7 @@ class TransformersChat:
         check_settings(folder, _writer(model).generation_config, honoured=STEPS | {"guidance_scale"})
         chat = cls(model.to(device), processor, device, kind)
         with asked(folder) as pixels:
+            check_question(folder, processor)
             chat.write(pixels, ["a"], 1)
             chat.marks = _marks(processor)
         return chat
@@ -175,12 +191,20 @@ def load_image_text_to_text(folder: Path, dtype: torch.dtype, device: str, model
         WeightsError: the weights do not fit, the processor is absent, either needs code of its own, or the model is
             none that is asked in words.
     """
-    from transformers import AutoModelForImageTextToText
+    from transformers import AutoConfig, AutoModelForImageTextToText
 
     processor = load_processor(folder)
     _check_asked(folder, processor)
-    model, missing, unexpected = load_model(model_class or AutoModelForImageTextToText, folder, dtype, device)
+    model_class = model_class or AutoModelForImageTextToText
+    kind = read_json(folder / "config.json").get("model_type")
+    config = load_config(AutoConfig, folder).thinker_config if kind in _SPEAKING else None
+    model, missing, unexpected = load_model(model_class, folder, dtype, device, config)
     check_keys(folder, missing, unexpected)
+    if model_class is AutoModelForImageTextToText and not isinstance(model, GenerationMixin):  # DiffusionGemma
+        raise WeightsError(
+            f"weights: {folder}: models of model_type {kind} do not write token after token",
+            remedy="Use another vision-language model: most of them do.",
+        )
     check_of_model(folder, processor.tokenizer, model.get_input_embeddings().num_embeddings)
     return model, processor
 
@@ -212,6 +236,20 @@ def chat_text(processor: Any, prompt: str) -> str:
     if name in _PLACES_IMAGES:
         return prompt
     return f"{processor.image_token}{_BETWEEN[name]}{prompt}"
+
+
+def check_question(folder: Path, processor: Any) -> None:
+    """Refuses a model that would write about an image without having been asked anything.
+
+    Raises:
+        WeightsError: its chat template leaves the question out.
+    """
+    word = "question"
+    if word not in chat_text(processor, word):
+        raise WeightsError(
+            f"weights: the chat template of {folder} leaves out what the model is asked",
+            remedy="Copy chat_template.jinja or chat_template.json from where the model was published.",
+        )
 
 
 def chat_inputs(processor: Any, images: Sequence[Image.Image], texts: Sequence[str]) -> Any:
@@ -271,10 +309,12 @@ def _check_asked(folder: Path, processor: Any) -> None:
     if getattr(processor, "tokenizer", None) is not None and is_known:
         return
     found = str(read_json(folder / "config.json").get("model_type"))[:40]
-    other = f"Set `family: {_FAMILIES[found]}`, which captions with it." if found in _FAMILIES else ""
+    if able := [family for family in families_that_read(found) if "caption" in FAMILIES[family].roles]:
+        remedy = f"Set `family: {able[0]}`, which captions with it."
+    elif "chat_template" in signature(type(processor)).parameters:
+        remedy = "Copy chat_template.jinja or chat_template.json from where the model was published."
+    else:  # transformers drops a template that lies there
+        remedy = "Use a model that was tuned to follow instructions."
     raise WeightsError(
-        f"weights: {folder}: no chat template says how {found} is asked about an image, nor does {name}",
-        remedy=other
-        or "Copy chat_template.jinja or chat_template.json from where the model was published, or use a "
-        "model that was tuned to follow instructions.",
+        f"weights: {folder}: no chat template says how {found} is asked about an image, nor does {name}", remedy=remedy
     )

@@ -96,24 +96,39 @@ def expanded(path: str) -> Path:
 def _check_plain(folder: Path, files: list[Path], family: str) -> None:
     """Refuses quantized weights and adapters, which most models would be built without: what they give is another.
 
-    What transformers or vLLM load as they are may be quantized; an adapter transformers applies or not, as packages
-    are installed.
+    What transformers loads as it is may be quantized, if its configuration says by which method; an adapter it applies
+    or not, as packages are installed. vLLM knows both.
     """
-    if is_own(family):
+    if is_own(family) or family == "vllm":
         return
-    if is_there(folder / "adapter_config.json") and family != "vllm":
+    if is_there(folder / "adapter_config.json"):
         raise of_adapter(folder)
     facts = family_of(family)
-    if facts.reader == "chat":
-        return
     path = folder / facts.config_name
-    if is_file(path) and (method := section_of(read_json(path), "quantization_config", path)):
+    values = read_json(path) if is_file(path) else {}
+    methods = methods_of(values, path)
+    if facts.reader == "chat" and methods:
+        return
+    if methods:
+        method = str(methods[0].get("quant_method"))[:40]
         raise WeightsError(
-            f"weights: {path}: quantization_config ({str(method.get('quant_method'))[:40]}): the family {family} reads "
-            "no quantized weights",
+            f"weights: {path}: quantization_config ({method}): the family {family} reads no quantized weights",
             remedy="Use the files in float32, float16 or bfloat16 that it was made of.",
         )
     check_unquantized(files)
+
+
+def methods_of(values: dict[str, Any], path: Path) -> list[dict[str, Any]]:
+    """By what the weights were quantized: ``quantization_config``, which may be said of a part of the model alone.
+
+    Args:
+        path: the file that ``values`` were read from.
+
+    Raises:
+        WeightsError: one is no JSON object.
+    """
+    parts = (values, *(part for part in values.values() if isinstance(part, dict)))
+    return [method for part in parts if (method := section_of(part, "quantization_config", path))]
 
 
 def find_weights(folder: Path, family: str) -> list[Path]:
@@ -281,13 +296,10 @@ def check_model_type(folder: Path, family: str) -> None:
         return
     whole, _, part = str(found).removesuffix("_model").rpartition("_")
     others = families_that_read(found)
+    # Of several rather one that plays the same role.
+    others = tuple(name for name in others if {*FAMILIES[name].roles} & {*family_of(family).roles}) or others
     if others:
         remedy = f"Set `family: {others[0]}`, which reads it."
-    elif found == "siglip2":
-        remedy = (
-            "It shows a model images of any shape in patches of any number (NaFlex). Use SigLIP 2 of a fixed "
-            "resolution, such as google/siglip2-base-patch16-224, whose model_type is siglip."
-        )
     elif whole in known and part in ("text", "vision"):
         remedy = f"It is the encoder of {'texts' if part == 'text' else 'images'} alone. Use the whole model."
     else:
@@ -312,9 +324,13 @@ def check_keys(folder: Path, missing: Iterable[str], unexpected: Iterable[str]) 
         if keys
     ]
     if found:
+        remedy = "Use the configuration file that belongs to these weights."
+        saved_as = read_json(folder / "config.json").get("architectures") if is_file(folder / "config.json") else None
+        if isinstance(saved_as, list) and saved_as:  # as there are BLIPs for captions, for matching and for answers
+            remedy += f" If it does, they are of {str(saved_as[0])[:80]}: use a family for that."
         raise WeightsError(
             f"weights: {folder} does not fit its architecture: {'; '.join(found)}",
-            remedy="Use the configuration file that belongs to these weights.",
+            remedy=remedy,
         )
 
 

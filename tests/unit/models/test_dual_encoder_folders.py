@@ -153,6 +153,17 @@ def test_weights_in_half_precision_are_computed_with_in_the_wanted_one(
         ),
         ("clip", without("text_"), "holds no encoder of texts"),
         ("siglip", without("vision_"), "holds no encoder of images"),
+        (
+            "siglip2_naflex",
+            edit({"patch_size": 16}, "preprocessor_config.json"),
+            r"at most 20 patches of 16 pixels a side, but config\.json says 8",
+        ),
+        ("siglip2_naflex", edit({"max_num_patches": "x"}, "preprocessor_config.json"), "at most 'x' patches"),
+        (
+            "tipsv2",
+            edit({"size": 40}, "preprocessor_config.json"),
+            r"model 40 pixels, but config\.json says 32",
+        ),
         ("clip", without("logit_scale"), r"1 missing \(logit_scale\)"),
     ],
 )
@@ -191,12 +202,11 @@ def test_words_that_the_model_has_no_row_for_are_unknown_to_it(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("model_type", "remedy"),
     [
-        ("siglip2", "such as google/siglip2-base-patch16-224"),
         ("clip_vision_model", "the encoder of images alone"),
         ("chinese_clip_text_model", "the encoder of texts alone"),
         ("align", "Set `family: align`"),
         ("flava", "Set `family: flava`"),
-        ("clipseg", "The family reads altclip, chinese_clip, clip, metaclip_2, siglip."),
+        ("clipseg", "The family reads altclip, chinese_clip, clip, metaclip_2, siglip, siglip2, tipsv2."),
         (None, "The family reads altclip"),
         (["clip"], "The family reads altclip"),
     ],

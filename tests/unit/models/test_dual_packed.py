@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from tests.dual_encoders import KINDS
+from tests.dual_encoders import PACKED
 from tests.models import random_pixels
 from vlmflow.config import ModelConfig
 from vlmflow.models import load_embedder, load_text_embedder
@@ -39,7 +39,7 @@ def features(model: Any, images: torch.Tensor) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", PACKED)
 def test_carried_in_float32_they_give_what_transformers_gives(dual_encoders: dict[str, Path], kind: str) -> None:
     ours, images = loaded(dual_encoders[kind]), torch.randn(3, 3, 32, 32)
     expected = features(ours, images)

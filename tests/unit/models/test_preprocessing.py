@@ -77,7 +77,8 @@ def test_a_classifier_is_shown_what_transformers_shows_it(tmp_path: Path, values
 def test_a_processor_saved_whole_is_read_from_the_file_that_transformers_reads(tmp_path: Path, family: str) -> None:
     """Saved with its tokenizer, an image processor lies in `processor_config.json`, beside an older file perhaps."""
     sections = {name: {"image_size": IMAGE_SIZE} for name in ("vision_config", "image_config")}
-    write_json(tmp_path / "config.json", {"model_type": "flava" if family == "flava" else "clip", **sections})
+    kind = {"flava": "flava", "blip_itm": "blip", "vilt": "vilt"}.get(family, "clip")
+    write_json(tmp_path / "config.json", {"model_type": kind, **sections})
     write_json(tmp_path / "processor_config.json", {"processor_class": "BlipProcessor", "image_processor": WHOLE})
     config = ModelConfig(family=family, path=str(tmp_path))
     alone = read_preprocessing(tmp_path, config)
@@ -165,6 +166,7 @@ def test_processors_that_do_more_than_their_files_say_are_refused(tmp_path: Path
 
 
 def test_a_family_settles_what_its_file_leaves_out(tmp_path: Path) -> None:
+    write_json(tmp_path / "config.json", {"model_type": "vilt"})
     assert read(tmp_path, {"size": 64}, "vilt").describe() == '[64, "bicubic", [0.5, 0.5, 0.5], [0.5, 0.5, 0.5]]'
     folder = make_captioner(tmp_path)
     whole = read_preprocessing(folder, ModelConfig(family="blip_caption", path=str(folder)))
@@ -186,7 +188,8 @@ def test_a_family_settles_what_its_file_leaves_out(tmp_path: Path) -> None:
 def test_a_size_that_gives_no_square_is_named_as_it_is_written(
     tmp_path: Path, family: str, size: dict[str, int], written: str
 ) -> None:
-    write_json(tmp_path / "config.json", {"vision_config": {"image_size": IMAGE_SIZE}})
+    kind = family.partition("_")[0]
+    write_json(tmp_path / "config.json", {"model_type": kind, "vision_config": {"image_size": IMAGE_SIZE}})
     with pytest.raises(WeightsError, match=re.escape(f"image size {written} is no square")) as caught:
         read(tmp_path, {"size": size}, family)
     assert '{"height": S, "width": S}' in caught.value.remedy

@@ -19,6 +19,10 @@ from transformers import (
     Blip2ForConditionalGeneration,
     Blip2Processor,
     BlipImageProcessor,
+    ChameleonConfig,
+    ChameleonForConditionalGeneration,
+    ChameleonImageProcessor,
+    ChameleonProcessor,
     CLIPImageProcessor,
     GPT2Config,
     HunYuanVLConfig,
@@ -120,6 +124,29 @@ def idefics2(folder: Path) -> Path:
     return saved(Idefics2ForConditionalGeneration, config, processor, folder)
 
 
+def chameleon(folder: Path) -> Path:
+    names = {"image_token": "<image>", "boi_token": "<racm3:break>", "eoi_token": "<eoss>"}
+    words = tokenizer("<sep>", *(f"IMGIMG{letter}Z" for letter in "ABCDEFGH"), **names)
+    words.sep_token = "<sep>"
+    images = ChameleonImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size=SIDE)
+    quantizer = {"embed_dim": 8, "num_embeddings": 8, "latent_channels": 8, "resolution": IMAGE_SIZE}
+    config = ChameleonConfig(
+        **SIZES,
+        **TOKENS,
+        num_key_value_heads=2,
+        vocab_size=len(words),
+        vocabulary_map=words.get_vocab(),
+        vq_config=quantizer | {"base_channels": 32, "channel_multiplier": (1, 1, 1), "num_res_blocks": 1},
+    )
+    model = build_model(ChameleonForConditionalGeneration, config)
+    with torch.no_grad():
+        for layer in model.model.layers:  # as built, all that counts is the mark that every prompt ends with
+            layer.self_attn.o_proj.weight.mul_(8)
+    model.save_pretrained(folder)
+    ChameleonProcessor(images, words, image_seq_length=64).save_pretrained(folder)
+    return folder
+
+
 def hunyuan(folder: Path) -> Path:
     names = {"image_token": "<image>", "image_start_token": "<begin>", "image_end_token": "<end>"}
     words = tokenizer(**names)
@@ -148,7 +175,8 @@ def documented(folder: Path, pixels: torch.Tensor, prompts: list[str], max_token
                 [{"role": "user", "content": content}], tokenize=True, return_dict=True, return_tensors="pt"
             )
         else:
-            inputs = processor(images=image, text=prompt, return_tensors="pt")
+            mark = "<image>" if isinstance(processor, ChameleonProcessor) else ""
+            inputs = processor(images=image, text=f"{mark}{prompt}", return_tensors="pt")
         options = {"max_new_tokens": max_tokens, "return_dict_in_generate": True, "output_logits": True}
         out = model.generate(**inputs, **options, do_sample=False)
         texts.append(processor.decode(out.sequences[0, -len(out.logits) :], skip_special_tokens=True).strip())
@@ -156,7 +184,7 @@ def documented(folder: Path, pixels: torch.Tensor, prompts: list[str], max_token
     return texts, first
 
 
-@pytest.mark.parametrize("make", [pali_gemma, kosmos2, idefics2])
+@pytest.mark.parametrize("make", [pali_gemma, kosmos2, idefics2, chameleon])
 def test_an_image_is_told_of_as_the_documentation_does(make: Callable[[Path], Path], tmp_path: Path) -> None:
     folder, pixels = make(tmp_path), random_pixels(3, size=24 if make is idefics2 else IMAGE_SIZE)
     expected, _ = documented(folder, pixels, PROMPTS, 5)

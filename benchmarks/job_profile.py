@@ -72,20 +72,25 @@ def _frames(frame: Any) -> list[str]:
 
 
 def _cores() -> dict[str, Any]:
-    """Seconds that this process's threads ran, and waited for a core; those of all cores, and of those that idled.
+    """Seconds that this process ran, and its threads waited for a core; those of all cores, and of those that idled.
 
-    ``/proc/PID/task/TID/schedstat`` and ``/proc/stat`` (man 5 proc).
+    ``/proc/PID/task/TID/schedstat`` and ``/proc/stat`` (man 5 proc). A thread that ends takes what it waited along.
     """
-    ran = waited = 0
+    waited = 0
     for thread in Path("/proc/self/task").iterdir():
         try:
             one = (thread / "schedstat").read_text(encoding="ascii").split()
         except OSError:  # it has ended
             continue
-        ran, waited = ran + int(one[0]), waited + int(one[1])
+        waited += int(one[1])
     ticks = [int(value) for value in Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:9]]
     hertz = os.sysconf("SC_CLK_TCK")
-    return {"ran_s": ran / 1e9, "waited_s": waited / 1e9, "all_s": sum(ticks) / hertz, "idle_s": ticks[3] / hertz}
+    return {
+        "ran_s": time.process_time(),
+        "waited_s": waited / 1e9,
+        "all_s": sum(ticks) / hertz,
+        "idle_s": ticks[3] / hertz,
+    }
 
 
 @dataclass(frozen=True)
@@ -183,7 +188,7 @@ def summary(
         ],
         "cores": {
             "of_the_actor": round(cores["ran_s"] / watched_s, 2),
-            "its_threads_waited_for_one": round(cores["waited_s"] / watched_s, 2),
+            "its_threads_waited_for_one": round(max(0.0, cores["waited_s"]) / watched_s, 2),
             "idle_share_of_all": round(cores["idle_s"] / max(cores["all_s"], 1e-9), 3),
         },
     }

@@ -194,7 +194,14 @@ def test_so_it_does_while_it_is_imported(ends: signal.Signals, tmp_path: Path) -
     (tmp_path / "prefect/__init__.py").write_text(waits)
     environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
     command = [sys.executable, "-m", "pipelines.backfill"]
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE) as process:
+
+    def by_default() -> None:  # as in no background job, and without nohup
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, preexec_fn=by_default
+    ) as process:
         wait_for((tmp_path / "here").exists, process)
         process.send_signal(ends)
         _, said = process.communicate(timeout=30)

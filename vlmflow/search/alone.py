@@ -21,9 +21,7 @@ _ROWS, _OTHERS = 4_096, 1_024  # of a product: 16 MiB of cosines
 _SLACK = 1e-5
 
 
-def have_near(
-    segment: OpenSegment, items: Positions, vectors: NDArray[np.float32], least: float, probes: int
-) -> Mask:
+def have_near(segment: OpenSegment, items: Positions, vectors: NDArray[np.float32], least: float, probes: int) -> Mask:
     """Marks the vectors that have another with a cosine of ``least`` in one of the cells which they look into.
 
     Some that have none may be marked, if one falls short by less than rounding. In a dense group nearly all are found

@@ -1,7 +1,7 @@
 """Which vectors have another near them, among very many that mostly have none.
 
-Cell by cell of the index: what looks into a cell is compared with what is in it as one product of matrices, which does
-in seconds what a search for each vector does in an hour.
+Cell by cell of the index: what looks into a cell is compared with what is in it as one product of matrices, which
+takes a fraction of the time of a search for each vector.
 """
 
 from __future__ import annotations

@@ -46,6 +46,9 @@ STORE_ERRORS = (BaseError, OSError, ValueError)
 
 _OBJECT_SCHEMES = {"s3", "s3a", "gs", "az", "azure", "adl", "abfs", "abfss"}
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+# Absolute local paths as :func:`parse_address` gives them, told at a glance: a manifest may hold millions.
+NORMAL_PATH = r"(?:/(?!\.\.?(?:/|\Z))[^/]+)+"
+_NORMAL_PATH = re.compile(NORMAL_PATH)
 _AROUND_PATH = re.compile(r"^[^/?#]*|[?#].*$", re.DOTALL)  # in the rest of a file:// url
 # Of whoever may use a store, by the word with which deltalake's settings of it begin.
 _VARIABLES = {
@@ -138,6 +141,8 @@ def parse_address(uri: str) -> Address:
     except UnicodeEncodeError as error:
         remedy = "Rename it: neither tables nor stores can hold other names."
         raise ConfigError(f"the uri {uri!r} is no UTF-8", remedy=remedy) from error
+    if _NORMAL_PATH.fullmatch(uri):
+        return Address("", uri)
     match = _SCHEME.match(uri)
     if match is None:
         return _on_disk(uri, os.path.expanduser(uri))  # noqa: PTH111 (Path.expanduser raises: there is no such user)

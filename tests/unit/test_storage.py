@@ -15,6 +15,7 @@ from vlmflow.catalog import Catalog
 from vlmflow.config import CatalogConfig, SourceConfig, StorageConfig
 from vlmflow.errors import ConfigError, SourceError, StorageAccessError, StoreLostError
 from vlmflow.sources import open_source
+from vlmflow.sources.uris import normalise_uri
 from vlmflow.storage import (
     Fault,
     access_error,
@@ -51,6 +52,18 @@ def test_an_address_is_its_store_and_its_path(tmp_path: Path, monkeypatch: pytes
     assert str(parse_address("/p").parent) == "/"
     assert parse_address("FILE://localhost/a[b].jpg?x#y") == ("", "/a[b].jpg")
     assert parse_address("file://[a/x.jpg") == ("", "/x.jpg")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/a", "/a/b.jpg", "/a//b", "//a", "/a/./b", "/a/../b", "/a/b/", "/a/.", "/a/..", "/a/...", "/.a/..b/c.", "/",
+        "/a/~b", "/ /b ", "/a\nb/c", "/s3://x", "/café №7/ü.jpg", "/a/.\n",
+    ],
+)  # fmt: skip
+def test_a_path_is_normal_by_a_glance_where_it_is_by_the_library(path: str) -> None:
+    assert parse_address(path) == ("", os.path.abspath(path))  # noqa: PTH100
+    assert normalise_uri(path) == os.path.abspath(path)  # noqa: PTH100
 
 
 def test_a_tilde_is_the_home_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,7 @@ _TOKEN = re.compile(
         | (?P<parts>(?:\.\s*(?:\w+|"(?:[^"]|"")*")\s*){21}) | (?P<opens>[(\[{]) | (?P<closes>[)\]}])""",
     re.DOTALL | re.VERBOSE,
 )
+_HELD = threading.local()
 
 
 def check_where(where: str, columns: pa.Schema) -> None:
@@ -106,32 +107,44 @@ def _select(what: str, rows: pa.Table, where: str) -> npt.NDArray[Any]:
     _check_size(where)
     if where != where.encode("utf-8", "replace").decode("utf-8"):
         raise ConditionError(f"{_named(where)} is not valid text", remedy=_REMEDY)
-    config: dict[str, str | bool | int | float | list[str]] = {
-        "enable_external_access": "false",
-        "threads": 1,
-        "memory_limit": _MAX_MEMORY,
-    }
-    with duckdb.connect(config=config) as connection:
+    connection = _connection()
+    connection.register("images", rows)
+    # A condition can be one that never ends.
+    timer = threading.Timer(_MAX_SECONDS, connection.interrupt)
+    timer.daemon = True
+    timer.start()
+    try:
+        statements = duckdb.extract_statements(f"SELECT {what} FROM images WHERE ({where})")
+        if len(statements) != 1:
+            raise ConditionError(f"{_named(where)} is more than a condition", remedy=_REMEDY)
+        duckdb.SQLExpression(where)  # refuses what closes the parenthesis above and goes on after it
+        return next(iter(connection.execute(statements[0]).fetchnumpy().values()))
+    except duckdb.InterruptException as error:
+        del _HELD.connection
+        slow = f"{_named(where)} took more than {_MAX_SECONDS:g} s"
+        raise ConditionError(slow, remedy=_REMEDY) from error
+    except duckdb.Error as error:
+        del _HELD.connection  # some leave it unusable
+        reason = " ".join(str(error).split())[:200]
+        raise ConditionError(f"{_named(where)}: {reason}", remedy=_REMEDY) from error
+    finally:
+        timer.cancel()
+        connection.unregister("images")
+
+
+def _connection() -> duckdb.DuckDBPyConnection:
+    """This thread's own, made once: a table has hundreds of files, and to make one takes longer than to look at one."""
+    connection: duckdb.DuckDBPyConnection | None = getattr(_HELD, "connection", None)
+    if connection is None:
+        config: dict[str, str | bool | int | float | list[str]] = {
+            "enable_external_access": "false",
+            "threads": 1,
+            "memory_limit": _MAX_MEMORY,
+        }
+        connection = duckdb.connect(config=config)
         connection.execute("SET lock_configuration = true")
-        connection.register("images", rows)
-        # A condition can be one that never ends.
-        timer = threading.Timer(_MAX_SECONDS, connection.interrupt)
-        timer.daemon = True
-        timer.start()
-        try:
-            statements = duckdb.extract_statements(f"SELECT {what} FROM images WHERE ({where})")
-            if len(statements) != 1:
-                raise ConditionError(f"{_named(where)} is more than a condition", remedy=_REMEDY)
-            duckdb.SQLExpression(where)  # refuses what closes the parenthesis above and goes on after it
-            return next(iter(connection.execute(statements[0]).fetchnumpy().values()))
-        except duckdb.InterruptException as error:
-            slow = f"{_named(where)} took more than {_MAX_SECONDS:g} s"
-            raise ConditionError(slow, remedy=_REMEDY) from error
-        except duckdb.Error as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ConditionError(f"{_named(where)}: {reason}", remedy=_REMEDY) from error
-        finally:
-            timer.cancel()
+        _HELD.connection = connection
+    return connection
 
 
 def _check_size(where: str) -> None:

@@ -199,6 +199,25 @@ class OpenSegment:
         self._hits(at)
         return np.repeat(np.arange(len(queries)), np.diff(limits.astype(np.int64))), at, scores
 
+    def cells_of(self, queries: NDArray[np.float32], probes: int) -> NDArray[np.int16]:
+        """(Q, probes) the cells that queries look into, nearest first; -1: there is none."""
+        quantizer = load_faiss().downcast_index(self._index.quantizer)
+        _, cells = quantizer.search(np.ascontiguousarray(queries), min(self.num_cells, probes))
+        return np.asarray(cells, np.int16)
+
+    def places_in(self, cell: int) -> NDArray[np.int64]:
+        """The numbers of the vectors in a cell."""
+        lists = self._index.invlists
+        size = lists.list_size(cell)
+        if not size:
+            return np.empty(0, np.int64)
+        ids = lists.get_ids(cell)
+        try:
+            places: NDArray[np.int64] = load_faiss().rev_swig_ptr(ids, size).copy()
+        finally:
+            lists.release_ids(cell, ids)
+        return places[self._hits(places)]
+
     def _hits(self, at: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Marks what was found, as against places left empty."""
         if len(at) and not -1 <= at.min() <= at.max() < len(self._positions):

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vlmflow.catalog.masks import Mask
+from vlmflow.search.alone import have_near
 from vlmflow.search.exact import Block
 from vlmflow.search.index import HALF_ERROR, OpenSegment
 from vlmflow.search.leaders import few_first
@@ -87,14 +88,19 @@ class IndexedVectors(NearVectors):
             places = np.flatnonzero(held >= 0)
             self._places[held[places], 0], self._places[held[places], 1] = number, places
         self._start = 0
+        # Most images have no other near them, and need not be looked up.
+        pairs = zip(segments, self._items, strict=True)
+        self._have_near = [have_near(segment, held, vectors, self._least, _PROBES) for segment, held in pairs]
 
     def claim(self, heads: Positions, owners: Positions, start: int) -> None:
         """As :class:`vlmflow.search.leaders.Nearness`."""
         self._unmark(np.arange(self._start, start))
         self._start = start
         for some in few_first(heads):
-            for segment, held, marks in zip(self._segments, self._items, self._marks, strict=True):
-                marks[self._claim(segment, held, marks, some, owners)] = False
+            for segment, held, marks, near in zip(
+                self._segments, self._items, self._marks, self._have_near, strict=True
+            ):
+                marks[self._claim(segment, held, marks, some[near[some]], owners)] = False
 
     def _claim(
         self, segment: OpenSegment, held: Positions, marks: Mask, heads: Positions, owners: Positions

@@ -13,13 +13,14 @@ from hashlib import blake2b, pbkdf2_hmac
 from urllib.parse import SplitResult, quote, unquote, urlsplit, urlunsplit
 
 from vlmflow.errors import ConfigError
-from vlmflow.storage import Address, parse_address
+from vlmflow.storage import NORMAL_PATH, Address, parse_address
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 # Uris that are their own normal form, as most are: told at a glance, for a manifest may hold millions.
 _NORMAL = re.compile(
     r"(?:s3|gs|az|azure|adl|abfs|abfss)://[^/@]+/.*"
-    r"|https?://[a-z0-9.-]+/[A-Za-z0-9/:@!$&'()*+,;=~._-]*",
+    r"|https?://[a-z0-9.-]+/[A-Za-z0-9/:@!$&'()*+,;=~._-]*"
+    rf"|{NORMAL_PATH}",
     re.DOTALL,
 )
 _DEFAULT_PORTS = {"http": 80, "https": 443}

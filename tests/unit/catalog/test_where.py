@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from typing import Any
 
+import duckdb
 import pyarrow as pa
 import pytest
 
@@ -103,3 +106,27 @@ def test_a_condition_that_would_keep_the_parser_busy_is_refused_before(condition
 def test_a_long_condition_that_nests_little_is_not(condition: str) -> None:
     where.check_where(condition, ROWS.schema)
     assert where.mask_where(ROWS, condition).tolist() == [False, True, False]
+
+
+def test_one_connection_looks_at_the_files_of_a_table_and_keeps_nothing_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(where, "_HELD", threading.local())
+    made: list[duckdb.DuckDBPyConnection] = []
+    connect = duckdb.connect
+
+    def connected(**options: Any) -> duckdb.DuckDBPyConnection:
+        made.append(connect(**options))
+        return made[-1]
+
+    monkeypatch.setattr(duckdb, "connect", connected)
+    for number in range(5):
+        rows = pa.table({"width": pa.array(range(number, number + 4), pa.int32())})
+        assert where.mask_where(rows, "width > 4").tolist() == [width > 4 for width in range(number, number + 4)]
+    assert len(made) == 1
+    with pytest.raises(duckdb.CatalogException):
+        made[0].execute("SELECT * FROM images")
+    with pytest.raises(ConditionError, match="height"):
+        where.mask_where(pa.table({"width": [1]}), "height > 4")
+    assert where.mask_where(pa.table({"height": [1, 5]}), "height > 4").tolist() == [False, True]
+    assert len(made) == 2, "another after an error"

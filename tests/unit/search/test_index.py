@@ -236,6 +236,7 @@ def test_places_that_no_row_has_are_told_as_damage(root: Path) -> None:
     for search in (
         lambda: opened.search(clustered(COUNT)[1999], 3, None),
         lambda: opened.neighbours(clustered(COUNT)[1990:], 0.5, np.ones(COUNT, np.bool_), 16),
+        lambda: [opened.places_in(cell) for cell in range(opened.num_cells)],
     ):
         with pytest.raises(CatalogError, match=f"index file {vectors.relative_to(root)} cannot be read"):
             search()

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from tests.catalog_samples import config_of
 from tests.search_samples import MODEL, names, put, unit
-from vlmflow.search import leaders, looks, near
+from vlmflow.search import alone, leaders, looks, near
 from vlmflow.search.build import update_index
 from vlmflow.search.index import OpenSegment
 from vlmflow.search.leaders import owners_of
@@ -84,6 +84,56 @@ def test_nothing_has_no_groups() -> None:
     assert owners_of(Looks(np.empty(0, np.uint64))).tolist() == []
 
 
+def indexed(root: Path, vectors: NDArray[np.float32], **sizes: int) -> tuple[NDArray[np.float32], list[OpenSegment]]:
+    """Vectors as a catalog has them, and its index of them."""
+    count = len(vectors)
+    put(root, names(count), vectors)
+    update_index(config_of(root), min_rows=0, **sizes)
+    searcher = Searcher(config_of(root))
+    searcher.refresh()
+    ((positions, stored),) = searcher.vectors(MODEL, np.ones(count, np.bool_))
+    assert positions.tolist() == list(range(count))
+    return stored, searcher.covering(MODEL, np.ones(count, np.bool_))
+
+
+def test_vectors_that_have_none_near_them_are_not_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    count = 3_000
+    rng = np.random.default_rng(1)
+    vectors = unit(rng.standard_normal((count, 64)))  # all unlike
+    vectors[:200] = unit(vectors[np.arange(200) % 40] + 0.02 * rng.standard_normal((200, 64)))  # in groups of five
+    stored, segments = indexed(tmp_path, rng.permutation(vectors), segment_rows=2_000)
+    assert len(segments) == 2
+    for module, name, size in ((alone, "_QUERIES", 700), (alone, "_ROWS", 50), (alone, "_OTHERS", 30)):
+        monkeypatch.setattr(module, name, size)
+
+    looked_up = IndexedVectors(stored, THRESHOLD, segments, np.arange(count))
+    for number, segment in enumerate(segments):
+        held = np.flatnonzero(segment.segment.positions >= 0)
+        items, cells = segment.segment.positions[held], segment.cells_of(stored, near._PROBES)
+        holding = np.full(count, -1)
+        for cell in range(segment.num_cells):
+            holding[segment.segment.positions[segment.places_in(cell)]] = cell
+        assert sorted(items) == np.flatnonzero(holding >= 0).tolist()
+        is_in = (cells[:, :, None] == holding[None, None, :]).any(axis=1)
+        is_near = (stored @ stored.T >= THRESHOLD) & is_in & ~np.eye(count, dtype=np.bool_)
+        assert looked_up._have_near[number].tolist() == is_near.any(axis=1).tolist()
+        assert 50 < is_near.any(axis=1).sum() <= 200
+
+    asked: list[int] = []
+    function = OpenSegment.neighbours
+
+    def neighbours(self: OpenSegment, queries: NDArray[np.float32], *given: Any) -> Any:
+        asked.append(len(queries))
+        return function(self, queries, *given)
+
+    monkeypatch.setattr(OpenSegment, "neighbours", neighbours)
+    owners = owners_of(looked_up)
+    assert 0 < sum(asked) < 1_000
+    monkeypatch.setattr(near, "have_near", lambda *_: np.ones(count, np.bool_))
+    assert owners.tolist() == owners_of(IndexedVectors(stored, THRESHOLD, segments, np.arange(count))).tolist()
+    assert len(set(owners.tolist())) < count - 100
+
+
 def test_a_dense_group_is_not_compared_pair_by_pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     count = 4_000  # in one group: eight million pairs
     monkeypatch.setattr(leaders, "_WINDOW", 64)
@@ -91,13 +141,7 @@ def test_a_dense_group_is_not_compared_pair_by_pair(tmp_path: Path, monkeypatch:
     # One that is wider than the threshold reaches, around a middle that is near to all.
     width = np.where(rng.random(count) < 0.2, 0.35, 0.05)[:, None]
     vectors = unit(unit(np.ones(16)) + width * unit(rng.standard_normal((count, 16))))
-    put(tmp_path, names(count), vectors)
-    update_index(config_of(tmp_path), min_rows=0)
-    searcher = Searcher(config_of(tmp_path))
-    live = searcher.refresh()
-    ((positions, stored),) = searcher.vectors(MODEL, np.ones(count, np.bool_))
-    assert positions.tolist() == list(range(count))
-    segments = searcher.covering(MODEL, np.ones(len(live), np.bool_))
+    stored, segments = indexed(tmp_path, vectors)
     found = counted(monkeypatch, OpenSegment, "neighbours")
 
     owners = owners_of(IndexedVectors(stored, THRESHOLD, segments, np.arange(count)))

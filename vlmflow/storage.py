@@ -56,7 +56,7 @@ _VARIABLES = {
     "google": "GOOGLE_APPLICATION_CREDENTIALS",
     "azure": "AZURE_STORAGE_ACCOUNT_NAME, AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN",
 }
-_MAX_BACKOFF = timedelta(seconds=5)  # eight retries take about 16 s, not minutes
+MAX_BACKOFF = timedelta(seconds=5)  # eight retries take about 16 s, not minutes
 
 # What obstore's text says of an answer: its status and, in the body, the store's own code. The text also holds the
 # name of the object, which may be anything, so nothing is searched for in the whole of it.
@@ -204,7 +204,7 @@ def open_store(uri: str, config: StorageConfig) -> tuple[ObjectStore, str]:
     if address.is_local:
         return LocalStore(), address.path.lstrip("/")
     names_endpoint, signs = config.endpoint is None, not config.anonymous
-    check_variables(_provider(address), address.root, names_endpoint=names_endpoint, signs=signs)
+    check_variables(provider_of(address), address.root, names_endpoint=names_endpoint, signs=signs)
     settings: Any = {}  # of S3, GCS or Azure, which the root decides
     if config.anonymous:
         settings["skip_signature"] = True
@@ -214,11 +214,11 @@ def open_store(uri: str, config: StorageConfig) -> tuple[ObjectStore, str]:
         settings["region"] = config.region
     # An endpoint says itself whether it is http; the clouds' own are https.
     client: ClientConfig = {"timeout": timedelta(seconds=config.timeout_s), "allow_http": True}
-    retry: RetryConfig = {"max_retries": config.max_retries, "backoff": {"max_backoff": _MAX_BACKOFF}}
+    retry: RetryConfig = {"max_retries": config.max_retries, "backoff": {"max_backoff": MAX_BACKOFF}}
     try:
         store: ObjectStore = from_url(address.root, config=settings, client_options=client, retry_config=retry)
     except STORE_ERRORS as error:
-        remedy = f"Check storage.* in the job, and the store's variables ({_VARIABLES[_provider(address)]}, ...)."
+        remedy = f"Check storage.* in the job, and the store's variables ({_VARIABLES[provider_of(address)]}, ...)."
         # Not with its cause, which logs of flows would repeat.
         raise ConfigError(f"{address.root} cannot be opened: {_why_not(error)}", remedy=remedy) from None
     return store, address.path
@@ -240,28 +240,8 @@ def _why_not(error: Exception) -> str:
     return text.splitlines()[0]
 
 
-def delta_storage_options(config: StorageConfig, uri: str) -> dict[str, str]:
-    """The same settings in the words of deltalake; empty for the local disk."""
-    address = parse_address(uri)
-    if address.is_local:
-        return {}
-    options = {
-        "timeout": f"{config.timeout_s:g}s",
-        "allow_http": "true",
-        "max_retries": str(config.max_retries),
-        "backoff_config.max_backoff": f"{_MAX_BACKOFF.total_seconds():g}s",
-    }
-    prefix = _provider(address)
-    if config.endpoint is not None:
-        options["google_base_url" if prefix == "google" else f"{prefix}_endpoint"] = config.endpoint
-    if config.region is not None and prefix == "aws":
-        options["aws_region"] = config.region
-    if config.anonymous:
-        options[f"{prefix}_skip_signature"] = "true"
-    return options
-
-
-def _provider(address: Address) -> str:
+def provider_of(address: Address) -> str:
+    """The word with which settings of a store begin."""
     return {"s3": "aws", "gs": "google"}.get(address.root.partition(":")[0], "azure")
 
 
@@ -348,9 +328,9 @@ def access_error(error: Exception, uri: str) -> VlmflowError:
     if fault is Fault.GONE:
         return StorageAccessError(f"{root} does not exist", remedy="Check the name, the endpoint and the region.")
     if fault is Fault.NO_CREDENTIALS:
-        names = _VARIABLES[_provider(address)]
+        names = _VARIABLES[provider_of(address)]
         remedy = f"Set the store's variables ({names}, ...), use a machine with a role, or storage.anonymous."
-        if _provider(address) == "aws":  # obstore does not read the files of the AWS command line
+        if provider_of(address) == "aws":  # obstore does not read the files of the AWS command line
             remedy += " `aws configure export-credentials --format env` prints the variables of a profile."
         return StorageAccessError(f"{root}: no credentials were found", remedy=remedy)
     if fault is Fault.DENIED and address.is_local:

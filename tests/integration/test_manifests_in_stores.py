@@ -12,9 +12,9 @@ from deltalake import DeltaTable, write_deltalake
 
 from tests.s3 import S3Server
 from vlmflow.config import SourceConfig, StorageConfig
+from vlmflow.delta_table import delta_storage_options
 from vlmflow.errors import SourceError, StorageAccessError
 from vlmflow.sources import open_source
-from vlmflow.storage import delta_storage_options
 
 
 def listed(config: SourceConfig) -> dict[str, Any]:

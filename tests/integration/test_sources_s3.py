@@ -24,6 +24,7 @@ from obstore.exceptions import AlreadyExistsError, PreconditionError
 from tests.images import bad_images, good_images, write_corpus
 from tests.s3 import CREDENTIALS, S3Server
 from vlmflow.config import CatalogConfig, ImageLimits, SourceConfig, StorageConfig
+from vlmflow.delta_table import delta_storage_options
 from vlmflow.errors import (
     EmptySourceError,
     RowErrorClass,
@@ -38,7 +39,7 @@ from vlmflow.sources import open_source
 from vlmflow.sources.again import RowReader
 from vlmflow.sources.manifest import ManifestSource
 from vlmflow.sources.stores import Stores
-from vlmflow.storage import access_error, delta_storage_options, open_store, read_bytes
+from vlmflow.storage import access_error, open_store, read_bytes
 
 LIMITS = ImageLimits()
 HARD_NAMES = ["a b.jpg", "Grüße.jpg", "100%.jpg", "%20.jpg", "h#1", "q?x=1&y=+.jpg", "sub/dir/x.jpg", "back\\slash"]

@@ -13,19 +13,11 @@ from obstore.exceptions import GenericError, PermissionDeniedError
 
 from vlmflow.catalog import Catalog
 from vlmflow.config import CatalogConfig, SourceConfig, StorageConfig
+from vlmflow.delta_table import delta_storage_options
 from vlmflow.errors import ConfigError, SourceError, StorageAccessError, StoreLostError
 from vlmflow.sources import open_source
 from vlmflow.sources.uris import normalise_uri
-from vlmflow.storage import (
-    Fault,
-    access_error,
-    delta_storage_options,
-    fault_of,
-    open_store,
-    parse_address,
-    passes,
-    read_bytes,
-)
+from vlmflow.storage import Fault, access_error, fault_of, open_store, parse_address, passes, read_bytes
 
 
 @pytest.fixture(autouse=True)

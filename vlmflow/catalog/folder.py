@@ -26,11 +26,11 @@ from vlmflow.catalog.exclusive import PROBE, check_exclusive, create
 from vlmflow.catalog.file_info import UNFINISHED, FileInfo
 from vlmflow.catalog.pieces import ParquetPieces
 from vlmflow.config import CatalogConfig
-from vlmflow.delta_uri import delta_uri
+from vlmflow.delta_table import delta_storage_options, delta_uri
 from vlmflow.errors import CatalogChangedError, CatalogError, VlmflowError
 from vlmflow.paths import is_folder, is_there
 from vlmflow.retry import retried
-from vlmflow.storage import STORE_ERRORS, access_error, delta_storage_options, open_store, parse_address, wherever
+from vlmflow.storage import STORE_ERRORS, access_error, open_store, parse_address, wherever
 from vlmflow.workspace import in_our_words
 
 if TYPE_CHECKING:

@@ -17,21 +17,13 @@ from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError, TableNotFoundError
 
 from vlmflow.config import SourceConfig
-from vlmflow.delta_uri import delta_uri
+from vlmflow.delta_table import delta_storage_options, delta_uri
 from vlmflow.errors import SourceError, VlmflowError
 from vlmflow.paths import is_folder
 from vlmflow.retry import retried
 from vlmflow.sources.stores import Stores
 from vlmflow.sources.tables import portable_schema, portable_type, to_portable
-from vlmflow.storage import (
-    STORE_ERRORS,
-    access_error,
-    delta_storage_options,
-    is_full,
-    is_of_store,
-    parse_address,
-    text_of,
-)
+from vlmflow.storage import STORE_ERRORS, access_error, is_full, is_of_store, parse_address, text_of
 from vlmflow.threads import interruptible
 
 _LOG = "_delta_log"

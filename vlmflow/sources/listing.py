@@ -65,8 +65,11 @@ def list_files(uri: str, extension: str | tuple[str, ...], stores: Stores, catal
     address = parse_address(uri)
     # Folders may be called as files are: Spark writes one where it is told a file.
     may_be_one = str(address).lower().endswith(extension)
-    if may_be_one and not (is_folder(Path(address.path)) if address.is_local else _is_no_object(uri, stores)):
-        return [str(address)]
+    try:
+        if may_be_one and not (is_folder(Path(address.path)) if address.is_local else _is_no_object(uri, stores)):
+            return [str(address)]
+    except OSError as error:
+        raise access_error(error, str(address)) from error
     found = [name for batch in list_objects(uri, stores, catalog) for name in batch["uri"].to_pylist()]
     files = sorted(name for name in found if name.lower().endswith(extension))
     return files or ([str(address)] if may_be_one and not address.is_local else [])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-import inspect
 import logging
 import statistics
 import time
@@ -18,17 +17,16 @@ from prefect.blocks.core import Block
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.events import emit_event
 from prefect.logging.loggers import flow_run_logger
-from prefect.utilities.asyncutils import run_coro_as_sync
 
 from pipelines.common import read_job
+from pipelines.messengers import post
 from vlmflow.catalog import Catalog
 from vlmflow.catalog.folder import Folder
 from vlmflow.catalog.messages import Message, MessageStore
 from vlmflow.catalog.runs import RunInfo
 from vlmflow.config import CatalogConfig
 from vlmflow.engine import RunReport
-from vlmflow.errors import VlmflowError
-from vlmflow.threads import started
+from vlmflow.errors import UnsentError, VlmflowError
 
 logger = logging.getLogger("vlmflow")
 
@@ -40,7 +38,6 @@ MIN_ROWS = 50  # of fewer, a share says little
 # A messenger that refuses for a moment is asked again: what it is not told now waits for another flow.
 _SEND_DELAYS_S = (3.0, 15.0)
 _MOST_REFUSED = 2
-_ANSWER_S = 60.0
 _MAX_CHARS = 1000  # of what a state says
 _NIGHTS = 7
 _LOOKED_THROUGH = 200  # runs, for so many nights of the same policy
@@ -77,8 +74,7 @@ def send(notify: str | None, subject: str, body: str, catalog: CatalogConfig | N
             return _is_kept(catalog, subject, body)
         _deliver(block, subject, body)
     except Exception as error:  # noqa: BLE001 - whatever a messenger raises, the run is what matters
-        # Its text may hold the address with its token.
-        logger.error("nobody was told of %r: block %s failed with %s", subject, notify, type(error).__name__)
+        logger.error("nobody was told of %r: block %s failed with %s", subject, notify, _said(error))
         return _is_kept(catalog, subject, body)
     if catalog is not None:
         send_kept(notify, catalog)
@@ -137,40 +133,28 @@ def _is_sent_late(notify: str, message: Message) -> bool:
         block = Block.load(notify)
         if not isinstance(block, NotificationBlock):
             return False
-        _notify(block, f"{message.subject} (of {at})", f"This is of {at} and could not be sent then. {message.body}")
+        post(block, f"{message.subject} (of {at})", f"This is of {at} and could not be sent then. {message.body}")
     except Exception as error:  # noqa: BLE001 - whatever a messenger raises, the run is what matters
-        logger.warning("block %s failed with %s", notify, type(error).__name__)
+        logger.warning("block %s failed with %s", notify, _said(error))
         return False
     logger.info("%r of %s was sent now", message.subject, at)
     return True
 
 
-def _notify(block: NotificationBlock, subject: str, body: str) -> None:
-    """Sends a message; what the block raises is raised, and TimeoutError where no answer comes to its end."""
-    # What is redirected reaches nobody, as at a page to log in, whose 200 would count as sent; and another host.
-    for messenger in getattr(block, "_apprise_client", ()):
-        messenger.redirects = False
-
-    def notify() -> None:
-        with block.raise_on_failure():  # most blocks would say nothing
-            sent: Any = block.notify(body, subject)
-            if inspect.iscoroutine(sent):  # within a running event loop
-                run_coro_as_sync(sent)
-
-    started(notify).result(_ANSWER_S)  # a block's own limit is for the time between two bytes
+def _said(error: Exception) -> str:
+    """Of an error in loading a block the class: its text may hold the address with its token."""
+    return str(error) if isinstance(error, UnsentError) else type(error).__name__
 
 
 def _deliver(block: NotificationBlock, subject: str, body: str) -> None:
     """Sends a message, after a failure once more and once more; raises what the last failure was."""
     for delay_s in (*_SEND_DELAYS_S, None):
         try:
-            _notify(block, subject, body)
-        except Exception as error:
+            post(block, subject, body)
+        except UnsentError as error:
             if delay_s is None:
                 raise
-            logger.info(
-                "%r is sent again in %g s: the messenger failed with %s", subject, delay_s, type(error).__name__
-            )
+            logger.info("%r is sent again in %g s: the messenger failed with %s", subject, delay_s, error)
             time.sleep(delay_s)
         else:
             return

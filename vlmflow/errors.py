@@ -222,6 +222,10 @@ class FlowServerError(VlmflowError):
     """The Prefect server that a flow run is to be recorded by does not start, does not answer, or is none."""
 
 
+class UnsentError(VlmflowError):
+    """A message to people that was not sent: it says why, and nothing of the address."""
+
+
 class InterruptedByUserError(VlmflowError):
     """Ctrl-C, or what a job, a pod or a service is stopped with."""
 

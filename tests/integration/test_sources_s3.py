@@ -248,8 +248,7 @@ def test_a_file_that_is_replaced_while_it_is_read_is_told_as_that(
 
 
 def test_the_catalog_can_use_the_same_settings(s3_server: S3Server) -> None:
-    bucket = s3_server.make_bucket()
-    uri = f"s3://{bucket}/catalog/a b"
+    uri = f"s3://{s3_server.make_bucket()}/catalog/a b"
     options = delta_storage_options(s3_server.storage, uri)
     write_deltalake(f"{uri}/images", pa.table({"x": [1, 2]}), storage_options=options)
     assert DeltaTable(f"{uri}/images", storage_options=options).version() == 0

@@ -20,6 +20,7 @@ from prefect.settings import PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
 from prefect.states import Crashed, Failed, Running
 
 from pipelines import alerts
+from pipelines.messengers import post
 from pipelines.nightly import nightly_enrichment
 from tests.catalog_samples import config_of, open_catalog
 from tests.messenger import Messenger, running_messenger
@@ -29,7 +30,7 @@ from vlmflow.catalog.messages import Message, MessageStore
 from vlmflow.catalog.runs import RunInfo
 from vlmflow.config import CatalogConfig
 from vlmflow.engine import RunReport
-from vlmflow.errors import ConfigError
+from vlmflow.errors import ConfigError, UnsentError
 
 TOKEN = "t0ps3cr3t-token-0123456789"
 
@@ -188,14 +189,13 @@ def test_a_message_that_a_messenger_never_takes_keeps_no_other(
     for number in range(5):
         assert alerts.send(block, f"message {number}", "Run r.", catalog)
     messenger.status, messenger.received[:] = 200, []
-    notify = alerts._notify
 
     def refusing(block: Any, subject: str, body: str) -> None:
         if subject.startswith(refused):
-            raise ValueError("too long")
-        notify(block, subject, body)
+            raise UnsentError("too long")
+        post(block, subject, body)
 
-    monkeypatch.setattr(alerts, "_notify", refusing)
+    monkeypatch.setattr(alerts, "post", refusing)
     refused = ("message 1", "message 3", "message 4")
     alerts.send_kept(block, catalog)
     assert kept(catalog) == [f"{name}: Run r." for name in refused]

@@ -63,6 +63,7 @@ class ManifestSource:
         self._home = home_of(self._address.parent, self._address)
         self._unique = UniqueReferences(self._references)
         self.version: str | None = None
+        self._copies: Workspace | None = None
 
     @property
     def columns(self) -> pa.Schema:
@@ -113,9 +114,9 @@ class ManifestSource:
             path = Path(address.path)
             self.version = _checked_version(path)
         else:
-            path = self._workspace.path / "manifest"
+            path = self._workspace() / "manifest"
             self.version = self._download(str(address), path)
-        return self._opened(path, self._config.uri)
+        return self._opened(*unpacked(path, self._config.uri, self._workspace))
 
     def _of_folder(self) -> TableFile:
         self._folder = self._address
@@ -137,12 +138,12 @@ class ManifestSource:
         paths = self._local(uris)
         below = len(str(self._address).rstrip("/")) + 1
         own = (config.uri_column, config.key_column, config.text_column, config.questions_column, *_VERSION_COLUMNS)
-        parts = [
-            Part(self._opened(path, uri), uri, uri[below:])
-            for uri, path in zip(uris, paths, strict=True)
+        parts = []
+        for uri, packed in zip(uris, paths, strict=True):
+            path, name = unpacked(packed, uri, self._workspace)
             # For a part without rows some writers leave a file of no bytes, but never a Parquet file.
-            if formats == [".parquet"] or path.stat().st_size
-        ]
+            if formats == [".parquet"] or path.stat().st_size:
+                parts.append(Part(self._opened(path, name), uri, uri[below:]))
         return FilesTable(config.uri, parts, frozenset(name for name in own if name is not None))
 
     @cached_property
@@ -154,24 +155,23 @@ class ManifestSource:
         """Where the files lie on this machine; those of a store are copied here."""
         if self._address.is_local:
             return [Path(uri) for uri in uris]
-        paths = [self._workspace.path / f"manifest-{number}" for number in range(len(uris))]
+        paths = [self._workspace() / f"manifest-{number}" for number in range(len(uris))]
         with Threads(_FILES_AT_A_TIME) as threads:
             for _ in threads.map(self._download, uris, paths):
                 pass
         return paths
 
-    @cached_property
-    def _workspace(self) -> Workspace:
-        workspace = Workspace()
-        weakref.finalize(self, workspace.close)
-        return workspace
+    def _workspace(self) -> Path:
+        """A folder for copies, made when one is needed."""
+        if self._copies is None:
+            self._copies = Workspace()
+            weakref.finalize(self, self._copies.close)
+        return self._copies.path
 
     def _is_needed(self, column: str) -> bool:
         return is_read(self._config, column) or column in _VERSION_COLUMNS
 
     def _opened(self, path: Path, name: str) -> TableFile:
-        if format_of(name) != Path(name).suffix.lower():
-            path, name = unpacked(path, name, self._workspace.path)
         return open_table(path, name, self._config.regions_column, self._is_needed)
 
     def _download(self, uri: str, path: Path) -> str:

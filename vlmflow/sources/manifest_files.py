@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -39,11 +39,11 @@ class Part(NamedTuple):
     below: str
 
 
-def unpacked(path: Path, name: str, folder: Path) -> tuple[Path, str]:
+def unpacked(path: Path, name: str, folder: Callable[[], Path]) -> tuple[Path, str]:
     """A manifest file without the compression that the end of its name tells, and its name without that.
 
     Args:
-        folder: where to write it, if it has one.
+        folder: gives one to write it to, if it has any.
 
     Raises:
         SourceError: it is damaged.
@@ -58,7 +58,7 @@ def unpacked(path: Path, name: str, folder: Path) -> tuple[Path, str]:
         file = pa.OSFile(str(path))
     except OSError as error:
         raise access_error(error, name) from error
-    plain = folder / f"plain-{uuid.uuid4().hex}"
+    plain = folder() / f"plain-{uuid.uuid4().hex}"
     with file, pa.CompressedInputStream(file, packing) as stream, in_our_words(), plain.open("wb") as copy:
         while piece := _read(stream, name):
             copy.write(piece)

@@ -74,6 +74,9 @@ def test_files_may_be_compressed(extension: str, packed: str, packing: str, tmp_
         with pa.CompressedOutputStream(str(folder / f"part-{number}.{extension}.{packed}"), packing) as file:
             file.write(plain)
     assert _rows(_open(folder)) == [("a.jpg", {"title": "Grüße 0"}), ("b.jpg", {"title": "Grüße 1"})]
+    with pa.CompressedOutputStream(str(folder / f"part-2.{extension}.{packed}"), packing):
+        pass  # a part without rows
+    assert len(_rows(_open(folder))) == 2
     one = open_source(SourceConfig(uri=str(folder / f"part-1.{extension}.{packed}")))
     assert _rows(one) == [("b.jpg", {"title": "Grüße 1"})]
     assert one.version is not None

@@ -29,7 +29,8 @@ from vlmflow.threads import interruptible
 _LOG = "_delta_log"
 _ENTRY = re.compile(r"(.*/)?\d{20}\.(json|checkpoint\..*)")
 _ERRORS = (DeltaError, *STORE_ERRORS)
-_ABSOLUTE = re.compile(r"/|[A-Za-z][A-Za-z0-9+.-]*:/")  # a path of the log that is not below the table
+# A path of the log that is not below the table.
+_ELSEWHERE = re.compile(r"/|[A-Za-z][A-Za-z0-9+.-]*:/|(.*/)?\.\.(/|\Z)", re.DOTALL)
 _FIRST_NAMES = 100  # of a log: its entries come before most else that lies there
 _LONGEST_REASON = 300  # characters of deltalake's
 _OTHERWISE = "Write its rows to Parquet files, and name their folder with source.kind manifest or parquet."
@@ -125,12 +126,12 @@ def delta_files(config: SourceConfig) -> Sequence[str]:
     if any(batch.num_rows for batch in pa.RecordBatchReader.from_stream(table.deletion_vectors())):
         remedy = "Have them removed from its files (REORG TABLE ... APPLY (PURGE)); then run again."
         raise SourceError(f"{address}: its files hold rows that are deleted (deletion vectors)", remedy=remedy)
-    paths = pa.table(table.get_add_actions(flatten=True))["path"].to_pylist()
-    if elsewhere := next(filter(_ABSOLUTE.match, paths), None):
+    paths = [unquote(path) for path in pa.table(table.get_add_actions(flatten=True))["path"].to_pylist()]
+    if elsewhere := next(filter(_ELSEWHERE.match, paths), None):
         raise SourceError(
             f"{address}: files lie outside its folder, as those of a shallow clone: {elsewhere}", remedy=_OTHERWISE
         )
-    return sorted(address.child(unquote(path)) for path in paths)
+    return sorted(address.child(path) for path in paths)
 
 
 def _unreadable(error: Exception, uri: str) -> VlmflowError:

@@ -205,6 +205,9 @@ class ParquetTable:
         needed = pa.schema([field for field in self.schema if self._is_needed(field.name)])
         try:
             for batch in self._open().iter_batches(batch_size=BATCH_ROWS, columns=needed.names):
+                if absent := set(needed.names) - set(batch.schema.names):  # another file lies there by now
+                    message = f"{self._name} was changed while it was read: it has no column {min(absent)} any more"
+                    raise SourceError(message, remedy="Run again when nothing writes to it.")
                 yield to_portable(pa.table(batch), needed, self._name)
         except (pa.ArrowException, OSError) as error:
             raise unreadable(error, self._name) from error

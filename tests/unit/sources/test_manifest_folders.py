@@ -141,6 +141,15 @@ def test_what_does_not_fit_is_named_with_its_file(tmp_path: Path) -> None:
         _rows(_open(tmp_path, regions_column="regions"))
 
 
+def test_a_file_that_is_replaced_meanwhile_is_named(tmp_path: Path) -> None:
+    _write(tmp_path / "a.parquet", uri=["/a.jpg"], title=["x"])
+    source = _open(tmp_path)
+    assert source.columns.names == ["title"]
+    _write(tmp_path / "a.parquet", uri=["/a.jpg"])
+    with pytest.raises(SourceError, match=r"a\.parquet was changed while it was read: it has no column title"):
+        _rows(source)
+
+
 def test_a_folder_may_be_called_as_a_file(tmp_path: Path) -> None:
     folder = tmp_path / "products.parquet"
     _write(folder / "part-0.parquet", uri=["/a.jpg"])
@@ -255,6 +264,26 @@ def test_of_a_delta_table_of_image_bytes_live_files_are_read(tmp_path: Path) -> 
     with pytest.raises(SourceError, match="rows that are deleted") as caught:
         _rows(_open(other, kind="parquet"))
     assert "APPLY (PURGE)" in caught.value.remedy
+
+
+@pytest.mark.parametrize("elsewhere", ["../other/x.parquet", "..%2Fother%2Fx.parquet", "file:///other/x.parquet"])
+def test_files_outside_the_folder_of_a_delta_table_are_not_read(elsewhere: str, tmp_path: Path) -> None:
+    _delta(tmp_path / "images", image=[b"1"])
+    _write(tmp_path / "other/x.parquet", image=[b"not of the table"])
+    (entry,) = (tmp_path / "images/_delta_log").glob("*.json")
+    path = json.loads(next(line for line in entry.read_text().splitlines() if '"add"' in line))["add"]["path"]
+    entry.write_text(entry.read_text().replace(path, elsewhere))
+    with pytest.raises(SourceError, match="files lie outside its folder"):
+        _rows(_open(tmp_path / "images", kind="parquet"))
+
+
+def test_a_delta_table_without_rows_names_no_image(tmp_path: Path) -> None:
+    _delta(tmp_path, uri=["/a.jpg"], price=[1])
+    DeltaTable(tmp_path).delete()
+    for kind in ("manifest", "parquet"):
+        with pytest.raises(EmptySourceError):
+            _rows(_open(tmp_path, kind=kind))
+        assert _rows(_open(tmp_path, kind=kind, allow_empty=True)) == []
 
 
 def test_a_delta_table_that_is_damaged_is_named(tmp_path: Path) -> None:
